@@ -1,0 +1,65 @@
+//! Backends: where a packet goes and how, in one cache line.
+
+use crate::{Address, Be16, map_value};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Bits of [`Backend::flags`].
+pub mod flags {
+    /// The entry belongs to a backend.
+    pub const USED: u32 = 1 << 0;
+    /// Takes no new flow (its slots are compiled away; this is for flows that name it).
+    pub const DRAINING: u32 = 1 << 1;
+    /// Health or the operator says that it is down.
+    pub const DOWN: u32 = 1 << 2;
+    /// The next hop below is valid; otherwise the program asks the kernel's FIB.
+    pub const RESOLVED: u32 = 1 << 3;
+}
+
+/// Forwarding modes, as [`Backend::mode`] holds them.
+pub mod mode {
+    /// IP in IP: 4in4, 6in6, 4in6, 6in4 (RFC 2003, RFC 2473, RFC 4213).
+    pub const IPIP: u8 = 1;
+    /// Generic UDP encapsulation, variant 0 (draft-ietf-intarea-gue).
+    pub const GUE: u8 = 2;
+    /// MAC rewrite.
+    pub const L2: u8 = 3;
+    /// Full address translation.
+    pub const NAT: u8 = 4;
+    /// Handed to this host's own stack.
+    pub const LOCAL: u8 = 5;
+}
+
+/// A backend of one service. A worker that serves two services has two of them, so that
+/// one counter update per packet serves both the service and the backend.
+///
+/// Changed in place: clear [`flags::RESOLVED`], wait for a grace period, write the rest, set it again.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Backend {
+    /// Outer destination.
+    pub address: Address,
+    /// Outer source; its low `source_bits` bits are replaced by bits of the flow hash.
+    pub source: Address,
+    /// Next hop's MAC.
+    pub next_hop: [u8; 6],
+    /// Largest IP packet that fits the path (egress MTU or less); 0: unknown, not checked.
+    pub mtu: u16,
+    /// Egress interface's MAC.
+    pub egress_mac: [u8; 6],
+    /// VLAN tag (TCI) to push on egress, 0 for none.
+    pub vlan: Be16,
+    /// Egress interface.
+    pub ifindex: u32,
+    /// See [`flags`].
+    pub flags: u32,
+    /// See [`mode`].
+    pub mode: u8,
+    /// Low bits of `source` that vary by flow, 0 to 64 (ipip only).
+    pub source_bits: u8,
+    /// Destination port of GUE, or the worker's port in nat mode.
+    pub port: Be16,
+    /// Index in `SERVICES` of the service that it belongs to.
+    pub service: u32,
+}
+
+map_value!(Backend);

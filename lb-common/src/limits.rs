@@ -1,0 +1,34 @@
+//! Limits and defaults of the maps. Each default can be changed when the programs are loaded;
+//! the bounds are fixed by the types.
+
+/// Services, by default.
+pub const SERVICES: u32 = 4_096;
+/// Backends over all services, by default. A backend of two services counts twice.
+pub const BACKENDS: u32 = 16_384;
+/// Slots of all tables, live and being written, by default (8 bytes each).
+pub const SLOTS: u32 = 8 * 1024 * 1024;
+/// Tracked TCP flows (exceptions only), by default.
+pub const FLOWS: u32 = 1_048_576;
+/// Recent SYN choices that a stateless lookup would not repeat, by default.
+pub const SYNS: u32 = 131_072;
+/// Tracked UDP flows, by default.
+pub const UDP_FLOWS: u32 = 1_048_576;
+/// VIP addresses, by default.
+pub const VIPS: u32 = 4_096;
+/// Egress interfaces.
+pub const EGRESS: u32 = 256;
+/// Addresses on which one worker accepts encapsulated packets, and VIPs that it serves.
+pub const DECAP_ADDRESSES: u32 = 4_096;
+
+/// Port ranges that one VIP can have, TCP and UDP together.
+pub const RANGES_PER_VIP: usize = 16;
+/// Highest backend index (24 bits: the rest of a slot's word is flags).
+pub const MAX_BACKEND_INDEX: u32 = (1 << 24) - 2;
+
+/// Table sizes on offer (primes). A service gets the first that is at least
+/// [`SLOTS_PER_BACKEND`] times its backend count, unless it names one.
+pub const TABLE_SIZES: [u32; 8] = [251, 1_021, 4_093, 16_381, 65_537, 131_071, 262_139, 524_287];
+/// Slots per backend that keep shares within about 1 % of the weights.
+pub const SLOTS_PER_BACKEND: u32 = 100;
+/// Table size of a service that names none and is small enough for it.
+pub const TABLE_SIZE: u32 = 65_537;

@@ -1,0 +1,60 @@
+//! Names of programs, maps and globals. User space reaches them only through these constants.
+
+/// Program on an ingress host's NIC.
+pub const PROGRAM_INGRESS: &str = "ingress";
+/// Program on a worker's NIC.
+pub const PROGRAM_DECAP: &str = "decap";
+
+/// `HASH<ServiceKey, u32>`: exact port → index in [`SERVICES`].
+pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
+/// `HASH<VipKey, Vip>`: what else a VIP serves (port ranges, any port).
+pub const VIPS: &str = "VIPS";
+/// `ARRAY<Service>`, memory-mapped.
+pub const SERVICES: &str = "SERVICES";
+/// `ARRAY<Slot>`, memory-mapped: the tables of all services.
+pub const SLOTS: &str = "SLOTS";
+/// `ARRAY<Backend>`, memory-mapped.
+pub const BACKENDS: &str = "BACKENDS";
+/// `LRU_HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace.
+pub const FLOWS: &str = "FLOWS";
+/// `LRU_HASH<FlowKey, Flow>`: recent SYN choices that a stateless lookup would not repeat.
+pub const SYNS: &str = "SYNS";
+/// `LRU_HASH<FlowKey, Flow>`: UDP flows.
+pub const UDP_FLOWS: &str = "UDP_FLOWS";
+/// `PERCPU_ARRAY<BackendStats>`, by backend index.
+pub const BACKEND_STATS: &str = "BACKEND_STATS";
+/// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
+pub const REASONS: &str = "REASONS";
+/// `DEVMAP_HASH<u32>`: egress interfaces by ifindex.
+pub const EGRESS: &str = "EGRESS";
+/// `PERCPU_ARRAY<IcmpBudget>`, one entry: the rate limit of generated ICMP.
+pub const ICMP_BUDGET: &str = "ICMP_BUDGET";
+/// `ARRAY<u32>`, one entry: the [`crate::ABI_VERSION`] of the pinned maps.
+pub const ABI: &str = "ABI";
+/// `HASH<Address, u32>`: addresses on which a worker accepts encapsulated packets.
+pub const DECAP_ADDRESSES: &str = "DECAP_ADDRESSES";
+/// `HASH<Address, u32>`: VIPs that a worker serves.
+pub const DECAP_VIPS: &str = "DECAP_VIPS";
+
+/// Read-only globals: the one setting block of each program.
+pub const SETTINGS: &str = "SETTINGS";
+/// aya-log's level, a read-only global; 0 compiles logging away.
+pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
+
+/// Maps of the ingress program that are pinned.
+pub const INGRESS_MAPS: [&str; 12] = [
+    SERVICE_INDEX,
+    VIPS,
+    SERVICES,
+    SLOTS,
+    BACKENDS,
+    FLOWS,
+    SYNS,
+    UDP_FLOWS,
+    BACKEND_STATS,
+    REASONS,
+    EGRESS,
+    ABI,
+];
+/// Maps of the decap program that are pinned.
+pub const DECAP_MAPS: [&str; 4] = [DECAP_ADDRESSES, DECAP_VIPS, REASONS, ABI];

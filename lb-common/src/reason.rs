@@ -1,0 +1,125 @@
+//! Why a packet was not simply forwarded: one named counter each.
+
+/// Declares [`Reason`] and its tables from one list, so that they cannot disagree.
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $name:ident = $label:literal, $fate:ident;)+) => {
+        /// Reason for the fate of a packet; the index in the `REASONS` map.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Reason { $($(#[doc = $doc])+ $name,)+ }
+
+        impl Reason {
+            /// All of them, in the order of their counters.
+            pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+            /// How many there are.
+            pub const COUNT: u32 = Self::ALL.len() as u32;
+
+            /// Name in metrics and on the command line.
+            pub const fn label(self) -> &'static str { match self { $(Self::$name => $label,)+ } }
+            /// What became of the packet.
+            pub const fn fate(self) -> Fate { match self { $(Self::$name => Fate::$fate,)+ } }
+            /// One line for people.
+            pub const fn describe(self) -> &'static str { match self { $(Self::$name => concat!($($doc),+),)+ } }
+        }
+    };
+}
+
+/// What becomes of a packet with a [`Reason`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Handed to this host's stack unchanged.
+    Pass,
+    /// Dropped.
+    Drop,
+    /// Answered to its sender.
+    Answer,
+    /// Forwarded or delivered all the same; the counter only tells how.
+    Note,
+}
+
+reasons! {
+    /// Ethernet type that is neither IPv4 nor IPv6 (ARP, LLDP, ...)
+    NotIp = "not_ip", Pass;
+    /// Frame or header cut short
+    Truncated = "truncated", Pass;
+    /// IPv4 header invalid: version, length or total length
+    BadIpv4 = "bad_ipv4", Pass;
+    /// IPv6 header invalid: version or payload length
+    BadIpv6 = "bad_ipv6", Pass;
+    /// More than two VLAN tags
+    TooManyVlans = "too_many_vlans", Pass;
+    /// IPv6 extension headers: too many, too long or of a kind not looked through
+    BadExtension = "bad_extension", Pass;
+    /// Neither TCP nor UDP
+    OtherProtocol = "other_protocol", Pass;
+    /// TCP or UDP header invalid: data offset or length
+    BadTransport = "bad_transport", Pass;
+    /// Fragment: its ports are not known
+    Fragment = "fragment", Pass;
+    /// IPv6 is switched off
+    Ipv6Off = "ipv6_off", Pass;
+    /// VLAN tags are not looked through
+    VlanOff = "vlan_off", Pass;
+    /// Destination is no VIP
+    NotVip = "not_vip", Pass;
+    /// Destination is a VIP, but no service has this port
+    NoService = "no_service", Pass;
+    /// Service has no backend that can take the flow
+    NoBackend = "no_backend", Drop;
+    /// Slot or backend entry missing: the tables contradict each other
+    BrokenTable = "broken_table", Drop;
+    /// IPv6 packet for a backend whose tunnel cannot carry it
+    BadFamily = "bad_family", Drop;
+    /// Forwarding mode not known to this program
+    BadMode = "bad_mode", Drop;
+    /// Too big for the path once encapsulated; sender told by ICMP
+    TooBigAnswered = "too_big_answered", Answer;
+    /// Too big for the path once encapsulated; ICMP withheld by its rate limit
+    TooBigDropped = "too_big_dropped", Drop;
+    /// No route to the backend
+    NoRoute = "no_route", Drop;
+    /// Next hop's MAC address is not resolved
+    NoNeighbour = "no_neighbour", Drop;
+    /// Egress interface is not in the device map
+    NoEgress = "no_egress", Drop;
+    /// No room for the outer headers
+    NoHeadroom = "no_headroom", Drop;
+    /// Next hop found by the kernel's FIB, not filled in by the daemon
+    FibLookup = "fib_lookup", Note;
+    /// Flow could not be written to the flow table
+    FlowNotRecorded = "flow_not_recorded", Note;
+    /// Flow moved from the recent SYNs, or from the previous primary, to the flow table
+    FlowPromoted = "flow_promoted", Note;
+    /// Backend of a tracked flow is gone; placed as if unknown
+    FlowStale = "flow_stale", Note;
+    /// Forwarded out of the interface it came in by
+    Transmitted = "transmitted", Note;
+    /// Forwarded through another interface
+    Redirected = "redirected", Note;
+
+    /// Worker: decapsulated from ipip and delivered
+    DecapIpip = "decap_ipip", Note;
+    /// Worker: decapsulated from gue and delivered
+    DecapGue = "decap_gue", Note;
+    /// Worker: outer destination is not one of this worker's addresses
+    DecapNotOurs = "decap_not_ours", Pass;
+    /// Worker: inner destination is not a VIP served here
+    DecapNotVip = "decap_not_vip", Drop;
+    /// Worker: inner packet invalid
+    DecapBadInner = "decap_bad_inner", Drop;
+    /// Worker: GUE header invalid, of another variant or with flags not understood
+    DecapBadGue = "decap_bad_gue", Drop;
+    /// Worker: encapsulated packet arrived as fragments
+    DecapFragment = "decap_fragment", Drop;
+    /// Worker: TTL or hop limit used up
+    DecapTtl = "decap_ttl", Drop;
+    /// Worker: frame could not be shortened
+    DecapAdjust = "decap_adjust", Drop;
+}
+
+impl Reason {
+    /// The reason with this counter, if any.
+    pub fn from_index(index: u32) -> Option<Self> {
+        Self::ALL.get(index as usize).copied()
+    }
+}

@@ -1,0 +1,140 @@
+//! Services: how a packet finds one, and all that choosing a backend for it needs.
+
+use crate::{Address, Be16, limits::RANGES_PER_VIP, map_value};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// IP protocol number of TCP.
+pub const TCP: u8 = 6;
+/// IP protocol number of UDP.
+pub const UDP: u8 = 17;
+
+/// No service at this place.
+pub const NO_SERVICE: u32 = u32::MAX;
+
+/// Key of an exact-port service.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+pub struct ServiceKey {
+    /// The VIP.
+    pub vip: Address,
+    /// Destination port.
+    pub port: Be16,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub pad: u8,
+}
+
+/// Key of a VIP.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+pub struct VipKey {
+    /// The VIP.
+    pub vip: Address,
+}
+
+/// A service that covers a port range. Bounds are inclusive, in host byte order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct PortRange {
+    /// First port.
+    pub first: u16,
+    /// Last port.
+    pub last: u16,
+    /// [`TCP`] or [`UDP`]; 0 in an unused entry.
+    pub protocol: u32,
+    /// Index in `SERVICES`.
+    pub service: u32,
+}
+
+/// What a VIP serves beside its exact ports, and the mark that it is a VIP at all.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Vip {
+    /// Service for any other TCP port, or [`NO_SERVICE`].
+    pub any_tcp: u32,
+    /// Service for any other UDP port, or [`NO_SERVICE`].
+    pub any_udp: u32,
+    /// Used entries of `ranges`.
+    pub range_count: u32,
+    /// Zero.
+    pub pad: u32,
+    /// Ranges; those of one protocol do not overlap.
+    pub ranges: [PortRange; RANGES_PER_VIP],
+}
+
+impl Vip {
+    /// A VIP that serves exact ports only.
+    pub const EMPTY: Self = Self {
+        any_tcp: NO_SERVICE,
+        any_udp: NO_SERVICE,
+        range_count: 0,
+        pad: 0,
+        ranges: [PortRange { first: 0, last: 0, protocol: 0, service: NO_SERVICE }; RANGES_PER_VIP],
+    };
+}
+
+/// Schedulers, as [`ServiceView::scheduler`] holds them.
+pub mod scheduler {
+    /// The slot's primary.
+    pub const MAGLEV: u8 = 0;
+    /// The less loaded of the slot's pair.
+    pub const P2C: u8 = 1;
+}
+
+/// Bits of [`ServiceView::flags`].
+pub mod flags {
+    /// Any flow may be an exception: look the flow table up even where the slot is not marked.
+    pub const TRACK_ALL: u32 = 1 << 0;
+    /// UDP packets are placed by hash alone; no UDP flow is remembered.
+    pub const UDP_STATELESS: u32 = 1 << 1;
+    /// An established flow whose backend is down moves to the slot's primary (whose reset tells the
+    /// client at once); otherwise it stays, in case the verdict was wrong.
+    pub const RESET_ON_DOWN: u32 = 1 << 2;
+}
+
+/// One version of a service. The half of the pair that is not live is where the next is written.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct ServiceView {
+    /// Key of the flow hash (two 64-bit words).
+    pub seed: [u64; 2],
+    /// First slot of the table in `SLOTS`.
+    pub slot_base: u32,
+    /// Slots of the table; 0: the service has no backend at all.
+    pub slot_count: u32,
+    /// See [`flags`].
+    pub flags: u32,
+    /// See [`scheduler`].
+    pub scheduler: u8,
+    /// [`TCP`] or [`UDP`].
+    pub protocol: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+    /// Idle time after which a UDP flow is forgotten, in seconds.
+    pub udp_timeout_s: u32,
+    /// Revision of the desired state that this view was compiled from (low 32 bits), for people.
+    pub revision: u32,
+    /// Zero; room for the previous table of a service whose seed or size changed.
+    pub reserved: [u64; 2],
+}
+
+/// A service. `active` picks the live view, so one aligned store changes all of it at once.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Service {
+    /// 0 or 1: the live view.
+    pub active: u32,
+    /// 1 while the entry belongs to a service.
+    pub used: u32,
+    /// The two views.
+    pub views: [ServiceView; 2],
+    /// Zero; keeps entries on their own cache lines.
+    pub reserved: [u64; 1],
+}
+
+map_value!(ServiceKey, VipKey, PortRange, Vip, ServiceView, Service);

@@ -1,0 +1,54 @@
+//! Slots: one entry of a service's Maglev table, holding a pair of backends.
+
+use crate::map_value;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Bits of a slot's words that hold a backend's index.
+pub const BACKEND_MASK: u32 = (1 << 24) - 1;
+/// "No backend": an index that no backend has.
+pub const NO_BACKEND: u32 = BACKEND_MASK;
+/// In `primary`: flows of this slot may stand in the flow table, so look them up.
+pub const TRACKED: u32 = 1 << 31;
+/// In `secondary`: the slot is in transition; the secondary is its previous primary.
+pub const TRANSITION: u32 = 1 << 31;
+
+/// A pair of backends. One aligned 64-bit store replaces it.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Slot {
+    /// Primary's index, and [`TRACKED`].
+    pub primary: u32,
+    /// Secondary's index, and [`TRANSITION`].
+    pub secondary: u32,
+}
+
+impl Slot {
+    /// A slot without any backend.
+    pub const EMPTY: Self = Self { primary: NO_BACKEND, secondary: NO_BACKEND };
+
+    /// Index of the primary, [`NO_BACKEND`] if none.
+    #[inline(always)]
+    pub const fn primary_index(self) -> u32 {
+        self.primary & BACKEND_MASK
+    }
+
+    /// Index of the secondary, [`NO_BACKEND`] if none.
+    #[inline(always)]
+    pub const fn secondary_index(self) -> u32 {
+        self.secondary & BACKEND_MASK
+    }
+
+    /// Whether flows of this slot may stand in the flow table.
+    #[inline(always)]
+    pub const fn is_tracked(self) -> bool {
+        self.primary & TRACKED != 0
+    }
+
+    /// Whether the slot's primary changed less than the drain time ago.
+    #[inline(always)]
+    pub const fn is_transition(self) -> bool {
+        self.secondary & TRANSITION != 0
+    }
+}
+
+map_value!(Slot);
