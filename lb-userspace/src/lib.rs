@@ -1,1 +1,7 @@
-//! x
+//! The control plane of the balancer: everything behind `lbd` and `lbctl`.
+//!
+//! Inside, pure (no clock, no random source, no I/O; time and seeds are arguments):
+//! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
+//! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
+
+pub mod model;
