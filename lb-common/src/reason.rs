@@ -92,10 +92,6 @@ reasons! {
     FlowPromoted = "flow_promoted", Note;
     /// Backend of a tracked flow is gone; placed as if unknown
     FlowStale = "flow_stale", Note;
-    /// Forwarded out of the interface it came in by
-    Transmitted = "transmitted", Note;
-    /// Forwarded through another interface
-    Redirected = "redirected", Note;
 
     /// Worker: decapsulated from ipip and delivered
     DecapIpip = "decap_ipip", Note;
@@ -113,6 +109,8 @@ reasons! {
     DecapFragment = "decap_fragment", Drop;
     /// Worker: TTL or hop limit used up
     DecapTtl = "decap_ttl", Drop;
+    /// Worker: congestion mark on the outer header of a packet that cannot carry it (RFC 6040)
+    DecapEcn = "decap_ecn", Drop;
     /// Worker: frame could not be shortened
     DecapAdjust = "decap_adjust", Drop;
 }

@@ -1,2 +1,201 @@
-//! x
-fn main() {}
+//! XDP program of an ingress host: maps, and the entry point around `lb_ebpf::ingress`.
+#![no_std]
+#![no_main]
+
+use aya_ebpf::{
+    Global,
+    bindings::{BPF_F_MMAPABLE, xdp_action},
+    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
+    macros::{map, xdp},
+    maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray},
+    programs::XdpContext,
+};
+use aya_log_ebpf::debug;
+use lb_common::{
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    limits, settings::IngressSettings, stats::IcmpBudget,
+};
+use lb_ebpf::{
+    FlowTable, Tables,
+    ingress::{Outcome, process},
+    kernel::{XdpFrame, action},
+};
+
+#[unsafe(no_mangle)]
+static SETTINGS: Global<IngressSettings> = Global::new(IngressSettings::DEFAULT);
+
+#[map]
+static SERVICE_INDEX: HashMap<ServiceKey, u32> = HashMap::with_max_entries(limits::SERVICES, 0);
+#[map]
+static VIPS: HashMap<VipKey, Vip> = HashMap::with_max_entries(limits::VIPS, 0);
+#[map]
+static SERVICES: Array<Service> = Array::with_max_entries(limits::SERVICES, BPF_F_MMAPABLE);
+#[map]
+static SLOTS: Array<Slot> = Array::with_max_entries(limits::SLOTS, BPF_F_MMAPABLE);
+#[map]
+static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map]
+static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::FLOWS, 0);
+#[map]
+static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SYNS, 0);
+#[map]
+static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
+#[map]
+static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
+#[map]
+static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
+#[map]
+static ICMP_BUDGET: PerCpuArray<IcmpBudget> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static EGRESS: DevMapHash = DevMapHash::with_max_entries(limits::EGRESS, 0);
+#[map]
+static ABI: Array<u32> = Array::with_max_entries(1, 0);
+
+/// The maps of this object.
+struct Maps;
+
+impl Maps {
+    #[inline(always)]
+    fn flows(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
+        match table {
+            FlowTable::Flows => &FLOWS,
+            FlowTable::Syns => &SYNS,
+            FlowTable::UdpFlows => &UDP_FLOWS,
+        }
+    }
+}
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        // SAFETY: the entry may be reused for another key only while lbd changes services; an aligned
+        // word is read at once, and the daemon frees no index before a grace period has passed.
+        unsafe { SERVICE_INDEX.get(key).copied() }
+    }
+
+    #[inline(always)]
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        // SAFETY: as above, word by word.
+        unsafe { VIPS.get(key) }
+    }
+
+    #[inline(always)]
+    fn service(&self, index: u32) -> Option<&ServiceView> {
+        let service = SERVICES.get(index)?;
+        // SAFETY: `active` lies in the entry; lbd stores it in one piece after the view is whole.
+        let active = unsafe { core::ptr::read_volatile(&service.active) };
+        Some(if active == 0 { &service.views[0] } else { &service.views[1] })
+    }
+
+    #[inline(always)]
+    fn slot(&self, place: u32) -> Option<Slot> {
+        let slot = SLOTS.get_ptr(place)?;
+        // SAFETY: a Slot is one aligned 64-bit word, which lbd stores in one piece.
+        let word = unsafe { core::ptr::read_volatile(slot.cast::<u64>()) };
+        Some(Slot { primary: word as u32, secondary: (word >> 32) as u32 })
+    }
+
+    #[inline(always)]
+    fn backend(&self, index: u32) -> Option<&Backend> {
+        BACKENDS.get(index)
+    }
+
+    #[inline(always)]
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        // SAFETY: an entry that the LRU reuses meanwhile gives another live flow's backend for this
+        // one packet; each word is whole.
+        unsafe { Self::flows(table).get(key).copied() }
+    }
+
+    #[inline(always)]
+    fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        Self::flows(table).insert(key, flow, 0).is_ok()
+    }
+
+    #[inline(always)]
+    fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32) {
+        if let Some(flow) = Self::flows(table).get_ptr_mut(key) {
+            // SAFETY: the entry stays mapped during the run; single words are written.
+            unsafe {
+                (*flow).last_seen_s = now_s;
+                if flags != 0 {
+                    (*flow).flags |= flags;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn forget(&self, table: FlowTable, key: &FlowKey) {
+        // Absent already is as good.
+        let _ = Self::flows(table).remove(key);
+    }
+
+    #[inline(always)]
+    fn now_s(&self) -> u32 {
+        // SAFETY: no arguments.
+        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason) {
+        if let Some(counter) = REASONS.get_ptr_mut(reason as u32) {
+            // SAFETY: this CPU's own counter, and programs do not preempt each other.
+            unsafe { *counter += 1 };
+        }
+    }
+
+    #[inline(always)]
+    fn account(&self, backend: u32, bytes: u32, new_flow: bool) {
+        if let Some(stats) = BACKEND_STATS.get_ptr_mut(backend) {
+            // SAFETY: as above.
+            unsafe {
+                (*stats).packets += 1;
+                (*stats).bytes += bytes as u64;
+                (*stats).flows += new_flow as u64;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn take_icmp(&self, per_s: u32, burst: u32) -> bool {
+        let Some(budget) = ICMP_BUDGET.get_ptr_mut(0) else { return false };
+        // SAFETY: no arguments.
+        let now_ns = unsafe { bpf_ktime_get_ns() };
+        // SAFETY: as in `count`.
+        let budget = unsafe { &mut *budget };
+        budget.take(now_ns, per_s, burst)
+    }
+}
+
+#[allow(missing_docs, reason = "the attribute adds an undocumented function")]
+/// Balances the packets of one interface.
+#[xdp(frags)]
+pub fn ingress(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    match outcome {
+        Outcome::Forwarded { service, backend } => debug!(&ctx, "service {} backend {}", service, backend),
+        Outcome::Not(reason) => debug!(&ctx, "reason {}", reason as u32),
+    }
+    match action(verdict, &EGRESS) {
+        Ok(action) => action,
+        Err(reason) => {
+            Maps.count(reason);
+            xdp_action::XDP_DROP
+        }
+    }
+}
+
+// Kept in the object so that a loader can compare it before anything runs.
+const _: () = assert!(ABI_VERSION == IngressSettings::DEFAULT.abi_version);
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing here panics; the verifier would refuse the program if this could be reached.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,244 @@
+//! Chooses a packet's backend: slot pairs and just-enough tracking.
+//!
+//! A slot answers by itself unless its flows may be exceptions (it is `TRACKED`: its primary
+//! changed within the drain time, or flows of such a time are still in the flow table). For those:
+//!
+//! - a SYN takes the primary; in a transition that is noted in `SYNS`, because a stateless
+//!   lookup of a later packet would answer with the previous primary;
+//! - the packet that completes the handshake moves the note to `FLOWS`. So a flood of SYNs can push
+//!   out nothing but SYNs;
+//! - an established flow that is in no table was there before the transition began: it belongs to the
+//!   secondary (the previous primary), and this is written down so that a second change keeps it.
+//!
+//! UDP has no SYN, so its flows are remembered from the first packet unless the service is stateless.
+//! Input: [`Tables`], a service's live view, [`Headers`] and the flow's hash. Output: [`Choice`].
+
+use crate::{FlowTable, Tables, hash::slot_of, parse::Headers};
+use lb_common::{
+    Be16, Flow, FlowKey, Reason, ServiceView, Slot, backend,
+    flow::{self, SYN_TIMEOUT_S},
+    service::{UDP, flags},
+    slot::NO_BACKEND,
+};
+
+/// Why a backend was chosen, for `explain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The slot's primary; the slot has no exceptions.
+    Primary,
+    /// The slot's primary, for a new flow of a slot that may have exceptions.
+    NewFlow,
+    /// The slot's primary, for a flow in no table of a slot that may have exceptions.
+    NotTracked,
+    /// The flow table names it.
+    Tracked,
+    /// A recent SYN was placed there.
+    RecentSyn,
+    /// The slot's previous primary, for a flow from before the transition.
+    Previous,
+}
+
+/// A chosen backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Index in `BACKENDS`.
+    pub backend: u32,
+    /// Whether this packet starts a flow.
+    pub is_new: bool,
+    /// Why.
+    pub why: Why,
+}
+
+/// Chooses the backend of a packet.
+#[inline(always)]
+pub fn choose<T: Tables>(
+    tables: &T,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+) -> Result<Choice, Reason> {
+    if view.slot_count == 0 {
+        return Err(Reason::NoBackend);
+    }
+    let slot = tables.slot(view.slot_base + slot_of(hash, view.slot_count)).ok_or(Reason::BrokenTable)?;
+    if headers.protocol == UDP {
+        if view.flags & flags::UDP_STATELESS != 0 {
+            return primary(slot, false, Why::Primary);
+        }
+        return choose_udp(tables, service, view, headers, slot);
+    }
+    if !slot.is_tracked() && view.flags & flags::TRACK_ALL == 0 {
+        return primary(slot, headers.is_syn(), Why::Primary);
+    }
+    let key = flow_key(service, headers);
+    if headers.is_syn() {
+        choose_syn(tables, &key, slot)
+    } else {
+        choose_established(tables, view, headers, &key, slot)
+    }
+}
+
+/// The slot's primary.
+#[inline(always)]
+fn primary(slot: Slot, is_new: bool, why: Why) -> Result<Choice, Reason> {
+    match slot.primary_index() {
+        NO_BACKEND => Err(Reason::NoBackend),
+        backend => Ok(Choice { backend, is_new, why }),
+    }
+}
+
+/// Key of a packet's flow.
+#[inline(always)]
+pub fn flow_key(service: u32, headers: &Headers) -> FlowKey {
+    FlowKey {
+        source: headers.source_address(),
+        source_port: Be16::from_bytes(headers.source_port.to_ne_bytes()),
+        port: Be16::from_bytes(headers.port.to_ne_bytes()),
+        service,
+    }
+}
+
+/// Flags of the backend with this index if it belongs to `service`, else none.
+#[inline(always)]
+fn backend_flags<T: Tables>(tables: &T, index: u32, service: u32) -> Option<u32> {
+    let entry = tables.backend(index)?;
+    if entry.flags & backend::flags::USED == 0 || entry.service != service { None } else { Some(entry.flags) }
+}
+
+/// A SYN of a slot that may have exceptions.
+#[inline(always)]
+fn choose_syn<T: Tables>(tables: &T, key: &FlowKey, slot: Slot) -> Result<Choice, Reason> {
+    let now_s = tables.now_s();
+    let known = tables.flow(FlowTable::Flows, key);
+    // A SYN on a live flow follows it: the worker's stack knows what it means, and nobody can move
+    // a flow by forging one.
+    if let Some(known) = known
+        && known.flags & flow::flags::CLOSING == 0
+        && is_up(backend_flags(tables, known.backend, key.service))
+    {
+        return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
+    }
+    if let Some(recent) = tables.flow(FlowTable::Syns, key)
+        && now_s.wrapping_sub(recent.last_seen_s) <= SYN_TIMEOUT_S
+        && is_up(backend_flags(tables, recent.backend, key.service))
+    {
+        return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
+    }
+    let choice = primary(slot, true, Why::NewFlow)?;
+    if slot.is_transition() || known.is_some() {
+        record(tables, FlowTable::Syns, key, choice.backend, now_s, 0);
+    }
+    Ok(choice)
+}
+
+#[inline(always)]
+fn is_up(backend_flags: Option<u32>) -> bool {
+    matches!(backend_flags, Some(flags) if flags & backend::flags::DOWN == 0)
+}
+
+/// Whether an established flow stays on a backend with these flags.
+#[inline(always)]
+fn keeps(backend_flags: Option<u32>, view: &ServiceView) -> bool {
+    match backend_flags {
+        None => false,
+        Some(f) => f & backend::flags::DOWN == 0 || view.flags & flags::RESET_ON_DOWN == 0,
+    }
+}
+
+/// Any other TCP packet of a slot that may have exceptions.
+#[inline(always)]
+fn choose_established<T: Tables>(
+    tables: &T,
+    view: &ServiceView,
+    headers: &Headers,
+    key: &FlowKey,
+    slot: Slot,
+) -> Result<Choice, Reason> {
+    let now_s = tables.now_s();
+    let end = if headers.is_closing() { flow::flags::CLOSING } else { 0 };
+    let found = |backend, why| Ok(Choice { backend, is_new: false, why });
+    let known = tables.flow(FlowTable::Flows, key);
+    let mut stays = false;
+    if let Some(known) = known {
+        let backend = backend_flags(tables, known.backend, key.service);
+        stays = keeps(backend, view);
+        if is_up(backend) && known.flags & flow::flags::CLOSING == 0 {
+            if known.last_seen_s != now_s || end != 0 {
+                tables.touch(FlowTable::Flows, key, now_s, end);
+            }
+            return found(known.backend, Why::Tracked);
+        }
+    }
+    // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
+    if let Some(recent) = tables.flow(FlowTable::Syns, key)
+        && now_s.wrapping_sub(recent.last_seen_s) <= SYN_TIMEOUT_S
+        && backend_flags(tables, recent.backend, key.service).is_some()
+    {
+        if record(tables, FlowTable::Flows, key, recent.backend, now_s, end) {
+            tables.forget(FlowTable::Syns, key);
+            tables.count(Reason::FlowPromoted);
+        }
+        return found(recent.backend, Why::RecentSyn);
+    }
+    if let Some(known) = known {
+        if stays {
+            return found(known.backend, Why::Tracked);
+        }
+        tables.count(Reason::FlowStale);
+    }
+    if slot.is_transition() && keeps(backend_flags(tables, slot.secondary_index(), key.service), view) {
+        let backend = slot.secondary_index();
+        if record(tables, FlowTable::Flows, key, backend, now_s, end) {
+            tables.count(Reason::FlowPromoted);
+        }
+        return found(backend, Why::Previous);
+    }
+    primary(slot, false, Why::NotTracked)
+}
+
+/// A packet of a tracked UDP service.
+#[inline(always)]
+fn choose_udp<T: Tables>(
+    tables: &T,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    slot: Slot,
+) -> Result<Choice, Reason> {
+    let key = flow_key(service, headers);
+    let now_s = tables.now_s();
+    if let Some(known) = tables.flow(FlowTable::UdpFlows, &key)
+        && now_s.wrapping_sub(known.last_seen_s) <= view.udp_timeout_s
+    {
+        // A client that goes on asking a dead worker would hold the entry for ever: it moves.
+        if is_up(backend_flags(tables, known.backend, service)) {
+            if known.last_seen_s != now_s {
+                tables.touch(FlowTable::UdpFlows, &key, now_s, 0);
+            }
+            return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
+        }
+        tables.count(Reason::FlowStale);
+    }
+    let choice = primary(slot, true, Why::NewFlow)?;
+    record(tables, FlowTable::UdpFlows, &key, choice.backend, now_s, 0);
+    Ok(choice)
+}
+
+/// Writes a flow down; a full table is counted.
+#[inline(always)]
+fn record<T: Tables>(
+    tables: &T,
+    table: FlowTable,
+    key: &FlowKey,
+    backend: u32,
+    now_s: u32,
+    flags: u32,
+) -> bool {
+    let flow = Flow { backend, last_seen_s: now_s, created_s: now_s, flags };
+    let written = tables.record(table, key, &flow);
+    if !written {
+        tables.count(Reason::FlowNotRecorded);
+    }
+    written
+}

@@ -1,0 +1,168 @@
+//! Sends a packet to its backend: checks that it fits, encapsulates, picks the next hop.
+//!
+//! Input: frame, [`Headers`], [`Backend`], flow hash. Output: a [`Verdict`] or the [`Reason`] against it.
+//! Outer headers follow RFC 2003 and RFC 2473 (ipip), draft-ietf-intarea-gue (gue) and RFC 6040 (ECN).
+
+mod outer;
+
+use crate::{
+    Frame, Verdict,
+    parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
+    wire::Gue,
+};
+use lb_common::{Backend, Reason, backend::flags, backend::mode, is_mapped, settings::IngressSettings};
+
+/// UDP and GUE headers.
+pub const GUE_OVERHEAD: usize = 8 + size_of::<Gue>();
+
+/// How to reach a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hop {
+    /// Next hop's MAC: first four bytes, last two.
+    pub next_hop: (u32, u16),
+    /// Egress interface's MAC, likewise.
+    pub egress_mac: (u32, u16),
+    /// VLAN tag to push (network order), 0 for none.
+    pub vlan: u16,
+    /// Egress interface.
+    pub ifindex: u32,
+    /// Largest IP packet, 0 if not known.
+    pub mtu: u32,
+}
+
+/// What the kernel's FIB is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FibQuery {
+    /// Outer source, network order, IPv4 as mapped; zero if the FIB is to choose it.
+    pub source: [u32; 4],
+    /// Outer destination, likewise.
+    pub destination: [u32; 4],
+    /// Whether the outer header is IPv6.
+    pub is_ipv6: bool,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Protocol of the outer header.
+    pub protocol: u8,
+    /// Length of the encapsulated packet.
+    pub len: u32,
+}
+
+/// What it answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FibAnswer {
+    /// The way.
+    pub hop: Hop,
+    /// Outer source, if it was to choose one.
+    pub source: [u32; 4],
+}
+
+/// Lookups in the host's own FIB.
+pub trait Fib {
+    /// The way to a destination; [`Reason::TooBigAnswered`] with the MTU when the packet does not fit.
+    fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)>;
+}
+
+/// Why a packet cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// For this reason.
+    Reason(Reason),
+    /// It would fit with this many bytes, its own IP header included.
+    TooBig(u32),
+}
+
+impl From<Reason> for Refusal {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self::Reason(reason)
+    }
+}
+
+/// Encapsulates a packet for its backend and says where it leaves.
+#[inline(always)]
+pub fn forward<F: Frame + Fib>(
+    frame: &mut F,
+    settings: &IngressSettings,
+    headers: &Headers,
+    backend: &Backend,
+    hash: u64,
+) -> Result<Verdict, Refusal> {
+    let outer_is_ipv6 = !is_mapped(&backend.address);
+    let outer_len = if outer_is_ipv6 { 40 } else { 20 };
+    let overhead = match backend.mode {
+        mode::IPIP => outer_len,
+        mode::GUE => outer_len + GUE_OVERHEAD,
+        _ => return Err(Reason::BadMode.into()),
+    };
+    let mut source = outer::source(backend, hash);
+    let len = headers.ip_len + overhead as u32;
+    let hop = if backend.flags & flags::RESOLVED != 0 {
+        filled_in(backend)
+    } else {
+        let query = FibQuery {
+            source,
+            destination: crate::parse::words(backend.address),
+            is_ipv6: outer_is_ipv6,
+            tos: headers.tos,
+            protocol: outer::protocol(backend, headers),
+            len,
+        };
+        match frame.lookup(&query) {
+            Ok(answer) => {
+                source = answer.source;
+                answer.hop
+            }
+            Err((Reason::TooBigAnswered, mtu)) => return Err(Refusal::TooBig(mtu.saturating_sub(overhead as u32))),
+            Err((reason, _)) => return Err(reason.into()),
+        }
+    };
+    if hop.mtu != 0 && len > hop.mtu {
+        return Err(Refusal::TooBig(hop.mtu.saturating_sub(overhead as u32)));
+    }
+    let l2_len = if hop.vlan == 0 { ETHERNET } else { ETHERNET + VLAN_TAG };
+    if !frame.adjust_head(headers.l2_len as i32 - (l2_len + overhead) as i32) {
+        return Err(Reason::NoHeadroom.into());
+    }
+    let kind = if outer_is_ipv6 { ETH_IPV6 } else { ETH_IPV4 };
+    let mut packet = frame.packet();
+    // One call per length, so that all offsets are constants.
+    let written = if hop.vlan == 0 {
+        write_ethernet(&mut packet, &hop)
+            && packet.write(12, kind.to_be())
+            && outer::write(&mut packet, ETHERNET, settings, headers, backend, source, hash)
+    } else {
+        write_ethernet(&mut packet, &hop)
+            && packet.write(12, [ETH_VLAN.to_be(), hop.vlan])
+            && packet.write(16, kind.to_be())
+            && outer::write(&mut packet, ETHERNET + VLAN_TAG, settings, headers, backend, source, hash)
+    };
+    if !written {
+        return Err(Reason::NoHeadroom.into());
+    }
+    if hop.ifindex == frame.ifindex() { Ok(Verdict::Transmit) } else { Ok(Verdict::Redirect(hop.ifindex)) }
+}
+
+/// The next hop that the daemon filled in.
+#[inline(always)]
+fn filled_in(backend: &Backend) -> Hop {
+    let words: &[u64; 8] = zerocopy::transmute_ref!(backend);
+    // Words 4 and 5 hold a MAC and 16 bits each. The BPF target is little-endian.
+    let mac = |word: u64| (word as u32, (word >> 32) as u16);
+    Hop {
+        next_hop: mac(words[4].to_le()),
+        egress_mac: mac(words[5].to_le()),
+        vlan: (words[5].to_le() >> 48) as u16,
+        ifindex: backend.ifindex,
+        mtu: (words[4].to_le() >> 48) as u32,
+    }
+}
+
+#[inline(always)]
+fn write_ethernet(packet: &mut Packet, hop: &Hop) -> bool {
+    packet.write(0, hop.next_hop.0)
+        && packet.write(4, hop.next_hop.1)
+        && packet.write(6, hop.egress_mac.0)
+        && packet.write(10, hop.egress_mac.1)
+}
+
+use crate::Packet;

@@ -1,0 +1,94 @@
+//! An ingress host's way for a packet, from frame to verdict.
+//!
+//! Called by `bin/ingress.rs` in the kernel and by tests and fuzzers natively.
+
+use crate::{
+    Frame, Tables, Verdict, choose::choose,
+    forward::{Fib, Refusal, forward},
+    hash::flow_hash, icmp,
+    parse::{Headers, parse},
+    service::lookup_service,
+};
+use lb_common::{Reason, backend::flags, settings::IngressSettings};
+
+/// What was found out about a packet on its way, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Forwarded to this backend (index) of this service (index).
+    Forwarded {
+        /// Service.
+        service: u32,
+        /// Backend.
+        backend: u32,
+    },
+    /// Not forwarded, for this reason.
+    Not(Reason),
+}
+
+/// Decides a packet's fate and carries it out on the frame.
+#[inline(always)]
+pub fn process<F: Frame + Fib, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> (Verdict, Outcome) {
+    let headers = match parse(frame, settings) {
+        Ok(headers) => headers,
+        Err(reason) => return refuse(tables, reason),
+    };
+    match balance(frame, tables, settings, &headers) {
+        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
+        Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &headers, mtu)),
+    }
+}
+
+#[inline(always)]
+fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
+    tables.count(reason);
+    (Verdict::of(reason), Outcome::Not(reason))
+}
+
+/// Service, backend, forwarding, counters.
+#[inline(always)]
+fn balance<F: Frame + Fib, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    headers: &Headers,
+) -> Result<(Verdict, u32, u32), Refusal> {
+    let (service, _) = lookup_service(tables, headers)?;
+    let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    let hash = flow_hash(view.seed, headers);
+    let choice = choose(tables, service, view, headers, hash)?;
+    let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
+    if backend.flags & flags::USED == 0 {
+        return Err(Reason::BrokenTable.into());
+    }
+    if backend.flags & flags::RESOLVED == 0 {
+        tables.count(Reason::FibLookup);
+    }
+    let verdict = forward(frame, settings, headers, backend, hash)?;
+    if settings.stats != 0 {
+        tables.account(choice.backend, headers.ip_len, choice.is_new);
+    }
+    Ok((verdict, service, choice.backend))
+}
+
+/// Answers a packet that is too big, within the budget.
+#[inline(always)]
+fn too_big<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    headers: &Headers,
+    mtu: u32,
+) -> Reason {
+    if settings.icmp_per_s == 0 || !tables.take_icmp(settings.icmp_per_s, settings.icmp_burst) {
+        return Reason::TooBigDropped;
+    }
+    match icmp::answer_too_big(frame, headers, mtu) {
+        Ok(()) => Reason::TooBigAnswered,
+        Err(reason) => reason,
+    }
+}

@@ -1,0 +1,142 @@
+//! The kernel's side of the traits: BPF maps, helpers, the XDP buffer. Used by `src/bin` only.
+
+use crate::{
+    Frame, Packet, Verdict,
+    forward::{Fib, FibAnswer, FibQuery, Hop},
+};
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{self, bpf_fib_lookup as FibLookup, xdp_action},
+    helpers,
+    maps::DevMapHash,
+    programs::XdpContext,
+};
+use lb_common::Reason;
+
+/// An XDP buffer.
+pub struct XdpFrame<'a> {
+    ctx: &'a XdpContext,
+}
+
+impl<'a> XdpFrame<'a> {
+    /// The frame of this run.
+    #[inline(always)]
+    pub fn new(ctx: &'a XdpContext) -> Self {
+        Self { ctx }
+    }
+}
+
+impl Frame for XdpFrame<'_> {
+    #[inline(always)]
+    fn packet(&self) -> Packet {
+        // SAFETY: the kernel gives the bounds of the buffer, which this run owns; the verifier
+        // refuses a window that is used after an end has moved.
+        unsafe { Packet::new(self.ctx.data(), self.ctx.data_end()) }
+    }
+
+    #[inline(always)]
+    fn total_len(&self) -> usize {
+        // SAFETY: the context is valid during the run.
+        unsafe { helpers::generated::bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
+    }
+
+    #[inline(always)]
+    fn adjust_head(&mut self, delta: i32) -> bool {
+        // SAFETY: the context is valid during the run.
+        unsafe { helpers::generated::bpf_xdp_adjust_head(self.ctx.ctx, delta) == 0 }
+    }
+
+    #[inline(always)]
+    fn adjust_tail(&mut self, delta: i32) -> bool {
+        // SAFETY: the context is valid during the run.
+        delta == 0 || unsafe { helpers::generated::bpf_xdp_adjust_tail(self.ctx.ctx, delta) == 0 }
+    }
+
+    #[inline(always)]
+    fn sum<const N: usize>(&self, offset: usize) -> Option<u32> {
+        let from = self.packet().pointer::<N>(offset)?;
+        // SAFETY: `pointer` checked the N bytes; the helper only reads them.
+        let sum = unsafe {
+            helpers::generated::bpf_csum_diff(core::ptr::null_mut(), 0, from.cast(), N as u32, 0)
+        };
+        if sum < 0 { None } else { Some(sum as u32) }
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.ctx.ingress_ifindex() as u32
+    }
+}
+
+impl Fib for XdpFrame<'_> {
+    /// `bpf_fib_lookup`, never inlined: it is the slow path and needs 64 bytes of stack.
+    #[inline(never)]
+    fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
+        const AF_INET: u8 = 2;
+        const AF_INET6: u8 = 10;
+        // SAFETY: plain integers, for which zero is a value.
+        let mut params: FibLookup = unsafe { core::mem::zeroed() };
+        params.family = if query.is_ipv6 { AF_INET6 } else { AF_INET };
+        params.l4_protocol = query.protocol;
+        params.__bindgen_anon_1.tot_len = query.len as u16;
+        params.ifindex = self.ifindex();
+        if query.is_ipv6 {
+            params.__bindgen_anon_3.ipv6_src = query.source;
+            params.__bindgen_anon_4.ipv6_dst = query.destination;
+        } else {
+            params.__bindgen_anon_2.tos = query.tos;
+            params.__bindgen_anon_3.ipv4_src = query.source[3];
+            params.__bindgen_anon_4.ipv4_dst = query.destination[3];
+        }
+        let chooses = query.source[3] == 0 && query.source[0] == 0;
+        let flags = if chooses { bindings::BPF_FIB_LOOKUP_SRC } else { 0 };
+        // SAFETY: context and parameters are valid, and the size is theirs.
+        let answer = unsafe {
+            helpers::generated::bpf_fib_lookup(
+                self.ctx.as_ptr(),
+                &mut params,
+                size_of::<FibLookup>() as i32,
+                flags,
+            )
+        };
+        match answer as u32 {
+            bindings::BPF_FIB_LKUP_RET_SUCCESS => {}
+            bindings::BPF_FIB_LKUP_RET_NO_NEIGH => return Err((Reason::NoNeighbour, 0)),
+            bindings::BPF_FIB_LKUP_RET_FRAG_NEEDED => {
+                // SAFETY: the helper has written the MTU here.
+                return Err((Reason::TooBigAnswered, unsafe { params.__bindgen_anon_1.mtu_result } as u32));
+            }
+            _ => return Err((Reason::NoRoute, 0)),
+        }
+        let mac = |m: &[u8; 6]| (u32::from_ne_bytes([m[0], m[1], m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]]));
+        let hop = Hop {
+            next_hop: mac(&params.dmac),
+            egress_mac: mac(&params.smac),
+            vlan: 0,
+            ifindex: params.ifindex,
+            mtu: 0,
+        };
+        // SAFETY: both members of each union are plain integers.
+        let source = unsafe {
+            if !chooses {
+                query.source
+            } else if query.is_ipv6 {
+                params.__bindgen_anon_3.ipv6_src
+            } else {
+                crate::parse::mapped(params.__bindgen_anon_3.ipv4_src)
+            }
+        };
+        Ok(FibAnswer { hop, source })
+    }
+}
+
+/// The XDP action of a verdict.
+#[inline(always)]
+pub fn action(verdict: Verdict, egress: &DevMapHash) -> Result<u32, Reason> {
+    match verdict {
+        Verdict::Pass => Ok(xdp_action::XDP_PASS),
+        Verdict::Drop => Ok(xdp_action::XDP_DROP),
+        Verdict::Transmit => Ok(xdp_action::XDP_TX),
+        Verdict::Redirect(ifindex) => egress.redirect(ifindex, 0).map_err(|_| Reason::NoEgress),
+    }
+}

@@ -1,0 +1,130 @@
+//! The only place where packet memory is read or written.
+//!
+//! [`Packet`] is a window on a frame's linear part; each access is checked against its end, which is
+//! also what the kernel's verifier wants to see. [`Frame`] owns the window and can move its ends.
+
+/// Longest offset that an access may have. The verifier needs a bound on variable offsets.
+pub const MAX_OFFSET: usize = 0x3ff;
+
+/// A type that any bytes make a valid value of, and that has no padding.
+///
+/// # Safety
+/// Implement it only for integers, arrays of them, and `repr(C)` structs of them without padding.
+pub unsafe trait Bytes: Copy {}
+
+// SAFETY: plain integers and arrays of them.
+unsafe impl Bytes for u8 {}
+// SAFETY: as above.
+unsafe impl Bytes for u16 {}
+// SAFETY: as above.
+unsafe impl Bytes for u32 {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Bytes for [u8; N] {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Bytes for [u16; N] {}
+// SAFETY: as above.
+unsafe impl<const N: usize> Bytes for [u32; N] {}
+
+/// A window on packet memory.
+#[derive(Clone, Copy)]
+pub struct Packet {
+    start: usize,
+    end: usize,
+}
+
+impl Packet {
+    /// A window from `start` up to `end`.
+    ///
+    /// # Safety
+    /// Both are the bounds of one allocation (or of an XDP buffer) that outlives the window's use and
+    /// is not otherwise accessed meanwhile.
+    #[inline(always)]
+    pub const unsafe fn new(start: usize, end: usize) -> Self {
+        Self { start, end }
+    }
+
+    /// Length in bytes.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        // The barrier keeps LLVM from turning this into 32-bit pointer arithmetic, which the
+        // verifier refuses (seen on 6.18).
+        core::hint::black_box(self.end - self.start)
+    }
+
+    /// Whether the window is empty.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// Address of `size` bytes at `offset`, if they lie inside.
+    #[inline(always)]
+    fn at(&self, offset: usize, size: usize) -> Option<usize> {
+        if offset > MAX_OFFSET {
+            return None;
+        }
+        let place = self.start + offset;
+        if place + size > self.end { None } else { Some(place) }
+    }
+
+    /// The `T` at `offset` (any alignment), in the packet's byte order.
+    #[inline(always)]
+    pub fn read<T: Bytes>(&self, offset: usize) -> Option<T> {
+        let place = self.at(offset, size_of::<T>())? as *const T;
+        // SAFETY: `at` checked the bounds, `new` promises that the memory is ours, and any bytes are
+        // a valid T. On BPF a plain read is one load where read_unaligned would become one per byte;
+        // the kernels that offer XDP take unaligned packet access.
+        #[cfg(target_arch = "bpf")]
+        let value = unsafe { place.read() };
+        // SAFETY: as above.
+        #[cfg(not(target_arch = "bpf"))]
+        let value = unsafe { place.read_unaligned() };
+        Some(value)
+    }
+
+    /// Writes `value` at `offset` (any alignment); false if it does not fit.
+    #[inline(always)]
+    #[must_use]
+    pub fn write<T: Bytes>(&mut self, offset: usize, value: T) -> bool {
+        let Some(place) = self.at(offset, size_of::<T>()) else { return false };
+        let place = place as *mut T;
+        // SAFETY: as in `read`.
+        #[cfg(target_arch = "bpf")]
+        unsafe {
+            place.write(value);
+        }
+        // SAFETY: as in `read`.
+        #[cfg(not(target_arch = "bpf"))]
+        unsafe {
+            place.write_unaligned(value);
+        }
+        true
+    }
+
+    /// Address of `N` bytes at `offset` for a kernel helper, if they lie inside.
+    #[inline(always)]
+    pub fn pointer<const N: usize>(&self, offset: usize) -> Option<*mut u8> {
+        self.at(offset, N).map(|place| place as *mut u8)
+    }
+}
+
+/// A frame whose ends can be moved, and that knows what is around it.
+pub trait Frame {
+    /// The linear part. Moving an end makes older windows invalid.
+    fn packet(&self) -> Packet;
+
+    /// Whole length, parts outside the linear one included.
+    fn total_len(&self) -> usize;
+
+    /// Moves the start by `delta` bytes: negative makes room in front. False if there is no room.
+    fn adjust_head(&mut self, delta: i32) -> bool;
+
+    /// Moves the end by `delta` bytes: negative cuts off. False if it cannot.
+    fn adjust_tail(&mut self, delta: i32) -> bool;
+
+    /// One's complement sum (RFC 1071, not folded) of `N` bytes at `offset`; N a multiple of 4, at most 512.
+    fn sum<const N: usize>(&self, offset: usize) -> Option<u32>;
+
+    /// Interface that it came in by.
+    fn ifindex(&self) -> u32;
+}

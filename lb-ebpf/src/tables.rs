@@ -1,0 +1,45 @@
+//! The maps as the packet code sees them. Implemented over BPF maps in the kernel, over hash maps in
+//! tests, and over the live maps, read-only, for `explain`.
+
+use lb_common::{Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey};
+
+/// The three flow tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FlowTable {
+    /// Established TCP flows that the stateless answer would misplace.
+    Flows,
+    /// Recent SYN choices that the stateless answer would not repeat.
+    Syns,
+    /// UDP flows.
+    UdpFlows,
+}
+
+/// The maps and the clock.
+pub trait Tables {
+    /// Index of the service with this exact port.
+    fn service_index(&self, key: &ServiceKey) -> Option<u32>;
+    /// What else this VIP serves.
+    fn vip(&self, key: &VipKey) -> Option<&Vip>;
+    /// Live view of a service.
+    fn service(&self, index: u32) -> Option<&ServiceView>;
+    /// A slot, by its place in the map of all slots.
+    fn slot(&self, place: u32) -> Option<Slot>;
+    /// A backend.
+    fn backend(&self, index: u32) -> Option<&Backend>;
+    /// A remembered flow.
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
+    /// Remembers a flow, replacing what was known of it. False if there is no room.
+    fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool;
+    /// Notes in place that a remembered flow was seen now, and these further flag bits.
+    fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32);
+    /// Forgets a flow.
+    fn forget(&self, table: FlowTable, key: &FlowKey);
+    /// Seconds of the boot clock.
+    fn now_s(&self) -> u32;
+    /// Adds one to a reason's counter.
+    fn count(&self, reason: Reason);
+    /// Adds a forwarded packet of `bytes` to a backend's counters.
+    fn account(&self, backend: u32, bytes: u32, new_flow: bool);
+    /// Takes one message from the budget for generated ICMP; false when it is used up.
+    fn take_icmp(&self, per_s: u32, burst: u32) -> bool;
+}
