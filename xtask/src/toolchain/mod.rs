@@ -1,0 +1,2 @@
+//! The tool chains beyond stable Rust that the build needs.
+pub mod bpf;
