@@ -1,2 +1,30 @@
-//! x
-fn main() {}
+//! `cargo xtask`: the one entry for people. Set-up, demo, tests, release files.
+//!
+//! In: a command line. Out: what the command promises, or a non-zero exit code
+//! and one line that says what to do. Each command has a file of its own.
+
+use clap::{Parser, Subcommand};
+
+mod setup;
+mod shell;
+mod toolchain;
+
+/// Set-up, demo, tests and release files of the load balancer.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what is missing on this machine; a second run changes nothing.
+    Setup(setup::Options),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Setup(options) => setup::run(&options),
+    }
+}

@@ -1,0 +1,63 @@
+//! The ready-made programs that the demo and the tests run.
+
+use anyhow::{Result, bail};
+
+use super::apt;
+use crate::shell;
+
+/// A program, and the packages that bring it: the first set on offer is taken.
+struct Wanted {
+    program: &'static str,
+    packages: &'static [&'static [&'static str]],
+}
+
+const fn one(program: &'static str, packages: &'static [&'static [&'static str]]) -> Wanted {
+    Wanted { program, packages }
+}
+
+const WANTED: [Wanted; 9] = [
+    one("cc", &[&["gcc", "libc6-dev"]]),
+    one("curl", &[&["curl", "ca-certificates"]]),
+    one("ip", &[&["iproute2"]]),
+    one("ethtool", &[&["ethtool"]]),
+    one("nginx", &[&["nginx-light"], &["nginx"]]),
+    one("iperf3", &[&["iperf3"]]),
+    one("wrk", &[&["wrk"]]),
+    one("bpftool", &[&["bpftool"], &["linux-tools-common", "linux-tools-generic"]]),
+    one("nsenter", &[&["util-linux"]]),
+];
+
+/// Installs the packages of every program that is not there yet.
+pub fn install() -> Result<String> {
+    let missing = missing();
+    if missing.is_empty() {
+        return Ok(format!("all {} found", WANTED.len()));
+    }
+    if !apt::is_there() {
+        let names: Vec<&str> = missing.iter().map(|wanted| wanted.program).collect();
+        bail!("{} not found and no apt here: install them with your package manager", names.join(", "));
+    }
+    apt::refresh()?;
+    let mut packages = Vec::new();
+    let mut unknown = Vec::new();
+    for wanted in &missing {
+        match wanted.packages.iter().find(|set| set.iter().all(|package| apt::offers(package))) {
+            Some(set) => packages.extend_from_slice(set),
+            None => unknown.push(wanted.program),
+        }
+    }
+    if !packages.is_empty() {
+        apt::install(&packages)?;
+    }
+    if !unknown.is_empty() {
+        bail!("no package on offer for {}: add a package source that has it", unknown.join(", "));
+    }
+    match self::missing().as_slice() {
+        [] => Ok(format!("installed {}", packages.join(", "))),
+        [first, ..] => bail!("{} is still not found although {packages:?} were installed", first.program),
+    }
+}
+
+fn missing() -> Vec<&'static Wanted> {
+    WANTED.iter().filter(|wanted| shell::which(wanted.program).is_none()).collect()
+}
