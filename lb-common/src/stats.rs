@@ -30,7 +30,8 @@ impl IcmpBudget {
     #[inline(always)]
     pub fn take(&mut self, now_ns: u64, per_s: u32, burst: u32) -> bool {
         let ns_per_message = 1_000_000_000 / if per_s == 0 { 1 } else { per_s as u64 };
-        let earned = now_ns.wrapping_sub(self.refilled_ns) / if ns_per_message == 0 { 1 } else { ns_per_message };
+        let earned =
+            now_ns.wrapping_sub(self.refilled_ns) / if ns_per_message == 0 { 1 } else { ns_per_message };
         if earned != 0 {
             self.refilled_ns = now_ns;
             let tokens = self.tokens.saturating_add(earned);

@@ -3,9 +3,11 @@
 //! Called by `bin/ingress.rs` in the kernel and by tests and fuzzers natively.
 
 use crate::{
-    Frame, Tables, Verdict, choose::choose,
+    Frame, Tables, Verdict,
+    choose::choose,
     forward::{Fib, Refusal, forward},
-    hash::flow_hash, icmp,
+    hash::flow_hash,
+    icmp,
     parse::{Headers, parse},
     service::lookup_service,
 };

@@ -56,9 +56,8 @@ impl Frame for XdpFrame<'_> {
     fn sum<const N: usize>(&self, offset: usize) -> Option<u32> {
         let from = self.packet().pointer::<N>(offset)?;
         // SAFETY: `pointer` checked the N bytes; the helper only reads them.
-        let sum = unsafe {
-            helpers::generated::bpf_csum_diff(core::ptr::null_mut(), 0, from.cast(), N as u32, 0)
-        };
+        let sum =
+            unsafe { helpers::generated::bpf_csum_diff(core::ptr::null_mut(), 0, from.cast(), N as u32, 0) };
         if sum < 0 { None } else { Some(sum as u32) }
     }
 
@@ -108,7 +107,8 @@ impl Fib for XdpFrame<'_> {
             }
             _ => return Err((Reason::NoRoute, 0)),
         }
-        let mac = |m: &[u8; 6]| (u32::from_ne_bytes([m[0], m[1], m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]]));
+        let mac =
+            |m: &[u8; 6]| (u32::from_ne_bytes([m[0], m[1], m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]]));
         let hop = Hop {
             next_hop: mac(&params.dmac),
             egress_mac: mac(&params.smac),

@@ -7,7 +7,11 @@ use crate::{
     packet::{Frame, Packet},
     wire::{Extension, Ipv4, Ipv6, Tcp, Udp},
 };
-use lb_common::{Address, Reason, service::{TCP, UDP}, settings::IngressSettings};
+use lb_common::{
+    Address, Reason,
+    service::{TCP, UDP},
+    settings::IngressSettings,
+};
 
 /// Ethernet header without tags.
 pub const ETHERNET: usize = 14;

@@ -1,7 +1,11 @@
 //! Which service a packet belongs to: exact port, then port range, then any port.
 
 use crate::{Tables, parse::Headers};
-use lb_common::{Be16, Reason, ServiceKey, Vip, VipKey, limits::RANGES_PER_VIP, service::{NO_SERVICE, TCP}};
+use lb_common::{
+    Be16, Reason, ServiceKey, Vip, VipKey,
+    limits::RANGES_PER_VIP,
+    service::{NO_SERVICE, TCP},
+};
 
 /// How a service was found, for `explain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,3 +5,4 @@
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
 pub mod model;
+pub mod objects;

@@ -1,6 +1,7 @@
 //! XDP program of a worker: maps, and the entry point around `lb_ebpf::decap`.
 #![no_std]
 #![no_main]
+#![allow(missing_docs, reason = "the xdp attribute adds an undocumented function")]
 
 use aya_ebpf::{
     Global,
@@ -52,7 +53,6 @@ impl DecapTables for Maps {
     }
 }
 
-#[allow(missing_docs, reason = "the attribute adds an undocumented function")]
 /// Decapsulates what arrives on one interface.
 #[xdp(frags)]
 pub fn decap(ctx: XdpContext) -> u32 {

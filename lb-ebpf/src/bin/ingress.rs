@@ -1,6 +1,7 @@
 //! XDP program of an ingress host: maps, and the entry point around `lb_ebpf::ingress`.
 #![no_std]
 #![no_main]
+#![allow(missing_docs, reason = "the xdp attribute adds an undocumented function")]
 
 use aya_ebpf::{
     Global,
@@ -12,8 +13,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
-    limits, settings::IngressSettings, stats::IcmpBudget,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip,
+    VipKey, limits, settings::IngressSettings, stats::IcmpBudget,
 };
 use lb_ebpf::{
     FlowTable, Tables,
@@ -168,7 +169,6 @@ impl Tables for Maps {
     }
 }
 
-#[allow(missing_docs, reason = "the attribute adds an undocumented function")]
 /// Balances the packets of one interface.
 #[xdp(frags)]
 pub fn ingress(ctx: XdpContext) -> u32 {

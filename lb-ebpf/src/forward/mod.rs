@@ -112,7 +112,9 @@ pub fn forward<F: Frame + Fib>(
                 source = answer.source;
                 answer.hop
             }
-            Err((Reason::TooBigAnswered, mtu)) => return Err(Refusal::TooBig(mtu.saturating_sub(overhead as u32))),
+            Err((Reason::TooBigAnswered, mtu)) => {
+                return Err(Refusal::TooBig(mtu.saturating_sub(overhead as u32)));
+            }
             Err((reason, _)) => return Err(reason.into()),
         }
     };

@@ -84,11 +84,19 @@ pub fn write(
 
 /// Outer IPv4 header. It is atomic (RFC 6864: don't fragment, so its id means nothing).
 #[inline(always)]
-fn ipv4(settings: &IngressSettings, tos: u8, payload: u16, protocol: u8, source: u32, destination: u32) -> Ipv4 {
+fn ipv4(
+    settings: &IngressSettings,
+    tos: u8,
+    payload: u16,
+    protocol: u8,
+    source: u32,
+    destination: u32,
+) -> Ipv4 {
     let total_len = payload + 20;
     let ttl = settings.outer_ttl;
     // Sum in host order of the 16-bit words; one's complement does not mind the order (RFC 1071).
-    let sum = 0x4500 + tos as u64
+    let sum = 0x4500
+        + tos as u64
         + total_len as u64
         + 0x4000
         + ((ttl as u64) << 8 | protocol as u64)
@@ -111,7 +119,14 @@ fn ipv4(settings: &IngressSettings, tos: u8, payload: u16, protocol: u8, source:
 /// UDP and GUE. The source port varies by flow within the dynamic range (RFC 6335). No UDP checksum:
 /// the inner packet has its own (RFC 6935 allows that for tunnels over IPv6 too).
 #[inline(always)]
-fn write_gue(packet: &mut Packet, at: usize, headers: &Headers, backend: &Backend, len: u16, hash: u64) -> bool {
+fn write_gue(
+    packet: &mut Packet,
+    at: usize,
+    headers: &Headers,
+    backend: &Backend,
+    len: u16,
+    hash: u64,
+) -> bool {
     let udp = Udp {
         source_port: (0xc000 | (hash as u16 & 0x3fff)).to_be(),
         port: u16::from_ne_bytes(backend.port.to_bytes()),

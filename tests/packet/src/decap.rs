@@ -1,0 +1,69 @@
+//! The `decap` program under test.
+
+use crate::Run;
+use anyhow::{Context, Result};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{HashMap, PerCpuArray},
+    programs::{TestRun, TestRunOptions, Xdp},
+};
+use lb_common::{Address, Reason, names, settings::DecapSettings};
+
+/// The loaded program and its maps.
+pub struct Decap {
+    bpf: Ebpf,
+}
+
+impl Decap {
+    /// Loads the program; it accepts encapsulated packets to `ours` and serves `vips`.
+    pub fn load(settings: DecapSettings, ours: &[Address], vips: &[Address]) -> Result<Self> {
+        Self::load_with(settings, 0, ours, vips)
+    }
+
+    /// The same with a log level.
+    pub fn load_with(
+        settings: DecapSettings,
+        log_level: u8,
+        ours: &[Address],
+        vips: &[Address],
+    ) -> Result<Self> {
+        let mut bpf = EbpfLoader::new()
+            .override_global(names::SETTINGS, &settings, true)
+            .override_global(names::LOG_LEVEL, &log_level, true)
+            .load(lb_userspace::objects::DECAP)
+            .context("load the decap object")?;
+        let program: &mut Xdp = bpf.program_mut(names::PROGRAM_DECAP).context("program")?.try_into()?;
+        program.load().context("the verifier refused the decap program")?;
+        for (map, addresses) in [(names::DECAP_ADDRESSES, ours), (names::DECAP_VIPS, vips)] {
+            let mut map: HashMap<_, Address, u32> = HashMap::try_from(bpf.map_mut(map).context("map")?)?;
+            for address in addresses {
+                map.insert(address, 1, 0)?;
+            }
+        }
+        Ok(Self { bpf })
+    }
+
+    /// The program, for its figures.
+    pub fn program(&self) -> &Xdp {
+        self.bpf.program(names::PROGRAM_DECAP).and_then(|p| p.try_into().ok()).expect("loaded in `load`")
+    }
+
+    /// Runs one packet through the program.
+    pub fn run(&self, packet: &[u8]) -> Result<Run> {
+        let mut out = vec![0; packet.len() + 512];
+        let result = self.program().test_run(TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ..TestRunOptions::default()
+        })?;
+        out.truncate(result.data_size_out as usize);
+        Ok(Run { verdict: result.return_value, packet: out })
+    }
+
+    /// A reason's counter over all CPUs.
+    pub fn count(&self, reason: Reason) -> u64 {
+        let counts: PerCpuArray<_, u64> =
+            PerCpuArray::try_from(self.bpf.map(names::REASONS).expect("map")).expect("its type");
+        counts.get(&(reason as u32), 0).expect("in range").iter().sum()
+    }
+}

@@ -1,0 +1,190 @@
+//! The `ingress` program under test.
+
+use anyhow::{Context, Result};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMapHash},
+    programs::{TestRun, TestRunOptions, Xdp},
+};
+use lb_common::{
+    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
+    service::flags, settings::IngressSettings,
+};
+
+/// What a run left behind.
+#[derive(Debug)]
+pub struct Run {
+    /// XDP verdict.
+    pub verdict: u32,
+    /// The packet afterwards.
+    pub packet: Vec<u8>,
+}
+
+/// A slot's pair for [`Ingress::service`].
+#[derive(Clone, Copy, Debug)]
+pub enum Pair {
+    /// Primary only.
+    Stable(u32),
+    /// Primary, and the previous primary.
+    Transition(u32, u32),
+    /// Primary only, but its flows may be in the flow table.
+    Tracked(u32),
+    /// No backend.
+    Empty,
+}
+
+impl Pair {
+    fn slot(self) -> Slot {
+        use lb_common::slot::{NO_BACKEND, TRACKED, TRANSITION};
+        match self {
+            Self::Stable(p) => Slot { primary: p, secondary: NO_BACKEND },
+            Self::Transition(p, s) => Slot { primary: p | TRACKED, secondary: s | TRANSITION },
+            Self::Tracked(p) => Slot { primary: p | TRACKED, secondary: NO_BACKEND },
+            Self::Empty => Slot::EMPTY,
+        }
+    }
+}
+
+/// The loaded program and its maps.
+pub struct Ingress {
+    bpf: Ebpf,
+}
+
+impl Ingress {
+    /// Loads the program with small maps.
+    pub fn load(settings: IngressSettings) -> Result<Self> {
+        Self::load_with(settings, 0)
+    }
+
+    /// The same with a log level.
+    pub fn load_with(settings: IngressSettings, log_level: u8) -> Result<Self> {
+        let mut loader = EbpfLoader::new();
+        loader
+            .override_global(names::SETTINGS, &settings, true)
+            .override_global(names::LOG_LEVEL, &log_level, true)
+            .map_max_entries(names::SLOTS, 65_536)
+            .map_max_entries(names::SERVICES, 64)
+            .map_max_entries(names::BACKENDS, 256)
+            .map_max_entries(names::BACKEND_STATS, 256);
+        for flows in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
+            loader.map_max_entries(flows, 65_536);
+        }
+        let mut bpf = loader.load(lb_userspace::objects::INGRESS).context("load the ingress object")?;
+        let program: &mut Xdp = bpf.program_mut(names::PROGRAM_INGRESS).context("program")?.try_into()?;
+        program.load().context("the verifier refused the ingress program")?;
+        Ok(Self { bpf })
+    }
+
+    /// The program, for its figures.
+    pub fn program(&self) -> &Xdp {
+        self.bpf.program(names::PROGRAM_INGRESS).and_then(|p| p.try_into().ok()).expect("loaded in `load`")
+    }
+
+    /// Runs one packet through the program.
+    pub fn run(&self, packet: &[u8]) -> Result<Run> {
+        let mut out = vec![0; packet.len() + 512];
+        let result = self.program().test_run(TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ..TestRunOptions::default()
+        })?;
+        out.truncate(result.data_size_out as usize);
+        Ok(Run { verdict: result.return_value, packet: out })
+    }
+
+    fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> M
+    where
+        M::Error: std::fmt::Debug,
+    {
+        M::try_from(self.bpf.map_mut(name).expect("map of lb_common::names")).expect("its type")
+    }
+
+    /// Writes an exact-port service at `index` whose slots all hold `pairs`, repeated.
+    pub fn service(&mut self, index: u32, key: ServiceKey, pairs: &[Pair], view: ServiceView) {
+        let slot_count = if pairs.is_empty() { 0 } else { 251 };
+        let slot_base = index * 1_024;
+        {
+            let mut slots: Array<&mut MapData, Slot> = self.map(names::SLOTS);
+            for i in 0..slot_count {
+                slots.set(slot_base + i, pairs[i as usize % pairs.len()].slot(), 0).expect("in range");
+            }
+        }
+        let view = ServiceView { slot_base, slot_count, protocol: key.protocol, ..view };
+        let other = ServiceView { slot_base: u32::MAX, slot_count: 1, ..view };
+        let service = Service { active: 1, used: 1, views: [other, view], reserved: [0] };
+        let mut services: Array<&mut MapData, Service> = self.map(names::SERVICES);
+        services.set(index, service, 0).expect("in range");
+        if u16::from(key.port) != 0 {
+            let mut keys: HashMap<&mut MapData, ServiceKey, u32> = self.map(names::SERVICE_INDEX);
+            keys.insert(key, index, 0).expect("room");
+        }
+        self.vip(key.vip, Vip::EMPTY);
+    }
+
+    /// A view with the usual settings.
+    pub fn view() -> ServiceView {
+        ServiceView { seed: [0x1234_5678, 0x9abc_def0], udp_timeout_s: 60, ..ServiceView::default() }
+    }
+
+    /// The same for a UDP service without memory.
+    pub fn stateless_view() -> ServiceView {
+        ServiceView { flags: flags::UDP_STATELESS, ..Self::view() }
+    }
+
+    /// Writes what else a VIP serves.
+    pub fn vip(&mut self, vip: lb_common::Address, value: Vip) {
+        let mut vips: HashMap<&mut MapData, VipKey, Vip> = self.map(names::VIPS);
+        vips.insert(VipKey { vip }, value, 0).expect("room");
+    }
+
+    /// Writes a backend.
+    pub fn backend(&mut self, index: u32, backend: Backend) {
+        let mut backends: Array<&mut MapData, Backend> = self.map(names::BACKENDS);
+        backends.set(index, backend, 0).expect("in range");
+    }
+
+    /// Allows an egress interface.
+    pub fn egress(&mut self, ifindex: u32) {
+        let mut egress: DevMapHash<&mut MapData> = self.map(names::EGRESS);
+        egress.insert(ifindex, ifindex, None, 0).expect("an interface of this host");
+    }
+
+    /// A flow table's entry.
+    pub fn flow(&mut self, table: &str, key: &FlowKey) -> Option<Flow> {
+        let flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
+        flows.get(key, 0).ok()
+    }
+
+    /// Entries of a flow table.
+    pub fn flows(&mut self, table: &str) -> Vec<(FlowKey, Flow)> {
+        let flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
+        flows.iter().filter_map(Result::ok).collect()
+    }
+
+    /// Writes a flow table's entry.
+    pub fn set_flow(&mut self, table: &str, key: FlowKey, flow: Flow) {
+        let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
+        flows.insert(key, flow, 0).expect("room");
+    }
+
+    /// A reason's counter over all CPUs.
+    pub fn count(&mut self, reason: Reason) -> u64 {
+        let counts: PerCpuArray<&mut MapData, u64> = self.map(names::REASONS);
+        counts.get(&(reason as u32), 0).expect("in range").iter().sum()
+    }
+
+    /// All reasons that were counted.
+    pub fn counts(&mut self) -> Vec<(Reason, u64)> {
+        Reason::ALL.iter().map(|r| (*r, self.count(*r))).filter(|(_, n)| *n != 0).collect()
+    }
+
+    /// A backend's counters over all CPUs.
+    pub fn stats(&mut self, backend: u32) -> BackendStats {
+        let stats: PerCpuArray<&mut MapData, BackendStats> = self.map(names::BACKEND_STATS);
+        stats.get(&backend, 0).expect("in range").iter().fold(BackendStats::default(), |a, b| BackendStats {
+            packets: a.packets + b.packets,
+            bytes: a.bytes + b.bytes,
+            flows: a.flows + b.flows,
+        })
+    }
+}
