@@ -3,10 +3,13 @@
 //! In: a command line. Out: what the command promises, or a non-zero exit code
 //! and one line that says what to do. Each command has a file of its own.
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
 
 mod setup;
 mod shell;
+mod test;
 mod toolchain;
 
 /// Set-up, demo, tests and release files of the load balancer.
@@ -21,10 +24,20 @@ struct Arguments {
 enum Command {
     /// Install what is missing on this machine; a second run changes nothing.
     Setup(setup::Options),
+    /// Run the test suites, all or the named ones.
+    Test(test::Options),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Arguments::parse().command {
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
         Command::Setup(options) => setup::run(&options),
+        Command::Test(options) => test::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }

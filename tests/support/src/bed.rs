@@ -1,0 +1,264 @@
+//! The topology: a client, an ingress host, and workers each on a link of their
+//! own. Replies go from the worker straight to the client (direct server
+//! return), routed by the ingress host's kernel, as a router would.
+//!
+//! ```text
+//! client eth0 ── eth0 ingress w1 ── eth0 worker 1
+//!                            w2 ── eth0 worker 2 …
+//! ```
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::{
+    netns::{self, Namespace},
+    xdp_pass,
+};
+
+const PREFIX: &str = "lbt-";
+const DIRECTORY: &str = "/run/lb-testbed";
+
+/// The client's addresses.
+pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+/// The client's addresses.
+pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
+const INGRESS_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+const INGRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+
+/// What to build.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    /// How many workers; at most 200.
+    pub workers: u8,
+    /// MTU of the client's link.
+    pub client_mtu: u32,
+    /// MTU of the workers' links; 1,600 leaves room for the encapsulation.
+    pub worker_mtu: u32,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { workers: 3, client_mtu: 1500, worker_mtu: 1600 }
+    }
+}
+
+/// A worker host: its namespace and its addresses on the link to the ingress.
+#[derive(Debug)]
+pub struct Worker {
+    /// `w1`, `w2`, …: also the ingress host's interface towards it.
+    pub name: String,
+    /// Its network.
+    pub namespace: Namespace,
+    /// Its own IPv4 address, where encapsulated packets go.
+    pub v4: Ipv4Addr,
+    /// Its own IPv6 address.
+    pub v6: Ipv6Addr,
+}
+
+/// The whole network. Dropping it removes everything.
+#[derive(Debug)]
+pub struct Bed {
+    id: String,
+    directory: PathBuf,
+    /// Where the load comes from.
+    pub client: Namespace,
+    /// Where the balancer runs; `eth0` faces the client.
+    pub ingress: Namespace,
+    /// Where the services run.
+    pub workers: Vec<Worker>,
+    worker_mtu: u32,
+    _client_program: OwnedFd,
+    _remains: Remains,
+}
+
+/// The `number`th VIP, from 1.
+pub fn vip_v4(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 99, 0, number)
+}
+
+/// The `number`th IPv6 VIP, from 1.
+pub fn vip_v6(number: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, u16::from(number))
+}
+
+impl Bed {
+    /// Builds the network. Remains of earlier runs whose process is gone are
+    /// cleared away first; runs that live are left alone.
+    pub fn new(layout: Layout) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        clean_stale();
+        let id = format!("{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let directory = Path::new(DIRECTORY).join(&id);
+        let remains = Remains { id: id.clone() };
+        fs::create_dir_all(directory.join("bpf"))
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        mount(Some("bpf"), &directory.join("bpf"), Some("bpf"), MsFlags::empty(), None::<&str>)
+            .context("cannot mount a BPF filesystem")?;
+
+        let client = Namespace::create(&format!("{PREFIX}{id}-client"))?;
+        let ingress = Namespace::create(&format!("{PREFIX}{id}-ingress"))?;
+        make_router(&ingress)?;
+        netns::connect((&client, "eth0"), (&ingress, "eth0"), layout.client_mtu)?;
+        for (namespace, v4, v6) in [(&client, CLIENT_V4, CLIENT_V6), (&ingress, INGRESS_V4, INGRESS_V6)] {
+            namespace.add_address("eth0", v4.into(), 24)?;
+            namespace.add_address("eth0", v6.into(), 64)?;
+        }
+        make_client(&client)?;
+        let client_program = xdp_pass::attach(&client, "eth0")?;
+
+        let mut bed = Self {
+            id,
+            directory,
+            client,
+            ingress,
+            workers: Vec::new(),
+            worker_mtu: layout.worker_mtu,
+            _client_program: client_program,
+            _remains: remains,
+        };
+        for _ in 0..layout.workers {
+            bed.add_worker()?;
+        }
+        Ok(bed)
+    }
+
+    /// Adds one more worker host and returns its index.
+    pub fn add_worker(&mut self) -> Result<usize> {
+        let index = self.workers.len();
+        let number = u8::try_from(index + 1).context("too many workers")?;
+        let name = format!("w{number}");
+        let namespace = Namespace::create(&format!("{PREFIX}{}-{name}", self.id))?;
+        netns::connect((&namespace, "eth0"), (&self.ingress, &name), self.worker_mtu)?;
+        let v4 = |host| Ipv4Addr::new(10, 1, number, host);
+        let v6 = |host| Ipv6Addr::new(0xfd00, 1, u16::from(number), 0, 0, 0, 0, host);
+        self.ingress.add_address(&name, v4(1).into(), 24)?;
+        self.ingress.add_address(&name, v6(1).into(), 64)?;
+        namespace.add_address("eth0", v4(2).into(), 24)?;
+        namespace.add_address("eth0", v6(2).into(), 64)?;
+        namespace.add_default_route(v4(1).into())?;
+        namespace.add_default_route(v6(1).into())?;
+        namespace.disable_tx_offload("eth0")?;
+        namespace.sysctl("core/somaxconn", "4096")?;
+        self.workers.push(Worker { name, namespace, v4: v4(2), v6: v6(2) });
+        Ok(index)
+    }
+
+    /// A directory of this bed's own for files, sockets and logs.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// A path inside [`Self::directory`].
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// A path for pins in the BPF filesystem of this bed's own.
+    pub fn pin_path(&self, name: &str) -> PathBuf {
+        self.directory.join("bpf").join(name)
+    }
+
+    /// What [`clean`] takes to remove this bed from elsewhere.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+fn make_router(ingress: &Namespace) -> Result<()> {
+    ingress.sysctl("ipv4/ip_forward", "1")?;
+    ingress.sysctl("ipv6/conf/all/forwarding", "1")?;
+    // Replies carry the VIP as their source, to which this host has no route.
+    ingress.sysctl("ipv4/conf/all/rp_filter", "0")?;
+    ingress.sysctl("ipv4/conf/default/rp_filter", "0")
+}
+
+fn make_client(client: &Namespace) -> Result<()> {
+    client.add_default_route(IpAddr::V4(INGRESS_V4))?;
+    client.add_default_route(IpAddr::V6(INGRESS_V6))?;
+    client.disable_tx_offload("eth0")?;
+    client.sysctl("ipv4/ip_local_port_range", "2048 65000")?;
+    client.sysctl("ipv4/tcp_tw_reuse", "1")
+}
+
+/// Clears the bed away when the last of its parts is gone.
+#[derive(Debug)]
+struct Remains {
+    id: String,
+}
+
+impl Drop for Remains {
+    fn drop(&mut self) {
+        clean(&self.id);
+    }
+}
+
+/// Removes bed `id`: its processes, namespaces, pins and files. Works from any
+/// process, and for beds that are half built or half gone.
+pub fn clean(id: &str) {
+    for name in netns::list(&format!("{PREFIX}{id}-")) {
+        if let Err(error) = netns::remove(&name) {
+            eprintln!("namespace {name}: {error:#}");
+        }
+    }
+    let directory = Path::new(DIRECTORY).join(id);
+    let _ = umount2(&directory.join("bpf"), MntFlags::MNT_DETACH);
+    let _ = fs::remove_dir_all(&directory);
+}
+
+/// Removes the beds of processes that are gone.
+pub fn clean_stale() {
+    let mut ids: Vec<String> = netns::list(PREFIX)
+        .iter()
+        .filter_map(|name| Some(name.strip_prefix(PREFIX)?.rsplit_once('-')?.0.to_owned()))
+        .collect();
+    if let Ok(entries) = fs::read_dir(DIRECTORY) {
+        ids.extend(entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()));
+    }
+    ids.sort();
+    ids.dedup();
+    for id in ids {
+        let owner = id.split('-').next().unwrap_or_default();
+        let lives = owner == std::process::id().to_string() || is_bed_owner(owner);
+        if !lives {
+            clean(&id);
+        }
+    }
+}
+
+/// Whether process `pid` lives and is not a stranger that got a reused number:
+/// only this repository's test runners and xtask make beds.
+fn is_bed_owner(pid: &str) -> bool {
+    let Ok(program) = fs::read_link(format!("/proc/{pid}/exe")) else { return false };
+    program.components().any(|part| part.as_os_str() == "target")
+}
+
+/// The directory of the balancer's binaries: `LB_BIN_DIR`, or the one that this
+/// very program was built into.
+pub fn binary(name: &str) -> Result<PathBuf> {
+    let directory = match std::env::var_os("LB_BIN_DIR") {
+        Some(directory) => PathBuf::from(directory),
+        None => {
+            let own = std::env::current_exe().context("cannot find the running program")?;
+            let directory = own.parent().context("the program lies in no directory")?;
+            let is_test = directory.ends_with("deps");
+            if is_test { directory.parent().unwrap_or(directory) } else { directory }.to_owned()
+        }
+    };
+    let path = directory.join(name);
+    anyhow::ensure!(path.is_file(), "{} is not there: run `cargo build --workspace` first", path.display());
+    Ok(path)
+}
+
+/// A command for one of the balancer's binaries inside `namespace`.
+pub fn command_in(namespace: &Namespace, name: &str) -> Result<Command> {
+    Ok(namespace.command(binary(name)?))
+}

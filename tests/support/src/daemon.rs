@@ -1,0 +1,159 @@
+//! The balancer under test: `lbd` on the ingress host and on the workers, and
+//! `lbctl` as a person would type it.
+
+use std::{
+    net::IpAddr,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{
+    bed::{Bed, Worker, binary},
+    process::Process,
+};
+
+const START: Duration = Duration::from_secs(20);
+const STOP: Duration = Duration::from_secs(10);
+
+/// `lbd ingress` in a bed's ingress namespace.
+#[derive(Debug)]
+pub struct Ingress {
+    process: Process,
+    arguments: Vec<String>,
+    socket: PathBuf,
+}
+
+impl Ingress {
+    /// Starts the daemon on `eth0` with `extra` arguments, and returns once it
+    /// answers on its socket.
+    pub fn start(bed: &Bed, extra: &[&str]) -> Result<Self> {
+        let socket = bed.path("lbd.sock");
+        let mut arguments: Vec<String> = ["ingress", "--iface", "eth0"].map(String::from).to_vec();
+        for (flag, path) in [
+            ("--pin-path", bed.pin_path("ingress")),
+            ("--state-dir", bed.path("state")),
+            ("--socket", socket.clone()),
+        ] {
+            arguments.extend([flag.to_owned(), path.display().to_string()]);
+        }
+        arguments.extend(extra.iter().map(|&argument| argument.to_owned()));
+        let process = spawn(bed, &arguments, &socket)?;
+        Ok(Self { process, arguments, socket })
+    }
+
+    /// Ends the daemon by `signal`; the programs stay attached.
+    pub fn stop(&mut self, signal: Signal) -> Result<()> {
+        let status = self.process.stop(signal, STOP)?;
+        if signal == Signal::SIGTERM && !status.success() {
+            bail!("lbd ended with {status} after SIGTERM:\n{}", self.process.output());
+        }
+        Ok(())
+    }
+
+    /// Starts a new daemon with the same arguments; it must adopt the pins.
+    pub fn start_again(&mut self, bed: &Bed) -> Result<()> {
+        self.process = spawn(bed, &self.arguments, &self.socket)?;
+        Ok(())
+    }
+
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// An `lbctl` that talks to this daemon.
+    pub fn lbctl(&self) -> Result<Lbctl> {
+        Ok(Lbctl { program: binary("lbctl")?, socket: self.socket.clone() })
+    }
+}
+
+fn spawn(bed: &Bed, arguments: &[String], socket: &Path) -> Result<Process> {
+    let mut command = bed.ingress.command(binary("lbd")?);
+    command.args(arguments);
+    let mut process = Process::spawn("lbd ingress", command, &bed.path("lbd-ingress.log"))?;
+    process.wait_ready("lbd ingress answers", START, || UnixStream::connect(socket).is_ok())?;
+    Ok(process)
+}
+
+/// Starts `lbd worker` on a worker host: it unpacks what comes to the worker's
+/// own addresses and holds `vips` on the loopback interface.
+pub fn start_worker(bed: &Bed, worker: &Worker, vips: &[IpAddr], extra: &[&str]) -> Result<Process> {
+    let name = format!("lbd worker {}", worker.name);
+    let mut command = worker.namespace.command(binary("lbd")?);
+    command.args(["worker", "--iface", "eth0"]);
+    for address in [IpAddr::from(worker.v4), IpAddr::from(worker.v6)] {
+        command.args(["--address", &address.to_string()]);
+    }
+    for vip in vips {
+        command.args(["--vip", &vip.to_string()]);
+    }
+    command.arg("--pin-path").arg(bed.pin_path(&worker.name)).args(extra);
+    let mut process = Process::spawn(&name, command, &bed.path(&format!("lbd-{}.log", worker.name)))?;
+    process.wait_ready(&format!("{name} is attached and holds its VIPs"), START, || {
+        is_attached(worker) && vips.iter().all(|vip| holds(worker, vip))
+    })?;
+    Ok(process)
+}
+
+fn is_attached(worker: &Worker) -> bool {
+    worker
+        .namespace
+        .ip(&["-json", "link", "show", "dev", "eth0"])
+        .ok()
+        .and_then(|text| serde_json::from_str::<Value>(&text).ok())
+        .is_some_and(|links| links[0]["xdp"].is_object())
+}
+
+fn holds(worker: &Worker, vip: &IpAddr) -> bool {
+    worker.namespace.ip(&["address", "show", "dev", "lo"]).is_ok_and(|text| text.contains(&format!("{vip}/")))
+}
+
+/// The command line, bound to one daemon's socket.
+#[derive(Clone, Debug)]
+pub struct Lbctl {
+    program: PathBuf,
+    socket: PathBuf,
+}
+
+impl Lbctl {
+    /// Runs `lbctl ARGUMENTS` whatever comes of it.
+    pub fn output(&self, arguments: &[&str]) -> Result<Output> {
+        Command::new(&self.program)
+            .arg("--socket")
+            .arg(&self.socket)
+            .args(arguments)
+            .output()
+            .with_context(|| format!("cannot start {}", self.program.display()))
+    }
+
+    /// Runs `lbctl ARGUMENTS`, which must succeed, and returns what it printed.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.output(arguments)?;
+        if !output.status.success() {
+            bail!(
+                "lbctl {}: {}: {}",
+                arguments.join(" "),
+                output.status,
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// `lbctl ARGUMENTS -o json`, read.
+    pub fn json(&self, arguments: &[&str]) -> Result<Value> {
+        let text = self.run(&[arguments, &["-o", "json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("lbctl {} printed {text:?}", arguments.join(" ")))
+    }
+
+    /// The command line of the shell that would do the same.
+    pub fn shell(&self, arguments: &[&str]) -> String {
+        format!("{} --socket {} {}", self.program.display(), self.socket.display(), arguments.join(" "))
+    }
+}

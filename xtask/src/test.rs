@@ -1,0 +1,301 @@
+//! `cargo xtask test [SUITE…]`: sets up what the suites need, runs each, and
+//! ends with a table. A failed suite, a suite that ran no test, and in CI a
+//! skip that nobody expects make the exit code non-zero.
+
+use std::{
+    env, fs,
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+
+use crate::{setup, shell};
+
+/// Which suites to run.
+#[derive(clap::Args, Debug)]
+pub struct Options {
+    /// The suites; all of them when none is named.
+    #[arg(value_enum)]
+    suites: Vec<Suite>,
+    /// Only tests whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Formatting.
+    Fmt,
+    /// Lints, as errors.
+    Clippy,
+    /// Tests beside the code, and integration tests that need no root.
+    Unit,
+    /// Properties over generated input.
+    Property,
+    /// The binaries' command lines.
+    Cli,
+    /// Packet in, packet out on the loaded programs (root).
+    Packet,
+    /// Every shipped setting loads, within its instruction budget (root).
+    Verifier,
+    /// Real traffic in network namespaces (root).
+    E2e,
+    /// Broken parts under real traffic (root).
+    Fault,
+}
+
+/// Crates that build and test without root, libtorch or network.
+const CRATES: [&str; 4] = ["lb-common", "lb-ebpf", "lb-userspace", "xtask"];
+
+/// Skips that CI lets pass, by the name that the test gives, each with why.
+const EXPECTED_SKIPS: [(&str, &str); 1] =
+    [("no-8021q", "the kernel has no VLAN devices to send tagged frames from")];
+
+struct Outcome {
+    suite: Suite,
+    took: Duration,
+    result: Result<String>,
+}
+
+/// Runs the suites. An error names those that failed.
+pub fn run(options: &Options) -> Result<()> {
+    let suites =
+        if options.suites.is_empty() { Suite::value_variants().to_vec() } else { options.suites.clone() };
+    setup::run(&setup::Options {
+        bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
+        packages: suites.iter().any(|suite| suite.needs_root()),
+    })?;
+    let mut outcomes = Vec::new();
+    for suite in suites {
+        println!("\n── {} ──", suite.name());
+        let started = Instant::now();
+        let result = run_suite(suite, options.filter.as_deref());
+        if let Err(error) = &result {
+            println!("{}: {error:#}", suite.name());
+        }
+        outcomes.push(Outcome { suite, took: started.elapsed(), result });
+    }
+    summarise(&outcomes)
+}
+
+fn summarise(outcomes: &[Outcome]) -> Result<()> {
+    println!("\n{:<10} {:>8}  result", "suite", "time");
+    for outcome in outcomes {
+        let result = match &outcome.result {
+            Ok(said) => said.clone(),
+            Err(error) => format!("FAILED: {}", error.to_string().lines().next().unwrap_or_default()),
+        };
+        println!("{:<10} {:>6.1} s  {result}", outcome.suite.name(), outcome.took.as_secs_f32());
+    }
+    let failed: Vec<String> =
+        outcomes.iter().filter(|outcome| outcome.result.is_err()).map(|o| o.suite.name()).collect();
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn run_suite(suite: Suite, filter: Option<&str>) -> Result<String> {
+    if suite.needs_root() && !shell::is_root() && shell::which("sudo").is_none() {
+        return skip("needs root, and there is no sudo");
+    }
+    let skips = skip_file();
+    let _ = fs::remove_file(&skips);
+    let mut tally = Tally::default();
+    for mut command in suite.commands()? {
+        if command.get_args().next().is_some_and(|first| first == "test") {
+            command.arg("--").args(suite.runner_arguments());
+            command.args(filter);
+        }
+        tally.add(stream(&mut command)?);
+    }
+    if suite.runs_tests() && tally.passed == 0 && filter.is_none() {
+        bail!("no test ran");
+    }
+    report_skips(&fs::read_to_string(&skips).unwrap_or_default())?;
+    Ok(if suite.runs_tests() { format!("{} passed", tally.passed) } else { "ok".to_owned() })
+}
+
+fn skip(reason: &str) -> Result<String> {
+    println!("SKIP: {reason}");
+    if in_ci() {
+        bail!("skipped in CI: {reason}");
+    }
+    Ok(format!("SKIP: {reason}"))
+}
+
+/// Each line: the skip's name, a tab, the test and the reason.
+fn report_skips(lines: &str) -> Result<()> {
+    for line in lines.lines() {
+        println!("SKIP {line}");
+        let name = line.split('\t').next().unwrap_or_default();
+        if in_ci() && !EXPECTED_SKIPS.iter().any(|(expected, _)| *expected == name) {
+            bail!("a skip that CI does not expect: {line}");
+        }
+    }
+    Ok(())
+}
+
+fn in_ci() -> bool {
+    env::var("CI").is_ok_and(|value| value == "true" || value == "1")
+}
+
+/// Where tests note that they were skipped; `test_support::skip` writes it.
+fn skip_file() -> PathBuf {
+    shell::workspace().join("target/skipped.log")
+}
+
+#[derive(Default)]
+struct Tally {
+    passed: u32,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+    }
+}
+
+/// Runs `command` with its output shown as it comes, and counts passed tests.
+fn stream(command: &mut Command) -> Result<Tally> {
+    let name = format!("{command:?}");
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {name}"))?;
+    let output = child.stdout.take().expect("standard output was piped");
+    let mut tally = Tally::default();
+    for line in BufReader::new(output).lines() {
+        let line = line.context("cannot read the output")?;
+        println!("{line}");
+        tally.passed += parse_passed(&line);
+    }
+    let status = child.wait().context("cannot wait")?;
+    if !status.success() {
+        bail!("{status}");
+    }
+    Ok(tally)
+}
+
+/// The count in cargo test's closing line.
+fn parse_passed(line: &str) -> u32 {
+    line.strip_prefix("test result: ")
+        .and_then(|rest| rest.split_once(". ")?.1.split(' ').next()?.parse().ok())
+        .unwrap_or(0)
+}
+
+impl Suite {
+    fn name(self) -> String {
+        self.to_possible_value().expect("no suite is hidden").get_name().to_owned()
+    }
+
+    fn needs_root(self) -> bool {
+        matches!(self, Self::Packet | Self::Verifier | Self::E2e | Self::Fault)
+    }
+
+    fn runs_tests(self) -> bool {
+        !matches!(self, Self::Fmt | Self::Clippy)
+    }
+
+    /// Tests with real traffic take turns: they would be each other's load.
+    fn runner_arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::E2e | Self::Fault => &["--test-threads=1"],
+            Self::Unit => &["--skip=property"],
+            Self::Property => &["property"],
+            _ => &[],
+        }
+    }
+
+    fn commands(self) -> Result<Vec<Command>> {
+        Ok(match self {
+            Self::Fmt => vec![cargo(&["fmt", "--all", "--check"])],
+            Self::Clippy => vec![cargo(&[
+                "clippy",
+                "--workspace",
+                "--exclude",
+                "inference-worker",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ])],
+            Self::Unit => vec![test_crates(&integration_tests(|name| !is_cli(name) && !is_property(name))?)],
+            Self::Property => vec![test_crates(&integration_tests(is_property)?)],
+            Self::Cli => {
+                let names = integration_tests(is_cli)?;
+                let mut command = cargo(&["test", "--package", "lb-userspace"]);
+                command.args(names.iter().flat_map(|name| ["--test", name]));
+                vec![command]
+            }
+            Self::Packet | Self::Verifier | Self::E2e | Self::Fault => {
+                let mut command = cargo(&["test", "--package", &self.name()]);
+                run_as_root(&mut command);
+                vec![cargo(&["build", "--package", "lb-userspace", "--bins"]), command]
+            }
+        })
+    }
+}
+
+fn is_cli(name: &str) -> bool {
+    name.starts_with("cli")
+}
+
+fn is_property(name: &str) -> bool {
+    name.starts_with("property")
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(shell::workspace()).args(arguments);
+    command
+}
+
+fn test_crates(integration: &[String]) -> Command {
+    let mut command = cargo(&["test", "--lib", "--bins"]);
+    command.args(CRATES.iter().flat_map(|name| ["--package", name]));
+    command.args(integration.iter().flat_map(|name| ["--test", name]));
+    command
+}
+
+/// Builds as whoever we are, runs the test programs as root.
+fn run_as_root(command: &mut Command) {
+    if !shell::is_root() {
+        command.args(["--config", r#"target.'cfg(all())'.runner="sudo --preserve-env --""#]);
+    }
+}
+
+/// The crates' `tests/NAME.rs` whose name is `wanted`.
+fn integration_tests(wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for directory in CRATES.map(|name| shell::workspace().join(name).join("tests")) {
+        let Ok(entries) = fs::read_dir(&directory) else { continue };
+        for entry in entries {
+            let path = entry.with_context(|| format!("cannot read {}", directory.display()))?.path();
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            if path.extension().is_some_and(|extension| extension == "rs") && wanted(&name) {
+                names.push(name);
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passed_tests_are_counted_from_the_closing_line() {
+        assert_eq!(parse_passed("test result: ok. 17 passed; 0 failed; 0 ignored"), 17);
+        assert_eq!(parse_passed("test result: FAILED. 3 passed; 1 failed"), 3);
+        assert_eq!(parse_passed("test wait::works ... ok"), 0);
+    }
+
+    #[test]
+    fn only_listed_skips_are_expected() {
+        assert!(EXPECTED_SKIPS.iter().all(|(name, why)| !name.is_empty() && !why.is_empty()));
+    }
+}
