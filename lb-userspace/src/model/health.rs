@@ -122,7 +122,7 @@ fn fall() -> u8 {
 
 /// A key that does not go with the kind of check.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("health: {key} goes with kind \"http\" only, and kind is {kind:?}")]
+#[error("{key} goes with kind \"http\" only, and kind is {kind:?}")]
 pub struct HealthError {
     /// The key.
     pub key: &'static str,
