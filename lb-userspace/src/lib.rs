@@ -4,5 +4,10 @@
 //! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
+pub mod config;
 pub mod model;
 pub mod objects;
+pub mod store;
+
+/// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/lb/lbd.sock";

@@ -1,0 +1,74 @@
+//! Desired state to a configuration file: what [`super::File::parse`] reads back as the same state.
+
+use crate::model::{Backend, Desired, Service};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value, json};
+use std::fmt::Write;
+
+/// Writes `[[service]]` tables in name order. Settings at their defaults are left out.
+pub fn export(desired: &Desired) -> String {
+    let mut out = String::new();
+    for (name, service) in &desired.services {
+        let separator = if out.is_empty() { "" } else { "\n" };
+        let _ = writeln!(out, "{separator}[[service]]");
+        line(&mut out, "name", &json!(name));
+        let mut fields = object(service);
+        fields.remove("backends");
+        let health = fields.remove("health");
+        let bare = json!({"vip": service.vip, "port": service.port, "protocol": service.protocol});
+        let defaults = defaults::<Service>(bare);
+        for key in ["vip", "port", "protocol"] {
+            if let Some(value) = fields.remove(key) {
+                line(&mut out, key, &value);
+            }
+        }
+        changed(&mut out, fields, &defaults);
+        if let Some(Value::Object(mut health)) = health
+            && defaults.get("health") != Some(&Value::Object(health.clone()))
+        {
+            let _ = writeln!(out, "[service.health]");
+            let kind = health.remove("kind").unwrap_or_default();
+            line(&mut out, "kind", &kind);
+            let defaults = self::defaults::<crate::model::HealthCheck>(json!({ "kind": kind }));
+            changed(&mut out, health, &defaults);
+        }
+        for (name, backend) in &service.backends {
+            let _ = writeln!(out, "[[service.backend]]");
+            line(&mut out, "name", &json!(name));
+            line(&mut out, "address", &json!(backend.address));
+            changed(&mut out, object(backend), &defaults_of_backend(backend));
+        }
+    }
+    out
+}
+
+fn defaults_of_backend(backend: &Backend) -> Map<String, Value> {
+    defaults::<Backend>(json!({ "address": backend.address }))
+}
+
+/// What `T` is when only `bare` is given.
+fn defaults<T: Serialize + DeserializeOwned>(bare: Value) -> Map<String, Value> {
+    object(&serde_json::from_value::<T>(bare).expect("required fields are given, and were valid"))
+}
+
+fn object(thing: &impl Serialize) -> Map<String, Value> {
+    match serde_json::to_value(thing) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+fn changed(out: &mut String, fields: Map<String, Value>, defaults: &Map<String, Value>) {
+    for (key, value) in fields {
+        if defaults.get(&key) != Some(&value) {
+            line(out, &key, &value);
+        }
+    }
+}
+
+fn line(out: &mut String, key: &str, value: &Value) {
+    // Model values are text, numbers, booleans and arrays of numbers: all of them TOML values.
+    if let Ok(value) = toml::Value::try_from(value) {
+        let _ = writeln!(out, "{key} = {value}");
+    }
+}

@@ -1,0 +1,298 @@
+//! The daemon's settings: from flags, environment (`LBD_*`), the file's `[lbd]`, and defaults, in this order.
+//!
+//! [`Options`] is one source's answer, [`Settings`] the resolved whole.
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use lb_common::{limits, settings::IngressSettings};
+use serde::{Deserialize, Serialize};
+use std::{net::SocketAddr, path::PathBuf};
+
+/// How much is logged.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What failed.
+    Error,
+    /// What is amiss.
+    Warn,
+    /// What changed.
+    #[default]
+    Info,
+    /// Why.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+impl LogLevel {
+    /// The word for it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Settings as one source gives them: flags with their environment variables (clap), or `[lbd]` (serde).
+#[derive(Clone, Debug, Default, PartialEq, clap::Args, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Options {
+    /// Interface to attach to; may be repeated
+    #[arg(long, value_name = "IFACE", env = "LBD_IFACE", value_delimiter = ',')]
+    #[serde(default)]
+    pub iface: Vec<String>,
+    /// Directory in a bpf filesystem where programs, maps and links are pinned [default: /sys/fs/bpf/lb]
+    #[arg(long, value_name = "DIR", env = "LBD_PIN_PATH")]
+    pub pin_path: Option<PathBuf>,
+    /// Directory of the store [default: /var/lib/lb]
+    #[arg(long, value_name = "DIR", env = "LBD_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Unix socket of the API [default: /run/lb/lbd.sock]
+    #[arg(long, value_name = "PATH", env = "LBD_SOCKET")]
+    pub socket: Option<PathBuf>,
+    /// Permissions of the socket, octal; 0666 lets everyone read, and still only root and the group write [default: 0660]
+    #[arg(long, value_name = "MODE", env = "LBD_SOCKET_MODE")]
+    pub socket_mode: Option<String>,
+    /// Group of the socket, which may change things beside root [default: root's]
+    #[arg(long, value_name = "GROUP", env = "LBD_SOCKET_GROUP")]
+    pub socket_group: Option<String>,
+    /// Address on which metrics are served over HTTP at /metrics, or off [default: 127.0.0.1:9464]
+    #[arg(long, value_name = "ADDRESS", env = "LBD_METRICS")]
+    pub metrics: Option<String>,
+    /// Attach in generic mode (slow) where the driver has no XDP support
+    #[arg(long, env = "LBD_ALLOW_GENERIC", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub allow_generic: Option<bool>,
+    /// Prefix from which the outer source of ipip packets is taken, varied by flow; one per family
+    #[arg(long, value_name = "NET", env = "LBD_IPIP_SOURCE", value_delimiter = ',')]
+    #[serde(default)]
+    pub ipip_source: Vec<IpNet>,
+    /// Room for services [default: 4096]
+    #[arg(long, value_name = "N", env = "LBD_MAX_SERVICES")]
+    pub max_services: Option<u32>,
+    /// Room for backends over all services [default: 16384]
+    #[arg(long, value_name = "N", env = "LBD_MAX_BACKENDS")]
+    pub max_backends: Option<u32>,
+    /// Room for Maglev slots, live and being written, 8 bytes each [default: 8388608]
+    #[arg(long, value_name = "N", env = "LBD_MAX_SLOTS")]
+    pub max_slots: Option<u32>,
+    /// Room for tracked flows, TCP exceptions and UDP each [default: 1048576]
+    #[arg(long, value_name = "N", env = "LBD_MAX_FLOWS")]
+    pub max_flows: Option<u32>,
+    /// Balance IPv6 [default: true]
+    #[arg(long, value_name = "BOOL", env = "LBD_IPV6")]
+    pub ipv6: Option<bool>,
+    /// Look through VLAN tags [default: true]
+    #[arg(long, value_name = "BOOL", env = "LBD_VLAN")]
+    pub vlan: Option<bool>,
+    /// TTL or hop limit of outer headers [default: 64]
+    #[arg(long, value_name = "N", env = "LBD_OUTER_TTL")]
+    pub outer_ttl: Option<u8>,
+    /// Too-big messages sent to clients per second and CPU, 0 for none [default: 1000]
+    #[arg(long, value_name = "N", env = "LBD_ICMP_PER_S")]
+    pub icmp_per_s: Option<u32>,
+    /// Health probes in flight at once [default: 512]
+    #[arg(long, value_name = "N", env = "LBD_PROBES")]
+    pub probes: Option<u32>,
+    /// Revisions of the desired state that are kept [default: 10000]
+    #[arg(long, value_name = "N", env = "LBD_REVISIONS")]
+    pub revisions: Option<u64>,
+    /// How much is logged [default: info]
+    #[arg(long, value_name = "LEVEL", env = "LBD_LOG_LEVEL")]
+    pub log_level: Option<LogLevel>,
+    /// How log lines look [default: text]
+    #[arg(long, value_name = "FORMAT", env = "LBD_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// What the XDP program logs, per packet; needs a reload of the program [default: off]
+    #[arg(long, value_name = "LEVEL", env = "LBD_XDP_LOG_LEVEL")]
+    pub xdp_log_level: Option<LogLevel>,
+}
+
+/// The daemon's settings, resolved.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// Interfaces, at least one.
+    pub iface: Vec<String>,
+    /// Pins.
+    pub pin_path: PathBuf,
+    /// Store.
+    pub state_dir: PathBuf,
+    /// API socket.
+    pub socket: PathBuf,
+    /// Its permissions.
+    pub socket_mode: u32,
+    /// Its group.
+    pub socket_group: Option<String>,
+    /// Address for metrics.
+    pub metrics: Option<SocketAddr>,
+    /// Whether generic XDP will do.
+    pub allow_generic: bool,
+    /// Outer IPv4 sources of ipip.
+    pub ipip_source_v4: Option<Ipv4Net>,
+    /// Outer IPv6 sources of ipip.
+    pub ipip_source_v6: Option<Ipv6Net>,
+    /// Room in the maps.
+    pub max_services: u32,
+    /// Room in the maps.
+    pub max_backends: u32,
+    /// Room in the maps.
+    pub max_slots: u32,
+    /// Room in the maps.
+    pub max_flows: u32,
+    /// Global of the program.
+    pub ingress: IngressSettings,
+    /// Health probes at once.
+    pub probes: usize,
+    /// Revisions kept.
+    pub revisions: u64,
+    /// Log level.
+    pub log_level: LogLevel,
+    /// Log format.
+    pub log_format: LogFormat,
+    /// The program's log level.
+    pub xdp_log_level: LogLevel,
+}
+
+/// Why settings were refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{setting}: {what}")]
+pub struct SettingsError {
+    /// Setting, as in the file.
+    pub setting: &'static str,
+    /// What is wrong, and what would be right.
+    pub what: String,
+}
+
+impl Options {
+    /// These, and where they say nothing, `other`.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        let list = |a: Vec<_>, b| if a.is_empty() { b } else { a };
+        Self {
+            iface: if self.iface.is_empty() { other.iface } else { self.iface },
+            pin_path: self.pin_path.or(other.pin_path),
+            state_dir: self.state_dir.or(other.state_dir),
+            socket: self.socket.or(other.socket),
+            socket_mode: self.socket_mode.or(other.socket_mode),
+            socket_group: self.socket_group.or(other.socket_group),
+            metrics: self.metrics.or(other.metrics),
+            allow_generic: self.allow_generic.or(other.allow_generic),
+            ipip_source: list(self.ipip_source, other.ipip_source),
+            max_services: self.max_services.or(other.max_services),
+            max_backends: self.max_backends.or(other.max_backends),
+            max_slots: self.max_slots.or(other.max_slots),
+            max_flows: self.max_flows.or(other.max_flows),
+            ipv6: self.ipv6.or(other.ipv6),
+            vlan: self.vlan.or(other.vlan),
+            outer_ttl: self.outer_ttl.or(other.outer_ttl),
+            icmp_per_s: self.icmp_per_s.or(other.icmp_per_s),
+            probes: self.probes.or(other.probes),
+            revisions: self.revisions.or(other.revisions),
+            log_level: self.log_level.or(other.log_level),
+            log_format: self.log_format.or(other.log_format),
+            xdp_log_level: self.xdp_log_level.or(other.xdp_log_level),
+        }
+    }
+
+    /// Fills in defaults and checks values.
+    ///
+    /// # Errors
+    /// Names the first setting that cannot be used. No interface is not an error here: `lbd detach`
+    /// needs none.
+    pub fn resolve(self) -> Result<Settings, SettingsError> {
+        let refuse = |setting, what: String| Err(SettingsError { setting, what });
+        let socket_mode = match self.socket_mode.as_deref() {
+            None => 0o660,
+            Some(text) => match u32::from_str_radix(text, 8) {
+                Ok(mode) if mode <= 0o777 => mode,
+                _ => return refuse("socket_mode", format!("{text:?} is no octal mode, such as 0660")),
+            },
+        };
+        let metrics = match self.metrics.as_deref() {
+            None => Some(SocketAddr::from(([127, 0, 0, 1], 9464))),
+            Some("off") => None,
+            Some(text) => match text.parse() {
+                Ok(address) => Some(address),
+                Err(_) => return refuse("metrics", format!("{text:?} is neither ADDRESS:PORT nor off")),
+            },
+        };
+        let (mut ipip_source_v4, mut ipip_source_v6) = (None, None);
+        for net in &self.ipip_source {
+            let second = match *net {
+                IpNet::V4(net) => ipip_source_v4.replace(net.trunc()).is_some(),
+                IpNet::V6(net) => ipip_source_v6.replace(net.trunc()).is_some(),
+            };
+            if second {
+                return refuse("ipip_source", format!("{net} is a second prefix of its family: give one"));
+            }
+        }
+        for (name, value) in [
+            ("max_services", self.max_services),
+            ("max_backends", self.max_backends),
+            ("max_slots", self.max_slots),
+            ("max_flows", self.max_flows),
+            ("probes", self.probes),
+        ] {
+            if value == Some(0) {
+                return refuse(name, "0 leaves no room: at least 1".to_owned());
+            }
+        }
+        if self.max_backends.is_some_and(|n| n > limits::MAX_BACKEND_INDEX) {
+            return refuse("max_backends", format!("at most {}", limits::MAX_BACKEND_INDEX));
+        }
+        if self.outer_ttl == Some(0) {
+            return refuse("outer_ttl", "0 would drop every packet at the first router: 1 to 255".to_owned());
+        }
+        let default = IngressSettings::DEFAULT;
+        let icmp_per_s = self.icmp_per_s.unwrap_or(default.icmp_per_s);
+        let ingress = IngressSettings {
+            ipv6: self.ipv6.map_or(default.ipv6, u8::from),
+            vlan: self.vlan.map_or(default.vlan, u8::from),
+            outer_ttl: self.outer_ttl.unwrap_or(default.outer_ttl),
+            icmp_per_s,
+            icmp_burst: default.icmp_burst.min(icmp_per_s),
+            ..default
+        };
+        Ok(Settings {
+            iface: self.iface,
+            pin_path: self.pin_path.unwrap_or_else(|| "/sys/fs/bpf/lb".into()),
+            state_dir: self.state_dir.unwrap_or_else(|| "/var/lib/lb".into()),
+            socket: self.socket.unwrap_or_else(|| crate::DEFAULT_SOCKET.into()),
+            socket_mode,
+            socket_group: self.socket_group,
+            metrics,
+            allow_generic: self.allow_generic.unwrap_or(false),
+            ipip_source_v4,
+            ipip_source_v6,
+            max_services: self.max_services.unwrap_or(limits::SERVICES),
+            max_backends: self.max_backends.unwrap_or(limits::BACKENDS),
+            max_slots: self.max_slots.unwrap_or(limits::SLOTS),
+            max_flows: self.max_flows.unwrap_or(limits::FLOWS),
+            ingress,
+            probes: self.probes.unwrap_or(512) as usize,
+            revisions: self.revisions.unwrap_or(10_000).max(2),
+            log_level: self.log_level.unwrap_or_default(),
+            log_format: self.log_format.unwrap_or_default(),
+            xdp_log_level: self.xdp_log_level.unwrap_or(LogLevel::Off),
+        })
+    }
+}

@@ -1,0 +1,342 @@
+//! The rules that a desired state must keep.
+//!
+//! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
+//! Called before anything is stored, by the API and by `lbctl config check`.
+
+use super::{Backend, Desired, ForwardingMode, HealthKind, Name, Ports, Protocol, Service};
+use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+/// A rule that a desired state breaks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// Two services would take the same packets.
+    #[error(
+        "services {first} and {second} overlap: both take {vip} {protocol} port {port}; change one of the ports or remove one"
+    )]
+    Overlap {
+        /// A service.
+        first: Name,
+        /// The other.
+        second: Name,
+        /// Their VIP.
+        vip: IpAddr,
+        /// Their protocol.
+        protocol: Protocol,
+        /// The second's ports.
+        port: Ports,
+    },
+    /// A setting is out of its range or contradicts another.
+    #[error("service {service}: {what}")]
+    Setting {
+        /// Service.
+        service: Name,
+        /// What is wrong, and what would be right.
+        what: String,
+    },
+    /// The same for one backend.
+    #[error("backend {service}/{backend}: {what}")]
+    Backend {
+        /// Service.
+        service: Name,
+        /// Backend.
+        backend: Name,
+        /// What is wrong, and what would be right.
+        what: String,
+    },
+}
+
+impl Invalid {
+    /// Service that the rule is about (of an overlap, the second), and its backend if it is about one.
+    pub fn place(&self) -> (&Name, Option<&Name>) {
+        match self {
+            Self::Overlap { second, .. } => (second, None),
+            Self::Setting { service, .. } => (service, None),
+            Self::Backend { service, backend, .. } => (service, Some(backend)),
+        }
+    }
+}
+
+impl Desired {
+    /// All rules that this state breaks: overlaps first, then by service name; empty if it is valid.
+    pub fn check(&self) -> Vec<Invalid> {
+        let mut found = Vec::new();
+        self.check_ports(&mut found);
+        for (name, service) in &self.services {
+            service.check(name, &mut found);
+        }
+        found
+    }
+
+    /// Overlaps, by sorting each VIP's ports: O(n log n) in the number of services.
+    fn check_ports(&self, found: &mut Vec<Invalid>) {
+        let mut exact: HashMap<(IpAddr, Protocol, Ports), &Name> = HashMap::new();
+        let mut ranges: BTreeMap<(IpAddr, Protocol), Vec<(u16, u16, &Name)>> = BTreeMap::new();
+        let mut per_vip: BTreeMap<IpAddr, usize> = BTreeMap::new();
+        let mut overlap = |first: &Name, second: &Name, s: &Service| {
+            let (first, second) = (first.clone(), second.clone());
+            found.push(Invalid::Overlap { first, second, vip: s.vip, protocol: s.protocol, port: s.port });
+        };
+        for (name, s) in &self.services {
+            if let Ports::Range(low, high) = s.port {
+                ranges.entry((s.vip, s.protocol)).or_default().push((low, high, name));
+                *per_vip.entry(s.vip).or_default() += 1;
+            } else if let Some(first) = exact.insert((s.vip, s.protocol, s.port), name) {
+                overlap(first, name, s);
+            }
+        }
+        for list in ranges.values_mut() {
+            list.sort();
+            // The widest range so far: what overlaps any earlier one overlaps this.
+            let mut widest: Option<(u16, &Name)> = None;
+            for &(low, high, name) in list.iter() {
+                if let Some((end, first)) = widest
+                    && low <= end
+                {
+                    let (first, second) = if first < name { (first, name) } else { (name, first) };
+                    overlap(first, second, &self.services[second]);
+                }
+                if widest.is_none_or(|(end, _)| high > end) {
+                    widest = Some((high, name));
+                }
+            }
+        }
+        for ((vip, _), list) in &ranges {
+            if let Some(count) = per_vip.remove(vip).filter(|&n| n > RANGES_PER_VIP) {
+                let what = format!(
+                    "VIP {vip} has {count} port ranges, {RANGES_PER_VIP} at most: join some, or use any"
+                );
+                found.push(Invalid::Setting { service: list[list.len() - 1].2.clone(), what });
+            }
+        }
+    }
+}
+
+/// Why an address can be neither a VIP nor a backend, if so.
+fn check_address(address: IpAddr) -> Option<String> {
+    if let IpAddr::V6(v6) = address
+        && let Some(v4) = v6.to_ipv4_mapped()
+    {
+        return Some(format!("{address} is an IPv4 address in IPv6 form: write {v4}"));
+    }
+    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+    if address.is_unspecified() || address.is_multicast() || broadcast {
+        return Some(format!("{address} is no unicast address"));
+    }
+    if address.is_loopback() {
+        return Some(format!("{address} is a loopback address, which no packet from outside can reach"));
+    }
+    if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
+        return Some(format!("{address} is link-local: use a global or unique local address"));
+    }
+    None
+}
+
+impl Service {
+    /// Appends the rules that this service breaks by itself.
+    pub fn check(&self, name: &Name, found: &mut Vec<Invalid>) {
+        let mut setting = |what: String| found.push(Invalid::Setting { service: name.clone(), what });
+        if let Some(what) = check_address(self.vip) {
+            setting(format!("vip {what}"));
+        }
+        if let Some(size) = self.table_size
+            && !TABLE_SIZES.contains(&size)
+        {
+            setting(format!("table_size {size} is not one of {TABLE_SIZES:?}"));
+        }
+        if self.panic_percent > 100 {
+            setting(format!("panic_percent {} is above 100", self.panic_percent));
+        }
+        if self.udp_timeout_s == 0 {
+            setting("udp_timeout_s is 0: at least 1".to_owned());
+        }
+        if self.udp_stateless && self.protocol != Protocol::Udp {
+            setting("udp_stateless is for UDP services only".to_owned());
+        }
+        if self.gue_port == 0 {
+            setting("gue_port is 0: 1 to 65535".to_owned());
+        }
+        self.check_health(&mut setting);
+        if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
+            setting("all weights are 0: give at least one backend a weight".to_owned());
+        }
+        let mut addresses = BTreeMap::new();
+        for (backend, b) in &self.backends {
+            let mut refuse = |what: String| {
+                found.push(Invalid::Backend { service: name.clone(), backend: backend.clone(), what });
+            };
+            self.check_backend(b, &mut refuse);
+            if let Some(other) = addresses.insert(b.address, backend) {
+                refuse(format!("address {} is already that of backend {other}", b.address));
+            }
+        }
+    }
+
+    fn check_backend(&self, b: &Backend, refuse: &mut dyn FnMut(String)) {
+        if b.weight > 65_535 {
+            refuse(format!("weight {} is above 65535", b.weight));
+        }
+        if let Some(what) = check_address(b.address) {
+            refuse(format!("address {what}"));
+        } else if b.address == self.vip {
+            refuse(format!("address {} is the service's own VIP: give the worker's own address", b.address));
+        } else if self.vip.is_ipv6() && b.address.is_ipv4() && self.mode == ForwardingMode::Ipip {
+            refuse(format!(
+                "address {} is IPv4, but the service is IPv6 and mode ipip does not carry IPv6 in IPv4: \
+                 give an IPv6 address, or use mode gue",
+                b.address
+            ));
+        }
+    }
+
+    fn check_health(&self, setting: &mut dyn FnMut(String)) {
+        let health = &self.health;
+        if health.kind == HealthKind::None {
+            return;
+        }
+        if health.port.is_none() && !matches!(self.port, Ports::One(_)) {
+            setting(format!("health needs a port: the service's own is {}", self.port));
+        }
+        if health.port == Some(0) {
+            setting("health: port is 0: 1 to 65535".to_owned());
+        }
+        if health.interval_ms < 10 || health.timeout_ms == 0 || health.rise == 0 || health.fall == 0 {
+            setting("health: interval_ms at least 10, timeout_ms, rise and fall at least 1".to_owned());
+        }
+        if health.jitter_percent > 50 {
+            setting(format!("health: jitter_percent {} is above 50", health.jitter_percent));
+        }
+        let HealthKind::Http { path, host, status: (first, last) } = &health.kind else { return };
+        let plain = |text: &str| text.bytes().all(|b| b.is_ascii_graphic());
+        if !path.starts_with('/') || !plain(path) {
+            setting(format!(
+                "health: path {path:?} must start with '/' and hold neither blanks nor controls"
+            ));
+        }
+        if let Some(host) = host
+            && (host.is_empty() || !plain(host))
+        {
+            setting(format!("health: host {host:?} is no host name"));
+        }
+        if !(100..=599).contains(first) || !(100..=599).contains(last) || first > last {
+            setting(format!("health: status [{first}, {last}] is no range within 100 to 599"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn service(json: &str) -> Service {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn desired(services: &[(&str, &str)]) -> Desired {
+        Desired { services: services.iter().map(|(n, s)| (n.parse().unwrap(), service(s))).collect() }
+    }
+
+    fn errors(services: &[(&str, &str)]) -> Vec<String> {
+        desired(services).check().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn each_rule_names_the_thing_and_the_fix() {
+        let cases: &[(&str, &str)] = &[
+            (r#"{"vip":"0.0.0.0","port":80,"protocol":"tcp"}"#, "vip 0.0.0.0 is no unicast address"),
+            (r#"{"vip":"::ffff:10.0.0.1","port":80,"protocol":"tcp"}"#, "write 10.0.0.1"),
+            (r#"{"vip":"127.0.0.1","port":80,"protocol":"tcp"}"#, "loopback"),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","table_size":100}"#,
+                "table_size 100 is not one of [251,",
+            ),
+            (r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","panic_percent":101}"#, "101 is above 100"),
+            (r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","udp_stateless":true}"#, "UDP services only"),
+            (
+                r#"{"vip":"10.0.0.1","port":"any","protocol":"tcp","health":{"kind":"tcp"}}"#,
+                "health needs a port",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","health":{"kind":"http","path":"x"}}"#,
+                "must start with '/'",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","health":{"kind":"http","host":"a\r\nX: y"}}"#,
+                "is no host name",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","health":{"kind":"http","status":[300,200]}}"#,
+                "no range within",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2","weight":0}}}"#,
+                "all weights are 0",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.1"}}}"#,
+                "backend s/a: address 10.0.0.1 is the service's own VIP",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2","weight":65536}}}"#,
+                "weight 65536 is above 65535",
+            ),
+            (
+                r#"{"vip":"fd00::1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2"}}}"#,
+                "give an IPv6 address, or use mode gue",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp",
+                    "backends":{"a":{"address":"10.0.0.2"},"b":{"address":"10.0.0.2"}}}"#,
+                "backend s/b: address 10.0.0.2 is already that of backend a",
+            ),
+        ];
+        for (json, expected) in cases {
+            let found = errors(&[("s", json)]);
+            assert!(found.len() == 1 && found[0].contains(expected), "{json}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_v4_service_may_have_v6_backends() {
+        let json = r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"fd00::2"}}}"#;
+        assert_eq!(errors(&[("s", json)]), [""; 0]);
+    }
+
+    #[test]
+    fn overlaps_are_found_only_at_the_same_exactness() {
+        let of = |port: &str| format!(r#"{{"vip":"10.0.0.1","port":"{port}","protocol":"tcp"}}"#);
+        let check = |ports: &[&str]| {
+            let all: Vec<_> = ports.iter().enumerate().map(|(i, p)| (format!("s{i:02}"), of(p))).collect();
+            errors(&all.iter().map(|(n, s)| (n.as_str(), s.as_str())).collect::<Vec<_>>())
+        };
+        assert!(check(&["80", "1-100", "any"]).is_empty());
+        assert!(check(&["1-100", "101-200"]).is_empty());
+        assert_eq!(check(&["80", "80"]).len(), 1);
+        assert_eq!(check(&["any", "any"]).len(), 1);
+        assert!(check(&["50-150", "1-100"])[0].starts_with("services s00 and s01 overlap"));
+        // A range nested in a wide one that does not come right before it.
+        assert!(check(&["1-1000", "2-3", "500-600"]).len() == 2);
+        let many: Vec<String> = (0..17).map(|i| format!("{}-{}", i * 10 + 1, i * 10 + 5)).collect();
+        let found = check(&many.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(found.len() == 1 && found[0].contains("17 port ranges, 16 at most"), "{found:?}");
+    }
+
+    #[test]
+    fn thousands_of_services_are_checked_in_no_time() {
+        let one = service(r#"{"vip":"10.0.0.1","port":1,"protocol":"tcp"}"#);
+        let services = (0..20_000u32).map(|i| {
+            let vip = IpAddr::from((0x0a00_0000 + i / 100 + 1).to_be_bytes());
+            let port = Ports::One((i % 100 + 1) as u16);
+            (format!("s{i}").parse().unwrap(), Service { vip, port, ..one.clone() })
+        });
+        let desired = Desired { services: services.collect() };
+        let start = Instant::now();
+        assert!(desired.check().is_empty());
+        // A quadratic check takes minutes here, unoptimised.
+        assert!(start.elapsed().as_secs() < 5);
+    }
+}

@@ -1,0 +1,190 @@
+//! What changes between two desired states, field by field.
+//!
+//! Pure. Called by the API (`--dry-run`, history) and by `lbctl config diff`; `render` shows it.
+
+use super::{Desired, Name, Service};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// One thing that changes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "lowercase")]
+pub enum Difference {
+    /// A service, or a backend of one that stays, is new.
+    Add {
+        /// Service.
+        service: Name,
+        /// Backend, if it is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backend: Option<Name>,
+        /// The new thing, whole.
+        to: Value,
+    },
+    /// A service, or a backend of one that stays, is gone.
+    Remove {
+        /// Service.
+        service: Name,
+        /// Backend, if it is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backend: Option<Name>,
+        /// The old thing, whole.
+        from: Value,
+    },
+    /// A setting differs.
+    Set {
+        /// Service.
+        service: Name,
+        /// Backend, if it is one's setting.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        backend: Option<Name>,
+        /// Setting, dotted (`health.interval_ms`).
+        field: String,
+        /// Old value, null if it was not set.
+        from: Value,
+        /// New value, null if it is no longer set.
+        to: Value,
+    },
+}
+
+/// All differences, in name order; empty if the states are equal.
+pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
+    let mut found = Vec::new();
+    for (name, from) in &old.services {
+        match new.services.get(name) {
+            None => {
+                found.push(Difference::Remove { service: name.clone(), backend: None, from: value(from) });
+            }
+            Some(to) if to != from => service_differences(name, from, to, &mut found),
+            Some(_) => {}
+        }
+    }
+    for (name, to) in &new.services {
+        if !old.services.contains_key(name) {
+            found.push(Difference::Add { service: name.clone(), backend: None, to: value(to) });
+        }
+    }
+    found
+}
+
+fn value(thing: &impl Serialize) -> Value {
+    serde_json::to_value(thing).expect("model types have text keys and no failing serialisers")
+}
+
+/// A service's own settings, flattened to dotted names.
+fn settings(service: &Service) -> BTreeMap<String, Value> {
+    let Value::Object(mut all) = value(service) else { return BTreeMap::new() };
+    all.remove("backends");
+    let health = all.remove("health");
+    let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
+    if let Some(Value::Object(health)) = health {
+        flat.extend(health.into_iter().map(|(k, v)| (format!("health.{k}"), v)));
+    }
+    flat
+}
+
+fn service_differences(name: &Name, old: &Service, new: &Service, found: &mut Vec<Difference>) {
+    set_differences(name, None, settings(old), settings(new), found);
+    for (backend, from) in &old.backends {
+        let id = Some(backend.clone());
+        match new.backends.get(backend) {
+            None => found.push(Difference::Remove { service: name.clone(), backend: id, from: value(from) }),
+            Some(to) if to != from => {
+                let fields = |v| match v {
+                    Value::Object(map) => map.into_iter().collect(),
+                    _ => BTreeMap::new(),
+                };
+                set_differences(name, Some(backend), fields(value(from)), fields(value(to)), found);
+            }
+            Some(_) => {}
+        }
+    }
+    for (backend, to) in &new.backends {
+        if !old.backends.contains_key(backend) {
+            found.push(Difference::Add {
+                service: name.clone(),
+                backend: Some(backend.clone()),
+                to: value(to),
+            });
+        }
+    }
+}
+
+fn set_differences(
+    service: &Name,
+    backend: Option<&Name>,
+    mut old: BTreeMap<String, Value>,
+    new: BTreeMap<String, Value>,
+    found: &mut Vec<Difference>,
+) {
+    let mut set = |field, from, to| {
+        if from != to {
+            found.push(Difference::Set {
+                service: service.clone(),
+                backend: backend.cloned(),
+                field,
+                from,
+                to,
+            });
+        }
+    };
+    for (field, to) in new {
+        let from = old.remove(&field).unwrap_or(Value::Null);
+        set(field, from, to);
+    }
+    for (field, from) in old {
+        set(field, from, Value::Null);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn state(v: Value) -> Desired {
+        serde_json::from_value(json!({ "services": v })).unwrap()
+    }
+
+    #[test]
+    fn tells_added_removed_and_set() {
+        let old = state(json!({
+            "gone": {"vip": "10.0.0.9", "port": 1, "protocol": "udp"},
+            "web": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "table_size": 251,
+                "backends": {"a": {"address": "10.1.0.1"}, "b": {"address": "10.1.0.2"}}},
+        }));
+        let new = state(json!({
+            "new": {"vip": "10.0.0.8", "port": "any", "protocol": "tcp"},
+            "web": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "health": {"kind": "http"},
+                "backends": {"a": {"address": "10.1.0.1", "weight": 5}, "c": {"address": "10.1.0.3"}}},
+        }));
+        let found = differences(&old, &new);
+        let text: Vec<String> = found
+            .iter()
+            .map(|d| match d {
+                Difference::Add { service, backend, .. } => format!("+{service} {backend:?}"),
+                Difference::Remove { service, backend, .. } => format!("-{service} {backend:?}"),
+                Difference::Set { backend, field, from, to, .. } => {
+                    format!("{} {field} {from} {to}", backend.as_ref().map_or("", Name::as_str))
+                }
+            })
+            .collect();
+        assert_eq!(
+            text,
+            [
+                "-gone None",
+                " health.kind \"none\" \"http\"",
+                " health.path null \"/\"",
+                " health.status null [200,299]",
+                " table_size 251 null",
+                "a weight 1 5",
+                "-web Some(Name(\"b\"))",
+                "+web Some(Name(\"c\"))",
+                "+new None",
+            ]
+        );
+        assert!(differences(&new, &new).is_empty());
+        let back: Vec<Difference> = serde_json::from_value(value(&found)).unwrap();
+        assert_eq!(back, found);
+    }
+}

@@ -1,0 +1,357 @@
+//! The store in one file of this host, with redb: each commit is one durable transaction.
+//!
+//! A revision names, for each service, the revision in which that service last changed; the services
+//! themselves are kept once per change. So a change of one service among thousands writes that one.
+
+use super::{Commit, Local, Revision, Store, StoreError, Stored};
+use crate::model::{Desired, Name, Service};
+use futures_util::future::BoxFuture;
+use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::UNIX_EPOCH,
+};
+use tokio::sync::watch;
+
+/// Version of the file's contents. Raised when an older lbd could no longer read it.
+pub const FORMAT: u64 = 1;
+
+/// `format` and `head`.
+const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+/// Revision number → [`Record`] as JSON.
+const REVISIONS: TableDefinition<u64, &[u8]> = TableDefinition::new("revisions");
+/// Service name and the revision in which it became this → service as JSON.
+const SERVICES: TableDefinition<(&str, u64), &[u8]> = TableDefinition::new("services");
+/// See [`Local`].
+const LOCAL: TableDefinition<&str, &[u8]> = TableDefinition::new("local");
+
+/// A revision as it is written.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    author: String,
+    time_ms: u64,
+    message: String,
+    /// Revision in which each service last changed.
+    services: BTreeMap<Name, u64>,
+}
+
+impl Record {
+    fn revision(&self, number: u64) -> Revision {
+        let (author, message) = (self.author.clone(), self.message.clone());
+        Revision { number, author, time_ms: self.time_ms, message }
+    }
+}
+
+/// Desired state and local state in one redb file. Clones share it.
+#[derive(Clone)]
+pub struct RedbStore {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    database: Database,
+    file: PathBuf,
+    keep: u64,
+    /// Held from the look at `head` to its change: redb lets the next writer in before that.
+    writing: Mutex<()>,
+    head: watch::Sender<Stored>,
+}
+
+/// Everything that redb can say, with the file's name.
+fn failed(file: &Path, error: impl Into<redb::Error>) -> StoreError {
+    let name = file.display().to_string();
+    match error.into() {
+        redb::Error::DatabaseAlreadyOpen => StoreError::InUse { file: name },
+        redb::Error::UpgradeRequired(version) => {
+            StoreError::Corrupt { file: name, what: format!("redb file format {version} is not supported") }
+        }
+        redb::Error::Corrupted(what) => StoreError::Corrupt { file: name, what },
+        redb::Error::Io(source) if source.kind() == std::io::ErrorKind::InvalidData => {
+            StoreError::Corrupt { file: name, what: source.to_string() }
+        }
+        redb::Error::Io(source) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
+            StoreError::Corrupt { file: name, what: "cut short".to_owned() }
+        }
+        redb::Error::Io(source) => StoreError::Io { file: name, source },
+        other @ (redb::Error::TableTypeMismatch { .. } | redb::Error::TypeDefinitionChanged { .. }) => {
+            StoreError::Corrupt { file: name, what: other.to_string() }
+        }
+        other => StoreError::Failed { file: name, what: other.to_string() },
+    }
+}
+
+impl RedbStore {
+    /// Opens or makes `lb.redb` in a directory, which is made if it is missing, and reads the newest state.
+    /// Keeps `keep` revisions. Blocks.
+    ///
+    /// # Errors
+    /// The file is in use, newer, damaged, or cannot be written; it is left as it is.
+    pub fn open(directory: &Path, keep: u64) -> Result<Self, StoreError> {
+        let io = |path: &Path, source| StoreError::Io { file: path.display().to_string(), source };
+        std::fs::create_dir_all(directory).map_err(|e| io(directory, e))?;
+        let file = directory.join("lb.redb");
+        // An unfinished first start leaves an empty file; anything else that is no store is kept.
+        let fresh = std::fs::metadata(&file).map_or(true, |m| m.len() == 0);
+        let (database, stored) = guarded(&file, || {
+            let opened = if fresh { Database::create(&file) } else { Database::open(&file) };
+            let mut database = opened.map_err(|e| failed(&file, e))?;
+            if fresh {
+                prepare(&database).map_err(|e| failed(&file, e))?;
+            } else if !database.check_integrity().map_err(|e| failed(&file, e))? {
+                tracing::warn!(file = %file.display(), "store was not closed cleanly, and has been repaired");
+            }
+            let stored = read_head(&database, &file)?;
+            Ok((database, stored))
+        })?;
+        let head = watch::Sender::new(stored);
+        Ok(Self {
+            inner: Arc::new(Inner { database, file, keep: keep.max(2), writing: Mutex::new(()), head }),
+        })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &Path {
+        &self.inner.file
+    }
+
+    /// Runs blocking work off the async threads.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let inner = self.inner.clone();
+        match tokio::task::spawn_blocking(move || work(&inner)).await {
+            Ok(result) => result,
+            Err(e) => {
+                Err(StoreError::Failed { file: self.inner.file.display().to_string(), what: e.to_string() })
+            }
+        }
+    }
+}
+
+/// redb asserts in places where a damaged file contradicts itself: that is damage too, and must not take
+/// the process down without a word.
+fn guarded<T>(file: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(StoreError::Corrupt { file: file.display().to_string(), what: "contradicts itself".to_owned() })
+    })
+}
+
+fn prepare(database: &Database) -> Result<(), redb::Error> {
+    let write = database.begin_write()?;
+    {
+        let mut meta = write.open_table(META)?;
+        meta.insert("format", FORMAT)?;
+        meta.insert("head", 0)?;
+        write.open_table(REVISIONS)?;
+        write.open_table(SERVICES)?;
+        write.open_table(LOCAL)?;
+    }
+    write.commit()?;
+    Ok(())
+}
+
+fn read_head(database: &Database, file: &Path) -> Result<Stored, StoreError> {
+    let corrupt = |what: String| StoreError::Corrupt { file: file.display().to_string(), what };
+    let read = database.begin_read().map_err(|e| failed(file, e))?;
+    let meta = match read.open_table(META) {
+        Err(redb::TableError::TableDoesNotExist(_)) => return Err(corrupt("no lbd store".to_owned())),
+        other => other.map_err(|e| failed(file, e))?,
+    };
+    let number = |key: &str| {
+        let value = meta.get(key).map_err(|e| failed(file, e))?;
+        value.map(|v| v.value()).ok_or_else(|| corrupt(format!("{key} is missing")))
+    };
+    let format = number("format")?;
+    if format > FORMAT {
+        return Err(StoreError::Newer { file: file.display().to_string(), found: format, known: FORMAT });
+    }
+    read_revision(&read, file, number("head")?)?
+        .ok_or_else(|| corrupt("newest revision is missing".to_owned()))
+}
+
+fn zero() -> Stored {
+    let revision = Revision { number: 0, author: String::new(), time_ms: 0, message: String::new() };
+    Stored { revision, desired: Arc::default() }
+}
+
+fn read_revision(
+    read: &redb::ReadTransaction,
+    file: &Path,
+    number: u64,
+) -> Result<Option<Stored>, StoreError> {
+    if number == 0 {
+        return Ok(Some(zero()));
+    }
+    let corrupt = |what: String| StoreError::Corrupt { file: file.display().to_string(), what };
+    let revisions = read.open_table(REVISIONS).map_err(|e| failed(file, e))?;
+    let Some(bytes) = revisions.get(number).map_err(|e| failed(file, e))? else { return Ok(None) };
+    let record: Record =
+        serde_json::from_slice(bytes.value()).map_err(|e| corrupt(format!("revision {number}: {e}")))?;
+    let table = read.open_table(SERVICES).map_err(|e| failed(file, e))?;
+    let mut desired = Desired::default();
+    for (name, since) in &record.services {
+        let bytes = table.get((name.as_str(), *since)).map_err(|e| failed(file, e))?;
+        let bytes = bytes.ok_or_else(|| corrupt(format!("revision {number}: service {name} is missing")))?;
+        let service: Service = serde_json::from_slice(bytes.value())
+            .map_err(|e| corrupt(format!("revision {number}: service {name}: {e}")))?;
+        desired.services.insert(name.clone(), service);
+    }
+    Ok(Some(Stored { revision: record.revision(number), desired: Arc::new(desired) }))
+}
+
+impl Inner {
+    fn failed(&self, error: impl Into<redb::Error>) -> StoreError {
+        failed(&self.file, error)
+    }
+
+    fn json<T: Serialize>(&self, thing: &T) -> Result<Vec<u8>, StoreError> {
+        serde_json::to_vec(thing)
+            .map_err(|e| StoreError::Failed { file: self.file.display().to_string(), what: e.to_string() })
+    }
+
+    fn record(
+        &self,
+        table: &impl ReadableTable<u64, &'static [u8]>,
+        number: u64,
+    ) -> Result<Option<Record>, StoreError> {
+        let Some(bytes) = table.get(number).map_err(|e| self.failed(e))? else { return Ok(None) };
+        serde_json::from_slice(bytes.value()).map(Some).map_err(|e| StoreError::Corrupt {
+            file: self.file.display().to_string(),
+            what: format!("revision {number}: {e}"),
+        })
+    }
+
+    fn commit(&self, commit: Commit) -> Result<Stored, StoreError> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let write = self.database.begin_write().map_err(|e| self.failed(e))?;
+        let head = self.head.borrow().clone();
+        let found = head.revision.number;
+        if found != commit.expected {
+            return Err(StoreError::Conflict { expected: commit.expected, found });
+        }
+        let number = found + 1;
+        let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+        {
+            let mut revisions = write.open_table(REVISIONS).map_err(|e| self.failed(e))?;
+            let mut table = write.open_table(SERVICES).map_err(|e| self.failed(e))?;
+            let before = self.record(&revisions, found)?.map(|r| r.services).unwrap_or_default();
+            let mut services = BTreeMap::new();
+            for (name, service) in &commit.desired.services {
+                let since = match before.get(name) {
+                    Some(&since) if head.desired.services.get(name) == Some(service) => since,
+                    _ => {
+                        let bytes = self.json(service)?;
+                        table.insert((name.as_str(), number), &*bytes).map_err(|e| self.failed(e))?;
+                        number
+                    }
+                };
+                services.insert(name.clone(), since);
+            }
+            let record =
+                Record { author: commit.author.clone(), time_ms, message: commit.message.clone(), services };
+            revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
+            self.prune(&mut revisions, &mut table, number)?;
+            let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
+            meta.insert("head", number).map_err(|e| self.failed(e))?;
+        }
+        write.commit().map_err(|e| self.failed(e))?;
+        let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
+        let stored = Stored { revision, desired: commit.desired };
+        self.head.send_replace(stored.clone());
+        Ok(stored)
+    }
+
+    /// Forgets revisions beyond those to keep, and services that only they named.
+    fn prune(
+        &self,
+        revisions: &mut redb::Table<'_, u64, &'static [u8]>,
+        services: &mut redb::Table<'_, (&'static str, u64), &'static [u8]>,
+        newest: u64,
+    ) -> Result<(), StoreError> {
+        loop {
+            let oldest = revisions.first().map_err(|e| self.failed(e))?.map_or(newest, |(k, _)| k.value());
+            if oldest + self.keep > newest {
+                return Ok(());
+            }
+            let old = self.record(revisions, oldest)?.map(|r| r.services).unwrap_or_default();
+            let next = self.record(revisions, oldest + 1)?.map(|r| r.services).unwrap_or_default();
+            for (name, since) in old {
+                if next.get(&name) != Some(&since) {
+                    services.remove((name.as_str(), since)).map_err(|e| self.failed(e))?;
+                }
+            }
+            revisions.remove(oldest).map_err(|e| self.failed(e))?;
+        }
+    }
+
+    fn get(&self, number: u64) -> Result<Stored, StoreError> {
+        let read = self.database.begin_read().map_err(|e| self.failed(e))?;
+        let revisions = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;
+        let oldest = revisions.first().map_err(|e| self.failed(e))?.map_or(0, |(k, _)| k.value());
+        // Revision 0 is empty by definition, but where later ones were forgotten it is history too.
+        let found = if number == 0 && oldest > 1 { None } else { read_revision(&read, &self.file, number)? };
+        let newest = self.head.borrow().revision.number;
+        found.ok_or(StoreError::NoRevision { number, oldest, newest })
+    }
+
+    fn history(&self, before: Option<u64>, limit: usize) -> Result<Vec<Revision>, StoreError> {
+        let read = self.database.begin_read().map_err(|e| self.failed(e))?;
+        let table = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;
+        let range = table.range(0..before.unwrap_or(u64::MAX)).map_err(|e| self.failed(e))?;
+        let mut found = Vec::new();
+        for entry in range.rev().take(limit) {
+            let (number, bytes) = entry.map_err(|e| self.failed(e))?;
+            let number = number.value();
+            let record: Record = serde_json::from_slice(bytes.value()).map_err(|e| StoreError::Corrupt {
+                file: self.file.display().to_string(),
+                what: format!("revision {number}: {e}"),
+            })?;
+            found.push(record.revision(number));
+        }
+        Ok(found)
+    }
+}
+
+impl Store for RedbStore {
+    fn watch(&self) -> watch::Receiver<Stored> {
+        self.inner.head.subscribe()
+    }
+
+    fn commit(&self, commit: Commit) -> BoxFuture<'_, Result<Stored, StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.commit(commit)))
+    }
+
+    fn get(&self, number: u64) -> BoxFuture<'_, Result<Stored, StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.get(number)))
+    }
+
+    fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.history(before, limit)))
+    }
+}
+
+impl Local for RedbStore {
+    fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>> {
+        Box::pin(self.blocking(move |inner| {
+            let read = inner.database.begin_read().map_err(|e| inner.failed(e))?;
+            let table = read.open_table(LOCAL).map_err(|e| inner.failed(e))?;
+            let value = table.get(key).map_err(|e| inner.failed(e))?;
+            Ok(value.map(|v| v.value().to_vec()))
+        }))
+    }
+
+    fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.blocking(move |inner| {
+            let write = inner.database.begin_write().map_err(|e| inner.failed(e))?;
+            {
+                let mut table = write.open_table(LOCAL).map_err(|e| inner.failed(e))?;
+                table.insert(key, &*value).map_err(|e| inner.failed(e))?;
+            }
+            write.commit().map_err(|e| inner.failed(e))
+        }))
+    }
+}
