@@ -4,7 +4,10 @@
 //! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
+pub mod clock;
 pub mod config;
+pub mod dataplane;
+pub mod explain;
 pub mod model;
 pub mod objects;
 pub mod store;

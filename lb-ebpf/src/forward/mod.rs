@@ -5,8 +5,10 @@
 
 mod outer;
 
+pub use outer::source as outer_source;
+
 use crate::{
-    Frame, Verdict,
+    Frame, Packet, Verdict,
     parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
     wire::Gue,
 };
@@ -78,6 +80,17 @@ impl From<Reason> for Refusal {
     }
 }
 
+/// Bytes that encapsulation adds to a packet of this backend; None for modes that this program lacks.
+#[inline(always)]
+pub fn overhead(backend: &Backend) -> Option<usize> {
+    let outer_len = if is_mapped(&backend.address) { 20 } else { 40 };
+    match backend.mode {
+        mode::IPIP => Some(outer_len),
+        mode::GUE => Some(outer_len + GUE_OVERHEAD),
+        _ => None,
+    }
+}
+
 /// Encapsulates a packet for its backend and says where it leaves.
 #[inline(always)]
 pub fn forward<F: Frame + Fib>(
@@ -88,13 +101,8 @@ pub fn forward<F: Frame + Fib>(
     hash: u64,
 ) -> Result<Verdict, Refusal> {
     let outer_is_ipv6 = !is_mapped(&backend.address);
-    let outer_len = if outer_is_ipv6 { 40 } else { 20 };
-    let overhead = match backend.mode {
-        mode::IPIP => outer_len,
-        mode::GUE => outer_len + GUE_OVERHEAD,
-        _ => return Err(Reason::BadMode.into()),
-    };
-    let mut source = outer::source(backend, hash);
+    let overhead = overhead(backend).ok_or(Reason::BadMode)?;
+    let mut source = outer_source(backend, hash);
     let len = headers.ip_len + overhead as u32;
     let hop = if backend.flags & flags::RESOLVED != 0 {
         filled_in(backend)
@@ -166,5 +174,3 @@ fn write_ethernet(packet: &mut Packet, hop: &Hop) -> bool {
         && packet.write(6, hop.egress_mac.0)
         && packet.write(10, hop.egress_mac.1)
 }
-
-use crate::Packet;

@@ -1,0 +1,71 @@
+//! What can go wrong with programs and maps, said so that an operator knows what to do.
+
+use std::{io, path::PathBuf};
+
+/// Why a program or a map could not be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are those of the messages")]
+pub enum DataplaneError {
+    /// The binary has no programs in it.
+    #[error(
+        "this binary was built without its XDP programs (LB_SKIP_BPF); build it again after `cargo xtask setup`"
+    )]
+    NoPrograms,
+    /// An interface is missing.
+    #[error("interface {interface} does not exist; there are: {present}")]
+    NoInterface { interface: String, present: String },
+    /// Its driver cannot run XDP.
+    #[error(
+        "interface {interface}: its driver has no native XDP ({source}); choose another interface, or allow the slower generic mode with --allow-generic"
+    )]
+    NoDriverMode { interface: String, source: io::Error },
+    /// Something else is attached.
+    #[error(
+        "interface {interface} already has an XDP program that is not ours (`ip link show dev {interface}` names it); stop the lbd or other daemon that holds it, or `ip link set dev {interface} xdp off`"
+    )]
+    Busy { interface: String },
+    /// Attaching failed otherwise.
+    #[error("cannot attach to interface {interface}: {source}")]
+    Attach { interface: String, source: io::Error },
+    /// Another daemon runs.
+    #[error(
+        "another lbd (pid {pid}) already runs with the pins in {path}; stop it first, or give this one a --pin-path of its own"
+    )]
+    Locked { path: PathBuf, pid: String },
+    /// Not allowed.
+    #[error("{what}: not permitted; run as root (sudo) or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
+    Denied { what: &'static str },
+    /// The pin path is not on a BPF filesystem.
+    #[error(
+        "{path} is not on a BPF filesystem; mount one (`mount -t bpf bpf /sys/fs/bpf`) or choose another --pin-path"
+    )]
+    NoBpffs { path: PathBuf },
+    /// The pins are of another ABI.
+    #[error(
+        "the pinned maps in {path} have ABI version {pinned}, this lbd has {ours}; it keeps forwarding as it is. Start the lbd that matches, or remove the pins with `lbd detach --pin-path {path}` (forwarding stops until lbd is started again)"
+    )]
+    Abi { path: PathBuf, pinned: u32, ours: u32 },
+    /// A map has another layout than expected.
+    #[error(
+        "map {map}: entries of {got} bytes, {want} expected; remove the pins with `lbd detach` and start again"
+    )]
+    Layout { map: &'static str, got: u32, want: u32 },
+    /// The kernel refused the program.
+    #[error("the kernel refused the {program} program: {source}")]
+    Load { program: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    /// A map could not be opened or asked about.
+    #[error("map {map}: {source}")]
+    Map { map: &'static str, source: aya::maps::MapError },
+    /// A map could not be mapped into memory.
+    #[error("map {map} cannot be mapped into memory: {source}")]
+    Mmap { map: &'static str, source: io::Error },
+    /// A map could not be read.
+    #[error("map {map} cannot be read: {source}")]
+    Read { map: &'static str, source: io::Error },
+    /// An index beyond the map.
+    #[error("map {map} has no entry {index}")]
+    Index { map: &'static str, index: u32 },
+    /// A pin could not be made or removed.
+    #[error("{what} {path}: {source}")]
+    Pin { what: &'static str, path: PathBuf, source: io::Error },
+}

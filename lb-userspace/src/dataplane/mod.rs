@@ -1,0 +1,345 @@
+//! The edge to the kernel: programs, links, maps. The only module that touches aya.
+//!
+//! [`Dataplane`] is the one writer; [`Reader`] may be opened many times. Nothing here decides anything:
+//! `reconcile` says what to write and in which order. Errors say what an operator can do about them.
+
+mod attach;
+mod batch;
+mod decap;
+mod error;
+mod mapped;
+mod reader;
+
+pub use attach::{Interface, detach};
+pub use decap::{DecapDataplane, DecapOptions};
+pub use error::DataplaneError;
+pub use reader::{FLOW_TABLES, Reader, flow_map};
+
+use attach::{Attached, Request, take};
+use aya::{
+    Ebpf,
+    maps::{
+        HashMap, Map, MapData, PerCpuArray,
+        xdp::{DevMapHash, XdpMapError},
+    },
+};
+use lb_common::{
+    Backend, BackendStats, Flow, FlowKey, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits, names,
+    settings::IngressSettings,
+};
+use lb_ebpf::FlowTable;
+use mapped::MappedArray;
+use std::{fs, path::PathBuf, sync::Arc};
+use zerocopy::IntoBytes;
+
+/// Sizes of the maps; fixed for as long as the pins live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Services.
+    pub services: u32,
+    /// Backends over all services.
+    pub backends: u32,
+    /// Slots of all tables, live and being written.
+    pub slots: u32,
+    /// Entries of the tables of TCP and of UDP flows, each.
+    pub flows: u32,
+    /// Recent SYN choices.
+    pub syns: u32,
+    /// VIP addresses.
+    pub vips: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            services: limits::SERVICES,
+            backends: limits::BACKENDS,
+            slots: limits::SLOTS,
+            flows: limits::FLOWS,
+            syns: limits::SYNS,
+            vips: limits::VIPS,
+        }
+    }
+}
+
+/// How to attach an ingress host's dataplane.
+#[derive(Clone, Debug)]
+pub struct AttachOptions {
+    /// Interfaces.
+    pub interfaces: Vec<String>,
+    /// Whether generic mode will do where the driver has none.
+    pub allow_generic: bool,
+    /// Directory of the pins, on a BPF filesystem.
+    pub pin_path: PathBuf,
+    /// Map sizes.
+    pub limits: Limits,
+    /// The program's settings.
+    pub settings: IngressSettings,
+    /// Log level of the program: 0 off, 1 error … 5 trace.
+    pub log_level: u8,
+}
+
+/// The writer of an ingress host's maps.
+pub struct Dataplane {
+    service_index: HashMap<MapData, ServiceKey, u32>,
+    vips: HashMap<MapData, VipKey, Vip>,
+    services: MappedArray<Service>,
+    slots: MappedArray<Slot>,
+    backends: MappedArray<Backend>,
+    egress: DevMapHash<MapData>,
+    flows: [HashMap<MapData, FlowKey, Flow>; 3],
+    backend_stats: PerCpuArray<MapData, BackendStats>,
+    reader: Arc<Reader>,
+    /// Where the program runs.
+    pub interfaces: Vec<Interface>,
+    /// Whether maps of an earlier daemon were taken over.
+    pub adopted: bool,
+    /// Sizes of the maps as they are; those asked for may differ where maps were taken over.
+    pub limits: Limits,
+    bpf: Ebpf,
+    _lock: fs::File,
+}
+
+impl Dataplane {
+    /// Loads and attaches, or takes over what an earlier daemon left running.
+    pub fn attach(options: &AttachOptions) -> Result<Self, DataplaneError> {
+        let l = &options.limits;
+        let sizes = [
+            (names::SERVICE_INDEX, l.services),
+            (names::SERVICES, l.services),
+            (names::VIPS, l.vips),
+            (names::SLOTS, l.slots),
+            (names::BACKENDS, l.backends),
+            (names::BACKEND_STATS, l.backends),
+            (names::FLOWS, l.flows),
+            (names::UDP_FLOWS, l.flows),
+            (names::SYNS, l.syns),
+        ];
+        let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
+            object: crate::objects::INGRESS,
+            program: names::PROGRAM_INGRESS,
+            maps: &names::INGRESS_MAPS,
+            sizes: &sizes,
+            settings: options.settings.as_bytes(),
+            log_level: options.log_level,
+            pin_path: &options.pin_path,
+            interfaces: &options.interfaces,
+            allow_generic: options.allow_generic,
+        })?;
+        let reader = Arc::new(Reader::open(&options.pin_path)?);
+        let mut flows = |table| take(&mut bpf, flow_map(table));
+        let flows = [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?];
+        let services: MappedArray<Service> = map_array(&mut bpf, names::SERVICES)?;
+        let slots: MappedArray<Slot> = map_array(&mut bpf, names::SLOTS)?;
+        let backends: MappedArray<Backend> = map_array(&mut bpf, names::BACKENDS)?;
+        let limits = Limits {
+            services: services.len(),
+            slots: slots.len(),
+            backends: backends.len(),
+            ..options.limits
+        };
+        Ok(Self {
+            service_index: take(&mut bpf, names::SERVICE_INDEX)?,
+            vips: take(&mut bpf, names::VIPS)?,
+            services,
+            slots,
+            backends,
+            egress: take(&mut bpf, names::EGRESS)?,
+            flows,
+            backend_stats: take(&mut bpf, names::BACKEND_STATS)?,
+            reader,
+            interfaces,
+            adopted,
+            limits,
+            bpf,
+            _lock: lock,
+        })
+    }
+
+    /// A reader of the same maps.
+    pub fn reader(&self) -> Arc<Reader> {
+        Arc::clone(&self.reader)
+    }
+
+    /// The loaded object, for aya-log.
+    pub fn bpf_mut(&mut self) -> &mut Ebpf {
+        &mut self.bpf
+    }
+
+    /// Writes slots from place `base` on.
+    pub fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
+        for (place, slot) in (base..).zip(slots) {
+            self.store_slot(place, *slot)?;
+        }
+        Ok(())
+    }
+
+    /// Writes one slot, live or not.
+    pub fn store_slot(&mut self, place: u32, slot: Slot) -> Result<(), DataplaneError> {
+        stored(self.slots.store(place, &slot), names::SLOTS, place)
+    }
+
+    /// `count` slots from place `base` on; those past the end are left out.
+    pub fn read_slots(&self, base: u32, count: u32) -> Vec<Slot> {
+        (base..base.saturating_add(count)).map_while(|place| self.slots.load(place)).collect()
+    }
+
+    /// A service's entry.
+    pub fn service(&self, index: u32) -> Option<Service> {
+        self.services.load(index)
+    }
+
+    /// Writes one of a service's two views; the live one must be left alone.
+    pub fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
+        let mut service = self.services.load(index).ok_or(missing(names::SERVICES, index))?;
+        service.views[(view & 1) as usize] = *value;
+        stored(self.services.store(index, &service), names::SERVICES, index)
+    }
+
+    /// Makes one of a service's views the live one: the switch, in one store.
+    pub fn set_active(&mut self, index: u32, view: u32) -> Result<(), DataplaneError> {
+        let offset = std::mem::offset_of!(Service, active);
+        stored(self.services.store_u32(index, offset, view & 1), names::SERVICES, index)
+    }
+
+    /// Marks a service's entry as taken or free.
+    pub fn set_used(&mut self, index: u32, used: bool) -> Result<(), DataplaneError> {
+        let offset = std::mem::offset_of!(Service, used);
+        stored(self.services.store_u32(index, offset, used.into()), names::SERVICES, index)
+    }
+
+    /// A backend's entry.
+    pub fn backend(&self, index: u32) -> Option<Backend> {
+        self.backends.load(index)
+    }
+
+    /// Writes backends. Where more than one word of a live entry's way changes, packets are sent by the
+    /// kernel's FIB meanwhile: they never see half of one way and half of another.
+    pub fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError> {
+        let mut torn = false;
+        for (index, new) in backends {
+            let old = self.backends.load(*index).ok_or(missing(names::BACKENDS, *index))?;
+            if is_torn(&old, new) {
+                self.store_backend_flags(*index, old.flags & !lb_common::backend::flags::RESOLVED)?;
+                torn = true;
+            }
+        }
+        if torn {
+            grace_period();
+        }
+        for (index, new) in backends {
+            let resolved = lb_common::backend::flags::RESOLVED;
+            let unresolved = Backend { flags: new.flags & !resolved, ..*new };
+            let old = self.backends.load(*index).ok_or(missing(names::BACKENDS, *index))?;
+            let first = if old.flags & resolved == 0 { &unresolved } else { new };
+            stored(self.backends.store(*index, first), names::BACKENDS, *index)?;
+            if first.flags != new.flags {
+                self.store_backend_flags(*index, new.flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn store_backend_flags(&mut self, index: u32, flags: u32) -> Result<(), DataplaneError> {
+        let offset = std::mem::offset_of!(Backend, flags);
+        stored(self.backends.store_u32(index, offset, flags), names::BACKENDS, index)
+    }
+
+    /// Sets a backend's counters to zero, for an index that is used again.
+    pub fn clear_backend_stats(&mut self, index: u32) -> Result<(), DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::BACKEND_STATS, source };
+        let cpus = aya::util::nr_cpus()
+            .map_err(|(_, source)| DataplaneError::Read { map: names::BACKEND_STATS, source })?;
+        let zeros = aya::maps::PerCpuValues::try_from(vec![BackendStats::default(); cpus])
+            .map_err(|source| DataplaneError::Read { map: names::BACKEND_STATS, source })?;
+        self.backend_stats.set(index, zeros, 0).map_err(map)
+    }
+
+    /// Points an exact port at a service, or at none.
+    pub fn set_service_index(
+        &mut self,
+        key: &ServiceKey,
+        service: Option<u32>,
+    ) -> Result<(), DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::SERVICE_INDEX, source };
+        match service {
+            Some(index) => self.service_index.insert(key, index, 0).map_err(map),
+            None => absent_is_fine(self.service_index.remove(key)).map_err(map),
+        }
+    }
+
+    /// Writes what else a VIP serves, or that it is no VIP.
+    pub fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::VIPS, source };
+        match vip {
+            Some(vip) => self.vips.insert(key, vip, 0).map_err(map),
+            None => absent_is_fine(self.vips.remove(key)).map_err(map),
+        }
+    }
+
+    /// Allows or forbids an egress interface.
+    pub fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::EGRESS, source };
+        if allowed {
+            self.egress.insert(ifindex, ifindex, None, 0).map_err(|error| match error {
+                XdpMapError::MapError(source) => map(source),
+                XdpMapError::ChainedProgramNotSupported => unreachable!("no program is chained"),
+            })
+        } else {
+            absent_is_fine(self.egress.remove(ifindex)).map_err(map)
+        }
+    }
+
+    /// Forgets a flow.
+    pub fn remove_flow(&mut self, table: FlowTable, key: &FlowKey) -> Result<(), DataplaneError> {
+        absent_is_fine(self.flows[table as usize].remove(key))
+            .map_err(|source| DataplaneError::Map { map: flow_map(table), source })
+    }
+}
+
+fn map_array<T>(bpf: &mut Ebpf, name: &'static str) -> Result<MappedArray<T>, DataplaneError>
+where
+    T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy + Default,
+{
+    match bpf.take_map(name) {
+        Some(Map::Array(data)) => MappedArray::new(&data, name, true),
+        _ => unreachable!("the object was built with this array"),
+    }
+}
+
+fn missing(map: &'static str, index: u32) -> DataplaneError {
+    DataplaneError::Index { map, index }
+}
+
+fn stored(done: bool, map: &'static str, index: u32) -> Result<(), DataplaneError> {
+    if done { Ok(()) } else { Err(missing(map, index)) }
+}
+
+fn absent_is_fine(result: Result<(), aya::maps::MapError>) -> Result<(), aya::maps::MapError> {
+    use aya::maps::MapError;
+    match result {
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => Ok(()),
+        Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// Whether a reader could see half of an old way and half of the new one.
+fn is_torn(old: &Backend, new: &Backend) -> bool {
+    if old.flags & lb_common::backend::flags::RESOLVED == 0 {
+        return false;
+    }
+    let (a, b): (&[u64; 8], &[u64; 8]) = (zerocopy::transmute_ref!(old), zerocopy::transmute_ref!(new));
+    (0..8).filter(|i| a[*i] != b[*i]).count() > 1
+}
+
+/// Returns when no program run that began before the call is still going.
+pub fn grace_period() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: no memory is passed. The command waits for an RCU grace period, and programs run
+    // under RCU's read lock.
+    if unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) } != 0 {
+        // Not on hosts with nohz_full: far longer than any run of a program.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}

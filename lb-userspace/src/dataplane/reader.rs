@@ -1,0 +1,152 @@
+//! Reads the live dataplane: counters, tables, flows. Has handles of its own, so that many readers
+//! work beside the one writer; opened from the pins, it needs no daemon at all.
+
+use super::{DataplaneError, batch, mapped::MappedArray};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use lb_common::{
+    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
+};
+use lb_ebpf::FlowTable;
+use std::path::Path;
+
+/// Name of a flow table's map.
+pub fn flow_map(table: FlowTable) -> &'static str {
+    match table {
+        FlowTable::Flows => names::FLOWS,
+        FlowTable::Syns => names::SYNS,
+        FlowTable::UdpFlows => names::UDP_FLOWS,
+    }
+}
+
+/// All flow tables.
+pub const FLOW_TABLES: [FlowTable; 3] = [FlowTable::Flows, FlowTable::Syns, FlowTable::UdpFlows];
+
+/// Handles for reading.
+pub struct Reader {
+    service_index: HashMap<MapData, ServiceKey, u32>,
+    vips: HashMap<MapData, VipKey, Vip>,
+    services: MappedArray<Service>,
+    slots: MappedArray<Slot>,
+    backends: MappedArray<Backend>,
+    backend_stats: PerCpuArray<MapData, BackendStats>,
+    reasons: PerCpuArray<MapData, u64>,
+    flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
+}
+
+fn pinned(pin_path: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
+    MapData::from_pin(pin_path.join(name)).map_err(|source| DataplaneError::Map { map: name, source })
+}
+
+fn typed<M: TryFrom<Map, Error = aya::maps::MapError>>(
+    map: Map,
+    name: &'static str,
+) -> Result<M, DataplaneError> {
+    M::try_from(map).map_err(|source| DataplaneError::Map { map: name, source })
+}
+
+impl Reader {
+    /// Opens the pins of a running dataplane.
+    pub fn open(pin_path: &Path) -> Result<Self, DataplaneError> {
+        let flows = |table| {
+            let name = flow_map(table);
+            let typed = typed(Map::LruHashMap(pinned(pin_path, name)?), name)?;
+            Ok::<_, DataplaneError>((pinned(pin_path, name)?, typed))
+        };
+        Ok(Self {
+            service_index: typed(
+                Map::HashMap(pinned(pin_path, names::SERVICE_INDEX)?),
+                names::SERVICE_INDEX,
+            )?,
+            vips: typed(Map::HashMap(pinned(pin_path, names::VIPS)?), names::VIPS)?,
+            services: MappedArray::new(&pinned(pin_path, names::SERVICES)?, names::SERVICES, false)?,
+            slots: MappedArray::new(&pinned(pin_path, names::SLOTS)?, names::SLOTS, false)?,
+            backends: MappedArray::new(&pinned(pin_path, names::BACKENDS)?, names::BACKENDS, false)?,
+            backend_stats: typed(
+                Map::PerCpuArray(pinned(pin_path, names::BACKEND_STATS)?),
+                names::BACKEND_STATS,
+            )?,
+            reasons: typed(Map::PerCpuArray(pinned(pin_path, names::REASONS)?), names::REASONS)?,
+            flows: [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?],
+        })
+    }
+
+    /// Index of the service with this exact port.
+    pub fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.service_index.get(key, 0).ok()
+    }
+
+    /// What else this VIP serves.
+    pub fn vip(&self, key: &VipKey) -> Option<Vip> {
+        self.vips.get(key, 0).ok()
+    }
+
+    /// All exact-port services.
+    pub fn service_keys(&self) -> Result<Vec<(ServiceKey, u32)>, DataplaneError> {
+        let map = names::SERVICE_INDEX;
+        self.service_index
+            .iter()
+            .collect::<Result<_, _>>()
+            .map_err(|source| DataplaneError::Map { map, source })
+    }
+
+    /// All VIPs.
+    pub fn vips(&self) -> Result<Vec<(VipKey, Vip)>, DataplaneError> {
+        let map = names::VIPS;
+        self.vips.iter().collect::<Result<_, _>>().map_err(|source| DataplaneError::Map { map, source })
+    }
+
+    /// A service's entry.
+    pub fn service(&self, index: u32) -> Option<Service> {
+        self.services.load(index)
+    }
+
+    /// A slot, by its place in the map of all slots.
+    pub fn slot(&self, place: u32) -> Option<Slot> {
+        self.slots.load(place)
+    }
+
+    /// A backend's entry.
+    pub fn backend(&self, index: u32) -> Option<Backend> {
+        self.backends.load(index)
+    }
+
+    /// Sizes of the maps: services, slots, backends.
+    pub fn sizes(&self) -> (u32, u32, u32) {
+        (self.services.len(), self.slots.len(), self.backends.len())
+    }
+
+    /// A backend's counters over all CPUs; zero past the end.
+    pub fn backend_stats(&self, index: u32) -> BackendStats {
+        let Ok(stats) = self.backend_stats.get(&index, 0) else { return BackendStats::default() };
+        stats.iter().fold(BackendStats::default(), |a, b| BackendStats {
+            packets: a.packets.wrapping_add(b.packets),
+            bytes: a.bytes.wrapping_add(b.bytes),
+            flows: a.flows.wrapping_add(b.flows),
+        })
+    }
+
+    /// Each reason's counter over all CPUs.
+    pub fn reasons(&self) -> Vec<(Reason, u64)> {
+        reasons(&self.reasons)
+    }
+
+    /// A remembered flow.
+    pub fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        self.flows[table as usize].1.get(key, 0).ok()
+    }
+
+    /// Calls `each` with every entry of a flow table; see [`batch::for_each`] for what changes meanwhile.
+    pub fn for_each_flow(
+        &self,
+        table: FlowTable,
+        each: impl FnMut(FlowKey, Flow),
+    ) -> Result<(), DataplaneError> {
+        batch::for_each(&self.flows[table as usize].0, flow_map(table), each)
+    }
+}
+
+/// Sums a program's reason counters over all CPUs.
+pub(super) fn reasons(map: &PerCpuArray<MapData, u64>) -> Vec<(Reason, u64)> {
+    let count = |r: &Reason| map.get(&(*r as u32), 0).map(|v| v.iter().sum()).unwrap_or(0);
+    Reason::ALL.iter().map(|r| (*r, count(r))).collect()
+}

@@ -1,0 +1,461 @@
+//! Why a flow goes where it goes: the packet code's own answer, over the live maps.
+//!
+//! Input: a [`Reader`], the flow, and the names of services and backends. Output: an [`Explanation`] with
+//! each step, for `lbctl explain` and for tests that hold it against where packets really went. Nothing is
+//! written: a lookup that would record a flow only says so.
+
+use crate::{dataplane::Reader, model::Protocol};
+use lb_common::{
+    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey, backend, mapped,
+    service::flags, slot::NO_BACKEND,
+};
+use lb_ebpf::{
+    FlowTable, Tables,
+    choose::{Choice, Why, choose},
+    hash::{flow_hash, slot_of},
+    parse::{Headers, tcp, words},
+    service::{Match, lookup_service},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    cell::{Cell, OnceCell},
+    net::{IpAddr, SocketAddr},
+};
+
+/// What was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Query {
+    /// Client.
+    pub source: SocketAddr,
+    /// VIP and port.
+    pub destination: SocketAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+/// Names for the dataplane's indices.
+pub trait Names {
+    /// Name of a service.
+    fn service(&self, index: u32) -> Option<String>;
+    /// Name of a backend.
+    fn backend(&self, index: u32) -> Option<String>;
+}
+
+/// A backend, as the explanation shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendView {
+    /// Index in the dataplane.
+    pub index: u32,
+    /// Name, if it still has one.
+    pub name: Option<String>,
+    /// Address.
+    pub address: IpAddr,
+    /// `up`, `draining`, `down` or `removed`.
+    pub state: String,
+}
+
+/// Where packets to a backend leave, and in what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forwarding {
+    /// Forwarding mode.
+    pub mode: String,
+    /// Outer source address.
+    pub outer_source: Option<IpAddr>,
+    /// Outer destination address.
+    pub outer_destination: IpAddr,
+    /// Egress interface's index; None when the kernel's FIB decides.
+    pub ifindex: Option<u32>,
+    /// Next hop's MAC; None when the kernel's FIB decides.
+    pub next_hop: Option<String>,
+    /// VLAN tag on egress, 0 for none.
+    pub vlan: u16,
+    /// Largest IP packet of the client that fits, in bytes; None if not known.
+    pub mtu: Option<u32>,
+}
+
+/// The answer for one kind of packet of the flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// `syn`, `established` or `datagram`.
+    pub packet: String,
+    /// Chosen backend.
+    pub backend: Option<BackendView>,
+    /// Why it, or why none.
+    pub why: String,
+    /// Whether such a packet would be written to a flow table.
+    pub records: bool,
+    /// How it is forwarded.
+    pub forwarding: Option<Forwarding>,
+}
+
+/// An entry of a flow table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Map.
+    pub table: String,
+    /// Backend that it names.
+    pub backend: String,
+    /// Seconds since a packet was seen.
+    pub idle_s: u32,
+    /// Whether the client has closed.
+    pub closing: bool,
+}
+
+/// The whole explanation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// What was asked.
+    pub query: Query,
+    /// Service, if one matches.
+    pub service: Option<String>,
+    /// `exact`, `range` or `any`.
+    pub matched: Option<String>,
+    /// Flow hash, in hexadecimal.
+    pub hash: Option<String>,
+    /// Slot number in the service's table.
+    pub slot: Option<u32>,
+    /// Slots of the table.
+    pub slots: Option<u32>,
+    /// Primary of the slot.
+    pub primary: Option<BackendView>,
+    /// Secondary of the slot.
+    pub secondary: Option<BackendView>,
+    /// Whether the slot's primary changed within the drain time.
+    pub transition: bool,
+    /// Whether the slot's flows are looked up in the flow table.
+    pub tracked: bool,
+    /// What the flow tables know of the flow.
+    pub entries: Vec<Entry>,
+    /// Answers: for TCP a SYN's and an established packet's.
+    pub answers: Vec<Answer>,
+    /// The same for people, a line a step.
+    pub steps: Vec<String>,
+}
+
+/// Explains a flow.
+pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation {
+    let live = Live::new(reader);
+    let headers = headers(&query, 0);
+    let mut explanation = Explanation {
+        query,
+        service: None,
+        matched: None,
+        hash: None,
+        slot: None,
+        slots: None,
+        primary: None,
+        secondary: None,
+        transition: false,
+        tracked: false,
+        entries: Vec::new(),
+        answers: Vec::new(),
+        steps: Vec::new(),
+    };
+    let (index, matched) = match lookup_service(&live, &headers) {
+        Ok(found) => found,
+        Err(reason) => {
+            explanation.steps.push(format!("not balanced: {}", reason.describe()));
+            return explanation;
+        }
+    };
+    let Some(view) = live.service(index) else {
+        explanation
+            .steps
+            .push(format!("service entry {index} is missing: {}", Reason::BrokenTable.describe()));
+        return explanation;
+    };
+    explanation.service(names, index, matched);
+    explanation.slot(&live, names, view, &headers);
+    explanation.entries(reader, &live, names, index, &headers);
+    let kinds: &[(&str, u8)] = match query.protocol {
+        Protocol::Tcp => &[("syn", tcp::SYN), ("established", tcp::ACK)],
+        Protocol::Udp => &[("datagram", 0)],
+    };
+    for (packet, tcp_flags) in kinds {
+        explanation.answer(&live, names, index, view, packet, &self::headers(&query, *tcp_flags));
+    }
+    explanation
+}
+
+impl Explanation {
+    fn service(&mut self, names: &impl Names, index: u32, matched: Match) {
+        let name = names.service(index).unwrap_or_else(|| format!("#{index}"));
+        let how = match matched {
+            Match::Exact => "exact",
+            Match::Range => "range",
+            Match::Any => "any",
+        };
+        self.steps.push(format!("service {name}, matched by {how} port"));
+        self.service = Some(name);
+        self.matched = Some(how.to_owned());
+    }
+
+    fn slot(&mut self, live: &Live<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
+        let hash = flow_hash(view.seed, headers);
+        self.hash = Some(format!("{hash:016x}"));
+        self.slots = Some(view.slot_count);
+        if view.slot_count == 0 {
+            self.steps.push("the service has no backends".to_owned());
+            return;
+        }
+        let number = slot_of(hash, view.slot_count);
+        self.slot = Some(number);
+        self.steps.push(format!("hash {hash:016x} → slot {number} of {}", view.slot_count));
+        let Some(slot) = live.slot(view.slot_base + number) else { return };
+        self.primary = live.view_of(names, slot.primary_index());
+        self.secondary = live.view_of(names, slot.secondary_index());
+        self.transition = slot.is_transition();
+        self.tracked = slot.is_tracked() || view.flags & flags::TRACK_ALL != 0;
+        let label = |b: &Option<BackendView>| b.as_ref().map_or("none".to_owned(), BackendView::label);
+        self.steps.push(format!(
+            "pair: primary {}, {} {}{}",
+            label(&self.primary),
+            if self.transition { "previous primary" } else { "secondary" },
+            label(&self.secondary),
+            match (self.transition, self.tracked) {
+                (true, _) => "; in transition",
+                (false, true) => "; tracked",
+                (false, false) => "; stable",
+            }
+        ));
+    }
+
+    fn entries(
+        &mut self,
+        reader: &Reader,
+        live: &Live<'_>,
+        names: &impl Names,
+        index: u32,
+        headers: &Headers,
+    ) {
+        let key = lb_ebpf::choose::flow_key(index, headers);
+        for table in crate::dataplane::FLOW_TABLES {
+            let Some(flow) = reader.flow(table, &key) else { continue };
+            let entry = Entry {
+                table: crate::dataplane::flow_map(table).to_owned(),
+                backend: live.view_of(names, flow.backend).map_or("gone".to_owned(), |b| b.label()),
+                idle_s: live.now_s().saturating_sub(flow.last_seen_s),
+                closing: flow.flags & lb_common::flow::flags::CLOSING != 0,
+            };
+            self.steps.push(format!(
+                "{} has it: {}, idle for {} s{}",
+                entry.table,
+                entry.backend,
+                entry.idle_s,
+                if entry.closing { ", closing" } else { "" }
+            ));
+            self.entries.push(entry);
+        }
+    }
+
+    fn answer(
+        &mut self,
+        live: &Live<'_>,
+        names: &impl Names,
+        index: u32,
+        view: &ServiceView,
+        packet: &str,
+        headers: &Headers,
+    ) {
+        live.recorded.set(false);
+        let hash = flow_hash(view.seed, headers);
+        let choice = choose(live, index, view, headers, hash);
+        let (backend, why) = match choice {
+            Ok(Choice { backend, why, .. }) => (live.view_of(names, backend), describe(why).to_owned()),
+            Err(reason) => (None, reason.describe().to_owned()),
+        };
+        let forwarding = choice.ok().and_then(|c| live.backend(c.backend)).map(|b| forwarding(b, hash));
+        let to = backend.as_ref().map_or("nowhere".to_owned(), BackendView::label);
+        self.steps.push(format!("{packet} → {to}: {why}"));
+        if let Some(f) = &forwarding
+            && self.answers.last().and_then(|a| a.forwarding.as_ref()) != Some(f)
+        {
+            self.steps.push(f.describe());
+        }
+        let records = live.recorded.get();
+        self.answers.push(Answer { packet: packet.to_owned(), backend, why, records, forwarding });
+    }
+}
+
+impl BackendView {
+    fn label(&self) -> String {
+        format!("{} ({}, {})", self.name.as_deref().unwrap_or("removed backend"), self.address, self.state)
+    }
+}
+
+impl Forwarding {
+    fn describe(&self) -> String {
+        let source = self.outer_source.map_or("source by the FIB".to_owned(), |s| s.to_string());
+        let hop = match (&self.next_hop, self.ifindex) {
+            (Some(mac), Some(ifindex)) => format!("next hop {mac} on interface {ifindex}"),
+            _ => "next hop by the kernel's FIB".to_owned(),
+        };
+        let vlan = if self.vlan == 0 { String::new() } else { format!(", VLAN {}", self.vlan) };
+        let mtu = self.mtu.map_or(String::new(), |m| format!(", packets up to {m} bytes"));
+        format!("{} {source} → {}, {hop}{vlan}{mtu}", self.mode, self.outer_destination)
+    }
+}
+
+fn describe(why: Why) -> &'static str {
+    match why {
+        Why::Primary => "the slot's primary",
+        Why::NewFlow => "a new flow takes the slot's primary",
+        Why::NotTracked => "in no flow table: the slot's primary",
+        Why::Tracked => "the flow table names it",
+        Why::RecentSyn => "its SYN was placed there",
+        Why::Previous => "in no flow table, so from before the change: the slot's previous primary",
+    }
+}
+
+fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
+    let resolved = entry.flags & backend::flags::RESOLVED != 0;
+    let source = lb_ebpf::parse::address(lb_ebpf::forward::outer_source(entry, hash));
+    let overhead = lb_ebpf::forward::overhead(entry).unwrap_or(0) as u32;
+    Forwarding {
+        mode: match entry.mode {
+            backend::mode::IPIP => "ipip",
+            backend::mode::GUE => "gue",
+            backend::mode::L2 => "l2",
+            backend::mode::NAT => "nat",
+            backend::mode::LOCAL => "local",
+            _ => "unknown",
+        }
+        .to_owned(),
+        outer_source: (entry.source != [0; 16]).then(|| to_ip(source)),
+        outer_destination: to_ip(entry.address),
+        ifindex: resolved.then_some(entry.ifindex),
+        next_hop: resolved.then(|| entry.next_hop.map(|b| format!("{b:02x}")).join(":")),
+        vlan: if resolved { entry.vlan.get() & 0xfff } else { 0 },
+        mtu: (resolved && entry.mtu != 0).then(|| u32::from(entry.mtu).saturating_sub(overhead)),
+    }
+}
+
+/// An address of the dataplane as a standard one.
+pub fn to_ip(address: Address) -> IpAddr {
+    let v6 = std::net::Ipv6Addr::from(address);
+    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)
+}
+
+/// A standard address as one of the dataplane.
+pub fn from_ip(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn headers(query: &Query, tcp_flags: u8) -> Headers {
+    Headers {
+        source: words(from_ip(query.source.ip())),
+        destination: words(from_ip(query.destination.ip())),
+        source_port: query.source.port().to_be(),
+        port: query.destination.port().to_be(),
+        protocol: query.protocol.number(),
+        tcp_flags,
+        is_ipv6: query.destination.is_ipv6(),
+        dont_fragment: true,
+        l2_len: 14,
+        ip_len: 60,
+        ..Headers::default()
+    }
+}
+
+/// The live maps, read-only, for one query.
+struct Live<'a> {
+    reader: &'a Reader,
+    vip: OnceCell<Option<Vip>>,
+    view: OnceCell<Option<ServiceView>>,
+    /// Backends that the query has met: a slot's pair and what the flow tables name.
+    backends: [OnceCell<(u32, Backend)>; 8],
+    /// Whether something would have been recorded.
+    recorded: Cell<bool>,
+}
+
+impl<'a> Live<'a> {
+    fn new(reader: &'a Reader) -> Self {
+        Self {
+            reader,
+            vip: OnceCell::new(),
+            view: OnceCell::new(),
+            backends: Default::default(),
+            recorded: Cell::new(false),
+        }
+    }
+
+    fn view_of(&self, names: &impl Names, index: u32) -> Option<BackendView> {
+        if index == NO_BACKEND {
+            return None;
+        }
+        let entry = self.backend(index)?;
+        let f = entry.flags;
+        let state = match () {
+            () if f & backend::flags::USED == 0 => "removed",
+            () if f & backend::flags::DOWN != 0 => "down",
+            () if f & backend::flags::DRAINING != 0 => "draining",
+            () => "up",
+        };
+        Some(BackendView {
+            index,
+            name: names.backend(index),
+            address: to_ip(entry.address),
+            state: state.to_owned(),
+        })
+    }
+}
+
+impl Tables for Live<'_> {
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.reader.service_index(key)
+    }
+
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        self.vip.get_or_init(|| self.reader.vip(key)).as_ref()
+    }
+
+    fn service(&self, index: u32) -> Option<&ServiceView> {
+        let live = || self.reader.service(index).map(|s| s.views[(s.active & 1) as usize]);
+        self.view.get_or_init(live).as_ref()
+    }
+
+    fn slot(&self, place: u32) -> Option<Slot> {
+        self.reader.slot(place)
+    }
+
+    fn backend(&self, index: u32) -> Option<&Backend> {
+        for cell in &self.backends {
+            match cell.get() {
+                Some((i, entry)) if *i == index => return Some(entry),
+                Some(_) => {}
+                None => {
+                    return self.reader.backend(index).map(|entry| &cell.get_or_init(|| (index, entry)).1);
+                }
+            }
+        }
+        None
+    }
+
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        self.reader.flow(table, key)
+    }
+
+    fn record(&self, _: FlowTable, _: &FlowKey, _: &Flow) -> bool {
+        self.recorded.set(true);
+        true
+    }
+
+    fn touch(&self, _: FlowTable, _: &FlowKey, _: u32, _: u32) {}
+
+    fn forget(&self, _: FlowTable, _: &FlowKey) {}
+
+    fn now_s(&self) -> u32 {
+        crate::clock::boot_s()
+    }
+
+    fn count(&self, _: Reason) {}
+
+    fn account(&self, _: u32, _: u32, _: bool) {}
+
+    fn take_icmp(&self, _: u32, _: u32) -> bool {
+        false
+    }
+}
