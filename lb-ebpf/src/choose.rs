@@ -61,7 +61,9 @@ pub fn choose<T: Tables>(
     if view.slot_count == 0 {
         return Err(Reason::NoBackend);
     }
-    let slot = tables.slot(view.slot_base + slot_of(hash, view.slot_count)).ok_or(Reason::BrokenTable)?;
+    let slot = tables
+        .slot(view.slot_base.wrapping_add(slot_of(hash, view.slot_count)))
+        .ok_or(Reason::BrokenTable)?;
     if headers.protocol == UDP {
         if view.flags & flags::UDP_STATELESS != 0 {
             return primary(slot, false, Why::Primary);
@@ -120,7 +122,7 @@ fn choose_syn<T: Tables>(tables: &T, key: &FlowKey, slot: Slot) -> Result<Choice
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
     if let Some(recent) = tables.flow(FlowTable::Syns, key)
-        && now_s.wrapping_sub(recent.last_seen_s) <= SYN_TIMEOUT_S
+        && is_within(SYN_TIMEOUT_S, recent, now_s)
         && is_up(backend_flags(tables, recent.backend, key.service))
     {
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
@@ -130,6 +132,13 @@ fn choose_syn<T: Tables>(tables: &T, key: &FlowKey, slot: Slot) -> Result<Choice
         record(tables, FlowTable::Syns, key, choice.backend, now_s, 0);
     }
     Ok(choice)
+}
+
+/// Whether a flow was seen at most `limit_s` ago. Another processor, whose coarse clock has ticked
+/// already, may have seen it in our future: that is not long ago.
+#[inline(always)]
+const fn is_within(limit_s: u32, flow: Flow, now_s: u32) -> bool {
+    now_s.saturating_sub(flow.last_seen_s) <= limit_s
 }
 
 #[inline(always)]
@@ -172,8 +181,8 @@ fn choose_established<T: Tables>(
     }
     // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
     if let Some(recent) = tables.flow(FlowTable::Syns, key)
-        && now_s.wrapping_sub(recent.last_seen_s) <= SYN_TIMEOUT_S
-        && backend_flags(tables, recent.backend, key.service).is_some()
+        && is_within(SYN_TIMEOUT_S, recent, now_s)
+        && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
         if record(tables, FlowTable::Flows, key, recent.backend, now_s, end) {
             tables.forget(FlowTable::Syns, key);
@@ -209,7 +218,7 @@ fn choose_udp<T: Tables>(
     let key = flow_key(service, headers);
     let now_s = tables.now_s();
     if let Some(known) = tables.flow(FlowTable::UdpFlows, &key)
-        && now_s.wrapping_sub(known.last_seen_s) <= view.udp_timeout_s
+        && is_within(view.udp_timeout_s, known, now_s)
     {
         // A client that goes on asking a dead worker would hold the entry for ever: it moves.
         if is_up(backend_flags(tables, known.backend, service)) {

@@ -1,2 +1,13 @@
 //! The traits outside the kernel: a frame in a vector, tables in hash maps. For tests, fuzzers and
 //! simulations; nothing here runs in production.
+//!
+//! [`VecFrame`] has as much room around the packet as the test gives it, may have a part outside the
+//! linear one (as a multi-buffer frame has), and remembers how its ends were moved. [`HashTables`] holds
+//! what both programs ask for; its clock stands until a test moves it.
+extern crate std;
+
+mod frame;
+mod tables;
+
+pub use frame::{Adjust, VecFrame};
+pub use tables::{HashTables, WhenFull};

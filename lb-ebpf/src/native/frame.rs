@@ -1,0 +1,158 @@
+//! A frame in a vector.
+
+use super::std::{cell::RefCell, vec, vec::Vec};
+use crate::{
+    Frame, Packet,
+    forward::{Fib, FibAnswer, FibQuery},
+};
+use core::cell::UnsafeCell;
+use lb_common::Reason;
+
+/// Room that the kernel leaves in front of a packet (`XDP_PACKET_HEADROOM`).
+const HEADROOM: usize = 256;
+/// Room behind it.
+const TAILROOM: usize = 128;
+
+/// How an end was moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Adjust {
+    /// `adjust_head` by so many bytes.
+    Head(i32),
+    /// `adjust_tail` by so many bytes.
+    Tail(i32),
+}
+
+/// A frame whose bytes lie in a vector.
+pub struct VecFrame {
+    buffer: Vec<UnsafeCell<u8>>,
+    start: usize,
+    end: usize,
+    /// Where the linear part ends in the buffer; `end` or less.
+    linear_end: usize,
+    ifindex: u32,
+    adjusts: Vec<Adjust>,
+    fib: Result<FibAnswer, (Reason, u32)>,
+    queries: RefCell<Vec<FibQuery>>,
+}
+
+impl VecFrame {
+    /// A frame of these bytes, with the room that the kernel gives.
+    pub fn new(bytes: &[u8]) -> Self {
+        Self::with_room(bytes, HEADROOM, TAILROOM)
+    }
+
+    /// A frame with so many bytes in front and behind. The room is filled with 0xa5, so that what a
+    /// program forgets to write shows.
+    pub fn with_room(bytes: &[u8], headroom: usize, tailroom: usize) -> Self {
+        let mut all = vec![0xa5; headroom];
+        all.extend_from_slice(bytes);
+        all.resize(headroom + bytes.len() + tailroom, 0xa5);
+        let end = headroom + bytes.len();
+        Self {
+            buffer: all.into_iter().map(UnsafeCell::new).collect(),
+            start: headroom,
+            end,
+            linear_end: end,
+            ifindex: 1,
+            adjusts: Vec::new(),
+            fib: Err((Reason::NoRoute, 0)),
+            queries: RefCell::default(),
+        }
+    }
+
+    /// The same with only the first `len` bytes in the linear part.
+    #[must_use]
+    pub fn linear(mut self, len: usize) -> Self {
+        self.linear_end = self.end.min(self.start + len);
+        self
+    }
+
+    /// The same, come in by another interface than 1.
+    #[must_use]
+    pub fn from_interface(mut self, ifindex: u32) -> Self {
+        self.ifindex = ifindex;
+        self
+    }
+
+    /// The same with this answer from the FIB; without it there is no route to anywhere.
+    #[must_use]
+    pub fn with_fib(mut self, answer: Result<FibAnswer, (Reason, u32)>) -> Self {
+        self.fib = answer;
+        self
+    }
+
+    /// The frame's bytes as they are now.
+    pub fn bytes(&self) -> Vec<u8> {
+        // SAFETY: no reference into the buffer outlives the call that made it, and this runs alone.
+        self.buffer[self.start..self.end].iter().map(|byte| unsafe { *byte.get() }).collect()
+    }
+
+    /// How its ends were moved, in order.
+    pub fn adjusts(&self) -> &[Adjust] {
+        &self.adjusts
+    }
+
+    /// What the FIB was asked, in order.
+    pub fn queries(&self) -> Vec<FibQuery> {
+        self.queries.borrow().clone()
+    }
+}
+
+impl Frame for VecFrame {
+    fn packet(&self) -> Packet {
+        let base = self.buffer.as_ptr() as usize;
+        // SAFETY: both lie in the buffer, whose cells may be written through a shared reference; it
+        // does not move while the frame lives, and a window is not used past an adjustment.
+        unsafe { Packet::new(base + self.start, base + self.linear_end) }
+    }
+
+    fn total_len(&self) -> usize {
+        self.end - self.start
+    }
+
+    fn adjust_head(&mut self, delta: i32) -> bool {
+        let Some(start) = self.start.checked_add_signed(delta as isize) else { return false };
+        // As the kernel does: at least an Ethernet header stays in the linear part.
+        if start + crate::parse::ETHERNET > self.linear_end {
+            return false;
+        }
+        self.adjusts.push(Adjust::Head(delta));
+        self.start = start;
+        true
+    }
+
+    fn adjust_tail(&mut self, delta: i32) -> bool {
+        let Some(end) = self.end.checked_add_signed(delta as isize) else { return false };
+        if end > self.buffer.len() || end < self.start + crate::parse::ETHERNET {
+            return false;
+        }
+        self.adjusts.push(Adjust::Tail(delta));
+        if self.linear_end == self.end {
+            self.linear_end = end;
+        }
+        self.end = end;
+        self.linear_end = self.linear_end.min(end);
+        true
+    }
+
+    fn sum<const N: usize>(&self, offset: usize) -> Option<u32> {
+        let packet = self.packet();
+        let mut sum = 0u64;
+        for i in (0..N).step_by(4) {
+            sum += u64::from(packet.read::<u32>(offset + i)?);
+        }
+        let sum = (sum & 0xffff_ffff) + (sum >> 32);
+        Some(((sum & 0xffff_ffff) + (sum >> 32)) as u32)
+    }
+
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+}
+
+impl Fib for VecFrame {
+    fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
+        self.queries.borrow_mut().push(*query);
+        self.fib
+    }
+}

@@ -1,0 +1,256 @@
+//! Tables in hash maps, and a clock that stands still.
+
+use super::std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap, HashSet},
+    vec,
+    vec::Vec,
+};
+use crate::{FlowTable, Tables, decap::DecapTables};
+use lb_common::{
+    Address, Backend, BackendStats, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    stats::IcmpBudget,
+};
+
+/// What a flow table does for want of room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// Forgets the flow that was looked up or written longest ago, as the kernel's LRU maps roughly do.
+    #[default]
+    Evict,
+    /// Refuses the new one.
+    Refuse,
+}
+
+/// Flows with the tick of their last use.
+#[derive(Default)]
+struct Flows {
+    entries: HashMap<FlowKey, (Flow, u64)>,
+    by_use: BTreeMap<u64, FlowKey>,
+    tick: u64,
+}
+
+impl Flows {
+    fn used(&mut self, key: &FlowKey) -> Option<&mut Flow> {
+        let (flow, used) = self.entries.get_mut(key)?;
+        self.tick += 1;
+        self.by_use.remove(used);
+        self.by_use.insert(self.tick, *key);
+        *used = self.tick;
+        Some(flow)
+    }
+
+    fn remove(&mut self, key: &FlowKey) {
+        if let Some((_, used)) = self.entries.remove(key) {
+            self.by_use.remove(&used);
+        }
+    }
+
+    fn insert(&mut self, key: &FlowKey, flow: Flow, capacity: usize, when_full: WhenFull) -> bool {
+        if let Some(known) = self.used(key) {
+            *known = flow;
+            return true;
+        }
+        if self.entries.len() >= capacity {
+            match (when_full, self.by_use.first_key_value().map(|(_, oldest)| *oldest)) {
+                (WhenFull::Evict, Some(oldest)) => self.remove(&oldest),
+                _ => return false,
+            }
+        }
+        self.tick += 1;
+        self.by_use.insert(self.tick, *key);
+        self.entries.insert(*key, (flow, self.tick));
+        true
+    }
+}
+
+/// All maps of both programs. What only the control plane writes is public.
+pub struct HashTables {
+    /// `SERVICE_INDEX`.
+    pub service_index: HashMap<ServiceKey, u32>,
+    /// `VIPS`.
+    pub vips: HashMap<VipKey, Vip>,
+    /// `SERVICES`: the live views.
+    pub services: HashMap<u32, ServiceView>,
+    /// `SLOTS`.
+    pub slots: Vec<Slot>,
+    /// `BACKENDS`.
+    pub backends: HashMap<u32, Backend>,
+    /// `DECAP_ADDRESSES`.
+    pub decap_addresses: HashSet<Address>,
+    /// `DECAP_VIPS`.
+    pub decap_vips: HashSet<Address>,
+    /// Flows that each flow table holds at most.
+    pub capacity: usize,
+    /// What a full flow table does.
+    pub when_full: WhenFull,
+    flows: [RefCell<Flows>; 3],
+    now_ns: Cell<u64>,
+    reasons: RefCell<Vec<u64>>,
+    stats: RefCell<HashMap<u32, BackendStats>>,
+    icmp: Cell<IcmpBudget>,
+}
+
+impl Default for HashTables {
+    fn default() -> Self {
+        Self {
+            service_index: HashMap::new(),
+            vips: HashMap::new(),
+            services: HashMap::new(),
+            slots: Vec::new(),
+            backends: HashMap::new(),
+            decap_addresses: HashSet::new(),
+            decap_vips: HashSet::new(),
+            capacity: usize::MAX,
+            when_full: WhenFull::Evict,
+            flows: Default::default(),
+            // A host that has been up for a while: ages can be subtracted.
+            now_ns: Cell::new(100_000 * 1_000_000_000),
+            reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
+            stats: RefCell::default(),
+            icmp: Cell::default(),
+        }
+    }
+}
+
+impl HashTables {
+    fn table(&self, table: FlowTable) -> &RefCell<Flows> {
+        &self.flows[match table {
+            FlowTable::Flows => 0,
+            FlowTable::Syns => 1,
+            FlowTable::UdpFlows => 2,
+        }]
+    }
+
+    /// Moves the clock forward.
+    pub fn advance_ns(&self, by_ns: u64) {
+        self.now_ns.set(self.now_ns.get() + by_ns);
+    }
+
+    /// Moves the clock forward by seconds.
+    pub fn advance_s(&self, by_s: u32) {
+        self.advance_ns(u64::from(by_s) * 1_000_000_000);
+    }
+
+    /// A flow table's entry, without counting as a use of it.
+    pub fn peek(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        self.table(table).borrow().entries.get(key).map(|(flow, _)| *flow)
+    }
+
+    /// A flow table's entries, ordered by key.
+    pub fn flows(&self, table: FlowTable) -> Vec<(FlowKey, Flow)> {
+        let mut flows: Vec<_> =
+            self.table(table).borrow().entries.iter().map(|(key, (flow, _))| (*key, *flow)).collect();
+        flows.sort_by_key(|(key, _)| *key);
+        flows
+    }
+
+    /// Forgets all flows.
+    pub fn forget_flows(&self) {
+        for flows in &self.flows {
+            *flows.borrow_mut() = Flows::default();
+        }
+    }
+
+    /// A reason's counter.
+    pub fn counted(&self, reason: Reason) -> u64 {
+        self.reasons.borrow()[reason as usize]
+    }
+
+    /// All counters that are not zero.
+    pub fn counts(&self) -> Vec<(Reason, u64)> {
+        Reason::ALL.iter().map(|r| (*r, self.counted(*r))).filter(|(_, n)| *n != 0).collect()
+    }
+
+    /// A backend's counters.
+    pub fn stats(&self, backend: u32) -> BackendStats {
+        self.stats.borrow().get(&backend).copied().unwrap_or_default()
+    }
+
+    /// Packets forwarded to all backends.
+    pub fn packets(&self) -> u64 {
+        self.stats.borrow().values().map(|stats| stats.packets).sum()
+    }
+
+    fn count_one(&self, reason: Reason) {
+        self.reasons.borrow_mut()[reason as usize] += 1;
+    }
+}
+
+impl Tables for HashTables {
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.service_index.get(key).copied()
+    }
+
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        self.vips.get(key)
+    }
+
+    fn service(&self, index: u32) -> Option<&ServiceView> {
+        self.services.get(&index)
+    }
+
+    fn slot(&self, place: u32) -> Option<Slot> {
+        self.slots.get(place as usize).copied()
+    }
+
+    fn backend(&self, index: u32) -> Option<&Backend> {
+        self.backends.get(&index)
+    }
+
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        self.table(table).borrow_mut().used(key).copied()
+    }
+
+    fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        self.table(table).borrow_mut().insert(key, *flow, self.capacity, self.when_full)
+    }
+
+    fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32) {
+        if let Some(flow) = self.table(table).borrow_mut().used(key) {
+            flow.last_seen_s = now_s;
+            flow.flags |= flags;
+        }
+    }
+
+    fn forget(&self, table: FlowTable, key: &FlowKey) {
+        self.table(table).borrow_mut().remove(key);
+    }
+
+    fn now_s(&self) -> u32 {
+        (self.now_ns.get() / 1_000_000_000) as u32
+    }
+
+    fn count(&self, reason: Reason) {
+        self.count_one(reason);
+    }
+
+    fn account(&self, backend: u32, bytes: u32, new_flow: bool) {
+        let mut stats = self.stats.borrow_mut();
+        let stats = stats.entry(backend).or_default();
+        stats.packets += 1;
+        stats.bytes += u64::from(bytes);
+        stats.flows += u64::from(new_flow);
+    }
+
+    fn take_icmp(&self, per_s: u32, burst: u32) -> bool {
+        let mut budget = self.icmp.get();
+        let taken = budget.take(self.now_ns.get(), per_s, burst);
+        self.icmp.set(budget);
+        taken
+    }
+}
+
+impl DecapTables for HashTables {
+    fn is_ours(&self, address: &Address) -> bool {
+        self.decap_addresses.contains(address)
+    }
+
+    fn is_served(&self, vip: &Address) -> bool {
+        self.decap_vips.contains(vip)
+    }
+
+    fn count(&self, reason: Reason) {
+        self.count_one(reason);
+    }
+}

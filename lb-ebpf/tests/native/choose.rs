@@ -1,0 +1,570 @@
+//! Every branch of `choose`, one row per case.
+//!
+//! Backends: 1 is the slot's primary, 2 its secondary, 3 the one that tables name (11 to 13 for UDP).
+
+use crate::world::{TCP_SERVICE, UDP_SERVICE, UDP_TIMEOUT_S, headers, key, tables, tcp, udp};
+use lb_common::{
+    Flow, Reason, Slot,
+    backend::flags::{DOWN, DRAINING, USED},
+    flow::{SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
+    service::flags::{RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
+    slot::{NO_BACKEND, TRACKED, TRANSITION},
+};
+use lb_ebpf::{
+    FlowTable::{self, Flows, Syns, UdpFlows},
+    Tables,
+    choose::{
+        Choice,
+        Why::{self, *},
+        choose,
+    },
+    hash::flow_hash,
+    native::WhenFull,
+};
+
+const STABLE: Slot = Slot { primary: 1, secondary: 2 };
+const MARKED: Slot = Slot { primary: 1 | TRACKED, secondary: 2 };
+const MOVING: Slot = Slot { primary: 1 | TRACKED, secondary: 2 | TRANSITION };
+const NO_PRIMARY: Slot = Slot { primary: NO_BACKEND | TRACKED, secondary: 2 | TRANSITION };
+const UDP_SLOT: Slot = Slot { primary: 11, secondary: 12 };
+
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+const SYN_ACK: u8 = 0x12;
+const FIN: u8 = 0x11;
+const RST: u8 = 0x04;
+
+/// A flow-table entry: table, backend, age in seconds, flags.
+type Entry = (FlowTable, u32, u32, u32);
+
+struct Case {
+    name: &'static str,
+    slot: Slot,
+    is_udp: bool,
+    tcp_flags: u8,
+    view_flags: u32,
+    backends: Vec<(u32, u32)>,
+    before: Vec<Entry>,
+    full: bool,
+    expect: Result<Choice, Reason>,
+    after: Vec<Entry>,
+    counted: Vec<(Reason, u64)>,
+}
+
+fn tcp_case(name: &'static str, slot: Slot, tcp_flags: u8) -> Case {
+    Case {
+        name,
+        slot,
+        is_udp: false,
+        tcp_flags,
+        view_flags: 0,
+        backends: vec![],
+        before: vec![],
+        full: false,
+        expect: Err(Reason::NoBackend),
+        after: vec![],
+        counted: vec![],
+    }
+}
+
+fn udp_case(name: &'static str, slot: Slot) -> Case {
+    Case { is_udp: true, ..tcp_case(name, slot, 0) }
+}
+
+impl Case {
+    fn view(mut self, flags: u32) -> Self {
+        self.view_flags = flags;
+        self
+    }
+    /// Gives a backend these flags beside USED; `u32::MAX` removes it.
+    fn backend(mut self, index: u32, flags: u32) -> Self {
+        self.backends.push((index, flags));
+        self
+    }
+    fn knows(mut self, table: FlowTable, backend: u32, age_s: u32, flags: u32) -> Self {
+        self.before.push((table, backend, age_s, flags));
+        self
+    }
+    fn full(mut self) -> Self {
+        self.full = true;
+        self
+    }
+    fn goes(mut self, backend: u32, why: Why) -> Self {
+        self.expect = Ok(Choice { backend, is_new: false, why });
+        self
+    }
+    fn starts(mut self, backend: u32, why: Why) -> Self {
+        self.expect = Ok(Choice { backend, is_new: true, why });
+        self
+    }
+    fn fails(mut self, reason: Reason) -> Self {
+        self.expect = Err(reason);
+        self
+    }
+    fn leaves(mut self, table: FlowTable, backend: u32, age_s: u32, flags: u32) -> Self {
+        self.after.push((table, backend, age_s, flags));
+        self
+    }
+    fn counts(mut self, reason: Reason) -> Self {
+        self.counted.push((reason, 1));
+        self
+    }
+
+    fn check(self) {
+        let mut tables = if self.is_udp { tables(STABLE, self.slot) } else { tables(self.slot, UDP_SLOT) };
+        let service = if self.is_udp { UDP_SERVICE } else { TCP_SERVICE };
+        tables.services.get_mut(&service).unwrap().flags = self.view_flags;
+        for (index, flags) in &self.backends {
+            if *flags == u32::MAX {
+                tables.backends.get_mut(index).unwrap().flags = 0;
+            } else {
+                tables.backends.get_mut(index).unwrap().flags = USED | flags;
+            }
+        }
+        let packet = if self.is_udp { udp(40_000) } else { tcp(self.tcp_flags, 40_000) };
+        let (key, now_s) = (key(&packet), tables.now_s());
+        for (table, backend, age_s, flags) in &self.before {
+            let last_seen_s = now_s.wrapping_sub(*age_s);
+            let flow = Flow { backend: *backend, last_seen_s, created_s: 5, flags: *flags };
+            assert!(tables.record(*table, &key, &flow));
+        }
+        if self.full {
+            tables.capacity = 0;
+            tables.when_full = WhenFull::Refuse;
+        }
+        let view = tables.services[&service];
+        let headers = headers(&packet);
+        let choice = choose(&tables, service, &view, &headers, flow_hash(view.seed, &headers));
+        assert_eq!(choice, self.expect, "{}: choice", self.name);
+        let mut after = Vec::new();
+        for table in [Flows, Syns, UdpFlows] {
+            for (k, f) in tables.flows(table) {
+                assert_eq!(k, key, "{}: no other flow is touched", self.name);
+                after.push((table, f.backend, now_s.wrapping_sub(f.last_seen_s), f.flags));
+            }
+        }
+        assert_eq!(after, self.after, "{}: flow tables", self.name);
+        assert_eq!(tables.counts(), self.counted, "{}: counters", self.name);
+    }
+}
+
+fn check(cases: Vec<Case>) {
+    for case in cases {
+        case.check();
+    }
+}
+
+#[test]
+fn a_stable_slot_answers_by_itself() {
+    check(vec![
+        tcp_case("syn", STABLE, SYN).starts(1, Primary),
+        tcp_case("established", STABLE, ACK).goes(1, Primary),
+        tcp_case("syn-ack is no new flow", STABLE, SYN_ACK).goes(1, Primary),
+        tcp_case("fin", STABLE, FIN).goes(1, Primary),
+        tcp_case("rst", STABLE, RST).goes(1, Primary),
+        tcp_case("no lookup: an entry in FLOWS is not seen", STABLE, ACK)
+            .knows(Flows, 3, 1, 0)
+            .goes(1, Primary)
+            .leaves(Flows, 3, 1, 0),
+        tcp_case("no lookup: an entry in SYNS is not seen", STABLE, SYN)
+            .knows(Syns, 3, 1, 0)
+            .starts(1, Primary)
+            .leaves(Syns, 3, 1, 0),
+        tcp_case("empty slot", Slot::EMPTY, SYN).fails(Reason::NoBackend),
+        tcp_case("empty slot, established", Slot::EMPTY, ACK).fails(Reason::NoBackend),
+    ]);
+}
+
+#[test]
+fn a_syn_of_a_marked_slot() {
+    check(vec![
+        tcp_case("not known: primary, not noted", MARKED, SYN).starts(1, NewFlow),
+        tcp_case("live flow: follows it", MARKED, SYN)
+            .knows(Flows, 3, 9, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 9, 0),
+        tcp_case("idle flow: still followed", MARKED, SYN)
+            .knows(Flows, 3, TCP_IDLE_S + 1, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, TCP_IDLE_S + 1, 0),
+        tcp_case("live flow on a draining backend: follows it", MARKED, SYN)
+            .backend(3, DRAINING)
+            .knows(Flows, 3, 9, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 9, 0),
+        tcp_case("closing flow: placed anew and noted", MARKED, SYN)
+            .knows(Flows, 3, 9, CLOSING)
+            .starts(1, NewFlow)
+            .leaves(Flows, 3, 9, CLOSING)
+            .leaves(Syns, 1, 0, 0),
+        tcp_case("flow on a backend that is down: placed anew and noted", MARKED, SYN)
+            .backend(3, DOWN)
+            .knows(Flows, 3, 9, 0)
+            .starts(1, NewFlow)
+            .leaves(Flows, 3, 9, 0)
+            .leaves(Syns, 1, 0, 0),
+        tcp_case("flow on a removed backend: placed anew and noted", MARKED, SYN)
+            .backend(3, u32::MAX)
+            .knows(Flows, 3, 9, 0)
+            .starts(1, NewFlow)
+            .leaves(Flows, 3, 9, 0)
+            .leaves(Syns, 1, 0, 0),
+        tcp_case("repeated: goes where the first went", MARKED, SYN)
+            .knows(Syns, 3, 7, 0)
+            .goes(3, RecentSyn)
+            .leaves(Syns, 3, 7, 0),
+        tcp_case("repeated at the last moment", MARKED, SYN)
+            .knows(Syns, 3, SYN_TIMEOUT_S, 0)
+            .goes(3, RecentSyn)
+            .leaves(Syns, 3, SYN_TIMEOUT_S, 0),
+        tcp_case("noted too long ago", MARKED, SYN)
+            .knows(Syns, 3, SYN_TIMEOUT_S + 1, 0)
+            .starts(1, NewFlow)
+            .leaves(Syns, 3, SYN_TIMEOUT_S + 1, 0),
+        tcp_case("repeated, but the first's backend went down", MARKED, SYN)
+            .backend(3, DOWN)
+            .knows(Syns, 3, 7, 0)
+            .starts(1, NewFlow)
+            .leaves(Syns, 3, 7, 0),
+        tcp_case("closing flow and a later syn: the syn's", MARKED, SYN)
+            .knows(Flows, 3, 9, CLOSING)
+            .knows(Syns, 4, 2, 0)
+            .goes(4, RecentSyn)
+            .leaves(Flows, 3, 9, CLOSING)
+            .leaves(Syns, 4, 2, 0),
+        tcp_case("noted by a processor whose clock is ahead", MARKED, SYN)
+            .knows(Syns, 3, 1_u32.wrapping_neg(), 0)
+            .goes(3, RecentSyn)
+            .leaves(Syns, 3, 1_u32.wrapping_neg(), 0),
+    ]);
+}
+
+#[test]
+fn a_syn_of_a_slot_in_transition() {
+    check(vec![
+        tcp_case("not known: primary, noted", MOVING, SYN).starts(1, NewFlow).leaves(Syns, 1, 0, 0),
+        tcp_case("noted too long ago: noted anew", MOVING, SYN)
+            .knows(Syns, 3, SYN_TIMEOUT_S + 1, 0)
+            .starts(1, NewFlow)
+            .leaves(Syns, 1, 0, 0),
+        tcp_case("repeated", MOVING, SYN).knows(Syns, 3, 1, 0).goes(3, RecentSyn).leaves(Syns, 3, 1, 0),
+        tcp_case("live flow", MOVING, SYN).knows(Flows, 3, 1, 0).goes(3, Tracked).leaves(Flows, 3, 1, 0),
+        tcp_case("no room: goes all the same, counted", MOVING, SYN)
+            .full()
+            .starts(1, NewFlow)
+            .counts(Reason::FlowNotRecorded),
+        tcp_case("no primary: the previous one takes no new flow", NO_PRIMARY, SYN).fails(Reason::NoBackend),
+        tcp_case("no primary, repeated: the first's backend is up", NO_PRIMARY, SYN)
+            .knows(Syns, 3, 1, 0)
+            .goes(3, RecentSyn)
+            .leaves(Syns, 3, 1, 0),
+    ]);
+}
+
+#[test]
+fn an_established_flow_of_a_marked_slot() {
+    check(vec![
+        tcp_case("in no table: primary, not written", MARKED, ACK).goes(1, NotTracked),
+        tcp_case("the service tracks all", STABLE, ACK)
+            .view(TRACK_ALL)
+            .knows(Flows, 3, 1, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+        tcp_case("the service tracks all, in no table", STABLE, ACK).view(TRACK_ALL).goes(1, NotTracked),
+        tcp_case("in FLOWS: followed, touched", MARKED, ACK)
+            .knows(Flows, 3, 9, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+        tcp_case("its fin closes", MARKED, FIN)
+            .knows(Flows, 3, 0, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, CLOSING),
+        tcp_case("its rst closes", MARKED, RST)
+            .knows(Flows, 3, 4, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, CLOSING),
+        tcp_case("closing: still followed", MARKED, ACK)
+            .knows(Flows, 3, 4, CLOSING)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 4, CLOSING),
+        tcp_case("closing, but a later syn went elsewhere", MARKED, ACK)
+            .knows(Flows, 3, 4, CLOSING)
+            .knows(Syns, 1, 1, 0)
+            .goes(1, RecentSyn)
+            .leaves(Flows, 1, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("a live entry goes before a syn's", MARKED, ACK)
+            .knows(Flows, 3, 0, 0)
+            .knows(Syns, 1, 0, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0)
+            .leaves(Syns, 1, 0, 0),
+        tcp_case("handshake completed: promoted", MARKED, ACK)
+            .knows(Syns, 3, 1, 0)
+            .goes(3, RecentSyn)
+            .leaves(Flows, 3, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("promoted by an rst: closing", MARKED, RST)
+            .knows(Syns, 3, 1, 0)
+            .goes(3, RecentSyn)
+            .leaves(Flows, 3, 0, CLOSING)
+            .counts(Reason::FlowPromoted),
+        tcp_case("promotion without room: followed, kept in SYNS", MARKED, ACK)
+            .knows(Syns, 3, 1, 0)
+            .full()
+            .goes(3, RecentSyn)
+            .leaves(Syns, 3, 1, 0)
+            .counts(Reason::FlowNotRecorded),
+        tcp_case("syn noted too long ago", MARKED, ACK)
+            .knows(Syns, 3, SYN_TIMEOUT_S + 1, 0)
+            .goes(1, NotTracked)
+            .leaves(Syns, 3, SYN_TIMEOUT_S + 1, 0),
+        tcp_case("no primary", Slot { primary: NO_BACKEND | TRACKED, secondary: NO_BACKEND }, ACK)
+            .fails(Reason::NoBackend),
+        tcp_case("no primary, in FLOWS", NO_PRIMARY, ACK)
+            .knows(Flows, 3, 0, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+    ]);
+}
+
+#[test]
+fn an_established_flow_of_a_slot_in_transition() {
+    check(vec![
+        tcp_case("in no table: previous primary, written", MOVING, ACK)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("its last packet: written as closing", MOVING, FIN)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, CLOSING)
+            .counts(Reason::FlowPromoted),
+        tcp_case("no room: previous primary all the same", MOVING, ACK)
+            .full()
+            .goes(2, Previous)
+            .counts(Reason::FlowNotRecorded),
+        tcp_case("in FLOWS", MOVING, ACK).knows(Flows, 3, 0, 0).goes(3, Tracked).leaves(Flows, 3, 0, 0),
+        tcp_case("in SYNS", MOVING, ACK)
+            .knows(Syns, 3, 0, 0)
+            .goes(3, RecentSyn)
+            .leaves(Flows, 3, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("previous primary draining", MOVING, ACK)
+            .backend(2, DRAINING)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("previous primary down: kept", MOVING, ACK)
+            .backend(2, DOWN)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("previous primary down, reset on down: primary", MOVING, ACK)
+            .view(RESET_ON_DOWN)
+            .backend(2, DOWN)
+            .goes(1, NotTracked),
+        tcp_case("previous primary removed: primary", MOVING, ACK).backend(2, u32::MAX).goes(1, NotTracked),
+        tcp_case(
+            "no previous primary: primary",
+            Slot { primary: 1 | TRACKED, secondary: NO_BACKEND | TRANSITION },
+            ACK,
+        )
+        .goes(1, NotTracked),
+        tcp_case("no primary: previous one", NO_PRIMARY, ACK)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case(
+            "changed and changed back: previous is primary, written",
+            Slot { primary: 1 | TRACKED, secondary: 1 | TRANSITION },
+            ACK,
+        )
+        .goes(1, Previous)
+        .leaves(Flows, 1, 0, 0)
+        .counts(Reason::FlowPromoted),
+    ]);
+}
+
+#[test]
+fn an_established_flow_whose_backend_is_gone() {
+    check(vec![
+        tcp_case("down: kept, in case the verdict was wrong", MARKED, ACK)
+            .backend(3, DOWN)
+            .knows(Flows, 3, 2, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 2, 0),
+        tcp_case("down, reset on down: primary", MARKED, ACK)
+            .view(RESET_ON_DOWN)
+            .backend(3, DOWN)
+            .knows(Flows, 3, 2, 0)
+            .goes(1, NotTracked)
+            .leaves(Flows, 3, 2, 0)
+            .counts(Reason::FlowStale),
+        tcp_case("draining: kept", MARKED, ACK)
+            .backend(3, DRAINING)
+            .knows(Flows, 3, 2, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+        tcp_case("draining, reset on down: kept", MARKED, ACK)
+            .view(RESET_ON_DOWN)
+            .backend(3, DRAINING)
+            .knows(Flows, 3, 2, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+        tcp_case("removed: primary", MARKED, ACK)
+            .backend(3, u32::MAX)
+            .knows(Flows, 3, 2, 0)
+            .goes(1, NotTracked)
+            .leaves(Flows, 3, 2, 0)
+            .counts(Reason::FlowStale),
+        tcp_case("an entry that names no backend: primary", MARKED, ACK)
+            .knows(Flows, 200, 2, 0)
+            .goes(1, NotTracked)
+            .leaves(Flows, 200, 2, 0)
+            .counts(Reason::FlowStale),
+        tcp_case("an entry that names another service's backend: primary", MARKED, ACK)
+            .knows(Flows, 11, 2, 0)
+            .goes(1, NotTracked)
+            .leaves(Flows, 11, 2, 0)
+            .counts(Reason::FlowStale),
+        tcp_case("removed, in transition: previous primary, rewritten", MOVING, ACK)
+            .backend(3, u32::MAX)
+            .knows(Flows, 3, 2, 0)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, 0)
+            .counts(Reason::FlowPromoted)
+            .counts(Reason::FlowStale),
+        tcp_case("down, but the client has opened anew elsewhere", MARKED, ACK)
+            .backend(3, DOWN)
+            .knows(Flows, 3, 2, 0)
+            .knows(Syns, 1, 1, 0)
+            .goes(1, RecentSyn)
+            .leaves(Flows, 1, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("the syn's backend was removed: primary", MARKED, ACK)
+            .backend(3, u32::MAX)
+            .knows(Syns, 3, 1, 0)
+            .goes(1, NotTracked)
+            .leaves(Syns, 3, 1, 0),
+        tcp_case("the syn's backend went down: followed", MARKED, ACK)
+            .backend(3, DOWN)
+            .knows(Syns, 3, 1, 0)
+            .goes(3, RecentSyn)
+            .leaves(Flows, 3, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("the syn's backend went down, reset on down: primary", MARKED, ACK)
+            .view(RESET_ON_DOWN)
+            .backend(3, DOWN)
+            .knows(Syns, 3, 1, 0)
+            .goes(1, NotTracked)
+            .leaves(Syns, 3, 1, 0),
+    ]);
+}
+
+#[test]
+fn a_udp_packet() {
+    check(vec![
+        udp_case("first packet: primary, written", UDP_SLOT).starts(11, NewFlow).leaves(UdpFlows, 11, 0, 0),
+        udp_case("known: followed, touched", UDP_SLOT)
+            .knows(UdpFlows, 13, 5, 0)
+            .goes(13, Tracked)
+            .leaves(UdpFlows, 13, 0, 0),
+        udp_case("known, seen this second", UDP_SLOT)
+            .knows(UdpFlows, 13, 0, 0)
+            .goes(13, Tracked)
+            .leaves(UdpFlows, 13, 0, 0),
+        udp_case("idle for just as long as allowed", UDP_SLOT)
+            .knows(UdpFlows, 13, UDP_TIMEOUT_S, 0)
+            .goes(13, Tracked)
+            .leaves(UdpFlows, 13, 0, 0),
+        udp_case("idle too long: a new flow", UDP_SLOT)
+            .knows(UdpFlows, 13, UDP_TIMEOUT_S + 1, 0)
+            .starts(11, NewFlow)
+            .leaves(UdpFlows, 11, 0, 0),
+        udp_case("seen by a processor whose clock is ahead: not expired", UDP_SLOT)
+            .knows(UdpFlows, 13, 1_u32.wrapping_neg(), 0)
+            .goes(13, Tracked)
+            .leaves(UdpFlows, 13, 0, 0),
+        udp_case("draining: kept", UDP_SLOT)
+            .backend(13, DRAINING)
+            .knows(UdpFlows, 13, 5, 0)
+            .goes(13, Tracked)
+            .leaves(UdpFlows, 13, 0, 0),
+        udp_case("down: moves", UDP_SLOT)
+            .backend(13, DOWN)
+            .knows(UdpFlows, 13, 5, 0)
+            .starts(11, NewFlow)
+            .leaves(UdpFlows, 11, 0, 0)
+            .counts(Reason::FlowStale),
+        udp_case("removed: moves", UDP_SLOT)
+            .backend(13, u32::MAX)
+            .knows(UdpFlows, 13, 5, 0)
+            .starts(11, NewFlow)
+            .leaves(UdpFlows, 11, 0, 0)
+            .counts(Reason::FlowStale),
+        udp_case("no room: goes all the same, counted", UDP_SLOT)
+            .full()
+            .starts(11, NewFlow)
+            .counts(Reason::FlowNotRecorded),
+        udp_case("no primary", Slot::EMPTY).fails(Reason::NoBackend),
+        udp_case("no primary, known", Slot::EMPTY)
+            .knows(UdpFlows, 13, 5, 0)
+            .goes(13, Tracked)
+            .leaves(UdpFlows, 13, 0, 0),
+        udp_case(
+            "in transition: unknown flows take the primary",
+            Slot { primary: 11 | TRACKED, secondary: 12 | TRANSITION },
+        )
+        .starts(11, NewFlow)
+        .leaves(UdpFlows, 11, 0, 0),
+        udp_case("stateless: primary, nothing written", UDP_SLOT).view(UDP_STATELESS).goes(11, Primary),
+        udp_case("stateless: an entry is not seen", UDP_SLOT)
+            .view(UDP_STATELESS)
+            .knows(UdpFlows, 13, 5, 0)
+            .goes(11, Primary)
+            .leaves(UdpFlows, 13, 5, 0),
+        udp_case("stateless, no primary", Slot::EMPTY).view(UDP_STATELESS).fails(Reason::NoBackend),
+    ]);
+}
+
+#[test]
+fn tables_that_contradict_each_other() {
+    let packet = headers(&tcp(SYN, 1));
+    let mut tables = tables(STABLE, UDP_SLOT);
+    let mut view = tables.services[&TCP_SERVICE];
+    view.slot_count = 0;
+    assert_eq!(choose(&tables, TCP_SERVICE, &view, &packet, 7), Err(Reason::NoBackend), "no slots");
+    view.slot_count = 251;
+    view.slot_base = 100_000;
+    assert_eq!(
+        choose(&tables, TCP_SERVICE, &view, &packet, 7),
+        Err(Reason::BrokenTable),
+        "slots out of range"
+    );
+    view.slot_base = u32::MAX;
+    assert!(choose(&tables, TCP_SERVICE, &view, &packet, !0).is_ok(), "as in the kernel, places wrap around");
+    view.slot_base = 0;
+    tables.slots.clear();
+    assert_eq!(choose(&tables, TCP_SERVICE, &view, &packet, 7), Err(Reason::BrokenTable), "no slots written");
+}
+
+#[test]
+fn a_flood_of_syns_pushes_out_nothing_but_syns() {
+    let mut tables = tables(MOVING, UDP_SLOT);
+    tables.capacity = 100;
+    let view = tables.services[&TCP_SERVICE];
+    let go = |flags, port| {
+        let headers = headers(&tcp(flags, port));
+        choose(&tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers)).unwrap()
+    };
+    for port in 0..100 {
+        assert_eq!(go(ACK, port).backend, 2);
+    }
+    let before = tables.flows(Flows);
+    assert_eq!(before.len(), 100);
+    for port in 1_000..11_000 {
+        assert_eq!(go(SYN, port).backend, 1);
+    }
+    assert_eq!(tables.flows(Flows), before, "live flows are untouched");
+    assert_eq!(tables.flows(Syns).len(), 100);
+}
