@@ -5,6 +5,7 @@
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
 pub mod config;
+pub mod health;
 pub mod model;
 pub mod store;
 
