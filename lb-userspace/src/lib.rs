@@ -8,6 +8,7 @@ pub mod clock;
 pub mod config;
 pub mod dataplane;
 pub mod explain;
+pub mod health;
 pub mod model;
 pub mod objects;
 pub mod store;

@@ -1,0 +1,371 @@
+//! One task per checked backend, following the desired state.
+
+use super::{Book, Entry, Probe, ProbeTarget, verdict::Verdict};
+use crate::{
+    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Ports},
+    store::{Local, Stored},
+};
+use futures_util::future::BoxFuture;
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+use tokio::{
+    sync::{Notify, Semaphore, mpsc, watch},
+    task::{AbortHandle, JoinSet},
+    time::Instant,
+};
+
+/// Key of the verdicts in the local store.
+const KEY: &str = "health";
+/// How long changes are gathered before they are saved.
+const SAVE_DELAY: Duration = Duration::from_millis(200);
+
+/// Does one probe. [`super::probe`] outside tests.
+pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Result<String, String>> + Send + Sync>;
+
+/// How one backend is checked; a change of it restarts the task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Plan {
+    target: ProbeTarget,
+    check: HealthCheck,
+}
+
+/// Keeps the probes going.
+pub struct Checker {
+    shared: Arc<Shared>,
+    tasks: JoinSet<()>,
+    running: BTreeMap<BackendId, (Plan, Option<AbortHandle>)>,
+}
+
+struct Shared {
+    book: Arc<Book>,
+    verdicts: mpsc::Sender<(BackendId, Health)>,
+    permits: Semaphore,
+    prober: Prober,
+    changed: Notify,
+}
+
+impl Checker {
+    /// A checker with the verdicts of before the restart. At most `probes` are in flight at once.
+    /// Verdicts are sent to `verdicts`: each change, and all known ones when a backend appears.
+    pub fn new(
+        book: Arc<Book>,
+        probes: usize,
+        prober: Prober,
+        verdicts: mpsc::Sender<(BackendId, Health)>,
+    ) -> Self {
+        let permits = Semaphore::new(probes.max(1));
+        let shared = Arc::new(Shared { book, verdicts, permits, prober, changed: Notify::new() });
+        Self { shared, tasks: JoinSet::new(), running: BTreeMap::new() }
+    }
+
+    /// Reads the book of before the restart, or an empty one.
+    pub async fn restore(local: &dyn Local) -> Arc<Book> {
+        let book = match local.load(KEY).await {
+            Ok(Some(bytes)) => Book::restore(&bytes).map_err(|e| e.to_string()),
+            Ok(None) => Ok(Book::default()),
+            Err(e) => Err(e.to_string()),
+        };
+        Arc::new(book.unwrap_or_else(|error| {
+            tracing::warn!(%error, "last health verdicts cannot be read; starting without them");
+            Book::default()
+        }))
+    }
+
+    /// Follows the desired state until its sender is gone.
+    pub async fn run(mut self, mut desired: watch::Receiver<Stored>, local: Arc<dyn Local>) {
+        let saver = tokio::spawn(save(self.shared.clone(), local));
+        loop {
+            let state = desired.borrow_and_update().desired.clone();
+            self.follow(&state).await;
+            tokio::select! {
+                changed = desired.changed() => if changed.is_err() { break },
+                // Tasks only end by being stopped; this keeps the set from growing.
+                Some(_) = self.tasks.join_next() => {}
+            }
+        }
+        self.tasks.shutdown().await;
+        saver.abort();
+    }
+
+    /// Starts, restarts and stops tasks so that they match `desired`.
+    async fn follow(&mut self, desired: &Desired) {
+        let plans = plans(desired);
+        self.running.retain(|id, (plan, task)| {
+            let keep = plans.get(id) == Some(plan);
+            if !keep && let Some(task) = task {
+                task.abort();
+            }
+            keep
+        });
+        let book = &self.shared.book;
+        book.change(|entries| entries.retain(|id, _| plans.contains_key(id)));
+        for (id, plan) in plans {
+            if self.running.contains_key(&id) {
+                continue;
+            }
+            let address = plan.target.address.ip().to_string();
+            let known = book.change(|entries| {
+                let entry = entries.entry(id.clone()).or_default();
+                // A verdict is about a worker, not about a name.
+                if entry.address != address {
+                    *entry = Entry { address, ..Entry::default() };
+                }
+                entry.health
+            });
+            let task = if plan.check.kind == HealthKind::None {
+                self.shared.settle(&id, Health::Healthy, "not checked").await;
+                None
+            } else {
+                let _ = self.shared.verdicts.send((id.clone(), known)).await;
+                let job = watch_backend(self.shared.clone(), id.clone(), plan.clone(), known);
+                Some(self.tasks.spawn(job))
+            };
+            self.running.insert(id, (plan, task));
+        }
+    }
+}
+
+/// What is to be checked.
+fn plans(desired: &Desired) -> BTreeMap<BackendId, Plan> {
+    let mut plans = BTreeMap::new();
+    for (service, s) in &desired.services {
+        let own = if let Ports::One(port) = s.port { port } else { 0 };
+        let port = s.health.port.unwrap_or(own);
+        for (backend, b) in &s.backends {
+            let target = ProbeTarget {
+                address: SocketAddr::new(b.address, port),
+                vip: s.vip,
+                kind: s.health.kind.clone(),
+                timeout: Duration::from_millis(s.health.timeout_ms.into()),
+            };
+            let id = BackendId { service: service.clone(), backend: backend.clone() };
+            plans.insert(id, Plan { target, check: s.health.clone() });
+        }
+    }
+    plans
+}
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+impl Shared {
+    /// Writes a verdict down and tells it, if it is another than before.
+    async fn settle(&self, id: &BackendId, health: Health, reason: &str) {
+        let turned = self.book.change(|entries| {
+            let entry = entries.entry(id.clone()).or_default();
+            let turned = entry.health != health;
+            if turned {
+                entry.turn(health, now_ms(), reason.to_owned());
+            }
+            turned
+        });
+        if turned {
+            self.changed.notify_one();
+        }
+        // Told again even so: whoever listens may have just started.
+        let _ = self.verdicts.send((id.clone(), health)).await;
+    }
+
+    fn record(&self, id: &BackendId, probe: Probe) {
+        self.book.change(|entries| {
+            if let Some(entry) = entries.get_mut(id) {
+                let count = if probe.ok { &mut entry.successes } else { &mut entry.failures };
+                *count += 1;
+                entry.last = Some(probe);
+            }
+        });
+    }
+}
+
+/// Probes one backend for ever.
+async fn watch_backend(shared: Arc<Shared>, id: BackendId, plan: Plan, known: Health) {
+    let mut verdict = Verdict::new(known);
+    // The first probe comes at a random moment of the first interval, so that they spread.
+    let mut wait = verdict.wait(&plan.check, 0.5).mul_f64(rand::random());
+    loop {
+        tokio::time::sleep(wait).await;
+        let Ok(permit) = shared.permits.acquire().await else { return };
+        let start = Instant::now();
+        let result = (shared.prober)(plan.target.clone()).await;
+        drop(permit);
+        let (ok, reason) = match result {
+            Ok(reason) => (true, reason),
+            Err(reason) => (false, reason),
+        };
+        let took_us = start.elapsed().as_micros() as u64;
+        tracing::debug!(backend = %id, address = %plan.target.address, ok, %reason, took_us, "probe");
+        let before = verdict.observe(ok, &plan.check);
+        shared.record(&id, Probe { time_ms: now_ms(), ok, reason: reason.clone(), took_us });
+        if let Some(from) = before {
+            let to = verdict.health();
+            let address = plan.target.address;
+            if to == Health::Unhealthy {
+                tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
+            } else {
+                tracing::info!(backend = %id, %address, ?from, ?to, %reason, "health changed");
+            }
+            shared.settle(&id, to, &reason).await;
+        }
+        wait = verdict.wait(&plan.check, rand::random());
+    }
+}
+
+/// Saves the book a moment after each change.
+async fn save(shared: Arc<Shared>, local: Arc<dyn Local>) {
+    loop {
+        shared.changed.notified().await;
+        tokio::time::sleep(SAVE_DELAY).await;
+        if let Err(error) = local.save(KEY, shared.book.save()).await {
+            tracing::error!(%error, "health verdicts cannot be saved");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Revision;
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    #[derive(Default)]
+    struct Memory(Mutex<BTreeMap<&'static str, Vec<u8>>>);
+
+    impl Local for Memory {
+        fn load(
+            &self,
+            key: &'static str,
+        ) -> BoxFuture<'_, Result<Option<Vec<u8>>, crate::store::StoreError>> {
+            Box::pin(async move { Ok(self.0.lock().unwrap().get(key).cloned()) })
+        }
+        fn save(
+            &self,
+            key: &'static str,
+            value: Vec<u8>,
+        ) -> BoxFuture<'_, Result<(), crate::store::StoreError>> {
+            self.0.lock().unwrap().insert(key, value);
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    fn stored(backends: usize, check: &str) -> Stored {
+        let all: serde_json::Map<_, _> = (0..backends)
+            .map(|i| {
+                (
+                    format!("b{i}"),
+                    serde_json::json!({ "address": format!("10.1.{}.{}", i / 250, i % 250 + 1) }),
+                )
+            })
+            .collect();
+        let health: serde_json::Value = serde_json::from_str(check).unwrap();
+        let desired = serde_json::json!({"services": {"s": {
+            "vip": "10.0.0.1", "port": 80, "protocol": "tcp", "health": health, "backends": all}}});
+        let revision = Revision { number: 1, author: String::new(), time_ms: 0, message: String::new() };
+        Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
+    }
+
+    fn id(backend: &str) -> BackendId {
+        BackendId { service: "s".parse().unwrap(), backend: backend.parse().unwrap() }
+    }
+
+    async fn next(verdicts: &mut mpsc::Receiver<(BackendId, Health)>) -> (String, Health) {
+        let (id, health) = verdicts.recv().await.unwrap();
+        (id.backend.to_string(), health)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn verdicts_follow_probes_and_survive_a_restart() {
+        let up = Arc::new(Mutex::new(true));
+        let probe_up = up.clone();
+        let prober: Prober = Arc::new(move |_| {
+            let up = *probe_up.lock().unwrap();
+            Box::pin(
+                async move { if up { Ok("fine".to_owned()) } else { Err("connection refused".to_owned()) } },
+            )
+        });
+        let local = Arc::new(Memory::default());
+        let state = watch::Sender::new(stored(1, r#"{"kind":"tcp","interval_ms":1000,"jitter_percent":0}"#));
+        let (tx, mut rx) = mpsc::channel(100);
+        let book = Checker::restore(&*local).await;
+        let checker = Checker::new(book.clone(), 10, prober.clone(), tx);
+        let running = tokio::spawn(checker.run(state.subscribe(), local.clone()));
+        assert_eq!(next(&mut rx).await, ("b0".into(), Health::Unknown));
+        let start = Instant::now();
+        assert_eq!(next(&mut rx).await, ("b0".into(), Health::Healthy));
+        assert!(start.elapsed() <= Duration::from_millis(210), "a new backend waits {:?}", start.elapsed());
+        *up.lock().unwrap() = false;
+        let start = Instant::now();
+        assert_eq!(next(&mut rx).await, ("b0".into(), Health::Unhealthy));
+        let took = start.elapsed();
+        assert!(took > Duration::from_millis(2_000) && took <= Duration::from_millis(3_100), "{took:?}");
+        let entry = book.get(&id("b0")).unwrap();
+        assert_eq!(entry.last.unwrap().reason, "connection refused");
+        let turns: Vec<_> = entry.history.iter().map(|t| (t.from, t.to, t.reason.as_str())).collect();
+        assert_eq!(
+            turns,
+            [
+                (Health::Unknown, Health::Healthy, "fine"),
+                (Health::Healthy, Health::Unhealthy, "connection refused")
+            ]
+        );
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        running.abort();
+
+        let (tx, mut rx) = mpsc::channel(100);
+        let book = Checker::restore(&*local).await;
+        assert_eq!(book.get(&id("b0")).unwrap().history.len(), 2);
+        tokio::spawn(Checker::new(book, 10, prober, tx).run(state.subscribe(), local));
+        assert_eq!(next(&mut rx).await, ("b0".into(), Health::Unhealthy));
+        *up.lock().unwrap() = true;
+        assert_eq!(next(&mut rx).await, ("b0".into(), Health::Healthy));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn probes_are_bounded_and_follow_the_desired_state() {
+        let (flying, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (f, m) = (flying.clone(), most.clone());
+        let prober: Prober = Arc::new(move |_| {
+            let (f, m) = (f.clone(), m.clone());
+            Box::pin(async move {
+                m.fetch_max(f.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                f.fetch_sub(1, Ordering::SeqCst);
+                Ok("fine".to_owned())
+            })
+        });
+        let check = r#"{"kind":"tcp","interval_ms":1000}"#;
+        let state = watch::Sender::new(stored(200, check));
+        let (tx, mut rx) = mpsc::channel(10_000);
+        let book = Arc::new(Book::default());
+        let checker = Checker::new(book.clone(), 7, prober, tx);
+        tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
+        let mut healthy = 0;
+        while healthy < 200 {
+            if next(&mut rx).await.1 == Health::Healthy {
+                healthy += 1;
+            }
+        }
+        assert_eq!(most.load(Ordering::SeqCst), 7);
+        state.send_replace(stored(3, check));
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(book.read(|all| all.len()), 3);
+        let counts = |book: &Book| book.read(|all| all.values().map(|e| e.successes).sum::<u64>());
+        let before = counts(&book);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        let probes = counts(&book) - before;
+        assert!((25..=35).contains(&probes), "{probes} probes in 10 s of 3 backends");
+        state.send_replace(stored(3, r#"{"kind":"none"}"#));
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let before = counts(&book);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert_eq!(counts(&book), before);
+        assert!(book.read(|all| all.values().all(|e| e.health == Health::Healthy)));
+    }
+}

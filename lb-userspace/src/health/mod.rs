@@ -1,0 +1,14 @@
+//! Health checks: probes each backend, and says when its verdict changes, and why.
+//!
+//! Input: the watched desired state, and the verdicts of before a restart. Output: `(BackendId, Health)`
+//! events, and the [`Book`] that API and metrics read. Called by the daemon.
+//! [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] keeps one task per backend.
+
+pub mod book;
+pub mod checker;
+pub mod probe;
+pub mod verdict;
+
+pub use book::{Book, Entry, Probe, Transition};
+pub use checker::{Checker, Prober};
+pub use probe::{ProbeTarget, probe};

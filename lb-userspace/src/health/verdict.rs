@@ -1,0 +1,106 @@
+//! Rise and fall: when a run of probe results becomes a verdict. Pure.
+
+use crate::model::{Health, HealthCheck};
+use std::time::Duration;
+
+/// Verdict on one backend, and the run of equal results that leads to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    health: Health,
+    /// Successes in a row, or failures as a negative number.
+    run: i32,
+}
+
+/// Shortest wait between two probes.
+const SHORTEST: Duration = Duration::from_millis(10);
+
+impl Verdict {
+    /// Starts from what was last known.
+    pub fn new(health: Health) -> Self {
+        Self { health, run: 0 }
+    }
+
+    /// What holds now.
+    pub fn health(&self) -> Health {
+        self.health
+    }
+
+    /// Takes one probe's result; the old verdict if it has just changed.
+    pub fn observe(&mut self, ok: bool, check: &HealthCheck) -> Option<Health> {
+        self.run = if ok { self.run.max(0).saturating_add(1) } else { self.run.min(0).saturating_sub(1) };
+        let next = if self.run >= i32::from(check.rise) {
+            Health::Healthy
+        } else if -self.run >= i32::from(check.fall) {
+            Health::Unhealthy
+        } else {
+            return None;
+        };
+        (next != self.health).then(|| std::mem::replace(&mut self.health, next))
+    }
+
+    /// Wait before the next probe. `random` in 0 to 1 spreads it by the check's jitter. Without a verdict
+    /// probes come ten times as fast, so that a new backend does not wait for its first flow.
+    pub fn wait(&self, check: &HealthCheck, random: f64) -> Duration {
+        let interval = Duration::from_millis(check.interval_ms.into());
+        let interval = if self.health == Health::Unknown { interval / 10 } else { interval };
+        let jitter = f64::from(check.jitter_percent.min(100)) / 100.0;
+        interval.mul_f64(1.0 + jitter * (2.0 * random.clamp(0.0, 1.0) - 1.0)).max(SHORTEST)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check() -> HealthCheck {
+        HealthCheck { rise: 2, fall: 3, interval_ms: 1_000, jitter_percent: 20, ..HealthCheck::default() }
+    }
+
+    /// Results as text (`+` success, `-` failure) and the verdict after each (`h`, `u`, `?`).
+    fn run(start: Health, results: &str) -> (String, usize) {
+        let (mut verdict, mut changes) = (Verdict::new(start), 0);
+        let after = results.chars().map(|c| {
+            let before = verdict.health();
+            if let Some(old) = verdict.observe(c == '+', &check()) {
+                assert_eq!(old, before);
+                assert_ne!(verdict.health(), before);
+                changes += 1;
+            } else {
+                assert_eq!(verdict.health(), before);
+            }
+            match verdict.health() {
+                Health::Healthy => 'h',
+                Health::Unhealthy => 'u',
+                Health::Unknown => '?',
+            }
+        });
+        (after.collect(), changes)
+    }
+
+    #[test]
+    fn rise_and_fall_count_runs() {
+        for (start, results, expected, changes) in [
+            (Health::Unknown, "++", "?h", 1),
+            (Health::Unknown, "---", "??u", 1),
+            (Health::Unknown, "+-+-+--+--", "??????????", 0),
+            (Health::Unknown, "-++", "??h", 1),
+            (Health::Healthy, "--+--+---", "hhhhhhhhu", 1),
+            (Health::Healthy, "++++", "hhhh", 0),
+            (Health::Unhealthy, "+-+-++", "uuuuuh", 1),
+            (Health::Unhealthy, "----", "uuuu", 0),
+            (Health::Unhealthy, "++---++", "uhhhuuh", 3),
+        ] {
+            assert_eq!(run(start, results), (expected.to_owned(), changes), "{start:?} {results}");
+        }
+    }
+
+    #[test]
+    fn waits_are_jittered_and_short_without_a_verdict() {
+        let ms = |v: Verdict, r| v.wait(&check(), r).as_millis();
+        let settled = Verdict::new(Health::Healthy);
+        assert_eq!([ms(settled, 0.0), ms(settled, 0.5), ms(settled, 1.0)], [800, 1_000, 1_200]);
+        assert_eq!(ms(Verdict::default(), 0.5), 100);
+        let fast = HealthCheck { interval_ms: 10, ..check() };
+        assert_eq!(Verdict::default().wait(&fast, 0.0), SHORTEST);
+    }
+}
