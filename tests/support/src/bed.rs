@@ -214,8 +214,26 @@ pub fn clean(id: &str) {
     let _ = fs::remove_dir_all(&directory);
 }
 
+/// Removes the beds of this very process; for its end by a signal.
+pub fn clean_own() {
+    let own = std::process::id().to_string();
+    for id in ids().iter().filter(|id| owner(id) == own) {
+        clean(id);
+    }
+}
+
 /// Removes the beds of processes that are gone.
 pub fn clean_stale() {
+    let own = std::process::id().to_string();
+    for id in ids() {
+        if owner(&id) != own && !is_bed_owner(owner(&id)) {
+            clean(&id);
+        }
+    }
+}
+
+/// Every bed that has left a trace, whole or not.
+fn ids() -> Vec<String> {
     let mut ids: Vec<String> = netns::list(PREFIX)
         .iter()
         .filter_map(|name| Some(name.strip_prefix(PREFIX)?.rsplit_once('-')?.0.to_owned()))
@@ -225,13 +243,11 @@ pub fn clean_stale() {
     }
     ids.sort();
     ids.dedup();
-    for id in ids {
-        let owner = id.split('-').next().unwrap_or_default();
-        let lives = owner == std::process::id().to_string() || is_bed_owner(owner);
-        if !lives {
-            clean(&id);
-        }
-    }
+    ids
+}
+
+fn owner(id: &str) -> &str {
+    id.split('-').next().unwrap_or_default()
 }
 
 /// Whether process `pid` lives and is not a stranger that got a reused number:

@@ -14,6 +14,7 @@ pub mod iperf;
 pub mod netns;
 pub mod nginx;
 pub mod process;
+pub mod stage;
 pub mod udp;
 pub mod wait;
 pub mod xdp_pass;
