@@ -21,7 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
     netns::{self, Namespace},
-    xdp_pass,
+    program,
 };
 
 const PREFIX: &str = "lbt-";
@@ -31,8 +31,10 @@ const DIRECTORY: &str = "/run/lb-testbed";
 pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 /// The client's addresses.
 pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
-const INGRESS_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-const INGRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+/// The ingress host's addresses towards the client.
+pub const INGRESS_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+/// The ingress host's addresses towards the client.
+pub const INGRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
 
 /// What to build.
 #[derive(Clone, Copy, Debug)]
@@ -113,7 +115,7 @@ impl Bed {
             namespace.add_address("eth0", v6.into(), 64)?;
         }
         make_client(&client)?;
-        let client_program = xdp_pass::attach(&client, "eth0")?;
+        let client_program = program::attach_pass(&client, "eth0")?;
 
         let mut bed = Self {
             id,
