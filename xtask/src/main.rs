@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod demo;
 mod setup;
 mod shell;
 mod test;
@@ -24,6 +25,8 @@ struct Arguments {
 enum Command {
     /// Install what is missing on this machine; a second run changes nothing.
     Setup(setup::Options),
+    /// Show the balancer at work: real clients, real workers, everything changing.
+    Demo(demo::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),
 }
@@ -31,6 +34,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Setup(options) => setup::run(&options),
+        Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
     };
     match result {

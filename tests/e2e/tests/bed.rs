@@ -1,13 +1,16 @@
 //! The test bed itself, without the balancer: what the other tests rely on.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{SocketAddr, TcpStream},
+    time::Duration,
+};
 
 use anyhow::Result;
 use test_support::{
-    bed::{Bed, Layout},
+    bed::{Bed, INGRESS_V4, Layout},
     hold::{Holder, LineWorker},
     http::{Connection, Load, Running},
-    iperf, netns, nginx,
+    iperf, netns, nginx, program,
     udp::{EchoWorker, Flows},
     wait,
 };
@@ -63,5 +66,23 @@ fn nothing_is_left_behind() -> Result<()> {
     assert!(netns::list(&format!("lbt-{id}-")).is_empty());
     assert!(!directory.exists());
     assert!(!sleeper.wait()?.success(), "a process left in a namespace is killed with it");
+    Ok(())
+}
+
+#[test]
+fn the_tagger_tags_what_the_peer_receives() -> Result<()> {
+    let bed = Bed::new(Layout { workers: 0, ..Layout::default() })?;
+    let _line = LineWorker::start(&bed.ingress, "ingress", 9000)?;
+    let address = SocketAddr::from((INGRESS_V4, 9000));
+    let answers = || {
+        let connect = move || TcpStream::connect_timeout(&address, Duration::from_millis(500)).is_ok();
+        bed.client.enter(connect)
+    };
+    assert!(answers()?);
+    let tagger = program::attach_tagger(&bed.client, "eth0", 7)?;
+    // The ingress host has no VLAN 7, so its kernel drops the frames.
+    assert!(!answers()?);
+    drop(tagger);
+    assert!(answers()?);
     Ok(())
 }

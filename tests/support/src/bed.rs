@@ -21,7 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
     netns::{self, Namespace},
-    xdp_pass,
+    program,
 };
 
 const PREFIX: &str = "lbt-";
@@ -31,8 +31,10 @@ const DIRECTORY: &str = "/run/lb-testbed";
 pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 /// The client's addresses.
 pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2);
-const INGRESS_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
-const INGRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
+/// The ingress host's addresses towards the client.
+pub const INGRESS_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
+/// The ingress host's addresses towards the client.
+pub const INGRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
 
 /// What to build.
 #[derive(Clone, Copy, Debug)]
@@ -113,7 +115,7 @@ impl Bed {
             namespace.add_address("eth0", v6.into(), 64)?;
         }
         make_client(&client)?;
-        let client_program = xdp_pass::attach(&client, "eth0")?;
+        let client_program = program::attach_pass(&client, "eth0")?;
 
         let mut bed = Self {
             id,
@@ -214,8 +216,26 @@ pub fn clean(id: &str) {
     let _ = fs::remove_dir_all(&directory);
 }
 
+/// Removes the beds of this very process; for its end by a signal.
+pub fn clean_own() {
+    let own = std::process::id().to_string();
+    for id in ids().iter().filter(|id| owner(id) == own) {
+        clean(id);
+    }
+}
+
 /// Removes the beds of processes that are gone.
 pub fn clean_stale() {
+    let own = std::process::id().to_string();
+    for id in ids() {
+        if owner(&id) != own && !is_bed_owner(owner(&id)) {
+            clean(&id);
+        }
+    }
+}
+
+/// Every bed that has left a trace, whole or not.
+fn ids() -> Vec<String> {
     let mut ids: Vec<String> = netns::list(PREFIX)
         .iter()
         .filter_map(|name| Some(name.strip_prefix(PREFIX)?.rsplit_once('-')?.0.to_owned()))
@@ -225,13 +245,11 @@ pub fn clean_stale() {
     }
     ids.sort();
     ids.dedup();
-    for id in ids {
-        let owner = id.split('-').next().unwrap_or_default();
-        let lives = owner == std::process::id().to_string() || is_bed_owner(owner);
-        if !lives {
-            clean(&id);
-        }
-    }
+    ids
+}
+
+fn owner(id: &str) -> &str {
+    id.split('-').next().unwrap_or_default()
 }
 
 /// Whether process `pid` lives and is not a stranger that got a reused number:

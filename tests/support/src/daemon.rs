@@ -157,3 +157,31 @@ impl Lbctl {
         format!("{} --socket {} {}", self.program.display(), self.socket.display(), arguments.join(" "))
     }
 }
+
+/// A backend of one service as `lbctl status` shows it.
+#[derive(Clone, Debug)]
+pub struct BackendStatus {
+    /// The service.
+    pub service: String,
+    /// The probes' verdict.
+    pub is_healthy: bool,
+}
+
+impl Lbctl {
+    /// Backend `name` in every service that has it.
+    pub fn backends(&self, name: &str) -> Result<Vec<BackendStatus>> {
+        let status = self.json(&["status"])?;
+        let services = status["services"].as_array().context("lbctl status lists no services")?;
+        let mut found = Vec::new();
+        for service in services {
+            let backends = service["backends"].as_array().context("a service lists no backends")?;
+            for backend in backends.iter().filter(|backend| backend["name"] == name) {
+                found.push(BackendStatus {
+                    service: service["name"].as_str().unwrap_or_default().to_owned(),
+                    is_healthy: backend["health"] == "up",
+                });
+            }
+        }
+        Ok(found)
+    }
+}

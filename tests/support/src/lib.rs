@@ -14,9 +14,10 @@ pub mod iperf;
 pub mod netns;
 pub mod nginx;
 pub mod process;
+pub mod program;
+pub mod stage;
 pub mod udp;
 pub mod wait;
-pub mod xdp_pass;
 
 use std::{fs::File, io::Write, path::Path};
 

@@ -1,0 +1,235 @@
+//! The whole system, running: a bed, workers that serve HTTP, lines and UDP,
+//! `lbd worker` on each of them, and `lbd ingress` configured through `lbctl`.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    bed::{Bed, Layout, vip_v4, vip_v6},
+    daemon::{self, Ingress, Lbctl},
+    hold::LineWorker,
+    nginx,
+    process::Process,
+    udp::EchoWorker,
+    wait,
+};
+
+/// Port of the line service.
+pub const LINES: u16 = 9000;
+/// Port of the UDP echo service.
+pub const ECHO: u16 = 9001;
+
+/// A service of the stage, for each family once.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer {
+    /// Its name; the IPv6 twin has a 6 behind it.
+    pub name: &'static str,
+    /// `tcp` or `udp`.
+    pub protocol: &'static str,
+    /// Its port on the first VIP.
+    pub port: u16,
+}
+
+/// HTTP.
+pub const WEB: Offer = Offer { name: "web", protocol: "tcp", port: nginx::PORT };
+/// Lines that are answered with the worker's name.
+pub const LINE: Offer = Offer { name: "lines", protocol: "tcp", port: LINES };
+/// UDP echo.
+pub const UDP: Offer = Offer { name: "echo", protocol: "udp", port: ECHO };
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The network.
+    pub layout: Layout,
+    /// `ipip` or `gue`.
+    pub mode: &'static str,
+    /// Which services, each on the first VIP of both families.
+    pub offers: Vec<Offer>,
+    /// IPv4 services reach their backends over IPv6.
+    pub v4_over_v6: bool,
+    /// More lines for every `[[service]]` of the configuration.
+    pub settings: &'static str,
+    /// How many of the workers are backends from the start; None: all.
+    pub backends: Option<usize>,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            layout: Layout::default(),
+            mode: "ipip",
+            offers: vec![WEB, LINE, UDP],
+            v4_over_v6: false,
+            settings: "",
+            backends: None,
+        }
+    }
+}
+
+/// A worker host's programs. Killing `http` is how a worker dies.
+#[derive(Debug)]
+pub struct Host {
+    /// nginx; None while it is dead.
+    pub http: Option<Process>,
+    /// `lbd worker`.
+    pub agent: Process,
+    _lines: LineWorker,
+    _echo: EchoWorker,
+}
+
+/// Everything, running. Dropped, it is gone.
+#[derive(Debug)]
+pub struct Stage {
+    /// By worker.
+    pub hosts: Vec<Host>,
+    /// The balancer.
+    pub ingress: Ingress,
+    /// Its command line.
+    pub lbctl: Lbctl,
+    /// The network.
+    pub bed: Bed,
+    /// What was asked for.
+    pub plan: Plan,
+}
+
+impl Stage {
+    /// Builds and starts it all, and returns when every backend is healthy.
+    pub fn start(plan: Plan) -> Result<Self> {
+        let bed = Bed::new(plan.layout)?;
+        let hosts = (0..bed.workers.len()).map(|index| start_host(&bed, index)).collect::<Result<_>>()?;
+        let ingress = Ingress::start(&bed, &[])?;
+        let lbctl = ingress.lbctl()?;
+        let stage = Self { hosts, ingress, lbctl, bed, plan };
+        let backends: Vec<usize> = (0..stage.plan.backends.unwrap_or(stage.hosts.len())).collect();
+        stage.apply(&stage.configuration(&backends))?;
+        stage.wait_healthy(&backends)?;
+        Ok(stage)
+    }
+
+    /// Adds a worker host to the network, not yet to any service.
+    pub fn add_host(&mut self) -> Result<usize> {
+        let index = self.bed.add_worker()?;
+        self.hosts.push(start_host(&self.bed, index)?);
+        Ok(index)
+    }
+
+    /// Starts nginx on worker `index` again.
+    pub fn revive(&mut self, index: usize) -> Result<()> {
+        let worker = &self.bed.workers[index];
+        self.hosts[index].http = Some(nginx::start(&worker.namespace, &worker.name, self.bed.directory())?);
+        Ok(())
+    }
+
+    /// The VIP of both families at `port`.
+    pub fn targets(&self, port: u16) -> Vec<SocketAddr> {
+        vec![SocketAddr::from((vip_v4(1), port)), SocketAddr::from((vip_v6(1), port))]
+    }
+
+    /// Names of all services with whether they are IPv6.
+    pub fn services(&self) -> Vec<(String, bool)> {
+        let both = |offer: &Offer| [(offer.name.to_owned(), false), (format!("{}6", offer.name), true)];
+        self.plan.offers.iter().flat_map(both).collect()
+    }
+
+    /// The address at which worker `index` is a backend of an IPv4 or IPv6 service.
+    pub fn backend_address(&self, index: usize, is_v6: bool) -> IpAddr {
+        let worker = &self.bed.workers[index];
+        if is_v6 || self.plan.v4_over_v6 { worker.v6.into() } else { worker.v4.into() }
+    }
+
+    /// Runs `lbctl backend VERB SERVICE wN …` for every service; for `add` with
+    /// the worker's address.
+    pub fn change_backend(&self, verb: &str, index: usize) -> Result<()> {
+        let worker = &self.bed.workers[index].name;
+        for (service, is_v6) in self.services() {
+            let address = self.backend_address(index, is_v6).to_string();
+            let mut arguments = vec!["backend", verb, &service, worker];
+            if verb == "add" {
+                arguments.push(&address);
+            }
+            self.lbctl.run(&arguments)?;
+        }
+        Ok(())
+    }
+
+    /// The configuration with the workers of `backends` behind every service.
+    pub fn configuration(&self, backends: &[usize]) -> String {
+        let mut text = String::new();
+        for offer in &self.plan.offers {
+            for is_v6 in [false, true] {
+                self.write_service(&mut text, offer, is_v6, backends)
+                    .expect("writing to a string cannot fail");
+            }
+        }
+        text
+    }
+
+    fn write_service(
+        &self,
+        text: &mut String,
+        offer: &Offer,
+        is_v6: bool,
+        backends: &[usize],
+    ) -> std::fmt::Result {
+        let vip: IpAddr = if is_v6 { vip_v6(1).into() } else { vip_v4(1).into() };
+        let suffix = if is_v6 { "6" } else { "" };
+        let Offer { name, protocol, port } = offer;
+        writeln!(text, "[[service]]\nname = \"{name}{suffix}\"\nvip = \"{vip}\"\nport = {port}")?;
+        writeln!(text, "protocol = \"{protocol}\"\nmode = \"{}\"\n{}", self.plan.mode, self.plan.settings)?;
+        writeln!(text, "[service.health]\nkind = \"http\"\npath = \"/\"\nport = {}", nginx::PORT)?;
+        writeln!(text, "interval_ms = 200\ntimeout_ms = 1000\nrise = 2\nfall = 2")?;
+        for &index in backends {
+            let address = self.backend_address(index, is_v6);
+            let name = &self.bed.workers[index].name;
+            writeln!(text, "[[service.backend]]\nname = \"{name}\"\naddress = \"{address}\"")?;
+        }
+        Ok(())
+    }
+
+    /// Applies a configuration file with `text`.
+    pub fn apply(&self, text: &str) -> Result<()> {
+        let path = self.bed.path("services.toml");
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        self.lbctl.run(&["config", "apply", &path.display().to_string()]).map(drop)
+    }
+
+    /// Waits until the workers of `backends` are healthy in every service.
+    pub fn wait_healthy(&self, backends: &[usize]) -> Result<Duration> {
+        let start = Instant::now();
+        for &index in backends {
+            self.wait_health(index, true)?;
+        }
+        Ok(start.elapsed())
+    }
+
+    /// Waits until every service finds worker `index` healthy, or not.
+    pub fn wait_health(&self, index: usize, healthy: bool) -> Result<Duration> {
+        let worker = &self.bed.workers[index].name;
+        let what = format!("{worker} is {}", if healthy { "healthy" } else { "found dead" });
+        wait::until(&what, Duration::from_secs(15), || {
+            self.lbctl.backends(worker).is_ok_and(|found| {
+                found.len() == self.services().len()
+                    && found.iter().all(|backend| backend.is_healthy == healthy)
+            })
+        })
+        .with_context(|| format!("lbd said:\n{}", self.ingress.process().output()))
+    }
+}
+
+fn start_host(bed: &Bed, index: usize) -> Result<Host> {
+    let worker = &bed.workers[index];
+    let vips: [IpAddr; 2] = [vip_v4(1).into(), vip_v6(1).into()];
+    Ok(Host {
+        http: Some(nginx::start(&worker.namespace, &worker.name, bed.directory())?),
+        agent: daemon::start_worker(bed, worker, &vips, &[])?,
+        _lines: LineWorker::start(&worker.namespace, &worker.name, LINES)?,
+        _echo: EchoWorker::start(&worker.namespace, &worker.name, &vips, ECHO)?,
+    })
+}

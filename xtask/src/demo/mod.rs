@@ -1,0 +1,158 @@
+//! `cargo xtask demo`: the balancer at work, with real clients and real workers,
+//! while everything around it changes. Ends with an account of every request.
+
+use std::{
+    path::PathBuf,
+    process::{Command, exit},
+    thread,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{SigSet, Signal};
+use test_support::{
+    bed::{self, Layout},
+    stage::{Plan, Stage, UDP, WEB},
+};
+
+use crate::{setup, shell};
+
+mod phases;
+mod report;
+mod traffic;
+
+/// How to run the demo.
+#[derive(clap::Args, Debug)]
+pub struct Options {
+    /// Write the account to FILE as JSON too.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Leave everything running afterwards, until Ctrl-C.
+    #[arg(long)]
+    keep: bool,
+    /// How many workers to begin with; one more joins during the demo.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(3..=20))]
+    workers: u8,
+    /// The forwarding mode.
+    #[arg(long, default_value = "ipip", value_parser = ["ipip", "gue"])]
+    mode: String,
+    /// Set-up and build are done: the part that runs as root.
+    #[arg(long, hide = true)]
+    prepared: bool,
+}
+
+/// Sets up, builds, runs, tells, and cleans up.
+pub fn run(options: &Options) -> Result<()> {
+    if !options.prepared {
+        setup::run(&setup::Options::BALANCER)?;
+        build()?;
+        if !shell::is_root() {
+            return run_as_root();
+        }
+    }
+    // The account must be writable before minutes are spent on it.
+    if let Some(path) = &options.report {
+        std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    clean_up_on_signal()?;
+    play(options)
+}
+
+fn build() -> Result<()> {
+    eprintln!("building lbd and lbctl");
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(shell::workspace()).args(["build", "--package", "lb-userspace", "--bins"]);
+    let status = command.status().context("cannot start cargo")?;
+    if !status.success() {
+        bail!("the build failed");
+    }
+    Ok(())
+}
+
+/// This very command again, as root and past the build.
+fn run_as_root() -> Result<()> {
+    if shell::which("sudo").is_none() {
+        bail!("the demo makes network namespaces: run it as root, or install sudo");
+    }
+    let own = std::env::current_exe().context("cannot find the running program")?;
+    let status = shell::as_root(own)
+        .args(std::env::args_os().skip(1))
+        .arg("--prepared")
+        .status()
+        .context("cannot start sudo")?;
+    if !status.success() {
+        bail!("the demo ended with {status}");
+    }
+    Ok(())
+}
+
+/// SIGINT and SIGTERM are taken by a thread that removes the beds of this
+/// process and ends it; everywhere else they are blocked.
+fn clean_up_on_signal() -> Result<()> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    signals.thread_block().context("cannot block signals")?;
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            let signal = signals.wait();
+            eprintln!("\ncleaning up");
+            bed::clean_own();
+            exit(signal.map_or(1, |signal| 128 + signal as i32));
+        })
+        .context("cannot start a thread")?;
+    Ok(())
+}
+
+fn play(options: &Options) -> Result<()> {
+    let mode = if options.mode == "gue" { "gue" } else { "ipip" };
+    println!("\nA client, an ingress host and {} workers, each in a network of its own:", options.workers);
+    println!("  client ── eth0 [lbd ingress: XDP] w1 ── eth0 [lbd worker: XDP] nginx");
+    println!("                                    w2 ── … ; replies go straight to the client");
+    let mut stage = Stage::start(Plan {
+        layout: Layout { workers: options.workers, ..Layout::default() },
+        mode,
+        offers: vec![WEB, UDP],
+        ..Plan::default()
+    })?;
+    println!("{}", stage.lbctl.run(&["status"])?);
+
+    let mut report = report::Report::default();
+    phases::run_all(&mut stage, &mut report)?;
+    report.conclude();
+    if let Some(path) = &options.report {
+        report.write(path)?;
+        println!("account written to {}", path.display());
+    }
+    if options.keep {
+        invite(&stage);
+        // The signal thread ends the process.
+        loop {
+            thread::park();
+        }
+    }
+    drop(stage);
+    println!("cleaned up");
+    if !report.ok {
+        bail!("the demo lost something that could live: see the phases marked ✗");
+    }
+    Ok(())
+}
+
+fn invite(stage: &Stage) {
+    let client = stage.bed.client.path();
+    println!("\nEverything stays up until Ctrl-C. In another terminal, as root:");
+    for (what, command) in [
+        (
+            "ask the service",
+            format!("nsenter --net={} curl -s http://10.99.0.1/ http://[fd00:99::1]/", client.display()),
+        ),
+        ("load it", format!("nsenter --net={} wrk -t2 -c50 -d10 http://10.99.0.1/", client.display())),
+        ("see it", stage.lbctl.shell(&["status"])),
+        ("count", stage.lbctl.shell(&["stats", "--watch"])),
+        ("drain", stage.lbctl.shell(&["backend", "drain", "web", "w1"])),
+        ("ask why", stage.lbctl.shell(&["explain", "10.0.0.2:40000", "10.99.0.1:80", "tcp"])),
+    ] {
+        println!("  {what:<16} {command}");
+    }
+}

@@ -1,0 +1,130 @@
+//! What the demo found, phase by phase: as a table for people, as JSON for
+//! programs.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use test_support::http::Account;
+
+/// One phase.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Phase {
+    /// What happened in it.
+    pub name: String,
+    /// Length in seconds.
+    pub seconds: f64,
+    /// HTTP requests that ended in it.
+    pub requests: usize,
+    /// Requests that failed, those on connections open to a killed worker aside.
+    pub failed: usize,
+    /// Requests on connections that were open to the worker as it was killed.
+    pub failed_open_to_killed: usize,
+    /// Requests whose connection was refused at first, and that a new
+    /// connection served: the dead worker's share until it was found dead.
+    pub retried: usize,
+    /// From the kill until lbd knew, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detect_ms: Option<u64>,
+    /// Open TCP connections and UDP flows that left a worker that lives.
+    pub moved: usize,
+    /// UDP datagrams without an answer, those to a killed worker aside.
+    pub udp_lost: usize,
+    /// Answered requests by worker.
+    pub by_worker: BTreeMap<String, usize>,
+    /// Median of the answered requests' time, in microseconds.
+    pub p50_us: u64,
+    /// 99th percentile of the same.
+    pub p99_us: u64,
+    /// What else is worth knowing, in words.
+    pub notes: Vec<String>,
+}
+
+impl Phase {
+    /// A phase over the requests of `account`.
+    pub fn new(name: &str, seconds: f64, account: &Account) -> Self {
+        Self {
+            name: name.to_owned(),
+            seconds,
+            requests: account.requests.len(),
+            failed: account.failed(),
+            retried: account.retried(),
+            by_worker: account.by_worker(),
+            p50_us: micros(account.quantile(0.5)),
+            p99_us: micros(account.quantile(0.99)),
+            ..Self::default()
+        }
+    }
+
+    /// Whether nothing was lost that could live.
+    pub fn is_clean(&self) -> bool {
+        self.requests > 0 && self.failed == 0 && self.moved == 0 && self.udp_lost == 0
+    }
+}
+
+fn micros(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// The whole account.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Whether every phase was clean.
+    pub ok: bool,
+    /// In order.
+    pub phases: Vec<Phase>,
+}
+
+impl Report {
+    /// Adds a phase and prints its line.
+    pub fn add(&mut self, phase: Phase) {
+        if self.phases.is_empty() {
+            println!(
+                "\n  {:<26} {:>8} {:>6} {:>7} {:>5} {:>8} {:>8}  requests by worker",
+                "phase", "requests", "failed", "retried", "moved", "p50", "p99"
+            );
+        }
+        let shares: Vec<String> =
+            phase.by_worker.iter().map(|(worker, count)| format!("{worker} {count}")).collect();
+        println!(
+            "{} {:<26} {:>8} {:>6} {:>7} {:>5} {:>8} {:>8}  {}",
+            if phase.is_clean() { "✓" } else { "✗" },
+            phase.name,
+            phase.requests,
+            phase.failed,
+            phase.retried,
+            phase.moved,
+            milliseconds(phase.p50_us),
+            milliseconds(phase.p99_us),
+            shares.join(", ")
+        );
+        for note in &phase.notes {
+            println!("      {note}");
+        }
+        self.phases.push(phase);
+        self.ok = self.phases.iter().all(Phase::is_clean);
+    }
+
+    /// Prints the closing line.
+    pub fn conclude(&self) {
+        let sum = |count: fn(&Phase) -> usize| self.phases.iter().map(count).sum::<usize>();
+        println!(
+            "\n{} requests, {} failed, {} on connections to the killed worker, {} moved, {} datagrams lost",
+            sum(|phase| phase.requests),
+            sum(|phase| phase.failed),
+            sum(|phase| phase.failed_open_to_killed),
+            sum(|phase| phase.moved),
+            sum(|phase| phase.udp_lost),
+        );
+    }
+
+    /// Writes the account to `path` as JSON.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self).context("cannot write the report as JSON")?;
+        fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+fn milliseconds(micros: u64) -> String {
+    format!("{:.1} ms", micros as f64 / 1000.0)
+}
