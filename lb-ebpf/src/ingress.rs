@@ -64,7 +64,8 @@ fn balance<F: Frame + Fib, T: Tables>(
     let hash = flow_hash(view.seed, headers);
     let choice = choose(tables, service, view, headers, hash)?;
     let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
-    if backend.flags & flags::USED == 0 {
+    // Another service's backend: this run was halted while its table was written anew.
+    if backend.flags & flags::USED == 0 || backend.service != service {
         return Err(Reason::BrokenTable.into());
     }
     if backend.flags & flags::RESOLVED == 0 {

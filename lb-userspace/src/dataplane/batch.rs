@@ -71,3 +71,25 @@ where
         (cursor, first) = (next, false);
     }
 }
+
+/// Deletes an entry; one that is not there is as good.
+pub fn delete<K: zerocopy::IntoBytes + zerocopy::Immutable>(map: &MapData, key: &K) -> io::Result<()> {
+    const BPF_MAP_DELETE_ELEM: libc::c_long = 3;
+    #[repr(C)]
+    struct DeleteAttr {
+        map_fd: u32,
+        pad: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    let bytes = key.as_bytes();
+    let map_fd = map.fd().as_fd().as_raw_fd() as u32;
+    let attr = DeleteAttr { map_fd, pad: 0, key: bytes.as_ptr() as u64, value: 0, flags: 0 };
+    // SAFETY: a valid attribute of its size; the key is as long as the map's keys and lives until
+    // the call returns.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_DELETE_ELEM, &raw const attr, size_of::<DeleteAttr>()) };
+    let error = io::Error::last_os_error();
+    if answer == 0 || error.raw_os_error() == Some(libc::ENOENT) { Ok(()) } else { Err(error) }
+}

@@ -326,7 +326,9 @@ fn absent_is_fine(result: Result<(), aya::maps::MapError>) -> Result<(), aya::ma
 
 /// Whether a reader could see half of an old way and half of the new one.
 fn is_torn(old: &Backend, new: &Backend) -> bool {
-    if old.flags & lb_common::backend::flags::RESOLVED == 0 {
+    use lb_common::backend::flags::{RESOLVED, USED};
+    // An entry that is being cleared is in no table any more.
+    if old.flags & RESOLVED == 0 || new.flags & USED == 0 {
         return false;
     }
     let (a, b): (&[u64; 8], &[u64; 8]) = (zerocopy::transmute_ref!(old), zerocopy::transmute_ref!(new));

@@ -145,6 +145,15 @@ impl Reader {
     }
 }
 
+impl Reader {
+    /// Forgets a flow. The one thing that is written here: the sweeper has only these handles.
+    pub fn remove_flow(&self, table: FlowTable, key: &FlowKey) -> Result<(), DataplaneError> {
+        let map = flow_map(table);
+        batch::delete(&self.flows[table as usize].0, key)
+            .map_err(|source| DataplaneError::Read { map, source })
+    }
+}
+
 /// Sums a program's reason counters over all CPUs.
 pub(super) fn reasons(map: &PerCpuArray<MapData, u64>) -> Vec<(Reason, u64)> {
     let count = |r: &Reason| map.get(&(*r as u32), 0).map(|v| v.iter().sum()).unwrap_or(0);

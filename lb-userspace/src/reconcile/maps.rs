@@ -1,0 +1,92 @@
+//! What the reconciler needs of the dataplane. [`Dataplane`] has it; tests have it in memory.
+
+use crate::dataplane::{Dataplane, DataplaneError};
+use lb_common::{Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey};
+
+/// The writer's view of the maps.
+pub trait Maps: Send {
+    /// Sizes: services, slots, backends.
+    fn sizes(&self) -> (u32, u32, u32);
+    /// All exact-port services.
+    fn keys(&self) -> Result<Vec<(ServiceKey, u32)>, DataplaneError>;
+    /// All VIPs.
+    fn vips(&self) -> Result<Vec<(VipKey, Vip)>, DataplaneError>;
+    /// A service's entry.
+    fn service(&self, index: u32) -> Option<Service>;
+    /// `count` slots from `base` on.
+    fn slots(&self, base: u32, count: u32) -> Vec<Slot>;
+    /// A backend's entry.
+    fn backend(&self, index: u32) -> Option<Backend>;
+    /// A backend's counters.
+    fn backend_stats(&self, index: u32) -> BackendStats;
+
+    /// Writes slots.
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError>;
+    /// Writes the view of a service that is not live.
+    fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError>;
+    /// Makes a view the live one.
+    fn set_active(&mut self, index: u32, view: u32) -> Result<(), DataplaneError>;
+    /// Marks a service's entry as taken or free.
+    fn set_used(&mut self, index: u32, used: bool) -> Result<(), DataplaneError>;
+    /// Writes backends, each without a torn way.
+    fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError>;
+    /// Sets a backend's counters to zero.
+    fn clear_stats(&mut self, index: u32) -> Result<(), DataplaneError>;
+    /// Points an exact port at a service, or at none.
+    fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError>;
+    /// Writes what else a VIP serves, or that it is none.
+    fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError>;
+    /// Allows or forbids an egress interface.
+    fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError>;
+}
+
+impl Maps for Dataplane {
+    fn sizes(&self) -> (u32, u32, u32) {
+        (self.limits.services, self.limits.slots, self.limits.backends)
+    }
+    fn keys(&self) -> Result<Vec<(ServiceKey, u32)>, DataplaneError> {
+        self.reader().service_keys()
+    }
+    fn vips(&self) -> Result<Vec<(VipKey, Vip)>, DataplaneError> {
+        self.reader().vips()
+    }
+    fn service(&self, index: u32) -> Option<Service> {
+        Self::service(self, index)
+    }
+    fn slots(&self, base: u32, count: u32) -> Vec<Slot> {
+        self.read_slots(base, count)
+    }
+    fn backend(&self, index: u32) -> Option<Backend> {
+        Self::backend(self, index)
+    }
+    fn backend_stats(&self, index: u32) -> BackendStats {
+        self.reader().backend_stats(index)
+    }
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
+        Self::write_slots(self, base, slots)
+    }
+    fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
+        Self::write_view(self, index, view, value)
+    }
+    fn set_active(&mut self, index: u32, view: u32) -> Result<(), DataplaneError> {
+        Self::set_active(self, index, view)
+    }
+    fn set_used(&mut self, index: u32, used: bool) -> Result<(), DataplaneError> {
+        Self::set_used(self, index, used)
+    }
+    fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError> {
+        Self::write_backends(self, backends)
+    }
+    fn clear_stats(&mut self, index: u32) -> Result<(), DataplaneError> {
+        self.clear_backend_stats(index)
+    }
+    fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError> {
+        self.set_service_index(key, service)
+    }
+    fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError> {
+        Self::set_vip(self, key, vip)
+    }
+    fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
+        Self::set_egress(self, ifindex, allowed)
+    }
+}

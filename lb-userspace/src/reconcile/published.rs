@@ -1,0 +1,75 @@
+//! What the reconciler tells the rest: one immutable snapshot per change.
+
+use super::{mirror::Written, sweep::Sweep};
+use crate::{
+    compile::{BackendStatus, ServiceStatus},
+    explain::Names,
+    model::{BackendId, Desired, Name, Observed},
+};
+use lb_common::BackendStats;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+/// One application of a change to the maps.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Applied {
+    /// Revision of the desired state that is in the maps.
+    pub revision: u64,
+    /// What was written.
+    pub written: Written,
+    /// From the event's arrival to the last write.
+    pub took: Duration,
+}
+
+/// Everything that API, metrics and status show of the tables.
+#[derive(Clone, Debug, Default)]
+pub struct Published {
+    /// Revision that is in the maps.
+    pub revision: u64,
+    /// That state.
+    pub desired: Arc<Desired>,
+    /// What it was compiled with.
+    pub observed: Arc<Observed>,
+    /// Services, by name.
+    pub services: BTreeMap<Name, Arc<ServiceStatus>>,
+    /// Tracked live flows by backend index, at the last sweep.
+    pub sweep: Arc<Sweep>,
+    /// Counters of backends that have gone, by service, so that a service's sums never fall.
+    pub retired_stats: BTreeMap<Name, [u64; 3]>,
+    /// The last application that wrote something.
+    pub applied: Applied,
+    /// Why the last attempt failed, if it did: the maps then hold an older state.
+    pub error: Option<String>,
+}
+
+impl Published {
+    /// A backend's status.
+    pub fn backend(&self, id: &BackendId) -> Option<&BackendStatus> {
+        let service = self.services.get(&id.service)?;
+        service.backends.iter().find(|b| b.name.as_ref() == Some(&id.backend))
+    }
+
+    /// Live flows of a backend that the flow tables hold.
+    pub fn tracked_flows(&self, index: u32) -> u64 {
+        self.sweep.flows.get(&index).copied().unwrap_or(0)
+    }
+}
+
+impl Names for Published {
+    fn service(&self, index: u32) -> Option<String> {
+        self.services.values().find(|s| s.index == index).map(|s| s.name.to_string())
+    }
+
+    fn backend(&self, index: u32) -> Option<String> {
+        let backends = self.services.values().flat_map(|s| &s.backends);
+        let found = backends.into_iter().find(|b| b.index == index)?;
+        found.name.as_ref().map(Name::to_string)
+    }
+}
+
+/// Adds up counters.
+pub(super) fn add(total: &mut [u64; 3], stats: BackendStats) {
+    for (sum, part) in total.iter_mut().zip([stats.packets, stats.bytes, stats.flows]) {
+        *sum = sum.wrapping_add(part);
+    }
+}
