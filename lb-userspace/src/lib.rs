@@ -9,6 +9,7 @@ pub mod config;
 pub mod dataplane;
 pub mod explain;
 pub mod health;
+pub mod maglev;
 pub mod model;
 pub mod objects;
 pub mod store;
