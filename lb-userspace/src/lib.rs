@@ -5,6 +5,7 @@
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
 pub mod clock;
+pub mod compile;
 pub mod config;
 pub mod dataplane;
 pub mod explain;
@@ -12,6 +13,7 @@ pub mod health;
 pub mod maglev;
 pub mod model;
 pub mod objects;
+pub mod policy;
 pub mod store;
 
 /// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.
