@@ -5,4 +5,5 @@
 #[allow(dead_code, reason = "the packet tests use the rest")]
 mod build;
 mod choose;
+mod keep;
 mod world;
