@@ -96,6 +96,10 @@ pub fn forward<F: Frame + Fib>(
     };
     let mut source = outer::source(backend, hash);
     let len = headers.ip_len + overhead as u32;
+    // The outer header's length has 16 bits.
+    if len > u16::MAX as u32 {
+        return Err(Refusal::TooBig(u16::MAX as u32 - overhead as u32));
+    }
     let hop = if backend.flags & flags::RESOLVED != 0 {
         filled_in(backend)
     } else {

@@ -9,4 +9,6 @@ mod build;
 mod choose;
 mod hostile;
 mod keep;
+mod too_big;
+mod worker;
 mod world;
