@@ -128,8 +128,12 @@ fn choose_syn<T: Tables>(tables: &T, key: &FlowKey, slot: Slot) -> Result<Choice
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
     let choice = primary(slot, true, Why::NewFlow)?;
-    if slot.is_transition() || known.is_some() {
-        record(tables, FlowTable::Syns, key, choice.backend, now_s, 0);
+    if (slot.is_transition() || known.is_some())
+        && record(tables, FlowTable::Syns, key, choice.backend, now_s, 0)
+        && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
+    {
+        // Its backend is gone, but may be back before this handshake is complete.
+        tables.touch(FlowTable::Flows, key, now_s, flow::flags::CLOSING);
     }
     Ok(choice)
 }

@@ -15,8 +15,11 @@ use lb_common::{Address, Reason, service::UDP, settings::DecapSettings};
 
 const PROTOCOL_IPV4: u8 = 4;
 const PROTOCOL_IPV6: u8 = 41;
-/// Congestion experienced.
+/// Congestion experienced; also the mask of both bits.
 const ECN_CE: u8 = 3;
+/// Can carry a mark: the usual code point, and the one of RFC 8311 experiments (L4S).
+const ECN_ECT0: u8 = 2;
+const ECN_ECT1: u8 = 1;
 
 /// The maps of the decap program.
 pub trait DecapTables {
@@ -255,11 +258,10 @@ fn receive_ipv6<T: DecapTables>(
 /// carried over, and a packet that cannot carry it is dropped, as its router would have.
 #[inline(always)]
 fn carry_mark(outer: u8, inner: u8) -> Result<u8, Reason> {
-    if outer & ECN_CE != ECN_CE || inner & ECN_CE == ECN_CE {
-        Ok(inner)
-    } else if inner & ECN_CE == 0 {
-        Err(Reason::DecapEcn)
-    } else {
-        Ok(inner | ECN_CE)
+    match (outer & ECN_CE, inner & ECN_CE) {
+        (ECN_CE, 0) => Err(Reason::DecapEcn),
+        (ECN_CE, _) => Ok(inner | ECN_CE),
+        (ECN_ECT1, ECN_ECT0) => Ok(inner ^ ECN_CE),
+        _ => Ok(inner),
     }
 }

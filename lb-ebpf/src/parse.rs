@@ -118,6 +118,12 @@ pub const fn mapped(v4: u32) -> [u32; 4] {
     [0, 0, 0xffff_u32.to_be(), v4]
 }
 
+/// Whether these words are a mapped IPv4 address.
+#[inline(always)]
+const fn is_mapped(words: &[u32; 4]) -> bool {
+    (words[0] | words[1] | words[2] ^ 0xffff_u32.to_be()) == 0
+}
+
 /// Ethernet header and tags: their length and the type of what follows.
 #[inline(always)]
 pub fn parse_ethernet(packet: &Packet, look_through_tags: bool) -> Result<(usize, u16), Reason> {
@@ -209,6 +215,10 @@ fn parse_ipv6<F: Frame>(frame: &F, packet: &Packet, l3: usize) -> Result<Headers
     if version_class >> 8 != 6 {
         return Err(Reason::BadIpv6);
     }
+    // Never on the wire (RFC 4291 2.5.5.2), and to the maps it would be a client or VIP of IPv4.
+    if is_mapped(&ip.source) || is_mapped(&ip.destination) {
+        return Err(Reason::BadIpv6);
+    }
     let payload = u16::from_be(ip.payload_len) as usize;
     if !holds(frame, packet, l3 + 40 + payload) {
         return Err(Reason::Truncated);
@@ -245,13 +255,13 @@ fn skip_extensions(packet: &Packet, start: usize, next: &mut u8) -> Result<usize
     const DESTINATION: u8 = 60;
     let mut skipped = 0;
     for _ in 0..MAX_EXTENSIONS {
+        if skipped > MAX_EXTENSION_BYTES {
+            return Err(Reason::BadExtension);
+        }
         match *next {
             TCP | UDP => return Ok(skipped),
             HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT => {}
             _ => return Err(Reason::OtherProtocol),
-        }
-        if skipped > MAX_EXTENSION_BYTES {
-            return Err(Reason::BadExtension);
         }
         let extension: Extension = packet.read(start + skipped).ok_or(Reason::Truncated)?;
         // A fragment header with neither offset nor more to come holds a whole packet (RFC 6946).

@@ -104,6 +104,10 @@ pub fn forward<F: Frame + Fib>(
     let overhead = overhead(backend).ok_or(Reason::BadMode)?;
     let mut source = outer_source(backend, hash);
     let len = headers.ip_len + overhead as u32;
+    // The outer header's length has 16 bits.
+    if len > u16::MAX as u32 {
+        return Err(Refusal::TooBig(u16::MAX as u32 - overhead as u32));
+    }
     let hop = if backend.flags & flags::RESOLVED != 0 {
         filled_in(backend)
     } else {

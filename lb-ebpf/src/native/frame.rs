@@ -63,7 +63,7 @@ impl VecFrame {
     /// The same with only the first `len` bytes in the linear part.
     #[must_use]
     pub fn linear(mut self, len: usize) -> Self {
-        self.linear_end = self.end.min(self.start + len);
+        self.linear_end = self.end.min(self.start.saturating_add(len));
         self
     }
 

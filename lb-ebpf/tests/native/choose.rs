@@ -201,14 +201,20 @@ fn a_syn_of_a_marked_slot() {
             .backend(3, DOWN)
             .knows(Flows, 3, 9, 0)
             .starts(1, NewFlow)
-            .leaves(Flows, 3, 9, 0)
+            .leaves(Flows, 3, 0, CLOSING)
             .leaves(Syns, 1, 0, 0),
         tcp_case("flow on a removed backend: placed anew and noted", MARKED, SYN)
             .backend(3, u32::MAX)
             .knows(Flows, 3, 9, 0)
             .starts(1, NewFlow)
-            .leaves(Flows, 3, 9, 0)
+            .leaves(Flows, 3, 0, CLOSING)
             .leaves(Syns, 1, 0, 0),
+        tcp_case("placed anew, then the old flow's backend is back: goes where the first went", MARKED, SYN)
+            .knows(Flows, 3, 2, CLOSING)
+            .knows(Syns, 1, 2, 0)
+            .goes(1, RecentSyn)
+            .leaves(Flows, 3, 2, CLOSING)
+            .leaves(Syns, 1, 2, 0),
         tcp_case("repeated: goes where the first went", MARKED, SYN)
             .knows(Syns, 3, 7, 0)
             .goes(3, RecentSyn)

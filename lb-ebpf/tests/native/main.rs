@@ -1,8 +1,14 @@
 //! The dataplane's packet code, run natively: against independent readings, tables of cases, and models.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "../../../fuzz/src/bodies/mod.rs"]
+mod bodies;
 #[path = "../../../tests/packet/src/build.rs"]
 #[allow(dead_code, reason = "the packet tests use the rest")]
 mod build;
 mod choose;
+mod hostile;
+mod keep;
+mod too_big;
+mod worker;
 mod world;

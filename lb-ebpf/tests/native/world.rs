@@ -12,6 +12,7 @@ use lb_ebpf::{
     native::{HashTables, VecFrame},
     parse::{Headers, parse},
 };
+use proptest::test_runner::Config as ProptestConfig;
 
 /// The IPv4 VIP.
 pub const VIP4: Address = mapped([192, 0, 2, 1]);
@@ -96,4 +97,11 @@ pub fn key(packet: &Packet) -> FlowKey {
         port: Be16::new(packet.destination.1),
         service: if packet.protocol == TCP { TCP_SERVICE } else { UDP_SERVICE },
     }
+}
+
+/// So many cases of a property, unless `PROPTEST_CASES` says otherwise. Failures are kept as plain tests,
+/// not in files of seeds.
+pub fn cases(n: u32) -> ProptestConfig {
+    let config = ProptestConfig { failure_persistence: None, ..ProptestConfig::default() };
+    if std::env::var_os("PROPTEST_CASES").is_some() { config } else { ProptestConfig { cases: n, ..config } }
 }

@@ -98,12 +98,27 @@ impl Packet {
         if is_mapped(&self.destination.0) { self.ipv4() } else { self.ipv6() }
     }
 
+    /// A frame with this packet's addresses whose IP payload is its payload, of another protocol: an
+    /// outer header around something.
+    pub fn around(&self, protocol: u8) -> Vec<u8> {
+        let payload = &self.payload;
+        let ip = if is_mapped(&self.destination.0) {
+            self.ipv4_of(protocol, payload)
+        } else {
+            self.ipv6_of(protocol, payload)
+        };
+        [self.ethernet(), ip].concat()
+    }
+
     fn ipv4(&self) -> Vec<u8> {
-        let l4 = self.transport();
+        self.ipv4_of(self.protocol, &self.transport())
+    }
+
+    fn ipv4_of(&self, protocol: u8, l4: &[u8]) -> Vec<u8> {
         let header_len = 20 + self.options.len();
         let mut ip = vec![0x40 | (header_len / 4) as u8, self.tos];
         ip.extend(((header_len + l4.len()) as u16).to_be_bytes());
-        ip.extend([0x12, 0x34, if self.dont_fragment { 0x40 } else { 0 }, 0, self.ttl, self.protocol, 0, 0]);
+        ip.extend([0x12, 0x34, if self.dont_fragment { 0x40 } else { 0 }, 0, self.ttl, protocol, 0, 0]);
         ip.extend(&self.source.0[12..]);
         ip.extend(&self.destination.0[12..]);
         ip.extend(&self.options);
@@ -114,16 +129,19 @@ impl Packet {
     }
 
     fn ipv6(&self) -> Vec<u8> {
-        let l4 = self.transport();
+        self.ipv6_of(self.protocol, &self.transport())
+    }
+
+    fn ipv6_of(&self, protocol: u8, l4: &[u8]) -> Vec<u8> {
         let mut payload = Vec::new();
         for (i, (_, bytes)) in self.extensions.iter().enumerate() {
-            payload.push(self.extensions.get(i + 1).map_or(self.protocol, |next| next.0));
+            payload.push(self.extensions.get(i + 1).map_or(protocol, |next| next.0));
             payload.extend(bytes);
         }
         payload.extend(l4);
         let mut ip = vec![0x60 | self.tos >> 4, self.tos << 4, 0xab, 0xcd];
         ip.extend((payload.len() as u16).to_be_bytes());
-        ip.extend([self.extensions.first().map_or(self.protocol, |first| first.0), self.ttl]);
+        ip.extend([self.extensions.first().map_or(protocol, |first| first.0), self.ttl]);
         ip.extend(self.source.0);
         ip.extend(self.destination.0);
         ip.extend(payload);

@@ -1,0 +1,3 @@
+//! What the fuzzers check; also compiled into `lb-ebpf`'s tests.
+
+pub mod bodies;
