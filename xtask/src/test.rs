@@ -24,6 +24,9 @@ pub struct Options {
     /// Only tests whose name contains this.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// Test optimised builds, for suites that measure.
+    #[arg(long)]
+    release: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -76,7 +79,7 @@ pub fn run(options: &Options) -> Result<()> {
     for suite in suites {
         println!("\n── {} ──", suite.name());
         let started = Instant::now();
-        let result = run_suite(suite, options.filter.as_deref());
+        let result = run_suite(suite, options);
         if let Err(error) = &result {
             println!("{}: {error:#}", suite.name());
         }
@@ -102,7 +105,7 @@ fn summarise(outcomes: &[Outcome]) -> Result<()> {
     Ok(())
 }
 
-fn run_suite(suite: Suite, filter: Option<&str>) -> Result<String> {
+fn run_suite(suite: Suite, options: &Options) -> Result<String> {
     if suite.needs_root() && !shell::is_root() && shell::which("sudo").is_none() {
         return skip("needs root, and there is no sudo");
     }
@@ -113,7 +116,8 @@ fn run_suite(suite: Suite, filter: Option<&str>) -> Result<String> {
     let skips = skip_file();
     let _ = fs::remove_file(&skips);
     let mut tally = Tally::default();
-    for mut command in suite.commands()? {
+    let filter = options.filter.as_deref();
+    for mut command in suite.commands(options.release)? {
         if command.get_args().next().is_some_and(|first| first == "test") {
             if !command.get_args().any(|argument| argument == "--") {
                 command.arg("--");
@@ -215,7 +219,8 @@ impl Suite {
         }
     }
 
-    fn commands(self) -> Result<Vec<Command>> {
+    fn commands(self, release: bool) -> Result<Vec<Command>> {
+        let profile = if release { ["--profile", "release"] } else { ["--profile", "dev"] };
         Ok(match self {
             Self::Fmt => vec![cargo(&["fmt", "--all", "--check"])],
             Self::Clippy => vec![cargo(&[
@@ -228,19 +233,23 @@ impl Suite {
                 "-D",
                 "warnings",
             ])],
-            Self::Unit => vec![test_crates(&integration_tests(|name| !is_cli(name))?)],
-            Self::Property => property_commands()?,
+            Self::Unit => vec![test_crates(profile, &integration_tests(|name| !is_cli(name))?)],
+            Self::Property => property_commands(profile)?,
             Self::Cli => {
                 let names = integration_tests(is_cli)?;
                 let mut command = cargo(&["test", "--package", "lb-userspace"]);
+                command.args(profile);
                 command.args(names.iter().flat_map(|name| ["--test", name]));
                 vec![command]
             }
             Self::Packet | Self::Verifier | Self::E2e | Self::Fault => {
                 let manifest = format!("tests/{}/Cargo.toml", self.name());
                 let mut command = cargo(&["test", "--manifest-path", &manifest]);
+                command.args(profile);
                 run_as_root(&mut command);
-                vec![cargo(&["build", "--package", "lb-userspace", "--bins"]), command]
+                let mut build = cargo(&["build", "--package", "lb-userspace", "--bins"]);
+                build.args(profile);
+                vec![build, command]
             }
         })
     }
@@ -256,8 +265,9 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-fn test_crates(integration: &[String]) -> Command {
+fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
     let mut command = cargo(&["test", "--lib", "--bins"]);
+    command.args(profile);
     command.args(CRATES.iter().flat_map(|name| ["--package", name]));
     command.args(integration.iter().flat_map(|name| ["--test", name]));
     command
@@ -265,20 +275,22 @@ fn test_crates(integration: &[String]) -> Command {
 
 /// The properties once more, over many more cases than beside the other tests:
 /// every module and every integration test that has some.
-fn property_commands() -> Result<Vec<Command>> {
+fn property_commands(profile: [&str; 2]) -> Result<Vec<Command>> {
     let mut commands = Vec::new();
     for name in CRATES {
         let root = shell::workspace().join(name);
         let modules = with_properties(&root.join("src"))?;
         if !modules.is_empty() {
-            let mut command = cargo(&["test", "--package", name, "--lib", "--"]);
-            command.args(modules.iter().map(|file| module_path(file)));
+            let mut command = cargo(&["test", "--package", name, "--lib"]);
+            command.args(profile).arg("--").args(modules.iter().map(|file| module_path(file)));
             commands.push(command);
         }
         let files = with_properties(&root.join("tests"))?;
         if !files.is_empty() {
             let mut command = cargo(&["test", "--package", name]);
-            command.args(files.iter().flat_map(|file| ["--test".to_owned(), module_path(file)]));
+            command
+                .args(profile)
+                .args(files.iter().flat_map(|file| ["--test".to_owned(), module_path(file)]));
             commands.push(command);
         }
     }
