@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod demo;
+mod dist;
 mod setup;
 mod shell;
 mod test;
@@ -27,6 +28,8 @@ enum Command {
     Setup(setup::Options),
     /// Show the balancer at work: real clients, real workers, everything changing.
     Demo(demo::Options),
+    /// Build the release: binaries, man pages, completions, service files.
+    Dist(dist::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),
 }
@@ -34,6 +37,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Setup(options) => setup::run(&options),
+        Command::Dist(options) => dist::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Test(options) => test::run(&options),
     };

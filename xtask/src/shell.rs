@@ -75,7 +75,12 @@ pub fn with_progress(what: &str, command: &mut Command) -> Result<String> {
 
 /// What `command` prints, or None when it fails or is not there.
 pub fn quiet(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().ok()?;
+    with_output(&mut Command::new(program), arguments)
+}
+
+/// [`quiet`] for a command that is already in the making.
+pub fn with_output(command: &mut Command, arguments: &[&str]) -> Option<String> {
+    let output = command.args(arguments).stdin(Stdio::inherit()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 

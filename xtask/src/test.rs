@@ -5,7 +5,7 @@
 use std::{
     env, fs,
     io::{BufRead, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -24,6 +24,9 @@ pub struct Options {
     /// Only tests whose name contains this.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
+    /// Test optimised builds, for suites that measure.
+    #[arg(long)]
+    release: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -55,6 +58,9 @@ const CRATES: [&str; 4] = ["lb-common", "lb-ebpf", "lb-userspace", "xtask"];
 const EXPECTED_SKIPS: [(&str, &str); 1] =
     [("no-tcx", "kernels before 6.6 cannot attach the program that tags the client's frames")];
 
+/// Cases for each property; proptest's own default, 256, is what unit runs use.
+const PROPERTY_CASES: u32 = 2000;
+
 struct Outcome {
     suite: Suite,
     took: Duration,
@@ -73,7 +79,7 @@ pub fn run(options: &Options) -> Result<()> {
     for suite in suites {
         println!("\n── {} ──", suite.name());
         let started = Instant::now();
-        let result = run_suite(suite, options.filter.as_deref());
+        let result = run_suite(suite, options);
         if let Err(error) = &result {
             println!("{}: {error:#}", suite.name());
         }
@@ -99,17 +105,24 @@ fn summarise(outcomes: &[Outcome]) -> Result<()> {
     Ok(())
 }
 
-fn run_suite(suite: Suite, filter: Option<&str>) -> Result<String> {
+fn run_suite(suite: Suite, options: &Options) -> Result<String> {
     if suite.needs_root() && !shell::is_root() && shell::which("sudo").is_none() {
         return skip("needs root, and there is no sudo");
+    }
+    if suite.needs_root() && shell::with_output(&mut shell::as_root("unshare"), &["--net", "true"]).is_none()
+    {
+        return skip("may not make network namespaces here (CAP_SYS_ADMIN is missing)");
     }
     let skips = skip_file();
     let _ = fs::remove_file(&skips);
     let mut tally = Tally::default();
-    for mut command in suite.commands()? {
+    let filter = options.filter.as_deref();
+    for mut command in suite.commands(options.release)? {
         if command.get_args().next().is_some_and(|first| first == "test") {
-            command.arg("--").args(suite.runner_arguments());
-            command.args(filter);
+            if !command.get_args().any(|argument| argument == "--") {
+                command.arg("--");
+            }
+            command.args(suite.runner_arguments()).args(filter);
         }
         tally.add(stream(&mut command)?);
     }
@@ -202,13 +215,12 @@ impl Suite {
     fn runner_arguments(self) -> &'static [&'static str] {
         match self {
             Self::E2e | Self::Fault => &["--test-threads=1"],
-            Self::Unit => &["--skip=property"],
-            Self::Property => &["property"],
             _ => &[],
         }
     }
 
-    fn commands(self) -> Result<Vec<Command>> {
+    fn commands(self, release: bool) -> Result<Vec<Command>> {
+        let profile = if release { ["--profile", "release"] } else { ["--profile", "dev"] };
         Ok(match self {
             Self::Fmt => vec![cargo(&["fmt", "--all", "--check"])],
             Self::Clippy => vec![cargo(&[
@@ -221,18 +233,23 @@ impl Suite {
                 "-D",
                 "warnings",
             ])],
-            Self::Unit => vec![test_crates(&integration_tests(|name| !is_cli(name) && !is_property(name))?)],
-            Self::Property => vec![test_crates(&integration_tests(is_property)?)],
+            Self::Unit => vec![test_crates(profile, &integration_tests(|name| !is_cli(name))?)],
+            Self::Property => property_commands(profile)?,
             Self::Cli => {
                 let names = integration_tests(is_cli)?;
                 let mut command = cargo(&["test", "--package", "lb-userspace"]);
+                command.args(profile);
                 command.args(names.iter().flat_map(|name| ["--test", name]));
                 vec![command]
             }
             Self::Packet | Self::Verifier | Self::E2e | Self::Fault => {
-                let mut command = cargo(&["test", "--package", &self.name()]);
+                let manifest = format!("tests/{}/Cargo.toml", self.name());
+                let mut command = cargo(&["test", "--manifest-path", &manifest]);
+                command.args(profile);
                 run_as_root(&mut command);
-                vec![cargo(&["build", "--package", "lb-userspace", "--bins"]), command]
+                let mut build = cargo(&["build", "--package", "lb-userspace", "--bins"]);
+                build.args(profile);
+                vec![build, command]
             }
         })
     }
@@ -242,21 +259,72 @@ fn is_cli(name: &str) -> bool {
     name.starts_with("cli")
 }
 
-fn is_property(name: &str) -> bool {
-    name.starts_with("property")
-}
-
 fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(shell::workspace()).args(arguments);
     command
 }
 
-fn test_crates(integration: &[String]) -> Command {
+fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
     let mut command = cargo(&["test", "--lib", "--bins"]);
+    command.args(profile);
     command.args(CRATES.iter().flat_map(|name| ["--package", name]));
     command.args(integration.iter().flat_map(|name| ["--test", name]));
     command
+}
+
+/// The properties once more, over many more cases than beside the other tests:
+/// every module and every integration test that has some.
+fn property_commands(profile: [&str; 2]) -> Result<Vec<Command>> {
+    let mut commands = Vec::new();
+    for name in CRATES {
+        let root = shell::workspace().join(name);
+        let modules = with_properties(&root.join("src"))?;
+        if !modules.is_empty() {
+            let mut command = cargo(&["test", "--package", name, "--lib"]);
+            command.args(profile).arg("--").args(modules.iter().map(|file| module_path(file)));
+            commands.push(command);
+        }
+        let files = with_properties(&root.join("tests"))?;
+        if !files.is_empty() {
+            let mut command = cargo(&["test", "--package", name]);
+            command
+                .args(profile)
+                .args(files.iter().flat_map(|file| ["--test".to_owned(), module_path(file)]));
+            commands.push(command);
+        }
+    }
+    for command in &mut commands {
+        command
+            .env("PROPTEST_CASES", env::var("PROPTEST_CASES").unwrap_or_else(|_| PROPERTY_CASES.to_string()));
+    }
+    Ok(commands)
+}
+
+/// Files under `directory` that state properties, relative to it.
+fn with_properties(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut open = vec![directory.to_owned()];
+    while let Some(next) = open.pop() {
+        let Ok(entries) = fs::read_dir(&next) else { continue };
+        for entry in entries {
+            let path = entry.with_context(|| format!("cannot read {}", next.display()))?.path();
+            if path.is_dir() {
+                open.push(path);
+            } else if fs::read_to_string(&path).is_ok_and(|text| text.contains(concat!("proptest!", " {"))) {
+                found.push(path.strip_prefix(directory).unwrap_or(&path).to_owned());
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// `compile/mod.rs` is `compile`, `maglev/tests.rs` is `maglev::tests`.
+fn module_path(file: &Path) -> String {
+    let path = file.with_extension("");
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).filter(|part| part != "mod").collect();
+    parts.join("::")
 }
 
 /// Builds as whoever we are, runs the test programs as root.
@@ -292,6 +360,12 @@ mod tests {
         assert_eq!(parse_passed("test result: ok. 17 passed; 0 failed; 0 ignored"), 17);
         assert_eq!(parse_passed("test result: FAILED. 3 passed; 1 failed"), 3);
         assert_eq!(parse_passed("test wait::works ... ok"), 0);
+    }
+
+    #[test]
+    fn a_file_is_the_module_it_holds() {
+        assert_eq!(module_path(Path::new("maglev/tests.rs")), "maglev::tests");
+        assert_eq!(module_path(Path::new("compile/mod.rs")), "compile");
     }
 
     #[test]

@@ -164,6 +164,16 @@ impl Bed {
         self.directory.join(name)
     }
 
+    /// Makes directory `name` inside [`Self::directory`] a file system of its own
+    /// with no more than `bytes`.
+    pub fn limit_directory(&self, name: &str, bytes: u64) -> Result<()> {
+        let path = self.path(name);
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let size = format!("size={bytes}");
+        mount(Some("tmpfs"), &path, Some("tmpfs"), MsFlags::empty(), Some(size.as_str()))
+            .with_context(|| format!("cannot mount a tmpfs on {}", path.display()))
+    }
+
     /// A path for pins in the BPF filesystem of this bed's own.
     pub fn pin_path(&self, name: &str) -> PathBuf {
         self.directory.join("bpf").join(name)
@@ -212,7 +222,10 @@ pub fn clean(id: &str) {
         }
     }
     let directory = Path::new(DIRECTORY).join(id);
-    let _ = umount2(&directory.join("bpf"), MntFlags::MNT_DETACH);
+    let parts = fs::read_dir(&directory).into_iter().flatten().flatten();
+    for mounted in parts.filter(|part| part.path().is_dir()) {
+        let _ = umount2(&mounted.path(), MntFlags::MNT_DETACH);
+    }
     let _ = fs::remove_dir_all(&directory);
 }
 

@@ -62,6 +62,11 @@ impl Ingress {
         Ok(())
     }
 
+    /// The command line that it was started with.
+    pub fn arguments(&self) -> &[String] {
+        &self.arguments
+    }
+
     /// The process.
     pub fn process(&self) -> &Process {
         &self.process
@@ -158,30 +163,27 @@ impl Lbctl {
     }
 }
 
-/// A backend of one service as `lbctl status` shows it.
+/// A backend of one service as `lbctl backend list` shows it.
 #[derive(Clone, Debug)]
 pub struct BackendStatus {
     /// The service.
     pub service: String,
     /// The probes' verdict.
     pub is_healthy: bool,
+    /// Slots of the service's table that are its own.
+    pub slots: u64,
 }
 
 impl Lbctl {
     /// Backend `name` in every service that has it.
     pub fn backends(&self, name: &str) -> Result<Vec<BackendStatus>> {
-        let status = self.json(&["status"])?;
-        let services = status["services"].as_array().context("lbctl status lists no services")?;
-        let mut found = Vec::new();
-        for service in services {
-            let backends = service["backends"].as_array().context("a service lists no backends")?;
-            for backend in backends.iter().filter(|backend| backend["name"] == name) {
-                found.push(BackendStatus {
-                    service: service["name"].as_str().unwrap_or_default().to_owned(),
-                    is_healthy: backend["health"] == "up",
-                });
-            }
-        }
-        Ok(found)
+        let list = self.json(&["backend", "list"])?;
+        let backends = list.as_array().with_context(|| format!("lbctl backend list is no list: {list}"))?;
+        let read = |backend: &Value| BackendStatus {
+            service: backend["service"].as_str().unwrap_or_default().to_owned(),
+            is_healthy: backend["status"]["health"] == "healthy",
+            slots: backend["status"]["slots"].as_u64().unwrap_or_default(),
+        };
+        Ok(backends.iter().filter(|backend| backend["name"] == name).map(read).collect())
     }
 }

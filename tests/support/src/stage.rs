@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     bed::{Bed, Layout, vip_v4, vip_v6},
-    daemon::{self, Ingress, Lbctl},
+    daemon::{self, BackendStatus, Ingress, Lbctl},
     hold::LineWorker,
     nginx,
     process::Process,
@@ -58,6 +58,8 @@ pub struct Plan {
     pub settings: &'static str,
     /// How many of the workers are backends from the start; None: all.
     pub backends: Option<usize>,
+    /// Size of the file system that holds lbd's state; None: plenty.
+    pub state_bytes: Option<u64>,
 }
 
 impl Default for Plan {
@@ -69,6 +71,7 @@ impl Default for Plan {
             v4_over_v6: false,
             settings: "",
             backends: None,
+            state_bytes: None,
         }
     }
 }
@@ -104,6 +107,9 @@ impl Stage {
     pub fn start(plan: Plan) -> Result<Self> {
         let bed = Bed::new(plan.layout)?;
         let hosts = (0..bed.workers.len()).map(|index| start_host(&bed, index)).collect::<Result<_>>()?;
+        if let Some(bytes) = plan.state_bytes {
+            bed.limit_directory("state", bytes)?;
+        }
         let ingress = Ingress::start(&bed, &[])?;
         let lbctl = ingress.lbctl()?;
         let stage = Self { hosts, ingress, lbctl, bed, plan };
@@ -209,14 +215,30 @@ impl Stage {
         Ok(start.elapsed())
     }
 
-    /// Waits until every service finds worker `index` healthy, or not.
+    /// Waits until every service finds worker `index` healthy and gives it new
+    /// flows, or neither.
     pub fn wait_health(&self, index: usize, healthy: bool) -> Result<Duration> {
+        self.wait_backend(index, healthy, |backend| (backend.slots > 0) == healthy)
+    }
+
+    /// Waits for the probes' verdict alone, whatever is made of it.
+    pub fn wait_verdict(&self, index: usize, healthy: bool) -> Result<Duration> {
+        self.wait_backend(index, healthy, |_| true)
+    }
+
+    fn wait_backend(
+        &self,
+        index: usize,
+        healthy: bool,
+        and: impl Fn(&BackendStatus) -> bool,
+    ) -> Result<Duration> {
         let worker = &self.bed.workers[index].name;
         let what = format!("{worker} is {}", if healthy { "healthy" } else { "found dead" });
+        let count = self.services().len();
         wait::until(&what, Duration::from_secs(15), || {
             self.lbctl.backends(worker).is_ok_and(|found| {
-                found.len() == self.services().len()
-                    && found.iter().all(|backend| backend.is_healthy == healthy)
+                found.len() == count
+                    && found.iter().all(|backend| backend.is_healthy == healthy && and(backend))
             })
         })
         .with_context(|| format!("lbd said:\n{}", self.ingress.process().output()))

@@ -115,7 +115,8 @@ fn play(options: &Options) -> Result<()> {
         offers: vec![WEB, UDP],
         ..Plan::default()
     })?;
-    println!("{}", stage.lbctl.run(&["status"])?);
+    println!("\n$ lbctl config apply services.toml\n$ lbctl backend list");
+    println!("{}", stage.lbctl.run(&["backend", "list"])?);
 
     let mut report = report::Report::default();
     phases::run_all(&mut stage, &mut report)?;

@@ -42,7 +42,10 @@ fn add(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report) -> Result<
         Ok(took)
     })?;
     let mut phase = seen.phase(&format!("add {name}"), None);
-    phase.notes.push(format!("{name} took part {} ms after `lbctl backend add`", took.as_millis()));
+    let address = stage.backend_address(index, false);
+    phase
+        .notes
+        .push(format!("`lbctl backend add web {name} {address}`: in use after {} ms", took.as_millis()));
     ensure!(phase.by_worker.contains_key(&name), "{name} was added and got no request");
     report.add(phase);
     Ok(())
@@ -81,7 +84,9 @@ fn drain(stage: &Stage, traffic: &mut Traffic, report: &mut Report) -> Result<()
     });
     let late = late.count();
     let kept = seen.kept.requests.iter().filter(|request| request.worker.as_ref() == Some(&name)).count();
-    phase.notes.push(format!("its open download ended whole ({length} bytes), after the drain had begun"));
+    phase
+        .notes
+        .push(format!("`lbctl backend drain web {name}`: its open download ended whole ({length} bytes)"));
     phase.notes.push(format!("{late} new connections reached it, {kept} requests on its open ones"));
     phase.failed += late;
     report.add(phase);

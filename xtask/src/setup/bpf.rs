@@ -59,17 +59,17 @@ fn install_nightly() -> Result<()> {
             "no packaged Rust compiler for BPF and no rustup: install rustup (https://rustup.rs), run this again"
         );
     }
-    let has_nightly = shell::quiet("rustup", &["run", "nightly", "rustc", "-V"]).is_some();
-    if has_nightly {
-        let mut add = Command::new("rustup");
-        add.args(["component", "add", "rust-src", "--toolchain", "nightly"]);
-        if shell::with_progress("adding rust-src to nightly Rust", &mut add).is_ok() {
-            return Ok(());
-        }
+    if apt::is_there() {
+        apt::refresh()?;
     }
+    // A nightly whose LLVM the distribution has too: the linker can be built.
+    let name = bpf::NIGHTLIES
+        .iter()
+        .find(|(_, llvm)| llvm.is_none_or(|llvm| apt::offers(&format!("llvm-{llvm}-dev"))))
+        .map_or("nightly", |(name, _)| name);
     let mut install = Command::new("rustup");
-    install.args(["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src"]);
-    shell::with_progress("installing nightly Rust with rust-src", &mut install).map(drop)
+    install.args(["toolchain", "install", name, "--profile", "minimal", "--component", "rust-src"]);
+    shell::with_progress(&format!("installing {name} with rust-src"), &mut install).map(drop)
 }
 
 fn install_linker(cargo: &Path, rustc: &Path) -> Result<()> {

@@ -21,6 +21,12 @@ pub const TARGET: &str =
 /// The programs of `lb-ebpf`, by the names of its binaries.
 pub const PROGRAMS: [&str; 2] = ["ingress", "decap"];
 
+/// Nightly tool chains that can build `core` from source, best first. The dated
+/// ones carry an LLVM (the number) that distributions package; set-up installs one
+/// of them where it can.
+pub const NIGHTLIES: [(&str, Option<u32>); 3] =
+    [("nightly-2026-05-19", Some(22)), ("nightly-2025-12-01", Some(21)), ("nightly", None)];
+
 /// A compiler and a linker that together produce BPF objects.
 #[derive(Clone, Debug)]
 pub struct Toolchain {
@@ -92,8 +98,12 @@ pub fn find_compiler() -> Option<(PathBuf, PathBuf, bool)> {
             return Some((cargo_beside(rustc, root)?, rustc.clone(), false));
         }
     }
-    let nightly = sysroot(Command::new("rustup").args(["run", "nightly", "rustc"]));
-    let roots = nightly.into_iter().chain(sysroots.into_iter().map(|(root, _)| root));
+    let nightlies = NIGHTLIES.iter().filter_map(|(name, _)| {
+        // Asking for a tool chain must not install it.
+        let mut rustup = Command::new("rustup");
+        sysroot(rustup.args(["run", name, "rustc"]).env("RUSTUP_AUTO_INSTALL", "0"))
+    });
+    let roots = nightlies.chain(sysroots.into_iter().map(|(root, _)| root));
     for root in roots {
         let rustc = root.join("bin/rustc");
         if root.join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file() && rustc.is_file() {
