@@ -5,12 +5,16 @@
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
 pub mod clock;
+pub mod api;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod dataplane;
 pub mod explain;
 pub mod health;
 pub mod model;
 pub mod objects;
+pub mod render;
 pub mod store;
 
 /// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.
