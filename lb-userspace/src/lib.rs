@@ -6,6 +6,9 @@
 
 pub mod clock;
 pub mod compile;
+pub mod api;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod dataplane;
 pub mod explain;
@@ -14,6 +17,7 @@ pub mod maglev;
 pub mod model;
 pub mod objects;
 pub mod policy;
+pub mod render;
 pub mod store;
 
 /// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.

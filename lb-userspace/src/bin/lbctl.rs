@@ -1,2 +1,5 @@
-//! x
-fn main() {}
+//! `lbctl`: see `lb_userspace::cli`.
+
+fn main() -> std::process::ExitCode {
+    lb_userspace::cli::main()
+}

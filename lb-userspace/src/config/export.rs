@@ -26,14 +26,14 @@ pub fn export(desired: &Desired) -> String {
         if let Some(Value::Object(mut health)) = health
             && defaults.get("health") != Some(&Value::Object(health.clone()))
         {
-            let _ = writeln!(out, "[service.health]");
+            let _ = writeln!(out, "\n[service.health]");
             let kind = health.remove("kind").unwrap_or_default();
             line(&mut out, "kind", &kind);
             let defaults = self::defaults::<crate::model::HealthCheck>(json!({ "kind": kind }));
             changed(&mut out, health, &defaults);
         }
         for (name, backend) in &service.backends {
-            let _ = writeln!(out, "[[service.backend]]");
+            let _ = writeln!(out, "\n[[service.backend]]");
             line(&mut out, "name", &json!(name));
             line(&mut out, "address", &json!(backend.address));
             changed(&mut out, object(backend), &defaults_of_backend(backend));

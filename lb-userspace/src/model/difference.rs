@@ -5,7 +5,7 @@
 use super::{Desired, Name, Service};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 /// One thing that changes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +45,29 @@ pub enum Difference {
         /// New value, null if it is no longer set.
         to: Value,
     },
+}
+
+impl fmt::Display for Difference {
+    /// `+ service web`, `- backend web/a`, `web/b: weight 1 → 5`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let thing = |service: &Name, backend: &Option<Name>| match backend {
+            Some(backend) => format!("backend {service}/{backend}"),
+            None => format!("service {service}"),
+        };
+        match self {
+            Self::Add { service, backend, .. } => write!(f, "+ {}", thing(service, backend)),
+            Self::Remove { service, backend, .. } => write!(f, "- {}", thing(service, backend)),
+            Self::Set { service, backend, field, from, to } => {
+                let text = |v: &Value| match v {
+                    Value::Null => "unset".to_owned(),
+                    Value::String(text) => text.clone(),
+                    other => other.to_string(),
+                };
+                let backend = backend.as_ref().map(|b| format!("/{b}")).unwrap_or_default();
+                write!(f, "{service}{backend}: {field} {} → {}", text(from), text(to))
+            }
+        }
+    }
 }
 
 /// All differences, in name order; empty if the states are equal.
@@ -159,28 +182,19 @@ mod tests {
                 "backends": {"a": {"address": "10.1.0.1", "weight": 5}, "c": {"address": "10.1.0.3"}}},
         }));
         let found = differences(&old, &new);
-        let text: Vec<String> = found
-            .iter()
-            .map(|d| match d {
-                Difference::Add { service, backend, .. } => format!("+{service} {backend:?}"),
-                Difference::Remove { service, backend, .. } => format!("-{service} {backend:?}"),
-                Difference::Set { backend, field, from, to, .. } => {
-                    format!("{} {field} {from} {to}", backend.as_ref().map_or("", Name::as_str))
-                }
-            })
-            .collect();
+        let text: Vec<String> = found.iter().map(ToString::to_string).collect();
         assert_eq!(
             text,
             [
-                "-gone None",
-                " health.kind \"none\" \"http\"",
-                " health.path null \"/\"",
-                " health.status null [200,299]",
-                " table_size 251 null",
-                "a weight 1 5",
-                "-web Some(Name(\"b\"))",
-                "+web Some(Name(\"c\"))",
-                "+new None",
+                "- service gone",
+                "web: health.kind none → http",
+                "web: health.path unset → /",
+                "web: health.status unset → [200,299]",
+                "web: table_size 251 → unset",
+                "web/a: weight 1 → 5",
+                "- backend web/b",
+                "+ backend web/c",
+                "+ service new",
             ]
         );
         assert!(differences(&new, &new).is_empty());

@@ -1,0 +1,227 @@
+//! Reading and changing the balancer, whoever asks: a write is checked, stored, and waited for.
+
+use super::{
+    ApiError, Engine,
+    engine::{EngineError, FlowFilter},
+    types::{Applied, Change, Explanation, Flows, WriteQuery},
+};
+use crate::{
+    health::Book,
+    model::{Desired, Protocol, differences},
+    store::{Commit, Store, StoreError, Stored},
+};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+use tokio::sync::watch;
+
+/// How long a write waits for the maps before it says that it is still waiting.
+const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Shortest and longest wait before a failed application is tried again.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+/// Outcome of the last application: the revision that was tried, and how it went.
+type Outcome = Option<(u64, Result<Applied, EngineError>)>;
+
+/// Store, engine and health under one roof.
+pub struct Control {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) engine: Arc<dyn Engine>,
+    pub(super) book: Arc<Book>,
+    pub(super) started: Instant,
+    outcome: watch::Sender<Outcome>,
+}
+
+impl Control {
+    /// Nothing is applied before [`Control::follow`] runs.
+    pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<Book>) -> Arc<Self> {
+        let outcome = watch::Sender::new(None);
+        Arc::new(Self { store, engine, book, started: Instant::now(), outcome })
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Arc<dyn Engine> {
+        &self.engine
+    }
+
+    /// Verdicts.
+    pub fn book(&self) -> &Book {
+        &self.book
+    }
+
+    /// Newest desired state.
+    pub fn head(&self) -> Stored {
+        self.store.head()
+    }
+
+    /// Applies each newest revision, whoever committed it, until the store is gone. A failed one is tried
+    /// again, at growing intervals.
+    pub async fn follow(self: Arc<Self>) {
+        let mut watch = self.store.watch();
+        let mut retry = RETRY.0;
+        loop {
+            let stored = watch.borrow_and_update().clone();
+            let number = stored.revision.number;
+            let result = self.engine.apply(stored.desired, number).await;
+            let failed = result.is_err();
+            match &result {
+                Ok(applied) => {
+                    retry = RETRY.0;
+                    let Applied { slots_changed, took_us, .. } = applied;
+                    tracing::info!(revision = number, slots_changed, took_us, "applied");
+                }
+                Err(error) => {
+                    tracing::error!(revision = number, %error, retry_s = retry.as_secs(), "not applied");
+                }
+            }
+            self.outcome.send_replace(Some((number, result)));
+            tokio::select! {
+                changed = watch.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(retry), if failed => retry = (retry * 2).min(RETRY.1),
+            }
+        }
+    }
+
+    /// Waits until this revision, or a later one, is applied or has failed.
+    ///
+    /// # Errors
+    /// It failed, or took longer than a reader should wait.
+    pub async fn applied(&self, revision: u64) -> Result<Applied, ApiError> {
+        let mut outcome = self.outcome.subscribe();
+        let reached = |o: &Outcome| o.as_ref().is_some_and(|(number, _)| *number >= revision);
+        let wait = tokio::time::timeout(APPLY_TIMEOUT, outcome.wait_for(reached)).await;
+        let stored = format!("revision {revision} is stored, but");
+        match wait {
+            Ok(Ok(found)) => match found.as_ref().map(|(_, result)| result.clone()) {
+                Some(Ok(applied)) => Ok(applied),
+                Some(Err(error)) => Err(ApiError::not_applied(format!("{stored} cannot be applied: {error}"))
+                    .fix("the dataplane still works by the revision before; lbd tries again, or use `lbctl rollback`")),
+                None => Err(ApiError::not_applied(format!("{stored} not applied"))),
+            },
+            Ok(Err(_)) | Err(_) => Err(ApiError::not_applied(format!(
+                "{stored} not yet applied after {} s",
+                APPLY_TIMEOUT.as_secs()
+            ))
+            .fix("see `lbctl status` and the log of lbd")),
+        }
+    }
+
+    /// What became of the newest application.
+    pub(super) fn outcome(&self) -> Outcome {
+        self.outcome.borrow().clone()
+    }
+
+    /// Changes the desired state: checks it, stores it as one revision, and returns when it is applied.
+    /// `change` may be called again if someone else was faster.
+    ///
+    /// # Errors
+    /// `change` refused, a rule is broken, it does not fit, someone changed what was expected, or storing
+    /// or applying failed. Except in the last case nothing has changed.
+    pub async fn write(
+        &self,
+        author: &str,
+        query: &WriteQuery,
+        mut change: impl FnMut(&mut Desired) -> Result<(), ApiError>,
+    ) -> Result<Change, ApiError> {
+        loop {
+            let head = self.store.head();
+            let found = head.revision.number;
+            if let Some(expected) = query.expected
+                && expected != found
+            {
+                return Err(StoreError::Conflict { expected, found }.into());
+            }
+            let mut desired = (*head.desired).clone();
+            change(&mut desired)?;
+            let differences = differences(&head.desired, &desired);
+            if !differences.is_empty() {
+                let broken = desired.check();
+                if !broken.is_empty() {
+                    return Err(ApiError::invalid(&broken));
+                }
+                self.engine.check(&desired)?;
+            }
+            if query.dry_run || differences.is_empty() {
+                return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
+            }
+            let message = query.message.clone().unwrap_or_else(|| summary(&differences));
+            let commit = Commit {
+                expected: found,
+                desired: Arc::new(desired),
+                author: author.to_owned(),
+                message: message.clone(),
+                time: SystemTime::now(),
+            };
+            match self.store.commit(commit).await {
+                Err(StoreError::Conflict { .. }) if query.expected.is_none() => {}
+                Err(error) => return Err(error.into()),
+                Ok(stored) => {
+                    let revision = stored.revision.number;
+                    tracing::info!(revision, author, message, "desired state changed");
+                    let applied = Some(self.applied(revision).await?);
+                    return Ok(Change { revision, dry_run: false, differences, applied });
+                }
+            }
+        }
+    }
+
+    /// Makes the state of an older revision the newest.
+    ///
+    /// # Errors
+    /// As [`Control::write`], or the revision is not kept.
+    pub async fn rollback(&self, author: &str, query: &WriteQuery, to: u64) -> Result<Change, ApiError> {
+        let old = self.store.get(to).await?;
+        let message = query.message.clone().unwrap_or_else(|| format!("rollback to revision {to}"));
+        let query = WriteQuery { message: Some(message), ..query.clone() };
+        self.write(author, &query, |desired| {
+            *desired = (*old.desired).clone();
+            Ok(())
+        })
+        .await
+    }
+
+    /// Tracked flows.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub async fn flows(&self, filter: FlowFilter) -> Result<Flows, ApiError> {
+        let (flows, more) = self.reading(move |engine| engine.flows(&filter)).await?;
+        Ok(Flows { flows, more })
+    }
+
+    /// What becomes of a packet.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub async fn explain(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+        protocol: Protocol,
+    ) -> Result<Explanation, ApiError> {
+        self.reading(move |engine| engine.explain(source, destination, protocol)).await
+    }
+
+    /// Runs what reads maps off the async threads.
+    pub(super) async fn reading<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&dyn Engine) -> Result<T, EngineError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let engine = self.engine.clone();
+        match tokio::task::spawn_blocking(move || read(&*engine)).await {
+            Ok(result) => result.map_err(ApiError::from),
+            Err(error) => Err(EngineError::Failed { what: error.to_string() }.into()),
+        }
+    }
+}
+
+/// One line for the history.
+fn summary(differences: &[crate::model::Difference]) -> String {
+    let shown: Vec<String> = differences.iter().take(3).map(ToString::to_string).collect();
+    match differences.len() - shown.len() {
+        0 => shown.join(", "),
+        more => format!("{}, and {more} more", shown.join(", ")),
+    }
+}

@@ -1,0 +1,144 @@
+//! What the API needs of the reconciler and the dataplane, as a trait, so that it is served and tested
+//! the same over live maps and over none.
+
+use super::types::{Applied, Explanation, FlowInfo, Interface, Room};
+use crate::model::{BackendId, Desired, Health, Name, NextHop, Protocol};
+use futures_util::future::BoxFuture;
+use lb_common::{BackendStats, Reason};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+
+/// Why the engine refused or failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The state cannot be had with these limits; nothing changed.
+    #[error("{what}")]
+    Refused {
+        /// What does not fit, and what would.
+        what: String,
+    },
+    /// Reading or writing the maps failed.
+    #[error("{what}")]
+    Failed {
+        /// What was done, to what, and why it failed.
+        what: String,
+    },
+}
+
+/// What is applied, at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Last write.
+    pub applied: Applied,
+    /// By service.
+    pub services: BTreeMap<Name, ServiceState>,
+    /// By backend; those that were removed while flows still go there included.
+    pub backends: BTreeMap<BackendId, BackendState>,
+    /// How full the maps are.
+    pub room: Vec<Room>,
+}
+
+/// A service in the maps.
+#[derive(Clone, Debug, Default)]
+pub struct ServiceState {
+    /// Index.
+    pub index: u32,
+    /// Slots of its table.
+    pub table_size: u32,
+    /// Backends that take new flows.
+    pub eligible: usize,
+    /// Whether the panic rule holds.
+    pub panic: bool,
+    /// Slots that remember a previous primary.
+    pub transition_slots: u32,
+}
+
+/// A backend in the maps.
+#[derive(Clone, Debug, Default)]
+pub struct BackendState {
+    /// Index.
+    pub index: u32,
+    /// Verdict that the tables were compiled with.
+    pub health: Health,
+    /// Slots of the service's table.
+    pub slots: u32,
+    /// Seconds until its drain time is over, if it is draining or removed.
+    pub drain_left_s: Option<u64>,
+    /// Whether it is no longer desired.
+    pub removed: bool,
+    /// How packets get there.
+    pub next_hop: Option<NextHop>,
+}
+
+/// Counters, summed over CPUs.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// By backend, over all of its life.
+    pub backends: BTreeMap<BackendId, BackendStats>,
+    /// By reason, in the order of [`Reason::ALL`].
+    pub reasons: Vec<u64>,
+}
+
+impl Counters {
+    /// Packets counted for one reason.
+    pub fn reason(&self, reason: Reason) -> u64 {
+        self.reasons.get(reason as usize).copied().unwrap_or(0)
+    }
+}
+
+/// Which flows are asked for.
+#[derive(Clone, Debug, Default)]
+pub struct FlowFilter {
+    /// Of this service.
+    pub service: Option<Name>,
+    /// To this backend.
+    pub backend: Option<Name>,
+    /// At most so many.
+    pub limit: usize,
+}
+
+/// Reconciler and dataplane as the API sees them. What reads maps blocks, and is called off the async threads.
+pub trait Engine: Send + Sync + 'static {
+    /// Whether this state can be had with the limits of the maps. Pure.
+    ///
+    /// # Errors
+    /// [`EngineError::Refused`].
+    fn check(&self, desired: &Desired) -> Result<(), EngineError>;
+
+    /// Has this state applied; returns when the maps are written.
+    fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>>;
+
+    /// What is applied. Does not block.
+    fn snapshot(&self) -> Arc<Snapshot>;
+
+    /// Interfaces that the program is attached to.
+    fn interfaces(&self) -> Vec<Interface>;
+
+    /// Reads all counters. Blocks.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`].
+    fn counters(&self) -> Result<Counters, EngineError>;
+
+    /// Reads tracked flows, and whether there are more than the limit. Blocks.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`].
+    fn flows(&self, filter: &FlowFilter) -> Result<(Vec<FlowInfo>, bool), EngineError>;
+
+    /// Live tracked flows by backend, for the progress of drains. Blocks.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`].
+    fn flows_left(&self, of: &[BackendId]) -> Result<BTreeMap<BackendId, u64>, EngineError>;
+
+    /// What becomes of a packet, by the dataplane's own code on the live maps. Blocks.
+    ///
+    /// # Errors
+    /// [`EngineError::Failed`].
+    fn explain(
+        &self,
+        source: SocketAddr,
+        destination: SocketAddr,
+        protocol: Protocol,
+    ) -> Result<Explanation, EngineError>;
+}

@@ -1,0 +1,148 @@
+//! An engine without a dataplane: applies at once, forwards nothing. For tests of API and CLI that need
+//! neither root nor a kernel.
+
+use super::{
+    engine::*,
+    types::{Applied, Explanation, FlowInfo, Interface, Room, Step},
+};
+use crate::model::{BackendId, BackendState as State, Desired, Health, Protocol};
+use futures_util::future::BoxFuture;
+use lb_common::{BackendStats, Reason, limits};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+/// See the module.
+pub struct MemoryEngine {
+    snapshot: Mutex<Arc<Snapshot>>,
+    max_backends: usize,
+    fail: Mutex<Option<String>>,
+}
+
+impl MemoryEngine {
+    /// With room for so many backends.
+    pub fn new(max_backends: usize) -> Self {
+        Self { snapshot: Mutex::default(), max_backends, fail: Mutex::default() }
+    }
+
+    /// From now on, each application fails with this, until none is given.
+    pub fn fail(&self, with: Option<String>) {
+        *self.fail.lock().unwrap_or_else(PoisonError::into_inner) = with;
+    }
+
+    fn build(&self, desired: &Desired, revision: u64) -> Snapshot {
+        let applied = Applied { revision, slots_changed: 0, took_us: 100, error: None };
+        let mut snapshot = Snapshot { applied, ..Snapshot::default() };
+        let mut next = 0;
+        for (index, (service, s)) in desired.services.iter().enumerate() {
+            let table_size = limits::TABLE_SIZES[0];
+            let takes = |b: &crate::model::Backend| b.state == State::Up && b.weight > 0;
+            let eligible = s.backends.values().filter(|b| takes(b)).count();
+            let weights: u32 = s.backends.values().filter(|b| takes(b)).map(|b| b.weight).sum();
+            for (backend, b) in &s.backends {
+                let id = BackendId { service: service.clone(), backend: backend.clone() };
+                let slots = if takes(b) { table_size * b.weight / weights } else { 0 };
+                let drain_left_s = (b.state == State::Draining).then_some(u64::from(s.drain_s));
+                let health = Health::Healthy;
+                let state =
+                    BackendState { index: next, health, slots, drain_left_s, removed: false, next_hop: None };
+                snapshot.backends.insert(id, state);
+                next += 1;
+            }
+            let state =
+                ServiceState { index: index as u32, table_size, eligible, panic: false, transition_slots: 0 };
+            snapshot.services.insert(service.clone(), state);
+        }
+        snapshot.room =
+            vec![Room { what: "backends".into(), used: next.into(), limit: self.max_backends as u64 }];
+        snapshot
+    }
+}
+
+impl Engine for MemoryEngine {
+    fn check(&self, desired: &Desired) -> Result<(), EngineError> {
+        let count: usize = desired.services.values().map(|s| s.backends.len()).sum();
+        if count <= self.max_backends {
+            return Ok(());
+        }
+        let limit = self.max_backends;
+        Err(EngineError::Refused { what: format!("{count} backends do not fit: there is room for {limit}") })
+    }
+
+    fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
+        Box::pin(async move {
+            if let Some(what) = self.fail.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+                return Err(EngineError::Failed { what });
+            }
+            let snapshot = self.build(&desired, revision);
+            let applied = snapshot.applied.clone();
+            *self.snapshot.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(snapshot);
+            Ok(applied)
+        })
+    }
+
+    fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn interfaces(&self) -> Vec<Interface> {
+        vec![Interface { name: "memory".into(), ifindex: 0, mode: "native".into() }]
+    }
+
+    fn counters(&self) -> Result<Counters, EngineError> {
+        let snapshot = self.snapshot();
+        let count = |index: u64| BackendStats { packets: 10 * index, bytes: 15_000 * index, flows: index };
+        let backends = snapshot.backends.iter().map(|(id, b)| (id.clone(), count(u64::from(b.index) + 1)));
+        let mut reasons = vec![0; Reason::COUNT as usize];
+        reasons[Reason::NotIp as usize] = 7;
+        Ok(Counters { backends: backends.collect(), reasons })
+    }
+
+    fn flows(&self, filter: &FlowFilter) -> Result<(Vec<FlowInfo>, bool), EngineError> {
+        let matches = |id: &BackendId| {
+            filter.service.as_ref().is_none_or(|s| *s == id.service)
+                && filter.backend.as_ref().is_none_or(|b| *b == id.backend)
+        };
+        let snapshot = self.snapshot();
+        let all = snapshot.backends.keys().filter(|id| matches(id)).map(|id| FlowInfo {
+            table: "tcp".into(),
+            client: SocketAddr::from(([192, 0, 2, 1], 40_000)),
+            port: 80,
+            service: id.service.to_string(),
+            backend: id.backend.to_string(),
+            age_s: 75,
+            idle_s: 3,
+            closing: false,
+        });
+        let mut flows: Vec<FlowInfo> = all.collect();
+        let more = flows.len() > filter.limit;
+        flows.truncate(filter.limit);
+        Ok((flows, more))
+    }
+
+    fn flows_left(&self, of: &[BackendId]) -> Result<BTreeMap<BackendId, u64>, EngineError> {
+        Ok(of.iter().map(|id| (id.clone(), 2)).collect())
+    }
+
+    fn explain(
+        &self,
+        _: SocketAddr,
+        destination: SocketAddr,
+        protocol: Protocol,
+    ) -> Result<Explanation, EngineError> {
+        let found =
+            format!("no service at {destination} {protocol}: nothing is forwarded without a dataplane");
+        Ok(Explanation {
+            verdict: "pass".into(),
+            reason: Some(Reason::NotVip.label().into()),
+            service: None,
+            backend: None,
+            address: None,
+            new_flow_backend: None,
+            steps: vec![Step { stage: "service".into(), found }],
+            detail: serde_json::Value::Null,
+        })
+    }
+}

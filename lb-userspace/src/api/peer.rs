@@ -1,0 +1,71 @@
+//! Who is at the other end of the socket.
+
+use super::listener::Limited;
+use axum::{extract::connect_info::Connected, serve::IncomingStream};
+use nix::unistd::{Gid, Uid, User};
+
+/// Who may change things: root, and the members of a group.
+#[derive(Clone, Debug, Default)]
+pub struct Writers {
+    /// The socket's group.
+    pub group: Option<u32>,
+    /// The daemon's own user, which is root outside tests.
+    pub user: u32,
+}
+
+/// A local process that talks to us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Name of its user, or `uid N`.
+    pub user: String,
+    /// Whether it may change things.
+    pub may_write: bool,
+}
+
+impl Peer {
+    /// What the kernel says of the other end.
+    pub fn of(stream: &tokio::net::UnixStream, writers: &Writers) -> Self {
+        match stream.peer_cred() {
+            Ok(cred) => Self::new(cred.uid(), cred.gid(), writers),
+            Err(error) => {
+                tracing::warn!(%error, "peer credentials cannot be read; treated as read-only");
+                Self { user: "unknown".to_owned(), may_write: false }
+            }
+        }
+    }
+
+    fn new(uid: u32, gid: u32, writers: &Writers) -> Self {
+        let user = User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        let may_write = uid == 0
+            || uid == writers.user
+            || writers.group.is_some_and(|group| gid == group || is_member(user.as_ref(), group));
+        Self { user: user.map_or_else(|| format!("uid {uid}"), |u| u.name), may_write }
+    }
+}
+
+/// Whether a user is in a group, by the system's databases.
+fn is_member(user: Option<&User>, group: u32) -> bool {
+    let Some(user) = user else { return false };
+    let Ok(name) = std::ffi::CString::new(user.name.as_str()) else { return false };
+    nix::unistd::getgrouplist(&name, user.gid).is_ok_and(|all| all.contains(&Gid::from_raw(group)))
+}
+
+impl Connected<IncomingStream<'_, Limited>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Limited>) -> Self {
+        stream.io().peer().clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_and_the_group_may_write() {
+        let writers = Writers { group: Some(4_242), user: 0 };
+        assert_eq!(Peer::new(0, 0, &writers), Peer { user: "root".into(), may_write: true });
+        assert_eq!(Peer::new(61_234, 4_242, &writers), Peer { user: "uid 61234".into(), may_write: true });
+        assert!(!Peer::new(61_234, 100, &writers).may_write);
+        assert!(!Peer::new(61_234, 100, &Writers::default()).may_write);
+    }
+}

@@ -1,0 +1,360 @@
+//! Store, snapshot, counters and health put together into what is shown.
+
+use super::{
+    ApiError, Control,
+    engine::{Counters, Snapshot},
+    types::*,
+};
+use crate::{
+    health::Entry,
+    model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Service},
+    store::Stored,
+};
+use lb_common::{BackendStats, Reason, reason::Fate};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Everything at one moment.
+pub struct View {
+    stored: Stored,
+    snapshot: Arc<Snapshot>,
+    counters: Counters,
+    flows_left: BTreeMap<BackendId, u64>,
+}
+
+/// Flows of draining backends are counted for a view?
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Drains {
+    /// Yes: this walks the flow tables, if anything drains.
+    Counted,
+    /// No.
+    Skipped,
+}
+
+pub(super) fn id(service: &Name, backend: &Name) -> BackendId {
+    BackendId { service: service.clone(), backend: backend.clone() }
+}
+
+/// Milliseconds since 1970 UTC.
+pub fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64
+}
+
+impl Control {
+    /// Looks at everything.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub async fn view(&self, drains: Drains) -> Result<View, ApiError> {
+        let stored = self.head();
+        let snapshot = self.engine.snapshot();
+        let of: Vec<BackendId> = match drains {
+            Drains::Counted => {
+                let draining = |b: &super::engine::BackendState| b.drain_left_s.is_some();
+                snapshot.backends.iter().filter(|(_, b)| draining(b)).map(|(id, _)| id.clone()).collect()
+            }
+            Drains::Skipped => Vec::new(),
+        };
+        let read = move |engine: &dyn super::Engine| {
+            let counters = engine.counters()?;
+            let flows_left = if of.is_empty() { BTreeMap::new() } else { engine.flows_left(&of)? };
+            Ok((counters, flows_left))
+        };
+        let (counters, flows_left) = self.reading(read).await?;
+        Ok(View { stored, snapshot, counters, flows_left })
+    }
+
+    /// `GET /v1/status`.
+    pub fn status(&self, view: &View) -> Status {
+        let applied = match self.outcome() {
+            None => Applied::default(),
+            Some((_, Ok(applied))) => applied,
+            Some((_, Err(error))) => {
+                Applied { error: Some(error.to_string()), ..view.snapshot.applied.clone() }
+            }
+        };
+        let mut status = Status {
+            healthy: false,
+            problems: Vec::new(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            abi: lb_common::ABI_VERSION,
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            revision: view.stored.revision.clone(),
+            applied,
+            interfaces: self.engine.interfaces(),
+            services: view.stored.desired.services.len(),
+            backends: BackendCounts::default(),
+            unhealthy: Vec::new(),
+            draining: Vec::new(),
+            no_backend: Vec::new(),
+            panic: Vec::new(),
+            unresolved: Vec::new(),
+            reasons: view.reasons(),
+            room: view.snapshot.room.clone(),
+        };
+        for (name, service) in &view.stored.desired.services {
+            self.service_status(view, name, service, &mut status);
+        }
+        // Removed backends drain too, though nothing desired names them.
+        for (id, b) in view.snapshot.backends.iter().filter(|(_, b)| b.removed) {
+            let drain = Drain {
+                flows_left: view.flows_left.get(id).copied(),
+                deadline_s: b.drain_left_s.unwrap_or(0),
+            };
+            let (service, backend) = (id.service.clone(), id.backend.clone());
+            status.draining.push(DrainingBackend { service, backend, drain });
+        }
+        status.problems = problems(&status);
+        status.healthy = status.problems.is_empty();
+        status
+    }
+
+    fn service_status(&self, view: &View, name: &Name, service: &Service, status: &mut Status) {
+        for (backend, b) in &service.backends {
+            let id = id(name, backend);
+            let entry = self.book.get(&id).unwrap_or_default();
+            let counts = &mut status.backends;
+            counts.total += 1;
+            match entry.health {
+                Health::Healthy => counts.healthy += 1,
+                Health::Unhealthy => counts.unhealthy += 1,
+                Health::Unknown => counts.unknown += 1,
+            }
+            match b.state {
+                BackendState::Up => {}
+                BackendState::Draining => counts.draining += 1,
+                BackendState::Down => counts.down += 1,
+            }
+            // Whoever switched it off knows.
+            if entry.health == Health::Unhealthy && b.state == BackendState::Up {
+                let reason =
+                    entry.last.map(|p| p.reason).or_else(|| entry.history.back().map(|t| t.reason.clone()));
+                let (service, backend) = (name.clone(), backend.clone());
+                let reason = reason.unwrap_or_default();
+                status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
+            }
+            let applied = view.snapshot.backends.get(&id);
+            if let Some(drain) = view.drain(&id, b) {
+                let (service, backend) = (name.clone(), backend.clone());
+                status.draining.push(DrainingBackend { service, backend, drain });
+            }
+            if applied.is_some_and(|a| a.next_hop.is_none()) {
+                status.unresolved.push(id);
+            }
+        }
+        let applied = view.snapshot.services.get(name);
+        if applied.is_some_and(|a| a.eligible == 0) {
+            status.no_backend.push(name.clone());
+        }
+        if applied.is_some_and(|a| a.panic) {
+            status.panic.push(name.clone());
+        }
+    }
+
+    /// One service.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn service(&self, view: &View, name: &Name) -> Result<ServiceInfo, ApiError> {
+        let service = find_service(&view.stored, name)?;
+        Ok(view.service(name, service))
+    }
+
+    /// All services.
+    pub fn services(&self, view: &View) -> Vec<ServiceInfo> {
+        view.stored.desired.services.iter().map(|(name, service)| view.service(name, service)).collect()
+    }
+
+    /// Backends of one service, or of all.
+    ///
+    /// # Errors
+    /// There is no service of this name.
+    pub fn backends(&self, view: &View, service: Option<&Name>) -> Result<Vec<BackendInfo>, ApiError> {
+        let of = |name: &Name, s: &Service| -> Vec<BackendInfo> {
+            s.backends.iter().map(|(backend, b)| self.backend_info(view, name, s, backend, b)).collect()
+        };
+        match service {
+            Some(name) => Ok(of(name, find_service(&view.stored, name)?)),
+            None => Ok(view.stored.desired.services.iter().flat_map(|(name, s)| of(name, s)).collect()),
+        }
+    }
+
+    /// One backend, with the history of its health.
+    ///
+    /// # Errors
+    /// There is no such service or backend.
+    pub fn backend(&self, view: &View, service: &Name, backend: &Name) -> Result<BackendInfo, ApiError> {
+        let s = find_service(&view.stored, service)?;
+        let b = s.backends.get(backend).ok_or_else(|| no_backend(service, backend, s))?;
+        let mut info = self.backend_info(view, service, s, backend, b);
+        if let Some(entry) = self.book.get(&id(service, backend)) {
+            info.status.history = entry.history.into();
+        }
+        Ok(info)
+    }
+
+    fn backend_info(
+        &self,
+        view: &View,
+        service: &Name,
+        s: &Service,
+        name: &Name,
+        b: &Backend,
+    ) -> BackendInfo {
+        let id = id(service, name);
+        let Entry { health, since_ms, last, .. } = self.book.get(&id).unwrap_or_default();
+        let applied = view.snapshot.backends.get(&id);
+        let stats = view.stats(&id);
+        let status = BackendStatus {
+            index: applied.map(|a| a.index),
+            health,
+            health_since_ms: since_ms,
+            slots: applied.map_or(0, |a| a.slots),
+            table_size: view.snapshot.services.get(service).map_or(0, |s| s.table_size),
+            packets: stats.packets,
+            bytes: stats.bytes,
+            flows: stats.flows,
+            drain: view.drain(&id, b),
+            next_hop: applied.and_then(|a| a.next_hop),
+            last_probe: last.filter(|_| s.health.kind != HealthKind::None),
+            history: Vec::new(),
+        };
+        BackendInfo { service: service.clone(), name: name.clone(), spec: b.clone(), status }
+    }
+}
+
+impl View {
+    /// The desired state.
+    pub fn stored(&self) -> &Stored {
+        &self.stored
+    }
+
+    fn stats(&self, id: &BackendId) -> BackendStats {
+        self.counters.backends.get(id).copied().unwrap_or_default()
+    }
+
+    fn drain(&self, id: &BackendId, b: &Backend) -> Option<Drain> {
+        if b.state != BackendState::Draining {
+            return None;
+        }
+        let deadline_s = self.snapshot.backends.get(id).and_then(|a| a.drain_left_s).unwrap_or(0);
+        Some(Drain { flows_left: self.flows_left.get(id).copied(), deadline_s })
+    }
+
+    fn service(&self, name: &Name, spec: &Service) -> ServiceInfo {
+        let applied = self.snapshot.services.get(name);
+        let mut status = ServiceStatus {
+            index: applied.map(|a| a.index),
+            table_size: applied.map_or(0, |a| a.table_size),
+            eligible: applied.map_or(0, |a| a.eligible),
+            panic: applied.is_some_and(|a| a.panic),
+            transition_slots: applied.map_or(0, |a| a.transition_slots),
+            ..ServiceStatus::default()
+        };
+        // Of backends that are gone as well, so that a service's counters never go back.
+        let (from, to) = (self.counters.backends.range(first_of(name)..), name);
+        for (_, stats) in from.take_while(|(id, _)| id.service == *to) {
+            status.packets += stats.packets;
+            status.bytes += stats.bytes;
+            status.flows += stats.flows;
+        }
+        ServiceInfo { name: name.clone(), spec: spec.clone(), status }
+    }
+
+    /// `GET /v1/stats`.
+    pub fn stats_of_all(&self) -> Stats {
+        let backends = self.counters.backends.iter().map(|(id, s)| BackendCount {
+            service: id.service.clone(),
+            backend: id.backend.clone(),
+            packets: s.packets,
+            bytes: s.bytes,
+            flows: s.flows,
+        });
+        Stats { time_ms: now_ms(), backends: backends.collect(), reasons: self.reasons() }
+    }
+
+    /// Reasons that were counted.
+    fn reasons(&self) -> Vec<ReasonCount> {
+        let counted = Reason::ALL.iter().map(|&r| (r, self.counters.reason(r))).filter(|(_, n)| *n > 0);
+        counted
+            .map(|(r, packets)| ReasonCount {
+                reason: r.label().to_owned(),
+                fate: fate(r).to_owned(),
+                packets,
+                about: r.describe().trim().to_owned(),
+            })
+            .collect()
+    }
+}
+
+/// Word for a fate.
+pub(super) fn fate(reason: Reason) -> &'static str {
+    match reason.fate() {
+        Fate::Pass => "pass",
+        Fate::Drop => "drop",
+        Fate::Answer => "answer",
+        Fate::Note => "note",
+    }
+}
+
+/// The least id of a service: names begin with a letter or digit, and `0` is the least of them.
+fn first_of(service: &Name) -> BackendId {
+    BackendId { service: service.clone(), backend: "0".parse().expect("a digit is a name") }
+}
+
+fn problems(status: &Status) -> Vec<String> {
+    let mut found = Vec::new();
+    let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    match &status.applied.error {
+        Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
+        None if status.applied.revision < status.revision.number => {
+            found.push(format!("revision {} is not applied yet", status.revision.number));
+        }
+        None => {}
+    }
+    if status.interfaces.is_empty() {
+        found.push("the program is attached to no interface".to_owned());
+    }
+    if !status.no_backend.is_empty() {
+        found.push(format!("no backend takes new flows of: {}", names(&status.no_backend)));
+    }
+    if !status.panic.is_empty() {
+        found.push(format!("too few are healthy, so health is ignored in: {}", names(&status.panic)));
+    }
+    match status.unhealthy.len() {
+        0 => {}
+        1 => found.push("1 backend is unhealthy".to_owned()),
+        n => found.push(format!("{n} backends are unhealthy")),
+    }
+    found
+}
+
+/// A desired service by name.
+///
+/// # Errors
+/// 404, with the nearest name.
+pub(super) fn find_service<'a>(stored: &'a Stored, name: &Name) -> Result<&'a Service, ApiError> {
+    stored.desired.services.get(name).ok_or_else(|| no_service(name, stored.desired.services.keys()))
+}
+
+/// 404 with the nearest name.
+pub(super) fn no_service<'a>(name: &Name, known: impl Iterator<Item = &'a Name>) -> ApiError {
+    let error = ApiError::not_found(format!("there is no service {name}"));
+    match crate::config::nearest(name.as_str(), known.map(Name::as_str)) {
+        Some(near) => error.fix(format!("did you mean {near}?")),
+        None => error.fix("`lbctl service list` shows all"),
+    }
+}
+
+/// The same for a backend.
+pub(super) fn no_backend(service: &Name, backend: &Name, s: &Service) -> ApiError {
+    let error = ApiError::not_found(format!("service {service} has no backend {backend}"));
+    match crate::config::nearest(backend.as_str(), s.backends.keys().map(Name::as_str)) {
+        Some(near) => error.fix(format!("did you mean {near}?")),
+        None => error.fix(format!("`lbctl backend list {service}` shows all")),
+    }
+}

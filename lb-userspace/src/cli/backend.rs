@@ -1,0 +1,154 @@
+//! `lbctl backend`.
+
+use super::{Context, Exit, Failure, WriteFlags, service::word};
+use crate::{
+    api::types::BackendInfo,
+    model::{BackendState, Name},
+    render::observe,
+};
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use serde_json::{Map, Value, json};
+use std::net::IpAddr;
+
+/// What to do with backends.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Add a backend to a service
+    #[command(after_help = "Example: lbctl backend add web w1 10.1.0.1 --weight 2")]
+    Add {
+        /// Service
+        service: Name,
+        /// Name, unique within the service
+        name: Name,
+        /// Worker's address
+        address: IpAddr,
+        /// Share of new flows relative to the other backends'
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        weight: u32,
+        /// up, draining or down
+        #[arg(long, value_parser = word::<BackendState>, default_value = "up")]
+        state: BackendState,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+    /// List backends of a service, or of all
+    #[command(visible_alias = "ls")]
+    List {
+        /// Service
+        service: Option<Name>,
+    },
+    /// Show one backend, with the history of its health
+    Show {
+        /// Service
+        service: Name,
+        /// Backend
+        name: Name,
+    },
+    /// Change settings of a backend; what is not named stays
+    Set {
+        /// Service
+        service: Name,
+        /// Backend
+        name: Name,
+        /// Worker's address
+        #[arg(long)]
+        address: Option<IpAddr>,
+        /// Share of new flows relative to the other backends'
+        #[arg(long, value_name = "N")]
+        weight: Option<u32>,
+        /// up, draining or down
+        #[arg(long, value_parser = word::<BackendState>)]
+        state: Option<BackendState>,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+    /// Send no new flows to a backend; established ones stay
+    Drain(One),
+    /// Send it new flows again
+    Undrain(One),
+    /// Remove a backend; its established flows stay for the drain time
+    #[command(visible_alias = "remove")]
+    Rm(One),
+}
+
+/// One backend to change.
+#[derive(Debug, Args)]
+pub struct One {
+    /// Service
+    service: Name,
+    /// Backend
+    name: Name,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+fn path(service: &Name, name: &Name) -> String {
+    format!("/v1/services/{service}/backends/{name}")
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Add { service, name, address, weight, state, write } => {
+            let body = json!({ "address": address, "weight": weight, "state": state });
+            let what = format!("backend {service}/{name} added");
+            context.write(&what, Method::POST, &path(&service, &name), &write.query(), Some(&body)).await
+        }
+        Command::Set { service, name, address, weight, state, write } => {
+            let mut body = Map::new();
+            let mut set = |key: &str, value: Option<Value>| value.map(|v| body.insert(key.to_owned(), v));
+            set("address", address.map(|a| json!(a)));
+            set("weight", weight.map(|w| json!(w)));
+            set("state", state.map(|s| json!(s)));
+            if body.is_empty() {
+                let what = "nothing to set: give --weight, --address or --state".to_owned();
+                return Err(Failure::Usage { what });
+            }
+            let what = format!("backend {service}/{name} set");
+            context.write(&what, Method::PATCH, &path(&service, &name), &write.query(), Some(&body)).await
+        }
+        Command::Drain(one) => change(context, one, Method::POST, "/drain", "drains").await,
+        Command::Undrain(one) => {
+            change(context, one, Method::POST, "/undrain", "takes new flows again").await
+        }
+        Command::Rm(one) => change(context, one, Method::DELETE, "", "removed").await,
+        Command::List { service } => {
+            let path = match &service {
+                Some(service) => format!("/v1/services/{service}/backends"),
+                None => "/v1/backends".to_owned(),
+            };
+            let list: Vec<BackendInfo> = context.client.get(&path, &()).await?;
+            if context.out.json {
+                context.out.json(&list, false)?;
+            } else if list.is_empty() {
+                eprintln!("no backends: add one with `lbctl backend add`");
+            } else {
+                observe::backends(&mut context.out, &list)?;
+            }
+            Ok(Exit::Ok)
+        }
+        Command::Show { service, name } => {
+            let backend: BackendInfo = context.client.get(&path(&service, &name), &()).await?;
+            if context.out.json {
+                context.out.json(&backend, false)?;
+            } else {
+                observe::backend(&mut context.out, &backend)?;
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+async fn change(
+    context: &mut Context<'_>,
+    one: One,
+    method: Method,
+    tail: &str,
+    what: &str,
+) -> Result<Exit, Failure> {
+    let One { service, name, write } = one;
+    let what = format!("backend {service}/{name} {what}");
+    let path = format!("{}{tail}", path(&service, &name));
+    context.write(&what, method, &path, &write.query(), None::<&()>).await
+}

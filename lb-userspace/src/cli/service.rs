@@ -1,0 +1,397 @@
+//! `lbctl service`.
+
+use super::{Context, Exit, Failure, WriteFlags};
+use crate::{
+    api::types::{BackendInfo, ServiceInfo},
+    model::{ForwardingMode, HealthKind, Name, OnDown, Ports, Protocol, Scheduler},
+    render::{observe, units::parse_duration},
+};
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value, json};
+use std::{net::IpAddr, str::FromStr, time::Duration};
+
+/// What to do with services.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Add a service
+    #[command(after_help = "Example: lbctl service add web --vip 10.0.0.1:80/tcp --health http:/healthz")]
+    Add(Add),
+    /// List services
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one service with its backends
+    Show {
+        /// Service
+        name: Name,
+    },
+    /// Change settings of a service; what is not named stays
+    Set(Set),
+    /// Remove a service with its backends
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Service
+        name: Name,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+}
+
+/// `service add`.
+#[derive(Debug, Args)]
+pub struct Add {
+    /// Name, unique among services
+    name: Name,
+    /// Address that clients connect to; its port and protocol may follow, as in 10.0.0.1:80/tcp
+    #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
+    vip: Vip,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// `service set`.
+#[derive(Debug, Args)]
+pub struct Set {
+    /// Service
+    name: Name,
+    /// Address that clients connect to; its port and protocol may follow
+    #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
+    vip: Option<Vip>,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// Settings that both take.
+#[derive(Debug, Args)]
+struct Settings {
+    /// A port, a range (FIRST-LAST), or any
+    #[arg(long)]
+    port: Option<Ports>,
+    /// tcp or udp
+    #[arg(long)]
+    protocol: Option<Protocol>,
+    /// How packets reach backends: ipip or gue
+    #[arg(long, value_parser = word::<ForwardingMode>)]
+    mode: Option<ForwardingMode>,
+    /// How new flows are placed: maglev
+    #[arg(long, value_parser = word::<Scheduler>)]
+    scheduler: Option<Scheduler>,
+    /// none, tcp, tcp:PORT, http:/PATH or http:PORT/PATH
+    #[arg(long, value_name = "CHECK")]
+    health: Option<Check>,
+    /// Host header of an http check [default: the VIP]
+    #[arg(long, value_name = "HOST")]
+    health_host: Option<String>,
+    /// Statuses of an http check that mean healthy [default: 200-299]
+    #[arg(long, value_name = "FIRST-LAST")]
+    health_status: Option<Statuses>,
+    /// Time between two checks of a backend [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    health_interval: Option<Duration>,
+    /// A check fails after this time [default: 500ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    health_timeout: Option<Duration>,
+    /// By how much the interval is varied, in percent [default: 10]
+    #[arg(long, value_name = "PERCENT")]
+    health_jitter: Option<u8>,
+    /// Successes in a row that make a backend healthy [default: 2]
+    #[arg(long, value_name = "N")]
+    rise: Option<u8>,
+    /// Failures in a row that make it unhealthy [default: 3]
+    #[arg(long, value_name = "N")]
+    fall: Option<u8>,
+    /// Drain time: how long flows of a draining or removed backend are kept there [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    drain: Option<Duration>,
+    /// Slots of the Maglev table, or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    table_size: Option<Optional>,
+    /// Seed of hash and tables, or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    seed: Option<Optional>,
+    /// Place each UDP packet by hash alone, true or false [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    udp_stateless: Option<bool>,
+    /// Idle time after which a UDP flow is forgotten [default: 2m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    udp_timeout: Option<Duration>,
+    /// Destination port of GUE packets [default: 6080]
+    #[arg(long, value_name = "PORT")]
+    gue_port: Option<u16>,
+    /// Established flows of a backend that is down: keep or reset [default: keep]
+    #[arg(long, value_parser = word::<OnDown>)]
+    on_down: Option<OnDown>,
+    /// Ignore health when less than this share of the weight is healthy, 0 for never [default: 0]
+    #[arg(long, value_name = "PERCENT")]
+    panic: Option<u8>,
+}
+
+/// Parses one of a type's words, as the configuration file spells them.
+pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(json!(text)).map_err(|e| e.to_string())
+}
+
+/// A number, or none.
+#[derive(Clone, Copy, Debug)]
+struct Optional(Option<u64>);
+
+fn optional(text: &str) -> Result<Optional, String> {
+    match text {
+        "auto" => Ok(Optional(None)),
+        _ => text.parse().map(|n| Optional(Some(n))).map_err(|_| "give a number, or auto".to_owned()),
+    }
+}
+
+/// `ADDRESS[:PORT[/PROTOCOL]]`; IPv6 with a port in brackets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Vip {
+    address: IpAddr,
+    port: Option<Ports>,
+    protocol: Option<Protocol>,
+}
+
+impl FromStr for Vip {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(address) = text.parse() {
+            return Ok(Self { address, port: None, protocol: None });
+        }
+        let bad =
+            || format!("{text:?} is no address, ADDRESS:PORT or ADDRESS:PORT/PROTOCOL (IPv6 in brackets)");
+        let (rest, protocol) = match text.rsplit_once('/') {
+            Some((rest, protocol)) => (rest, Some(protocol.parse::<Protocol>().map_err(|e| e.to_string())?)),
+            None => (text, None),
+        };
+        let (address, port) = rest.rsplit_once(':').ok_or_else(bad)?;
+        let bracketed = address.strip_prefix('[').and_then(|a| a.strip_suffix(']'));
+        let address: IpAddr = bracketed.unwrap_or(address).parse().map_err(|_| bad())?;
+        if address.is_ipv6() != bracketed.is_some() {
+            return Err(bad());
+        }
+        let port = port.parse::<Ports>().map_err(|e| e.to_string())?;
+        Ok(Self { address, port: Some(port), protocol })
+    }
+}
+
+/// `none`, `tcp[:PORT]`, `http[:[PORT]/PATH]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Check {
+    kind: &'static str,
+    port: Option<u16>,
+    path: Option<String>,
+}
+
+impl FromStr for Check {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || "give none, tcp, tcp:PORT, http:/PATH or http:PORT/PATH".to_owned();
+        let number = |t: &str| t.parse::<u16>().ok().filter(|n| *n > 0).ok_or_else(bad);
+        let (kind, rest) = text.split_once(':').map_or((text, None), |(kind, rest)| (kind, Some(rest)));
+        let check = |kind: HealthKind, port, path| Ok(Self { kind: kind.label(), port, path });
+        match (kind, rest) {
+            ("none", None) => check(HealthKind::None, None, None),
+            ("tcp", None) => check(HealthKind::Tcp, None, None),
+            ("tcp", Some(port)) => check(HealthKind::Tcp, Some(number(port)?), None),
+            ("http", rest) => {
+                let rest = rest.unwrap_or("/");
+                let at = rest.find('/').unwrap_or(rest.len());
+                let (port, path) = rest.split_at(at);
+                let port = if port.is_empty() { None } else { Some(number(port)?) };
+                let path = if path.is_empty() { "/" } else { path };
+                Ok(Self { kind: "http", port, path: Some(path.to_owned()) })
+            }
+            _ => Err(bad()),
+        }
+    }
+}
+
+/// `200` or `200-299`.
+#[derive(Clone, Debug)]
+struct Statuses(u16, u16);
+
+impl FromStr for Statuses {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        match (first.parse(), last.parse()) {
+            (Ok(first), Ok(last)) => Ok(Self(first, last)),
+            _ => Err("give a status, or FIRST-LAST".to_owned()),
+        }
+    }
+}
+
+/// A merge patch in the making.
+#[derive(Default)]
+struct Patch(Map<String, Value>);
+
+impl Patch {
+    fn set(&mut self, key: &str, value: Option<impl Serialize>) {
+        if let Some(value) = value {
+            self.0.insert(key.to_owned(), json!(value));
+        }
+    }
+}
+
+fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
+    match time {
+        Some(time) if time.subsec_millis() != 0 => {
+            Err(Failure::Usage { what: format!("{flag} counts in whole seconds") })
+        }
+        other => Ok(other.map(|t| t.as_secs())),
+    }
+}
+
+/// Flags as a merge patch.
+fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure> {
+    let mut patch = Patch::default();
+    patch.set("vip", vip.map(|v| v.address));
+    let twice = |flag: &str| Failure::Usage { what: format!("{flag} and --vip both name it: give it once") };
+    let (vip_port, vip_protocol) = vip.map_or((None, None), |v| (v.port, v.protocol));
+    if vip_port.is_some() && s.port.is_some() {
+        return Err(twice("--port"));
+    }
+    if vip_protocol.is_some() && s.protocol.is_some() {
+        return Err(twice("--protocol"));
+    }
+    patch.set("port", s.port.or(vip_port));
+    patch.set("protocol", s.protocol.or(vip_protocol));
+    patch.set("mode", s.mode);
+    patch.set("scheduler", s.scheduler);
+    patch.set("drain_s", seconds(s.drain, "--drain")?);
+    patch.set("table_size", s.table_size.map(|n| n.0));
+    patch.set("seed", s.seed.map(|n| n.0));
+    patch.set("udp_stateless", s.udp_stateless);
+    patch.set("udp_timeout_s", seconds(s.udp_timeout, "--udp-timeout")?);
+    patch.set("gue_port", s.gue_port);
+    patch.set("on_down", s.on_down);
+    patch.set("panic_percent", s.panic);
+    let mut health = Patch::default();
+    if let Some(check) = &s.health {
+        // A new kind starts from its own defaults: what the old one had does not go with it.
+        health.set("kind", Some(check.kind));
+        health.set("port", Some(check.port));
+        health.set("path", Some(&check.path));
+        health.set("host", Some(Value::Null));
+        health.set("status", Some(Value::Null));
+    }
+    health.set("host", s.health_host.as_ref());
+    health.set("status", s.health_status.as_ref().map(|s| (s.0, s.1)));
+    health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
+    health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
+    health.set("jitter_percent", s.health_jitter);
+    health.set("rise", s.rise);
+    health.set("fall", s.fall);
+    patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
+    Ok(patch.0)
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Add(add) => {
+            let mut body = patch(Some(&add.vip), &add.settings)?;
+            for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
+                if !body.contains_key(key) {
+                    let what =
+                        format!("the service needs a {key}: give {flag}, or --vip ADDRESS:PORT/PROTOCOL");
+                    return Err(Failure::Usage { what });
+                }
+            }
+            if let Some(Value::Object(health)) = body.get_mut("health") {
+                health.retain(|_, v| !v.is_null());
+                if !health.contains_key("kind") {
+                    let what =
+                        "health flags without a check: give --health tcp or --health http:/PATH".to_owned();
+                    return Err(Failure::Usage { what });
+                }
+            }
+            body.retain(|_, v| !v.is_null());
+            let name = add.name;
+            let path = format!("/v1/services/{name}");
+            context
+                .write(&format!("service {name} added"), Method::POST, &path, &add.write.query(), Some(&body))
+                .await
+        }
+        Command::Set(set) => {
+            let body = patch(set.vip.as_ref(), &set.settings)?;
+            if body.is_empty() {
+                return Err(Failure::Usage { what: "nothing to set: give at least one setting".to_owned() });
+            }
+            let name = set.name;
+            let path = format!("/v1/services/{name}");
+            context
+                .write(&format!("service {name} set"), Method::PATCH, &path, &set.write.query(), Some(&body))
+                .await
+        }
+        Command::Rm { name, write } => {
+            let path = format!("/v1/services/{name}");
+            let what = format!("service {name} removed");
+            context.write(&what, Method::DELETE, &path, &write.query(), None::<&()>).await
+        }
+        Command::List => {
+            let list: Vec<ServiceInfo> = context.client.get("/v1/services", &()).await?;
+            if context.out.json {
+                context.out.json(&list, false)?;
+            } else if list.is_empty() {
+                eprintln!("no services: add one with `lbctl service add` or `lbctl config apply`");
+            } else {
+                observe::services(&mut context.out, &list)?;
+            }
+            Ok(Exit::Ok)
+        }
+        Command::Show { name } => {
+            let service: ServiceInfo = context.client.get(&format!("/v1/services/{name}"), &()).await?;
+            if context.out.json {
+                context.out.json(&service, false)?;
+            } else {
+                let path = format!("/v1/services/{name}/backends");
+                let backends: Vec<BackendInfo> = context.client.get(&path, &()).await?;
+                observe::service(&mut context.out, &service, &backends)?;
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vips_may_carry_port_and_protocol() {
+        let vip = |t: &str| t.parse::<Vip>().map(|v| (v.address.to_string(), v.port, v.protocol));
+        assert_eq!(vip("10.0.0.1"), Ok(("10.0.0.1".into(), None, None)));
+        assert_eq!(vip("fd00::1"), Ok(("fd00::1".into(), None, None)));
+        assert_eq!(
+            vip("10.0.0.1:80/tcp"),
+            Ok(("10.0.0.1".into(), Some(Ports::One(80)), Some(Protocol::Tcp)))
+        );
+        assert_eq!(
+            vip("[fd00::1]:1-9/udp"),
+            Ok(("fd00::1".into(), Some(Ports::Range(1, 9)), Some(Protocol::Udp)))
+        );
+        assert_eq!(vip("10.0.0.1:any"), Ok(("10.0.0.1".into(), Some(Ports::Any), None)));
+        for bad in ["", "x", "10.0.0.1:0", "10.0.0.1:80/sctp", "10.0.0.1/tcp", "[10.0.0.1]:80", "10.0.0.1:"] {
+            assert!(vip(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn checks_are_short() {
+        let check = |t: &str| t.parse::<Check>().map(|c| (c.kind, c.port, c.path));
+        assert_eq!(check("none"), Ok(("none", None, None)));
+        assert_eq!(check("tcp:81"), Ok(("tcp", Some(81), None)));
+        assert_eq!(check("http"), Ok(("http", None, Some("/".into()))));
+        assert_eq!(check("http:/a?b:c"), Ok(("http", None, Some("/a?b:c".into()))));
+        assert_eq!(check("http:8080/a/b"), Ok(("http", Some(8080), Some("/a/b".into()))));
+        assert_eq!(check("http:8080"), Ok(("http", Some(8080), Some("/".into()))));
+        for bad in ["", "grpc", "tcp:x", "tcp:0", "none:1", "http:x/"] {
+            assert!(check(bad).is_err(), "{bad}");
+        }
+    }
+}
