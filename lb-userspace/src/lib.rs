@@ -4,11 +4,11 @@
 //! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
 //! programs), `store`, `health`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
-pub mod clock;
-pub mod compile;
 pub mod api;
 pub mod cli;
 pub mod client;
+pub mod clock;
+pub mod compile;
 pub mod config;
 pub mod dataplane;
 pub mod explain;
