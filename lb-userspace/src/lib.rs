@@ -17,6 +17,7 @@ pub mod maglev;
 pub mod model;
 pub mod objects;
 pub mod policy;
+pub mod reconcile;
 pub mod render;
 pub mod store;
 

@@ -88,8 +88,9 @@ pub fn delete<K: zerocopy::IntoBytes + zerocopy::Immutable>(map: &MapData, key: 
     let attr = DeleteAttr { map_fd, pad: 0, key: bytes.as_ptr() as u64, value: 0, flags: 0 };
     // SAFETY: a valid attribute of its size; the key is as long as the map's keys and lives until
     // the call returns.
-    let answer =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_MAP_DELETE_ELEM, &raw const attr, size_of::<DeleteAttr>()) };
+    let answer = unsafe {
+        libc::syscall(libc::SYS_bpf, BPF_MAP_DELETE_ELEM, &raw const attr, size_of::<DeleteAttr>())
+    };
     let error = io::Error::last_os_error();
     if answer == 0 || error.raw_os_error() == Some(libc::ENOENT) { Ok(()) } else { Err(error) }
 }

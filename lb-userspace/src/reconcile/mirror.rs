@@ -13,7 +13,7 @@ use crate::{
     compile::{Plan, ServiceEntry, View},
     dataplane::DataplaneError,
 };
-use lb_common::{Backend, ServiceKey, ServiceView, Slot, Vip, VipKey, backend::flags::USED};
+use lb_common::{Backend, ServiceKey, ServiceView, Vip, VipKey, backend::flags::USED};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},

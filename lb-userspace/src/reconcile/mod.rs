@@ -4,11 +4,15 @@
 //! a [`Published`] snapshot per change. What must outlive the daemon goes through [`Keep`]. A change that
 //! does not fit is refused whole; the maps keep what they have.
 
+#[cfg(test)]
+mod fake;
 mod maps;
 mod mirror;
 mod published;
 mod slots;
 mod sweep;
+#[cfg(test)]
+mod tests;
 
 pub use maps::Maps;
 pub use mirror::{ApplyError, Mirror, Written};
@@ -18,7 +22,7 @@ pub use sweep::{Sweep, start as start_sweeper, sweep};
 
 use crate::{
     clock,
-    compile::{Cache, Compiled, CompileError, Memory, Settings, compile},
+    compile::{Cache, CompileError, Compiled, Memory, Settings, compile},
     dataplane::DataplaneError,
     model::{BackendId, Desired, Health, Name, NextHop, Observed},
 };
@@ -115,7 +119,9 @@ const BURST: usize = 1_024;
 
 /// The boot that the clock counts from.
 fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_owned()).unwrap_or_default()
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|s| s.trim().to_owned())
+        .unwrap_or_default()
 }
 
 impl<M: Maps> Reconciler<M> {
@@ -316,7 +322,10 @@ impl<M: Maps> Reconciler<M> {
         let fresh: Vec<u32> = compiled.plan.backends.keys().filter(|i| !live.contains(i)).copied().collect();
         for index in fresh {
             if let Some(service) = self.owners.remove(&index) {
-                published::add(self.retired_stats.entry(service).or_default(), self.maps.backend_stats(index));
+                published::add(
+                    self.retired_stats.entry(service).or_default(),
+                    self.maps.backend_stats(index),
+                );
             }
         }
     }

@@ -1,0 +1,191 @@
+//! Maps in memory that check, at each write, what a packet could meet just then.
+
+use super::Maps;
+use crate::dataplane::DataplaneError;
+use lb_common::{
+    Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, backend::flags::USED,
+    service::NO_SERVICE, slot::NO_BACKEND,
+};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+};
+
+/// The maps.
+#[derive(Default)]
+pub struct FakeMaps {
+    pub services: Vec<Service>,
+    pub slots: Vec<Slot>,
+    pub backends: Vec<Backend>,
+    pub keys: BTreeMap<ServiceKey, u32>,
+    pub vips: BTreeMap<VipKey, Vip>,
+    pub egress: BTreeSet<u32>,
+    pub stats: BTreeMap<u32, BackendStats>,
+    pub writes: u32,
+    /// Writes until one fails.
+    pub fails_after: Cell<Option<u32>>,
+}
+
+/// Maps that a test can look at while a reconciler has them.
+#[derive(Clone)]
+pub struct Shared(pub Arc<Mutex<FakeMaps>>);
+
+impl FakeMaps {
+    pub fn new(services: u32, slots: u32, backends: u32) -> Self {
+        Self {
+            services: vec![Service::default(); services as usize],
+            slots: vec![Slot { primary: 7, secondary: 7 }; slots as usize],
+            backends: vec![Backend::default(); backends as usize],
+            ..Self::default()
+        }
+    }
+
+    pub fn live_view(&self, index: u32) -> &ServiceView {
+        let service = &self.services[index as usize];
+        &service.views[(service.active & 1) as usize]
+    }
+
+    fn write(&mut self) -> Result<(), DataplaneError> {
+        self.writes += 1;
+        if let Some(left) = self.fails_after.get() {
+            self.fails_after.set(left.checked_sub(1));
+            if left == 0 {
+                return Err(DataplaneError::Index { map: "FAKE", index: 0 });
+            }
+        }
+        Ok(())
+    }
+
+    /// What every packet may rely on.
+    fn check(&self) {
+        for (key, index) in &self.keys {
+            assert_eq!(self.services[*index as usize].used, 1, "{key:?} leads to a free service");
+        }
+        for vip in self.vips.values() {
+            let ranges = vip.ranges[..vip.range_count as usize].iter().map(|r| r.service);
+            for index in ranges.chain([vip.any_tcp, vip.any_udp]).filter(|i| *i != NO_SERVICE) {
+                assert_eq!(self.services[index as usize].used, 1, "a VIP leads to a free service");
+            }
+        }
+        let mut regions: Vec<(u32, u32)> = Vec::new();
+        for (index, _) in self.services.iter().enumerate().filter(|(_, s)| s.used == 1) {
+            let view = self.live_view(index as u32);
+            let (base, count) = (view.slot_base, view.slot_count);
+            assert!(regions.iter().all(|(b, n)| base + count <= *b || b + n <= base), "tables overlap");
+            regions.push((base, count));
+            for slot in &self.slots[base as usize..(base + count) as usize] {
+                for backend in [slot.primary_index(), slot.secondary_index()] {
+                    if backend != NO_BACKEND {
+                        let entry = &self.backends[backend as usize];
+                        assert!(entry.flags & USED != 0, "service {index} leads to a free backend {backend}");
+                        assert_eq!(entry.service, index as u32, "service {index} leads to another's backend");
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Maps for Shared {
+    fn sizes(&self) -> (u32, u32, u32) {
+        let m = self.0.lock().unwrap();
+        (m.services.len() as u32, m.slots.len() as u32, m.backends.len() as u32)
+    }
+    fn keys(&self) -> Result<Vec<(ServiceKey, u32)>, DataplaneError> {
+        Ok(self.0.lock().unwrap().keys.iter().map(|(k, v)| (*k, *v)).collect())
+    }
+    fn vips(&self) -> Result<Vec<(VipKey, Vip)>, DataplaneError> {
+        Ok(self.0.lock().unwrap().vips.iter().map(|(k, v)| (*k, *v)).collect())
+    }
+    fn service(&self, index: u32) -> Option<Service> {
+        self.0.lock().unwrap().services.get(index as usize).copied()
+    }
+    fn slots(&self, base: u32, count: u32) -> Vec<Slot> {
+        self.0.lock().unwrap().slots[base as usize..(base + count) as usize].to_vec()
+    }
+    fn backend(&self, index: u32) -> Option<Backend> {
+        self.0.lock().unwrap().backends.get(index as usize).copied()
+    }
+    fn backend_stats(&self, index: u32) -> BackendStats {
+        self.0.lock().unwrap().stats.get(&index).copied().unwrap_or_default()
+    }
+    fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        for (index, _) in m.services.iter().enumerate().filter(|(_, s)| s.used == 1) {
+            let view = m.live_view(index as u32);
+            let (b, n) = (view.slot_base, view.slot_count);
+            assert!(base + slots.len() as u32 <= b || b + n <= base, "a live table is written");
+        }
+        m.slots[base as usize..base as usize + slots.len()].copy_from_slice(slots);
+        Ok(())
+    }
+    fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        let service = &mut m.services[index as usize];
+        assert!(service.used == 0 || service.active & 1 != view & 1, "the live view is written");
+        service.views[(view & 1) as usize] = *value;
+        Ok(())
+    }
+    fn set_active(&mut self, index: u32, view: u32) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        m.services[index as usize].active = view & 1;
+        m.check();
+        Ok(())
+    }
+    fn set_used(&mut self, index: u32, used: bool) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        m.services[index as usize].used = used.into();
+        m.check();
+        Ok(())
+    }
+    fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        for (index, backend) in backends {
+            m.backends[*index as usize] = *backend;
+        }
+        m.check();
+        Ok(())
+    }
+    fn clear_stats(&mut self, index: u32) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        m.stats.remove(&index);
+        Ok(())
+    }
+    fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        match service {
+            Some(index) => m.keys.insert(*key, index),
+            None => m.keys.remove(key),
+        };
+        m.check();
+        Ok(())
+    }
+    fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        match vip {
+            Some(vip) => m.vips.insert(*key, *vip),
+            None => m.vips.remove(key),
+        };
+        m.check();
+        Ok(())
+    }
+    fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        if allowed {
+            m.egress.insert(ifindex)
+        } else {
+            m.egress.remove(&ifindex)
+        };
+        Ok(())
+    }
+}

@@ -1,0 +1,207 @@
+//! Applying, adopting and failing, over maps in memory that check each single write.
+
+use super::{fake::*, *};
+use crate::model::{
+    Backend, BackendState, ForwardingMode, HealthCheck, OnDown, Ports, Protocol, Scheduler, Service,
+};
+use proptest::prelude::*;
+use std::sync::Mutex;
+
+fn name(s: &str) -> Name {
+    s.parse().unwrap()
+}
+
+fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
+    let backend = |(n, a, w): &(&str, &str, u32)| {
+        (name(n), Backend { address: a.parse().unwrap(), weight: *w, state: BackendState::Up })
+    };
+    Service {
+        vip: vip.parse().unwrap(),
+        port,
+        protocol: Protocol::Tcp,
+        mode: ForwardingMode::Ipip,
+        scheduler: Scheduler::Maglev,
+        table_size: Some(251),
+        seed: None,
+        drain_s: 300,
+        udp_stateless: false,
+        udp_timeout_s: 60,
+        gue_port: 6080,
+        on_down: OnDown::Keep,
+        panic_percent: 0,
+        health: HealthCheck::default(),
+        backends: backends.iter().map(backend).collect(),
+    }
+}
+
+fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
+    Arc::new(Desired { services: services.into_iter().map(|(n, s)| (name(n), s)).collect() })
+}
+
+/// A reconciler over shared maps, and what it keeps.
+struct Bed {
+    maps: Shared,
+    kept: Arc<Mutex<Vec<u8>>>,
+    published: watch::Receiver<Arc<Published>>,
+    reconciler: Reconciler<Shared>,
+}
+
+fn start(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>) -> Bed {
+    let bytes = kept.lock().unwrap().clone();
+    let keep = Arc::clone(kept);
+    let (reconciler, published) = Reconciler::new(
+        maps.clone(),
+        Settings::default(),
+        (!bytes.is_empty()).then_some(&bytes),
+        Box::new(move |b| *keep.lock().unwrap() = b),
+    )
+    .unwrap();
+    Bed { maps, kept: Arc::clone(kept), published, reconciler }
+}
+
+fn bed() -> Bed {
+    start(Shared(Arc::new(Mutex::new(FakeMaps::new(16, 32_768, 64)))), &Arc::default())
+}
+
+impl Bed {
+    /// Applies a state; the answer is the API's.
+    fn set(&mut self, desired: &Arc<Desired>, revision: u64) -> Result<Applied, ReconcileError> {
+        let (applied, mut answer) = oneshot::channel();
+        let event = Event::Desired { desired: Arc::clone(desired), revision, applied: Some(applied) };
+        self.reconciler.step(vec![event], clock::boot());
+        answer.try_recv().expect("answered within the step")
+    }
+
+    fn writes(&self) -> u32 {
+        self.maps.0.lock().unwrap().writes
+    }
+
+    /// The same maps under a new daemon.
+    fn restart(self) -> Self {
+        start(self.maps.clone(), &self.kept)
+    }
+}
+
+fn two() -> Arc<Desired> {
+    desired(vec![
+        ("web", service("10.0.0.1", Ports::One(80), &[("a", "10.1.0.1", 1), ("b", "10.1.0.2", 1)])),
+        ("all", service("10.0.0.2", Ports::Any, &[("a", "10.1.0.1", 3)])),
+    ])
+}
+
+#[test]
+fn a_restart_with_the_same_state_writes_nothing() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let mut more = (*two()).clone();
+    more.services.get_mut(&name("web")).unwrap().backends.remove(&name("a"));
+    bed.set(&Arc::new(more.clone()), 2).unwrap();
+    let before = bed.writes();
+    let mut bed = bed.restart();
+    let applied = bed.set(&Arc::new(more), 2).unwrap();
+    assert!(applied.written.is_nothing(), "{applied:?}");
+    assert_eq!(bed.writes(), before);
+}
+
+#[test]
+fn an_unchanged_state_writes_nothing() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let before = bed.writes();
+    assert!(bed.set(&two(), 2).unwrap().written.is_nothing());
+    assert_eq!(bed.writes(), before);
+    assert_eq!(bed.published.borrow().revision, 2);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_whole() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let before = bed.writes();
+    let mut large = (*two()).clone();
+    large.services.get_mut(&name("web")).unwrap().table_size = Some(65_537);
+    let error = bed.set(&Arc::new(large), 2).unwrap_err();
+    assert!(matches!(error, ReconcileError::Apply(ApplyError::NoRoom(_))), "{error}");
+    assert_eq!(bed.writes(), before);
+    assert_eq!(bed.published.borrow().revision, 1);
+    assert!(bed.published.borrow().error.is_some());
+}
+
+#[test]
+fn after_a_failed_write_the_next_attempt_finishes() {
+    for fails_after in 0..20 {
+        let mut bed = bed();
+        bed.set(&two(), 1).unwrap();
+        let mut next = (*two()).clone();
+        next.services.remove(&name("all"));
+        next.services.insert(name("new"), service("10.0.0.3", Ports::Range(1, 9), &[("c", "10.1.0.3", 1)]));
+        next.services.get_mut(&name("web")).unwrap().backends.remove(&name("b"));
+        let next = Arc::new(next);
+        bed.maps.0.lock().unwrap().fails_after.set(Some(fails_after));
+        let first = bed.set(&next, 2);
+        bed.maps.0.lock().unwrap().fails_after.set(None);
+        if first.is_err() {
+            assert!(bed.published.borrow().error.is_some());
+            bed.set(&next, 2).unwrap();
+        }
+        assert!(bed.published.borrow().error.is_none());
+        assert!(bed.set(&next, 2).unwrap().written.is_nothing(), "after {fails_after} writes");
+        assert_eq!(bed.maps.0.lock().unwrap().keys.len(), 1);
+    }
+}
+
+/// States of a few services and backends, with names and addresses that come and go.
+fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
+    let backends = proptest::collection::btree_map(0u8..6, (0u32..4, 0u8..3), 0..5);
+    let one = (0u8..3, 0u8..3, backends);
+    proptest::collection::btree_map(0u8..4, one, 0..4).prop_map(|services| {
+        let mut state = Desired::default();
+        for (i, (vip, port, backends)) in services {
+            let ports = match port {
+                0 => Ports::Any,
+                1 => Ports::Range(100, 200),
+                _ => Ports::One(80),
+            };
+            let mut s = service(&format!("10.0.0.{}", vip + 1), ports, &[]);
+            for (b, (weight, st)) in backends {
+                let state = [BackendState::Up, BackendState::Draining, BackendState::Down][st as usize];
+                let address = format!("10.1.0.{}", b + 1).parse().unwrap();
+                s.backends.insert(name(&format!("b{b}")), Backend { address, weight, state });
+            }
+            state.services.insert(name(&format!("s{i}")), s);
+        }
+        // Only states that the model allows reach the reconciler.
+        while let Some(bad) = state.check().first().map(|_| state.services.keys().next().cloned()) {
+            match bad {
+                Some(bad) => state.services.remove(&bad),
+                None => break,
+            };
+        }
+        Arc::new(state)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// From any state to any other, with restarts in between: the maps end as planned, and no single write
+    /// on the way leaves a packet with a dangling reference (the maps assert that).
+    #[test]
+    fn the_maps_end_as_wanted(states in proptest::collection::vec((any_desired(), any::<bool>()), 1..6)) {
+        let mut bed = bed();
+        for (revision, (state, restart)) in states.into_iter().enumerate() {
+            if restart {
+                bed = bed.restart();
+            }
+            let free = bed.set(&state, revision as u64 + 1);
+            if let Err(ReconcileError::Apply(ApplyError::NoRoom(_))) = free {
+                continue;
+            }
+            free.unwrap();
+            let keys = bed.maps.0.lock().unwrap().keys.len();
+            let exact = state.services.values().filter(|s| matches!(s.port, Ports::One(_))).count();
+            prop_assert_eq!(keys, exact);
+            prop_assert!(bed.set(&state, revision as u64 + 1).unwrap().written.is_nothing());
+        }
+    }
+}
