@@ -240,7 +240,8 @@ fn seeds_are_current() {
 /// Everything in the corpora, and all that once crashed (`fuzz/crashes/TARGET/`).
 #[test]
 fn corpora_and_crashers() {
-    let targets: [(&str, fn(&[u8])); 3] = [
+    type Check = fn(&[u8]);
+    let targets: [(&str, Check); 3] = [
         ("parse", bodies::parse::check),
         ("ingress", bodies::ingress::check),
         ("decap", bodies::decap::check),

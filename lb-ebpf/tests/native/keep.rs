@@ -22,7 +22,7 @@ use lb_ebpf::{
     native::HashTables,
 };
 use proptest::prelude::*;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};
 
 const SLOTS: u32 = 5;
 const BACKENDS: u32 = 6;
@@ -196,8 +196,8 @@ impl World {
     }
 
     fn add(&mut self, index: u32, salt: u32) {
-        if !self.backends.contains_key(&index) {
-            self.backends.insert(index, USED | RESOLVED);
+        if let Entry::Vacant(entry) = self.backends.entry(index) {
+            entry.insert(USED | RESOLVED);
             self.change(salt);
         }
     }
