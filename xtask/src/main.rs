@@ -7,6 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod setup;
 mod shell;
 mod test;
@@ -24,6 +25,8 @@ struct Arguments {
 enum Command {
     /// Install what is missing on this machine; a second run changes nothing.
     Setup(setup::Options),
+    /// Measure the balancer; `bench -- --help` lists what there is to measure.
+    Bench(bench::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),
 }
@@ -31,6 +34,7 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Setup(options) => setup::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Test(options) => test::run(&options),
     };
     match result {
