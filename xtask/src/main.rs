@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 
 mod demo;
 mod dist;
+mod bench;
 mod setup;
 mod shell;
 mod test;
@@ -30,6 +31,8 @@ enum Command {
     Demo(demo::Options),
     /// Build the release: binaries, man pages, completions, service files.
     Dist(dist::Options),
+    /// Measure the balancer; `bench -- --help` lists what there is to measure.
+    Bench(bench::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Test(options) => test::run(&options),
     };
     match result {

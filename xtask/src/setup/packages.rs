@@ -15,7 +15,7 @@ const fn one(program: &'static str, packages: &'static [&'static [&'static str]]
     Wanted { program, packages }
 }
 
-const WANTED: [Wanted; 9] = [
+const WANTED: [Wanted; 11] = [
     one("cc", &[&["gcc", "libc6-dev"]]),
     one("curl", &[&["curl", "ca-certificates"]]),
     one("ip", &[&["iproute2"]]),
@@ -24,6 +24,8 @@ const WANTED: [Wanted; 9] = [
     one("iperf3", &[&["iperf3"]]),
     one("wrk", &[&["wrk"]]),
     one("bpftool", &[&["bpftool"], &["linux-tools-common", "linux-tools-generic"]]),
+    one("haproxy", &[&["haproxy"]]),
+    one("nft", &[&["nftables"]]),
     one("nsenter", &[&["util-linux"]]),
 ];
 

@@ -128,8 +128,18 @@ impl Toolchain {
     /// order of [`PROGRAMS`], with the warnings that the compiler gave.
     /// `workspace` is the repository's root.
     pub fn build(&self, workspace: &Path, target_dir: &Path) -> Result<(Vec<PathBuf>, Vec<String>), Error> {
+        self.build_these(&PROGRAMS, workspace, target_dir)
+    }
+
+    /// The same for these binaries of `lb-ebpf`.
+    pub fn build_these(
+        &self,
+        programs: &[&str],
+        workspace: &Path,
+        target_dir: &Path,
+    ) -> Result<(Vec<PathBuf>, Vec<String>), Error> {
         let output = self
-            .command(workspace, target_dir)
+            .command(programs, workspace, target_dir)
             .output()
             .map_err(|source| Error::Start { cargo: self.cargo.clone(), source })?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -137,11 +147,11 @@ impl Toolchain {
             return Err(Error::Failed { output: said });
         }
         let release = target_dir.join(TARGET).join("release");
-        let objects = PROGRAMS.iter().map(|name| release.join(name)).collect();
+        let objects = programs.iter().map(|name| release.join(name)).collect();
         Ok((objects, warnings(&said)))
     }
 
-    fn command(&self, workspace: &Path, target_dir: &Path) -> Command {
+    fn command(&self, programs: &[&str], workspace: &Path, target_dir: &Path) -> Command {
         let mut command = Command::new(&self.cargo);
         command.current_dir(workspace).args([
             "build",
@@ -151,7 +161,7 @@ impl Toolchain {
             "bpf",
             "--release",
         ]);
-        for program in PROGRAMS {
+        for program in programs {
             command.args(["--bin", program]);
         }
         command.args(["--target", TARGET, "--color", "never", "--target-dir"]).arg(target_dir);

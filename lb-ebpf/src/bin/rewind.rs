@@ -1,0 +1,169 @@
+//! Measuring only: a wrapper that makes BPF_PROG_TEST_RUN's repetitions alike, and two programs to
+//! compare with.
+//!
+//! The kernel feeds each repetition the frame as the last one left it. `rewind` puts it back (its
+//! start, its headers, and for many flows another client each time) and tail-calls the program under
+//! test. `bare` returns XDP_TX at once: what it costs inside the wrapper is the wrapper's own cost.
+//! `floor` is the least that an encapsulation can be: one fixed outer header, no decision at all.
+//! In: globals and `STATE`, written by the bench. Never part of `lbd`.
+#![no_std]
+#![no_main]
+#![feature(asm_experimental_arch)]
+#![allow(missing_docs, reason = "the xdp attribute adds an undocumented function")]
+
+use aya_ebpf::{
+    Global,
+    bindings::xdp_action,
+    macros::{map, xdp},
+    maps::{Array, ProgramArray},
+    programs::XdpContext,
+};
+use core::arch::asm;
+use lb_ebpf::{Frame, Packet, csum, kernel::XdpFrame, packet::Bytes, wire::Ipv4};
+
+/// Length of the frame as the program under test should see it.
+#[unsafe(no_mangle)]
+static FRAME_LEN: Global<u32> = Global::new(64);
+/// Words of 8 bytes to restore from its start: 7, 10, 12, 15 or 16.
+#[unsafe(no_mangle)]
+static WORDS: Global<u32> = Global::new(7);
+/// Where the low 32 bits of the client's address lie.
+#[unsafe(no_mangle)]
+static SOURCE_AT: Global<u32> = Global::new(26);
+/// Where the client's port lies.
+#[unsafe(no_mangle)]
+static PORT_AT: Global<u32> = Global::new(34);
+/// Number of flows less one, a power of two less one; 0 leaves the client alone.
+#[unsafe(no_mangle)]
+static FLOW_MASK: Global<u32> = Global::new(0);
+
+/// First word of the frame's headers in [`State`].
+const TEMPLATE: usize = 8;
+/// Flows that share a client's address.
+const PORTS_BITS: u32 = 4;
+
+/// Word 0: rounds so far. From [`TEMPLATE`] on: the frame's headers.
+type State = [u64; TEMPLATE + 16];
+
+#[map]
+static STATE: Array<State> = Array::with_max_entries(1, 0);
+#[map]
+static JUMP: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// Eight bytes of a frame.
+#[derive(Clone, Copy)]
+struct Word(#[allow(dead_code, reason = "written to the frame")] u64);
+// SAFETY: one integer.
+unsafe impl Bytes for Word {}
+
+/// Restores the frame, then runs the program under test.
+#[xdp(frags)]
+pub fn rewind(ctx: XdpContext) -> u32 {
+    match restore(&mut XdpFrame::new(&ctx)) {
+        // SAFETY: nothing in this frame needs to be dropped.
+        Some(()) => unsafe { JUMP.tail_call(&ctx, 0) },
+        None => return xdp_action::XDP_ABORTED,
+    }
+    // No program in the map.
+    xdp_action::XDP_ABORTED
+}
+
+#[inline(always)]
+fn restore(frame: &mut XdpFrame<'_>) -> Option<()> {
+    let state = STATE.get_ptr_mut(0)?;
+    // Called even when nothing moved, so that the wrapper costs the same around every program.
+    let grown = frame.packet().len() as i32 - FRAME_LEN.load() as i32;
+    if !frame.adjust_head(grown) {
+        return None;
+    }
+    let mut packet = frame.packet();
+    // SAFETY: the map's only entry; nobody else writes it during a run.
+    let words = unsafe { &*state };
+    let written = match WORDS.load() {
+        7 => write::<7>(&mut packet, words),
+        10 => write::<10>(&mut packet, words),
+        12 => write::<12>(&mut packet, words),
+        15 => write::<15>(&mut packet, words),
+        _ => write::<16>(&mut packet, words),
+    };
+    if !written {
+        return None;
+    }
+    let mask = FLOW_MASK.load();
+    if mask != 0 {
+        let flow = words[0] as u32 & mask;
+        let address = (0x0a00_0000 | flow >> PORTS_BITS).to_be();
+        let port = (0x8000 | flow as u16 & ((1 << PORTS_BITS) - 1)).to_be();
+        if !packet.write(SOURCE_AT.load() as usize, address) || !packet.write(PORT_AT.load() as usize, port) {
+            return None;
+        }
+    }
+    // Counts the round, and being a locked instruction waits until the stores above have reached the
+    // cache: otherwise the program under test would pay for reading what is still on its way.
+    // SAFETY: as above; the entry is aligned to 8 bytes. (The compiler offers no atomics for BPF.)
+    unsafe { asm!("lock *(u64 *)({0} + 0) += {1}", in(reg) state, in(reg) 1u64) };
+    Some(())
+}
+
+#[inline(always)]
+fn write<const N: usize>(packet: &mut Packet, state: &State) -> bool {
+    for i in 0..N {
+        if !packet.write(i * 8, Word(state[TEMPLATE + i])) {
+            return false;
+        }
+    }
+    true
+}
+
+/// Does nothing.
+#[xdp(frags)]
+pub fn bare(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_TX
+}
+
+/// Puts a fixed Ethernet and IPv4 header in front of the frame's IP packet; only length and checksum
+/// are computed.
+#[xdp(frags)]
+pub fn floor(ctx: XdpContext) -> u32 {
+    if encapsulate(&mut XdpFrame::new(&ctx)) { xdp_action::XDP_TX } else { xdp_action::XDP_ABORTED }
+}
+
+#[inline(always)]
+fn encapsulate(frame: &mut XdpFrame<'_>) -> bool {
+    const SOURCE: u32 = 0x0a00_0001;
+    const DESTINATION: u32 = 0x0a00_0002;
+    const FIXED: u64 = 0x4500 + 0x4000 + 0x4004 + SOURCE as u64 + DESTINATION as u64;
+    let total_len = (frame.packet().len() - 14 + 20) as u16;
+    if !frame.adjust_head(-20) {
+        return false;
+    }
+    let mut packet = frame.packet();
+    let ip = Ipv4 {
+        version_len: 0x45,
+        tos: 0,
+        total_len: total_len.to_be(),
+        id: 0,
+        fragment: 0x4000_u16.to_be(),
+        ttl: 64,
+        protocol: 4,
+        check: csum::finish(FIXED + total_len as u64).to_be(),
+        source: SOURCE.to_be(),
+        destination: DESTINATION.to_be(),
+    };
+    packet.write(0, 0x0200_0002_u32)
+        && packet.write(4, 0x0002_u16)
+        && packet.write(6, 0x0200_0001_u32)
+        && packet.write(10, 0x0002_u16)
+        && packet.write(12, 0x0800_u16.to_be())
+        && packet.write(14, ip)
+}
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing here panics; the verifier would refuse the program if this could be reached.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

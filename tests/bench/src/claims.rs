@@ -1,0 +1,65 @@
+//! What the balancer claims of itself, each with the figures that show it or not.
+
+use serde::{Deserialize, Serialize};
+
+use crate::packet::{Figures, Report};
+
+/// A claim: a figure, and the bound that it keeps or misses.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Claim {
+    /// What is claimed.
+    pub what: String,
+    /// The figure.
+    pub value: f64,
+    /// Its upper bound.
+    pub bound: f64,
+}
+
+impl Claim {
+    /// Whether the figure keeps its bound.
+    pub fn holds(&self) -> bool {
+        self.value <= self.bound
+    }
+}
+
+/// Claims about packets, those whose rows were measured.
+pub fn packet(report: &Report) -> Vec<Claim> {
+    let row = |name: &str| report.rows.iter().find(|row| row.name == name);
+    let ratio = |what: &str, a: &str, b: &str, bound: f64| {
+        let (a, b): (&Figures, &Figures) = (row(a)?, row(b)?);
+        Some(Claim { what: what.to_owned(), value: a.net / b.net, bound })
+    };
+    const ESTABLISHED: &str = "v4/tcp-established/ipip/1M";
+    [
+        ratio("1 M flows against one flow", ESTABLISHED, "v4/tcp-established/ipip/1", 1.25),
+        row(ESTABLISHED).map(|row| Claim {
+            what: "against the fixed-header encapsulation".to_owned(),
+            value: row.floor_multiple,
+            bound: 4.0,
+        }),
+        ratio("SYN against established", "v4/tcp-syn/ipip/1M", ESTABLISHED, 1.1),
+        ratio("SYN against established, v6", "v6/tcp-syn/ipip/1M", "v6/tcp-established/ipip/1M", 1.1),
+        ratio("p2c SYN against established", "v4/tcp-syn/ipip/p2c/1M", ESTABLISHED, 3.0),
+        ratio("gue against ipip", "v4/tcp-established/gue/1M", ESTABLISHED, 1.3),
+        ratio("gue against ipip, v6", "v6/tcp-established/gue/1M", "v6/tcp-established/ipip/1M", 1.3),
+        ratio("v6 against v4", "v6/tcp-established/ipip/1M", ESTABLISHED, 1.2),
+        ratio("not a VIP against established", "v4/not-vip/1M", ESTABLISHED, 0.5),
+        ratio("not a VIP against established, v6", "v6/not-vip/1M", "v6/tcp-established/ipip/1M", 0.5),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// A table of claims for people.
+pub fn table(claims: &[Claim]) -> String {
+    let mut text = format!("{:<46} {:>8} {:>8}\n", "claim", "measured", "at most");
+    for claim in claims {
+        let verdict = if claim.holds() { "holds" } else { "MISSED" };
+        text.push_str(&format!(
+            "  {:<44} {:>8.2} {:>8.2}  {verdict}\n",
+            claim.what, claim.value, claim.bound
+        ));
+    }
+    text
+}

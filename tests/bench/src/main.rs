@@ -1,0 +1,40 @@
+//! Measures the balancer: what a packet costs in the loaded programs.
+//!
+//! In: a command line from `cargo xtask bench`, root. Out: tables on standard output, and the same as
+//! JSON. Nothing outside this process is changed.
+
+mod claims;
+mod machine;
+mod objects;
+mod packet;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Measures the balancer.
+#[derive(Parser)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Nanoseconds per packet in the loaded programs.
+    Packet(packet::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Packet(options) => packet::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Measures rows: each next to the bare wrapper and the floor, round by round, in turn.
+
+use anyhow::{Context, Result, ensure};
+use aya::{Ebpf, EbpfLoader, programs::ProgramFd, programs::Xdp};
+
+use super::{
+    bed::{Decap, Ingress, PORT, Tables},
+    frame::{Family, Frame, Kind},
+    rows::{Row, Subject},
+    wrapper::{PASS, TX, Wrapper, load_xdp},
+};
+use crate::objects;
+
+/// How much to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Times that each row is measured.
+    pub samples: usize,
+    /// Packets of a sample.
+    pub packets: u32,
+}
+
+/// Times per packet of one row, one a sample, in nanoseconds, wrapper included.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    /// The row's.
+    pub row: Vec<f64>,
+    /// The bare XDP_TX in the same wrapper, in the same turn.
+    pub bare: Vec<f64>,
+    /// The floor likewise.
+    pub floor: Vec<f64>,
+    /// An older object's, where one was given.
+    pub before: Option<Vec<f64>>,
+}
+
+/// A program in a wrapper, and what was measured.
+struct Case {
+    wrapper: Wrapper,
+    samples: Vec<f64>,
+}
+
+impl Case {
+    fn new(wrapper: Wrapper) -> Self {
+        Self { wrapper, samples: Vec::new() }
+    }
+
+    fn sample(&mut self, packets: u32) -> Result<()> {
+        // Brings caches and branch predictors back to this case.
+        self.wrapper.run(packets / 8)?;
+        self.samples.push(self.wrapper.run(packets)?.ns);
+        Ok(())
+    }
+}
+
+/// A wrapper's shape: rows of the same shape share the bare one and the floor.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    len: usize,
+    headers: usize,
+    source_at: usize,
+    many: bool,
+}
+
+/// Measures rows that share their maps. The result is in the order of `rows`.
+pub fn measure(rows: &[&Row], object: &[u8], before: Option<&[u8]>, effort: Effort) -> Result<Vec<Samples>> {
+    let Some(first) = rows.first() else { return Ok(Vec::new()) };
+    let mut bed = Bed::load(object, first.tables)?;
+    let mut old_bed = before.map(|object| Bed::load(object, first.tables)).transpose()?;
+    let references = References::load()?;
+    let mut shapes: Vec<(Shape, usize)> = Vec::new();
+    let mut cases: Vec<Case> = Vec::new();
+    let mut places = Vec::new();
+    for row in rows {
+        let (frame, case) = bed.case(row).with_context(|| format!("row {}", row.name))?;
+        let shape = Shape {
+            len: frame.bytes.len(),
+            headers: frame.headers,
+            source_at: frame.source_at,
+            many: row.flows > 1,
+        };
+        let reference = match shapes.iter().find(|(known, _)| *known == shape) {
+            Some((_, place)) => *place,
+            None => {
+                shapes.push((shape, cases.len()));
+                for program in [&references.bare, &references.floor] {
+                    cases.push(Case::new(Wrapper::new(&frame, row.flows, program)?));
+                }
+                cases.len() - 2
+            }
+        };
+        let own = cases.len();
+        cases.push(case);
+        let old = match &mut old_bed {
+            Some(bed) => {
+                cases.push(bed.case(row).with_context(|| format!("row {} before", row.name))?.1);
+                Some(own + 1)
+            }
+            None => None,
+        };
+        places.push((reference, own, old));
+    }
+    for turn in 0..effort.samples {
+        // Each turn begins elsewhere, so that no case always follows the same one.
+        let start = turn * cases.len() / effort.samples;
+        for i in 0..cases.len() {
+            let place = (start + i) % cases.len();
+            cases[place].sample(effort.packets)?;
+        }
+    }
+    Ok(places
+        .into_iter()
+        .map(|(reference, own, old)| Samples {
+            row: cases[own].samples.clone(),
+            bare: cases[reference].samples.clone(),
+            floor: cases[reference + 1].samples.clone(),
+            before: old.map(|old| cases[old].samples.clone()),
+        })
+        .collect())
+}
+
+/// The programs to compare with.
+struct References {
+    _bpf: Ebpf,
+    bare: ProgramFd,
+    floor: ProgramFd,
+}
+
+impl References {
+    fn load() -> Result<Self> {
+        let mut bpf = EbpfLoader::new().load(objects::REWIND).context("load the reference programs")?;
+        let mut fd = |name| -> Result<ProgramFd> {
+            let program: &mut Xdp = load_xdp(&mut bpf, name)?;
+            Ok(program.fd()?.try_clone()?)
+        };
+        let (bare, floor) = (fd("bare")?, fd("floor")?);
+        Ok(Self { _bpf: bpf, bare, floor })
+    }
+}
+
+/// The loaded programs of a group of rows.
+struct Bed {
+    ingress: Ingress,
+    decap: Decap,
+}
+
+impl Bed {
+    fn load(object: &[u8], tables: Tables) -> Result<Self> {
+        let addresses = |high| Family::ALL.map(|family| family.address(high, 1));
+        Ok(Self {
+            ingress: Ingress::load(object, tables)?,
+            decap: Decap::load(&addresses(10), &addresses(7))?,
+        })
+    }
+
+    /// The row's frame, and its program in a wrapper: checked to do what the row says, and primed.
+    fn case(&mut self, row: &Row) -> Result<(Frame, Case)> {
+        let (frame, program, verdict, grown) = match row.subject {
+            Subject::Service(spec, kind) => {
+                let vip = self.ingress.vip(&spec)?;
+                let frame = Frame::new(spec.family, kind, vip, PORT);
+                (frame, self.ingress.fd()?, TX, spec.overhead())
+            }
+            Subject::NotVip(family) => {
+                let frame = Frame::new(family, Kind::Established, family.address(250, 1), PORT);
+                (frame, self.ingress.fd()?, PASS, 0)
+            }
+            Subject::Decap(family, gue) => {
+                let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
+                let gue = gue.then_some(lb_common::settings::GUE_PORT);
+                let frame = inner.encapsulated(family.address(0, 9), family.address(10, 1), gue);
+                let overhead = frame.bytes.len() - inner.bytes.len();
+                (frame, self.decap.fd()?, PASS, -(overhead as i32))
+            }
+        };
+        let wrapper = Wrapper::new(&frame, row.flows, &program)?;
+        // Once, and often: the wrapper must hand the program the same frame each time.
+        for rounds in [1, 1_000] {
+            let run = wrapper.run(rounds)?;
+            let expected = (verdict, frame.bytes.len() as i32 + grown);
+            ensure!(
+                (run.verdict, run.len as i32) == expected,
+                "verdict and length after {rounds} rounds are ({}, {}), not {expected:?}",
+                run.verdict,
+                run.len
+            );
+        }
+        if row.prime > 0 {
+            wrapper.run(row.prime)?;
+        }
+        Ok((frame, Case::new(wrapper)))
+    }
+}

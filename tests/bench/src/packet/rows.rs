@@ -1,0 +1,183 @@
+//! What is measured: one row a line of the report. To add one, add it here.
+
+use lb_common::{backend::mode, service::flags};
+
+use super::{
+    bed::{ServiceSpec, Slots, Tables},
+    frame::{Family, Kind},
+};
+
+/// What a row feeds to which program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// A client's packet to a service of the ingress program.
+    Service(ServiceSpec, Kind),
+    /// A packet of the ingress host's own, which is none of the balancer's business.
+    NotVip(Family),
+    /// An encapsulated packet to the decap program: the inner family, GUE or not.
+    Decap(Family, bool),
+}
+
+/// A row.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Heading under which it stands.
+    pub section: &'static str,
+    /// Its name, the same in every run.
+    pub name: String,
+    /// Maps that it needs. Rows with the same ones share a loaded program and are interleaved.
+    pub tables: Tables,
+    /// What it feeds.
+    pub subject: Subject,
+    /// Flows that take turns, a power of two.
+    pub flows: u32,
+    /// Rounds before the first that counts: so many that every flow is known.
+    pub prime: u32,
+}
+
+const ONE: u32 = 1;
+const MILLION: u32 = 1 << 20;
+const SIXTEEN_MILLION: u32 = 1 << 24;
+
+/// Numbers of flows with their names.
+const FLOWS: [(u32, &str); 3] = [(ONE, "1"), (MILLION, "1M"), (SIXTEEN_MILLION, "16M")];
+/// Forwarding modes with their names.
+const MODES: [(u8, &str); 2] = [(mode::IPIP, "ipip"), (mode::GUE, "gue")];
+
+/// Flow tables with room for a million flows and as many again.
+const ROOMY: u32 = 2 * MILLION;
+
+/// All rows.
+pub fn all() -> Vec<Row> {
+    let mut rows = stable();
+    rows.extend(mixed());
+    rows.extend(not_ours());
+    rows.extend(decap());
+    rows.extend(tracked_udp());
+    rows.extend(exceptions());
+    rows
+}
+
+/// Stable table: the answer needs no flow table.
+fn stable() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for family in Family::ALL {
+        for kind in [Kind::Established, Kind::Syn, Kind::Udp] {
+            for (mode, mode_name) in MODES {
+                for (flows, flows_name) in FLOWS {
+                    let spec = ServiceSpec::new(family, mode);
+                    let spec = if kind == Kind::Udp {
+                        ServiceSpec { flags: flags::UDP_STATELESS, ..spec.udp() }
+                    } else {
+                        spec
+                    };
+                    rows.push(Row {
+                        section: "Stable table",
+                        name: format!("{}/{}/{mode_name}/{flows_name}", family.label(), kind.label()),
+                        tables: Tables::DEFAULT,
+                        subject: Subject::Service(spec, kind),
+                        flows,
+                        prime: 0,
+                    });
+                }
+            }
+        }
+    }
+    rows
+}
+
+/// Outer header of the other family.
+fn mixed() -> Vec<Row> {
+    let others = [(Family::V4, Family::V6), (Family::V6, Family::V4)];
+    others
+        .into_iter()
+        .map(|(family, outer)| Row {
+            section: "Outer header of the other family",
+            name: format!("{}/tcp-established/ipip-over-{}/1M", family.label(), outer.label()),
+            tables: Tables::DEFAULT,
+            subject: Subject::Service(
+                ServiceSpec { outer, ..ServiceSpec::new(family, mode::IPIP) },
+                Kind::Established,
+            ),
+            flows: MILLION,
+            prime: 0,
+        })
+        .collect()
+}
+
+/// Packets that are passed to the host.
+fn not_ours() -> Vec<Row> {
+    Family::ALL
+        .into_iter()
+        .map(|family| Row {
+            section: "Passed to the host",
+            name: format!("{}/not-vip/1M", family.label()),
+            tables: Tables::DEFAULT,
+            subject: Subject::NotVip(family),
+            flows: MILLION,
+            prime: 0,
+        })
+        .collect()
+}
+
+/// The worker's side.
+fn decap() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for family in Family::ALL {
+        for (gue, name) in [(false, "ipip"), (true, "gue")] {
+            rows.push(Row {
+                section: "Decapsulation on the worker",
+                name: format!("{}/decap/{name}/1", family.label()),
+                tables: Tables::DEFAULT,
+                subject: Subject::Decap(family, gue),
+                flows: ONE,
+                prime: 0,
+            });
+        }
+    }
+    rows
+}
+
+/// UDP flows are remembered. The last number of flows does not fit the table: each packet evicts one.
+fn tracked_udp() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for family in Family::ALL {
+        for (flows, flows_name) in FLOWS {
+            rows.push(Row {
+                section: "UDP, tracked (table of 2 M flows)",
+                name: format!("{}/udp-tracked/ipip/{flows_name}", family.label()),
+                tables: Tables { udp_flows: ROOMY, ..Tables::DEFAULT },
+                subject: Subject::Service(ServiceSpec::new(family, mode::IPIP).udp(), Kind::Udp),
+                flows,
+                prime: flows.min(2 * MILLION),
+            });
+        }
+    }
+    rows
+}
+
+/// Tables with exceptions. Established flows of a transition are written down at their first packet.
+fn exceptions() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for (slots, state) in [(Slots::Transition, "transition"), (Slots::Tracked, "tracked")] {
+        for family in Family::ALL {
+            for kind in [Kind::Established, Kind::Syn] {
+                for (flows, flows_name) in FLOWS {
+                    let spec = ServiceSpec { slots, ..ServiceSpec::new(family, mode::IPIP) };
+                    // Families on maps of their own: each row is to have the flow table to itself.
+                    let tables = Tables { flows: ROOMY + (family == Family::V6) as u32, ..Tables::DEFAULT };
+                    let is_recorded = slots == Slots::Transition && kind == Kind::Established;
+                    rows.push(Row {
+                        section: "Table with exceptions (flow table of 2 M flows)",
+                        name: format!("{}/{}/ipip/{state}/{flows_name}", family.label(), kind.label()),
+                        tables,
+                        subject: Subject::Service(spec, kind),
+                        flows,
+                        prime: if is_recorded { flows.min(2 * MILLION) } else { 0 },
+                    });
+                }
+            }
+        }
+    }
+    rows
+}
