@@ -1,0 +1,7 @@
+//! Packet in, packet out: each test is one named case through the loaded program. What it must answer is
+//! written out (verdict, bytes, counters, flow tables), built from the RFCs and not by the code under
+//! test. A file per feature.
+
+mod case;
+mod gue;
+mod ipip;
