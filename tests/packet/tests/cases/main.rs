@@ -3,5 +3,11 @@
 //! test. A file per feature.
 
 mod case;
+mod egress;
+mod flows;
 mod gue;
+mod headers;
 mod ipip;
+mod services;
+mod settings;
+mod size;
