@@ -122,7 +122,7 @@ impl Packet {
         ip.extend(&self.source.0[12..]);
         ip.extend(&self.destination.0[12..]);
         ip.extend(&self.options);
-        let check = (!sum(&ip)).to_be_bytes();
+        let check = (!checksum(&ip)).to_be_bytes();
         ip[10..12].copy_from_slice(&check);
         ip.extend(l4);
         ip
@@ -168,13 +168,13 @@ impl Packet {
         pseudo.extend((l4.len() as u32).to_be_bytes());
         pseudo.extend([0, 0, 0, self.protocol]);
         pseudo.extend(&l4);
-        l4[check_at..check_at + 2].copy_from_slice(&(!sum(&pseudo)).to_be_bytes());
+        l4[check_at..check_at + 2].copy_from_slice(&(!checksum(&pseudo)).to_be_bytes());
         l4
     }
 }
 
 /// Folded one's complement sum (RFC 1071), computed the plain way.
-fn sum(bytes: &[u8]) -> u16 {
+pub fn checksum(bytes: &[u8]) -> u16 {
     let mut sum = 0u32;
     for pair in bytes.chunks(2) {
         sum += u32::from(u16::from_be_bytes([pair[0], *pair.get(1).unwrap_or(&0)]));
@@ -187,5 +187,5 @@ fn sum(bytes: &[u8]) -> u16 {
 
 /// Whether the bytes, their checksum field included, sum up to all ones.
 pub fn checksum_is_right(bytes: &[u8]) -> bool {
-    sum(bytes) == 0xffff
+    checksum(bytes) == 0xffff
 }

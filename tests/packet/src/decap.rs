@@ -4,8 +4,9 @@ use crate::Run;
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, PerCpuArray},
-    programs::{TestRun, TestRunOptions, Xdp},
+    maps::{HashMap, PerCpuArray, PerCpuValues},
+    programs::Xdp,
+    util::nr_cpus,
 };
 use lb_common::{Address, Reason, names, settings::DecapSettings};
 
@@ -50,14 +51,21 @@ impl Decap {
 
     /// Runs one packet through the program.
     pub fn run(&self, packet: &[u8]) -> Result<Run> {
-        let mut out = vec![0; packet.len() + 512];
-        let result = self.program().test_run(TestRunOptions {
-            data_in: Some(packet),
-            data_out: Some(&mut out),
-            ..TestRunOptions::default()
-        })?;
-        out.truncate(result.data_size_out as usize);
-        Ok(Run { verdict: result.return_value, packet: out })
+        crate::ingress::run(self.program(), packet)
+    }
+
+    /// All reasons that were counted since the last call.
+    pub fn take_counts(&mut self) -> Vec<(Reason, u64)> {
+        let counts: Vec<_> =
+            Reason::ALL.iter().map(|r| (*r, self.count(*r))).filter(|(_, n)| *n != 0).collect();
+        let cpus = nr_cpus().expect("the kernel lists its processors");
+        let mut map: PerCpuArray<_, u64> =
+            PerCpuArray::try_from(self.bpf.map_mut(names::REASONS).expect("map")).expect("its type");
+        for (reason, _) in &counts {
+            let zeros = PerCpuValues::try_from(vec![0; cpus]).expect("one for each");
+            map.set(*reason as u32, zeros, 0).expect("in range");
+        }
+        counts
     }
 
     /// A reason's counter over all CPUs.

@@ -2,13 +2,14 @@
 
 use anyhow::{Context, Result};
 use aya::{
-    Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray, xdp::DevMapHash},
+    Ebpf, EbpfLoader, Pod,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
     programs::{TestRun, TestRunOptions, Xdp},
+    util::nr_cpus,
 };
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
-    service::flags, settings::IngressSettings,
+    service::flags, settings::IngressSettings, stats::IcmpBudget,
 };
 
 /// What a run left behind.
@@ -19,6 +20,21 @@ pub struct Run {
     /// The packet afterwards.
     pub packet: Vec<u8>,
 }
+
+/// Runs a program on one packet.
+pub(crate) fn run(program: &Xdp, packet: &[u8]) -> Result<Run> {
+    let mut out = vec![0; packet.len() + 512];
+    let result = program.test_run(TestRunOptions {
+        data_in: Some(packet),
+        data_out: Some(&mut out),
+        ..TestRunOptions::default()
+    })?;
+    out.truncate(result.data_size_out as usize);
+    Ok(Run { verdict: result.return_value, packet: out })
+}
+
+/// Entries of the arrays that tests use; [`Ingress::reset`] clears these.
+pub const USED: u32 = 32;
 
 /// A slot's pair for [`Ingress::service`].
 #[derive(Clone, Copy, Debug)]
@@ -82,14 +98,7 @@ impl Ingress {
 
     /// Runs one packet through the program.
     pub fn run(&self, packet: &[u8]) -> Result<Run> {
-        let mut out = vec![0; packet.len() + 512];
-        let result = self.program().test_run(TestRunOptions {
-            data_in: Some(packet),
-            data_out: Some(&mut out),
-            ..TestRunOptions::default()
-        })?;
-        out.truncate(result.data_size_out as usize);
-        Ok(Run { verdict: result.return_value, packet: out })
+        run(self.program(), packet)
     }
 
     fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> M
@@ -165,6 +174,65 @@ impl Ingress {
     pub fn set_flow(&mut self, table: &str, key: FlowKey, flow: Flow) {
         let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
         flows.insert(key, flow, 0).expect("room");
+    }
+
+    /// Empties all tables and zeroes all counters.
+    pub fn reset(&mut self) {
+        fn clear<K: Pod, V: Pod>(mut map: HashMap<&mut MapData, K, V>) {
+            let keys: Vec<K> = map.keys().filter_map(Result::ok).collect();
+            for key in keys {
+                map.remove(&key).expect("listed a moment ago");
+            }
+        }
+        clear::<ServiceKey, u32>(self.map(names::SERVICE_INDEX));
+        clear::<VipKey, Vip>(self.map(names::VIPS));
+        self.forget_flows();
+        for index in 0..USED {
+            self.set_service(index, Service::default());
+            self.backend(index, Backend::default());
+        }
+        self.zero::<u64>(names::REASONS, Reason::COUNT);
+        self.zero::<BackendStats>(names::BACKEND_STATS, USED);
+        self.zero::<IcmpBudget>(names::ICMP_BUDGET, 1);
+    }
+
+    fn zero<V: Pod + Default + Clone>(&mut self, name: &str, entries: u32) {
+        let cpus = nr_cpus().expect("the kernel lists its processors");
+        let mut map: PerCpuArray<&mut MapData, V> = self.map(name);
+        for index in 0..entries {
+            let zeros = PerCpuValues::try_from(vec![V::default(); cpus]).expect("one for each");
+            map.set(index, zeros, 0).expect("in range");
+        }
+    }
+
+    /// Empties the flow tables.
+    pub fn forget_flows(&mut self) {
+        for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
+            let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
+            let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();
+            for key in keys {
+                // The LRU may have been faster.
+                let _ = flows.remove(&key);
+            }
+        }
+    }
+
+    /// Writes a service's entry as it is.
+    pub fn set_service(&mut self, index: u32, service: Service) {
+        let mut services: Array<&mut MapData, Service> = self.map(names::SERVICES);
+        services.set(index, service, 0).expect("in range");
+    }
+
+    /// Writes a slot as it is.
+    pub fn set_slot(&mut self, place: u32, slot: Slot) {
+        let mut slots: Array<&mut MapData, Slot> = self.map(names::SLOTS);
+        slots.set(place, slot, 0).expect("in range");
+    }
+
+    /// Makes a port lead to a service.
+    pub fn set_key(&mut self, key: ServiceKey, index: u32) {
+        let mut keys: HashMap<&mut MapData, ServiceKey, u32> = self.map(names::SERVICE_INDEX);
+        keys.insert(key, index, 0).expect("room");
     }
 
     /// A reason's counter over all CPUs.

@@ -1,13 +1,15 @@
 //! Runs the loaded XDP programs on single packets (`BPF_PROG_TEST_RUN`): packet in, packet out,
 //! verdict, counters. Needs root; each [`Ingress`] or [`Decap`] has maps of its own.
 
+pub mod bed;
 mod build;
 mod decap;
 mod ingress;
+pub mod outer;
 
-pub use build::{Packet, Vlan, checksum_is_right};
+pub use build::{HOST_MAC, PEER_MAC, Packet, Vlan, checksum, checksum_is_right};
 pub use decap::Decap;
-pub use ingress::{Ingress, Pair, Run};
+pub use ingress::{Ingress, Pair, Run, USED};
 
 /// XDP verdicts.
 pub mod xdp {
@@ -19,4 +21,13 @@ pub mod xdp {
     pub const TX: u32 = 3;
     /// Out of another interface.
     pub const REDIRECT: u32 = 4;
+}
+
+/// Seconds of the clock by which flows are dated.
+pub fn now_s() -> u32 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a timespec of ours.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC_COARSE, &mut now) };
+    assert_eq!(result, 0, "Linux has this clock");
+    now.tv_sec as u32
 }

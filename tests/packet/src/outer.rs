@@ -1,0 +1,122 @@
+//! What an encapsulated packet must look like, written byte by byte from the RFCs and from what
+//! ARCHITECTURE.md says of hashes; none of the code under test is used.
+
+use crate::build::{Packet, checksum};
+use lb_common::{Backend, backend::mode, is_mapped};
+
+/// Seed of the tests' services.
+pub const SEED: [u64; 2] = [0x1234_5678, 0x9abc_def0];
+
+/// MurmurHash3's 64-bit finalizer.
+fn fmix64(mut k: u64) -> u64 {
+    k ^= k >> 33;
+    k = k.wrapping_mul(0xff51afd7ed558ccd);
+    k ^= k >> 33;
+    k = k.wrapping_mul(0xc4ceb9fe1a85ec53);
+    k ^ (k >> 33)
+}
+
+/// Keyed hash of a packet's 5-tuple.
+pub fn flow_hash(seed: [u64; 2], packet: &Packet) -> u64 {
+    let (s, d) = (&packet.source.0, &packet.destination.0);
+    let words = if is_mapped(d) { [&s[12..], &d[12..]].concat() } else { [&s[..], &d[..]].concat() };
+    let mut h = seed[0];
+    for word in words.chunks(8) {
+        h = fmix64(h ^ u64::from_be_bytes(word.try_into().expect("eight bytes")));
+    }
+    let ports =
+        u64::from(packet.protocol) << 32 | u64::from(packet.source.1) << 16 | u64::from(packet.destination.1);
+    fmix64(h.wrapping_add(seed[1]) ^ ports)
+}
+
+/// The Ethernet header towards a backend, by its own next hop.
+pub fn ethernet(backend: &Backend) -> Vec<u8> {
+    let mut frame = [backend.next_hop, backend.egress_mac].concat();
+    if backend.vlan.get() != 0 {
+        frame.extend([0x81, 0x00]);
+        frame.extend(backend.vlan.to_bytes());
+    }
+    frame.extend(if is_mapped(&backend.address) { [0x08, 0x00] } else { [0x86, 0xdd] });
+    frame
+}
+
+/// The packet in its tunnel, from the outer IP header on.
+pub fn tunnel(packet: &Packet, backend: &Backend) -> Vec<u8> {
+    let hash = flow_hash(SEED, packet);
+    let mut inner = packet.ip();
+    let mut protocol = if is_mapped(&packet.destination.0) { 4 } else { 41 };
+    if backend.mode == mode::GUE {
+        let mut udp = (0xc000 | (hash & 0x3fff) as u16).to_be_bytes().to_vec();
+        udp.extend(backend.port.to_bytes());
+        udp.extend(((inner.len() + 12) as u16).to_be_bytes());
+        udp.extend([0, 0]);
+        udp.extend([0, protocol, 0, 0]);
+        inner.splice(0..0, udp);
+        protocol = 17;
+    }
+    let mut source = backend.source;
+    for bit in 0..usize::from(backend.source_bits) {
+        source[15 - bit / 8] |= ((hash >> bit & 1) as u8) << (bit % 8);
+    }
+    let mut outer = if is_mapped(&backend.address) {
+        let mut ip = vec![0x45, packet.tos];
+        ip.extend(((20 + inner.len()) as u16).to_be_bytes());
+        ip.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
+        ip.extend(&source[12..]);
+        ip.extend(&backend.address[12..]);
+        let check = (!checksum(&ip)).to_be_bytes();
+        ip[10..12].copy_from_slice(&check);
+        ip
+    } else {
+        let label = (hash & 0xf_ffff) as u32;
+        let mut ip = (6 << 28 | u32::from(packet.tos) << 20 | label).to_be_bytes().to_vec();
+        ip.extend((inner.len() as u16).to_be_bytes());
+        ip.extend([protocol, 64]);
+        ip.extend(source);
+        ip.extend(backend.address);
+        ip
+    };
+    outer.extend(inner);
+    outer
+}
+
+/// The whole frame towards a backend.
+pub fn encapsulated(packet: &Packet, backend: &Backend) -> Vec<u8> {
+    [ethernet(backend), tunnel(packet, backend)].concat()
+}
+
+/// The answer to a packet that is too big: the packet's own Ethernet header turned round, and an ICMP
+/// error that quotes its first 512 bytes.
+pub fn too_big(packet: &Packet, mtu: u16) -> Vec<u8> {
+    let (vip, client) = (&packet.destination.0, &packet.source.0);
+    let l2 = packet.ethernet();
+    let mut frame = [&l2[6..12], &l2[..6], &l2[12..]].concat();
+    let quoted = &packet.ip()[..512];
+    let mtu = mtu.to_be_bytes();
+    if is_mapped(vip) {
+        let mut icmp = [&[3, 4, 0, 0, 0, 0, mtu[0], mtu[1]], quoted].concat();
+        let check = (!checksum(&icmp)).to_be_bytes();
+        icmp[2..4].copy_from_slice(&check);
+        let mut ip = vec![0x45, 0, 2, 28, 0, 0, 0, 0, 64, 1, 0, 0];
+        ip.extend([&vip[12..], &client[12..]].concat());
+        let check = (!checksum(&ip)).to_be_bytes();
+        ip[10..12].copy_from_slice(&check);
+        frame.extend([ip, icmp].concat());
+    } else {
+        let mut icmp = [&[2, 0, 0, 0, 0, 0, mtu[0], mtu[1]], quoted].concat();
+        let pseudo = [&vip[..], &client[..], &[0, 0, 2, 8], &[0, 0, 0, 58], &icmp].concat();
+        let check = (!checksum(&pseudo)).to_be_bytes();
+        icmp[2..4].copy_from_slice(&check);
+        frame.extend([0x60, 0, 0, 0, 2, 8, 58, 64]);
+        frame.extend([&vip[..], &client[..], &icmp].concat());
+    }
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn murmur3_test_vector() {
+        assert_eq!(super::fmix64(1), 0xb456_bcfc_34c2_cb2c);
+    }
+}

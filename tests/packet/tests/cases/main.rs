@@ -1,0 +1,13 @@
+//! Packet in, packet out: each test is one named case through the loaded program. What it must answer is
+//! written out (verdict, bytes, counters, flow tables), built from the RFCs and not by the code under
+//! test. A file per feature.
+
+mod case;
+mod egress;
+mod flows;
+mod gue;
+mod headers;
+mod ipip;
+mod services;
+mod settings;
+mod size;
