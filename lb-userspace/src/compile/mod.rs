@@ -2,17 +2,15 @@
 //!
 //! Input: [`Desired`], [`Observed`], the [`Memory`] of earlier compilations, [`Settings`]. Output: a
 //! [`Plan`] (every map's contents), the new memory, and a status of each service for people. Pure:
-//! the clock is `Observed::now`. [`diff`] turns two plans into ordered operations. Called by `reconcile`.
+//! the clock is `Observed::now`. Called by `reconcile`, which writes what differs from the live maps.
 //!
 //! What a packet already on its way may rely on: a flow that is in no flow table stays with its backend
 //! as long as that backend is there. [`service`] says how.
 
-mod diff;
 mod entries;
 mod memory;
 mod service;
 
-pub use diff::{Op, apply, diff};
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 
 use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol};

@@ -102,14 +102,15 @@ pub(super) fn compile(
     free: &mut FreeIndices,
     cached: &mut Cached,
 ) -> Result<Arc<Output>, CompileError> {
-    let addresses = input.wanted.backends.values().map(|b| b.address);
-    let removed = memory.into_iter().flat_map(|m| m.backends.keys().copied());
-    let next_hops: Vec<_> = addresses.chain(removed).map(|a| input.next_hops.get(&a).copied()).collect();
+    // All backends have an entry in the memory that came of them.
+    let next_hops = |memory: &ServiceMemory| -> Vec<Option<NextHop>> {
+        memory.backends.keys().map(|address| input.next_hops.get(address).copied()).collect()
+    };
     if let Some(last) = &cached.last
         && memory.is_some_and(|m| Arc::ptr_eq(m, &last.output.memory))
         && last.output.next_change_ms.is_none_or(|at| input.now_ms < at)
         && last.verdicts == input.verdicts
-        && last.next_hops == next_hops
+        && last.next_hops == next_hops(&last.output.memory)
         && last.name == *input.name
         && last.wanted == *input.wanted
     {
@@ -120,7 +121,7 @@ pub(super) fn compile(
         name: input.name.clone(),
         wanted: input.wanted.clone(),
         verdicts: input.verdicts.clone(),
-        next_hops,
+        next_hops: next_hops(&output.memory),
         output: output.clone(),
     });
     Ok(output)

@@ -1,0 +1,292 @@
+//! What comes of a desired state: entries, tables, indices, refusals.
+#![allow(missing_docs)]
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use lb_common::{
+    Be16, VipKey,
+    backend::{flags, mode},
+    mapped,
+    service::{NO_SERVICE, TCP, UDP},
+    slot::NO_BACKEND,
+};
+use lb_userspace::{
+    compile::{Cache, CompileError, Compiled, Memory, Settings, compile},
+    model::{BackendId, Desired, Health, NextHop, Observed},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+/// A daemon's compiling side.
+#[derive(Default)]
+struct Host {
+    settings: Settings,
+    observed: Observed,
+    memory: Memory,
+    cache: Cache,
+}
+
+impl Host {
+    fn at(&mut self, seconds: u64, desired: &Desired) -> Compiled {
+        self.try_at(seconds, desired).unwrap()
+    }
+
+    fn try_at(&mut self, seconds: u64, desired: &Desired) -> Result<Compiled, CompileError> {
+        self.observed.now = Duration::from_secs(seconds);
+        let compiled = compile(desired, &self.observed, &self.memory, &self.settings, &mut self.cache)?;
+        self.memory = compiled.memory.clone();
+        Ok(compiled)
+    }
+}
+
+fn desired(json: &str) -> Desired {
+    serde_json::from_str(json).unwrap()
+}
+
+/// Service `s` on 10.0.0.1:80/tcp with these backends.
+fn service(backends: &[(&str, &str)]) -> Desired {
+    let list: Vec<_> = backends.iter().map(|(n, rest)| format!(r#""{n}":{{{rest}}}"#)).collect();
+    desired(&format!(
+        r#"{{"services":{{"s":{{"vip":"10.0.0.1","port":80,"protocol":"tcp","table_size":251,"backends":{{{}}}}}}}}}"#,
+        list.join(",")
+    ))
+}
+
+fn two() -> Desired {
+    service(&[("a", r#""address":"10.1.0.1""#), ("b", r#""address":"10.1.0.2""#)])
+}
+
+fn hop(ifindex: u32, source: Option<&str>) -> NextHop {
+    NextHop {
+        ifindex,
+        vlan: 7,
+        egress_mac: [1; 6],
+        next_hop: [2; 6],
+        mtu: 1_500,
+        source: source.map(|s| s.parse().unwrap()),
+    }
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn a_backend_is_resolved_when_next_hop_and_source_are_known() {
+    let mut host = Host::default();
+    let plan = host.at(1, &two()).plan;
+    let entry = plan.backends[&0];
+    assert_eq!(entry.address, mapped([10, 1, 0, 1]));
+    assert_eq!((entry.flags, entry.mode, entry.service), (flags::USED, mode::IPIP, 0));
+
+    host.observed.next_hops = BTreeMap::from([
+        (address("10.1.0.1"), hop(3, Some("10.1.0.254"))),
+        (address("10.1.0.2"), hop(4, None)),
+    ]);
+    let plan = host.at(2, &two()).plan;
+    let entry = plan.backends[&0];
+    assert_eq!(entry.flags, flags::USED | flags::RESOLVED);
+    assert_eq!((entry.source, entry.source_bits), (mapped([10, 1, 0, 254]), 0));
+    assert_eq!((entry.ifindex, entry.mtu, entry.vlan), (3, 1_500, Be16::new(7)));
+    assert_eq!((entry.next_hop, entry.egress_mac), ([2; 6], [1; 6]));
+    assert_eq!(plan.backends[&1].flags, flags::USED, "no source: the kernel is asked");
+    assert_eq!(plan.egress, BTreeSet::from([3, 4]));
+}
+
+#[test]
+fn the_source_prefix_is_for_ipip_and_its_own_family() {
+    let mut host = Host::default();
+    host.settings.ipip_source_v4 = Some(Ipv4Net::new([172, 16, 0, 0].into(), 12).unwrap());
+    host.settings.ipip_source_v6 = Some("fd00:1::/48".parse::<Ipv6Net>().unwrap());
+    let mut desired = service(&[("a", r#""address":"10.1.0.1""#), ("b", r#""address":"fd00::2""#)]);
+    for a in ["10.1.0.1", "fd00::2"] {
+        host.observed.next_hops.insert(address(a), hop(3, None));
+    }
+    let plan = host.at(1, &desired).plan;
+    let entry = |plan: &lb_userspace::compile::Plan, v4: bool| {
+        *plan.backends.values().find(|b| lb_common::is_mapped(&b.address) == v4).unwrap()
+    };
+    assert_eq!((entry(&plan, true).source, entry(&plan, true).source_bits), (mapped([172, 16, 0, 0]), 20));
+    assert_eq!(entry(&plan, false).source_bits, 64);
+    assert_eq!(entry(&plan, false).source[..6], [0xfd, 0, 0, 1, 0, 0]);
+    assert!(plan.backends.values().all(|b| b.flags & flags::RESOLVED != 0));
+
+    let s = desired.services.values_mut().next().unwrap();
+    s.mode = lb_userspace::model::ForwardingMode::Gue;
+    let plan = host.at(2, &desired).plan;
+    let gue = entry(&plan, true);
+    assert_eq!((gue.mode, gue.port, gue.source_bits), (mode::GUE, Be16::new(6080), 0));
+    assert_eq!(gue.flags & flags::RESOLVED, 0, "a route without a source");
+}
+
+#[test]
+fn services_are_entered_where_packets_find_them() {
+    let desired = desired(
+        r#"{"services":{
+            "exact":{"vip":"10.0.0.1","port":80,"protocol":"tcp"},
+            "high":{"vip":"10.0.0.1","port":"9000-9999","protocol":"udp"},
+            "low":{"vip":"10.0.0.1","port":"100-200","protocol":"udp"},
+            "rest":{"vip":"10.0.0.1","port":"any","protocol":"udp"},
+            "six":{"vip":"fd00::1","port":80,"protocol":"tcp"}}}"#,
+    );
+    let mut host = Host::default();
+    let Compiled { plan, status, .. } = host.at(1, &desired);
+    let index: BTreeMap<_, _> = status.iter().map(|s| (s.name.to_string(), s.index)).collect();
+    assert_eq!(plan.index.len(), 2);
+    assert_eq!(plan.vips.len(), 2);
+    let vip = plan.vips[&VipKey { vip: mapped([10, 0, 0, 1]) }];
+    assert_eq!((vip.any_tcp, vip.any_udp, vip.range_count), (NO_SERVICE, index["rest"], 2));
+    assert_eq!((vip.ranges[0].first, vip.ranges[0].last, vip.ranges[0].service), (100, 200, index["low"]));
+    assert_eq!((vip.ranges[1].first, vip.ranges[1].protocol), (9_000, u32::from(UDP)));
+    assert!(plan.services.values().all(|s| s.table.is_empty()), "no backend, no table");
+    assert_eq!(plan.services[&index["exact"]].view.protocol, TCP);
+
+    // The maps alone tell who is who.
+    let mut adopted = Memory::default();
+    adopted.adopt(&plan, 1_000);
+    let indices = |m: &Memory| m.services.iter().map(|(id, s)| (*id, s.index)).collect::<Vec<_>>();
+    assert_eq!(indices(&adopted), indices(&host.memory));
+}
+
+#[test]
+fn a_removed_backend_keeps_its_entry_until_no_flow_names_it() {
+    let mut host = Host::default();
+    let before = host.at(1, &two()).plan;
+    let one = service(&[("a", r#""address":"10.1.0.1""#)]);
+    let Compiled { plan, status, next_change_ms, .. } = host.at(10, &one);
+    assert_eq!(plan.backends[&1].flags, flags::USED | flags::DRAINING);
+    assert!(plan.services[&0].table.iter().all(|s| s.primary_index() == 0));
+    let moved = before.services[&0].table.iter().filter(|s| s.primary_index() == 1).count();
+    assert_eq!(status[0].transition_slots as usize, moved);
+    assert_eq!(status[0].backends[1].removed_until_ms, Some(310_000));
+    assert_eq!(next_change_ms, Some(310_000));
+    assert!(host.memory.drained(&one, 309_999).is_empty(), "within the drain time");
+    assert_eq!(host.memory.drained(&one, 310_000), BTreeSet::from([1]));
+
+    // A newcomer gets another index; the same address gets its own back.
+    let with_c = service(&[("a", r#""address":"10.1.0.1""#), ("c", r#""address":"10.1.0.3""#)]);
+    assert_eq!(host.at(11, &with_c).plan.backends[&2].address, mapped([10, 1, 0, 3]));
+    let again = host.at(12, &two());
+    assert_eq!(again.plan.backends[&1].flags, flags::USED);
+
+    host.at(13, &one);
+    host.memory.release(&BTreeSet::new(), &BTreeSet::from([1, 2]));
+    let plan = host.at(400, &one).plan;
+    assert_eq!(plan.backends.keys().copied().collect::<Vec<_>>(), [0]);
+    assert!(plan.services[&0].table.iter().all(|s| !s.is_transition() && s.secondary_index() == NO_BACKEND));
+    assert!(plan.services[&0].table.iter().any(|s| s.is_tracked()), "until a scan has found no flow");
+    host.memory.untrack(0);
+    assert!(host.at(401, &one).plan.services[&0].table.iter().all(|s| !s.is_tracked()));
+}
+
+#[test]
+fn a_removed_service_keeps_its_indices_until_they_are_released() {
+    let mut host = Host::default();
+    host.at(1, &two());
+    let none = host.at(2, &Desired::default());
+    assert_eq!(none.plan, lb_userspace::compile::Plan::default());
+    let again = host.at(3, &two());
+    assert_eq!(again.status[0].index, 1);
+    assert_eq!(again.plan.backends.keys().copied().collect::<Vec<_>>(), [2, 3]);
+    host.at(4, &Desired::default());
+    host.memory.release(&BTreeSet::from([0, 1]), &BTreeSet::new());
+    assert_eq!(host.at(5, &two()).status[0].index, 0);
+}
+
+#[test]
+fn another_name_changes_nothing_and_another_address_is_another_backend() {
+    let mut host = Host::default();
+    let before = host.at(1, &two()).plan;
+    let renamed = service(&[("x", r#""address":"10.1.0.1""#), ("y", r#""address":"10.1.0.2""#)]);
+    assert_eq!(host.at(2, &renamed).plan, before);
+    let moved = service(&[("a", r#""address":"10.1.0.9""#), ("b", r#""address":"10.1.0.2""#)]);
+    let plan = host.at(3, &moved).plan;
+    assert_eq!(plan.backends[&0].flags, flags::USED | flags::DRAINING);
+    assert_eq!(plan.backends[&2].address, mapped([10, 1, 0, 9]));
+}
+
+#[test]
+fn hosts_with_different_pasts_have_the_same_tables() {
+    let four = service(&[
+        ("a", r#""address":"10.1.0.1""#),
+        ("b", r#""address":"10.1.0.2","weight":3"#),
+        ("c", r#""address":"10.1.0.3""#),
+        ("d", r#""address":"10.1.0.4","state":"draining""#),
+    ]);
+    let (mut one, mut other) = (Host::default(), Host::default());
+    other.at(1, &service(&[("c", r#""address":"10.1.0.3""#)]));
+    other.at(2, &two());
+    let owners = |compiled: &Compiled| -> Vec<[u8; 16]> {
+        let address = |i: u32| compiled.plan.backends[&i].address;
+        compiled.plan.services[&0].table.iter().map(|s| address(s.primary_index())).collect()
+    };
+    assert_eq!(owners(&one.at(1_000, &four)), owners(&other.at(1_000, &four)));
+}
+
+#[test]
+fn what_is_down_is_marked_and_out_of_the_table_but_for_transitions() {
+    let mut host = Host::default();
+    let mut desired = two();
+    let s = desired.services.values_mut().next().unwrap();
+    s.health.kind = lb_userspace::model::HealthKind::Tcp;
+    let id = |b: &str| BackendId { service: "s".parse().unwrap(), backend: b.parse().unwrap() };
+    host.observed.health = BTreeMap::from([(id("a"), Health::Healthy), (id("b"), Health::Healthy)]);
+    host.at(1, &desired);
+    host.observed.health.insert(id("a"), Health::Unhealthy);
+    host.observed.health.insert(id("b"), Health::Unhealthy);
+    let Compiled { plan, status, .. } = host.at(2, &desired);
+    assert!(plan.backends.values().all(|b| b.flags == flags::USED | flags::DOWN));
+    assert_eq!((status[0].eligible, status[0].panic), (0, false));
+    for slot in plan.services[&0].table.iter() {
+        assert_eq!(slot.primary_index(), NO_BACKEND);
+        assert!(slot.is_transition() && slot.secondary_index() < 2);
+    }
+    desired.services.values_mut().next().unwrap().panic_percent = 50;
+    let Compiled { plan, status, .. } = host.at(3, &desired);
+    assert!(status[0].panic && plan.backends.values().all(|b| b.flags == flags::USED));
+}
+
+#[test]
+fn an_unchanged_service_is_not_built_again() {
+    let mut host = Host::default();
+    let first = host.at(1, &two()).plan;
+    let second = host.at(2, &two()).plan;
+    assert!(Arc::ptr_eq(&first.services[&0].table, &second.services[&0].table));
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_its_name() {
+    let mut host = Host::default();
+    host.settings.limits.backends = 1;
+    let error = host.try_at(1, &two()).unwrap_err().to_string();
+    assert!(error.contains("backends do not fit: 2 needed, 1 possible, first without room: s"), "{error}");
+    assert!(error.contains("--max-backends"), "{error}");
+    assert_eq!(host.memory, Memory::default(), "nothing is remembered of it");
+
+    let mut host = Host::default();
+    host.settings.limits.services = 0;
+    let error = host.try_at(1, &two()).unwrap_err().to_string();
+    assert!(error.contains("services do not fit: 1 needed, 0 possible, first without room: s"), "{error}");
+
+    let mut host = Host::default();
+    host.settings.limits.slots = 500;
+    let error = host.try_at(1, &two()).unwrap_err().to_string();
+    assert!(error.contains("502 slots needed") && error.contains("service s with 251 slots"), "{error}");
+    assert!(error.contains("--max-slots 502"), "{error}");
+}
+
+#[test]
+fn a_reboot_shifts_the_past_by_the_time_away() {
+    let mut host = Host::default();
+    host.at(100, &two());
+    host.at(200, &service(&[("a", r#""address":"10.1.0.1""#)]));
+    let text = serde_json::to_string(&host.memory).unwrap();
+    let mut read: Memory = serde_json::from_str(&text).unwrap();
+    read.shift(-150_000);
+    let service = read.services.values().next().unwrap();
+    assert_eq!(service.epochs.iter().map(|e| e.from_ms).collect::<Vec<_>>(), [-50_000, 50_000]);
+    assert_eq!(service.backends[&address("10.1.0.2")].removed_ms, Some(50_000));
+}

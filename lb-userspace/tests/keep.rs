@@ -1,0 +1,388 @@
+//! What the whole choice stands on, as a property: whatever the operator and the health checks do, and
+//! however often the daemon restarts, a TCP connection that shows itself once per drain time stays where its
+//! handshake went, as long as that backend exists. Compiled tables meet the very code that runs in the kernel.
+#![allow(missing_docs)]
+
+use lb_common::{
+    Backend, Be16, ServiceKey, ServiceView, backend::flags, flow, mapped, service::TCP, slot::NO_BACKEND,
+};
+use lb_ebpf::{
+    FlowTable, Tables,
+    choose::{choose, flow_key},
+    hash::flow_hash,
+    native::HashTables,
+    parse::{Headers, tcp, words},
+    service::lookup_service,
+};
+use lb_userspace::{
+    compile::{Cache, Memory, Plan, Settings, compile},
+    model::{BackendId, BackendState, Desired, Health, HealthCheck, HealthKind, Name, Observed, Service},
+};
+use proptest::prelude::*;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+    time::Duration,
+};
+
+const DRAIN_S: u32 = 300;
+const VIP: [u8; 4] = [10, 0, 0, 1];
+
+/// Something that happens.
+#[derive(Clone, Debug)]
+enum Step {
+    Add(u8, u32),
+    Remove(u8),
+    State(u8, BackendState),
+    Health(u8, Health),
+    /// New connections.
+    Connect(u8),
+    /// Some connections end.
+    Close(u8),
+    /// Seconds go by; every connection shows itself at least once in each 250 s.
+    Wait(u16),
+    /// The daemon is killed and starts again.
+    Restart,
+    /// The flow tables are scanned.
+    Sweep,
+    /// Clients whose handshake is not complete try again.
+    RepeatSyns,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let backend = 0u8..8;
+    let state = prop_oneof![Just(BackendState::Up), Just(BackendState::Draining), Just(BackendState::Down)];
+    let health =
+        prop_oneof![2 => Just(Health::Healthy), 1 => Just(Health::Unhealthy), 1 => Just(Health::Unknown)];
+    let step = prop_oneof![
+        4 => (backend.clone(), 1u32..5).prop_map(|(b, w)| Step::Add(b, w)),
+        2 => backend.clone().prop_map(Step::Remove),
+        3 => (backend.clone(), state).prop_map(|(b, s)| Step::State(b, s)),
+        6 => (backend, health).prop_map(|(b, h)| Step::Health(b, h)),
+        6 => (1u8..40).prop_map(Step::Connect),
+        1 => (1u8..10).prop_map(Step::Close),
+        6 => (1u16..700).prop_map(Step::Wait),
+        2 => Just(Step::Restart),
+        3 => Just(Step::Sweep),
+        2 => Just(Step::RepeatSyns),
+    ];
+    prop::collection::vec(step, 1..60)
+}
+
+/// A connection, and the backend that its handshake reached: index, and its address.
+struct Connection {
+    headers: Headers,
+    home: Option<(u32, [u8; 16])>,
+    established: bool,
+}
+
+/// One ingress host.
+struct World {
+    desired: Desired,
+    observed: Observed,
+    memory: Memory,
+    cache: Cache,
+    plan: Plan,
+    tables: HashTables,
+    connections: Vec<Connection>,
+    opened: u32,
+    now_s: u32,
+}
+
+fn name(i: u8) -> Name {
+    format!("b{i}").parse().unwrap()
+}
+
+fn address(i: u8) -> IpAddr {
+    Ipv4Addr::new(10, 1, 0, i + 1).into()
+}
+
+fn service_name() -> Name {
+    "s".parse().unwrap()
+}
+
+impl World {
+    fn new() -> Self {
+        let json = format!(
+            r#"{{"vip":"10.0.0.1","port":80,"protocol":"tcp","drain_s":{DRAIN_S},"table_size":251,"panic_percent":20}}"#
+        );
+        let mut service: Service = serde_json::from_str(&json).unwrap();
+        service.health = HealthCheck { kind: HealthKind::Tcp, ..HealthCheck::default() };
+        let mut world = Self {
+            desired: Desired { services: BTreeMap::from([(service_name(), service)]) },
+            observed: Observed::default(),
+            memory: Memory::default(),
+            cache: Cache::default(),
+            plan: Plan::default(),
+            tables: HashTables::default(),
+            connections: Vec::new(),
+            opened: 0,
+            now_s: 0,
+        };
+        world.now_s = world.tables.now_s();
+        world
+    }
+
+    fn service(&mut self) -> &mut Service {
+        self.desired.services.get_mut(&service_name()).unwrap()
+    }
+
+    fn compile(&mut self) {
+        self.observed.now = Duration::from_secs(self.now_s.into());
+        let compiled =
+            compile(&self.desired, &self.observed, &self.memory, &Settings::default(), &mut self.cache)
+                .unwrap();
+        self.memory = compiled.memory;
+        self.plan = compiled.plan;
+        check_plan(&self.plan);
+        let tables = &mut self.tables;
+        tables.slots.clear();
+        tables.services.clear();
+        for (&index, entry) in &self.plan.services {
+            let view = ServiceView {
+                seed: entry.view.seed,
+                slot_base: tables.slots.len() as u32,
+                slot_count: entry.table.len() as u32,
+                flags: entry.view.flags,
+                protocol: entry.view.protocol,
+                ..ServiceView::default()
+            };
+            tables.slots.extend_from_slice(&entry.table);
+            tables.services.insert(index, view);
+        }
+        tables.service_index = self.plan.index.iter().map(|(k, v)| (*k, *v)).collect();
+        tables.vips = self.plan.vips.iter().map(|(k, v)| (*k, *v)).collect();
+        tables.backends = self.plan.backends.iter().map(|(k, v)| (*k, *v)).collect();
+    }
+
+    /// Where a packet goes now.
+    fn send(&self, headers: &Headers) -> Option<u32> {
+        let (service, _) = lookup_service(&self.tables, headers).unwrap();
+        let view = self.tables.service(service).unwrap();
+        let hash = flow_hash(view.seed, headers);
+        choose(&self.tables, service, view, headers, hash).ok().map(|choice| choice.backend)
+    }
+
+    fn connect(&mut self, count: u8) {
+        for _ in 0..count {
+            self.opened += 1;
+            let source = Ipv4Addr::from(0xc0a8_0000 + self.opened / 7).octets();
+            let headers = Headers {
+                source: words(mapped(source)),
+                destination: words(mapped(VIP)),
+                source_port: (1_024 + self.opened as u16).to_be(),
+                port: 80u16.to_be(),
+                protocol: TCP,
+                tcp_flags: tcp::SYN,
+                ..Headers::default()
+            };
+            let home = self.send(&headers).map(|index| (index, self.plan.backends[&index].address));
+            if home.is_some() {
+                self.connections.push(Connection { headers, home, established: false });
+            }
+        }
+    }
+
+    /// Every connection sends a packet: the first is what completes the handshake.
+    fn show(&mut self) -> Result<(), TestCaseError> {
+        let mut connections = std::mem::take(&mut self.connections);
+        for c in &mut connections {
+            let (index, address) = c.home.expect("only connections with a home are kept");
+            let exists = self.plan.backends.get(&index).is_some_and(|b| b.address == address);
+            prop_assert!(exists, "backend {} was forgotten while a connection was on it", index);
+            c.headers.tcp_flags = tcp::ACK;
+            c.established = true;
+            let now = self.send(&c.headers);
+            prop_assert_eq!(now, Some(index), "a connection moved; {:?}", self.plan.backends[&index].flags);
+        }
+        self.connections = connections;
+        Ok(())
+    }
+
+    /// SYNs are repeated. One that was noted goes where the first went, if that is up; one that was not, because
+    /// its slot was stable then, may go elsewhere, and the connection with it.
+    fn repeat_syns(&mut self) -> Result<(), TestCaseError> {
+        let mut connections = std::mem::take(&mut self.connections);
+        for c in connections.iter_mut().filter(|c| !c.established) {
+            let (index, _) = c.home.expect("only connections with a home are kept");
+            let key = flow_key(self.plan.backends[&index].service, &c.headers);
+            let noted = self.tables.peek(FlowTable::Syns, &key).is_some_and(|s| s.backend == index);
+            let now = self.send(&c.headers);
+            if noted && self.plan.backends[&index].flags & flags::DOWN == 0 {
+                prop_assert_eq!(now, Some(index), "a repeated SYN moved");
+            }
+            c.home = now.map(|index| (index, self.plan.backends[&index].address));
+        }
+        connections.retain(|c| c.home.is_some());
+        self.connections = connections;
+        Ok(())
+    }
+
+    fn close(&mut self, count: u8) {
+        for _ in 0..count.min(self.connections.len() as u8) {
+            let mut c = self.connections.swap_remove(0);
+            c.headers.tcp_flags = tcp::ACK | tcp::FIN;
+            self.send(&c.headers);
+        }
+    }
+
+    fn wait(&mut self, seconds: u16) -> Result<(), TestCaseError> {
+        let mut left = u32::from(seconds);
+        while left > 0 {
+            let step = left.min(250);
+            // Handshakes take no longer than this.
+            self.show()?;
+            self.tables.advance_s(step);
+            self.now_s += step;
+            left -= step;
+            self.compile();
+            self.show()?;
+        }
+        Ok(())
+    }
+
+    /// What the reconciler's scan does.
+    fn sweep(&mut self) {
+        let over = |table, f: &lb_common::Flow| {
+            let age_s = self.now_s - f.last_seen_s;
+            match table {
+                FlowTable::Syns => age_s > flow::SYN_TIMEOUT_S,
+                _ => f.flags & flow::flags::CLOSING != 0 && age_s > flow::CLOSING_S,
+            }
+        };
+        let (mut tracked, mut named) = (BTreeSet::new(), BTreeSet::new());
+        for table in [FlowTable::Flows, FlowTable::Syns] {
+            for (key, entry) in self.tables.flows(table) {
+                if over(table, &entry) {
+                    self.tables.forget(table, &key);
+                } else {
+                    tracked.insert(key.service);
+                    named.insert(entry.backend);
+                }
+            }
+        }
+        let stable = self.plan.services.iter().filter(|(_, s)| !s.table.iter().any(|s| s.is_transition()));
+        for index in stable.map(|(i, _)| *i).filter(|i| !tracked.contains(i)) {
+            self.memory.untrack(index);
+        }
+        let drained = self.memory.drained(&self.desired, i64::from(self.now_s) * 1_000);
+        self.memory.release(&BTreeSet::new(), &drained.into_iter().filter(|i| !named.contains(i)).collect());
+        self.compile();
+    }
+
+    /// A new daemon knows the file, which may be older than the maps, and the maps.
+    fn restart(&mut self) -> Result<(), TestCaseError> {
+        let file = serde_json::to_vec(&self.memory).unwrap();
+        self.memory = serde_json::from_slice(&file).unwrap();
+        self.memory.adopt(&self.plan, i64::from(self.now_s) * 1_000);
+        self.cache = Cache::default();
+        let before = self.plan.clone();
+        self.compile();
+        prop_assert!(before == self.plan, "a restart changed the maps");
+        Ok(())
+    }
+
+    fn step(&mut self, step: &Step) -> Result<(), TestCaseError> {
+        match *step {
+            Step::Add(i, weight) => {
+                let backend =
+                    serde_json::from_value(serde_json::json!({ "address": address(i), "weight": weight }));
+                self.service().backends.insert(name(i), backend.unwrap());
+            }
+            Step::Remove(i) => drop(self.service().backends.remove(&name(i))),
+            Step::State(i, state) => {
+                if let Some(backend) = self.service().backends.get_mut(&name(i)) {
+                    backend.state = state;
+                }
+            }
+            Step::Health(i, health) => {
+                let id = BackendId { service: service_name(), backend: name(i) };
+                self.observed.health.insert(id, health);
+            }
+            Step::Connect(count) => self.connect(count),
+            Step::Close(count) => self.close(count),
+            Step::Wait(seconds) => return self.wait(seconds),
+            Step::Restart => self.restart()?,
+            Step::Sweep => self.sweep(),
+            Step::RepeatSyns => self.repeat_syns()?,
+        }
+        self.compile();
+        Ok(())
+    }
+}
+
+/// Nothing that a packet can reach names what is not there, and marks keep their order.
+fn check_plan(plan: &Plan) {
+    for entry in plan.services.values() {
+        for slot in entry.table.iter() {
+            for index in [slot.primary_index(), slot.secondary_index()] {
+                assert!(index == NO_BACKEND || plan.backends.contains_key(&index), "slot names {index}");
+            }
+            assert!(!slot.is_transition() || slot.is_tracked(), "in transition, but not tracked");
+        }
+    }
+    let services: BTreeSet<u32> = plan.index.values().copied().collect();
+    assert!(services.iter().all(|i| plan.services.contains_key(i)));
+    assert!(plan.backends.values().all(|b: &Backend| plan.services.contains_key(&b.service)));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_connection_stays_where_it_began(steps in steps()) {
+        let mut world = World::new();
+        for i in 0..4 {
+            world.step(&Step::Add(i, 1))?;
+        }
+        for step in &steps {
+            world.step(step)?;
+        }
+        world.wait(700)?;
+    }
+}
+
+/// The finding that shaped the rule: a slot that flaps within the window, and the window's edge passing
+/// over the flap afterwards.
+#[test]
+fn a_flap_and_the_edge_of_the_window() {
+    let mut world = World::new();
+    for i in 0..4 {
+        world.step(&Step::Add(i, 1)).unwrap();
+        world.step(&Step::Health(i, Health::Healthy)).unwrap();
+    }
+    world.step(&Step::Connect(39)).unwrap();
+    world.wait(1_000).unwrap();
+    for (health, seconds) in
+        [(Health::Unhealthy, 7), (Health::Healthy, 40), (Health::Unhealthy, 5), (Health::Healthy, 1)]
+    {
+        world.step(&Step::Health(2, health)).unwrap();
+        world.step(&Step::Connect(39)).unwrap();
+        world.wait(seconds).unwrap();
+    }
+    for _ in 0..700 {
+        world.wait(1).unwrap();
+    }
+    world.sweep();
+    assert!(world.connections.len() > 150);
+}
+
+/// The simulation would notice: without the marks, connections move.
+#[test]
+fn without_marks_connections_would_move() {
+    let mut world = World::new();
+    for i in 0..4 {
+        world.step(&Step::Add(i, 1)).unwrap();
+    }
+    world.wait(700).unwrap();
+    world.step(&Step::Connect(39)).unwrap();
+    world.show().unwrap();
+    world.step(&Step::State(0, BackendState::Draining)).unwrap();
+    let key = ServiceKey { vip: mapped(VIP), port: Be16::new(80), protocol: TCP, pad: 0 };
+    assert!(world.tables.service_index.contains_key(&key));
+    for slot in &mut world.tables.slots {
+        slot.primary = slot.primary_index();
+        slot.secondary = slot.secondary_index();
+    }
+    assert!(world.show().is_err());
+}
