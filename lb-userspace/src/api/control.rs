@@ -6,12 +6,12 @@ use super::{
     types::{Applied, Change, Explanation, Flows, WriteQuery},
 };
 use crate::{
+    explain::Query,
     health::Book,
-    model::{Desired, Protocol, differences},
+    model::{Desired, differences},
     store::{Commit, Store, StoreError, Stored},
 };
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -191,17 +191,12 @@ impl Control {
         Ok(Flows { flows, more })
     }
 
-    /// What becomes of a packet.
+    /// What becomes of a flow's packets.
     ///
     /// # Errors
     /// The maps cannot be read.
-    pub async fn explain(
-        &self,
-        source: SocketAddr,
-        destination: SocketAddr,
-        protocol: Protocol,
-    ) -> Result<Explanation, ApiError> {
-        self.reading(move |engine| engine.explain(source, destination, protocol)).await
+    pub async fn explain(&self, query: Query) -> Result<Explanation, ApiError> {
+        self.reading(move |engine| engine.explain(query)).await
     }
 
     /// Runs what reads maps off the async threads.

@@ -1,11 +1,14 @@
 //! What the API needs of the reconciler and the dataplane, as a trait, so that it is served and tested
 //! the same over live maps and over none.
 
-use super::types::{Applied, Explanation, FlowInfo, Interface, Room};
-use crate::model::{BackendId, Desired, Health, Name, NextHop, Protocol};
+use super::types::{Applied, FlowInfo, Interface, Room};
+use crate::{
+    explain::{Explanation, Query},
+    model::{BackendId, Desired, Health, Name, NextHop},
+};
 use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, Reason};
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// Why the engine refused or failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -135,10 +138,5 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// [`EngineError::Failed`].
-    fn explain(
-        &self,
-        source: SocketAddr,
-        destination: SocketAddr,
-        protocol: Protocol,
-    ) -> Result<Explanation, EngineError>;
+    fn explain(&self, query: Query) -> Result<Explanation, EngineError>;
 }

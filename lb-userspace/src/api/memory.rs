@@ -3,9 +3,12 @@
 
 use super::{
     engine::*,
-    types::{Applied, Explanation, FlowInfo, Interface, Room, Step},
+    types::{Applied, FlowInfo, Interface, Room},
 };
-use crate::model::{BackendId, BackendState as State, Desired, Health, Protocol};
+use crate::{
+    explain::{Explanation, Query},
+    model::{BackendId, BackendState as State, Desired, Health},
+};
 use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, Reason, limits};
 use std::{
@@ -126,23 +129,23 @@ impl Engine for MemoryEngine {
         Ok(of.iter().map(|id| (id.clone(), 2)).collect())
     }
 
-    fn explain(
-        &self,
-        _: SocketAddr,
-        destination: SocketAddr,
-        protocol: Protocol,
-    ) -> Result<Explanation, EngineError> {
-        let found =
-            format!("no service at {destination} {protocol}: nothing is forwarded without a dataplane");
+    fn explain(&self, query: Query) -> Result<Explanation, EngineError> {
+        let step =
+            format!("nothing is forwarded to {} {} without a dataplane", query.destination, query.protocol);
         Ok(Explanation {
-            verdict: "pass".into(),
-            reason: Some(Reason::NotVip.label().into()),
+            query,
             service: None,
-            backend: None,
-            address: None,
-            new_flow_backend: None,
-            steps: vec![Step { stage: "service".into(), found }],
-            detail: serde_json::Value::Null,
+            matched: None,
+            hash: None,
+            slot: None,
+            slots: None,
+            primary: None,
+            secondary: None,
+            transition: false,
+            tracked: false,
+            entries: Vec::new(),
+            answers: Vec::new(),
+            steps: vec![step],
         })
     }
 }

@@ -6,7 +6,10 @@ use super::{
     types::*,
     view::{Drains, find_service, no_backend, no_service},
 };
-use crate::model::{Backend, BackendState, Desired, Name, Protocol, Service};
+use crate::{
+    explain,
+    model::{Backend, BackendState, Desired, Name, Protocol, Service},
+};
 use axum::{
     Json, Router,
     body::Bytes,
@@ -43,7 +46,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/services/{service}/backends/{backend}/undrain", post(backend_undrain))
         .route("/v1/stats", get(stats))
         .route("/v1/flows", get(flows))
-        .route("/v1/explain", get(explain))
+        .route("/v1/explain", get(explain_flow))
         .route("/v1/config", put(config_apply).get(config_export))
         .route("/v1/history", get(history))
         .route("/v1/rollback", post(rollback))
@@ -366,22 +369,23 @@ async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<
     Ok(Json(control.flows(FlowFilter { service: query.service, backend: query.backend, limit }).await?))
 }
 
+async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
+    let Flow { source, destination, protocol } = query;
+    if source.is_ipv4() != destination.is_ipv4() {
+        return Err(ApiError::bad_request(format!(
+            "source {source} and destination {destination} are of different families"
+        )));
+    }
+    Ok(Json(control.explain(explain::Query { source, destination, protocol }).await?))
+}
+
+/// A flow to explain.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ExplainQuery {
+struct Flow {
     source: SocketAddr,
     destination: SocketAddr,
     protocol: Protocol,
-}
-
-async fn explain(State(control): Ctl, Params(q): Params<ExplainQuery>) -> Reply<Explanation> {
-    if q.source.is_ipv4() != q.destination.is_ipv4() {
-        return Err(ApiError::bad_request(format!(
-            "source {} and destination {} are of different families",
-            q.source, q.destination
-        )));
-    }
-    Ok(Json(control.explain(q.source, q.destination, q.protocol).await?))
 }
 
 async fn config_export(State(control): Ctl) -> Reply<Config> {

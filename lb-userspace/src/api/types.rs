@@ -1,5 +1,7 @@
 //! What the API speaks. `lbctl -o json` prints these as they come.
 
+/// `GET /v1/explain`: what the dataplane does with a flow's packets, and why.
+pub use crate::explain::Explanation;
 use crate::{
     health,
     model::{Backend, BackendId, Difference, Health, Name, NextHop, Service},
@@ -284,42 +286,6 @@ pub struct FlowInfo {
     pub idle_s: u32,
     /// Whether its client has closed it.
     pub closing: bool,
-}
-
-/// `GET /v1/explain`: what the dataplane does with a packet, and why.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Explanation {
-    /// `forward`, `pass` or `drop`.
-    pub verdict: String,
-    /// Reason, if it is not forwarded.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// Service matched.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub service: Option<String>,
-    /// Backend chosen for an established flow.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backend: Option<String>,
-    /// Its address.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<std::net::IpAddr>,
-    /// Backend that a new flow (SYN) would get.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub new_flow_backend: Option<String>,
-    /// How the choice came about, in order.
-    pub steps: Vec<Step>,
-    /// Everything, for programs.
-    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
-    pub detail: serde_json::Value,
-}
-
-/// One step of an explanation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Step {
-    /// Stage: `service`, `hash`, `slot`, `flow table`, `forward`, ...
-    pub stage: String,
-    /// What was found.
-    pub found: String,
 }
 
 /// What a write changed.
