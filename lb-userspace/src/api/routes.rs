@@ -4,7 +4,7 @@ use super::{
     ApiError, Control, Peer,
     engine::FlowFilter,
     types::*,
-    view::{Drains, find_service, no_backend, no_service},
+    view::{find_service, no_backend, no_service},
 };
 use crate::{
     explain,
@@ -178,17 +178,17 @@ fn backend_mut<'a>(
 }
 
 async fn status(State(control): Ctl) -> Reply<Status> {
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.status(&view)))
 }
 
 async fn service_list(State(control): Ctl) -> Reply<Vec<ServiceInfo>> {
-    let view = control.view(Drains::Skipped).await?;
+    let view = control.view().await?;
     Ok(Json(control.services(&view)))
 }
 
 async fn service_show(State(control): Ctl, Path(service): Path<String>) -> Reply<ServiceInfo> {
-    let view = control.view(Drains::Skipped).await?;
+    let view = control.view().await?;
     Ok(Json(control.service(&view, &name(&service)?)?))
 }
 
@@ -243,18 +243,18 @@ async fn service_remove(
 }
 
 async fn backend_list_all(State(control): Ctl) -> Reply<Vec<BackendInfo>> {
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.backends(&view, None)?))
 }
 
 async fn backend_list(State(control): Ctl, Path(service): Path<String>) -> Reply<Vec<BackendInfo>> {
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.backends(&view, Some(&name(&service)?))?))
 }
 
 async fn backend_show(State(control): Ctl, Path(path): Path<(String, String)>) -> Reply<BackendInfo> {
     let (service, backend) = names(&path)?;
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.backend(&view, &service, &backend)?))
 }
 
@@ -344,7 +344,7 @@ async fn backend_state(
 }
 
 async fn stats(State(control): Ctl) -> Reply<Stats> {
-    Ok(Json(control.view(Drains::Skipped).await?.stats_of_all()))
+    Ok(Json(control.view().await?.stats_of_all()))
 }
 
 #[derive(Deserialize)]

@@ -72,7 +72,7 @@ pub struct Interface {
     pub name: String,
     /// Index.
     pub ifindex: u32,
-    /// XDP mode: `native` or `generic`.
+    /// XDP mode: `driver` or `generic`.
     pub mode: String,
 }
 
@@ -111,8 +111,8 @@ pub struct Unhealthy {
 pub struct DrainingBackend {
     /// Service.
     pub service: Name,
-    /// Backend.
-    pub backend: Name,
+    /// Backend; of one that was removed, its address.
+    pub backend: String,
     /// Its progress.
     #[serde(flatten)]
     pub drain: Drain,
@@ -121,9 +121,8 @@ pub struct DrainingBackend {
 /// Progress of a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// Flows that the flow table still sends there; none if it cannot be read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub flows_left: Option<u64>,
+    /// Live flows that the flow tables still send there, at the last count (a second ago or so).
+    pub flows_left: u64,
     /// Seconds until the drain time is over; 0 when it is.
     pub deadline_s: u64,
 }

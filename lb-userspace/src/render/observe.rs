@@ -46,7 +46,7 @@ fn ago(ms: u64) -> String {
 }
 
 fn drain(drain: &Drain) -> String {
-    let flows = drain.flows_left.map_or_else(|| "flows unknown".to_owned(), |n| format!("{n} flows left"));
+    let flows = format!("{} flows left", drain.flows_left);
     if drain.deadline_s == 0 {
         format!("{flows}, time over")
     } else {
