@@ -15,6 +15,7 @@ pub mod explain;
 pub mod health;
 pub mod maglev;
 pub mod model;
+pub mod neighbour;
 pub mod objects;
 pub mod policy;
 pub mod reconcile;

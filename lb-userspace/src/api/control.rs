@@ -2,16 +2,17 @@
 
 use super::{
     ApiError, Engine,
+    drains::Drains,
     engine::{EngineError, FlowFilter},
     types::{Applied, Change, Explanation, Flows, WriteQuery},
 };
 use crate::{
+    explain::Query,
     health::Book,
-    model::{Desired, Protocol, differences},
+    model::{Desired, differences},
     store::{Commit, Store, StoreError, Stored},
 };
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -31,6 +32,7 @@ pub struct Control {
     pub(super) engine: Arc<dyn Engine>,
     pub(super) book: Arc<Book>,
     pub(super) started: Instant,
+    pub(super) drains: Drains,
     outcome: watch::Sender<Outcome>,
 }
 
@@ -38,7 +40,7 @@ impl Control {
     /// Nothing is applied before [`Control::follow`] runs.
     pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<Book>) -> Arc<Self> {
         let outcome = watch::Sender::new(None);
-        Arc::new(Self { store, engine, book, started: Instant::now(), outcome })
+        Arc::new(Self { store, engine, book, started: Instant::now(), drains: Drains::default(), outcome })
     }
 
     /// The engine.
@@ -61,8 +63,10 @@ impl Control {
     pub async fn follow(self: Arc<Self>) {
         let mut watch = self.store.watch();
         let mut retry = RETRY.0;
+        self.drains.look_back(&*self.store).await;
         loop {
             let stored = watch.borrow_and_update().clone();
+            self.drains.follow(&stored);
             let number = stored.revision.number;
             let result = self.engine.apply(stored.desired, number).await;
             let failed = result.is_err();
@@ -135,13 +139,14 @@ impl Control {
             }
             let mut desired = (*head.desired).clone();
             change(&mut desired)?;
+            let desired = Arc::new(desired);
             let differences = differences(&head.desired, &desired);
             if !differences.is_empty() {
                 let broken = desired.check();
                 if !broken.is_empty() {
                     return Err(ApiError::invalid(&broken));
                 }
-                self.engine.check(&desired)?;
+                self.engine.check(desired.clone()).await?;
             }
             if query.dry_run || differences.is_empty() {
                 return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
@@ -149,7 +154,7 @@ impl Control {
             let message = query.message.clone().unwrap_or_else(|| summary(&differences));
             let commit = Commit {
                 expected: found,
-                desired: Arc::new(desired),
+                desired,
                 author: author.to_owned(),
                 message: message.clone(),
                 time: SystemTime::now(),
@@ -191,17 +196,12 @@ impl Control {
         Ok(Flows { flows, more })
     }
 
-    /// What becomes of a packet.
+    /// What becomes of a flow's packets.
     ///
     /// # Errors
     /// The maps cannot be read.
-    pub async fn explain(
-        &self,
-        source: SocketAddr,
-        destination: SocketAddr,
-        protocol: Protocol,
-    ) -> Result<Explanation, ApiError> {
-        self.reading(move |engine| engine.explain(source, destination, protocol)).await
+    pub async fn explain(&self, query: Query) -> Result<Explanation, ApiError> {
+        self.reading(move |engine| engine.explain(query)).await
     }
 
     /// Runs what reads maps off the async threads.

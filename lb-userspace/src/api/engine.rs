@@ -1,11 +1,14 @@
 //! What the API needs of the reconciler and the dataplane, as a trait, so that it is served and tested
 //! the same over live maps and over none.
 
-use super::types::{Applied, Explanation, FlowInfo, Interface, Room};
-use crate::model::{BackendId, Desired, Health, Name, NextHop, Protocol};
+use super::types::{Applied, FlowInfo, Interface, Room};
+use crate::{
+    explain::{Explanation, Query},
+    model::{BackendId, Desired, Name, NextHop},
+};
 use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, Reason};
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 /// Why the engine refused or failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -31,8 +34,10 @@ pub struct Snapshot {
     pub applied: Applied,
     /// By service.
     pub services: BTreeMap<Name, ServiceState>,
-    /// By backend; those that were removed while flows still go there included.
+    /// By backend.
     pub backends: BTreeMap<BackendId, BackendState>,
+    /// Backends that are no longer desired, and are kept for the flows that still go there.
+    pub removed: Vec<Removed>,
     /// How full the maps are.
     pub room: Vec<Room>,
 }
@@ -57,23 +62,34 @@ pub struct ServiceState {
 pub struct BackendState {
     /// Index.
     pub index: u32,
-    /// Verdict that the tables were compiled with.
-    pub health: Health,
     /// Slots of the service's table.
     pub slots: u32,
-    /// Seconds until its drain time is over, if it is draining or removed.
-    pub drain_left_s: Option<u64>,
-    /// Whether it is no longer desired.
-    pub removed: bool,
+    /// Live flows that the flow tables send there, at the last count.
+    pub tracked_flows: u64,
     /// How packets get there.
     pub next_hop: Option<NextHop>,
+}
+
+/// A backend that is no longer desired.
+#[derive(Clone, Debug)]
+pub struct Removed {
+    /// Its service.
+    pub service: Name,
+    /// Its address; its name is free for another.
+    pub address: IpAddr,
+    /// Clock since boot from which it may be forgotten, once no flow goes there.
+    pub until: Duration,
+    /// Live flows that the flow tables send there, at the last count.
+    pub tracked_flows: u64,
 }
 
 /// Counters, summed over CPUs.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
-    /// By backend, over all of its life.
+    /// By backend.
     pub backends: BTreeMap<BackendId, BackendStats>,
+    /// By service: its backends', and what went to backends that are gone.
+    pub services: BTreeMap<Name, BackendStats>,
     /// By reason, in the order of [`Reason::ALL`].
     pub reasons: Vec<u64>,
 }
@@ -98,11 +114,11 @@ pub struct FlowFilter {
 
 /// Reconciler and dataplane as the API sees them. What reads maps blocks, and is called off the async threads.
 pub trait Engine: Send + Sync + 'static {
-    /// Whether this state can be had with the limits of the maps. Pure.
+    /// Whether this state can be had with the limits of the maps. Changes nothing.
     ///
     /// # Errors
     /// [`EngineError::Refused`].
-    fn check(&self, desired: &Desired) -> Result<(), EngineError>;
+    fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>>;
 
     /// Has this state applied; returns when the maps are written.
     fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>>;
@@ -125,20 +141,9 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError::Failed`].
     fn flows(&self, filter: &FlowFilter) -> Result<(Vec<FlowInfo>, bool), EngineError>;
 
-    /// Live tracked flows by backend, for the progress of drains. Blocks.
-    ///
-    /// # Errors
-    /// [`EngineError::Failed`].
-    fn flows_left(&self, of: &[BackendId]) -> Result<BTreeMap<BackendId, u64>, EngineError>;
-
     /// What becomes of a packet, by the dataplane's own code on the live maps. Blocks.
     ///
     /// # Errors
     /// [`EngineError::Failed`].
-    fn explain(
-        &self,
-        source: SocketAddr,
-        destination: SocketAddr,
-        protocol: Protocol,
-    ) -> Result<Explanation, EngineError>;
+    fn explain(&self, query: Query) -> Result<Explanation, EngineError>;
 }

@@ -3,13 +3,15 @@
 
 use super::{
     engine::*,
-    types::{Applied, Explanation, FlowInfo, Interface, Room, Step},
+    types::{Applied, FlowInfo, Interface, Room},
 };
-use crate::model::{BackendId, BackendState as State, Desired, Health, Protocol};
+use crate::{
+    explain::{Explanation, Query},
+    model::{BackendId, BackendState as State, Desired},
+};
 use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, Reason, limits};
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -44,10 +46,7 @@ impl MemoryEngine {
             for (backend, b) in &s.backends {
                 let id = BackendId { service: service.clone(), backend: backend.clone() };
                 let slots = if takes(b) { table_size * b.weight / weights } else { 0 };
-                let drain_left_s = (b.state == State::Draining).then_some(u64::from(s.drain_s));
-                let health = Health::Healthy;
-                let state =
-                    BackendState { index: next, health, slots, drain_left_s, removed: false, next_hop: None };
+                let state = BackendState { index: next, slots, tracked_flows: 2, next_hop: None };
                 snapshot.backends.insert(id, state);
                 next += 1;
             }
@@ -62,13 +61,13 @@ impl MemoryEngine {
 }
 
 impl Engine for MemoryEngine {
-    fn check(&self, desired: &Desired) -> Result<(), EngineError> {
+    fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>> {
         let count: usize = desired.services.values().map(|s| s.backends.len()).sum();
-        if count <= self.max_backends {
-            return Ok(());
-        }
         let limit = self.max_backends;
-        Err(EngineError::Refused { what: format!("{count} backends do not fit: there is room for {limit}") })
+        let refused =
+            EngineError::Refused { what: format!("{count} backends do not fit: there is room for {limit}") };
+        let result = if count <= limit { Ok(()) } else { Err(refused) };
+        Box::pin(async { result })
     }
 
     fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
@@ -88,16 +87,23 @@ impl Engine for MemoryEngine {
     }
 
     fn interfaces(&self) -> Vec<Interface> {
-        vec![Interface { name: "memory".into(), ifindex: 0, mode: "native".into() }]
+        vec![Interface { name: "memory".into(), ifindex: 0, mode: "driver".into() }]
     }
 
     fn counters(&self) -> Result<Counters, EngineError> {
         let snapshot = self.snapshot();
         let count = |index: u64| BackendStats { packets: 10 * index, bytes: 15_000 * index, flows: index };
-        let backends = snapshot.backends.iter().map(|(id, b)| (id.clone(), count(u64::from(b.index) + 1)));
-        let mut reasons = vec![0; Reason::COUNT as usize];
-        reasons[Reason::NotIp as usize] = 7;
-        Ok(Counters { backends: backends.collect(), reasons })
+        let mut counters = Counters { reasons: vec![0; Reason::COUNT as usize], ..Counters::default() };
+        counters.reasons[Reason::NotIp as usize] = 7;
+        for (id, b) in &snapshot.backends {
+            let stats = count(u64::from(b.index) + 1);
+            counters.backends.insert(id.clone(), stats);
+            let sum = counters.services.entry(id.service.clone()).or_default();
+            sum.packets += stats.packets;
+            sum.bytes += stats.bytes;
+            sum.flows += stats.flows;
+        }
+        Ok(counters)
     }
 
     fn flows(&self, filter: &FlowFilter) -> Result<(Vec<FlowInfo>, bool), EngineError> {
@@ -122,27 +128,23 @@ impl Engine for MemoryEngine {
         Ok((flows, more))
     }
 
-    fn flows_left(&self, of: &[BackendId]) -> Result<BTreeMap<BackendId, u64>, EngineError> {
-        Ok(of.iter().map(|id| (id.clone(), 2)).collect())
-    }
-
-    fn explain(
-        &self,
-        _: SocketAddr,
-        destination: SocketAddr,
-        protocol: Protocol,
-    ) -> Result<Explanation, EngineError> {
-        let found =
-            format!("no service at {destination} {protocol}: nothing is forwarded without a dataplane");
+    fn explain(&self, query: Query) -> Result<Explanation, EngineError> {
+        let step =
+            format!("nothing is forwarded to {} {} without a dataplane", query.destination, query.protocol);
         Ok(Explanation {
-            verdict: "pass".into(),
-            reason: Some(Reason::NotVip.label().into()),
+            query,
             service: None,
-            backend: None,
-            address: None,
-            new_flow_backend: None,
-            steps: vec![Step { stage: "service".into(), found }],
-            detail: serde_json::Value::Null,
+            matched: None,
+            hash: None,
+            slot: None,
+            slots: None,
+            primary: None,
+            secondary: None,
+            transition: false,
+            tracked: false,
+            entries: Vec::new(),
+            answers: Vec::new(),
+            steps: vec![step],
         })
     }
 }

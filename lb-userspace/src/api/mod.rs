@@ -6,6 +6,7 @@
 //! Called by the daemon; spoken by `client`.
 
 pub mod control;
+mod drains;
 pub mod engine;
 pub mod error;
 mod listener;

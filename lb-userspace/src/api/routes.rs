@@ -4,9 +4,12 @@ use super::{
     ApiError, Control, Peer,
     engine::FlowFilter,
     types::*,
-    view::{Drains, find_service, no_backend, no_service},
+    view::{find_service, no_backend, no_service},
 };
-use crate::model::{Backend, BackendState, Desired, Name, Protocol, Service};
+use crate::{
+    explain,
+    model::{Backend, BackendState, Desired, Name, Protocol, Service},
+};
 use axum::{
     Json, Router,
     body::Bytes,
@@ -43,7 +46,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/services/{service}/backends/{backend}/undrain", post(backend_undrain))
         .route("/v1/stats", get(stats))
         .route("/v1/flows", get(flows))
-        .route("/v1/explain", get(explain))
+        .route("/v1/explain", get(explain_flow))
         .route("/v1/config", put(config_apply).get(config_export))
         .route("/v1/history", get(history))
         .route("/v1/rollback", post(rollback))
@@ -175,17 +178,17 @@ fn backend_mut<'a>(
 }
 
 async fn status(State(control): Ctl) -> Reply<Status> {
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.status(&view)))
 }
 
 async fn service_list(State(control): Ctl) -> Reply<Vec<ServiceInfo>> {
-    let view = control.view(Drains::Skipped).await?;
+    let view = control.view().await?;
     Ok(Json(control.services(&view)))
 }
 
 async fn service_show(State(control): Ctl, Path(service): Path<String>) -> Reply<ServiceInfo> {
-    let view = control.view(Drains::Skipped).await?;
+    let view = control.view().await?;
     Ok(Json(control.service(&view, &name(&service)?)?))
 }
 
@@ -240,18 +243,18 @@ async fn service_remove(
 }
 
 async fn backend_list_all(State(control): Ctl) -> Reply<Vec<BackendInfo>> {
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.backends(&view, None)?))
 }
 
 async fn backend_list(State(control): Ctl, Path(service): Path<String>) -> Reply<Vec<BackendInfo>> {
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.backends(&view, Some(&name(&service)?))?))
 }
 
 async fn backend_show(State(control): Ctl, Path(path): Path<(String, String)>) -> Reply<BackendInfo> {
     let (service, backend) = names(&path)?;
-    let view = control.view(Drains::Counted).await?;
+    let view = control.view().await?;
     Ok(Json(control.backend(&view, &service, &backend)?))
 }
 
@@ -341,7 +344,7 @@ async fn backend_state(
 }
 
 async fn stats(State(control): Ctl) -> Reply<Stats> {
-    Ok(Json(control.view(Drains::Skipped).await?.stats_of_all()))
+    Ok(Json(control.view().await?.stats_of_all()))
 }
 
 #[derive(Deserialize)]
@@ -366,22 +369,23 @@ async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<
     Ok(Json(control.flows(FlowFilter { service: query.service, backend: query.backend, limit }).await?))
 }
 
+async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
+    let Flow { source, destination, protocol } = query;
+    if source.is_ipv4() != destination.is_ipv4() {
+        return Err(ApiError::bad_request(format!(
+            "source {source} and destination {destination} are of different families"
+        )));
+    }
+    Ok(Json(control.explain(explain::Query { source, destination, protocol }).await?))
+}
+
+/// A flow to explain.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ExplainQuery {
+struct Flow {
     source: SocketAddr,
     destination: SocketAddr,
     protocol: Protocol,
-}
-
-async fn explain(State(control): Ctl, Params(q): Params<ExplainQuery>) -> Reply<Explanation> {
-    if q.source.is_ipv4() != q.destination.is_ipv4() {
-        return Err(ApiError::bad_request(format!(
-            "source {} and destination {} are of different families",
-            q.source, q.destination
-        )));
-    }
-    Ok(Json(control.explain(q.source, q.destination, q.protocol).await?))
 }
 
 async fn config_export(State(control): Ctl) -> Reply<Config> {

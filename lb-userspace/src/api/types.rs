@@ -1,5 +1,7 @@
 //! What the API speaks. `lbctl -o json` prints these as they come.
 
+/// `GET /v1/explain`: what the dataplane does with a flow's packets, and why.
+pub use crate::explain::Explanation;
 use crate::{
     health,
     model::{Backend, BackendId, Difference, Health, Name, NextHop, Service},
@@ -70,7 +72,7 @@ pub struct Interface {
     pub name: String,
     /// Index.
     pub ifindex: u32,
-    /// XDP mode: `native` or `generic`.
+    /// XDP mode: `driver` or `generic`.
     pub mode: String,
 }
 
@@ -109,8 +111,8 @@ pub struct Unhealthy {
 pub struct DrainingBackend {
     /// Service.
     pub service: Name,
-    /// Backend.
-    pub backend: Name,
+    /// Backend; of one that was removed, its address.
+    pub backend: String,
     /// Its progress.
     #[serde(flatten)]
     pub drain: Drain,
@@ -119,9 +121,8 @@ pub struct DrainingBackend {
 /// Progress of a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// Flows that the flow table still sends there; none if it cannot be read.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub flows_left: Option<u64>,
+    /// Live flows that the flow tables still send there, at the last count (a second ago or so).
+    pub flows_left: u64,
     /// Seconds until the drain time is over; 0 when it is.
     pub deadline_s: u64,
 }
@@ -284,42 +285,6 @@ pub struct FlowInfo {
     pub idle_s: u32,
     /// Whether its client has closed it.
     pub closing: bool,
-}
-
-/// `GET /v1/explain`: what the dataplane does with a packet, and why.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Explanation {
-    /// `forward`, `pass` or `drop`.
-    pub verdict: String,
-    /// Reason, if it is not forwarded.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-    /// Service matched.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub service: Option<String>,
-    /// Backend chosen for an established flow.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backend: Option<String>,
-    /// Its address.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<std::net::IpAddr>,
-    /// Backend that a new flow (SYN) would get.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub new_flow_backend: Option<String>,
-    /// How the choice came about, in order.
-    pub steps: Vec<Step>,
-    /// Everything, for programs.
-    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
-    pub detail: serde_json::Value,
-}
-
-/// One step of an explanation.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Step {
-    /// Stage: `service`, `hash`, `slot`, `flow table`, `forward`, ...
-    pub stage: String,
-    /// What was found.
-    pub found: String,
 }
 
 /// What a write changed.

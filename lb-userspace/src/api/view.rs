@@ -12,7 +12,6 @@ use crate::{
 };
 use lb_common::{BackendStats, Reason, reason::Fate};
 use std::{
-    collections::BTreeMap,
     sync::Arc,
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -22,16 +21,6 @@ pub struct View {
     stored: Stored,
     snapshot: Arc<Snapshot>,
     counters: Counters,
-    flows_left: BTreeMap<BackendId, u64>,
-}
-
-/// Flows of draining backends are counted for a view?
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Drains {
-    /// Yes: this walks the flow tables, if anything drains.
-    Counted,
-    /// No.
-    Skipped,
 }
 
 pub(super) fn id(service: &Name, backend: &Name) -> BackendId {
@@ -48,34 +37,18 @@ impl Control {
     ///
     /// # Errors
     /// The maps cannot be read.
-    pub async fn view(&self, drains: Drains) -> Result<View, ApiError> {
-        let stored = self.head();
-        let snapshot = self.engine.snapshot();
-        let of: Vec<BackendId> = match drains {
-            Drains::Counted => {
-                let draining = |b: &super::engine::BackendState| b.drain_left_s.is_some();
-                snapshot.backends.iter().filter(|(_, b)| draining(b)).map(|(id, _)| id.clone()).collect()
-            }
-            Drains::Skipped => Vec::new(),
-        };
-        let read = move |engine: &dyn super::Engine| {
-            let counters = engine.counters()?;
-            let flows_left = if of.is_empty() { BTreeMap::new() } else { engine.flows_left(&of)? };
-            Ok((counters, flows_left))
-        };
-        let (counters, flows_left) = self.reading(read).await?;
-        Ok(View { stored, snapshot, counters, flows_left })
+    pub async fn view(&self) -> Result<View, ApiError> {
+        let (stored, snapshot) = (self.head(), self.engine.snapshot());
+        let counters = self.reading(|engine| engine.counters()).await?;
+        Ok(View { stored, snapshot, counters })
     }
 
     /// `GET /v1/status`.
     pub fn status(&self, view: &View) -> Status {
-        let applied = match self.outcome() {
-            None => Applied::default(),
-            Some((_, Ok(applied))) => applied,
-            Some((_, Err(error))) => {
-                Applied { error: Some(error.to_string()), ..view.snapshot.applied.clone() }
-            }
-        };
+        let mut applied = view.snapshot.applied.clone();
+        if let Some((_, Err(error))) = self.outcome() {
+            applied.error.get_or_insert_with(|| error.to_string());
+        }
         let mut status = Status {
             healthy: false,
             problems: Vec::new(),
@@ -99,14 +72,12 @@ impl Control {
         for (name, service) in &view.stored.desired.services {
             self.service_status(view, name, service, &mut status);
         }
-        // Removed backends drain too, though nothing desired names them.
-        for (id, b) in view.snapshot.backends.iter().filter(|(_, b)| b.removed) {
-            let drain = Drain {
-                flows_left: view.flows_left.get(id).copied(),
-                deadline_s: b.drain_left_s.unwrap_or(0),
-            };
-            let (service, backend) = (id.service.clone(), id.backend.clone());
-            status.draining.push(DrainingBackend { service, backend, drain });
+        let now = crate::clock::boot();
+        for removed in &view.snapshot.removed {
+            let deadline_s = removed.until.saturating_sub(now).as_secs();
+            let drain = Drain { flows_left: removed.tracked_flows, deadline_s };
+            let backend = format!("{} (removed)", removed.address);
+            status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
         }
         status.problems = problems(&status);
         status.healthy = status.problems.is_empty();
@@ -138,8 +109,8 @@ impl Control {
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
             let applied = view.snapshot.backends.get(&id);
-            if let Some(drain) = view.drain(&id, b) {
-                let (service, backend) = (name.clone(), backend.clone());
+            if let Some(drain) = self.drain(view, &id, service) {
+                let (service, backend) = (name.clone(), backend.to_string());
                 status.draining.push(DrainingBackend { service, backend, drain });
             }
             if applied.is_some_and(|a| a.next_hop.is_none()) {
@@ -197,6 +168,14 @@ impl Control {
         Ok(info)
     }
 
+    /// Progress of a backend's drain, if it drains.
+    fn drain(&self, view: &View, id: &BackendId, service: &Service) -> Option<Drain> {
+        let since_ms = self.drains.since_ms(id)?;
+        let over_ms = since_ms + u64::from(service.drain_s) * 1_000;
+        let flows_left = view.snapshot.backends.get(id).map_or(0, |b| b.tracked_flows);
+        Some(Drain { flows_left, deadline_s: over_ms.saturating_sub(now_ms()).div_ceil(1_000) })
+    }
+
     fn backend_info(
         &self,
         view: &View,
@@ -218,7 +197,7 @@ impl Control {
             packets: stats.packets,
             bytes: stats.bytes,
             flows: stats.flows,
-            drain: view.drain(&id, b),
+            drain: self.drain(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
             history: Vec::new(),
@@ -237,31 +216,19 @@ impl View {
         self.counters.backends.get(id).copied().unwrap_or_default()
     }
 
-    fn drain(&self, id: &BackendId, b: &Backend) -> Option<Drain> {
-        if b.state != BackendState::Draining {
-            return None;
-        }
-        let deadline_s = self.snapshot.backends.get(id).and_then(|a| a.drain_left_s).unwrap_or(0);
-        Some(Drain { flows_left: self.flows_left.get(id).copied(), deadline_s })
-    }
-
     fn service(&self, name: &Name, spec: &Service) -> ServiceInfo {
         let applied = self.snapshot.services.get(name);
-        let mut status = ServiceStatus {
+        let stats = self.counters.services.get(name).copied().unwrap_or_default();
+        let status = ServiceStatus {
             index: applied.map(|a| a.index),
             table_size: applied.map_or(0, |a| a.table_size),
             eligible: applied.map_or(0, |a| a.eligible),
             panic: applied.is_some_and(|a| a.panic),
             transition_slots: applied.map_or(0, |a| a.transition_slots),
-            ..ServiceStatus::default()
+            packets: stats.packets,
+            bytes: stats.bytes,
+            flows: stats.flows,
         };
-        // Of backends that are gone as well, so that a service's counters never go back.
-        let (from, to) = (self.counters.backends.range(first_of(name)..), name);
-        for (_, stats) in from.take_while(|(id, _)| id.service == *to) {
-            status.packets += stats.packets;
-            status.bytes += stats.bytes;
-            status.flows += stats.flows;
-        }
         ServiceInfo { name: name.clone(), spec: spec.clone(), status }
     }
 
@@ -299,11 +266,6 @@ pub(super) fn fate(reason: Reason) -> &'static str {
         Fate::Answer => "answer",
         Fate::Note => "note",
     }
-}
-
-/// The least id of a service: names begin with a letter or digit, and `0` is the least of them.
-fn first_of(service: &Name) -> BackendId {
-    BackendId { service: service.clone(), backend: "0".parse().expect("a digit is a name") }
 }
 
 fn problems(status: &Status) -> Vec<String> {

@@ -121,5 +121,6 @@ pub async fn explain(context: &mut Context<'_>, explain: Explain) -> Result<Exit
     } else {
         observe::explanation(&mut context.out, &found)?;
     }
-    Ok(if found.verdict == "forward" { Exit::Ok } else { Exit::No })
+    let forwarded = found.answers.iter().any(|a| a.backend.is_some());
+    Ok(if forwarded { Exit::Ok } else { Exit::No })
 }

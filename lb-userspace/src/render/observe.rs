@@ -46,7 +46,7 @@ fn ago(ms: u64) -> String {
 }
 
 fn drain(drain: &Drain) -> String {
-    let flows = drain.flows_left.map_or_else(|| "flows unknown".to_owned(), |n| format!("{n} flows left"));
+    let flows = format!("{} flows left", drain.flows_left);
     if drain.deadline_s == 0 {
         format!("{flows}, time over")
     } else {
@@ -392,24 +392,22 @@ pub fn flows(out: &mut Out<'_>, list: &Flows) -> io::Result<()> {
 /// Writing failed.
 pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
     for (i, step) in e.steps.iter().enumerate() {
-        let stage = out.paint(Tone::Strong, &format!("{:<12}", step.stage));
-        out.line(format!("{:>2}. {stage} {}", i + 1, step.found))?;
+        out.line(format!("{:>2}. {step}", i + 1))?;
     }
-    let verdict = match (&e.backend, e.verdict.as_str()) {
-        (Some(backend), "forward") => {
-            let address = e.address.map(|a| format!(" ({a})")).unwrap_or_default();
-            out.paint(Tone::Good, &format!("forwarded to {backend}{address}"))
-        }
-        (_, verdict) => {
-            let reason = e.reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default();
-            out.paint(Tone::Bad, &format!("not forwarded ({verdict}){reason}"))
-        }
-    };
-    out.line(format!("=> {verdict}"))?;
-    match &e.new_flow_backend {
-        Some(new) if e.backend.as_ref() != Some(new) => out.line(format!("   a new flow would go to {new}")),
-        _ => Ok(()),
+    for answer in &e.answers {
+        let line = match &answer.backend {
+            Some(b) => {
+                let name = b.name.as_deref().unwrap_or("a removed backend");
+                out.paint(Tone::Good, &format!("{} goes to {name} ({})", answer.packet, b.address))
+            }
+            None => out.paint(Tone::Bad, &format!("{} goes nowhere: {}", answer.packet, answer.why)),
+        };
+        out.line(format!("=> {line}"))?;
     }
+    if e.answers.is_empty() {
+        out.line(format!("=> {}", out.paint(Tone::Bad, "not forwarded")))?;
+    }
+    Ok(())
 }
 
 /// `lbctl history`.
