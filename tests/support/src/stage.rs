@@ -58,6 +58,8 @@ pub struct Plan {
     pub settings: &'static str,
     /// How many of the workers are backends from the start; None: all.
     pub backends: Option<usize>,
+    /// More arguments for `lbd ingress`.
+    pub arguments: &'static [&'static str],
     /// Size of the file system that holds lbd's state; None: plenty.
     pub state_bytes: Option<u64>,
 }
@@ -71,6 +73,7 @@ impl Default for Plan {
             v4_over_v6: false,
             settings: "",
             backends: None,
+            arguments: &[],
             state_bytes: None,
         }
     }
@@ -110,7 +113,7 @@ impl Stage {
         if let Some(bytes) = plan.state_bytes {
             bed.limit_directory("state", bytes)?;
         }
-        let ingress = Ingress::start(&bed, &[])?;
+        let ingress = Ingress::start(&bed, plan.arguments)?;
         let lbctl = ingress.lbctl()?;
         let stage = Self { hosts, ingress, lbctl, bed, plan };
         let backends: Vec<usize> = (0..stage.plan.backends.unwrap_or(stage.hosts.len())).collect();
