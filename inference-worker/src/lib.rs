@@ -1,0 +1,14 @@
+//! An LLM server on libtorch: Llama-family models from GGUF files and Hugging Face folders, continuous
+//! batching over a paged KV cache, and an OpenAI-compatible HTTP API that reports its load to the balancer.
+//!
+//! Inputs: a model path and the flags of `main`. Outputs: the HTTP API. The library exists for `main`, the
+//! tests and the benchmark.
+
+pub mod backend;
+pub mod chat;
+pub mod cuda;
+pub mod model;
+#[doc(hidden)]
+pub mod testing;
+pub mod tokenizer;
+pub mod weights;
