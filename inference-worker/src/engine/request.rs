@@ -4,7 +4,10 @@ use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{output::Finish, sampling::{Sampling, TokenLogprobs}};
+use super::{
+    output::Finish,
+    sampling::{Sampling, TokenLogprobs},
+};
 
 /// A sequence to generate, or to embed.
 #[derive(Debug)]

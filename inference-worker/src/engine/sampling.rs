@@ -89,7 +89,10 @@ impl Sampler {
     /// Whether logits are changed before the choice.
     fn edits(&self) -> bool {
         let s = &self.settings;
-        s.presence_penalty != 0.0 || s.frequency_penalty != 0.0 || s.repetition_penalty != 1.0 || !s.logit_bias.is_empty()
+        s.presence_penalty != 0.0
+            || s.frequency_penalty != 0.0
+            || s.repetition_penalty != 1.0
+            || !s.logit_bias.is_empty()
     }
 
     /// The same choice for a device, unless it needs what only the host has.
@@ -168,8 +171,14 @@ impl Sampler {
         let weight = |l: f32| ((l - max) / s.temperature).exp();
         let mut all: Vec<(u32, f32)> = Vec::new();
         // Everything below this floor weighs nothing in f32, so leaving it out changes no choice.
-        let floor = (max - 25.0 * s.temperature).max(if s.min_p > 0.0 { max + s.min_p.ln() * s.temperature } else { f32::MIN });
-        all.extend(logits.iter().enumerate().filter(|(_, l)| **l >= floor).map(|(id, l)| (id as u32, weight(*l))));
+        let floor = (max - 25.0 * s.temperature).max(if s.min_p > 0.0 {
+            max + s.min_p.ln() * s.temperature
+        } else {
+            f32::MIN
+        });
+        all.extend(
+            logits.iter().enumerate().filter(|(_, l)| **l >= floor).map(|(id, l)| (id as u32, weight(*l))),
+        );
         let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         let k = s.top_k as usize;
         if k > 0 && k < all.len() {
@@ -258,10 +267,22 @@ mod tests {
         };
         let base = Sampling::default();
         close(frequencies(base.clone(), &logits, 20_000), [0.5, 0.25, 0.15, 0.1]);
-        close(frequencies(Sampling { top_k: 2, ..base.clone() }, &logits, 20_000), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
-        close(frequencies(Sampling { top_p: 0.74, ..base.clone() }, &logits, 20_000), [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
-        close(frequencies(Sampling { min_p: 0.29, ..base.clone() }, &logits, 20_000), [0.5555, 0.2777, 0.1666, 0.0]);
-        close(frequencies(Sampling { temperature: 0.5, ..base }, &logits, 20_000), [0.7246, 0.1812, 0.0652, 0.029]);
+        close(
+            frequencies(Sampling { top_k: 2, ..base.clone() }, &logits, 20_000),
+            [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0],
+        );
+        close(
+            frequencies(Sampling { top_p: 0.74, ..base.clone() }, &logits, 20_000),
+            [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0],
+        );
+        close(
+            frequencies(Sampling { min_p: 0.29, ..base.clone() }, &logits, 20_000),
+            [0.5555, 0.2777, 0.1666, 0.0],
+        );
+        close(
+            frequencies(Sampling { temperature: 0.5, ..base }, &logits, 20_000),
+            [0.7246, 0.1812, 0.0652, 0.029],
+        );
     }
 
     #[test]

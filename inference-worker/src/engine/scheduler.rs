@@ -143,7 +143,14 @@ pub struct Scheduler {
 impl Scheduler {
     /// Over a cache.
     pub fn new(cache: KvCache) -> Self {
-        Self { waiting: VecDeque::new(), running: Vec::new(), cache, preemptions: 0, prefix: (0, 0), steps: 0 }
+        Self {
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            cache,
+            preemptions: 0,
+            prefix: (0, 0),
+            steps: 0,
+        }
     }
 
     /// Nothing to do.
@@ -195,7 +202,8 @@ impl Scheduler {
             .filter(|i| self.running[*i].remaining() == 1)
             .map(|index| Share { index, tokens: 1 })
             .collect();
-        let mut prompts: Vec<usize> = (0..self.running.len()).filter(|i| self.running[*i].remaining() > 1).collect();
+        let mut prompts: Vec<usize> =
+            (0..self.running.len()).filter(|i| self.running[*i].remaining() > 1).collect();
         if !self.steps.is_multiple_of(4) {
             prompts.sort_by_key(|i| (self.running[*i].remaining(), self.running[*i].number));
         }
@@ -254,8 +262,11 @@ impl Scheduler {
                 continue;
             }
             let fresh = candidate.computed == 0 && candidate.generated() == 0;
-            let (mut blocks, chains) =
-                if candidate.needs_all() { Default::default() } else { self.cache.take_prefix(&candidate.tokens) };
+            let (mut blocks, chains) = if candidate.needs_all() {
+                Default::default()
+            } else {
+                self.cache.take_prefix(&candidate.tokens)
+            };
             // One block beyond the next token's keeps a new prompt from preempting at once.
             let need = candidate.tokens.len().div_ceil(BLOCK) - blocks.len();
             let spare = usize::from(!self.running.is_empty());
@@ -287,7 +298,8 @@ impl Scheduler {
         while (sequence.chains.len() + 1) * BLOCK <= sequence.computed {
             let n = sequence.chains.len();
             let parent = sequence.chains.last().copied().unwrap_or(ROOT);
-            let chain = self.cache.filled(sequence.blocks[n], parent, &sequence.tokens[n * BLOCK..(n + 1) * BLOCK]);
+            let chain =
+                self.cache.filled(sequence.blocks[n], parent, &sequence.tokens[n * BLOCK..(n + 1) * BLOCK]);
             sequence.chains.push(chain);
         }
     }
