@@ -1,0 +1,200 @@
+//! Health, readiness, metrics, and the replica state that the balancer places flows by.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Json as JsonBody,
+    extract::State,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use serde_json::{Value as Json, json};
+
+use super::{App, Phase, sse};
+use crate::{engine::Engine, metrics::ModelLabel};
+
+/// How often the event stream looks for a change.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long the event stream is silent at most.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Tokens per second, over about a second.
+#[derive(Debug, Default)]
+pub struct Speed(Mutex<Option<SpeedState>>);
+
+#[derive(Debug, Clone, Copy)]
+struct SpeedState {
+    at: Instant,
+    tokens: u64,
+    speed: f64,
+}
+
+impl Speed {
+    fn update(&self, tokens: u64) -> f64 {
+        let now = Instant::now();
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let previous = state.unwrap_or(SpeedState { at: now, tokens, speed: 0.0 });
+        let elapsed = (now - previous.at).as_secs_f64();
+        if elapsed < 0.5 {
+            *state = Some(previous);
+            return previous.speed;
+        }
+        let speed = tokens.saturating_sub(previous.tokens) as f64 / elapsed;
+        *state = Some(SpeedState { at: now, tokens, speed });
+        speed
+    }
+}
+
+/// `GET /health`: the process lives.
+pub async fn health() -> StatusCode {
+    StatusCode::OK
+}
+
+/// `GET /ready`: weights loaded, warm-up done, and not draining.
+pub async fn ready(State(app): State<Arc<App>>) -> Response {
+    let phase = *app.phase.borrow();
+    let status = if phase == Phase::Ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, JsonBody(json!({"ready": phase == Phase::Ready, "phase": phase.name()}))).into_response()
+}
+
+fn kv_usage(engine: &Engine) -> f64 {
+    let total = engine.stats.kv_total.load(Relaxed).max(1);
+    engine.stats.kv_held.load(Relaxed) as f64 / total as f64
+}
+
+/// `GET /metrics`.
+pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let m = &app.metrics;
+    for (_, engine) in app.registry.models().iter().filter(|(name, _)| !name.contains('@')) {
+        let label = ModelLabel { model_name: engine.name.clone() };
+        let usage = kv_usage(engine);
+        m.running.get_or_create(&label).set(engine.stats.running.load(Relaxed) as i64);
+        m.waiting.get_or_create(&label).set(engine.stats.waiting.load(Relaxed) as i64);
+        m.kv_usage.get_or_create(&label).set(usage);
+        m.kv_usage_old.get_or_create(&label).set(usage);
+    }
+    let content = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, content)], m.render()).into_response()
+}
+
+/// The replica's state as the balancer reads it.
+pub fn state(app: &App) -> Json {
+    let models = app.registry.models();
+    let (mut running, mut waiting, mut in_flight, mut generated, mut capacity, mut queue) =
+        (0, 0, 0, 0, 0, 0);
+    let (mut held, mut total) = (0, 0);
+    for e in models.engines() {
+        running += e.stats.running.load(Relaxed);
+        waiting += e.stats.waiting.load(Relaxed);
+        in_flight += e.stats.in_flight.load(Relaxed);
+        generated += e.stats.generated.load(Relaxed);
+        capacity += e.options.max_running;
+        queue += e.options.max_queue;
+        held += e.stats.kv_held.load(Relaxed);
+        total += e.stats.kv_total.load(Relaxed);
+    }
+    let default = models.get(None);
+    json!({
+        "phase": app.phase.borrow().name(),
+        "model": default.map(|e| e.name.clone()),
+        "version": default.map(|e| e.version.clone()),
+        "running": running,
+        // A request between the API and the engine's next step waits too.
+        "waiting": waiting.max(in_flight.saturating_sub(running)),
+        "kv_cache_usage": held as f64 / total.max(1) as f64,
+        "kv_blocks_used": held,
+        "kv_blocks_total": total,
+        "capacity": {"running": capacity, "waiting": queue},
+        "tokens_per_second": (app.tokens_per_second.update(generated) * 10.0).round() / 10.0,
+        "active_requests": app.active.load(Relaxed),
+        "models": models.engines().map(|e| json!({
+            "name": e.name, "version": e.version, "running": e.stats.running.load(Relaxed),
+            "waiting": e.stats.waiting.load(Relaxed), "kv_cache_usage": kv_usage(e), "backend": e.backend,
+            "failed_steps": e.stats.failures.load(Relaxed),
+        })).collect::<Vec<_>>(),
+    })
+}
+
+/// `GET /replica`: JSON, or with `Accept: text/event-stream` an event for each change, and one a second.
+pub async fn replica(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    if !accept.contains("text/event-stream") {
+        return JsonBody(state(&app)).into_response();
+    }
+    let start = (app, None::<(Json, Instant)>);
+    let events = futures_util::stream::unfold(start, |(app, mut last)| async move {
+        loop {
+            let now = state(&app);
+            let due = last.as_ref().is_none_or(|(then, at)| *then != now || at.elapsed() >= HEARTBEAT);
+            if due {
+                let event = Bytes::from(format!("event: replica\ndata: {now}\n\n"));
+                return Some((event, (app, Some((now, Instant::now())))));
+            }
+            last = last.take();
+            tokio::time::sleep(LOOK).await;
+        }
+    });
+    // After an event the next look comes a moment later, or a busy worker would report each token.
+    let paced = futures_util::StreamExt::then(events, |event| async move {
+        tokio::time::sleep(LOOK / 2).await;
+        event
+    });
+    sse::respond_raw(paced)
+}
+
+/// `GET /version`.
+pub async fn version() -> JsonBody<Json> {
+    JsonBody(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// `GET /get_load`, as sglang-router reads it.
+pub async fn get_load(State(app): State<Arc<App>>) -> JsonBody<Json> {
+    let load = |(rank, e): (usize, &Arc<Engine>)| {
+        let (running, waiting) = (e.stats.running.load(Relaxed), e.stats.waiting.load(Relaxed));
+        json!({"dp_rank": rank, "num_reqs": running + waiting, "num_waiting_reqs": waiting,
+               "num_tokens": e.stats.kv_held.load(Relaxed) * crate::backend::BLOCK})
+    };
+    JsonBody(app.registry.models().engines().enumerate().map(load).collect())
+}
+
+/// `GET /get_model_info` and `/get_server_info`, as routers read them.
+pub async fn model_info(State(app): State<Arc<App>>) -> JsonBody<Json> {
+    let models = app.registry.models();
+    let engine = models.get(None);
+    JsonBody(json!({
+        "served_model_name": engine.map(|e| e.name.clone()),
+        "model_path": engine.map(|e| e.path.display().to_string()),
+        "tokenizer_path": engine.map(|e| e.path.display().to_string()),
+        "is_generation": true,
+        "max_total_num_tokens": engine.map(|e| e.kv_tokens()),
+        "context_length": engine.map(|e| e.max_context),
+        "version": env!("CARGO_PKG_VERSION"),
+    }))
+}
+
+/// The `endpoint-load-metrics` response header (ORCA) in the format that the request names.
+pub fn load_header(app: &App, format: &str) -> Option<HeaderValue> {
+    let (mut running, mut waiting, mut usage) = (0, 0, 0.0f64);
+    for e in app.registry.models().engines() {
+        running += e.stats.running.load(Relaxed);
+        waiting += e.stats.waiting.load(Relaxed);
+        usage = usage.max(kv_usage(e));
+    }
+    let text = match format.to_ascii_lowercase().as_str() {
+        "text" => format!(
+            "TEXT named_metrics.kv_cache_usage_perc={usage:.4}, named_metrics.num_requests_running={running}, \
+             named_metrics.num_requests_waiting={waiting}"
+        ),
+        "json" => format!(
+            "JSON {}",
+            json!({"named_metrics": {"kv_cache_usage_perc": usage, "num_requests_running": running,
+                                     "num_requests_waiting": waiting}})
+        ),
+        _ => return None,
+    };
+    HeaderValue::from_str(&text).ok()
+}

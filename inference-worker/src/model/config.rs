@@ -1,0 +1,319 @@
+//! A Llama's shape and constants, read from GGUF metadata or `config.json`, and its rotary frequencies.
+//!
+//! Pure. Rotary scaling follows Hugging Face's `modeling_rope_utils` (linear, dynamic is refused, yarn,
+//! llama3) and, for GGUF, the `rope_freqs.weight` tensor that llama.cpp's converter writes for llama3.
+
+use serde_json::Value as Json;
+
+use crate::weights::{WeightError, gguf::Gguf};
+
+/// Numbers that define the architecture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LlamaConfig {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Width of the feed-forward layer.
+    pub ffn: usize,
+    /// Number of layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads (grouped-query attention when fewer than `heads`).
+    pub kv_heads: usize,
+    /// Values per head.
+    pub head_dim: usize,
+    /// Vocabulary size (rows of the embedding).
+    pub vocab: usize,
+    /// Longest sequence the model was trained for.
+    pub context: usize,
+    /// RMSNorm's epsilon.
+    pub eps: f32,
+    /// Base of the rotary frequencies.
+    pub rope_base: f64,
+    /// How the rotary frequencies are stretched.
+    pub rope: RopeScaling,
+    /// Output head shares the embedding.
+    pub tied: bool,
+    /// Ids that end a generation.
+    pub eos: Vec<u32>,
+}
+
+/// Variants of rotary position scaling.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// As trained.
+    None,
+    /// All positions divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// Llama 3.1's: low frequencies stretched, high ones kept, a smooth band between.
+    Llama3 {
+        /// Stretch of the low frequencies.
+        factor: f64,
+        /// Lower edge of the band.
+        low: f64,
+        /// Upper edge of the band.
+        high: f64,
+        /// Context of the original training.
+        original: f64,
+    },
+    /// YaRN.
+    Yarn {
+        /// Stretch.
+        factor: f64,
+        /// Context of the original training.
+        original: f64,
+        /// Ramp's fast edge.
+        beta_fast: f64,
+        /// Ramp's slow edge.
+        beta_slow: f64,
+        /// Scale of cos and sin, when the file states one.
+        attention: Option<f64>,
+    },
+    /// Per-frequency divisors stored in the file.
+    Divisors(Vec<f32>),
+}
+
+fn bad(what: impl Into<String>) -> WeightError {
+    WeightError::Metadata(what.into())
+}
+
+impl LlamaConfig {
+    /// From a GGUF's `llama.*` metadata.
+    pub fn from_gguf(g: &Gguf) -> Result<Self, WeightError> {
+        let arch = g.str("general.architecture").ok_or_else(|| bad("general.architecture is missing"))?;
+        if arch != "llama" {
+            return Err(WeightError::UnsupportedArchitecture(arch.into()));
+        }
+        let int = |key: &str| {
+            let value =
+                g.int(&format!("llama.{key}")).ok_or_else(|| bad(format!("llama.{key} is missing")))?;
+            usize::try_from(value).map_err(|_| bad(format!("llama.{key} is {value}")))
+        };
+        if g.int("llama.expert_count").unwrap_or(0) > 0 {
+            return Err(WeightError::UnsupportedArchitecture(
+                "llama with experts (mixture of experts)".into(),
+            ));
+        }
+        let (hidden, heads) = (int("embedding_length")?, int("attention.head_count")?);
+        let vocab = match g.strings("tokenizer.ggml.tokens") {
+            Some(tokens) => tokens.len(),
+            None => int("vocab_size")?,
+        };
+        let head_dim = int("attention.key_length").unwrap_or(hidden / heads.max(1));
+        let config = Self {
+            hidden,
+            ffn: int("feed_forward_length")?,
+            layers: int("block_count")?,
+            heads,
+            kv_heads: int("attention.head_count_kv").unwrap_or(heads),
+            head_dim,
+            vocab,
+            context: int("context_length")?,
+            eps: g.float("llama.attention.layer_norm_rms_epsilon").unwrap_or(1e-5) as f32,
+            rope_base: g.float("llama.rope.freq_base").unwrap_or(10_000.0),
+            rope: gguf_rope(g)?,
+            tied: !g.has_tensor("output.weight"),
+            eos: ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"]
+                .iter()
+                .filter_map(|k| u32::try_from(g.int(k)?).ok())
+                .collect(),
+        };
+        if int("rope.dimension_count").is_ok_and(|d| d != head_dim) {
+            return Err(bad(format!(
+                "partial rotary embedding (of {head_dim} values per head) is not supported"
+            )));
+        }
+        config.check()
+    }
+
+    /// From a Hugging Face `config.json`.
+    pub fn from_hf(c: &Json) -> Result<Self, WeightError> {
+        let arch = c["architectures"][0].as_str().or(c["model_type"].as_str()).unwrap_or("(none named)");
+        if !matches!(arch, "LlamaForCausalLM" | "MistralForCausalLM" | "llama" | "mistral") {
+            return Err(WeightError::UnsupportedArchitecture(arch.into()));
+        }
+        let int = |key: &str| {
+            let value = &c[key];
+            value.as_u64().and_then(|v| usize::try_from(v).ok()).ok_or_else(|| {
+                bad(if value.is_null() {
+                    format!("config.json: `{key}` is missing")
+                } else {
+                    format!("config.json: `{key}` is {value}, expected a whole number")
+                })
+            })
+        };
+        if c["attention_bias"] == true || c["mlp_bias"] == true {
+            return Err(bad("config.json: biases in attention or feed-forward are not supported"));
+        }
+        if c["sliding_window"]
+            .as_u64()
+            .is_some_and(|w| int("max_position_embeddings").is_ok_and(|m| (w as usize) < m))
+        {
+            return Err(bad("config.json: sliding-window attention is not supported"));
+        }
+        let act = c["hidden_act"].as_str().unwrap_or("silu");
+        if act != "silu" {
+            return Err(bad(format!("config.json: activation `{act}` is not supported, only silu")));
+        }
+        let (hidden, heads) = (int("hidden_size")?, int("num_attention_heads")?);
+        Self {
+            hidden,
+            ffn: int("intermediate_size")?,
+            layers: int("num_hidden_layers")?,
+            heads,
+            kv_heads: int("num_key_value_heads").unwrap_or(heads),
+            head_dim: int("head_dim").unwrap_or(hidden / heads.max(1)),
+            vocab: int("vocab_size")?,
+            context: int("max_position_embeddings").unwrap_or(2048),
+            eps: c["rms_norm_eps"].as_f64().unwrap_or(1e-6) as f32,
+            rope_base: c["rope_theta"]
+                .as_f64()
+                .or(c["rope_parameters"]["rope_theta"].as_f64())
+                .unwrap_or(10_000.0),
+            rope: hf_rope(c)?,
+            tied: c["tie_word_embeddings"] == true,
+            eos: eos_ids(&c["eos_token_id"]),
+        }
+        .check()
+    }
+
+    fn check(self) -> Result<Self, WeightError> {
+        let sane = |name: &str, v: usize, max: usize| {
+            if v == 0 || v > max { Err(bad(format!("{name} is {v}, expected 1 to {max}"))) } else { Ok(()) }
+        };
+        sane("the hidden size", self.hidden, 1 << 17)?;
+        sane("the feed-forward size", self.ffn, 1 << 20)?;
+        sane("the layer count", self.layers, 1024)?;
+        sane("the head count", self.heads, 1024)?;
+        sane("the head size", self.head_dim, 256)?;
+        sane("the key/value head count", self.kv_heads, self.heads)?;
+        sane("the vocabulary size", self.vocab, 1 << 24)?;
+        sane("the context length", self.context, 1 << 24)?;
+        if !self.heads.is_multiple_of(self.kv_heads) || !self.head_dim.is_multiple_of(2) {
+            return Err(bad(format!(
+                "{} heads of {} values over {} key/value heads do not divide",
+                self.heads, self.head_dim, self.kv_heads
+            )));
+        }
+        Ok(self)
+    }
+
+    /// Width of all query heads.
+    pub fn q_dim(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Width of all key heads (and of all value heads).
+    pub fn kv_dim(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Rotary frequencies (`head_dim / 2` of them, radians per position) and the factor on cos and sin.
+    pub fn rope_frequencies(&self) -> (Vec<f32>, f32) {
+        let half = self.head_dim / 2;
+        // In f32 from here on, as transformers computes them, so that long positions round alike.
+        let plain: Vec<f32> = (0..half)
+            .map(|i| 1.0 / (self.rope_base as f32).powf((2 * i) as f32 / self.head_dim as f32))
+            .collect();
+        match &self.rope {
+            RopeScaling::None => (plain, 1.0),
+            RopeScaling::Linear { factor } => (plain.iter().map(|f| f / *factor as f32).collect(), 1.0),
+            RopeScaling::Divisors(d) => (plain.iter().zip(d).map(|(f, d)| f / d).collect(), 1.0),
+            RopeScaling::Llama3 { factor, low, high, original } => {
+                let stretch = |f: &f32| {
+                    let f = f64::from(*f);
+                    let wavelength = std::f64::consts::TAU / f;
+                    let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
+                    ((1.0 - smooth) * f / factor + smooth * f) as f32
+                };
+                (plain.iter().map(stretch).collect(), 1.0)
+            }
+            RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention } => {
+                let dim = self.head_dim as f64;
+                let edge = |rotations: f64| {
+                    dim * (original / (rotations * std::f64::consts::TAU)).ln() / (2.0 * self.rope_base.ln())
+                };
+                let low = edge(*beta_fast).floor().max(0.0);
+                let high = edge(*beta_slow).ceil().min(dim - 1.0);
+                let span = if high == low { 0.001 } else { high - low };
+                let freqs = plain
+                    .iter()
+                    .enumerate()
+                    .map(|(i, f)| {
+                        let ramp = ((i as f64 - low) / span).clamp(0.0, 1.0);
+                        let f = f64::from(*f);
+                        (f / factor * ramp + f * (1.0 - ramp)) as f32
+                    })
+                    .collect();
+                let scale = attention.unwrap_or(if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 });
+                (freqs, scale as f32)
+            }
+        }
+    }
+}
+
+/// The ids in `eos_token_id`, a number or a list.
+pub fn eos_ids(value: &Json) -> Vec<u32> {
+    let one = |v: &Json| v.as_u64().and_then(|v| u32::try_from(v).ok());
+    match value {
+        Json::Array(list) => list.iter().filter_map(one).collect(),
+        other => one(other).into_iter().collect(),
+    }
+}
+
+fn gguf_rope(g: &Gguf) -> Result<RopeScaling, WeightError> {
+    if let Some(divisors) = g.raw("rope_freqs.weight")? {
+        return Ok(RopeScaling::Divisors(divisors.to_f32()));
+    }
+    let factor = g.float("llama.rope.scaling.factor").or(g.float("llama.rope.scale_linear")).unwrap_or(1.0);
+    match g.str("llama.rope.scaling.type").unwrap_or(if factor == 1.0 { "none" } else { "linear" }) {
+        "none" => Ok(RopeScaling::None),
+        "linear" => Ok(RopeScaling::Linear { factor }),
+        "yarn" => Ok(RopeScaling::Yarn {
+            factor,
+            original: g
+                .float("llama.rope.scaling.original_context_length")
+                .ok_or_else(|| bad("llama.rope.scaling.original_context_length is missing"))?,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention: None,
+        }),
+        other => Err(bad(format!("rope scaling `{other}` is not supported (none, linear, yarn, llama3)"))),
+    }
+}
+
+fn hf_rope(c: &Json) -> Result<RopeScaling, WeightError> {
+    let s = if c["rope_scaling"].is_object() { &c["rope_scaling"] } else { &c["rope_parameters"] };
+    let kind = s["rope_type"].as_str().or(s["type"].as_str()).unwrap_or("default");
+    let need = |key: &str| {
+        s[key].as_f64().ok_or_else(|| bad(format!("config.json: rope_scaling has no number `{key}`")))
+    };
+    Ok(match kind {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: need("factor")? },
+        "llama3" => RopeScaling::Llama3 {
+            factor: need("factor")?,
+            low: need("low_freq_factor")?,
+            high: need("high_freq_factor")?,
+            original: need("original_max_position_embeddings")?,
+        },
+        "yarn" => RopeScaling::Yarn {
+            factor: need("factor")?,
+            original: s["original_max_position_embeddings"]
+                .as_f64()
+                .or(c["max_position_embeddings"].as_f64())
+                .ok_or_else(|| bad("config.json: yarn needs original_max_position_embeddings"))?,
+            beta_fast: s["beta_fast"].as_f64().unwrap_or(32.0),
+            beta_slow: s["beta_slow"].as_f64().unwrap_or(1.0),
+            attention: s["attention_factor"].as_f64(),
+        },
+        other => {
+            return Err(bad(format!(
+                "config.json: rope scaling `{other}` is not supported (default, linear, llama3, yarn)"
+            )));
+        }
+    })
+}
