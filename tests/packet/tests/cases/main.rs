@@ -3,6 +3,7 @@
 //! test. A file per feature.
 
 mod case;
+mod decap;
 mod egress;
 mod flows;
 mod gue;
