@@ -1,6 +1,13 @@
 //! Compile-time proof that both targets lay the map types out alike.
 
-use crate::{backend::Backend, flow::*, service::*, settings::*, slot::Slot, stats::*};
+use crate::{
+    backend::Backend,
+    flow::*,
+    service::*,
+    settings::*,
+    slot::{Line, Slot},
+    stats::*,
+};
 use core::mem::{align_of, offset_of, size_of};
 
 macro_rules! layout {
@@ -18,6 +25,7 @@ layout! {
     ServiceView: 56 / 8 { seed @ 0, slot_base @ 16, slot_count @ 20, flags @ 24, scheduler @ 28, udp_timeout_s @ 32 };
     Service: 128 / 8 { active @ 0, used @ 4, views @ 8 };
     Slot: 8 / 8 { primary @ 0, secondary @ 4 };
+    Line: 64 / 8 { words @ 0 };
     Backend: 64 / 8 { address @ 0, source @ 16, next_hop @ 32, mtu @ 38, egress_mac @ 40, vlan @ 46,
         ifindex @ 48, flags @ 52, mode @ 56, source_bits @ 57, port @ 58, service @ 60 };
     FlowKey: 24 / 4 { source @ 0, source_port @ 16, port @ 18, service @ 20 };

@@ -11,8 +11,10 @@ pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
 pub const VIPS: &str = "VIPS";
 /// `ARRAY<Service>`, memory-mapped.
 pub const SERVICES: &str = "SERVICES";
-/// `ARRAY<Slot>`, memory-mapped: the tables of all services.
-pub const SLOTS: &str = "SLOTS";
+/// `ARRAY<Line>`, memory-mapped: the primaries of the tables of all services.
+pub const PRIMARIES: &str = "PRIMARIES";
+/// `ARRAY<Line>`, memory-mapped: their secondaries.
+pub const SECONDARIES: &str = "SECONDARIES";
 /// `ARRAY<Backend>`, memory-mapped.
 pub const BACKENDS: &str = "BACKENDS";
 /// `LRU_HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace.
@@ -42,11 +44,12 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 12] = [
+pub const INGRESS_MAPS: [&str; 13] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
-    SLOTS,
+    PRIMARIES,
+    SECONDARIES,
     BACKENDS,
     FLOWS,
     SYNS,

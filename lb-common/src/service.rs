@@ -103,7 +103,7 @@ pub mod flags {
 pub struct ServiceView {
     /// Key of the flow hash (two 64-bit words).
     pub seed: [u64; 2],
-    /// First slot of the table in `SLOTS`.
+    /// First slot of the table in `PRIMARIES` and `SECONDARIES`.
     pub slot_base: u32,
     /// Slots of the table; 0: the service has no backend at all.
     pub slot_count: u32,

@@ -1,4 +1,7 @@
 //! Slots: one entry of a service's Maglev table, holding a pair of backends.
+//!
+//! The halves of the pairs lie in two maps: most packets read the primary only, and so touch half as
+//! much memory. Both maps hold [`Line`]s, because an array map would round a word up to 8 bytes.
 
 use crate::map_value;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -12,7 +15,7 @@ pub const TRACKED: u32 = 1 << 31;
 /// In `secondary`: the slot is in transition; the secondary is its previous primary.
 pub const TRANSITION: u32 = 1 << 31;
 
-/// A pair of backends. One aligned 64-bit store replaces it.
+/// A pair of backends. A table is written whole before a service points to it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Slot {
@@ -51,4 +54,15 @@ impl Slot {
     }
 }
 
-map_value!(Slot);
+/// Words of a [`Line`].
+pub const LINE: u32 = 16;
+
+/// A cache line of primaries or of secondaries: slot `place` is word `place % LINE` of entry `place / LINE`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Line {
+    /// The words of 16 slots.
+    pub words: [u32; LINE as usize],
+}
+
+map_value!(Slot, Line);

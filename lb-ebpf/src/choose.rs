@@ -61,9 +61,9 @@ pub fn choose<T: Tables>(
     if view.slot_count == 0 {
         return Err(Reason::NoBackend);
     }
-    let slot = tables
-        .slot(view.slot_base.wrapping_add(slot_of(hash, view.slot_count)))
-        .ok_or(Reason::BrokenTable)?;
+    let place = view.slot_base.wrapping_add(slot_of(hash, view.slot_count));
+    // The secondary is read only where it can matter.
+    let slot = Slot { primary: tables.primary(place).ok_or(Reason::BrokenTable)?, ..Slot::EMPTY };
     if headers.protocol == UDP {
         if view.flags & flags::UDP_STATELESS != 0 {
             return primary(slot, false, Why::Primary);
@@ -73,6 +73,7 @@ pub fn choose<T: Tables>(
     if !slot.is_tracked() && view.flags & flags::TRACK_ALL == 0 {
         return primary(slot, headers.is_syn(), Why::Primary);
     }
+    let slot = Slot { secondary: tables.secondary(place).ok_or(Reason::BrokenTable)?, ..slot };
     let key = flow_key(service, headers);
     if headers.is_syn() {
         choose_syn(tables, &key, slot)

@@ -1,7 +1,7 @@
 //! The maps as the packet code sees them. Implemented over BPF maps in the kernel, over hash maps in
 //! tests, and over the live maps, read-only, for `explain`.
 
-use lb_common::{Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey};
+use lb_common::{Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey};
 
 /// The three flow tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,8 +22,10 @@ pub trait Tables {
     fn vip(&self, key: &VipKey) -> Option<&Vip>;
     /// Live view of a service.
     fn service(&self, index: u32) -> Option<&ServiceView>;
-    /// A slot, by its place in the map of all slots.
-    fn slot(&self, place: u32) -> Option<Slot>;
+    /// A slot's primary with its flag, by the slot's place among those of all tables.
+    fn primary(&self, place: u32) -> Option<u32>;
+    /// Its secondary with its flag.
+    fn secondary(&self, place: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, index: u32) -> Option<&Backend>;
     /// A remembered flow.

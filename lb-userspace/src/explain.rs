@@ -6,7 +6,7 @@
 
 use crate::{dataplane::Reader, model::Protocol};
 use lb_common::{
-    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey, backend, mapped,
+    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, backend, mapped,
     service::flags, slot::NO_BACKEND,
 };
 use lb_ebpf::{
@@ -201,7 +201,7 @@ impl Explanation {
         let number = slot_of(hash, view.slot_count);
         self.slot = Some(number);
         self.steps.push(format!("hash {hash:016x} → slot {number} of {}", view.slot_count));
-        let Some(slot) = live.slot(view.slot_base + number) else { return };
+        let Some(slot) = live.reader.slot(view.slot_base + number) else { return };
         self.primary = live.view_of(names, slot.primary_index());
         self.secondary = live.view_of(names, slot.secondary_index());
         self.transition = slot.is_transition();
@@ -417,8 +417,12 @@ impl Tables for Live<'_> {
         self.view.get_or_init(live).as_ref()
     }
 
-    fn slot(&self, place: u32) -> Option<Slot> {
-        self.reader.slot(place)
+    fn primary(&self, place: u32) -> Option<u32> {
+        self.reader.slot(place).map(|slot| slot.primary)
+    }
+
+    fn secondary(&self, place: u32) -> Option<u32> {
+        self.reader.slot(place).map(|slot| slot.secondary)
     }
 
     fn backend(&self, index: u32) -> Option<&Backend> {

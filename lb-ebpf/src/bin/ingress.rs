@@ -13,8 +13,11 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip,
-    VipKey, limits, settings::IngressSettings, stats::IcmpBudget,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Vip, VipKey,
+    limits,
+    settings::IngressSettings,
+    slot::{LINE, Line},
+    stats::IcmpBudget,
 };
 use lb_ebpf::{
     FlowTable, Tables,
@@ -32,7 +35,9 @@ static VIPS: HashMap<VipKey, Vip> = HashMap::with_max_entries(limits::VIPS, 0);
 #[map]
 static SERVICES: Array<Service> = Array::with_max_entries(limits::SERVICES, BPF_F_MMAPABLE);
 #[map]
-static SLOTS: Array<Slot> = Array::with_max_entries(limits::SLOTS, BPF_F_MMAPABLE);
+static PRIMARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LINE, BPF_F_MMAPABLE);
+#[map]
+static SECONDARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LINE, BPF_F_MMAPABLE);
 #[map]
 static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
@@ -51,6 +56,14 @@ static ICMP_BUDGET: PerCpuArray<IcmpBudget> = PerCpuArray::with_max_entries(1, 0
 static EGRESS: DevMapHash = DevMapHash::with_max_entries(limits::EGRESS, 0);
 #[map]
 static ABI: Array<u32> = Array::with_max_entries(1, 0);
+
+/// A word of an array of lines.
+#[inline(always)]
+fn word(lines: &Array<Line>, place: u32) -> Option<u32> {
+    let line = lines.get(place / LINE)?;
+    // SAFETY: the index is below LINE; lbd stores words in one piece.
+    Some(unsafe { core::ptr::read_volatile(line.words.as_ptr().add((place % LINE) as usize)) })
+}
 
 /// The maps of this object.
 struct Maps;
@@ -89,11 +102,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn slot(&self, place: u32) -> Option<Slot> {
-        let slot = SLOTS.get_ptr(place)?;
-        // SAFETY: a Slot is one aligned 64-bit word, which lbd stores in one piece.
-        let word = unsafe { core::ptr::read_volatile(slot.cast::<u64>()) };
-        Some(Slot { primary: word as u32, secondary: (word >> 32) as u32 })
+    fn primary(&self, place: u32) -> Option<u32> {
+        word(&PRIMARIES, place)
+    }
+
+    #[inline(always)]
+    fn secondary(&self, place: u32) -> Option<u32> {
+        word(&SECONDARIES, place)
     }
 
     #[inline(always)]

@@ -72,7 +72,7 @@ pub struct HashTables {
     pub vips: HashMap<VipKey, Vip>,
     /// `SERVICES`: the live views.
     pub services: HashMap<u32, ServiceView>,
-    /// `SLOTS`.
+    /// `PRIMARIES` and `SECONDARIES`.
     pub slots: Vec<Slot>,
     /// `BACKENDS`.
     pub backends: HashMap<u32, Backend>,
@@ -190,8 +190,12 @@ impl Tables for HashTables {
         self.services.get(&index)
     }
 
-    fn slot(&self, place: u32) -> Option<Slot> {
-        self.slots.get(place as usize).copied()
+    fn primary(&self, place: u32) -> Option<u32> {
+        self.slots.get(place as usize).map(|slot| slot.primary)
+    }
+
+    fn secondary(&self, place: u32) -> Option<u32> {
+        self.slots.get(place as usize).map(|slot| slot.secondary)
     }
 
     fn backend(&self, index: u32) -> Option<&Backend> {

@@ -34,8 +34,15 @@ fn tables(backend: Backend) -> HashTables {
     for slot in &mut tables.slots {
         *slot = Slot { primary: 1, secondary: 1 };
     }
+    // A backend belongs to one service, so all ports lead to that one.
+    let service = *tables.services.keys().next().unwrap();
+    tables.service_index.values_mut().for_each(|index| *index = service);
+    for vip in tables.vips.values_mut() {
+        (vip.any_tcp, vip.any_udp) = (service, service);
+        vip.ranges.iter_mut().for_each(|range| range.service = service);
+    }
     tables.backends.clear();
-    tables.backends.insert(1, backend);
+    tables.backends.insert(1, Backend { service, ..backend });
     tables
 }
 

@@ -99,15 +99,24 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         true
     }
 
+    /// The 32-bit word at byte `offset` of an entry; None past the end.
+    pub fn load_u32(&self, index: u32, offset: usize) -> Option<u32> {
+        Some(self.word(index, offset)?.load(Ordering::Acquire))
+    }
+
+    fn word(&self, index: u32, offset: usize) -> Option<&AtomicU32> {
+        let words = self.entry(index)?;
+        if !offset.is_multiple_of(4) || offset + 4 > size_of::<T>() {
+            return None;
+        }
+        // SAFETY: inside the entry by the check above, aligned, and accessed atomically only.
+        Some(unsafe { &*words.as_ptr().cast::<AtomicU32>().add(offset / 4) })
+    }
+
     /// Writes the 32-bit word at byte `offset` of an entry in one piece, after everything before it.
     #[must_use]
     pub fn store_u32(&self, index: u32, offset: usize, value: u32) -> bool {
-        let Some(words) = self.entry(index).filter(|_| self.writable) else { return false };
-        if !offset.is_multiple_of(4) || offset + 4 > size_of::<T>() {
-            return false;
-        }
-        // SAFETY: inside the entry by the check above, aligned, and accessed atomically only.
-        let word = unsafe { &*words.as_ptr().cast::<AtomicU32>().add(offset / 4) };
+        let Some(word) = self.word(index, offset).filter(|_| self.writable) else { return false };
         word.store(value, Ordering::Release);
         true
     }

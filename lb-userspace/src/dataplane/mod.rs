@@ -9,6 +9,7 @@ mod decap;
 mod error;
 mod mapped;
 mod reader;
+mod slots;
 
 pub use attach::{Interface, detach};
 pub use decap::{DecapDataplane, DecapOptions};
@@ -25,10 +26,11 @@ use aya::{
 };
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits, names,
-    settings::IngressSettings,
+    settings::IngressSettings, slot::LINE,
 };
 use lb_ebpf::FlowTable;
 use mapped::MappedArray;
+use slots::MappedSlots;
 use std::{fs, path::PathBuf, sync::Arc};
 use zerocopy::IntoBytes;
 
@@ -84,7 +86,7 @@ pub struct Dataplane {
     service_index: HashMap<MapData, ServiceKey, u32>,
     vips: HashMap<MapData, VipKey, Vip>,
     services: MappedArray<Service>,
-    slots: MappedArray<Slot>,
+    slots: MappedSlots,
     backends: MappedArray<Backend>,
     egress: DevMapHash<MapData>,
     flows: [HashMap<MapData, FlowKey, Flow>; 3],
@@ -108,7 +110,8 @@ impl Dataplane {
             (names::SERVICE_INDEX, l.services),
             (names::SERVICES, l.services),
             (names::VIPS, l.vips),
-            (names::SLOTS, l.slots),
+            (names::PRIMARIES, l.slots.div_ceil(LINE)),
+            (names::SECONDARIES, l.slots.div_ceil(LINE)),
             (names::BACKENDS, l.backends),
             (names::BACKEND_STATS, l.backends),
             (names::FLOWS, l.flows),
@@ -130,7 +133,8 @@ impl Dataplane {
         let mut flows = |table| take(&mut bpf, flow_map(table));
         let flows = [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?];
         let services: MappedArray<Service> = map_array(&mut bpf, names::SERVICES)?;
-        let slots: MappedArray<Slot> = map_array(&mut bpf, names::SLOTS)?;
+        let primaries = array(&mut bpf, names::PRIMARIES);
+        let slots = MappedSlots::new(&primaries, &array(&mut bpf, names::SECONDARIES), true)?;
         let backends: MappedArray<Backend> = map_array(&mut bpf, names::BACKENDS)?;
         let limits = Limits {
             services: services.len(),
@@ -176,7 +180,7 @@ impl Dataplane {
 
     /// Writes one slot, live or not.
     pub fn store_slot(&mut self, place: u32, slot: Slot) -> Result<(), DataplaneError> {
-        stored(self.slots.store(place, &slot), names::SLOTS, place)
+        stored(self.slots.store(place, slot), names::PRIMARIES, place)
     }
 
     /// `count` slots from place `base` on; those past the end are left out.
@@ -301,8 +305,12 @@ fn map_array<T>(bpf: &mut Ebpf, name: &'static str) -> Result<MappedArray<T>, Da
 where
     T: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy + Default,
 {
+    MappedArray::new(&array(bpf, name), name, true)
+}
+
+fn array(bpf: &mut Ebpf, name: &'static str) -> MapData {
     match bpf.take_map(name) {
-        Some(Map::Array(data)) => MappedArray::new(&data, name, true),
+        Some(Map::Array(data)) => data,
         _ => unreachable!("the object was built with this array"),
     }
 }

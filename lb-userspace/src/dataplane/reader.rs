@@ -1,7 +1,7 @@
 //! Reads the live dataplane: counters, tables, flows. Has handles of its own, so that many readers
 //! work beside the one writer; opened from the pins, it needs no daemon at all.
 
-use super::{DataplaneError, batch, mapped::MappedArray};
+use super::{DataplaneError, batch, mapped::MappedArray, slots::MappedSlots};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
@@ -26,7 +26,7 @@ pub struct Reader {
     service_index: HashMap<MapData, ServiceKey, u32>,
     vips: HashMap<MapData, VipKey, Vip>,
     services: MappedArray<Service>,
-    slots: MappedArray<Slot>,
+    slots: MappedSlots,
     backends: MappedArray<Backend>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
@@ -59,7 +59,11 @@ impl Reader {
             )?,
             vips: typed(Map::HashMap(pinned(pin_path, names::VIPS)?), names::VIPS)?,
             services: MappedArray::new(&pinned(pin_path, names::SERVICES)?, names::SERVICES, false)?,
-            slots: MappedArray::new(&pinned(pin_path, names::SLOTS)?, names::SLOTS, false)?,
+            slots: MappedSlots::new(
+                &pinned(pin_path, names::PRIMARIES)?,
+                &pinned(pin_path, names::SECONDARIES)?,
+                false,
+            )?,
             backends: MappedArray::new(&pinned(pin_path, names::BACKENDS)?, names::BACKENDS, false)?,
             backend_stats: typed(
                 Map::PerCpuArray(pinned(pin_path, names::BACKEND_STATS)?),

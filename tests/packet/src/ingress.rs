@@ -9,7 +9,10 @@ use aya::{
 };
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
-    service::flags, settings::IngressSettings, stats::IcmpBudget,
+    service::flags,
+    settings::IngressSettings,
+    slot::{LINE, Line},
+    stats::IcmpBudget,
 };
 
 /// What a run left behind.
@@ -78,7 +81,8 @@ impl Ingress {
         loader
             .override_global(names::SETTINGS, &settings, true)
             .override_global(names::LOG_LEVEL, &log_level, true)
-            .map_max_entries(names::SLOTS, 65_536)
+            .map_max_entries(names::PRIMARIES, 65_536 / LINE)
+            .map_max_entries(names::SECONDARIES, 65_536 / LINE)
             .map_max_entries(names::SERVICES, 64)
             .map_max_entries(names::BACKENDS, 256)
             .map_max_entries(names::BACKEND_STATS, 256);
@@ -113,9 +117,8 @@ impl Ingress {
         let slot_count = if pairs.is_empty() { 0 } else { 251 };
         let slot_base = index * 1_024;
         {
-            let mut slots: Array<&mut MapData, Slot> = self.map(names::SLOTS);
             for i in 0..slot_count {
-                slots.set(slot_base + i, pairs[i as usize % pairs.len()].slot(), 0).expect("in range");
+                self.set_slot(slot_base + i, pairs[i as usize % pairs.len()].slot());
             }
         }
         let view = ServiceView { slot_base, slot_count, protocol: key.protocol, ..view };
@@ -225,8 +228,12 @@ impl Ingress {
 
     /// Writes a slot as it is.
     pub fn set_slot(&mut self, place: u32, slot: Slot) {
-        let mut slots: Array<&mut MapData, Slot> = self.map(names::SLOTS);
-        slots.set(place, slot, 0).expect("in range");
+        for (name, word) in [(names::PRIMARIES, slot.primary), (names::SECONDARIES, slot.secondary)] {
+            let mut lines: Array<&mut MapData, Line> = self.map(name);
+            let mut line = lines.get(&(place / LINE), 0).expect("in range");
+            line.words[(place % LINE) as usize] = word;
+            lines.set(place / LINE, line, 0).expect("in range");
+        }
     }
 
     /// Makes a port lead to a service.

@@ -12,7 +12,7 @@ use lb_common::{
     Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, backend, names,
     service::{TCP, UDP},
     settings::{DecapSettings, GUE_PORT, IngressSettings},
-    slot::{NO_BACKEND, TRACKED, TRANSITION},
+    slot::{LINE, Line, NO_BACKEND, TRACKED, TRANSITION},
 };
 
 use super::{frame::Family, wrapper::load_xdp};
@@ -169,14 +169,20 @@ impl Ingress {
         let index = place as u32;
         let (first, base) = (self.next_backend, self.next_slot);
         self.next_backend += spec.backends;
-        self.next_slot += spec.slot_count;
+        self.next_slot += spec.slot_count.next_multiple_of(LINE);
         let mut backends: Array<&mut MapData, Backend> = self.map(names::BACKENDS)?;
         for i in 0..spec.backends {
             backends.set(first + i, backend_of(spec, i, index), 0).context("too many backends")?;
         }
-        let mut slots: Array<&mut MapData, Slot> = self.map(names::SLOTS)?;
-        for i in 0..spec.slot_count {
-            slots.set(base + i, slot_of(spec, first, i), 0).context("too many slots")?;
+        for (name, half) in
+            [(names::PRIMARIES, (|s| s.primary) as fn(Slot) -> u32), (names::SECONDARIES, |s| s.secondary)]
+        {
+            let mut lines: Array<&mut MapData, Line> = self.map(name)?;
+            // Tables begin on a line here; their last one may hold a few words of nobody's.
+            for i in (0..spec.slot_count).step_by(LINE as usize) {
+                let words = std::array::from_fn(|j| half(slot_of(spec, first, i + j as u32)));
+                lines.set((base + i) / LINE, Line { words }, 0).context("too many slots")?;
+            }
         }
         self.switch_on(
             index,
