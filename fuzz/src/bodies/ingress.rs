@@ -102,8 +102,10 @@ pub fn world() -> HashTables {
         Backend { mode: 9, ..base },
         Backend { flags: 0, ..base },
     ];
-    let slots = |i: u32| {
-        let (one, two) = (i % 9 + 1, (i + 1) % 9 + 1);
+    // Each service has a backend of each kind, and uses two.
+    let index = |service: u32, kind: u32| service * 9 + kind % 9 + 1;
+    let slots = |service: u32| {
+        let (one, two) = (index(service, service), index(service, service + 1));
         [
             Slot { primary: one, secondary: two },
             Slot { primary: one | TRACKED, secondary: two },
@@ -121,13 +123,14 @@ pub fn world() -> HashTables {
             ServiceView { seed, slot_base, slot_count, protocol, udp_timeout_s: 60, ..Default::default() };
         tables.services.insert(service, view);
     }
-    for (i, kind) in (1..).zip(kinds) {
-        // They belong to all services; an entry names one, which matters only to flow tables.
-        tables.backends.insert(i, Backend { service: i % 10, ..kind });
+    for service in 0..10 {
+        for (kind, backend) in (0..).zip(kinds) {
+            tables.backends.insert(index(service, kind), Backend { service, ..backend });
+        }
     }
     for vip in [v4(192, 0, 2, 1), v6(0, 1)] {
         for (port, protocol, service) in
-            [(80, TCP, 0), (443, TCP, 1), (8080, TCP, 2), (53, UDP, 5), (443, UDP, 6)]
+            [(80, TCP, 0), (443, TCP, 1), (8080, TCP, 2), (53, UDP, 5), (443, UDP, 6), (999, UDP, 8)]
         {
             tables.service_index.insert(ServiceKey { vip, port: Be16::new(port), protocol, pad: 0 }, service);
         }
