@@ -9,5 +9,5 @@ extern crate std;
 mod frame;
 mod tables;
 
-pub use frame::{Adjust, VecFrame};
+pub use frame::{Adjust, FibFn, VecFrame};
 pub use tables::{HashTables, WhenFull};

@@ -7,7 +7,7 @@
 use super::{l2_len, sum, v4, v6};
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use lb_common::{
-    Backend, Be16, PortRange, ServiceKey, ServiceView, Slot, Vip, VipKey, backend, is_mapped,
+    Backend, Be16, PortRange, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey, backend, is_mapped,
     reason::Fate,
     service::{NO_SERVICE, TCP, UDP},
     settings::IngressSettings,
@@ -15,7 +15,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Verdict,
-    forward::{FibAnswer, Hop},
+    forward::{FibAnswer, FibQuery, Hop},
     ingress::{Outcome, process},
     native::{HashTables, VecFrame},
 };
@@ -26,15 +26,7 @@ const MTU: u16 = 600;
 /// Checks one frame.
 pub fn check(data: &[u8]) {
     let tables = world();
-    let hop = Hop {
-        next_hop: (0x0403_0201, 0x0605),
-        egress_mac: (0x1413_1211, 0x1615),
-        vlan: 0,
-        ifindex: 9,
-        mtu: 0,
-    };
-    let answer = FibAnswer { hop, source: lb_ebpf::parse::words(v4(10, 9, 9, 9)) };
-    let mut frame = VecFrame::new(data).with_fib(Ok(answer));
+    let mut frame = VecFrame::new(data).with_fib(fib);
     let (verdict, outcome) = process(&mut frame, &tables, &IngressSettings::DEFAULT);
     let after = frame.bytes();
     match outcome {
@@ -58,6 +50,24 @@ pub fn check(data: &[u8]) {
     assert_eq!(ends + tables.packets(), 1, "{:?}", tables.counts());
     let flows = [FlowTable::Flows, FlowTable::Syns, FlowTable::UdpFlows];
     assert!(flows.iter().map(|table| tables.flows(*table).len()).sum::<usize>() <= 1);
+}
+
+/// Interface to which some backends are redirected, and all that the FIB finds.
+pub const EGRESS: u32 = 10;
+/// MAC that the FIB gives for it, and for what is behind it.
+pub const FIB_MACS: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 10], [2, 0, 0, 0, 0, 99]];
+
+/// Answers as the packet tests' namespace does: one neighbour on a link with an MTU of 1,500.
+pub fn fib(query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
+    let [egress_mac, next_hop] =
+        FIB_MACS.map(|m| (u32::from_ne_bytes([m[0], m[1], m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]])));
+    if query.len > 1_500 {
+        return Err((Reason::TooBigAnswered, 1_500));
+    }
+    Ok(FibAnswer {
+        hop: Hop { next_hop, egress_mac, vlan: 0, ifindex: EGRESS, mtu: 0 },
+        source: query.source,
+    })
 }
 
 /// The tables: on each VIP, TCP and UDP services by port, range and any port.
@@ -87,13 +97,15 @@ pub fn world() -> HashTables {
         Backend { mode: gue, source_bits: 0, ..base },
         Backend { mode: gue, source_bits: 0, ..outer6 },
         Backend { mtu: MTU, vlan: Be16::new(7), ..base },
-        Backend { mtu: MTU, ifindex: 2, ..outer6 },
+        Backend { mtu: MTU, ifindex: EGRESS, ..outer6 },
         Backend { flags: used, ..base },
         Backend { mode: 9, ..base },
         Backend { flags: 0, ..base },
     ];
-    let slots = |i: u32| {
-        let (one, two) = (i % 9 + 1, (i + 1) % 9 + 1);
+    // Each service has a backend of each kind, and uses two.
+    let index = |service: u32, kind: u32| service * 9 + kind % 9 + 1;
+    let slots = |service: u32| {
+        let (one, two) = (index(service, service), index(service, service + 1));
         [
             Slot { primary: one, secondary: two },
             Slot { primary: one | TRACKED, secondary: two },
@@ -111,13 +123,14 @@ pub fn world() -> HashTables {
             ServiceView { seed, slot_base, slot_count, protocol, udp_timeout_s: 60, ..Default::default() };
         tables.services.insert(service, view);
     }
-    for (i, kind) in (1..).zip(kinds) {
-        // They belong to all services; an entry names one, which matters only to flow tables.
-        tables.backends.insert(i, Backend { service: i % 10, ..kind });
+    for service in 0..10 {
+        for (kind, backend) in (0..).zip(kinds) {
+            tables.backends.insert(index(service, kind), Backend { service, ..backend });
+        }
     }
     for vip in [v4(192, 0, 2, 1), v6(0, 1)] {
         for (port, protocol, service) in
-            [(80, TCP, 0), (443, TCP, 1), (8080, TCP, 2), (53, UDP, 5), (443, UDP, 6)]
+            [(80, TCP, 0), (443, TCP, 1), (8080, TCP, 2), (53, UDP, 5), (443, UDP, 6), (999, UDP, 8)]
         {
             tables.service_index.insert(ServiceKey { vip, port: Be16::new(port), protocol, pad: 0 }, service);
         }
@@ -143,11 +156,7 @@ fn forwarded(before: &[u8], after: &[u8], backend: &Backend) {
     let resolved = backend.flags & backend::flags::RESOLVED != 0;
     let sliced = SlicedPacket::from_ethernet(after).expect("another reader takes it");
     assert!(after.ends_with(inner), "the inner packet is untouched");
-    let (next_hop, egress) = if resolved {
-        (backend.next_hop, backend.egress_mac)
-    } else {
-        ([1, 2, 3, 4, 5, 6], [0x11, 0x12, 0x13, 0x14, 0x15, 0x16])
-    };
+    let [egress, next_hop] = if resolved { [backend.egress_mac, backend.next_hop] } else { FIB_MACS };
     assert_eq!((&after[..6], &after[6..12]), (&next_hop[..], &egress[..]));
     let tag = backend.vlan.get();
     assert_eq!(sliced.link_exts.len(), usize::from(tag != 0));
@@ -221,6 +230,6 @@ fn answered(before: &[u8], after: &[u8]) {
         NetSlice::Arp(_) => panic!("ARP"),
     };
     let mtu = u16::from_be_bytes([error[6], error[7]]);
-    assert!((original.len() as u16) > mtu && mtu < MTU, "an MTU that helps");
+    assert!((original.len() as u16) > mtu && mtu < 1_500, "an MTU that helps");
     assert!(original.starts_with(&error[8..]) && error.len() > 8 + 28, "quotes the packet");
 }

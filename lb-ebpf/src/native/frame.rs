@@ -1,6 +1,6 @@
 //! A frame in a vector.
 
-use super::std::{cell::RefCell, vec, vec::Vec};
+use super::std::{boxed::Box, cell::RefCell, vec, vec::Vec};
 use crate::{
     Frame, Packet,
     forward::{Fib, FibAnswer, FibQuery},
@@ -22,16 +22,20 @@ pub enum Adjust {
     Tail(i32),
 }
 
+/// Answers in the FIB's place.
+pub type FibFn = fn(&FibQuery) -> Result<FibAnswer, (Reason, u32)>;
+
 /// A frame whose bytes lie in a vector.
 pub struct VecFrame {
-    buffer: Vec<UnsafeCell<u8>>,
+    buffer: UnsafeCell<Box<[u8]>>,
+    len: usize,
     start: usize,
     end: usize,
     /// Where the linear part ends in the buffer; `end` or less.
     linear_end: usize,
     ifindex: u32,
     adjusts: Vec<Adjust>,
-    fib: Result<FibAnswer, (Reason, u32)>,
+    fib: FibFn,
     queries: RefCell<Vec<FibQuery>>,
 }
 
@@ -49,13 +53,14 @@ impl VecFrame {
         all.resize(headroom + bytes.len() + tailroom, 0xa5);
         let end = headroom + bytes.len();
         Self {
-            buffer: all.into_iter().map(UnsafeCell::new).collect(),
+            len: all.len(),
+            buffer: UnsafeCell::new(all.into_boxed_slice()),
             start: headroom,
             end,
             linear_end: end,
             ifindex: 1,
             adjusts: Vec::new(),
-            fib: Err((Reason::NoRoute, 0)),
+            fib: |_| Err((Reason::NoRoute, 0)),
             queries: RefCell::default(),
         }
     }
@@ -74,17 +79,19 @@ impl VecFrame {
         self
     }
 
-    /// The same with this answer from the FIB; without it there is no route to anywhere.
+    /// The same with these answers from the FIB; without them there is no route to anywhere.
     #[must_use]
-    pub fn with_fib(mut self, answer: Result<FibAnswer, (Reason, u32)>) -> Self {
-        self.fib = answer;
+    pub fn with_fib(mut self, fib: FibFn) -> Self {
+        self.fib = fib;
         self
     }
 
     /// The frame's bytes as they are now.
     pub fn bytes(&self) -> Vec<u8> {
-        // SAFETY: no reference into the buffer outlives the call that made it, and this runs alone.
-        self.buffer[self.start..self.end].iter().map(|byte| unsafe { *byte.get() }).collect()
+        // SAFETY: nobody else holds a reference into the buffer: windows are used within one call, and
+        // the frame cannot be shared between threads.
+        let buffer = unsafe { &*self.buffer.get() };
+        buffer[self.start..self.end].to_vec()
     }
 
     /// How its ends were moved, in order.
@@ -100,9 +107,10 @@ impl VecFrame {
 
 impl Frame for VecFrame {
     fn packet(&self) -> Packet {
-        let base = self.buffer.as_ptr() as usize;
-        // SAFETY: both lie in the buffer, whose cells may be written through a shared reference; it
-        // does not move while the frame lives, and a window is not used past an adjustment.
+        // SAFETY: as in `bytes`.
+        let base = unsafe { (*self.buffer.get()).as_mut_ptr() } as usize;
+        // SAFETY: both lie in the buffer, whose cell may be written through a shared reference; it does
+        // not move while the frame lives.
         unsafe { Packet::new(base + self.start, base + self.linear_end) }
     }
 
@@ -123,7 +131,7 @@ impl Frame for VecFrame {
 
     fn adjust_tail(&mut self, delta: i32) -> bool {
         let Some(end) = self.end.checked_add_signed(delta as isize) else { return false };
-        if end > self.buffer.len() || end < self.start + crate::parse::ETHERNET {
+        if end > self.len || end < self.start + crate::parse::ETHERNET {
             return false;
         }
         self.adjusts.push(Adjust::Tail(delta));
@@ -153,6 +161,6 @@ impl Frame for VecFrame {
 impl Fib for VecFrame {
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
         self.queries.borrow_mut().push(*query);
-        self.fib
+        (self.fib)(query)
     }
 }

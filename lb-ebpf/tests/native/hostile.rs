@@ -16,7 +16,8 @@ use std::{fs, path::PathBuf};
 /// A packet that the ingress world knows, of any shape.
 pub fn packet() -> impl Strategy<Value = Packet> {
     let vlan = prop_oneof![3 => Just(Vlan::None), 1 => Just(Vlan::One), 1 => Just(Vlan::Two)];
-    let port = prop_oneof![4 => prop::sample::select(vec![80u16, 443, 8080, 53, 1_500]), 1 => any::<u16>()];
+    let port =
+        prop_oneof![4 => prop::sample::select(vec![80u16, 443, 8080, 53, 999, 1_500]), 1 => any::<u16>()];
     let flags = prop_oneof![Just(0x02u8), Just(0x10), Just(0x11), Just(0x04), any::<u8>()];
     let extension = prop_oneof![
         (Just(0u8), 0u8..3),

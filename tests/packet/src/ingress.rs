@@ -37,7 +37,7 @@ pub(crate) fn run(program: &Xdp, packet: &[u8]) -> Result<Run> {
 }
 
 /// Entries of the arrays that tests use; [`Ingress::reset`] clears these.
-pub const USED: u32 = 32;
+pub const USED: u32 = 100;
 
 /// A slot's pair for [`Ingress::service`].
 #[derive(Clone, Copy, Debug)]
@@ -77,17 +77,22 @@ impl Ingress {
 
     /// The same with a log level.
     pub fn load_with(settings: IngressSettings, log_level: u8) -> Result<Self> {
+        Self::load_sized(settings, log_level, 65_536)
+    }
+
+    /// The same with room for so many flows in each flow table.
+    pub fn load_sized(settings: IngressSettings, log_level: u8, flows: u32) -> Result<Self> {
         let mut loader = EbpfLoader::new();
         loader
             .override_global(names::SETTINGS, &settings, true)
             .override_global(names::LOG_LEVEL, &log_level, true)
             .map_max_entries(names::PRIMARIES, 65_536 / LINE)
             .map_max_entries(names::SECONDARIES, 65_536 / LINE)
-            .map_max_entries(names::SERVICES, 64)
+            .map_max_entries(names::SERVICES, 128)
             .map_max_entries(names::BACKENDS, 256)
             .map_max_entries(names::BACKEND_STATS, 256);
-        for flows in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
-            loader.map_max_entries(flows, 65_536);
+        for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
+            loader.map_max_entries(table, flows);
         }
         let mut bpf = loader.load(lb_userspace::objects::INGRESS).context("load the ingress object")?;
         let program: &mut Xdp = bpf.program_mut(names::PROGRAM_INGRESS).context("program")?.try_into()?;

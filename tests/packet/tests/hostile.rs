@@ -1,0 +1,363 @@
+//! A million mutated packets through each loaded program, and the same through the same code run
+//! natively: verdict, frame, counters and flow tables must agree, packet by packet; and each packet is
+//! forwarded or has exactly one reason. Floods fill nothing but what they may.
+
+use lb_common::{
+    Address, Backend, Be16, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView,
+    backend::mode::IPIP,
+    mapped, names,
+    reason::Fate,
+    service::{TCP, UDP},
+    settings::{DecapSettings, IngressSettings},
+};
+use lb_ebpf::{
+    FlowTable, Verdict,
+    native::{HashTables, VecFrame},
+};
+use std::{collections::HashMap, fs, path::Path};
+use test_packet::{Decap, Ingress, Packet, Pair, Vlan, bed, outer, xdp};
+
+#[path = "../../../fuzz/src/bodies/mod.rs"]
+#[allow(dead_code, reason = "the checks run natively, in lb-ebpf's tests")]
+mod bodies;
+
+const PACKETS: u64 = 1_000_000;
+/// Packets between two comparisons of counters and flow tables. So few flows that no LRU is full.
+const BATCH: u64 = 20_000;
+
+/// Steele et al.'s SplitMix64: the same packets in each run.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    /// An offset that is more often in the headers than behind them.
+    fn offset(&mut self, len: usize) -> usize {
+        if self.below(8) == 0 { self.below(len) } else { self.below(len.min(90)) }
+    }
+}
+
+/// A seed, changed in up to four places.
+fn mutate(random: &mut Random, seeds: &[Vec<u8>], frame: &mut Vec<u8>) {
+    frame.clear();
+    let seed = random.below(seeds.len());
+    frame.extend_from_slice(&seeds[seed]);
+    for _ in 0..random.below(5) {
+        let at = random.offset(frame.len());
+        match random.below(12) {
+            0..4 => frame[at] = random.next() as u8,
+            4..6 => frame[at] ^= 1 << random.below(8),
+            6 => frame[at] = [0, 1, 0x7f, 0x80, 0xff, 4, 6, 17, 41, 44, 0x45, 0x60][random.below(12)],
+            7 => frame[at] = frame[at].wrapping_add(random.below(5) as u8).wrapping_sub(2),
+            // The kernel takes no test frame shorter than an Ethernet header.
+            8 => frame.truncate(random.offset(frame.len()).max(14)),
+            9 => drop(frame.remove(at)),
+            10 => frame.insert(at, random.next() as u8),
+            // The rest of another seed.
+            _ => {
+                let other = &seeds[random.below(seeds.len())];
+                frame.truncate(at);
+                frame.extend_from_slice(&other[at.min(other.len())..]);
+            }
+        }
+        if frame.len() < 14 {
+            frame.resize(14, 0);
+        }
+    }
+}
+
+/// The fuzzers' seeds.
+fn corpus() -> Vec<Vec<u8>> {
+    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/ingress"));
+    let mut files: Vec<_> =
+        fs::read_dir(path).expect("checked in").map(|f| f.expect("readable").path()).collect();
+    files.sort();
+    files.iter().map(|file| fs::read(file).expect("readable")).collect()
+}
+
+/// Packets of every kind for the ingress tables.
+fn ingress_seeds() -> Vec<Vec<u8>> {
+    let mut seeds = corpus();
+    let families =
+        [(mapped([198, 51, 100, 7]), mapped([192, 0, 2, 1])), (bodies::v6(0xc, 7), bodies::v6(0, 1))];
+    let ports = [
+        (TCP, 80),
+        (TCP, 443),
+        (TCP, 8_080),
+        (TCP, 1_500),
+        (TCP, 9_999),
+        (UDP, 53),
+        (UDP, 443),
+        (UDP, 999),
+        (UDP, 1_500),
+    ];
+    for (i, (client, vip)) in families.into_iter().enumerate() {
+        for (protocol, port) in ports {
+            for client_port in 0..12u16 {
+                for flags in [0x02, 0x10, 0x11] {
+                    let mut packet = Packet::new(protocol, (client, 40_000 + client_port), (vip, port));
+                    packet.flags = flags;
+                    packet.vlan =
+                        [Vlan::None, Vlan::None, Vlan::One, Vlan::Two][usize::from(client_port % 4)];
+                    packet.payload.resize([0, 13, 300, 700][usize::from(client_port / 3)], 7);
+                    if i == 1 && client_port % 5 == 0 {
+                        packet.extensions = vec![(0, vec![0; 7]), (44, vec![0; 7])];
+                    }
+                    seeds.push(packet.bytes());
+                }
+            }
+        }
+    }
+    // A few that take several buffers.
+    let mut jumbo = Packet::new(TCP, (families[0].0, 40_000), (families[0].1, 80));
+    jumbo.payload.resize(5_000, 1);
+    seeds.push(jumbo.bytes());
+    seeds
+}
+
+/// Tunnelled packets of every kind, and some that are not.
+fn decap_seeds() -> Vec<Vec<u8>> {
+    let mut seeds = corpus();
+    for inner in ingress_seeds().iter().step_by(3) {
+        let l2_len = bodies::l2_len(inner);
+        let protocol = if inner[l2_len] >> 4 == 4 { 4 } else { 41 };
+        for (source, ours) in
+            [(bodies::v4(10, 9, 9, 9), bodies::v4(10, 1, 0, 1)), (bodies::v6(9, 9), bodies::v6(1, 1))]
+        {
+            let mut tunnel = Packet::new(UDP, (source, 50_000), (ours, 6_080));
+            tunnel.tos = inner[l2_len + 1];
+            tunnel.payload = inner[l2_len..].to_vec();
+            seeds.push(tunnel.around(protocol));
+            tunnel.payload.splice(0..0, [0, protocol, 0, 0]);
+            seeds.push(tunnel.bytes());
+        }
+    }
+    seeds
+}
+
+/// The kernel's tables are made to hold what the native ones hold.
+fn copy(tables: &HashTables, ingress: &mut Ingress) {
+    for (place, slot) in tables.slots.iter().enumerate() {
+        ingress.set_slot(place as u32, *slot);
+    }
+    for (index, view) in &tables.services {
+        ingress.set_service(*index, Service { active: 0, used: 1, views: [*view, *view], reserved: [0] });
+    }
+    for (index, backend) in &tables.backends {
+        ingress.backend(*index, *backend);
+    }
+    for (key, index) in &tables.service_index {
+        ingress.set_key(*key, *index);
+    }
+    for (key, vip) in &tables.vips {
+        ingress.vip(key.vip, *vip);
+    }
+}
+
+fn action(verdict: Verdict) -> u32 {
+    match verdict {
+        Verdict::Pass => xdp::PASS,
+        Verdict::Drop => xdp::DROP,
+        Verdict::Transmit => xdp::TX,
+        Verdict::Redirect(_) => xdp::REDIRECT,
+    }
+}
+
+/// Packets with a reason that says what became of them.
+fn ends(counts: &[(Reason, u64)]) -> u64 {
+    let is_delivered = |r| matches!(r, Reason::DecapIpip | Reason::DecapGue);
+    counts.iter().filter(|(r, _)| r.fate() != Fate::Note || is_delivered(*r)).map(|(_, n)| n).sum()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn ingress_does_in_the_kernel_what_it_does_natively() {
+    bed::enter();
+    // ICMP without a limit in effect, so that no clock decides.
+    let settings =
+        IngressSettings { icmp_per_s: 1_000_000_000, icmp_burst: u32::MAX, ..IngressSettings::DEFAULT };
+    let mut ingress = Ingress::load(settings).expect("loads");
+    ingress.egress(bed::EGRESS);
+    ingress.reset();
+    let tables = bodies::ingress::world();
+    copy(&tables, &mut ingress);
+    let (seeds, mut random, mut frame) = (ingress_seeds(), Random(1), Vec::new());
+    let mut verdicts = [0u64; 5];
+    for batch in 0..PACKETS / BATCH {
+        for i in 0..BATCH {
+            mutate(&mut random, &seeds, &mut frame);
+            let mut native = VecFrame::new(&frame).with_fib(bodies::ingress::fib);
+            tables.advance_ns(1_000);
+            let (verdict, _) = lb_ebpf::ingress::process(&mut native, &tables, &settings);
+            let run = ingress.run(&frame).expect("the kernel runs it");
+            let packet = batch * BATCH + i;
+            assert_eq!(run.verdict, action(verdict), "packet {packet}: {}", hex(&frame));
+            assert!(
+                run.packet == native.bytes(),
+                "packet {packet}: {} gave {}",
+                hex(&frame),
+                hex(&run.packet)
+            );
+            verdicts[run.verdict as usize] += 1;
+        }
+        compare(&mut ingress, &tables, (batch + 1) * BATCH);
+        ingress.forget_flows();
+        tables.forget_flows();
+    }
+    println!(
+        "pass {}, drop {}, transmit {}, redirect {}",
+        verdicts[2], verdicts[1], verdicts[3], verdicts[4]
+    );
+    println!("{:?}", ingress.counts());
+    // The mutations leave enough packets alone to get everywhere.
+    assert!(verdicts[1..].iter().all(|n| *n > PACKETS / 100), "{verdicts:?}");
+    let rare = [
+        Reason::NoEgress,
+        Reason::NoRoute,
+        Reason::NoNeighbour,
+        Reason::NoHeadroom,
+        Reason::Ipv6Off,
+        Reason::VlanOff,
+        Reason::TooBigDropped,
+        Reason::FlowNotRecorded,
+        Reason::BadFamily,
+    ];
+    for reason in Reason::ALL.iter().take_while(|r| **r != Reason::DecapIpip).filter(|r| !rare.contains(r)) {
+        assert_ne!(ingress.count(*reason), 0, "no packet was {reason:?}");
+    }
+}
+
+/// Counters and flow tables of the kernel, against the native ones and against the number of packets.
+fn compare(ingress: &mut Ingress, tables: &HashTables, packets: u64) {
+    let counts = ingress.counts();
+    assert_eq!(counts, tables.counts(), "after {packets} packets");
+    let forwarded: u64 = (0..test_packet::USED)
+        .map(|index| {
+            let stats = ingress.stats(index);
+            assert_eq!(stats, tables.stats(index), "backend {index} after {packets} packets");
+            stats.packets
+        })
+        .sum();
+    assert_eq!(forwarded + ends(&counts), packets, "each is forwarded or has one reason: {counts:?}");
+    for (name, table) in [
+        (names::FLOWS, FlowTable::Flows),
+        (names::SYNS, FlowTable::Syns),
+        (names::UDP_FLOWS, FlowTable::UdpFlows),
+    ] {
+        let kernel: HashMap<FlowKey, (u32, u32)> =
+            ingress.flows(name).into_iter().map(|(key, flow)| (key, (flow.backend, flow.flags))).collect();
+        let native: HashMap<FlowKey, (u32, u32)> =
+            tables.flows(table).into_iter().map(|(key, flow)| (key, (flow.backend, flow.flags))).collect();
+        assert!(kernel == native, "{name} after {packets} packets: {} and {}", kernel.len(), native.len());
+    }
+}
+
+#[test]
+fn decap_does_in_the_kernel_what_it_does_natively() {
+    bed::enter();
+    let settings = DecapSettings::DEFAULT;
+    let tables = bodies::decap::world();
+    let list = |set: &std::collections::HashSet<Address>| set.iter().copied().collect::<Vec<_>>();
+    let decap =
+        Decap::load(settings, &list(&tables.decap_addresses), &list(&tables.decap_vips)).expect("loads");
+    let (seeds, mut random, mut frame) = (decap_seeds(), Random(2), Vec::new());
+    for packet in 1..=PACKETS {
+        mutate(&mut random, &seeds, &mut frame);
+        let mut native = VecFrame::new(&frame);
+        let (verdict, reason) = lb_ebpf::decap::process(&mut native, &tables, &settings);
+        let run = decap.run(&frame).expect("the kernel runs it");
+        assert_eq!(run.verdict, action(verdict), "{reason:?}: {}", hex(&frame));
+        assert!(run.packet == native.bytes(), "{reason:?}: {} gave {}", hex(&frame), hex(&run.packet));
+        if packet % BATCH == 0 {
+            let counts: Vec<_> =
+                Reason::ALL.iter().map(|r| (*r, decap.count(*r))).filter(|(_, n)| *n != 0).collect();
+            assert_eq!(counts, tables.counts(), "after {packet} packets");
+            assert_eq!(ends(&counts), packet, "each has one reason");
+        }
+    }
+    println!("{:?}", tables.counts());
+    for reason in Reason::ALL.iter().skip_while(|r| **r != Reason::DecapIpip) {
+        assert!(decap.count(*reason) != 0 || *reason == Reason::DecapAdjust, "no packet was {reason:?}");
+    }
+}
+
+/// A packet of one of many clients.
+fn of(client: u32, protocol: u8, flags: u8) -> Packet {
+    let [a, b, c, d] = (0x0a80_0000 + client / 8).to_be_bytes();
+    let port = 1_024 + (client % 8) as u16;
+    Packet {
+        flags,
+        payload: vec![],
+        ..Packet::new(protocol, (mapped([a, b, c, d]), port), (mapped([192, 0, 2, 1]), 80))
+    }
+}
+
+/// Floods from a hundred times more clients than the tables have room for.
+#[test]
+fn floods_fill_no_more_than_their_table() {
+    const ROOM: u32 = 1_024;
+    const LIVE: u32 = 400;
+    const FLOOD: u32 = 100 * ROOM;
+    bed::enter();
+    let mut ingress = Ingress::load_sized(IngressSettings::DEFAULT, 0, ROOM).expect("loads");
+    let backend = |service| Backend {
+        address: mapped([10, 1, 0, 1]),
+        source: mapped([10, 9, 0, 1]),
+        ifindex: bed::INGRESS,
+        flags: lb_common::backend::flags::USED | lb_common::backend::flags::RESOLVED,
+        mode: IPIP,
+        service,
+        ..Backend::default()
+    };
+    for (service, protocol) in [(1, TCP), (2, UDP)] {
+        let key = ServiceKey { vip: mapped([192, 0, 2, 1]), port: Be16::new(80), protocol, pad: 0 };
+        let view = ServiceView { seed: outer::SEED, ..Ingress::view() };
+        ingress.service(service, key, &[Pair::Transition(2 * service, 2 * service + 1)], view);
+        ingress.backend(2 * service, backend(service));
+        ingress.backend(2 * service + 1, backend(service));
+    }
+    let mut send = |ingress: &mut Ingress, packet: Packet| {
+        assert_eq!(ingress.run(&packet.bytes()).expect("runs").verdict, xdp::TX);
+    };
+    for client in 0..LIVE {
+        send(&mut ingress, of(client, TCP, 0x10));
+    }
+    let live = sorted(ingress.flows(names::FLOWS));
+    assert_eq!(live.len(), LIVE as usize);
+    assert!(live.iter().all(|(_, flow)| flow.backend == 3), "from before the transition");
+    for client in 0..FLOOD {
+        send(&mut ingress, of(1_000_000 + client, TCP, 0x02));
+        send(&mut ingress, of(1_000_000 + client, UDP, 0));
+    }
+    assert_eq!(sorted(ingress.flows(names::FLOWS)), live, "live flows are untouched by a flood of SYNs");
+    for table in [names::SYNS, names::UDP_FLOWS] {
+        let entries = ingress.flows(table).len();
+        assert!((ROOM as usize / 2..=ROOM as usize).contains(&entries), "{table}: {entries}");
+    }
+    assert_eq!(ingress.stats(2).flows, u64::from(FLOOD));
+    // Established packets out of nowhere do reach FLOWS; it holds no more than it has room for.
+    for client in 0..2 * ROOM {
+        send(&mut ingress, of(2_000_000 + client, TCP, 0x10));
+    }
+    assert!(ingress.flows(names::FLOWS).len() <= ROOM as usize);
+    let not_recorded = ingress.count(Reason::FlowNotRecorded);
+    assert_eq!(not_recorded, 0, "a full table makes room");
+}
+
+fn sorted(mut flows: Vec<(FlowKey, Flow)>) -> Vec<(FlowKey, Flow)> {
+    flows.sort_by_key(|(key, _)| *key);
+    flows
+}
