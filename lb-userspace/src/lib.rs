@@ -10,10 +10,12 @@ pub mod client;
 pub mod clock;
 pub mod compile;
 pub mod config;
+pub mod daemon;
 pub mod dataplane;
 pub mod explain;
 pub mod health;
 pub mod maglev;
+pub mod metrics;
 pub mod model;
 pub mod neighbour;
 pub mod objects;
@@ -21,6 +23,7 @@ pub mod policy;
 pub mod reconcile;
 pub mod render;
 pub mod store;
+pub mod worker;
 
 /// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/lb/lbd.sock";

@@ -21,7 +21,7 @@ pub use engine::{Engine, EngineError};
 pub use error::ApiError;
 pub use listener::{SocketError, bind};
 pub use peer::Peer;
-pub use view::now_ms;
+pub use view::{fate, now_ms};
 
 use listener::Limited;
 use std::{future::Future, sync::Arc};

@@ -258,8 +258,8 @@ impl View {
     }
 }
 
-/// Word for a fate.
-pub(super) fn fate(reason: Reason) -> &'static str {
+/// Word for what becomes of a packet.
+pub fn fate(reason: Reason) -> &'static str {
     match reason.fate() {
         Fate::Pass => "pass",
         Fate::Drop => "drop",

@@ -1,2 +1,73 @@
-//! x
-fn main() {}
+//! `lbd`: see `lb_userspace::daemon` and `lb_userspace::worker`.
+
+use clap::Parser;
+use lb_userspace::{
+    api::SocketError,
+    config::{ConfigError, File, SettingsError},
+    daemon::{
+        self,
+        args::{Cli, Command, Ingress},
+        logging,
+    },
+    dataplane::{self, DataplaneError},
+    metrics::MetricsError,
+    store::StoreError,
+    worker,
+};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Ingress(ingress) => start(*ingress),
+        Command::Worker(args) => {
+            logging::init(args.log_level, args.log_format);
+            on_runtime(worker::run(args))
+        }
+        Command::Detach(detach) => dataplane::detach(&detach.pin_path).map_err(Into::into),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(code(&error))
+        }
+    }
+}
+
+fn start(ingress: Ingress) -> anyhow::Result<()> {
+    let file = ingress.config.as_deref().map(File::read).transpose()?;
+    let said = file.as_ref().map(|f| f.options.clone()).unwrap_or_default();
+    let settings = ingress.options.or(said).resolve()?;
+    if ingress.detach {
+        return Ok(dataplane::detach(&settings.pin_path)?);
+    }
+    if settings.iface.is_empty() {
+        let what =
+            "none given: name at least one with --iface, LBD_IFACE or iface = [...] in [lbd]".to_owned();
+        return Err(SettingsError { setting: "iface", what }.into());
+    }
+    logging::init(settings.log_level, settings.log_format);
+    on_runtime(daemon::run(settings, ingress.config, file))
+}
+
+fn on_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    // Work that blocks, such as a read of a map, is not waited for.
+    runtime.shutdown_background();
+    result
+}
+
+/// Exit code, as documented in the help.
+fn code(error: &anyhow::Error) -> u8 {
+    let is = |check: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(check);
+    if is(|e| e.is::<SettingsError>() || e.is::<ConfigError>()) {
+        2
+    } else if is(|e| {
+        e.is::<DataplaneError>() || e.is::<StoreError>() || e.is::<SocketError>() || e.is::<MetricsError>()
+    }) {
+        4
+    } else {
+        1
+    }
+}

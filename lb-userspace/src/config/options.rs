@@ -144,6 +144,8 @@ pub struct Settings {
     pub socket_group: Option<String>,
     /// Address for metrics.
     pub metrics: Option<SocketAddr>,
+    /// Whether someone asked for that address.
+    pub metrics_required: bool,
     /// Whether generic XDP will do.
     pub allow_generic: bool,
     /// Outer IPv4 sources of ipip.
@@ -280,6 +282,7 @@ impl Options {
             socket_mode,
             socket_group: self.socket_group,
             metrics,
+            metrics_required: self.metrics.is_some(),
             allow_generic: self.allow_generic.unwrap_or(false),
             ipip_source_v4,
             ipip_source_v6,

@@ -75,6 +75,14 @@ impl Checker {
         }))
     }
 
+    /// Writes the book down for the next start.
+    ///
+    /// # Errors
+    /// The store cannot be written.
+    pub async fn save(book: &Book, local: &dyn Local) -> Result<(), crate::store::StoreError> {
+        local.save(KEY, book.save()).await
+    }
+
     /// Follows the desired state until its sender is gone.
     pub async fn run(mut self, mut desired: watch::Receiver<Stored>, local: Arc<dyn Local>) {
         let saver = tokio::spawn(save(self.shared.clone(), local));
@@ -220,7 +228,7 @@ async fn save(shared: Arc<Shared>, local: Arc<dyn Local>) {
     loop {
         shared.changed.notified().await;
         tokio::time::sleep(SAVE_DELAY).await;
-        if let Err(error) = local.save(KEY, shared.book.save()).await {
+        if let Err(error) = Checker::save(&shared.book, &*local).await {
             tracing::error!(%error, "health verdicts cannot be saved");
         }
     }

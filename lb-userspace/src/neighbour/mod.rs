@@ -93,7 +93,8 @@ impl Resolver {
         hops: mpsc::Sender<BTreeMap<IpAddr, NextHop>>,
     ) -> Result<(), NeighbourError> {
         self.resync().await?;
-        self.want(&addresses(&desired.borrow_and_update())).await;
+        let wanted = addresses(&desired.borrow_and_update());
+        self.want(&wanted).await;
         self.keep_resolved().await;
         self.tell(&hops).await;
         let (mut resync, mut refresh) = (Instant::now() + RESYNC, Instant::now() + REFRESH);

@@ -1,0 +1,239 @@
+//! Reconciler and dataplane as the API sees them.
+
+use crate::{
+    api::{
+        Engine, EngineError,
+        engine::{BackendState, Counters, FlowFilter, Removed, ServiceState, Snapshot},
+        types::{Applied, FlowInfo, Interface, Room},
+    },
+    clock,
+    dataplane::{FLOW_TABLES, Limits, Reader},
+    explain::{Explanation, Query, explain},
+    model::{BackendId, Desired, Name},
+    reconcile::{self, ApplyError, Event, Published, ReconcileError},
+};
+use futures_util::future::BoxFuture;
+use lb_common::{BackendStats, flow::flags::CLOSING};
+use lb_ebpf::FlowTable;
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// An engine over live maps.
+pub struct Live {
+    events: mpsc::Sender<Event>,
+    published: watch::Receiver<Arc<Published>>,
+    reader: Arc<Reader>,
+    interfaces: Vec<Interface>,
+    limits: Limits,
+    /// The last snapshot, and what it was made from.
+    last: Mutex<Option<(Arc<Published>, Arc<Snapshot>)>>,
+}
+
+impl Live {
+    /// Over a reconciler's channels and a reader of its maps.
+    pub fn new(
+        events: mpsc::Sender<Event>,
+        published: watch::Receiver<Arc<Published>>,
+        reader: Arc<Reader>,
+        interfaces: Vec<Interface>,
+        limits: Limits,
+    ) -> Self {
+        Self { events, published, reader, interfaces, limits, last: Mutex::new(None) }
+    }
+
+    fn published(&self) -> Arc<Published> {
+        self.published.borrow().clone()
+    }
+
+    async fn ask<T>(
+        &self,
+        event: Event,
+        answer: oneshot::Receiver<Result<T, ReconcileError>>,
+    ) -> Result<T, EngineError> {
+        let gone = || EngineError::Failed { what: "the reconciler has ended; see the log of lbd".to_owned() };
+        self.events.send(event).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?.map_err(|error| match error {
+            ReconcileError::Compile(_) | ReconcileError::Apply(ApplyError::NoRoom(_)) => {
+                EngineError::Refused { what: error.to_string() }
+            }
+            ReconcileError::Apply(ApplyError::Dataplane(_)) => {
+                EngineError::Failed { what: error.to_string() }
+            }
+        })
+    }
+}
+
+fn applied(applied: &reconcile::Applied, error: Option<String>) -> Applied {
+    Applied {
+        revision: applied.revision,
+        slots_changed: applied.written.slots.into(),
+        took_us: applied.took.as_micros() as u64,
+        error,
+    }
+}
+
+fn plus(a: BackendStats, b: BackendStats) -> BackendStats {
+    BackendStats {
+        packets: a.packets.wrapping_add(b.packets),
+        bytes: a.bytes.wrapping_add(b.bytes),
+        flows: a.flows.wrapping_add(b.flows),
+    }
+}
+
+fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
+    let mut snapshot =
+        Snapshot { applied: applied(&published.applied, published.error.clone()), ..Snapshot::default() };
+    let (mut slots, mut backends) = (0, 0);
+    for (name, s) in &published.services {
+        let state = ServiceState {
+            index: s.index,
+            table_size: s.table_size,
+            eligible: s.eligible as usize,
+            panic: s.panic,
+            transition_slots: s.transition_slots,
+        };
+        snapshot.services.insert(name.clone(), state);
+        slots += u64::from(s.table_size);
+        for b in &s.backends {
+            backends += 1;
+            let tracked_flows = published.tracked_flows(b.index);
+            let Some(backend) = &b.name else {
+                let until = Duration::from_millis(b.removed_until_ms.unwrap_or(0).max(0) as u64);
+                let (service, address) = (name.clone(), b.address);
+                snapshot.removed.push(Removed { service, address, until, tracked_flows });
+                continue;
+            };
+            let next_hop = published.observed.next_hops.get(&b.address).filter(|_| b.resolved).copied();
+            let id = BackendId { service: name.clone(), backend: backend.clone() };
+            let state = BackendState { index: b.index, slots: b.slots, tracked_flows, next_hop };
+            snapshot.backends.insert(id, state);
+        }
+    }
+    let room = |what: &str, used: u64, limit: u32| Room { what: what.to_owned(), used, limit: limit.into() };
+    let entries = |table: FlowTable| published.sweep.entries[table as usize];
+    snapshot.room = vec![
+        room("services", published.services.len() as u64, limits.services),
+        room("backends", backends, limits.backends),
+        room("slots", slots, limits.slots),
+        room("tcp flows", entries(FlowTable::Flows), limits.flows),
+        room("syns", entries(FlowTable::Syns), limits.syns),
+        room("udp flows", entries(FlowTable::UdpFlows), limits.flows),
+    ];
+    snapshot
+}
+
+fn ip(address: lb_common::Address) -> IpAddr {
+    Ipv6Addr::from(address).to_canonical()
+}
+
+impl Engine for Live {
+    fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>> {
+        Box::pin(async move {
+            let (fits, answer) = oneshot::channel();
+            self.ask(Event::Check { desired, fits }, answer).await
+        })
+    }
+
+    fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
+        Box::pin(async move {
+            let (tell, answer) = oneshot::channel();
+            let event = Event::Desired { desired, revision, applied: Some(tell) };
+            Ok(applied(&self.ask(event, answer).await?, None))
+        })
+    }
+
+    fn snapshot(&self) -> Arc<Snapshot> {
+        let published = self.published();
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((from, snapshot)) = &*last
+            && Arc::ptr_eq(from, &published)
+        {
+            return snapshot.clone();
+        }
+        let snapshot = Arc::new(snapshot(&published, &self.limits));
+        *last = Some((published, snapshot.clone()));
+        snapshot
+    }
+
+    fn interfaces(&self) -> Vec<Interface> {
+        self.interfaces.clone()
+    }
+
+    fn counters(&self) -> Result<Counters, EngineError> {
+        let published = self.published();
+        let mut counters = Counters {
+            reasons: self.reader.reasons().into_iter().map(|(_, n)| n).collect(),
+            ..Counters::default()
+        };
+        for (name, s) in &published.services {
+            let [packets, bytes, flows] = published.retired_stats.get(name).copied().unwrap_or_default();
+            let mut sum = BackendStats { packets, bytes, flows };
+            for b in &s.backends {
+                let stats = self.reader.backend_stats(b.index);
+                sum = plus(sum, stats);
+                if let Some(backend) = &b.name {
+                    counters
+                        .backends
+                        .insert(BackendId { service: name.clone(), backend: backend.clone() }, stats);
+                }
+            }
+            counters.services.insert(name.clone(), sum);
+        }
+        Ok(counters)
+    }
+
+    fn flows(&self, filter: &FlowFilter) -> Result<(Vec<FlowInfo>, bool), EngineError> {
+        let published = self.published();
+        let mut services: HashMap<u32, &Name> = HashMap::new();
+        let mut backends: HashMap<u32, (Option<&Name>, IpAddr)> = HashMap::new();
+        for (name, s) in &published.services {
+            services.insert(s.index, name);
+            backends.extend(s.backends.iter().map(|b| (b.index, (b.name.as_ref(), b.address))));
+        }
+        let (now_s, mut found, mut more) = (clock::boot_s(), Vec::new(), false);
+        for table in FLOW_TABLES {
+            let label = match table {
+                FlowTable::Flows => "tcp",
+                FlowTable::Syns => "syn",
+                FlowTable::UdpFlows => "udp",
+            };
+            let each = |key: lb_common::FlowKey, flow: lb_common::Flow| {
+                let service = services.get(&key.service).copied();
+                let (backend, address) =
+                    backends.get(&flow.backend).map_or((None, None), |b| (b.0, Some(b.1)));
+                let wanted = filter.service.as_ref().is_none_or(|s| service == Some(s))
+                    && filter.backend.as_ref().is_none_or(|b| backend == Some(b));
+                if !wanted {
+                    return;
+                }
+                if found.len() == filter.limit {
+                    more = true;
+                    return;
+                }
+                let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
+                found.push(FlowInfo {
+                    table: label.to_owned(),
+                    client: SocketAddr::new(ip(key.source), key.source_port.get()),
+                    port: key.port.get(),
+                    service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
+                    backend: backend.map_or_else(removed, Name::to_string),
+                    age_s: now_s.saturating_sub(flow.created_s),
+                    idle_s: now_s.saturating_sub(flow.last_seen_s),
+                    closing: flow.flags & CLOSING != 0,
+                });
+            };
+            let failed = |e: crate::dataplane::DataplaneError| EngineError::Failed { what: e.to_string() };
+            self.reader.for_each_flow(table, each).map_err(failed)?;
+        }
+        Ok((found, more))
+    }
+
+    fn explain(&self, query: Query) -> Result<Explanation, EngineError> {
+        Ok(explain(&self.reader, &*self.published(), query))
+    }
+}

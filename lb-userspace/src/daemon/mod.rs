@@ -1,0 +1,319 @@
+//! `lbd ingress`: store, dataplane, reconciler, health, neighbours, API and metrics, wired together.
+//!
+//! Input: [`Settings`], and a configuration file if there is one. Output: a running daemon, until SIGTERM
+//! or SIGINT; the dataplane goes on forwarding after it. Called by the binary.
+
+pub mod args;
+mod live;
+pub mod logging;
+mod supervise;
+pub mod xdp_log;
+
+pub use live::Live;
+
+use crate::{
+    api::{self, Control, types},
+    compile,
+    config::{File, Options, Settings, export},
+    dataplane::{AttachOptions, Dataplane, Limits},
+    health::{Checker, Prober, probe},
+    metrics,
+    model::{Desired, Health},
+    neighbour::Resolver,
+    reconcile::{Event, Published, Reconciler, start_sweeper},
+    store::{Local, RedbStore, Store},
+};
+use anyhow::Context;
+use sd_notify::NotifyState;
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::sync::{mpsc, watch};
+
+/// Key of the reconciler's memory in the local store.
+const MEMORY: &str = "reconciler";
+/// Key of the services that the configuration file last had.
+const FILE: &str = "config-file";
+/// How long a start waits for next hops, so that the first tables have them.
+const FIRST_HOPS: Duration = Duration::from_secs(2);
+/// How long requests in progress may take when lbd stops.
+const GRACE: Duration = Duration::from_secs(3);
+/// Events that wait for the reconciler.
+const EVENTS: usize = 16_384;
+
+/// Runs until told to stop.
+///
+/// # Errors
+/// The start failed, in which case nothing that ran before was touched, or a part of lbd ended.
+pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>) -> anyhow::Result<()> {
+    let mut stop = supervise::Signals::new().context("cannot listen for signals")?;
+    let (state_dir, keep) = (settings.state_dir.clone(), settings.revisions);
+    let store = tokio::task::spawn_blocking(move || RedbStore::open(&state_dir, keep)).await??;
+    tracing::info!(file = %store.file().display(), revision = store.head().revision.number, "store opened");
+    let store = Arc::new(store);
+    let (listener, writers) =
+        api::bind(&settings.socket, settings.socket_mode, settings.socket_group.as_deref())?;
+    let metrics = metrics::bind(settings.metrics, settings.metrics_required).await?;
+
+    let options = attach_options(&settings);
+    let mut dataplane = tokio::task::spawn_blocking(move || Dataplane::attach(&options)).await??;
+    for i in &dataplane.interfaces {
+        if i.mode == "driver" {
+            tracing::info!(interface = i.name, mode = i.mode, adopted = dataplane.adopted, "attached");
+        } else {
+            tracing::warn!(
+                interface = i.name,
+                mode = i.mode,
+                "attached in generic mode: much slower than in the driver"
+            );
+        }
+    }
+    xdp_log::start(dataplane.bpf_mut(), settings.xdp_log_level);
+
+    let book = Checker::restore(&*store).await;
+    let (events, inbox) = mpsc::channel(EVENTS);
+    let mut parts = supervise::Parts::default();
+
+    // Next hops first, so that adopted ones are not unlearned for a moment.
+    let (hops_out, mut hops) = mpsc::channel(1);
+    let resolver = Resolver::open().context("cannot watch routes and neighbours")?;
+    parts.add("neighbour watch", resolver.run(store.watch(), hops_out));
+    let first_hops = match tokio::time::timeout(FIRST_HOPS, hops.recv()).await {
+        Ok(Some(hops)) => hops,
+        Ok(None) | Err(_) => Default::default(),
+    };
+
+    let reader = dataplane.reader();
+    let interfaces = interfaces(&dataplane);
+    let limits = dataplane.limits;
+    let (keep_out, kept) = watch::channel(Vec::new());
+    let last_memory = store.load(MEMORY).await?;
+    let compile_settings = compile_settings(&settings, limits);
+    let keep = Box::new(move |bytes| drop(keep_out.send_replace(bytes)));
+    let (mut reconciler, published) =
+        Reconciler::new(dataplane, compile_settings, last_memory.as_deref(), keep)
+            .context("cannot read the maps")?;
+    let verdicts = book.read(|all| {
+        let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
+        known.map(|(id, e)| (id.clone(), e.health)).collect()
+    });
+    reconciler.prime(verdicts, first_hops);
+    let reconciler = spawn_reconciler(reconciler, inbox)?;
+    start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
+    parts.add("saving the reconciler's memory", save_memory(kept, store.clone()));
+    parts.add("next hops", forward(hops, events.clone(), Event::NextHops));
+
+    let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, interfaces, limits));
+    let control = Control::new(store.clone(), engine, book.clone());
+    parts.add("desired state", ended_ok(control.clone().follow()));
+    let head = control.head();
+    control.applied(head.revision.number).await.context("cannot apply the stored state")?;
+
+    let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
+    let prober: Prober = Arc::new(|target| Box::pin(probe(target)));
+    let checker = Checker::new(book, settings.probes, prober, verdicts_out);
+    parts.add("health checks", ended_ok(checker.run(store.watch(), store.clone())));
+    parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
+
+    let File { options: said, desired } = file.unwrap_or_default();
+    if let (Some(path), Some(desired)) = (&config, desired) {
+        load_services(&control, &*store, path, desired, Load::IfChanged).await?;
+    }
+    let (stop_out, stopped) = watch::channel(false);
+    parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
+    if let Some(listener) = metrics {
+        parts.add("metrics", metrics::serve(listener, control.clone(), until(stopped)));
+    }
+    drop(events);
+    notify(&[NotifyState::Ready]);
+    tracing::info!(socket = %settings.socket.display(), "ready");
+
+    let failed = loop {
+        match stop.next(&mut parts).await {
+            supervise::Happened::Reload => reload(&control, &*store, config.as_deref(), &said).await,
+            supervise::Happened::Stop(signal) => {
+                tracing::info!(signal, "stopping; the dataplane goes on forwarding");
+                break None;
+            }
+            supervise::Happened::Failed(error) => break Some(error),
+            supervise::Happened::Watchdog => {
+                if !reconciler.is_finished() {
+                    notify(&[NotifyState::Watchdog]);
+                }
+            }
+        }
+        if reconciler.is_finished() {
+            break Some(anyhow::anyhow!("the reconciler ended; see the log above"));
+        }
+    };
+    notify(&[NotifyState::Stopping]);
+    stop_out.send_replace(true);
+    parts.finish("API", GRACE).await;
+    let _ = std::fs::remove_file(&settings.socket);
+    flush(&*store, &control, &published).await;
+    match failed {
+        None => Ok(()),
+        Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the service manager cannot be told");
+    }
+}
+
+fn attach_options(settings: &Settings) -> AttachOptions {
+    let limits = Limits {
+        services: settings.max_services,
+        backends: settings.max_backends,
+        slots: settings.max_slots,
+        flows: settings.max_flows,
+        ..Limits::default()
+    };
+    AttachOptions {
+        interfaces: settings.iface.clone(),
+        allow_generic: settings.allow_generic,
+        pin_path: settings.pin_path.clone(),
+        limits,
+        settings: settings.ingress,
+        log_level: xdp_log::number(settings.xdp_log_level),
+    }
+}
+
+fn compile_settings(settings: &Settings, limits: Limits) -> compile::Settings {
+    compile::Settings {
+        ipip_source_v4: settings.ipip_source_v4,
+        ipip_source_v6: settings.ipip_source_v6,
+        limits: compile::Limits {
+            services: limits.services,
+            backends: limits.backends,
+            slots: limits.slots,
+            flows: limits.flows,
+            syns: limits.syns,
+            udp_flows: limits.flows,
+            vips: limits.vips,
+        },
+    }
+}
+
+fn interfaces(dataplane: &Dataplane) -> Vec<types::Interface> {
+    let all = dataplane.interfaces.iter();
+    all.map(|i| types::Interface { name: i.name.clone(), ifindex: i.ifindex, mode: i.mode.to_owned() })
+        .collect()
+}
+
+/// The reconciler compiles and writes maps without pause: on a thread of its own, it delays nobody else.
+fn spawn_reconciler(
+    reconciler: Reconciler<Dataplane>,
+    inbox: mpsc::Receiver<Event>,
+) -> anyhow::Result<std::thread::JoinHandle<()>> {
+    let runtime = tokio::runtime::Handle::current();
+    let run = move || runtime.block_on(reconciler.run(inbox));
+    std::thread::Builder::new().name("reconcile".to_owned()).spawn(run).context("cannot start the reconciler")
+}
+
+/// Passes what comes in on as events, until nobody takes them.
+async fn forward<T>(
+    mut from: mpsc::Receiver<T>,
+    to: mpsc::Sender<Event>,
+    event: impl Fn(T) -> Event,
+) -> anyhow::Result<()> {
+    while let Some(thing) = from.recv().await {
+        if to.send(event(thing)).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn save_memory(mut kept: watch::Receiver<Vec<u8>>, store: Arc<RedbStore>) -> anyhow::Result<()> {
+    while kept.changed().await.is_ok() {
+        let bytes = kept.borrow_and_update().clone();
+        if let Err(error) = store.save(MEMORY, bytes).await {
+            tracing::error!(%error, "the reconciler's memory cannot be saved");
+        }
+    }
+    Ok(())
+}
+
+async fn ended_ok(part: impl Future<Output = ()>) -> anyhow::Result<()> {
+    part.await;
+    Ok(())
+}
+
+async fn until(mut flag: watch::Receiver<bool>) {
+    let _ = flag.wait_for(|stop| *stop).await;
+}
+
+/// Writes down what would otherwise be saved in a moment.
+async fn flush(store: &dyn Local, control: &Control, published: &watch::Receiver<Arc<Published>>) {
+    if let Err(error) = Checker::save(control.book(), store).await {
+        tracing::error!(%error, "health verdicts cannot be saved");
+    }
+    tracing::debug!(revision = published.borrow().revision, "stopped");
+}
+
+/// When a file's services become the desired state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Load {
+    /// If they are not those that the file had when it was last loaded: what `lbctl` changed since stays.
+    IfChanged,
+    /// In any case: the operator asked.
+    Always,
+}
+
+async fn load_services(
+    control: &Control,
+    local: &dyn Local,
+    path: &Path,
+    desired: Desired,
+    load: Load,
+) -> anyhow::Result<()> {
+    let text = export(&desired).into_bytes();
+    if load == Load::IfChanged && local.load(FILE).await?.as_ref() == Some(&text) {
+        tracing::info!(file = %path.display(), "its services were loaded before; the store's state holds");
+        return Ok(());
+    }
+    let message = format!("services of {}", path.display());
+    let query = types::WriteQuery { message: Some(message), ..Default::default() };
+    let change = control.write("lbd", &query, |state| {
+        state.clone_from(&desired);
+        Ok(())
+    });
+    let change = change.await.with_context(|| format!("cannot apply the services of {}", path.display()))?;
+    local.save(FILE, text).await?;
+    let (revision, changes) = (change.revision, change.differences.len());
+    tracing::info!(file = %path.display(), revision, changes, "services loaded");
+    Ok(())
+}
+
+/// SIGHUP: reads the file again. If it is wrong, says so, and changes nothing.
+async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>, said: &Options) {
+    let usec = NotifyState::monotonic_usec_now();
+    match usec {
+        Ok(usec) => notify(&[NotifyState::Reloading, usec]),
+        Err(_) => notify(&[NotifyState::Reloading]),
+    }
+    let result = async {
+        let path = config.context("there is no --config file to read again")?;
+        let owned = path.to_owned();
+        let file = tokio::task::spawn_blocking(move || File::read(&owned)).await??;
+        file.options.clone().resolve()?;
+        if file.options != *said {
+            tracing::warn!("[lbd] has changed: that takes a restart of lbd (which loses no packet)");
+        }
+        match file.desired {
+            Some(desired) => load_services(control, local, path, desired, Load::Always).await,
+            None => Ok(()),
+        }
+    };
+    match result.await {
+        Ok(()) => tracing::info!("configuration read again"),
+        Err(error) => tracing::error!("configuration not changed: {error:#}"),
+    }
+    notify(&[NotifyState::Ready]);
+}

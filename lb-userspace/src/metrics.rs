@@ -1,0 +1,326 @@
+//! Metrics for Prometheus, read from maps, snapshot and health book at each scrape.
+//!
+//! Names are `lb_<subsystem>_<what>_<unit>[_total]`, labels service, backend, reason; never a client's
+//! address. Served over HTTP at `/metrics`. Called by the daemon and by `lbd worker`.
+
+use crate::{
+    api::{Control, Engine},
+    model::Health,
+};
+use axum::{
+    Router,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use lb_common::Reason;
+use prometheus_client::{
+    encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
+    metrics::MetricType,
+    registry::Registry,
+};
+use std::{fmt, future::Future, net::SocketAddr, sync::Arc};
+use tokio::net::TcpListener;
+
+/// Why metrics cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot serve metrics on {address}: {source}; choose another --metrics ADDRESS:PORT, or off")]
+pub struct MetricsError {
+    address: SocketAddr,
+    #[source]
+    source: std::io::Error,
+}
+
+/// Listens for scrapes. Where nobody asked for the address, one that cannot be had is only a warning.
+///
+/// # Errors
+/// The address was asked for, and cannot be had.
+pub async fn bind(address: Option<SocketAddr>, required: bool) -> Result<Option<TcpListener>, MetricsError> {
+    let Some(address) = address else { return Ok(None) };
+    match TcpListener::bind(address).await {
+        Ok(listener) => Ok(Some(listener)),
+        Err(source) if required => Err(MetricsError { address, source }),
+        Err(error) => {
+            tracing::warn!(%address, %error, "metrics are not served");
+            Ok(None)
+        }
+    }
+}
+
+/// Serves a daemon's metrics until `stop` resolves.
+///
+/// # Errors
+/// Accepting failed for good.
+pub async fn serve(
+    listener: TcpListener,
+    control: Arc<Control>,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    serve_text(listener, stop, move || text(&control)).await
+}
+
+/// Serves what `text` gives.
+///
+/// # Errors
+/// Accepting failed for good.
+pub async fn serve_text(
+    listener: TcpListener,
+    stop: impl Future<Output = ()> + Send + 'static,
+    text: impl Fn() -> Result<String, String> + Clone + Send + Sync + 'static,
+) -> std::io::Result<()> {
+    let scrape = move || {
+        let text = text.clone();
+        async move {
+            // Reading maps blocks.
+            match tokio::task::spawn_blocking(text).await {
+                Ok(Ok(text)) => page(text),
+                Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
+                Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+            }
+        }
+    };
+    let router = Router::new()
+        .route("/metrics", get(scrape))
+        .fallback(|| async { (StatusCode::NOT_FOUND, "metrics are at /metrics\n") });
+    axum::serve(listener, router).with_graceful_shutdown(stop).await
+}
+
+fn page(text: String) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// All metrics of a daemon as text.
+///
+/// # Errors
+/// The maps cannot be read.
+pub fn text(control: &Arc<Control>) -> Result<String, String> {
+    let counters = control.engine().counters().map_err(|e| e.to_string())?;
+    encode(Scrape { control: control.clone(), counters })
+}
+
+/// A worker's metrics as text.
+///
+/// # Errors
+/// They cannot be written, which does not happen.
+pub fn worker_text(reasons: &[(Reason, u64)]) -> Result<String, String> {
+    #[derive(Debug)]
+    struct Worker(Vec<(Reason, u64)>);
+    impl prometheus_client::collector::Collector for Worker {
+        fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+            let mut out = Encoder(encoder);
+            out.counters(
+                "lb_worker_packets",
+                "Packets by what became of them on this worker",
+                self.0.iter().map(reason),
+            )
+        }
+    }
+    encode(Worker(reasons.to_vec()))
+}
+
+fn encode(collector: impl prometheus_client::collector::Collector) -> Result<String, String> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(collector));
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).map_err(|e| e.to_string())?;
+    Ok(text)
+}
+
+/// One reading of everything.
+struct Scrape {
+    control: Arc<Control>,
+    counters: crate::api::engine::Counters,
+}
+
+impl fmt::Debug for Scrape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scrape")
+    }
+}
+
+/// Families of samples.
+struct Encoder<'a>(DescriptorEncoder<'a>);
+
+impl Encoder<'_> {
+    fn counters<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl Iterator<Item = (L, u64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in samples {
+            family.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+        }
+        Ok(())
+    }
+
+    fn gauges<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl Iterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in samples {
+            family.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+        Ok(())
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
+        self.0.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
+    }
+}
+
+fn reason((reason, count): &(Reason, u64)) -> ([(&'static str, &'static str); 2], u64) {
+    ([("reason", reason.label()), ("fate", crate::api::fate(*reason))], *count)
+}
+
+impl prometheus_client::collector::Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Encoder(encoder);
+        self.daemon(&mut out)?;
+        self.services(&mut out)?;
+        self.backends(&mut out)?;
+        self.probes(&mut out)
+    }
+}
+
+impl Scrape {
+    fn daemon(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let engine: &dyn Engine = &**self.control.engine();
+        let (snapshot, head) = (engine.snapshot(), self.control.head());
+        let info =
+            [("version", env!("CARGO_PKG_VERSION").to_owned()), ("abi", lb_common::ABI_VERSION.to_string())];
+        out.gauges("lb_build_info", "Version of lbd, and of its maps", std::iter::once((info, 1.0)))?;
+        let interfaces = engine.interfaces();
+        let interfaces =
+            interfaces.iter().map(|i| ([("interface", i.name.as_str()), ("mode", i.mode.as_str())], 1.0));
+        out.gauges(
+            "lb_interface_info",
+            "Interfaces that the program is attached to, and its XDP mode",
+            interfaces,
+        )?;
+        out.gauge(
+            "lb_control_revision",
+            "Newest revision of the desired state",
+            head.revision.number as f64,
+        )?;
+        let applied = &snapshot.applied;
+        out.gauge("lb_control_applied_revision", "Revision that the maps show", applied.revision as f64)?;
+        let failed = f64::from(u8::from(applied.error.is_some()));
+        out.gauge("lb_control_apply_failed", "Whether the last attempt to write the maps failed", failed)?;
+        let took = applied.took_us as f64 / 1e6;
+        out.gauge(
+            "lb_control_apply_duration_seconds",
+            "From the last change's arrival to the maps written",
+            took,
+        )?;
+        let room = |value: fn(&crate::api::types::Room) -> u64| {
+            let all = snapshot.room.iter();
+            all.map(move |r| ([("map", r.what.replace(' ', "_"))], value(r) as f64))
+                .collect::<Vec<_>>()
+                .into_iter()
+        };
+        out.gauges("lb_map_entries", "Entries in use", room(|r| r.used))?;
+        out.gauges("lb_map_limit_entries", "Entries there is room for", room(|r| r.limit))?;
+        let reasons = Reason::ALL.iter().map(|&r| reason(&(r, self.counters.reason(r))));
+        out.counters("lb_dataplane_packets", "Packets by reason: why they were not simply forwarded", reasons)
+    }
+
+    fn services(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let stats = |value: fn(&lb_common::BackendStats) -> u64| {
+            self.counters.services.iter().map(move |(name, s)| ([("service", name.as_str())], value(s)))
+        };
+        out.counters("lb_service_packets", "Packets forwarded", stats(|s| s.packets))?;
+        out.counters("lb_service_bytes", "Bytes forwarded, before encapsulation", stats(|s| s.bytes))?;
+        out.counters("lb_service_flows", "New flows placed", stats(|s| s.flows))?;
+        let snapshot = self.control.engine().snapshot();
+        let state = |value: fn(&crate::api::engine::ServiceState) -> f64| {
+            let all = snapshot.services.iter();
+            all.map(move |(name, s)| ([("service", name.as_str())], value(s)))
+        };
+        out.gauges(
+            "lb_service_eligible_backends",
+            "Backends that take new flows",
+            state(|s| s.eligible as f64),
+        )?;
+        out.gauges("lb_service_slots", "Slots of the table", state(|s| f64::from(s.table_size)))?;
+        out.gauges(
+            "lb_service_transition_slots",
+            "Slots that remember a previous primary",
+            state(|s| f64::from(s.transition_slots)),
+        )?;
+        let help = "Whether health is ignored, since too few backends are healthy";
+        out.gauges("lb_service_panic", help, state(|s| f64::from(u8::from(s.panic))))
+    }
+
+    fn backends(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let stats = |value: fn(&lb_common::BackendStats) -> u64| {
+            let all = self.counters.backends.iter();
+            all.map(move |(id, s)| {
+                ([("service", id.service.as_str()), ("backend", id.backend.as_str())], value(s))
+            })
+        };
+        out.counters("lb_backend_packets", "Packets forwarded", stats(|s| s.packets))?;
+        out.counters("lb_backend_bytes", "Bytes forwarded, before encapsulation", stats(|s| s.bytes))?;
+        out.counters("lb_backend_flows", "New flows placed", stats(|s| s.flows))?;
+        let snapshot = self.control.engine().snapshot();
+        let state = |value: fn(&crate::api::engine::BackendState) -> f64| {
+            let all = snapshot.backends.iter();
+            all.map(move |(id, b)| {
+                ([("service", id.service.as_str()), ("backend", id.backend.as_str())], value(b))
+            })
+        };
+        out.gauges("lb_backend_slots", "Slots of the service's table", state(|b| f64::from(b.slots)))?;
+        let help = "Live flows that the flow tables send there";
+        out.gauges("lb_backend_tracked_flows", help, state(|b| b.tracked_flows as f64))?;
+        let help = "Whether the next hop is known; otherwise the kernel's routes are asked for each packet";
+        out.gauges("lb_backend_resolved", help, state(|b| f64::from(u8::from(b.next_hop.is_some()))))?;
+        let desired = self.control.head().desired;
+        let spec = |value: fn(&crate::model::Backend) -> f64| {
+            desired.services.iter().flat_map(move |(service, s)| {
+                let labels =
+                    move |name: &'_ str| [("service", service.to_string()), ("backend", name.to_owned())];
+                s.backends.iter().map(move |(name, b)| (labels(name.as_str()), value(b)))
+            })
+        };
+        out.gauges(
+            "lb_backend_weight",
+            "Share of new flows relative to the service's others",
+            spec(|b| f64::from(b.weight)),
+        )?;
+        let draining =
+            |b: &crate::model::Backend| f64::from(u8::from(b.state == crate::model::BackendState::Draining));
+        out.gauges(
+            "lb_backend_draining",
+            "Whether it takes no new flows while its old ones end",
+            spec(draining),
+        )
+    }
+
+    fn probes(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        self.control.book().read(|all| {
+            let labels = |id: &crate::model::BackendId| {
+                [("service", id.service.to_string()), ("backend", id.backend.to_string())]
+            };
+            let verdicts = all.iter().filter(|(_, e)| e.health != Health::Unknown);
+            let verdicts =
+                verdicts.map(|(id, e)| (labels(id), f64::from(u8::from(e.health == Health::Healthy))));
+            out.gauges(
+                "lb_backend_healthy",
+                "Verdict of the health checks; absent while there is none",
+                verdicts,
+            )?;
+            let results = all.iter().flat_map(|(id, e)| {
+                [("ok", e.successes), ("failed", e.failures)].map(|(result, count)| {
+                    let [service, backend] = labels(id);
+                    ([service, backend, ("result", result.to_owned())], count)
+                })
+            });
+            out.counters("lb_health_probes", "Health probes since the start, by result", results)
+        })
+    }
+}
