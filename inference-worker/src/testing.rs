@@ -25,3 +25,209 @@ pub fn model_file() -> PathBuf {
     assert!(path.exists(), "{} is missing: run `cargo xtask setup model`", path.display());
     path
 }
+
+/// Shape of a tiny random model.
+#[derive(Debug, Clone, Copy)]
+pub struct Tiny {
+    /// Seed of its weights: another seed, another model.
+    pub seed: u64,
+    /// Longest sequence.
+    pub context: usize,
+}
+
+impl Default for Tiny {
+    fn default() -> Self {
+        Self { seed: 1, context: 512 }
+    }
+}
+
+const HIDDEN: usize = 64;
+const FFN: usize = 96;
+const LAYERS: usize = 2;
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+const HEAD: usize = 16;
+/// 256 bytes and two special tokens.
+const VOCAB: usize = 258;
+
+impl Tiny {
+    /// Names and shapes of its tensors.
+    fn tensors() -> Vec<(String, Vec<usize>)> {
+        let mut list = vec![
+            ("model.embed_tokens.weight".to_owned(), vec![VOCAB, HIDDEN]),
+            ("model.norm.weight".to_owned(), vec![HIDDEN]),
+            ("lm_head.weight".to_owned(), vec![VOCAB, HIDDEN]),
+        ];
+        for layer in 0..LAYERS {
+            for (name, shape) in [
+                ("input_layernorm", vec![HIDDEN]),
+                ("post_attention_layernorm", vec![HIDDEN]),
+                ("self_attn.q_proj", vec![HEADS * HEAD, HIDDEN]),
+                ("self_attn.k_proj", vec![KV_HEADS * HEAD, HIDDEN]),
+                ("self_attn.v_proj", vec![KV_HEADS * HEAD, HIDDEN]),
+                ("self_attn.o_proj", vec![HIDDEN, HEADS * HEAD]),
+                ("mlp.gate_proj", vec![FFN, HIDDEN]),
+                ("mlp.up_proj", vec![FFN, HIDDEN]),
+                ("mlp.down_proj", vec![HIDDEN, FFN]),
+            ] {
+                list.push((format!("model.layers.{layer}.{name}.weight"), shape));
+            }
+        }
+        list
+    }
+
+    /// Writes it as a Hugging Face folder.
+    ///
+    /// # Panics
+    /// When the folder cannot be written.
+    pub fn write(self, folder: &std::path::Path) {
+        use rand::{Rng, SeedableRng};
+        use safetensors::{Dtype, tensor::TensorView};
+        let mut rng = rand::rngs::StdRng::seed_from_u64(self.seed);
+        let data: Vec<(String, Vec<usize>, Vec<u8>)> = Self::tensors()
+            .into_iter()
+            .map(|(name, shape)| {
+                let len: usize = shape.iter().product();
+                let norm = shape.len() == 1;
+                let value = |rng: &mut rand::rngs::StdRng| if norm { 1.0 } else { rng.random_range(-0.2f32..0.2) };
+                let bytes = (0..len).flat_map(|_| value(&mut rng).to_le_bytes()).collect();
+                (name, shape, bytes)
+            })
+            .collect();
+        let views = data.iter().map(|(name, shape, bytes)| {
+            (name, TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the length is that of the shape"))
+        });
+        let file = safetensors::serialize(views, None).expect("views are valid");
+        std::fs::write(folder.join("model.safetensors"), file).expect("the folder is writable");
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": FFN,
+            "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+            "head_dim": HEAD, "vocab_size": VOCAB, "max_position_embeddings": self.context, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "tie_word_embeddings": false, "eos_token_id": 257,
+        });
+        std::fs::write(folder.join("config.json"), config.to_string()).expect("the folder is writable");
+        std::fs::write(folder.join("tokenizer.json"), tiny_tokenizer().to_string()).expect("the folder is writable");
+    }
+}
+
+/// A byte-level tokenizer without merges: a token is a byte.
+fn tiny_tokenizer() -> serde_json::Value {
+    // GPT-2's map from bytes to printable characters.
+    let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut vocab = serde_json::Map::new();
+    let mut extra = 256;
+    for b in 0..256u32 {
+        let code = if printable(b) { b } else { extra };
+        extra += u32::from(!printable(b));
+        vocab.insert(char::from_u32(code).expect("below 512").to_string(), b.into());
+    }
+    let bytes = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let special = |id: u32, text: &str| {
+        serde_json::json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                           "normalized": false, "special": true})
+    };
+    serde_json::json!({
+        "version": "1.0", "added_tokens": [special(256, "<|im_start|>"), special(257, "<|im_end|>")],
+        "normalizer": null, "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+                  "vocab": vocab, "merges": []}
+    })
+}
+
+/// A worker in this process, with its API on a port of 127.0.0.1.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its app.
+    pub app: std::sync::Arc<crate::api::App>,
+    /// `http://127.0.0.1:PORT`.
+    pub url: String,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+}
+
+/// What a test's worker is like.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// Engine limits.
+    pub engine: crate::engine::EngineOptions,
+    /// API settings.
+    pub settings: crate::api::Settings,
+    /// KV cache in bytes.
+    pub kv_bytes: usize,
+    /// TorchScript modules.
+    pub scripts: Vec<(String, PathBuf)>,
+}
+
+impl Default for WorkerOptions {
+    fn default() -> Self {
+        Self { engine: Default::default(), settings: Default::default(), kv_bytes: 8 << 20, scripts: Vec::new() }
+    }
+}
+
+impl Worker {
+    /// Serves `models` (name, path).
+    ///
+    /// # Panics
+    /// When anything fails: this is for tests.
+    pub async fn start(models: &[(&str, &std::path::Path)], options: WorkerOptions) -> Self {
+        use crate::{api, metrics::Metrics, model, registry};
+        let load = model::LoadOptions {
+            device: tch::Device::Cpu,
+            dtype: model::DtypeChoice::Auto,
+            backend: model::BackendChoice::Auto,
+            threads: 2,
+            kv_bytes: Some(options.kv_bytes),
+            max_context: None,
+        };
+        let metrics = Metrics::new();
+        let scripts = crate::torchscript::Scripts::load(&options.scripts, tch::Device::Cpu).expect("modules load");
+        let registry = registry::Registry::new(load, options.engine, metrics.clone());
+        let app = api::App::new(registry, scripts, metrics, options.settings);
+        for (name, path) in models {
+            let spec = registry::Spec { name: (*name).into(), version: None, path: (*path).into(), keep_old: false };
+            app.registry.load(spec).await.expect("the model loads");
+        }
+        app.phase.send_replace(api::Phase::Ready);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let router = api::router(app.clone());
+        tokio::spawn(api::serve::run(app.clone(), router, listener, None, async {
+            let _ = stopped.await;
+        }));
+        Self { app, url, stop: Some(stop) }
+    }
+
+    /// The engine of a model.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn engine(&self, name: &str) -> std::sync::Arc<crate::engine::Engine> {
+        self.app.engine(Some(name)).expect("the model is loaded")
+    }
+
+    /// Waits until nothing is in flight; then no block may be held.
+    ///
+    /// # Panics
+    /// When a request is stuck for 30 seconds.
+    pub async fn settle(&self, name: &str) {
+        use std::sync::atomic::Ordering::Relaxed;
+        let engine = self.engine(name);
+        for _ in 0..3000 {
+            let s = &engine.stats;
+            if s.in_flight.load(Relaxed) == 0 && s.running.load(Relaxed) == 0 && s.kv_held.load(Relaxed) == 0 {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("not settled: {:?}", engine.stats);
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
+        }
+    }
+}

@@ -17,7 +17,13 @@ pub struct Options {
 
 /// Measures. An error if the program could not be built or did not succeed.
 pub fn run(options: &Options) -> Result<()> {
-    setup::run(&setup::Options { bpf: true, packages: true })?;
+    // The inference worker needs libtorch, and no root: it is measured by a program of its own.
+    if let Some((first, rest)) = options.arguments.split_first()
+        && first == "inference"
+    {
+        return crate::inference::bench::run(rest);
+    }
+    setup::run(&setup::Options { bpf: true, packages: true, inference: false })?;
     let workspace = shell::workspace();
     let mut build = std::process::Command::new("cargo");
     build.current_dir(&workspace).args(["build", "--release", "--package", "test-bench"]);

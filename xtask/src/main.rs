@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 mod demo;
 mod dist;
 mod bench;
+mod inference;
 mod setup;
 mod shell;
 mod test;

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{setup, shell};
+use crate::{inference, setup, shell};
 
 /// Which suites to run.
 #[derive(clap::Args, Debug)]
@@ -49,6 +49,8 @@ enum Suite {
     E2e,
     /// Broken parts under real traffic (root).
     Fault,
+    /// The inference worker on a real model (fetches libtorch and the model once).
+    Inference,
 }
 
 /// Crates that build and test without root, libtorch or network.
@@ -74,6 +76,7 @@ pub fn run(options: &Options) -> Result<()> {
     setup::run(&setup::Options {
         bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
         packages: suites.iter().any(|suite| suite.needs_root()),
+        inference: suites.contains(&Suite::Inference),
     })?;
     let mut outcomes = Vec::new();
     for suite in suites {
@@ -251,6 +254,7 @@ impl Suite {
                 build.args(profile);
                 vec![build, command]
             }
+            Self::Inference => inference_commands()?,
         })
     }
 }
@@ -263,6 +267,16 @@ fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(shell::workspace()).args(arguments);
     command
+}
+
+/// Always optimised: unoptimised kernels take minutes, and libtorch's bindings would be built twice.
+fn inference_commands() -> Result<Vec<Command>> {
+    let package = ["--release", "--package", "inference-worker"];
+    let mut clippy = inference::cargo(&[&["clippy"], &package[..], &["--all-targets"]].concat())?;
+    clippy.args(["--", "-D", "warnings"]);
+    let mut test = inference::cargo(&[&["test"], &package[..]].concat())?;
+    test.env("LB_TEST_PYTHON", inference::python::ensure(inference::python::TEST)?);
+    Ok(vec![clippy, test])
 }
 
 fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {

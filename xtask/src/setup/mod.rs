@@ -19,14 +19,17 @@ pub struct Options {
     /// The programs that the demo and the tests run: nginx, iperf3, ethtool, …
     #[arg(long)]
     pub packages: bool,
+    /// libtorch and a model, for the inference worker.
+    #[arg(long)]
+    pub inference: bool,
 }
 
 impl Options {
     /// Everything that the balancer, its demo and its tests need.
-    pub const BALANCER: Self = Self { bpf: true, packages: true };
+    pub const BALANCER: Self = Self { bpf: true, packages: true, inference: false };
 
     fn is_empty(self) -> bool {
-        !(self.bpf || self.packages)
+        !(self.bpf || self.packages || self.inference)
     }
 }
 
@@ -50,6 +53,8 @@ pub fn run(options: &Options) -> Result<()> {
     };
     part(options.packages, "programs", packages::install);
     part(options.bpf, "BPF tool chain", bpf::install);
+    part(options.inference, "libtorch", crate::inference::libtorch::install);
+    part(options.inference, "model", crate::inference::model::install);
     if !failed.is_empty() {
         bail!("set-up is incomplete: {}", failed.join(", "));
     }

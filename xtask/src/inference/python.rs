@@ -1,0 +1,53 @@
+//! Python, and environments of our own in the cache: nothing is installed into the machine's Python.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use super::cache;
+use crate::shell;
+
+/// For the worker's tests: OpenAI's client, and a TorchScript module to serve.
+pub const TEST: (&str, &[&str], &[&str]) = ("python-test", &["openai>=2,<3"], &["silero-vad==6.2.3"]);
+/// For the benchmark and for making reference values: 2.7 GB.
+pub const REFERENCE: (&str, &[&str], &[&str]) =
+    ("python-reference", &["torch==2.11.0", "transformers==5.23.0", "gguf==0.19.0", "jinja2"], &[]);
+
+/// A Python 3 with pip.
+pub fn system() -> Result<PathBuf> {
+    let python = shell::which("python3").context("no python3 found: install python3, python3-pip and python3-venv")?;
+    if shell::quiet(&python, &["-m", "pip", "--version"]).is_none() {
+        bail!("python3 has no pip: install python3-pip and python3-venv");
+    }
+    Ok(python)
+}
+
+/// An environment with packages, and others without their dependencies; its Python.
+pub fn ensure((name, packages, bare): (&str, &[&str], &[&str])) -> Result<PathBuf> {
+    let folder = cache()?.join(name);
+    let python = folder.join("bin/python");
+    let wanted = [packages, bare].concat().join("\n");
+    let stamp = folder.join("packages");
+    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
+        return Ok(python);
+    }
+    let mut make = Command::new(system()?);
+    make.args(["-m", "venv"]).arg(&folder);
+    shell::with_progress(&format!("making the Python environment {name}"), &mut make)?;
+    pip(&python, packages, &[])?;
+    if !bare.is_empty() {
+        pip(&python, bare, &["--no-deps"])?;
+    }
+    fs::write(&stamp, wanted).with_context(|| format!("cannot write {}", stamp.display()))?;
+    Ok(python)
+}
+
+fn pip(python: &Path, packages: &[&str], options: &[&str]) -> Result<()> {
+    let mut install = Command::new(python);
+    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(options).args(packages);
+    shell::with_progress(&format!("installing {}", packages.join(", ")), &mut install).map(drop)
+}
