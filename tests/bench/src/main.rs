@@ -1,12 +1,16 @@
-//! Measures the balancer: what a packet costs in the loaded programs.
+//! Measures the balancer: what a packet costs in the loaded programs, and how it compares with what
+//! people use.
 //!
 //! In: a command line from `cargo xtask bench`, root. Out: tables on standard output, and the same as
-//! JSON. Nothing outside this process is changed.
+//! JSON. Traffic stays in network namespaces that are gone afterwards.
 
 mod claims;
+mod dataplane;
 mod machine;
 mod objects;
 mod packet;
+mod sidebyside;
+mod statistics;
 
 use std::process::ExitCode;
 
@@ -24,11 +28,14 @@ struct Arguments {
 enum Command {
     /// Nanoseconds per packet in the loaded programs.
     Packet(packet::Options),
+    /// Real requests through ours and through what people use, in network namespaces.
+    SideBySide(sidebyside::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Packet(options) => packet::run(&options),
+        Command::SideBySide(options) => sidebyside::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -45,11 +45,14 @@ pub struct Layout {
     pub client_mtu: u32,
     /// MTU of the workers' links; 1,600 leaves room for the encapsulation.
     pub worker_mtu: u32,
+    /// Whether the client's end has an XDP program, without which it does not
+    /// receive what the ingress host sends by XDP_TX.
+    pub client_xdp: bool,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { workers: 3, client_mtu: 1500, worker_mtu: 1600 }
+        Self { workers: 3, client_mtu: 1500, worker_mtu: 1600, client_xdp: true }
     }
 }
 
@@ -78,7 +81,7 @@ pub struct Bed {
     /// Where the services run.
     pub workers: Vec<Worker>,
     worker_mtu: u32,
-    _client_program: OwnedFd,
+    _client_program: Option<OwnedFd>,
     _remains: Remains,
 }
 
@@ -115,7 +118,8 @@ impl Bed {
             namespace.add_address("eth0", v6.into(), 64)?;
         }
         make_client(&client)?;
-        let client_program = program::attach_pass(&client, "eth0")?;
+        let client_program =
+            if layout.client_xdp { Some(program::attach_pass(&client, "eth0")?) } else { None };
 
         let mut bed = Self {
             id,

@@ -15,7 +15,7 @@ const fn one(program: &'static str, packages: &'static [&'static [&'static str]]
     Wanted { program, packages }
 }
 
-const WANTED: [Wanted; 11] = [
+const WANTED: [Wanted; 12] = [
     one("cc", &[&["gcc", "libc6-dev"]]),
     one("curl", &[&["curl", "ca-certificates"]]),
     one("ip", &[&["iproute2"]]),
@@ -25,6 +25,8 @@ const WANTED: [Wanted; 11] = [
     one("wrk", &[&["wrk"]]),
     one("bpftool", &[&["bpftool"], &["linux-tools-common", "linux-tools-generic"]]),
     one("haproxy", &[&["haproxy"]]),
+    // A path is as good as a program's name.
+    one("/usr/lib/nginx/modules/ngx_stream_module.so", &[&["libnginx-mod-stream"]]),
     one("nft", &[&["nftables"]]),
     one("nsenter", &[&["util-linux"]]),
 ];

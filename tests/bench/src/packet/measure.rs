@@ -4,12 +4,15 @@ use anyhow::{Context, Result, ensure};
 use aya::{Ebpf, EbpfLoader, programs::ProgramFd, programs::Xdp};
 
 use super::{
-    bed::{Decap, Ingress, PORT, Tables},
+    bed::{Bed, PORT},
     frame::{Family, Frame, Kind},
     rows::{Row, Subject},
-    wrapper::{PASS, TX, Wrapper, load_xdp},
+    wrapper::{PASS, TX, Wrapper},
 };
-use crate::objects;
+use crate::{
+    dataplane::{Decap, Tables, load_xdp},
+    objects,
+};
 
 /// How much to measure.
 #[derive(Clone, Copy, Debug)]
@@ -64,8 +67,8 @@ struct Shape {
 /// Measures rows that share their maps. The result is in the order of `rows`.
 pub fn measure(rows: &[&Row], object: &[u8], before: Option<&[u8]>, effort: Effort) -> Result<Vec<Samples>> {
     let Some(first) = rows.first() else { return Ok(Vec::new()) };
-    let mut bed = Bed::load(object, first.tables)?;
-    let mut old_bed = before.map(|object| Bed::load(object, first.tables)).transpose()?;
+    let mut bed = Programs::load(object, first.tables)?;
+    let mut old_bed = before.map(|object| Programs::load(object, first.tables)).transpose()?;
     let references = References::load()?;
     let mut shapes: Vec<(Shape, usize)> = Vec::new();
     let mut cases: Vec<Case> = Vec::new();
@@ -138,31 +141,28 @@ impl References {
 }
 
 /// The loaded programs of a group of rows.
-struct Bed {
-    ingress: Ingress,
+struct Programs {
+    bed: Bed,
     decap: Decap,
 }
 
-impl Bed {
+impl Programs {
     fn load(object: &[u8], tables: Tables) -> Result<Self> {
         let addresses = |high| Family::ALL.map(|family| family.address(high, 1));
-        Ok(Self {
-            ingress: Ingress::load(object, tables)?,
-            decap: Decap::load(&addresses(10), &addresses(7))?,
-        })
+        Ok(Self { bed: Bed::load(object, tables)?, decap: Decap::load(&addresses(10), &addresses(7))? })
     }
 
     /// The row's frame, and its program in a wrapper: checked to do what the row says, and primed.
     fn case(&mut self, row: &Row) -> Result<(Frame, Case)> {
         let (frame, program, verdict, grown) = match row.subject {
             Subject::Service(spec, kind) => {
-                let vip = self.ingress.vip(&spec)?;
+                let vip = self.bed.vip(&spec)?;
                 let frame = Frame::new(spec.family, kind, vip, PORT);
-                (frame, self.ingress.fd()?, TX, spec.overhead())
+                (frame, self.bed.ingress.fd()?, TX, spec.overhead())
             }
             Subject::NotVip(family) => {
                 let frame = Frame::new(family, Kind::Established, family.address(250, 1), PORT);
-                (frame, self.ingress.fd()?, PASS, 0)
+                (frame, self.bed.ingress.fd()?, PASS, 0)
             }
             Subject::Decap(family, gue) => {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);

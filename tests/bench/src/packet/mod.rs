@@ -18,7 +18,13 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::{Pid, geteuid};
 use serde::{Deserialize, Serialize};
 
-use crate::{claims, machine::Machine, objects};
+use crate::{
+    claims,
+    dataplane::{Decap, Ingress, Tables, map_memory},
+    machine::Machine,
+    objects,
+    statistics::{least, median},
+};
 use measure::{Effort, Samples};
 use rows::Row;
 
@@ -214,16 +220,6 @@ impl Figures {
     }
 }
 
-fn least(samples: &[f64]) -> f64 {
-    samples.iter().copied().fold(f64::INFINITY, f64::min)
-}
-
-fn median(mut samples: Vec<f64>) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    let middle = samples.len() / 2;
-    if samples.len() % 2 == 1 { samples[middle] } else { (samples[middle - 1] + samples[middle]) / 2.0 }
-}
-
 /// Keeps this thread on one processor.
 fn pin(cpu: Option<usize>) -> Result<()> {
     let mut allowed = nix::sched::sched_getaffinity(Pid::from_raw(0))?;
@@ -257,13 +253,13 @@ fn as_bytes(words: &[u64]) -> &[u8] {
 
 /// Figures of the programs and maps as they ship.
 fn sizes() -> Result<(Vec<Program>, Vec<MapMemory>)> {
-    let ingress = bed::Ingress::load(objects::INGRESS, bed::Tables::DEFAULT)?;
-    let decap = bed::Decap::load(&[], &[])?;
+    let ingress = Ingress::load(objects::INGRESS, Tables::DEFAULT)?;
+    let decap = Decap::load(&[], &[])?;
     let programs =
         vec![program(ingress.bpf(), names::PROGRAM_INGRESS)?, program(decap.bpf(), names::PROGRAM_DECAP)?];
     let mut maps = Vec::new();
     for (name, map) in ingress.bpf().maps() {
-        let Ok((bytes, entries)) = bed::map_memory(map) else { continue };
+        let Ok((bytes, entries)) = map_memory(map) else { continue };
         let bytes_per_entry = bytes as f64 / f64::from(entries.max(1));
         maps.push(MapMemory { name: name.to_owned(), entries, bytes, bytes_per_entry });
     }

@@ -3,9 +3,10 @@
 use lb_common::{backend::mode, service::flags};
 
 use super::{
-    bed::{ServiceSpec, Slots, Tables},
+    bed::{ServiceSpec, Slots},
     frame::{Family, Kind},
 };
+use crate::dataplane::Tables;
 
 /// What a row feeds to which program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

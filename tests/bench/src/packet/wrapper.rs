@@ -9,7 +9,7 @@ use aya::{
 use nix::time::{ClockId, clock_gettime};
 
 use super::frame::Frame;
-use crate::objects;
+use crate::{dataplane::load_xdp, objects};
 
 /// First word of the headers in the wrapper's state, and how many it holds.
 const TEMPLATE: usize = 8;
@@ -88,12 +88,4 @@ impl Wrapper {
             len: result.data_size_out as usize,
         })
     }
-}
-
-/// Loads the XDP program `name` of `bpf` and returns it.
-pub fn load_xdp<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
-    let program: &mut Xdp =
-        bpf.program_mut(name).with_context(|| format!("no program {name} in the object"))?.try_into()?;
-    program.load().with_context(|| format!("the verifier refused {name}"))?;
-    Ok(program)
 }

@@ -1,0 +1,223 @@
+//! The programs as they ship, loaded and filled without a daemon, so that the packet path is measured
+//! by itself.
+
+use std::{
+    fs,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use anyhow::{Context, Result};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, xdp::DevMapHash},
+    programs::{ProgramFd, Xdp, XdpMode},
+};
+use lb_common::{
+    Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
+    settings::{DecapSettings, IngressSettings},
+    slot::{LINE, Line},
+};
+
+use crate::objects;
+
+/// Sizes of the flow tables, and what else is in the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tables {
+    /// Entries of `FLOWS`.
+    pub flows: u32,
+    /// Entries of `UDP_FLOWS`.
+    pub udp_flows: u32,
+    /// Services beside those that are measured.
+    pub other_services: u32,
+}
+
+impl Tables {
+    /// As they ship.
+    pub const DEFAULT: Self =
+        Self { flows: lb_common::limits::FLOWS, udp_flows: lb_common::limits::UDP_FLOWS, other_services: 0 };
+}
+
+/// The loaded ingress program.
+pub struct Ingress {
+    bpf: Ebpf,
+    next_slot: u32,
+    next_backend: u32,
+}
+
+impl Ingress {
+    /// Loads `object` with these tables.
+    pub fn load(object: &[u8], tables: Tables) -> Result<Self> {
+        let mut bpf = EbpfLoader::new()
+            .override_global(names::SETTINGS, &IngressSettings::DEFAULT, true)
+            .override_global(names::LOG_LEVEL, &0u8, true)
+            .map_max_entries(names::FLOWS, tables.flows)
+            .map_max_entries(names::UDP_FLOWS, tables.udp_flows)
+            .load(object)
+            .context("load the ingress object")?;
+        load_xdp(&mut bpf, names::PROGRAM_INGRESS)?;
+        Ok(Self { bpf, next_slot: 0, next_backend: 0 })
+    }
+
+    /// The program.
+    pub fn program(&self) -> Result<&Xdp> {
+        Ok(self.bpf.program(names::PROGRAM_INGRESS).context("program")?.try_into()?)
+    }
+
+    /// Its descriptor.
+    pub fn fd(&self) -> Result<ProgramFd> {
+        Ok(self.program()?.fd()?.try_clone()?)
+    }
+
+    /// The loaded object, for its figures.
+    pub fn bpf(&self) -> &Ebpf {
+        &self.bpf
+    }
+
+    fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> Result<M>
+    where
+        M::Error: std::error::Error + Send + Sync + 'static,
+    {
+        let map = self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?;
+        M::try_from(map).with_context(|| format!("map {name} has another type"))
+    }
+
+    /// Writes backends and returns the first one's index.
+    pub fn add_backends(&mut self, backends: impl ExactSizeIterator<Item = Backend>) -> Result<u32> {
+        let first = self.next_backend;
+        self.next_backend += backends.len() as u32;
+        let mut map: Array<&mut MapData, Backend> = self.map(names::BACKENDS)?;
+        for (i, backend) in backends.enumerate() {
+            map.set(first + i as u32, backend, 0).context("too many backends")?;
+        }
+        Ok(first)
+    }
+
+    /// Writes a table and returns its first slot's place.
+    pub fn add_slots(&mut self, slots: impl ExactSizeIterator<Item = Slot>) -> Result<u32> {
+        let base = self.next_slot;
+        // Tables begin on a line here.
+        self.next_slot += (slots.len() as u32).next_multiple_of(LINE);
+        let slots: Vec<Slot> = slots.collect();
+        for (name, half) in
+            [(names::PRIMARIES, (|s| s.primary) as fn(&Slot) -> u32), (names::SECONDARIES, |s| s.secondary)]
+        {
+            let mut lines: Array<&mut MapData, Line> = self.map(name)?;
+            for (i, part) in slots.chunks(LINE as usize).enumerate() {
+                let words = std::array::from_fn(|j| part.get(j).map_or(0, half));
+                lines.set(base / LINE + i as u32, Line { words }, 0).context("too many slots")?;
+            }
+        }
+        Ok(base)
+    }
+
+    /// Writes the service `index` and makes it known under its key.
+    pub fn switch_on(&mut self, index: u32, vip: Address, port: u16, view: ServiceView) -> Result<()> {
+        let service = Service { used: 1, views: [view; 2], ..Service::default() };
+        let mut services: Array<&mut MapData, Service> = self.map(names::SERVICES)?;
+        services.set(index, service, 0).context("too many services")?;
+        let mut vips: HashMap<&mut MapData, VipKey, Vip> = self.map(names::VIPS)?;
+        vips.insert(VipKey { vip }, Vip::EMPTY, 0)?;
+        let mut keys: HashMap<&mut MapData, ServiceKey, u32> = self.map(names::SERVICE_INDEX)?;
+        keys.insert(ServiceKey { vip, port: port.into(), protocol: view.protocol, pad: 0 }, index, 0)?;
+        Ok(())
+    }
+
+    /// Allows an egress interface of this thread's network namespace.
+    pub fn add_egress(&mut self, ifindex: u32) -> Result<()> {
+        let mut egress: DevMapHash<&mut MapData> = self.map(names::EGRESS)?;
+        egress.insert(ifindex, ifindex, None, 0).with_context(|| format!("no interface {ifindex}"))
+    }
+
+    /// Attaches the program to an interface of this thread's network namespace, in the driver.
+    pub fn attach(&mut self, interface: &str) -> Result<()> {
+        attach(&mut self.bpf, names::PROGRAM_INGRESS, interface)
+    }
+}
+
+/// The loaded decap program.
+pub struct Decap {
+    bpf: Ebpf,
+}
+
+impl Decap {
+    /// Loads it; it accepts packets to `ours` and serves `vips`.
+    pub fn load(ours: &[Address], vips: &[Address]) -> Result<Self> {
+        let mut bpf = EbpfLoader::new()
+            .override_global(names::SETTINGS, &DecapSettings::DEFAULT, true)
+            .override_global(names::LOG_LEVEL, &0u8, true)
+            .load(objects::DECAP)
+            .context("load the decap object")?;
+        load_xdp(&mut bpf, names::PROGRAM_DECAP)?;
+        for (name, addresses) in [(names::DECAP_ADDRESSES, ours), (names::DECAP_VIPS, vips)] {
+            let map = bpf.map_mut(name).with_context(|| format!("no map {name}"))?;
+            let mut map: HashMap<_, Address, u32> = HashMap::try_from(map)?;
+            for address in addresses {
+                map.insert(address, 1, 0)?;
+            }
+        }
+        Ok(Self { bpf })
+    }
+
+    /// The program.
+    pub fn program(&self) -> Result<&Xdp> {
+        Ok(self.bpf.program(names::PROGRAM_DECAP).context("program")?.try_into()?)
+    }
+
+    /// Its descriptor.
+    pub fn fd(&self) -> Result<ProgramFd> {
+        Ok(self.program()?.fd()?.try_clone()?)
+    }
+
+    /// The loaded object, for its figures.
+    pub fn bpf(&self) -> &Ebpf {
+        &self.bpf
+    }
+
+    /// Attaches the program to an interface of this thread's network namespace, in the driver.
+    pub fn attach(&mut self, interface: &str) -> Result<()> {
+        attach(&mut self.bpf, names::PROGRAM_DECAP, interface)
+    }
+}
+
+/// Loads the XDP program `name` of `bpf` and returns it.
+pub fn load_xdp<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
+    let program: &mut Xdp =
+        bpf.program_mut(name).with_context(|| format!("no program {name} in the object"))?.try_into()?;
+    program.load().with_context(|| format!("the verifier refused {name}"))?;
+    Ok(program)
+}
+
+fn attach(bpf: &mut Ebpf, name: &str, interface: &str) -> Result<()> {
+    let program: &mut Xdp =
+        bpf.program_mut(name).with_context(|| format!("no program {name} in the object"))?.try_into()?;
+    program.attach(interface, XdpMode::Driver).with_context(|| format!("attach {name} to {interface}"))?;
+    Ok(())
+}
+
+/// Memory of a map as the kernel reports it, in bytes, and its entries.
+pub fn map_memory(map: &Map) -> Result<(u64, u32)> {
+    let data = data_of(map).context("a map of a kind that the programs do not have")?;
+    let path = format!("/proc/self/fdinfo/{}", data.fd().as_fd().as_raw_fd());
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':')?.trim().parse::<u64>().ok())
+            .with_context(|| format!("{path} has no {name}"))
+    };
+    Ok((field("memlock")?, field("max_entries")? as u32))
+}
+
+fn data_of(map: &Map) -> Option<&MapData> {
+    match map {
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LruHashMap(data)
+        | Map::PerCpuArray(data)
+        | Map::PerCpuHashMap(data)
+        | Map::PerCpuLruHashMap(data)
+        | Map::DevMapHash(data)
+        | Map::LpmTrie(data)
+        | Map::RingBuf(data) => Some(data),
+        _ => None,
+    }
+}
