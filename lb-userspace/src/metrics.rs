@@ -174,6 +174,11 @@ impl Encoder<'_> {
     }
 }
 
+/// Whether it is the worker's program that counts this reason.
+fn is_workers(reason: Reason) -> bool {
+    reason.label().starts_with("decap_")
+}
+
 fn reason((reason, count): &(Reason, u64)) -> ([(&'static str, &'static str); 2], u64) {
     ([("reason", reason.label()), ("fate", crate::api::fate(*reason))], *count)
 }
@@ -226,7 +231,8 @@ impl Scrape {
         };
         out.gauges("lb_map_entries", "Entries in use", room(|r| r.used))?;
         out.gauges("lb_map_limit_entries", "Entries there is room for", room(|r| r.limit))?;
-        let reasons = Reason::ALL.iter().map(|&r| reason(&(r, self.counters.reason(r))));
+        let ours = Reason::ALL.iter().filter(|r| !is_workers(**r));
+        let reasons = ours.map(|&r| reason(&(r, self.counters.reason(r))));
         out.counters("lb_dataplane_packets", "Packets by reason: why they were not simply forwarded", reasons)
     }
 

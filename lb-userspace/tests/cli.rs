@@ -4,6 +4,8 @@
 //! writes what was printed into the files; put `[..]` where it
 //! differs from run to run.
 
+#![allow(clippy::unwrap_used, reason = "a test file, helpers included")]
+
 use lb_userspace::{
     api::{self, Control, memory::MemoryEngine},
     health::{Book, Checker, probe},

@@ -55,6 +55,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let store = Arc::new(store);
     let (listener, writers) =
         api::bind(&settings.socket, settings.socket_mode, settings.socket_group.as_deref())?;
+    let _socket = SocketFile(settings.socket.clone());
     let metrics = metrics::bind(settings.metrics, settings.metrics_required).await?;
 
     let options = attach_options(&settings);
@@ -151,11 +152,32 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     notify(&[NotifyState::Stopping]);
     stop_out.send_replace(true);
     parts.finish("API", GRACE).await;
-    let _ = std::fs::remove_file(&settings.socket);
     flush(&*store, &control, &published).await;
     match failed {
         None => Ok(()),
         Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
+    }
+}
+
+/// An error with its causes, without those that the messages before have told already.
+pub fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// The API's socket; gone with the daemon, however that ends.
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -313,7 +335,7 @@ async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>, sai
     };
     match result.await {
         Ok(()) => tracing::info!("configuration read again"),
-        Err(error) => tracing::error!("configuration not changed: {error:#}"),
+        Err(error) => tracing::error!("configuration not changed: {}", told(&error)),
     }
     notify(&[NotifyState::Ready]);
 }

@@ -21,7 +21,7 @@ impl Parts {
         name: &'static str,
         part: impl Future<Output = Result<(), E>> + Send + 'static,
     ) {
-        let task = self.tasks.spawn(async { part.await.map_err(|e| format!("{e:#}")) });
+        let task = self.tasks.spawn(async { part.await.map_err(|e| e.to_string()) });
         self.names.insert(task.id(), name);
     }
 

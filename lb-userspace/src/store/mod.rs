@@ -113,6 +113,12 @@ pub enum StoreError {
         /// What was found.
         what: String,
     },
+    /// Not allowed.
+    #[error("store {file}: permission denied; run lbd as root (sudo), or give it a --state-dir of its own")]
+    Denied {
+        /// File or directory.
+        file: String,
+    },
     /// The file system said no.
     #[error("store {file}: {source}")]
     Io {

@@ -75,6 +75,9 @@ fn failed(file: &Path, error: impl Into<redb::Error>) -> StoreError {
         redb::Error::Io(source) if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             StoreError::Corrupt { file: name, what: "cut short".to_owned() }
         }
+        redb::Error::Io(source) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            StoreError::Denied { file: name }
+        }
         redb::Error::Io(source) => StoreError::Io { file: name, source },
         other @ (redb::Error::TableTypeMismatch { .. } | redb::Error::TypeDefinitionChanged { .. }) => {
             StoreError::Corrupt { file: name, what: other.to_string() }
@@ -90,8 +93,7 @@ impl RedbStore {
     /// # Errors
     /// The file is in use, newer, damaged, or cannot be written; it is left as it is.
     pub fn open(directory: &Path, keep: u64) -> Result<Self, StoreError> {
-        let io = |path: &Path, source| StoreError::Io { file: path.display().to_string(), source };
-        std::fs::create_dir_all(directory).map_err(|e| io(directory, e))?;
+        std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
         let file = directory.join("lb.redb");
         // An unfinished first start leaves an empty file; anything else that is no store is kept.
         let fresh = std::fs::metadata(&file).map_or(true, |m| m.len() == 0);
