@@ -329,7 +329,7 @@ fn floods_fill_no_more_than_their_table() {
         ingress.backend(2 * service, backend(service));
         ingress.backend(2 * service + 1, backend(service));
     }
-    let mut send = |ingress: &mut Ingress, packet: Packet| {
+    let send = |ingress: &mut Ingress, packet: Packet| {
         assert_eq!(ingress.run(&packet.bytes()).expect("runs").verdict, xdp::TX);
     };
     for client in 0..LIVE {
