@@ -1,12 +1,16 @@
 //! Time from a changed desired state to a plan: 100 services with 100 backends each.
 #![allow(missing_docs)]
 
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, criterion_group, criterion_main};
 use lb_userspace::{
     compile::{Cache, Memory, Settings, compile},
     model::{Backend, Desired, Name, Observed, Service},
 };
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 fn name(prefix: &str, i: u32) -> Name {
     format!("{prefix}{i}").parse().expect("a letter and digits")
@@ -41,19 +45,27 @@ fn compilations(c: &mut Criterion) {
     group.bench_function("nothing-changed-100x100", |b| {
         b.iter(|| compile(&before, &observed, &first.memory, &settings, &mut cache));
     });
-    let mut i = 0;
+    // Each iteration starts from what the one before has left, as a daemon does.
+    let (mut i, mut memory, mut state) = (0, first.memory.clone(), before.clone());
     group.bench_function("one-backend-added-100x100", |b| {
-        b.iter_batched(
-            || {
+        b.iter_custom(|iterations| {
+            let mut took = Duration::ZERO;
+            for _ in 0..iterations {
                 i += 1;
-                let mut after = before.clone();
-                let service = after.services.get_mut(&name("s", i % 100)).expect("one of the hundred");
-                service.backends.insert(name("new", i), backend(200, i % 250));
-                after
-            },
-            |after| compile(&after, &observed, &first.memory, &settings, &mut cache).map(|c| c.plan),
-            BatchSize::PerIteration,
-        );
+                let service = state.services.get_mut(&name("s", i % 100)).expect("one of the hundred");
+                let last = service.backends.keys().next_back().expect("a hundred backends").clone();
+                service.backends.remove(&last);
+                service.backends.insert(name("new", i), backend(200 + i / 250 % 50, i % 250));
+                observed.now += Duration::from_secs(4);
+                let began = Instant::now();
+                let compiled = compile(&state, &observed, &memory, &settings, &mut cache).expect("fits");
+                took += began.elapsed();
+                memory = compiled.memory;
+                let all = (0..settings.limits.backends).collect();
+                memory.release(&BTreeSet::new(), &all);
+            }
+            took
+        });
     });
     group.bench_function("everything-anew-100x100", |b| {
         b.iter(|| compile(&before, &observed, &first.memory, &settings, &mut Cache::default()));

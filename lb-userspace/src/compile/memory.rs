@@ -17,7 +17,7 @@ use std::{
 const MAX_EPOCHS: usize = 64;
 
 /// Everything remembered.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
     /// Services that exist.
     #[serde(with = "pairs")]
@@ -38,13 +38,14 @@ pub struct Retired {
 }
 
 /// What is remembered about a service. Times are in ms of the clock since boot.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceMemory {
     /// Index in `SERVICES`.
     pub index: u32,
     /// Backends by address, removed ones included until they are forgotten.
     pub backends: BTreeMap<IpAddr, BackendMemory>,
     /// What the table was made from, oldest first: the epoch in force when the drain window began, and all since.
+    #[serde(with = "epochs")]
     pub epochs: Vec<Epoch>,
     /// Every backend has had a verdict once.
     pub settled: bool,
@@ -67,12 +68,11 @@ pub struct BackendMemory {
 }
 
 /// A time with one table.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Epoch {
     /// When it began.
     pub from_ms: i64,
     /// What its table is made from.
-    #[serde(with = "shared")]
     pub shape: Arc<Shape>,
 }
 
@@ -89,6 +89,7 @@ pub struct Shape {
 
 /// A member of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "(IpAddr, u32, bool)", into = "(IpAddr, u32, bool)")]
 pub struct ShapeMember {
     /// Backend's address.
     pub address: IpAddr,
@@ -96,6 +97,18 @@ pub struct ShapeMember {
     pub weight: u32,
     /// Takes new flows.
     pub eligible: bool,
+}
+
+impl From<(IpAddr, u32, bool)> for ShapeMember {
+    fn from((address, weight, eligible): (IpAddr, u32, bool)) -> Self {
+        Self { address, weight, eligible }
+    }
+}
+
+impl From<ShapeMember> for (IpAddr, u32, bool) {
+    fn from(member: ShapeMember) -> Self {
+        (member.address, member.weight, member.eligible)
+    }
 }
 
 impl Shape {
@@ -113,7 +126,8 @@ impl ServiceMemory {
             if self.epochs.last().is_some_and(|last| !last.shape.comparable(shape)) {
                 self.epochs.clear();
             }
-            self.epochs.push(Epoch { from_ms: now_ms, shape: shape.clone() });
+            let known = self.epochs.iter().find(|e| e.shape == *shape).map(|e| e.shape.clone());
+            self.epochs.push(Epoch { from_ms: now_ms, shape: known.unwrap_or_else(|| shape.clone()) });
             if self.epochs.len() > MAX_EPOCHS {
                 // The base, the first, and the newest stay.
                 let shortest = (1..self.epochs.len() - 1)
@@ -304,16 +318,38 @@ mod pairs {
     }
 }
 
-/// A shared value, as the value itself.
-mod shared {
-    use super::{Arc, Shape};
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+/// Epochs, each shape written once: flapping comes back to the same few.
+mod epochs {
+    use super::{Arc, Epoch, Shape};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
-    pub fn serialize<S: Serializer>(shape: &Arc<Shape>, to: S) -> Result<S::Ok, S::Error> {
-        (**shape).serialize(to)
+    #[derive(Serialize, Deserialize)]
+    struct File<S> {
+        shapes: Vec<S>,
+        /// Beginning, and place in `shapes`.
+        from: Vec<(i64, usize)>,
     }
 
-    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<Shape>, D::Error> {
-        Shape::deserialize(from).map(Arc::new)
+    pub fn serialize<S: Serializer>(epochs: &[Epoch], to: S) -> Result<S::Ok, S::Error> {
+        let mut file = File { shapes: Vec::<&Shape>::new(), from: Vec::new() };
+        for epoch in epochs {
+            let known = file.shapes.iter().position(|shape| **shape == *epoch.shape);
+            let at = known.unwrap_or_else(|| {
+                file.shapes.push(&epoch.shape);
+                file.shapes.len() - 1
+            });
+            file.from.push((epoch.from_ms, at));
+        }
+        file.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Epoch>, D::Error> {
+        let file = File::<Shape>::deserialize(from)?;
+        let shapes: Vec<Arc<Shape>> = file.shapes.into_iter().map(Arc::new).collect();
+        let epoch = |(from_ms, at): (i64, usize)| {
+            let shape = shapes.get(at).ok_or_else(|| D::Error::custom("epoch without a shape"))?;
+            Ok(Epoch { from_ms, shape: shape.clone() })
+        };
+        file.from.into_iter().map(epoch).collect()
     }
 }

@@ -25,7 +25,7 @@ use std::{
 };
 
 /// What a deployment settles once.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// Outer IPv4 source of ipip packets; its host bits vary by flow. The route's own source if none.
     pub ipip_source_v4: Option<Ipv4Net>,
@@ -65,12 +65,6 @@ impl Default for Limits {
             udp_flows: limits::UDP_FLOWS,
             vips: limits::VIPS,
         }
-    }
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { ipip_source_v4: None, ipip_source_v6: None, limits: Limits::default() }
     }
 }
 

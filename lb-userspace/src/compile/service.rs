@@ -27,7 +27,7 @@ use lb_common::{
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
     iter::Peekable,
     net::IpAddr,
     sync::Arc,
@@ -201,9 +201,9 @@ fn allocate(
         };
     }
     for address in wanted {
-        if !memory.backends.contains_key(&address) {
+        if let Entry::Vacant(place) = memory.backends.entry(address) {
             let index = free.backend().ok_or_else(|| too_many("backends", input, "--max-backends"))?;
-            memory.backends.insert(address, BackendMemory { index, removed_ms: None });
+            place.insert(BackendMemory { index, removed_ms: None });
         }
     }
     Ok(())
