@@ -36,6 +36,15 @@ static PORT_AT: Global<u32> = Global::new(34);
 /// Number of flows less one, a power of two less one; 0 leaves the client alone.
 #[unsafe(no_mangle)]
 static FLOW_MASK: Global<u32> = Global::new(0);
+/// Where the low 32 bits of the VIP lie.
+#[unsafe(no_mangle)]
+static VIP_AT: Global<u32> = Global::new(30);
+/// The low 32 bits of the first VIP, in host order.
+#[unsafe(no_mangle)]
+static FIRST_VIP: Global<u32> = Global::new(0);
+/// Number of VIPs, that follow one another, less one; a power of two less one. 0 leaves the VIP alone.
+#[unsafe(no_mangle)]
+static VIP_MASK: Global<u32> = Global::new(0);
 
 /// First word of the frame's headers in [`State`].
 const TEMPLATE: usize = 8;
@@ -95,6 +104,14 @@ fn restore(frame: &mut XdpFrame<'_>) -> Option<()> {
         let address = (0x0a00_0000 | flow >> PORTS_BITS).to_be();
         let port = (0x8000 | flow as u16 & ((1 << PORTS_BITS) - 1)).to_be();
         if !packet.write(SOURCE_AT.load() as usize, address) || !packet.write(PORT_AT.load() as usize, port) {
+            return None;
+        }
+    }
+    let mask = VIP_MASK.load();
+    if mask != 0 {
+        // Round by round another, in no order: 2^32 over the golden ratio.
+        let number = (words[0] as u32).wrapping_mul(0x9e37_79b9) >> 8 & mask;
+        if !packet.write(VIP_AT.load() as usize, (FIRST_VIP.load() + number).to_be()) {
             return None;
         }
     }

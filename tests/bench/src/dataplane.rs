@@ -29,12 +29,18 @@ pub struct Tables {
     pub udp_flows: u32,
     /// Services beside those that are measured.
     pub other_services: u32,
+    /// Rows that differ here have maps of their own although these are of the same size.
+    pub copy: u32,
 }
 
 impl Tables {
     /// As they ship.
-    pub const DEFAULT: Self =
-        Self { flows: lb_common::limits::FLOWS, udp_flows: lb_common::limits::UDP_FLOWS, other_services: 0 };
+    pub const DEFAULT: Self = Self {
+        flows: lb_common::limits::FLOWS,
+        udp_flows: lb_common::limits::UDP_FLOWS,
+        other_services: 0,
+        copy: 0,
+    };
 }
 
 /// The loaded ingress program.

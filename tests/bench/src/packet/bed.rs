@@ -43,6 +43,8 @@ pub struct ServiceSpec {
     pub backends: u32,
     /// Slots.
     pub slot_count: u32,
+    /// Services like this, over which packets are spread; a power of two.
+    pub services: u32,
 }
 
 impl ServiceSpec {
@@ -58,6 +60,7 @@ impl ServiceSpec {
             flags: 0,
             backends: 1_000,
             slot_count: lb_common::limits::TABLE_SIZE,
+            services: 1,
         }
     }
 
@@ -87,6 +90,7 @@ pub struct Bed {
     /// The program.
     pub ingress: Ingress,
     specs: Vec<ServiceSpec>,
+    next_service: u32,
 }
 
 impl Bed {
@@ -96,28 +100,31 @@ impl Bed {
         for number in 0..tables.other_services {
             // Takes room, and no packet goes there. Counted down from the end, so that the measured
             // ones stay where they are.
-            let vip = Family::V6.address(200 + (number >> 8) as u8, number as u8);
+            let vip = Family::V4.address(200 + (number >> 8) as u8, number as u8);
             let view = ServiceView { protocol: TCP, ..ServiceView::default() };
             ingress.switch_on(lb_common::limits::SERVICES - 1 - number, vip, PORT, view)?;
         }
-        Ok(Self { ingress, specs: Vec::new() })
+        Ok(Self { ingress, specs: Vec::new(), next_service: 0 })
     }
 
-    /// The VIP of this service, which is written first if it is new.
+    /// The VIP of this service, which is written first if it is new; of several, the first.
     pub fn vip(&mut self, spec: &ServiceSpec) -> Result<Address> {
         let place = match self.specs.iter().position(|known| known == spec) {
             Some(place) => place,
             None => {
                 self.specs.push(*spec);
-                self.write(self.specs.len() - 1, spec)?;
+                for number in 0..spec.services {
+                    self.write(vip_of(spec, self.specs.len() - 1, number), spec)?;
+                }
                 self.specs.len() - 1
             }
         };
-        Ok(vip_of(spec.family, place))
+        Ok(vip_of(spec, place, 0))
     }
 
-    fn write(&mut self, place: usize, spec: &ServiceSpec) -> Result<()> {
-        let index = place as u32;
+    fn write(&mut self, vip: Address, spec: &ServiceSpec) -> Result<()> {
+        let index = self.next_service;
+        self.next_service += 1;
         let backends: Vec<Backend> = (0..spec.backends).map(|i| backend_of(spec, i, index)).collect();
         let first = self.ingress.add_backends(backends.into_iter())?;
         let slots: Vec<Slot> = (0..spec.slot_count).map(|i| slot_of(spec, first, i)).collect();
@@ -131,12 +138,16 @@ impl Bed {
             udp_timeout_s: 60,
             ..ServiceView::default()
         };
-        self.ingress.switch_on(index, vip_of(spec.family, place), PORT, view)
+        self.ingress.switch_on(index, vip, PORT, view)
     }
 }
 
-fn vip_of(family: Family, place: usize) -> Address {
-    family.address(7, place as u8 + 1)
+/// VIPs of one spec lie next to each other.
+fn vip_of(spec: &ServiceSpec, place: usize, number: u32) -> Address {
+    match spec.services {
+        1 => spec.family.address(7, place as u8 + 1),
+        _ => spec.family.address(16 + (number >> 8) as u8, number as u8),
+    }
 }
 
 fn backend_of(spec: &ServiceSpec, i: u32, service: u32) -> Backend {

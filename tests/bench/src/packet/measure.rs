@@ -62,6 +62,7 @@ struct Shape {
     headers: usize,
     source_at: usize,
     many: bool,
+    vips: u32,
 }
 
 /// Measures rows that share their maps. The result is in the order of `rows`.
@@ -80,13 +81,14 @@ pub fn measure(rows: &[&Row], object: &[u8], before: Option<&[u8]>, effort: Effo
             headers: frame.headers,
             source_at: frame.source_at,
             many: row.flows > 1,
+            vips: row.variety().vips,
         };
         let reference = match shapes.iter().find(|(known, _)| *known == shape) {
             Some((_, place)) => *place,
             None => {
                 shapes.push((shape, cases.len()));
                 for program in [&references.bare, &references.floor] {
-                    cases.push(Case::new(Wrapper::new(&frame, row.flows, program)?));
+                    cases.push(Case::new(Wrapper::new(&frame, row.variety(), program)?));
                 }
                 cases.len() - 2
             }
@@ -172,7 +174,7 @@ impl Programs {
                 (frame, self.decap.fd()?, PASS, -(overhead as i32))
             }
         };
-        let wrapper = Wrapper::new(&frame, row.flows, &program)?;
+        let wrapper = Wrapper::new(&frame, row.variety(), &program)?;
         // Once, and often: the wrapper must hand the program the same frame each time.
         for rounds in [1, 1_000] {
             let run = wrapper.run(rounds)?;

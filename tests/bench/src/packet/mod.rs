@@ -29,7 +29,7 @@ use measure::{Effort, Samples};
 use rows::Row;
 
 /// Arguments of `bench packet`.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(clap::Args, Clone, Debug, Default)]
 pub struct Options {
     /// Fewer and shorter samples: good enough to see a change of a tenth.
     #[arg(long)]
@@ -99,6 +99,9 @@ pub struct Figures {
     pub floor_net: f64,
     /// `net` as a multiple of `floor_net`.
     pub floor_multiple: f64,
+    /// The curve of growth on which it stands, and how many there are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub growth: Option<(String, u32)>,
     /// `net` of the older object, where one was given.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub before_net: Option<f64>,
@@ -215,6 +218,7 @@ impl Figures {
             tx_multiple: ns_min / bare_min,
             floor_net,
             floor_multiple: net / floor_net,
+            growth: row.growth.map(|growth| (growth.curve.to_owned(), growth.x)),
             before_net: samples.before.as_ref().map(|before| least(before) - bare_min),
         }
     }

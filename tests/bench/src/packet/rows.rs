@@ -5,13 +5,14 @@ use lb_common::{backend::mode, service::flags};
 use super::{
     bed::{ServiceSpec, Slots},
     frame::{Family, Kind},
+    wrapper::Variety,
 };
 use crate::dataplane::Tables;
 
 /// What a row feeds to which program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject {
-    /// A client's packet to a service of the ingress program.
+    /// A client's packet to a service of the ingress program (or to several alike).
     Service(ServiceSpec, Kind),
     /// A packet of the ingress host's own, which is none of the balancer's business.
     NotVip(Family),
@@ -34,6 +35,28 @@ pub struct Row {
     pub flows: u32,
     /// Rounds before the first that counts: so many that every flow is known.
     pub prime: u32,
+    /// Where it stands on a curve of growth.
+    pub growth: Option<Growth>,
+}
+
+/// A point of a curve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Growth {
+    /// The curve.
+    pub curve: &'static str,
+    /// How many there are.
+    pub x: u32,
+}
+
+impl Row {
+    /// What changes from round to round.
+    pub fn variety(&self) -> Variety {
+        let vips = match self.subject {
+            Subject::Service(spec, _) => spec.services,
+            _ => 1,
+        };
+        Variety { flows: self.flows, vips }
+    }
 }
 
 const ONE: u32 = 1;
@@ -56,6 +79,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(decap());
     rows.extend(tracked_udp());
     rows.extend(exceptions());
+    rows.extend(growth());
     rows
 }
 
@@ -79,6 +103,7 @@ fn stable() -> Vec<Row> {
                         subject: Subject::Service(spec, kind),
                         flows,
                         prime: 0,
+                        growth: None,
                     });
                 }
             }
@@ -102,6 +127,7 @@ fn mixed() -> Vec<Row> {
             ),
             flows: MILLION,
             prime: 0,
+            growth: None,
         })
         .collect()
 }
@@ -117,6 +143,7 @@ fn not_ours() -> Vec<Row> {
             subject: Subject::NotVip(family),
             flows: MILLION,
             prime: 0,
+            growth: None,
         })
         .collect()
 }
@@ -133,6 +160,7 @@ fn decap() -> Vec<Row> {
                 subject: Subject::Decap(family, gue),
                 flows: ONE,
                 prime: 0,
+                growth: None,
             });
         }
     }
@@ -151,6 +179,7 @@ fn tracked_udp() -> Vec<Row> {
                 subject: Subject::Service(ServiceSpec::new(family, mode::IPIP).udp(), Kind::Udp),
                 flows,
                 prime: flows.min(2 * MILLION),
+                growth: None,
             });
         }
     }
@@ -165,8 +194,7 @@ fn exceptions() -> Vec<Row> {
             for kind in [Kind::Established, Kind::Syn] {
                 for (flows, flows_name) in FLOWS {
                     let spec = ServiceSpec { slots, ..ServiceSpec::new(family, mode::IPIP) };
-                    // Families on maps of their own: each row is to have the flow table to itself.
-                    let tables = Tables { flows: ROOMY + (family == Family::V6) as u32, ..Tables::DEFAULT };
+                    let tables = Tables { flows: ROOMY, copy: family as u32, ..Tables::DEFAULT };
                     let is_recorded = slots == Slots::Transition && kind == Kind::Established;
                     rows.push(Row {
                         section: "Table with exceptions (flow table of 2 M flows)",
@@ -175,10 +203,45 @@ fn exceptions() -> Vec<Row> {
                         subject: Subject::Service(spec, kind),
                         flows,
                         prime: if is_recorded { flows.min(2 * MILLION) } else { 0 },
+                        growth: None,
                     });
                 }
             }
         }
+    }
+    rows
+}
+
+/// What the dataplane should not notice. All are established v4 flows over ipip.
+fn growth() -> Vec<Row> {
+    const STEPS: [u32; 5] = [1, 8, 64, 512, 4_096];
+    const FLOW_STEPS: [u32; 7] = [1, 16, 1 << 8, 1 << 12, 1 << 16, MILLION, SIXTEEN_MILLION];
+    let spec = ServiceSpec::new(Family::V4, mode::IPIP);
+    let small = ServiceSpec { backends: 4, slot_count: lb_common::limits::TABLE_SIZES[0], ..spec };
+    let row = |curve: &'static str, x: u32, spec, flows, tables| Row {
+        section: "Growth",
+        name: format!("growth/{curve}/{x}"),
+        tables,
+        subject: Subject::Service(spec, Kind::Established),
+        flows,
+        prime: 0,
+        growth: Some(Growth { curve, x }),
+    };
+    let default = Tables::DEFAULT;
+    let mut rows = Vec::new();
+    for x in STEPS {
+        let others = Tables { other_services: x - 1, ..default };
+        rows.push(row("services-one-busy", x, spec, MILLION, others));
+    }
+    for x in STEPS {
+        let own = Tables { copy: x, ..default };
+        rows.push(row("services-all-busy", x, ServiceSpec { services: x, ..small }, MILLION, own));
+    }
+    for x in STEPS {
+        rows.push(row("backends", x, ServiceSpec { backends: x, ..spec }, MILLION, default));
+    }
+    for x in FLOW_STEPS {
+        rows.push(row("flows", x, spec, x, default));
     }
     rows
 }

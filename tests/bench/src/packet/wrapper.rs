@@ -31,6 +31,15 @@ pub struct Run {
     pub len: usize,
 }
 
+/// What changes from round to round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variety {
+    /// Clients, a power of two; 1 for the frame's own.
+    pub flows: u32,
+    /// VIPs from the frame's own on, a power of two.
+    pub vips: u32,
+}
+
 /// A wrapper that holds a program under test.
 pub struct Wrapper {
     bpf: Ebpf,
@@ -38,20 +47,27 @@ pub struct Wrapper {
 }
 
 impl Wrapper {
-    /// Wraps `program`; `flows` is a power of two, 1 for the frame's own client.
-    pub fn new(frame: &Frame, flows: u32, program: &ProgramFd) -> Result<Self> {
+    /// Wraps `program`.
+    pub fn new(frame: &Frame, variety: Variety, program: &ProgramFd) -> Result<Self> {
         let words = [7usize, 10, 12, 15, 16]
             .into_iter()
             .find(|words| words * 8 >= frame.headers)
             .with_context(|| format!("headers of {} bytes are too long", frame.headers))?;
         ensure!(words * 8 <= frame.bytes.len(), "frame shorter than the bytes that are restored");
         let global = |value: usize| u32::try_from(value).expect("offsets in a frame are small");
+        // Source and destination have the same length, and the ports follow them.
+        let vip_at = frame.port_at - 4;
+        let first_vip = frame.bytes[vip_at..frame.port_at].try_into().expect("4 bytes");
+        let first_vip = u32::from_be_bytes(first_vip);
         let mut bpf = EbpfLoader::new()
             .override_global("FRAME_LEN", &global(frame.bytes.len()), true)
             .override_global("WORDS", &global(words), true)
             .override_global("SOURCE_AT", &global(frame.source_at), true)
             .override_global("PORT_AT", &global(frame.port_at), true)
-            .override_global("FLOW_MASK", &(flows - 1), true)
+            .override_global("FLOW_MASK", &(variety.flows - 1), true)
+            .override_global("VIP_AT", &global(vip_at), true)
+            .override_global("FIRST_VIP", &first_vip, true)
+            .override_global("VIP_MASK", &(variety.vips - 1), true)
             .load(objects::REWIND)
             .context("load the wrapper")?;
         load_xdp(&mut bpf, "rewind")?;
