@@ -95,8 +95,8 @@ impl File {
     /// Parses a file's text.
     ///
     /// # Errors
-    /// All problems found, in file order: first of the syntax; if it is sound, of keys and types; if those
-    /// are too, of the rules that a desired state must keep.
+    /// All problems found, in file order: the first of the syntax; if that is sound, all of keys and types;
+    /// if those are too, all of the rules that a desired state must keep.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         parse::parse(text)
     }

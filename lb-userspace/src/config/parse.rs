@@ -16,10 +16,9 @@ use toml::{
 pub fn parse(text: &str) -> Result<File, Vec<Problem>> {
     let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
     let (table, errors) = DeTable::parse_recoverable(text);
-    if !errors.is_empty() {
-        for error in errors {
-            parser.problem(error.span(), error.message().to_owned());
-        }
+    // Only the first: a missing bracket makes nonsense of all that follows.
+    if let Some(error) = errors.first() {
+        parser.problem(error.span(), error.message().to_owned());
         return Err(parser.finish());
     }
     let file = parser.file(table.into_inner());
