@@ -1,5 +1,5 @@
 //! What comes of a desired state: entries, tables, indices, refusals.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{

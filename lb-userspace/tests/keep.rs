@@ -1,7 +1,7 @@
 //! What the whole choice stands on, as a property: whatever the operator and the health checks do, and
 //! however often the daemon restarts, a TCP connection that shows itself once per drain time stays where its
 //! handshake went, as long as that backend exists. Compiled tables meet the very code that runs in the kernel.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_common::{
     Backend, Be16, ServiceKey, ServiceView, backend::flags, flow, mapped, service::TCP, slot::NO_BACKEND,

@@ -1,5 +1,5 @@
 //! Properties of the tables: exact shares, few moves, no dependence on order.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_userspace::maglev::{Member, NONE, Table, build, identity};
 use proptest::prelude::*;
