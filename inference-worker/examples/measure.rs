@@ -4,12 +4,20 @@
 //! the engine: one and eight streams, and the first token of a short request while a long prompt is computed.
 //! Prints one JSON object. Called by `cargo xtask bench inference`.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::{Duration, Instant}};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
 use inference_worker::{
     backend::{BLOCK, SeqPart, StepOutput, Want},
-    engine::{Engine, EngineOptions, Event, Generate, Request, Work, sampling::{Sampling, argmax}},
+    engine::{
+        Engine, EngineOptions, Event, Generate, Request, Work,
+        sampling::{Sampling, argmax},
+    },
     metrics::Metrics,
     model::{BackendChoice, DtypeChoice, LoadOptions, Model, load_model},
 };
@@ -29,8 +37,14 @@ fn main() -> anyhow::Result<()> {
     };
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     tch::set_num_threads(threads as i32);
-    let options =
-        LoadOptions { device: tch::Device::Cpu, dtype, backend, threads, kv_bytes: Some(512 << 20), max_context: None };
+    let options = LoadOptions {
+        device: tch::Device::Cpu,
+        dtype,
+        backend,
+        threads,
+        kv_bytes: Some(512 << 20),
+        max_context: None,
+    };
     let path = PathBuf::from(path);
     let figures = match what.as_str() {
         "step" => steps(&mut load_model(&path, &options)?)?,
@@ -62,14 +76,23 @@ fn steps(model: &mut Model) -> anyhow::Result<Figures> {
     let prompt: Vec<u32> = (0..512u32).map(|i| 1000 + i * 37 % 20_000).collect();
     for batch in [1usize, 4, 8, 16] {
         let per = (64 + TOKENS).div_ceil(BLOCK);
-        let blocks: Vec<Vec<u32>> = (0..batch).map(|i| (i * per..(i + 1) * per).map(|b| b as u32).collect()).collect();
+        let blocks: Vec<Vec<u32>> =
+            (0..batch).map(|i| (i * per..(i + 1) * per).map(|b| b as u32).collect()).collect();
         for blocks in &blocks {
-            model.backend.step(&[SeqPart { tokens: &prompt[..64], start: 0, blocks, want: Want::Nothing }], &mut out)?;
+            model.backend.step(
+                &[SeqPart { tokens: &prompt[..64], start: 0, blocks, want: Want::Nothing }],
+                &mut out,
+            )?;
         }
         let speed = best(batch * TOKENS, || {
             let mut last = vec![[7u32]; batch];
             for t in 0..TOKENS {
-                let part = |i: usize| SeqPart { tokens: &last[i], start: 64 + t, blocks: &blocks[i], want: Want::Last };
+                let part = |i: usize| SeqPart {
+                    tokens: &last[i],
+                    start: 64 + t,
+                    blocks: &blocks[i],
+                    want: Want::Last,
+                };
                 model.backend.step(&(0..batch).map(part).collect::<Vec<_>>(), &mut out)?;
                 last = (0..batch).map(|i| [argmax(&out.logits[i * vocab..][..vocab])]).collect();
             }
@@ -86,7 +109,10 @@ fn steps(model: &mut Model) -> anyhow::Result<Figures> {
             }
             Ok(())
         })?;
-        figures.insert(if chunk == 512 { "prefill_512".into() } else { format!("prefill_512_by_{chunk}") }, speed);
+        figures.insert(
+            if chunk == 512 { "prefill_512".into() } else { format!("prefill_512_by_{chunk}") },
+            speed,
+        );
     }
     Ok(figures)
 }
@@ -94,7 +120,8 @@ fn steps(model: &mut Model) -> anyhow::Result<Figures> {
 fn send(engine: &Engine, prompt: Vec<u32>, max_tokens: usize) -> anyhow::Result<UnboundedReceiver<Event>> {
     let (events, receiver) = unbounded_channel();
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    let work = Work::Generate(Box::new(Generate { max_tokens, sampling, ignore_eos: true, ..Generate::default() }));
+    let work =
+        Work::Generate(Box::new(Generate { max_tokens, sampling, ignore_eos: true, ..Generate::default() }));
     let request = Request { prompt, work, events, arrived: Instant::now(), group: engine.new_group() };
     engine.submit(vec![request])?;
     Ok(receiver)
@@ -110,8 +137,10 @@ async fn first_token(receiver: &mut UnboundedReceiver<Event>) -> anyhow::Result<
 async fn serve(path: PathBuf, load: LoadOptions) -> anyhow::Result<Figures> {
     let metrics = Metrics::new();
     let options = EngineOptions { prefix_sharing: false, ..EngineOptions::default() };
-    let engine: Arc<Engine> = Engine::start("m".into(), "1".into(), path, load, options, metrics.model("m")).await?;
-    let prompt = |len: u32, salt: u32| (0..len).map(|i| 1000 + (i * 37 + salt * 911) % 20_000).collect::<Vec<u32>>();
+    let engine: Arc<Engine> =
+        Engine::start("m".into(), "1".into(), path, load, options, metrics.model("m")).await?;
+    let prompt =
+        |len: u32, salt: u32| (0..len).map(|i| 1000 + (i * 37 + salt * 911) % 20_000).collect::<Vec<u32>>();
     let mut figures = Figures::new();
     // The engine learns its prompt speed.
     let mut warm = send(&engine, prompt(300, 9), 2)?;
@@ -120,7 +149,8 @@ async fn serve(path: PathBuf, load: LoadOptions) -> anyhow::Result<Figures> {
         let mut speed = 0.0f64;
         for _ in 0..2 {
             let tokens = 48;
-            let mut receivers = (0..streams).map(|i| send(&engine, prompt(16, i), tokens)).collect::<Result<Vec<_>, _>>()?;
+            let mut receivers =
+                (0..streams).map(|i| send(&engine, prompt(16, i), tokens)).collect::<Result<Vec<_>, _>>()?;
             let began = Instant::now();
             for receiver in &mut receivers {
                 while receiver.recv().await.is_some() {}

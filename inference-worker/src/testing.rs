@@ -89,13 +89,17 @@ impl Tiny {
             .map(|(name, shape)| {
                 let len: usize = shape.iter().product();
                 let norm = shape.len() == 1;
-                let value = |rng: &mut rand::rngs::StdRng| if norm { 1.0 } else { rng.random_range(-0.2f32..0.2) };
+                let value =
+                    |rng: &mut rand::rngs::StdRng| if norm { 1.0 } else { rng.random_range(-0.2f32..0.2) };
                 let bytes = (0..len).flat_map(|_| value(&mut rng).to_le_bytes()).collect();
                 (name, shape, bytes)
             })
             .collect();
         let views = data.iter().map(|(name, shape, bytes)| {
-            (name, TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the length is that of the shape"))
+            (
+                name,
+                TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the length is that of the shape"),
+            )
         });
         let file = safetensors::serialize(views, None).expect("views are valid");
         std::fs::write(folder.join("model.safetensors"), file).expect("the folder is writable");
@@ -106,7 +110,91 @@ impl Tiny {
             "rope_theta": 10000.0, "tie_word_embeddings": false, "eos_token_id": 257,
         });
         std::fs::write(folder.join("config.json"), config.to_string()).expect("the folder is writable");
-        std::fs::write(folder.join("tokenizer.json"), tiny_tokenizer().to_string()).expect("the folder is writable");
+        std::fs::write(folder.join("tokenizer.json"), tiny_tokenizer().to_string())
+            .expect("the folder is writable");
+    }
+}
+
+impl Tiny {
+    /// Its weights again, as a GGUF file in llama.cpp's order.
+    ///
+    /// # Panics
+    /// When `folder` has no tiny model or the file cannot be written.
+    pub fn gguf_from(self, folder: &std::path::Path) -> Vec<u8> {
+        let source = crate::weights::hf::HfFolder::open(folder).expect("the tiny model was written");
+        let mut tokens: Vec<String> = vec![String::new(); VOCAB];
+        for (text, id) in tiny_tokenizer()["model"]["vocab"].as_object().expect("made above") {
+            tokens[id.as_u64().expect("a number") as usize] = text.clone();
+        }
+        tokens[256] = "<|im_start|>".into();
+        tokens[257] = "<|im_end|>".into();
+        let mut out = Vec::new();
+        let string = |out: &mut Vec<u8>, text: &str| {
+            out.extend((text.len() as u64).to_le_bytes());
+            out.extend(text.as_bytes());
+        };
+        let numbers = [
+            ("llama.embedding_length", HIDDEN),
+            ("llama.feed_forward_length", FFN),
+            ("llama.block_count", LAYERS),
+            ("llama.attention.head_count", HEADS),
+            ("llama.attention.head_count_kv", KV_HEADS),
+            ("llama.context_length", self.context),
+            ("llama.rope.dimension_count", HEAD),
+            ("tokenizer.ggml.eos_token_id", 257),
+        ];
+        let names = Self::tensors();
+        out.extend(b"GGUF");
+        out.extend(3u32.to_le_bytes());
+        out.extend((names.len() as u64).to_le_bytes());
+        out.extend((numbers.len() as u64 + 6).to_le_bytes());
+        for (key, value) in numbers {
+            string(&mut out, key);
+            out.extend(4u32.to_le_bytes());
+            out.extend((value as u32).to_le_bytes());
+        }
+        for (key, value) in [
+            ("general.architecture", "llama"),
+            ("tokenizer.ggml.model", "gpt2"),
+            ("tokenizer.ggml.pre", "gpt-2"),
+        ] {
+            string(&mut out, key);
+            out.extend(8u32.to_le_bytes());
+            string(&mut out, value);
+        }
+        string(&mut out, "tokenizer.ggml.tokens");
+        out.extend([9u32.to_le_bytes(), 8u32.to_le_bytes()].concat());
+        out.extend((VOCAB as u64).to_le_bytes());
+        tokens.iter().for_each(|t| string(&mut out, t));
+        string(&mut out, "tokenizer.ggml.token_type");
+        out.extend([9u32.to_le_bytes(), 5u32.to_le_bytes()].concat());
+        out.extend((VOCAB as u64).to_le_bytes());
+        (0..VOCAB).for_each(|i| out.extend(if i < 256 { 1i32 } else { 3 }.to_le_bytes()));
+        string(&mut out, "tokenizer.ggml.merges");
+        out.extend([9u32.to_le_bytes(), 8u32.to_le_bytes()].concat());
+        out.extend(0u64.to_le_bytes());
+        let mut data: Vec<u8> = Vec::new();
+        for (name, shape) in names {
+            let own = crate::weights::gguf::gguf_name(&name).expect("a Llama's tensor");
+            string(&mut out, &own);
+            out.extend((shape.len() as u32).to_le_bytes());
+            shape.iter().rev().for_each(|d| out.extend((*d as u64).to_le_bytes()));
+            out.extend(0u32.to_le_bytes());
+            out.extend((data.len() as u64).to_le_bytes());
+            let tensor =
+                crate::weights::WeightSource::tensor(&source, &name).expect("readable").expect("there");
+            let row = shape.last().map_or(0, |d| d * 4);
+            let rotated = name.contains("q_proj") || name.contains("k_proj");
+            for r in 0..tensor.bytes.len() / row {
+                // llama.cpp's row 2i is Hugging Face's i, its row 2i + 1 is i + half, within a head.
+                let from = if rotated { r / HEAD * HEAD + r % HEAD / 2 + r % 2 * (HEAD / 2) } else { r };
+                data.extend(&tensor.bytes[from * row..(from + 1) * row]);
+            }
+            data.resize(data.len().next_multiple_of(32), 0);
+        }
+        out.resize(out.len().next_multiple_of(32), 0);
+        out.extend(data);
+        out
     }
 }
 
@@ -160,7 +248,12 @@ pub struct WorkerOptions {
 
 impl Default for WorkerOptions {
     fn default() -> Self {
-        Self { engine: Default::default(), settings: Default::default(), kv_bytes: 8 << 20, scripts: Vec::new() }
+        Self {
+            engine: Default::default(),
+            settings: Default::default(),
+            kv_bytes: 8 << 20,
+            scripts: Vec::new(),
+        }
     }
 }
 
@@ -180,11 +273,13 @@ impl Worker {
             max_context: None,
         };
         let metrics = Metrics::new();
-        let scripts = crate::torchscript::Scripts::load(&options.scripts, tch::Device::Cpu).expect("modules load");
+        let scripts =
+            crate::torchscript::Scripts::load(&options.scripts, tch::Device::Cpu).expect("modules load");
         let registry = registry::Registry::new(load, options.engine, metrics.clone());
         let app = api::App::new(registry, scripts, metrics, options.settings);
         for (name, path) in models {
-            let spec = registry::Spec { name: (*name).into(), version: None, path: (*path).into(), keep_old: false };
+            let spec =
+                registry::Spec { name: (*name).into(), version: None, path: (*path).into(), keep_old: false };
             app.registry.load(spec).await.expect("the model loads");
         }
         app.phase.send_replace(api::Phase::Ready);
@@ -215,7 +310,8 @@ impl Worker {
         let engine = self.engine(name);
         for _ in 0..3000 {
             let s = &engine.stats;
-            if s.in_flight.load(Relaxed) == 0 && s.running.load(Relaxed) == 0 && s.kv_held.load(Relaxed) == 0 {
+            if s.in_flight.load(Relaxed) == 0 && s.running.load(Relaxed) == 0 && s.kv_held.load(Relaxed) == 0
+            {
                 return;
             }
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;

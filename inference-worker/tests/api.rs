@@ -47,7 +47,13 @@ impl Bed {
 
     /// Status, and OpenAI's error object.
     async fn error(&self, path: &str, body: &str) -> (u16, Json) {
-        let response = self.client.post(format!("{}{path}", self.worker.url)).body(body.to_owned()).send().await.unwrap();
+        let response = self
+            .client
+            .post(format!("{}{path}", self.worker.url))
+            .body(body.to_owned())
+            .send()
+            .await
+            .unwrap();
         let status = response.status().as_u16();
         let text = response.text().await.unwrap();
         let json: Json = serde_json::from_str(&text).unwrap_or_else(|_| panic!("{status}: {text}"));
@@ -66,10 +72,14 @@ fn events(text: &str) -> Vec<Json> {
 #[tokio::test]
 async fn streamed_and_whole_answers_agree() {
     let bed = bed().await;
-    let mut body = json!({"model": "tiny", "prompt": "Hello", "max_tokens": 20, "temperature": 0, "ignore_eos": true});
+    let mut body =
+        json!({"model": "tiny", "prompt": "Hello", "max_tokens": 20, "temperature": 0, "ignore_eos": true});
     let whole = bed.ok("/v1/completions", body.clone()).await;
-    assert_eq!(whole["usage"], json!({"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25,
-                                      "prompt_tokens_details": {"cached_tokens": 0}}));
+    assert_eq!(
+        whole["usage"],
+        json!({"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25,
+                                      "prompt_tokens_details": {"cached_tokens": 0}})
+    );
     assert_eq!(whole["choices"][0]["finish_reason"], "length");
     body["stream"] = true.into();
     body["stream_options"] = json!({"include_usage": true});
@@ -110,7 +120,8 @@ async fn choices_seeds_logprobs_echo_and_stops() {
 
     // Whatever greedy writes first becomes a stop string the second time.
     let greedy = json!({"prompt": "stop", "max_tokens": 12, "temperature": 0, "ignore_eos": true});
-    let text = bed.ok("/v1/completions", greedy.clone()).await["choices"][0]["text"].as_str().unwrap().to_owned();
+    let text =
+        bed.ok("/v1/completions", greedy.clone()).await["choices"][0]["text"].as_str().unwrap().to_owned();
     let stop: String = text.chars().skip(3).take(2).collect();
     let mut stopped = greedy.clone();
     stopped["stop"] = json!([stop]);
@@ -162,7 +173,12 @@ async fn bad_input_is_a_clear_client_error() {
         (chat, r#"{"messages":[{"role":"user","content":[{"type":"image_url"}]}]}"#, 400, "not text"),
         (chat, r#"{"messages":["hi"]}"#, 400, "object"),
         (chat, r#"{"messages":[{"role":"user","content":"a"}],"top_logprobs":3}"#, 400, "logprobs"),
-        (chat, r#"{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_object"}}"#, 400, "response_format"),
+        (
+            chat,
+            r#"{"messages":[{"role":"user","content":"a"}],"response_format":{"type":"json_object"}}"#,
+            400,
+            "response_format",
+        ),
         ("/v1/embeddings", r#"{"input":"a","dimensions":7}"#, 400, "64 dimensions"),
         ("/tokenize", r#"{}"#, 400, "prompt"),
         ("/detokenize", r#"{"tokens":[999]}"#, 400, "999"),
@@ -180,7 +196,13 @@ async fn bad_input_is_a_clear_client_error() {
     assert!(error["message"].as_str().unwrap().contains("512"));
     let (status, _) = bed.error(text, &json!({"prompt": "x".repeat(9 << 20)}).to_string()).await;
     assert_eq!(status, 413);
-    let bad = bed.client.post(format!("{}{text}", bed.worker.url)).body(vec![b'"', 0xFF, 0xFE, b'"']).send().await.unwrap();
+    let bad = bed
+        .client
+        .post(format!("{}{text}", bed.worker.url))
+        .body(vec![b'"', 0xFF, 0xFE, b'"'])
+        .send()
+        .await
+        .unwrap();
     assert_eq!(bad.status(), 400);
     assert!(bad.text().await.unwrap().contains("UTF-8"));
     bed.worker.settle("tiny").await;
@@ -190,12 +212,29 @@ async fn bad_input_is_a_clear_client_error() {
 #[tokio::test]
 async fn unknown_fields_are_ignored_and_request_ids_returned() {
     let bed = bed().await;
-    bed.ok("/v1/completions", json!({"prompt": "a", "max_tokens": 1, "bootstrap_room": 7, "cache_salt": "x"})).await;
-    let with_id = |id: &'static str| bed.client.get(format!("{}/v1/models", bed.worker.url)).header("x-request-id", id).send();
+    bed.ok(
+        "/v1/completions",
+        json!({"prompt": "a", "max_tokens": 1, "bootstrap_room": 7, "cache_salt": "x"}),
+    )
+    .await;
+    let with_id = |id: &'static str| {
+        bed.client.get(format!("{}/v1/models", bed.worker.url)).header("x-request-id", id).send()
+    };
     assert_eq!(with_id("abc-1").await.unwrap().headers()["x-request-id"], "abc-1");
     assert_eq!(with_id("a b\"").await.unwrap().headers()["x-request-id"].len(), 32);
-    let load = bed.client.get(format!("{}/v1/models", bed.worker.url)).header("endpoint-load-metrics-format", "text").send().await.unwrap();
-    assert!(load.headers()["endpoint-load-metrics"].to_str().unwrap().starts_with("TEXT named_metrics.kv_cache_usage_perc="));
+    let load = bed
+        .client
+        .get(format!("{}/v1/models", bed.worker.url))
+        .header("endpoint-load-metrics-format", "text")
+        .send()
+        .await
+        .unwrap();
+    assert!(
+        load.headers()["endpoint-load-metrics"]
+            .to_str()
+            .unwrap()
+            .starts_with("TEXT named_metrics.kv_cache_usage_perc=")
+    );
 }
 
 #[tokio::test]
@@ -205,7 +244,9 @@ async fn embeddings_have_unit_length_and_do_not_depend_on_company_or_chunks() {
     let long = "the quick brown fox ".repeat(8);
     let both = bed.ok("/v1/embeddings", json!({"model": "tiny", "input": ["hello", long]})).await;
     let alone = bed.ok("/v1/embeddings", json!({"input": long})).await;
-    let vector = |j: &Json| -> Vec<f64> { j["embedding"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect() };
+    let vector = |j: &Json| -> Vec<f64> {
+        j["embedding"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+    };
     let (a, b) = (vector(&both["data"][1]), vector(&alone["data"][0]));
     assert_eq!(a.len(), 64);
     assert!((a.iter().map(|v| v * v).sum::<f64>() - 1.0).abs() < 1e-5);
@@ -227,7 +268,17 @@ async fn tokenize_and_back() {
 #[tokio::test]
 async fn health_metrics_and_replica_tell_the_state() {
     let bed = bed().await;
-    for path in ["/health", "/ready", "/v2/health/live", "/v2/health/ready", "/v2", "/v2/models/tiny", "/get_load", "/get_model_info", "/version"] {
+    for path in [
+        "/health",
+        "/ready",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2",
+        "/v2/models/tiny",
+        "/get_load",
+        "/get_model_info",
+        "/version",
+    ] {
         assert_eq!(bed.get(path).await.status(), 200, "{path}");
     }
     bed.ok("/v1/completions", json!({"prompt": "a", "max_tokens": 4, "ignore_eos": true})).await;
@@ -246,20 +297,36 @@ async fn health_metrics_and_replica_tell_the_state() {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
     let state: Json = bed.get("/replica").await.json().await.unwrap();
-    assert_eq!((&state["phase"], &state["model"], &state["running"]), (&json!("ready"), &json!("tiny"), &json!(0)));
-    let stream = bed.client.get(format!("{}/replica", bed.worker.url)).header("accept", "text/event-stream").send().await.unwrap();
+    assert_eq!(
+        (&state["phase"], &state["model"], &state["running"]),
+        (&json!("ready"), &json!("tiny"), &json!(0))
+    );
+    let stream = bed
+        .client
+        .get(format!("{}/replica", bed.worker.url))
+        .header("accept", "text/event-stream")
+        .send()
+        .await
+        .unwrap();
     let mut stream = stream.bytes_stream();
     for _ in 0..2 {
-        let event = tokio::time::timeout(Duration::from_secs(3), stream.next()).await.unwrap().unwrap().unwrap();
+        let event =
+            tokio::time::timeout(Duration::from_secs(3), stream.next()).await.unwrap().unwrap().unwrap();
         assert!(String::from_utf8_lossy(&event).starts_with("event: replica\ndata: {"));
     }
 }
 
 #[tokio::test]
 async fn keys_are_checked_in_constant_places() {
-    let settings = Settings { api_keys: vec!["k1".into(), "k2".into()], admin_key: Some("boss".into()), ..Settings::default() };
+    let settings = Settings {
+        api_keys: vec!["k1".into(), "k2".into()],
+        admin_key: Some("boss".into()),
+        ..Settings::default()
+    };
     let bed = bed_with(WorkerOptions { settings, ..WorkerOptions::default() }).await;
-    let call = |path: &str, key: &str| bed.client.get(format!("{}{path}", bed.worker.url)).bearer_auth(key.to_owned()).send();
+    let call = |path: &str, key: &str| {
+        bed.client.get(format!("{}{path}", bed.worker.url)).bearer_auth(key.to_owned()).send()
+    };
     assert_eq!(bed.get("/v1/models").await.status(), 401);
     assert_eq!(call("/v1/models", "k").await.unwrap().status(), 401);
     assert_eq!(call("/v1/models", "k2").await.unwrap().status(), 200);
@@ -273,7 +340,8 @@ async fn beyond_the_queue_the_answer_is_429_and_the_connection_closes() {
     let engine = EngineOptions { max_running: 1, max_queue: 1, ..EngineOptions::default() };
     let bed = bed_with(WorkerOptions { engine, ..WorkerOptions::default() }).await;
     let body = json!({"prompt": "a", "max_tokens": 500, "ignore_eos": true, "stream": true});
-    let (one, two) = (bed.post("/v1/completions", body.clone()).await, bed.post("/v1/completions", body.clone()).await);
+    let (one, two) =
+        (bed.post("/v1/completions", body.clone()).await, bed.post("/v1/completions", body.clone()).await);
     assert_eq!((one.status().as_u16(), two.status().as_u16()), (200, 200));
     let third = bed.post("/v1/completions", body).await;
     assert_eq!(third.status(), 429);
@@ -291,7 +359,8 @@ async fn a_client_that_leaves_is_cancelled() {
     let bed = bed().await;
     let engine = bed.worker.engine("tiny");
     for stream in [true, false] {
-        let body = json!({"prompt": "a", "max_tokens": 500, "ignore_eos": true, "stream": stream}).to_string();
+        let body =
+            json!({"prompt": "a", "max_tokens": 500, "ignore_eos": true, "stream": stream}).to_string();
         let request = bed.client.post(format!("{}/v1/completions", bed.worker.url)).body(body);
         let client = tokio::spawn(async move { request.send().await.unwrap().text().await });
         while engine.stats.running.load(Relaxed) == 0 {
@@ -317,7 +386,13 @@ async fn ten_thousand_cancelled_requests_leave_no_block_behind() {
             let prompt: Vec<u32> = (0..(1 + (sent + i) % 90)).map(|t| (t * 7 + i % 3) % 256).collect();
             let generate = Generate { max_tokens: 100, ignore_eos: true, ..Generate::default() };
             let work = if i % 10 == 9 { Work::Embed } else { Work::Generate(Box::new(generate)) };
-            let request = Request { prompt, work, events, arrived: std::time::Instant::now(), group: engine.new_group() };
+            let request = Request {
+                prompt,
+                work,
+                events,
+                arrived: std::time::Instant::now(),
+                group: engine.new_group(),
+            };
             engine.submit(vec![request]).unwrap();
             receivers.push(receiver);
         }
@@ -365,13 +440,16 @@ async fn a_swap_under_load_drops_nothing_and_a_bad_model_changes_nothing() {
     let bed = bed().await;
     let second = tempfile::tempdir().unwrap();
     Tiny { seed: 2, ..Tiny::default() }.write(second.path());
-    let greedy = json!({"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": true});
+    let greedy =
+        json!({"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0, "ignore_eos": true});
     let before = bed.ok("/v1/completions", greedy.clone()).await["choices"][0]["text"].clone();
     let stop = std::sync::atomic::AtomicBool::new(false);
     let load = async {
         let mut seen = Vec::new();
         while !stop.load(Relaxed) {
-            let answers = futures_util::future::join_all((0..4).map(|_| bed.ok("/v1/completions", greedy.clone()))).await;
+            let answers =
+                futures_util::future::join_all((0..4).map(|_| bed.ok("/v1/completions", greedy.clone())))
+                    .await;
             seen.extend(answers.into_iter().map(|a| a["choices"][0]["text"].clone()));
         }
         seen
@@ -381,7 +459,8 @@ async fn a_swap_under_load_drops_nothing_and_a_bad_model_changes_nothing() {
             let path: &Path = if round % 2 == 0 { second.path() } else { bed.folder.path() };
             let answer = bed.ok("/admin/models", json!({"name": "tiny", "path": path})).await;
             assert_eq!(answer["version"], (round + 2).to_string());
-            let (status, error) = bed.error("/admin/models", r#"{"name":"tiny","path":"/nonexistent"}"#).await;
+            let (status, error) =
+                bed.error("/admin/models", r#"{"name":"tiny","path":"/nonexistent"}"#).await;
             assert!(status == 422 && error["message"].as_str().unwrap().contains("/nonexistent"));
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -391,7 +470,10 @@ async fn a_swap_under_load_drops_nothing_and_a_bad_model_changes_nothing() {
     let (seen, ()) = tokio::join!(load, swap);
     let after = bed.ok("/v1/completions", greedy.clone()).await["choices"][0]["text"].clone();
     assert_ne!(before, after);
-    assert!(seen.contains(&before) && seen.iter().all(|t| *t == before || *t == after), "no answer is a mixture");
+    assert!(
+        seen.contains(&before) && seen.iter().all(|t| *t == before || *t == after),
+        "no answer is a mixture"
+    );
     let (status, _) = bed.error("/admin/models", r#"{"path":"/x","nmae":"y"}"#).await;
     assert_eq!(status, 400);
 }
@@ -404,7 +486,8 @@ async fn several_models_and_versions_are_served_and_removed() {
     bed.ok("/admin/models", json!({"name": "other", "path": second.path()})).await;
     bed.ok("/admin/models", json!({"name": "tiny", "path": second.path(), "keep_old": true})).await;
     let text = async |model: &str| {
-        let body = json!({"model": model, "prompt": "abc", "max_tokens": 8, "temperature": 0, "ignore_eos": true});
+        let body =
+            json!({"model": model, "prompt": "abc", "max_tokens": 8, "temperature": 0, "ignore_eos": true});
         bed.ok("/v1/completions", body).await["choices"][0]["text"].clone()
     };
     assert_eq!(text("tiny").await, text("other").await);

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod demo;
 mod dist;
-mod bench;
 mod inference;
 mod setup;
 mod shell;

@@ -96,8 +96,9 @@ impl Sequence {
         }
     }
 
-    fn in_prompt(&self) -> bool {
-        self.computed < self.request.prompt.len()
+    /// Whether full blocks of its prompt, which others could share, are still to be computed.
+    fn will_share(&self) -> bool {
+        self.computed < self.request.prompt.len().saturating_sub(1) / BLOCK * BLOCK
     }
 
     /// Sends an event; false when nobody listens any more.
@@ -207,13 +208,18 @@ impl Scheduler {
         if !self.steps.is_multiple_of(4) {
             prompts.sort_by_key(|i| (self.running[*i].remaining(), self.running[*i].number));
         }
-        let mut budget = limits.prompt_tokens.max(1);
+        // A step that ends with somebody's first token is kept short: a long prompt fills it up to half only.
+        let whole = limits.prompt_tokens.max(1);
+        let (mut budget, mut ends_one) = (whole, false);
         for index in prompts {
-            let tokens = self.running[index].remaining().min(budget);
+            let remaining = self.running[index].remaining();
+            let room = if ends_one && remaining > budget { budget.saturating_sub(whole / 2) } else { budget };
+            let tokens = remaining.min(room);
             if tokens == 0 {
-                break;
+                continue;
             }
             budget -= tokens;
+            ends_one |= tokens == remaining;
             shares.push(Share { index, tokens });
         }
         shares
@@ -257,7 +263,7 @@ impl Scheduler {
             let candidate = &self.waiting[i];
             let group = candidate.request.group;
             // A sibling whose prompt is being computed will leave blocks to share.
-            if self.running.iter().any(|r| r.request.group == group && r.in_prompt()) {
+            if self.running.iter().any(|r| r.request.group == group && r.will_share()) {
                 i += 1;
                 continue;
             }

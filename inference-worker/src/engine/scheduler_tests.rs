@@ -38,14 +38,14 @@ fn a_long_prompt_is_cut_and_a_short_one_overtakes_it_while_others_generate() {
         keep.push(rx);
     }
     let shares = s.plan(LIMITS);
-    assert_eq!(shares, [Share { index: 0, tokens: 3 }, Share { index: 1, tokens: 61 }]);
+    assert_eq!(shares, [Share { index: 0, tokens: 3 }, Share { index: 1, tokens: 29 }]);
     run(&mut s, &shares);
     let (seq, _rx) = sequence(3, prompt(3, 10));
     s.waiting.push_back(seq);
     let shares = s.plan(LIMITS);
     assert_eq!(shares[0], Share { index: 0, tokens: 1 }, "generation comes first");
     assert_eq!(shares[1], Share { index: 2, tokens: 10 }, "then the shorter prompt");
-    assert_eq!(shares[2], Share { index: 1, tokens: 54 });
+    assert_eq!(shares[2], Share { index: 1, tokens: 22 });
 }
 
 #[test]

@@ -317,3 +317,85 @@ fn hf_rope(c: &Json) -> Result<RopeScaling, WeightError> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn config(rope: Json) -> Result<LlamaConfig, WeightError> {
+        LlamaConfig::from_hf(&json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "head_dim": 16, "vocab_size": 10, "max_position_embeddings": 16384,
+            "rope_theta": rope["rope_theta"], "rope_scaling": rope,
+        }))
+    }
+
+    /// The values are transformers 5.23's (`ROPE_INIT_FUNCTIONS`).
+    #[test]
+    fn rotary_frequencies_are_those_of_transformers() {
+        for (rope, frequencies, scale) in [
+            (
+                json!({"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
+                [
+                    0.25,
+                    0.079_056_94,
+                    0.025,
+                    0.007_905_695,
+                    0.002_5,
+                    0.000_790_569_5,
+                    0.000_25,
+                    7.905_694_6e-5,
+                ],
+                1.0,
+            ),
+            (
+                json!({"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                       "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
+                [
+                    1.0,
+                    0.193_922_76,
+                    0.037_606_03,
+                    0.007_292_665,
+                    0.000_524_846,
+                    3.428_102_4e-5,
+                    6.647_87e-6,
+                    1.289_173_2e-6,
+                ],
+                1.0,
+            ),
+            (
+                json!({"type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 4096}),
+                [1.0, 0.316_227_76, 0.1, 0.025_693_506, 0.006_25, 0.001_383_496_6, 0.000_25, 7.905_694_6e-5],
+                1.138_629_4,
+            ),
+        ] {
+            let (got, got_scale) = config(rope.clone()).unwrap().rope_frequencies();
+            assert!((got_scale - scale).abs() < 1e-6, "{rope}");
+            for (g, w) in got.iter().zip(frequencies) {
+                assert!((g - w).abs() <= 2e-6 * w, "{rope}: {got:?} is not {frequencies:?}");
+            }
+        }
+        assert!(config(json!({"rope_type": "longrope"})).unwrap_err().to_string().contains("longrope"));
+    }
+
+    #[test]
+    fn absurd_or_foreign_configurations_are_refused_by_name() {
+        let base = json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
+                          "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 10});
+        for (key, value, says) in [
+            ("architectures", json!(["MambaForCausalLM"]), "MambaForCausalLM"),
+            ("hidden_size", json!("many"), "hidden_size"),
+            ("hidden_size", json!(0), "hidden size"),
+            ("num_hidden_layers", json!(4_000_000_000u64), "layer count"),
+            ("num_key_value_heads", json!(3), "do not divide"),
+            ("hidden_act", json!("gelu"), "gelu"),
+            ("attention_bias", json!(true), "biases"),
+        ] {
+            let mut c = base.clone();
+            c[key] = value;
+            let error = LlamaConfig::from_hf(&c).unwrap_err().to_string();
+            assert!(error.contains(says), "{key}: {error}");
+        }
+    }
+}

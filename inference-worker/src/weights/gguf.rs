@@ -188,7 +188,7 @@ impl WeightSource for Gguf {
 }
 
 /// llama.cpp's name of a Hugging Face tensor.
-fn gguf_name(name: &str) -> Option<String> {
+pub(crate) fn gguf_name(name: &str) -> Option<String> {
     Some(match name {
         "model.embed_tokens.weight" => "token_embd.weight".into(),
         "model.norm.weight" => "output_norm.weight".into(),

@@ -30,15 +30,18 @@ struct Options {
 /// Goals by figure: the worker's over transformers', at least.
 const GOALS: [(&str, f64); 3] = [("decode_1", 2.5), ("decode_8", 2.0), ("prefill_512", 1.0)];
 /// llama.cpp on the same file with 2 threads, as measured once on an AVX2 machine; a mark, not a comparison.
-const LLAMA_CPP: [(&str, f64); 4] = [("decode_1", 138.0), ("decode_4", 154.0), ("decode_8", 172.0), ("prefill_512", 206.0)];
+const LLAMA_CPP: [(&str, f64); 4] =
+    [("decode_1", 138.0), ("decode_4", 154.0), ("decode_8", 172.0), ("prefill_512", 206.0)];
 
 type Figures = BTreeMap<String, f64>;
 
 /// Runs it with the arguments after `inference`.
 pub fn run(arguments: &[String]) -> Result<()> {
-    let options = Options::parse_from(std::iter::once("inference".to_owned()).chain(arguments.iter().cloned()));
+    let options =
+        Options::parse_from(std::iter::once("inference".to_owned()).chain(arguments.iter().cloned()));
     let worker = build_worker()?;
-    let mut build = super::cargo(&["build", "--release", "--package", "inference-worker", "--example", "measure"])?;
+    let mut build =
+        super::cargo(&["build", "--release", "--package", "inference-worker", "--example", "measure"])?;
     shell::with_progress("building the measuring program", &mut build)?;
     let measure = worker.with_file_name("examples").join("measure");
     let model = model::ensure()?;
@@ -47,9 +50,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let mut engines: BTreeMap<&str, Figures> = BTreeMap::new();
     for round in 1..=options.rounds {
         eprintln!("  round {round} of {}", options.rounds);
-        for (name, arguments) in
-            [("worker", ["step", "native"]), ("worker_f32", ["step", "native-f32"]), ("libtorch_f32", ["step", "torch-f32"])]
-        {
+        for (name, arguments) in [
+            ("worker", ["step", "native"]),
+            ("worker_f32", ["step", "native-f32"]),
+            ("libtorch_f32", ["step", "torch-f32"]),
+        ] {
             let mut command = Command::new(&measure);
             command.args(arguments).arg(&model);
             keep_best(engines.entry(name).or_default(), measured(&mut command)?);
@@ -67,7 +72,8 @@ pub fn run(arguments: &[String]) -> Result<()> {
     let verdicts = report(&engines);
     if let Some(path) = &options.json {
         let all = json!({"unit": "tokens/s unless named otherwise", "engines": engines, "goals": verdicts});
-        fs::write(path, serde_json::to_vec_pretty(&all)?).with_context(|| format!("cannot write {}", path.display()))?;
+        fs::write(path, serde_json::to_vec_pretty(&all)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }
@@ -80,7 +86,10 @@ fn measured(command: &mut Command) -> Result<Figures> {
         bail!("{name}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    let last = text.lines().rfind(|line| line.starts_with('{')).with_context(|| format!("{name} printed no figures"))?;
+    let last = text
+        .lines()
+        .rfind(|line| line.starts_with('{'))
+        .with_context(|| format!("{name} printed no figures"))?;
     serde_json::from_str(last).with_context(|| format!("{name} printed {last}"))
 }
 

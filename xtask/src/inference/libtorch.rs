@@ -88,7 +88,10 @@ pub fn ensure() -> Result<Libtorch> {
     if let Some(folder) = env::var_os("LIBTORCH").filter(|value| !value.is_empty()) {
         let folder = PathBuf::from(folder);
         if !has_libraries(&folder) {
-            bail!("LIBTORCH is {}, but there is no lib/libtorch_cpu.so in it: correct or unset it", folder.display());
+            bail!(
+                "LIBTORCH is {}, but there is no lib/libtorch_cpu.so in it: correct or unset it",
+                folder.display()
+            );
         }
         return Ok(Libtorch::Folder(folder));
     }

