@@ -59,13 +59,17 @@ impl Namespace {
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         let file = self.file.as_raw_fd();
-        // SAFETY: between fork and exec only setns is called, which is
-        // async-signal-safe; the descriptor is open for as long as `self` lives,
+        // SAFETY: between fork and exec only setns and sigprocmask are called, which
+        // are async-signal-safe; the descriptor is open for as long as `self` lives,
         // and a child forked later merely fails to start.
         unsafe {
-            command.pre_exec(move || match libc::setns(file, libc::CLONE_NEWNET) {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
+            command.pre_exec(move || {
+                // Signals that the caller has blocked must reach the child.
+                nix::sys::signal::SigSet::empty().thread_set_mask()?;
+                match libc::setns(file, libc::CLONE_NEWNET) {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
             });
         }
         command

@@ -24,7 +24,6 @@ pub struct Phase {
     /// connection served: the dead worker's share until it was found dead.
     pub retried: usize,
     /// From the kill until lbd knew, in milliseconds.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub detect_ms: Option<u64>,
     /// Open TCP connections and UDP flows that left a worker that lives.
     pub moved: usize,

@@ -1,0 +1,59 @@
+//! `lbctl explain` names the worker that a flow really meets: for 1,000 random
+//! flows, old and new, before and after a change of backends.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, ensure};
+use test_support::{
+    bed::Layout,
+    hold::{Held, Holder},
+    stage::{ECHO, LINES, Plan, Stage},
+    udp::Flows,
+};
+
+/// The backend that `explain` names for a packet of a flow that has begun.
+fn explained(stage: &Stage, source: SocketAddr, target: SocketAddr, protocol: &str) -> Result<String> {
+    let said = stage.lbctl.json(&["explain", &source.to_string(), &target.to_string(), protocol])?;
+    let answers = said["answers"].as_array().context("explain gives no answers")?;
+    let begun = answers.iter().find(|answer| answer["packet"] != "syn");
+    let backend = begun.and_then(|answer| answer["backend"]["name"].as_str());
+    Ok(backend.with_context(|| format!("explain names no backend: {said}"))?.to_owned())
+}
+
+fn ensure_explained(stage: &Stage, step: &str, lines: &[Held]) -> Result<()> {
+    for held in lines {
+        let said = explained(stage, held.local, held.target, "tcp")?;
+        ensure!(
+            said == held.worker,
+            "{step}: explain says {said}, the packets went to {}: {held:?}",
+            held.worker
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn explain_agrees_with_the_packets() -> Result<()> {
+    let layout = Layout { workers: 4, ..Layout::default() };
+    let stage = Stage::start(Plan { layout, backends: Some(3), ..Plan::default() })?;
+    let targets = stage.targets(LINES);
+    let first = Holder::open(&stage.bed.client, &targets, 400)?;
+    ensure_explained(&stage, "at rest", &first.exchange()?)?;
+
+    stage.change_backend("add", 3)?;
+    stage.wait_health(3, true)?;
+    // Established flows by what was written down, new ones by the new table.
+    ensure_explained(&stage, "flows older than the change", &first.exchange()?)?;
+    let second = Holder::open(&stage.bed.client, &targets, 400)?;
+    ensure_explained(&stage, "flows younger than the change", &second.exchange()?)?;
+
+    for target in stage.targets(ECHO) {
+        let mut flows = Flows::open(&stage.bed.client, target, 100)?;
+        for (source, answer) in flows.sources()?.into_iter().zip(flows.exchange()?) {
+            let answer = answer.with_context(|| format!("{source}: a datagram was lost"))?;
+            let said = explained(&stage, source, target, "udp")?;
+            ensure!(said == answer, "explain says {said}, {source} went to {answer}");
+        }
+    }
+    Ok(())
+}

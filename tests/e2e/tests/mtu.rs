@@ -1,0 +1,77 @@
+//! A client on a 1,500-byte path uploads to workers on 1,500-byte links: full
+//! frames do not fit once encapsulated, so the client must be told, and the
+//! upload must come through whole.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::{Result, ensure};
+use test_support::{
+    bed::Layout,
+    check::block_on,
+    http::{Answer, Connection},
+    nginx,
+    stage::{Plan, Stage},
+};
+
+const BYTES: usize = 4 << 20;
+
+fn uploads(mode: &'static str, v4_over_v6: bool) -> Result<()> {
+    let layout = Layout { worker_mtu: 1500, ..Layout::default() };
+    let stage = Stage::start(Plan { layout, mode, v4_over_v6, ..Plan::default() })?;
+    for target in stage.targets(nginx::PORT) {
+        let answer = upload(&stage, target)?;
+        ensure!(answer.status == 200, "{mode} {target}: {answer:?}");
+        // Without this the link might simply have been large enough.
+        let learnt = learnt_mtu(&stage, target.ip())?;
+        ensure!(learnt.is_some_and(|mtu| mtu < 1500), "{mode} {target}: nothing was too big: {learnt:?}");
+    }
+    Ok(())
+}
+
+fn upload(stage: &Stage, target: SocketAddr) -> Result<Answer> {
+    block_on(&stage.bed.client, move || async move {
+        let body = vec![7; BYTES];
+        Connection::open(target).await?.post("/upload", &body, Duration::from_secs(20)).await
+    })
+}
+
+/// What the client's kernel has been told about the path to `address`.
+fn learnt_mtu(stage: &Stage, address: std::net::IpAddr) -> Result<Option<u64>> {
+    let text = stage.bed.client.ip(&["-json", "route", "get", &address.to_string()])?;
+    let routes: serde_json::Value = serde_json::from_str(&text)?;
+    let metrics = routes[0]["metrics"].as_array();
+    Ok(metrics.and_then(|metrics| metrics.iter().find_map(|metric| metric["mtu"].as_u64())))
+}
+
+#[test]
+fn ipip_upload_completes() -> Result<()> {
+    uploads("ipip", false)
+}
+
+#[test]
+fn gue_upload_completes() -> Result<()> {
+    uploads("gue", false)
+}
+
+#[test]
+fn v4_service_on_v6_backends_upload_completes() -> Result<()> {
+    uploads("ipip", true)
+}
+
+/// Frames of 9,000 bytes span several buffers; the program must attach to such
+/// links all the same, and carry what fits.
+#[test]
+fn jumbo_frames_are_carried() -> Result<()> {
+    let layout = Layout { client_mtu: 9000, worker_mtu: 9100, ..Layout::default() };
+    let stage = Stage::start(Plan { layout, ..Plan::default() })?;
+    for target in stage.targets(nginx::PORT) {
+        let answer = upload(&stage, target)?;
+        ensure!(answer.status == 200, "{target}: {answer:?}");
+        let learnt = learnt_mtu(&stage, target.ip())?;
+        ensure!(learnt.is_none(), "{target}: told to send no more than {learnt:?}");
+    }
+    let (packets, bytes) =
+        (stage.bed.client.counter("eth0", "tx_packets")?, stage.bed.client.counter("eth0", "tx_bytes")?);
+    ensure!(bytes / packets > 2000, "no jumbo frames were sent: {bytes} bytes in {packets} packets");
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! lbd dies at bad moments, is started wrongly, or finds its files broken. The
+//! packet path must not notice, and the message must name the thing.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    process::{Command, Output},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use test_support::{
+    bed::{Layout, binary},
+    check::{ensure_none_failed, request},
+    hold::Holder,
+    http::{Load, Running},
+    nginx,
+    stage::{LINES, Plan, Stage},
+};
+
+/// Starts a second `lbd ingress` that is expected to end by itself.
+fn start_expecting_refusal(stage: &Stage, arguments: &[String]) -> Result<Output> {
+    let mut command: Command = stage.bed.ingress.command("timeout");
+    command.args(["10"]).arg(binary("lbd")?).args(arguments);
+    command.output().context("cannot start lbd")
+}
+
+/// The daemon refused, said so in terms of `name`, and traffic goes on.
+fn ensure_refused(stage: &Stage, output: &Output, name: &str) -> Result<()> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code().is_some_and(|code| ![0, 124].contains(&code)), "{}: {said}", output.status);
+    ensure!(said.contains(name), "the message does not name {name}: {said}");
+    ensure!(!said.contains("panicked"), "{said}");
+    ensure_none_failed(&request(stage, stage.targets(nginx::PORT), 200)?)
+}
+
+#[test]
+fn kill_9_in_the_middle_of_changes_leaves_a_whole_state() -> Result<()> {
+    let layout = Layout { workers: 4, ..Layout::default() };
+    let mut stage = Stage::start(Plan { layout, backends: Some(3), ..Plan::default() })?;
+    let holder = Holder::open(&stage.bed.client, &stage.targets(LINES), 300)?;
+    let load = Running::start(&stage.bed.client, Load::new(stage.targets(nginx::PORT)))?;
+
+    let files: Vec<_> = [vec![0, 1, 2], vec![0, 1, 2, 3]]
+        .iter()
+        .enumerate()
+        .map(|(number, backends)| {
+            let path = stage.bed.path(&format!("change-{number}.toml"));
+            fs::write(&path, stage.configuration(backends)).map(|()| path)
+        })
+        .collect::<std::io::Result<_>>()?;
+    let mut wholes = Vec::new();
+    for path in &files {
+        stage.lbctl.run(&["config", "apply", &path.display().to_string()])?;
+        wholes.push(stage.lbctl.run(&["config", "export"])?);
+    }
+
+    for round in 0..16_u64 {
+        let lbctl = stage.lbctl.clone();
+        let path = files[usize::try_from(round % 2)?].display().to_string();
+        let change = thread::spawn(move || lbctl.output(&["config", "apply", &path]));
+        // From before the change to well after it.
+        thread::sleep(Duration::from_millis(round * 5));
+        stage.ingress.stop(Signal::SIGKILL)?;
+        let _ = change.join();
+        stage.ingress.start_again(&stage.bed)?;
+        let state = stage.lbctl.run(&["config", "export"])?;
+        ensure!(wholes.contains(&state), "round {round} left half a change:\n{state}");
+    }
+
+    ensure_none_failed(&load.finish()?)?;
+    let moved = holder.exchange()?.iter().filter(|held| !held.stays()).count();
+    ensure!(moved == 0, "{moved} of 300 connections moved");
+    Ok(())
+}
+
+/// Arguments of a daemon on `interface` that shares nothing with the stage's.
+fn arguments_of_a_stranger(stage: &Stage, interface: &str) -> Vec<String> {
+    let mut arguments = stage.ingress.arguments().to_vec();
+    for (flag, value) in [
+        ("--iface", interface.to_owned()),
+        ("--pin-path", stage.bed.pin_path("stranger").display().to_string()),
+        ("--state-dir", stage.bed.path("stranger").display().to_string()),
+        ("--socket", stage.bed.path("stranger.sock").display().to_string()),
+    ] {
+        let at = arguments.iter().position(|argument| argument == flag).expect("the stage gives every flag");
+        arguments[at + 1] = value;
+    }
+    arguments
+}
+
+#[test]
+fn a_second_daemon_on_the_interface_is_refused() -> Result<()> {
+    let stage = Stage::start(Plan::default())?;
+    let output = start_expecting_refusal(&stage, &arguments_of_a_stranger(&stage, "eth0"))?;
+    ensure_refused(&stage, &output, "eth0")
+}
+
+#[test]
+fn a_second_daemon_on_the_same_pins_is_refused() -> Result<()> {
+    let stage = Stage::start(Plan::default())?;
+    let output = start_expecting_refusal(&stage, stage.ingress.arguments())?;
+    ensure_refused(&stage, &output, "lbd")
+}
+
+#[test]
+fn an_interface_that_does_not_exist_is_named() -> Result<()> {
+    let stage = Stage::start(Plan::default())?;
+    let output = start_expecting_refusal(&stage, &arguments_of_a_stranger(&stage, "nosuch0"))?;
+    ensure_refused(&stage, &output, "nosuch0")
+}
+
+#[test]
+fn a_corrupt_store_is_refused_and_traffic_goes_on() -> Result<()> {
+    let mut stage = Stage::start(Plan::default())?;
+    stage.ingress.stop(Signal::SIGTERM)?;
+    let directory = stage.bed.path("state");
+    let store = fs::read_dir(&directory)?
+        .flatten()
+        .map(|entry| entry.path())
+        .max_by_key(|path| fs::metadata(path).map_or(0, |metadata| metadata.len()))
+        .context("lbd left no store file")?;
+    let whole = fs::read(&store)?;
+    let mut broken = whole.clone();
+    for byte in broken.iter_mut().take(4096) {
+        *byte ^= 0xa5;
+    }
+    fs::write(&store, broken)?;
+
+    let output = start_expecting_refusal(&stage, stage.ingress.arguments())?;
+    ensure_refused(&stage, &output, &store.display().to_string())?;
+
+    fs::write(&store, whole)?;
+    stage.ingress.start_again(&stage.bed)?;
+    stage.wait_healthy(&[0, 1, 2]).map(drop)
+}
+
+#[test]
+fn a_full_disk_refuses_the_change_whole() -> Result<()> {
+    let plan = Plan { backends: Some(2), state_bytes: Some(16 << 20), ..Plan::default() };
+    let stage = Stage::start(plan)?;
+    let before = stage.lbctl.run(&["config", "export"])?;
+    let filler = stage.bed.path("state/filler");
+    let mut file = File::create(&filler)?;
+    while file.write_all(&[1; 4096]).is_ok() {}
+
+    // The store may have some room of its own; it cannot have it for ever.
+    let changes = ["w2", "w1"].iter().cycle().zip(["drain", "drain", "undrain", "undrain"].iter().cycle());
+    let refusal = changes
+        .take(2000)
+        .map(|(worker, verb)| stage.lbctl.output(&["backend", verb, "web", worker]))
+        .find(|output| output.as_ref().map_or(true, |output| !output.status.success()))
+        .context("2,000 changes fitted on a full disk")??;
+    let said = String::from_utf8_lossy(&refusal.stderr);
+    ensure!(refusal.status.code() == Some(4), "{}: {said}", refusal.status);
+    ensure_none_failed(&request(&stage, stage.targets(nginx::PORT), 200)?)?;
+
+    fs::remove_file(&filler)?;
+    for worker in ["w1", "w2"] {
+        stage.lbctl.run(&["backend", "undrain", "web", worker])?;
+    }
+    let after = stage.lbctl.run(&["config", "export"])?;
+    ensure!(before == after, "the state changed:\n{before}\n{after}");
+    Ok(())
+}
+
+#[test]
+fn a_killed_worker_agent_leaves_its_worker_in_service() -> Result<()> {
+    let mut stage = Stage::start(Plan::default())?;
+    let holder = Holder::open(&stage.bed.client, &stage.targets(LINES), 100)?;
+    for host in &mut stage.hosts {
+        host.agent.stop(Signal::SIGKILL, Duration::from_secs(5))?;
+    }
+    ensure_none_failed(&request(&stage, stage.targets(nginx::PORT), 300)?)?;
+    ensure!(holder.exchange()?.iter().all(|held| held.stays()), "an open connection broke");
+    Ok(())
+}
