@@ -119,6 +119,8 @@ cases! {
     backend_not_used: to_backend_1(tcp(V4, SYN)).pair(Pair::Stable(5)).drops(Reason::BrokenTable);
     backend_resolved_but_not_used: Case::new(tcp(V4, SYN), Backend { flags: RESOLVED, ..backend(1, IPIP, V4) })
         .drops(Reason::BrokenTable);
+    backend_of_another_service: Case::new(tcp(V4, SYN), Backend { service: 9, ..backend(1, IPIP, V4) })
+        .drops(Reason::BrokenTable);
     mode_unknown: Case::new(tcp(V4, SYN), backend(1, 77, V4)).drops(Reason::BadMode);
     mode_not_in_this_program: Case::new(tcp(V4, SYN), backend(1, lb_common::backend::mode::NAT, V4)).drops(Reason::BadMode);
     the_other_view: to_backend_1(tcp(V4, SYN))
