@@ -16,6 +16,7 @@ use test_support::{
     check::{ensure_none_failed, request},
     hold::Holder,
     http::{Load, Running},
+    netns::run,
     nginx,
     stage::{LINES, Plan, Stage},
 };
@@ -110,6 +111,44 @@ fn an_interface_that_does_not_exist_is_named() -> Result<()> {
     let stage = Stage::start(Plan::default())?;
     let output = start_expecting_refusal(&stage, &arguments_of_a_stranger(&stage, "nosuch0"))?;
     ensure_refused(&stage, &output, "nosuch0")
+}
+
+#[test]
+fn an_interface_without_driver_support_needs_a_flag() -> Result<()> {
+    let stage = Stage::start(Plan::default())?;
+    stage.bed.ingress.ip(&["link", "add", "br0", "type", "bridge"])?;
+    stage.bed.ingress.ip(&["link", "set", "br0", "up"])?;
+    let mut arguments = arguments_of_a_stranger(&stage, "br0");
+    let output = start_expecting_refusal(&stage, &arguments)?;
+    ensure_refused(&stage, &output, "br0")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(said.contains("--allow-generic"), "the message does not name the fix: {said}");
+
+    arguments.push("--allow-generic".to_owned());
+    let output = start_expecting_refusal(&stage, &arguments)?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(124), "it did not stay: {} {said}", output.status);
+    ensure!(said.contains("generic"), "it does not say which mode it got: {said}");
+    Ok(())
+}
+
+/// As after an upgrade to an lbd whose maps look different.
+#[test]
+fn pins_of_another_abi_are_left_alone() -> Result<()> {
+    let mut stage = Stage::start(Plan::default())?;
+    stage.ingress.stop(Signal::SIGTERM)?;
+    let path = stage.bed.pin_path("ingress").join("ABI");
+    let write = |version: &str| {
+        let mut bpftool = Command::new("bpftool");
+        bpftool.args(["map", "update", "pinned"]).arg(&path).args(["key", "0", "0", "0", "0", "value"]);
+        run(bpftool.args([version, "0", "0", "0"]))
+    };
+    write("99")?;
+    let output = start_expecting_refusal(&stage, stage.ingress.arguments())?;
+    ensure_refused(&stage, &output, "ABI version 99")?;
+    write("1")?;
+    stage.ingress.start_again(&stage.bed)?;
+    stage.wait_healthy(&[0, 1, 2]).map(drop)
 }
 
 #[test]

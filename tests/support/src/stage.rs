@@ -156,16 +156,18 @@ impl Stage {
     /// Runs `lbctl backend VERB SERVICE wN …` for every service; for `add` with
     /// the worker's address.
     pub fn change_backend(&self, verb: &str, index: usize) -> Result<()> {
+        self.services().iter().try_for_each(|(service, _)| self.change_backend_of(service, verb, index))
+    }
+
+    /// [`Self::change_backend`] for one service.
+    pub fn change_backend_of(&self, service: &str, verb: &str, index: usize) -> Result<()> {
         let worker = &self.bed.workers[index].name;
-        for (service, is_v6) in self.services() {
-            let address = self.backend_address(index, is_v6).to_string();
-            let mut arguments = vec!["backend", verb, &service, worker];
-            if verb == "add" {
-                arguments.push(&address);
-            }
-            self.lbctl.run(&arguments)?;
+        let address = self.backend_address(index, service.ends_with('6')).to_string();
+        let mut arguments = vec!["backend", verb, service, worker];
+        if verb == "add" {
+            arguments.push(&address);
         }
-        Ok(())
+        self.lbctl.run(&arguments).map(drop)
     }
 
     /// The configuration with the workers of `backends` behind every service.
