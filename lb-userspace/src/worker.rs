@@ -5,11 +5,12 @@
 //! Runs until told to stop; decapsulation goes on after it. Called by the binary.
 
 use crate::{
+    config::SettingsError,
     daemon::{args::Worker, xdp_log},
-    dataplane::{DecapDataplane, DecapOptions, detach},
+    dataplane::{DataplaneError, DecapDataplane, DecapOptions, detach},
     metrics,
 };
-use anyhow::{Context, bail};
+use anyhow::Context;
 use futures_util::TryStreamExt;
 use lb_common::{Address, mapped, settings::DecapSettings};
 use rtnetlink::{
@@ -62,7 +63,8 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
         args.address.iter().copied().collect()
     };
     if addresses.is_empty() {
-        bail!("{} has no address: give the worker's with --address", args.iface.join(", "));
+        let what = format!("{} has none: give the worker's with --address", args.iface.join(", "));
+        return Err(SettingsError { setting: "address", what }.into());
     }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -117,13 +119,15 @@ fn list<'a>(addresses: impl IntoIterator<Item = &'a IpAddr>) -> String {
     addresses.into_iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-fn check_vips(vips: &[IpAddr]) -> anyhow::Result<()> {
-    for vip in vips {
-        if vip.is_unspecified() || vip.is_multicast() || vip.is_loopback() {
-            bail!("--vip {vip} is no address that clients could reach");
-        }
+fn check_vips(vips: &[IpAddr]) -> Result<(), SettingsError> {
+    let bad = vips.iter().find(|vip| vip.is_unspecified() || vip.is_multicast() || vip.is_loopback());
+    match bad {
+        Some(vip) => Err(SettingsError {
+            setting: "vip",
+            what: format!("{vip} is no address that clients could reach"),
+        }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 fn to_address(ip: &IpAddr) -> Address {
@@ -153,8 +157,14 @@ fn address_in(message: &AddressMessage) -> Option<IpAddr> {
 async fn own_addresses(handle: &Handle, interfaces: &[String]) -> anyhow::Result<BTreeSet<IpAddr>> {
     let mut found = BTreeSet::new();
     for name in interfaces {
-        let ifindex = nix::net::if_::if_nametoindex(name.as_str())
-            .with_context(|| format!("interface {name} does not exist; `ip link` shows those that do"))?;
+        let Ok(ifindex) = nix::net::if_::if_nametoindex(name.as_str()) else {
+            let all = nix::net::if_::if_nameindex().context("cannot list interfaces")?;
+            let mut present: Vec<String> =
+                all.iter().map(|i| i.name().to_string_lossy().into_owned()).collect();
+            present.sort();
+            let (interface, present) = (name.clone(), present.join(", "));
+            return Err(DataplaneError::NoInterface { interface, present }.into());
+        };
         let all = addresses_of(handle, ifindex).await?;
         let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
         found.extend(all.iter().filter_map(address_in).filter(|ip| !link_local(ip)));

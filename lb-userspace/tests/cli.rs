@@ -68,6 +68,11 @@ fn observation() {
 }
 
 #[test]
+fn daemon_arguments() {
+    run("tests/cli/lbd.trycmd");
+}
+
+#[test]
 fn help() {
     run("tests/cli/help.trycmd");
 }
@@ -112,4 +117,5 @@ fn completions_and_man_pages_are_written() {
     assert!(page.contains(".TH") && page.contains("if\\-revision"), "{page}");
     let top = std::fs::read_to_string(pages.join("lbctl.1")).unwrap();
     assert!(top.contains("Exit codes"), "{top}");
+    assert!(std::fs::read_to_string(pages.join("lbd-worker.1")).unwrap().contains("gue"));
 }

@@ -2,7 +2,7 @@
 
 use super::{Exit, Failure};
 use crate::render::Out;
-use clap::Args;
+use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use std::path::PathBuf;
 
@@ -30,11 +30,12 @@ pub fn completions(out: &mut Out<'_>, completions: &Completions) -> Result<Exit,
     Ok(Exit::Ok)
 }
 
-/// Writes man pages: one for each command.
+/// Writes man pages: one for each command of lbctl and lbd.
 pub fn man(man: &Man) -> Result<Exit, Failure> {
     let directory = &man.directory;
     let write = || {
         std::fs::create_dir_all(directory)?;
+        clap_mangen::generate_to(crate::daemon::args::Cli::command(), directory)?;
         clap_mangen::generate_to(super::command(), directory)
     };
     write().map_err(|e| Failure::Refused {
