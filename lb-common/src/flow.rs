@@ -33,7 +33,7 @@ pub struct Flow {
     pub backend: u32,
     /// Seconds of the boot clock (`CLOCK_MONOTONIC`) when a packet was last seen, to about a second.
     pub last_seen_s: u32,
-    /// The same of the first packet.
+    /// The same of the first packet. In `SYNS` instead: the SYN's sequence number, host byte order.
     pub created_s: u32,
     /// See [`flags`].
     pub flags: u32,
@@ -42,6 +42,10 @@ pub struct Flow {
 /// Age in seconds beyond which a SYN choice is no longer repeated. Longer than a client's
 /// retransmissions of a SYN (Linux gives up after 127 s; RFC 6298 backs off 1, 3, 7, 15, 31, 63 s).
 pub const SYN_TIMEOUT_S: u32 = 130;
+
+/// Sequence numbers from a SYN's on that still belong to its handshake or the first data after it (an
+/// initial window). A SYN forged on somebody's live flow would have to guess the flow's own.
+pub const SYN_WINDOW: u32 = 65_535;
 
 /// Idle age in seconds beyond which a tracked TCP flow no longer counts as live. It is
 /// still followed: only the least recently used are forgotten, and only for want of room.

@@ -16,7 +16,7 @@
 use crate::{FlowTable, Tables, hash::slot_of, parse::Headers};
 use lb_common::{
     Be16, Flow, FlowKey, Reason, ServiceView, Slot, backend,
-    flow::{self, SYN_TIMEOUT_S},
+    flow::{self, SYN_TIMEOUT_S, SYN_WINDOW},
     service::{UDP, flags},
     slot::NO_BACKEND,
 };
@@ -76,7 +76,7 @@ pub fn choose<T: Tables>(
     let slot = Slot { secondary: tables.secondary(place).ok_or(Reason::BrokenTable)?, ..slot };
     let key = flow_key(service, headers);
     if headers.is_syn() {
-        choose_syn(tables, &key, slot)
+        choose_syn(tables, headers, &key, slot)
     } else {
         choose_established(tables, view, headers, &key, slot)
     }
@@ -111,7 +111,7 @@ fn backend_flags<T: Tables>(tables: &T, index: u32, service: u32) -> Option<u32>
 
 /// A SYN of a slot that may have exceptions.
 #[inline(always)]
-fn choose_syn<T: Tables>(tables: &T, key: &FlowKey, slot: Slot) -> Result<Choice, Reason> {
+fn choose_syn<T: Tables>(tables: &T, headers: &Headers, key: &FlowKey, slot: Slot) -> Result<Choice, Reason> {
     let now_s = tables.now_s();
     let known = tables.flow(FlowTable::Flows, key);
     // A SYN on a live flow follows it: the worker's stack knows what it means, and nobody can move
@@ -126,11 +126,15 @@ fn choose_syn<T: Tables>(tables: &T, key: &FlowKey, slot: Slot) -> Result<Choice
         && is_within(SYN_TIMEOUT_S, recent, now_s)
         && is_up(backend_flags(tables, recent.backend, key.service))
     {
+        if recent.created_s != headers.sequence {
+            // Another attempt from the same port; where the first went is as good.
+            record_syn(tables, headers, key, recent.backend, now_s);
+        }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
     let choice = primary(slot, true, Why::NewFlow)?;
     if (slot.is_transition() || known.is_some())
-        && record(tables, FlowTable::Syns, key, choice.backend, now_s, 0)
+        && record_syn(tables, headers, key, choice.backend, now_s)
         && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
     {
         // Its backend is gone, but may be back before this handshake is complete.
@@ -185,8 +189,10 @@ fn choose_established<T: Tables>(
         }
     }
     // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
+    // One whose numbers do not go on from the SYN's is another flow's packet: the SYN was forged.
     if let Some(recent) = tables.flow(FlowTable::Syns, key)
         && is_within(SYN_TIMEOUT_S, recent, now_s)
+        && headers.sequence.wrapping_sub(recent.created_s) <= SYN_WINDOW
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
         if record(tables, FlowTable::Flows, key, recent.backend, now_s, end) {
@@ -249,8 +255,19 @@ fn record<T: Tables>(
     now_s: u32,
     flags: u32,
 ) -> bool {
-    let flow = Flow { backend, last_seen_s: now_s, created_s: now_s, flags };
-    let written = tables.record(table, key, &flow);
+    write(tables, table, key, &Flow { backend, last_seen_s: now_s, created_s: now_s, flags })
+}
+
+/// Notes where a SYN went, and its sequence number.
+#[inline(always)]
+fn record_syn<T: Tables>(tables: &T, headers: &Headers, key: &FlowKey, backend: u32, now_s: u32) -> bool {
+    let flow = Flow { backend, last_seen_s: now_s, created_s: headers.sequence, flags: 0 };
+    write(tables, FlowTable::Syns, key, &flow)
+}
+
+#[inline(always)]
+fn write<T: Tables>(tables: &T, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+    let written = tables.record(table, key, flow);
     if !written {
         tables.count(Reason::FlowNotRecorded);
     }

@@ -58,6 +58,8 @@ pub struct Headers {
     pub port: u16,
     /// [`TCP`] or [`UDP`].
     pub protocol: u8,
+    /// TCP sequence number, host byte order; 0 for UDP.
+    pub sequence: u32,
     /// TCP flags, 0 for UDP.
     pub tcp_flags: u8,
     /// DSCP and ECN.
@@ -299,6 +301,7 @@ fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Headers
         }
         headers.source_port = tcp.source_port;
         headers.port = tcp.port;
+        headers.sequence = u32::from_be(tcp.sequence);
         headers.tcp_flags = tcp.flags;
         Ok(())
     } else if headers.protocol == UDP {

@@ -439,7 +439,9 @@ impl Tables for Live<'_> {
     }
 
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
-        self.reader.flow(table, key)
+        let flow = self.reader.flow(table, key)?;
+        // Nobody says which sequence number the packet has; one that goes on from the SYN's is meant.
+        Some(if table == FlowTable::Syns { Flow { created_s: 0, ..flow } } else { flow })
     }
 
     fn record(&self, _: FlowTable, _: &FlowKey, _: &Flow) -> bool {

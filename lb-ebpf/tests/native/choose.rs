@@ -125,7 +125,8 @@ impl Case {
         let (key, now_s) = (key(&packet), tables.now_s());
         for (table, backend, age_s, flags) in &self.before {
             let last_seen_s = now_s.wrapping_sub(*age_s);
-            let flow = Flow { backend: *backend, last_seen_s, created_s: 5, flags: *flags };
+            let flow =
+                Flow { backend: *backend, last_seen_s, created_s: headers(&packet).sequence, flags: *flags };
             assert!(tables.record(*table, &key, &flow));
         }
         if self.full {
@@ -573,4 +574,44 @@ fn a_flood_of_syns_pushes_out_nothing_but_syns() {
     }
     assert_eq!(tables.flows(Flows), before, "live flows are untouched");
     assert_eq!(tables.flows(Syns).len(), 100);
+}
+
+/// A SYN forged on a live flow, which no table names, leads its packets nowhere else.
+#[test]
+fn a_forged_syn_moves_no_flow() {
+    let tables = tables(MOVING, UDP_SLOT);
+    let view = tables.services[&TCP_SERVICE];
+    let ask = |flags: u8, sequence: u32| {
+        let mut headers = headers(&tcp(flags, 40_000));
+        headers.sequence = sequence;
+        let choice = choose(&tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers));
+        choice.map(|choice| (choice.backend, choice.why))
+    };
+    assert_eq!(ask(SYN, 7_000_000), Ok((1, NewFlow)));
+    assert_eq!(ask(ACK, 4_000_000_000), Ok((2, Previous)), "the live flow's own numbers");
+    assert_eq!(ask(ACK, 7_000_001), Ok((2, Tracked)), "the forger's next packet follows the live flow");
+}
+
+/// A handshake's last packet, and data right after it, go where the SYN went; so does a second attempt
+/// from the same port.
+#[test]
+fn a_handshake_is_completed_by_its_own_numbers() {
+    for (syns, packet) in
+        [(vec![100], 101), (vec![u32::MAX], 0), (vec![100], 15_000), (vec![100, 9_000_000], 9_000_001)]
+    {
+        let mut tables = tables(MOVING, UDP_SLOT);
+        let view = tables.services[&TCP_SERVICE];
+        let ask = |tables: &lb_ebpf::native::HashTables, flags: u8, sequence: u32| {
+            let mut headers = headers(&tcp(flags, 40_000));
+            headers.sequence = sequence;
+            let choice = choose(tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers));
+            choice.map(|choice| choice.backend)
+        };
+        for syn in &syns {
+            assert_eq!(ask(&tables, SYN, *syn), Ok(1));
+        }
+        // The table changes again: what was noted counts, not what the slot says now.
+        tables.slots.iter_mut().for_each(|slot| slot.primary = 3 | TRACKED);
+        assert_eq!(ask(&tables, ACK, packet), Ok(1), "SYNs {syns:?}, packet {packet}");
+    }
 }

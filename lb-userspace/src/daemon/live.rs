@@ -222,7 +222,11 @@ impl Engine for Live {
                     port: key.port.get(),
                     service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
                     backend: backend.map_or_else(removed, Name::to_string),
-                    age_s: now_s.saturating_sub(flow.created_s),
+                    // Of a SYN, the last try is all that is known.
+                    age_s: match table {
+                        FlowTable::Syns => now_s.saturating_sub(flow.last_seen_s),
+                        _ => now_s.saturating_sub(flow.created_s),
+                    },
                     idle_s: now_s.saturating_sub(flow.last_seen_s),
                     closing: flow.flags & CLOSING != 0,
                 });

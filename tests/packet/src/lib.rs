@@ -7,7 +7,7 @@ mod decap;
 mod ingress;
 pub mod outer;
 
-pub use build::{HOST_MAC, PEER_MAC, Packet, Vlan, checksum, checksum_is_right};
+pub use build::{HOST_MAC, PEER_MAC, Packet, SEQUENCE, Vlan, checksum, checksum_is_right};
 pub use decap::Decap;
 pub use ingress::{Ingress, Pair, Run, USED};
 

@@ -8,7 +8,7 @@ use lb_common::{
     settings::IngressSettings,
 };
 use std::sync::{Mutex, OnceLock, PoisonError};
-use test_packet::{Ingress, Packet, Pair, Vlan, bed, outer, xdp};
+use test_packet::{Ingress, Packet, Pair, SEQUENCE, Vlan, bed, outer, xdp};
 
 /// The IPv4 VIP.
 pub const VIP4: Address = mapped([192, 0, 2, 1]);
@@ -266,8 +266,12 @@ impl Case {
         }
         let now_s = test_packet::now_s();
         for (entry, age_s) in &self.before {
-            let flow =
-                Flow { backend: entry.backend, last_seen_s: now_s - age_s, created_s: 1, flags: entry.flags };
+            let flow = Flow {
+                backend: entry.backend,
+                last_seen_s: now_s - age_s,
+                created_s: SEQUENCE,
+                flags: entry.flags,
+            };
             ingress.set_flow(entry.table, self.key(), flow);
         }
         if let Some(setup) = self.setup {
