@@ -150,8 +150,8 @@ impl ServiceMemory {
 
 /// Indices that nothing uses, lowest first.
 pub struct FreeIndices {
-    services: Box<dyn Iterator<Item = u32>>,
-    backends: Box<dyn Iterator<Item = u32>>,
+    services: Unused,
+    backends: Unused,
 }
 
 impl FreeIndices {
@@ -166,9 +166,43 @@ impl FreeIndices {
     }
 }
 
-fn unused(used: BTreeSet<u32>, limit: u32) -> Box<dyn Iterator<Item = u32>> {
-    let mut used = used.into_iter().peekable();
-    Box::new((0..limit).filter(move |i| used.next_if_eq(i).is_none()))
+/// What is left of `0..limit`. The used ones are sorted only when something is asked for: most changes
+/// need no new index.
+struct Unused {
+    used: Vec<u32>,
+    is_sorted: bool,
+    next: u32,
+    limit: u32,
+}
+
+impl Unused {
+    fn of(used: impl Iterator<Item = u32>, limit: u32) -> Self {
+        Self { used: used.collect(), is_sorted: false, next: 0, limit }
+    }
+}
+
+impl Iterator for Unused {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        if !self.is_sorted {
+            // Highest first, so that the lowest is taken from the end.
+            self.used.sort_unstable_by(|a, b| b.cmp(a));
+            self.is_sorted = true;
+        }
+        while self.next < self.limit {
+            let candidate = self.next;
+            self.next += 1;
+            let mut is_used = false;
+            while self.used.last().is_some_and(|&u| u <= candidate) {
+                is_used |= self.used.pop() == Some(candidate);
+            }
+            if !is_used {
+                return Some(candidate);
+            }
+        }
+        None
+    }
 }
 
 impl Memory {
@@ -179,8 +213,8 @@ impl Memory {
         let backends = self.services.values().flat_map(|s| s.backends.values().map(|b| b.index));
         let backends = backends.chain(retired().flat_map(|r| r.backends.iter().copied()));
         FreeIndices {
-            services: unused(services.collect(), limits.services),
-            backends: unused(backends.collect(), limits.backends.min(lb_common::limits::MAX_BACKEND_INDEX)),
+            services: Unused::of(services, limits.services),
+            backends: Unused::of(backends, limits.backends.min(lb_common::limits::MAX_BACKEND_INDEX)),
         }
     }
 
