@@ -71,6 +71,21 @@ impl Desired {
         found
     }
 
+    /// The same where `old` is known to be valid: only what differs is looked at, so that a change of one
+    /// service among thousands costs that one.
+    pub fn check_change(&self, old: &Self) -> Vec<Invalid> {
+        let changed = || self.services.iter().filter(|(name, s)| old.services.get(*name) != Some(s));
+        let mut found = Vec::new();
+        let place = |s: &Service| (s.vip, s.protocol, s.port);
+        if changed().any(|(name, s)| old.services.get(name).map(place) != Some(place(s))) {
+            self.check_ports(&mut found);
+        }
+        for (name, service) in changed() {
+            service.check(name, &mut found);
+        }
+        found
+    }
+
     /// Overlaps, by sorting each VIP's ports: O(n log n) in the number of services.
     fn check_ports(&self, found: &mut Vec<Invalid>) {
         let mut exact: HashMap<(IpAddr, Protocol, Ports), &Name> = HashMap::new();
@@ -297,6 +312,30 @@ mod tests {
         for (json, expected) in cases {
             let found = errors(&[("s", json)]);
             assert!(found.len() == 1 && found[0].contains(expected), "{json}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_change_is_checked_where_it_differs() {
+        let good = r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp"}"#;
+        let old = desired(&[("a", good), ("b", r#"{"vip":"10.0.0.2","port":80,"protocol":"tcp"}"#)]);
+        for (services, count) in [
+            (vec![("a", good)], 0),
+            (vec![("a", good), ("b", r#"{"vip":"10.0.0.2","port":80,"protocol":"tcp","table_size":3}"#)], 1),
+            (vec![("a", good), ("b", r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp"}"#)], 1),
+            (vec![("a", good), ("b", r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","table_size":3}"#)], 2),
+            (
+                vec![
+                    ("a", good),
+                    ("c", good),
+                    ("d", r#"{"vip":"10.0.0.3","port":80,"protocol":"tcp","seed":1}"#),
+                ],
+                1,
+            ),
+        ] {
+            let new = desired(&services);
+            assert_eq!(new.check_change(&old), new.check(), "{services:?}");
+            assert_eq!(new.check().len(), count, "{services:?}");
         }
     }
 
