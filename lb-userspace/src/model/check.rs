@@ -3,7 +3,7 @@
 //! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
-use super::{Backend, Desired, ForwardingMode, HealthKind, Name, Ports, Protocol, Service};
+use super::{Backend, Desired, HealthKind, Name, Ports, Protocol, Service};
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -198,10 +198,9 @@ impl Service {
             refuse(format!("address {what}"));
         } else if b.address == self.vip {
             refuse(format!("address {} is the service's own VIP: give the worker's own address", b.address));
-        } else if self.vip.is_ipv6() && b.address.is_ipv4() && self.mode == ForwardingMode::Ipip {
+        } else if self.vip.is_ipv6() && b.address.is_ipv4() {
             refuse(format!(
-                "address {} is IPv4, but the service is IPv6 and mode ipip does not carry IPv6 in IPv4: \
-                 give an IPv6 address, or use mode gue",
+                "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
                 b.address
             ));
         }
@@ -301,7 +300,7 @@ mod tests {
             ),
             (
                 r#"{"vip":"fd00::1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2"}}}"#,
-                "give an IPv6 address, or use mode gue",
+                "not carried in IPv4: give an IPv6 address",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp",
