@@ -142,7 +142,7 @@ impl Control {
             let desired = Arc::new(desired);
             let differences = differences(&head.desired, &desired);
             if !differences.is_empty() {
-                let broken = desired.check();
+                let broken = desired.check_change(&head.desired);
                 if !broken.is_empty() {
                     return Err(ApiError::invalid(&broken));
                 }

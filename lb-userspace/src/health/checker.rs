@@ -2,7 +2,7 @@
 
 use super::{Book, Entry, Probe, ProbeTarget, verdict::Verdict};
 use crate::{
-    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Ports},
+    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Ports, Service},
     store::{Local, Stored},
 };
 use futures_util::future::BoxFuture;
@@ -38,6 +38,8 @@ pub struct Checker {
     shared: Arc<Shared>,
     tasks: JoinSet<()>,
     running: BTreeMap<BackendId, (Plan, Option<AbortHandle>)>,
+    /// What `running` follows.
+    followed: Arc<Desired>,
 }
 
 struct Shared {
@@ -59,7 +61,7 @@ impl Checker {
     ) -> Self {
         let permits = Semaphore::new(probes.max(1));
         let shared = Arc::new(Shared { book, verdicts, permits, prober, changed: Notify::new() });
-        Self { shared, tasks: JoinSet::new(), running: BTreeMap::new() }
+        Self { shared, tasks: JoinSet::new(), running: BTreeMap::new(), followed: Arc::default() }
     }
 
     /// Reads the book of before the restart, or an empty one.
@@ -99,18 +101,36 @@ impl Checker {
         saver.abort();
     }
 
-    /// Starts, restarts and stops tasks so that they match `desired`.
-    async fn follow(&mut self, desired: &Desired) {
-        let plans = plans(desired);
+    /// Starts, restarts and stops tasks so that they match `desired`. Services that stay as they were are
+    /// not looked into.
+    async fn follow(&mut self, desired: &Arc<Desired>) {
+        let old = std::mem::replace(&mut self.followed, desired.clone());
+        let first = self.running.is_empty();
+        let changed: BTreeMap<&Name, Option<&Service>> = {
+            let gone = old.services.keys().filter(|name| !desired.services.contains_key(*name));
+            let new = desired.services.iter().filter(|(name, s)| first || old.services.get(*name) != Some(s));
+            gone.map(|name| (name, None)).chain(new.map(|(name, s)| (name, Some(s)))).collect()
+        };
+        let mut plans = BTreeMap::new();
+        for (name, service) in &changed {
+            if let Some(service) = service {
+                plan(name, service, &mut plans);
+            }
+        }
         self.running.retain(|id, (plan, task)| {
-            let keep = plans.get(id) == Some(plan);
+            let keep = !changed.contains_key(&id.service) || plans.get(id) == Some(plan);
             if !keep && let Some(task) = task {
                 task.abort();
             }
             keep
         });
-        let book = &self.shared.book;
-        book.change(|entries| entries.retain(|id, _| plans.contains_key(id)));
+        self.shared.book.change(|entries| {
+            entries.retain(|id, _| match changed.get(&id.service) {
+                Some(_) => plans.contains_key(id),
+                None => desired.services.contains_key(&id.service),
+            });
+        });
+        let book = self.shared.book.clone();
         for (id, plan) in plans {
             if self.running.contains_key(&id) {
                 continue;
@@ -137,24 +157,20 @@ impl Checker {
     }
 }
 
-/// What is to be checked.
-fn plans(desired: &Desired) -> BTreeMap<BackendId, Plan> {
-    let mut plans = BTreeMap::new();
-    for (service, s) in &desired.services {
-        let own = if let Ports::One(port) = s.port { port } else { 0 };
-        let port = s.health.port.unwrap_or(own);
-        for (backend, b) in &s.backends {
-            let target = ProbeTarget {
-                address: SocketAddr::new(b.address, port),
-                vip: s.vip,
-                kind: s.health.kind.clone(),
-                timeout: Duration::from_millis(s.health.timeout_ms.into()),
-            };
-            let id = BackendId { service: service.clone(), backend: backend.clone() };
-            plans.insert(id, Plan { target, check: s.health.clone() });
-        }
+/// What is to be checked of a service.
+fn plan(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Plan>) {
+    let own = if let Ports::One(port) = s.port { port } else { 0 };
+    let port = s.health.port.unwrap_or(own);
+    for (backend, b) in &s.backends {
+        let target = ProbeTarget {
+            address: SocketAddr::new(b.address, port),
+            vip: s.vip,
+            kind: s.health.kind.clone(),
+            timeout: Duration::from_millis(s.health.timeout_ms.into()),
+        };
+        let id = BackendId { service: service.clone(), backend: backend.clone() };
+        plans.insert(id, Plan { target, check: s.health.clone() });
     }
-    plans
 }
 
 fn now_ms() -> u64 {
@@ -165,7 +181,8 @@ impl Shared {
     /// Writes a verdict down and tells it, if it is another than before.
     async fn settle(&self, id: &BackendId, health: Health, reason: &str) {
         let turned = self.book.change(|entries| {
-            let entry = entries.entry(id.clone()).or_default();
+            // Gone since: a task that is being stopped has nothing more to say.
+            let Some(entry) = entries.get_mut(id) else { return false };
             let turned = entry.health != health;
             if turned {
                 entry.turn(health, now_ms(), reason.to_owned());

@@ -3,7 +3,7 @@
 //! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
-use super::{Backend, Desired, ForwardingMode, HealthKind, Name, Ports, Protocol, Service};
+use super::{Backend, Desired, HealthKind, Name, Ports, Protocol, Service};
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -66,6 +66,21 @@ impl Desired {
         let mut found = Vec::new();
         self.check_ports(&mut found);
         for (name, service) in &self.services {
+            service.check(name, &mut found);
+        }
+        found
+    }
+
+    /// The same where `old` is known to be valid: only what differs is looked at, so that a change of one
+    /// service among thousands costs that one.
+    pub fn check_change(&self, old: &Self) -> Vec<Invalid> {
+        let changed = || self.services.iter().filter(|(name, s)| old.services.get(*name) != Some(s));
+        let mut found = Vec::new();
+        let place = |s: &Service| (s.vip, s.protocol, s.port);
+        if changed().any(|(name, s)| old.services.get(name).map(place) != Some(place(s))) {
+            self.check_ports(&mut found);
+        }
+        for (name, service) in changed() {
             service.check(name, &mut found);
         }
         found
@@ -183,10 +198,9 @@ impl Service {
             refuse(format!("address {what}"));
         } else if b.address == self.vip {
             refuse(format!("address {} is the service's own VIP: give the worker's own address", b.address));
-        } else if self.vip.is_ipv6() && b.address.is_ipv4() && self.mode == ForwardingMode::Ipip {
+        } else if self.vip.is_ipv6() && b.address.is_ipv4() {
             refuse(format!(
-                "address {} is IPv4, but the service is IPv6 and mode ipip does not carry IPv6 in IPv4: \
-                 give an IPv6 address, or use mode gue",
+                "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
                 b.address
             ));
         }
@@ -286,7 +300,7 @@ mod tests {
             ),
             (
                 r#"{"vip":"fd00::1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2"}}}"#,
-                "give an IPv6 address, or use mode gue",
+                "not carried in IPv4: give an IPv6 address",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp",
@@ -297,6 +311,30 @@ mod tests {
         for (json, expected) in cases {
             let found = errors(&[("s", json)]);
             assert!(found.len() == 1 && found[0].contains(expected), "{json}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn a_change_is_checked_where_it_differs() {
+        let good = r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp"}"#;
+        let old = desired(&[("a", good), ("b", r#"{"vip":"10.0.0.2","port":80,"protocol":"tcp"}"#)]);
+        for (services, count) in [
+            (vec![("a", good)], 0),
+            (vec![("a", good), ("b", r#"{"vip":"10.0.0.2","port":80,"protocol":"tcp","table_size":3}"#)], 1),
+            (vec![("a", good), ("b", r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp"}"#)], 1),
+            (vec![("a", good), ("b", r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","table_size":3}"#)], 2),
+            (
+                vec![
+                    ("a", good),
+                    ("c", good),
+                    ("d", r#"{"vip":"10.0.0.3","port":80,"protocol":"tcp","seed":1}"#),
+                ],
+                1,
+            ),
+        ] {
+            let new = desired(&services);
+            assert_eq!(new.check_change(&old), new.check(), "{services:?}");
+            assert_eq!(new.check().len(), count, "{services:?}");
         }
     }
 

@@ -32,6 +32,9 @@ const RESYNC: Duration = Duration::from_secs(60);
 /// Where the kernel does not keep neighbours resolved by itself, it is asked to use them this often.
 const REFRESH: Duration = Duration::from_secs(15);
 
+/// Backends without a next hop that are told one by one.
+const TOLD: usize = 10;
+
 /// Why the kernel cannot be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum NeighbourError {
@@ -194,13 +197,21 @@ impl Resolver {
 
     async fn tell(&mut self, hops: &mpsc::Sender<BTreeMap<IpAddr, NextHop>>) {
         let (found, missing) = self.table.next_hops();
-        for (address, why) in &missing {
-            if self.unresolved.get(address) != Some(why) {
-                tracing::info!(%address, why, "backend has no next hop: its packets ask the kernel's routes");
-            }
+        let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
+        for (address, why) in news.iter().take(TOLD) {
+            tracing::info!(%address, why, "backend has no next hop: its packets ask the kernel's routes");
         }
-        for address in self.unresolved.keys().filter(|a| found.contains_key(*a)) {
-            tracing::info!(%address, "next hop resolved");
+        if news.len() > TOLD {
+            tracing::info!(
+                backends = news.len() - TOLD,
+                "and more have no next hop: `lbctl status` counts them"
+            );
+        }
+        let resolved: Vec<_> = self.unresolved.keys().filter(|a| found.contains_key(*a)).collect();
+        match resolved[..] {
+            [] => {}
+            [address] => tracing::info!(%address, "next hop resolved"),
+            _ => tracing::info!(backends = resolved.len(), "next hops resolved"),
         }
         self.unresolved = missing;
         if self.told.as_ref() != Some(&found) {
