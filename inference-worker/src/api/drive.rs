@@ -37,8 +37,20 @@ pub struct Choice {
     pub cached: usize,
 }
 
+/// More than the engine could ever take is the client's mistake, not a matter of trying later.
+fn check_count(engine: &Engine, count: usize) -> Result<(), ApiError> {
+    let most = engine.capacity();
+    if count > most {
+        return Err(ApiError::bad_request(format!(
+            "{count} sequences in one request (prompts times `n`), at most {most}; split it."
+        )));
+    }
+    Ok(())
+}
+
 /// Submits `n` choices of each prompt.
 pub fn submit(engine: &Engine, prompts: &[(Vec<u32>, Generate)], n: usize) -> Result<Driven, ApiError> {
+    check_count(engine, prompts.len() * n)?;
     let (mut receivers, mut requests) = (Vec::new(), Vec::new());
     let arrived = Instant::now();
     for (prompt, generate) in prompts {
@@ -59,6 +71,7 @@ pub fn submit(engine: &Engine, prompts: &[(Vec<u32>, Generate)], n: usize) -> Re
 
 /// Submits one embedding; gives its vector.
 pub async fn embed(engine: &Engine, prompts: Vec<Vec<u32>>) -> Result<Vec<Vec<f32>>, ApiError> {
+    check_count(engine, prompts.len())?;
     let (mut receivers, mut requests) = (Vec::new(), Vec::new());
     for prompt in prompts {
         let (events, receiver) = unbounded_channel();

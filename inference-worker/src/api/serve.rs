@@ -2,7 +2,16 @@
 //!
 //! On drain, idle connections are closed and busy ones after their response.
 
-use std::{convert::Infallible, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use anyhow::Context;
 use axum::Router;
@@ -24,6 +33,8 @@ use super::{App, Phase, guard::Peer};
 const HEADER_TIME: Duration = Duration::from_secs(75);
 /// How long a client may take for the TLS handshake.
 const HANDSHAKE_TIME: Duration = Duration::from_secs(10);
+/// How long a new connection's first request may be on its way when draining begins.
+const FIRST_REQUEST_TIME: Duration = Duration::from_secs(1);
 /// Connections at once.
 const MAX_CONNECTIONS: usize = 8192;
 
@@ -101,19 +112,34 @@ async fn http(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     peer: SocketAddr,
 ) {
+    let seen = Arc::new(AtomicBool::new(false));
+    let service_seen = seen.clone();
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
+        service_seen.store(true, Relaxed);
         request.extensions_mut().insert(Peer(peer));
         let router = router.clone();
         async move { Ok::<_, Infallible>(router.oneshot(request).await.unwrap_or_else(|never| match never {})) }
     });
+    let mut phase = app.phase.subscribe();
+    let late = *phase.borrow() == Phase::Draining;
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIME)
+        // A connection that comes while draining is served once: to refuse it would fail its request.
+        .keep_alive(!late)
         .serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
-    let mut phase = app.phase.subscribe();
-    // Wrapped so that the guard that `wait_for` gives is gone before the next await.
-    let draining = async move { drop(phase.wait_for(|p| *p == Phase::Draining).await) };
+    let draining = async move {
+        if late {
+            return std::future::pending().await;
+        }
+        // The guard that `wait_for` gives is gone before the next await.
+        drop(phase.wait_for(|p| *p == Phase::Draining).await);
+        // Shutting down closes an idle connection at once; one that is new has a request on its way.
+        if !seen.load(Relaxed) {
+            tokio::time::sleep(FIRST_REQUEST_TIME).await;
+        }
+    };
     let result = tokio::select! {
         result = connection.as_mut() => result,
         () = draining => {

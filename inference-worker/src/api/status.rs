@@ -57,8 +57,11 @@ pub async fn health() -> StatusCode {
 /// `GET /ready`: weights loaded, warm-up done, and not draining.
 pub async fn ready(State(app): State<Arc<App>>) -> Response {
     let phase = *app.phase.borrow();
-    let status = if phase == Phase::Ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, JsonBody(json!({"ready": phase == Phase::Ready, "phase": phase.name()}))).into_response()
+    let broken = app.registry.models().engines().any(|e| e.stats.stopped.load(Relaxed));
+    let ready = phase == Phase::Ready && !broken;
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let phase = if broken { "broken" } else { phase.name() };
+    (status, JsonBody(json!({"ready": ready, "phase": phase}))).into_response()
 }
 
 fn kv_usage(engine: &Engine) -> f64 {

@@ -16,7 +16,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
         mpsc::{Sender, channel},
     },
     time::Duration,
@@ -83,6 +83,8 @@ pub struct Stats {
     pub prompt: AtomicU64,
     /// Failed steps so far.
     pub failures: AtomicU64,
+    /// The engine's thread has ended.
+    pub stopped: AtomicBool,
 }
 
 /// Why a request was not accepted.

@@ -92,6 +92,7 @@ impl Runner {
 
     /// Until every handle is gone and every sequence done.
     pub fn run(mut self) {
+        let _mark = MarkStopped(self.stats.clone());
         loop {
             if self.scheduler.idle() {
                 self.publish();
@@ -177,7 +178,6 @@ impl Runner {
             self.prompt_cost += 0.2 * (cost - self.prompt_cost);
         }
         self.stats.prompt.fetch_add(prompt as u64, Relaxed);
-        self.metrics.prompt_tokens.inc_by(prompt as u64);
         self.hand_out(shares, &wants);
     }
 
@@ -229,6 +229,7 @@ impl Runner {
         if s.remaining() > 0 {
             return None;
         }
+        self.metrics.prompt_tokens.inc_by(s.request.prompt.len() as u64);
         // The mean's direction is the sum's; OpenAI's embeddings have unit length.
         let length = s.pooled.iter().map(|v| v * v).sum::<f32>().sqrt().max(f32::MIN_POSITIVE);
         let embedding = s.pooled.iter().map(|v| v / length).collect();
@@ -282,6 +283,7 @@ impl Runner {
         let s = &mut self.scheduler.running[index];
         match s.last_token.replace(now) {
             None => {
+                self.metrics.prompt_tokens.inc_by(s.request.prompt.len() as u64);
                 self.metrics.time_to_first_token.observe((now - s.request.arrived).as_secs_f64());
                 let started = s.started.unwrap_or(now);
                 self.metrics.queue_time.observe((started - s.request.arrived).as_secs_f64());
@@ -347,6 +349,15 @@ impl Runner {
         self.metrics.prefix_queries.inc_by(s.prefix.0 - b.prefix.0);
         self.metrics.prefix_hits.inc_by(s.prefix.1 - b.prefix.1);
         (b.preemptions, b.prefix) = (s.preemptions, s.prefix);
+    }
+}
+
+/// Says that the engine's thread has ended, also when it ended by a bug.
+struct MarkStopped(Arc<Stats>);
+
+impl Drop for MarkStopped {
+    fn drop(&mut self) {
+        self.0.stopped.store(true, Relaxed);
     }
 }
 
