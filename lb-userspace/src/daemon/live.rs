@@ -61,7 +61,7 @@ impl Live {
             ReconcileError::Compile(_) | ReconcileError::Apply(ApplyError::NoRoom(_)) => {
                 EngineError::Refused { what: error.to_string() }
             }
-            ReconcileError::Apply(ApplyError::Dataplane(_)) => {
+            ReconcileError::Apply(ApplyError::Dataplane(_)) | ReconcileError::Together(_) => {
                 EngineError::Failed { what: error.to_string() }
             }
         })

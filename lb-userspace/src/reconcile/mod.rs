@@ -71,6 +71,9 @@ pub enum ReconcileError {
     /// It cannot be written.
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    /// A state that came at the same moment failed, and this one with it.
+    #[error("{0}")]
+    Together(String),
 }
 
 /// What must outlive the daemon, beside the desired state.
@@ -259,10 +262,7 @@ impl<M: Maps> Reconciler<M> {
                 (Some(applied), _) => Ok(applied.clone()),
                 (None, Some(error)) => Err(error),
                 // More than one asked in this burst: only one can have the error itself.
-                (None, None) => match self.check(&self.desired.clone()) {
-                    Err(error) => Err(error),
-                    Ok(()) => continue,
-                },
+                (None, None) => Err(ReconcileError::Together(text.clone().unwrap_or_default())),
             };
             // Nobody may be waiting any more, which is fine.
             let _ = sender.send(answer);
@@ -332,7 +332,6 @@ impl<M: Maps> Reconciler<M> {
 
     /// Takes a sweep in; true if indices or marks became free by it.
     fn swept(&mut self, sweep: Arc<Sweep>) -> bool {
-        let now_ms = clock::boot().as_millis() as i64;
         let before = self.memory.clone();
         let settled = |index: &u32| self.unstable.get(index).is_none_or(|t| *t + SETTLE < sweep.began);
         let quiet: Vec<u32> = self
@@ -355,7 +354,7 @@ impl<M: Maps> Reconciler<M> {
             .collect();
         let backends: BTreeSet<u32> = self
             .memory
-            .drained(&self.desired, now_ms)
+            .drained(&self.desired, began_ms)
             .into_iter()
             .filter(|i| !sweep.backends.contains(i))
             .collect();

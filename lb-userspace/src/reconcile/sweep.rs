@@ -10,7 +10,7 @@ use crate::{
 };
 use lb_common::{
     Flow, FlowKey,
-    backend::flags::USED,
+    backend::flags::{DOWN, DRAINING, USED},
     flow::{CLOSING_S, SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
 };
 use lb_ebpf::FlowTable;
@@ -60,10 +60,16 @@ impl Judge<'_> {
         let age_s = self.now_s.saturating_sub(flow.last_seen_s);
         let aged = match table {
             FlowTable::Syns => age_s > SYN_TIMEOUT_S,
-            FlowTable::Flows => flow.flags & CLOSING != 0 && age_s > CLOSING_S,
+            FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
+            // A client that vanished would hold a removed backend's index for ever.
+            FlowTable::Flows => age_s > TCP_IDLE_S && self.is_leaving(flow.backend),
             FlowTable::UdpFlows => age_s > self.udp_timeout(key.service),
         };
         aged || !self.is_served(key, flow)
+    }
+
+    fn is_leaving(&self, backend: u32) -> bool {
+        self.reader.backend(backend).is_none_or(|b| b.flags & (DRAINING | DOWN) != 0)
     }
 
     fn is_served(&self, key: &FlowKey, flow: &Flow) -> bool {
