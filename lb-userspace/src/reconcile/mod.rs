@@ -95,6 +95,9 @@ pub struct Reconciler<M: Maps> {
     maps: M,
     settings: Settings,
     desired: Arc<Desired>,
+    /// Whether `desired` is somebody's word and not just empty: until then nothing is written, or an
+    /// event that comes first after a restart (a sweep, a next hop) would remove every service.
+    told: bool,
     revision: u64,
     observed: Observed,
     memory: Memory,
@@ -151,6 +154,7 @@ impl<M: Maps> Reconciler<M> {
             maps,
             settings,
             desired: Arc::default(),
+            told: false,
             revision: 0,
             observed: Observed::default(),
             memory,
@@ -210,6 +214,7 @@ impl<M: Maps> Reconciler<M> {
             match event {
                 Event::Desired { desired, revision, applied } => {
                     changed = true;
+                    self.told = true;
                     self.desired = desired;
                     self.revision = revision;
                     asked.extend(applied);
@@ -228,7 +233,7 @@ impl<M: Maps> Reconciler<M> {
                 Event::Swept(sweep) => changed |= self.swept(sweep),
             }
         }
-        if changed {
+        if changed && self.told {
             self.bring_up_to_date(asked, began);
         }
     }

@@ -104,6 +104,26 @@ fn a_restart_with_the_same_state_writes_nothing() {
 }
 
 #[test]
+fn what_comes_before_the_first_state_writes_nothing() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let before = bed.writes();
+    let mut bed = bed.restart();
+    let hop = NextHop { ifindex: 7, vlan: 0, egress_mac: [2; 6], next_hop: [4; 6], mtu: 1500, source: None };
+    let early = vec![
+        Event::NextHops(BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)])),
+        Event::Health(BackendId { service: name("web"), backend: name("a") }, Health::Unhealthy),
+        Event::Swept(Arc::default()),
+    ];
+    bed.reconciler.step(early, clock::boot());
+    bed.reconciler.step(Vec::new(), clock::boot());
+    assert_eq!(bed.writes(), before, "the services of the last daemon were touched");
+    // Nor is the last daemon's memory: the same state is a restart, not a first start.
+    let kept: Kept = serde_json::from_slice(&bed.kept.lock().unwrap()).unwrap();
+    assert_eq!(kept.memory.services.len(), 2);
+}
+
+#[test]
 fn an_unchanged_state_writes_nothing() {
     let mut bed = bed();
     bed.set(&two(), 1).unwrap();
