@@ -6,16 +6,16 @@ use std::{
     io::Write,
     process::{Command, Output},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use test_support::{
     bed::{Layout, binary},
     check::{ensure_none_failed, request},
     hold::Holder,
-    http::{Load, Running},
+    http::{Account, Load, Running},
     netns::run,
     nginx,
     stage::{LINES, Plan, Stage},
@@ -58,23 +58,51 @@ fn kill_9_in_the_middle_of_changes_leaves_a_whole_state() -> Result<()> {
         wholes.push(stage.lbctl.run(&["config", "export"])?);
     }
 
+    let mut events = Vec::new();
     for round in 0..16_u64 {
+        let mut note = |what: &str| events.push((Instant::now(), format!("round {round}: {what}")));
         let lbctl = stage.lbctl.clone();
         let path = files[usize::try_from(round % 2)?].display().to_string();
         let change = thread::spawn(move || lbctl.output(&["config", "apply", &path]));
         // From before the change to well after it.
+        note("change begins");
         thread::sleep(Duration::from_millis(round * 5));
         stage.ingress.stop(Signal::SIGKILL)?;
-        let _ = change.join();
+        note("lbd is dead");
+        let answered = change.join().is_ok_and(|output| output.is_ok_and(|output| output.status.success()));
         stage.ingress.start_again(&stage.bed)?;
+        note(if answered { "lbd is back; the change was answered" } else { "lbd is back" });
         let state = stage.lbctl.run(&["config", "export"])?;
         ensure!(wholes.contains(&state), "round {round} left half a change:\n{state}");
+        let moved: Vec<_> = holder.exchange()?.into_iter().filter(|held| !held.stays()).collect();
+        if let Some(first) = moved.first() {
+            let flow = [first.local.to_string(), first.target.to_string()];
+            let why = stage.lbctl.run(&["explain", &flow[0], &flow[1], "tcp"])?;
+            let told = why + &tell(&stage, &events, &load.take())?;
+            bail!("round {round}: {} of 300 connections moved: {first:?}\n{told}", moved.len());
+        }
     }
 
-    ensure_none_failed(&load.finish()?)?;
-    let moved = holder.exchange()?.iter().filter(|held| !held.stays()).count();
-    ensure!(moved == 0, "{moved} of 300 connections moved");
+    let account = load.finish()?;
+    if account.failed() > 0 {
+        bail!("{} requests failed\n{}", account.failed(), tell(&stage, &events, &account)?);
+    }
     Ok(())
+}
+
+/// What happened when, for the one who has to find out why.
+fn tell(stage: &Stage, events: &[(Instant, String)], account: &Account) -> Result<String> {
+    let since = |when: Instant| when.saturating_duration_since(events[0].0).as_secs_f32();
+    let mut lines: Vec<(f32, String)> =
+        events.iter().map(|(when, what)| (since(*when), what.clone())).collect();
+    for failure in account.failures() {
+        lines.push((since(failure.started), format!("a request begins that fails: {failure:?}")));
+    }
+    lines.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut text: String = lines.iter().map(|(when, what)| format!("{when:.3} s: {what}\n")).collect();
+    text.push_str(&stage.lbctl.run(&["stats"])?);
+    text.push_str(&stage.ingress.process().output());
+    Ok(text)
 }
 
 /// Arguments of a daemon on `interface` that shares nothing with the stage's.
