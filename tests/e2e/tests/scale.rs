@@ -12,11 +12,8 @@ use test_support::{
 
 const SERVICES: u8 = 100;
 const BACKENDS: u8 = 100;
-const CHANGES: usize = 200;
-
-fn patience(optimised: Duration) -> Duration {
-    if cfg!(debug_assertions) { optimised * 10 } else { optimised }
-}
+const CHANGES: usize = if cfg!(debug_assertions) { 20 } else { 200 };
+const PATIENCE: Duration = Duration::from_millis(if cfg!(debug_assertions) { 2_000 } else { 10 });
 
 /// Without probes: 10,000 backends that nobody has built.
 fn configuration(backends: u8, table_size: Option<u32>) -> Result<String> {
@@ -59,6 +56,6 @@ fn a_change_among_ten_thousand_backends_is_written_in_time() -> Result<()> {
     times.sort_unstable();
     let p99 = times[(times.len() - 1) * 99 / 100];
     println!("{} changes: median {:?}, p99 {p99:?}", times.len(), times[times.len() / 2]);
-    ensure!(p99 < patience(Duration::from_millis(10)), "p99 is {p99:?}");
+    ensure!(p99 < PATIENCE, "p99 is {p99:?}");
     Ok(())
 }
