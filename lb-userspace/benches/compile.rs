@@ -29,7 +29,7 @@ fn desired() -> Desired {
         service.backends = (0..100).map(|i| (name("b", i), backend(s, i))).collect();
         service
     };
-    Desired { services: (0..100).map(|s| (name("s", s), service(s))).collect() }
+    Desired { services: (0..100).map(|s| (name("s", s), service(s).into())).collect() }
 }
 
 fn compilations(c: &mut Criterion) {
@@ -52,7 +52,7 @@ fn compilations(c: &mut Criterion) {
             let mut took = Duration::ZERO;
             for _ in 0..iterations {
                 i += 1;
-                let service = state.services.get_mut(&name("s", i % 100)).expect("one of the hundred");
+                let service = state.service_mut(&name("s", i % 100)).expect("one of the hundred");
                 let last = service.backends.keys().next_back().expect("a hundred backends").clone();
                 service.backends.remove(&last);
                 service.backends.insert(name("new", i), backend(200 + i / 250 % 50, i % 250));

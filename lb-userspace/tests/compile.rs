@@ -114,7 +114,7 @@ fn the_source_prefix_is_for_ipip_and_its_own_family() {
     assert_eq!(entry(&plan, false).source[..6], [0xfd, 0, 0, 1, 0, 0]);
     assert!(plan.backends.values().all(|b| b.flags & flags::RESOLVED != 0));
 
-    let s = desired.services.values_mut().next().unwrap();
+    let s = Arc::make_mut(desired.services.values_mut().next().unwrap());
     s.mode = lb_userspace::model::ForwardingMode::Gue;
     let plan = host.at(2, &desired).plan;
     let gue = entry(&plan, true);
@@ -230,7 +230,7 @@ fn hosts_with_different_pasts_have_the_same_tables() {
 fn what_is_down_is_marked_and_out_of_the_table_but_for_transitions() {
     let mut host = Host::default();
     let mut desired = two();
-    let s = desired.services.values_mut().next().unwrap();
+    let s = Arc::make_mut(desired.services.values_mut().next().unwrap());
     s.health.kind = lb_userspace::model::HealthKind::Tcp;
     let id = |b: &str| BackendId { service: "s".parse().unwrap(), backend: b.parse().unwrap() };
     host.observed.health = BTreeMap::from([(id("a"), Health::Healthy), (id("b"), Health::Healthy)]);
@@ -244,7 +244,7 @@ fn what_is_down_is_marked_and_out_of_the_table_but_for_transitions() {
         assert_eq!(slot.primary_index(), NO_BACKEND);
         assert!(slot.is_transition() && slot.secondary_index() < 2);
     }
-    desired.services.values_mut().next().unwrap().panic_percent = 50;
+    Arc::make_mut(desired.services.values_mut().next().unwrap()).panic_percent = 50;
     let Compiled { plan, status, .. } = host.at(3, &desired);
     assert!(status[0].panic && plan.backends.values().all(|b| b.flags == flags::USED));
 }

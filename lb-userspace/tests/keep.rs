@@ -109,7 +109,7 @@ impl World {
         let mut service: Service = serde_json::from_str(&json).unwrap();
         service.health = HealthCheck { kind: HealthKind::Tcp, ..HealthCheck::default() };
         let mut world = Self {
-            desired: Desired { services: BTreeMap::from([(service_name(), service)]) },
+            desired: Desired { services: BTreeMap::from([(service_name(), service.into())]) },
             observed: Observed::default(),
             memory: Memory::default(),
             cache: Cache::default(),
@@ -124,7 +124,7 @@ impl World {
     }
 
     fn service(&mut self) -> &mut Service {
-        self.desired.services.get_mut(&service_name()).unwrap()
+        self.desired.service_mut(&service_name()).unwrap()
     }
 
     fn compile(&mut self) {

@@ -162,7 +162,7 @@ fn service_mut<'a>(desired: &'a mut Desired, name: &Name) -> Result<&'a mut Serv
     if !desired.services.contains_key(name) {
         return Err(no_service(name, desired.services.keys()));
     }
-    desired.services.get_mut(name).ok_or_else(|| ApiError::not_found(format!("there is no service {name}")))
+    desired.service_mut(name).ok_or_else(|| ApiError::not_found(format!("there is no service {name}")))
 }
 
 fn backend_mut<'a>(
@@ -205,7 +205,7 @@ async fn service_add(
             return Err(ApiError::exists(format!("there is a service {service} already"))
                 .fix(format!("change it with `lbctl service set {service}`, or choose another name")));
         }
-        desired.services.insert(service.clone(), new.clone());
+        desired.services.insert(service.clone(), new.clone().into());
         Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))

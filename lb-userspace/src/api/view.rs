@@ -300,7 +300,12 @@ fn problems(status: &Status) -> Vec<String> {
 /// # Errors
 /// 404, with the nearest name.
 pub(super) fn find_service<'a>(stored: &'a Stored, name: &Name) -> Result<&'a Service, ApiError> {
-    stored.desired.services.get(name).ok_or_else(|| no_service(name, stored.desired.services.keys()))
+    stored
+        .desired
+        .services
+        .get(name)
+        .map(|s| &**s)
+        .ok_or_else(|| no_service(name, stored.desired.services.keys()))
 }
 
 /// 404 with the nearest name.

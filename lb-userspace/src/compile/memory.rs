@@ -220,7 +220,7 @@ impl Memory {
 
     /// Retires services that are no longer desired.
     pub fn retire_missing(&mut self, desired: &Desired, now_ms: i64) {
-        let wanted: BTreeSet<ServiceId> = desired.services.values().map(ServiceId::of).collect();
+        let wanted: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
         let gone: Vec<ServiceId> = self.services.keys().filter(|id| !wanted.contains(id)).copied().collect();
         for id in gone {
             if let Some(service) = self.services.remove(&id) {

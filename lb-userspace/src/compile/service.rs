@@ -37,7 +37,7 @@ use std::{
 pub(super) struct Input<'a> {
     pub name: &'a Name,
     pub id: ServiceId,
-    pub wanted: &'a Service,
+    pub wanted: &'a Arc<Service>,
     /// In the order of `wanted.backends`.
     pub verdicts: Vec<Health>,
     pub next_hops: &'a BTreeMap<IpAddr, NextHop>,
@@ -65,7 +65,7 @@ pub(super) struct Cached {
 
 struct Last {
     name: Name,
-    wanted: Service,
+    wanted: Arc<Service>,
     verdicts: Vec<Health>,
     next_hops: Vec<Option<NextHop>>,
     output: Arc<Output>,

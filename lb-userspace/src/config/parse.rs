@@ -115,7 +115,7 @@ impl Parser<'_> {
             let line = self.line(&first);
             self.problem(Some(name_span), format!("a second service {name}; the first is in line {line}"));
         }
-        desired.services.insert(name, service);
+        desired.services.insert(name, service.into());
     }
 
     fn backend(

@@ -109,7 +109,7 @@ impl Checker {
         let changed: BTreeMap<&Name, Option<&Service>> = {
             let gone = old.services.keys().filter(|name| !desired.services.contains_key(*name));
             let new = desired.services.iter().filter(|(name, s)| first || old.services.get(*name) != Some(s));
-            gone.map(|name| (name, None)).chain(new.map(|(name, s)| (name, Some(s)))).collect()
+            gone.map(|name| (name, None)).chain(new.map(|(name, s)| (name, Some(&**s)))).collect()
         };
         let mut plans = BTreeMap::new();
         for (name, service) in &changed {

@@ -77,7 +77,7 @@ impl Desired {
         let changed = || self.services.iter().filter(|(name, s)| old.services.get(*name) != Some(s));
         let mut found = Vec::new();
         let place = |s: &Service| (s.vip, s.protocol, s.port);
-        if changed().any(|(name, s)| old.services.get(name).map(place) != Some(place(s))) {
+        if changed().any(|(name, s)| old.services.get(name).map(|s| place(s)) != Some(place(s))) {
             self.check_ports(&mut found);
         }
         for (name, service) in changed() {
@@ -251,7 +251,7 @@ mod tests {
     }
 
     fn desired(services: &[(&str, &str)]) -> Desired {
-        Desired { services: services.iter().map(|(n, s)| (n.parse().unwrap(), service(s))).collect() }
+        Desired { services: services.iter().map(|(n, s)| (n.parse().unwrap(), service(s).into())).collect() }
     }
 
     fn errors(services: &[(&str, &str)]) -> Vec<String> {
@@ -369,7 +369,7 @@ mod tests {
         let services = (0..20_000u32).map(|i| {
             let vip = IpAddr::from((0x0a00_0000 + i / 100 + 1).to_be_bytes());
             let port = Ports::One((i % 100 + 1) as u16);
-            (format!("s{i}").parse().unwrap(), Service { vip, port, ..one.clone() })
+            (format!("s{i}").parse().unwrap(), Service { vip, port, ..one.clone() }.into())
         });
         let desired = Desired { services: services.collect() };
         let start = Instant::now();

@@ -2,15 +2,31 @@
 
 use super::{HealthCheck, Name, Ports, Protocol};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
 /// Everything the operator asked for.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Desired {
-    /// Services by name.
+    /// Services by name. Shared between revisions: a change of one among thousands copies and compares that one.
     #[serde(default)]
-    pub services: BTreeMap<Name, Service>,
+    pub services: BTreeMap<Name, Arc<Service>>,
+}
+
+impl Desired {
+    /// A service to be changed; copied first if another revision shares it.
+    pub fn service_mut(&mut self, name: &Name) -> Option<&mut Service> {
+        self.services.get_mut(name).map(Arc::make_mut)
+    }
+
+    /// Shares the services that are as they are in `old`.
+    pub fn share(&mut self, old: &Self) {
+        for (name, service) in &mut self.services {
+            if let Some(same) = old.services.get(name).filter(|old| *old == service) {
+                service.clone_from(same);
+            }
+        }
+    }
 }
 
 /// How new flows are placed.

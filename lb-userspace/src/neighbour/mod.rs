@@ -9,12 +9,16 @@
 pub mod netlink;
 pub mod table;
 
-use crate::{model::NextHop, store::Stored};
+use crate::{
+    model::{Desired, NextHop, Service},
+    store::Stored,
+};
 use futures_util::{StreamExt, stream::BoxStream};
 use netlink::{Kernel, Message, Seen};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 use table::Table;
@@ -61,6 +65,8 @@ pub struct Resolver {
     messages: BoxStream<'static, Message>,
     table: Table,
     wanted: BTreeSet<IpAddr>,
+    /// State that `wanted` is of.
+    followed: Arc<Desired>,
     /// Neighbours that the kernel was asked to keep resolved.
     kept: BTreeSet<(u32, IpAddr)>,
     told: Option<BTreeMap<IpAddr, NextHop>>,
@@ -79,6 +85,7 @@ impl Resolver {
             messages,
             table: Table::default(),
             wanted: BTreeSet::new(),
+            followed: Arc::default(),
             kept: BTreeSet::new(),
             told: None,
             unresolved: BTreeMap::new(),
@@ -96,7 +103,8 @@ impl Resolver {
         hops: mpsc::Sender<BTreeMap<IpAddr, NextHop>>,
     ) -> Result<(), NeighbourError> {
         self.resync().await?;
-        let wanted = addresses(&desired.borrow_and_update());
+        self.followed = desired.borrow_and_update().desired.clone();
+        let wanted = addresses(&self.followed);
         self.want(&wanted).await;
         self.keep_resolved().await;
         self.tell(&hops).await;
@@ -119,8 +127,11 @@ impl Resolver {
                 }
                 changed = desired.changed() => {
                     if changed.is_err() { return Ok(()); }
-                    let wanted = addresses(&desired.borrow_and_update());
-                    if wanted == self.wanted { continue; }
+                    let new = desired.borrow_and_update().desired.clone();
+                    let same = has_same_backends(&self.followed, &new);
+                    let wanted = if same { BTreeSet::new() } else { addresses(&new) };
+                    self.followed = new;
+                    if same || wanted == self.wanted { continue; }
                     self.want(&wanted).await;
                     due = Some(Instant::now());
                 }
@@ -221,6 +232,14 @@ impl Resolver {
     }
 }
 
-fn addresses(stored: &Stored) -> BTreeSet<IpAddr> {
-    stored.desired.services.values().flat_map(|s| s.backends.values().map(|b| b.address)).collect()
+fn addresses(desired: &Desired) -> BTreeSet<IpAddr> {
+    desired.services.values().flat_map(|s| s.backends.values().map(|b| b.address)).collect()
+}
+
+/// Whether both states have the same backends at the same addresses; cheap where services are shared.
+fn has_same_backends(old: &Desired, new: &Desired) -> bool {
+    let addresses = |s: &Arc<Service>| -> Vec<IpAddr> { s.backends.values().map(|b| b.address).collect() };
+    let same = |a: &Arc<Service>, b: &Arc<Service>| Arc::ptr_eq(a, b) || addresses(a) == addresses(b);
+    old.services.len() == new.services.len()
+        && old.services.iter().all(|(name, a)| new.services.get(name).is_some_and(|b| same(a, b)))
 }

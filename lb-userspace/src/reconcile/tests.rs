@@ -35,7 +35,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
 }
 
 fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
-    Arc::new(Desired { services: services.into_iter().map(|(n, s)| (name(n), s)).collect() })
+    Arc::new(Desired { services: services.into_iter().map(|(n, s)| (name(n), s.into())).collect() })
 }
 
 /// A reconciler over shared maps, and what it keeps.
@@ -94,7 +94,7 @@ fn a_restart_with_the_same_state_writes_nothing() {
     let mut bed = bed();
     bed.set(&two(), 1).unwrap();
     let mut more = (*two()).clone();
-    more.services.get_mut(&name("web")).unwrap().backends.remove(&name("a"));
+    more.service_mut(&name("web")).unwrap().backends.remove(&name("a"));
     bed.set(&Arc::new(more.clone()), 2).unwrap();
     let before = bed.writes();
     let mut bed = bed.restart();
@@ -139,7 +139,7 @@ fn what_does_not_fit_is_refused_whole() {
     bed.set(&two(), 1).unwrap();
     let before = bed.writes();
     let mut large = (*two()).clone();
-    large.services.get_mut(&name("web")).unwrap().table_size = Some(65_537);
+    large.service_mut(&name("web")).unwrap().table_size = Some(65_537);
     let error = bed.set(&Arc::new(large), 2).unwrap_err();
     assert!(matches!(error, ReconcileError::Apply(ApplyError::NoRoom(_))), "{error}");
     assert_eq!(bed.writes(), before);
@@ -154,8 +154,9 @@ fn after_a_failed_write_the_next_attempt_finishes() {
         bed.set(&two(), 1).unwrap();
         let mut next = (*two()).clone();
         next.services.remove(&name("all"));
-        next.services.insert(name("new"), service("10.0.0.3", Ports::Range(1, 9), &[("c", "10.1.0.3", 1)]));
-        next.services.get_mut(&name("web")).unwrap().backends.remove(&name("b"));
+        next.services
+            .insert(name("new"), service("10.0.0.3", Ports::Range(1, 9), &[("c", "10.1.0.3", 1)]).into());
+        next.service_mut(&name("web")).unwrap().backends.remove(&name("b"));
         let next = Arc::new(next);
         bed.maps.0.lock().unwrap().fails_after.set(Some(fails_after));
         let first = bed.set(&next, 2);
@@ -188,7 +189,7 @@ fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
                 let address = format!("10.1.0.{}", b + 1).parse().unwrap();
                 s.backends.insert(name(&format!("b{b}")), Backend { address, weight, state });
             }
-            state.services.insert(name(&format!("s{i}")), s);
+            state.services.insert(name(&format!("s{i}")), s.into());
         }
         // Only states that the model allows reach the reconciler.
         while let Some(bad) = state.check().first().map(|_| state.services.keys().next().cloned()) {

@@ -200,7 +200,7 @@ fn read_revision(
         let bytes = bytes.ok_or_else(|| corrupt(format!("revision {number}: service {name} is missing")))?;
         let service: Service = serde_json::from_slice(bytes.value())
             .map_err(|e| corrupt(format!("revision {number}: service {name}: {e}")))?;
-        desired.services.insert(name.clone(), service);
+        desired.services.insert(name.clone(), service.into());
     }
     Ok(Some(Stored { revision: record.revision(number), desired: Arc::new(desired) }))
 }
