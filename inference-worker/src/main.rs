@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use axum::http::HeaderValue;
 use clap::Parser;
 use inference_worker::{
     api::{self, App, Phase, Settings},
@@ -33,6 +34,9 @@ struct Args {
     /// TorchScript module for the Open Inference Protocol; repeat for several
     #[arg(long, value_name = "NAME=FILE")]
     torchscript: Vec<String>,
+    /// Name of this worker, sent as `x-worker` with every response and shown in /replica
+    #[arg(long, env = "LB_WORKER_NAME", value_parser = parse_name)]
+    name: Option<HeaderValue>,
     /// Address to listen on
     #[arg(long, default_value = "127.0.0.1:8000", env = "LB_WORKER_LISTEN")]
     listen: SocketAddr,
@@ -87,6 +91,11 @@ struct Args {
     /// After SIGTERM, at most so long for requests in flight, in seconds
     #[arg(long, default_value_t = 60)]
     drain_deadline: u64,
+}
+
+fn parse_name(text: &str) -> Result<HeaderValue, String> {
+    let value = HeaderValue::from_str(text).ok().filter(|_| !text.trim().is_empty() && text.is_ascii());
+    value.ok_or_else(|| "a name is made of printable ASCII characters".into())
 }
 
 fn parse_device(text: &str) -> Result<tch::Device, String> {
@@ -168,6 +177,7 @@ fn build(args: &Args) -> anyhow::Result<Arc<App>> {
         api_keys: args.api_keys_file.as_ref().map(secrets).transpose()?.unwrap_or_default(),
         admin_key: args.admin_key_file.as_ref().map(secrets).transpose()?.map(|mut k| k.swap_remove(0)),
         max_body_bytes: args.max_body_mib << 20,
+        name: args.name.clone(),
     };
     let files: Vec<(String, PathBuf)> = args.torchscript.iter().map(|t| named(t)).collect();
     let scripts = Scripts::load(&files, args.device)?;

@@ -321,13 +321,16 @@ async fn keys_are_checked_in_constant_places() {
     let settings = Settings {
         api_keys: vec!["k1".into(), "k2".into()],
         admin_key: Some("boss".into()),
+        name: Some("gpu-1".parse().unwrap()),
         ..Settings::default()
     };
     let bed = bed_with(WorkerOptions { settings, ..WorkerOptions::default() }).await;
     let call = |path: &str, key: &str| {
         bed.client.get(format!("{}{path}", bed.worker.url)).bearer_auth(key.to_owned()).send()
     };
-    assert_eq!(bed.get("/v1/models").await.status(), 401);
+    let refused = bed.get("/v1/models").await;
+    assert_eq!(refused.status(), 401);
+    assert_eq!(refused.headers()["x-worker"], "gpu-1");
     assert_eq!(call("/v1/models", "k").await.unwrap().status(), 401);
     assert_eq!(call("/v1/models", "k2").await.unwrap().status(), 200);
     assert_eq!(call("/admin/models", "k1").await.unwrap().status(), 403);

@@ -84,6 +84,10 @@ pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Nex
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
     }
+    // Behind a layer-4 balancer nothing else tells a client who answered.
+    if let Some(name) = &app.settings.name {
+        response.headers_mut().insert("x-worker", name.clone());
+    }
     if let Some(value) = load_format.and_then(|f| status::load_header(&app, f.to_str().unwrap_or_default())) {
         response.headers_mut().insert("endpoint-load-metrics", value);
     }

@@ -28,6 +28,7 @@ use std::{
 use axum::{
     Router,
     extract::Request,
+    http::HeaderValue,
     middleware,
     routing::{delete, get, post},
 };
@@ -68,11 +69,13 @@ pub struct Settings {
     pub admin_key: Option<String>,
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// What this worker is called, for the `x-worker` header.
+    pub name: Option<HeaderValue>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { api_keys: Vec::new(), admin_key: None, max_body_bytes: 8 << 20 }
+        Self { api_keys: Vec::new(), admin_key: None, max_body_bytes: 8 << 20, name: None }
     }
 }
 

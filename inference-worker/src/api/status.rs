@@ -103,6 +103,7 @@ pub fn state(app: &App) -> Json {
     let default = models.get(None);
     json!({
         "phase": app.phase.borrow().name(),
+        "name": app.settings.name.as_ref().and_then(|name| name.to_str().ok()),
         "model": default.map(|e| e.name.clone()),
         "version": default.map(|e| e.version.clone()),
         "running": running,
