@@ -7,7 +7,7 @@ use lb_userspace::maglev::{Member, build};
 fn members(count: u64, weighted: bool, down: u64) -> Vec<Member> {
     (0..count)
         .map(|i| Member {
-            id: i.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            seat: i as u32,
             weight: if weighted { 1 + (i * 7 % 100) as u32 } else { 1 },
             eligible: i >= down,
         })

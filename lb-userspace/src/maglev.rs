@@ -3,27 +3,36 @@
 //! Input: a seed, a table size, and the members with weight and eligibility. Output: for each slot two
 //! indices into the members. Pure; called by `compile`, and by tests and benches.
 //!
-//! As in Maglev (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016,
-//! section 3.4) each member walks the slots in an order of its own and takes free ones until it has its share.
-//! Three things differ.
-//! - Members take turns by steps walked, not by slots won: step k comes at the time (k + φ) / weight, with φ
-//!   from the member's identity. A member that wins or loses a slot walks on at the same pace, so what
-//!   one change sets off does not run through everybody's later turns. With 100 equal members on 65,537
-//!   slots, one more moves 1.3 times its share instead of 1.6 times.
-//! - Shares are exact: proportional to the weights, rounded by largest remainder.
-//! - First all members share the table, eligible or not; then those that are not hand on their slots, by
-//!   the same walks. So a member that fails or drains moves its own slots and no other, and so again when
-//!   it comes back; and where it has drained, removing it moves next to nothing.
+//! Each backend has a *seat*, a number that it keeps. The table is built as if the seats had come one after
+//! another: a new seat takes its quota, from each earlier seat what that one then has too much, and no slot moves
+//! between earlier seats. So one more backend moves exactly its share. Slots are dealt from one random
+//! permutation, so that everybody's slots lie spread over the table. That is done as if all weights were equal;
+//! then seats that weigh less leave slots, and those that weigh more take them, so that another weight moves
+//! about the difference.
 //!
-//! The result depends on the seed, and on each member's identity, weight and eligibility; not on order.
-
-use std::net::IpAddr;
+//! The slots of a seat that takes no flows, because its backend failed or drains or because nobody sits there
+//! (a *hole*, which weighs what the median member does), are then handed on: the others take them by walks
+//! as in Maglev (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016,
+//! section 3.4), with steps timed by weight, up to their exact shares (largest remainder). So a member that
+//! fails, drains or is removed moves its own slots and no other, and who comes back or fills the hole gets them.
+//! With several seats out at once, what they left is dealt anew when one more changes. Where most seats
+//! have become holes, giving `seat` in a configuration anew, from 0, brings a table without holes, for one
+//! larger move.
+//!
+//! The result depends on the seed, and on each member's seat, weight and eligibility; not on order or address.
 
 /// No member, in [`Table`].
 pub const NONE: u16 = u16::MAX;
 /// Most members of one table.
 pub const MAX_MEMBERS: usize = NONE as usize - 1;
 
+/// Seats of one table, holes included.
+pub const MAX_SEATS: u32 = MAX_MEMBERS as u32;
+
+/// Seats that come one at a time; see [`seated`].
+const SINGLY: usize = 2_048;
+/// Ranks into which fractions of slots are sorted when a seat gives.
+const RANKS: usize = 256;
 /// Places tried for a second choice before a fixed rule decides.
 const PROBES: usize = 16;
 /// Free slots times members below which the last slots are given out by computing who comes by when:
@@ -39,8 +48,8 @@ const ROUND: u32 = 5;
 /// One backend, as the table sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Member {
-    /// See [`identity`].
-    pub id: u64,
+    /// Its seat: no other member's.
+    pub seat: u32,
     /// Share of the slots relative to the other members'; 0 takes none.
     pub weight: u32,
     /// Whether it takes new flows. A member that does not still shapes the table.
@@ -54,15 +63,6 @@ pub struct Table {
     pub primary: Vec<u16>,
     /// Second choice: an eligible member other than the primary, [`NONE`] if there is none.
     pub secondary: Vec<u16>,
-}
-
-/// Identity of a backend in tables: a hash of its address, so that a new name moves nothing.
-pub fn identity(address: IpAddr) -> u64 {
-    let bits = match address {
-        IpAddr::V4(v4) => u128::from(v4.to_ipv6_mapped()),
-        IpAddr::V6(v6) => u128::from(v6),
-    };
-    mix(mix((bits >> 64) as u64 ^ 0x6c62_2d69_6465_6e74) ^ bits as u64)
 }
 
 /// A bijective mixer (the finalizer of SplitMix64, Steele et al. 2014).
@@ -79,32 +79,53 @@ fn scale(hash: u64, bound: u32) -> u32 {
 }
 
 /// Builds the table of `size` slots (a prime). Members with weight 0 take no part; at most
-/// [`MAX_MEMBERS`] are looked at.
+/// [`MAX_MEMBERS`] are looked at. Cost: about size × ln(seats) moves and seats²/2 quotas.
 pub fn build(seed: [u64; 2], size: u32, members: &[Member]) -> Table {
-    let mut order: Vec<(u64, u16)> = members
-        .iter()
-        .take(MAX_MEMBERS)
-        .enumerate()
-        .filter(|(_, m)| m.weight > 0)
-        .map(|(i, m)| (mix(m.id ^ seed[0]), i as u16))
-        .collect();
-    order.sort_unstable();
-    let eligible: Vec<bool> = order.iter().map(|&(_, i)| members[i as usize].eligible).collect();
-    if !eligible.contains(&true) || size == 0 {
+    let present = || members.iter().take(MAX_MEMBERS).enumerate().filter(|(_, m)| m.weight > 0);
+    if !present().any(|(_, m)| m.eligible) || size == 0 {
         return Table { primary: vec![NONE; size as usize], secondary: vec![NONE; size as usize] };
     }
-    let weights: Vec<u32> = order.iter().map(|&(_, i)| members[i as usize].weight).collect();
-    let hashes: Vec<u64> = order.iter().map(|&(h, _)| h).collect();
+    let mut order: Vec<(u32, u16)> = present().map(|(i, m)| (m.seat, i as u16)).collect();
+    order.sort_unstable();
+    // Seats that no table has are taken as ranks.
+    if order.windows(2).any(|pair| pair[0].0 == pair[1].0) || order[order.len() - 1].0 >= MAX_SEATS {
+        order.iter_mut().zip(0..).for_each(|(o, rank)| o.0 = rank);
+    }
+    let mut weights: Vec<u32> = order.iter().map(|&(_, i)| members[i as usize].weight).collect();
+    let middle = weights.len() / 2;
+    let typical = *weights.select_nth_unstable(middle).1;
+    let seats = order[order.len() - 1].0 as usize + 1;
+    let mut weights = vec![typical; seats];
+    let mut eligible = vec![false; seats];
+    let mut member = vec![NONE; seats];
+    for &(seat, i) in &order {
+        weights[seat as usize] = members[i as usize].weight;
+        eligible[seat as usize] = members[i as usize].eligible;
+        member[seat as usize] = i;
+    }
 
-    let mut owner = vec![NONE; size as usize];
-    let shares = quotas(u64::from(size), weights.iter().map(|&w| u64::from(w)));
-    claim(&mut owner, takers(&hashes, &shares, size, seed[1]), &weights);
+    // Equal seats first, so that one weight changes nothing about how the others came; weights then.
+    let mut owner = seated(size, &vec![1; seats], seed);
+    let hashes: Vec<u64> = (0..seats as u64).map(|seat| mix(seat ^ seed[0])).collect();
+    if weights.iter().any(|&w| w != weights[0]) {
+        let mut left = quotas(u64::from(size), weights.iter().map(|&w| u64::from(w)));
+        let (mut slot, skip) = (0, offset(mix(seed[0]), size.max(2) - 1, seed[1]) + 1);
+        for _ in 0..size {
+            let seat = &mut owner[slot as usize];
+            match left[*seat as usize] {
+                0 => *seat = NONE,
+                _ => left[*seat as usize] -= 1,
+            }
+            slot = step(slot, skip, size);
+        }
+        claim(&mut owner, takers(&hashes, &left, size, seed[1]), &weights);
+    }
     if eligible.contains(&false) {
-        let mut has = vec![0u32; weights.len()];
-        for member in &mut owner {
-            has[*member as usize] += 1;
-            if !eligible[*member as usize] {
-                *member = NONE;
+        let mut has = vec![0u32; seats];
+        for seat in &mut owner {
+            has[*seat as usize] += 1;
+            if !eligible[*seat as usize] {
+                *seat = NONE;
             }
         }
         let missing = missing_slots(u64::from(size), &weights, &eligible, &has);
@@ -114,10 +135,110 @@ pub fn build(seed: [u64; 2], size: u32, members: &[Member]) -> Table {
 
     for slot in owner.iter_mut().chain(&mut secondary) {
         if *slot != NONE {
-            *slot = order[*slot as usize].1;
+            *slot = member[*slot as usize];
         }
     }
     Table { primary: owner, secondary }
+}
+
+/// The owner of each slot when seats of these weights have come one after another. Seats beyond
+/// [`SINGLY`] come in growing groups, so that the quotas of very many seats cost little.
+fn seated(size: u32, weights: &[u32], seed: [u64; 2]) -> Vec<u16> {
+    // Slots of all seats, each seat's in one piece: it begins with what the seat took, and loses from its end.
+    let mut slots = permutation(size, seed);
+    let mut first = vec![0u32; weights.len()];
+    let mut count = vec![0u32; weights.len()];
+    count[0] = size;
+    let mut sum = f64::from(weights[0]);
+    let mut debts = Vec::with_capacity(weights.len());
+    let mut came = 1;
+    while came < weights.len() {
+        let group = came..(came + 1 + came / SINGLY).min(weights.len());
+        sum += weights[group.clone()].iter().map(|&w| f64::from(w)).sum::<f64>();
+        let rate = f64::from(size) / sum;
+        let mut due = 0.0;
+        let mut taken = 0;
+        for seat in group.clone() {
+            due += f64::from(weights[seat]) * rate;
+            count[seat] = (due + 0.5) as u32 - taken;
+            taken += count[seat];
+        }
+        let begin = slots.len() as u32;
+        debts_of(&mut debts, &weights[..came], &count[..came], rate, taken, came * 7);
+        // Rounding of floating point numbers may leave a slot less to take than was asked for.
+        let mut short = taken - debts.iter().sum::<u32>();
+        for seat in group.clone().rev() {
+            let cut = short.min(count[seat]);
+            count[seat] -= cut;
+            short -= cut;
+        }
+        for (seat, &debt) in debts.iter().enumerate().filter(|(_, debt)| **debt > 0) {
+            count[seat] -= debt;
+            let from = (first[seat] + count[seat]) as usize;
+            slots.extend_from_within(from..from + debt as usize);
+        }
+        let mut next = begin;
+        for seat in group.clone() {
+            first[seat] = next;
+            next += count[seat];
+        }
+        came = group.end;
+    }
+    let mut owner = vec![NONE; size as usize];
+    for (seat, (&first, &count)) in first.iter().zip(&count).enumerate() {
+        for &slot in &slots[first as usize..(first + count) as usize] {
+            owner[slot as usize] = seat as u16;
+        }
+    }
+    owner
+}
+
+/// What each seat gives so that all together give `total`: the whole slots above its ideal, and who has most above
+/// that gives one more. Ties go by seat from `turn` on.
+fn debts_of(debts: &mut Vec<u32>, weights: &[u32], count: &[u32], rate: f64, total: u32, turn: usize) {
+    debts.clear();
+    let mut ranks = [0u32; RANKS + 1];
+    let mut whole = 0;
+    // The debt of whole slots, and below it the rank of the rest.
+    debts.extend(weights.iter().zip(count).map(|(&weight, &count)| {
+        let over = ((f64::from(count) - f64::from(weight) * rate) * RANKS as f64).ceil().max(0.0) as u32;
+        let (slots, rank) = (over / RANKS as u32, over % RANKS as u32);
+        whole += slots;
+        ranks[rank as usize] += 1;
+        over
+    }));
+    let mut missing = total.saturating_sub(whole);
+    let mut least = RANKS;
+    while least > 1 && ranks[least - 1] <= missing {
+        least -= 1;
+        missing -= ranks[least];
+    }
+    let mut excess = whole.saturating_sub(total);
+    let turn = turn % debts.len();
+    let (late, early) = debts.split_at_mut(turn);
+    for debt in early.iter_mut().chain(late) {
+        let (mut slots, rank) = (*debt / RANKS as u32, (*debt % RANKS as u32) as usize);
+        if rank >= least {
+            slots += 1;
+        } else if rank + 1 == least && rank > 0 && missing > 0 {
+            slots += 1;
+            missing -= 1;
+        }
+        let spared = excess.min(slots);
+        excess -= spared;
+        *debt = slots - spared;
+    }
+}
+
+/// All slots in a random order.
+fn permutation(size: u32, seed: [u64; 2]) -> Vec<u32> {
+    let mut slots: Vec<u32> = Vec::with_capacity(size as usize * 9);
+    slots.extend(0..size);
+    let key = mix(seed[0] ^ mix(seed[1]));
+    for i in (1..size).rev() {
+        slots.swap(i as usize, scale(mix(key ^ u64::from(i)), i + 1) as usize);
+    }
+    slots
 }
 
 /// Whole numbers in proportion to `weights` that sum to `total` (largest remainder; the earlier wins a tie).
@@ -385,21 +506,23 @@ mod tests {
 
     #[test]
     fn nobody_eligible_means_no_owner() {
-        let table = build([1, 2], 251, &[Member { id: 1, weight: 1, eligible: false }]);
+        let table = build([1, 2], 251, &[Member { seat: 1, weight: 1, eligible: false }]);
         assert!(table.primary.iter().chain(&table.secondary).all(|&m| m == NONE));
         assert_eq!(build([1, 2], 251, &[]).primary, vec![NONE; 251]);
     }
 
     #[test]
     fn one_member_has_no_second_choice() {
-        let table = build([1, 2], 251, &[Member { id: 1, weight: 5, eligible: true }]);
+        let table = build([1, 2], 251, &[Member { seat: 1, weight: 5, eligible: true }]);
         assert!(table.primary.iter().all(|&m| m == 0) && table.secondary.iter().all(|&m| m == NONE));
     }
 
     #[test]
     fn a_member_too_light_for_a_slot_still_serves_when_it_is_the_last() {
-        let members =
-            [Member { id: 1, weight: 65_535, eligible: false }, Member { id: 2, weight: 1, eligible: true }];
+        let members = [
+            Member { seat: 1, weight: 65_535, eligible: false },
+            Member { seat: 2, weight: 1, eligible: true },
+        ];
         assert!(build([1, 2], 251, &members).primary.iter().all(|&m| m == 1));
     }
 }

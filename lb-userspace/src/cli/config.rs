@@ -111,8 +111,9 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
     match command {
         Command::Check(it) => check(&mut context.out, &it),
         Command::Diff { file } => {
-            let new = desired(&file)?;
+            let mut new = desired(&file)?;
             let old: Config = context.client.get("/v1/config", &()).await?;
+            new.assign_seats(&old.desired);
             let found = differences(&old.desired, &new);
             if context.out.json {
                 context.out.json(&found, false)?;

@@ -89,7 +89,7 @@ pub struct Shape {
 
 /// A member of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(from = "(IpAddr, u32, bool)", into = "(IpAddr, u32, bool)")]
+#[serde(from = "(IpAddr, u32, bool, u32)", into = "(IpAddr, u32, bool, u32)")]
 pub struct ShapeMember {
     /// Backend's address.
     pub address: IpAddr,
@@ -97,17 +97,19 @@ pub struct ShapeMember {
     pub weight: u32,
     /// Takes new flows.
     pub eligible: bool,
+    /// Seat in the table.
+    pub seat: u32,
 }
 
-impl From<(IpAddr, u32, bool)> for ShapeMember {
-    fn from((address, weight, eligible): (IpAddr, u32, bool)) -> Self {
-        Self { address, weight, eligible }
+impl From<(IpAddr, u32, bool, u32)> for ShapeMember {
+    fn from((address, weight, eligible, seat): (IpAddr, u32, bool, u32)) -> Self {
+        Self { address, weight, eligible, seat }
     }
 }
 
-impl From<ShapeMember> for (IpAddr, u32, bool) {
+impl From<ShapeMember> for (IpAddr, u32, bool, u32) {
     fn from(member: ShapeMember) -> Self {
-        (member.address, member.weight, member.eligible)
+        (member.address, member.weight, member.eligible, member.seat)
     }
 }
 

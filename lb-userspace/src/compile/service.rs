@@ -214,8 +214,9 @@ fn shape(wanted: &Service, eligible: &[bool]) -> Arc<Shape> {
         .backends
         .values()
         .zip(eligible)
-        .filter(|(b, _)| b.weight > 0)
-        .map(|(b, &eligible)| ShapeMember { address: b.address, weight: b.weight, eligible })
+        .zip(wanted.seats())
+        .filter(|((b, _), _)| b.weight > 0)
+        .map(|((b, &eligible), seat)| ShapeMember { address: b.address, weight: b.weight, eligible, seat })
         .collect();
     members.sort_unstable();
     Arc::new(Shape { seed: entries::seed(wanted), size: entries::table_size(wanted), members })
@@ -229,11 +230,7 @@ fn table(shape: &Arc<Shape>, tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>)
         let members: Vec<_> = shape
             .members
             .iter()
-            .map(|m| maglev::Member {
-                id: maglev::identity(m.address),
-                weight: m.weight,
-                eligible: m.eligible,
-            })
+            .map(|m| maglev::Member { seat: m.seat, weight: m.weight, eligible: m.eligible })
             .collect();
         tables.truncate(KEPT_TABLES - 1);
         tables.insert(0, (shape.clone(), Arc::new(maglev::build(shape.seed, shape.size, &members))));

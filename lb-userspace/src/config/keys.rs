@@ -66,4 +66,4 @@ pub const HEALTH: &[&str] = &[
 ];
 
 /// `[[service.backend]]`.
-pub const BACKEND: &[&str] = &["name", "address", "weight", "state"];
+pub const BACKEND: &[&str] = &["name", "address", "weight", "state", "seat"];

@@ -4,6 +4,7 @@
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
 use super::{Backend, Desired, HealthKind, Name, Ports, Protocol, Service};
+use crate::maglev::MAX_SEATS;
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
     collections::{BTreeMap, HashMap},
@@ -179,6 +180,7 @@ impl Service {
             setting("all weights are 0: give at least one backend a weight".to_owned());
         }
         let mut addresses = BTreeMap::new();
+        let mut seats = BTreeMap::new();
         for (backend, b) in &self.backends {
             let mut refuse = |what: String| {
                 found.push(Invalid::Backend { service: name.clone(), backend: backend.clone(), what });
@@ -187,12 +189,20 @@ impl Service {
             if let Some(other) = addresses.insert(b.address, backend) {
                 refuse(format!("address {} is already that of backend {other}", b.address));
             }
+            if let Some(seat) = b.seat
+                && let Some(other) = seats.insert(seat, backend)
+            {
+                refuse(format!("seat {seat} is already that of backend {other}: leave one of them out"));
+            }
         }
     }
 
     fn check_backend(&self, b: &Backend, refuse: &mut dyn FnMut(String)) {
         if b.weight > 65_535 {
             refuse(format!("weight {} is above 65535", b.weight));
+        }
+        if let Some(seat) = b.seat.filter(|&seat| seat >= MAX_SEATS) {
+            refuse(format!("seat {seat} is above {}", MAX_SEATS - 1));
         }
         if let Some(what) = check_address(b.address) {
             refuse(format!("address {what}"));

@@ -150,4 +150,7 @@ pub struct Backend {
     /// Administrative state.
     #[serde(default)]
     pub state: BackendState,
+    /// Place in the Maglev table, no other backend's; if none, it keeps the one it had, or gets the lowest free one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seat: Option<u32>,
 }

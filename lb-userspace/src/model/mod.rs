@@ -8,6 +8,7 @@ mod health;
 mod name;
 mod observed;
 mod ports;
+mod seats;
 
 pub use check::Invalid;
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
