@@ -5,7 +5,10 @@
 //! given them in name order.
 
 use super::{Backend, Desired, Name, Service};
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 impl Desired {
     /// Gives a seat to each backend without one: the one it has in `old`, by its name or else its address,
@@ -13,9 +16,9 @@ impl Desired {
     pub fn assign_seats(&mut self, old: &Self) {
         for (name, service) in &mut self.services {
             if service.backends.values().any(|b| b.seat.is_none()) {
-                let same = |s: &&Service| {
-                    (s.vip, s.port, s.protocol) == (service.vip, service.port, service.protocol)
-                };
+                let id = (service.vip, service.port, service.protocol);
+                let same = |s: &&Arc<Service>| (s.vip, s.port, s.protocol) == id;
+                let service = Arc::make_mut(service);
                 let before = old.services.get(name).or_else(|| old.services.values().find(same));
                 if let Some(before) = before {
                     service.keep_seats(before);
@@ -64,7 +67,7 @@ mod tests {
             let backend = serde_json::json!({"address": address, "seat": seat});
             service.backends.insert(name.parse().unwrap(), serde_json::from_value(backend).unwrap());
         }
-        Desired { services: [("web".parse().unwrap(), service)].into() }
+        Desired { services: [("web".parse().unwrap(), Arc::new(service))].into() }
     }
 
     fn seats(desired: &Desired) -> Vec<Option<u32>> {
