@@ -1,5 +1,7 @@
 //! Greedy generation and logits against transformers in f32 (`tests/reference/make_reference.py`).
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
 use std::path::Path;
 
 use inference_worker::{

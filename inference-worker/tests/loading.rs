@@ -1,5 +1,7 @@
 //! Loading models: both file kinds agree, and broken ones are refused with words, never with a panic.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
 use std::path::Path;
 
 use inference_worker::{

@@ -1,5 +1,7 @@
 //! The binary itself: flags, life from loading to gone, TLS. On a tiny model; no download needed.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
 use std::{
     io::{BufRead, BufReader, Read},
     path::Path,

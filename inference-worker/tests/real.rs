@@ -1,6 +1,8 @@
 //! The real model behind the API: OpenAI's Python client, curl, TorchScript, a soak. Needs the model and
 //! the Python environment that `cargo xtask test inference` sets up.
 
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
 use std::{
     path::PathBuf,
     process::{Command, Output},

@@ -40,7 +40,7 @@ pub fn plain_messages(messages: &[Json]) -> Result<Vec<Json>, ApiError> {
     let one = |(i, message): (usize, &Json)| {
         let wrong = |what: &str| ApiError::param("messages", format!("messages[{i}] {what}."));
         let mut message = message.as_object().cloned().ok_or_else(|| wrong("is no object"))?;
-        if !message.get("role").is_some_and(|r| r.as_str().is_some_and(|r| !r.is_empty())) {
+        if message.get("role").and_then(Json::as_str).is_none_or(str::is_empty) {
             return Err(wrong("has no `role`"));
         }
         let content = match message.get("content") {

@@ -333,6 +333,7 @@ mod tests {
 
     /// The values are transformers 5.23's (`ROPE_INIT_FUNCTIONS`).
     #[test]
+    #[allow(clippy::excessive_precision, reason = "as transformers prints them")]
     fn rotary_frequencies_are_those_of_transformers() {
         for (rope, frequencies, scale) in [
             (

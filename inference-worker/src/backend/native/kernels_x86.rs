@@ -4,6 +4,8 @@
 //! sixteen values that a row's block can take are one register (`q·d + m`), and `vpermps` looks sixteen
 //! nibbles up at once, as it reads only the low four bits of each lane.
 
+#![expect(clippy::needless_range_loop, reason = "small constant loops over several register arrays at once")]
+
 use std::arch::x86_64::*;
 
 use super::{Format, Product, STRIP, TILE};

@@ -52,7 +52,7 @@ fn exp<const FUSED: bool>(x: f32) -> f32 {
     let r = fma::<FUSED>(whole, -0.693_359_4, x);
     let r = fma::<FUSED>(whole, 2.121_944_4e-4, r);
     let mut p = 1.987_569_2e-4f32;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5.000_000_1e-1] {
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5] {
         p = fma::<FUSED>(p, r, c);
     }
     let y = fma::<FUSED>(p, r * r, r) + 1.0;

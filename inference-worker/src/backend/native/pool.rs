@@ -169,7 +169,8 @@ fn worker(s: &Shared, me: usize) {
         if spins.is_multiple_of(64) && idle_since.elapsed() > SPIN {
             s.sleeping[me].store(true, SeqCst);
             let gate = s.gate.load(SeqCst);
-            if !(gate & OPEN != 0 && gate / ONE_JOB != done) && !s.stop.load(SeqCst) {
+            let job_waits = gate & OPEN != 0 && gate / ONE_JOB != done;
+            if !job_waits && !s.stop.load(SeqCst) {
                 thread::park();
             }
             s.sleeping[me].store(false, SeqCst);
