@@ -1,47 +1,79 @@
-//! `cargo xtask bench`: builds the measuring program with optimisations, and runs it as root.
+//! `cargo xtask bench`: builds the measuring program and the daemon with optimisations, lets criterion
+//! measure the parts of the control plane, and runs the rest as root.
 //!
 //! The measuring code needs aya and the loaded programs, which xtask must not: it has a package of
 //! its own, `tests/bench`, whose command line this one is.
+
+use std::{path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, bail};
 
 use crate::{setup, shell};
 
-/// What to measure: handed on to the measuring program.
+/// What to measure: handed on to the measuring program, `--help` included.
 #[derive(clap::Args, Debug)]
+#[command(disable_help_flag = true)]
 pub struct Options {
-    /// Its arguments; `--help` lists them.
+    /// packet, side-by-side or control; everything, with a report, when none is named.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
 
-/// Measures. An error if the program could not be built or did not succeed.
-pub fn run(options: &Options) -> Result<()> {
-    // The inference worker needs libtorch, and no root: it is measured by a program of its own.
-    if let Some((first, rest)) = options.arguments.split_first()
-        && first == "inference"
-    {
-        return crate::inference::bench::run(rest);
+impl Options {
+    /// Whether the daemon and criterion's results take part.
+    fn has_control(&self) -> bool {
+        match self.arguments.first() {
+            Some(first) => first == "control" || (first.starts_with('-') && !self.has("--help")),
+            None => true,
+        }
     }
-    setup::run(&setup::Options { bpf: true, packages: true, inference: false })?;
-    let workspace = shell::workspace();
-    let mut build = std::process::Command::new("cargo");
-    build.current_dir(&workspace).args(["build", "--release", "--package", "test-bench"]);
+
+    fn has(&self, flag: &str) -> bool {
+        self.arguments.iter().any(|argument| argument == flag)
+    }
+}
+
+/// Measures. An error if something could not be built or did not succeed.
+pub fn run(options: &Options) -> Result<()> {
+    setup::run(&setup::Options { bpf: true, packages: true, ..Default::default() })?;
+    let target = target_directory();
+    let mut build = cargo(&["build", "--release", "--package", "test-bench"]);
+    if options.has_control() {
+        build.args(["--package", "lb-userspace", "--bins"]);
+    }
     shell::with_progress("building the measuring program", &mut build)?;
-    let program = target_directory(&workspace)?.join("release/test-bench");
-    let mut command = shell::as_root(&program);
+    if options.has_control() {
+        let mut bench = cargo(&["bench", "--package", "lb-userspace", "--benches", "--"]);
+        if options.has("--quick") {
+            bench.arg("--quick");
+        } else {
+            bench.args(["--warm-up-time", "1", "--measurement-time", "2"]);
+        }
+        shell::with_progress("measuring the parts of the control plane", &mut bench)?;
+    }
+    let program = target.join("release/test-bench");
+    let mut command = shell::as_root("env");
+    command.arg(format!("LB_CRITERION={}", target.join("criterion").display())).arg(&program);
     let status = command
         .args(&options.arguments)
+        .current_dir(shell::workspace())
         .status()
         .with_context(|| format!("cannot start {}", program.display()))?;
     if !status.success() {
-        bail!("{}: {status}", program.display());
+        bail!("measuring ended with {status}");
     }
     Ok(())
 }
 
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(shell::workspace()).args(arguments);
+    command
+}
+
 /// Where cargo puts what it builds.
-fn target_directory(workspace: &std::path::Path) -> Result<std::path::PathBuf> {
-    Ok(std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace.join("target"), |directory| workspace.join(directory)))
+fn target_directory() -> PathBuf {
+    let workspace = shell::workspace();
+    std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| workspace.join("target"), |directory| workspace.join(directory))
 }

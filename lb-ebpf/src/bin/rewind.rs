@@ -1,10 +1,12 @@
-//! Measuring only: a wrapper that makes BPF_PROG_TEST_RUN's repetitions alike, and two programs to
+//! Measuring only: a wrapper that makes BPF_PROG_TEST_RUN's repetitions alike, and three programs to
 //! compare with.
 //!
 //! The kernel feeds each repetition the frame as the last one left it. `rewind` puts it back (its
 //! start, its headers, and for many flows another client each time) and tail-calls the program under
 //! test. `bare` returns XDP_TX at once: what it costs inside the wrapper is the wrapper's own cost.
 //! `floor` is the least that an encapsulation can be: one fixed outer header, no decision at all.
+//! `plain` is the least that a balancer with tables can be: IPv4 and TCP only, one service lookup, one
+//! slot, one backend, two counters, ipip; no features, no exceptions, no IPv6.
 //! In: globals and `STATE`, written by the bench. Never part of `lbd`.
 #![no_std]
 #![no_main]
@@ -15,11 +17,17 @@ use aya_ebpf::{
     Global,
     bindings::xdp_action,
     macros::{map, xdp},
-    maps::{Array, ProgramArray},
+    maps::{Array, HashMap, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
 use core::arch::asm;
-use lb_ebpf::{Frame, Packet, csum, kernel::XdpFrame, packet::Bytes, wire::Ipv4};
+use lb_common::{Be16, ServiceKey, mapped, service::TCP};
+use lb_ebpf::{
+    Frame, Packet, csum,
+    kernel::XdpFrame,
+    packet::Bytes,
+    wire::{Ipv4, Tcp},
+};
 
 /// Length of the frame as the program under test should see it.
 #[unsafe(no_mangle)]
@@ -145,27 +153,34 @@ pub fn floor(ctx: XdpContext) -> u32 {
     if encapsulate(&mut XdpFrame::new(&ctx)) { xdp_action::XDP_TX } else { xdp_action::XDP_ABORTED }
 }
 
+const SOURCE: u32 = 0x0a00_0001;
+
 #[inline(always)]
 fn encapsulate(frame: &mut XdpFrame<'_>) -> bool {
-    const SOURCE: u32 = 0x0a00_0001;
-    const DESTINATION: u32 = 0x0a00_0002;
-    const FIXED: u64 = 0x4500 + 0x4000 + 0x4004 + SOURCE as u64 + DESTINATION as u64;
-    let total_len = (frame.packet().len() - 14 + 20) as u16;
+    let inner_len = frame.packet().len() - 14;
+    push(frame, inner_len as u16, 0, 0x0a00_0002)
+}
+
+/// Puts an Ethernet and an IPv4 header in front of the IP packet.
+#[inline(always)]
+fn push(frame: &mut XdpFrame<'_>, inner_len: u16, tos: u8, destination: u32) -> bool {
+    let total_len = inner_len + 20;
     if !frame.adjust_head(-20) {
         return false;
     }
     let mut packet = frame.packet();
+    let sum = 0x4500 + 0x4000 + 0x4004 + SOURCE as u64 + destination as u64 + total_len as u64 + tos as u64;
     let ip = Ipv4 {
         version_len: 0x45,
-        tos: 0,
+        tos,
         total_len: total_len.to_be(),
         id: 0,
         fragment: 0x4000_u16.to_be(),
         ttl: 64,
         protocol: 4,
-        check: csum::finish(FIXED + total_len as u64).to_be(),
+        check: csum::finish(sum).to_be(),
         source: SOURCE.to_be(),
-        destination: DESTINATION.to_be(),
+        destination: destination.to_be(),
     };
     packet.write(0, 0x0200_0002_u32)
         && packet.write(4, 0x0002_u16)
@@ -173,6 +188,75 @@ fn encapsulate(frame: &mut XdpFrame<'_>) -> bool {
         && packet.write(10, 0x0002_u16)
         && packet.write(12, 0x0800_u16.to_be())
         && packet.write(14, ip)
+}
+
+/// Slots and backends of `plain`.
+const PLAIN_SLOTS: u32 = 65_537;
+const PLAIN_BACKENDS: u32 = 1_000;
+
+#[map]
+static SERVICES: HashMap<ServiceKey, u32> = HashMap::with_max_entries(64, 0);
+#[map]
+static SLOTS: Array<u32> = Array::with_max_entries(PLAIN_SLOTS, 0);
+/// Outer destinations in host order.
+#[map]
+static BACKENDS: Array<u32> = Array::with_max_entries(PLAIN_BACKENDS, 0);
+/// Packets and bytes by service, and by backend.
+#[map]
+static SERVICE_STATS: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(64, 0);
+#[map]
+static BACKEND_STATS: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(PLAIN_BACKENDS, 0);
+
+/// Balances IPv4 TCP without options over its tables.
+#[xdp(frags)]
+pub fn plain(ctx: XdpContext) -> u32 {
+    match balance(&mut XdpFrame::new(&ctx)) {
+        Some(true) => xdp_action::XDP_TX,
+        Some(false) => xdp_action::XDP_ABORTED,
+        None => xdp_action::XDP_PASS,
+    }
+}
+
+#[inline(always)]
+fn balance(frame: &mut XdpFrame<'_>) -> Option<bool> {
+    let packet = frame.packet();
+    let kind: u16 = packet.read(12)?;
+    if kind != 0x0800_u16.to_be() {
+        return None;
+    }
+    let ip: Ipv4 = packet.read(14)?;
+    if ip.version_len != 0x45 || ip.protocol != TCP || ip.fragment & 0x3fff_u16.to_be() != 0 {
+        return None;
+    }
+    let tcp: Tcp = packet.read(34)?;
+    let key = ServiceKey {
+        vip: mapped(ip.destination.to_ne_bytes()),
+        port: Be16::from_bytes(tcp.port.to_ne_bytes()),
+        protocol: TCP,
+        pad: 0,
+    };
+    // SAFETY: one aligned word, which nobody changes during a run.
+    let service = unsafe { SERVICES.get(&key).copied()? };
+    let mut hash = (ip.source as u64) << 32 | ip.destination as u64;
+    for word in [0x1234_5678_9abc_def0, (tcp.source_port as u64) << 16 | tcp.port as u64] {
+        hash = (hash ^ word).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        hash ^= hash >> 33;
+    }
+    let slot = ((hash >> 32) * PLAIN_SLOTS as u64) >> 32;
+    let backend = *SLOTS.get(slot as u32)?;
+    let destination = *BACKENDS.get(backend)?;
+    let len = u16::from_be(ip.total_len);
+    if !push(frame, len, ip.tos, destination) {
+        return Some(false);
+    }
+    for stats in [SERVICE_STATS.get_ptr_mut(service)?, BACKEND_STATS.get_ptr_mut(backend)?] {
+        // SAFETY: this CPU's own counters, and programs do not preempt each other.
+        unsafe {
+            (*stats)[0] += 1;
+            (*stats)[1] += len as u64;
+        }
+    }
+    Some(true)
 }
 
 #[panic_handler]

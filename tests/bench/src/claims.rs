@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    control,
     packet::{Figures, Report},
     sidebyside,
     statistics::median,
@@ -48,11 +49,45 @@ pub fn packet(report: &Report) -> Vec<Claim> {
         ratio("gue against ipip, v6", "v6/tcp-established/gue/1M", "v6/tcp-established/ipip/1M", 1.3),
         ratio("v6 against v4", "v6/tcp-established/ipip/1M", ESTABLISHED, 1.2),
         ratio("not a VIP against established", "v4/not-vip/1M", ESTABLISHED, 0.5),
+        flat(report, "services-one-busy"),
+        flat(report, "services-all-busy"),
+        flat(report, "backends"),
         ratio("not a VIP against established, v6", "v6/not-vip/1M", "v6/tcp-established/ipip/1M", 0.5),
     ]
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// The dearest point of a curve against its first.
+fn flat(report: &Report, curve: &str) -> Option<Claim> {
+    let mut points: Vec<(u32, f64)> = report
+        .rows
+        .iter()
+        .filter_map(|row| row.growth.as_ref().filter(|(name, _)| name == curve).map(|(_, x)| (*x, row.net)))
+        .collect();
+    points.sort_by_key(|(x, _)| *x);
+    let (first, last) = (points.first()?, points.last()?);
+    let most = points.iter().map(|(_, net)| *net).fold(0.0, f64::max);
+    let what = format!("{curve}: {} to {}, the dearest against the first", first.0, last.0);
+    (points.len() > 1).then(|| Claim { what, value: most / first.1, bound: 1.15 })
+}
+
+/// Claims about the control plane. Milliseconds.
+pub fn control(report: &control::Report) -> Vec<Claim> {
+    let mut claims = Vec::new();
+    let build = "maglev/weighted/65537x1000";
+    if let Some(part) = report.parts.iter().find(|part| part.name == build) {
+        let what = "weighted Maglev, 65,537 x 1,000, ms".to_owned();
+        claims.push(Claim { what, value: part.median_ms, bound: 2.0 });
+    }
+    if let Some(change) = report.changes.iter().find(|c| c.what == "one weight" && c.backends == 1_000) {
+        let what = "one weight of 1,000 applied, ms".to_owned();
+        claims.push(Claim { what, value: change.apply_ms, bound: 5.0 });
+        let what = "the same with API, check and store, ms".to_owned();
+        claims.push(Claim { what, value: change.median_ms, bound: 5.0 });
+    }
+    claims
 }
 
 /// Claims about ours beside others, those that were measured: medians of the rounds' ratios.

@@ -5,10 +5,13 @@
 //! JSON. Traffic stays in network namespaces that are gone afterwards.
 
 mod claims;
+mod control;
 mod dataplane;
 mod machine;
 mod objects;
 mod packet;
+mod processor;
+mod report;
 mod sidebyside;
 mod statistics;
 
@@ -16,12 +19,19 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Measures the balancer.
+/// Measures the balancer: everything, with a report; or one part, without.
 #[derive(Parser)]
-#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench", max_term_width = 100)]
+#[command(
+    args_conflicts_with_subcommands = true,
+    name = "cargo xtask bench",
+    bin_name = "cargo xtask bench",
+    max_term_width = 100
+)]
 struct Arguments {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    #[command(flatten)]
+    all: report::Options,
 }
 
 #[derive(Subcommand)]
@@ -30,12 +40,17 @@ enum Command {
     Packet(packet::Options),
     /// Real requests through ours and through what people use, in network namespaces.
     SideBySide(sidebyside::Options),
+    /// The control plane's parts, and a running daemon.
+    Control(control::Options),
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
-        Command::Packet(options) => packet::run(&options),
-        Command::SideBySide(options) => sidebyside::run(&options),
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
+        None => report::run(&arguments.all),
+        Some(Command::Packet(options)) => packet::run(&options),
+        Some(Command::SideBySide(options)) => sidebyside::run(&options),
+        Some(Command::Control(options)) => control::run(&options),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,12 @@
 //! Measures rows: each next to the bare wrapper and the floor, round by round, in turn.
 
 use anyhow::{Context, Result, ensure};
-use aya::{Ebpf, EbpfLoader, programs::ProgramFd, programs::Xdp};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap},
+    programs::{ProgramFd, Xdp},
+};
+use lb_common::{Address, ServiceKey, service::TCP};
 
 use super::{
     bed::{Bed, PORT},
@@ -146,12 +151,49 @@ impl References {
 struct Programs {
     bed: Bed,
     decap: Decap,
+    plain: Plain,
+}
+
+/// The plain balancer.
+struct Plain {
+    _bpf: Ebpf,
+    program: ProgramFd,
+}
+
+impl Plain {
+    const SLOTS: u32 = lb_common::limits::TABLE_SIZE;
+    const BACKENDS: u32 = 1_000;
+
+    fn vip() -> Address {
+        Family::V4.address(8, 1)
+    }
+
+    fn load() -> Result<Self> {
+        let mut bpf = EbpfLoader::new().load(objects::REWIND).context("load the plain balancer")?;
+        let program = load_xdp(&mut bpf, "plain")?.fd()?.try_clone()?;
+        let key = ServiceKey { vip: Self::vip(), port: PORT.into(), protocol: TCP, pad: 0 };
+        HashMap::try_from(bpf.map_mut("SERVICES").context("map SERVICES")?)?.insert(key, 1u32, 0)?;
+        let mut slots: Array<_, u32> = Array::try_from(bpf.map_mut("SLOTS").context("map SLOTS")?)?;
+        for i in 0..Self::SLOTS {
+            // As in no order as ours are: the golden ratio again.
+            slots.set(i, (i.wrapping_mul(0x9e37_79b9) >> 8) % Self::BACKENDS, 0)?;
+        }
+        let mut backends: Array<_, u32> = Array::try_from(bpf.map_mut("BACKENDS").context("map BACKENDS")?)?;
+        for i in 0..Self::BACKENDS {
+            backends.set(i, 0x0a01_0000 + i, 0)?;
+        }
+        Ok(Self { _bpf: bpf, program })
+    }
 }
 
 impl Programs {
     fn load(object: &[u8], tables: Tables) -> Result<Self> {
         let addresses = |high| Family::ALL.map(|family| family.address(high, 1));
-        Ok(Self { bed: Bed::load(object, tables)?, decap: Decap::load(&addresses(10), &addresses(7))? })
+        Ok(Self {
+            bed: Bed::load(object, tables)?,
+            decap: Decap::load(&addresses(10), &addresses(7))?,
+            plain: Plain::load()?,
+        })
     }
 
     /// The row's frame, and its program in a wrapper: checked to do what the row says, and primed.
@@ -161,6 +203,10 @@ impl Programs {
                 let vip = self.bed.vip(&spec)?;
                 let frame = Frame::new(spec.family, kind, vip, PORT);
                 (frame, self.bed.ingress.fd()?, TX, spec.overhead())
+            }
+            Subject::Plain => {
+                let frame = Frame::new(Family::V4, Kind::Established, Plain::vip(), PORT);
+                (frame, self.plain.program.try_clone()?, TX, 20)
             }
             Subject::NotVip(family) => {
                 let frame = Frame::new(family, Kind::Established, family.address(250, 1), PORT);

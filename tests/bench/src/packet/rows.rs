@@ -16,6 +16,8 @@ pub enum Subject {
     Service(ServiceSpec, Kind),
     /// A packet of the ingress host's own, which is none of the balancer's business.
     NotVip(Family),
+    /// An established v4 segment to the plain balancer, which is there to compare with.
+    Plain,
     /// An encapsulated packet to the decap program: the inner family, GUE or not.
     Decap(Family, bool),
 }
@@ -73,7 +75,8 @@ const ROOMY: u32 = 2 * MILLION;
 
 /// All rows.
 pub fn all() -> Vec<Row> {
-    let mut rows = stable();
+    let mut rows = plain();
+    rows.extend(stable());
     rows.extend(mixed());
     rows.extend(not_ours());
     rows.extend(decap());
@@ -81,6 +84,22 @@ pub fn all() -> Vec<Row> {
     rows.extend(exceptions());
     rows.extend(growth());
     rows
+}
+
+/// What a balancer without features costs, to compare with v4/tcp-established/ipip.
+fn plain() -> Vec<Row> {
+    FLOWS
+        .into_iter()
+        .map(|(flows, flows_name)| Row {
+            section: "To compare with: tables and nothing else",
+            name: format!("plain/v4/tcp-established/ipip/{flows_name}"),
+            tables: Tables::DEFAULT,
+            subject: Subject::Plain,
+            flows,
+            prime: 0,
+            growth: None,
+        })
+        .collect()
 }
 
 /// Stable table: the answer needs no flow table.

@@ -14,10 +14,10 @@ use test_support::{
     program, wait,
 };
 
-use super::cpu;
 use crate::{
     dataplane::{Decap, Ingress, Tables},
     objects,
+    processor::process_time,
 };
 
 /// Who balances.
@@ -147,12 +147,12 @@ impl Arrangement {
 
     /// Processor time that the balancer's own processes have used.
     pub fn process_time(&self) -> Duration {
-        self.balancer.as_ref().map_or(Duration::ZERO, |process| cpu::of_process(process.id()))
+        self.balancer.as_ref().map_or(Duration::ZERO, |process| process_time(process.id()))
     }
 
     /// Processor time that the workers have used.
     pub fn worker_time(&self) -> Duration {
-        self.workers.iter().map(|process| cpu::of_process(process.id())).sum()
+        self.workers.iter().map(|process| process_time(process.id())).sum()
     }
 
     /// Time and number of runs of our programs since they were loaded, while the kernel counts them.

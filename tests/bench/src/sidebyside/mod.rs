@@ -20,7 +20,7 @@ use arrangement::{Arrangement, BULK_PORT, bulk_vip, web_vip};
 use crate::{claims, machine::Machine, statistics::median};
 
 /// Arguments of `bench side-by-side`.
-#[derive(clap::Args, Clone, Debug, Default)]
+#[derive(clap::Args, Clone, Debug)]
 pub struct Options {
     /// Fewer and shorter rounds.
     #[arg(long)]
@@ -40,6 +40,12 @@ pub struct Options {
     /// Write the figures to this file.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { quick: false, only: Vec::new(), rounds: None, seconds: None, rate: 1_000, json: None }
+    }
 }
 
 /// What was measured.
@@ -112,7 +118,7 @@ pub fn run(options: &Options) -> Result<()> {
 pub fn measure_all(options: &Options) -> Result<Report> {
     ensure!(geteuid().is_root(), "network namespaces take root");
     let machine = Machine::read();
-    let rounds = options.rounds.unwrap_or(if options.quick { 2 } else { 5 });
+    let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 5 });
     let seconds = options.seconds.unwrap_or(if options.quick { 1 } else { 3 });
     ensure!(rounds > 0 && seconds > 0 && options.rate > 0, "at least one round, second and request");
     let kinds: Vec<Kind> = Kind::ALL
@@ -269,6 +275,6 @@ fn print(report: &Report) {
 }
 
 /// Three or four digits, as many as mean something.
-fn figure(value: f64) -> String {
+pub fn figure(value: f64) -> String {
     if value.abs() >= 100.0 { format!("{value:.0}") } else { format!("{value:.2}") }
 }
