@@ -3,6 +3,7 @@
 //! skip that nobody expects make the exit code non-zero.
 
 use std::{
+    collections::BTreeSet,
     env, fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
@@ -339,11 +340,10 @@ fn property_commands(profile: [&str; 2]) -> Result<Vec<Command>> {
             commands.push(command);
         }
         let files = with_properties(&root.join("tests"))?;
-        if !files.is_empty() {
+        let targets: BTreeSet<String> = files.iter().filter_map(|file| target_of(file)).collect();
+        if !targets.is_empty() {
             let mut command = cargo(&["test", "--package", name]);
-            command
-                .args(profile)
-                .args(files.iter().flat_map(|file| ["--test".to_owned(), module_path(file)]));
+            command.args(profile).args(targets.iter().flat_map(|target| ["--test", target]));
             commands.push(command);
         }
     }
@@ -378,6 +378,12 @@ fn module_path(file: &Path) -> String {
     let path = file.with_extension("");
     let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).filter(|part| part != "mod").collect();
     parts.join("::")
+}
+
+/// `native.rs` and `native/hostile.rs` belong to the test program `native`.
+fn target_of(file: &Path) -> Option<String> {
+    let first = Path::new(file.iter().next()?);
+    Some(first.file_stem()?.to_string_lossy().into_owned())
 }
 
 /// Builds as whoever we are, runs the test programs as root.
@@ -419,6 +425,8 @@ mod tests {
     fn a_file_is_the_module_it_holds() {
         assert_eq!(module_path(Path::new("maglev/tests.rs")), "maglev::tests");
         assert_eq!(module_path(Path::new("compile/mod.rs")), "compile");
+        assert_eq!(target_of(Path::new("native/hostile.rs")).as_deref(), Some("native"));
+        assert_eq!(target_of(Path::new("native.rs")).as_deref(), Some("native"));
     }
 
     #[test]
