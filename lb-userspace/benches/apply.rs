@@ -112,7 +112,7 @@ fn desired() -> Desired {
         service.backends = (0..100).map(|i| (name("b", i), backend(s, i))).collect();
         service
     };
-    Desired { services: (0..100).map(|s| (name("s", s), Arc::new(service(s)))).collect() }
+    Desired { services: (0..100).map(|s| (name("s", s), service(s).into())).collect() }
 }
 
 /// Time of this thread on a processor: what the machine's other work does not disturb.
@@ -151,9 +151,8 @@ fn main() {
     println!("all anew: {busy:.1?} of processor time");
     let (mut answered, mut whole, mut busy) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..300 {
-        let service = state.services.get_mut(&name("s", i * 37 % 100)).expect("one of the hundred");
-        let weight =
-            &mut Arc::make_mut(service).backends.get_mut(&name("b", i % 100)).expect("a hundred").weight;
+        let service = state.service_mut(&name("s", i * 37 % 100)).expect("one of the hundred");
+        let weight = &mut service.backends.get_mut(&name("b", i % 100)).expect("a hundred").weight;
         *weight = *weight % 9 + 1;
         let (a, w, b) = change(&state, u64::from(i) + 2);
         answered.push(a);

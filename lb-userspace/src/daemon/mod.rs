@@ -20,7 +20,7 @@ use crate::{
     metrics,
     model::{Desired, Health},
     neighbour::Resolver,
-    reconcile::{Event, Published, Reconciler, start_sweeper},
+    reconcile::{Event, Reconciler, start_sweeper},
     store::{Local, RedbStore, Store},
 };
 use anyhow::Context;
@@ -40,6 +40,9 @@ const FILE: &str = "config-file";
 const FIRST_HOPS: Duration = Duration::from_secs(2);
 /// How long requests in progress may take when lbd stops.
 const GRACE: Duration = Duration::from_secs(3);
+/// How long changes of the reconciler's memory are gathered before it is saved. If lbd is killed meanwhile,
+/// the maps themselves tell what it would.
+const GATHER: Duration = Duration::from_millis(50);
 /// Events that wait for the reconciler.
 const EVENTS: usize = 16_384;
 
@@ -103,10 +106,10 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     reconciler.prime(verdicts, first_hops);
     let reconciler = spawn_reconciler(reconciler, inbox)?;
     start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
-    parts.add("saving the reconciler's memory", save_memory(kept, store.clone()));
+    parts.add("saving the reconciler's memory", save_memory(kept.clone(), store.clone()));
     parts.add("next hops", forward(hops, events.clone(), Event::NextHops));
 
-    let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, interfaces, limits));
+    let engine = Arc::new(Live::new(events.clone(), published, reader, interfaces, limits));
     let control = Control::new(store.clone(), engine, book.clone());
     parts.add("desired state", ended_ok(control.clone().follow()));
     let head = control.head();
@@ -152,7 +155,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     notify(&[NotifyState::Stopping]);
     stop_out.send_replace(true);
     parts.finish("API", GRACE).await;
-    flush(&*store, &control, &published).await;
+    flush(&*store, &control, &kept).await;
     match failed {
         None => Ok(()),
         Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
@@ -254,6 +257,7 @@ async fn forward<T>(
 
 async fn save_memory(mut kept: watch::Receiver<Vec<u8>>, store: Arc<RedbStore>) -> anyhow::Result<()> {
     while kept.changed().await.is_ok() {
+        tokio::time::sleep(GATHER).await;
         let bytes = kept.borrow_and_update().clone();
         if let Err(error) = store.save(MEMORY, bytes).await {
             tracing::error!(%error, "the reconciler's memory cannot be saved");
@@ -272,11 +276,16 @@ async fn until(mut flag: watch::Receiver<bool>) {
 }
 
 /// Writes down what would otherwise be saved in a moment.
-async fn flush(store: &dyn Local, control: &Control, published: &watch::Receiver<Arc<Published>>) {
-    if let Err(error) = Checker::save(control.book(), store).await {
+async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Vec<u8>>) {
+    if let Err(error) = Checker::save(control.book(), local).await {
         tracing::error!(%error, "health verdicts cannot be saved");
     }
-    tracing::debug!(revision = published.borrow().revision, "stopped");
+    let memory = memory.borrow().clone();
+    if !memory.is_empty()
+        && let Err(error) = local.save(MEMORY, memory).await
+    {
+        tracing::error!(%error, "the reconciler's memory cannot be saved");
+    }
 }
 
 /// When a file's services become the desired state.

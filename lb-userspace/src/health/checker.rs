@@ -117,18 +117,28 @@ impl Checker {
                 plan(name, service, &mut plans);
             }
         }
-        self.running.retain(|id, (plan, task)| {
-            let keep = !changed.contains_key(&id.service) || plans.get(id) == Some(plan);
-            if !keep && let Some(task) = task {
-                task.abort();
+        for name in changed.keys() {
+            for id in ids_of(&self.running, name) {
+                if let Some((plan, task)) = self.running.get(&id)
+                    && plans.get(&id) != Some(plan)
+                {
+                    task.iter().for_each(AbortHandle::abort);
+                    self.running.remove(&id);
+                }
             }
-            keep
-        });
+        }
         self.shared.book.change(|entries| {
-            entries.retain(|id, _| match changed.get(&id.service) {
-                Some(_) => plans.contains_key(id),
-                None => desired.services.contains_key(&id.service),
-            });
+            if first {
+                // What the last daemon knew of services that are gone by now.
+                entries.retain(|id, _| desired.services.contains_key(&id.service));
+            }
+            for name in changed.keys() {
+                for id in ids_of(entries, name) {
+                    if !plans.contains_key(&id) {
+                        entries.remove(&id);
+                    }
+                }
+            }
         });
         let book = self.shared.book.clone();
         for (id, plan) in plans {
@@ -155,6 +165,14 @@ impl Checker {
             self.running.insert(id, (plan, task));
         }
     }
+}
+
+/// A service's backends in a map of all.
+fn ids_of<T>(all: &BTreeMap<BackendId, T>, service: &Name) -> Vec<BackendId> {
+    // Names begin with a letter or digit, and of all these 0 is the least.
+    let least: Name = "0".parse().expect("a digit is a name");
+    let from = all.range(BackendId { service: service.clone(), backend: least }..);
+    from.map(|(id, _)| id).take_while(|id| id.service == *service).cloned().collect()
 }
 
 /// What is to be checked of a service.

@@ -1,12 +1,13 @@
 //! Names of services and backends.
 
 use serde::{Deserialize, Serialize};
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
-/// A name: 1 to 63 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit.
+/// A name: 1 to 63 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit. Copies share its text, since
+/// snapshots hold the same names many times.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Name(String);
+pub struct Name(Arc<str>);
 
 /// Why a name was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,7 +31,7 @@ impl TryFrom<String> for Name {
     fn try_from(name: String) -> Result<Self, NameError> {
         let first = name.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
         let rest = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'));
-        if first && rest && name.len() <= 63 { Ok(Self(name)) } else { Err(NameError { name }) }
+        if first && rest && name.len() <= 63 { Ok(Self(name.into())) } else { Err(NameError { name }) }
     }
 }
 
@@ -43,7 +44,7 @@ impl FromStr for Name {
 
 impl From<Name> for String {
     fn from(name: Name) -> Self {
-        name.0
+        name.0.as_ref().to_owned()
     }
 }
 

@@ -113,6 +113,17 @@ pub enum StoreError {
         /// What was found.
         what: String,
     },
+    /// The same for what belongs to this host alone.
+    #[error(
+        "{file} is damaged ({what}); it was left as it is: move it away, and lbd starts without the last health \
+         verdicts and takes the live maps as they are"
+    )]
+    CorruptLocal {
+        /// File.
+        file: String,
+        /// What was found.
+        what: String,
+    },
     /// Not allowed.
     #[error("store {file}: permission denied; run lbd as root (sudo), or give it a --state-dir of its own")]
     Denied {

@@ -1,4 +1,5 @@
-//! The store in one file of this host, with redb: each commit is one durable transaction.
+//! The store in a file of this host, with redb: each commit is one durable transaction. What belongs to
+//! this host alone has a file of its own beside it, so that saving it delays no commit.
 //!
 //! A revision names, for each service, the revision in which that service last changed; the services
 //! themselves are kept once per change. So a change of one service among thousands writes that one.
@@ -54,6 +55,8 @@ pub struct RedbStore {
 struct Inner {
     database: Database,
     file: PathBuf,
+    local: Database,
+    local_file: PathBuf,
     keep: u64,
     /// Held from the look at `head` to its change: redb lets the next writer in before that.
     writing: Mutex<()>,
@@ -94,23 +97,40 @@ impl RedbStore {
     /// The file is in use, newer, damaged, or cannot be written; it is left as it is.
     pub fn open(directory: &Path, keep: u64) -> Result<Self, StoreError> {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
-        let file = directory.join("lb.redb");
-        // An unfinished first start leaves an empty file; anything else that is no store is kept.
-        let fresh = std::fs::metadata(&file).map_or(true, |m| m.len() == 0);
+        let (file, local_file) = (directory.join("lb.redb"), directory.join("local.redb"));
         let (database, stored) = guarded(&file, || {
-            let opened = if fresh { Database::create(&file) } else { Database::open(&file) };
-            let mut database = opened.map_err(|e| failed(&file, e))?;
+            let (database, fresh) = open(&file)?;
             if fresh {
                 prepare(&database).map_err(|e| failed(&file, e))?;
-            } else if !database.check_integrity().map_err(|e| failed(&file, e))? {
-                tracing::warn!(file = %file.display(), "store was not closed cleanly, and has been repaired");
             }
             let stored = read_head(&database, &file)?;
             Ok((database, stored))
         })?;
+        let local = guarded(&local_file, || {
+            let (database, _) = open(&local_file)?;
+            let table = || -> Result<(), redb::Error> {
+                let write = database.begin_write()?;
+                write.open_table(LOCAL)?;
+                Ok(write.commit()?)
+            };
+            table().map_err(|e| failed(&local_file, e))?;
+            Ok(database)
+        })
+        .map_err(|error| match error {
+            StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
+            other => other,
+        })?;
         let head = watch::Sender::new(stored);
         Ok(Self {
-            inner: Arc::new(Inner { database, file, keep: keep.max(2), writing: Mutex::new(()), head }),
+            inner: Arc::new(Inner {
+                database,
+                file,
+                local,
+                local_file,
+                keep: keep.max(2),
+                writing: Mutex::new(()),
+                head,
+            }),
         })
     }
 
@@ -134,6 +154,18 @@ impl RedbStore {
     }
 }
 
+/// Opens a file, or makes it; says whether it was made. An unfinished first start leaves an empty file;
+/// anything else that is no store is left as it is.
+fn open(file: &Path) -> Result<(Database, bool), StoreError> {
+    let fresh = std::fs::metadata(file).map_or(true, |m| m.len() == 0);
+    let opened = if fresh { Database::create(file) } else { Database::open(file) };
+    let mut database = opened.map_err(|e| failed(file, e))?;
+    if !fresh && !database.check_integrity().map_err(|e| failed(file, e))? {
+        tracing::warn!(file = %file.display(), "store was not closed cleanly, and has been repaired");
+    }
+    Ok((database, fresh))
+}
+
 /// redb asserts in places where a damaged file contradicts itself: that is damage too, and must not take
 /// the process down without a word.
 fn guarded<T>(file: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
@@ -150,7 +182,6 @@ fn prepare(database: &Database) -> Result<(), redb::Error> {
         meta.insert("head", 0)?;
         write.open_table(REVISIONS)?;
         write.open_table(SERVICES)?;
-        write.open_table(LOCAL)?;
     }
     write.commit()?;
     Ok(())
@@ -339,21 +370,21 @@ impl Store for RedbStore {
 impl Local for RedbStore {
     fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>> {
         Box::pin(self.blocking(move |inner| {
-            let read = inner.database.begin_read().map_err(|e| inner.failed(e))?;
-            let table = read.open_table(LOCAL).map_err(|e| inner.failed(e))?;
-            let value = table.get(key).map_err(|e| inner.failed(e))?;
+            let read = inner.local.begin_read().map_err(|e| failed(&inner.local_file, e))?;
+            let table = read.open_table(LOCAL).map_err(|e| failed(&inner.local_file, e))?;
+            let value = table.get(key).map_err(|e| failed(&inner.local_file, e))?;
             Ok(value.map(|v| v.value().to_vec()))
         }))
     }
 
     fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(self.blocking(move |inner| {
-            let write = inner.database.begin_write().map_err(|e| inner.failed(e))?;
+            let write = inner.local.begin_write().map_err(|e| failed(&inner.local_file, e))?;
             {
-                let mut table = write.open_table(LOCAL).map_err(|e| inner.failed(e))?;
-                table.insert(key, &*value).map_err(|e| inner.failed(e))?;
+                let mut table = write.open_table(LOCAL).map_err(|e| failed(&inner.local_file, e))?;
+                table.insert(key, &*value).map_err(|e| failed(&inner.local_file, e))?;
             }
-            write.commit().map_err(|e| inner.failed(e))
+            write.commit().map_err(|e| failed(&inner.local_file, e))
         }))
     }
 }

@@ -96,6 +96,10 @@ async fn local_values_last() {
     drop(store);
     let store = RedbStore::open(dir.path(), 3).unwrap();
     assert_eq!(store.load("health").await.unwrap(), Some(vec![1, 2, 3]));
+    drop(store);
+    std::fs::write(dir.path().join("local.redb"), "nonsense").unwrap();
+    let error = open_error(dir.path());
+    assert!(error.contains("local.redb is damaged") && error.contains("takes the live maps"), "{error}");
 }
 
 fn open_error(dir: &std::path::Path) -> String {
