@@ -17,7 +17,9 @@ fn members(count: u64, weighted: bool, down: u64) -> Vec<Member> {
 fn tables(c: &mut Criterion) {
     let mut group = c.benchmark_group("maglev");
     group.sample_size(30);
-    for (size, count) in [(16_381, 100), (65_537, 10), (65_537, 100), (65_537, 1_000), (65_537, 10_000), (524_287, 5_000)] {
+    for (size, count) in
+        [(16_381, 100), (65_537, 10), (65_537, 100), (65_537, 1_000), (65_537, 10_000), (524_287, 5_000)]
+    {
         for (name, weighted, down) in
             [("equal", false, 0), ("weighted", true, 0), ("weighted-5-down", true, 5)]
         {
