@@ -45,6 +45,8 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn build_binaries(root: &Path, symbols: bool) -> Result<()> {
+    let skips = env::var_os("LB_SKIP_BPF").is_some_and(|value| value == "1");
+    ensure!(!skips, "LB_SKIP_BPF=1 is set: lbd would be built without its XDP programs");
     let workspace = shell::workspace();
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(&workspace).args(["build", "--release", "--package", "lb-userspace", "--bins"]);
@@ -59,7 +61,6 @@ fn build_binaries(root: &Path, symbols: bool) -> Result<()> {
             run_quietly(Command::new("strip").arg(&to))?;
         }
     }
-    // The XDP programs must be inside: without them lbd says so here.
     let version = run_quietly(Command::new(directory.join("lbd")).arg("--version"))?;
     ensure!(version.starts_with("lbd "), "lbd --version said {version:?}");
     Ok(())
@@ -87,7 +88,10 @@ fn copy_files(root: &Path) -> Result<()> {
     let workspace = shell::workspace();
     let units = make(root, "lib/systemd/system")?;
     let documents = make(root, "share/doc/lb")?;
-    copy_all(&workspace.join("packaging"), &units, "service")?;
+    let examples = make(root, "share/doc/lb/examples")?;
+    copy_all(&workspace.join("deploy"), &units, "service")?;
+    copy_all(&workspace.join("deploy"), &examples, "toml")?;
+    copy_all(&workspace.join("deploy"), &examples, "env")?;
     copy_all(&workspace.join("docs"), &documents, "md")?;
     for file in ["README.md", "ARCHITECTURE.md", "LICENSE-MIT", "LICENSE-APACHE"] {
         let from = workspace.join(file);

@@ -54,12 +54,19 @@ fn add(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report) -> Result<
 /// A download of several seconds must outlive the drain of its worker.
 fn drain(stage: &Stage, traffic: &mut Traffic, report: &mut Report) -> Result<()> {
     let target = stage.targets(nginx::PORT)[0];
+    let newest = stage.bed.workers.last().context("there is a worker")?.name.clone();
     let (sender, receiver) = std::sync::mpsc::channel();
     let download = stage.bed.client.spawn_async(move || async move {
+        // From a worker that has kept connections too, which the newest one has not.
         let begin = async {
-            let mut connection = Connection::open(target).await?;
-            let (answer, length) = connection.begin("/download/1").await?;
-            Ok::<_, anyhow::Error>((connection, answer.worker.context("no X-Worker")?, length))
+            loop {
+                let mut connection = Connection::open(target).await?;
+                let (answer, length) = connection.begin("/download/1").await?;
+                let worker = answer.worker.context("no X-Worker")?;
+                if worker != newest {
+                    return Ok::<_, anyhow::Error>((connection, worker, length));
+                }
+            }
         };
         let (mut connection, worker, length) = begin.await?;
         let _ = sender.send(worker);
