@@ -14,7 +14,7 @@ use crate::{setup, shell};
 #[derive(clap::Args, Debug)]
 #[command(disable_help_flag = true)]
 pub struct Options {
-    /// packet, side-by-side or control; everything, with a report, when none is named.
+    /// packet, side-by-side, control or inference; everything of the balancer, with a report, when none is named.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
@@ -35,6 +35,12 @@ impl Options {
 
 /// Measures. An error if something could not be built or did not succeed.
 pub fn run(options: &Options) -> Result<()> {
+    // The inference worker needs libtorch, and no root: it is measured by a program of its own.
+    if let Some((first, rest)) = options.arguments.split_first()
+        && first == "inference"
+    {
+        return crate::inference::bench::run(rest);
+    }
     setup::run(&setup::Options { bpf: true, packages: true, ..Default::default() })?;
     let target = target_directory();
     let mut build = cargo(&["build", "--release", "--package", "test-bench"]);
