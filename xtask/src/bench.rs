@@ -14,7 +14,7 @@ use crate::{setup, shell};
 #[derive(clap::Args, Debug)]
 #[command(disable_help_flag = true)]
 pub struct Options {
-    /// packet, side-by-side, control or inference; everything but the last, with a report, when none is named.
+    /// packet, side-by-side, control or inference; everything of the balancer, with a report, when none is named.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
@@ -49,9 +49,10 @@ pub fn run(options: &Options) -> Result<()> {
     }
     shell::with_progress("building the measuring program", &mut build)?;
     if options.has_control() {
-        let mut bench = cargo(&["bench", "--package", "lb-userspace", "--benches", "--"]);
+        let mut bench = cargo(&["bench", "--package", "lb-userspace", "--bench", "*", "--"]);
         if options.has("--quick") {
-            bench.arg("--quick");
+            // Only those about which something is claimed.
+            bench.args(["--quick", "65537x1000|compile"]);
         } else {
             bench.args(["--warm-up-time", "1", "--measurement-time", "2"]);
         }

@@ -32,7 +32,7 @@ enum Command {
     Demo(demo::Options),
     /// Build the release: binaries, man pages, completions, service files.
     Dist(dist::Options),
-    /// Measure the balancer; `bench -- --help` lists what there is to measure.
+    /// Measure the balancer, or one part of it; `bench --help` lists what there is.
     Bench(bench::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),

@@ -323,6 +323,7 @@ fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
     let mut command = cargo(&["test", "--lib", "--bins"]);
     command.args(profile);
     command.args(CRATES.iter().flat_map(|name| ["--package", name]));
+    command.args(["--package", "test-bench"]);
     command.args(integration.iter().flat_map(|name| ["--test", name]));
     command
 }

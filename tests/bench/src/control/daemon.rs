@@ -25,23 +25,22 @@ use crate::{processor::process_time, statistics::median};
 
 /// All backends' addresses, which one worker answers for.
 const NETWORK: &str = "10.200.0.0/14";
-/// Seconds between two probes of a backend.
-const INTERVAL_S: u64 = 5;
 
 /// Changes and daemons measured.
 pub fn measure(quick: bool) -> Result<(Vec<Change>, Vec<Daemon>)> {
     let (sizes, samples): (&[u32], usize) =
         if quick { (&[10, 1_000], 20) } else { (&[10, 100, 1_000, 10_000], 60) };
+    let (rest, interval_s) = if quick { (Duration::from_secs(2), 2) } else { (Duration::from_secs(10), 5) };
     let (mut changes, mut daemons) = (Vec::new(), Vec::new());
     for &backends in sizes {
         eprintln!("  changes with {backends} backends …");
         let lab = Lab::start()?;
         changes.extend(lab.changes(backends, samples)?);
-        daemons.push(lab.spent("at rest, no health checks", backends, Duration::from_secs(3), 0.0)?);
+        daemons.push(lab.spent("at rest, no health checks", backends, rest, 0.0)?);
     }
     for &backends in if quick { &[1_000][..] } else { &[1_000, 10_000] } {
         eprintln!("  health of {backends} backends …");
-        daemons.push(Lab::start()?.health(backends)?);
+        daemons.push(Lab::start()?.health(backends, interval_s)?);
     }
     Ok((changes, daemons))
 }
@@ -116,9 +115,9 @@ impl Lab {
         ])
     }
 
-    fn health(&self, backends: u32) -> Result<Daemon> {
+    fn health(&self, backends: u32, interval_s: u64) -> Result<Daemon> {
         let check = json!({
-            "kind": "tcp", "port": nginx::PORT, "interval_ms": INTERVAL_S * 1_000, "timeout_ms": 2_000,
+            "kind": "tcp", "port": nginx::PORT, "interval_ms": interval_s * 1_000, "timeout_ms": 2_000,
             "rise": 1, "fall": 3,
         });
         self.change("POST", "/v1/services/bench", &service(backends, check))?;
@@ -127,9 +126,10 @@ impl Lab {
             status.is_ok_and(|status| status["backends"]["healthy"] == json!(backends))
         })?;
         // Past the first round of probes, whole intervals from here on.
-        thread::sleep(Duration::from_secs(INTERVAL_S));
-        let probes = f64::from(backends) / INTERVAL_S as f64;
-        self.spent("TCP health checks every 5 s", backends, Duration::from_secs(2 * INTERVAL_S), probes)
+        thread::sleep(Duration::from_secs(interval_s));
+        let probes = f64::from(backends) / interval_s as f64;
+        let what = format!("TCP health checks every {interval_s} s");
+        self.spent(&what, backends, Duration::from_secs(2 * interval_s), probes)
     }
 
     /// What the daemon spends while nobody asks it for anything.

@@ -162,7 +162,7 @@ pub fn measure_all(options: &Options) -> Result<Report> {
         None => None,
     };
     let effort = Effort {
-        samples: options.samples.unwrap_or(if options.quick { 7 } else { 31 }),
+        samples: options.samples.unwrap_or(if options.quick { 5 } else { 31 }),
         packets: options.packets.unwrap_or(if options.quick { 60_000 } else { 200_000 }),
     };
     ensure!(effort.samples > 0 && effort.packets >= 1_000, "at least 1 sample of 1,000 packets");

@@ -117,6 +117,7 @@ fn draw_bars(area: &Area<'_>, title: &str, y: &str, bars: &[Bar]) -> Drawn {
         .y_desc(y)
         .x_labels(bars.len() * 2 + 1)
         .x_label_formatter(&name)
+        .y_label_formatter(&|y| if top < 20.0 { format!("{y:.1}") } else { format!("{y:.0}") })
         .light_line_style(WHITE)
         .draw()?;
     for (i, bar) in bars.iter().enumerate() {

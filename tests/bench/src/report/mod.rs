@@ -193,6 +193,7 @@ fn draw(whole: &Whole, directory: &Path) -> Result<Vec<Chart>> {
         ("side-cpu.svg", "CPU"),
     ] {
         let unit = sidebyside::METRICS.iter().find(|(name, _)| *name == metric).map_or("", |(_, unit)| unit);
+        let unit = unit.split(':').next().unwrap_or(unit);
         let bars: Vec<chart::Bar> = whole
             .side_by_side
             .rows
