@@ -76,7 +76,7 @@ pub fn run(options: &Options) -> Result<()> {
         if options.suites.is_empty() { Suite::value_variants().to_vec() } else { options.suites.clone() };
     setup::run(&setup::Options {
         bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
-        packages: suites.iter().any(|suite| suite.needs_root()),
+        packages: suites.iter().any(|suite| suite.needs_root() || *suite == Suite::Inference),
         inference: suites.contains(&Suite::Inference),
     })?;
     let mut outcomes = Vec::new();
@@ -110,18 +110,22 @@ fn summarise(outcomes: &[Outcome]) -> Result<()> {
 }
 
 fn run_suite(suite: Suite, options: &Options) -> Result<String> {
-    if suite.needs_root() && !shell::is_root() && shell::which("sudo").is_none() {
-        return skip("needs root, and there is no sudo");
-    }
-    if suite.needs_root() && shell::with_output(&mut shell::as_root("unshare"), &["--net", "true"]).is_none()
-    {
-        return skip("may not make network namespaces here (CAP_SYS_ADMIN is missing)");
+    let wants = suite.needs_root() || suite == Suite::Inference;
+    let cannot = if wants { lacks_namespaces() } else { None };
+    if let Some(reason) = cannot.filter(|_| suite.needs_root()) {
+        return skip(reason);
     }
     let skips = skip_file();
     let _ = fs::remove_file(&skips);
     let mut tally = Tally::default();
     let filter = options.filter.as_deref();
-    for mut command in suite.commands(options.release)? {
+    let mut commands = suite.commands(options.release)?;
+    if let Some(reason) = cannot.filter(|_| suite == Suite::Inference) {
+        // The worker alone needs none.
+        skip(reason)?;
+        commands.truncate(INFERENCE_ALONE);
+    }
+    for mut command in commands {
         let tests = command.get_args().next().is_some_and(|first| first == "test");
         if tests {
             if !command.get_args().any(|argument| argument == "--") {
@@ -166,6 +170,15 @@ fn once_more(command: &Command, failed: &[String]) -> Result<Vec<String>> {
         }
     }
     Ok(failed.to_vec())
+}
+
+/// Why suites with networks of their own cannot run here.
+fn lacks_namespaces() -> Option<&'static str> {
+    if !shell::is_root() && shell::which("sudo").is_none() {
+        return Some("needs root, and there is no sudo");
+    }
+    let may = shell::with_output(&mut shell::as_root("unshare"), &["--net", "true"]).is_some();
+    (!may).then_some("may not make network namespaces here (CAP_SYS_ADMIN is missing)")
 }
 
 fn skip(reason: &str) -> Result<String> {
@@ -309,14 +322,23 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-/// Always optimised: unoptimised kernels take minutes, and libtorch's bindings would be built twice.
+/// The first of [`inference_commands`] need no network of their own.
+const INFERENCE_ALONE: usize = 2;
+
+/// The worker alone, then behind the balancer. Always optimised: unoptimised kernels take minutes, and libtorch's bindings would be built twice.
 fn inference_commands() -> Result<Vec<Command>> {
     let package = ["--release", "--package", "inference-worker"];
+    let mut behind = cargo(&["test", "--manifest-path", "tests/e2e/Cargo.toml", "--test", "inference"]);
+    run_as_root(&mut behind);
+    behind.env("LB_INFERENCE_WORKER", inference::build_worker()?);
+    behind.env("LB_INFERENCE_MODEL", inference::model::ensure()?);
+    behind.args(["--", "--ignored", "--test-threads=1"]);
+    let balancer = cargo(&["build", "--package", "lb-userspace", "--bins"]);
     let mut clippy = inference::cargo(&[&["clippy"], &package[..], &["--all-targets"]].concat())?;
     clippy.args(["--", "-D", "warnings"]);
     let mut test = inference::cargo(&[&["test"], &package[..]].concat())?;
     test.env("LB_TEST_PYTHON", inference::python::ensure(inference::python::TEST)?);
-    Ok(vec![clippy, test])
+    Ok(vec![clippy, test, balancer, behind])
 }
 
 fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {

@@ -12,6 +12,7 @@ pub mod daemon;
 pub mod hold;
 pub mod http;
 pub mod iperf;
+pub mod llm;
 pub mod netns;
 pub mod nginx;
 pub mod process;

@@ -11,11 +11,13 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::{SigSet, Signal};
 use test_support::{
     bed::{self, Layout},
+    llm::Program,
     stage::{Plan, Stage, UDP, WEB},
 };
 
 use crate::{setup, shell};
 
+mod inference;
 mod phases;
 mod report;
 mod traffic;
@@ -35,6 +37,18 @@ pub struct Options {
     /// The forwarding mode.
     #[arg(long, default_value = "ipip", value_parser = ["ipip", "gue"])]
     mode: String,
+    /// Leave out the LLM workers, and with them libtorch and the model.
+    #[arg(long)]
+    without_inference: bool,
+    /// The built inference worker, from the part that did the set-up.
+    #[arg(long, hide = true, requires = "llm_model")]
+    llm_worker: Option<PathBuf>,
+    /// The model.
+    #[arg(long, hide = true)]
+    llm_model: Option<PathBuf>,
+    /// A Python with OpenAI's client.
+    #[arg(long, hide = true)]
+    llm_python: Option<PathBuf>,
     /// Set-up and build are done: the part that runs as root.
     #[arg(long, hide = true)]
     prepared: bool,
@@ -42,11 +56,15 @@ pub struct Options {
 
 /// Sets up, builds, runs, tells, and cleans up.
 pub fn run(options: &Options) -> Result<()> {
+    let mut tools = options.tools();
     if !options.prepared {
-        setup::run(&setup::Options::BALANCER)?;
+        setup::run(&setup::Options { inference: !options.without_inference, ..setup::Options::BALANCER })?;
         build()?;
+        if !options.without_inference {
+            tools = Some(inference::prepare()?);
+        }
         if !shell::is_root() {
-            return run_as_root();
+            return run_as_root(tools.as_ref());
         }
     }
     // The account must be writable before minutes are spent on it.
@@ -54,7 +72,15 @@ pub fn run(options: &Options) -> Result<()> {
         std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
     }
     clean_up_on_signal()?;
-    play(options)
+    play(options, tools.as_ref())
+}
+
+impl Options {
+    /// What the part before sudo has handed over.
+    fn tools(&self) -> Option<inference::Tools> {
+        let program = Program { worker: self.llm_worker.clone()?, model: self.llm_model.clone()? };
+        Some(inference::Tools { program, python: self.llm_python.clone() })
+    }
 }
 
 fn build() -> Result<()> {
@@ -69,16 +95,21 @@ fn build() -> Result<()> {
 }
 
 /// This very command again, as root and past the build.
-fn run_as_root() -> Result<()> {
+fn run_as_root(tools: Option<&inference::Tools>) -> Result<()> {
     if shell::which("sudo").is_none() {
         bail!("the demo makes network namespaces: run it as root, or install sudo");
     }
     let own = std::env::current_exe().context("cannot find the running program")?;
-    let status = shell::as_root(own)
-        .args(std::env::args_os().skip(1))
-        .arg("--prepared")
-        .status()
-        .context("cannot start sudo")?;
+    let mut command = shell::as_root(own);
+    command.args(std::env::args_os().skip(1)).arg("--prepared");
+    if let Some(tools) = tools {
+        command.arg("--llm-worker").arg(&tools.program.worker);
+        command.arg("--llm-model").arg(&tools.program.model);
+        if let Some(python) = &tools.python {
+            command.arg("--llm-python").arg(python);
+        }
+    }
+    let status = command.status().context("cannot start sudo")?;
     if !status.success() {
         bail!("the demo ended with {status}");
     }
@@ -104,7 +135,7 @@ fn clean_up_on_signal() -> Result<()> {
     Ok(())
 }
 
-fn play(options: &Options) -> Result<()> {
+fn play(options: &Options, tools: Option<&inference::Tools>) -> Result<()> {
     let mode = if options.mode == "gue" { "gue" } else { "ipip" };
     println!("\nA client, an ingress host and {} workers, each in a network of its own:", options.workers);
     println!("  client ── eth0 [lbd ingress: XDP] w1 ── eth0 [lbd worker: XDP] nginx");
@@ -120,18 +151,20 @@ fn play(options: &Options) -> Result<()> {
 
     let mut report = report::Report::default();
     phases::run_all(&mut stage, &mut report)?;
+    let workers = tools.map(|tools| inference::run_all(&stage, tools, &mut report)).transpose()?;
     report.conclude();
     if let Some(path) = &options.report {
         report.write(path)?;
         println!("account written to {}", path.display());
     }
     if options.keep {
-        invite(&stage);
+        invite(&stage, workers.is_some());
         // The signal thread ends the process.
         loop {
             thread::park();
         }
     }
+    drop(workers);
     drop(stage);
     println!("cleaned up");
     if !report.ok {
@@ -140,7 +173,7 @@ fn play(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn invite(stage: &Stage) {
+fn invite(stage: &Stage, has_llm: bool) {
     let client = stage.bed.client.path();
     println!("\nEverything stays up until Ctrl-C. In another terminal, as root:");
     for (what, command) in [
@@ -155,5 +188,12 @@ fn invite(stage: &Stage) {
         ("ask why", stage.lbctl.shell(&["explain", "10.0.0.2:40000", "10.99.0.1:80", "tcp"])),
     ] {
         println!("  {what:<16} {command}");
+    }
+    if has_llm {
+        let body =
+            r#"{"model": "smol", "stream": true, "messages": [{"role": "user", "content": "Hello!"}]}"#;
+        let client = client.display();
+        let url = "http://10.99.0.1:8000/v1/chat/completions";
+        println!("  {:<16} nsenter --net={client} curl -N {url} -d '{body}'", "chat");
     }
 }

@@ -163,7 +163,8 @@ fn watch() -> Result<()> {
     Ok(())
 }
 
-fn position(stage: &Stage, name: &str) -> Result<usize> {
+/// The index of the worker called `name`.
+pub fn position(stage: &Stage, name: &str) -> Result<usize> {
     let position = stage.bed.workers.iter().position(|worker| worker.name == name);
     position.with_context(|| format!("no worker is called {name:?}"))
 }

@@ -35,6 +35,18 @@ pub struct Phase {
     pub p50_us: u64,
     /// 99th percentile of the same.
     pub p99_us: u64,
+    /// Of LLM phases: tokens that came.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
+    /// Tokens per second, over all clients.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_s: Option<f64>,
+    /// Median of the time to the first token, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttft_p50_ms: Option<f64>,
+    /// 99th percentile of the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttft_p99_ms: Option<f64>,
     /// What else is worth knowing, in words.
     pub notes: Vec<String>,
 }

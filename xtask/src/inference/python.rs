@@ -27,15 +27,23 @@ pub fn system() -> Result<PathBuf> {
     Ok(python)
 }
 
+/// The Python of an environment that [`ensure`] has made; None when it has not.
+pub fn existing((name, packages, bare): (&str, &[&str], &[&str])) -> Result<Option<PathBuf>> {
+    let folder = cache()?.join(name);
+    let is_made = fs::read_to_string(folder.join("packages"))
+        .is_ok_and(|installed| installed == [packages, bare].concat().join("\n"));
+    Ok(is_made.then(|| folder.join("bin/python")))
+}
+
 /// An environment with packages, and others without their dependencies; its Python.
 pub fn ensure((name, packages, bare): (&str, &[&str], &[&str])) -> Result<PathBuf> {
+    if let Some(python) = existing((name, packages, bare))? {
+        return Ok(python);
+    }
     let folder = cache()?.join(name);
     let python = folder.join("bin/python");
     let wanted = [packages, bare].concat().join("\n");
     let stamp = folder.join("packages");
-    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
-        return Ok(python);
-    }
     let mut make = Command::new(system()?);
     make.args(["-m", "venv"]).arg(&folder);
     shell::with_progress(&format!("making the Python environment {name}"), &mut make)?;
