@@ -42,6 +42,7 @@ pub fn packet(report: &Report) -> Vec<Claim> {
             value: row.floor_multiple,
             bound: 4.0,
         }),
+        ratio("against a balancer without features", ESTABLISHED, "plain/v4/tcp-established/ipip/1M", 1.5),
         ratio("SYN against established", "v4/tcp-syn/ipip/1M", ESTABLISHED, 1.1),
         ratio("SYN against established, v6", "v6/tcp-syn/ipip/1M", "v6/tcp-established/ipip/1M", 1.1),
         ratio("p2c SYN against established", "v4/tcp-syn/ipip/p2c/1M", ESTABLISHED, 3.0),

@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, xdp::DevMapHash},
-    programs::{ProgramFd, Xdp, XdpMode},
+    maps::{Array, HashMap, Map, MapData},
+    programs::{ProgramFd, Xdp},
 };
 use lb_common::{
     Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
@@ -127,17 +127,6 @@ impl Ingress {
         keys.insert(ServiceKey { vip, port: port.into(), protocol: view.protocol, pad: 0 }, index, 0)?;
         Ok(())
     }
-
-    /// Allows an egress interface of this thread's network namespace.
-    pub fn add_egress(&mut self, ifindex: u32) -> Result<()> {
-        let mut egress: DevMapHash<&mut MapData> = self.map(names::EGRESS)?;
-        egress.insert(ifindex, ifindex, None, 0).with_context(|| format!("no interface {ifindex}"))
-    }
-
-    /// Attaches the program to an interface of this thread's network namespace, in the driver.
-    pub fn attach(&mut self, interface: &str) -> Result<()> {
-        attach(&mut self.bpf, names::PROGRAM_INGRESS, interface)
-    }
 }
 
 /// The loaded decap program.
@@ -178,11 +167,6 @@ impl Decap {
     pub fn bpf(&self) -> &Ebpf {
         &self.bpf
     }
-
-    /// Attaches the program to an interface of this thread's network namespace, in the driver.
-    pub fn attach(&mut self, interface: &str) -> Result<()> {
-        attach(&mut self.bpf, names::PROGRAM_DECAP, interface)
-    }
 }
 
 /// Loads the XDP program `name` of `bpf` and returns it.
@@ -191,13 +175,6 @@ pub fn load_xdp<'a>(bpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
         bpf.program_mut(name).with_context(|| format!("no program {name} in the object"))?.try_into()?;
     program.load().with_context(|| format!("the verifier refused {name}"))?;
     Ok(program)
-}
-
-fn attach(bpf: &mut Ebpf, name: &str, interface: &str) -> Result<()> {
-    let program: &mut Xdp =
-        bpf.program_mut(name).with_context(|| format!("no program {name} in the object"))?.try_into()?;
-    program.attach(interface, XdpMode::Driver).with_context(|| format!("attach {name} to {interface}"))?;
-    Ok(())
 }
 
 /// Memory of a map as the kernel reports it, in bytes, and its entries.

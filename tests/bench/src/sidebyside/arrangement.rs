@@ -3,22 +3,18 @@
 
 use std::{fs, net::Ipv4Addr, os::fd::OwnedFd, path::Path, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
-use lb_common::{Address, Backend, ServiceView, Slot, backend, mapped, service::TCP, settings::GUE_PORT};
+use anyhow::{Context, Result, bail};
+use aya::programs::loaded_programs;
 use test_support::{
     bed::{Bed, Layout, Worker, vip_v4},
-    iperf,
+    daemon, iperf,
     netns::Namespace,
     nginx,
     process::Process,
     program, wait,
 };
 
-use crate::{
-    dataplane::{Decap, Ingress, Tables},
-    objects,
-    processor::process_time,
-};
+use crate::processor::process_time;
 
 /// Who balances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -58,15 +54,16 @@ impl Kind {
         }
     }
 
-    /// Whether workers answer clients directly, and so hold the VIPs.
-    fn is_direct_return(self) -> bool {
-        matches!(self, Self::Direct | Self::DirectXdp | Self::Ipip | Self::Gue)
+    /// Whether packets are routed to the workers, which must hold the VIPs.
+    fn is_routed(self) -> bool {
+        matches!(self, Self::Direct | Self::DirectXdp)
     }
 
-    fn mode(self) -> Option<u8> {
+    /// Our forwarding mode.
+    fn mode(self) -> Option<&'static str> {
         match self {
-            Self::Ipip => Some(backend::mode::IPIP),
-            Self::Gue => Some(backend::mode::GUE),
+            Self::Ipip => Some("ipip"),
+            Self::Gue => Some("gue"),
             _ => None,
         }
     }
@@ -98,10 +95,12 @@ pub struct Arrangement {
     bed: Bed,
 }
 
-/// Our programs; they go when this is dropped.
+/// Our daemons, as an operator would run them; they go when this is dropped.
 struct Ours {
-    ingress: Ingress,
-    decaps: Vec<Decap>,
+    ingress: daemon::Ingress,
+    workers: Vec<Process>,
+    /// The kernel's numbers of our programs.
+    programs: Vec<u32>,
 }
 
 impl Arrangement {
@@ -113,7 +112,7 @@ impl Arrangement {
         for worker in &bed.workers {
             let (namespace, name) = (&worker.namespace, worker.name.as_str());
             workers.push(nginx::start(namespace, name, bed.directory())?);
-            if kind.is_direct_return() {
+            if kind.is_routed() {
                 for vip in [web_vip(), bulk_vip()] {
                     namespace.add_address("lo", vip.into(), 32)?;
                 }
@@ -145,9 +144,10 @@ impl Arrangement {
         &self.bed.client
     }
 
-    /// Processor time that the balancer's own processes have used.
+    /// Processor time that the balancer's own processes have used, agents on the workers included.
     pub fn process_time(&self) -> Duration {
-        self.balancer.as_ref().map_or(Duration::ZERO, |process| process_time(process.id()))
+        let ours = self.ours.iter().flat_map(|ours| ours.workers.iter().chain([ours.ingress.process()]));
+        ours.chain(&self.balancer).map(|process| process_time(process.id())).sum()
     }
 
     /// Processor time that the workers have used.
@@ -155,16 +155,17 @@ impl Arrangement {
         self.workers.iter().map(|process| process_time(process.id())).sum()
     }
 
-    /// Time and number of runs of our programs since they were loaded, while the kernel counts them.
-    pub fn program_time(&self) -> Result<Option<(Duration, u64)>> {
+    /// Time that our programs have run since they were loaded, while the kernel counted it.
+    pub fn program_time(&self) -> Result<Option<Duration>> {
         let Some(ours) = &self.ours else { return Ok(None) };
-        let mut infos = vec![ours.ingress.program()?.info()?];
-        for decap in &ours.decaps {
-            infos.push(decap.program()?.info()?);
+        let mut time = Duration::ZERO;
+        for info in loaded_programs() {
+            let info = info.context("list the kernel's programs")?;
+            if ours.programs.contains(&info.id()) {
+                time += info.run_time();
+            }
         }
-        Ok(Some(infos.iter().fold((Duration::ZERO, 0), |(time, runs), info| {
-            (time + info.run_time(), runs + info.run_count())
-        })))
+        Ok(Some(time))
     }
 
     /// Plain routing: what the same network does without a balancer.
@@ -279,36 +280,29 @@ impl Arrangement {
 
     fn ours(&mut self) -> Result<()> {
         let mode = self.kind.mode().context("one of our modes")?;
-        let mut services = Vec::new();
-        let mut egress = Vec::new();
-        for (index, (_, vip, port, workers)) in self.services().into_iter().enumerate() {
-            let mut backends = Vec::new();
+        let mut text = String::new();
+        for (name, vip, port, workers) in self.services() {
+            text.push_str(&format!(
+                "[[service]]\nname = \"{name}\"\nvip = \"{vip}\"\nport = {port}\nprotocol = \"tcp\"\n\
+                 mode = \"{mode}\"\n"
+            ));
             for worker in workers {
-                let ifindex = self.bed.ingress.index(&worker.name)?;
-                egress.push(ifindex);
-                backends.push(Backend {
-                    address: mapped(worker.v4.octets()),
-                    source: mapped(gateway(worker).octets()),
-                    next_hop: mac(&worker.namespace, "eth0")?,
-                    mtu: 1_600,
-                    egress_mac: mac(&self.bed.ingress, &worker.name)?,
-                    ifindex,
-                    flags: backend::flags::USED | backend::flags::RESOLVED,
-                    mode,
-                    port: GUE_PORT.into(),
-                    service: index as u32,
-                    ..Backend::default()
-                });
+                let (name, address) = (&worker.name, worker.v4);
+                text.push_str(&format!("[[service.backend]]\nname = \"{name}\"\naddress = \"{address}\"\n"));
             }
-            services.push((vip, port, backends));
         }
-        let ingress = self.bed.ingress.enter(move || attach_ingress(&services, &egress))??;
-        let mut decaps = Vec::new();
-        for worker in &self.bed.workers {
-            let own = mapped(worker.v4.octets());
-            decaps.push(worker.namespace.enter(move || attach_decap(own))??);
-        }
-        self.ours = Some(Ours { ingress, decaps });
+        let file = self.bed.path("services.toml");
+        fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
+        let vips = [web_vip().into(), bulk_vip().into()];
+        let workers = self.bed.workers.iter();
+        let workers = workers
+            .map(|worker| daemon::start_worker(&self.bed, worker, &vips, &[]))
+            .collect::<Result<Vec<_>>>()?;
+        let ingress = daemon::Ingress::start(&self.bed, &[])?;
+        ingress.lbctl()?.run(&["config", "apply", &file.display().to_string()])?;
+        let namespaces = self.bed.workers.iter().map(|worker| &worker.namespace);
+        let programs = namespaces.chain([&self.bed.ingress]).map(program_of).collect::<Result<_>>()?;
+        self.ours = Some(Ours { ingress, workers, programs });
         Ok(())
     }
 
@@ -337,42 +331,12 @@ impl Arrangement {
     }
 }
 
-fn attach_ingress(services: &[(Ipv4Addr, u16, Vec<Backend>)], egress: &[u32]) -> Result<Ingress> {
-    let mut ingress = Ingress::load(objects::INGRESS, Tables::DEFAULT)?;
-    for (index, (vip, port, backends)) in services.iter().enumerate() {
-        let first = ingress.add_backends(backends.iter().copied())?;
-        let count = backends.len() as u32;
-        let slot_count = lb_common::limits::TABLE_SIZES[0];
-        let slots = (0..slot_count)
-            .map(|i| Slot { primary: first + i % count, secondary: first + (i + 1) % count })
-            .collect::<Vec<_>>();
-        let view = ServiceView {
-            seed: [0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344],
-            slot_base: ingress.add_slots(slots.into_iter())?,
-            slot_count,
-            protocol: TCP,
-            ..ServiceView::default()
-        };
-        ingress.switch_on(index as u32, mapped(vip.octets()), *port, view)?;
-    }
-    for ifindex in egress {
-        ingress.add_egress(*ifindex)?;
-    }
-    ingress.attach("eth0")?;
-    Ok(ingress)
-}
-
-fn attach_decap(own: Address) -> Result<Decap> {
-    let vips = [web_vip(), bulk_vip()].map(|vip| mapped(vip.octets()));
-    let mut decap = Decap::load(&[own], &vips)?;
-    decap.attach("eth0")?;
-    Ok(decap)
-}
-
-/// The ingress host's address on a worker's link.
-fn gateway(worker: &Worker) -> Ipv4Addr {
-    let [a, b, c, _] = worker.v4.octets();
-    Ipv4Addr::new(a, b, c, 1)
+/// The kernel's number of the XDP program on a namespace's `eth0`.
+fn program_of(namespace: &Namespace) -> Result<u32> {
+    let text = namespace.ip(&["-json", "link", "show", "dev", "eth0"])?;
+    let links: serde_json::Value = serde_json::from_str(&text)?;
+    let id = links[0]["xdp"]["prog"]["id"].as_u64().context("no XDP program is attached to eth0")?;
+    u32::try_from(id).context("programs are numbered in 32 bits")
 }
 
 /// Native XDP turns them off at its peer anyway; so that nobody has an advantage, they are off for all.
@@ -386,13 +350,4 @@ fn without_offloads(bed: &Bed) -> Result<()> {
         namespace.run("ethtool", &[&["-K", interface][..], &OFF].concat())?;
     }
     Ok(())
-}
-
-fn mac(namespace: &Namespace, interface: &str) -> Result<[u8; 6]> {
-    let text = namespace.ip(&["-json", "link", "show", "dev", interface])?;
-    let links: serde_json::Value = serde_json::from_str(&text)?;
-    let address = links[0]["address"].as_str().with_context(|| format!("{interface} has no MAC"))?;
-    let bytes: Vec<u8> = address.split(':').filter_map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
-    ensure!(bytes.len() == 6, "{interface} has the MAC {address}");
-    Ok(bytes.try_into().expect("its length was checked"))
 }

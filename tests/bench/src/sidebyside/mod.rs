@@ -231,7 +231,7 @@ impl Spent {
             workers: arrangement.worker_time(),
             softirq_threads: cpu::of_softirq_threads(),
             softirq: cpu::softirq()?,
-            programs: arrangement.program_time()?.map(|(time, _)| time),
+            programs: arrangement.program_time()?,
         })
     }
 }
