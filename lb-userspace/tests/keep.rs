@@ -289,11 +289,8 @@ impl World {
                     serde_json::from_value(serde_json::json!({ "address": address(i), "weight": weight }));
                 self.service().backends.insert(name(i), backend.unwrap());
             }
-            // Known limit: a service whose last backend is removed forgets its table, and its flows with it.
             Step::Remove(i) => {
-                if self.service().backends.len() > 1 {
-                    self.service().backends.remove(&name(i));
-                }
+                self.service().backends.remove(&name(i));
             }
             Step::State(i, state) => {
                 if let Some(backend) = self.service().backends.get_mut(&name(i)) {

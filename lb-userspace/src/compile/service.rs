@@ -150,7 +150,7 @@ fn compile_anew(
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
     memory.settled = rule.settled;
 
-    let shape = shape(wanted, &rule.eligible);
+    let shape = shape(wanted, &rule.eligible, table_size(wanted, &memory));
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
@@ -209,7 +209,16 @@ fn allocate(
     Ok(())
 }
 
-fn shape(wanted: &Service, eligible: &[bool]) -> Arc<Shape> {
+/// Slots of the table. Without a backend it keeps its size while removed ones still have flows: the slots of
+/// a table in transition are how those flows are found.
+fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
+    match memory.epochs.last() {
+        Some(last) if wanted.backends.is_empty() && !memory.backends.is_empty() => last.shape.size,
+        _ => entries::table_size(wanted),
+    }
+}
+
+fn shape(wanted: &Service, eligible: &[bool], size: u32) -> Arc<Shape> {
     let mut members: Vec<_> = wanted
         .backends
         .values()
@@ -219,7 +228,7 @@ fn shape(wanted: &Service, eligible: &[bool]) -> Arc<Shape> {
         .map(|((b, &eligible), seat)| ShapeMember { address: b.address, weight: b.weight, eligible, seat })
         .collect();
     members.sort_unstable();
-    Arc::new(Shape { seed: entries::seed(wanted), size: entries::table_size(wanted), members })
+    Arc::new(Shape { seed: entries::seed(wanted), size, members })
 }
 
 /// The table of a shape, built at most once while it is kept.
