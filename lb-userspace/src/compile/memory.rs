@@ -4,7 +4,10 @@
 //! live maps ([`Memory::adopt`]), which are the truth about them.
 
 use super::{Limits, Plan, ServiceId, entries};
-use crate::model::{Desired, Ports, Protocol};
+use crate::{
+    maglev,
+    model::{Desired, Ports, Protocol},
+};
 use lb_common::{service, slot::Slot};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -83,6 +86,9 @@ pub struct Shape {
     pub seed: [u64; 2],
     /// Slots.
     pub size: u32,
+    /// Seating, empty if the members came in the order of their seats.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<maglev::Turn>,
     /// In address order.
     pub members: Vec<ShapeMember>,
 }

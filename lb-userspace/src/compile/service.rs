@@ -228,7 +228,13 @@ fn shape(wanted: &Service, eligible: &[bool], size: u32) -> Arc<Shape> {
         .map(|((b, &eligible), seat)| ShapeMember { address: b.address, weight: b.weight, eligible, seat })
         .collect();
     members.sort_unstable();
-    Arc::new(Shape { seed: entries::seed(wanted), size, members })
+    let mut turns = wanted.seating();
+    let mut plain: Vec<_> = members.iter().map(|m| (m.seat, m.weight)).collect();
+    plain.sort_unstable();
+    if turns == plain {
+        turns.clear();
+    }
+    Arc::new(Shape { seed: entries::seed(wanted), size, turns, members })
 }
 
 /// The table of a shape, built at most once while it is kept.
@@ -242,7 +248,10 @@ fn table(shape: &Arc<Shape>, tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>)
             .map(|m| maglev::Member { seat: m.seat, weight: m.weight, eligible: m.eligible })
             .collect();
         tables.truncate(KEPT_TABLES - 1);
-        tables.insert(0, (shape.clone(), Arc::new(maglev::build(shape.seed, shape.size, &members))));
+        tables.insert(
+            0,
+            (shape.clone(), Arc::new(maglev::build(shape.seed, shape.size, &shape.turns, &members))),
+        );
     }
     tables[0].1.clone()
 }

@@ -14,6 +14,10 @@ pub fn export(desired: &Desired) -> String {
         line(&mut out, "name", &json!(name));
         let mut fields = object(service);
         fields.remove("backends");
+        let fresh = Service { seating: Vec::new(), ..(**service).clone() };
+        if service.seating == fresh.seating() {
+            fields.remove("seating");
+        }
         let health = fields.remove("health");
         let bare = json!({"vip": service.vip, "port": service.port, "protocol": service.protocol});
         let defaults = defaults::<Service>(bare);

@@ -47,6 +47,7 @@ pub const SERVICE: &[&str] = &[
     "gue_port",
     "on_down",
     "panic_percent",
+    "seating",
     "health",
     "backend",
 ];

@@ -179,6 +179,12 @@ impl Service {
         if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
             setting("all weights are 0: give at least one backend a weight".to_owned());
         }
+        if let Some((seat, _)) = self.seating.iter().find(|turn| turn.0 >= MAX_SEATS) {
+            setting(format!("seating names seat {seat}, above {}", MAX_SEATS - 1));
+        }
+        if let Some((seat, weight)) = self.seating.iter().find(|turn| turn.1 > 65_535) {
+            setting(format!("seating gives seat {seat} weight {weight}, above 65535"));
+        }
         let mut addresses = BTreeMap::new();
         let mut seats = BTreeMap::new();
         for (backend, b) in &self.backends {

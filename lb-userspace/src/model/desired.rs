@@ -114,6 +114,10 @@ pub struct Service {
     /// When fewer than this share of the backends' weight is healthy, health is ignored, in percent; 0: never.
     #[serde(default)]
     pub panic_percent: u8,
+    /// How the backends took their seats, oldest first: seat and weight, or 0 for a seat that was left. Kept up
+    /// by the daemon; if empty, they came in the order of their seats. See [`crate::maglev`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub seating: Vec<(u32, u32)>,
     /// Health check.
     #[serde(default)]
     pub health: HealthCheck,
@@ -150,7 +154,7 @@ pub struct Backend {
     /// Administrative state.
     #[serde(default)]
     pub state: BackendState,
-    /// Place in the Maglev table, no other backend's; if none, it keeps the one it had, or gets the lowest free one.
+    /// Place in the Maglev table, no other backend's; if none, it keeps the one it had, or gets a free one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seat: Option<u32>,
 }

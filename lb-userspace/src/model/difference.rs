@@ -98,6 +98,8 @@ fn value(thing: &impl Serialize) -> Value {
 fn settings(service: &Service) -> BTreeMap<String, Value> {
     let Value::Object(mut all) = value(service) else { return BTreeMap::new() };
     all.remove("backends");
+    // Follows from how the backends changed.
+    all.remove("seating");
     let health = all.remove("health");
     let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
     if let Some(Value::Object(health)) = health {
