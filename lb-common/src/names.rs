@@ -38,13 +38,38 @@ pub const DECAP_ADDRESSES: &str = "DECAP_ADDRESSES";
 /// `HASH<Address, u32>`: VIPs that a worker serves.
 pub const DECAP_VIPS: &str = "DECAP_VIPS";
 
+/// `PROG_ARRAY`: programs that are reached by tail call, by the indices of [`stage`]. Each object has its own.
+pub const STAGES: &str = "STAGES";
+
+/// Indices of [`STAGES`]: what an ingress host does rarely, or at length, is a program of its own, so that the
+/// common way stays short.
+pub mod stage {
+    /// Another's program, before ours.
+    pub const BEFORE: u32 = 0;
+    /// Full address translation.
+    pub const NAT: u32 = 1;
+    /// ICMP and ICMPv6 to a VIP.
+    pub const ICMP: u32 = 2;
+    /// Fragments.
+    pub const FRAGMENT: u32 = 3;
+    /// QUIC.
+    pub const QUIC: u32 = 4;
+    /// Another's program, for what ours hands to the host.
+    pub const AFTER: u32 = 5;
+    /// Places in the map.
+    pub const COUNT: u32 = 16;
+
+    /// Programs of the ingress object that go there: name and place.
+    pub const INGRESS_PROGRAMS: [(&str, u32); 1] = [("icmp", ICMP)];
+}
+
 /// Read-only globals: the one setting block of each program.
 pub const SETTINGS: &str = "SETTINGS";
 /// aya-log's level, a read-only global; 0 compiles logging away.
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 13] = [
+pub const INGRESS_MAPS: [&str; 14] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -57,6 +82,7 @@ pub const INGRESS_MAPS: [&str; 13] = [
     BACKEND_STATS,
     REASONS,
     EGRESS,
+    STAGES,
     ABI,
 ];
 /// Maps of the decap program that are pinned.

@@ -52,6 +52,10 @@ reasons! {
     BadExtension = "bad_extension", Pass;
     /// Neither TCP nor UDP
     OtherProtocol = "other_protocol", Pass;
+    /// ICMP or ICMPv6 that is neither an echo request for a VIP nor about one of its flows
+    Icmp = "icmp", Pass;
+    /// Program of this stage is not loaded
+    StageMissing = "stage_missing", Pass;
     /// TCP or UDP header invalid: data offset or length
     BadTransport = "bad_transport", Pass;
     /// Fragment: its ports are not known
@@ -76,6 +80,10 @@ reasons! {
     TooBigAnswered = "too_big_answered", Answer;
     /// Too big for the path once encapsulated; ICMP withheld by its rate limit
     TooBigDropped = "too_big_dropped", Drop;
+    /// Echo request for a VIP, answered
+    EchoAnswered = "echo_answered", Answer;
+    /// Echo request for a VIP; answer withheld by the rate limit
+    EchoDropped = "echo_dropped", Drop;
     /// No route to the backend
     NoRoute = "no_route", Drop;
     /// Next hop's MAC address is not resolved

@@ -12,14 +12,17 @@
 pub mod choose;
 pub mod csum;
 pub mod decap;
+pub mod echo;
 pub mod forward;
 pub mod hash;
 pub mod icmp;
+pub mod icmp_stage;
 pub mod ingress;
 #[cfg(feature = "bpf")]
 pub mod kernel;
 #[cfg(not(target_arch = "bpf"))]
 pub mod native;
+pub mod network;
 pub mod packet;
 pub mod parse;
 pub mod service;

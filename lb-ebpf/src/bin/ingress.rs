@@ -8,19 +8,20 @@ use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, xdp_action},
     helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::{map, xdp},
-    maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
 use aya_log_ebpf::debug;
 use lb_common::{
     ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Vip, VipKey,
     limits,
+    names::stage,
     settings::IngressSettings,
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
 use lb_ebpf::{
-    FlowTable, Tables,
+    FlowTable, Tables, Verdict, icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
 };
@@ -54,6 +55,8 @@ static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 
 static ICMP_BUDGET: PerCpuArray<IcmpBudget> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static EGRESS: DevMapHash = DevMapHash::with_max_entries(limits::EGRESS, 0);
+#[map]
+static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 #[map]
 static ABI: Array<u32> = Array::with_max_entries(1, 0);
 
@@ -189,15 +192,37 @@ impl Tables for Maps {
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// What is sent to a VIP by ICMP; see [`stage::ICMP`].
+#[xdp(frags)]
+pub fn icmp(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The XDP action of a verdict, or a jump to the next program.
+#[inline(always)]
+fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
     match outcome {
-        Outcome::Forwarded { service, backend } => debug!(&ctx, "service {} backend {}", service, backend),
-        Outcome::Not(reason) => debug!(&ctx, "reason {}", reason as u32),
+        Outcome::Forwarded { service, backend } => debug!(ctx, "service {} backend {}", service, backend),
+        Outcome::Not(reason) => debug!(ctx, "reason {}", reason as u32),
+    }
+    if let Verdict::Stage(index) = verdict {
+        // SAFETY: nothing in this frame needs to be dropped.
+        unsafe { STAGES.tail_call(ctx, index) };
     }
     match action(verdict, &EGRESS) {
         Ok(action) => action,
         Err(reason) => {
             Maps.count(reason);
-            xdp_action::XDP_DROP
+            if matches!(Verdict::of(reason), Verdict::Pass) {
+                xdp_action::XDP_PASS
+            } else {
+                xdp_action::XDP_DROP
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ mod error;
 mod mapped;
 mod reader;
 mod slots;
+mod stages;
 
 pub use attach::{Interface, detach};
 pub use decap::{DecapDataplane, DecapOptions};
@@ -121,6 +122,7 @@ impl Dataplane {
         let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
             object: crate::objects::INGRESS,
             program: names::PROGRAM_INGRESS,
+            stages: &names::stage::INGRESS_PROGRAMS,
             maps: &names::INGRESS_MAPS,
             sizes: &sizes,
             settings: options.settings.as_bytes(),

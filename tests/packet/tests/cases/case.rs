@@ -237,6 +237,11 @@ impl Case {
     pub fn drops(self, reason: Reason) -> Self {
         Self { verdict: xdp::DROP, ..self.passes(reason) }
     }
+    /// The frame becomes this one, with this verdict.
+    pub fn becomes(mut self, verdict: u32, frame: Vec<u8>) -> Self {
+        (self.verdict, self.frame) = (verdict, frame);
+        self
+    }
     /// The sender is told that this size would fit.
     pub fn answers(mut self, mtu: u16) -> Self {
         self.verdict = xdp::TX;

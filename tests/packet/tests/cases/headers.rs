@@ -82,7 +82,7 @@ cases! {
     ipv4_no_payload: forwarded(Packet { payload: vec![], ..tcp(V4, ACK) });
     ipv4_first_fragment: passed(tcp(V4, ACK), set(20, 0x20), Reason::Fragment);
     ipv4_last_fragment: passed(tcp(V4, ACK), set(21, 1), Reason::Fragment);
-    ipv4_icmp: passed(tcp(V4, ACK), set(23, 1), Reason::OtherProtocol);
+    ipv4_icmp: passed(tcp(V4, ACK), set(23, 1), Reason::Icmp);
     ipv4_sctp: passed(tcp(V4, ACK), set(23, 132), Reason::OtherProtocol);
     ipv4_ipip: passed(tcp(V4, ACK), set(23, 4), Reason::OtherProtocol);
     ipv4_version_5: passed(tcp(V4, ACK), set(14, 0x55), Reason::BadIpv4);
@@ -115,7 +115,7 @@ cases! {
     ipv6_first_fragment: passed(extensions(vec![fragment(0, true)]), unchanged, Reason::Fragment);
     ipv6_last_fragment: passed(extensions(vec![fragment(9, false)]), unchanged, Reason::Fragment);
     ipv6_authentication_header: passed(extensions(vec![(51, vec![2; 15])]), unchanged, Reason::OtherProtocol);
-    ipv6_icmp: passed(tcp(V6, ACK), set(20, 58), Reason::OtherProtocol);
+    ipv6_icmp: passed(tcp(V6, ACK), set(20, 58), Reason::Icmp);
     ipv6_no_next_header: passed(tcp(V6, ACK), set(20, 59), Reason::OtherProtocol);
     ipv6_no_next_header_behind_options: passed(extensions(vec![extension(0, 8)]), set(54, 59), Reason::OtherProtocol);
     ipv6_version_5: passed(tcp(V6, ACK), set(14, 0x50), Reason::BadIpv6);

@@ -8,6 +8,7 @@ mod egress;
 mod flows;
 mod gue;
 mod headers;
+mod icmp;
 mod ipip;
 mod services;
 mod settings;
