@@ -17,6 +17,10 @@ pub const PRIMARIES: &str = "PRIMARIES";
 pub const SECONDARIES: &str = "SECONDARIES";
 /// `ARRAY<Backend>`, memory-mapped.
 pub const BACKENDS: &str = "BACKENDS";
+/// `ARRAY<Load>`, memory-mapped, by backend index.
+pub const LOADS: &str = "LOADS";
+/// `ARRAY<u64>`, by service index: how many flows `rr` and its kin have placed. Not pinned: where they begin is all the same.
+pub const TURNS: &str = "TURNS";
 /// `LRU_HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace.
 pub const FLOWS: &str = "FLOWS";
 /// `LRU_HASH<FlowKey, Flow>`: recent SYN choices that a stateless lookup would not repeat.
@@ -69,13 +73,14 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 14] = [
+pub const INGRESS_MAPS: [&str; 15] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
     PRIMARIES,
     SECONDARIES,
     BACKENDS,
+    LOADS,
     FLOWS,
     SYNS,
     UDP_FLOWS,

@@ -13,8 +13,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Vip, VipKey,
-    limits,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Vip,
+    VipKey, limits,
     names::stage,
     settings::IngressSettings,
     slot::{LINE, Line},
@@ -41,6 +41,10 @@ static PRIMARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LINE, BP
 static SECONDARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LINE, BPF_F_MMAPABLE);
 #[map]
 static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map]
+static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map]
+static TURNS: Array<u64> = Array::with_max_entries(limits::SERVICES, 0);
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::FLOWS, 0);
 #[map]

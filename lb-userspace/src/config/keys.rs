@@ -24,6 +24,7 @@ pub const LBD: &[&str] = &[
     "vlan",
     "outer_ttl",
     "icmp_per_s",
+    "features",
     "probes",
     "revisions",
     "log_level",

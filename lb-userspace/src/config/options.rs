@@ -3,7 +3,10 @@
 //! [`Options`] is one source's answer, [`Settings`] the resolved whole.
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use lb_common::{limits, settings::IngressSettings};
+use lb_common::{
+    limits,
+    settings::{IngressSettings, features},
+};
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -110,6 +113,10 @@ pub struct Options {
     /// Too-big messages sent to clients per second and CPU, 0 for none [default: 1000]
     #[arg(long, value_name = "N", env = "LBD_ICMP_PER_S")]
     pub icmp_per_s: Option<u32>,
+    /// Parts of the XDP program that may be needed, a list, or all, or none; what is off costs nothing [default: all]
+    #[arg(long, value_name = "FEATURE", env = "LBD_FEATURES", value_delimiter = ',')]
+    #[serde(default)]
+    pub features: Vec<String>,
     /// Health probes in flight at once [default: 512]
     #[arg(long, value_name = "N", env = "LBD_PROBES")]
     pub probes: Option<u32>,
@@ -174,6 +181,31 @@ pub struct Settings {
     pub xdp_log_level: LogLevel,
 }
 
+/// The bits of named features; all of them if none is named.
+fn parse_features(named: &[String]) -> Result<u32, SettingsError> {
+    let refuse = |what| Err(SettingsError { setting: "features", what });
+    match named {
+        [] => return Ok(features::ALL),
+        [one] if one == "all" => return Ok(features::ALL),
+        [one] if one == "none" => return Ok(0),
+        _ => {}
+    }
+    let mut bits = 0;
+    for name in named {
+        match features::NAMES.iter().find(|(known, _)| known == name) {
+            Some((_, bit)) => bits |= bit,
+            None => {
+                let known: Vec<&str> = features::NAMES.iter().map(|(name, _)| *name).collect();
+                return refuse(format!(
+                    "{name:?} is none of {}; or give all, or none, alone",
+                    known.join(", ")
+                ));
+            }
+        }
+    }
+    Ok(bits)
+}
+
 /// Why settings were refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{setting}: {what}")]
@@ -207,6 +239,7 @@ impl Options {
             vlan: self.vlan.or(other.vlan),
             outer_ttl: self.outer_ttl.or(other.outer_ttl),
             icmp_per_s: self.icmp_per_s.or(other.icmp_per_s),
+            features: if self.features.is_empty() { other.features } else { self.features },
             probes: self.probes.or(other.probes),
             revisions: self.revisions.or(other.revisions),
             log_level: self.log_level.or(other.log_level),
@@ -272,6 +305,7 @@ impl Options {
             outer_ttl: self.outer_ttl.unwrap_or(default.outer_ttl),
             icmp_per_s,
             icmp_burst: default.icmp_burst.min(icmp_per_s),
+            features: parse_features(&self.features)?,
             ..default
         };
         Ok(Settings {

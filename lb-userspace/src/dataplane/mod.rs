@@ -115,6 +115,8 @@ impl Dataplane {
             (names::SECONDARIES, l.slots.div_ceil(LINE)),
             (names::BACKENDS, l.backends),
             (names::BACKEND_STATS, l.backends),
+            (names::LOADS, l.backends),
+            (names::TURNS, l.services),
             (names::FLOWS, l.flows),
             (names::UDP_FLOWS, l.flows),
             (names::SYNS, l.syns),
