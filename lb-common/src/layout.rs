@@ -3,6 +3,7 @@
 use crate::{
     backend::Backend,
     flow::*,
+    fragment::{Fragment, FragmentKey},
     load::Load,
     service::*,
     settings::*,
@@ -32,6 +33,8 @@ layout! {
         ifindex @ 48, flags @ 52, mode @ 56, source_bits @ 57, port @ 58, service @ 60 };
     FlowKey: 24 / 4 { source @ 0, source_port @ 16, port @ 18, service @ 20 };
     Flow: 16 / 4 { backend @ 0, last_seen_s @ 4, created_s @ 8, flags @ 12 };
+    FragmentKey: 40 / 4 { source @ 0, destination @ 16, id @ 32, protocol @ 36 };
+    Fragment: 64 / 8 { hash @ 0, backend @ 8, service @ 12, seen_s @ 16, flags @ 20, count @ 24, parts @ 32 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
     IngressSettings: 20 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16 };

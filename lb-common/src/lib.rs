@@ -8,6 +8,7 @@
 
 pub mod backend;
 pub mod flow;
+pub mod fragment;
 mod layout;
 pub mod limits;
 pub mod load;

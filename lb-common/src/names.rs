@@ -27,6 +27,8 @@ pub const FLOWS: &str = "FLOWS";
 pub const SYNS: &str = "SYNS";
 /// `LRU_HASH<FlowKey, Flow>`: UDP flows.
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
+/// `LRU_HASH<FragmentKey, Fragment>`: where the first parts of fragmented packets went.
+pub const FRAGMENTS: &str = "FRAGMENTS";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
@@ -64,7 +66,7 @@ pub mod stage {
     pub const COUNT: u32 = 16;
 
     /// Programs of the ingress object that go there: name and place.
-    pub const INGRESS_PROGRAMS: [(&str, u32); 1] = [("icmp", ICMP)];
+    pub const INGRESS_PROGRAMS: [(&str, u32); 2] = [("icmp", ICMP), ("fragment", FRAGMENT)];
 }
 
 /// Read-only globals: the one setting block of each program.
@@ -73,7 +75,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 15] = [
+pub const INGRESS_MAPS: [&str; 16] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -84,6 +86,7 @@ pub const INGRESS_MAPS: [&str; 15] = [
     FLOWS,
     SYNS,
     UDP_FLOWS,
+    FRAGMENTS,
     BACKEND_STATS,
     REASONS,
     EGRESS,

@@ -1,9 +1,12 @@
-//! The stage for ICMP and ICMPv6: echo requests for a VIP are answered.
+//! The stage for ICMP and ICMPv6: echo requests for a VIP are answered, errors
+//! about its flows go to their backends.
 //!
 //! Reached by tail call from `ingress` with the frame as it came in; called natively by tests and fuzzers.
 
 use crate::{
     Frame, Tables, Verdict, echo,
+    forward::Fib,
+    icmp_error::{deliver, is_error},
     ingress::{Outcome, refuse},
     network::{ICMP, ICMPV6, Network, parse_network},
     wire::Echo,
@@ -12,23 +15,23 @@ use lb_common::{Reason, VipKey, settings::IngressSettings};
 
 /// Decides the fate of an ICMP message and carries it out on the frame.
 #[inline(always)]
-pub fn process<F: Frame, T: Tables>(
+pub fn process<F: Frame + Fib, T: Tables>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let reason = match receive(frame, tables, settings) {
-        Ok(reason) | Err(reason) => reason,
-    };
-    refuse(tables, reason)
+    match receive(frame, tables, settings) {
+        Ok(done) => done,
+        Err(reason) => refuse(tables, reason),
+    }
 }
 
 #[inline(always)]
-fn receive<F: Frame, T: Tables>(
+fn receive<F: Frame + Fib, T: Tables>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,
-) -> Result<Reason, Reason> {
+) -> Result<(Verdict, Outcome), Reason> {
     let network = parse_network(frame, settings)?;
     let protocol = if network.headers.is_ipv6 { ICMPV6 } else { ICMP };
     if network.fragment.is_some() {
@@ -44,7 +47,10 @@ fn receive<F: Frame, T: Tables>(
     let message: Echo = frame.packet().read(network.l4).ok_or(Reason::Truncated)?;
     let request = if network.headers.is_ipv6 { echo::REQUEST_V6 } else { echo::REQUEST_V4 };
     if message.kind == request && message.code == 0 {
-        return Ok(answer_echo(frame, tables, settings, &network));
+        return Err(answer_echo(frame, tables, settings, &network));
+    }
+    if is_error(&network, message.kind) {
+        return deliver(frame, tables, settings, &network);
     }
     Err(Reason::Icmp)
 }

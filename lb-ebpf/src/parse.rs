@@ -304,7 +304,7 @@ fn skip_extensions(packet: &Packet, start: usize, next: &mut u8) -> Result<usize
 
 /// Ports and flags at `l4`, of which `len` bytes belong to the packet.
 #[inline(always)]
-fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Headers) -> Result<(), Reason> {
+pub fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Headers) -> Result<(), Reason> {
     if headers.protocol == TCP {
         if len < 20 {
             return Err(Reason::BadTransport);

@@ -14,14 +14,18 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use lb_common::{
     ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Vip,
-    VipKey, limits,
+    VipKey,
+    fragment::{Fragment, FragmentKey},
+    limits,
     names::stage,
     settings::IngressSettings,
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
 use lb_ebpf::{
-    FlowTable, Tables, Verdict, icmp_stage,
+    FlowTable, Tables, Verdict,
+    fragment::FragmentTable,
+    icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
 };
@@ -51,6 +55,8 @@ static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::F
 static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SYNS, 0);
 #[map]
 static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -191,6 +197,21 @@ impl Tables for Maps {
     }
 }
 
+impl FragmentTable for Maps {
+    #[inline(always)]
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
+        let entry = FRAGMENTS.get_ptr_mut(key)?;
+        // SAFETY: the entry stays mapped during the run. Where it is reused, or another processor has a part of
+        // the same packet, this one part goes elsewhere or is not noted; each word is whole.
+        Some(f(unsafe { &mut *entry }))
+    }
+
+    #[inline(always)]
+    fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
+        FRAGMENTS.insert(key, fragment, 0).is_ok()
+    }
+}
+
 /// Balances the packets of one interface.
 #[xdp(frags)]
 pub fn ingress(ctx: XdpContext) -> u32 {
@@ -204,6 +225,14 @@ pub fn ingress(ctx: XdpContext) -> u32 {
 pub fn icmp(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// Fragments; see [`stage::FRAGMENT`].
+#[xdp(frags)]
+pub fn fragment(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 

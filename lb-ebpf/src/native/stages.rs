@@ -2,7 +2,7 @@
 
 use super::{HashTables, VecFrame};
 use crate::{
-    Verdict, icmp_stage,
+    Verdict, fragment, icmp_stage,
     ingress::{self, Outcome},
 };
 use lb_common::{names::stage, settings::IngressSettings};
@@ -12,6 +12,7 @@ pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings
     let (verdict, outcome) = ingress::process(frame, tables, settings);
     match verdict {
         Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
+        Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
         _ => (verdict, outcome),
     }
 }

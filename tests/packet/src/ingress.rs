@@ -8,7 +8,9 @@ use aya::{
     util::nr_cpus,
 };
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
+    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    fragment::{Fragment, FragmentKey},
+    names,
     service::flags,
     settings::IngressSettings,
     slot::{LINE, Line},
@@ -231,8 +233,12 @@ impl Ingress {
         }
     }
 
-    /// Empties the flow tables.
+    /// Empties the flow tables, and what is known of fragments.
     pub fn forget_flows(&mut self) {
+        let mut fragments: HashMap<&mut MapData, FragmentKey, Fragment> = self.map(names::FRAGMENTS);
+        for key in fragments.keys().filter_map(Result::ok).collect::<Vec<_>>() {
+            let _ = fragments.remove(&key);
+        }
         for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
             let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
             let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();

@@ -6,6 +6,7 @@ mod case;
 mod decap;
 mod egress;
 mod flows;
+mod fragments;
 mod gue;
 mod headers;
 mod icmp;
