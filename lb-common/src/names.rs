@@ -2,6 +2,8 @@
 
 /// Program on an ingress host's NIC.
 pub const PROGRAM_INGRESS: &str = "ingress";
+/// Program on an ingress host's NIC where users' programs are chained: jumps to them and to ours.
+pub const PROGRAM_ROOT: &str = "root";
 /// Program on a worker's NIC.
 pub const PROGRAM_DECAP: &str = "decap";
 
@@ -62,6 +64,8 @@ pub mod stage {
     pub const QUIC: u32 = 4;
     /// Another's program, for what ours hands to the host.
     pub const AFTER: u32 = 5;
+    /// Our first program, where another's goes on when it has let a packet pass.
+    pub const INGRESS: u32 = 6;
     /// Places in the map.
     pub const COUNT: u32 = 16;
 

@@ -4,7 +4,7 @@
 //! A part that comes before the first is dropped (`fragment_unknown`): XDP cannot hold it back, and another
 //! backend could not use it. Senders send parts in order, and networks that hash by ports hash all parts of a
 //! packet alike or by address. Parts that overlap (RFC 5722), that hide the ports (RFC 1858) or that cannot be
-//! parts at all are dropped, each kind counted; exact repeats are forwarded.
+//! parts at all are dropped, each kind counted; exact repeats are forwarded, and a first part begins anew.
 //!
 //! Reached by tail call from `ingress` with the frame as it came in; called natively by tests and fuzzers.
 
@@ -84,18 +84,21 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
         id: part.id,
         protocol: if network.headers.is_ipv6 { 0 } else { protocol as u32 },
     };
-    let now_s = tables.now_s();
-    let known = tables.with_fragment(&key, |known| {
-        (now_s.saturating_sub(known.seen_s) <= FRAGMENT_TIMEOUT_S).then(|| follow(known, units))
-    });
-    let (place, is_new) = match (known.flatten(), part.offset) {
-        (Some(followed), _) => (followed?, false),
-        (None, 0) => first(frame, tables, network, &key, units)?,
-        // What is no transport that we balance is the host's in all its parts.
-        (None, _) if protocol != TCP && protocol != UDP && !network.headers.is_ipv6 => {
-            return Err(Reason::Fragment.into());
+    let (place, is_new) = if part.offset == 0 {
+        first(frame, tables, network, &key, units)?
+    } else {
+        let now_s = tables.now_s();
+        let known = tables.with_fragment(&key, |known| {
+            (now_s.saturating_sub(known.seen_s) <= FRAGMENT_TIMEOUT_S).then(|| follow(known, units))
+        });
+        match known.flatten() {
+            Some(followed) => (followed?, false),
+            // What is no transport that we balance is the host's in all its parts.
+            None if protocol != TCP && protocol != UDP && !network.headers.is_ipv6 => {
+                return Err(Reason::Fragment.into());
+            }
+            None => return Err(Reason::FragmentUnknown.into()),
         }
-        (None, _) => return Err(Reason::FragmentUnknown.into()),
     };
     let backend = tables.backend(place.backend).ok_or(Reason::BrokenTable)?;
     if backend.flags & USED == 0 || backend.service != place.service {
@@ -161,7 +164,8 @@ fn mark(known: &mut Fragment, units: [u16; 2]) -> Result<(), Reason> {
     Ok(())
 }
 
-/// A first part: placed by its ports, and remembered.
+/// A first part: placed by its ports, and remembered. It begins a packet even where one with this id is known:
+/// 16 bits come round fast, and a client's sockets count each for itself.
 #[inline(always)]
 fn first<F: Frame, T: Tables + FragmentTable>(
     frame: &F,

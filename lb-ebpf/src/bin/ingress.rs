@@ -18,7 +18,7 @@ use lb_common::{
     fragment::{Fragment, FragmentKey},
     limits,
     names::stage,
-    settings::IngressSettings,
+    settings::{IngressSettings, features},
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
@@ -220,6 +220,19 @@ pub fn ingress(ctx: XdpContext) -> u32 {
     finish(&ctx, verdict, outcome)
 }
 
+/// Stands on the interface where another's program is to run before or after ours: jumps to it if its place is
+/// filled, and else to ours. See [`stage::BEFORE`].
+#[xdp(frags)]
+pub fn root(ctx: XdpContext) -> u32 {
+    // SAFETY: nothing in this frame needs to be dropped.
+    unsafe {
+        STAGES.tail_call(&ctx, stage::BEFORE);
+        STAGES.tail_call(&ctx, stage::INGRESS);
+    }
+    Maps.count(Reason::StageMissing);
+    xdp_action::XDP_PASS
+}
+
 /// What is sent to a VIP by ICMP; see [`stage::ICMP`].
 #[xdp(frags)]
 pub fn icmp(ctx: XdpContext) -> u32 {
@@ -248,6 +261,11 @@ fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
         unsafe { STAGES.tail_call(ctx, index) };
     }
     match action(verdict, &EGRESS) {
+        Ok(xdp_action::XDP_PASS) if SETTINGS.load().features & features::CHAIN != 0 => {
+            // SAFETY: as above.
+            unsafe { STAGES.tail_call(ctx, stage::AFTER) };
+            xdp_action::XDP_PASS
+        }
         Ok(action) => action,
         Err(reason) => {
             Maps.count(reason);

@@ -15,6 +15,7 @@ pub const LBD: &[&str] = &[
     "socket_group",
     "metrics",
     "allow_generic",
+    "chain",
     "ipip_source",
     "max_services",
     "max_backends",

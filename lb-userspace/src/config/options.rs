@@ -85,6 +85,9 @@ pub struct Options {
     /// Attach in generic mode (slow) where the driver has no XDP support
     #[arg(long, env = "LBD_ALLOW_GENERIC", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub allow_generic: Option<bool>,
+    /// Let other XDP programs run before and after ours: their places are 0 and 5 of STAGES in the pin path [default: false]
+    #[arg(long, env = "LBD_CHAIN", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub chain: Option<bool>,
     /// Prefix from which the outer source of ipip packets is taken, varied by flow; one per family
     #[arg(long, value_name = "NET", env = "LBD_IPIP_SOURCE", value_delimiter = ',')]
     #[serde(default)]
@@ -155,6 +158,8 @@ pub struct Settings {
     pub metrics_required: bool,
     /// Whether generic XDP will do.
     pub allow_generic: bool,
+    /// See [`Options::chain`].
+    pub chain: bool,
     /// Outer IPv4 sources of ipip.
     pub ipip_source_v4: Option<Ipv4Net>,
     /// Outer IPv6 sources of ipip.
@@ -230,6 +235,7 @@ impl Options {
             socket_group: self.socket_group.or(other.socket_group),
             metrics: self.metrics.or(other.metrics),
             allow_generic: self.allow_generic.or(other.allow_generic),
+            chain: self.chain.or(other.chain),
             ipip_source: list(self.ipip_source, other.ipip_source),
             max_services: self.max_services.or(other.max_services),
             max_backends: self.max_backends.or(other.max_backends),
@@ -318,6 +324,7 @@ impl Options {
             metrics,
             metrics_required: self.metrics.is_some(),
             allow_generic: self.allow_generic.unwrap_or(false),
+            chain: self.chain.unwrap_or(false),
             ipip_source_v4,
             ipip_source_v6,
             max_services: self.max_services.unwrap_or(limits::SERVICES),

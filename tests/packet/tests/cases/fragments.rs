@@ -185,10 +185,8 @@ fn overlaps_end_a_packet() {
     for family in [V4, V6] {
         let packet = datagram(family);
         let [a, b, c] = three(&packet);
-        // Into the first part, over two parts, and one byte of a shared unit.
-        for bad in
-            [part(&packet, 8, 1_480, true), part(&packet, 1_472, 2_000, true), part(&packet, 0, 1_488, true)]
-        {
+        // Into the first part, and over two parts by one unit.
+        for bad in [part(&packet, 8, 1_480, true), part(&packet, 1_472, 2_000, true)] {
             let parts =
                 [(a.clone(), To(1, true)), (bad, overlap), (b.clone(), overlap), (c.clone(), overlap)];
             check(&packet, Pair::Stable(1), mode::IPIP, &parts);
@@ -286,5 +284,25 @@ fn any_port() {
         assert_eq!(packet.source.1, PORT);
         let case = Case::new(packet, backend(1, mode::IPIP, V4));
         check_parts(ingress, &case, &[(a, To(1, false)), (b, To(1, false)), (c, To(1, false))]);
+    });
+}
+
+/// Sockets of one client count ids each for itself: a first part is no part of the packet before.
+#[test]
+fn an_id_that_is_used_again() {
+    with(Loaded::Default, |ingress| {
+        let packet = datagram(V4);
+        let case = Case::new(packet.clone(), backend(1, mode::IPIP, V4));
+        case.fill(ingress);
+        let other = Packet { source: (packet.source.0, PORT + 1), ..packet.clone() };
+        for packet in [&packet, &other, &packet] {
+            let case = Case::new(packet.clone(), backend(1, mode::IPIP, V4));
+            for ip in [part(packet, 0, 1_000, true), part(packet, 1_000, 2_000, false)] {
+                let run = ingress.run(&[packet.ethernet(), ip.clone()].concat()).expect("runs");
+                let tunnel = outer::tunnel_of(packet, ip, &case.backends[0].1);
+                assert_eq!(run.packet, [outer::ethernet(&case.backends[0].1), tunnel].concat());
+            }
+        }
+        assert_eq!(ingress.counts(), [(Reason::FragmentForwarded, 6)]);
     });
 }
