@@ -3,6 +3,8 @@
 use crate::{
     backend::Backend,
     flow::*,
+    fragment::{Fragment, FragmentKey},
+    load::Load,
     service::*,
     settings::*,
     slot::{Line, Slot},
@@ -22,16 +24,20 @@ layout! {
     VipKey: 16 / 1 { vip @ 0 };
     PortRange: 12 / 4 { first @ 0, last @ 2, protocol @ 4, service @ 8 };
     Vip: 208 / 4 { any_tcp @ 0, any_udp @ 4, range_count @ 8, ranges @ 16 };
-    ServiceView: 56 / 8 { seed @ 0, slot_base @ 16, slot_count @ 20, flags @ 24, scheduler @ 28, udp_timeout_s @ 32 };
-    Service: 128 / 8 { active @ 0, used @ 4, views @ 8 };
+    ServiceView: 120 / 8 { seed @ 0, slot_base @ 16, slot_count @ 20, flags @ 24, scheduler @ 28, udp_timeout_s @ 32,
+        old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64 };
+    Service: 256 / 8 { active @ 0, used @ 4, views @ 8 };
     Slot: 8 / 8 { primary @ 0, secondary @ 4 };
     Line: 64 / 8 { words @ 0 };
     Backend: 64 / 8 { address @ 0, source @ 16, next_hop @ 32, mtu @ 38, egress_mac @ 40, vlan @ 46,
         ifindex @ 48, flags @ 52, mode @ 56, source_bits @ 57, port @ 58, service @ 60 };
     FlowKey: 24 / 4 { source @ 0, source_port @ 16, port @ 18, service @ 20 };
     Flow: 16 / 4 { backend @ 0, last_seen_s @ 4, created_s @ 8, flags @ 12 };
+    FragmentKey: 40 / 4 { source @ 0, destination @ 16, id @ 32, protocol @ 36 };
+    Fragment: 64 / 8 { hash @ 0, backend @ 8, service @ 12, seen_s @ 16, flags @ 20, count @ 24, parts @ 32 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
-    IngressSettings: 16 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12 };
+    IngressSettings: 20 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16 };
+    Load: 32 / 8 { report @ 0, added @ 8, cost @ 16 };
     DecapSettings: 8 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7 };
 }

@@ -8,8 +8,10 @@
 
 pub mod backend;
 pub mod flow;
+pub mod fragment;
 mod layout;
 pub mod limits;
+pub mod load;
 pub mod names;
 pub mod reason;
 pub mod service;
@@ -19,6 +21,7 @@ pub mod stats;
 
 pub use backend::Backend;
 pub use flow::{Flow, FlowKey};
+pub use load::Load;
 pub use reason::Reason;
 pub use service::{PortRange, Service, ServiceKey, ServiceView, Vip, VipKey};
 pub use slot::Slot;
@@ -26,7 +29,7 @@ pub use stats::BackendStats;
 
 /// Version of everything in this crate that a loaded program and a daemon must agree on.
 /// Raise it with any change of a map's key, value, flags or meaning.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// An address as the dataplane keeps it: IPv6 in network order, IPv4 as `::ffff:a.b.c.d` (RFC 4291).
 pub type Address = [u8; 16];

@@ -2,6 +2,8 @@
 
 /// Program on an ingress host's NIC.
 pub const PROGRAM_INGRESS: &str = "ingress";
+/// Program on an ingress host's NIC where users' programs are chained: jumps to them and to ours.
+pub const PROGRAM_ROOT: &str = "root";
 /// Program on a worker's NIC.
 pub const PROGRAM_DECAP: &str = "decap";
 
@@ -17,12 +19,18 @@ pub const PRIMARIES: &str = "PRIMARIES";
 pub const SECONDARIES: &str = "SECONDARIES";
 /// `ARRAY<Backend>`, memory-mapped.
 pub const BACKENDS: &str = "BACKENDS";
+/// `ARRAY<Load>`, memory-mapped, by backend index.
+pub const LOADS: &str = "LOADS";
+/// `ARRAY<u64>`, by service index: how many flows `rr` and its kin have placed. Not pinned: where they begin is all the same.
+pub const TURNS: &str = "TURNS";
 /// `LRU_HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace.
 pub const FLOWS: &str = "FLOWS";
 /// `LRU_HASH<FlowKey, Flow>`: recent SYN choices that a stateless lookup would not repeat.
 pub const SYNS: &str = "SYNS";
 /// `LRU_HASH<FlowKey, Flow>`: UDP flows.
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
+/// `LRU_HASH<FragmentKey, Fragment>`: where the first parts of fragmented packets went.
+pub const FRAGMENTS: &str = "FRAGMENTS";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
@@ -38,25 +46,55 @@ pub const DECAP_ADDRESSES: &str = "DECAP_ADDRESSES";
 /// `HASH<Address, u32>`: VIPs that a worker serves.
 pub const DECAP_VIPS: &str = "DECAP_VIPS";
 
+/// `PROG_ARRAY`: programs that are reached by tail call, by the indices of [`stage`]. Each object has its own.
+pub const STAGES: &str = "STAGES";
+
+/// Indices of [`STAGES`]: what an ingress host does rarely, or at length, is a program of its own, so that the
+/// common way stays short.
+pub mod stage {
+    /// Another's program, before ours.
+    pub const BEFORE: u32 = 0;
+    /// Full address translation.
+    pub const NAT: u32 = 1;
+    /// ICMP and ICMPv6 to a VIP.
+    pub const ICMP: u32 = 2;
+    /// Fragments.
+    pub const FRAGMENT: u32 = 3;
+    /// QUIC.
+    pub const QUIC: u32 = 4;
+    /// Another's program, for what ours hands to the host.
+    pub const AFTER: u32 = 5;
+    /// Our first program, where another's goes on when it has let a packet pass.
+    pub const INGRESS: u32 = 6;
+    /// Places in the map.
+    pub const COUNT: u32 = 16;
+
+    /// Programs of the ingress object that go there: name and place.
+    pub const INGRESS_PROGRAMS: [(&str, u32); 2] = [("icmp", ICMP), ("fragment", FRAGMENT)];
+}
+
 /// Read-only globals: the one setting block of each program.
 pub const SETTINGS: &str = "SETTINGS";
 /// aya-log's level, a read-only global; 0 compiles logging away.
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 13] = [
+pub const INGRESS_MAPS: [&str; 16] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
     PRIMARIES,
     SECONDARIES,
     BACKENDS,
+    LOADS,
     FLOWS,
     SYNS,
     UDP_FLOWS,
+    FRAGMENTS,
     BACKEND_STATS,
     REASONS,
     EGRESS,
+    STAGES,
     ABI,
 ];
 /// Maps of the decap program that are pinned.

@@ -52,9 +52,13 @@ reasons! {
     BadExtension = "bad_extension", Pass;
     /// Neither TCP nor UDP
     OtherProtocol = "other_protocol", Pass;
+    /// ICMP or ICMPv6 that is neither an echo request for a VIP nor about one of its flows
+    Icmp = "icmp", Pass;
+    /// Program of this stage is not loaded
+    StageMissing = "stage_missing", Pass;
     /// TCP or UDP header invalid: data offset or length
     BadTransport = "bad_transport", Pass;
-    /// Fragment: its ports are not known
+    /// Fragment of a packet for this host, or of what is neither TCP nor UDP
     Fragment = "fragment", Pass;
     /// IPv6 is switched off
     Ipv6Off = "ipv6_off", Pass;
@@ -76,6 +80,26 @@ reasons! {
     TooBigAnswered = "too_big_answered", Answer;
     /// Too big for the path once encapsulated; ICMP withheld by its rate limit
     TooBigDropped = "too_big_dropped", Drop;
+    /// Fragment of a flow of ours, forwarded where its first part went
+    FragmentForwarded = "fragment_forwarded", Note;
+    /// Fragment whose first part was not seen, or too long ago
+    FragmentUnknown = "fragment_unknown", Drop;
+    /// Fragment that overlaps another of its packet, or follows one that did
+    FragmentOverlap = "fragment_overlap", Drop;
+    /// Fragment that splits the transport header
+    FragmentTiny = "fragment_tiny", Drop;
+    /// Fragment with an impossible length or offset
+    FragmentBad = "fragment_bad", Drop;
+    /// ICMP error about a flow, forwarded to its backend
+    IcmpErrorForwarded = "icmp_error_forwarded", Note;
+    /// ICMP error that quotes too little of a packet, or nothing that is one
+    IcmpBadQuote = "icmp_bad_quote", Drop;
+    /// ICMP error that quotes a packet which the VIP cannot have sent: forged
+    IcmpForeignQuote = "icmp_foreign_quote", Drop;
+    /// Echo request for a VIP, answered
+    EchoAnswered = "echo_answered", Answer;
+    /// Echo request for a VIP; answer withheld by the rate limit
+    EchoDropped = "echo_dropped", Drop;
     /// No route to the backend
     NoRoute = "no_route", Drop;
     /// Next hop's MAC address is not resolved

@@ -84,6 +84,14 @@ pub mod scheduler {
     pub const MAGLEV: u8 = 0;
     /// The less loaded of the slot's pair.
     pub const P2C: u8 = 1;
+    /// The next of the list (of weighted turns: `rr` and `wrr` differ in the list only).
+    pub const TURNS: u8 = 2;
+    /// A random slot's primary.
+    pub const RANDOM: u8 = 3;
+    /// The one of the list with the least load, which the daemon reports as its live flows.
+    pub const LEAST: u8 = 4;
+    /// The primary, unless its load is above the service's cap and the secondary's is lower.
+    pub const CAPPED: u8 = 5;
 }
 
 /// Bits of [`ServiceView::flags`].
@@ -95,6 +103,16 @@ pub mod flags {
     /// An established flow whose backend is down moves to the slot's primary (whose reset tells the
     /// client at once); otherwise it stays, in case the verdict was wrong.
     pub const RESET_ON_DOWN: u32 = 1 << 2;
+    /// Slots are found by the client's address alone.
+    pub const HASH_SOURCE: u32 = 1 << 3;
+    /// The same held for the table before, see [`super::ServiceView::old_count`].
+    pub const OLD_HASH_SOURCE: u32 = 1 << 4;
+    /// Flows are written to the flow table even where the stateless answer is theirs, so that they can be counted.
+    pub const COUNT_FLOWS: u32 = 1 << 5;
+    /// The table is followed by as many slots whose primaries are the second choices of slots in transition.
+    pub const SECONDS: u32 = 1 << 6;
+    /// GUE packets carry the backends that may have the flow instead.
+    pub const SECOND_CHANCE: u32 = 1 << 7;
 }
 
 /// One version of a service. The half of the pair that is not live is where the next is written.
@@ -119,8 +137,46 @@ pub struct ServiceView {
     pub udp_timeout_s: u32,
     /// Revision of the desired state that this view was compiled from (low 32 bits), for people.
     pub revision: u32,
-    /// Zero; room for the previous table of a service whose seed or size changed.
-    pub reserved: [u64; 2],
+    /// Key of the flow hash of the old table.
+    pub old_seed: [u64; 2],
+    /// Slots of the old table: where flows are that no flow table names while a new seed, size or hash is younger than
+    /// the drain time; 0: there is none. Then every slot is in transition, and secondaries are second choices as ever.
+    pub old_count: u32,
+    /// Entries of the list of backends of schedulers that go by turn.
+    pub list_count: u32,
+    /// Load above which [`scheduler::CAPPED`] looks at the secondary.
+    pub load_cap: u32,
+    /// Zero.
+    pub pad2: u32,
+    /// Zero.
+    pub reserved: [u64; 6],
+}
+
+impl ServiceView {
+    /// Place of the second choices, where the view has them ([`flags::SECONDS`]).
+    #[inline(always)]
+    pub const fn seconds_base(&self) -> u32 {
+        self.slot_base.wrapping_add(self.slot_count)
+    }
+
+    /// Place of the list.
+    #[inline(always)]
+    pub const fn list_base(&self) -> u32 {
+        let seconds = if self.flags & flags::SECONDS != 0 { self.slot_count } else { 0 };
+        self.seconds_base().wrapping_add(seconds)
+    }
+
+    /// Place of the old table.
+    #[inline(always)]
+    pub const fn old_base(&self) -> u32 {
+        self.list_base().wrapping_add(self.list_count)
+    }
+
+    /// Slots that the view owns from `slot_base` on: table, second choices, list, old table.
+    #[inline(always)]
+    pub const fn region(&self) -> u32 {
+        self.old_base().wrapping_add(self.old_count).wrapping_sub(self.slot_base)
+    }
 }
 
 /// A service. `active` picks the live view, so one aligned store changes all of it at once.
@@ -133,7 +189,7 @@ pub struct Service {
     pub used: u32,
     /// The two views.
     pub views: [ServiceView; 2],
-    /// Zero; keeps entries on their own cache lines.
+    /// Zero; keeps entries on their own cache lines, and of each view what every packet reads on one.
     pub reserved: [u64; 1],
 }
 

@@ -22,6 +22,50 @@ pub struct IngressSettings {
     pub icmp_per_s: u32,
     /// Largest number of messages in a burst.
     pub icmp_burst: u32,
+    /// Parts of the program that this deployment may need, see [`features`]; what is off is compiled away.
+    pub features: u32,
+}
+
+/// Bits of [`IngressSettings::features`].
+pub mod features {
+    /// Schedulers that choose by load or by turn, and what they track.
+    pub const P2C: u32 = 1 << 0;
+    /// GUE packets carry the backends that may have the flow instead.
+    pub const SECOND_CHANCE: u32 = 1 << 1;
+    /// Forwarding mode `nat`.
+    pub const NAT: u32 = 1 << 2;
+    /// Forwarding mode `l2`.
+    pub const L2: u32 = 1 << 3;
+    /// Forwarding mode `local`.
+    pub const LOCAL: u32 = 1 << 4;
+    /// Deny and allow lists.
+    pub const GUARD: u32 = 1 << 5;
+    /// Limits of the rate of new flows.
+    pub const RATE: u32 = 1 << 6;
+    /// Echo, and errors about flows.
+    pub const ICMP: u32 = 1 << 7;
+    /// Fragments follow their first.
+    pub const FRAGMENTS: u32 = 1 << 8;
+    /// QUIC is routed by connection id.
+    pub const QUIC: u32 = 1 << 9;
+    /// Users' programs before and after.
+    pub const CHAIN: u32 = 1 << 10;
+    /// All of them.
+    pub const ALL: u32 = (1 << 11) - 1;
+    /// Their names in settings.
+    pub const NAMES: [(&str, u32); 11] = [
+        ("p2c", P2C),
+        ("second-chance", SECOND_CHANCE),
+        ("nat", NAT),
+        ("l2", L2),
+        ("local", LOCAL),
+        ("guard", GUARD),
+        ("rate", RATE),
+        ("icmp", ICMP),
+        ("fragments", FRAGMENTS),
+        ("quic", QUIC),
+        ("chain", CHAIN),
+    ];
 }
 
 impl IngressSettings {
@@ -34,6 +78,7 @@ impl IngressSettings {
         stats: 1,
         icmp_per_s: 1_000,
         icmp_burst: 100,
+        features: features::ALL,
     };
 }
 

@@ -3,6 +3,7 @@
 
 use crate::{
     Frame, csum,
+    network::{ICMP, ICMPV6},
     parse::{ETHERNET, Headers, VLAN_TAG},
     wire::{IcmpError, Ipv4, Ipv6, Macs},
 };
@@ -13,13 +14,11 @@ use lb_common::Reason;
 pub const QUOTE: usize = 512;
 const IPV4_HEADERS: usize = 28;
 const IPV6_HEADERS: usize = 48;
-const ICMP: u8 = 1;
-const ICMPV6: u8 = 58;
 
 /// Turns the frame into the answer to its sender.
 #[inline(always)]
 pub fn answer_too_big<F: Frame>(frame: &mut F, headers: &Headers, mtu: u32) -> Result<(), Reason> {
-    if !is_answerable(headers) {
+    if !headers.is_answerable() {
         return Err(Reason::TooBigDropped);
     }
     // One call per length of the Ethernet header, so that all offsets are constants.
@@ -29,19 +28,6 @@ pub fn answer_too_big<F: Frame>(frame: &mut F, headers: &Headers, mtu: u32) -> R
         _ => turn::<F, { ETHERNET + 2 * VLAN_TAG }, 4>(frame, headers, mtu),
     }
     .ok_or(Reason::TooBigDropped)
-}
-
-/// Whether an error may be sent to the packet's source at all (RFC 1122 3.2.2, RFC 4443 2.4).
-#[inline(always)]
-fn is_answerable(headers: &Headers) -> bool {
-    if headers.is_ipv6 {
-        let first = u32::from_be(headers.source[0]);
-        first >> 24 != 0xff
-            && (headers.source[0] | headers.source[1] | headers.source[2] | headers.source[3]) != 0
-    } else {
-        let first = u32::from_be(headers.source[3]) >> 24;
-        first != 0 && first != 127 && first < 224
-    }
 }
 
 /// L2 is the Ethernet header's length, TAGS the 16-bit words of VLAN tags in it.

@@ -11,7 +11,12 @@ use crate::{
     parse::{Headers, parse},
     service::lookup_service,
 };
-use lb_common::{Reason, backend::flags, settings::IngressSettings};
+use lb_common::{
+    Reason,
+    backend::flags,
+    names::stage,
+    settings::{IngressSettings, features},
+};
 
 /// What was found out about a packet on its way, for the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +41,13 @@ pub fn process<F: Frame + Fib, T: Tables>(
 ) -> (Verdict, Outcome) {
     let headers = match parse(frame, settings) {
         Ok(headers) => headers,
+        // Counted by the program that takes it over.
+        Err(Reason::Icmp) if settings.features & features::ICMP != 0 => {
+            return (Verdict::Stage(stage::ICMP), Outcome::Not(Reason::Icmp));
+        }
+        Err(Reason::Fragment) if settings.features & features::FRAGMENTS != 0 => {
+            return (Verdict::Stage(stage::FRAGMENT), Outcome::Not(Reason::Fragment));
+        }
         Err(reason) => return refuse(tables, reason),
     };
     match balance(frame, tables, settings, &headers) {
@@ -45,8 +57,9 @@ pub fn process<F: Frame + Fib, T: Tables>(
     }
 }
 
+/// The end of a packet's way for a reason, counted.
 #[inline(always)]
-fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
+pub fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
     tables.count(reason);
     (Verdict::of(reason), Outcome::Not(reason))
 }
@@ -80,7 +93,7 @@ fn balance<F: Frame + Fib, T: Tables>(
 
 /// Answers a packet that is too big, within the budget.
 #[inline(always)]
-fn too_big<F: Frame, T: Tables>(
+pub fn too_big<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,

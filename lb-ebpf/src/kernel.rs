@@ -137,6 +137,8 @@ pub fn action(verdict: Verdict, egress: &DevMapHash) -> Result<u32, Reason> {
         Verdict::Pass => Ok(xdp_action::XDP_PASS),
         Verdict::Drop => Ok(xdp_action::XDP_DROP),
         Verdict::Transmit => Ok(xdp_action::XDP_TX),
+        // Nothing was there to jump to.
+        Verdict::Stage(_) => Err(Reason::StageMissing),
         Verdict::Redirect(ifindex) => egress.redirect(ifindex, 0).map_err(|_| Reason::NoEgress),
     }
 }

@@ -12,14 +12,19 @@
 pub mod choose;
 pub mod csum;
 pub mod decap;
+pub mod echo;
 pub mod forward;
+pub mod fragment;
 pub mod hash;
 pub mod icmp;
+pub mod icmp_error;
+pub mod icmp_stage;
 pub mod ingress;
 #[cfg(feature = "bpf")]
 pub mod kernel;
 #[cfg(not(target_arch = "bpf"))]
 pub mod native;
+pub mod network;
 pub mod packet;
 pub mod parse;
 pub mod service;
@@ -28,5 +33,5 @@ pub mod verdict;
 pub mod wire;
 
 pub use packet::{Frame, Packet};
-pub use tables::{FlowTable, Tables};
+pub use tables::{FlowTable, ReadOnly, Tables};
 pub use verdict::Verdict;

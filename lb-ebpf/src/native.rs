@@ -7,7 +7,9 @@
 extern crate std;
 
 mod frame;
+mod stages;
 mod tables;
 
 pub use frame::{Adjust, FibFn, VecFrame};
+pub use stages::run;
 pub use tables::{HashTables, WhenFull};

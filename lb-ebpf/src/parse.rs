@@ -4,6 +4,7 @@
 //! Sources: RFC 791, RFC 8200, RFC 9293, RFC 768, IEEE 802.1Q.
 
 use crate::{
+    network::{ICMP, ICMPV6},
     packet::{Frame, Packet},
     wire::{Extension, Ipv4, Ipv6, Tcp, Udp},
 };
@@ -87,6 +88,18 @@ impl Headers {
         self.tcp_flags & (tcp::FIN | tcp::RST) != 0
     }
 
+    /// Whether ICMP may be sent to the packet's source at all (RFC 1122 3.2.2, RFC 4443 2.4).
+    #[inline(always)]
+    pub fn is_answerable(&self) -> bool {
+        if self.is_ipv6 {
+            let first = u32::from_be(self.source[0]);
+            first >> 24 != 0xff && (self.source[0] | self.source[1] | self.source[2] | self.source[3]) != 0
+        } else {
+            let first = u32::from_be(self.source[3]) >> 24;
+            first != 0 && first != 127 && first < 224
+        }
+    }
+
     /// Source as the maps keep it.
     #[inline(always)]
     pub fn source_address(&self) -> Address {
@@ -122,7 +135,7 @@ pub const fn mapped(v4: u32) -> [u32; 4] {
 
 /// Whether these words are a mapped IPv4 address.
 #[inline(always)]
-const fn is_mapped(words: &[u32; 4]) -> bool {
+pub const fn is_mapped(words: &[u32; 4]) -> bool {
     (words[0] | words[1] | words[2] ^ 0xffff_u32.to_be()) == 0
 }
 
@@ -263,6 +276,7 @@ fn skip_extensions(packet: &Packet, start: usize, next: &mut u8) -> Result<usize
         match *next {
             TCP | UDP => return Ok(skipped),
             HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT => {}
+            ICMPV6 => return Err(Reason::Icmp),
             _ => return Err(Reason::OtherProtocol),
         }
         let extension: Extension = packet.read(start + skipped).ok_or(Reason::Truncated)?;
@@ -283,13 +297,14 @@ fn skip_extensions(packet: &Packet, start: usize, next: &mut u8) -> Result<usize
     }
     match *next {
         TCP | UDP if skipped <= MAX_EXTENSION_BYTES => Ok(skipped),
+        ICMPV6 => Err(Reason::Icmp),
         _ => Err(Reason::BadExtension),
     }
 }
 
 /// Ports and flags at `l4`, of which `len` bytes belong to the packet.
 #[inline(always)]
-fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Headers) -> Result<(), Reason> {
+pub fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Headers) -> Result<(), Reason> {
     if headers.protocol == TCP {
         if len < 20 {
             return Err(Reason::BadTransport);
@@ -316,6 +331,8 @@ fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Headers
         headers.source_port = udp.source_port;
         headers.port = udp.port;
         Ok(())
+    } else if headers.protocol == ICMP && !headers.is_ipv6 {
+        Err(Reason::Icmp)
     } else {
         Err(Reason::OtherProtocol)
     }

@@ -45,3 +45,70 @@ pub trait Tables {
     /// Takes one message from the budget for generated ICMP; false when it is used up.
     fn take_icmp(&self, per_s: u32, burst: u32) -> bool;
 }
+
+/// Tables to which nothing is written: for a choice that must leave no trace.
+pub struct ReadOnly<'a, T>(pub &'a T);
+
+impl<T: Tables> Tables for ReadOnly<'_, T> {
+    #[inline(always)]
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.0.service_index(key)
+    }
+
+    #[inline(always)]
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        self.0.vip(key)
+    }
+
+    #[inline(always)]
+    fn service(&self, index: u32) -> Option<&ServiceView> {
+        self.0.service(index)
+    }
+
+    #[inline(always)]
+    fn primary(&self, place: u32) -> Option<u32> {
+        self.0.primary(place)
+    }
+
+    #[inline(always)]
+    fn secondary(&self, place: u32) -> Option<u32> {
+        self.0.secondary(place)
+    }
+
+    #[inline(always)]
+    fn backend(&self, index: u32) -> Option<&Backend> {
+        self.0.backend(index)
+    }
+
+    #[inline(always)]
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        self.0.flow(table, key)
+    }
+
+    #[inline(always)]
+    fn record(&self, _: FlowTable, _: &FlowKey, _: &Flow) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn touch(&self, _: FlowTable, _: &FlowKey, _: u32, _: u32) {}
+
+    #[inline(always)]
+    fn forget(&self, _: FlowTable, _: &FlowKey) {}
+
+    #[inline(always)]
+    fn now_s(&self) -> u32 {
+        self.0.now_s()
+    }
+
+    #[inline(always)]
+    fn count(&self, _: Reason) {}
+
+    #[inline(always)]
+    fn account(&self, _: u32, _: u32, _: bool) {}
+
+    #[inline(always)]
+    fn take_icmp(&self, _: u32, _: u32) -> bool {
+        false
+    }
+}

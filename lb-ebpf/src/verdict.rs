@@ -13,6 +13,8 @@ pub enum Verdict {
     Transmit,
     /// Out of this interface.
     Redirect(u32),
+    /// To the program at this place of `STAGES`.
+    Stage(u32),
 }
 
 impl Verdict {

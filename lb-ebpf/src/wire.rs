@@ -110,6 +110,17 @@ headers! {
         /// Destination, first half; both halves of both follow.
         words: [u16; 6],
     }
+    /// ICMP and ICMPv6 echo (RFC 792, RFC 4443); the beginning of every message is alike.
+    Echo = 8 {
+        /// Type.
+        kind: u8,
+        /// Code.
+        code: u8,
+        /// Checksum.
+        check: u16,
+        /// Identifier and sequence number.
+        id: [u16; 2],
+    }
     /// ICMP and ICMPv6 errors (RFC 792, RFC 1191, RFC 4443).
     IcmpError = 8 {
         /// Type.

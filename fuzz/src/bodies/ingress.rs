@@ -16,8 +16,8 @@ use lb_common::{
 use lb_ebpf::{
     FlowTable, Verdict,
     forward::{FibAnswer, FibQuery, Hop},
-    ingress::{Outcome, process},
-    native::{HashTables, VecFrame},
+    ingress::Outcome,
+    native::{self, HashTables, VecFrame},
 };
 
 /// MTU of the backends that have a limit.
@@ -27,7 +27,7 @@ const MTU: u16 = 600;
 pub fn check(data: &[u8]) {
     let tables = world();
     let mut frame = VecFrame::new(data).with_fib(fib);
-    let (verdict, outcome) = process(&mut frame, &tables, &IngressSettings::DEFAULT);
+    let (verdict, outcome) = native::run(&mut frame, &tables, &IngressSettings::DEFAULT);
     let after = frame.bytes();
     match outcome {
         Outcome::Forwarded { backend, .. } => {
@@ -40,6 +40,7 @@ pub fn check(data: &[u8]) {
             assert_eq!(verdict, Verdict::of(reason));
             match reason.fate() {
                 Fate::Pass => assert!(after == data && frame.adjusts().is_empty(), "{reason:?}: changed"),
+                Fate::Answer if reason == Reason::EchoAnswered => echoed(data, &after),
                 Fate::Answer => answered(data, &after),
                 Fate::Drop => {}
                 Fate::Note => panic!("{reason:?} is no end of a way"),
@@ -232,4 +233,39 @@ fn answered(before: &[u8], after: &[u8]) {
     let mtu = u16::from_be_bytes([error[6], error[7]]);
     assert!((original.len() as u16) > mtu && mtu < 1_500, "an MTU that helps");
     assert!(original.starts_with(&error[8..]) && error.len() > 8 + 28, "quotes the packet");
+}
+
+/// The same message back: addresses swapped, TTL 64, another type, and a checksum that is as right as the
+/// request's was.
+fn echoed(before: &[u8], after: &[u8]) {
+    let l2_len = l2_len(before);
+    let is_ipv6 = before[l2_len] >> 4 == 6;
+    let (source, len, ttl, l4) = if is_ipv6 {
+        (l2_len + 8, 16, l2_len + 7, l2_len + 40)
+    } else {
+        (l2_len + 12, 4, l2_len + 8, l2_len + 20)
+    };
+    let sum_of_header = |frame: &[u8]| if is_ipv6 { 0 } else { sum(&frame[l2_len..l4]) };
+    if sum_of_header(before) == 0xffff {
+        assert_eq!(sum_of_header(after), 0xffff);
+    }
+    let mut back = before.to_vec();
+    back[..6].copy_from_slice(&before[6..12]);
+    back[6..12].copy_from_slice(&before[..6]);
+    back[source..source + len].copy_from_slice(&before[source + len..source + 2 * len]);
+    back[source + len..source + 2 * len].copy_from_slice(&before[source..source + len]);
+    back[ttl] = 64;
+    back[l4] = if is_ipv6 { 129 } else { 0 };
+    // Each sum covers a whole number of words, and only one word changed.
+    let words = |frame: &[u8]| frame[l4..l4 + 4].to_vec();
+    assert_eq!(
+        sum(&words(before)) % 0xffff,
+        sum(&words(after)) % 0xffff,
+        "the checksum makes up for the type"
+    );
+    back[l4 + 2..l4 + 4].copy_from_slice(&after[l4 + 2..l4 + 4]);
+    if !is_ipv6 {
+        back[l2_len + 10..l2_len + 12].copy_from_slice(&after[l2_len + 10..l2_len + 12]);
+    }
+    assert!(back == after, "nothing else changed");
 }

@@ -8,19 +8,24 @@ use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, xdp_action},
     helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::{map, xdp},
-    maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Vip, VipKey,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Vip,
+    VipKey,
+    fragment::{Fragment, FragmentKey},
     limits,
-    settings::IngressSettings,
+    names::stage,
+    settings::{IngressSettings, features},
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
 use lb_ebpf::{
-    FlowTable, Tables,
+    FlowTable, Tables, Verdict,
+    fragment::FragmentTable,
+    icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
 };
@@ -41,11 +46,17 @@ static SECONDARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LINE, 
 #[map]
 static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
+static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map]
+static TURNS: Array<u64> = Array::with_max_entries(limits::SERVICES, 0);
+#[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
 static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SYNS, 0);
 #[map]
 static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -54,6 +65,8 @@ static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 
 static ICMP_BUDGET: PerCpuArray<IcmpBudget> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static EGRESS: DevMapHash = DevMapHash::with_max_entries(limits::EGRESS, 0);
+#[map]
+static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 #[map]
 static ABI: Array<u32> = Array::with_max_entries(1, 0);
 
@@ -184,20 +197,83 @@ impl Tables for Maps {
     }
 }
 
+impl FragmentTable for Maps {
+    #[inline(always)]
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
+        let entry = FRAGMENTS.get_ptr_mut(key)?;
+        // SAFETY: the entry stays mapped during the run. Where it is reused, or another processor has a part of
+        // the same packet, this one part goes elsewhere or is not noted; each word is whole.
+        Some(f(unsafe { &mut *entry }))
+    }
+
+    #[inline(always)]
+    fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
+        FRAGMENTS.insert(key, fragment, 0).is_ok()
+    }
+}
+
 /// Balances the packets of one interface.
 #[xdp(frags)]
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// Stands on the interface where another's program is to run before or after ours: jumps to it if its place is
+/// filled, and else to ours. See [`stage::BEFORE`].
+#[xdp(frags)]
+pub fn root(ctx: XdpContext) -> u32 {
+    // SAFETY: nothing in this frame needs to be dropped.
+    unsafe {
+        STAGES.tail_call(&ctx, stage::BEFORE);
+        STAGES.tail_call(&ctx, stage::INGRESS);
+    }
+    Maps.count(Reason::StageMissing);
+    xdp_action::XDP_PASS
+}
+
+/// What is sent to a VIP by ICMP; see [`stage::ICMP`].
+#[xdp(frags)]
+pub fn icmp(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// Fragments; see [`stage::FRAGMENT`].
+#[xdp(frags)]
+pub fn fragment(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The XDP action of a verdict, or a jump to the next program.
+#[inline(always)]
+fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
     match outcome {
-        Outcome::Forwarded { service, backend } => debug!(&ctx, "service {} backend {}", service, backend),
-        Outcome::Not(reason) => debug!(&ctx, "reason {}", reason as u32),
+        Outcome::Forwarded { service, backend } => debug!(ctx, "service {} backend {}", service, backend),
+        Outcome::Not(reason) => debug!(ctx, "reason {}", reason as u32),
+    }
+    if let Verdict::Stage(index) = verdict {
+        // SAFETY: nothing in this frame needs to be dropped.
+        unsafe { STAGES.tail_call(ctx, index) };
     }
     match action(verdict, &EGRESS) {
+        Ok(xdp_action::XDP_PASS) if SETTINGS.load().features & features::CHAIN != 0 => {
+            // SAFETY: as above.
+            unsafe { STAGES.tail_call(ctx, stage::AFTER) };
+            xdp_action::XDP_PASS
+        }
         Ok(action) => action,
         Err(reason) => {
             Maps.count(reason);
-            xdp_action::XDP_DROP
+            if matches!(Verdict::of(reason), Verdict::Pass) {
+                xdp_action::XDP_PASS
+            } else {
+                xdp_action::XDP_DROP
+            }
         }
     }
 }

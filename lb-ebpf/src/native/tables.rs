@@ -6,9 +6,10 @@ use super::std::{
     vec,
     vec::Vec,
 };
-use crate::{FlowTable, Tables, decap::DecapTables};
+use crate::{FlowTable, Tables, decap::DecapTables, fragment::FragmentTable};
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    fragment::{Fragment, FragmentKey},
     stats::IcmpBudget,
 };
 
@@ -85,6 +86,7 @@ pub struct HashTables {
     /// What a full flow table does.
     pub when_full: WhenFull,
     flows: [RefCell<Flows>; 3],
+    fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
@@ -104,6 +106,7 @@ impl Default for HashTables {
             capacity: usize::MAX,
             when_full: WhenFull::Evict,
             flows: Default::default(),
+            fragments: RefCell::default(),
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
@@ -150,6 +153,7 @@ impl HashTables {
         for flows in &self.flows {
             *flows.borrow_mut() = Flows::default();
         }
+        self.fragments.borrow_mut().clear();
     }
 
     /// A reason's counter.
@@ -242,6 +246,17 @@ impl Tables for HashTables {
         let taken = budget.take(self.now_ns.get(), per_s, burst);
         self.icmp.set(budget);
         taken
+    }
+}
+
+impl FragmentTable for HashTables {
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
+        self.fragments.borrow_mut().get_mut(key).map(f)
+    }
+
+    fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
+        self.fragments.borrow_mut().insert(*key, *fragment);
+        true
     }
 }
 

@@ -3,7 +3,10 @@
 //! [`Options`] is one source's answer, [`Settings`] the resolved whole.
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use lb_common::{limits, settings::IngressSettings};
+use lb_common::{
+    limits,
+    settings::{IngressSettings, features},
+};
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -82,6 +85,9 @@ pub struct Options {
     /// Attach in generic mode (slow) where the driver has no XDP support
     #[arg(long, env = "LBD_ALLOW_GENERIC", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub allow_generic: Option<bool>,
+    /// Let other XDP programs run before and after ours: their places are 0 and 5 of STAGES in the pin path [default: false]
+    #[arg(long, env = "LBD_CHAIN", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub chain: Option<bool>,
     /// Prefix from which the outer source of ipip packets is taken, varied by flow; one per family
     #[arg(long, value_name = "NET", env = "LBD_IPIP_SOURCE", value_delimiter = ',')]
     #[serde(default)]
@@ -110,6 +116,10 @@ pub struct Options {
     /// Too-big messages sent to clients per second and CPU, 0 for none [default: 1000]
     #[arg(long, value_name = "N", env = "LBD_ICMP_PER_S")]
     pub icmp_per_s: Option<u32>,
+    /// Parts of the XDP program that may be needed, a list, or all, or none; what is off costs nothing [default: all]
+    #[arg(long, value_name = "FEATURE", env = "LBD_FEATURES", value_delimiter = ',')]
+    #[serde(default)]
+    pub features: Vec<String>,
     /// Health probes in flight at once [default: 512]
     #[arg(long, value_name = "N", env = "LBD_PROBES")]
     pub probes: Option<u32>,
@@ -148,6 +158,8 @@ pub struct Settings {
     pub metrics_required: bool,
     /// Whether generic XDP will do.
     pub allow_generic: bool,
+    /// See [`Options::chain`].
+    pub chain: bool,
     /// Outer IPv4 sources of ipip.
     pub ipip_source_v4: Option<Ipv4Net>,
     /// Outer IPv6 sources of ipip.
@@ -174,6 +186,31 @@ pub struct Settings {
     pub xdp_log_level: LogLevel,
 }
 
+/// The bits of named features; all of them if none is named.
+fn parse_features(named: &[String]) -> Result<u32, SettingsError> {
+    let refuse = |what| Err(SettingsError { setting: "features", what });
+    match named {
+        [] => return Ok(features::ALL),
+        [one] if one == "all" => return Ok(features::ALL),
+        [one] if one == "none" => return Ok(0),
+        _ => {}
+    }
+    let mut bits = 0;
+    for name in named {
+        match features::NAMES.iter().find(|(known, _)| known == name) {
+            Some((_, bit)) => bits |= bit,
+            None => {
+                let known: Vec<&str> = features::NAMES.iter().map(|(name, _)| *name).collect();
+                return refuse(format!(
+                    "{name:?} is none of {}; or give all, or none, alone",
+                    known.join(", ")
+                ));
+            }
+        }
+    }
+    Ok(bits)
+}
+
 /// Why settings were refused.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{setting}: {what}")]
@@ -198,6 +235,7 @@ impl Options {
             socket_group: self.socket_group.or(other.socket_group),
             metrics: self.metrics.or(other.metrics),
             allow_generic: self.allow_generic.or(other.allow_generic),
+            chain: self.chain.or(other.chain),
             ipip_source: list(self.ipip_source, other.ipip_source),
             max_services: self.max_services.or(other.max_services),
             max_backends: self.max_backends.or(other.max_backends),
@@ -207,6 +245,7 @@ impl Options {
             vlan: self.vlan.or(other.vlan),
             outer_ttl: self.outer_ttl.or(other.outer_ttl),
             icmp_per_s: self.icmp_per_s.or(other.icmp_per_s),
+            features: if self.features.is_empty() { other.features } else { self.features },
             probes: self.probes.or(other.probes),
             revisions: self.revisions.or(other.revisions),
             log_level: self.log_level.or(other.log_level),
@@ -272,6 +311,7 @@ impl Options {
             outer_ttl: self.outer_ttl.unwrap_or(default.outer_ttl),
             icmp_per_s,
             icmp_burst: default.icmp_burst.min(icmp_per_s),
+            features: parse_features(&self.features)?,
             ..default
         };
         Ok(Settings {
@@ -284,6 +324,7 @@ impl Options {
             metrics,
             metrics_required: self.metrics.is_some(),
             allow_generic: self.allow_generic.unwrap_or(false),
+            chain: self.chain.unwrap_or(false),
             ipip_source_v4,
             ipip_source_v6,
             max_services: self.max_services.unwrap_or(limits::SERVICES),

@@ -207,4 +207,18 @@ fn settings_are_checked() {
     assert!(with(|o| o.outer_ttl = Some(0)).starts_with("outer_ttl"));
     let two = with(|o| o.ipip_source = vec!["10.0.0.0/8".parse().unwrap(), "172.16.0.0/12".parse().unwrap()]);
     assert!(two.starts_with("ipip_source: 172.16.0.0/12 is a second prefix"));
+    let unknown = with(|o| o.features = vec!["p2c".into(), "p3c".into()]);
+    assert!(unknown.starts_with("features: \"p3c\" is none of p2c, second-chance, nat,"), "{unknown}");
+}
+
+#[test]
+fn features_are_on_unless_named() {
+    use lb_common::settings::features::{ALL, NAMES, P2C, QUIC};
+    let bits = |named: &[&str]| {
+        let features = named.iter().map(ToString::to_string).collect();
+        Options { features, ..Options::default() }.resolve().unwrap().ingress.features
+    };
+    assert_eq!((bits(&[]), bits(&["all"]), bits(&["none"])), (ALL, ALL, 0));
+    assert_eq!(bits(&["p2c", "quic"]), P2C | QUIC);
+    assert_eq!(NAMES.iter().fold(0, |all, (_, bit)| all | bit), ALL);
 }

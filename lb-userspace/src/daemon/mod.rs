@@ -24,6 +24,7 @@ use crate::{
     store::{Local, RedbStore, Store},
 };
 use anyhow::Context;
+use lb_common::settings::{IngressSettings, features};
 use sd_notify::NotifyState;
 use std::{
     path::{Path, PathBuf},
@@ -204,7 +205,12 @@ fn attach_options(settings: &Settings) -> AttachOptions {
         allow_generic: settings.allow_generic,
         pin_path: settings.pin_path.clone(),
         limits,
-        settings: settings.ingress,
+        settings: IngressSettings {
+            // The one part that costs something even where nobody uses it.
+            features: settings.ingress.features
+                & if settings.chain { features::ALL } else { !features::CHAIN },
+            ..settings.ingress
+        },
         log_level: xdp_log::number(settings.xdp_log_level),
     }
 }

@@ -3,7 +3,7 @@
 //! Pins outlive the daemon: forwarding goes on without it. A new daemon reuses the maps and replaces
 //! the program under each link in one step (`BPF_LINK_UPDATE`), so that no packet meets no program.
 
-use super::DataplaneError;
+use super::{DataplaneError, stages};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, Map, MapData, MapError},
@@ -39,6 +39,8 @@ pub struct Request<'a> {
     pub object: &'static [u8],
     /// Program in it.
     pub program: &'static str,
+    /// Programs that it jumps to, and their places in `STAGES`.
+    pub stages: &'a [(&'static str, u32)],
     /// Maps to pin.
     pub maps: &'a [&'static str],
     /// Map sizes that differ from the object's.
@@ -200,8 +202,14 @@ fn load(request: &Request<'_>) -> Result<Ebpf, DataplaneError> {
     let mut bpf =
         loader.load(request.object).map_err(|e| denied("create the maps", &e).unwrap_or(refuse(e.into())))?;
     let program = program_mut(&mut bpf, request.program);
-    program.load().map_err(|e| denied("load the program", &e).unwrap_or(refuse(e.into())))?;
+    program.load().map_err(|source| refused(request.program, source))?;
+    stages::fill(&mut bpf, request.stages)?;
     Ok(bpf)
+}
+
+/// Why the kernel did not take a program.
+pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
+    denied("load the program", &source).unwrap_or(DataplaneError::Load { program, source: source.into() })
 }
 
 /// The error for a lack of privileges, if that is what it was.
@@ -216,7 +224,8 @@ fn denied(what: &'static str, error: &(dyn std::error::Error + 'static)) -> Opti
     None
 }
 
-fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> &'a mut Xdp {
+/// A program that the object is known to have.
+pub fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> &'a mut Xdp {
     let program = bpf.program_mut(name).expect("the object was built with this program");
     program.try_into().expect("it is an XDP program")
 }

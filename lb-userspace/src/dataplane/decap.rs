@@ -47,6 +47,7 @@ impl DecapDataplane {
         let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
             object: crate::objects::DECAP,
             program: names::PROGRAM_DECAP,
+            stages: &[],
             maps: &names::DECAP_MAPS,
             sizes: &[],
             settings: options.settings.as_bytes(),

@@ -10,6 +10,7 @@ mod error;
 mod mapped;
 mod reader;
 mod slots;
+mod stages;
 
 pub use attach::{Interface, detach};
 pub use decap::{DecapDataplane, DecapOptions};
@@ -26,7 +27,8 @@ use aya::{
 };
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits, names,
-    settings::IngressSettings, slot::LINE,
+    settings::{IngressSettings, features},
+    slot::LINE,
 };
 use lb_ebpf::FlowTable;
 use mapped::MappedArray;
@@ -114,13 +116,21 @@ impl Dataplane {
             (names::SECONDARIES, l.slots.div_ceil(LINE)),
             (names::BACKENDS, l.backends),
             (names::BACKEND_STATS, l.backends),
+            (names::LOADS, l.backends),
+            (names::TURNS, l.services),
             (names::FLOWS, l.flows),
             (names::UDP_FLOWS, l.flows),
             (names::SYNS, l.syns),
         ];
+        let is_chained = options.settings.features & features::CHAIN != 0;
+        let mut stages = names::stage::INGRESS_PROGRAMS.to_vec();
+        if is_chained {
+            stages.push((names::PROGRAM_INGRESS, names::stage::INGRESS));
+        }
         let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
             object: crate::objects::INGRESS,
-            program: names::PROGRAM_INGRESS,
+            program: if is_chained { names::PROGRAM_ROOT } else { names::PROGRAM_INGRESS },
+            stages: &stages,
             maps: &names::INGRESS_MAPS,
             sizes: &sizes,
             settings: options.settings.as_bytes(),

@@ -3,12 +3,14 @@
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader, Pod,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, xdp::DevMapHash},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, PerCpuValues, ProgramArray, xdp::DevMapHash},
     programs::{TestRun, TestRunOptions, Xdp},
     util::nr_cpus,
 };
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
+    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    fragment::{Fragment, FragmentKey},
+    names,
     service::flags,
     settings::IngressSettings,
     slot::{LINE, Line},
@@ -97,12 +99,30 @@ impl Ingress {
         let mut bpf = loader.load(lb_userspace::objects::INGRESS).context("load the ingress object")?;
         let program: &mut Xdp = bpf.program_mut(names::PROGRAM_INGRESS).context("program")?.try_into()?;
         program.load().context("the verifier refused the ingress program")?;
+        for (name, place) in names::stage::INGRESS_PROGRAMS {
+            let program: &mut Xdp = bpf.program_mut(name).context("stage")?.try_into()?;
+            program.load().with_context(|| format!("the verifier refused stage {name}"))?;
+            let fd = program.fd()?.try_clone()?;
+            let mut stages: ProgramArray<_> = bpf.map_mut(names::STAGES).context("stages")?.try_into()?;
+            stages.set(place, &fd, 0)?;
+        }
         Ok(Self { bpf })
     }
 
     /// The program, for its figures.
     pub fn program(&self) -> &Xdp {
-        self.bpf.program(names::PROGRAM_INGRESS).and_then(|p| p.try_into().ok()).expect("loaded in `load`")
+        self.program_named(names::PROGRAM_INGRESS)
+    }
+
+    /// One of the object's programs.
+    pub fn program_named(&self, name: &str) -> &Xdp {
+        self.bpf.program(name).and_then(|p| p.try_into().ok()).expect("loaded in `load`")
+    }
+
+    /// Empties a place of `STAGES`, as if its program had not been loaded.
+    pub fn clear_stage(&mut self, place: u32) {
+        let mut stages: ProgramArray<&mut MapData> = self.map(names::STAGES);
+        stages.clear_index(&place).expect("a place with a program");
     }
 
     /// Runs one packet through the program.
@@ -213,8 +233,12 @@ impl Ingress {
         }
     }
 
-    /// Empties the flow tables.
+    /// Empties the flow tables, and what is known of fragments.
     pub fn forget_flows(&mut self) {
+        let mut fragments: HashMap<&mut MapData, FragmentKey, Fragment> = self.map(names::FRAGMENTS);
+        for key in fragments.keys().filter_map(Result::ok).collect::<Vec<_>>() {
+            let _ = fragments.remove(&key);
+        }
         for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
             let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
             let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();

@@ -42,8 +42,12 @@ pub fn ethernet(backend: &Backend) -> Vec<u8> {
 
 /// The packet in its tunnel, from the outer IP header on.
 pub fn tunnel(packet: &Packet, backend: &Backend) -> Vec<u8> {
+    tunnel_of(packet, packet.ip(), backend)
+}
+
+/// The same for another IP packet that belongs to the packet's flow.
+pub fn tunnel_of(packet: &Packet, mut inner: Vec<u8>, backend: &Backend) -> Vec<u8> {
     let hash = flow_hash(SEED, packet);
-    let mut inner = packet.ip();
     let mut protocol = if is_mapped(&packet.destination.0) { 4 } else { 41 };
     if backend.mode == mode::GUE {
         let mut udp = (0xc000 | (hash & 0x3fff) as u16).to_be_bytes().to_vec();

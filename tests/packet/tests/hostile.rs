@@ -170,6 +170,7 @@ fn action(verdict: Verdict) -> u32 {
         Verdict::Drop => xdp::DROP,
         Verdict::Transmit => xdp::TX,
         Verdict::Redirect(_) => xdp::REDIRECT,
+        Verdict::Stage(_) => unreachable!("stages are followed"),
     }
 }
 
@@ -201,7 +202,7 @@ fn ingress_does_in_the_kernel_what_it_does_natively() {
             mutate(&mut random, &seeds, &mut frame);
             let mut native = VecFrame::new(&frame).with_fib(bodies::ingress::fib);
             tables.advance_ns(1_000);
-            let (verdict, _) = lb_ebpf::ingress::process(&mut native, &tables, &settings);
+            let (verdict, _) = lb_ebpf::native::run(&mut native, &tables, &settings);
             let run = ingress.run(&frame).expect("the kernel runs it");
             let packet = batch * BATCH + i;
             assert_eq!(run.verdict, action(verdict), "packet {packet}: {}", hex(&frame));
@@ -234,6 +235,8 @@ fn ingress_does_in_the_kernel_what_it_does_natively() {
         Reason::TooBigDropped,
         Reason::FlowNotRecorded,
         Reason::BadFamily,
+        Reason::StageMissing,
+        Reason::EchoDropped,
     ];
     for reason in Reason::ALL.iter().take_while(|r| **r != Reason::DecapIpip).filter(|r| !rare.contains(r)) {
         assert_ne!(ingress.count(*reason), 0, "no packet was {reason:?}");

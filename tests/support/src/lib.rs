@@ -7,6 +7,7 @@
 //! takes time is waited for by its condition.
 
 pub mod bed;
+pub mod chained;
 pub mod check;
 pub mod daemon;
 pub mod hold;

@@ -16,14 +16,14 @@ use crate::netns::Namespace;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
-const BPF_PROG_TYPE_XDP: u32 = 6;
-const BPF_XDP: u32 = 37;
+pub(crate) const BPF_PROG_TYPE_XDP: u32 = 6;
+pub(crate) const BPF_XDP: u32 = 37;
 const BPF_TCX_EGRESS: u32 = 47;
-const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
+pub(crate) const BPF_F_XDP_HAS_FRAGS: u32 = 1 << 5;
 
 /// One instruction: operation, registers (source high, destination low), offset,
 /// immediate.
-const fn instruction(operation: u8, registers: u8, offset: u16, immediate: u32) -> u64 {
+pub(crate) const fn instruction(operation: u8, registers: u8, offset: u16, immediate: u32) -> u64 {
     operation as u64 | (registers as u64) << 8 | (offset as u64) << 16 | (immediate as u64) << 32
 }
 
@@ -108,7 +108,11 @@ fn attach(namespace: &Namespace, interface: &str, program: &[u64], kind: (u32, u
     Ok(attached?)
 }
 
-fn load(program: &[u64], (program_type, attach_type, flags): (u32, u32, u32)) -> io::Result<OwnedFd> {
+/// Loads a program of this type, place of attachment, and load flags.
+pub(crate) fn load(
+    program: &[u64],
+    (program_type, attach_type, flags): (u32, u32, u32),
+) -> io::Result<OwnedFd> {
     let license = c"GPL";
     let mut name = [0; 16];
     name[..8].copy_from_slice(b"lb_test\0");
@@ -125,14 +129,18 @@ fn load(program: &[u64], (program_type, attach_type, flags): (u32, u32, u32)) ->
     bpf(BPF_PROG_LOAD, &attributes)
 }
 
-fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
-    // SAFETY: `attributes` is laid out as the kernel's union begins, its size is
-    // passed along, and the memory it points to lives through the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
+/// A call of bpf(2) that answers a descriptor.
+pub(crate) fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
+    let result = call(command, attributes)?;
     let descriptor = i32::try_from(result).expect("the kernel numbers descriptors in an int");
     // SAFETY: the kernel has just returned this descriptor to us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// A call of bpf(2).
+pub(crate) fn call<T>(command: libc::c_long, attributes: &T) -> io::Result<libc::c_long> {
+    // SAFETY: `attributes` is laid out as the kernel's union begins, its size is
+    // passed along, and the memory it points to lives through the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, attributes, size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }

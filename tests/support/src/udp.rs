@@ -66,7 +66,7 @@ fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 fn answer(socket: &UdpSocket, name: &str, stop: &AtomicBool) {
-    let mut buffer = [0; 2048];
+    let mut buffer = [0; 65_536];
     while !stop.load(Ordering::Relaxed) {
         // Errors are time-outs or ICMP answers to an earlier reply.
         let Ok((count, from)) = socket.recv_from(&mut buffer) else { continue };
@@ -112,8 +112,13 @@ impl Flows {
     /// Sends one datagram on each flow and says who answered it: None for a
     /// datagram (or its answer) that was lost.
     pub fn exchange(&mut self) -> Result<Vec<Option<String>>> {
+        self.exchange_sized(0)
+    }
+
+    /// The same with datagrams of at least `size` bytes.
+    pub fn exchange_sized(&mut self, size: usize) -> Result<Vec<Option<String>>> {
         self.sent += 1;
-        let message = self.sent.to_string();
+        let message = format!("{:0size$}", self.sent);
         for socket in &self.sockets {
             // A pending ICMP error of an earlier round shows up here once.
             if socket.send(message.as_bytes()).is_err() {
@@ -129,7 +134,7 @@ impl Flows {
 }
 
 fn receive(socket: &UdpSocket, expected: &str) -> Result<Option<String>> {
-    let mut buffer = [0; 2048];
+    let mut buffer = [0; 65_536];
     loop {
         let count = match socket.recv(&mut buffer) {
             Ok(count) => count,

@@ -4,7 +4,10 @@
 
 use anyhow::{Context, Result};
 use aya::programs::Xdp;
-use lb_common::settings::{DecapSettings, IngressSettings};
+use lb_common::{
+    names,
+    settings::{DecapSettings, IngressSettings},
+};
 use test_packet::{Decap, Ingress};
 
 /// What the kernel says of a loaded program.
@@ -42,9 +45,12 @@ pub fn ingress() -> Result<Vec<Figures>> {
             let (ipv6, vlan, stats, icmp) = (on(0), on(1), on(2), on(3));
             let icmp_per_s = u32::from(icmp) * IngressSettings::DEFAULT.icmp_per_s;
             let settings = IngressSettings { ipv6, vlan, stats, icmp_per_s, ..IngressSettings::DEFAULT };
-            let name = format!("ingress ipv6={ipv6} vlan={vlan} stats={stats} icmp={icmp} log={log}");
-            let loaded = Ingress::load_with(settings, log).with_context(|| format!("load {name}"))?;
-            all.push(figures(name, loaded.program())?);
+            let name = format!("ipv6={ipv6} vlan={vlan} stats={stats} icmp={icmp} log={log}");
+            let loaded = Ingress::load_with(settings, log).with_context(|| format!("load with {name}"))?;
+            all.push(figures(format!("ingress {name}"), loaded.program())?);
+            for (stage, _) in names::stage::INGRESS_PROGRAMS {
+                all.push(figures(format!("{stage} {name}"), loaded.program_named(stage))?);
+            }
         }
     }
     Ok(all)

@@ -15,10 +15,11 @@ const fn one(program: &'static str, packages: &'static [&'static [&'static str]]
     Wanted { program, packages }
 }
 
-const WANTED: [Wanted; 12] = [
+const WANTED: [Wanted; 13] = [
     one("cc", &[&["gcc", "libc6-dev"]]),
     one("curl", &[&["curl", "ca-certificates"]]),
     one("ip", &[&["iproute2"]]),
+    one("ping", &[&["iputils-ping"]]),
     one("ethtool", &[&["ethtool"]]),
     one("nginx", &[&["nginx-light"], &["nginx"]]),
     one("iperf3", &[&["iperf3"]]),

@@ -59,6 +59,8 @@ pub enum Loaded {
     Default,
     /// IPv6, tags and counters off; no ICMP.
     Off,
+    /// No features: what every deployment needs, and nothing else.
+    Plain,
     /// At most two ICMP messages at once.
     FewAnswers,
     /// Outer TTL 9.
@@ -67,12 +69,13 @@ pub enum Loaded {
 
 /// Runs `f` on the loaded program with empty tables, inside the test bed.
 pub fn with<R>(loaded: Loaded, f: impl FnOnce(&mut Ingress) -> R) -> R {
-    static PROGRAMS: [OnceLock<Mutex<Ingress>>; 4] = [const { OnceLock::new() }; 4];
+    static PROGRAMS: [OnceLock<Mutex<Ingress>>; 5] = [const { OnceLock::new() }; 5];
     bed::enter();
     let all = IngressSettings::DEFAULT;
     let settings = match loaded {
         Loaded::Default => all,
         Loaded::Off => IngressSettings { ipv6: 0, vlan: 0, stats: 0, icmp_per_s: 0, ..all },
+        Loaded::Plain => IngressSettings { features: 0, ..all },
         Loaded::FewAnswers => IngressSettings { icmp_per_s: 1, icmp_burst: 2, ..all },
         Loaded::LowTtl => IngressSettings { outer_ttl: 9, ..all },
     };
@@ -223,6 +226,14 @@ impl Case {
         self.stats.push((index, BackendStats { packets: 1, bytes, flows: is_new.into() }));
         self
     }
+    /// What is sent belongs to the packet's flow, and this IP packet goes to its backend.
+    pub fn carried_to(mut self, index: u32, inner: Vec<u8>) -> Self {
+        let backend = self.backends.iter().find(|(i, _)| *i == index).expect("a backend of the case").1;
+        self.verdict = xdp::TX;
+        self.stats.push((index, BackendStats { packets: 1, bytes: inner.len() as u64, flows: 0 }));
+        self.frame = [outer::ethernet(&backend), outer::tunnel_of(&self.packet, inner, &backend)].concat();
+        self
+    }
     /// The packet goes to this backend out of another interface.
     pub fn redirected_to(self, index: u32, is_new: bool) -> Self {
         Self { verdict: xdp::REDIRECT, ..self.goes_to(index, is_new) }
@@ -236,6 +247,11 @@ impl Case {
     /// The packet is dropped, and left as it was.
     pub fn drops(self, reason: Reason) -> Self {
         Self { verdict: xdp::DROP, ..self.passes(reason) }
+    }
+    /// The frame becomes this one, with this verdict.
+    pub fn becomes(mut self, verdict: u32, frame: Vec<u8>) -> Self {
+        (self.verdict, self.frame) = (verdict, frame);
+        self
     }
     /// The sender is told that this size would fit.
     pub fn answers(mut self, mtu: u16) -> Self {

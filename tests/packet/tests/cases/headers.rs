@@ -3,6 +3,7 @@
 use crate::case::{
     ACK, CLIENT4, Case,
     Family::{V4, V6},
+    Loaded::Plain,
     SYN, VIP6, backend, cases, tcp, to, udp,
 };
 use lb_common::{Reason, backend::mode::IPIP, names, service::TCP};
@@ -80,9 +81,9 @@ cases! {
     ipv4_fragmentation_allowed: forwarded(Packet { dont_fragment: false, ..tcp(V4, ACK) });
     ipv4_ttl_1_is_no_hop_of_ours: forwarded(Packet { ttl: 1, ..tcp(V4, ACK) });
     ipv4_no_payload: forwarded(Packet { payload: vec![], ..tcp(V4, ACK) });
-    ipv4_first_fragment: passed(tcp(V4, ACK), set(20, 0x20), Reason::Fragment);
-    ipv4_last_fragment: passed(tcp(V4, ACK), set(21, 1), Reason::Fragment);
-    ipv4_icmp: passed(tcp(V4, ACK), set(23, 1), Reason::OtherProtocol);
+    ipv4_first_fragment: passed(tcp(V4, ACK), set(20, 0x20), Reason::Fragment).on(Plain);
+    ipv4_last_fragment: passed(tcp(V4, ACK), set(21, 1), Reason::Fragment).on(Plain);
+    ipv4_icmp: passed(tcp(V4, ACK), set(23, 1), Reason::Icmp);
     ipv4_sctp: passed(tcp(V4, ACK), set(23, 132), Reason::OtherProtocol);
     ipv4_ipip: passed(tcp(V4, ACK), set(23, 4), Reason::OtherProtocol);
     ipv4_version_5: passed(tcp(V4, ACK), set(14, 0x55), Reason::BadIpv4);
@@ -112,10 +113,10 @@ cases! {
     ipv6_408_bytes_of_headers: passed(extensions(vec![extension(60, 200), extension(60, 208)]), unchanged, Reason::BadExtension);
     ipv6_2_kb_header: passed(extensions(vec![extension(60, 2_048)]), unchanged, Reason::BadExtension);
     ipv6_routing_on_its_way: passed(extensions(vec![routing(1)]), unchanged, Reason::BadExtension);
-    ipv6_first_fragment: passed(extensions(vec![fragment(0, true)]), unchanged, Reason::Fragment);
-    ipv6_last_fragment: passed(extensions(vec![fragment(9, false)]), unchanged, Reason::Fragment);
+    ipv6_first_fragment: passed(extensions(vec![fragment(0, true)]), unchanged, Reason::Fragment).on(Plain);
+    ipv6_last_fragment: passed(extensions(vec![fragment(9, false)]), unchanged, Reason::Fragment).on(Plain);
     ipv6_authentication_header: passed(extensions(vec![(51, vec![2; 15])]), unchanged, Reason::OtherProtocol);
-    ipv6_icmp: passed(tcp(V6, ACK), set(20, 58), Reason::OtherProtocol);
+    ipv6_icmp: passed(tcp(V6, ACK), set(20, 58), Reason::Icmp);
     ipv6_no_next_header: passed(tcp(V6, ACK), set(20, 59), Reason::OtherProtocol);
     ipv6_no_next_header_behind_options: passed(extensions(vec![extension(0, 8)]), set(54, 59), Reason::OtherProtocol);
     ipv6_version_5: passed(tcp(V6, ACK), set(14, 0x50), Reason::BadIpv6);

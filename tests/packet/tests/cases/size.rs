@@ -93,7 +93,7 @@ cases! {
         let case = jumbo(V4, V4, IPIP, 8_000);
         let mut bytes = case.packet.bytes();
         bytes[23] = 1;
-        case.sends(bytes).passes(Reason::OtherProtocol)
+        case.sends(bytes).passes(Reason::Icmp)
     };
     jumbo_cut: {
         let case = jumbo(V4, V4, IPIP, 8_000);

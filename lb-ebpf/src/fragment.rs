@@ -1,0 +1,214 @@
+//! The stage for fragments of packets to a VIP: the first part is placed like any packet and remembered,
+//! the others follow it.
+//!
+//! A part that comes before the first is dropped (`fragment_unknown`): XDP cannot hold it back, and another
+//! backend could not use it. Senders send parts in order, and networks that hash by ports hash all parts of a
+//! packet alike or by address. Parts that overlap (RFC 5722), that hide the ports (RFC 1858) or that cannot be
+//! parts at all are dropped, each kind counted; exact repeats are forwarded, and a first part begins anew.
+//!
+//! Reached by tail call from `ingress` with the frame as it came in; called natively by tests and fuzzers.
+
+use crate::{
+    Frame, Tables, Verdict,
+    choose::choose,
+    forward::{Fib, Refusal, forward},
+    hash::flow_hash,
+    ingress::{Outcome, refuse, too_big},
+    network::{Network, Part, parse_network},
+    parse::{Headers, address, parse_transport},
+    service::lookup_service,
+};
+use lb_common::{
+    Reason, VipKey,
+    backend::flags::USED,
+    fragment::{FRAGMENT_TIMEOUT_S, Fragment, FragmentKey, PARTS, flags},
+    service::{NO_SERVICE, TCP, UDP},
+    settings::IngressSettings,
+    slot::NO_BACKEND,
+};
+
+/// The map of fragmented packets.
+pub trait FragmentTable {
+    /// Calls `f` with what is known of a packet, in its place.
+    fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R>;
+    /// Remembers a packet. False if there is no room.
+    fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool;
+}
+
+/// Where a part goes.
+#[derive(Clone, Copy)]
+struct Place {
+    hash: u64,
+    backend: u32,
+    service: u32,
+}
+
+/// Decides a fragment's fate and carries it out on the frame.
+#[inline(always)]
+pub fn process<F: Frame + Fib, T: Tables + FragmentTable>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> (Verdict, Outcome) {
+    let mut network = match parse_network(frame, settings) {
+        Ok(network) => network,
+        Err(reason) => return refuse(tables, reason),
+    };
+    match balance(frame, tables, settings, &mut network) {
+        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
+        Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
+    }
+}
+
+#[inline(always)]
+fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    network: &mut Network,
+) -> Result<(Verdict, u32, u32), Refusal> {
+    let part = network.fragment.ok_or(Reason::Fragment)?;
+    if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
+        return Err(Reason::NotVip.into());
+    }
+    let protocol = network.headers.protocol;
+    // Behind a fragment header may come more of IPv6's own headers; the first part has been read beyond them.
+    if part.offset == 0 && protocol != TCP && protocol != UDP {
+        return Err(Reason::Fragment.into());
+    }
+    let units = units(network, part)?;
+    let key = FragmentKey {
+        source: address(network.headers.source),
+        destination: address(network.headers.destination),
+        id: part.id,
+        protocol: if network.headers.is_ipv6 { 0 } else { protocol as u32 },
+    };
+    let (place, is_new) = if part.offset == 0 {
+        first(frame, tables, network, &key, units)?
+    } else {
+        let now_s = tables.now_s();
+        let known = tables.with_fragment(&key, |known| {
+            (now_s.saturating_sub(known.seen_s) <= FRAGMENT_TIMEOUT_S).then(|| follow(known, units))
+        });
+        match known.flatten() {
+            Some(followed) => (followed?, false),
+            // What is no transport that we balance is the host's in all its parts.
+            None if protocol != TCP && protocol != UDP && !network.headers.is_ipv6 => {
+                return Err(Reason::Fragment.into());
+            }
+            None => return Err(Reason::FragmentUnknown.into()),
+        }
+    };
+    let backend = tables.backend(place.backend).ok_or(Reason::BrokenTable)?;
+    if backend.flags & USED == 0 || backend.service != place.service {
+        return Err(Reason::BrokenTable.into());
+    }
+    let verdict = forward(frame, settings, &network.headers, backend, place.hash)?;
+    if settings.stats != 0 {
+        tables.account(place.backend, network.headers.ip_len, is_new);
+    }
+    tables.count(Reason::FragmentForwarded);
+    Ok((verdict, place.service, place.backend))
+}
+
+/// First and last unit of 8 bytes that a part covers.
+#[inline(always)]
+fn units(network: &Network, part: Part) -> Result<[u16; 2], Reason> {
+    // In IPv6 what is between the fragment header and the transport header is the fragmented part's too;
+    // only the first can have it, and it is whole units.
+    let len = network.l4_len as u32;
+    let end = part.offset + len;
+    if len == 0 || end > 0xffff || (part.more && !len.is_multiple_of(8)) {
+        return Err(Reason::FragmentBad);
+    }
+    // TCP's flags lie in the second unit and after (RFC 1858).
+    if part.offset == 8 && network.headers.protocol == TCP {
+        return Err(Reason::FragmentTiny);
+    }
+    Ok([(part.offset / 8) as u16, ((end - 1) / 8) as u16])
+}
+
+/// A part of a packet whose first is known: notes it, and says where they all go.
+#[inline(always)]
+fn follow(known: &mut Fragment, units: [u16; 2]) -> Result<Place, Reason> {
+    if known.flags & flags::HOST != 0 {
+        return Err(Reason::Fragment);
+    }
+    mark(known, units)?;
+    Ok(Place { hash: known.hash, backend: known.backend, service: known.service })
+}
+
+/// Notes a part; an error if it overlaps another, or one has before.
+#[inline(always)]
+fn mark(known: &mut Fragment, units: [u16; 2]) -> Result<(), Reason> {
+    if known.flags & flags::OVERLAP != 0 {
+        return Err(Reason::FragmentOverlap);
+    }
+    for i in 0..PARTS {
+        if i as u32 >= known.count {
+            known.parts[i] = units;
+            known.count = i as u32 + 1;
+            return Ok(());
+        }
+        let part = known.parts[i];
+        // The same part again is harmless.
+        if part == units {
+            return Ok(());
+        }
+        if part[0] <= units[1] && units[0] <= part[1] {
+            known.flags |= flags::OVERLAP;
+            return Err(Reason::FragmentOverlap);
+        }
+    }
+    Ok(())
+}
+
+/// A first part: placed by its ports, and remembered. It begins a packet even where one with this id is known:
+/// 16 bits come round fast, and a client's sockets count each for itself.
+#[inline(always)]
+fn first<F: Frame, T: Tables + FragmentTable>(
+    frame: &F,
+    tables: &T,
+    network: &mut Network,
+    key: &FragmentKey,
+    units: [u16; 2],
+) -> Result<(Place, bool), Reason> {
+    let headers = &mut network.headers;
+    let least = if headers.protocol == TCP { 20 } else { 8 };
+    if network.l4_len < least {
+        return Err(Reason::FragmentTiny);
+    }
+    // The lengths in it are those of the whole: only what must be here is looked at.
+    parse_transport(&frame.packet(), network.l4, 0xffff, headers)?;
+    let placed = place(tables, headers);
+    let (place, is_new) = match placed {
+        Ok(placed) => placed,
+        Err(Reason::NoService) => (Place { hash: 0, backend: NO_BACKEND, service: NO_SERVICE }, false),
+        Err(reason) => return Err(reason),
+    };
+    let mut entry = Fragment {
+        hash: place.hash,
+        backend: place.backend,
+        service: place.service,
+        seen_s: tables.now_s(),
+        flags: if place.service == NO_SERVICE { flags::HOST } else { 0 },
+        count: 1,
+        ..Fragment::default()
+    };
+    entry.parts[0] = units;
+    if !tables.record_fragment(key, &entry) {
+        tables.count(Reason::FlowNotRecorded);
+    }
+    if place.service == NO_SERVICE { Err(Reason::NoService) } else { Ok((place, is_new)) }
+}
+
+/// Where the packet goes by its ports.
+#[inline(always)]
+fn place<T: Tables>(tables: &T, headers: &Headers) -> Result<(Place, bool), Reason> {
+    let (service, _) = lookup_service(tables, headers)?;
+    let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    let hash = flow_hash(view.seed, headers);
+    let choice = choose(tables, service, view, headers, hash)?;
+    Ok((Place { hash, backend: choice.backend, service }, choice.is_new))
+}

@@ -1,0 +1,74 @@
+//! The stage for ICMP and ICMPv6: echo requests for a VIP are answered, errors
+//! about its flows go to their backends.
+//!
+//! Reached by tail call from `ingress` with the frame as it came in; called natively by tests and fuzzers.
+
+use crate::{
+    Frame, Tables, Verdict, echo,
+    forward::Fib,
+    icmp_error::{deliver, is_error},
+    ingress::{Outcome, refuse},
+    network::{ICMP, ICMPV6, Network, parse_network},
+    wire::Echo,
+};
+use lb_common::{Reason, VipKey, settings::IngressSettings};
+
+/// Decides the fate of an ICMP message and carries it out on the frame.
+#[inline(always)]
+pub fn process<F: Frame + Fib, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> (Verdict, Outcome) {
+    match receive(frame, tables, settings) {
+        Ok(done) => done,
+        Err(reason) => refuse(tables, reason),
+    }
+}
+
+#[inline(always)]
+fn receive<F: Frame + Fib, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> Result<(Verdict, Outcome), Reason> {
+    let network = parse_network(frame, settings)?;
+    let protocol = if network.headers.is_ipv6 { ICMPV6 } else { ICMP };
+    if network.fragment.is_some() {
+        return Err(Reason::Fragment);
+    }
+    if network.headers.protocol != protocol || network.l4_len < size_of::<Echo>() {
+        return Err(Reason::Icmp);
+    }
+    // Neighbour discovery and whatever else is for this host is most of what comes here.
+    if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
+        return Err(Reason::NotVip);
+    }
+    let message: Echo = frame.packet().read(network.l4).ok_or(Reason::Truncated)?;
+    let request = if network.headers.is_ipv6 { echo::REQUEST_V6 } else { echo::REQUEST_V4 };
+    if message.kind == request && message.code == 0 {
+        return Err(answer_echo(frame, tables, settings, &network));
+    }
+    if is_error(&network, message.kind) {
+        return deliver(frame, tables, settings, &network);
+    }
+    Err(Reason::Icmp)
+}
+
+/// Answers an echo request, within the budget. Requests that cannot be turned round in place are the host's.
+#[inline(always)]
+fn answer_echo<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    network: &Network,
+) -> Reason {
+    let header_len = if network.headers.is_ipv6 { 40 } else { 20 };
+    if settings.icmp_per_s == 0 || network.l4 != network.headers.l2_len + header_len {
+        return Reason::Icmp;
+    }
+    if !network.headers.is_answerable() || !tables.take_icmp(settings.icmp_per_s, settings.icmp_burst) {
+        return Reason::EchoDropped;
+    }
+    echo::answer(frame, network).map_or(Reason::EchoDropped, |()| Reason::EchoAnswered)
+}
