@@ -67,17 +67,48 @@ pub const fn total(report: u64, sum: u64, now_s: u32) -> u32 {
     (report as u32).saturating_add(added(report, sum, now_s))
 }
 
-/// Whether cost can simply be added to a sum; otherwise [`restarted`] replaces it.
+/// The sum with a flow's cost added, counting for this report.
 #[inline(always)]
-pub const fn counts(report: u64, sum: u64, now_s: u32) -> bool {
-    tag(report, now_s) == (sum >> 32) as u32
-}
-
-/// A sum that counts for this report from now on, with `cost` added. Two processors that restart it at once lose
-/// one flow's cost.
-#[inline(always)]
-pub const fn restarted(report: u64, sum: u64, now_s: u32, cost: u32) -> u64 {
+pub const fn charged(report: u64, sum: u64, now_s: u32, cost: u32) -> u64 {
     (tag(report, now_s) as u64) << 32 | added(report, sum, now_s).saturating_add(cost) as u64
 }
 
 map_value!(Load);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW_S: u32 = 100_000 * HALF_LIFE_S;
+
+    #[test]
+    fn what_was_placed_counts_until_the_next_report() {
+        let first = report(5 * FLOW, 7);
+        let sum = charged(first, charged(first, 0, NOW_S, FLOW), NOW_S, FLOW);
+        assert_eq!(total(first, sum, NOW_S), 7 * FLOW);
+        let second = report(6 * FLOW, 8);
+        assert_eq!(total(second, sum, NOW_S), 6 * FLOW);
+        assert_eq!(total(second, charged(second, sum, NOW_S, FLOW), NOW_S), 7 * FLOW);
+    }
+
+    #[test]
+    fn without_reports_it_fades() {
+        let sum = charged(0, 0, NOW_S, 8 * FLOW);
+        let after = |halves: u32| added(0, sum, NOW_S + halves * HALF_LIFE_S) / FLOW;
+        assert_eq!(
+            [after(0), after(1), after(2), after(3), after(4), after(32), after(60_000)],
+            [8, 4, 2, 1, 0, 0, 0]
+        );
+        let later = charged(0, sum, NOW_S + HALF_LIFE_S, FLOW);
+        assert_eq!(added(0, later, NOW_S + HALF_LIFE_S), 5 * FLOW);
+        // Read by a processor whose coarse clock has not ticked yet.
+        assert_eq!(added(0, later, NOW_S), 5 * FLOW);
+    }
+
+    #[test]
+    fn nothing_overflows() {
+        let sum = charged(0, charged(0, 0, NOW_S, u32::MAX), NOW_S, FLOW);
+        assert_eq!(total(report(1, 0), sum, NOW_S), u32::MAX);
+        assert_eq!(total(report(u32::MAX, 65_536), sum, NOW_S), u32::MAX, "numbers are compared modulo 2^16");
+    }
+}

@@ -21,7 +21,7 @@ pub const SECONDARIES: &str = "SECONDARIES";
 pub const BACKENDS: &str = "BACKENDS";
 /// `ARRAY<Load>`, memory-mapped, by backend index.
 pub const LOADS: &str = "LOADS";
-/// `ARRAY<u64>`, by service index: how many flows `rr` and its kin have placed. Not pinned: where they begin is all the same.
+/// `PERCPU_ARRAY<u64>`, by service index: turns of `rr` and its kin. Not pinned: where they begin is all the same.
 pub const TURNS: &str = "TURNS";
 /// `LRU_HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace.
 pub const FLOWS: &str = "FLOWS";

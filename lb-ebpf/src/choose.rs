@@ -10,14 +10,25 @@
 //! - an established flow that is in no table was there before the transition began: it belongs to the
 //!   secondary (the previous primary), and this is written down so that a second change keeps it.
 //!
+//! Services whose scheduler takes others than the primary (`place`) have all their SYNs noted, so that a repeated
+//! one goes where the first went; what the handshake's last packet finds on the primary needs no entry. A new seed,
+//! size or hash leaves the view with the old table: then all slots are in transition, and the previous primary is
+//! found there.
+//!
 //! UDP has no SYN, so its flows are remembered from the first packet unless the service is stateless.
 //! Input: [`Tables`], a service's live view, [`Headers`] and the flow's hash. Output: [`Choice`].
 
-use crate::{FlowTable, Tables, hash::slot_of, parse::Headers};
+use crate::{
+    FlowTable, Tables,
+    hash::slot_of,
+    parse::Headers,
+    place::{Place, is_in_transition, previous, slot_hash},
+};
 use lb_common::{
     Be16, Flow, FlowKey, Reason, ServiceView, Slot, backend,
     flow::{self, SYN_TIMEOUT_S, SYN_WINDOW},
-    service::{UDP, flags},
+    service::{UDP, flags, scheduler},
+    settings::features,
     slot::NO_BACKEND,
 };
 
@@ -36,6 +47,14 @@ pub enum Why {
     RecentSyn,
     /// The slot's previous primary, for a flow from before the transition.
     Previous,
+    /// The slot's second choice, for a new flow, because it has less load than the primary.
+    LessLoaded,
+    /// A new flow: it is this one's turn.
+    Turn,
+    /// A new flow: drawn by lot.
+    Random,
+    /// A new flow: the least load of the list.
+    Least,
 }
 
 /// A chosen backend.
@@ -58,27 +77,79 @@ pub fn choose<T: Tables>(
     headers: &Headers,
     hash: u64,
 ) -> Result<Choice, Reason> {
+    choose_with(tables, features::ALL, service, view, headers, hash)
+}
+
+/// The same in a program with these features.
+#[inline(always)]
+pub fn choose_with<T: Tables>(
+    tables: &T,
+    features: u32,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+) -> Result<Choice, Reason> {
     if view.slot_count == 0 {
         return Err(Reason::NoBackend);
     }
-    let place = view.slot_base.wrapping_add(slot_of(hash, view.slot_count));
+    let by_load = features & features::P2C != 0;
+    let hash = if by_load { slot_hash(view, headers, hash) } else { hash };
+    let number = slot_of(hash, view.slot_count);
+    let at = view.slot_base.wrapping_add(number);
     // The secondary is read only where it can matter.
-    let slot = Slot { primary: tables.primary(place).ok_or(Reason::BrokenTable)?, ..Slot::EMPTY };
-    if headers.protocol == UDP {
-        if view.flags & flags::UDP_STATELESS != 0 {
-            return primary(slot, false, Why::Primary);
-        }
-        return choose_udp(tables, service, view, headers, slot);
+    let slot = Slot { primary: tables.primary(at).ok_or(Reason::BrokenTable)?, ..Slot::EMPTY };
+    let is_udp = headers.protocol == UDP;
+    if is_udp && view.flags & flags::UDP_STATELESS != 0 {
+        return primary(slot, false, Why::Primary);
     }
-    if !slot.is_tracked() && view.flags & flags::TRACK_ALL == 0 {
+    if !is_udp && !slot.is_tracked() && view.flags & flags::TRACK_ALL == 0 {
         return primary(slot, headers.is_syn(), Why::Primary);
     }
-    let slot = Slot { secondary: tables.secondary(place).ok_or(Reason::BrokenTable)?, ..slot };
-    let key = flow_key(service, headers);
-    if headers.is_syn() {
-        choose_syn(tables, headers, &key, slot)
+    let is_maglev = !by_load || view.scheduler == scheduler::MAGLEV;
+    let slot = if is_udp && is_maglev {
+        slot
     } else {
-        choose_established(tables, view, headers, &key, slot)
+        Slot { secondary: tables.secondary(at).ok_or(Reason::BrokenTable)?, ..slot }
+    };
+    let flow = Packet { service, view, headers, place: Place { slot, number }, is_maglev };
+    let key = flow_key(service, headers);
+    if is_udp {
+        choose_udp(tables, &flow, &key)
+    } else if headers.is_syn() {
+        choose_syn(tables, &flow, &key)
+    } else {
+        choose_established(tables, &flow, &key)
+    }
+}
+
+/// A packet and what was found out about it so far.
+struct Packet<'a> {
+    service: u32,
+    view: &'a ServiceView,
+    headers: &'a Headers,
+    place: Place,
+    /// Whether new flows take the primary.
+    is_maglev: bool,
+}
+
+impl Packet<'_> {
+    /// Places a new flow.
+    #[inline(always)]
+    fn place<T: Tables>(&self, tables: &T, now_s: u32) -> Result<Choice, Reason> {
+        if self.is_maglev {
+            return primary(self.place.slot, true, Why::NewFlow);
+        }
+        let (backend, why) = tables.place(self.service, self.view, self.place, now_s)?;
+        Ok(Choice { backend, is_new: true, why })
+    }
+
+    /// Whether a flow on this backend is found there without any table.
+    #[inline(always)]
+    fn is_at_home(&self, backend: u32) -> bool {
+        backend == self.place.slot.primary_index()
+            && !is_in_transition(self.view, self.place.slot)
+            && self.view.flags & flags::COUNT_FLOWS == 0
     }
 }
 
@@ -111,8 +182,8 @@ fn backend_flags<T: Tables>(tables: &T, index: u32, service: u32) -> Option<u32>
 
 /// A SYN of a slot that may have exceptions.
 #[inline(always)]
-fn choose_syn<T: Tables>(tables: &T, headers: &Headers, key: &FlowKey, slot: Slot) -> Result<Choice, Reason> {
-    let now_s = tables.now_s();
+fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
+    let (headers, now_s) = (packet.headers, tables.now_s());
     let known = tables.flow(FlowTable::Flows, key);
     // A SYN on a live flow follows it: the worker's stack knows what it means, and nobody can move
     // a flow by forging one.
@@ -132,8 +203,9 @@ fn choose_syn<T: Tables>(tables: &T, headers: &Headers, key: &FlowKey, slot: Slo
         }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
-    let choice = primary(slot, true, Why::NewFlow)?;
-    if (slot.is_transition() || known.is_some())
+    let choice = packet.place(tables, now_s)?;
+    let must_note = !packet.is_maglev || is_in_transition(packet.view, packet.place.slot);
+    if (must_note || known.is_some())
         && record_syn(tables, headers, key, choice.backend, now_s)
         && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
     {
@@ -166,13 +238,8 @@ fn keeps(backend_flags: Option<u32>, view: &ServiceView) -> bool {
 
 /// Any other TCP packet of a slot that may have exceptions.
 #[inline(always)]
-fn choose_established<T: Tables>(
-    tables: &T,
-    view: &ServiceView,
-    headers: &Headers,
-    key: &FlowKey,
-    slot: Slot,
-) -> Result<Choice, Reason> {
+fn choose_established<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
+    let Packet { view, headers, place: Place { slot, .. }, .. } = *packet;
     let now_s = tables.now_s();
     let end = if headers.is_closing() { flow::flags::CLOSING } else { 0 };
     let found = |backend, why| Ok(Choice { backend, is_new: false, why });
@@ -195,7 +262,9 @@ fn choose_established<T: Tables>(
         && headers.sequence.wrapping_sub(recent.created_s) <= SYN_WINDOW
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
-        if record(tables, FlowTable::Flows, key, recent.backend, now_s, end) {
+        // Nothing need be written where a stateless lookup gives the same.
+        let needs_entry = known.is_some() || !packet.is_at_home(recent.backend);
+        if needs_entry && record(tables, FlowTable::Flows, key, recent.backend, now_s, end) {
             tables.forget(FlowTable::Syns, key);
             tables.count(Reason::FlowPromoted);
         }
@@ -207,8 +276,8 @@ fn choose_established<T: Tables>(
         }
         tables.count(Reason::FlowStale);
     }
-    if slot.is_transition() && keeps(backend_flags(tables, slot.secondary_index(), key.service), view) {
-        let backend = slot.secondary_index();
+    let backend = previous(tables, view, headers, slot);
+    if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
         if record(tables, FlowTable::Flows, key, backend, now_s, end) {
             tables.count(Reason::FlowPromoted);
         }
@@ -219,29 +288,22 @@ fn choose_established<T: Tables>(
 
 /// A packet of a tracked UDP service.
 #[inline(always)]
-fn choose_udp<T: Tables>(
-    tables: &T,
-    service: u32,
-    view: &ServiceView,
-    headers: &Headers,
-    slot: Slot,
-) -> Result<Choice, Reason> {
-    let key = flow_key(service, headers);
+fn choose_udp<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
     let now_s = tables.now_s();
-    if let Some(known) = tables.flow(FlowTable::UdpFlows, &key)
-        && is_within(view.udp_timeout_s, known, now_s)
+    if let Some(known) = tables.flow(FlowTable::UdpFlows, key)
+        && is_within(packet.view.udp_timeout_s, known, now_s)
     {
         // A client that goes on asking a dead worker would hold the entry for ever: it moves.
-        if is_up(backend_flags(tables, known.backend, service)) {
+        if is_up(backend_flags(tables, known.backend, key.service)) {
             if known.last_seen_s != now_s {
-                tables.touch(FlowTable::UdpFlows, &key, now_s, 0);
+                tables.touch(FlowTable::UdpFlows, key, now_s, 0);
             }
             return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
         }
         tables.count(Reason::FlowStale);
     }
-    let choice = primary(slot, true, Why::NewFlow)?;
-    record(tables, FlowTable::UdpFlows, &key, choice.backend, now_s, 0);
+    let choice = packet.place(tables, now_s)?;
+    record(tables, FlowTable::UdpFlows, key, choice.backend, now_s, 0);
     Ok(choice)
 }
 

@@ -4,7 +4,7 @@
 
 use crate::{
     Frame, Tables, Verdict,
-    choose::choose,
+    choose::choose_with,
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
     icmp,
@@ -75,7 +75,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
     let hash = flow_hash(view.seed, headers);
-    let choice = choose(tables, service, view, headers, hash)?;
+    let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
     let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
     // Another service's backend: this run was halted while its table was written anew.
     if backend.flags & flags::USED == 0 || backend.service != service {

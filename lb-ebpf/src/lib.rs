@@ -4,7 +4,7 @@
 //! and runs unchanged in the kernel (feature `bpf`, entry points under `src/bin`), in native tests,
 //! in fuzzers, and inside `lbd`, whose `explain` asks the very code that places packets.
 //!
-//! A packet's way: [`parse`] → [`service`] → [`choose`] → [`forward`]; [`ingress::process`] strings
+//! A packet's way: [`parse`] → [`service`] → [`choose`] (new flows: [`place`]) → [`forward`]; [`ingress::process`] strings
 //! them together, [`decap::process`] is the worker's side. Callers: `src/bin`, tests, `lb-userspace`.
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -27,6 +27,7 @@ pub mod native;
 pub mod network;
 pub mod packet;
 pub mod parse;
+pub mod place;
 pub mod service;
 pub mod tables;
 pub mod verdict;

@@ -36,6 +36,37 @@ pub trait Tables {
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32);
     /// Forgets a flow.
     fn forget(&self, table: FlowTable, key: &FlowKey);
+    /// Places a new flow. The kernel side has this as a function of its own, which the verifier looks at once instead of
+    /// on every path; elsewhere it is just [`crate::place::place_new`].
+    #[inline(always)]
+    fn place(
+        &self,
+        service: u32,
+        view: &ServiceView,
+        place: crate::place::Place,
+        now_s: u32,
+    ) -> Result<(u32, crate::choose::Why), Reason>
+    where
+        Self: Sized,
+    {
+        crate::place::place_new(self, service, view, place, now_s)
+    }
+    /// One step of a comparison of loads; a function of its own likewise.
+    #[inline(always)]
+    fn lesser(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64
+    where
+        Self: Sized,
+    {
+        crate::place::lesser(self, service, at, best, now_s)
+    }
+    /// Load of a backend: its last report, and what was placed since. An index without an entry has none.
+    fn load(&self, backend: u32, now_s: u32) -> u32;
+    /// Adds the cost of a flow to a backend's load.
+    fn charge(&self, backend: u32, now_s: u32);
+    /// A service's next turn: each call another number, one after the other.
+    fn turn(&self, service: u32) -> u64;
+    /// A random number.
+    fn random(&self) -> u32;
     /// Seconds of the boot clock.
     fn now_s(&self) -> u32;
     /// Adds one to a reason's counter.

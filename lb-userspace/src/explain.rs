@@ -303,6 +303,10 @@ fn describe(why: Why) -> &'static str {
         Why::NotTracked => "in no flow table: the slot's primary",
         Why::Tracked => "the flow table names it",
         Why::RecentSyn => "its SYN was placed there",
+        Why::LessLoaded => "a new flow takes the slot's secondary, which has less load than the primary",
+        Why::Turn => "a new flow takes whose turn it is: this one, or another of the service's backends",
+        Why::Random => "a new flow takes a backend drawn by lot: this one, or another of the service's",
+        Why::Least => "a new flow takes the backend with the fewest flows",
         Why::Previous => "in no flow table, so from before the change: the slot's previous primary",
     }
 }
@@ -452,6 +456,20 @@ impl Tables for Live<'_> {
     fn touch(&self, _: FlowTable, _: &FlowKey, _: u32, _: u32) {}
 
     fn forget(&self, _: FlowTable, _: &FlowKey) {}
+
+    fn load(&self, backend: u32, now_s: u32) -> u32 {
+        self.reader.load(backend).map_or(0, |l| lb_common::load::total(l.report, l.added, now_s))
+    }
+
+    fn charge(&self, _: u32, _: u32) {}
+
+    fn turn(&self, _: u32) -> u64 {
+        0
+    }
+
+    fn random(&self) -> u32 {
+        0
+    }
 
     fn now_s(&self) -> u32 {
         crate::clock::boot_s()

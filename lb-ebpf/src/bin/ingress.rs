@@ -6,17 +6,19 @@
 use aya_ebpf::{
     Global,
     bindings::{BPF_F_MMAPABLE, xdp_action},
-    helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
+    helpers::generated::{
+        bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
+    },
     macros::{map, xdp},
     maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
     programs::XdpContext,
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Vip,
-    VipKey,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Slot,
+    Vip, VipKey,
     fragment::{Fragment, FragmentKey},
-    limits,
+    limits, load,
     names::stage,
     settings::{IngressSettings, features},
     slot::{LINE, Line},
@@ -24,10 +26,12 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Tables, Verdict,
+    choose::Why,
     fragment::FragmentTable,
     icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
+    place::{Place, decode, encode, lesser, place_new},
 };
 
 #[unsafe(no_mangle)]
@@ -48,7 +52,7 @@ static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_
 #[map]
 static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
-static TURNS: Array<u64> = Array::with_max_entries(limits::SERVICES, 0);
+static TURNS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
 static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
@@ -161,6 +165,67 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn place(
+        &self,
+        service: u32,
+        view: &ServiceView,
+        place: Place,
+        now_s: u32,
+    ) -> Result<(u32, Why), Reason> {
+        decode(place_flow(service, view.slot_base, place.number, now_s))
+    }
+
+    #[inline(always)]
+    fn lesser(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64 {
+        lesser_load(service, at, best, now_s)
+    }
+
+    #[inline(always)]
+    fn load(&self, backend: u32, now_s: u32) -> u32 {
+        let Some(entry) = LOADS.get_ptr(backend) else { return 0 };
+        // SAFETY: the entry stays mapped during the run; each word is written in one piece by its side.
+        let (report, sum) = unsafe {
+            (
+                core::ptr::read_volatile(&raw const (*entry).report),
+                core::ptr::read_volatile(&raw const (*entry).added),
+            )
+        };
+        load::total(report, sum, now_s)
+    }
+
+    #[inline(always)]
+    fn charge(&self, backend: u32, now_s: u32) {
+        let Some(entry) = LOADS.get_ptr_mut(backend) else { return };
+        // SAFETY: as in `load`. Two processors that charge one backend within a few nanoseconds of each other may
+        // lose one flow's cost: that is less than what a report is behind. (The target has no atomic addition.)
+        unsafe {
+            let report = core::ptr::read_volatile(&raw const (*entry).report);
+            let sum = core::ptr::read_volatile(&raw const (*entry).added);
+            let cost = core::ptr::read_volatile(&raw const (*entry).cost);
+            let sum = load::charged(report, sum, now_s, cost);
+            core::ptr::write_volatile(&raw mut (*entry).added, sum);
+        }
+    }
+
+    #[inline(always)]
+    fn turn(&self, service: u32) -> u64 {
+        let Some(turns) = TURNS.get_ptr_mut(service) else { return 0 };
+        // SAFETY: this CPU's own counter, as in `count`.
+        let turn = unsafe {
+            *turns += 1;
+            *turns
+        };
+        // SAFETY: no arguments.
+        turn.wrapping_add(unsafe { bpf_get_smp_processor_id() } as u64)
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: no arguments.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
     fn now_s(&self) -> u32 {
         // SAFETY: no arguments.
         (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
@@ -210,6 +275,26 @@ impl FragmentTable for Maps {
     fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
         FRAGMENTS.insert(key, fragment, 0).is_ok()
     }
+}
+
+/// [`place_new`] for the view whose table begins at `slot_base`. A global function: verified once, by itself.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u32) -> u64 {
+    let Some(entry) = SERVICES.get(service) else { return u64::MAX };
+    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    let at = slot_base.wrapping_add(number);
+    let (Some(primary), Some(secondary)) = (word(&PRIMARIES, at), word(&SECONDARIES, at)) else {
+        return u64::MAX;
+    };
+    encode(place_new(&Maps, service, view, Place { slot: Slot { primary, secondary }, number }, now_s))
+}
+
+/// [`lesser`]. A global function too: its caller is a loop.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u64 {
+    lesser(&Maps, service, at, best, now_s)
 }
 
 /// Balances the packets of one interface.

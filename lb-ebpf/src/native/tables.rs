@@ -8,8 +8,9 @@ use super::std::{
 };
 use crate::{FlowTable, Tables, decap::DecapTables, fragment::FragmentTable};
 use lb_common::{
-    Address, Backend, BackendStats, Flow, FlowKey, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
+    load,
     stats::IcmpBudget,
 };
 
@@ -81,6 +82,8 @@ pub struct HashTables {
     pub decap_addresses: HashSet<Address>,
     /// `DECAP_VIPS`.
     pub decap_vips: HashSet<Address>,
+    /// `LOADS`.
+    pub loads: RefCell<HashMap<u32, Load>>,
     /// Flows that each flow table holds at most.
     pub capacity: usize,
     /// What a full flow table does.
@@ -91,6 +94,8 @@ pub struct HashTables {
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
     icmp: Cell<IcmpBudget>,
+    turns: RefCell<HashMap<u32, u64>>,
+    random: Cell<u64>,
 }
 
 impl Default for HashTables {
@@ -101,6 +106,7 @@ impl Default for HashTables {
             services: HashMap::new(),
             slots: Vec::new(),
             backends: HashMap::new(),
+            loads: RefCell::default(),
             decap_addresses: HashSet::new(),
             decap_vips: HashSet::new(),
             capacity: usize::MAX,
@@ -112,6 +118,8 @@ impl Default for HashTables {
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
             stats: RefCell::default(),
             icmp: Cell::default(),
+            turns: RefCell::default(),
+            random: Cell::new(0x9e37_79b9_7f4a_7c15),
         }
     }
 }
@@ -123,6 +131,13 @@ impl HashTables {
             FlowTable::Syns => 1,
             FlowTable::UdpFlows => 2,
         }]
+    }
+
+    /// Reports a backend's load, as `lbd` does.
+    pub fn report(&self, backend: u32, score: u32) {
+        let mut loads = self.loads.borrow_mut();
+        let entry = loads.entry(backend).or_insert(Load { cost: load::FLOW, ..Load::default() });
+        entry.report = load::report(score, ((entry.report >> 32) as u32).wrapping_add(1));
     }
 
     /// Moves the clock forward.
@@ -223,6 +238,34 @@ impl Tables for HashTables {
 
     fn forget(&self, table: FlowTable, key: &FlowKey) {
         self.table(table).borrow_mut().remove(key);
+    }
+
+    fn load(&self, backend: u32, now_s: u32) -> u32 {
+        let loads = self.loads.borrow();
+        loads.get(&backend).map_or(0, |l| load::total(l.report, l.added, now_s))
+    }
+
+    fn charge(&self, backend: u32, now_s: u32) {
+        let mut loads = self.loads.borrow_mut();
+        let entry = loads.entry(backend).or_insert(Load { cost: load::FLOW, ..Load::default() });
+        entry.added = load::charged(entry.report, entry.added, now_s, entry.cost);
+    }
+
+    fn turn(&self, service: u32) -> u64 {
+        let mut turns = self.turns.borrow_mut();
+        let turn = turns.entry(service).or_default();
+        *turn += 1;
+        *turn - 1
+    }
+
+    fn random(&self) -> u32 {
+        // xorshift64 (Marsaglia 2003): tests want the same each time.
+        let mut x = self.random.get();
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        self.random.set(x);
+        (x >> 32) as u32
     }
 
     fn now_s(&self) -> u32 {

@@ -5,13 +5,19 @@
 //! The model's control plane knows each slot's history of primaries. A slot that changed within the
 //! drain window is marked as in transition, and its secondary is the primary from before the window; it
 //! is tracked until no flow-table entry falls on it. A flow's promise holds while it sends something
-//! within each drain window.
+//! within each drain window. The same under every scheduler, with loads that come and go, and while the scheduler
+//! itself changes.
 
 use crate::world::{TCP_SERVICE, backend, headers, key, tables, tcp};
 use lb_common::{
     FlowKey, Slot,
     backend::flags::{DOWN, DRAINING, RESOLVED, USED},
     flow::{CLOSING_S, SYN_TIMEOUT_S, flags::CLOSING},
+    load::FLOW,
+    service::{
+        flags::{COUNT_FLOWS, SECONDS, TRACK_ALL},
+        scheduler,
+    },
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use lb_ebpf::{
@@ -54,6 +60,7 @@ struct Flow {
 struct World {
     tables: HashTables,
     mark: Mark,
+    scheduler: u8,
     /// Tables with the time from which each was live.
     history: Vec<(u32, Vec<u32>)>,
     /// Flags of each backend that has an entry.
@@ -72,6 +79,7 @@ impl World {
         let mut world = Self {
             tables,
             mark,
+            scheduler: scheduler::MAGLEV,
             history: vec![(0, first)],
             backends,
             removed_s: BTreeMap::new(),
@@ -136,11 +144,40 @@ impl World {
                 secondary: if in_transition { old | TRANSITION } else { NO_BACKEND },
             };
         }
+        self.schedule();
         self.tables.backends = self
             .backends
             .iter()
             .map(|(i, flags)| (*i, lb_common::Backend { flags: *flags, ..backend(*i) }))
             .collect();
+    }
+
+    /// The view's scheduler, and what it needs behind the table: second choices, and a list.
+    fn schedule(&mut self) {
+        let (eligible, table) = (self.eligible(), self.history.last().unwrap().1.clone());
+        let second = |slot: u32| {
+            let others: Vec<u32> = eligible.iter().copied().filter(|i| *i != table[slot as usize]).collect();
+            others.get(slot as usize * 5 % others.len().max(1)).copied().unwrap_or(NO_BACKEND)
+        };
+        for slot in 0..SLOTS {
+            let place = &mut self.tables.slots[slot as usize];
+            if !place.is_transition() {
+                place.secondary = second(slot);
+            }
+        }
+        let mut behind: Vec<u32> = (0..SLOTS).map(second).collect();
+        behind.extend(&eligible);
+        self.tables.slots.truncate(SLOTS as usize);
+        self.tables.slots.extend(behind.iter().map(|&primary| Slot { primary, secondary: NO_BACKEND }));
+        let view = self.tables.services.get_mut(&TCP_SERVICE).unwrap();
+        view.scheduler = self.scheduler;
+        view.list_count = eligible.len() as u32;
+        view.load_cap = 2 * FLOW;
+        view.flags = match self.scheduler {
+            scheduler::MAGLEV => SECONDS,
+            scheduler::LEAST => SECONDS | TRACK_ALL | COUNT_FLOWS,
+            _ => SECONDS | TRACK_ALL,
+        };
     }
 
     fn eligible(&self) -> Vec<u32> {
@@ -163,15 +200,19 @@ impl World {
 
     fn set(&mut self, table: Vec<u32>) {
         let old = &self.history.last().unwrap().1;
-        let moved: Vec<u32> = (0..SLOTS).filter(|s| old[*s as usize] != table[*s as usize]).collect();
+        self.unbind((0..SLOTS).filter(|s| old[*s as usize] != table[*s as usize]).collect());
+        self.history.push((self.now_s(), table));
+        self.compile();
+    }
+
+    /// A repeated SYN of these slots need not go where the first went, if that was not noted.
+    fn unbind(&mut self, moved: Vec<u32>) {
         let noted: BTreeSet<FlowKey> = self.tables.flows(Syns).into_iter().map(|(key, _)| key).collect();
         for port in self.flows.keys().copied().collect::<Vec<_>>() {
             if moved.contains(&self.slot_of(port)) && !noted.contains(&key(&tcp(SYN, port))) {
                 self.flows.get_mut(&port).unwrap().syn_is_binding = false;
             }
         }
-        self.history.push((self.now_s(), table));
-        self.compile();
     }
 
     fn flag(&mut self, index: u32, set: u32, clear: u32, salt: u32) {
@@ -288,6 +329,13 @@ impl World {
             Op::Drain(i) => self.flag(i, DRAINING, 0, 0),
             Op::Remove(i) => self.remove(i),
             Op::Add(i, salt) => self.add(i, salt),
+            Op::Report(i, flows) => self.tables.report(i, flows * FLOW),
+            Op::Schedule(scheduler) => {
+                self.scheduler = scheduler;
+                // What the scheduler before did not note may be placed anew.
+                self.unbind((0..SLOTS).collect());
+                self.change(0);
+            }
         }
         Ok(())
     }
@@ -305,6 +353,8 @@ enum Op {
     Drain(u32),
     Remove(u32),
     Add(u32, u32),
+    Report(u32, u32),
+    Schedule(u8),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -320,15 +370,19 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (index.clone(), any::<u32>()).prop_map(|(i, salt)| Op::Up(i, salt)),
         1 => index.clone().prop_map(Op::Drain),
         1 => index.clone().prop_map(Op::Remove),
-        1 => (index, any::<u32>()).prop_map(|(i, salt)| Op::Add(i, salt)),
+        1 => (index.clone(), any::<u32>()).prop_map(|(i, salt)| Op::Add(i, salt)),
+        3 => (index, 0u32..9).prop_map(|(i, flows)| Op::Report(i, flows)),
+        1 => (scheduler::MAGLEV..=scheduler::CAPPED).prop_map(Op::Schedule),
     ]
 }
 
 proptest! {
     #![proptest_config(crate::world::cases(400))]
     #[test]
-    fn flows_stay(ops in prop::collection::vec(op(), 1..160)) {
+    fn flows_stay(first in scheduler::MAGLEV..=scheduler::CAPPED, ops in prop::collection::vec(op(), 1..160)) {
         let mut world = World::new(Mark::Changed);
+        world.scheduler = first;
+        world.compile();
         for (i, op) in ops.iter().enumerate() {
             world.step(op).map_err(|error| TestCaseError::fail(format!("step {i}, {op:?}: {error}")))?;
         }

@@ -4,7 +4,7 @@
 use super::{DataplaneError, batch, mapped::MappedArray, slots::MappedSlots};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
+    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
 };
 use lb_ebpf::FlowTable;
 use std::path::Path;
@@ -28,6 +28,7 @@ pub struct Reader {
     services: MappedArray<Service>,
     slots: MappedSlots,
     backends: MappedArray<Backend>,
+    loads: MappedArray<Load>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
@@ -65,6 +66,7 @@ impl Reader {
                 false,
             )?,
             backends: MappedArray::new(&pinned(pin_path, names::BACKENDS)?, names::BACKENDS, false)?,
+            loads: MappedArray::new(&pinned(pin_path, names::LOADS)?, names::LOADS, false)?,
             backend_stats: typed(
                 Map::PerCpuArray(pinned(pin_path, names::BACKEND_STATS)?),
                 names::BACKEND_STATS,
@@ -112,6 +114,11 @@ impl Reader {
     /// A backend's entry.
     pub fn backend(&self, index: u32) -> Option<Backend> {
         self.backends.load(index)
+    }
+
+    /// A backend's load.
+    pub fn load(&self, index: u32) -> Option<Load> {
+        self.loads.load(index)
     }
 
     /// Sizes of the maps: services, slots, backends.
