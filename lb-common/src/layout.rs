@@ -38,6 +38,6 @@ layout! {
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
     IngressSettings: 20 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16 };
-    Load: 32 / 8 { report @ 0, added @ 8, cost @ 16 };
+    Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };
     DecapSettings: 8 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7 };
 }

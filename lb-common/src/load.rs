@@ -15,6 +15,14 @@ pub const FLOW: u32 = 1_024;
 /// takes (a mean of 4 s is a half-life of 2.8 s); the clock of the packet path ticks in seconds.
 pub const HALF_LIFE_S: u32 = 3;
 
+/// Where scores come from, as [`Load::source`] holds it.
+pub mod source {
+    /// From the replica's reports.
+    pub const REPORTS: u32 = 0;
+    /// From the daemon's count of live flows.
+    pub const FLOWS: u32 = 1;
+}
+
 /// Load of a backend.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -26,8 +34,8 @@ pub struct Load {
     pub added: u64,
     /// Cost of a flow here, in the unit of the score; written by `lbd`.
     pub cost: u32,
-    /// Zero.
-    pub pad: u32,
+    /// Who writes the score, see [`source`].
+    pub source: u32,
     /// Zero.
     pub reserved: u64,
 }

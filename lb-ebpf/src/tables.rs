@@ -128,6 +128,25 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     fn forget(&self, _: FlowTable, _: &FlowKey) {}
 
     #[inline(always)]
+    fn load(&self, backend: u32, now_s: u32) -> u32 {
+        self.0.load(backend, now_s)
+    }
+
+    #[inline(always)]
+    fn charge(&self, _: u32, _: u32) {}
+
+    /// No turn is taken: who asks is told the first.
+    #[inline(always)]
+    fn turn(&self, _: u32) -> u64 {
+        0
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        self.0.random()
+    }
+
+    #[inline(always)]
     fn now_s(&self) -> u32 {
         self.0.now_s()
     }

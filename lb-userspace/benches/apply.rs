@@ -5,7 +5,7 @@
 use lb_common::{Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits};
 use lb_userspace::{
     clock,
-    compile::Settings,
+    compile::{Cost, Settings},
     dataplane::DataplaneError,
     model::{self, Desired, Name},
     reconcile::{Event, Maps, Reconciler},
@@ -25,6 +25,7 @@ struct Memory {
     services: Vec<Service>,
     slots: Vec<Slot>,
     backends: Vec<Backend>,
+    costs: BTreeMap<u32, Cost>,
 }
 
 type Result<T> = std::result::Result<T, DataplaneError>;
@@ -48,6 +49,17 @@ impl Maps for Memory {
     fn backend(&self, index: u32) -> Option<Backend> {
         self.backends.get(index as usize).copied()
     }
+    fn cost(&self, index: u32) -> Cost {
+        self.costs.get(&index).copied().unwrap_or_default()
+    }
+    fn set_cost(&mut self, index: u32, cost: Cost) -> Result<()> {
+        self.costs.insert(index, cost);
+        Ok(())
+    }
+    fn clear_load(&mut self, _index: u32) -> Result<()> {
+        Ok(())
+    }
+    fn report_flows(&self, _index: u32, _flows: u64) {}
     fn backend_stats(&self, _index: u32) -> BackendStats {
         BackendStats::default()
     }
@@ -134,6 +146,7 @@ fn main() {
         services: vec![Service::default(); limits::SERVICES as usize],
         slots: vec![Slot::EMPTY; limits::SLOTS as usize],
         backends: vec![Backend::default(); limits::BACKENDS as usize],
+        costs: BTreeMap::new(),
     };
     let (mut reconciler, published) =
         Reconciler::new(maps, Settings::default(), None, Box::new(|_| ())).expect("maps in memory");

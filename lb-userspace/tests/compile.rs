@@ -5,13 +5,19 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Be16, VipKey,
     backend::{flags, mode},
+    load::source,
     mapped,
-    service::{NO_SERVICE, TCP, UDP},
+    service::{
+        NO_SERVICE, TCP, UDP,
+        flags::{OLD_HASH_SOURCE, SECONDS, TRACK_ALL},
+        scheduler,
+    },
+    settings::features::{P2C, SECOND_CHANCE},
     slot::NO_BACKEND,
 };
 use lb_userspace::{
-    compile::{Cache, CompileError, Compiled, Memory, Settings, compile},
-    model::{BackendId, Desired, Health, NextHop, Observed},
+    compile::{Cache, CompileError, Compiled, Cost, Memory, Settings, compile},
+    model::{BackendId, Desired, ForwardingMode, Health, NextHop, Observed, Scheduler, Service},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -289,4 +295,126 @@ fn a_reboot_shifts_the_past_by_the_time_away() {
     let service = read.services.values().next().unwrap();
     assert_eq!(service.epochs.iter().map(|e| e.from_ms).collect::<Vec<_>>(), [-50_000, 50_000]);
     assert_eq!(service.backends[&address("10.1.0.2")].removed_ms, Some(50_000));
+}
+
+/// The service of [`two`], with this much changed.
+fn changed(change: impl FnOnce(&mut Service)) -> Desired {
+    let mut desired = two();
+    change(desired.service_mut(&"s".parse().unwrap()).unwrap());
+    desired
+}
+
+#[test]
+fn a_new_seed_size_or_hash_leaves_the_old_table_for_the_drain_time() {
+    let by_source = |s: &mut Service| s.scheduler = Scheduler::SourceHash;
+    for (change, is_by_source) in [
+        (changed(|s| s.seed = Some(7)), false),
+        (changed(|s| s.table_size = Some(1_021)), false),
+        (changed(by_source), false),
+    ] {
+        let mut host = Host::default();
+        let before = host.at(1, &two()).plan.services[&0].clone();
+        assert_eq!(before.view.old_count, 0);
+        let after = host.at(1_000, &change);
+        let entry = &after.plan.services[&0];
+        assert_eq!((entry.view.old_count, entry.view.old_seed), (251, before.view.seed));
+        assert_eq!(entry.view.flags & OLD_HASH_SOURCE != 0, is_by_source);
+        let old = &entry.table[entry.slots().len()..];
+        assert!(old.iter().map(|s| s.primary_index()).eq(before.slots().iter().map(|s| s.primary_index())));
+        assert!(entry.in_transition() && entry.slots().iter().all(|s| s.is_tracked() && !s.is_transition()));
+        assert_eq!(after.next_change_ms, Some(1_300_000));
+        let later = host.at(1_300, &change).plan.services[&0].clone();
+        assert!(!later.in_transition() && later.table.len() == later.slots().len());
+        assert!(later.slots().iter().all(|s| s.is_tracked()), "until a scan has found no flow");
+    }
+    // And back within the drain time: the base is the table of now, and each slot's own previous primary tells.
+    let mut host = Host::default();
+    host.at(1, &two());
+    host.at(1_000, &changed(by_source));
+    let entry = host.at(1_010, &two()).plan.services[&0].clone();
+    assert_eq!(entry.view.old_count, 0);
+    assert!(entry.slots().iter().all(|s| s.is_transition() && s.secondary_index() == s.primary_index()));
+    // From a table by source, the old one is marked so.
+    let mut host = Host::default();
+    host.at(1, &changed(by_source));
+    let entry = host.at(1_000, &two()).plan.services[&0].clone();
+    assert_ne!(entry.view.flags & OLD_HASH_SOURCE, 0);
+}
+
+#[test]
+fn a_scheduler_leaves_its_flows_to_the_next() {
+    let mut host = Host::default();
+    let p2c = changed(|s| s.scheduler = Scheduler::P2c);
+    let first = host.at(1, &p2c);
+    assert_eq!(first.plan.services[&0].view.scheduler, scheduler::P2C);
+    assert_ne!(first.plan.services[&0].view.flags & TRACK_ALL, 0);
+    assert!(first.plan.services[&0].slots().iter().all(|s| !s.is_tracked() && s.secondary_index() < 2));
+    // A restart in between knows it from the maps.
+    host.memory.adopt(&first.plan, 2_000);
+    host.cache = Cache::default();
+    let after = host.at(3, &two());
+    assert!(after.status[0].exceptions, "the sweep must not speak for it at once");
+    let entry = &after.plan.services[&0];
+    assert!(entry.view.flags & TRACK_ALL == 0 && entry.slots().iter().all(|s| s.is_tracked()));
+    assert!(!host.at(4, &changed(|s| s.drain_s = 5)).status[0].exceptions);
+}
+
+#[test]
+fn second_choices_stand_behind_a_table_in_transition() {
+    let mut host = Host::default();
+    let three = [
+        ("a", r#""address":"10.1.0.1""#),
+        ("b", r#""address":"10.1.0.2""#),
+        ("c", r#""address":"10.1.0.3""#),
+    ];
+    let with = |n: usize| {
+        let mut desired = service(&three[..n]);
+        desired.service_mut(&"s".parse().unwrap()).unwrap().scheduler = Scheduler::P2c;
+        desired
+    };
+    let stable = host.at(1, &with(2)).plan.services[&0].clone();
+    assert_eq!((stable.view.flags & SECONDS, stable.table.len()), (0, 251));
+    let moving = host.at(1_000, &with(3)).plan.services[&0].clone();
+    assert_eq!((moving.view.flags & SECONDS, moving.table.len()), (SECONDS, 502));
+    let after = host.at(2_000, &with(3)).plan.services[&0].clone();
+    let then = moving.table[251..].iter().map(|s| s.primary_index());
+    assert!(then.eq(after.slots().iter().map(|s| s.secondary_index())), "the same pairs afterwards");
+}
+
+#[test]
+fn lists_and_costs_follow_the_backends() {
+    let mut host = Host::default();
+    let mut desired =
+        service(&[("a", r#""address":"10.1.0.1","weight":3"#), ("b", r#""address":"10.1.0.2""#)]);
+    let mut with = |scheduler: Scheduler| {
+        desired.service_mut(&"s".parse().unwrap()).unwrap().scheduler = scheduler;
+        let plan = host.at(1, &desired).plan;
+        let entry = &plan.services[&0];
+        let list: Vec<u32> = entry.table[entry.slots().len()..].iter().map(|s| s.primary_index()).collect();
+        assert_eq!(list.len(), entry.view.list_count as usize);
+        (entry.view.scheduler, list, plan.costs)
+    };
+    let (reports, flows) = (source::REPORTS, source::FLOWS);
+    let costs = |source| BTreeMap::from([(0, Cost { flow: 682, source }), (1, Cost { flow: 2_048, source })]);
+    assert_eq!(with(Scheduler::Rr), (scheduler::TURNS, vec![0, 1], costs(reports)));
+    assert_eq!(with(Scheduler::Wrr), (scheduler::TURNS, vec![0, 0, 1, 0], costs(reports)));
+    assert_eq!(with(Scheduler::Lc), (scheduler::LEAST, vec![0, 1], costs(flows)));
+    assert_eq!(with(Scheduler::Random), (scheduler::RANDOM, vec![], costs(reports)));
+}
+
+#[test]
+fn a_service_that_needs_what_is_off_is_refused() {
+    let mut host = Host::default();
+    host.settings.features_off = P2C | SECOND_CHANCE;
+    let p2c = changed(|s| s.scheduler = Scheduler::P2c);
+    let error = host.try_at(1, &p2c).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "service s: scheduler p2c needs feature p2c, which lbd was started without: add it to features"
+    );
+    let gue = changed(|s| s.mode = ForwardingMode::Gue);
+    host.at(1, &gue);
+    let mut asked = gue;
+    asked.service_mut(&"s".parse().unwrap()).unwrap().second_chance = Some(true);
+    assert!(host.try_at(2, &asked).unwrap_err().to_string().contains("needs feature second-chance"));
 }

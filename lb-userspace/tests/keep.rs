@@ -4,7 +4,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_common::{
-    Backend, Be16, ServiceKey, ServiceView, backend::flags, flow, mapped, service::TCP, slot::NO_BACKEND,
+    Backend, Be16, ServiceKey, ServiceView, backend::flags, flow, load::FLOW, mapped, service::TCP,
+    slot::NO_BACKEND,
 };
 use lb_ebpf::{
     FlowTable, Tables,
@@ -47,6 +48,14 @@ enum Step {
     Sweep,
     /// Clients whose handshake is not complete try again.
     RepeatSyns,
+    /// The operator changes how flows are placed.
+    Schedule(u8),
+    /// The operator changes the seed, and with it every slot.
+    Seed(u64),
+    /// The operator changes the table's size.
+    Size(u8),
+    /// A replica reports its load.
+    Report(u8, u32),
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -65,6 +74,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => Just(Step::Restart),
         3 => Just(Step::Sweep),
         2 => Just(Step::RepeatSyns),
+        2 => (0u8..8).prop_map(Step::Schedule),
+        1 => (0u64..3).prop_map(Step::Seed),
+        1 => (0u8..3).prop_map(Step::Size),
+        4 => (0u8..8, 0u32..9).prop_map(|(b, flows)| Step::Report(b, flows)),
     ];
     prop::collection::vec(step, 1..60)
 }
@@ -95,6 +108,13 @@ fn name(i: u8) -> Name {
 
 fn address(i: u8) -> IpAddr {
     Ipv4Addr::new(10, 1, 0, i + 1).into()
+}
+
+fn to_address(ip: IpAddr) -> lb_common::Address {
+    match ip {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
 }
 
 fn service_name() -> Name {
@@ -142,11 +162,17 @@ impl World {
             let view = ServiceView {
                 seed: entry.view.seed,
                 slot_base: tables.slots.len() as u32,
-                slot_count: entry.table.len() as u32,
+                slot_count: entry.view.slot_count,
                 flags: entry.view.flags,
+                scheduler: entry.view.scheduler,
                 protocol: entry.view.protocol,
+                old_seed: entry.view.old_seed,
+                old_count: entry.view.old_count,
+                list_count: entry.view.list_count,
+                load_cap: entry.view.load_cap,
                 ..ServiceView::default()
             };
+            assert_eq!(view.region() as usize, entry.table.len(), "the view says what its region holds");
             tables.slots.extend_from_slice(&entry.table);
             tables.services.insert(index, view);
         }
@@ -261,7 +287,7 @@ impl World {
                 }
             }
         }
-        let stable = self.plan.services.iter().filter(|(_, s)| !s.table.iter().any(|s| s.is_transition()));
+        let stable = self.plan.services.iter().filter(|(_, s)| !s.in_transition());
         for index in stable.map(|(i, _)| *i).filter(|i| !tracked.contains(i)) {
             self.memory.untrack(index);
         }
@@ -307,6 +333,21 @@ impl World {
             Step::Restart => self.restart()?,
             Step::Sweep => self.sweep(),
             Step::RepeatSyns => self.repeat_syns()?,
+            Step::Schedule(i) => {
+                let all = ["maglev", "p2c", "rr", "wrr", "random", "lc", "source-hash", "source-hash"];
+                let service = self.service();
+                service.scheduler = serde_json::from_value(all[i as usize].into()).unwrap();
+                service.load_cap = (i == 7).then_some(2);
+            }
+            Step::Seed(seed) => self.service().seed = Some(seed),
+            Step::Size(i) => self.service().table_size = Some([251, 1_021, 4_093][i as usize]),
+            Step::Report(i, flows) => {
+                let of = |b: &Backend| b.address == to_address(address(i));
+                let index = self.plan.backends.iter().find(|(_, b)| of(b)).map(|(index, _)| *index);
+                if let Some(index) = index {
+                    self.tables.report(index, flows * FLOW);
+                }
+            }
         }
         self.compile();
         Ok(())
@@ -316,6 +357,14 @@ impl World {
 /// Nothing that a packet can reach names what is not there, and marks keep their order.
 fn check_plan(plan: &Plan) {
     for entry in plan.services.values() {
+        for slot in entry.table.iter() {
+            assert!(entry.view.old_count == 0 || !slot.is_transition(), "two ways to be in transition");
+        }
+        let tracked = |s: &lb_common::Slot| s.is_tracked();
+        assert!(
+            entry.view.old_count == 0 || entry.slots().iter().all(tracked),
+            "an old table, but not tracked"
+        );
         for slot in entry.table.iter() {
             for index in [slot.primary_index(), slot.secondary_index()] {
                 assert!(index == NO_BACKEND || plan.backends.contains_key(&index), "slot names {index}");
@@ -387,4 +436,22 @@ fn without_marks_connections_would_move() {
         slot.secondary = slot.secondary_index();
     }
     assert!(world.show().is_err());
+}
+
+/// Nor would it pass without the old table.
+#[test]
+fn without_the_old_table_connections_would_move() {
+    for forget in [false, true] {
+        let mut world = World::new();
+        for i in 0..4 {
+            world.step(&Step::Add(i, 1)).unwrap();
+        }
+        world.step(&Step::Connect(39)).unwrap();
+        world.show().unwrap();
+        world.step(&Step::Seed(1)).unwrap();
+        if forget {
+            world.tables.services.values_mut().for_each(|view| view.old_count = 0);
+        }
+        assert_eq!(world.show().is_err(), forget);
+    }
 }

@@ -78,9 +78,15 @@ struct Settings {
     /// How packets reach backends: ipip or gue
     #[arg(long, value_parser = word::<ForwardingMode>)]
     mode: Option<ForwardingMode>,
-    /// How new flows are placed: maglev
+    /// How new flows are placed: maglev, p2c, rr, wrr, random, lc or source-hash
     #[arg(long, value_parser = word::<Scheduler>)]
     scheduler: Option<Scheduler>,
+    /// With source-hash: load in flows above which a new flow may go to the second choice, or none [default: none]
+    #[arg(long, value_name = "N|none", value_parser = optional)]
+    load_cap: Option<Optional>,
+    /// With gue: packets carry the other backends that may have their flow; true, false or auto [default: auto, for TCP]
+    #[arg(long, value_name = "BOOL|auto", value_parser = optional_bool)]
+    second_chance: Option<OptionalBool>,
     /// none, tcp, tcp:PORT, http:/PATH or http:PORT/PATH
     #[arg(long, value_name = "CHECK")]
     health: Option<Check>,
@@ -142,8 +148,19 @@ struct Optional(Option<u64>);
 
 fn optional(text: &str) -> Result<Optional, String> {
     match text {
-        "auto" => Ok(Optional(None)),
+        "auto" | "none" => Ok(Optional(None)),
         _ => text.parse().map(|n| Optional(Some(n))).map_err(|_| "give a number, or auto".to_owned()),
+    }
+}
+
+/// True, false, or neither.
+#[derive(Clone, Copy, Debug)]
+struct OptionalBool(Option<bool>);
+
+fn optional_bool(text: &str) -> Result<OptionalBool, String> {
+    match text {
+        "auto" => Ok(OptionalBool(None)),
+        _ => text.parse().map(|b| OptionalBool(Some(b))).map_err(|_| "give true, false or auto".to_owned()),
     }
 }
 
@@ -262,6 +279,8 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     patch.set("protocol", s.protocol.or(vip_protocol));
     patch.set("mode", s.mode);
     patch.set("scheduler", s.scheduler);
+    patch.set("load_cap", s.load_cap.map(|n| n.0));
+    patch.set("second_chance", s.second_chance.map(|b| b.0));
     patch.set("drain_s", seconds(s.drain, "--drain")?);
     patch.set("table_size", s.table_size.map(|n| n.0));
     patch.set("seed", s.seed.map(|n| n.0));

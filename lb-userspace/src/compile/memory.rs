@@ -52,6 +52,9 @@ pub struct ServiceMemory {
     pub epochs: Vec<Epoch>,
     /// Every backend has had a verdict once.
     pub settled: bool,
+    /// The scheduler in force places flows elsewhere than on their slots' primaries.
+    #[serde(default)]
+    pub exceptions: bool,
     /// When each slot last changed its primary (ms since boot), [`i64::MIN`] if not in the window. Derived from `epochs`.
     #[serde(skip)]
     pub changed_ms: Arc<Vec<i64>>,
@@ -89,6 +92,9 @@ pub struct Shape {
     /// Seating, empty if the members came in the order of their seats.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub turns: Vec<maglev::Turn>,
+    /// Flows are hashed by the client's address alone.
+    #[serde(default)]
+    pub by_source: bool,
     /// In address order.
     pub members: Vec<ShapeMember>,
 }
@@ -122,7 +128,7 @@ impl From<ShapeMember> for (IpAddr, u32, bool, u32) {
 impl Shape {
     /// Whether flows fall on the same slots.
     pub fn comparable(&self, other: &Self) -> bool {
-        self.seed == other.seed && self.size == other.size
+        self.seed == other.seed && self.size == other.size && self.by_source == other.by_source
     }
 }
 
@@ -131,9 +137,6 @@ impl ServiceMemory {
     pub fn enter(&mut self, shape: &Arc<Shape>, now_ms: i64, drain_ms: i64) -> bool {
         let is_new = self.epochs.last().is_none_or(|last| last.shape != *shape);
         if is_new {
-            if self.epochs.last().is_some_and(|last| !last.shape.comparable(shape)) {
-                self.epochs.clear();
-            }
             let known = self.epochs.iter().find(|e| e.shape == *shape).map(|e| e.shape.clone());
             self.epochs.push(Epoch { from_ms: now_ms, shape: known.unwrap_or_else(|| shape.clone()) });
             if self.epochs.len() > MAX_EPOCHS {
@@ -295,7 +298,9 @@ impl Memory {
                     (address, BackendMemory { index: backend, removed_ms })
                 })
                 .collect();
-            memory.tracked = Arc::new(live.services.get(&index).map_or_else(Vec::new, |s| tracked(&s.table)));
+            let entry = live.services.get(&index);
+            memory.tracked = Arc::new(entry.map_or_else(Vec::new, |s| tracked(s.slots())));
+            memory.exceptions = entry.is_some_and(|s| s.view.flags & service::flags::TRACK_ALL != 0);
             self.services.insert(*id, Arc::new(memory));
         }
         // An entry of a service that no packet can reach any more: a removal that was cut short.

@@ -7,6 +7,7 @@
 //! What a packet already on its way may rely on: a flow that is in no flow table stays with its backend
 //! as long as that backend is there. [`service`] says how.
 
+mod behind;
 mod entries;
 mod memory;
 mod service;
@@ -33,6 +34,8 @@ pub struct Settings {
     pub ipip_source_v6: Option<Ipv6Net>,
     /// Sizes of the maps.
     pub limits: Limits,
+    /// Bits of [`lb_common::settings::features`] that the program was loaded without.
+    pub features_off: u32,
 }
 
 /// Sizes of the maps, set when they are made.
@@ -105,6 +108,16 @@ pub struct View {
     pub protocol: u8,
     /// Idle time of UDP flows, in seconds.
     pub udp_timeout_s: u32,
+    /// Slots of the table; 0 if the service has no backend at all.
+    pub slot_count: u32,
+    /// Entries of the list behind it.
+    pub list_count: u32,
+    /// Slots of the old table behind that.
+    pub old_count: u32,
+    /// Key of the old table's flow hash.
+    pub old_seed: [u64; 2],
+    /// See [`lb_common::ServiceView::load_cap`].
+    pub load_cap: u32,
 }
 
 /// A service entry with its table.
@@ -112,8 +125,29 @@ pub struct View {
 pub struct ServiceEntry {
     /// View.
     pub view: View,
-    /// Table; empty if the service has no backend at all.
+    /// Table, and what stands behind it.
     pub table: Arc<Vec<Slot>>,
+}
+
+impl ServiceEntry {
+    /// The table alone.
+    pub fn slots(&self) -> &[Slot] {
+        &self.table[..(self.view.slot_count as usize).min(self.table.len())]
+    }
+
+    /// Whether some flow that no flow table names may belong elsewhere than to its slot's primary.
+    pub fn in_transition(&self) -> bool {
+        self.view.old_count > 0 || self.slots().iter().any(|s| s.is_transition())
+    }
+}
+
+/// How a backend's load is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Of a flow, see [`lb_common::Load::cost`].
+    pub flow: u32,
+    /// One of [`lb_common::load::source`].
+    pub source: u32,
 }
 
 /// Contents of all maps that the control plane writes.
@@ -127,6 +161,8 @@ pub struct Plan {
     pub vips: BTreeMap<VipKey, Vip>,
     /// `BACKENDS`, by index.
     pub backends: BTreeMap<u32, Backend>,
+    /// What of `LOADS` is compiled, by backend index.
+    pub costs: BTreeMap<u32, Cost>,
     /// `EGRESS`: interfaces.
     pub egress: BTreeSet<u32>,
 }
@@ -150,6 +186,18 @@ pub enum CompileError {
         first: String,
         /// Option that raises the limit.
         option: &'static str,
+    },
+    /// A service needs what the program was loaded without.
+    #[error(
+        "service {service}: {what} needs feature {feature}, which lbd was started without: add it to features"
+    )]
+    FeatureOff {
+        /// Service.
+        service: Name,
+        /// Setting that needs it.
+        what: String,
+        /// Feature's name in settings.
+        feature: &'static str,
     },
     /// Tables do not fit.
     #[error(
@@ -215,6 +263,9 @@ pub struct ServiceStatus {
     pub transition_slots: u32,
     /// Slots whose flows may be in the flow table.
     pub tracked_slots: u32,
+    /// Its scheduler places flows where a stateless answer would not find them, or did so until now.
+    #[serde(default)]
+    pub exceptions: bool,
     /// Clock in ms since boot at which the last of them will be stable, if any is not.
     pub transition_until_ms: Option<i64>,
     /// Backends in name order, then removed ones.
@@ -271,6 +322,7 @@ pub fn compile(
         )?;
         memory.services.insert(id, compiled.memory.clone());
         backends.extend(compiled.backends.iter().copied());
+        plan.costs.extend(compiled.costs.iter().copied());
         plan.egress.extend(compiled.egress.iter().copied());
         plan.services.insert(compiled.index, compiled.entry.clone());
         entries::enter(&id, compiled.index, &mut plan);
@@ -331,7 +383,7 @@ fn check_plan(
     }
     let slots: u64 = plan.services.values().map(|s| s.table.len() as u64).sum();
     if let Some(largest) = status.iter().max_by_key(|s| s.table_size) {
-        let spare = u64::from(largest.table_size);
+        let spare = plan.services.values().map(|s| s.table.len() as u64).max().unwrap_or(0);
         if slots + spare > u64::from(settings.limits.slots) {
             return Err(CompileError::TooManySlots {
                 needed: slots + spare,

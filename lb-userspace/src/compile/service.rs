@@ -10,8 +10,8 @@
 //! flows there: only then is its primary the whole truth again.
 
 use super::{
-    BackendMemory, BackendStatus, CompileError, Epoch, ServiceEntry, ServiceId, ServiceMemory, ServiceStatus,
-    Settings, Shape, ShapeMember, View, entries, memory::FreeIndices,
+    BackendMemory, BackendStatus, CompileError, Cost, Epoch, ServiceEntry, ServiceId, ServiceMemory,
+    ServiceStatus, Settings, Shape, ShapeMember, View, behind, entries, memory::FreeIndices,
 };
 use crate::{
     maglev,
@@ -23,7 +23,9 @@ use crate::{
 use lb_common::{
     Backend, Slot,
     backend::flags::{DOWN, DRAINING},
+    load::{FLOW, source},
     service::{flags, scheduler},
+    settings::features,
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use std::{
@@ -50,6 +52,7 @@ pub(super) struct Output {
     pub index: u32,
     pub entry: ServiceEntry,
     pub backends: Vec<(u32, Backend)>,
+    pub costs: Vec<(u32, Cost)>,
     pub egress: BTreeSet<u32>,
     pub memory: Arc<ServiceMemory>,
     pub status: Arc<ServiceStatus>,
@@ -134,6 +137,7 @@ fn compile_anew(
     tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>,
 ) -> Result<Output, CompileError> {
     let wanted = input.wanted;
+    check_features(input)?;
     let drain_ms = i64::from(wanted.drain_s) * 1_000;
     let mut memory = before.map(|m| (**m).clone()).unwrap_or_default();
     if before.is_none() {
@@ -155,30 +159,75 @@ fn compile_anew(
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
         memory.changed_ms = Arc::new(replay(&memory.epochs, shape.size, tables));
-    } else if is_new && let Some(previous) = previous.filter(|p| p.comparable(&shape)) {
+    } else if is_new && let Some(previous) = &previous {
         let mut changed = (*memory.changed_ms).clone();
-        note_changes(&previous, &shape, input.now_ms, &mut changed, tables);
+        if previous.comparable(&shape) {
+            note_changes(previous, &shape, input.now_ms, &mut changed, tables);
+        } else {
+            changed.fill(input.now_ms);
+        }
         memory.changed_ms = Arc::new(changed);
-    } else if is_new {
-        memory.changed_ms = Arc::new(vec![i64::MIN; shape.size as usize]);
     }
-    // A table of another kind says nothing about where flows recorded under it fall now.
-    let reshaped = before.is_some_and(|m| m.epochs.last().is_some_and(|e| !e.shape.comparable(&shape)));
-    let slots = slots(&mut memory, &shape, input.now_ms - drain_ms, reshaped, tables);
+    let mut view = view(wanted, &shape);
+    // A table of another kind says nothing about where flows recorded under it fall now; and a scheduler that has
+    // placed flows anywhere may have left them in any slot.
+    let had_exceptions = memory.exceptions;
+    memory.exceptions = view.flags & flags::TRACK_ALL != 0;
+    let reshaped = previous.is_some_and(|p| !p.comparable(&shape)) || (had_exceptions && !memory.exceptions);
+    let region = region(input, &mut memory, &shape, input.now_ms - drain_ms, reshaped, tables, &mut view);
 
     let (backends, egress) = backend_entries(input, &memory, rule.panic);
-    let status = status(input, &memory, &shape, &rule, &slots, &backends, drain_ms);
+    let entry = ServiceEntry { view, table: Arc::new(region) };
+    let mut status = status(input, &memory, &shape, &rule, &entry, &backends, drain_ms);
+    status.exceptions = had_exceptions || memory.exceptions;
     let next_change_ms =
         memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
     Ok(Output {
         index: memory.index,
-        entry: ServiceEntry { view: view(wanted, shape.seed), table: Arc::new(slots) },
+        entry,
+        costs: costs(wanted, &memory),
         backends,
         egress,
         memory: Arc::new(memory),
         status: Arc::new(status),
         next_change_ms,
     })
+}
+
+/// Refuses what the loaded program cannot do.
+fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
+    let wanted = input.wanted;
+    let needs = [
+        (features::P2C, wanted.scheduler != Scheduler::Maglev, format!("scheduler {:?}", wanted.scheduler)),
+        // What is on by itself only does without.
+        (features::SECOND_CHANCE, wanted.second_chance == Some(true), "second_chance".to_owned()),
+    ];
+    for (bit, is_needed, what) in needs {
+        if is_needed && input.settings.features_off & bit != 0 {
+            let feature = features::NAMES.iter().find(|(_, b)| *b == bit).map_or("?", |(name, _)| name);
+            return Err(CompileError::FeatureOff {
+                service: input.name.clone(),
+                what: what.to_lowercase(),
+                feature,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// How each backend's load is counted.
+fn costs(wanted: &Service, memory: &ServiceMemory) -> Vec<(u32, Cost)> {
+    let source = if wanted.scheduler == Scheduler::Lc { source::FLOWS } else { source::REPORTS };
+    let weights = || wanted.backends.values().map(|b| b.weight);
+    let by_address: HashMap<IpAddr, u32> =
+        wanted.backends.values().map(|b| (b.address, behind::cost(b.weight, weights()))).collect();
+    memory
+        .backends
+        .iter()
+        .map(|(address, b)| {
+            (b.index, Cost { flow: by_address.get(address).copied().unwrap_or(FLOW), source })
+        })
+        .collect()
 }
 
 fn too_many(what: &'static str, input: &Input<'_>, option: &'static str) -> CompileError {
@@ -228,13 +277,14 @@ fn shape(wanted: &Service, eligible: &[bool], size: u32) -> Arc<Shape> {
         .map(|((b, &eligible), seat)| ShapeMember { address: b.address, weight: b.weight, eligible, seat })
         .collect();
     members.sort_unstable();
+    let by_source = wanted.scheduler == Scheduler::SourceHash;
     let mut turns = wanted.seating();
     let mut plain: Vec<_> = members.iter().map(|m| (m.seat, m.weight)).collect();
     plain.sort_unstable();
     if turns == plain {
         turns.clear();
     }
-    Arc::new(Shape { seed: entries::seed(wanted), size, turns, members })
+    Arc::new(Shape { seed: entries::seed(wanted), size, turns, by_source, members })
 }
 
 /// The table of a shape, built at most once while it is kept.
@@ -258,7 +308,10 @@ fn table(shape: &Arc<Shape>, tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>)
 
 /// When each slot last changed, worked out from the epochs.
 fn replay(epochs: &[Epoch], size: u32, tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>) -> Vec<i64> {
-    let mut changed = vec![i64::MIN; size as usize];
+    // A new seed, size or hash changes all slots; what was before is not told in this table's.
+    let since = epochs.windows(2).rposition(|pair| !pair[0].shape.comparable(&pair[1].shape));
+    let (first_ms, epochs) = since.map_or((i64::MIN, epochs), |i| (epochs[i + 1].from_ms, &epochs[i + 1..]));
+    let mut changed = vec![first_ms; size as usize];
     for pair in epochs.windows(2) {
         note_changes(&pair[0].shape, &pair[1].shape, pair[1].from_ms, &mut changed, tables);
     }
@@ -286,40 +339,52 @@ fn note_changes(
     }
 }
 
-/// The slots with their marks. Brings the memory's tracked bits up to date.
-fn slots(
+/// Backends' indices of a shape's members.
+fn indices(memory: &ServiceMemory, members: &[ShapeMember]) -> Vec<u32> {
+    members.iter().map(|m| memory.backends.get(&m.address).map_or(NO_BACKEND, |b| b.index)).collect()
+}
+
+/// A member's index.
+fn of(indices: &[u32], member: u16) -> u32 {
+    indices.get(member as usize).copied().unwrap_or(NO_BACKEND)
+}
+
+/// The slots with their marks, and what stands behind them; says in the view what that is. Brings the memory's
+/// tracked bits up to date.
+fn region(
+    input: &Input<'_>,
     memory: &mut ServiceMemory,
     shape: &Arc<Shape>,
     window_ms: i64,
     reshaped: bool,
     tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>,
+    view: &mut View,
 ) -> Vec<Slot> {
     let base_shape = memory.base().map_or_else(|| shape.clone(), |e| e.shape.clone());
+    let has_old = !base_shape.comparable(shape);
     let base = table(&base_shape, tables);
     let current = table(shape, tables);
-    let index_of = |members: &[ShapeMember]| -> Vec<u32> {
-        members.iter().map(|m| memory.backends.get(&m.address).map_or(NO_BACKEND, |b| b.index)).collect()
-    };
-    let (current_index, base_index) = (index_of(&shape.members), index_of(&base_shape.members));
-    let of = |indices: &[u32], member: u16| indices.get(member as usize).copied().unwrap_or(NO_BACKEND);
+    let (index, base_index) = (indices(memory, &shape.members), indices(memory, &base_shape.members));
 
     let size = shape.size as usize;
     let mut tracked = vec![0u64; size.div_ceil(64)];
-    if reshaped {
+    if reshaped || has_old {
         tracked.fill(u64::MAX);
     } else if memory.tracked.len() == tracked.len() {
         tracked.copy_from_slice(&memory.tracked);
     }
+    let mut in_transition = false;
     let mut slots = vec![Slot::EMPTY; size];
     for (i, slot) in slots.iter_mut().enumerate() {
-        slot.primary = of(&current_index, current.primary[i]);
-        slot.secondary = of(&current_index, current.secondary[i]);
-        if memory.changed_ms[i] > window_ms {
+        slot.primary = of(&index, current.primary[i]);
+        slot.secondary = of(&index, current.secondary[i]);
+        if !has_old && memory.changed_ms[i] > window_ms {
             // A base backend that is forgotten has no flows; the primary stands in for it, so that
             // flows are still recorded.
             let previous = of(&base_index, base.primary[i]);
             slot.secondary = if previous == NO_BACKEND { slot.primary } else { previous } | TRANSITION;
             tracked[i / 64] |= 1 << (i % 64);
+            in_transition = true;
         }
         if tracked[i / 64] >> (i % 64) & 1 != 0 {
             slot.primary |= TRACKED;
@@ -327,6 +392,21 @@ fn slots(
     }
     if *memory.tracked != tracked {
         memory.tracked = Arc::new(tracked);
+    }
+
+    let takes_second = matches!(view.scheduler, scheduler::P2C | scheduler::CAPPED);
+    if in_transition && (takes_second || view.flags & flags::SECOND_CHANCE != 0) {
+        view.flags |= flags::SECONDS;
+        slots.extend(current.secondary.iter().map(|&member| behind::only(of(&index, member))));
+    }
+    let list = behind::list(input.wanted.scheduler, &shape.members, &index);
+    view.list_count = list.len() as u32;
+    slots.extend(list);
+    if has_old {
+        view.old_seed = base_shape.seed;
+        view.old_count = base_shape.size;
+        view.flags |= if base_shape.by_source { flags::OLD_HASH_SOURCE } else { 0 };
+        slots.extend(base.primary.iter().map(|&member| behind::only(of(&base_index, member))));
     }
     slots
 }
@@ -364,7 +444,7 @@ fn backend_entries(
     (entries, egress)
 }
 
-fn view(wanted: &Service, seed: [u64; 2]) -> View {
+fn view(wanted: &Service, shape: &Shape) -> View {
     let mut bits = 0;
     if wanted.protocol == Protocol::Udp && wanted.udp_stateless {
         bits |= flags::UDP_STATELESS;
@@ -372,13 +452,29 @@ fn view(wanted: &Service, seed: [u64; 2]) -> View {
     if wanted.on_down == OnDown::Reset {
         bits |= flags::RESET_ON_DOWN;
     }
-    let Scheduler::Maglev = wanted.scheduler;
+    if wanted.has_second_chance() {
+        bits |= flags::SECOND_CHANCE;
+    }
+    let (scheduler, more) = match wanted.scheduler {
+        Scheduler::Maglev => (scheduler::MAGLEV, 0),
+        Scheduler::P2c => (scheduler::P2C, flags::TRACK_ALL),
+        Scheduler::Rr | Scheduler::Wrr => (scheduler::TURNS, flags::TRACK_ALL),
+        Scheduler::Random => (scheduler::RANDOM, flags::TRACK_ALL),
+        Scheduler::Lc => (scheduler::LEAST, flags::TRACK_ALL | flags::COUNT_FLOWS),
+        Scheduler::SourceHash if wanted.load_cap.is_some() => {
+            (scheduler::CAPPED, flags::TRACK_ALL | flags::HASH_SOURCE)
+        }
+        Scheduler::SourceHash => (scheduler::MAGLEV, flags::HASH_SOURCE),
+    };
     View {
-        seed,
-        flags: bits,
-        scheduler: scheduler::MAGLEV,
+        seed: shape.seed,
+        flags: bits | more,
+        scheduler,
         protocol: wanted.protocol.number(),
         udp_timeout_s: wanted.udp_timeout_s,
+        slot_count: shape.size,
+        load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(FLOW)),
+        ..View::default()
     }
 }
 
@@ -387,10 +483,11 @@ fn status(
     memory: &ServiceMemory,
     shape: &Shape,
     rule: &policy::Eligibility,
-    slots: &[Slot],
+    entry: &ServiceEntry,
     entries: &[(u32, Backend)],
     drain_ms: i64,
 ) -> ServiceStatus {
+    let slots = entry.slots();
     let mut shares: HashMap<u32, u32> = HashMap::new();
     for slot in slots {
         *shares.entry(slot.primary_index()).or_default() += 1;
@@ -443,8 +540,12 @@ fn status(
         table_size: shape.size,
         eligible: rule.eligible.iter().filter(|&&e| e).count() as u32,
         panic: rule.panic,
-        transition_slots: slots.iter().filter(|s| s.is_transition()).count() as u32,
+        transition_slots: match entry.view.old_count {
+            0 => slots.iter().filter(|s| s.is_transition()).count() as u32,
+            _ => slots.len() as u32,
+        },
         tracked_slots: slots.iter().filter(|s| s.is_tracked()).count() as u32,
+        exceptions: false,
         transition_until_ms: until.filter(|&t| t > input.now_ms),
         backends,
     }

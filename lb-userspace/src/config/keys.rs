@@ -41,6 +41,8 @@ pub const SERVICE: &[&str] = &[
     "protocol",
     "mode",
     "scheduler",
+    "load_cap",
+    "second_chance",
     "table_size",
     "seed",
     "drain_s",

@@ -228,6 +228,7 @@ fn compile_settings(settings: &Settings, limits: Limits) -> compile::Settings {
             udp_flows: limits.flows,
             vips: limits.vips,
         },
+        features_off: features::ALL & !settings.ingress.features,
     }
 }
 

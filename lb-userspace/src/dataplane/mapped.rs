@@ -113,6 +113,15 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         Some(unsafe { &*words.as_ptr().cast::<AtomicU32>().add(offset / 4) })
     }
 
+    /// Writes the 64-bit word at byte `offset` of an entry in one piece, after everything before it.
+    #[must_use]
+    pub fn store_u64(&self, index: u32, offset: usize, value: u64) -> bool {
+        let words = self.entry(index).filter(|_| self.writable && offset.is_multiple_of(8));
+        let Some(word) = words.and_then(|words| words.get(offset / 8)) else { return false };
+        word.store(value, Ordering::Release);
+        true
+    }
+
     /// Writes the 32-bit word at byte `offset` of an entry in one piece, after everything before it.
     #[must_use]
     pub fn store_u32(&self, index: u32, offset: usize, value: u32) -> bool {

@@ -7,6 +7,7 @@ mod attach;
 mod batch;
 mod decap;
 mod error;
+mod loads;
 mod mapped;
 mod reader;
 mod slots;
@@ -15,6 +16,7 @@ mod stages;
 pub use attach::{Interface, detach};
 pub use decap::{DecapDataplane, DecapOptions};
 pub use error::DataplaneError;
+pub use loads::{LoadSink, Loads, score};
 pub use reader::{FLOW_TABLES, Reader, flow_map};
 
 use attach::{Attached, Request, take};
@@ -90,6 +92,7 @@ pub struct Dataplane {
     services: MappedArray<Service>,
     slots: MappedSlots,
     backends: MappedArray<Backend>,
+    loads: Arc<Loads>,
     egress: DevMapHash<MapData>,
     flows: [HashMap<MapData, FlowKey, Flow>; 3],
     backend_stats: PerCpuArray<MapData, BackendStats>,
@@ -158,6 +161,7 @@ impl Dataplane {
             services,
             slots,
             backends,
+            loads: Arc::new(Loads::new(map_array(&mut bpf, names::LOADS)?)),
             egress: take(&mut bpf, names::EGRESS)?,
             flows,
             backend_stats: take(&mut bpf, names::BACKEND_STATS)?,
@@ -173,6 +177,11 @@ impl Dataplane {
     /// A reader of the same maps.
     pub fn reader(&self) -> Arc<Reader> {
         Arc::clone(&self.reader)
+    }
+
+    /// The loads that flows are placed by.
+    pub fn loads(&self) -> Arc<Loads> {
+        Arc::clone(&self.loads)
     }
 
     /// The loaded object, for aya-log.

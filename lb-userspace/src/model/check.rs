@@ -3,7 +3,7 @@
 //! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
-use super::{Backend, Desired, HealthKind, Name, Ports, Protocol, Service};
+use super::{Backend, Desired, ForwardingMode, HealthKind, Name, Ports, Protocol, Scheduler, Service};
 use crate::maglev::MAX_SEATS;
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
@@ -131,6 +131,14 @@ impl Desired {
     }
 }
 
+/// Largest load cap, in flows: scores have 32 bits.
+const MAX_LOAD_CAP: u32 = u32::MAX / lb_common::load::FLOW;
+
+/// A value as the configuration file spells it.
+fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
 /// Why an address can be neither a VIP nor a backend, if so.
 fn check_address(address: IpAddr) -> Option<String> {
     if let IpAddr::V6(v6) = address
@@ -171,6 +179,21 @@ impl Service {
         }
         if self.udp_stateless && self.protocol != Protocol::Udp {
             setting("udp_stateless is for UDP services only".to_owned());
+        }
+        if self.udp_stateless && !matches!(self.scheduler, Scheduler::Maglev | Scheduler::SourceHash) {
+            setting(format!(
+                "udp_stateless remembers no flow, which scheduler {} must: take maglev or source-hash",
+                word(&self.scheduler)
+            ));
+        }
+        if self.load_cap.is_some() && (self.scheduler != Scheduler::SourceHash || self.udp_stateless) {
+            setting("load_cap is for scheduler source-hash only, and not with udp_stateless".to_owned());
+        }
+        if self.load_cap.is_some_and(|cap| cap == 0 || cap > MAX_LOAD_CAP) {
+            setting(format!("load_cap is out of range: 1 to {MAX_LOAD_CAP}"));
+        }
+        if self.second_chance == Some(true) && self.mode != ForwardingMode::Gue {
+            setting("second_chance needs mode gue".to_owned());
         }
         if self.gue_port == 0 {
             setting("gue_port is 0: 1 to 65535".to_owned());
@@ -286,6 +309,22 @@ mod tests {
             ),
             (r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","panic_percent":101}"#, "101 is above 100"),
             (r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","udp_stateless":true}"#, "UDP services only"),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"udp","udp_stateless":true,"scheduler":"p2c"}"#,
+                "which scheduler p2c must: take maglev or source-hash",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","load_cap":5}"#,
+                "for scheduler source-hash only",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","load_cap":0,"scheduler":"source-hash"}"#,
+                "load_cap is out of range: 1 to",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","second_chance":true}"#,
+                "second_chance needs mode gue",
+            ),
             (
                 r#"{"vip":"10.0.0.1","port":"any","protocol":"tcp","health":{"kind":"tcp"}}"#,
                 "health needs a port",

@@ -36,6 +36,18 @@ pub enum Scheduler {
     /// Consistent hashing: the slot's primary.
     #[default]
     Maglev,
+    /// The less loaded of two: the slot's primary and its second choice.
+    P2c,
+    /// Each in turn.
+    Rr,
+    /// Each in turn, as often as its weight says.
+    Wrr,
+    /// By lot, weighted.
+    Random,
+    /// The one with the fewest live flows for its weight.
+    Lc,
+    /// By the client's address alone: a client stays with one backend, up to `load_cap`.
+    SourceHash,
 }
 
 /// How packets reach the backend.
@@ -89,6 +101,14 @@ pub struct Service {
     /// Scheduler.
     #[serde(default)]
     pub scheduler: Scheduler,
+    /// With `source-hash`: a new flow whose backend has more load than so many flows of a mean backend goes to the slot's
+    /// second choice, if that has less; no limit if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load_cap: Option<u32>,
+    /// With `gue`: packets carry the backends that may have their flow instead, and a worker that does not have it sends
+    /// them on. If none: for TCP; a UDP service must use connected sockets, and say so here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_chance: Option<bool>,
     /// Slots of the Maglev table (a prime of `limits::TABLE_SIZES`); chosen by backend count if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table_size: Option<u32>,
@@ -124,6 +144,13 @@ pub struct Service {
     /// Backends by name.
     #[serde(default)]
     pub backends: BTreeMap<Name, Backend>,
+}
+
+impl Service {
+    /// Whether its packets carry other backends that may have their flow.
+    pub fn has_second_chance(&self) -> bool {
+        self.mode == ForwardingMode::Gue && self.second_chance.unwrap_or(self.protocol == Protocol::Tcp)
+    }
 }
 
 fn default_drain_s() -> u32 {

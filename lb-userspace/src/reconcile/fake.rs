@@ -1,7 +1,7 @@
 //! Maps in memory that check, at each write, what a packet could meet just then.
 
 use super::Maps;
-use crate::dataplane::DataplaneError;
+use crate::{compile::Cost, dataplane::DataplaneError};
 use lb_common::{
     Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, backend::flags::USED,
     service::NO_SERVICE, slot::NO_BACKEND,
@@ -22,6 +22,8 @@ pub struct FakeMaps {
     pub vips: BTreeMap<VipKey, Vip>,
     pub egress: BTreeSet<u32>,
     pub stats: BTreeMap<u32, BackendStats>,
+    pub costs: BTreeMap<u32, Cost>,
+    pub flows: BTreeMap<u32, u64>,
     pub writes: u32,
     /// Writes until one fails.
     pub fails_after: Cell<Option<u32>>,
@@ -71,7 +73,7 @@ impl FakeMaps {
         let mut regions: Vec<(u32, u32)> = Vec::new();
         for (index, _) in self.services.iter().enumerate().filter(|(_, s)| s.used == 1) {
             let view = self.live_view(index as u32);
-            let (base, count) = (view.slot_base, view.slot_count);
+            let (base, count) = (view.slot_base, view.region());
             assert!(regions.iter().all(|(b, n)| base + count <= *b || b + n <= base), "tables overlap");
             regions.push((base, count));
             for slot in &self.slots[base as usize..(base + count) as usize] {
@@ -115,7 +117,7 @@ impl Maps for Shared {
         m.write()?;
         for (index, _) in m.services.iter().enumerate().filter(|(_, s)| s.used == 1) {
             let view = m.live_view(index as u32);
-            let (b, n) = (view.slot_base, view.slot_count);
+            let (b, n) = (view.slot_base, view.region());
             assert!(base + slots.len() as u32 <= b || b + n <= base, "a live table is written");
         }
         m.slots[base as usize..base as usize + slots.len()].copy_from_slice(slots);
@@ -157,6 +159,25 @@ impl Maps for Shared {
         m.write()?;
         m.stats.remove(&index);
         Ok(())
+    }
+    fn cost(&self, index: u32) -> Cost {
+        self.0.lock().unwrap().costs.get(&index).copied().unwrap_or_default()
+    }
+    fn set_cost(&mut self, index: u32, cost: Cost) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        m.costs.insert(index, cost);
+        Ok(())
+    }
+    fn clear_load(&mut self, index: u32) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        m.flows.remove(&index);
+        m.costs.remove(&index);
+        Ok(())
+    }
+    fn report_flows(&self, index: u32, flows: u64) {
+        self.0.lock().unwrap().flows.insert(index, flows);
     }
     fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError> {
         let mut m = self.0.lock().unwrap();

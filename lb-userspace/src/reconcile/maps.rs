@@ -1,6 +1,9 @@
 //! What the reconciler needs of the dataplane. [`Dataplane`] has it; tests have it in memory.
 
-use crate::dataplane::{Dataplane, DataplaneError};
+use crate::{
+    compile::Cost,
+    dataplane::{Dataplane, DataplaneError},
+};
 use lb_common::{Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey};
 
 /// The writer's view of the maps.
@@ -32,6 +35,14 @@ pub trait Maps: Send {
     fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError>;
     /// Sets a backend's counters to zero.
     fn clear_stats(&mut self, index: u32) -> Result<(), DataplaneError>;
+    /// How a backend's load is counted.
+    fn cost(&self, index: u32) -> Cost;
+    /// Sets that.
+    fn set_cost(&mut self, index: u32, cost: Cost) -> Result<(), DataplaneError>;
+    /// Forgets a backend's load, for an index that is used again.
+    fn clear_load(&mut self, index: u32) -> Result<(), DataplaneError>;
+    /// Reports a backend's live flows as its load.
+    fn report_flows(&self, index: u32, flows: u64);
     /// Points an exact port at a service, or at none.
     fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError>;
     /// Writes what else a VIP serves, or that it is none.
@@ -79,6 +90,19 @@ impl Maps for Dataplane {
     }
     fn clear_stats(&mut self, index: u32) -> Result<(), DataplaneError> {
         self.clear_backend_stats(index)
+    }
+    fn cost(&self, index: u32) -> Cost {
+        let load = self.loads().get(index).unwrap_or_default();
+        Cost { flow: load.cost, source: load.source }
+    }
+    fn set_cost(&mut self, index: u32, cost: Cost) -> Result<(), DataplaneError> {
+        self.loads().set_cost(index, cost.flow, cost.source)
+    }
+    fn clear_load(&mut self, index: u32) -> Result<(), DataplaneError> {
+        self.loads().clear(index)
+    }
+    fn report_flows(&self, index: u32, flows: u64) {
+        self.loads().set_flows(index, flows);
     }
     fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError> {
         self.set_service_index(key, service)

@@ -10,7 +10,7 @@ use super::{
     slots::{NoRoom, SlotSpace},
 };
 use crate::{
-    compile::{Plan, ServiceEntry, View},
+    compile::{Cost, Plan, ServiceEntry, View},
     dataplane::DataplaneError,
 };
 use lb_common::{Backend, ServiceKey, ServiceView, Vip, VipKey, backend::flags::USED};
@@ -73,6 +73,7 @@ struct Live {
 pub struct Mirror {
     services: BTreeMap<u32, Live>,
     backends: BTreeMap<u32, Backend>,
+    costs: BTreeMap<u32, Cost>,
     keys: BTreeMap<ServiceKey, u32>,
     vips: BTreeMap<VipKey, Vip>,
     egress: BTreeSet<u32>,
@@ -89,15 +90,17 @@ impl Mirror {
             let Some(service) = maps.service(index).filter(|s| s.used != 0) else { continue };
             let bank = service.active & 1;
             let view = service.views[bank as usize];
-            let table = maps.slots(view.slot_base, view.slot_count);
-            space.reserve(view.slot_base, view.slot_count);
+            let table = maps.slots(view.slot_base, view.region());
+            space.reserve(view.slot_base, view.region());
             let entry = ServiceEntry { view: kept(&view), table: Arc::new(table) };
             services.insert(index, Live { entry, base: view.slot_base, bank, switched: None });
         }
         let used = |i| Some((i, maps.backend(i).filter(|b| b.flags & USED != 0)?));
+        let backends: BTreeMap<u32, Backend> = (0..backend_count).filter_map(used).collect();
         Ok(Self {
             services,
-            backends: (0..backend_count).filter_map(used).collect(),
+            costs: backends.keys().map(|&i| (i, maps.cost(i))).collect(),
+            backends,
             keys: maps.keys()?.into_iter().collect(),
             vips: maps.vips()?.into_iter().collect(),
             // Cannot be listed; written once more, which does no harm.
@@ -111,6 +114,11 @@ impl Mirror {
         self.backends.keys().copied().collect()
     }
 
+    /// Backends whose load is the number of their flows.
+    pub fn counted(&self) -> impl Iterator<Item = (&u32, &Cost)> {
+        self.costs.iter().filter(|(_, cost)| cost.source == lb_common::load::source::FLOWS)
+    }
+
     /// What the maps hold, as a plan.
     pub fn plan(&self) -> Plan {
         Plan {
@@ -118,6 +126,7 @@ impl Mirror {
             index: self.keys.clone(),
             vips: self.vips.clone(),
             backends: self.backends.clone(),
+            costs: self.costs.clone(),
             egress: self.egress.clone(),
         }
     }
@@ -192,6 +201,13 @@ impl Mirror {
             .collect();
         for (index, _) in changed.iter().filter(|(index, _)| !self.backends.contains_key(index)) {
             maps.clear_stats(*index)?;
+            maps.clear_load(*index)?;
+        }
+        for (index, cost) in &wanted.costs {
+            if self.costs.get(index) != Some(cost) {
+                maps.set_cost(*index, *cost)?;
+                self.costs.insert(*index, *cost);
+            }
         }
         if !changed.is_empty() {
             maps.write_backends(&changed)?;
@@ -225,7 +241,7 @@ impl Mirror {
         if let Some(rest) = live.and_then(|live| (live.switched? + VIEW_REST).checked_sub(clock())) {
             std::thread::sleep(rest);
         }
-        maps.write_view(index, bank, &full(&entry.view, base, entry.table.len() as u32))?;
+        maps.write_view(index, bank, &full(&entry.view, base))?;
         maps.set_active(index, bank)?;
         if live.is_none() {
             maps.set_used(index, true)?;
@@ -297,6 +313,7 @@ impl Mirror {
             written.backends += cleared.len() as u32;
             for (index, _) in &cleared {
                 self.backends.remove(index);
+                self.costs.remove(index);
             }
         }
         for ifindex in self.egress.clone().difference(&wanted.egress) {
@@ -320,15 +337,24 @@ fn kept(view: &ServiceView) -> View {
         scheduler: view.scheduler,
         protocol: view.protocol,
         udp_timeout_s: view.udp_timeout_s,
+        slot_count: view.slot_count,
+        list_count: view.list_count,
+        old_count: view.old_count,
+        old_seed: view.old_seed,
+        load_cap: view.load_cap,
     }
 }
 
-/// The view of a table at `base`.
-fn full(view: &View, base: u32, slot_count: u32) -> ServiceView {
+/// The view of a region at `base`.
+fn full(view: &View, base: u32) -> ServiceView {
     ServiceView {
         seed: view.seed,
         slot_base: base,
-        slot_count,
+        slot_count: view.slot_count,
+        list_count: view.list_count,
+        old_count: view.old_count,
+        old_seed: view.old_seed,
+        load_cap: view.load_cap,
         flags: view.flags,
         scheduler: view.scheduler,
         protocol: view.protocol,

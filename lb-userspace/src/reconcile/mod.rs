@@ -291,7 +291,7 @@ impl<M: Maps> Reconciler<M> {
         self.next_change = next_change_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
         let now = clock::boot();
         for service in &status {
-            if service.transition_slots > 0 {
+            if service.transition_slots > 0 || service.exceptions {
                 self.unstable.insert(service.index, now);
             }
             for backend in &service.backends {
@@ -364,6 +364,9 @@ impl<M: Maps> Reconciler<M> {
             .filter(|i| !sweep.backends.contains(i))
             .collect();
         self.memory.release(&services, &backends);
+        for (&index, _) in self.mirror.counted() {
+            self.maps.report_flows(index, sweep.flows.get(&index).copied().unwrap_or(0));
+        }
         let flows_changed = self.sweep.flows != sweep.flows;
         self.sweep = sweep;
         let changed = self.memory != before;

@@ -21,6 +21,8 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         protocol: Protocol::Tcp,
         mode: ForwardingMode::Ipip,
         scheduler: Scheduler::Maglev,
+        load_cap: None,
+        second_chance: None,
         table_size: Some(251),
         seed: None,
         drain_s: 300,
@@ -135,6 +137,22 @@ fn an_unchanged_state_writes_nothing() {
 }
 
 #[test]
+fn live_flows_are_the_load_of_least_flows() {
+    let mut bed = bed();
+    let mut state = (*two()).clone();
+    state.service_mut(&name("web")).unwrap().scheduler = Scheduler::Lc;
+    bed.set(&Arc::new(state), 1).unwrap();
+    let indices: Vec<u32> =
+        bed.published.borrow().services[&name("web")].backends.iter().map(|b| b.index).collect();
+    let sweep = Sweep { flows: BTreeMap::from([(indices[0], 7)]), ..Sweep::default() };
+    bed.reconciler.step(vec![Event::Swept(Arc::new(sweep))], clock::boot());
+    let maps = bed.maps.0.lock().unwrap();
+    let expect: BTreeMap<u32, u64> =
+        indices.iter().map(|&i| (i, if i == indices[0] { 7 } else { 0 })).collect();
+    assert_eq!(maps.flows, expect, "none is a report too, and other services are left alone");
+}
+
+#[test]
 fn what_does_not_fit_is_refused_whole() {
     let mut bed = bed();
     bed.set(&two(), 1).unwrap();
@@ -185,6 +203,9 @@ fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
                 _ => Ports::One(80),
             };
             let mut s = service(&format!("10.0.0.{}", vip + 1), ports, &[]);
+            s.scheduler = [Scheduler::Maglev, Scheduler::P2c, Scheduler::Wrr, Scheduler::SourceHash]
+                [(i as usize + backends.len()) % 4];
+            s.seed = (backends.len() == 3).then_some(3);
             for (b, (weight, st)) in backends {
                 let state = [BackendState::Up, BackendState::Draining, BackendState::Down][st as usize];
                 let address = format!("10.1.0.{}", b + 1).parse().unwrap();

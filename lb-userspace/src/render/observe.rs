@@ -112,7 +112,7 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("service", s.name.to_string()),
         ("vip", format!("{} {}", vip(&s.spec), s.spec.protocol)),
         ("mode", mode(&s.spec)),
-        ("scheduler", format!("{:?}", s.spec.scheduler).to_lowercase()),
+        ("scheduler", scheduler(&s.spec)),
         ("health check", check),
         ("drain time", units::span(s.spec.drain_s.into())),
         ("on down", format!("{:?} established flows", s.spec.on_down).to_lowercase()),
@@ -121,6 +121,9 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("forwarded", format!("{} packets, {}", s.status.packets, units::bytes(s.status.bytes))),
         ("new flows", s.status.flows.to_string()),
     ];
+    if s.spec.has_second_chance() {
+        pairs.push(("second chance", "packets carry the other backends that may have their flow".to_owned()));
+    }
     if s.spec.panic_percent > 0 {
         let holds = if s.status.panic { ", holds now" } else { "" };
         pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_percent)));
@@ -128,6 +131,13 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     fields(out, &pairs)?;
     out.line("")?;
     self::backends(out, backends)
+}
+
+/// A service's scheduler, as the configuration spells it, with its cap.
+fn scheduler(spec: &Service) -> String {
+    let word = serde_json::to_value(spec.scheduler).ok().and_then(|v| v.as_str().map(str::to_owned));
+    let cap = spec.load_cap.map_or_else(String::new, |cap| format!(", up to {cap} flows of load"));
+    word.unwrap_or_default() + &cap
 }
 
 /// `name: value` lines, aligned.

@@ -1,0 +1,78 @@
+//! The loads that ingress programs place by: `LOADS`, memory-mapped.
+//!
+//! Input: scores of replicas, from whoever reads their reports, and live flows, from the reconciler. Each backend has
+//! one source; what the other says is left out. A report is one store, and ends what the dataplane has added since
+//! the last one.
+
+use super::{DataplaneError, mapped::MappedArray};
+use lb_common::{
+    Load,
+    load::{FLOW, report, source},
+    names,
+};
+use std::mem::offset_of;
+
+/// Takes replicas' scores.
+pub trait LoadSink: Send + Sync {
+    /// Reports a backend's load: work that it has and that waits, in units of [`FLOW`] for one flow of a
+    /// backend of mean weight.
+    fn set(&self, backend_index: u32, score: u32);
+}
+
+/// The map's writer.
+pub struct Loads {
+    entries: MappedArray<Load>,
+}
+
+impl Loads {
+    pub(super) fn new(entries: MappedArray<Load>) -> Self {
+        Self { entries }
+    }
+
+    /// A backend's entry; None past the end.
+    pub fn get(&self, index: u32) -> Option<Load> {
+        self.entries.load(index)
+    }
+
+    /// Sets what a flow costs on a backend, and where its score comes from.
+    pub fn set_cost(&self, index: u32, cost: u32, source: u32) -> Result<(), DataplaneError> {
+        // Source first: a report of the other kind that comes meanwhile is the last of its kind.
+        let done = self.entries.store_u32(index, offset_of!(Load, source), source)
+            && self.entries.store_u32(index, offset_of!(Load, cost), cost);
+        super::stored(done, names::LOADS, index)
+    }
+
+    /// Forgets a backend's load. What programs that still run add is for the report before, so it does not count.
+    pub fn clear(&self, index: u32) -> Result<(), DataplaneError> {
+        super::stored(self.store(index, 0).is_some(), names::LOADS, index)
+    }
+
+    /// Reports live flows, for a backend whose load is their number.
+    pub fn set_flows(&self, index: u32, flows: u64) {
+        if let Some(load) = self.get(index).filter(|l| l.source == source::FLOWS) {
+            let score = flows.saturating_mul(u64::from(load.cost)).min(u64::from(u32::MAX));
+            self.store(index, score as u32);
+        }
+    }
+
+    /// One store: score and the next number.
+    fn store(&self, index: u32, score: u32) -> Option<()> {
+        let number = (self.get(index)?.report >> 32) as u32;
+        let word = report(score, number.wrapping_add(1));
+        self.entries.store_u64(index, offset_of!(Load, report), word).then_some(())
+    }
+}
+
+impl LoadSink for Loads {
+    fn set(&self, backend_index: u32, score: u32) {
+        if self.get(backend_index).is_some_and(|l| l.source == source::REPORTS) {
+            self.store(backend_index, score);
+        }
+    }
+}
+
+/// A score of so many flows of a backend of mean weight.
+pub fn score(flows: f64) -> u32 {
+    // A cast saturates; what is no number is no load.
+    (flows * f64::from(FLOW)) as u32
+}
