@@ -14,6 +14,9 @@ pub const FLOW: u32 = 1_024;
 /// Seconds in which a sum fades to its half. A flow counts for about as long as an answer of a language model
 /// takes (a mean of 4 s is a half-life of 2.8 s); the clock of the packet path ticks in seconds.
 pub const HALF_LIFE_S: u32 = 3;
+/// The same where there are reports: the next one ends the sum, and only should none come, for minutes, it fades. Before
+/// that every flow counts whole, as it will in the report.
+pub const REPORTED_HALF_LIFE_S: u32 = 60;
 
 /// Where scores come from, as [`Load::source`] holds it.
 pub mod source {
@@ -40,6 +43,14 @@ pub struct Load {
     pub reserved: u64,
 }
 
+/// The number after this one; 0 is for "none so far".
+pub const fn next(number: u32) -> u32 {
+    match number.wrapping_add(1) & 0xffff {
+        0 => 1,
+        next => next,
+    }
+}
+
 /// A report as its word.
 #[inline(always)]
 pub const fn report(score: u32, number: u32) -> u64 {
@@ -49,7 +60,9 @@ pub const fn report(score: u32, number: u32) -> u64 {
 /// What a sum must name to count for this report now: report's number, half-life.
 #[inline(always)]
 const fn tag(report: u64, now_s: u32) -> u32 {
-    ((report >> 32) as u32) << 16 | (now_s / HALF_LIFE_S) & 0xffff
+    let number = (report >> 32) as u32;
+    let half_life_s = if number == 0 { HALF_LIFE_S } else { REPORTED_HALF_LIFE_S };
+    number << 16 | (now_s / half_life_s) & 0xffff
 }
 
 /// What has been added for this report, faded to now.
@@ -87,7 +100,7 @@ map_value!(Load);
 mod tests {
     use super::*;
 
-    const NOW_S: u32 = 100_000 * HALF_LIFE_S;
+    const NOW_S: u32 = 10_000 * REPORTED_HALF_LIFE_S;
 
     #[test]
     fn what_was_placed_counts_until_the_next_report() {
@@ -114,9 +127,18 @@ mod tests {
     }
 
     #[test]
+    fn a_report_that_never_comes_is_not_waited_for() {
+        let first = report(0, 7);
+        let sum = charged(first, 0, NOW_S, 8 * FLOW);
+        assert_eq!(added(first, sum, NOW_S + 10) / FLOW, 8);
+        assert_eq!(added(first, sum, NOW_S + 2 * REPORTED_HALF_LIFE_S) / FLOW, 2);
+    }
+
+    #[test]
     fn nothing_overflows() {
         let sum = charged(0, charged(0, 0, NOW_S, u32::MAX), NOW_S, FLOW);
         assert_eq!(total(report(1, 0), sum, NOW_S), u32::MAX);
-        assert_eq!(total(report(u32::MAX, 65_536), sum, NOW_S), u32::MAX, "numbers are compared modulo 2^16");
+        assert_eq!(total(report(u32::MAX, 0), sum, NOW_S), u32::MAX);
+        assert_eq!([next(0), next(1), next(0xffff)], [1, 2, 1]);
     }
 }

@@ -137,7 +137,7 @@ impl HashTables {
     pub fn report(&self, backend: u32, score: u32) {
         let mut loads = self.loads.borrow_mut();
         let entry = loads.entry(backend).or_insert(Load { cost: load::FLOW, ..Load::default() });
-        entry.report = load::report(score, ((entry.report >> 32) as u32).wrapping_add(1));
+        entry.report = load::report(score, load::next((entry.report >> 32) as u32));
     }
 
     /// Moves the clock forward.

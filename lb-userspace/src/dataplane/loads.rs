@@ -7,7 +7,7 @@
 use super::{DataplaneError, mapped::MappedArray};
 use lb_common::{
     Load,
-    load::{FLOW, report, source},
+    load::{FLOW, next, report, source},
     names,
 };
 use std::mem::offset_of;
@@ -42,9 +42,10 @@ impl Loads {
         super::stored(done, names::LOADS, index)
     }
 
-    /// Forgets a backend's load. What programs that still run add is for the report before, so it does not count.
+    /// Forgets a backend's load: no report so far. What programs that still run add is for the one before, so it does
+    /// not count.
     pub fn clear(&self, index: u32) -> Result<(), DataplaneError> {
-        super::stored(self.store(index, 0).is_some(), names::LOADS, index)
+        super::stored(self.entries.store_u64(index, offset_of!(Load, report), 0), names::LOADS, index)
     }
 
     /// Reports live flows, for a backend whose load is their number.
@@ -58,7 +59,7 @@ impl Loads {
     /// One store: score and the next number.
     fn store(&self, index: u32, score: u32) -> Option<()> {
         let number = (self.get(index)?.report >> 32) as u32;
-        let word = report(score, number.wrapping_add(1));
+        let word = report(score, next(number));
         self.entries.store_u64(index, offset_of!(Load, report), word).then_some(())
     }
 }

@@ -10,6 +10,7 @@ mod dataplane;
 mod machine;
 mod objects;
 mod packet;
+mod placement;
 mod processor;
 mod report;
 mod sidebyside;
@@ -40,6 +41,8 @@ enum Command {
     Packet(packet::Options),
     /// Real requests through ours and through what people use, in network namespaces.
     SideBySide(sidebyside::Options),
+    /// Time in queue by scheduler, simulated over the packet code.
+    Placement(placement::Options),
     /// The control plane's parts, and a running daemon.
     Control(control::Options),
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         None => report::run(&arguments.all),
         Some(Command::Packet(options)) => packet::run(&options),
         Some(Command::SideBySide(options)) => sidebyside::run(&options),
+        Some(Command::Placement(options)) => placement::run(&options),
         Some(Command::Control(options)) => control::run(&options),
     };
     match result {
