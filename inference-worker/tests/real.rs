@@ -105,10 +105,10 @@ fn resident_bytes() -> u64 {
     statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-/// Mixed load for `LB_SOAK_SECONDS` (60; 1800 for the long form): nothing stuck, no block lost, memory flat.
+/// Mixed load for `LB_SOAK_SECONDS` (120; 1800 for the long form): nothing stuck, no block lost, memory flat.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mixed_load_leaves_nothing_behind() {
-    let seconds = std::env::var("LB_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(60);
+    let seconds = std::env::var("LB_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(120);
     let (worker, _turn) = worker(WorkerOptions::default()).await;
     let client = reqwest::Client::new();
     let (done, left) = (AtomicU64::new(0), AtomicU64::new(0));

@@ -8,8 +8,8 @@
 use super::packed::{Format, Packed, STRIP, TILE, decode_row};
 use super::pool::Pool;
 
+mod ahead;
 #[cfg(target_arch = "x86_64")]
-#[path = "kernels_x86.rs"]
 mod x86;
 
 /// Instruction sets with kernels of their own.
@@ -65,6 +65,22 @@ impl Isa {
 /// Tokens whose activations are kept in the first-level cache while the weights stream by.
 const TOKEN_BLOCK: usize = 24;
 
+/// Tiles of a strip, or of a part of it.
+#[derive(Clone, Copy)]
+pub struct Strip<'a> {
+    /// Layout of its tiles.
+    pub format: Format,
+    /// Its values.
+    pub values: &'a [u8],
+    /// Its scales.
+    pub scales: &'a [u8],
+}
+
+fn packed_strip(w: &Packed, strip: usize) -> Strip<'_> {
+    let (values, scales) = w.strip(strip);
+    Strip { format: w.format, values, scales }
+}
+
 /// A mutable buffer that several threads write at disjoint places.
 #[derive(Clone, Copy)]
 pub struct SharedOut(pub *mut f32, pub usize);
@@ -115,16 +131,18 @@ pub fn product(isa: Isa, pool: &mut Pool, p: &Product<'_>, y: &mut [f32]) {
     if p.tokens == 0 {
         return;
     }
+    let out = SharedOut::new(y);
+    if p.tokens >= ahead::FROM && isa != Isa::Portable {
+        return ahead::product(isa, pool, p, out);
+    }
     let strips = p.w.strips();
     // Enough parts to even out threads of unequal speed, few enough that taking one costs nothing.
     let parts = (pool.threads() * 8).min(strips);
-    let out = SharedOut::new(y);
     pool.run(parts, &|part| {
-        let range = strips * part / parts..strips * (part + 1) / parts;
         let mut from = 0;
         while from < p.tokens {
             let n = TOKEN_BLOCK.min(p.tokens - from);
-            for strip in range.clone() {
+            for strip in strips * part / parts..strips * (part + 1) / parts {
                 strip_product(isa, p, strip, from, n, out);
             }
             from += n;
@@ -134,6 +152,7 @@ pub fn product(isa: Isa, pool: &mut Pool, p: &Product<'_>, y: &mut [f32]) {
 
 /// One strip for tokens `from..from + n`. Writes rows `strip·4..` of those tokens only.
 fn strip_product(isa: Isa, p: &Product<'_>, strip: usize, from: usize, n: usize, out: SharedOut) {
+    let weights = packed_strip(p.w, strip);
     let rows = STRIP.min(p.w.rows - strip * STRIP);
     let mut t = from;
     while t < from + n {
@@ -142,11 +161,11 @@ fn strip_product(isa: Isa, p: &Product<'_>, strip: usize, from: usize, n: usize,
         let step = match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Isa::best` saw the features; `product` checked that x holds these tokens.
-            Isa::Avx512 => unsafe { x86::strip_avx512(p, strip, t, left, &mut sums) },
+            Isa::Avx512 => unsafe { x86::strip_avx512(p, weights, t, left, &mut sums) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx2 => unsafe { x86::strip_avx2(p, strip, t, left, &mut sums) },
-            _ => strip_portable(p, strip, t, left, &mut sums),
+            Isa::Avx2 => unsafe { x86::strip_avx2(p, weights, t, left, &mut sums) },
+            _ => strip_portable(p, weights, t, left, &mut sums),
         };
         for (i, sums) in sums.iter().enumerate().take(step) {
             // SAFETY: these rows of token t + i belong to this strip, which one thread works on.
@@ -161,18 +180,18 @@ fn strip_product(isa: Isa, p: &Product<'_>, strip: usize, from: usize, n: usize,
 
 fn strip_portable(
     p: &Product<'_>,
-    strip: usize,
+    strip: Strip<'_>,
     from: usize,
     left: usize,
     sums: &mut [[f32; STRIP]; 8],
 ) -> usize {
     let n = left.min(4);
-    let (values, scales) = p.w.strip(strip);
-    let (vb, sb) = (p.w.format.tile_bytes(), p.w.format.scale_bytes());
+    let Strip { format, values, scales } = strip;
+    let (vb, sb) = (format.tile_bytes(), format.scale_bytes());
     let mut acc = [[[0.0f32; 16]; STRIP]; 4];
     for tile in 0..p.w.tiles() {
         for r in 0..STRIP {
-            let w = decode_row(p.w.format, &values[tile * vb..][..vb], &scales[tile * sb..][..sb], r);
+            let w = decode_row(format, &values[tile * vb..][..vb], &scales[tile * sb..][..sb], r);
             for (t, acc) in acc.iter_mut().enumerate().take(n) {
                 let x = &p.x[(from + t) * p.ldx + tile * TILE..][..TILE];
                 for half in 0..2 {
@@ -238,7 +257,8 @@ mod tests {
         let mut pool = Pool::new(2).unwrap();
         use DType::*;
         for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K] {
-            let (rows, cols) = (13, 512);
+            // Columns beyond a chunk of the kernels that decode ahead.
+            let (rows, cols) = (13, 1024);
             let bytes = random_tensor(dtype, rows, cols, &mut rng);
             let tensor = RawTensor { dtype, shape: vec![rows, cols], bytes: &bytes };
             let packed = Packed::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());
@@ -280,8 +300,15 @@ mod tests {
     fn a_batch_gives_the_same_bits_as_its_members() {
         let mut rng = StdRng::seed_from_u64(8);
         let mut pool = Pool::new(2).unwrap();
-        for (dtype, cols) in [(DType::Q4_1, 576), (DType::Q8_0, 576), (DType::F32, 100), (DType::BF16, 70)] {
-            let rows = 64;
+        for (dtype, cols) in [
+            (DType::Q4_1, 576),
+            (DType::Q4_K, 2048),
+            (DType::Q8_0, 1536),
+            (DType::F32, 100),
+            (DType::F32, 900),
+            (DType::BF16, 70),
+        ] {
+            let rows = 62;
             let bytes = random_tensor(dtype, rows, cols, &mut rng);
             let tensor = RawTensor { dtype, shape: vec![rows, cols], bytes: &bytes };
             let packed = Packed::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());

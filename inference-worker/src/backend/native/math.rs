@@ -1,12 +1,9 @@
-//! Everything of a Llama step that is not a matrix product: norms, rotation, activation, attention.
+//! Everything of a Llama step that is not a matrix product: norms, rotation, activation, softmax.
 //!
 //! Plain loops over arrays, compiled once per instruction set ([`Isa`]) so that the compiler vectorises them
 //! for it. Called by the native backend; all slices are row-major f32.
 
 use super::kernels::Isa;
-
-/// Tokens of a block of the paged KV cache: one AVX-512 register of keys.
-pub const BLOCK: usize = 16;
 
 /// Defines a function that is compiled for each instruction set and picks at run time.
 macro_rules! per_isa {
@@ -133,200 +130,9 @@ pub fn rotate(x: &mut [f32], dim: usize, cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Where the keys and values of one layer lie.
-///
-/// Keys: `[block][kv_head][dim][16]` (sixteen tokens' values of a dimension side by side, so that sixteen
-/// scores are one register); values: `[block][kv_head][16][dim]`.
-#[derive(Debug, Clone, Copy)]
-pub struct KvLayout {
-    /// Key/value heads.
-    pub heads: usize,
-    /// Values per head.
-    pub dim: usize,
-}
-
-impl KvLayout {
-    /// Values of one head in one block.
-    pub fn head_block(&self) -> usize {
-        self.dim * BLOCK
-    }
-
-    /// First value of `head` in `block`.
-    pub fn at(&self, block: u32, head: usize) -> usize {
-        (block as usize * self.heads + head) * self.head_block()
-    }
-}
-
-/// Query rows that share one pass over the keys.
-pub const MAX_ROWS: usize = 4;
-
-per_isa! {
-    /// Attention of up to `MAX_ROWS` query rows of one key/value head over a sequence's blocks.
-    ///
-    /// `q` is `[rows][dim]`, already rotated and scaled; row i sees the first `seen[i]` tokens. Writes
-    /// `out[rows][dim]`. `scores` is scratch, grown as needed.
-    pub fn attend / attend_body(
-        q: &[f32], seen: &[usize], kv: KvLayout, head: usize, blocks: &[u32], keys: &[f32], values: &[f32],
-        scores: &mut Vec<f32>, out: &mut [f32],
-    )
-}
-
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the operands of attention")]
-fn attend_body<const FUSED: bool>(
-    q: &[f32],
-    seen: &[usize],
-    kv: KvLayout,
-    head: usize,
-    blocks: &[u32],
-    keys: &[f32],
-    values: &[f32],
-    scores: &mut Vec<f32>,
-    out: &mut [f32],
-) {
-    match seen.len() {
-        1 => rows::<FUSED, 1>(q, seen, kv, head, blocks, keys, values, scores, out),
-        2 => rows::<FUSED, 2>(q, seen, kv, head, blocks, keys, values, scores, out),
-        3 => rows::<FUSED, 3>(q, seen, kv, head, blocks, keys, values, scores, out),
-        _ => rows::<FUSED, 4>(q, seen, kv, head, blocks, keys, values, scores, out),
-    }
-}
-
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the operands of attention")]
-fn rows<const FUSED: bool, const R: usize>(
-    q: &[f32],
-    seen: &[usize],
-    kv: KvLayout,
-    head: usize,
-    blocks: &[u32],
-    keys: &[f32],
-    values: &[f32],
-    scores: &mut Vec<f32>,
-    out: &mut [f32],
-) {
-    let dim = kv.dim;
-    let longest = seen.iter().copied().max().unwrap_or(0);
-    let used = longest.div_ceil(BLOCK);
-    let stride = used * BLOCK;
-    if scores.len() < R * stride {
-        scores.resize(R * stride, 0.0);
-    }
-    // Scores, sixteen keys at a time. Two partial sums per row hide the latency of the addition.
-    for (b, block) in blocks[..used].iter().enumerate() {
-        let k = &keys[kv.at(*block, head)..][..kv.head_block()];
-        let mut acc = [[[0.0f32; BLOCK]; 2]; R];
-        let (lines, _) = k.as_chunks::<BLOCK>();
-        for (d, pair) in lines.chunks_exact(2).enumerate() {
-            for r in 0..R {
-                let (q0, q1) = (q[r * dim + 2 * d], q[r * dim + 2 * d + 1]);
-                for i in 0..BLOCK {
-                    acc[r][0][i] = fma::<FUSED>(q0, pair[0][i], acc[r][0][i]);
-                    acc[r][1][i] = fma::<FUSED>(q1, pair[1][i], acc[r][1][i]);
-                }
-            }
-        }
-        for r in 0..R {
-            for i in 0..BLOCK {
-                scores[r * stride + b * BLOCK + i] = acc[r][0][i] + acc[r][1][i];
-            }
-        }
-    }
-    let mut inverse = [0.0f32; R];
-    for r in 0..R {
-        inverse[r] = softmax::<FUSED>(&mut scores[r * stride..][..stride], seen[r]);
-    }
-    // Weighted sum of the values, sixteen dimensions at a time... the weights of unseen tokens are zero.
-    let (mut d, step) = (0, 64);
-    while d < dim {
-        let width = step.min(dim - d);
-        if width == step {
-            weighted::<FUSED, R, 4>(
-                d,
-                kv,
-                head,
-                &blocks[..used],
-                values,
-                scores,
-                stride,
-                longest,
-                &inverse,
-                out,
-            );
-            d += step;
-        } else if width >= 16 {
-            weighted::<FUSED, R, 1>(
-                d,
-                kv,
-                head,
-                &blocks[..used],
-                values,
-                scores,
-                stride,
-                longest,
-                &inverse,
-                out,
-            );
-            d += 16;
-        } else {
-            for r in 0..R {
-                for c in d..dim {
-                    let mut sum = 0.0;
-                    for t in 0..longest {
-                        let v = &values[kv.at(blocks[t / BLOCK], head)..];
-                        sum = fma::<FUSED>(scores[r * stride + t], v[t % BLOCK * dim + c], sum);
-                    }
-                    out[r * dim + c] = sum * inverse[r];
-                }
-            }
-            d = dim;
-        }
-    }
-}
-
-/// Dimensions `d..d + 16·C` of the weighted sum of values, for R rows.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "the operands of attention")]
-fn weighted<const FUSED: bool, const R: usize, const C: usize>(
-    d: usize,
-    kv: KvLayout,
-    head: usize,
-    blocks: &[u32],
-    values: &[f32],
-    scores: &[f32],
-    stride: usize,
-    longest: usize,
-    inverse: &[f32; R],
-    out: &mut [f32],
-) {
-    let mut acc = [[[0.0f32; 16]; C]; R];
-    for (b, block) in blocks.iter().enumerate() {
-        let v = &values[kv.at(*block, head)..][..kv.head_block()];
-        let tokens = BLOCK.min(longest - b * BLOCK);
-        for t in 0..tokens {
-            let line = &v[t * kv.dim + d..][..16 * C];
-            for r in 0..R {
-                let p = scores[r * stride + b * BLOCK + t];
-                for c in 0..C {
-                    for i in 0..16 {
-                        acc[r][c][i] = fma::<FUSED>(p, line[c * 16 + i], acc[r][c][i]);
-                    }
-                }
-            }
-        }
-    }
-    for r in 0..R {
-        for c in 0..C {
-            for i in 0..16 {
-                out[r * kv.dim + d + c * 16 + i] = acc[r][c][i] * inverse[r];
-            }
-        }
-    }
-}
-
 /// Turns scores into weights (not yet normalised); returns one over their sum. Those past `seen` become 0.
 #[inline(always)]
-fn softmax<const FUSED: bool>(scores: &mut [f32], seen: usize) -> f32 {
+pub fn softmax<const FUSED: bool>(scores: &mut [f32], seen: usize) -> f32 {
     let (live, dead) = scores.split_at_mut(seen);
     dead.fill(0.0);
     let mut top = [f32::NEG_INFINITY; 16];
@@ -354,7 +160,6 @@ fn softmax<const FUSED: bool>(scores: &mut [f32], seen: usize) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rand::{Rng, SeedableRng, rngs::StdRng};
 
     #[test]
     fn exp_is_accurate() {
@@ -367,46 +172,6 @@ mod tests {
         }
         assert_eq!(exp::<false>(0.0), 1.0);
         assert!(exp::<false>(f32::NEG_INFINITY) < 1e-37);
-    }
-
-    #[test]
-    fn attention_agrees_with_its_definition() {
-        let mut rng = StdRng::seed_from_u64(3);
-        for (dim, context) in [(64usize, 1usize), (64, 16), (64, 37), (128, 50), (24, 33), (80, 20), (8, 5)] {
-            let kv = KvLayout { heads: 2, dim };
-            let blocks: Vec<u32> = (0..context.div_ceil(BLOCK) as u32).map(|b| (b * 5 + 3) % 7).collect();
-            let mut keys = vec![f32::NAN; 7 * 2 * kv.head_block()];
-            let mut values = vec![0.0; keys.len()];
-            keys.fill_with(|| rng.random_range(-1.0..1.0));
-            values.fill_with(|| rng.random_range(-1.0..1.0));
-            let key = |t: usize, d: usize| keys[kv.at(blocks[t / BLOCK], 1) + d * BLOCK + t % BLOCK];
-            let value = |t: usize, d: usize| values[kv.at(blocks[t / BLOCK], 1) + t % BLOCK * dim + d];
-            for rows in 1..=MAX_ROWS {
-                let q: Vec<f32> = (0..rows * dim).map(|_| rng.random_range(-1.0..1.0)).collect();
-                let seen: Vec<usize> = (0..rows).map(|r| context.saturating_sub(r).max(1)).collect();
-                for isa in Isa::available() {
-                    let mut out = vec![0.0; rows * dim];
-                    attend(isa, &q, &seen, kv, 1, &blocks, &keys, &values, &mut Vec::new(), &mut out);
-                    for r in 0..rows {
-                        let scores: Vec<f64> = (0..seen[r])
-                            .map(|t| {
-                                (0..dim).map(|d| f64::from(q[r * dim + d] * key(t, d))).sum::<f64>().exp()
-                            })
-                            .collect();
-                        let total: f64 = scores.iter().sum();
-                        for d in 0..dim {
-                            let want: f64 =
-                                (0..seen[r]).map(|t| scores[t] / total * f64::from(value(t, d))).sum();
-                            let got = f64::from(out[r * dim + d]);
-                            assert!(
-                                (got - want).abs() < 1e-5,
-                                "{isa:?} dim {dim} row {r}: {got} is not {want}"
-                            );
-                        }
-                    }
-                }
-            }
-        }
     }
 
     #[test]

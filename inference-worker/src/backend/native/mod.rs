@@ -4,18 +4,22 @@
 //! file's own type and are decoded in registers; activations, cache and sums are f32, so results are those
 //! of the dequantised model in f32.
 
+mod aligned;
+mod attention;
 pub mod kernels;
+mod lanes;
 mod math;
 mod packed;
 mod pool;
 
 use std::{cell::RefCell, sync::Arc};
 
-pub use math::BLOCK;
+pub use attention::BLOCK;
 
 use self::{
+    aligned::AlignedF32,
+    attention::{Attend, KvLayout, MAX_ROWS, attend},
     kernels::{Isa, Product, SharedOut, product},
-    math::{KvLayout, MAX_ROWS},
     packed::{Packed, TILE},
     pool::Pool,
 };
@@ -33,20 +37,20 @@ struct Layer {
     ffn_norm: Vec<f32>,
     gate_up: Packed,
     down: Packed,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: AlignedF32,
+    values: AlignedF32,
 }
 
 /// Buffers of a step, kept between steps.
 #[derive(Default)]
 struct Buffers {
-    x: Vec<f32>,
-    normed: Vec<f32>,
-    qkv: Vec<f32>,
-    attended: Vec<f32>,
-    gate_up: Vec<f32>,
-    active: Vec<f32>,
-    angles: Vec<f32>,
+    x: AlignedF32,
+    normed: AlignedF32,
+    qkv: AlignedF32,
+    attended: AlignedF32,
+    gate_up: AlignedF32,
+    active: AlignedF32,
+    angles: AlignedF32,
 }
 
 /// A Llama on the CPU.
@@ -72,9 +76,17 @@ struct Token {
     slot: usize,
 }
 
-/// Up to `MAX_ROWS` query rows of one part and one key/value head.
-struct AttendItem {
+/// Tokens of a part that are computed: its last `len`, in the buffers from row `row` on.
+#[derive(Clone, Copy)]
+struct Span {
     part: usize,
+    row: usize,
+    len: usize,
+}
+
+/// Up to `MAX_ROWS` query rows of one span and one key/value head.
+struct AttendItem {
+    span: Span,
     head: usize,
     first: usize,
     rows: usize,
@@ -141,8 +153,8 @@ impl NativeBackend {
                 )?,
                 down: matrix(&[("mlp.down_proj.weight", c.hidden, c.ffn)], l)?,
                 // Zero pages: the system gives memory only to blocks that are used.
-                keys: vec![0.0; kv_len],
-                values: vec![0.0; kv_len],
+                keys: AlignedF32::zeroed(kv_len),
+                values: AlignedF32::zeroed(kv_len),
             });
         }
         let (frequencies, rope_scale) = c.rope_frequencies();
@@ -232,7 +244,7 @@ impl NativeBackend {
         });
     }
 
-    fn attend(&mut self, layer: usize, parts: &[SeqPart<'_>], firsts: &[usize], items: &[AttendItem]) {
+    fn attend(&mut self, layer: usize, parts: &[SeqPart<'_>], items: &[AttendItem]) {
         let c = &self.config;
         let (dim, group) = (c.head_dim, c.heads / c.kv_heads);
         let (width, ld) = (c.q_dim() + 2 * c.kv_dim(), padded(c.q_dim()));
@@ -240,9 +252,10 @@ impl NativeBackend {
         let (isa, layer, qkv) = (self.isa, &self.layers[layer], &self.buffers.qkv);
         let out = SharedOut::new(&mut self.buffers.attended);
         self.pool.run(items.len(), &|i| {
-            let AttendItem { part, head, first, rows } = items[i];
-            let p = &parts[part];
-            // Row n of a part and head is query head n % group of token n / group.
+            let AttendItem { span, head, first, rows } = items[i];
+            let p = &parts[span.part];
+            let start = p.start + p.tokens.len() - span.len;
+            // Row n of a span and head is query head n % group of token n / group.
             let place = |row: usize| {
                 let n = first + row;
                 (n / group, (head * group + n % group) * dim)
@@ -252,30 +265,42 @@ impl NativeBackend {
             let (q, o) = (&mut q[..rows * dim], &mut o[..rows * dim]);
             for row in 0..rows {
                 let (t, at) = place(row);
-                q[row * dim..][..dim].copy_from_slice(&qkv[(firsts[part] + t) * width + at..][..dim]);
-                seen[row] = p.start + t + 1;
+                q[row * dim..][..dim].copy_from_slice(&qkv[(span.row + t) * width + at..][..dim]);
+                seen[row] = start + t + 1;
             }
-            SCORES.with_borrow_mut(|scores| {
-                math::attend(
-                    isa,
-                    q,
-                    &seen[..rows],
-                    layout,
-                    head,
-                    p.blocks,
-                    &layer.keys,
-                    &layer.values,
-                    scores,
-                    o,
-                );
-            });
+            let operands = Attend {
+                q,
+                seen: &seen[..rows],
+                kv: layout,
+                head,
+                blocks: p.blocks,
+                keys: &layer.keys,
+                values: &layer.values,
+            };
+            SCORES.with_borrow_mut(|scores| attend(isa, &operands, scores, o));
             for row in 0..rows {
                 let (t, at) = place(row);
                 // SAFETY: this head of this token belongs to this item alone.
-                unsafe { out.part((firsts[part] + t) * ld + at, dim) }
-                    .copy_from_slice(&o[row * dim..][..dim]);
+                unsafe { out.part((span.row + t) * ld + at, dim) }.copy_from_slice(&o[row * dim..][..dim]);
             }
         });
+    }
+
+    fn attend_items(&self, spans: &[Span]) -> Vec<AttendItem> {
+        let group = self.config.heads / self.config.kv_heads;
+        let mut items = Vec::new();
+        for span in spans {
+            let rows = span.len * group;
+            for head in 0..self.config.kv_heads {
+                items.extend((0..rows).step_by(MAX_ROWS).map(|first| AttendItem {
+                    span: *span,
+                    head,
+                    first,
+                    rows: MAX_ROWS.min(rows - first),
+                }));
+            }
+        }
+        items
     }
 
     fn activate(&mut self, tokens: usize) {
@@ -302,10 +327,8 @@ impl NativeBackend {
             (&mut b.active, padded(c.ffn)),
             (&mut b.angles, c.head_dim),
         ] {
-            // Grown only: the padding beyond a row's width is zero from here on and never written.
-            if buffer.len() < total * width {
-                buffer.resize(total * width, 0.0);
-            }
+            // The padding beyond a row's width is zero from here on and never written.
+            buffer.need(total * width);
         }
         let half = c.head_dim / 2;
         let tokens = parts.iter().flat_map(|p| p.tokens.iter().enumerate().map(|(i, id)| (p.start + i, *id)));
@@ -338,21 +361,29 @@ impl NativeBackend {
         Ok(())
     }
 
-    fn finish(&mut self, parts: &[SeqPart<'_>], firsts: &[usize], out: &mut StepOutput) {
+    /// Brings the tokens whose hidden state is wanted to the front, in order; the last layer computes no others.
+    fn keep_wanted(&mut self, parts: &[SeqPart<'_>], spans: &[Span]) -> Vec<Span> {
+        let (h, width) = (self.config.hidden, self.config.q_dim() + 2 * self.config.kv_dim());
+        let (mut kept, mut row) = (Vec::new(), 0);
+        for span in spans {
+            let len = match parts[span.part].want {
+                Want::Nothing | Want::Sample(_) => continue,
+                Want::Last => 1,
+                Want::All | Want::Hidden => span.len,
+            };
+            let from = span.row + span.len - len..span.row + span.len;
+            self.buffers.x.copy_within(from.start * h..from.end * h, row * h);
+            self.buffers.qkv.copy_within(from.start * width..from.end * width, row * width);
+            kept.push(Span { part: span.part, row, len });
+            row += len;
+        }
+        kept
+    }
+
+    /// What the kept tokens give: logits, or sums of hidden states.
+    fn finish(&mut self, parts: &[SeqPart<'_>], tokens: usize, out: &mut StepOutput) {
         let (h, vocab) = (self.config.hidden, self.config.vocab);
-        // Bring the rows whose hidden state is wanted to the front, in order.
-        let mut rows = Vec::new();
-        for (p, first) in parts.iter().zip(firsts) {
-            match p.want {
-                Want::Nothing | Want::Sample(_) => {}
-                Want::Last => rows.push(first + p.tokens.len() - 1),
-                Want::All | Want::Hidden => rows.extend(*first..first + p.tokens.len()),
-            }
-        }
-        for (to, from) in rows.iter().enumerate() {
-            self.buffers.x.copy_within(from * h..(from + 1) * h, to * h);
-        }
-        self.norm_all(Norm::Final, rows.len());
+        self.norm_all(Norm::Final, tokens);
         let ld = padded(h);
         out.vocab = vocab;
         out.logits.clear();
@@ -456,38 +487,34 @@ impl Backend for NativeBackend {
 
     fn step(&mut self, parts: &[SeqPart<'_>], out: &mut StepOutput) -> Result<(), BackendError> {
         self.check(parts)?;
-        let (mut firsts, mut tokens, mut items) = (Vec::new(), Vec::new(), Vec::new());
-        let group = self.config.heads / self.config.kv_heads;
+        let (mut spans, mut tokens) = (Vec::new(), Vec::new());
         for (part, p) in parts.iter().enumerate() {
-            firsts.push(tokens.len());
+            spans.push(Span { part, row: tokens.len(), len: p.tokens.len() });
             tokens.extend(
                 (p.start..p.start + p.tokens.len())
                     .map(|at| Token { block: p.blocks[at / BLOCK], slot: at % BLOCK }),
             );
-            let rows = p.tokens.len() * group;
-            for head in 0..self.config.kv_heads {
-                items.extend((0..rows).step_by(MAX_ROWS).map(|first| AttendItem {
-                    part,
-                    head,
-                    first,
-                    rows: MAX_ROWS.min(rows - first),
-                }));
-            }
         }
-        let total = tokens.len();
+        let mut total = tokens.len();
         self.prepare(parts, total);
+        let mut items = self.attend_items(&spans);
         for l in 0..self.config.layers {
             self.norm_all(Norm::Attention(l), total);
             self.product(Which::Qkv(l), total);
             self.rotate_and_store(l, &tokens);
-            self.attend(l, parts, &firsts, &items);
+            if l + 1 == self.config.layers {
+                spans = self.keep_wanted(parts, &spans);
+                items = self.attend_items(&spans);
+                total = spans.iter().map(|span| span.len).sum();
+            }
+            self.attend(l, parts, &items);
             self.product(Which::Out(l), total);
             self.norm_all(Norm::Ffn(l), total);
             self.product(Which::GateUp(l), total);
             self.activate(total);
             self.product(Which::Down(l), total);
         }
-        self.finish(parts, &firsts, out);
+        self.finish(parts, total, out);
         Ok(())
     }
 

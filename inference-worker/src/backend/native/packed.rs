@@ -172,6 +172,15 @@ impl Packed {
         (&self.values.bytes()[strip * v..][..v], &self.scales.bytes()[strip * s..][..s])
     }
 
+    /// Values of a strip of `Format::F32`.
+    pub fn strip_f32(&self, strip: usize) -> &[f32] {
+        assert_eq!(self.format, Format::F32, "only f32 can be read as it lies");
+        let values = self.strip(strip).0;
+        // SAFETY: the bytes are those of f32 values, and strips start at multiples of 512 bytes of an
+        // aligned buffer.
+        unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len() / size_of::<f32>()) }
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.values.len + self.scales.len
