@@ -9,6 +9,7 @@ use super::{
 use crate::{
     explain,
     model::{Backend, BackendState, Desired, Name, Protocol, Service},
+    store::delta,
 };
 use axum::{
     Json, Router,
@@ -124,26 +125,6 @@ fn names(path: &(String, String)) -> Result<(Name, Name), ApiError> {
     Ok((name(&path.0)?, name(&path.1)?))
 }
 
-/// RFC 7396: null removes, objects merge, all else replaces.
-fn merge_patch(target: &mut Value, patch: Value) {
-    let Value::Object(patch) = patch else {
-        *target = patch;
-        return;
-    };
-    if !target.is_object() {
-        *target = Value::Object(serde_json::Map::new());
-    }
-    if let Value::Object(target) = target {
-        for (key, value) in patch {
-            if value.is_null() {
-                target.remove(&key);
-            } else {
-                merge_patch(target.entry(key).or_insert(Value::Null), value);
-            }
-        }
-    }
-}
-
 /// Patches a thing through its JSON form, so that unknown keys and wrong types are refused.
 fn patched<T: serde::Serialize + DeserializeOwned>(
     thing: &T,
@@ -154,7 +135,7 @@ fn patched<T: serde::Serialize + DeserializeOwned>(
         return Err(ApiError::bad_request("body: a JSON object with the settings to change is needed"));
     }
     let mut value = serde_json::to_value(thing).map_err(|e| serde_error(place, &e))?;
-    merge_patch(&mut value, patch.clone());
+    delta::merge(&mut value, patch.clone());
     serde_json::from_value(value).map_err(|e| serde_error(place, &e))
 }
 
