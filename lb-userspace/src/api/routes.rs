@@ -30,7 +30,7 @@ const FLOWS: (usize, usize) = (100, 100_000);
 const REVISIONS: (usize, usize) = (20, 10_000);
 
 type Ctl = State<Arc<Control>>;
-type Reply<T> = Result<Json<T>, ApiError>;
+pub(super) type Reply<T> = Result<Json<T>, ApiError>;
 
 /// All routes.
 pub fn router(control: Arc<Control>) -> Router {
@@ -51,6 +51,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/config", put(config_apply).get(config_export))
         .route("/v1/history", get(history))
         .route("/v1/rollback", post(rollback))
+        .merge(super::store::routes())
         .fallback(|uri: axum::http::Uri| async move {
             ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
         })
@@ -63,7 +64,7 @@ pub fn router(control: Arc<Control>) -> Router {
 }
 
 /// Query parameters, with our errors.
-struct Params<T>(T);
+pub(super) struct Params<T>(pub T);
 
 impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     type Rejection = ApiError;
@@ -80,7 +81,7 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
 }
 
 /// A writer's name; those who may only read are refused here, unless they only try.
-struct Writer(String);
+pub(super) struct Writer(pub String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Writer {
     type Rejection = ApiError;
@@ -97,7 +98,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Writer {
 }
 
 /// A JSON body.
-fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
+pub(super) fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
     serde_json::from_slice(bytes).map_err(|e| serde_error("body", &e))
 }
 
@@ -117,7 +118,7 @@ fn serde_error(place: &str, error: &serde_json::Error) -> ApiError {
     }
 }
 
-fn name(text: &str) -> Result<Name, ApiError> {
+pub(super) fn name(text: &str) -> Result<Name, ApiError> {
     text.parse().map_err(|e: crate::model::NameError| ApiError::bad_request(e.to_string()))
 }
 

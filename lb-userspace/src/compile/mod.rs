@@ -215,6 +215,8 @@ pub struct ServiceStatus {
     pub transition_slots: u32,
     /// Slots whose flows may be in the flow table.
     pub tracked_slots: u32,
+    /// Of the table's primaries, by address: the same on every host with the same table.
+    pub table_hash: u64,
     /// Clock in ms since boot at which the last of them will be stable, if any is not.
     pub transition_until_ms: Option<i64>,
     /// Backends in name order, then removed ones.

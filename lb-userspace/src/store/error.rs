@@ -136,7 +136,8 @@ pub enum StoreError {
     /// It lost revisions that it had confirmed.
     #[error(
         "the store at {store} is at revision {found}, and has been at {seen}: it was set back, or restored from an \
-         older copy; this host keeps revision {seen}, until `lbctl store accept` says that {found} is right"
+         older copy; this host keeps revision {seen}, until `lbctl store accept` says that {found} is right (an empty \
+         store is then filled with what this host knows)"
     )]
     SetBack {
         /// Addresses.
@@ -173,7 +174,7 @@ pub enum StoreError {
         left_s: u64,
     },
     /// Nobody has the lock, or not with this token.
-    #[error("lock {name} is not held with this token: it has run out, or was taken away")]
+    #[error("lock {name} is not held, or not with this token: it has run out, or was released")]
     NotHeld {
         /// Lock.
         name: String,

@@ -13,6 +13,7 @@ pub mod delta;
 mod error;
 pub mod etcd;
 mod local;
+mod open;
 mod redb;
 
 pub use self::{
@@ -20,6 +21,7 @@ pub use self::{
     error::StoreError,
     etcd::EtcdStore,
     local::LocalFile,
+    open::Opener,
     redb::{FORMAT, RedbStore},
 };
 
@@ -85,6 +87,10 @@ fn new_id() -> String {
 /// How a store and this host get on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
+    /// `redb` or `etcd`.
+    pub engine: String,
+    /// File, or addresses and prefix.
+    pub place: String,
     /// Whether the store answers, and its answers are taken.
     pub connected: bool,
     /// Since when, in milliseconds since 1970 UTC.
@@ -200,20 +206,21 @@ pub trait Store: Send + Sync {
     /// Engine and members.
     fn about(&self) -> BoxFuture<'_, About>;
 
-    /// Fills an empty store: revisions as they are, oldest first, with numbers, authors and times. It is
-    /// all there in the end, or nothing is.
+    /// Fills an empty store: revisions as they are, oldest first, with numbers, authors and times; and the id
+    /// of the data, if they keep that. It is all there in the end, or nothing is.
     ///
     /// # Errors
     /// [`StoreError::NotEmpty`], or writing failed.
-    fn import(&self, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>>;
+    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Takes no more changes: the data has gone to another store.
+    /// Takes no more changes, as the data goes to another store; or, if to none, does so again.
     ///
     /// # Errors
     /// Writing failed.
-    fn retire(&self, to: String) -> BoxFuture<'_, Result<(), StoreError>>;
+    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Takes what the store holds now, although it is older than what this host has seen.
+    /// Takes what the store holds now, although it is older than what this host has seen; one that is empty
+    /// is filled with what this host knows.
     fn accept(&self);
 
     /// Tells all hosts a value, for as long as this lbd lives (and some seconds more); none takes it back.

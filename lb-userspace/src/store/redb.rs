@@ -59,7 +59,7 @@ pub struct RedbStore {
 struct Inner {
     database: Database,
     file: PathBuf,
-    id: String,
+    id: Mutex<String>,
     keep: u64,
     /// Held from the look at `head` to its change: redb lets the next writer in before that.
     writing: Mutex<()>,
@@ -101,6 +101,14 @@ impl RedbStore {
     /// # Errors
     /// The file is in use, newer, damaged, or cannot be written; it is left as it is.
     pub fn open(directory: &Path, keep: u64) -> Result<Self, StoreError> {
+        Self::beside(LocalFile::open(directory)?, directory, keep)
+    }
+
+    /// The same, where what belongs to this host is open already.
+    ///
+    /// # Errors
+    /// As [`RedbStore::open`].
+    pub fn beside(local: LocalFile, directory: &Path, keep: u64) -> Result<Self, StoreError> {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
         let file = directory.join("lb.redb");
         let (database, stored, id, moved) = guarded(&file, || {
@@ -112,14 +120,19 @@ impl RedbStore {
             let (id, moved) = notes(&database).map_err(|e| failed(&file, e))?;
             Ok((database, stored, id, moved))
         })?;
-        let local = LocalFile::open(directory)?;
         let now_ms = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-        let link =
-            Link { connected: true, since_ms: now_ms as u64, contact_ms: now_ms as u64, problem: None };
+        let link = Link {
+            engine: "redb".to_owned(),
+            place: file.display().to_string(),
+            connected: true,
+            since_ms: now_ms as u64,
+            contact_ms: now_ms as u64,
+            problem: None,
+        };
         let inner = Inner {
             database,
             file,
-            id,
+            id: Mutex::new(id),
             keep: keep.max(2),
             writing: Mutex::new(()),
             head: watch::Sender::new(stored),
@@ -334,7 +347,7 @@ impl Inner {
         Ok(())
     }
 
-    fn import(&self, all: Vec<Stored>) -> Result<(), StoreError> {
+    fn import(&self, id: Option<String>, all: Vec<Stored>) -> Result<(), StoreError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let count = self.head.borrow().revision.number;
         if count > 0 {
@@ -346,22 +359,32 @@ impl Inner {
             self.append(&write, &before, stored)?;
             before = stored.desired.clone();
         }
+        if let Some(id) = &id {
+            let mut notes = write.open_table(NOTES).map_err(|e| self.failed(e))?;
+            notes.insert("id", &**id).map_err(|e| self.failed(e))?;
+        }
         write.commit().map_err(|e| self.failed(e))?;
+        if let Some(id) = id {
+            *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+        }
         if let Some(last) = all.into_iter().next_back() {
             self.head.send_replace(last);
         }
         Ok(())
     }
 
-    fn retire(&self, to: String) -> Result<(), StoreError> {
+    fn retire(&self, to: Option<String>) -> Result<(), StoreError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let note = || -> Result<(), redb::Error> {
             let write = self.database.begin_write()?;
-            write.open_table(NOTES)?.insert("moved", &*to)?;
+            match &to {
+                Some(to) => write.open_table(NOTES)?.insert("moved", &**to)?.map(drop),
+                None => write.open_table(NOTES)?.remove("moved")?.map(drop),
+            };
             Ok(write.commit()?)
         };
         note().map_err(|e| self.failed(e))?;
-        *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = Some(to);
+        *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = to;
         Ok(())
     }
 
@@ -449,16 +472,16 @@ impl Store for RedbStore {
             size_bytes,
             problem: None,
         };
-        let about =
-            About { engine: "redb".to_owned(), place, id: self.inner.id.clone(), members: vec![member] };
+        let id = self.inner.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let about = About { engine: "redb".to_owned(), place, id, members: vec![member] };
         Box::pin(async { about })
     }
 
-    fn import(&self, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.import(revisions)))
+    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.import(id, revisions)))
     }
 
-    fn retire(&self, to: String) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(self.blocking(move |inner| inner.retire(to)))
     }
 

@@ -199,11 +199,11 @@ pub async fn an_import_brings_all_revisions_and_only_into_an_empty_store(
     let all = backup::revisions(&*from).await?;
     ensure!(all.iter().map(|s| s.revision.number).eq(6..=9), "{all:?}");
     let to = fixture.open_other().await?;
-    to.import(all.clone()).await?;
+    to.import(None, all.clone()).await?;
     ensure!(to.head() == from.head() && backup::revisions(&*to).await? == all);
     let next = to.commit(commit(9, state(&[]))).await?;
     ensure!(next.revision.number == 10);
-    let error = refused(to.import(all).await)?;
+    let error = refused(to.import(None, all).await)?;
     ensure!(matches!(error, StoreError::NotEmpty { count: 10, .. }), "{error}");
     Ok(())
 }
@@ -218,7 +218,7 @@ pub async fn a_backup_restores_elsewhere(fixture: &impl Fixture) -> Result<()> {
     let read = Backup::parse("f", &bytes)?;
     ensure!(read.store == from.about().await.id);
     let to = fixture.open_other().await?;
-    to.import(read.stored("f")?).await?;
+    to.import(Some("0123456789abcdef".into()), read.stored("f")?).await?;
     for number in 1..=20 {
         ensure!(to.get(number).await? == from.get(number).await?, "revision {number}");
     }
@@ -229,14 +229,17 @@ pub async fn a_backup_restores_elsewhere(fixture: &impl Fixture) -> Result<()> {
 pub async fn what_has_moved_takes_no_changes(fixture: &impl Fixture) -> Result<()> {
     let store = fixture.open(100).await?;
     store.commit(commit(0, state(&[("a", 1, &[])]))).await?;
-    store.retire("etcd://there:2379/lb".into()).await?;
-    let error = refused(store.commit(commit(1, state(&[]))).await)?.to_string();
+    store.retire(Some("file:///nowhere".into())).await?;
+    store.retire(None).await?;
+    store.commit(commit(1, state(&[("a", 2, &[])]))).await?;
+    store.retire(Some("etcd://there:2379/lb".into())).await?;
+    let error = refused(store.commit(commit(2, state(&[]))).await)?.to_string();
     ensure!(error.contains("migrated to etcd://there:2379/lb"), "{error}");
     drop(store);
     let store = fixture.open(100).await?;
-    let error = refused(store.commit(commit(1, state(&[]))).await)?;
+    let error = refused(store.commit(commit(2, state(&[]))).await)?;
     ensure!(matches!(error, StoreError::Moved { .. }), "{error}");
-    ensure!(store.head().revision.number == 1);
+    ensure!(store.head().revision.number == 2);
     Ok(())
 }
 

@@ -219,8 +219,18 @@ impl Inner {
                 return Ok(());
             }
             let seen = self.head.borrow().revision.number;
-            if seen > 0 && !self.accept.load(Ordering::Relaxed) {
-                return Err(StoreError::SetBack { store: self.place.clone(), found: 0, seen });
+            if seen > 0 {
+                if !self.accept.load(Ordering::Relaxed) {
+                    return Err(StoreError::SetBack { store: self.place.clone(), found: 0, seen });
+                }
+                let known: Vec<Known> = locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
+                self.fill(expected.clone(), known).await?;
+                tracing::warn!(
+                    store = self.place,
+                    revision = seen,
+                    "an empty store was filled with what this host knew"
+                );
+                continue;
             }
             let identity = Identity { format: FORMAT, id: expected.clone().unwrap_or_else(new_id) };
             let value = serde_json::to_vec(&identity).map_err(|e| self.failed(e))?;
@@ -253,10 +263,21 @@ impl Inner {
             self.accept.store(false, Ordering::Relaxed);
             return Ok(at);
         }
+        if seen > 0 && head.number >= seen && !self.is_same(&known, &head).await? {
+            // A store that was migrated has the same revisions under other nonces.
+            if let Some(there) = self.rebuild(seen).await?.filter(|there| there.stored == known.stored) {
+                let mut recent = locked(&self.recent);
+                recent.clear();
+                recent.insert(seen, there);
+            }
+        }
+        let known = self.known();
         let accept = self.accept.load(Ordering::Relaxed);
         let set_back = || StoreError::SetBack { store: self.place.clone(), found: head.number, seen };
         let mut new = None;
-        if head.number > seen {
+        if head == known.head() {
+            new = Some(Followed::New(Vec::new()));
+        } else if head.number > seen {
             new = self.fold_all(&known, head.number).await?;
         } else if !accept {
             return Err(set_back());
@@ -274,6 +295,20 @@ impl Inner {
         self.advance(new, accept);
         self.accept.store(false, Ordering::Relaxed);
         Ok(at)
+    }
+
+    /// Whether a known revision is the one that the store has under its number; taken to be if it is gone.
+    async fn is_same(&self, known: &Known, head: &Head) -> Result<bool, StoreError> {
+        let number = known.stored.revision.number;
+        if number == head.number {
+            return Ok(known.nonce == head.nonce);
+        }
+        let found = self.range(self.keys.revision(number), Vec::new(), SortOrder::None, 1).await;
+        let found = found.map_err(|e| self.call_failed(e))?;
+        match found.kvs.first() {
+            None => Ok(true),
+            Some(kv) => Ok(self.record(kv)?.1.nonce == known.nonce),
+        }
     }
 
     /// All revisions after a known one up to `to`; none if some of them are no longer there.

@@ -144,7 +144,14 @@ impl EtcdStore {
             None => (id, Known::zero()),
         };
         let has_state = known.stored.revision.number > 0;
-        let link = Link { connected: false, since_ms: now_ms(), contact_ms: 0, problem: None };
+        let link = Link {
+            engine: "etcd".to_owned(),
+            place: place.clone(),
+            connected: false,
+            since_ms: now_ms(),
+            contact_ms: 0,
+            problem: None,
+        };
         let inner = Arc::new(Inner {
             client,
             keys: Keys::new(&prefix),
@@ -384,11 +391,11 @@ impl Store for EtcdStore {
         Box::pin(self.inner.about())
     }
 
-    fn import(&self, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(write::import(&self.inner, revisions))
+    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(write::import(&self.inner, id, revisions))
     }
 
-    fn retire(&self, to: String) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(write::retire(&self.inner, to))
     }
 

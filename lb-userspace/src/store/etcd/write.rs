@@ -57,52 +57,77 @@ pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored,
 }
 
 /// Fills an empty store.
-pub(super) async fn import(inner: &Arc<Inner>, all: Vec<Stored>) -> Result<(), StoreError> {
+pub(super) async fn import(
+    inner: &Arc<Inner>,
+    id: Option<String>,
+    all: Vec<Stored>,
+) -> Result<(), StoreError> {
     inner.must_be_connected()?;
     let _turn = inner.writing.lock().await;
     let count = inner.known().stored.revision.number;
-    let not_empty = |count| StoreError::NotEmpty { store: inner.place.clone(), count };
     if count > 0 {
-        return Err(not_empty(count));
+        return Err(StoreError::NotEmpty { store: inner.place.clone(), count });
     }
-    // Until the head is written nobody looks at the rest; whatever an import left that was cut short goes first.
-    let empty = [is_absent(inner.keys.key("head"))];
-    let remains = ["revisions/", "snapshots/", "parts/"].map(|name| {
-        let begin = inner.keys.key(name);
-        delete(begin.clone(), end_of(&begin))
-    });
-    inner.guarded(&empty, remains.into()).await?;
-    let mut before = Known::zero();
-    let (mut ops, mut size) = (Vec::new(), 0);
-    for stored in all {
-        let known = Known { stored, nonce: new_id() };
-        let number = known.stored.revision.number;
-        let (value, large) = inner.encode(&before, &known)?;
-        if let Some((parts, bytes)) = &large {
-            inner.write_parts(parts, bytes, &empty).await.map_err(|e| inner.call_failed(e))?;
-        }
-        if number != before.stored.revision.number + 1 {
-            // What came before is not known: the state begins here.
-            ops.push(inner.snapshot(&known, &empty).await?);
-        }
-        size += value.len();
-        ops.push(put(inner.keys.revision(number), value, 0));
-        if ops.len() + 2 >= OPS || size > PIECE {
-            inner.guarded(&empty, std::mem::take(&mut ops)).await?;
-            size = 0;
-        }
-        before = known;
-    }
-    ops.push(put(inner.keys.key("head"), before.head().to_string().into_bytes(), 0));
-    inner.guarded(&empty, ops).await?;
-    inner.advance(vec![before], false);
+    let last =
+        inner.fill(id, all.into_iter().map(|stored| Known { stored, nonce: new_id() }).collect()).await?;
+    inner.advance(vec![last], false);
     Ok(())
 }
 
-/// Takes no more changes.
-pub(super) async fn retire(inner: &Inner, to: String) -> Result<(), StoreError> {
+impl Inner {
+    /// Fills a store that has no head, and returns the newest revision.
+    pub(super) async fn fill(&self, id: Option<String>, all: Vec<Known>) -> Result<Known, StoreError> {
+        let inner = self;
+        // Until the head is written nobody looks at the rest; whatever an import left that was cut short goes first.
+        let empty = [is_absent(inner.keys.key("head"))];
+        let remains = ["revisions/", "snapshots/", "parts/"].map(|name| {
+            let begin = inner.keys.key(name);
+            delete(begin.clone(), end_of(&begin))
+        });
+        inner.guarded(&empty, remains.into()).await?;
+        let mut before = Known::zero();
+        let (mut ops, mut size) = (Vec::new(), 0);
+        for known in all {
+            let number = known.stored.revision.number;
+            let (value, large) = inner.encode(&before, &known)?;
+            if let Some((parts, bytes)) = &large {
+                inner.write_parts(parts, bytes, &empty).await.map_err(|e| inner.call_failed(e))?;
+            }
+            if number != before.stored.revision.number + 1 {
+                // What came before is not known: the state begins here.
+                ops.push(inner.snapshot(&known, &empty).await?);
+            }
+            size += value.len();
+            ops.push(put(inner.keys.revision(number), value, 0));
+            if ops.len() + 2 >= OPS || size > PIECE {
+                inner.guarded(&empty, std::mem::take(&mut ops)).await?;
+                size = 0;
+            }
+            before = known;
+        }
+        if let Some(id) = id {
+            let identity = super::Identity { format: super::keys::FORMAT, id: id.clone() };
+            let value = serde_json::to_vec(&identity).map_err(|e| inner.failed(e))?;
+            ops.push(put(inner.keys.key("store"), value, 0));
+            *locked(&inner.id) = Some(id);
+        }
+        if before.stored.revision.number > 0 {
+            ops.push(put(inner.keys.key("head"), before.head().to_string().into_bytes(), 0));
+        }
+        inner.guarded(&empty, ops).await?;
+        Ok(before)
+    }
+}
+
+/// Takes no more changes, or does so again.
+pub(super) async fn retire(inner: &Inner, to: Option<String>) -> Result<(), StoreError> {
     inner.must_be_connected()?;
-    inner.guarded(&[], vec![put(inner.keys.key("moved"), to.into_bytes(), 0)]).await
+    let key = inner.keys.key("moved");
+    let op = match to {
+        Some(to) => put(key, to.into_bytes(), 0),
+        None => delete(key, Vec::new()),
+    };
+    inner.guarded(&[], vec![op]).await
 }
 
 /// After a commit: a snapshot, if it is due; and old revisions go.
