@@ -17,6 +17,7 @@ pub mod iperf;
 pub mod llm;
 pub mod netns;
 pub mod nginx;
+pub mod pair;
 pub mod process;
 pub mod program;
 pub mod stage;
