@@ -213,6 +213,7 @@ impl Scrape {
             "Newest revision of the desired state",
             head.revision.number as f64,
         )?;
+        self.store(out)?;
         let applied = &snapshot.applied;
         out.gauge("lb_control_applied_revision", "Revision that the maps show", applied.revision as f64)?;
         let failed = f64::from(u8::from(applied.error.is_some()));
@@ -234,6 +235,22 @@ impl Scrape {
         let ours = Reason::ALL.iter().filter(|r| !is_workers(**r));
         let reasons = ours.map(|&r| reason(&(r, self.counters.reason(r))));
         out.counters("lb_dataplane_packets", "Packets by reason: why they were not simply forwarded", reasons)
+    }
+
+    fn store(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let (link, report) = (self.control.link(), self.control.report());
+        let up = f64::from(u8::from(link.connected));
+        let labels = [("engine", link.engine.as_str())];
+        out.gauges("lb_store_connected", "Whether the store answers", std::iter::once((labels, up)))?;
+        // A file is always at hand.
+        let age_ms =
+            if link.engine == "redb" { 0 } else { crate::api::now_ms().saturating_sub(link.contact_ms) };
+        let help = "Time since the store last answered";
+        out.gauge("lb_store_contact_age_seconds", help, age_ms as f64 / 1e3)?;
+        let lag = [("last", report.lag.last_ms), ("mean", report.lag.mean_ms), ("max", report.lag.max_ms)];
+        let lag = lag.into_iter().map(|(over, ms)| ([("over", over)], ms as f64 / 1e3));
+        let help = "From a change's commit, on whatever host, to this host's maps, over the last changes";
+        out.gauges("lb_store_lag_seconds", help, lag)
     }
 
     fn services(&self, out: &mut Encoder<'_>) -> fmt::Result {

@@ -7,9 +7,13 @@
 #![allow(clippy::unwrap_used, reason = "a test file, helpers included")]
 
 use lb_userspace::{
-    api::{self, Control, memory::MemoryEngine},
+    api::{
+        self, Control,
+        memory::MemoryEngine,
+        store::{HostReport, Sharing},
+    },
     health::{Book, Checker, probe},
-    store::{RedbStore, Store},
+    store::{Opener, RedbStore, Store, etcd::Access},
 };
 use std::{path::Path, sync::Arc};
 
@@ -28,7 +32,12 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let prober: lb_userspace::health::Prober = Arc::new(|target| Box::pin(probe(target)));
             let checker = Checker::new(book.clone(), 10, prober, verdicts);
             tokio::spawn(checker.run(store.watch(), store.clone()));
+            let opener = Opener { local: store.local(), keep: 100, access: Access::default(), id: None };
             let control = Control::new(store, Arc::new(MemoryEngine::new(5)), book);
+            let named = |name: &str| name.to_owned();
+            let (host, region, zone) = (named("ingress-1"), named("eu"), named("a"));
+            control.share(Sharing { host: host.clone(), region: region.clone(), zone: zone.clone(), opener });
+            control.tell(HostReport { host, region, zone, ..HostReport::default() });
             tokio::spawn(control.clone().follow());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();
@@ -118,4 +127,97 @@ fn completions_and_man_pages_are_written() {
     let top = std::fs::read_to_string(pages.join("lbctl.1")).unwrap();
     assert!(top.contains("Exit codes"), "{top}");
     assert!(std::fs::read_to_string(pages.join("lbd-worker.1")).unwrap().contains("gue"));
+}
+
+#[test]
+fn store() {
+    run("tests/cli/store.trycmd");
+}
+
+/// Runs `lbctl` against a socket: exit code, and what it said.
+fn lbctl(socket: &Path, arguments: &[&str]) -> (i32, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lbctl"));
+    let output = command.env("LBD_SOCKET", socket).args(arguments).output().unwrap();
+    let said =
+        String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output.status.code().unwrap(), said)
+}
+
+#[test]
+fn a_backup_is_written_once_and_brought_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let (one, two) = (directory.path().join("one"), directory.path().join("two"));
+    std::fs::create_dir_all(&one).unwrap();
+    std::fs::create_dir_all(&two).unwrap();
+    let (one, two) = (start(&one), start(&two));
+    let file = directory.path().join("lb.backup").display().to_string();
+    lbctl(&one, &["service", "add", "web", "--vip", "10.0.0.1:80/tcp"]);
+    lbctl(&one, &["backend", "add", "web", "w1", "10.1.0.1"]);
+    let export = lbctl(&one, &["config", "export"]);
+    let (code, said) = lbctl(&one, &["store", "backup", &file]);
+    assert!(code == 0 && said.contains("2 revisions, up to 2"), "{said}");
+    let (code, said) = lbctl(&one, &["store", "backup", &file]);
+    assert!(code == 4 && said.contains("File exists"), "{said}");
+    // Into the store that it came from: one more revision.
+    lbctl(&one, &["backend", "rm", "web", "w1"]);
+    let (code, said) = lbctl(&one, &["store", "restore", &file, "--dry-run"]);
+    assert!(code == 0 && said.contains("+ backend web/w1"), "{said}");
+    let (code, said) = lbctl(&one, &["store", "restore", &file, "--if-revision", "2"]);
+    assert!(code == 4 && said.contains("at revision 3 by now, not 2"), "{said}");
+    let (code, said) = lbctl(&one, &["store", "restore", &file]);
+    assert!(code == 0 && said.contains("restored (revision 4"), "{said}");
+    assert_eq!(lbctl(&one, &["config", "export"]), export);
+    // Into an empty one: all of them.
+    let (code, said) = lbctl(&two, &["store", "restore", &file]);
+    assert!(code == 0 && said.contains("2 revisions, up to 2"), "{said}");
+    assert_eq!(lbctl(&two, &["config", "export"]), export);
+    let (_, said) = lbctl(&two, &["history"]);
+    assert!(said.contains("backend web/w1") || said.contains("add backend"), "{said}");
+    // Cut short.
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &bytes[..bytes.len() - 7]).unwrap();
+    let (code, said) = lbctl(&two, &["store", "restore", &file]);
+    assert!(code == 4 && said.contains("lb.backup is no sound backup"), "{said}");
+}
+
+#[test]
+fn a_file_with_its_revision_overwrites_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    let file = directory.path().join("services.toml").display().to_string();
+    lbctl(&socket, &["service", "add", "web", "--vip", "10.0.0.1:80/tcp"]);
+    let (code, text) = lbctl(&socket, &["config", "export", "--with-revision"]);
+    assert!(code == 0 && text.starts_with("revision = 1\n"), "{text}");
+    std::fs::write(&file, text.replace("port = 80", "port = 81")).unwrap();
+    lbctl(&socket, &["backend", "add", "web", "w1", "10.1.0.1"]);
+    let (code, said) = lbctl(&socket, &["config", "apply", &file]);
+    assert!(code == 4 && said.contains("at revision 2 by now, not 1"), "{said}");
+    assert_eq!(lbctl(&socket, &["config", "check", &file]).0, 0);
+}
+
+#[test]
+fn what_was_migrated_takes_no_changes() {
+    let directory = tempfile::tempdir().unwrap();
+    let (from, to) = (directory.path().join("from"), directory.path().join("to"));
+    std::fs::create_dir_all(&from).unwrap();
+    let socket = start(&from);
+    lbctl(&socket, &["service", "add", "web", "--vip", "10.0.0.1:80/tcp"]);
+    let url = format!("file://{}", to.display());
+    let (code, said) = lbctl(&socket, &["store", "migrate", "--to", &url]);
+    assert!(code == 0 && said.contains("restart each lbd with --store"), "{said}");
+    let (code, said) = lbctl(&socket, &["service", "rm", "web"]);
+    assert!(code == 4 && said.contains(&format!("migrated to {url}")), "{said}");
+    let store = RedbStore::open(&to, 100).unwrap();
+    assert_eq!((store.head().revision.number, store.head().desired.services.len()), (1, 1));
+}
+
+#[test]
+fn a_command_runs_under_the_lock() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    let program = env!("CARGO_BIN_EXE_lbctl");
+    let under = ["rollout", "lock", "--reason", "upgrade", "--", program, "rollout", "status", "rollout"];
+    let (code, said) = lbctl(&socket, &under);
+    assert!(code == 1 && said.contains("upgrade"), "{said}");
+    assert_eq!(lbctl(&socket, &["rollout", "status", "rollout"]).0, 0);
 }

@@ -42,6 +42,8 @@ enum Suite {
     Property,
     /// The binaries' command lines.
     Cli,
+    /// What a store promises, on each engine, and what hosts go through with an etcd that fails.
+    Store,
     /// Packet in, packet out on the loaded programs (root).
     Packet,
     /// Every shipped setting loads, within its instruction budget (root).
@@ -76,7 +78,7 @@ pub fn run(options: &Options) -> Result<()> {
         if options.suites.is_empty() { Suite::value_variants().to_vec() } else { options.suites.clone() };
     setup::run(&setup::Options {
         bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
-        packages: suites.iter().any(|suite| suite.needs_root() || *suite == Suite::Inference),
+        packages: suites.iter().any(|suite| suite.needs_programs()),
         inference: suites.contains(&Suite::Inference),
     })?;
     let mut outcomes = Vec::new();
@@ -258,9 +260,14 @@ impl Suite {
         matches!(self, Self::Packet | Self::Verifier | Self::E2e | Self::Fault)
     }
 
+    /// Whether it runs programs that set-up must find or install.
+    fn needs_programs(self) -> bool {
+        self.needs_root() || matches!(self, Self::Store | Self::Inference)
+    }
+
     /// Whether its tests depend on how soon things happen.
     fn meets_the_clock(self) -> bool {
-        matches!(self, Self::E2e | Self::Fault | Self::Inference)
+        matches!(self, Self::Store | Self::E2e | Self::Fault | Self::Inference)
     }
 
     fn runs_tests(self) -> bool {
@@ -271,6 +278,8 @@ impl Suite {
     fn runner_arguments(self) -> &'static [&'static str] {
         match self {
             Self::E2e | Self::Fault => &["--test-threads=1"],
+            // Each brings etcd members of its own.
+            Self::Store => &["--test-threads=2"],
             _ => &[],
         }
     }
@@ -296,6 +305,12 @@ impl Suite {
                 let mut command = cargo(&["test", "--package", "lb-userspace"]);
                 command.args(profile);
                 command.args(names.iter().flat_map(|name| ["--test", name]));
+                vec![command]
+            }
+            Self::Store => {
+                let mut command =
+                    cargo(&["test", "--no-fail-fast", "--manifest-path", "tests/store/Cargo.toml"]);
+                command.args(profile);
                 vec![command]
             }
             Self::Packet | Self::Verifier | Self::E2e | Self::Fault => {

@@ -4,19 +4,20 @@ use super::{
     ApiError, Engine,
     drains::Drains,
     engine::{EngineError, FlowFilter},
+    store::{HostReport, Sharing},
     types::{Applied, Change, Explanation, Flows, WriteQuery},
 };
 use crate::{
     explain::Query,
     health::Book,
     model::{Desired, differences},
-    store::{Commit, Store, StoreError, Stored},
+    store::{Commit, Link, Store, StoreError, Stored},
 };
 use std::{
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant, SystemTime},
 };
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
 
 /// How long a write waits for the maps before it says that it is still waiting.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,14 +34,45 @@ pub struct Control {
     pub(super) book: Arc<Book>,
     pub(super) started: Instant,
     pub(super) drains: Drains,
+    /// This host among the others, once the daemon has said.
+    pub(super) sharing: OnceLock<Sharing>,
+    /// What this host last told about itself.
+    pub(super) report: watch::Sender<HostReport>,
+    /// Held by whoever changes something; by one alone while the data move.
+    pub(super) changing: RwLock<()>,
     outcome: watch::Sender<Outcome>,
 }
 
 impl Control {
     /// Nothing is applied before [`Control::follow`] runs.
     pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<Book>) -> Arc<Self> {
-        let outcome = watch::Sender::new(None);
-        Arc::new(Self { store, engine, book, started: Instant::now(), drains: Drains::default(), outcome })
+        Arc::new(Self {
+            store,
+            engine,
+            book,
+            started: Instant::now(),
+            drains: Drains::default(),
+            sharing: OnceLock::new(),
+            report: watch::Sender::default(),
+            changing: RwLock::default(),
+            outcome: watch::Sender::new(None),
+        })
+    }
+
+    /// Says which host this is, and how to get at other stores.
+    pub fn share(&self, sharing: Sharing) {
+        // Said once, by the daemon.
+        let _ = self.sharing.set(sharing);
+    }
+
+    /// What this host last told about itself.
+    pub fn report(&self) -> HostReport {
+        self.report.borrow().clone()
+    }
+
+    /// How the store and this host get on.
+    pub fn link(&self) -> Link {
+        self.store.link().borrow().clone()
     }
 
     /// The engine.
@@ -161,7 +193,11 @@ impl Control {
                 message: message.clone(),
                 time: SystemTime::now(),
             };
-            match self.store.commit(commit).await {
+            let committed = {
+                let _turn = self.changing.read().await;
+                self.store.commit(commit).await
+            };
+            match committed {
                 Err(StoreError::Conflict { .. }) if query.expected.is_none() => {}
                 Err(error) => return Err(error.into()),
                 Ok(stored) => {

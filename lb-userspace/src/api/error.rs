@@ -78,6 +78,20 @@ impl From<StoreError> for ApiError {
         let (status, code) = match error {
             StoreError::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
             StoreError::NoRevision { .. } => (StatusCode::NOT_FOUND, "not_found"),
+            StoreError::CutOff { .. } | StoreError::Unreachable { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "cut_off")
+            }
+            StoreError::Unsure { .. } => (StatusCode::SERVICE_UNAVAILABLE, "unsure"),
+            StoreError::Stranger { .. } | StoreError::SetBack { .. } => {
+                (StatusCode::SERVICE_UNAVAILABLE, "other_data")
+            }
+            StoreError::Moved { .. } => (StatusCode::CONFLICT, "moved"),
+            StoreError::NotEmpty { .. } => (StatusCode::CONFLICT, "not_empty"),
+            StoreError::Held { .. } => (StatusCode::CONFLICT, "held"),
+            StoreError::NotHeld { .. } => (StatusCode::CONFLICT, "not_held"),
+            StoreError::Backup { .. } | StoreError::Newer { .. } | StoreError::Address { .. } => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "invalid")
+            }
             _ => (StatusCode::INTERNAL_SERVER_ERROR, "store"),
         };
         Self::new(status, code, error.to_string())

@@ -13,6 +13,7 @@ mod listener;
 pub mod memory;
 mod peer;
 mod routes;
+pub mod store;
 pub mod types;
 mod view;
 

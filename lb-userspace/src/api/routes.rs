@@ -9,6 +9,7 @@ use super::{
 use crate::{
     explain,
     model::{Backend, BackendState, Desired, Name, Protocol, Service},
+    store::delta,
 };
 use axum::{
     Json, Router,
@@ -29,7 +30,7 @@ const FLOWS: (usize, usize) = (100, 100_000);
 const REVISIONS: (usize, usize) = (20, 10_000);
 
 type Ctl = State<Arc<Control>>;
-type Reply<T> = Result<Json<T>, ApiError>;
+pub(super) type Reply<T> = Result<Json<T>, ApiError>;
 
 /// All routes.
 pub fn router(control: Arc<Control>) -> Router {
@@ -50,6 +51,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/config", put(config_apply).get(config_export))
         .route("/v1/history", get(history))
         .route("/v1/rollback", post(rollback))
+        .merge(super::store::routes())
         .fallback(|uri: axum::http::Uri| async move {
             ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
         })
@@ -62,7 +64,7 @@ pub fn router(control: Arc<Control>) -> Router {
 }
 
 /// Query parameters, with our errors.
-struct Params<T>(T);
+pub(super) struct Params<T>(pub T);
 
 impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     type Rejection = ApiError;
@@ -79,7 +81,7 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
 }
 
 /// A writer's name; those who may only read are refused here, unless they only try.
-struct Writer(String);
+pub(super) struct Writer(pub String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Writer {
     type Rejection = ApiError;
@@ -96,7 +98,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Writer {
 }
 
 /// A JSON body.
-fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
+pub(super) fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
     serde_json::from_slice(bytes).map_err(|e| serde_error("body", &e))
 }
 
@@ -116,32 +118,12 @@ fn serde_error(place: &str, error: &serde_json::Error) -> ApiError {
     }
 }
 
-fn name(text: &str) -> Result<Name, ApiError> {
+pub(super) fn name(text: &str) -> Result<Name, ApiError> {
     text.parse().map_err(|e: crate::model::NameError| ApiError::bad_request(e.to_string()))
 }
 
 fn names(path: &(String, String)) -> Result<(Name, Name), ApiError> {
     Ok((name(&path.0)?, name(&path.1)?))
-}
-
-/// RFC 7396: null removes, objects merge, all else replaces.
-fn merge_patch(target: &mut Value, patch: Value) {
-    let Value::Object(patch) = patch else {
-        *target = patch;
-        return;
-    };
-    if !target.is_object() {
-        *target = Value::Object(serde_json::Map::new());
-    }
-    if let Value::Object(target) = target {
-        for (key, value) in patch {
-            if value.is_null() {
-                target.remove(&key);
-            } else {
-                merge_patch(target.entry(key).or_insert(Value::Null), value);
-            }
-        }
-    }
 }
 
 /// Patches a thing through its JSON form, so that unknown keys and wrong types are refused.
@@ -154,7 +136,7 @@ fn patched<T: serde::Serialize + DeserializeOwned>(
         return Err(ApiError::bad_request("body: a JSON object with the settings to change is needed"));
     }
     let mut value = serde_json::to_value(thing).map_err(|e| serde_error(place, &e))?;
-    merge_patch(&mut value, patch.clone());
+    delta::merge(&mut value, patch.clone());
     serde_json::from_value(value).map_err(|e| serde_error(place, &e))
 }
 

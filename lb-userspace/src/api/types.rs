@@ -25,6 +25,8 @@ pub struct Status {
     pub pid: u32,
     /// Time since start, in seconds.
     pub uptime_s: u64,
+    /// The store, and whether this host is connected to it.
+    pub store: crate::store::Link,
     /// Newest revision of the desired state.
     pub revision: Revision,
     /// What was last written to the maps.

@@ -56,6 +56,7 @@ impl Control {
             abi: lb_common::ABI_VERSION,
             pid: std::process::id(),
             uptime_s: self.started.elapsed().as_secs(),
+            store: self.link(),
             revision: view.stored.revision.clone(),
             applied,
             interfaces: self.engine.interfaces(),
@@ -271,6 +272,14 @@ pub fn fate(reason: Reason) -> &'static str {
 fn problems(status: &Status) -> Vec<String> {
     let mut found = Vec::new();
     let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    if !status.store.connected {
+        let for_s = now_ms().saturating_sub(status.store.since_ms) / 1_000;
+        let why = status.store.problem.as_deref().unwrap_or("not connected yet");
+        let number = status.revision.number;
+        found.push(format!(
+            "cut off from the store for {for_s} s, forwarding by revision {number}, taking no changes: {why}"
+        ));
+    }
     match &status.applied.error {
         Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
         None if status.applied.revision < status.revision.number => {

@@ -29,7 +29,11 @@ pub enum Command {
         write: WriteFlags,
     },
     /// Print the desired state as a file that `apply` takes
-    Export,
+    Export {
+        /// With the revision that it is, so that `apply` refuses the file when somebody has changed things since
+        #[arg(long)]
+        with_revision: bool,
+    },
 }
 
 /// `config check`.
@@ -96,14 +100,15 @@ fn refused(error: &ConfigError) -> Failure {
     }
 }
 
-/// The services of a file.
-fn desired(file: &std::path::Path) -> Result<Desired, Failure> {
+/// The services of a file, and the revision that they were made from, if it says.
+fn desired(file: &std::path::Path) -> Result<(Desired, Option<u64>), Failure> {
     let read = File::read(file).map_err(|e| refused(&e))?;
-    read.desired.ok_or_else(|| Failure::Refused {
+    let desired = read.desired.ok_or_else(|| Failure::Refused {
         what: format!("{} has no [[service]]", file.display()),
         fix: Some("to remove all services, write `service = []`".to_owned()),
         details: Vec::new(),
-    })
+    })?;
+    Ok((desired, read.revision))
 }
 
 /// Runs one.
@@ -111,7 +116,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
     match command {
         Command::Check(it) => check(&mut context.out, &it),
         Command::Diff { file } => {
-            let mut new = desired(&file)?;
+            let (mut new, _) = desired(&file)?;
             let old: Config = context.client.get("/v1/config", &()).await?;
             new.assign_seats(&old.desired);
             let found = differences(&old.desired, &new);
@@ -123,16 +128,20 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             Ok(if found.is_empty() { Exit::Ok } else { Exit::No })
         }
         Command::Apply { file, write } => {
-            let body = Config { revision: None, desired: desired(&file)? };
+            let (desired, revision) = desired(&file)?;
+            let body = Config { revision, desired };
             let mut query = write.query();
             query.message.get_or_insert_with(|| format!("config apply {}", file.display()));
             context.write("configuration applied", Method::PUT, "/v1/config", &query, Some(&body)).await
         }
-        Command::Export => {
+        Command::Export { with_revision } => {
             let config: Config = context.client.get("/v1/config", &()).await?;
             if context.out.json {
                 context.out.json(&config, false)?;
             } else {
+                if let Some(revision) = config.revision.filter(|_| with_revision) {
+                    context.out.line(format!("revision = {revision}\n"))?;
+                }
                 context.out.raw(export(&config.desired).as_bytes())?;
             }
             Ok(Exit::Ok)

@@ -8,7 +8,9 @@ mod config;
 mod generate;
 mod history;
 mod observe;
+mod rollout;
 mod service;
+mod store;
 
 use crate::{
     api::types::{Change, WriteQuery},
@@ -93,6 +95,12 @@ enum Noun {
     History(history::History),
     /// Make the state of an older revision the newest
     Rollback(history::Rollback),
+    /// Where the desired state is kept: how it is, backups, moving it elsewhere
+    #[command(subcommand)]
+    Store(store::Command),
+    /// The lock that lets one roll-out at a time touch the regions
+    #[command(subcommand)]
+    Rollout(rollout::Command),
     /// Print a completion script for a shell
     Completions(generate::Completions),
     /// Write man pages into a directory
@@ -235,6 +243,8 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
             Noun::Explain(explain) => observe::explain(&mut context, explain).await,
             Noun::Config(command) => config::run(&mut context, command).await,
             Noun::History(history) => history::history(&mut context, history).await,
+            Noun::Store(command) => store::run(&mut context, command).await,
+            Noun::Rollout(command) => rollout::run(&mut context, command).await,
             Noun::Rollback(rollback) => history::rollback(&mut context, rollback).await,
             Noun::Completions(_) | Noun::Man(_) => Ok(Exit::Ok),
         }

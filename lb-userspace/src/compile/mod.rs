@@ -266,6 +266,8 @@ pub struct ServiceStatus {
     /// Its scheduler places flows where a stateless answer would not find them, or did so until now.
     #[serde(default)]
     pub exceptions: bool,
+    /// Of the table's primaries, by address: the same on every host with the same table.
+    pub table_hash: u64,
     /// Clock in ms since boot at which the last of them will be stable, if any is not.
     pub transition_until_ms: Option<i64>,
     /// Backends in name order, then removed ones.

@@ -478,6 +478,32 @@ fn view(wanted: &Service, shape: &Shape) -> View {
     }
 }
 
+/// A hash of what the slots send new flows to. Indices differ from host to host, addresses do not.
+fn table_hash(memory: &ServiceMemory, shape: &Shape, slots: &[Slot]) -> u64 {
+    let mix = |hash: u64, value: u64| {
+        let x = (hash ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x ^ (x >> 29)
+    };
+    let of_address = |address: &IpAddr| {
+        let bits = match address {
+            IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+            IpAddr::V6(v6) => v6.to_bits(),
+        };
+        mix(mix(0, (bits >> 64) as u64), bits as u64)
+    };
+    let addresses: HashMap<u32, u64> =
+        memory.backends.iter().map(|(address, b)| (b.index, of_address(address))).collect();
+    let start = mix(mix(shape.seed[0], shape.seed[1]), slots.len() as u64);
+    let (mut last, mut value) = (NO_BACKEND, 0);
+    slots.iter().fold(start, |hash, slot| {
+        let index = slot.primary_index();
+        if index != last {
+            (last, value) = (index, addresses.get(&index).copied().unwrap_or(0));
+        }
+        mix(hash, value)
+    })
+}
+
 fn status(
     input: &Input<'_>,
     memory: &ServiceMemory,
@@ -546,6 +572,7 @@ fn status(
         },
         tracked_slots: slots.iter().filter(|s| s.is_tracked()).count() as u32,
         exceptions: false,
+        table_hash: table_hash(memory, shape, slots),
         transition_until_ms: until.filter(|&t| t > input.now_ms),
         backends,
     }

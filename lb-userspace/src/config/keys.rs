@@ -3,13 +3,23 @@
 //! A test compares these lists with what serde accepts.
 
 /// Tables at the top.
-pub const TOP: &[&str] = &["lbd", "service"];
+pub const TOP: &[&str] = &["revision", "lbd", "service"];
 
 /// `[lbd]`.
 pub const LBD: &[&str] = &[
     "iface",
     "pin_path",
     "state_dir",
+    "store",
+    "store_ca",
+    "store_cert",
+    "store_key",
+    "store_user",
+    "store_password_file",
+    "store_id",
+    "host",
+    "region",
+    "zone",
     "socket",
     "socket_mode",
     "socket_group",

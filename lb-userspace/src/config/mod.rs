@@ -7,6 +7,7 @@ mod export;
 mod keys;
 mod options;
 mod parse;
+mod shared;
 
 pub use export::export;
 pub use options::{LogFormat, LogLevel, Options, Settings, SettingsError};
@@ -21,6 +22,8 @@ pub struct File {
     pub options: Options,
     /// `[[service]]`; none if the file has no such table, which is not the same as none wanted.
     pub desired: Option<Desired>,
+    /// `revision`: the one that the services were made from, if the file says.
+    pub revision: Option<u64>,
 }
 
 /// One thing that is wrong with a file.

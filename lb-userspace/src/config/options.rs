@@ -2,6 +2,8 @@
 //!
 //! [`Options`] is one source's answer, [`Settings`] the resolved whole.
 
+use super::shared::{Shared, name};
+use crate::store::{Address, etcd::Access};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
     limits,
@@ -70,6 +72,37 @@ pub struct Options {
     /// Directory of the store [default: /var/lib/lb]
     #[arg(long, value_name = "DIR", env = "LBD_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
+    /// Where the desired state is: file:///DIRECTORY, or etcd://HOST:PORT,HOST:PORT[/PREFIX], shared by several
+    /// hosts (etcds:// for TLS) [default: in state_dir]
+    #[arg(long, value_name = "URL", env = "LBD_STORE")]
+    pub store: Option<String>,
+    /// Certificates that etcd's are checked against [default: the system's]
+    #[arg(long, value_name = "FILE", env = "LBD_STORE_CA")]
+    pub store_ca: Option<PathBuf>,
+    /// Certificate that this host shows to etcd
+    #[arg(long, value_name = "FILE", env = "LBD_STORE_CERT")]
+    pub store_cert: Option<PathBuf>,
+    /// Its private key
+    #[arg(long, value_name = "FILE", env = "LBD_STORE_KEY")]
+    pub store_key: Option<PathBuf>,
+    /// User of etcd, with store_password_file
+    #[arg(long, value_name = "NAME", env = "LBD_STORE_USER")]
+    pub store_user: Option<String>,
+    /// File with that user's password
+    #[arg(long, value_name = "FILE", env = "LBD_STORE_PASSWORD_FILE")]
+    pub store_password_file: Option<PathBuf>,
+    /// Id that the shared store's data must have [default: that of the last time, or whatever is found]
+    #[arg(long, value_name = "ID", env = "LBD_STORE_ID")]
+    pub store_id: Option<String>,
+    /// Name of this host among those that share the store [default: its host name]
+    #[arg(long, value_name = "NAME", env = "LBD_HOST")]
+    pub host: Option<String>,
+    /// Region that this host is in [default: default]
+    #[arg(long, value_name = "NAME", env = "LBD_REGION")]
+    pub region: Option<String>,
+    /// Zone within the region [default: default]
+    #[arg(long, value_name = "NAME", env = "LBD_ZONE")]
+    pub zone: Option<String>,
     /// Unix socket of the API [default: /run/lb/lbd.sock]
     #[arg(long, value_name = "PATH", env = "LBD_SOCKET")]
     pub socket: Option<PathBuf>,
@@ -144,8 +177,20 @@ pub struct Settings {
     pub iface: Vec<String>,
     /// Pins.
     pub pin_path: PathBuf,
-    /// Store.
+    /// What belongs to this host, and the store if it is a file.
     pub state_dir: PathBuf,
+    /// Where the desired state is.
+    pub store: Address,
+    /// Access to it, if it is shared; its members and TLS go with the address.
+    pub store_access: Access,
+    /// Id that its data must have.
+    pub store_id: Option<String>,
+    /// Name of this host; its host name if none.
+    pub host: Option<String>,
+    /// Its region.
+    pub region: String,
+    /// Its zone.
+    pub zone: String,
     /// API socket.
     pub socket: PathBuf,
     /// Its permissions.
@@ -230,6 +275,16 @@ impl Options {
             iface: if self.iface.is_empty() { other.iface } else { self.iface },
             pin_path: self.pin_path.or(other.pin_path),
             state_dir: self.state_dir.or(other.state_dir),
+            store: self.store.or(other.store),
+            store_ca: self.store_ca.or(other.store_ca),
+            store_cert: self.store_cert.or(other.store_cert),
+            store_key: self.store_key.or(other.store_key),
+            store_user: self.store_user.or(other.store_user),
+            store_password_file: self.store_password_file.or(other.store_password_file),
+            store_id: self.store_id.or(other.store_id),
+            host: self.host.or(other.host),
+            region: self.region.or(other.region),
+            zone: self.zone.or(other.zone),
             socket: self.socket.or(other.socket),
             socket_mode: self.socket_mode.or(other.socket_mode),
             socket_group: self.socket_group.or(other.socket_group),
@@ -303,6 +358,20 @@ impl Options {
         if self.outer_ttl == Some(0) {
             return refuse("outer_ttl", "0 would drop every packet at the first router: 1 to 255".to_owned());
         }
+        let state_dir = self.state_dir.unwrap_or_else(|| "/var/lib/lb".into());
+        let shared = Shared {
+            url: self.store,
+            ca: self.store_ca,
+            cert: self.store_cert,
+            key: self.store_key,
+            user: self.store_user,
+            password_file: self.store_password_file,
+            id: self.store_id,
+        };
+        let (store, store_access, store_id) = shared.resolve(&state_dir)?;
+        let host = self.host.map(|host| name("host", host)).transpose()?;
+        let region = name("region", self.region.unwrap_or_else(|| "default".to_owned()))?;
+        let zone = name("zone", self.zone.unwrap_or_else(|| "default".to_owned()))?;
         let default = IngressSettings::DEFAULT;
         let icmp_per_s = self.icmp_per_s.unwrap_or(default.icmp_per_s);
         let ingress = IngressSettings {
@@ -317,7 +386,13 @@ impl Options {
         Ok(Settings {
             iface: self.iface,
             pin_path: self.pin_path.unwrap_or_else(|| "/sys/fs/bpf/lb".into()),
-            state_dir: self.state_dir.unwrap_or_else(|| "/var/lib/lb".into()),
+            state_dir,
+            store,
+            store_access,
+            store_id,
+            host,
+            region,
+            zone,
             socket: self.socket.unwrap_or_else(|| crate::DEFAULT_SOCKET.into()),
             socket_mode,
             socket_group: self.socket_group,

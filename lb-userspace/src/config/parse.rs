@@ -64,6 +64,15 @@ impl Parser<'_> {
     fn file(&mut self, mut table: Table<'_>) -> File {
         self.check_keys(&mut table, keys::TOP, "the file");
         let mut file = File::default();
+        if let Some(revision) = table.remove("revision") {
+            match revision.get_ref() {
+                DeValue::Integer(number) => match number.as_str().parse() {
+                    Ok(number) => file.revision = Some(number),
+                    Err(_) => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+                },
+                _ => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+            }
+        }
         if let Some(lbd) = table.remove("lbd")
             && let Some((span, mut lbd)) = self.table(lbd, "[lbd]")
         {

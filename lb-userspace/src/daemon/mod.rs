@@ -6,13 +6,18 @@
 pub mod args;
 mod live;
 pub mod logging;
+mod report;
 mod supervise;
 pub mod xdp_log;
 
 pub use live::Live;
 
 use crate::{
-    api::{self, Control, types},
+    api::{
+        self, Control,
+        store::{HostReport, Sharing},
+        types,
+    },
     compile,
     config::{File, Options, Settings, export},
     dataplane::{AttachOptions, Dataplane, Limits},
@@ -21,7 +26,7 @@ use crate::{
     model::{Desired, Health},
     neighbour::Resolver,
     reconcile::{Event, Reconciler, start_sweeper},
-    store::{Local, RedbStore, Store},
+    store::{Local, LocalFile, Opener, Store},
 };
 use anyhow::Context;
 use lb_common::settings::{IngressSettings, features};
@@ -53,10 +58,7 @@ const EVENTS: usize = 16_384;
 /// The start failed, in which case nothing that ran before was touched, or a part of lbd ended.
 pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>) -> anyhow::Result<()> {
     let mut stop = supervise::Signals::new().context("cannot listen for signals")?;
-    let (state_dir, keep) = (settings.state_dir.clone(), settings.revisions);
-    let store = tokio::task::spawn_blocking(move || RedbStore::open(&state_dir, keep)).await??;
-    tracing::info!(file = %store.file().display(), revision = store.head().revision.number, "store opened");
-    let store = Arc::new(store);
+    let (local, store, sharing) = open_store(&settings).await?;
     let (listener, writers) =
         api::bind(&settings.socket, settings.socket_mode, settings.socket_group.as_deref())?;
     let _socket = SocketFile(settings.socket.clone());
@@ -77,7 +79,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     }
     xdp_log::start(dataplane.bpf_mut(), settings.xdp_log_level);
 
-    let book = Checker::restore(&*store).await;
+    let book = Checker::restore(&*local).await;
     let (events, inbox) = mpsc::channel(EVENTS);
     let mut parts = supervise::Parts::default();
 
@@ -94,7 +96,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let interfaces = interfaces(&dataplane);
     let limits = dataplane.limits;
     let (keep_out, kept) = watch::channel(Vec::new());
-    let last_memory = store.load(MEMORY).await?;
+    let last_memory = local.load(MEMORY).await?;
     let compile_settings = compile_settings(&settings, limits);
     let keep = Box::new(move |bytes| drop(keep_out.send_replace(bytes)));
     let (mut reconciler, published) =
@@ -107,24 +109,41 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     reconciler.prime(verdicts, first_hops);
     let reconciler = spawn_reconciler(reconciler, inbox)?;
     start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
-    parts.add("saving the reconciler's memory", save_memory(kept.clone(), store.clone()));
+    parts.add("saving the reconciler's memory", save_memory(kept.clone(), local.clone()));
     parts.add("next hops", forward(hops, events.clone(), Event::NextHops));
 
-    let engine = Arc::new(Live::new(events.clone(), published, reader, interfaces, limits));
+    let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, interfaces, limits));
     let control = Control::new(store.clone(), engine, book.clone());
+    let report = HostReport {
+        host: sharing.host.clone(),
+        region: sharing.region.clone(),
+        zone: sharing.zone.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        ..HostReport::default()
+    };
+    control.share(sharing);
     parts.add("desired state", ended_ok(control.clone().follow()));
     let head = control.head();
     control.applied(head.revision.number).await.context("cannot apply the stored state")?;
 
+    parts.add("report to the other hosts", report::run(control.clone(), store.clone(), report, published));
+
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
     let prober: Prober = Arc::new(|target| Box::pin(probe(target)));
     let checker = Checker::new(book, settings.probes, prober, verdicts_out);
-    parts.add("health checks", ended_ok(checker.run(store.watch(), store.clone())));
+    parts.add("health checks", ended_ok(checker.run(store.watch(), local.clone())));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
 
-    let File { options: said, desired } = file.unwrap_or_default();
+    let File { options: said, desired, .. } = file.unwrap_or_default();
     if let (Some(path), Some(desired)) = (&config, desired) {
-        load_services(&control, &*store, path, desired, Load::IfChanged).await?;
+        let loaded = load_services(&control, &*local, path, desired, Load::IfChanged).await;
+        // A store that is away must not keep a host from forwarding.
+        match loaded {
+            Err(error) if !control.link().connected => {
+                tracing::error!("the file's services are not loaded: {}", told(&error));
+            }
+            other => other?,
+        }
     }
     let (stop_out, stopped) = watch::channel(false);
     parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
@@ -137,7 +156,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let failed = loop {
         match stop.next(&mut parts).await {
-            supervise::Happened::Reload => reload(&control, &*store, config.as_deref(), &said).await,
+            supervise::Happened::Reload => reload(&control, &*local, config.as_deref(), &said).await,
             supervise::Happened::Stop(signal) => {
                 tracing::info!(signal, "stopping; the dataplane goes on forwarding");
                 break None;
@@ -156,11 +175,40 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     notify(&[NotifyState::Stopping]);
     stop_out.send_replace(true);
     parts.finish("API", GRACE).await;
-    flush(&*store, &control, &kept).await;
+    flush(&*local, &control, &kept).await;
     match failed {
         None => Ok(()),
         Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
     }
+}
+
+/// Opens what belongs to this host, and the store.
+async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<dyn Store>, Sharing)> {
+    let state_dir = settings.state_dir.clone();
+    let local = tokio::task::spawn_blocking(move || LocalFile::open(&state_dir)).await??;
+    let opener = Opener {
+        local: local.clone(),
+        keep: settings.revisions,
+        access: settings.store_access.clone(),
+        id: settings.store_id.clone(),
+    };
+    let store = opener.open(&settings.store).await?;
+    let link = store.link().borrow().clone();
+    let revision = store.head().revision.number;
+    tracing::info!(
+        engine = link.engine,
+        place = link.place,
+        connected = link.connected,
+        revision,
+        "store opened"
+    );
+    let host = match &settings.host {
+        Some(host) => host.clone(),
+        None => std::fs::read_to_string("/proc/sys/kernel/hostname")
+            .map_or_else(|_| "default".to_owned(), |name| name.trim().to_owned()),
+    };
+    let (region, zone) = (settings.region.clone(), settings.zone.clone());
+    Ok((Arc::new(local), store, Sharing { host, region, zone, opener }))
 }
 
 /// An error with its causes, without those that the messages before have told already.
@@ -262,7 +310,7 @@ async fn forward<T>(
     Ok(())
 }
 
-async fn save_memory(mut kept: watch::Receiver<Vec<u8>>, store: Arc<RedbStore>) -> anyhow::Result<()> {
+async fn save_memory(mut kept: watch::Receiver<Vec<u8>>, store: Arc<LocalFile>) -> anyhow::Result<()> {
     while kept.changed().await.is_ok() {
         tokio::time::sleep(GATHER).await;
         let bytes = kept.borrow_and_update().clone();

@@ -8,6 +8,7 @@ use crate::{
 };
 use lb_common::BackendStats;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// One application of a change to the maps.
@@ -47,6 +48,17 @@ impl Published {
     pub fn backend(&self, id: &BackendId) -> Option<&BackendStatus> {
         let service = self.services.get(&id.service)?;
         service.backends.iter().find(|b| b.name.as_ref() == Some(&id.backend))
+    }
+
+    /// A hash of all tables: the same on every host that sends new flows to the same backends.
+    pub fn table_hash(&self) -> u64 {
+        let mut hash = Sha256::new();
+        for (name, service) in &self.services {
+            hash.update(name.as_str());
+            hash.update(service.table_hash.to_be_bytes());
+        }
+        let digest: [u8; 32] = hash.finalize().into();
+        digest[..8].iter().fold(0, |hash, byte| hash << 8 | u64::from(*byte))
     }
 
     /// Live flows of a backend that the flow tables hold.

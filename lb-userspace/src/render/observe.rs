@@ -40,7 +40,7 @@ fn state_tone(state: BackendState) -> (String, Option<Tone>) {
     }
 }
 
-fn ago(ms: u64) -> String {
+pub(super) fn ago(ms: u64) -> String {
     let now = crate::api::now_ms();
     if ms == 0 { "-".to_owned() } else { units::span(now.saturating_sub(ms) / 1_000) }
 }
@@ -141,7 +141,7 @@ fn scheduler(spec: &Service) -> String {
 }
 
 /// `name: value` lines, aligned.
-fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
+pub(super) fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
     for (name, value) in pairs {
         let label = format!("{:<width$}", format!("{name}:"));
@@ -244,6 +244,12 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     Ok(())
 }
 
+/// Engine, place, and whether it answers.
+fn store(link: &crate::store::Link) -> String {
+    let word = if link.connected { "connected" } else { "cut off" };
+    format!("{} at {}, {word} for {}", link.engine, link.place, ago(link.since_ms))
+}
+
 /// `lbctl status`.
 ///
 /// # Errors
@@ -274,6 +280,7 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
     let took = units::micros(applied.took_us);
     let mut pairs = vec![
         ("interfaces", if interfaces.is_empty() { "none".to_owned() } else { interfaces.join(", ") }),
+        ("store", store(&s.store)),
         ("revision", format!("{} {by}", r.number)),
         ("applied", format!("{} in {took}, {} slots changed", applied.revision, applied.slots_changed)),
         ("services", s.services.to_string()),

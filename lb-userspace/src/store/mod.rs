@@ -1,19 +1,35 @@
 //! Desired state that lasts: numbered revisions with author, time and message.
 //!
 //! Input: whole desired states, committed against the revision that their author saw. Output: the newest
-//! state (watched), any kept revision, and the history. [`Store`] is what the rest knows;
-//! [`RedbStore`] keeps it in a file on this host. [`Local`] beside it keeps what belongs to this host
-//! alone (last health verdicts, the reconciler's memory), whatever store the desired state is in.
+//! state (watched), any kept revision, and the history; beside it locks, and what hosts tell each other.
+//! [`Store`] is what the rest knows; [`RedbStore`] keeps it in a file on this host, [`EtcdStore`] shares it
+//! between hosts and regions. [`Local`] keeps what belongs to this host alone (last health verdicts, the
+//! reconciler's memory, the last known state), whatever store the desired state is in.
 //! Called by the API and the daemon.
 
+mod address;
+pub mod backup;
+pub mod delta;
+mod error;
+pub mod etcd;
+mod local;
+mod open;
 mod redb;
 
-pub use self::redb::{FORMAT, RedbStore};
+pub use self::{
+    address::Address,
+    error::StoreError,
+    etcd::EtcdStore,
+    local::LocalFile,
+    open::Opener,
+    redb::{FORMAT, RedbStore},
+};
 
 use crate::model::Desired;
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -63,91 +79,97 @@ pub struct Commit {
     pub time: SystemTime,
 }
 
-/// Why the store refused or failed.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// Someone else was faster.
-    #[error("the desired state is at revision {found} by now, not {expected}: look at it again, and repeat")]
-    Conflict {
-        /// Revision that the author saw.
-        expected: u64,
-        /// Newest revision.
-        found: u64,
-    },
-    /// Never was, or no longer kept.
-    #[error("revision {number} is not kept: revisions {oldest} to {newest} are")]
-    NoRevision {
-        /// Asked for.
-        number: u64,
-        /// Oldest kept.
-        oldest: u64,
-        /// Newest.
-        newest: u64,
-    },
-    /// Another process has it open.
-    #[error("store {file} is in use by another process: stop that lbd, or give this one its own --state-dir")]
-    InUse {
-        /// File.
-        file: String,
-    },
-    /// Written by a later version.
-    #[error(
-        "store {file} has format {found}, and this lbd knows formats up to {known}: start the lbd that wrote it or a later one"
-    )]
-    Newer {
-        /// File.
-        file: String,
-        /// Its format.
-        found: u64,
-        /// Newest format known.
-        known: u64,
-    },
-    /// Not a store, or damaged.
-    #[error(
-        "store {file} is damaged ({what}); it was left as it is: restore it from a copy, or move it away to start empty \
-         and load a configuration with `lbctl config apply`"
-    )]
-    Corrupt {
-        /// File.
-        file: String,
-        /// What was found.
-        what: String,
-    },
-    /// The same for what belongs to this host alone.
-    #[error(
-        "{file} is damaged ({what}); it was left as it is: move it away, and lbd starts without the last health \
-         verdicts and takes the live maps as they are"
-    )]
-    CorruptLocal {
-        /// File.
-        file: String,
-        /// What was found.
-        what: String,
-    },
-    /// Not allowed.
-    #[error("store {file}: permission denied; run lbd as root (sudo), or give it a --state-dir of its own")]
-    Denied {
-        /// File or directory.
-        file: String,
-    },
-    /// The file system said no.
-    #[error("store {file}: {source}")]
-    Io {
-        /// File or directory.
-        file: String,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Anything else, such as a transaction that failed.
-    #[error("store {file}: {what}")]
-    Failed {
-        /// File.
-        file: String,
-        /// What the storage library said.
-        what: String,
-    },
+/// A new name for a store's data: 16 hexadecimal digits.
+fn new_id() -> String {
+    format!("{:016x}", rand::random::<u64>())
 }
+
+/// How a store and this host get on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// `redb` or `etcd`.
+    pub engine: String,
+    /// File, or addresses and prefix.
+    pub place: String,
+    /// Whether the store answers, and its answers are taken.
+    pub connected: bool,
+    /// Since when, in milliseconds since 1970 UTC.
+    pub since_ms: u64,
+    /// When it last answered, in milliseconds since 1970 UTC.
+    pub contact_ms: u64,
+    /// What is wrong, if it is not connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A store, as `lbctl store status` shows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// `redb` or `etcd`.
+    pub engine: String,
+    /// File, or addresses and prefix.
+    pub place: String,
+    /// Id of its data.
+    pub id: String,
+    /// Members of its cluster; one, if it is a file.
+    pub members: Vec<Member>,
+}
+
+/// A member of the store's cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Name.
+    pub name: String,
+    /// Address.
+    pub address: String,
+    /// Whether it answers and has a leader.
+    pub healthy: bool,
+    /// Whether it leads.
+    pub leader: bool,
+    /// Version of its program.
+    pub version: String,
+    /// Size of its data, in bytes.
+    pub size_bytes: u64,
+    /// What is wrong with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// A lock that is held.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    /// Name.
+    pub name: String,
+    /// Who holds it.
+    pub holder: String,
+    /// What for.
+    pub reason: String,
+    /// Since when, in milliseconds since 1970 UTC.
+    pub since_ms: u64,
+    /// Seconds until it runs out, unless it is renewed.
+    pub left_s: u64,
+    /// What its holder renews and releases it with; shown to nobody else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+/// Wish for a lock.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Name.
+    pub name: String,
+    /// Who.
+    pub holder: String,
+    /// What for.
+    pub reason: String,
+    /// After this time without renewal it is free again.
+    pub ttl: Duration,
+    /// Of a renewal: what the first claim was answered with.
+    pub token: Option<String>,
+}
+
+/// What hosts tell each other: small values by key (`hosts/NAME` and so on).
+pub type Told = Arc<BTreeMap<String, Vec<u8>>>;
 
 /// Where the desired state lives.
 pub trait Store: Send + Sync {
@@ -162,7 +184,8 @@ pub trait Store: Send + Sync {
     /// Makes `commit` the newest revision if its author saw the one before, durably.
     ///
     /// # Errors
-    /// [`StoreError::Conflict`], or the write failed and nothing changed.
+    /// [`StoreError::Conflict`], or the write failed and nothing changed; only after [`StoreError::Unsure`]
+    /// it may have been stored all the same.
     fn commit(&self, commit: Commit) -> BoxFuture<'_, Result<Stored, StoreError>>;
 
     /// A kept revision.
@@ -176,6 +199,76 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// Reading failed.
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>>;
+
+    /// How the store and this host get on, and each change of it.
+    fn link(&self) -> watch::Receiver<Link>;
+
+    /// Engine and members.
+    fn about(&self) -> BoxFuture<'_, About>;
+
+    /// Fills an empty store: revisions as they are, oldest first, with numbers, authors and times; and the id
+    /// of the data, if they keep that. It is all there in the end, or nothing is.
+    ///
+    /// # Errors
+    /// [`StoreError::NotEmpty`], or writing failed.
+    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Takes no more changes, as the data goes to another store; or, if to none, does so again.
+    ///
+    /// # Errors
+    /// Writing failed.
+    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Takes what the store holds now, although it is older than what this host has seen; one that is empty
+    /// is filled with what this host knows.
+    fn accept(&self);
+
+    /// Tells all hosts a value, for as long as this lbd lives (and some seconds more); none takes it back.
+    /// Goes out as soon as the store can be reached.
+    fn tell(&self, key: &str, value: Option<Vec<u8>>);
+
+    /// What all hosts tell, this one included, and each change of it.
+    fn told(&self) -> watch::Receiver<Told>;
+
+    /// Takes a lock, or renews it.
+    ///
+    /// # Errors
+    /// [`StoreError::Held`], or writing failed; of a renewal, [`StoreError::NotHeld`].
+    fn lock(&self, claim: Claim) -> BoxFuture<'_, Result<Lock, StoreError>>;
+
+    /// Releases a lock; without its token, whoever holds it.
+    ///
+    /// # Errors
+    /// [`StoreError::NotHeld`], or writing failed.
+    fn unlock(&self, name: String, token: Option<String>) -> BoxFuture<'_, Result<(), StoreError>>;
+
+    /// Locks that are held, without their tokens.
+    ///
+    /// # Errors
+    /// Reading failed.
+    fn locks(&self) -> BoxFuture<'_, Result<Vec<Lock>, StoreError>>;
+}
+
+/// Revisions in force since `since_ms` (in milliseconds since 1970 UTC), oldest first: the one that was the
+/// newest then, and all that followed, the last `limit` of them at most. Where fewer are kept, those.
+///
+/// # Errors
+/// Reading failed.
+pub async fn since(store: &dyn Store, since_ms: u64, limit: usize) -> Result<Vec<Stored>, StoreError> {
+    let mut found = vec![store.head()];
+    while let Some(last) = found.last()
+        && last.revision.time_ms > since_ms
+        && last.revision.number > 0
+        && found.len() < limit
+    {
+        match store.get(last.revision.number - 1).await {
+            Ok(stored) => found.push(stored),
+            Err(StoreError::NoRevision { .. }) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    found.reverse();
+    Ok(found)
 }
 
 /// What belongs to this host alone: small values by key.

@@ -1,10 +1,12 @@
-//! The store in a file of this host, with redb: each commit is one durable transaction. What belongs to
-//! this host alone has a file of its own beside it, so that saving it delays no commit.
+//! The store in a file of this host, with redb: each commit is one durable transaction.
 //!
 //! A revision names, for each service, the revision in which that service last changed; the services
 //! themselves are kept once per change. So a change of one service among thousands writes that one.
 
-use super::{Commit, Local, Revision, Store, StoreError, Stored};
+use super::{
+    About, Claim, Commit, Link, Local, LocalFile, Lock, Member, Revision, Store, StoreError, Stored, Told,
+    local::Alone,
+};
 use crate::model::{Desired, Name, Service};
 use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -26,8 +28,8 @@ const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const REVISIONS: TableDefinition<u64, &[u8]> = TableDefinition::new("revisions");
 /// Service name and the revision in which it became this → service as JSON.
 const SERVICES: TableDefinition<(&str, u64), &[u8]> = TableDefinition::new("services");
-/// See [`Local`].
-const LOCAL: TableDefinition<&str, &[u8]> = TableDefinition::new("local");
+/// `id` of the data, and where it has gone (`moved`), if it has.
+const NOTES: TableDefinition<&str, &str> = TableDefinition::new("notes");
 
 /// A revision as it is written.
 #[derive(Serialize, Deserialize)]
@@ -46,25 +48,28 @@ impl Record {
     }
 }
 
-/// Desired state and local state in one redb file. Clones share it.
+/// Desired state in one redb file, local state in another. Clones share them.
 #[derive(Clone)]
 pub struct RedbStore {
     inner: Arc<Inner>,
+    alone: Arc<Alone>,
+    local: LocalFile,
 }
 
 struct Inner {
     database: Database,
     file: PathBuf,
-    local: Database,
-    local_file: PathBuf,
+    id: Mutex<String>,
     keep: u64,
     /// Held from the look at `head` to its change: redb lets the next writer in before that.
     writing: Mutex<()>,
     head: watch::Sender<Stored>,
+    link: watch::Sender<Link>,
+    moved: Mutex<Option<String>>,
 }
 
 /// Everything that redb can say, with the file's name.
-fn failed(file: &Path, error: impl Into<redb::Error>) -> StoreError {
+pub(super) fn failed(file: &Path, error: impl Into<redb::Error>) -> StoreError {
     let name = file.display().to_string();
     match error.into() {
         redb::Error::DatabaseAlreadyOpen => StoreError::InUse { file: name },
@@ -96,42 +101,51 @@ impl RedbStore {
     /// # Errors
     /// The file is in use, newer, damaged, or cannot be written; it is left as it is.
     pub fn open(directory: &Path, keep: u64) -> Result<Self, StoreError> {
+        Self::beside(LocalFile::open(directory)?, directory, keep)
+    }
+
+    /// The same, where what belongs to this host is open already.
+    ///
+    /// # Errors
+    /// As [`RedbStore::open`].
+    pub fn beside(local: LocalFile, directory: &Path, keep: u64) -> Result<Self, StoreError> {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
-        let (file, local_file) = (directory.join("lb.redb"), directory.join("local.redb"));
-        let (database, stored) = guarded(&file, || {
+        let file = directory.join("lb.redb");
+        let (database, stored, id, moved) = guarded(&file, || {
             let (database, fresh) = open(&file)?;
             if fresh {
                 prepare(&database).map_err(|e| failed(&file, e))?;
             }
             let stored = read_head(&database, &file)?;
-            Ok((database, stored))
+            let (id, moved) = notes(&database).map_err(|e| failed(&file, e))?;
+            Ok((database, stored, id, moved))
         })?;
-        let local = guarded(&local_file, || {
-            let (database, _) = open(&local_file)?;
-            let table = || -> Result<(), redb::Error> {
-                let write = database.begin_write()?;
-                write.open_table(LOCAL)?;
-                Ok(write.commit()?)
-            };
-            table().map_err(|e| failed(&local_file, e))?;
-            Ok(database)
-        })
-        .map_err(|error| match error {
-            StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
-            other => other,
-        })?;
-        let head = watch::Sender::new(stored);
-        Ok(Self {
-            inner: Arc::new(Inner {
-                database,
-                file,
-                local,
-                local_file,
-                keep: keep.max(2),
-                writing: Mutex::new(()),
-                head,
-            }),
-        })
+        let now_ms = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let link = Link {
+            engine: "redb".to_owned(),
+            place: file.display().to_string(),
+            connected: true,
+            since_ms: now_ms as u64,
+            contact_ms: now_ms as u64,
+            problem: None,
+        };
+        let inner = Inner {
+            database,
+            file,
+            id: Mutex::new(id),
+            keep: keep.max(2),
+            writing: Mutex::new(()),
+            head: watch::Sender::new(stored),
+            link: watch::Sender::new(link),
+            moved: Mutex::new(moved),
+        };
+        let alone = Arc::new(Alone::new(local.clone()));
+        Ok(Self { inner: Arc::new(inner), alone, local })
+    }
+
+    /// What belongs to this host alone.
+    pub fn local(&self) -> LocalFile {
+        self.local.clone()
     }
 
     /// The file.
@@ -156,7 +170,7 @@ impl RedbStore {
 
 /// Opens a file, or makes it; says whether it was made. An unfinished first start leaves an empty file;
 /// anything else that is no store is left as it is.
-fn open(file: &Path) -> Result<(Database, bool), StoreError> {
+pub(super) fn open(file: &Path) -> Result<(Database, bool), StoreError> {
     let fresh = std::fs::metadata(file).map_or(true, |m| m.len() == 0);
     let opened = if fresh { Database::create(file) } else { Database::open(file) };
     let mut database = opened.map_err(|e| failed(file, e))?;
@@ -168,7 +182,7 @@ fn open(file: &Path) -> Result<(Database, bool), StoreError> {
 
 /// redb asserts in places where a damaged file contradicts itself: that is damage too, and must not take
 /// the process down without a word.
-fn guarded<T>(file: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+pub(super) fn guarded<T>(file: &Path, work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
         Err(StoreError::Corrupt { file: file.display().to_string(), what: "contradicts itself".to_owned() })
     })
@@ -185,6 +199,27 @@ fn prepare(database: &Database) -> Result<(), redb::Error> {
     }
     write.commit()?;
     Ok(())
+}
+
+/// Id of the data, made if there is none yet, and where they have gone.
+fn notes(database: &Database) -> Result<(String, Option<String>), redb::Error> {
+    let write = database.begin_write()?;
+    let found = {
+        let mut notes = write.open_table(NOTES)?;
+        let moved = notes.get("moved")?.map(|v| v.value().to_owned());
+        let id = notes.get("id")?.map(|v| v.value().to_owned());
+        let id = match id {
+            Some(id) => id,
+            None => {
+                let id = super::new_id();
+                notes.insert("id", &*id)?;
+                id
+            }
+        };
+        (id, moved)
+    };
+    write.commit()?;
+    Ok(found)
 }
 
 fn read_head(database: &Database, file: &Path) -> Result<Stored, StoreError> {
@@ -266,36 +301,91 @@ impl Inner {
         if found != commit.expected {
             return Err(StoreError::Conflict { expected: commit.expected, found });
         }
+        if let Some(to) = self.moved.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            return Err(StoreError::Moved { to });
+        }
         let number = found + 1;
         let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-        {
-            let mut revisions = write.open_table(REVISIONS).map_err(|e| self.failed(e))?;
-            let mut table = write.open_table(SERVICES).map_err(|e| self.failed(e))?;
-            let before = self.record(&revisions, found)?.map(|r| r.services).unwrap_or_default();
-            let mut services = BTreeMap::new();
-            for (name, service) in &commit.desired.services {
-                let since = match before.get(name) {
-                    Some(&since) if head.desired.services.get(name) == Some(service) => since,
-                    _ => {
-                        let bytes = self.json(service)?;
-                        table.insert((name.as_str(), number), &*bytes).map_err(|e| self.failed(e))?;
-                        number
-                    }
-                };
-                services.insert(name.clone(), since);
-            }
-            let record =
-                Record { author: commit.author.clone(), time_ms, message: commit.message.clone(), services };
-            revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
-            self.prune(&mut revisions, &mut table, number)?;
-            let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
-            meta.insert("head", number).map_err(|e| self.failed(e))?;
-        }
-        write.commit().map_err(|e| self.failed(e))?;
         let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
         let stored = Stored { revision, desired: commit.desired };
+        self.append(&write, &head.desired, &stored)?;
+        write.commit().map_err(|e| self.failed(e))?;
         self.head.send_replace(stored.clone());
         Ok(stored)
+    }
+
+    /// Writes a revision after another, whose state is `before`.
+    fn append(
+        &self,
+        write: &redb::WriteTransaction,
+        before: &Desired,
+        stored: &Stored,
+    ) -> Result<(), StoreError> {
+        let Stored { revision, desired } = stored;
+        let number = revision.number;
+        let mut revisions = write.open_table(REVISIONS).map_err(|e| self.failed(e))?;
+        let mut table = write.open_table(SERVICES).map_err(|e| self.failed(e))?;
+        let written = self.record(&revisions, number - 1)?.map(|r| r.services).unwrap_or_default();
+        let mut services = BTreeMap::new();
+        for (name, service) in &desired.services {
+            let since = match written.get(name) {
+                Some(&since) if before.services.get(name) == Some(service) => since,
+                _ => {
+                    let bytes = self.json(service)?;
+                    table.insert((name.as_str(), number), &*bytes).map_err(|e| self.failed(e))?;
+                    number
+                }
+            };
+            services.insert(name.clone(), since);
+        }
+        let (author, message) = (revision.author.clone(), revision.message.clone());
+        let record = Record { author, time_ms: revision.time_ms, message, services };
+        revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
+        self.prune(&mut revisions, &mut table, number)?;
+        let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
+        meta.insert("head", number).map_err(|e| self.failed(e))?;
+        Ok(())
+    }
+
+    fn import(&self, id: Option<String>, all: Vec<Stored>) -> Result<(), StoreError> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = self.head.borrow().revision.number;
+        if count > 0 {
+            return Err(StoreError::NotEmpty { store: self.file.display().to_string(), count });
+        }
+        let write = self.database.begin_write().map_err(|e| self.failed(e))?;
+        let mut before = Arc::<Desired>::default();
+        for stored in &all {
+            self.append(&write, &before, stored)?;
+            before = stored.desired.clone();
+        }
+        if let Some(id) = &id {
+            let mut notes = write.open_table(NOTES).map_err(|e| self.failed(e))?;
+            notes.insert("id", &**id).map_err(|e| self.failed(e))?;
+        }
+        write.commit().map_err(|e| self.failed(e))?;
+        if let Some(id) = id {
+            *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+        }
+        if let Some(last) = all.into_iter().next_back() {
+            self.head.send_replace(last);
+        }
+        Ok(())
+    }
+
+    fn retire(&self, to: Option<String>) -> Result<(), StoreError> {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let note = || -> Result<(), redb::Error> {
+            let write = self.database.begin_write()?;
+            match &to {
+                Some(to) => write.open_table(NOTES)?.insert("moved", &**to)?.map(drop),
+                None => write.open_table(NOTES)?.remove("moved")?.map(drop),
+            };
+            Ok(write.commit()?)
+        };
+        note().map_err(|e| self.failed(e))?;
+        *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = to;
+        Ok(())
     }
 
     /// Forgets revisions beyond those to keep, and services that only they named.
@@ -365,26 +455,66 @@ impl Store for RedbStore {
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
         Box::pin(self.blocking(move |inner| inner.history(before, limit)))
     }
+
+    fn link(&self) -> watch::Receiver<Link> {
+        self.inner.link.subscribe()
+    }
+
+    fn about(&self) -> BoxFuture<'_, About> {
+        let place = self.inner.file.display().to_string();
+        let size_bytes = std::fs::metadata(&self.inner.file).map_or(0, |m| m.len());
+        let member = Member {
+            name: "this host".to_owned(),
+            address: place.clone(),
+            healthy: true,
+            leader: true,
+            version: format!("format {FORMAT}"),
+            size_bytes,
+            problem: None,
+        };
+        let id = self.inner.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let about = About { engine: "redb".to_owned(), place, id, members: vec![member] };
+        Box::pin(async { about })
+    }
+
+    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.import(id, revisions)))
+    }
+
+    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.retire(to)))
+    }
+
+    /// A file is never set back behind the daemon that has it open.
+    fn accept(&self) {}
+
+    fn tell(&self, key: &str, value: Option<Vec<u8>>) {
+        self.alone.tell(key, value);
+    }
+
+    fn told(&self) -> watch::Receiver<Told> {
+        self.alone.told()
+    }
+
+    fn lock(&self, claim: Claim) -> BoxFuture<'_, Result<Lock, StoreError>> {
+        Box::pin(self.alone.lock(claim))
+    }
+
+    fn unlock(&self, name: String, token: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.alone.unlock(name, token))
+    }
+
+    fn locks(&self) -> BoxFuture<'_, Result<Vec<Lock>, StoreError>> {
+        Box::pin(self.alone.locks())
+    }
 }
 
 impl Local for RedbStore {
     fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>> {
-        Box::pin(self.blocking(move |inner| {
-            let read = inner.local.begin_read().map_err(|e| failed(&inner.local_file, e))?;
-            let table = read.open_table(LOCAL).map_err(|e| failed(&inner.local_file, e))?;
-            let value = table.get(key).map_err(|e| failed(&inner.local_file, e))?;
-            Ok(value.map(|v| v.value().to_vec()))
-        }))
+        self.local.load(key)
     }
 
     fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.blocking(move |inner| {
-            let write = inner.local.begin_write().map_err(|e| failed(&inner.local_file, e))?;
-            {
-                let mut table = write.open_table(LOCAL).map_err(|e| failed(&inner.local_file, e))?;
-                table.insert(key, &*value).map_err(|e| failed(&inner.local_file, e))?;
-            }
-            write.commit().map_err(|e| failed(&inner.local_file, e))
-        }))
+        self.local.save(key, value)
     }
 }

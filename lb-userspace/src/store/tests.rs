@@ -111,7 +111,7 @@ async fn a_second_daemon_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let _first = RedbStore::open(dir.path(), 3).unwrap();
     let error = open_error(dir.path());
-    assert!(error.contains("lb.redb is in use by another process"), "{error}");
+    assert!(error.contains(".redb is in use by another process"), "{error}");
 }
 
 #[tokio::test]

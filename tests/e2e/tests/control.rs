@@ -72,7 +72,7 @@ fn a_start_that_cannot_work_is_refused_and_touches_nothing() -> Result<()> {
         (
             "the same store",
             &["--iface", "eth0", "--pin-path", &other_pins, "--state-dir", &first_state],
-            &["lb.redb is in use", "--state-dir"],
+            &[".redb is in use", "--state-dir"],
         ),
         (
             "the same socket",

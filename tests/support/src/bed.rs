@@ -183,13 +183,19 @@ impl Bed {
         self.directory.join("bpf").join(name)
     }
 
+    /// One more network of this bed, removed with it.
+    pub fn namespace(&self, name: &str) -> Result<Namespace> {
+        Namespace::create(&format!("{PREFIX}{}-{name}", self.id))
+    }
+
     /// What [`clean`] takes to remove this bed from elsewhere.
     pub fn id(&self) -> &str {
         &self.id
     }
 }
 
-fn make_router(ingress: &Namespace) -> Result<()> {
+/// Lets a host forward what its kernel is asked to, whatever the source.
+pub fn make_router(ingress: &Namespace) -> Result<()> {
     ingress.sysctl("ipv4/ip_forward", "1")?;
     ingress.sysctl("ipv6/conf/all/forwarding", "1")?;
     // Replies carry the VIP as their source, to which this host has no route.

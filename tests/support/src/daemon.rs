@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::{
     bed::{Bed, Worker, binary},
+    netns::Namespace,
     process::Process,
 };
 
@@ -27,24 +28,31 @@ pub struct Ingress {
     process: Process,
     arguments: Vec<String>,
     socket: PathBuf,
+    log: PathBuf,
 }
 
 impl Ingress {
     /// Starts the daemon on `eth0` with `extra` arguments, and returns once it
     /// answers on its socket.
     pub fn start(bed: &Bed, extra: &[&str]) -> Result<Self> {
-        let socket = bed.path("lbd.sock");
+        Self::start_on(bed, &bed.ingress, "", extra)
+    }
+
+    /// The same on another host of the bed, with files whose names end with `suffix`.
+    pub fn start_on(bed: &Bed, host: &Namespace, suffix: &str, extra: &[&str]) -> Result<Self> {
+        let socket = bed.path(&format!("lbd{suffix}.sock"));
         let mut arguments: Vec<String> = ["ingress", "--iface", "eth0"].map(String::from).to_vec();
         for (flag, path) in [
-            ("--pin-path", bed.pin_path("ingress")),
-            ("--state-dir", bed.path("state")),
+            ("--pin-path", bed.pin_path(&format!("ingress{suffix}"))),
+            ("--state-dir", bed.path(&format!("state{suffix}"))),
             ("--socket", socket.clone()),
         ] {
             arguments.extend([flag.to_owned(), path.display().to_string()]);
         }
         arguments.extend(extra.iter().map(|&argument| argument.to_owned()));
-        let process = spawn(bed, &arguments, &socket)?;
-        Ok(Self { process, arguments, socket })
+        let log = bed.path(&format!("lbd-ingress{suffix}.log"));
+        let process = spawn(host, &arguments, &socket, &log)?;
+        Ok(Self { process, arguments, socket, log })
     }
 
     /// Ends the daemon by `signal`; the programs stay attached.
@@ -58,7 +66,12 @@ impl Ingress {
 
     /// Starts a new daemon with the same arguments; it must adopt the pins.
     pub fn start_again(&mut self, bed: &Bed) -> Result<()> {
-        self.process = spawn(bed, &self.arguments, &self.socket)?;
+        self.start_again_on(&bed.ingress)
+    }
+
+    /// The same on another host.
+    pub fn start_again_on(&mut self, host: &Namespace) -> Result<()> {
+        self.process = spawn(host, &self.arguments, &self.socket, &self.log)?;
         Ok(())
     }
 
@@ -78,10 +91,10 @@ impl Ingress {
     }
 }
 
-fn spawn(bed: &Bed, arguments: &[String], socket: &Path) -> Result<Process> {
-    let mut command = bed.ingress.command(binary("lbd")?);
+fn spawn(host: &Namespace, arguments: &[String], socket: &Path, log: &Path) -> Result<Process> {
+    let mut command = host.command(binary("lbd")?);
     command.args(arguments);
-    let mut process = Process::spawn("lbd ingress", command, &bed.path("lbd-ingress.log"))?;
+    let mut process = Process::spawn("lbd ingress", command, log)?;
     process.wait_ready("lbd ingress answers", START, || UnixStream::connect(socket).is_ok())?;
     Ok(process)
 }

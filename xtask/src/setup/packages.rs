@@ -15,7 +15,7 @@ const fn one(program: &'static str, packages: &'static [&'static [&'static str]]
     Wanted { program, packages }
 }
 
-const WANTED: [Wanted; 13] = [
+const WANTED: &[Wanted] = &[
     one("cc", &[&["gcc", "libc6-dev"]]),
     one("curl", &[&["curl", "ca-certificates"]]),
     one("ip", &[&["iproute2"]]),
@@ -30,6 +30,9 @@ const WANTED: [Wanted; 13] = [
     one("/usr/lib/nginx/modules/ngx_stream_module.so", &[&["libnginx-mod-stream"]]),
     one("nft", &[&["nftables"]]),
     one("nsenter", &[&["util-linux"]]),
+    one("etcd", &[&["etcd-server"]]),
+    one("etcdctl", &[&["etcd-client"]]),
+    one("openssl", &[&["openssl"]]),
 ];
 
 /// Installs the packages of every program that is not there yet.

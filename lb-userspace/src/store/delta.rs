@@ -1,0 +1,183 @@
+//! The difference between two desired states as JSON, so that a change of one backend among thousands is
+//! a few bytes.
+//!
+//! Input: two states, or one and a difference. Output: the difference (RFC 7396, JSON Merge Patch), or the
+//! other state. Pure. Called by the etcd store and by backups.
+
+use crate::model::{Desired, Name, Service};
+use serde_json::{Map, Value};
+
+/// Key of the services, which are compared one by one.
+const SERVICES: &str = "services";
+
+/// What to merge into `old` to make it `new`.
+///
+/// # Errors
+/// A state has no JSON form, which does not happen.
+pub fn diff(old: &Desired, new: &Desired) -> serde_json::Result<Value> {
+    let mut delta = match patch(&rest(old)?, &rest(new)?) {
+        Some(Value::Object(map)) => map,
+        _ => Map::new(),
+    };
+    let mut services = Map::new();
+    for (name, service) in &new.services {
+        let before = old.services.get(name);
+        // What has not changed is as a rule the same allocation.
+        if before.is_some_and(|b| std::sync::Arc::ptr_eq(b, service) || b == service) {
+            continue;
+        }
+        let after = serde_json::to_value(&**service)?;
+        let change = match before {
+            Some(before) => patch(&serde_json::to_value(&**before)?, &after),
+            None => Some(after),
+        };
+        if let Some(change) = change {
+            services.insert(name.to_string(), change);
+        }
+    }
+    for name in old.services.keys().filter(|name| !new.services.contains_key(*name)) {
+        services.insert(name.to_string(), Value::Null);
+    }
+    if !services.is_empty() {
+        delta.insert(SERVICES.to_owned(), Value::Object(services));
+    }
+    Ok(Value::Object(delta))
+}
+
+/// `old` with the difference merged in; services that it does not name are shared.
+///
+/// # Errors
+/// The difference is none, or not one to this state.
+pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
+    let mut delta = delta.clone();
+    let services = delta.as_object_mut().and_then(|map| map.remove(SERVICES));
+    let mut new = if delta.as_object().is_some_and(Map::is_empty) {
+        old.clone()
+    } else {
+        let mut value = rest(old)?;
+        merge(&mut value, delta);
+        let mut new: Desired = serde_json::from_value(value)?;
+        new.services.clone_from(&old.services);
+        new
+    };
+    let Some(services) = services else { return Ok(new) };
+    let services: std::collections::BTreeMap<Name, Value> = serde_json::from_value(services)?;
+    for (name, change) in services {
+        if change.is_null() {
+            new.services.remove(&name);
+            continue;
+        }
+        let mut value = match new.services.get(&name) {
+            Some(service) => serde_json::to_value(&**service)?,
+            None => Value::Object(Map::new()),
+        };
+        merge(&mut value, change);
+        let service: Service = serde_json::from_value(value)?;
+        new.services.insert(name, service.into());
+    }
+    Ok(new)
+}
+
+/// A state without its services.
+fn rest(desired: &Desired) -> serde_json::Result<Value> {
+    let mut without = desired.clone();
+    without.services.clear();
+    let mut value = serde_json::to_value(without)?;
+    if let Some(map) = value.as_object_mut() {
+        map.remove(SERVICES);
+    }
+    Ok(value)
+}
+
+/// The merge patch that makes `old` `new`; none if they are the same.
+fn patch(old: &Value, new: &Value) -> Option<Value> {
+    if old == new {
+        return None;
+    }
+    let (Value::Object(old), Value::Object(new)) = (old, new) else { return Some(new.clone()) };
+    let mut map = Map::new();
+    for key in old.keys().filter(|key| !new.contains_key(*key)) {
+        map.insert(key.clone(), Value::Null);
+    }
+    for (key, value) in new {
+        let change = match old.get(key) {
+            Some(before) => patch(before, value),
+            None => Some(value.clone()),
+        };
+        map.extend(change.map(|change| (key.clone(), change)));
+    }
+    Some(Value::Object(map))
+}
+
+/// RFC 7396: null removes, objects merge, all else replaces.
+pub fn merge(target: &mut Value, patch: Value) {
+    let Value::Object(patch) = patch else {
+        *target = patch;
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(Map::new());
+    }
+    if let Value::Object(target) = target {
+        for (key, value) in patch {
+            if value.is_null() {
+                target.remove(&key);
+            } else {
+                merge(target.entry(key).or_insert(Value::Null), value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn state(services: &[(u8, u16, Vec<(u8, u32)>, bool)]) -> Desired {
+        let mut map = Map::new();
+        for (name, port, backends, seeded) in services {
+            let mut backend = Map::new();
+            for (b, weight) in backends {
+                let spec = json!({"address": format!("10.0.0.{b}"), "weight": weight});
+                backend.insert(format!("b{b}"), spec);
+            }
+            let mut service =
+                json!({"vip": "10.9.9.9", "port": port, "protocol": "tcp", "backends": backend});
+            if *seeded {
+                service["seed"] = json!(u64::from(*port) * 7);
+                service["health"] = json!({"kind": "http", "path": "/"});
+            }
+            map.insert(format!("s{name}"), service);
+        }
+        serde_json::from_value(json!({ "services": map })).unwrap()
+    }
+
+    fn states() -> impl Strategy<Value = Desired> {
+        let backends = proptest::collection::vec((0u8..6, 0u32..4), 0..5);
+        let service = (0u8..5, 1u16..9, backends, any::<bool>());
+        proptest::collection::vec(service, 0..5).prop_map(|s| state(&s))
+    }
+
+    proptest! {
+        #[test]
+        fn a_difference_merged_in_gives_the_other_state(a in states(), b in states()) {
+            let delta = diff(&a, &b).unwrap();
+            prop_assert_eq!(apply(&a, &delta).unwrap(), b.clone());
+            prop_assert_eq!(delta == json!({}), a == b);
+        }
+    }
+
+    #[test]
+    fn one_weight_is_a_few_bytes() {
+        let many: Vec<_> = (0..200u8).map(|b| (b, 1)).collect();
+        let (mut a, b) = (state(&[(1, 80, many, true)]), state(&[]));
+        assert_eq!(diff(&a, &b).unwrap(), json!({"services": {"s1": null}}));
+        let old = a.clone();
+        let name: Name = "s1".parse().unwrap();
+        a.service_mut(&name).unwrap().backends.values_mut().next().unwrap().weight = 9;
+        let delta = diff(&old, &a).unwrap();
+        assert_eq!(delta, json!({"services": {"s1": {"backends": {"b0": {"weight": 9}}}}}));
+    }
+}

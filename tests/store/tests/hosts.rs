@@ -1,0 +1,386 @@
+//! What hosts go through with an etcd that fails, lies, is slow, or asks who they are.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    process::Command,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use lb_userspace::store::{
+    Address, EtcdStore, LocalFile, Store, StoreError,
+    etcd::{Access, Options},
+};
+use tempfile::TempDir;
+use test_store::{commit, state};
+use test_support::etcd::{Cluster, Place};
+
+const SOON: Duration = Duration::from_secs(20);
+
+struct Bed {
+    cluster: Cluster,
+    directory: TempDir,
+    /// Held for as long as the bed is: a closed store's tasks end a moment later.
+    locals: Mutex<BTreeMap<String, Arc<LocalFile>>>,
+}
+
+fn bed(members: usize) -> Result<Bed> {
+    let directory = tempfile::tempdir()?;
+    let places = (0..members).map(|_| Place::local()).collect::<Result<Vec<_>>>()?;
+    let cluster = Cluster::start(&places, directory.path(), "http", &[])?;
+    Ok(Bed { cluster, directory, locals: Mutex::default() })
+}
+
+impl Bed {
+    fn options(&self) -> Result<Options> {
+        let Address::Etcd { members, prefix, tls } = self.cluster.url("lb").parse()? else {
+            bail!("not the address of an etcd")
+        };
+        let access = Access { members, tls, ..Access::default() };
+        Ok(Options { access, prefix, keep: 100, id: None })
+    }
+
+    fn local(&self, host: &str) -> Result<Arc<LocalFile>, StoreError> {
+        let mut locals = self.locals.lock().expect("no test panics with it held");
+        if let Some(local) = locals.get(host) {
+            return Ok(local.clone());
+        }
+        let local = Arc::new(LocalFile::open(&self.directory.path().join(host))?);
+        locals.insert(host.to_owned(), local.clone());
+        Ok(local)
+    }
+
+    async fn try_open(&self, host: &str, options: Options) -> Result<EtcdStore, StoreError> {
+        EtcdStore::open(options, self.local(host)?).await
+    }
+
+    async fn host(&self, name: &str) -> Result<EtcdStore> {
+        Ok(self.try_open(name, self.options()?).await?)
+    }
+}
+
+async fn eventually(what: &str, mut holds: impl FnMut() -> bool) -> Result<Duration> {
+    let began = Instant::now();
+    while !holds() {
+        ensure!(began.elapsed() < SOON, "not within {SOON:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(began.elapsed())
+}
+
+fn connected(store: &EtcdStore) -> bool {
+    store.link().borrow().connected
+}
+
+fn refusal<T>(result: Result<T, StoreError>) -> Result<String> {
+    match result {
+        Ok(_) => bail!("not refused"),
+        Err(error) => Ok(error.to_string()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn cut_off_hosts_serve_reads_refuse_writes_and_catch_up_without_a_flap() -> Result<()> {
+    let mut bed = bed(1)?;
+    let (one, two) = (bed.host("one").await?, bed.host("two").await?);
+    for i in 0..3 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    eventually("two follows", || two.head().revision.number == 3).await?;
+    let mut watch = two.watch();
+    watch.borrow_and_update();
+    bed.cluster.members[0].kill();
+    let took = eventually("both notice", || !connected(&one) && !connected(&two)).await?;
+    println!("noticed after {took:?}");
+    ensure!(two.head().revision.number == 3 && two.get(2).await?.revision.number == 2);
+    ensure!(two.history(None, 10).await?.len() == 3);
+    let began = Instant::now();
+    let error = refusal(two.commit(commit(3, state(&[]))).await)?;
+    ensure!(began.elapsed() < Duration::from_millis(200), "refused after {:?}", began.elapsed());
+    ensure!(error.contains("cut off from the store") && error.contains("forwards by revision 3"), "{error}");
+
+    bed.cluster.members[0].start_again(None)?;
+    let took = eventually("both are back", || connected(&one) && connected(&two)).await?;
+    println!("back after {took:?}");
+    // Nothing was published meanwhile.
+    ensure!(!watch.has_changed()?, "a flap");
+    one.commit(commit(3, state(&[("a", 9, &[1])]))).await?;
+    eventually("two follows again", || two.head().revision.number == 4).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_starts_without_etcd_on_its_last_known_state() -> Result<()> {
+    let mut bed = bed(1)?;
+    let one = bed.host("one").await?;
+    one.commit(commit(0, state(&[("a", 1, &[1, 2])]))).await?;
+    let last = one.head();
+    // As the daemon does: the state is saved a moment later.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop(one);
+    bed.cluster.members[0].kill();
+    let one = bed.host("one").await?;
+    ensure!(one.head() == last && !connected(&one));
+    let error = refusal(bed.try_open("fresh", bed.options()?).await)?;
+    ensure!(error.contains("no last known state to go on with"), "{error}");
+    bed.cluster.members[0].start_again(None)?;
+    eventually("it is connected", || connected(&one)).await?;
+    ensure!(one.head() == last);
+    one.commit(commit(1, state(&[]))).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn other_data_is_refused_by_name() -> Result<()> {
+    let bed = bed(1)?;
+    let one = bed.host("one").await?;
+    one.commit(commit(0, state(&[("a", 1, &[])]))).await?;
+    let id = one.about().await.id;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let last = one.head();
+    // The same address with another store's data, under a running host, and for one that starts.
+    bed.cluster.etcdctl(&["put", "lb/store", r#"{"format":1,"id":"feedfeedfeedfeed"}"#])?;
+    eventually("it notices", || !connected(&one)).await?;
+    let problem = one.link().borrow().problem.clone().context("a problem")?;
+    ensure!(problem.contains("feedfeedfeedfeed") && problem.contains(&id), "{problem}");
+    let error = refusal(one.commit(commit(1, state(&[]))).await)?;
+    ensure!(error.contains("feedfeedfeedfeed") && one.head() == last, "{error}");
+    drop(one);
+    let error = refusal(bed.try_open("one", bed.options()?).await)?;
+    ensure!(error.contains(&id) && error.contains("--store-id feedfeedfeedfeed"), "{error}");
+    // Whoever names it gets it.
+    let options = Options { id: Some("feedfeedfeedfeed".into()), ..bed.options()? };
+    ensure!(connected(&bed.try_open("one", options).await?));
+    // A later version's data.
+    bed.cluster.etcdctl(&["put", "lb/store", r#"{"format":7,"id":"feedfeedfeedfeed"}"#])?;
+    let error = refusal(bed.try_open("two", bed.options()?).await)?;
+    ensure!(error.contains("format 7, and this lbd knows formats up to 1"), "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_was_set_back_is_not_followed_unless_told_to() -> Result<()> {
+    let bed = bed(1)?;
+    let one = bed.host("one").await?;
+    for i in 0..3 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    let head = bed.cluster.etcdctl(&["get", "--print-value-only", "lb/revisions/00000000000000000002"])?;
+    let record: serde_json::Value = serde_json::from_str(head.trim())?;
+    let nonce = record["nonce"].as_str().context("a nonce")?;
+    bed.cluster.etcdctl(&["del", "lb/revisions/00000000000000000003"])?;
+    bed.cluster.etcdctl(&["put", "lb/head", &format!("2 {nonce}")])?;
+    let mut link = one.link();
+    one.accept(); // The follower looks at once; told too early, it follows.
+    link.mark_unchanged();
+    eventually("it follows, as it was told to", || one.head().revision.number == 2).await?;
+    // Another history of the same length, which nobody accepted.
+    bed.cluster.etcdctl(&["put", "lb/head", "1 0000000000000000"])?;
+    eventually("it notices", || !connected(&one)).await?;
+    let problem = one.link().borrow().problem.clone().context("a problem")?;
+    ensure!(problem.contains("is at revision 1, and has been at 2"), "{problem}");
+    ensure!(one.head().revision.number == 2);
+    let error = refusal(one.commit(commit(2, state(&[]))).await)?;
+    ensure!(error.contains("lbctl store accept"), "{error}");
+    bed.cluster.etcdctl(&["put", "lb/head", &format!("2 {nonce}")])?;
+    eventually("it is connected", || connected(&one)).await?;
+    one.commit(commit(2, state(&[]))).await?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn compaction_while_a_host_is_away_costs_it_nothing() -> Result<()> {
+    let bed = bed(1)?;
+    let one = bed.host("one").await?;
+    let two = bed.host("two").await?;
+    for i in 0..5 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    let status: serde_json::Value =
+        serde_json::from_str(&bed.cluster.etcdctl(&["endpoint", "status", "-w", "json"])?)?;
+    let revision = status[0]["Status"]["header"]["revision"].to_string();
+    bed.cluster.etcdctl(&["compact", &revision])?;
+    // Frozen, the member drops nobody; two's watch begins anew behind what was compacted.
+    bed.cluster.members[0].freeze(true)?;
+    eventually("two is cut off", || !connected(&two)).await?;
+    bed.cluster.members[0].freeze(false)?;
+    eventually("both are back", || connected(&one) && connected(&two)).await?;
+    for i in 5..8 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    eventually("two has all", || two.head() == one.head()).await?;
+    ensure!(bed.host("three").await?.head() == one.head());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_member_is_left_for_another() -> Result<()> {
+    let bed = bed(3)?;
+    let one = bed.host("one").await?;
+    let two = bed.host("two").await?;
+    let mut slowest = Duration::ZERO;
+    let mut number = 0;
+    for member in &bed.cluster.members {
+        member.freeze(true)?;
+        for _ in 0..3 {
+            let began = Instant::now();
+            // A leader that is frozen must first be missed by the others.
+            while let Err(error) = one.commit(commit(number, state(&[("a", number as u16 + 1, &[1])]))).await
+            {
+                match error {
+                    StoreError::CutOff { .. } => tokio::time::sleep(Duration::from_millis(50)).await,
+                    StoreError::Unsure { .. } | StoreError::Conflict { .. } => {
+                        eventually("it is known what became of it", || connected(&one)).await?;
+                        if one.head().revision.number > number {
+                            break;
+                        }
+                    }
+                    error => bail!("{error}"),
+                }
+                ensure!(began.elapsed() < SOON, "no commit with one member frozen");
+            }
+            number = one.head().revision.number;
+            slowest = slowest.max(began.elapsed());
+        }
+        eventually("two follows", || two.head().revision.number == number).await?;
+        member.freeze(false)?;
+    }
+    println!("slowest commit with a frozen member: {slowest:?}");
+    ensure!(one.head() == two.head());
+    Ok(())
+}
+
+/// Without a majority nothing is confirmed, and each call ends in time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_nothing_is_confirmed() -> Result<()> {
+    let mut bed = bed(3)?;
+    let one = bed.host("one").await?;
+    one.commit(commit(0, state(&[("a", 1, &[])]))).await?;
+    bed.cluster.members[0].kill();
+    bed.cluster.members[1].kill();
+    let began = Instant::now();
+    let error = refusal(one.commit(commit(1, state(&[]))).await)?;
+    println!("after {:?}: {error}", began.elapsed());
+    ensure!(began.elapsed() < Duration::from_secs(9), "{:?}", began.elapsed());
+    eventually("it is cut off", || !connected(&one)).await?;
+    ensure!(one.head().revision.number == 1);
+    let about = one.about().await;
+    ensure!(about.members.iter().all(|m| !m.healthy), "{about:?}");
+    bed.cluster.members[0].start_again(None)?;
+    eventually("it is back", || connected(&one)).await?;
+    // Whatever became of the change that was not confirmed: from here on all agree.
+    let number = one.head().revision.number;
+    one.commit(commit(number, state(&[("b", 2, &[])]))).await?;
+    ensure!(bed.host("two").await?.head() == one.head());
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dead_host_told_is_forgotten() -> Result<()> {
+    let bed = bed(1)?;
+    let (one, two) = (bed.host("one").await?, bed.host("two").await?);
+    one.tell("hosts/one", Some(b"alive".to_vec()));
+    let seen = || two.told().borrow().contains_key("hosts/one");
+    eventually("two sees one", seen).await?;
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    ensure!(seen(), "the lease was not kept");
+    drop(one);
+    eventually("two misses one", || !seen()).await.map(drop)
+}
+
+fn openssl(directory: &Path, arguments: &str) -> Result<()> {
+    let output =
+        Command::new("openssl").current_dir(directory).args(arguments.split_whitespace()).output()?;
+    ensure!(output.status.success(), "openssl {arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// A CA, and certificates for the member and for the host.
+fn certificates(directory: &Path) -> Result<()> {
+    openssl(
+        directory,
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca.pem",
+    )?;
+    std::fs::write(
+        directory.join("ext"),
+        "subjectAltName=IP:127.0.0.1\nextendedKeyUsage=serverAuth,clientAuth\n",
+    )?;
+    for name in ["member", "host"] {
+        openssl(
+            directory,
+            &format!(
+                "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr"
+            ),
+        )?;
+        openssl(
+            directory,
+            &format!(
+                "x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile ext -out {name}.pem"
+            ),
+        )?;
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tls_is_spoken_both_ways() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = |name: &str| directory.path().join(name);
+    certificates(directory.path())?;
+    let text = |name: &str| path(name).display().to_string();
+    let (ca, cert, key) = (text("ca.pem"), text("member.pem"), text("member.key"));
+    let extra = ["--cert-file", &cert, "--key-file", &key, "--client-cert-auth", "--trusted-ca-file", &ca];
+    let cluster = Cluster::start(&[Place::local()?], directory.path(), "https", &extra)?;
+    let bed = Bed { cluster, directory, locals: Mutex::default() };
+    let options = bed.options()?;
+    let path = |name: &str| bed.directory.path().join(name);
+    let identity = Some((path("host.pem"), path("host.key")));
+    let access = Access { tls: true, ca: Some(path("ca.pem")), identity, ..options.access.clone() };
+    let one = bed.try_open("one", Options { access: access.clone(), ..options.clone() }).await?;
+    one.commit(commit(0, state(&[("a", 1, &[])]))).await?;
+    // Without our certificate, and without knowledge of theirs.
+    for access in [Access { identity: None, ..access.clone() }, Access { ca: None, ..access.clone() }] {
+        let error = refusal(bed.try_open("two", Options { access, ..options.clone() }).await)?;
+        ensure!(error.contains("cannot reach the store"), "{error}");
+        println!("{error}");
+    }
+    let missing = Access { ca: Some(path("no.pem")), ..access };
+    let error = refusal(bed.try_open("two", Options { access: missing, ..options }).await)?;
+    ensure!(error.contains("no.pem"), "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_with_a_password_is_let_in() -> Result<()> {
+    let bed = bed(1)?;
+    for arguments in [
+        &["user", "add", "root:secret"][..],
+        &["user", "grant-role", "root", "root"],
+        &["user", "add", "lb:pass"],
+        &["role", "add", "lb"],
+        &["role", "grant-permission", "lb", "readwrite", "lb/", "--prefix"],
+        &["user", "grant-role", "lb", "lb"],
+        &["auth", "enable"],
+    ] {
+        bed.cluster.etcdctl(arguments)?;
+    }
+    let options = bed.options()?;
+    let error = refusal(bed.try_open("none", options.clone()).await)?;
+    println!("{error}");
+    ensure!(error.contains("user name is empty") || error.contains("permission"), "{error}");
+    let file = bed.directory.path().join("password");
+    let with = |text: &str| -> Result<Options> {
+        std::fs::write(&file, text)?;
+        let access = Access { user: Some(("lb".into(), file.clone())), ..options.access.clone() };
+        Ok(Options { access, ..options.clone() })
+    };
+    let error = refusal(bed.try_open("wrong", with("wrong\n")?).await)?;
+    ensure!(error.contains("authentication failed"), "{error}");
+    let one = bed.try_open("one", with("pass\n")?).await?;
+    one.commit(commit(0, state(&[("a", 1, &[])]))).await?;
+    one.tell("hosts/one", Some(vec![1]));
+    let told = one.told();
+    eventually("it is told", || told.borrow().len() == 1).await?;
+    Ok(())
+}
