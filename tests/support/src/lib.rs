@@ -10,6 +10,7 @@ pub mod bed;
 pub mod chained;
 pub mod check;
 pub mod daemon;
+pub mod flood;
 pub mod hold;
 pub mod http;
 pub mod iperf;
