@@ -45,6 +45,8 @@ pub const ABI: &str = "ABI";
 pub const DECAP_ADDRESSES: &str = "DECAP_ADDRESSES";
 /// `HASH<Address, u32>`: VIPs that a worker serves.
 pub const DECAP_VIPS: &str = "DECAP_VIPS";
+/// `ARRAY<ReplyHop>`, by family: how answers of a worker's program leave.
+pub const REPLY_HOPS: &str = "REPLY_HOPS";
 
 /// `PROG_ARRAY`: programs that are reached by tail call, by the indices of [`stage`]. Each object has its own.
 pub const STAGES: &str = "STAGES";
@@ -69,6 +71,10 @@ pub mod stage {
     /// Places in the map.
     pub const COUNT: u32 = 16;
 
+    /// In the worker's object: SYNs, which may be answered by cookie.
+    pub const COOKIE: u32 = 0;
+    /// Programs of the worker's object that go there: name and place.
+    pub const DECAP_PROGRAMS: [(&str, u32); 1] = [("cookie", COOKIE)];
     /// Programs of the ingress object that go there: name and place.
     pub const INGRESS_PROGRAMS: [(&str, u32); 2] = [("icmp", ICMP), ("fragment", FRAGMENT)];
 }
@@ -98,4 +104,4 @@ pub const INGRESS_MAPS: [&str; 16] = [
     ABI,
 ];
 /// Maps of the decap program that are pinned.
-pub const DECAP_MAPS: [&str; 4] = [DECAP_ADDRESSES, DECAP_VIPS, REASONS, ABI];
+pub const DECAP_MAPS: [&str; 6] = [DECAP_ADDRESSES, DECAP_VIPS, REASONS, REPLY_HOPS, STAGES, ABI];

@@ -135,6 +135,8 @@ reasons! {
     DecapTtl = "decap_ttl", Drop;
     /// Worker: congestion mark on the outer header of a packet that cannot carry it (RFC 6040)
     DecapEcn = "decap_ecn", Drop;
+    /// Worker: SYN answered by its listener's cookie, because the listener's queue is full
+    DecapCookie = "decap_cookie", Answer;
     /// Worker: frame could not be shortened
     DecapAdjust = "decap_adjust", Drop;
 }

@@ -10,6 +10,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod choose;
+pub mod cookie;
 pub mod csum;
 pub mod decap;
 pub mod echo;

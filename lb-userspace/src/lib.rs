@@ -24,6 +24,7 @@ pub mod reconcile;
 pub mod render;
 pub mod store;
 pub mod worker;
+mod worker_route;
 
 /// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/lb/lbd.sock";

@@ -8,7 +8,7 @@ use crate::{
     config::SettingsError,
     daemon::{args::Worker, xdp_log},
     dataplane::{DataplaneError, DecapDataplane, DecapOptions, detach},
-    metrics,
+    metrics, worker_route,
 };
 use anyhow::Context;
 use futures_util::TryStreamExt;
@@ -75,6 +75,7 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
         pin_path: args.pin_path.clone(),
         settings: DecapSettings { gue_port: args.gue_port, ..DecapSettings::DEFAULT },
         log_level: xdp_log::number(args.xdp_log_level),
+        cookies: args.syn_cookies,
     };
     // What it must know stands in its maps at once: a first packet after the attachment is let through or
     // dropped by rule, never by chance. Adopted maps already hold what the last daemon served.
@@ -90,6 +91,9 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
     }
     xdp_log::start(decap.bpf_mut(), args.xdp_log_level);
     let decap = Arc::new(Mutex::new(decap));
+    if args.syn_cookies {
+        tokio::spawn(worker_route::follow(Arc::clone(&decap)));
+    }
     if let Some(listener) = metrics {
         let text =
             move || metrics::worker_text(&decap.lock().unwrap_or_else(PoisonError::into_inner).reasons());

@@ -83,6 +83,9 @@ pub struct Worker {
     /// UDP port on which GUE arrives
     #[arg(long, value_name = "PORT", env = "LBD_GUE_PORT", default_value_t = lb_common::settings::GUE_PORT)]
     pub gue_port: u16,
+    /// Answer SYNs by cookie before the stack sees them, while a listener's queue is full
+    #[arg(long, value_name = "BOOL", env = "LBD_SYN_COOKIES", num_args = 0..=1, default_missing_value = "true", default_value = "true", action = clap::ArgAction::Set)]
+    pub syn_cookies: bool,
     /// Directory in a bpf filesystem where programs, maps and links are pinned
     #[arg(long, value_name = "DIR", env = "LBD_PIN_PATH", default_value = "/sys/fs/bpf/lb-worker")]
     pub pin_path: PathBuf,

@@ -7,9 +7,13 @@ use super::{
 };
 use aya::{
     Ebpf,
-    maps::{HashMap, MapData, PerCpuArray},
+    maps::{Array, HashMap, MapData, PerCpuArray},
 };
-use lb_common::{Address, Reason, names, settings::DecapSettings};
+use lb_common::{
+    Address, Reason, names,
+    reply::{ReplyHop, family},
+    settings::DecapSettings,
+};
 use std::{collections::BTreeSet, fs, path::PathBuf};
 use zerocopy::IntoBytes;
 
@@ -26,6 +30,8 @@ pub struct DecapOptions {
     pub settings: DecapSettings,
     /// Log level of the program: 0 off, 1 error … 5 trace.
     pub log_level: u8,
+    /// Whether SYNs may be answered by cookie.
+    pub cookies: bool,
 }
 
 /// The writer of a worker's maps.
@@ -33,6 +39,7 @@ pub struct DecapDataplane {
     addresses: HashMap<MapData, Address, u32>,
     vips: HashMap<MapData, Address, u32>,
     reasons: PerCpuArray<MapData, u64>,
+    reply_hops: Array<MapData, ReplyHop>,
     /// Where the program runs.
     pub interfaces: Vec<Interface>,
     /// Whether maps of an earlier daemon were taken over.
@@ -47,7 +54,7 @@ impl DecapDataplane {
         let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
             object: crate::objects::DECAP,
             program: names::PROGRAM_DECAP,
-            stages: &[],
+            stages: if options.cookies { &names::stage::DECAP_PROGRAMS } else { &[] },
             maps: &names::DECAP_MAPS,
             sizes: &[],
             settings: options.settings.as_bytes(),
@@ -60,6 +67,7 @@ impl DecapDataplane {
             addresses: take(&mut bpf, names::DECAP_ADDRESSES)?,
             vips: take(&mut bpf, names::DECAP_VIPS)?,
             reasons: take(&mut bpf, names::REASONS)?,
+            reply_hops: take(&mut bpf, names::REPLY_HOPS)?,
             interfaces,
             adopted,
             bpf,
@@ -75,6 +83,21 @@ impl DecapDataplane {
     /// Makes these the VIPs that are served here.
     pub fn set_vips(&mut self, vips: &BTreeSet<Address>) -> Result<(), DataplaneError> {
         set(&mut self.vips, names::DECAP_VIPS, vips)
+    }
+
+    /// Says how answers to clients of one family leave; None: the stack answers.
+    pub fn set_reply_hop(&mut self, is_ipv6: bool, hop: Option<ReplyHop>) -> Result<(), DataplaneError> {
+        let place = if is_ipv6 { family::V6 } else { family::V4 };
+        let map = |source| DataplaneError::Map { map: names::REPLY_HOPS, source };
+        let known = self.reply_hops.get(&place, 0).map_err(map)?;
+        let hop = hop.unwrap_or_default();
+        if known == hop {
+            return Ok(());
+        }
+        // Nobody sees half of one way and half of another.
+        self.reply_hops.set(place, ReplyHop { ifindex: 0, ..hop }, 0).map_err(map)?;
+        super::grace_period();
+        self.reply_hops.set(place, hop, 0).map_err(map)
     }
 
     /// Each reason's counter over all CPUs.

@@ -4,11 +4,11 @@ use crate::Run;
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{HashMap, PerCpuArray, PerCpuValues},
+    maps::{Array, HashMap, PerCpuArray, PerCpuValues, ProgramArray},
     programs::Xdp,
     util::nr_cpus,
 };
-use lb_common::{Address, Reason, names, settings::DecapSettings};
+use lb_common::{Address, Reason, names, reply::ReplyHop, settings::DecapSettings};
 
 /// The loaded program and its maps.
 pub struct Decap {
@@ -35,6 +35,13 @@ impl Decap {
             .context("load the decap object")?;
         let program: &mut Xdp = bpf.program_mut(names::PROGRAM_DECAP).context("program")?.try_into()?;
         program.load().context("the verifier refused the decap program")?;
+        for (name, place) in names::stage::DECAP_PROGRAMS {
+            let program: &mut Xdp = bpf.program_mut(name).context("stage")?.try_into()?;
+            program.load().with_context(|| format!("the verifier refused stage {name}"))?;
+            let fd = program.fd()?.try_clone()?;
+            let mut stages: ProgramArray<_> = bpf.map_mut(names::STAGES).context("stages")?.try_into()?;
+            stages.set(place, &fd, 0)?;
+        }
         for (map, addresses) in [(names::DECAP_ADDRESSES, ours), (names::DECAP_VIPS, vips)] {
             let mut map: HashMap<_, Address, u32> = HashMap::try_from(bpf.map_mut(map).context("map")?)?;
             for address in addresses {
@@ -47,6 +54,18 @@ impl Decap {
     /// The program, for its figures.
     pub fn program(&self) -> &Xdp {
         self.bpf.program(names::PROGRAM_DECAP).and_then(|p| p.try_into().ok()).expect("loaded in `load`")
+    }
+
+    /// One of the object's programs.
+    pub fn program_named(&self, name: &str) -> &Xdp {
+        self.bpf.program(name).and_then(|p| p.try_into().ok()).expect("loaded in `load`")
+    }
+
+    /// Says how answers leave.
+    pub fn reply_hop(&mut self, place: u32, hop: ReplyHop) {
+        let mut hops: Array<_, ReplyHop> =
+            Array::try_from(self.bpf.map_mut(names::REPLY_HOPS).expect("map")).expect("its type");
+        hops.set(place, hop, 0).expect("in range");
     }
 
     /// Runs one packet through the program.

@@ -11,6 +11,7 @@ pub mod chained;
 pub mod check;
 pub mod daemon;
 pub mod etcd;
+pub mod flood;
 pub mod hold;
 pub mod http;
 pub mod iperf;

@@ -60,6 +60,8 @@ pub struct Plan {
     pub backends: Option<usize>,
     /// More arguments for `lbd ingress`.
     pub arguments: &'static [&'static str],
+    /// More arguments for `lbd worker`.
+    pub worker_arguments: &'static [&'static str],
     /// Size of the file system that holds lbd's state; None: plenty.
     pub state_bytes: Option<u64>,
 }
@@ -74,6 +76,7 @@ impl Default for Plan {
             settings: "",
             backends: None,
             arguments: &[],
+            worker_arguments: &[],
             state_bytes: None,
         }
     }
@@ -109,7 +112,8 @@ impl Stage {
     /// Builds and starts it all, and returns when every backend is healthy.
     pub fn start(plan: Plan) -> Result<Self> {
         let bed = Bed::new(plan.layout)?;
-        let hosts = (0..bed.workers.len()).map(|index| start_host(&bed, index)).collect::<Result<_>>()?;
+        let hosts =
+            (0..bed.workers.len()).map(|index| start_host(&bed, index, &plan)).collect::<Result<_>>()?;
         if let Some(bytes) = plan.state_bytes {
             bed.limit_directory("state", bytes)?;
         }
@@ -125,7 +129,7 @@ impl Stage {
     /// Adds a worker host to the network, not yet to any service.
     pub fn add_host(&mut self) -> Result<usize> {
         let index = self.bed.add_worker()?;
-        self.hosts.push(start_host(&self.bed, index)?);
+        self.hosts.push(start_host(&self.bed, index, &self.plan)?);
         Ok(index)
     }
 
@@ -250,12 +254,12 @@ impl Stage {
     }
 }
 
-fn start_host(bed: &Bed, index: usize) -> Result<Host> {
+fn start_host(bed: &Bed, index: usize, plan: &Plan) -> Result<Host> {
     let worker = &bed.workers[index];
     let vips: [IpAddr; 2] = [vip_v4(1).into(), vip_v6(1).into()];
     Ok(Host {
         http: Some(nginx::start(&worker.namespace, &worker.name, bed.directory())?),
-        agent: daemon::start_worker(bed, worker, &vips, &[])?,
+        agent: daemon::start_worker(bed, worker, &vips, plan.worker_arguments)?,
         _lines: LineWorker::start(&worker.namespace, &worker.name, LINES)?,
         _echo: EchoWorker::start(&worker.namespace, &worker.name, &vips, ECHO)?,
     })

@@ -63,9 +63,15 @@ pub fn decap() -> Result<Vec<Figures>> {
         for log in LOG_LEVELS {
             let (ipv6, vlan) = (bits & 1, bits >> 1);
             let settings = DecapSettings { ipv6, vlan, ..DecapSettings::DEFAULT };
-            let name = format!("decap ipv6={ipv6} vlan={vlan} log={log}");
+            let name = format!("ipv6={ipv6} vlan={vlan} log={log}");
             let loaded = Decap::load_with(settings, log, &[], &[]).with_context(|| format!("load {name}"))?;
-            all.push(figures(name, loaded.program())?);
+            all.push(figures(format!("decap {name}"), loaded.program())?);
+            if bits == 0 && log == 0 {
+                // No setting changes these.
+                for (stage, _) in names::stage::DECAP_PROGRAMS {
+                    all.push(figures(stage.to_owned(), loaded.program_named(stage))?);
+                }
+            }
         }
     }
     Ok(all)

@@ -44,7 +44,7 @@ fn ingress_with_every_setting() {
 #[test]
 fn decap_with_every_setting() {
     let figures = decap().unwrap_or_else(|error| panic!("{error:?}"));
-    assert_eq!(figures.len(), 8);
+    assert_eq!(figures.len(), 8 + names::stage::DECAP_PROGRAMS.len());
     check(figures);
 }
 
