@@ -68,6 +68,11 @@ fn observation() {
 }
 
 #[test]
+fn replicas() {
+    run("tests/cli/replicas.trycmd");
+}
+
+#[test]
 fn daemon_arguments() {
     run("tests/cli/lbd.trycmd");
 }

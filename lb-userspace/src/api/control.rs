@@ -10,6 +10,7 @@ use crate::{
     explain::Query,
     health::Book,
     model::{Desired, differences},
+    replica,
     store::{Commit, Store, StoreError, Stored},
 };
 use std::{
@@ -31,6 +32,7 @@ pub struct Control {
     pub(super) store: Arc<dyn Store>,
     pub(super) engine: Arc<dyn Engine>,
     pub(super) book: Arc<Book>,
+    pub(super) replicas: Arc<replica::Book>,
     pub(super) started: Instant,
     pub(super) drains: Drains,
     outcome: watch::Sender<Outcome>,
@@ -39,8 +41,18 @@ pub struct Control {
 impl Control {
     /// Nothing is applied before [`Control::follow`] runs.
     pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<Book>) -> Arc<Self> {
-        let outcome = watch::Sender::new(None);
-        Arc::new(Self { store, engine, book, started: Instant::now(), drains: Drains::default(), outcome })
+        Self::with_replicas(store, engine, book, Arc::default())
+    }
+
+    /// The same, with what replicas say.
+    pub fn with_replicas(
+        store: Arc<dyn Store>,
+        engine: Arc<dyn Engine>,
+        book: Arc<Book>,
+        replicas: Arc<replica::Book>,
+    ) -> Arc<Self> {
+        let (outcome, drains) = (watch::Sender::new(None), Drains::default());
+        Arc::new(Self { store, engine, book, replicas, started: Instant::now(), drains, outcome })
     }
 
     /// The engine.
@@ -51,6 +63,11 @@ impl Control {
     /// Verdicts.
     pub fn book(&self) -> &Book {
         &self.book
+    }
+
+    /// What replicas say.
+    pub fn replicas(&self) -> &Arc<replica::Book> {
+        &self.replicas
     }
 
     /// Newest desired state.

@@ -3,7 +3,10 @@
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     api::types::{BackendInfo, ServiceInfo},
-    model::{ForwardingMode, HealthKind, Name, OnDown, Ports, Protocol, Scheduler},
+    model::{
+        ForwardingMode, HealthKind, Name, OnDown, Ports, Protocol, Quantity, Scheduler, Selector,
+        SelectorError, SourceKind,
+    },
     render::{observe, units::parse_duration},
 };
 use clap::{Args, Subcommand};
@@ -105,6 +108,21 @@ struct Settings {
     /// Failures in a row that make it unhealthy [default: 3]
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
+    /// Where replica state comes from: none, stream, vllm, sglang, tgi, triton or custom; KIND:PORT and KIND:PORT/PATH name the place
+    #[arg(long, value_name = "SOURCE")]
+    replica: Option<Source>,
+    /// Time between two looks where there is no stream [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    replica_interval: Option<Duration>,
+    /// A look fails after this time [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    replica_timeout: Option<Duration>,
+    /// Requests that a replica runs at once, where it does not say so itself; or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    replica_capacity: Option<Optional>,
+    /// Name of a metric where it is not the usual one, as running=NAME or waiting=NAME{label="value"}; may be repeated
+    #[arg(long, value_name = "QUANTITY=METRIC", value_parser = metric)]
+    replica_metric: Vec<(Quantity, Selector)>,
     /// Drain time: how long flows of a draining or removed backend are kept there [default: 5m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     drain: Option<Duration>,
@@ -210,6 +228,74 @@ impl FromStr for Check {
     }
 }
 
+/// `none`, or `KIND[:[PORT][/PATH]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Source(Option<(SourceKind, Option<u16>, Option<String>)>);
+
+impl FromStr for Source {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || {
+            "give none, or stream, vllm, sglang, tgi, triton or custom with :PORT, :/PATH or :PORT/PATH behind it"
+                .to_owned()
+        };
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let (kind, rest) = text.split_once(':').map_or((text, ""), |(kind, rest)| (kind, rest));
+        let kind = word::<SourceKind>(kind).map_err(|_| bad())?;
+        if text.ends_with(':') {
+            return Err(bad());
+        }
+        let (port, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        let port = match port {
+            "" => None,
+            port => Some(port.parse().ok().filter(|n| *n > 0).ok_or_else(bad)?),
+        };
+        Ok(Self(Some((kind, port, Some(path).filter(|p| !p.is_empty()).map(str::to_owned)))))
+    }
+}
+
+/// `QUANTITY=METRIC`.
+fn metric(text: &str) -> Result<(Quantity, Selector), String> {
+    let (quantity, selector) =
+        text.split_once('=').ok_or_else(|| "give QUANTITY=METRIC, such as running=busy_slots".to_owned())?;
+    let selector = selector.parse().map_err(|e: SelectorError| e.to_string())?;
+    Ok((word(quantity)?, selector))
+}
+
+/// Flags about replica state as a merge patch: null for none, nothing if there is no such flag.
+fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
+    let mut replica = Patch::default();
+    let mut metrics = Map::new();
+    match &s.replica {
+        Some(Source(None)) => {
+            let others =
+                s.replica_interval.is_some() || s.replica_timeout.is_some() || s.replica_capacity.is_some();
+            if others || !s.replica_metric.is_empty() {
+                return Err(Failure::Usage {
+                    what: "--replica none takes no other --replica flags".to_owned(),
+                });
+            }
+            return Ok(Some(Value::Null));
+        }
+        Some(Source(Some((kind, port, path)))) => {
+            // A new source starts from its own defaults: what the old one had does not go with it.
+            replica.set("kind", Some(kind));
+            replica.set("port", Some(port));
+            replica.set("path", Some(path));
+            metrics.extend(Quantity::ALL.map(|q| (q.label().to_owned(), Value::Null)));
+        }
+        None => {}
+    }
+    replica.set("interval_ms", s.replica_interval.map(|t| t.as_millis() as u64));
+    replica.set("timeout_ms", s.replica_timeout.map(|t| t.as_millis() as u64));
+    replica.set("capacity", s.replica_capacity.map(|n| n.0));
+    metrics.extend(s.replica_metric.iter().map(|(q, selector)| (q.label().to_owned(), json!(selector))));
+    replica.set("metrics", Some(metrics).filter(|m| !m.is_empty()));
+    Ok(Some(replica.0).filter(|r| !r.is_empty()).map(Value::Object))
+}
+
 /// `200` or `200-299`.
 #[derive(Clone, Debug)]
 struct Statuses(u16, u16);
@@ -287,6 +373,7 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     health.set("rise", s.rise);
     health.set("fall", s.fall);
     patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
+    patch.set("replica", replica_patch(s)?);
     Ok(patch.0)
 }
 
@@ -307,6 +394,17 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                 if !health.contains_key("kind") {
                     let what =
                         "health flags without a check: give --health tcp or --health http:/PATH".to_owned();
+                    return Err(Failure::Usage { what });
+                }
+            }
+            if let Some(Value::Object(replica)) = body.get_mut("replica") {
+                replica.retain(|_, v| !v.is_null());
+                if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
+                    metrics.retain(|_, v| !v.is_null());
+                }
+                if !replica.contains_key("kind") {
+                    let what =
+                        "--replica flags without a source: give --replica stream or another".to_owned();
                     return Err(Failure::Usage { what });
                 }
             }
@@ -378,6 +476,25 @@ mod tests {
         assert_eq!(vip("10.0.0.1:any"), Ok(("10.0.0.1".into(), Some(Ports::Any), None)));
         for bad in ["", "x", "10.0.0.1:0", "10.0.0.1:80/sctp", "10.0.0.1/tcp", "[10.0.0.1]:80", "10.0.0.1:"] {
             assert!(vip(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sources_are_short() {
+        let source =
+            |t: &str| t.parse::<Source>().map(|s| s.0.map(|(k, port, path)| (k.label(), port, path)));
+        assert_eq!(source("none"), Ok(None));
+        assert_eq!(source("stream"), Ok(Some(("stream", None, None))));
+        assert_eq!(source("vllm:8000"), Ok(Some(("vllm", Some(8_000), None))));
+        assert_eq!(source("tgi:/m?x=1"), Ok(Some(("tgi", None, Some("/m?x=1".into())))));
+        assert_eq!(source("triton:8002/metrics"), Ok(Some(("triton", Some(8_002), Some("/metrics".into())))));
+        for bad in ["", "ollama", "stream:", "vllm:0", "vllm:x", "none:1"] {
+            assert!(source(bad).is_err(), "{bad}");
+        }
+        let (quantity, selector) = metric("waiting=q{kind=\"all\"}").unwrap();
+        assert_eq!((quantity, selector.to_string().as_str()), (Quantity::Waiting, "q{kind=\"all\"}"));
+        for bad in ["waiting", "waitin=q", "waiting=", "waiting=a b"] {
+            assert!(metric(bad).is_err(), "{bad}");
         }
     }
 

@@ -13,7 +13,7 @@ mod service;
 
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 
-use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol};
+use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol, Readiness};
 use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{Backend, ServiceKey, Slot, Vip, VipKey, limits};
 use serde::{Deserialize, Serialize};
@@ -186,6 +186,9 @@ pub struct BackendStatus {
     pub state: BackendState,
     /// Verdict.
     pub health: Health,
+    /// What its replica says.
+    #[serde(default)]
+    pub readiness: Readiness,
     /// Takes new flows.
     pub eligible: bool,
     /// Slots whose primary it is.
@@ -260,9 +263,10 @@ pub fn compile(
     let mut next_change_ms: Option<i64> = None;
     let mut backends = Vec::new();
     let mut health = observed.health.iter().peekable();
+    let mut replicas = observed.replicas.iter().peekable();
     for (name, wanted) in &desired.services {
         let id = ServiceId::of(wanted);
-        let verdicts = service::verdicts(name, wanted, &mut health);
+        let verdicts = service::seen(name, wanted, &mut health, &mut replicas);
         let compiled = service::compile(
             &service::Input { name, id, wanted, verdicts, next_hops: &observed.next_hops, now_ms, settings },
             memory.services.get(&id),

@@ -16,9 +16,9 @@ use super::{
 use crate::{
     maglev,
     model::{
-        BackendId, BackendState, Health, HealthKind, Name, NextHop, OnDown, Protocol, Scheduler, Service,
+        BackendId, BackendState, Health, Name, NextHop, OnDown, Protocol, Readiness, Scheduler, Service,
     },
-    policy::{self, Candidate},
+    policy::{self, Candidate, Seen},
 };
 use lb_common::{
     Backend, Slot,
@@ -39,7 +39,7 @@ pub(super) struct Input<'a> {
     pub id: ServiceId,
     pub wanted: &'a Arc<Service>,
     /// In the order of `wanted.backends`.
-    pub verdicts: Vec<Health>,
+    pub verdicts: Vec<Seen>,
     pub next_hops: &'a BTreeMap<IpAddr, NextHop>,
     pub now_ms: i64,
     pub settings: &'a Settings,
@@ -66,7 +66,7 @@ pub(super) struct Cached {
 struct Last {
     name: Name,
     wanted: Arc<Service>,
-    verdicts: Vec<Health>,
+    verdicts: Vec<Seen>,
     next_hops: Vec<Option<NextHop>>,
     output: Arc<Output>,
 }
@@ -74,12 +74,25 @@ struct Last {
 /// Tables kept per service: the current one, the base, and a few that flapping comes back to.
 const KEPT_TABLES: usize = 4;
 
-/// A service's verdicts, from the sorted verdicts of all. One pass over both, as both are in name order.
-pub(super) fn verdicts<'a>(
+/// What is known of a service's backends, from the sorted observations of all.
+pub(super) fn seen<'a>(
     name: &Name,
     wanted: &Service,
-    all: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Health)>>,
-) -> Vec<Health> {
+    health: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Health)>>,
+    replicas: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Readiness)>>,
+) -> Vec<Seen> {
+    let health = of_service(name, wanted, health);
+    let replicas = of_service(name, wanted, replicas);
+    health.into_iter().zip(replicas).map(|(health, ready)| Seen::of(wanted, health, ready)).collect()
+}
+
+/// A service's part of something known by backend, in the order of its backends; what is missing is the
+/// default. One pass over both, as both are in name order.
+fn of_service<'a, T: Copy + Default + 'a>(
+    name: &Name,
+    wanted: &Service,
+    all: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a T)>>,
+) -> Vec<T> {
     while all.next_if(|(id, _)| id.service < *name).is_some() {}
     wanted
         .backends
@@ -87,10 +100,7 @@ pub(super) fn verdicts<'a>(
         .map(|backend| {
             while all.next_if(|(id, _)| id.service == *name && id.backend < *backend).is_some() {}
             let found = all.next_if(|(id, _)| id.service == *name && id.backend == *backend);
-            match wanted.health.kind {
-                HealthKind::None => Health::Healthy,
-                _ => found.map_or(Health::Unknown, |(_, &health)| health),
-            }
+            found.map_or_else(T::default, |(_, &value)| value)
         })
         .collect()
 }
@@ -145,7 +155,12 @@ fn compile_anew(
         .backends
         .values()
         .zip(&input.verdicts)
-        .map(|(b, &health)| Candidate { weight: b.weight, state: b.state, health })
+        .map(|(b, seen)| Candidate {
+            weight: b.weight,
+            state: b.state,
+            health: seen.health,
+            declines: seen.readiness.declines(),
+        })
         .collect();
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
     memory.settled = rule.settled;
@@ -329,13 +344,14 @@ fn backend_entries(
     panic: bool,
 ) -> (Vec<(u32, Backend)>, BTreeSet<u32>) {
     let mut states: HashMap<IpAddr, u32> = HashMap::new();
-    for (b, &health) in input.wanted.backends.values().zip(&input.verdicts) {
+    for (b, seen) in input.wanted.backends.values().zip(&input.verdicts) {
         let mut state = 0;
-        if b.state == BackendState::Draining {
+        if b.state == BackendState::Draining || seen.readiness.declines() {
             state |= DRAINING;
         }
         // Under panic the verdicts are ignored, or flows placed now would be taken for stale ones.
-        if b.state == BackendState::Down || (health == Health::Unhealthy && !panic) {
+        let down = seen.readiness == Readiness::Failed || (seen.health == Health::Unhealthy && !panic);
+        if b.state == BackendState::Down || down {
             state |= DOWN;
         }
         states.insert(b.address, state);
@@ -395,7 +411,7 @@ fn status(
         .backends
         .iter()
         .zip(input.verdicts.iter().zip(&rule.eligible))
-        .filter_map(|((name, b), (&health, &eligible))| {
+        .filter_map(|((name, b), (seen, &eligible))| {
             let index = memory.backends.get(&b.address)?.index;
             Some(BackendStatus {
                 name: Some(name.clone()),
@@ -403,7 +419,8 @@ fn status(
                 index,
                 weight: b.weight,
                 state: b.state,
-                health,
+                health: seen.health,
+                readiness: seen.readiness,
                 eligible,
                 slots: share(index),
                 resolved: is_resolved(index),
@@ -420,6 +437,7 @@ fn status(
             weight: 0,
             state: BackendState::Draining,
             health: Health::Unknown,
+            readiness: Readiness::Unknown,
             eligible: false,
             slots: 0,
             resolved: is_resolved(b.index),

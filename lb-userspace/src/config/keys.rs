@@ -48,6 +48,7 @@ pub const SERVICE: &[&str] = &[
     "on_down",
     "panic_percent",
     "health",
+    "replica",
     "backend",
 ];
 
@@ -63,6 +64,22 @@ pub const HEALTH: &[&str] = &[
     "timeout_ms",
     "rise",
     "fall",
+];
+
+/// `[service.replica]`.
+pub const REPLICA: &[&str] = &["kind", "port", "path", "interval_ms", "timeout_ms", "capacity", "metrics"];
+
+/// `[service.replica.metrics]`.
+pub const METRICS: &[&str] = &[
+    "running",
+    "waiting",
+    "kv_cache_usage",
+    "capacity",
+    "tokens_total",
+    "tokens_per_second",
+    "gpu_memory_used",
+    "gpu_memory_total",
+    "awake",
 ];
 
 /// `[[service.backend]]`.

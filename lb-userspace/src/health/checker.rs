@@ -2,13 +2,12 @@
 
 use super::{Book, Entry, Probe, ProbeTarget, verdict::Verdict};
 use crate::{
-    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Ports, Service},
+    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Service},
     store::{Local, Stored},
 };
 use futures_util::future::BoxFuture;
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -177,15 +176,8 @@ fn ids_of<T>(all: &BTreeMap<BackendId, T>, service: &Name) -> Vec<BackendId> {
 
 /// What is to be checked of a service.
 fn plan(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Plan>) {
-    let own = if let Ports::One(port) = s.port { port } else { 0 };
-    let port = s.health.port.unwrap_or(own);
     for (backend, b) in &s.backends {
-        let target = ProbeTarget {
-            address: SocketAddr::new(b.address, port),
-            vip: s.vip,
-            kind: s.health.kind.clone(),
-            timeout: Duration::from_millis(s.health.timeout_ms.into()),
-        };
+        let target = ProbeTarget::of(s, b);
         let id = BackendId { service: service.clone(), backend: backend.clone() };
         plans.insert(id, Plan { target, check: s.health.clone() });
     }

@@ -1,6 +1,6 @@
 //! One probe: a TCP connection, or an HTTP/1.1 GET.
 
-use crate::model::HealthKind;
+use crate::model::{Backend, HealthKind, Ports, Service};
 use http_body_util::{BodyExt, Empty};
 use hyper::{Request, client::conn::http1};
 use hyper_util::rt::TokioIo;
@@ -25,6 +25,20 @@ pub struct ProbeTarget {
     pub kind: HealthKind,
     /// Limit of the whole probe.
     pub timeout: Duration,
+}
+
+impl ProbeTarget {
+    /// What a service asks of one of its backends.
+    pub fn of(service: &Service, backend: &Backend) -> Self {
+        let own = if let Ports::One(port) = service.port { port } else { 0 };
+        let port = service.health.port.unwrap_or(own);
+        Self {
+            address: SocketAddr::new(backend.address, port),
+            vip: service.vip,
+            kind: service.health.kind.clone(),
+            timeout: Duration::from_millis(service.health.timeout_ms.into()),
+        }
+    }
 }
 
 /// Bytes of a response's body that are read before the connection is closed.

@@ -176,6 +176,9 @@ impl Service {
             setting("gue_port is 0: 1 to 65535".to_owned());
         }
         self.check_health(&mut setting);
+        if let Some(replica) = &self.replica {
+            replica.check(matches!(self.port, Ports::One(_)), &mut setting);
+        }
         if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
             setting("all weights are 0: give at least one backend a weight".to_owned());
         }

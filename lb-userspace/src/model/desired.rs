@@ -1,6 +1,6 @@
 //! Services and backends, as the operator asked for them.
 
-use super::{HealthCheck, Name, Ports, Protocol};
+use super::{HealthCheck, Name, Ports, Protocol, ReplicaSource};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -117,6 +117,9 @@ pub struct Service {
     /// Health check.
     #[serde(default)]
     pub health: HealthCheck,
+    /// Where the state of its replicas is learnt, if anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<ReplicaSource>,
     /// Backends by name.
     #[serde(default)]
     pub backends: BTreeMap<Name, Backend>,

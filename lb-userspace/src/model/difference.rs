@@ -98,10 +98,12 @@ fn value(thing: &impl Serialize) -> Value {
 fn settings(service: &Service) -> BTreeMap<String, Value> {
     let Value::Object(mut all) = value(service) else { return BTreeMap::new() };
     all.remove("backends");
-    let health = all.remove("health");
+    let parts = ["health", "replica"].map(|part| (part, all.remove(part)));
     let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
-    if let Some(Value::Object(health)) = health {
-        flat.extend(health.into_iter().map(|(k, v)| (format!("health.{k}"), v)));
+    for (part, fields) in parts {
+        if let Some(Value::Object(fields)) = fields {
+            flat.extend(fields.into_iter().map(|(k, v)| (format!("{part}.{k}"), v)));
+        }
     }
     flat
 }

@@ -8,7 +8,9 @@ mod health;
 mod name;
 mod observed;
 mod ports;
+mod replica;
 mod seats;
+mod source;
 
 pub use check::Invalid;
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
@@ -17,3 +19,8 @@ pub use health::{DEFAULT_PATH, DEFAULT_STATUS, HealthCheck, HealthError, HealthK
 pub use name::{Name, NameError};
 pub use observed::{BackendId, Health, NextHop, Observed};
 pub use ports::{Ports, PortsError, Protocol};
+pub use replica::{
+    ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report, ReportError,
+    gpu_memory, name as report_name, requests, share, tokens,
+};
+pub use source::{Quantity, ReplicaSource, Selector, SelectorError, SourceKind};

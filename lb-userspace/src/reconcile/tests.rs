@@ -29,6 +29,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         gue_port: 6080,
         on_down: OnDown::Keep,
         panic_percent: 0,
+        replica: None,
         health: HealthCheck::default(),
         backends: backends.iter().map(backend).collect(),
     }

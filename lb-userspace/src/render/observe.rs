@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     api::types::*,
-    model::{BackendState, Health, HealthKind, Service},
+    model::{BackendState, Health, HealthKind, Readiness, ReplicaSource, Service},
     store::Revision,
 };
 use std::{io, net::IpAddr};
@@ -121,6 +121,9 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("forwarded", format!("{} packets, {}", s.status.packets, units::bytes(s.status.bytes))),
         ("new flows", s.status.flows.to_string()),
     ];
+    if let Some(source) = &s.spec.replica {
+        pairs.push(("replica state", replica_source(source)));
+    }
     if s.spec.panic_percent > 0 {
         let holds = if s.status.panic { ", holds now" } else { "" };
         pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_percent)));
@@ -128,6 +131,17 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     fields(out, &pairs)?;
     out.line("")?;
     self::backends(out, backends)
+}
+
+fn replica_source(source: &ReplicaSource) -> String {
+    let port = source.port.map_or_else(|| "the service's port".to_owned(), |p| format!("port {p}"));
+    let (kind, path) = (source.kind.label(), source.path());
+    let mut text =
+        format!("{kind} {path} on {port}, every {} ms, timeout {} ms", source.interval_ms, source.timeout_ms);
+    for (quantity, selector) in &source.metrics {
+        text.push_str(&format!(", {} is {selector}", quantity.label()));
+    }
+    text
 }
 
 /// `name: value` lines, aligned.
@@ -151,9 +165,12 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
     ];
     let mut table = Table::new(&headings, out.colour);
     for b in list {
-        let note = match (&b.status.drain, &b.status.last_probe) {
-            (Some(progress), _) => drain(progress),
-            (None, Some(probe)) if !probe.ok => probe.reason.clone(),
+        let readiness = b.status.replica.as_ref().map(|r| r.readiness);
+        let note = match (&b.status.drain, &b.status.last_probe, readiness) {
+            (Some(progress), ..) => drain(progress),
+            (None, _, Some(said)) if said.declines() => format!("replica {said}, by its own word"),
+            (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
+            (None, _, Some(Readiness::Lost)) => "replica lost".to_owned(),
             _ => String::new(),
         };
         table.row([
@@ -200,6 +217,7 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     if let Some(progress) = &s.drain {
         pairs.push(("drain", drain(progress)));
     }
+    pairs.extend(s.replica.iter().flat_map(super::replica::lines));
     pairs.push((
         "slots",
         format!("{} of {} ({})", s.slots, s.table_size, units::share(s.slots, s.table_size)),
@@ -230,6 +248,10 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
             ]);
         }
         table.print(out)?;
+    }
+    if let Some(replica) = s.replica.as_ref().filter(|r| !r.history.is_empty()) {
+        out.line("")?;
+        super::replica::history(out, replica)?;
     }
     Ok(())
 }
@@ -301,6 +323,10 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
             table.row([toned(format!("{}/{}", d.service, d.backend), Tone::Warn), plain(drain(&d.drain))]);
         }
         table.print(out)?;
+    }
+    if !s.replicas.is_empty() {
+        out.line("")?;
+        super::replica::not_ready(out, &s.replicas)?;
     }
     let notable: Vec<&ReasonCount> =
         s.reasons.iter().filter(|r| matches!(r.fate.as_str(), "drop" | "answer")).collect();
