@@ -17,6 +17,7 @@ pub mod netns;
 pub mod nginx;
 pub mod process;
 pub mod program;
+pub mod replica;
 pub mod stage;
 pub mod udp;
 pub mod wait;
