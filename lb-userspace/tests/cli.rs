@@ -8,7 +8,7 @@
 
 use lb_userspace::{
     api::{self, Control, memory::MemoryEngine},
-    health::{Book, Checker, probe},
+    health::{Book, Checker, prober},
     store::{RedbStore, Store},
 };
 use std::{path::Path, sync::Arc};
@@ -25,8 +25,7 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let book = Arc::new(Book::default());
             let (verdicts, mut told) = tokio::sync::mpsc::channel(100);
             tokio::spawn(async move { while told.recv().await.is_some() {} });
-            let prober: lb_userspace::health::Prober = Arc::new(|target| Box::pin(probe(target)));
-            let checker = Checker::new(book.clone(), 10, prober, verdicts);
+            let checker = Checker::new(book.clone(), 10, prober(), verdicts);
             tokio::spawn(checker.run(store.watch(), store.clone()));
             let control = Control::new(store, Arc::new(MemoryEngine::new(5)), book);
             tokio::spawn(control.clone().follow());

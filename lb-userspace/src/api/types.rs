@@ -270,6 +270,12 @@ pub struct BackendStatus {
     /// How packets get there; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,
+    /// Successes in a row that it needs to be healthy again, where that is more than `rise` because it flaps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damped: Option<u32>,
+    /// How far its slow start is, in percent of its weight; none if it is not starting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slow_start_percent: Option<u8>,
     /// Latest probe; none if there was none since the start, or it is not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_probe: Option<health::Probe>,

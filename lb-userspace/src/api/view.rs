@@ -235,7 +235,7 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = id(service, name);
-        let Entry { health, since_ms, last, .. } = self.book.get(&id).unwrap_or_default();
+        let Entry { health, since_ms, last, damped, .. } = self.book.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
         let stats = view.stats(&id);
         let status = BackendStatus {
@@ -249,6 +249,8 @@ impl Control {
             flows: stats.flows,
             drain: self.drain(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
+            damped,
+            slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
             replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),

@@ -10,6 +10,7 @@
 mod entries;
 mod memory;
 mod service;
+mod slow;
 
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 
@@ -191,6 +192,9 @@ pub struct BackendStatus {
     pub readiness: Readiness,
     /// Takes new flows.
     pub eligible: bool,
+    /// Percent of its weight that its slow start gives it, while it starts.
+    #[serde(default)]
+    pub slow_start_percent: Option<u8>,
     /// Slots whose primary it is.
     pub slots: u32,
     /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.

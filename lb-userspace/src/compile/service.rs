@@ -11,7 +11,7 @@
 
 use super::{
     BackendMemory, BackendStatus, CompileError, Epoch, ServiceEntry, ServiceId, ServiceMemory, ServiceStatus,
-    Settings, Shape, ShapeMember, View, entries, memory::FreeIndices,
+    Settings, Shape, ShapeMember, View, entries, memory::FreeIndices, slow,
 };
 use crate::{
     maglev,
@@ -163,9 +163,11 @@ fn compile_anew(
         })
         .collect();
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
+    let slowly = (memory.settled, rule.panic);
+    let start = slow::start(wanted, &mut memory, &rule.eligible, slowly, input.now_ms);
     memory.settled = rule.settled;
 
-    let shape = shape(wanted, &rule.eligible, table_size(wanted, &memory));
+    let shape = shape(wanted, &start.weights, &rule.eligible, table_size(wanted, &memory));
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
@@ -182,9 +184,9 @@ fn compile_anew(
     let slots = slots(&mut memory, &shape, input.now_ms - drain_ms, reshaped, tables);
 
     let (backends, egress) = backend_entries(input, &memory, rule.panic);
-    let status = status(input, &memory, &shape, &rule, &slots, &backends, drain_ms);
-    let next_change_ms =
-        memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
+    let status = status(input, &memory, &shape, (&rule, &start), &slots, &backends, drain_ms);
+    let window_ends = memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
+    let next_change_ms = [window_ends, start.next_ms].into_iter().flatten().min();
     Ok(Output {
         index: memory.index,
         entry: ServiceEntry { view: view(wanted, shape.seed), table: Arc::new(slots) },
@@ -218,7 +220,7 @@ fn allocate(
     for address in wanted {
         if let Entry::Vacant(place) = memory.backends.entry(address) {
             let index = free.backend().ok_or_else(|| too_many("backends", input, "--max-backends"))?;
-            place.insert(BackendMemory { index, removed_ms: None });
+            place.insert(BackendMemory { index, removed_ms: None, started_ms: None });
         }
     }
     Ok(())
@@ -233,14 +235,14 @@ fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     }
 }
 
-fn shape(wanted: &Service, eligible: &[bool], size: u32) -> Arc<Shape> {
+fn shape(wanted: &Service, weights: &[u32], eligible: &[bool], size: u32) -> Arc<Shape> {
     let mut members: Vec<_> = wanted
         .backends
         .values()
-        .zip(eligible)
+        .zip(weights.iter().zip(eligible))
         .zip(wanted.seats())
         .filter(|((b, _), _)| b.weight > 0)
-        .map(|((b, &eligible), seat)| ShapeMember { address: b.address, weight: b.weight, eligible, seat })
+        .map(|((b, (&weight, &eligible)), seat)| ShapeMember { address: b.address, weight, eligible, seat })
         .collect();
     members.sort_unstable();
     Arc::new(Shape { seed: entries::seed(wanted), size, members })
@@ -393,7 +395,7 @@ fn status(
     input: &Input<'_>,
     memory: &ServiceMemory,
     shape: &Shape,
-    rule: &policy::Eligibility,
+    (rule, start): (&policy::Eligibility, &slow::Start),
     slots: &[Slot],
     entries: &[(u32, Backend)],
     drain_ms: i64,
@@ -410,8 +412,8 @@ fn status(
         .wanted
         .backends
         .iter()
-        .zip(input.verdicts.iter().zip(&rule.eligible))
-        .filter_map(|((name, b), (seen, &eligible))| {
+        .zip(input.verdicts.iter().zip(rule.eligible.iter().zip(&start.percent)))
+        .filter_map(|((name, b), (seen, (&eligible, &slow_start_percent)))| {
             let index = memory.backends.get(&b.address)?.index;
             Some(BackendStatus {
                 name: Some(name.clone()),
@@ -422,6 +424,7 @@ fn status(
                 health: seen.health,
                 readiness: seen.readiness,
                 eligible,
+                slow_start_percent,
                 slots: share(index),
                 resolved: is_resolved(index),
                 removed_until_ms: None,
@@ -439,6 +442,7 @@ fn status(
             health: Health::Unknown,
             readiness: Readiness::Unknown,
             eligible: false,
+            slow_start_percent: None,
             slots: 0,
             resolved: is_resolved(b.index),
             removed_until_ms: Some(removed_ms + drain_ms),

@@ -158,7 +158,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}[service.health]\nkind = \"tcp\"\npath = \"/\"\n"),
-            "f:6:1: health: path goes with kind \"http\" only",
+            "f:6:1: health: path goes with kind \"http\" or \"https\" only",
         ),
     ];
     for (text, expected) in cases {

@@ -16,7 +16,7 @@ use crate::{
     compile,
     config::{File, Options, Settings, export},
     dataplane::{AttachOptions, Dataplane, Limits},
-    health::{Checker, Prober, probe},
+    health::{Checker, prober},
     metrics,
     model::{Desired, Health},
     neighbour::Resolver,
@@ -120,7 +120,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     control.applied(head.revision.number).await.context("cannot apply the stored state")?;
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
-    let prober: Prober = Arc::new(|target| Box::pin(probe(target)));
+    let prober = prober();
     let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out);
     parts.add("health checks", ended_ok(checker.run(store.watch(), store.clone())));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));

@@ -99,6 +99,9 @@ pub struct Service {
     /// may keep its flows, in seconds.
     #[serde(default = "default_drain_s")]
     pub drain_s: u32,
+    /// How long a backend that is new, or healthy again, takes to get its full share, in seconds; 0: at once.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub slow_start_s: u32,
     /// UDP only: place each packet by hash alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub udp_stateless: bool,
@@ -127,6 +130,10 @@ pub struct Service {
 
 fn default_drain_s() -> u32 {
     300
+}
+
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 fn default_udp_timeout_s() -> u32 {

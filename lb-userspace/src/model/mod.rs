@@ -15,7 +15,9 @@ mod source;
 pub use check::Invalid;
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
 pub use difference::{Difference, differences};
-pub use health::{DEFAULT_PATH, DEFAULT_STATUS, HealthCheck, HealthError, HealthKind};
+pub use health::{
+    DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck,
+};
 pub use name::{Name, NameError};
 pub use observed::{BackendId, Health, NextHop, Observed};
 pub use ports::{Ports, PortsError, Protocol};

@@ -1,9 +1,10 @@
 //! Which backends take new flows: health, state and the replica's own word made into eligibility, with the
-//! panic rule. And how loaded a replica is ([`load`]).
+//! panic rule. And how loaded a replica is ([`load`]), and how long one that flaps must stand ([`damp`]).
 //!
 //! Input: a service's backends with weight, state, verdict and readiness. Output: who is eligible, and why
 //! not. Pure; called by `compile`, and by `replica` for the load score.
 
+pub mod damp;
 pub mod load;
 
 use crate::model::{BackendState, Health, HealthKind, Readiness, Service};

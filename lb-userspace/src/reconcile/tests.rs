@@ -30,6 +30,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         on_down: OnDown::Keep,
         panic_percent: 0,
         replica: None,
+        slow_start_s: 0,
         health: HealthCheck::default(),
         backends: backends.iter().map(backend).collect(),
     }

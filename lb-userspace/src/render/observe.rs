@@ -99,7 +99,15 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         kind => {
             let port = health.port.map_or_else(|| "the service's port".to_owned(), |p| format!("port {p}"));
             let what = match kind {
-                HealthKind::Http { path, status: (a, b), .. } => format!("http {path} (status {a} to {b})"),
+                HealthKind::Http(http) => {
+                    let (a, b) = http.status;
+                    let body =
+                        http.body.as_ref().map_or(String::new(), |text| format!(", body holds {text:?}"));
+                    format!("{} {} (status {a} to {b}{body})", kind.label(), http.path)
+                }
+                HealthKind::Grpc(grpc) if !grpc.service.is_empty() => {
+                    format!("{} service {}", kind.label(), grpc.service)
+                }
                 other => other.label().to_owned(),
             };
             format!(
@@ -121,6 +129,9 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("forwarded", format!("{} packets, {}", s.status.packets, units::bytes(s.status.bytes))),
         ("new flows", s.status.flows.to_string()),
     ];
+    if s.spec.slow_start_s > 0 {
+        pairs.push(("slow start", units::span(s.spec.slow_start_s.into())));
+    }
     if let Some(source) = &s.spec.replica {
         pairs.push(("replica state", replica_source(source)));
     }
@@ -209,6 +220,12 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
             if s.health_since_ms > 0 { format!("{health} for {}", ago(s.health_since_ms)) } else { health },
         ),
     ];
+    if let Some(needed) = s.damped {
+        pairs.push(("flapping", format!("it needs {needed} passed probes in a row to be healthy again")));
+    }
+    if let Some(percent) = s.slow_start_percent {
+        pairs.push(("slow start", format!("{percent} % of its weight so far")));
+    }
     if let Some(probe) = &s.last_probe {
         let word = if probe.ok { "passed" } else { "failed" };
         let took = units::micros(probe.took_us);

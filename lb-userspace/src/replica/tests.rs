@@ -5,7 +5,7 @@ use super::{
     scores::tests::{Fake, Fixed},
 };
 use crate::{
-    health::{Prober, probe},
+    health::prober,
     model::{BackendId, Desired, Readiness},
     store::{Local, Revision, StoreError, Stored},
 };
@@ -148,9 +148,8 @@ impl Bed {
         let places = Fixed(Mutex::new(vec![(id(), 7)]), Arc::new(Desired::clone(&stored.desired)));
         let scores = Arc::new(Scores::new(fake.clone(), Arc::new(places)));
         let (tell, said) = mpsc::channel(100);
-        let prober: Prober = Arc::new(|target| Box::pin(probe(target)));
         let book = Watcher::restore(&*local).await;
-        let watcher = Watcher::new(book.clone(), 4, prober, tell, scores);
+        let watcher = Watcher::new(book.clone(), 4, prober(), tell, scores);
         let state = watch::Sender::new(stored);
         let task = tokio::spawn(watcher.run(state.subscribe(), local.clone()));
         Self { book, said, fake, state, local, task }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     health::{ProbeTarget, Prober},
     model::{BackendId, ClockWatch, REPORT_LIMIT, Readiness, ReplicaSource, Report, ReportError, SourceKind},
-    policy::load,
+    policy::{damp::Damper, load},
 };
 use std::{
     sync::Arc,
@@ -28,6 +28,8 @@ const LIVED: Duration = Duration::from_secs(1);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Streams in a row that may break young before plain looks take over for a while.
 const YOUNG: u32 = 3;
+/// A replica that keeps being lost must stand so long, and doubly with each further loss, up to fifteen times.
+const HOLD: Duration = Duration::from_secs(1);
 /// How long they do.
 const LOOKING: Duration = Duration::from_secs(30);
 
@@ -63,7 +65,16 @@ pub(super) async fn watch(shared: Arc<Shared>, id: BackendId, plan: Plan) {
     // The first looks come at random moments, so that they spread.
     tokio::time::sleep(interval.min(Duration::from_millis(500)).mul_f64(rand::random())).await;
     let scraper = (plan.source.kind != SourceKind::Stream).then(|| Scraper::new(&plan.source));
-    let mut task = Task { shared, id, plan, scraper, began: Instant::now(), clock: ClockWatch::default() };
+    let mut task = Task {
+        shared,
+        id,
+        plan,
+        scraper,
+        began: Instant::now(),
+        clock: ClockWatch::default(),
+        falls: Damper::default(),
+        held_until: Duration::ZERO,
+    };
     let (mut failures, mut young, mut looking_until) = (0, 0, None::<Instant>);
     loop {
         let start = Instant::now();
@@ -111,6 +122,9 @@ struct Task {
     scraper: Option<Scraper>,
     began: Instant,
     clock: ClockWatch,
+    /// How often it was lost of late, and until when it must stand to be believed again.
+    falls: Damper,
+    held_until: Duration,
 }
 
 impl Task {
@@ -191,13 +205,18 @@ impl Task {
             Some(model) => format!("the replica says so, model {model}"),
             None => "the replica says so".to_owned(),
         };
-        let now = now_ms();
+        let (now, held) = (now_ms(), self.held_until.saturating_sub(self.began.elapsed()));
         let turned = self.shared.book.edit(&self.id, |entry| {
             entry.report = Some(report);
             entry.report_ms = now;
             entry.score = Some(score);
             entry.reports += 1;
             entry.trouble = None;
+            if entry.readiness == Readiness::Lost && !held.is_zero() {
+                let what = format!("comes and goes: believed again in {} s if it stays", held.as_secs() + 1);
+                entry.trouble = Some(super::book::Trouble { time_ms: now, what });
+                return false;
+            }
             entry.turn(readiness, now, &reason)
         });
         self.tell(turned.unwrap_or(false), readiness, &reason).await;
@@ -250,9 +269,17 @@ impl Task {
     }
 
     /// A replica cannot be heard: is it gone? Asks at once, by the service's own check.
-    async fn confirm(&self, error: &FetchError) {
+    async fn confirm(&mut self, error: &FetchError) {
         let result = (self.shared.prober)(self.plan.probe.clone()).await;
-        let now = now_ms();
+        let (now, elapsed) = (now_ms(), self.began.elapsed());
+        if result.is_err() {
+            let was_lost = self.shared.book.get(&self.id).is_some_and(|e| e.readiness == Readiness::Lost);
+            if !was_lost {
+                self.falls.fall(elapsed);
+            }
+            // Who is lost for the third time of late must stand a while; from the moment that it is there again.
+            self.held_until = elapsed + HOLD * (self.falls.factor(elapsed) - 1);
+        }
         let turned = self.shared.book.edit(&self.id, |entry| match &result {
             Err(reason) => {
                 let reason = format!("{error}; probe: {reason}");
