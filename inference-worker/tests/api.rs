@@ -2,7 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
-use std::{path::Path, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{
+    path::Path,
+    sync::atomic::Ordering::Relaxed,
+    time::{Duration, Instant},
+};
 
 use futures_util::StreamExt;
 use inference_worker::{
@@ -303,6 +307,8 @@ async fn health_metrics_and_replica_tell_the_state() {
         (&state["phase"], &state["model"], &state["running"]),
         (&json!("ready"), &json!("tiny"), &json!(0))
     );
+    assert_eq!(state["protocol"], 1);
+    assert!(state["time_ms"].as_u64().is_some_and(|ms| ms > 1_600_000_000_000), "{state}");
     let stream = bed
         .client
         .get(format!("{}/replica", bed.worker.url))
@@ -316,6 +322,17 @@ async fn health_metrics_and_replica_tell_the_state() {
             tokio::time::timeout(Duration::from_secs(3), stream.next()).await.unwrap().unwrap().unwrap();
         assert!(String::from_utf8_lossy(&event).starts_with("event: replica\ndata: {"));
     }
+    // A drain is told at once: before the next heartbeat, that is.
+    bed.worker.app.phase.send_replace(inference_worker::api::Phase::Draining);
+    let told = Instant::now();
+    loop {
+        let event =
+            tokio::time::timeout(Duration::from_secs(3), stream.next()).await.unwrap().unwrap().unwrap();
+        if String::from_utf8_lossy(&event).contains("\"phase\":\"draining\"") {
+            break;
+        }
+    }
+    assert!(told.elapsed() < Duration::from_millis(500), "{:?}", told.elapsed());
 }
 
 #[tokio::test]

@@ -24,6 +24,8 @@ pub mod source {
     pub const REPORTS: u32 = 0;
     /// From the daemon's count of live flows.
     pub const FLOWS: u32 = 1;
+    /// From reports that say what a flow costs, too: shares of a replica's capacity.
+    pub const CAPACITY: u32 = 2;
 }
 
 /// Load of a backend.

@@ -189,7 +189,8 @@ impl prometheus_client::collector::Collector for Scrape {
         self.daemon(&mut out)?;
         self.services(&mut out)?;
         self.backends(&mut out)?;
-        self.probes(&mut out)
+        self.probes(&mut out)?;
+        self.replicas(&mut out)
     }
 }
 
@@ -322,6 +323,77 @@ impl Scrape {
             "Whether it takes no new flows while its old ones end",
             spec(draining),
         )
+    }
+
+    fn replicas(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        type Labels = [(&'static str, String); 2];
+        let now = crate::api::now_ms();
+        self.control.replicas().read(|all| {
+            let labels = |id: &crate::model::BackendId| {
+                [("service", id.service.to_string()), ("backend", id.backend.to_string())]
+            };
+            let states = all.iter().map(|(id, e)| {
+                let [service, backend] = labels(id);
+                ([service, backend, ("state", e.readiness.label().to_owned())], 1.0)
+            });
+            out.gauges("lb_replica_state", "What the replica says of itself: one series, 1", states)?;
+            let gauge = |value: fn(&crate::model::Report) -> Option<f64>| -> Vec<(Labels, f64)> {
+                let of =
+                    |(id, e): (_, &crate::replica::Entry)| Some((labels(id), value(e.report.as_ref()?)?));
+                all.iter().filter_map(of).collect()
+            };
+            for (name, help, values) in [
+                ("lb_replica_running", "Requests being computed", gauge(|r| Some(r.running.into()))),
+                ("lb_replica_waiting", "Requests waiting to be computed", gauge(|r| Some(r.waiting.into()))),
+                (
+                    "lb_replica_capacity",
+                    "Requests that can run at once",
+                    gauge(|r| r.capacity.map(f64::from)),
+                ),
+                (
+                    "lb_replica_kv_cache_usage_ratio",
+                    "Share of the KV cache in use",
+                    gauge(|r| r.kv_cache_usage),
+                ),
+                (
+                    "lb_replica_tokens_per_second",
+                    "Tokens generated per second",
+                    gauge(|r| r.tokens_per_second),
+                ),
+                (
+                    "lb_replica_gpu_memory_used_bytes",
+                    "GPU memory in use",
+                    gauge(|r| r.gpu_memory.map(|m| m.used_bytes as f64)),
+                ),
+            ] {
+                out.gauges(name, help, values.into_iter())?;
+            }
+            let of = |value: fn(&crate::replica::Entry) -> Option<f64>| {
+                all.iter().filter_map(move |(id, e)| Some((labels(id), value(e)?)))
+            };
+            let help = "Load score, in millionths of the replica's capacity";
+            out.gauges("lb_replica_load_score", help, of(|e| e.score.map(f64::from)))?;
+            let ages = all.iter().filter(|(_, e)| e.report.is_some());
+            let ages = ages.map(|(id, e)| (labels(id), now.saturating_sub(e.report_ms) as f64 / 1e3));
+            out.gauges("lb_replica_report_age_seconds", "Time since the last good report", ages)?;
+            let results = all.iter().flat_map(|(id, e)| {
+                [("ok", e.reports), ("refused", e.refused)].map(|(result, count)| {
+                    let [service, backend] = labels(id);
+                    ([service, backend, ("result", result.to_owned())], count)
+                })
+            });
+            out.counters(
+                "lb_replica_reports",
+                "Reports since the start, by whether they were believed",
+                results,
+            )?;
+            let breaks = all.iter().map(|(id, e)| (labels(id), e.breaks));
+            out.counters(
+                "lb_replica_breaks",
+                "Streams that broke and looks that failed since the start",
+                breaks,
+            )
+        })
     }
 
     fn probes(&self, out: &mut Encoder<'_>) -> fmt::Result {

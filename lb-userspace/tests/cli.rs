@@ -12,7 +12,7 @@ use lb_userspace::{
         memory::MemoryEngine,
         store::{HostReport, Sharing},
     },
-    health::{Book, Checker, probe},
+    health::{Book, Checker, prober},
     store::{Opener, RedbStore, Store, etcd::Access},
 };
 use std::{path::Path, sync::Arc};
@@ -29,8 +29,7 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let book = Arc::new(Book::default());
             let (verdicts, mut told) = tokio::sync::mpsc::channel(100);
             tokio::spawn(async move { while told.recv().await.is_some() {} });
-            let prober: lb_userspace::health::Prober = Arc::new(|target| Box::pin(probe(target)));
-            let checker = Checker::new(book.clone(), 10, prober, verdicts);
+            let checker = Checker::new(book.clone(), 10, prober(), verdicts);
             tokio::spawn(checker.run(store.watch(), store.clone()));
             let opener = Opener { local: store.local(), keep: 100, access: Access::default(), id: None };
             let control = Control::new(store, Arc::new(MemoryEngine::new(5)), book);
@@ -74,6 +73,11 @@ fn configuration_files() {
 #[test]
 fn observation() {
     run("tests/cli/observe.trycmd");
+}
+
+#[test]
+fn replicas() {
+    run("tests/cli/replicas.trycmd");
 }
 
 #[test]

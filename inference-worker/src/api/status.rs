@@ -2,7 +2,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use axum::{
@@ -17,8 +17,10 @@ use serde_json::{Value as Json, json};
 use super::{App, Phase, sse};
 use crate::{engine::Engine, metrics::ModelLabel};
 
-/// How often the event stream looks for a change.
-const LOOK: Duration = Duration::from_millis(100);
+/// Version of the replica state's format.
+const PROTOCOL: u32 = 1;
+/// How often the event stream looks for a change; a change of phase it sends at once.
+const LOOK: Duration = Duration::from_millis(50);
 /// How long the event stream is silent at most.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -101,8 +103,11 @@ pub fn state(app: &App) -> Json {
         total += e.stats.kv_total.load(Relaxed);
     }
     let default = models.get(None);
+    // A model whose engine has stopped answers nothing any more.
+    let failed = models.engines().any(|e| e.stats.stopped.load(Relaxed));
     json!({
-        "phase": app.phase.borrow().name(),
+        "protocol": PROTOCOL,
+        "phase": if failed { "failed" } else { app.phase.borrow().name() },
         "name": app.settings.name.as_ref().and_then(|name| name.to_str().ok()),
         "model": default.map(|e| e.name.clone()),
         "version": default.map(|e| e.version.clone()),
@@ -123,31 +128,38 @@ pub fn state(app: &App) -> Json {
     })
 }
 
+/// The state with the time at which it was so: what would make every look a change.
+fn stamped(mut state: Json) -> Json {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    state["time_ms"] = json!(now.as_millis() as u64);
+    state
+}
+
 /// `GET /replica`: JSON, or with `Accept: text/event-stream` an event for each change, and one a second.
 pub async fn replica(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     if !accept.contains("text/event-stream") {
-        return JsonBody(state(&app)).into_response();
+        return JsonBody(stamped(state(&app))).into_response();
     }
-    let start = (app, None::<(Json, Instant)>);
-    let events = futures_util::stream::unfold(start, |(app, mut last)| async move {
+    let phase = app.phase.subscribe();
+    let start = (app, phase, None::<(Json, Instant)>);
+    sse::respond_raw(futures_util::stream::unfold(start, |(app, mut phase, last)| async move {
         loop {
+            if last.is_some() {
+                // Not each token is worth a report; a phase is, at once.
+                tokio::select! {
+                    () = tokio::time::sleep(LOOK) => {}
+                    _ = phase.changed() => {}
+                }
+            }
             let now = state(&app);
             let due = last.as_ref().is_none_or(|(then, at)| *then != now || at.elapsed() >= HEARTBEAT);
             if due {
-                let event = Bytes::from(format!("event: replica\ndata: {now}\n\n"));
-                return Some((event, (app, Some((now, Instant::now())))));
+                let event = Bytes::from(format!("event: replica\ndata: {}\n\n", stamped(now.clone())));
+                return Some((event, (app, phase, Some((now, Instant::now())))));
             }
-            last = last.take();
-            tokio::time::sleep(LOOK).await;
         }
-    });
-    // After an event the next look comes a moment later, or a busy worker would report each token.
-    let paced = futures_util::StreamExt::then(events, |event| async move {
-        tokio::time::sleep(LOOK / 2).await;
-        event
-    });
-    sse::respond_raw(paced)
+    }))
 }
 
 /// `GET /version`.

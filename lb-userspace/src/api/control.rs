@@ -11,6 +11,7 @@ use crate::{
     explain::Query,
     health::Book,
     model::{Desired, differences},
+    replica,
     store::{Commit, Link, Store, StoreError, Stored},
 };
 use std::{
@@ -32,6 +33,7 @@ pub struct Control {
     pub(super) store: Arc<dyn Store>,
     pub(super) engine: Arc<dyn Engine>,
     pub(super) book: Arc<Book>,
+    pub(super) replicas: Arc<replica::Book>,
     pub(super) started: Instant,
     pub(super) drains: Drains,
     /// This host among the others, once the daemon has said.
@@ -46,10 +48,21 @@ pub struct Control {
 impl Control {
     /// Nothing is applied before [`Control::follow`] runs.
     pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<Book>) -> Arc<Self> {
+        Self::with_replicas(store, engine, book, Arc::default())
+    }
+
+    /// The same, with what replicas say.
+    pub fn with_replicas(
+        store: Arc<dyn Store>,
+        engine: Arc<dyn Engine>,
+        book: Arc<Book>,
+        replicas: Arc<replica::Book>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             store,
             engine,
             book,
+            replicas,
             started: Instant::now(),
             drains: Drains::default(),
             sharing: OnceLock::new(),
@@ -83,6 +96,11 @@ impl Control {
     /// Verdicts.
     pub fn book(&self) -> &Book {
         &self.book
+    }
+
+    /// What replicas say.
+    pub fn replicas(&self) -> &Arc<replica::Book> {
+        &self.replicas
     }
 
     /// Newest desired state.

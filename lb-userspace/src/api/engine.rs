@@ -66,6 +66,8 @@ pub struct BackendState {
     pub slots: u32,
     /// Live flows that the flow tables send there, at the last count.
     pub tracked_flows: u64,
+    /// Percent of its weight that its slow start gives it, while it starts.
+    pub slow_start_percent: Option<u8>,
     /// How packets get there.
     pub next_hop: Option<NextHop>,
 }

@@ -20,7 +20,7 @@ use axum::{
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// Largest body: the whole state of about 100,000 backends.
 const BODY_LIMIT: usize = 16 * 1024 * 1024;
@@ -28,6 +28,9 @@ const BODY_LIMIT: usize = 16 * 1024 * 1024;
 const FLOWS: (usize, usize) = (100, 100_000);
 /// Revisions listed unless told otherwise, and at most.
 const REVISIONS: (usize, usize) = (20, 10_000);
+
+/// Longest wait for news of replicas.
+const REPLICAS_WAIT: Duration = Duration::from_secs(20);
 
 type Ctl = State<Arc<Control>>;
 pub(super) type Reply<T> = Result<Json<T>, ApiError>;
@@ -45,6 +48,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/services/{service}/backends/{backend}", backend)
         .route("/v1/services/{service}/backends/{backend}/drain", post(backend_drain))
         .route("/v1/services/{service}/backends/{backend}/undrain", post(backend_undrain))
+        .route("/v1/replicas", get(replicas))
         .route("/v1/stats", get(stats))
         .route("/v1/flows", get(flows))
         .route("/v1/explain", get(explain_flow))
@@ -323,6 +327,19 @@ async fn backend_state(
         Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReplicasQuery {
+    service: Option<Name>,
+    after: Option<u64>,
+    wait_ms: Option<u64>,
+}
+
+async fn replicas(State(control): Ctl, Params(query): Params<ReplicasQuery>) -> Reply<Replicas> {
+    let wait = query.wait_ms.map_or(REPLICAS_WAIT, Duration::from_millis).min(REPLICAS_WAIT);
+    Ok(Json(control.replicas_after(query.service.as_ref(), query.after, wait).await?))
 }
 
 async fn stats(State(control): Ctl) -> Reply<Stats> {

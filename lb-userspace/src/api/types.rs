@@ -4,7 +4,8 @@
 pub use crate::explain::Explanation;
 use crate::{
     health,
-    model::{Backend, BackendId, Difference, Health, Name, NextHop, Service},
+    model::{Backend, BackendId, Difference, Health, Name, NextHop, Readiness, Service},
+    replica,
     store::Revision,
 };
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,9 @@ pub struct Status {
     pub unhealthy: Vec<Unhealthy>,
     /// Backends that are draining.
     pub draining: Vec<DrainingBackend>,
+    /// Replicas that do not say that they serve.
+    #[serde(default)]
+    pub replicas: Vec<NotReady>,
     /// Services that no new flow can get through.
     pub no_backend: Vec<Name>,
     /// Services where health is ignored, since too few backends are healthy.
@@ -118,6 +122,49 @@ pub struct DrainingBackend {
     /// Its progress.
     #[serde(flatten)]
     pub drain: Drain,
+}
+
+/// A replica that does not say that it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotReady {
+    /// Service.
+    pub service: Name,
+    /// Backend.
+    pub backend: Name,
+    /// What it says, or that it cannot be heard.
+    pub readiness: Readiness,
+    /// Since when, in milliseconds since 1970 UTC; 0 if never heard.
+    pub since_ms: u64,
+    /// Why.
+    pub reason: String,
+    /// Live flows that the flow tables still send there, at the last count.
+    pub flows_left: u64,
+}
+
+/// `GET /v1/replicas`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Replicas {
+    /// Grows with each change; `after=VERSION` waits for the next.
+    pub version: u64,
+    /// Replicas of services that ask for their state.
+    pub replicas: Vec<ReplicaInfo>,
+}
+
+/// One replica.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaInfo {
+    /// Service.
+    pub service: Name,
+    /// Backend.
+    pub backend: Name,
+    /// Where its state comes from.
+    pub source: String,
+    /// Milliseconds since its last good report; none if there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub age_ms: Option<u64>,
+    /// What is known of it.
+    #[serde(flatten)]
+    pub state: replica::Entry,
 }
 
 /// Progress of a drain.
@@ -225,9 +272,18 @@ pub struct BackendStatus {
     /// How packets get there; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,
+    /// Successes in a row that it needs to be healthy again, where that is more than `rise` because it flaps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damped: Option<u32>,
+    /// How far its slow start is, in percent of its weight; none if it is not starting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slow_start_percent: Option<u8>,
     /// Latest probe; none if there was none since the start, or it is not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_probe: Option<health::Probe>,
+    /// What its replica says; none if the service does not ask. History only where one backend is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<replica::Entry>,
     /// Latest changes of its verdict, oldest first; only where one backend is asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<health::Transition>,

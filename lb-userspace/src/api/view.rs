@@ -7,13 +7,14 @@ use super::{
 };
 use crate::{
     health::Entry,
-    model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Service},
+    model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Readiness, Service},
+    replica,
     store::Stored,
 };
 use lb_common::{BackendStats, Reason, reason::Fate};
 use std::{
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// Everything at one moment.
@@ -64,6 +65,7 @@ impl Control {
             backends: BackendCounts::default(),
             unhealthy: Vec::new(),
             draining: Vec::new(),
+            replicas: Vec::new(),
             no_backend: Vec::new(),
             panic: Vec::new(),
             unresolved: Vec::new(),
@@ -110,6 +112,12 @@ impl Control {
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
             let applied = view.snapshot.backends.get(&id);
+            if let Some(entry) = self.replica(&id, service).filter(|e| e.readiness != Readiness::Ready) {
+                let (service, backend) = (name.clone(), backend.clone());
+                let (readiness, since_ms, reason) = (entry.readiness, entry.since_ms, reason(&entry));
+                let flows_left = applied.map_or(0, |a| a.tracked_flows);
+                status.replicas.push(NotReady { service, backend, readiness, since_ms, reason, flows_left });
+            }
             if let Some(drain) = self.drain(view, &id, service) {
                 let (service, backend) = (name.clone(), backend.to_string());
                 status.draining.push(DrainingBackend { service, backend, drain });
@@ -163,10 +171,52 @@ impl Control {
         let s = find_service(&view.stored, service)?;
         let b = s.backends.get(backend).ok_or_else(|| no_backend(service, backend, s))?;
         let mut info = self.backend_info(view, service, s, backend, b);
-        if let Some(entry) = self.book.get(&id(service, backend)) {
+        let id = id(service, backend);
+        if let Some(entry) = self.book.get(&id) {
             info.status.history = entry.history.into();
         }
+        info.status.replica = self.replica(&id, s);
         Ok(info)
+    }
+
+    /// What is known of a backend's replica, if its service asks.
+    fn replica(&self, id: &BackendId, service: &Service) -> Option<replica::Entry> {
+        service.replica.as_ref().map(|_| self.replicas.get(id).unwrap_or_default())
+    }
+
+    /// `GET /v1/replicas`: of one service, or of all. With `after`, waits until there is something newer, at most
+    /// `wait`.
+    ///
+    /// # Errors
+    /// There is no service of this name.
+    pub async fn replicas_after(
+        &self,
+        service: Option<&Name>,
+        after: Option<u64>,
+        wait: Duration,
+    ) -> Result<Replicas, ApiError> {
+        let mut changes = self.replicas.changes();
+        if let Some(after) = after {
+            // Nothing new in time is an answer too.
+            let _ = tokio::time::timeout(wait, changes.wait_for(|&version| version > after)).await;
+        }
+        let version = *changes.borrow();
+        let (stored, now) = (self.head(), now_ms());
+        if let Some(name) = service {
+            find_service(&stored, name)?;
+        }
+        let asked = stored.desired.services.iter().filter(|(name, _)| service.is_none_or(|s| s == *name));
+        let replicas = asked.flat_map(|(name, s)| {
+            let source = s.replica.as_ref().map(|r| r.kind.label().to_owned());
+            let backends = s.backends.keys().filter_map(move |backend| {
+                let state = self.replica(&id(name, backend), s)?;
+                let age_ms = state.report.is_some().then(|| now.saturating_sub(state.report_ms));
+                let (service, backend) = (name.clone(), backend.clone());
+                Some(ReplicaInfo { service, backend, source: source.clone()?, age_ms, state })
+            });
+            backends.collect::<Vec<_>>()
+        });
+        Ok(Replicas { version, replicas: replicas.collect() })
     }
 
     /// Progress of a backend's drain, if it drains.
@@ -186,7 +236,7 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = id(service, name);
-        let Entry { health, since_ms, last, .. } = self.book.get(&id).unwrap_or_default();
+        let Entry { health, since_ms, last, damped, .. } = self.book.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
         let stats = view.stats(&id);
         let status = BackendStatus {
@@ -200,7 +250,10 @@ impl Control {
             flows: stats.flows,
             drain: self.drain(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
+            damped,
+            slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
+            replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),
         };
         BackendInfo { service: service.clone(), name: name.clone(), spec: b.clone(), status }
@@ -259,6 +312,16 @@ impl View {
     }
 }
 
+/// Why a replica is as it is, as far as is known.
+fn reason(entry: &replica::Entry) -> String {
+    match (&entry.trouble, entry.history.back()) {
+        (Some(trouble), _) if entry.readiness == Readiness::Unknown => trouble.what.clone(),
+        (_, Some(turn)) => turn.reason.clone(),
+        (Some(trouble), None) => trouble.what.clone(),
+        (None, None) => "no report yet".to_owned(),
+    }
+}
+
 /// Word for what becomes of a packet.
 pub fn fate(reason: Reason) -> &'static str {
     match reason.fate() {
@@ -300,6 +363,19 @@ fn problems(status: &Status) -> Vec<String> {
         0 => {}
         1 => found.push("1 backend is unhealthy".to_owned()),
         n => found.push(format!("{n} backends are unhealthy")),
+    }
+    let count =
+        |wanted: fn(Readiness) -> bool| status.replicas.iter().filter(|r| wanted(r.readiness)).count();
+    let plural = |n: usize, what: &str| {
+        if n == 1 { format!("1 replica {what}") } else { format!("{n} replicas {what}") }
+    };
+    for (n, what) in [
+        (count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
+        (count(|r| r == Readiness::Unknown), "not heard of"),
+    ] {
+        if n > 0 {
+            found.push(plural(n, what));
+        }
     }
     found
 }

@@ -8,6 +8,7 @@ mod config;
 mod generate;
 mod history;
 mod observe;
+mod replica;
 mod rollout;
 mod service;
 mod store;
@@ -76,10 +77,13 @@ enum Output {
 enum Noun {
     /// Services: what clients connect to
     #[command(subcommand, visible_alias = "services")]
-    Service(service::Command),
+    Service(Box<service::Command>),
     /// Backends: where a service's flows go
     #[command(subcommand, visible_alias = "backends")]
     Backend(backend::Command),
+    /// Replicas: what the process behind each backend says of itself, and how loaded it is
+    #[command(subcommand, visible_alias = "replicas")]
+    Replica(replica::Command),
     /// Whether all is as it should be, and what is not (exit code 1)
     Status,
     /// Counters of backends and of the dataplane
@@ -235,8 +239,9 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
     let mut context = Context { client, out };
     runtime.block_on(async {
         match cli.noun {
-            Noun::Service(command) => service::run(&mut context, command).await,
+            Noun::Service(command) => service::run(&mut context, *command).await,
             Noun::Backend(command) => backend::run(&mut context, command).await,
+            Noun::Replica(command) => replica::run(&mut context, command).await,
             Noun::Status => observe::status(&mut context).await,
             Noun::Stats(stats) => observe::stats(&mut context, stats).await,
             Noun::Flows(flows) => observe::flows(&mut context, flows).await,

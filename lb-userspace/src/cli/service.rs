@@ -3,14 +3,17 @@
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     api::types::{BackendInfo, ServiceInfo},
-    model::{ForwardingMode, HealthKind, Name, OnDown, Ports, Protocol, Scheduler},
+    model::{
+        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, Scheduler, Selector, SelectorError,
+        SourceKind,
+    },
     render::{observe, units::parse_duration},
 };
 use clap::{Args, Subcommand};
 use reqwest::Method;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
-use std::{net::IpAddr, str::FromStr, time::Duration};
+use std::{net::IpAddr, path::PathBuf, str::FromStr, time::Duration};
 
 /// What to do with services.
 #[derive(Debug, Subcommand)]
@@ -87,15 +90,36 @@ struct Settings {
     /// With gue: packets carry the other backends that may have their flow; true, false or auto [default: auto, for TCP]
     #[arg(long, value_name = "BOOL|auto", value_parser = optional_bool)]
     second_chance: Option<OptionalBool>,
-    /// none, tcp, tcp:PORT, http:/PATH or http:PORT/PATH
+    /// none, tcp, tls, http, https, grpc or grpcs; KIND:PORT, http:PORT/PATH and grpc:PORT/SERVICE say more
     #[arg(long, value_name = "CHECK")]
     health: Option<Check>,
-    /// Host header of an http check [default: the VIP]
+    /// Host header of an http check, authority of a grpc check [default: the VIP]
     #[arg(long, value_name = "HOST")]
     health_host: Option<String>,
     /// Statuses of an http check that mean healthy [default: 200-299]
     #[arg(long, value_name = "FIRST-LAST")]
     health_status: Option<Statuses>,
+    /// Header of an http check; may be repeated
+    #[arg(long, value_name = "NAME: VALUE", value_parser = header)]
+    health_header: Vec<(String, String)>,
+    /// Text that the body of an http check's answer must hold
+    #[arg(long, value_name = "TEXT")]
+    health_body: Option<String>,
+    /// Name that a tls, https or grpcs check asks for, and that the certificate must have [default: the host, or the VIP]
+    #[arg(long, value_name = "NAME")]
+    health_sni: Option<String>,
+    /// File of certificates that such a check trusts [default: the host's own]
+    #[arg(long, value_name = "FILE")]
+    health_ca: Option<PathBuf>,
+    /// Whether the certificate must be right at all [default: true]
+    #[arg(long, value_name = "BOOL")]
+    health_verify: Option<bool>,
+    /// File of the certificate that lbd shows
+    #[arg(long, value_name = "FILE", requires = "health_key")]
+    health_cert: Option<PathBuf>,
+    /// File of its key
+    #[arg(long, value_name = "FILE", requires = "health_cert")]
+    health_key: Option<PathBuf>,
     /// Time between two checks of a backend [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_interval: Option<Duration>,
@@ -111,6 +135,27 @@ struct Settings {
     /// Failures in a row that make it unhealthy [default: 3]
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
+    /// Whether a backend that keeps failing must pass more checks each time [default: true]
+    #[arg(long, value_name = "BOOL")]
+    health_damping: Option<bool>,
+    /// How long a backend that is new or healthy again takes to get its full share [default: 0s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    slow_start: Option<Duration>,
+    /// Where replica state comes from: none, stream, vllm, sglang, tgi, triton or custom; KIND:PORT and KIND:PORT/PATH name the place
+    #[arg(long, value_name = "SOURCE")]
+    replica: Option<Source>,
+    /// Time between two looks where there is no stream [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    replica_interval: Option<Duration>,
+    /// A look fails after this time [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    replica_timeout: Option<Duration>,
+    /// Requests that a replica runs at once, where it does not say so itself; or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    replica_capacity: Option<Optional>,
+    /// Name of a metric where it is not the usual one, as running=NAME or waiting=NAME{label="value"}; may be repeated
+    #[arg(long, value_name = "QUANTITY=METRIC", value_parser = metric)]
+    replica_metric: Vec<(Quantity, Selector)>,
     /// Drain time: how long flows of a draining or removed backend are kept there [default: 5m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     drain: Option<Duration>,
@@ -195,36 +240,118 @@ impl FromStr for Vip {
     }
 }
 
-/// `none`, `tcp[:PORT]`, `http[:[PORT]/PATH]`.
+/// `none`, `KIND[:PORT]`, `http[s][:[PORT][/PATH]]`, `grpc[s][:[PORT][/SERVICE]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Check {
     kind: &'static str,
     port: Option<u16>,
     path: Option<String>,
+    service: Option<String>,
 }
 
 impl FromStr for Check {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad = || "give none, tcp, tcp:PORT, http:/PATH or http:PORT/PATH".to_owned();
-        let number = |t: &str| t.parse::<u16>().ok().filter(|n| *n > 0).ok_or_else(bad);
+        let bad = || {
+            "give none, tcp, tls, http, https, grpc or grpcs, with :PORT, :/PATH or :PORT/PATH behind it"
+                .to_owned()
+        };
         let (kind, rest) = text.split_once(':').map_or((text, None), |(kind, rest)| (kind, Some(rest)));
-        let check = |kind: HealthKind, port, path| Ok(Self { kind: kind.label(), port, path });
-        match (kind, rest) {
-            ("none", None) => check(HealthKind::None, None, None),
-            ("tcp", None) => check(HealthKind::Tcp, None, None),
-            ("tcp", Some(port)) => check(HealthKind::Tcp, Some(number(port)?), None),
-            ("http", rest) => {
-                let rest = rest.unwrap_or("/");
-                let at = rest.find('/').unwrap_or(rest.len());
-                let (port, path) = rest.split_at(at);
-                let port = if port.is_empty() { None } else { Some(number(port)?) };
-                let path = if path.is_empty() { "/" } else { path };
-                Ok(Self { kind: "http", port, path: Some(path.to_owned()) })
-            }
-            _ => Err(bad()),
+        let kinds = ["none", "tcp", "tls", "http", "https", "grpc", "grpcs"];
+        let kind = kinds.into_iter().find(|k| *k == kind).ok_or_else(bad)?;
+        let (port, tail) = match rest {
+            None => ("", ""),
+            Some(rest) => rest.split_at(rest.find('/').unwrap_or(rest.len())),
+        };
+        let port = match port {
+            "" => None,
+            port => Some(port.parse::<u16>().ok().filter(|n| *n > 0).ok_or_else(bad)?),
+        };
+        let (mut path, mut service) = (None, None);
+        match kind {
+            "none" if rest.is_some() => return Err(bad()),
+            "none" => {}
+            "tcp" | "tls" if !tail.is_empty() || rest == Some("") => return Err(bad()),
+            "tcp" | "tls" => {}
+            "http" | "https" => path = Some(if tail.is_empty() { "/" } else { tail }.to_owned()),
+            _ => service = tail.strip_prefix('/').filter(|s| !s.is_empty()).map(str::to_owned),
         }
+        Ok(Self { kind, port, path, service })
     }
+}
+
+/// `NAME: VALUE`.
+fn header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once(':').ok_or_else(|| "give NAME: VALUE".to_owned())?;
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
+/// `none`, or `KIND[:[PORT][/PATH]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Source(Option<(SourceKind, Option<u16>, Option<String>)>);
+
+impl FromStr for Source {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bad = || {
+            "give none, or stream, vllm, sglang, tgi, triton or custom with :PORT, :/PATH or :PORT/PATH behind it"
+                .to_owned()
+        };
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let (kind, rest) = text.split_once(':').map_or((text, ""), |(kind, rest)| (kind, rest));
+        let kind = word::<SourceKind>(kind).map_err(|_| bad())?;
+        if text.ends_with(':') {
+            return Err(bad());
+        }
+        let (port, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        let port = match port {
+            "" => None,
+            port => Some(port.parse().ok().filter(|n| *n > 0).ok_or_else(bad)?),
+        };
+        Ok(Self(Some((kind, port, Some(path).filter(|p| !p.is_empty()).map(str::to_owned)))))
+    }
+}
+
+/// `QUANTITY=METRIC`.
+fn metric(text: &str) -> Result<(Quantity, Selector), String> {
+    let (quantity, selector) =
+        text.split_once('=').ok_or_else(|| "give QUANTITY=METRIC, such as running=busy_slots".to_owned())?;
+    let selector = selector.parse().map_err(|e: SelectorError| e.to_string())?;
+    Ok((word(quantity)?, selector))
+}
+
+/// Flags about replica state as a merge patch: null for none, nothing if there is no such flag.
+fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
+    let mut replica = Patch::default();
+    let mut metrics = Map::new();
+    match &s.replica {
+        Some(Source(None)) => {
+            let others =
+                s.replica_interval.is_some() || s.replica_timeout.is_some() || s.replica_capacity.is_some();
+            if others || !s.replica_metric.is_empty() {
+                return Err(Failure::Usage {
+                    what: "--replica none takes no other --replica flags".to_owned(),
+                });
+            }
+            return Ok(Some(Value::Null));
+        }
+        Some(Source(Some((kind, port, path)))) => {
+            // A new source starts from its own defaults: what the old one had does not go with it.
+            replica.set("kind", Some(kind));
+            replica.set("port", Some(port));
+            replica.set("path", Some(path));
+            metrics.extend(Quantity::ALL.map(|q| (q.label().to_owned(), Value::Null)));
+        }
+        None => {}
+    }
+    replica.set("interval_ms", s.replica_interval.map(|t| t.as_millis() as u64));
+    replica.set("timeout_ms", s.replica_timeout.map(|t| t.as_millis() as u64));
+    replica.set("capacity", s.replica_capacity.map(|n| n.0));
+    metrics.extend(s.replica_metric.iter().map(|(q, selector)| (q.label().to_owned(), json!(selector))));
+    replica.set("metrics", Some(metrics).filter(|m| !m.is_empty()));
+    Ok(Some(replica.0).filter(|r| !r.is_empty()).map(Value::Object))
 }
 
 /// `200` or `200-299`.
@@ -282,6 +409,7 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     patch.set("load_cap", s.load_cap.map(|n| n.0));
     patch.set("second_chance", s.second_chance.map(|b| b.0));
     patch.set("drain_s", seconds(s.drain, "--drain")?);
+    patch.set("slow_start_s", seconds(s.slow_start, "--slow-start")?);
     patch.set("table_size", s.table_size.map(|n| n.0));
     patch.set("seed", s.seed.map(|n| n.0));
     patch.set("udp_stateless", s.udp_stateless);
@@ -295,17 +423,29 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
         health.set("kind", Some(check.kind));
         health.set("port", Some(check.port));
         health.set("path", Some(&check.path));
-        health.set("host", Some(Value::Null));
-        health.set("status", Some(Value::Null));
+        health.set("service", Some(&check.service));
+        for key in ["host", "status", "headers", "body", "sni", "ca", "verify", "client_cert", "client_key"] {
+            health.set(key, Some(Value::Null));
+        }
     }
     health.set("host", s.health_host.as_ref());
     health.set("status", s.health_status.as_ref().map(|s| (s.0, s.1)));
+    let headers: Map<String, Value> = s.health_header.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+    health.set("headers", Some(headers).filter(|h| !h.is_empty()));
+    health.set("body", s.health_body.as_ref());
+    health.set("sni", s.health_sni.as_ref());
+    health.set("ca", s.health_ca.as_ref());
+    health.set("verify", s.health_verify);
+    health.set("client_cert", s.health_cert.as_ref());
+    health.set("client_key", s.health_key.as_ref());
+    health.set("damping", s.health_damping);
     health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
     health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
     health.set("jitter_percent", s.health_jitter);
     health.set("rise", s.rise);
     health.set("fall", s.fall);
     patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
+    patch.set("replica", replica_patch(s)?);
     Ok(patch.0)
 }
 
@@ -326,6 +466,17 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                 if !health.contains_key("kind") {
                     let what =
                         "health flags without a check: give --health tcp or --health http:/PATH".to_owned();
+                    return Err(Failure::Usage { what });
+                }
+            }
+            if let Some(Value::Object(replica)) = body.get_mut("replica") {
+                replica.retain(|_, v| !v.is_null());
+                if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
+                    metrics.retain(|_, v| !v.is_null());
+                }
+                if !replica.contains_key("kind") {
+                    let what =
+                        "--replica flags without a source: give --replica stream or another".to_owned();
                     return Err(Failure::Usage { what });
                 }
             }
@@ -401,15 +552,38 @@ mod tests {
     }
 
     #[test]
+    fn sources_are_short() {
+        let source =
+            |t: &str| t.parse::<Source>().map(|s| s.0.map(|(k, port, path)| (k.label(), port, path)));
+        assert_eq!(source("none"), Ok(None));
+        assert_eq!(source("stream"), Ok(Some(("stream", None, None))));
+        assert_eq!(source("vllm:8000"), Ok(Some(("vllm", Some(8_000), None))));
+        assert_eq!(source("tgi:/m?x=1"), Ok(Some(("tgi", None, Some("/m?x=1".into())))));
+        assert_eq!(source("triton:8002/metrics"), Ok(Some(("triton", Some(8_002), Some("/metrics".into())))));
+        for bad in ["", "ollama", "stream:", "vllm:0", "vllm:x", "none:1"] {
+            assert!(source(bad).is_err(), "{bad}");
+        }
+        let (quantity, selector) = metric("waiting=q{kind=\"all\"}").unwrap();
+        assert_eq!((quantity, selector.to_string().as_str()), (Quantity::Waiting, "q{kind=\"all\"}"));
+        for bad in ["waiting", "waitin=q", "waiting=", "waiting=a b"] {
+            assert!(metric(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn checks_are_short() {
-        let check = |t: &str| t.parse::<Check>().map(|c| (c.kind, c.port, c.path));
+        let check = |t: &str| t.parse::<Check>().map(|c| (c.kind, c.port, c.path.or(c.service)));
         assert_eq!(check("none"), Ok(("none", None, None)));
         assert_eq!(check("tcp:81"), Ok(("tcp", Some(81), None)));
         assert_eq!(check("http"), Ok(("http", None, Some("/".into()))));
         assert_eq!(check("http:/a?b:c"), Ok(("http", None, Some("/a?b:c".into()))));
         assert_eq!(check("http:8080/a/b"), Ok(("http", Some(8080), Some("/a/b".into()))));
         assert_eq!(check("http:8080"), Ok(("http", Some(8080), Some("/".into()))));
-        for bad in ["", "grpc", "tcp:x", "tcp:0", "none:1", "http:x/"] {
+        assert_eq!(check("https:8443/ready"), Ok(("https", Some(8443), Some("/ready".into()))));
+        assert_eq!(check("tls"), Ok(("tls", None, None)));
+        assert_eq!(check("grpc:50051/chat.v1.Chat"), Ok(("grpc", Some(50051), Some("chat.v1.Chat".into()))));
+        assert_eq!(check("grpcs:50051"), Ok(("grpcs", Some(50051), None)));
+        for bad in ["", "udp", "tls:/x", "grpc:x", "tcp:", "tcp:x", "tcp:0", "none:1", "http:x/"] {
             assert!(check(bad).is_err(), "{bad}");
         }
     }

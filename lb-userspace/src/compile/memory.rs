@@ -68,6 +68,9 @@ pub struct ServiceMemory {
 pub struct BackendMemory {
     /// In `BACKENDS`.
     pub index: u32,
+    /// When its slow start began, while it starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_ms: Option<i64>,
     /// When it was removed from the desired state, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_ms: Option<i64>,
@@ -295,7 +298,7 @@ impl Memory {
                 .map(|(&backend, entry)| {
                     let address = entries::from_address(&entry.address);
                     let removed_ms = memory.backends.get(&address).and_then(|b| b.removed_ms);
-                    (address, BackendMemory { index: backend, removed_ms })
+                    (address, BackendMemory { index: backend, removed_ms, started_ms: None })
                 })
                 .collect();
             let entry = live.services.get(&index);

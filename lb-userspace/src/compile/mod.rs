@@ -11,10 +11,11 @@ mod behind;
 mod entries;
 mod memory;
 mod service;
+mod slow;
 
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 
-use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol};
+use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol, Readiness};
 use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{Backend, ServiceKey, Slot, Vip, VipKey, limits};
 use serde::{Deserialize, Serialize};
@@ -234,8 +235,14 @@ pub struct BackendStatus {
     pub state: BackendState,
     /// Verdict.
     pub health: Health,
+    /// What its replica says.
+    #[serde(default)]
+    pub readiness: Readiness,
     /// Takes new flows.
     pub eligible: bool,
+    /// Percent of its weight that its slow start gives it, while it starts.
+    #[serde(default)]
+    pub slow_start_percent: Option<u8>,
     /// Slots whose primary it is.
     pub slots: u32,
     /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.
@@ -313,9 +320,10 @@ pub fn compile(
     let mut next_change_ms: Option<i64> = None;
     let mut backends = Vec::new();
     let mut health = observed.health.iter().peekable();
+    let mut replicas = observed.replicas.iter().peekable();
     for (name, wanted) in &desired.services {
         let id = ServiceId::of(wanted);
-        let verdicts = service::verdicts(name, wanted, &mut health);
+        let verdicts = service::seen(name, wanted, &mut health, &mut replicas);
         let compiled = service::compile(
             &service::Input { name, id, wanted, verdicts, next_hops: &observed.next_hops, now_ms, settings },
             memory.services.get(&id),

@@ -11,14 +11,14 @@
 
 use super::{
     BackendMemory, BackendStatus, CompileError, Cost, Epoch, ServiceEntry, ServiceId, ServiceMemory,
-    ServiceStatus, Settings, Shape, ShapeMember, View, behind, entries, memory::FreeIndices,
+    ServiceStatus, Settings, Shape, ShapeMember, View, behind, entries, memory::FreeIndices, slow,
 };
 use crate::{
     maglev,
     model::{
-        BackendId, BackendState, Health, HealthKind, Name, NextHop, OnDown, Protocol, Scheduler, Service,
+        BackendId, BackendState, Health, Name, NextHop, OnDown, Protocol, Readiness, Scheduler, Service,
     },
-    policy::{self, Candidate},
+    policy::{self, Candidate, Seen},
 };
 use lb_common::{
     Backend, Slot,
@@ -41,7 +41,7 @@ pub(super) struct Input<'a> {
     pub id: ServiceId,
     pub wanted: &'a Arc<Service>,
     /// In the order of `wanted.backends`.
-    pub verdicts: Vec<Health>,
+    pub verdicts: Vec<Seen>,
     pub next_hops: &'a BTreeMap<IpAddr, NextHop>,
     pub now_ms: i64,
     pub settings: &'a Settings,
@@ -69,7 +69,7 @@ pub(super) struct Cached {
 struct Last {
     name: Name,
     wanted: Arc<Service>,
-    verdicts: Vec<Health>,
+    verdicts: Vec<Seen>,
     next_hops: Vec<Option<NextHop>>,
     output: Arc<Output>,
 }
@@ -77,12 +77,25 @@ struct Last {
 /// Tables kept per service: the current one, the base, and a few that flapping comes back to.
 const KEPT_TABLES: usize = 4;
 
-/// A service's verdicts, from the sorted verdicts of all. One pass over both, as both are in name order.
-pub(super) fn verdicts<'a>(
+/// What is known of a service's backends, from the sorted observations of all.
+pub(super) fn seen<'a>(
     name: &Name,
     wanted: &Service,
-    all: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Health)>>,
-) -> Vec<Health> {
+    health: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Health)>>,
+    replicas: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Readiness)>>,
+) -> Vec<Seen> {
+    let health = of_service(name, wanted, health);
+    let replicas = of_service(name, wanted, replicas);
+    health.into_iter().zip(replicas).map(|(health, ready)| Seen::of(wanted, health, ready)).collect()
+}
+
+/// A service's part of something known by backend, in the order of its backends; what is missing is the
+/// default. One pass over both, as both are in name order.
+fn of_service<'a, T: Copy + Default + 'a>(
+    name: &Name,
+    wanted: &Service,
+    all: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a T)>>,
+) -> Vec<T> {
     while all.next_if(|(id, _)| id.service < *name).is_some() {}
     wanted
         .backends
@@ -90,10 +103,7 @@ pub(super) fn verdicts<'a>(
         .map(|backend| {
             while all.next_if(|(id, _)| id.service == *name && id.backend < *backend).is_some() {}
             let found = all.next_if(|(id, _)| id.service == *name && id.backend == *backend);
-            match wanted.health.kind {
-                HealthKind::None => Health::Healthy,
-                _ => found.map_or(Health::Unknown, |(_, &health)| health),
-            }
+            found.map_or_else(T::default, |(_, &value)| value)
         })
         .collect()
 }
@@ -149,12 +159,19 @@ fn compile_anew(
         .backends
         .values()
         .zip(&input.verdicts)
-        .map(|(b, &health)| Candidate { weight: b.weight, state: b.state, health })
+        .map(|(b, seen)| Candidate {
+            weight: b.weight,
+            state: b.state,
+            health: seen.health,
+            declines: seen.readiness.declines(),
+        })
         .collect();
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
+    let slowly = (memory.settled, rule.panic);
+    let start = slow::start(wanted, &mut memory, &rule.eligible, slowly, input.now_ms);
     memory.settled = rule.settled;
 
-    let shape = shape(wanted, &rule.eligible, table_size(wanted, &memory));
+    let shape = shape(wanted, &start.weights, &rule.eligible, table_size(wanted, &memory));
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
@@ -178,10 +195,10 @@ fn compile_anew(
 
     let (backends, egress) = backend_entries(input, &memory, rule.panic);
     let entry = ServiceEntry { view, table: Arc::new(region) };
-    let mut status = status(input, &memory, &shape, &rule, &entry, &backends, drain_ms);
+    let mut status = status(input, &memory, &shape, (&rule, &start), &entry, &backends, drain_ms);
     status.exceptions = had_exceptions || memory.exceptions;
-    let next_change_ms =
-        memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
+    let window_ends = memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
+    let next_change_ms = [window_ends, start.next_ms].into_iter().flatten().min();
     Ok(Output {
         index: memory.index,
         entry,
@@ -217,7 +234,15 @@ fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
 
 /// How each backend's load is counted.
 fn costs(wanted: &Service, memory: &ServiceMemory) -> Vec<(u32, Cost)> {
-    let source = if wanted.scheduler == Scheduler::Lc { source::FLOWS } else { source::REPORTS };
+    let source = match wanted.scheduler {
+        Scheduler::Lc => source::FLOWS,
+        // Replicas of different sizes compare by shares of their capacity, which their reports know.
+        _ if wanted.replica.is_some() => {
+            let cost = Cost { flow: 0, source: source::CAPACITY };
+            return memory.backends.values().map(|b| (b.index, cost)).collect();
+        }
+        _ => source::REPORTS,
+    };
     let weights = || wanted.backends.values().map(|b| b.weight);
     let by_address: HashMap<IpAddr, u32> =
         wanted.backends.values().map(|b| (b.address, behind::cost(b.weight, weights()))).collect();
@@ -252,7 +277,7 @@ fn allocate(
     for address in wanted {
         if let Entry::Vacant(place) = memory.backends.entry(address) {
             let index = free.backend().ok_or_else(|| too_many("backends", input, "--max-backends"))?;
-            place.insert(BackendMemory { index, removed_ms: None });
+            place.insert(BackendMemory { index, removed_ms: None, started_ms: None });
         }
     }
     Ok(())
@@ -267,14 +292,14 @@ fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     }
 }
 
-fn shape(wanted: &Service, eligible: &[bool], size: u32) -> Arc<Shape> {
+fn shape(wanted: &Service, weights: &[u32], eligible: &[bool], size: u32) -> Arc<Shape> {
     let mut members: Vec<_> = wanted
         .backends
         .values()
-        .zip(eligible)
+        .zip(weights.iter().zip(eligible))
         .zip(wanted.seats())
         .filter(|((b, _), _)| b.weight > 0)
-        .map(|((b, &eligible), seat)| ShapeMember { address: b.address, weight: b.weight, eligible, seat })
+        .map(|((b, (&weight, &eligible)), seat)| ShapeMember { address: b.address, weight, eligible, seat })
         .collect();
     members.sort_unstable();
     let by_source = wanted.scheduler == Scheduler::SourceHash;
@@ -418,13 +443,14 @@ fn backend_entries(
     panic: bool,
 ) -> (Vec<(u32, Backend)>, BTreeSet<u32>) {
     let mut states: HashMap<IpAddr, u32> = HashMap::new();
-    for (b, &health) in input.wanted.backends.values().zip(&input.verdicts) {
+    for (b, seen) in input.wanted.backends.values().zip(&input.verdicts) {
         let mut state = 0;
-        if b.state == BackendState::Draining {
+        if b.state == BackendState::Draining || seen.readiness.declines() {
             state |= DRAINING;
         }
         // Under panic the verdicts are ignored, or flows placed now would be taken for stale ones.
-        if b.state == BackendState::Down || (health == Health::Unhealthy && !panic) {
+        let down = seen.readiness == Readiness::Failed || (seen.health == Health::Unhealthy && !panic);
+        if b.state == BackendState::Down || down {
             state |= DOWN;
         }
         states.insert(b.address, state);
@@ -508,7 +534,7 @@ fn status(
     input: &Input<'_>,
     memory: &ServiceMemory,
     shape: &Shape,
-    rule: &policy::Eligibility,
+    (rule, start): (&policy::Eligibility, &slow::Start),
     entry: &ServiceEntry,
     entries: &[(u32, Backend)],
     drain_ms: i64,
@@ -526,8 +552,8 @@ fn status(
         .wanted
         .backends
         .iter()
-        .zip(input.verdicts.iter().zip(&rule.eligible))
-        .filter_map(|((name, b), (&health, &eligible))| {
+        .zip(input.verdicts.iter().zip(rule.eligible.iter().zip(&start.percent)))
+        .filter_map(|((name, b), (seen, (&eligible, &slow_start_percent)))| {
             let index = memory.backends.get(&b.address)?.index;
             Some(BackendStatus {
                 name: Some(name.clone()),
@@ -535,8 +561,10 @@ fn status(
                 index,
                 weight: b.weight,
                 state: b.state,
-                health,
+                health: seen.health,
+                readiness: seen.readiness,
                 eligible,
+                slow_start_percent,
                 slots: share(index),
                 resolved: is_resolved(index),
                 removed_until_ms: None,
@@ -552,7 +580,9 @@ fn status(
             weight: 0,
             state: BackendState::Draining,
             health: Health::Unknown,
+            readiness: Readiness::Unknown,
             eligible: false,
+            slow_start_percent: None,
             slots: 0,
             resolved: is_resolved(b.index),
             removed_until_ms: Some(removed_ms + drain_ms),

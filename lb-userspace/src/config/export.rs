@@ -19,6 +19,7 @@ pub fn export(desired: &Desired) -> String {
             fields.remove("seating");
         }
         let health = fields.remove("health");
+        let replica = fields.remove("replica");
         let bare = json!({"vip": service.vip, "port": service.port, "protocol": service.protocol});
         let defaults = defaults::<Service>(bare);
         for key in ["vip", "port", "protocol"] {
@@ -35,6 +36,13 @@ pub fn export(desired: &Desired) -> String {
             line(&mut out, "kind", &kind);
             let defaults = self::defaults::<crate::model::HealthCheck>(json!({ "kind": kind }));
             changed(&mut out, health, &defaults);
+        }
+        if let Some(Value::Object(mut replica)) = replica {
+            let _ = writeln!(out, "\n[service.replica]");
+            let kind = replica.remove("kind").unwrap_or_default();
+            line(&mut out, "kind", &kind);
+            let defaults = self::defaults::<crate::model::ReplicaSource>(json!({ "kind": kind }));
+            changed(&mut out, replica, &defaults);
         }
         for (name, backend) in &service.backends {
             let _ = writeln!(out, "\n[[service.backend]]");
@@ -71,7 +79,7 @@ fn changed(out: &mut String, fields: Map<String, Value>, defaults: &Map<String, 
 }
 
 fn line(out: &mut String, key: &str, value: &Value) {
-    // Model values are text, numbers, booleans and arrays of numbers: all of them TOML values.
+    // Model values are text, numbers, booleans, arrays of numbers and tables of text: all of them TOML values.
     if let Ok(value) = toml::Value::try_from(value) {
         let _ = writeln!(out, "{key} = {value}");
     }

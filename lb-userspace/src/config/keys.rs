@@ -56,6 +56,7 @@ pub const SERVICE: &[&str] = &[
     "table_size",
     "seed",
     "drain_s",
+    "slow_start_s",
     "udp_stateless",
     "udp_timeout_s",
     "gue_port",
@@ -63,6 +64,7 @@ pub const SERVICE: &[&str] = &[
     "panic_percent",
     "seating",
     "health",
+    "replica",
     "backend",
 ];
 
@@ -72,12 +74,37 @@ pub const HEALTH: &[&str] = &[
     "path",
     "host",
     "status",
+    "headers",
+    "body",
+    "service",
+    "sni",
+    "ca",
+    "verify",
+    "client_cert",
+    "client_key",
     "port",
     "interval_ms",
     "jitter_percent",
     "timeout_ms",
     "rise",
     "fall",
+    "damping",
+];
+
+/// `[service.replica]`.
+pub const REPLICA: &[&str] = &["kind", "port", "path", "interval_ms", "timeout_ms", "capacity", "metrics"];
+
+/// `[service.replica.metrics]`.
+pub const METRICS: &[&str] = &[
+    "running",
+    "waiting",
+    "kv_cache_usage",
+    "capacity",
+    "tokens_total",
+    "tokens_per_second",
+    "gpu_memory_used",
+    "gpu_memory_total",
+    "awake",
 ];
 
 /// `[[service.backend]]`.

@@ -110,6 +110,16 @@ impl Parser<'_> {
         {
             self.check_keys(health, keys::HEALTH, "[service.health]");
         }
+        if let Some(replica) = table.get_mut("replica")
+            && let DeValue::Table(replica) = replica.get_mut()
+        {
+            self.check_keys(replica, keys::REPLICA, "[service.replica]");
+            if let Some(metrics) = replica.get_mut("metrics")
+                && let DeValue::Table(metrics) = metrics.get_mut()
+            {
+                self.check_keys(metrics, keys::METRICS, "[service.replica.metrics]");
+            }
+        }
         let name = self.name(&span, &mut table, "[[service]]");
         let service = self.read::<Service>(span.clone(), table, "[[service]]");
         let mut found = BTreeMap::new();

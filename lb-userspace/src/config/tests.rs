@@ -31,6 +31,11 @@ kind = "http"
 path = "/healthz"
 interval_ms = 200
 
+[service.replica]
+kind = "custom"
+port = 9100
+metrics = { running = "busy", waiting = 'queued{kind="all"}' }
+
 [[service.backend]]
 name = "a"
 address = "10.1.0.1"
@@ -58,6 +63,8 @@ fn a_good_file_is_read_whole() {
     let desired = file.desired.unwrap();
     let web = &desired.services[&"web".parse().unwrap()];
     assert_eq!((web.backends.len(), web.drain_s, web.health.interval_ms), (2, 60, 200));
+    let replica = web.replica.as_ref().unwrap();
+    assert_eq!(replica.metrics[&crate::model::Quantity::Waiting].to_string(), "queued{kind=\"all\"}");
 }
 
 #[test]
@@ -86,6 +93,22 @@ fn each_mistake_has_its_place_and_fix() {
         (
             format!("{service}[service.health]\nkind = \"tcp\"\n  intervall_ms = 5\n"),
             "f:8:3: unknown key intervall_ms in [service.health]; did you mean interval_ms?",
+        ),
+        (
+            format!("{service}replica = {{ kind = \"vllm\", prt = 5 }}\n"),
+            "f:6:28: unknown key prt in [service.replica]; did you mean port?",
+        ),
+        (
+            format!("{service}[service.replica]\nkind = \"vllm\"\nmetrics = {{ runing = \"a\" }}\n"),
+            "f:8:13: unknown key runing in [service.replica.metrics]; did you mean running?",
+        ),
+        (
+            format!("{service}replica = {{ kind = \"vllm\", metrics = {{ running = \"a b\" }} }}\n"),
+            "f:6:50: replica: \"a b\" is no metric",
+        ),
+        (
+            format!("{service}replica = {{ kind = \"custom\" }}\n"),
+            "f:2:8: service s: replica: kind is \"custom\", so metrics must name",
         ),
         (
             format!("{service}[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.2\"\nwieght = 1\n"),
@@ -135,7 +158,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}[service.health]\nkind = \"tcp\"\npath = \"/\"\n"),
-            "f:6:1: health: path goes with kind \"http\" only",
+            "f:6:1: health: path goes with kind \"http\" or \"https\" only",
         ),
     ];
     for (text, expected) in cases {
@@ -181,6 +204,9 @@ fn known_keys_are_those_that_serde_knows() {
         known(keys::SERVICE, &["name", "backend"], &["backends"])
     );
     assert_eq!(sorted(fields::<crate::model::HealthCheck>(bad)), known(keys::HEALTH, &[], &[]));
+    assert_eq!(sorted(fields::<crate::model::ReplicaSource>(bad)), known(keys::REPLICA, &[], &[]));
+    let quantities = fields::<std::collections::BTreeMap<crate::model::Quantity, u8>>(bad);
+    assert_eq!(sorted(quantities), known(keys::METRICS, &[], &[]));
     assert_eq!(sorted(fields::<crate::model::Backend>(bad)), known(keys::BACKEND, &["name"], &[]));
 }
 

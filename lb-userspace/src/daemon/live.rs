@@ -110,7 +110,8 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
             };
             let next_hop = published.observed.next_hops.get(&b.address).filter(|_| b.resolved).copied();
             let id = BackendId { service: name.clone(), backend: backend.clone() };
-            let state = BackendState { index: b.index, slots: b.slots, tracked_flows, next_hop };
+            let (index, slots, slow_start_percent) = (b.index, b.slots, b.slow_start_percent);
+            let state = BackendState { index, slots, tracked_flows, slow_start_percent, next_hop };
             snapshot.backends.insert(id, state);
         }
     }

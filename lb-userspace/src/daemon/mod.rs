@@ -1,4 +1,4 @@
-//! `lbd ingress`: store, dataplane, reconciler, health, neighbours, API and metrics, wired together.
+//! `lbd ingress`: store, dataplane, reconciler, health, replicas, neighbours, API and metrics, wired together.
 //!
 //! Input: [`Settings`], and a configuration file if there is one. Output: a running daemon, until SIGTERM
 //! or SIGINT; the dataplane goes on forwarding after it. Called by the binary.
@@ -21,11 +21,12 @@ use crate::{
     compile,
     config::{File, Options, Settings, export},
     dataplane::{AttachOptions, Dataplane, Limits},
-    health::{Checker, Prober, probe},
+    health::{Checker, prober},
     metrics,
     model::{Desired, Health},
     neighbour::Resolver,
     reconcile::{Event, Reconciler, start_sweeper},
+    replica::{Scores, Watcher},
     store::{Local, LocalFile, Opener, Store},
 };
 use anyhow::Context;
@@ -80,6 +81,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     xdp_log::start(dataplane.bpf_mut(), settings.xdp_log_level);
 
     let book = Checker::restore(&*local).await;
+    let replicas = Watcher::restore(&*local).await;
     let (events, inbox) = mpsc::channel(EVENTS);
     let mut parts = supervise::Parts::default();
 
@@ -92,7 +94,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         Ok(None) | Err(_) => Default::default(),
     };
 
-    let reader = dataplane.reader();
+    let (reader, loads) = (dataplane.reader(), dataplane.loads());
     let interfaces = interfaces(&dataplane);
     let limits = dataplane.limits;
     let (keep_out, kept) = watch::channel(Vec::new());
@@ -106,14 +108,16 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
         known.map(|(id, e)| (id.clone(), e.health)).collect()
     });
-    reconciler.prime(verdicts, first_hops);
+    reconciler.prime(verdicts, replicas.readiness(), first_hops);
     let reconciler = spawn_reconciler(reconciler, inbox)?;
     start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
     parts.add("saving the reconciler's memory", save_memory(kept.clone(), local.clone()));
     parts.add("next hops", forward(hops, events.clone(), Event::NextHops));
 
+    let scores = Arc::new(Scores::new(loads, Arc::new(published.clone())));
+    parts.add("load scores", ended_ok(scores.clone().run(replicas.clone(), published.clone())));
     let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, interfaces, limits));
-    let control = Control::new(store.clone(), engine, book.clone());
+    let control = Control::with_replicas(store.clone(), engine, book.clone(), replicas.clone());
     let report = HostReport {
         host: sharing.host.clone(),
         region: sharing.region.clone(),
@@ -129,10 +133,14 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     parts.add("report to the other hosts", report::run(control.clone(), store.clone(), report, published));
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
-    let prober: Prober = Arc::new(|target| Box::pin(probe(target)));
-    let checker = Checker::new(book, settings.probes, prober, verdicts_out);
+    let prober = prober();
+    let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out);
     parts.add("health checks", ended_ok(checker.run(store.watch(), local.clone())));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
+    let (said_out, said) = mpsc::channel(EVENTS);
+    let watcher = Watcher::new(replicas, settings.probes, prober, said_out, scores);
+    parts.add("replica state", ended_ok(watcher.run(store.watch(), local.clone())));
+    parts.add("readiness", forward(said, events.clone(), |(id, readiness)| Event::Replica(id, readiness)));
 
     let File { options: said, desired, .. } = file.unwrap_or_default();
     if let (Some(path), Some(desired)) = (&config, desired) {
@@ -334,6 +342,9 @@ async fn until(mut flag: watch::Receiver<bool>) {
 async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Vec<u8>>) {
     if let Err(error) = Checker::save(control.book(), local).await {
         tracing::error!(%error, "health verdicts cannot be saved");
+    }
+    if let Err(error) = Watcher::save(control.replicas(), local).await {
+        tracing::error!(%error, "what replicas said cannot be saved");
     }
     let memory = memory.borrow().clone();
     if !memory.is_empty()

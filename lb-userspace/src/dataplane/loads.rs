@@ -5,6 +5,7 @@
 //! the last one.
 
 use super::{DataplaneError, mapped::MappedArray};
+use crate::{policy::load::USUAL_CAPACITY, policy::load::request_cost, replica};
 use lb_common::{
     Load,
     load::{FLOW, next, report, source},
@@ -36,6 +37,8 @@ impl Loads {
 
     /// Sets what a flow costs on a backend, and where its score comes from.
     pub fn set_cost(&self, index: u32, cost: u32, source: u32) -> Result<(), DataplaneError> {
+        // What reports say of the cost is not known before the first one.
+        let cost = if source == source::CAPACITY { request_cost(USUAL_CAPACITY) } else { cost };
         // Source first: a report of the other kind that comes meanwhile is the last of its kind.
         let done = self.entries.store_u32(index, offset_of!(Load, source), source)
             && self.entries.store_u32(index, offset_of!(Load, cost), cost);
@@ -67,6 +70,15 @@ impl Loads {
 impl LoadSink for Loads {
     fn set(&self, backend_index: u32, score: u32) {
         if self.get(backend_index).is_some_and(|l| l.source == source::REPORTS) {
+            self.store(backend_index, score);
+        }
+    }
+}
+
+impl replica::LoadSink for Loads {
+    fn set(&self, backend_index: u32, score: u32, cost: u32) {
+        let is_asked = self.get(backend_index).is_some_and(|l| l.source == source::CAPACITY);
+        if is_asked && self.entries.store_u32(backend_index, offset_of!(Load, cost), cost) {
             self.store(backend_index, score);
         }
     }

@@ -55,6 +55,9 @@ pub struct Entry {
     /// Probes that failed since the start.
     #[serde(default)]
     pub failures: u64,
+    /// Successes in a row that it needs to be healthy again, where it fell so often that they are more than `rise`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damped: Option<u32>,
     /// Address that the verdict is about.
     #[serde(default)]
     pub address: String,
@@ -85,7 +88,7 @@ impl Book {
     pub fn save(&self) -> Vec<u8> {
         let all: Vec<(BackendId, Entry)> = self.read(|entries| {
             let settled = entries.iter().filter(|(_, e)| e.health != Health::Unknown);
-            settled.map(|(id, e)| (id.clone(), Entry { last: None, ..e.clone() })).collect()
+            settled.map(|(id, e)| (id.clone(), Entry { last: None, damped: None, ..e.clone() })).collect()
         });
         serde_json::to_vec(&all).expect("entries are plain data")
     }

@@ -2,13 +2,12 @@
 
 use super::{Book, Entry, Probe, ProbeTarget, verdict::Verdict};
 use crate::{
-    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Ports, Service},
+    model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Service},
     store::{Local, Stored},
 };
 use futures_util::future::BoxFuture;
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -177,15 +176,8 @@ fn ids_of<T>(all: &BTreeMap<BackendId, T>, service: &Name) -> Vec<BackendId> {
 
 /// What is to be checked of a service.
 fn plan(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Plan>) {
-    let own = if let Ports::One(port) = s.port { port } else { 0 };
-    let port = s.health.port.unwrap_or(own);
     for (backend, b) in &s.backends {
-        let target = ProbeTarget {
-            address: SocketAddr::new(b.address, port),
-            vip: s.vip,
-            kind: s.health.kind.clone(),
-            timeout: Duration::from_millis(s.health.timeout_ms.into()),
-        };
+        let target = ProbeTarget::of(s, b);
         let id = BackendId { service: service.clone(), backend: backend.clone() };
         plans.insert(id, Plan { target, check: s.health.clone() });
     }
@@ -214,12 +206,13 @@ impl Shared {
         let _ = self.verdicts.send((id.clone(), health)).await;
     }
 
-    fn record(&self, id: &BackendId, probe: Probe) {
+    fn record(&self, id: &BackendId, probe: Probe, damped: Option<u32>) {
         self.book.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 let count = if probe.ok { &mut entry.successes } else { &mut entry.failures };
                 *count += 1;
                 entry.last = Some(probe);
+                entry.damped = damped;
             }
         });
     }
@@ -227,7 +220,7 @@ impl Shared {
 
 /// Probes one backend for ever.
 async fn watch_backend(shared: Arc<Shared>, id: BackendId, plan: Plan, known: Health) {
-    let mut verdict = Verdict::new(known);
+    let (mut verdict, began) = (Verdict::new(known), Instant::now());
     // The first probe comes at a random moment of the first interval, so that they spread.
     let mut wait = verdict.wait(&plan.check, 0.5).mul_f64(rand::random());
     loop {
@@ -242,8 +235,11 @@ async fn watch_backend(shared: Arc<Shared>, id: BackendId, plan: Plan, known: He
         };
         let took_us = start.elapsed().as_micros() as u64;
         tracing::debug!(backend = %id, address = %plan.target.address, ok, %reason, took_us, "probe");
-        let before = verdict.observe(ok, &plan.check);
-        shared.record(&id, Probe { time_ms: now_ms(), ok, reason: reason.clone(), took_us });
+        let now = began.elapsed();
+        let before = verdict.observe(ok, &plan.check, now);
+        let needed = verdict.needed(&plan.check, now);
+        let damped = (needed > u32::from(plan.check.rise)).then_some(needed);
+        shared.record(&id, Probe { time_ms: now_ms(), ok, reason: reason.clone(), took_us }, damped);
         if let Some(from) = before {
             let to = verdict.health();
             let address = plan.target.address;

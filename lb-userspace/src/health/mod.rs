@@ -6,9 +6,15 @@
 
 pub mod book;
 pub mod checker;
+pub mod grpc;
+pub mod http;
 pub mod probe;
+pub mod tls;
 pub mod verdict;
+
+#[cfg(test)]
+mod tests;
 
 pub use book::{Book, Entry, Probe, Transition};
 pub use checker::{Checker, Prober};
-pub use probe::{ProbeTarget, probe};
+pub use probe::{ProbeTarget, prober};

@@ -1,12 +1,14 @@
-//! One probe: a TCP connection, or an HTTP/1.1 GET.
+//! One probe: a connection, and what is asked over it.
 
-use crate::model::HealthKind;
-use http_body_util::{BodyExt, Empty};
-use hyper::{Request, client::conn::http1};
-use hyper_util::rt::TokioIo;
+use super::{grpc, http, tls::TlsConfigs};
+use crate::{
+    health::Prober,
+    model::{Backend, HealthKind, Ports, Service, TlsCheck},
+};
 use std::{
     io::ErrorKind,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 use tokio::{
@@ -27,14 +29,34 @@ pub struct ProbeTarget {
     pub timeout: Duration,
 }
 
-/// Bytes of a response's body that are read before the connection is closed.
-const BODY_LIMIT: usize = 64 * 1024;
+impl ProbeTarget {
+    /// What a service asks of one of its backends.
+    pub fn of(service: &Service, backend: &Backend) -> Self {
+        let own = if let Ports::One(port) = service.port { port } else { 0 };
+        let port = service.health.port.unwrap_or(own);
+        Self {
+            address: SocketAddr::new(backend.address, port),
+            vip: service.vip,
+            kind: service.health.kind.clone(),
+            timeout: Duration::from_millis(service.health.timeout_ms.into()),
+        }
+    }
+}
+
+/// What does probes, over the network; keeps what TLS needs.
+pub fn prober() -> Prober {
+    let configs = Arc::new(TlsConfigs::default());
+    Arc::new(move |target| {
+        let configs = configs.clone();
+        Box::pin(async move { probe(&configs, target).await })
+    })
+}
 
 /// Probes once. `Ok` and `Err` both say in words what was seen.
 ///
 /// # Errors
 /// Whatever makes the backend count as failed.
-pub async fn probe(target: ProbeTarget) -> Result<String, String> {
+pub async fn probe(configs: &TlsConfigs, target: ProbeTarget) -> Result<String, String> {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
     if target.kind == HealthKind::None {
@@ -45,21 +67,62 @@ pub async fn probe(target: ProbeTarget) -> Result<String, String> {
         Ok(Err(e)) => return Err(connect_error(&e)),
         Ok(Ok(stream)) => stream,
     };
+    match timeout_at(deadline, ask(configs, stream, &target, deadline)).await {
+        Err(_) => Err(format!("no answer within {within} ms")),
+        Ok(result) => result,
+    }
+}
+
+/// The VIP as the authority of a URL.
+fn authority(vip: IpAddr) -> String {
+    match vip {
+        IpAddr::V4(v4) => v4.to_string(),
+        IpAddr::V6(v6) => format!("[{v6}]"),
+    }
+}
+
+async fn ask(
+    configs: &TlsConfigs,
+    stream: TcpStream,
+    target: &ProbeTarget,
+    deadline: Instant,
+) -> Result<String, String> {
+    // A reset instead of a goodbye where we are the first to close: thousands of probes a second must not leave
+    // sockets in TIME_WAIT.
+    if !matches!(target.kind, HealthKind::Http(_)) {
+        let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+    }
+    let name = |tls: &TlsCheck, host: Option<&String>| {
+        tls.sni.clone().or_else(|| host.cloned()).unwrap_or_else(|| target.vip.to_string())
+    };
     match &target.kind {
         HealthKind::None => Ok("not checked".to_owned()),
-        HealthKind::Tcp => {
-            // A reset instead of a goodbye: thousands of probes a second must not leave sockets in TIME_WAIT.
-            let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
-            Ok("connected".to_owned())
+        HealthKind::Tcp => Ok("connected".to_owned()),
+        HealthKind::Tls(tls) => {
+            let stream = configs.connect(tls, &[], &name(tls, None), stream).await?;
+            let version = stream.get_ref().1.protocol_version().and_then(|v| v.as_str().map(str::to_owned));
+            Ok(format!("{} handshake done", version.unwrap_or_else(|| "TLS".to_owned())))
         }
-        HealthKind::Http { path, host, status } => {
-            let host = host.clone().unwrap_or_else(|| match target.vip {
-                IpAddr::V4(v4) => v4.to_string(),
-                IpAddr::V6(v6) => format!("[{v6}]"),
-            });
-            match timeout_at(deadline, get(stream, path, &host, *status, deadline)).await {
-                Err(_) => Err(format!("no answer within {within} ms")),
-                Ok(result) => result,
+        HealthKind::Http(check) => {
+            let host = check.host.clone().unwrap_or_else(|| authority(target.vip));
+            match &check.tls {
+                None => http::get(stream, check, &host, deadline).await,
+                Some(tls) => {
+                    let name = name(tls, check.host.as_ref());
+                    let stream = configs.connect(tls, &[b"http/1.1"], &name, stream).await?;
+                    http::get(stream, check, &host, deadline).await
+                }
+            }
+        }
+        HealthKind::Grpc(check) => {
+            let host = check.host.clone().unwrap_or_else(|| authority(target.vip));
+            match &check.tls {
+                None => grpc::check(stream, &check.service, &host, "http").await,
+                Some(tls) => {
+                    let name = name(tls, check.host.as_ref());
+                    let stream = configs.connect(tls, &[b"h2"], &name, stream).await?;
+                    grpc::check(stream, &check.service, &host, "https").await
+                }
             }
         }
     }
@@ -81,64 +144,25 @@ fn connect_error(error: &std::io::Error) -> String {
     }
 }
 
-async fn get(
-    stream: TcpStream,
-    path: &str,
-    host: &str,
-    status: (u16, u16),
-    deadline: Instant,
-) -> Result<String, String> {
-    let broken = |e: hyper::Error| {
-        if e.is_parse() { "the answer is not HTTP".to_owned() } else { format!("connection broke: {e}") }
-    };
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
-    let request = Request::get(path)
-        .header("host", host)
-        .header("user-agent", concat!("lbd/", env!("CARGO_PKG_VERSION")))
-        .header("connection", "close")
-        .body(Empty::<bytes::Bytes>::new())
-        .map_err(|e| format!("cannot ask: {e}"))?;
-    // The connection only moves while it is polled: beside the request, in this task.
-    let ask = async {
-        let mut response = sender.send_request(request).await.map_err(broken)?;
-        let code = response.status().as_u16();
-        let mut read = 0;
-        while read < BODY_LIMIT
-            && let Ok(Some(Ok(frame))) = timeout_at(deadline, response.body_mut().frame()).await
-        {
-            read += frame.data_ref().map_or(0, bytes::Bytes::len);
-        }
-        if (status.0..=status.1).contains(&code) {
-            Ok(format!("status {code}"))
-        } else if status.0 == status.1 {
-            Err(format!("status {code}, expected {}", status.0))
-        } else {
-            Err(format!("status {code}, expected {} to {}", status.0, status.1))
-        }
-    };
-    let mut connection = std::pin::pin!(connection);
-    let mut ask = std::pin::pin!(ask);
-    tokio::select! {
-        biased;
-        result = &mut ask => result,
-        _ = &mut connection => ask.await,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::HttpCheck;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpListener,
     };
+
+    async fn probe(target: ProbeTarget) -> Result<String, String> {
+        super::probe(&TlsConfigs::default(), target).await
+    }
 
     fn target(address: SocketAddr, kind: HealthKind) -> ProbeTarget {
         ProbeTarget { address, vip: [10, 0, 0, 1].into(), kind, timeout: Duration::from_millis(300) }
     }
 
     fn http(status: (u16, u16)) -> HealthKind {
-        HealthKind::Http { path: "/ok?x=1".into(), host: None, status }
+        HealthKind::Http(HttpCheck { path: "/ok?x=1".into(), status, ..HttpCheck::default() })
     }
 
     /// Answers one connection with these bytes after reading a request, and gives back what it read.

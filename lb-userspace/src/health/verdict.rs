@@ -1,14 +1,18 @@
 //! Rise and fall: when a run of probe results becomes a verdict. Pure.
 
-use crate::model::{Health, HealthCheck};
+use crate::{
+    model::{Health, HealthCheck},
+    policy::damp::Damper,
+};
 use std::time::Duration;
 
 /// Verdict on one backend, and the run of equal results that leads to the next.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Verdict {
     health: Health,
     /// Successes in a row, or failures as a negative number.
     run: i32,
+    falls: Damper,
 }
 
 /// Shortest wait between two probes.
@@ -17,7 +21,7 @@ const SHORTEST: Duration = Duration::from_millis(10);
 impl Verdict {
     /// Starts from what was last known.
     pub fn new(health: Health) -> Self {
-        Self { health, run: 0 }
+        Self { health, run: 0, falls: Damper::default() }
     }
 
     /// What holds now.
@@ -25,16 +29,25 @@ impl Verdict {
         self.health
     }
 
-    /// Takes one probe's result; the old verdict if it has just changed.
-    pub fn observe(&mut self, ok: bool, check: &HealthCheck) -> Option<Health> {
+    /// Successes in a row that make it healthy at `now`: `rise`, and more for one that keeps falling.
+    pub fn needed(&self, check: &HealthCheck, now: Duration) -> u32 {
+        let factor = if check.damping { self.falls.factor(now) } else { 1 };
+        u32::from(check.rise) * factor
+    }
+
+    /// Takes one probe's result, at `now` of a steady clock; the old verdict if it has just changed.
+    pub fn observe(&mut self, ok: bool, check: &HealthCheck, now: Duration) -> Option<Health> {
         self.run = if ok { self.run.max(0).saturating_add(1) } else { self.run.min(0).saturating_sub(1) };
-        let next = if self.run >= i32::from(check.rise) {
+        let next = if i64::from(self.run) >= i64::from(self.needed(check, now)) {
             Health::Healthy
         } else if -self.run >= i32::from(check.fall) {
             Health::Unhealthy
         } else {
             return None;
         };
+        if self.health == Health::Healthy && next == Health::Unhealthy {
+            self.falls.fall(now);
+        }
         (next != self.health).then(|| std::mem::replace(&mut self.health, next))
     }
 
@@ -61,7 +74,7 @@ mod tests {
         let (mut verdict, mut changes) = (Verdict::new(start), 0);
         let after = results.chars().map(|c| {
             let before = verdict.health();
-            if let Some(old) = verdict.observe(c == '+', &check()) {
+            if let Some(old) = verdict.observe(c == '+', &check(), Duration::ZERO) {
                 assert_eq!(old, before);
                 assert_ne!(verdict.health(), before);
                 changes += 1;
@@ -92,6 +105,28 @@ mod tests {
         ] {
             assert_eq!(run(start, results), (expected.to_owned(), changes), "{start:?} {results}");
         }
+    }
+
+    #[test]
+    fn one_that_keeps_falling_must_pass_more_probes() {
+        let (mut verdict, mut now) = (Verdict::new(Health::Healthy), Duration::ZERO);
+        let mut rises = Vec::new();
+        for _ in 0..7 {
+            while verdict.health() == Health::Healthy {
+                now += Duration::from_secs(1);
+                verdict.observe(false, &check(), now);
+            }
+            let mut passed = 0;
+            while verdict.health() == Health::Unhealthy {
+                now += Duration::from_secs(1);
+                passed += 1;
+                verdict.observe(true, &check(), now);
+            }
+            rises.push(passed);
+        }
+        assert_eq!(rises, [2, 2, 4, 8, 16, 32, 32]);
+        assert_eq!(verdict.needed(&HealthCheck { damping: false, ..check() }, now), 2);
+        assert_eq!(verdict.needed(&check(), now + Duration::from_secs(1_500)), 2, "forgotten by then");
     }
 
     #[test]

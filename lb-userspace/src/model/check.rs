@@ -3,7 +3,9 @@
 //! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
-use super::{Backend, Desired, ForwardingMode, HealthKind, Name, Ports, Protocol, Scheduler, Service};
+use super::{
+    Backend, Desired, ForwardingMode, HealthKind, HttpCheck, Name, Ports, Protocol, Scheduler, Service,
+};
 use crate::maglev::MAX_SEATS;
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
@@ -174,6 +176,9 @@ impl Service {
         if self.panic_percent > 100 {
             setting(format!("panic_percent {} is above 100", self.panic_percent));
         }
+        if self.slow_start_s > 86_400 {
+            setting(format!("slow_start_s {} is above 86400, a day", self.slow_start_s));
+        }
         if self.udp_timeout_s == 0 {
             setting("udp_timeout_s is 0: at least 1".to_owned());
         }
@@ -199,6 +204,9 @@ impl Service {
             setting("gue_port is 0: 1 to 65535".to_owned());
         }
         self.check_health(&mut setting);
+        if let Some(replica) = &self.replica {
+            replica.check(matches!(self.port, Ports::One(_)), &mut setting);
+        }
         if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
             setting("all weights are 0: give at least one backend a weight".to_owned());
         }
@@ -262,21 +270,43 @@ impl Service {
         if health.jitter_percent > 50 {
             setting(format!("health: jitter_percent {} is above 50", health.jitter_percent));
         }
-        let HealthKind::Http { path, host, status: (first, last) } = &health.kind else { return };
-        let plain = |text: &str| text.bytes().all(|b| b.is_ascii_graphic());
-        if !path.starts_with('/') || !plain(path) {
-            setting(format!(
-                "health: path {path:?} must start with '/' and hold neither blanks nor controls"
-            ));
+        let plain = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+        let (host, sni) = match &health.kind {
+            HealthKind::Http(http) => {
+                check_http(http, setting);
+                (&http.host, http.tls.as_ref())
+            }
+            HealthKind::Grpc(grpc) => (&grpc.host, grpc.tls.as_ref()),
+            other => (&None, other.tls()),
+        };
+        for name in host.iter().chain(sni.and_then(|tls| tls.sni.as_ref())) {
+            if !plain(name) {
+                setting(format!("health: host {name:?} is no host name"));
+            }
         }
-        if let Some(host) = host
-            && (host.is_empty() || !plain(host))
-        {
-            setting(format!("health: host {host:?} is no host name"));
+    }
+}
+
+fn check_http(http: &HttpCheck, setting: &mut dyn FnMut(String)) {
+    let HttpCheck { path, status: (first, last), headers, body, .. } = http;
+    if !path.starts_with('/') || !path.bytes().all(|b| b.is_ascii_graphic()) {
+        setting(format!("health: path {path:?} must start with '/' and hold neither blanks nor controls"));
+    }
+    if !(100..=599).contains(first) || !(100..=599).contains(last) || first > last {
+        setting(format!("health: status [{first}, {last}] is no range within 100 to 599"));
+    }
+    for (name, value) in headers {
+        let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+        let ours = ["host", "connection", "content-length", "transfer-encoding", "user-agent"];
+        if name.is_empty() || !name.bytes().all(token) || ours.contains(&name.to_ascii_lowercase().as_str()) {
+            setting(format!("health: header {name:?} is no name of a header, or one that lbd sets itself"));
         }
-        if !(100..=599).contains(first) || !(100..=599).contains(last) || first > last {
-            setting(format!("health: status [{first}, {last}] is no range within 100 to 599"));
+        if !value.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
+            setting(format!("health: header {name}: {value:?} holds what no header may"));
         }
+    }
+    if body.as_ref().is_some_and(|text| text.is_empty() || text.len() > 4_096) {
+        setting("health: body is 1 to 4096 bytes of text".to_owned());
     }
 }
 

@@ -1,6 +1,6 @@
 //! Services and backends, as the operator asked for them.
 
-use super::{HealthCheck, Name, Ports, Protocol};
+use super::{HealthCheck, Name, Ports, Protocol, ReplicaSource};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -119,6 +119,9 @@ pub struct Service {
     /// may keep its flows, in seconds.
     #[serde(default = "default_drain_s")]
     pub drain_s: u32,
+    /// How long a backend that is new, or healthy again, takes to get its full share, in seconds; 0: at once.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub slow_start_s: u32,
     /// UDP only: place each packet by hash alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub udp_stateless: bool,
@@ -141,6 +144,9 @@ pub struct Service {
     /// Health check.
     #[serde(default)]
     pub health: HealthCheck,
+    /// Where the state of its replicas is learnt, if anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica: Option<ReplicaSource>,
     /// Backends by name.
     #[serde(default)]
     pub backends: BTreeMap<Name, Backend>,
@@ -155,6 +161,10 @@ impl Service {
 
 fn default_drain_s() -> u32 {
     300
+}
+
+fn is_zero(value: &u32) -> bool {
+    *value == 0
 }
 
 fn default_udp_timeout_s() -> u32 {

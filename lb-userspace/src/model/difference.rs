@@ -100,10 +100,12 @@ fn settings(service: &Service) -> BTreeMap<String, Value> {
     all.remove("backends");
     // Follows from how the backends changed.
     all.remove("seating");
-    let health = all.remove("health");
+    let parts = ["health", "replica"].map(|part| (part, all.remove(part)));
     let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
-    if let Some(Value::Object(health)) = health {
-        flat.extend(health.into_iter().map(|(k, v)| (format!("health.{k}"), v)));
+    for (part, fields) in parts {
+        if let Some(Value::Object(fields)) = fields {
+            flat.extend(fields.into_iter().map(|(k, v)| (format!("{part}.{k}"), v)));
+        }
     }
     flat
 }

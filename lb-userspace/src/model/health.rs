@@ -1,6 +1,7 @@
 //! Health checks of a service.
 
 use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, path::PathBuf};
 
 /// What is asked of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -9,15 +10,66 @@ pub enum HealthKind {
     None,
     /// A TCP connection opens.
     Tcp,
-    /// An HTTP/1.1 GET answers with an expected status.
-    Http {
-        /// Path and query.
-        path: String,
-        /// `Host` header; the VIP if none.
-        host: Option<String>,
-        /// Statuses that mean healthy, bounds included.
-        status: (u16, u16),
-    },
+    /// A TLS handshake succeeds.
+    Tls(TlsCheck),
+    /// An HTTP/1.1 GET is answered as expected.
+    Http(HttpCheck),
+    /// The gRPC health service (grpc.health.v1) says SERVING.
+    Grpc(GrpcCheck),
+}
+
+/// An HTTP GET and what its answer must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpCheck {
+    /// Path and query.
+    pub path: String,
+    /// `Host` header; the VIP if none.
+    pub host: Option<String>,
+    /// Statuses that mean healthy, bounds included.
+    pub status: (u16, u16),
+    /// Further headers.
+    pub headers: BTreeMap<String, String>,
+    /// Text that the first 64 KiB of the body must hold.
+    pub body: Option<String>,
+    /// Over TLS.
+    pub tls: Option<TlsCheck>,
+}
+
+impl Default for HttpCheck {
+    fn default() -> Self {
+        let (path, status) = (DEFAULT_PATH.to_owned(), DEFAULT_STATUS);
+        Self { path, host: None, status, headers: BTreeMap::new(), body: None, tls: None }
+    }
+}
+
+/// A question to the gRPC health service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GrpcCheck {
+    /// Service asked about; the empty name is the whole process.
+    pub service: String,
+    /// Authority; the VIP if none.
+    pub host: Option<String>,
+    /// Over TLS.
+    pub tls: Option<TlsCheck>,
+}
+
+/// How a check speaks TLS.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TlsCheck {
+    /// Name that is asked for and must be in the certificate; the check's host if none, then the VIP.
+    pub sni: Option<String>,
+    /// File of certificates (PEM) to trust; the host's own if none.
+    pub ca: Option<PathBuf>,
+    /// Whether the certificate must be right at all.
+    pub verify: bool,
+    /// Files of a certificate and its key (PEM) that lbd shows.
+    pub client: Option<(PathBuf, PathBuf)>,
+}
+
+impl Default for TlsCheck {
+    fn default() -> Self {
+        Self { sni: None, ca: None, verify: true, client: None }
+    }
 }
 
 impl HealthKind {
@@ -26,7 +78,21 @@ impl HealthKind {
         match self {
             Self::None => "none",
             Self::Tcp => "tcp",
-            Self::Http { .. } => "http",
+            Self::Tls(_) => "tls",
+            Self::Http(HttpCheck { tls: None, .. }) => "http",
+            Self::Http(_) => "https",
+            Self::Grpc(GrpcCheck { tls: None, .. }) => "grpc",
+            Self::Grpc(_) => "grpcs",
+        }
+    }
+
+    /// How it speaks TLS, if it does.
+    pub fn tls(&self) -> Option<&TlsCheck> {
+        match self {
+            Self::None | Self::Tcp => None,
+            Self::Tls(tls) => Some(tls),
+            Self::Http(http) => http.tls.as_ref(),
+            Self::Grpc(grpc) => grpc.tls.as_ref(),
         }
     }
 }
@@ -54,6 +120,8 @@ pub struct HealthCheck {
     pub rise: u8,
     /// Failures in a row that make it unhealthy.
     pub fall: u8,
+    /// Whether a backend that keeps falling must pass more probes each time.
+    pub damping: bool,
 }
 
 impl Default for HealthCheck {
@@ -66,6 +134,7 @@ impl Default for HealthCheck {
             timeout_ms: 500,
             rise: 2,
             fall: 3,
+            damping: true,
         }
     }
 }
@@ -82,6 +151,22 @@ struct Fields {
     host: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     status: Option<(u16, u16)>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    headers: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    body: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    service: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sni: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ca: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    verify: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    client_cert: Option<PathBuf>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    client_key: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     port: Option<u16>,
     #[serde(default = "interval_ms")]
@@ -94,6 +179,15 @@ struct Fields {
     rise: u8,
     #[serde(default = "fall")]
     fall: u8,
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    damping: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+fn is_yes(value: &bool) -> bool {
+    *value
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,7 +195,25 @@ struct Fields {
 enum Word {
     None,
     Tcp,
+    Tls,
     Http,
+    Https,
+    Grpc,
+    Grpcs,
+}
+
+impl Word {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Tcp => "tcp",
+            Self::Tls => "tls",
+            Self::Http => "http",
+            Self::Https => "https",
+            Self::Grpc => "grpc",
+            Self::Grpcs => "grpcs",
+        }
+    }
 }
 
 fn interval_ms() -> u32 {
@@ -120,35 +232,90 @@ fn fall() -> u8 {
     HealthCheck::default().fall
 }
 
-/// A key that does not go with the kind of check.
+/// Keys that do not go together.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{key} goes with kind \"http\" only, and kind is {kind:?}")]
-pub struct HealthError {
-    /// The key.
-    pub key: &'static str,
-    /// The kind.
-    pub kind: &'static str,
+pub enum HealthError {
+    /// A key that does not go with the kind of check.
+    #[error("{key} goes with kind {goes} only, and kind is {kind:?}")]
+    Key {
+        /// The key.
+        key: &'static str,
+        /// Kinds that it goes with.
+        goes: &'static str,
+        /// The kind.
+        kind: &'static str,
+    },
+    /// Half of a pair.
+    #[error("client_cert and client_key go together: give both, or neither")]
+    Pair,
+}
+
+/// With which kinds a key goes, and how they are called in an error.
+const HTTP: (&[&str], &str) = (&["http", "https"], "\"http\" or \"https\"");
+const GRPC: (&[&str], &str) = (&["grpc", "grpcs"], "\"grpc\" or \"grpcs\"");
+const HOSTS: (&[&str], &str) =
+    (&["http", "https", "grpc", "grpcs"], "\"http\", \"https\", \"grpc\" or \"grpcs\"");
+const TLS: (&[&str], &str) = (&["tls", "https", "grpcs"], "\"tls\", \"https\" or \"grpcs\"");
+
+impl Fields {
+    fn check(&self) -> Result<(), HealthError> {
+        let kind = self.kind.label();
+        for (key, given, (kinds, goes)) in [
+            ("path", self.path.is_some(), HTTP),
+            ("host", self.host.is_some(), HOSTS),
+            ("status", self.status.is_some(), HTTP),
+            ("headers", !self.headers.is_empty(), HTTP),
+            ("body", self.body.is_some(), HTTP),
+            ("service", self.service.is_some(), GRPC),
+            ("sni", self.sni.is_some(), TLS),
+            ("ca", self.ca.is_some(), TLS),
+            ("verify", self.verify.is_some(), TLS),
+            ("client_cert", self.client_cert.is_some(), TLS),
+            ("client_key", self.client_key.is_some(), TLS),
+        ] {
+            if given && !kinds.contains(&kind) {
+                return Err(HealthError::Key { key, goes, kind });
+            }
+        }
+        if self.client_cert.is_some() != self.client_key.is_some() {
+            return Err(HealthError::Pair);
+        }
+        Ok(())
+    }
 }
 
 impl TryFrom<Fields> for HealthCheck {
     type Error = HealthError;
     fn try_from(f: Fields) -> Result<Self, HealthError> {
-        let only_http = |kind: HealthKind| {
-            let given =
-                [("path", f.path.is_some()), ("host", f.host.is_some()), ("status", f.status.is_some())];
-            match given.iter().find(|(_, given)| *given) {
-                Some(&(key, _)) => Err(HealthError { key, kind: kind.label() }),
-                None => Ok(kind),
-            }
+        f.check()?;
+        let tls = || TlsCheck {
+            sni: f.sni.clone(),
+            ca: f.ca.clone(),
+            verify: f.verify.unwrap_or(true),
+            client: f.client_cert.clone().zip(f.client_key.clone()),
+        };
+        let http = |tls| {
+            HealthKind::Http(HttpCheck {
+                path: f.path.clone().unwrap_or_else(|| DEFAULT_PATH.to_owned()),
+                host: f.host.clone(),
+                status: f.status.unwrap_or(DEFAULT_STATUS),
+                headers: f.headers.clone(),
+                body: f.body.clone(),
+                tls,
+            })
+        };
+        let grpc = |tls| {
+            let service = f.service.clone().unwrap_or_default();
+            HealthKind::Grpc(GrpcCheck { service, host: f.host.clone(), tls })
         };
         let kind = match f.kind {
-            Word::None => only_http(HealthKind::None)?,
-            Word::Tcp => only_http(HealthKind::Tcp)?,
-            Word::Http => HealthKind::Http {
-                path: f.path.unwrap_or_else(|| DEFAULT_PATH.to_owned()),
-                host: f.host,
-                status: f.status.unwrap_or(DEFAULT_STATUS),
-            },
+            Word::None => HealthKind::None,
+            Word::Tcp => HealthKind::Tcp,
+            Word::Tls => HealthKind::Tls(tls()),
+            Word::Http => http(None),
+            Word::Https => http(Some(tls())),
+            Word::Grpc => grpc(None),
+            Word::Grpcs => grpc(Some(tls())),
         };
         Ok(Self {
             kind,
@@ -158,29 +325,57 @@ impl TryFrom<Fields> for HealthCheck {
             timeout_ms: f.timeout_ms,
             rise: f.rise,
             fall: f.fall,
+            damping: f.damping,
         })
     }
 }
 
 impl From<HealthCheck> for Fields {
     fn from(h: HealthCheck) -> Self {
-        let (kind, path, host, status) = match h.kind {
-            HealthKind::None => (Word::None, None, None, None),
-            HealthKind::Tcp => (Word::Tcp, None, None, None),
-            HealthKind::Http { path, host, status } => (Word::Http, Some(path), host, Some(status)),
-        };
-        Self {
-            kind,
-            path,
-            host,
-            status,
+        let tls = h.kind.tls().cloned();
+        let is_tls = tls.is_some();
+        let tls = tls.unwrap_or_default();
+        let (client_cert, client_key) = tls.client.unzip();
+        let mut fields = Self {
+            kind: Word::None,
+            path: None,
+            host: None,
+            status: None,
+            headers: BTreeMap::new(),
+            body: None,
+            service: None,
+            sni: tls.sni,
+            ca: tls.ca,
+            verify: Some(false).filter(|_| !tls.verify),
+            client_cert,
+            client_key,
             port: h.port,
             interval_ms: h.interval_ms,
             jitter_percent: h.jitter_percent,
             timeout_ms: h.timeout_ms,
             rise: h.rise,
             fall: h.fall,
+            damping: h.damping,
+        };
+        match h.kind {
+            HealthKind::None => {}
+            HealthKind::Tcp => fields.kind = Word::Tcp,
+            HealthKind::Tls(_) => fields.kind = Word::Tls,
+            HealthKind::Http(http) => {
+                fields.kind = if is_tls { Word::Https } else { Word::Http };
+                fields.path = Some(http.path);
+                fields.host = http.host;
+                fields.status = Some(http.status);
+                fields.headers = http.headers;
+                fields.body = http.body;
+            }
+            HealthKind::Grpc(grpc) => {
+                fields.kind = if is_tls { Word::Grpcs } else { Word::Grpc };
+                fields.service = Some(grpc.service).filter(|s| !s.is_empty());
+                fields.host = grpc.host;
+            }
         }
+        fields
     }
 }
 
@@ -196,9 +391,16 @@ mod tests {
     fn keys_are_checked() {
         for (json, expected) in [
             (r#"{"kind":"tcp","intervall_ms":5}"#, "unknown field `intervall_ms`"),
-            (r#"{"kind":"tcp","path":"/"}"#, "path goes with kind \"http\" only, and kind is \"tcp\""),
+            (
+                r#"{"kind":"tcp","path":"/"}"#,
+                "path goes with kind \"http\" or \"https\" only, and kind is \"tcp\"",
+            ),
             (r#"{"interval_ms":5}"#, "missing field `kind`"),
-            (r#"{"kind":"grpc"}"#, "unknown variant `grpc`"),
+            (r#"{"kind":"udp"}"#, "unknown variant `udp`"),
+            (r#"{"kind":"http","ca":"/x"}"#, "ca goes with kind \"tls\", \"https\" or \"grpcs\" only"),
+            (r#"{"kind":"grpc","body":"x"}"#, "body goes with kind \"http\" or \"https\" only"),
+            (r#"{"kind":"https","service":"x"}"#, "service goes with kind \"grpc\" or \"grpcs\" only"),
+            (r#"{"kind":"tls","client_cert":"/x"}"#, "client_cert and client_key go together"),
             (r#"{"kind":"http","interval_ms":"1s"}"#, "invalid type: string"),
         ] {
             let error = parse(json).unwrap_err();
@@ -212,6 +414,10 @@ mod tests {
             r#"{"kind":"none"}"#,
             r#"{"kind":"tcp","port":8080,"rise":1}"#,
             r#"{"kind":"http","path":"/healthz?x=1","host":"a.example","status":[200,399],"interval_ms":50}"#,
+            r#"{"kind":"https","headers":{"x-a":"b"},"body":"ok","sni":"a.example","ca":"/ca.pem"}"#,
+            r#"{"kind":"grpc","service":"a.B","host":"h"}"#,
+            r#"{"kind":"grpcs","verify":false}"#,
+            r#"{"kind":"tls","client_cert":"/c","client_key":"/k"}"#,
         ] {
             let one = parse(json).unwrap();
             assert_eq!(parse(&serde_json::to_string(&one).unwrap()).unwrap(), one);

@@ -8,12 +8,21 @@ mod health;
 mod name;
 mod observed;
 mod ports;
+mod replica;
 mod seats;
+mod source;
 
 pub use check::Invalid;
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
 pub use difference::{Difference, differences};
-pub use health::{DEFAULT_PATH, DEFAULT_STATUS, HealthCheck, HealthError, HealthKind};
+pub use health::{
+    DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck,
+};
 pub use name::{Name, NameError};
 pub use observed::{BackendId, Health, NextHop, Observed};
 pub use ports::{Ports, PortsError, Protocol};
+pub use replica::{
+    ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report, ReportError,
+    gpu_memory, name as report_name, requests, share, tokens,
+};
+pub use source::{Quantity, ReplicaSource, Selector, SelectorError, SourceKind};

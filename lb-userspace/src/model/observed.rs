@@ -1,6 +1,6 @@
-//! What was seen, as against what is desired: health verdicts and next hops.
+//! What was seen, as against what is desired: health verdicts, replicas' readiness, and next hops.
 
-use super::Name;
+use super::{Name, Readiness};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, net::IpAddr, time::Duration};
 
@@ -54,6 +54,8 @@ pub struct NextHop {
 pub struct Observed {
     /// Verdicts; a backend that is missing is [`Health::Unknown`].
     pub health: BTreeMap<BackendId, Health>,
+    /// What replicas say; one that is missing is [`Readiness::Unknown`].
+    pub replicas: BTreeMap<BackendId, Readiness>,
     /// Next hops by backend address; an address that is missing is left to the kernel's FIB.
     pub next_hops: BTreeMap<IpAddr, NextHop>,
     /// Clock (since boot, `CLOCK_MONOTONIC`) of this observation.

@@ -93,7 +93,8 @@ impl Maps for Dataplane {
     }
     fn cost(&self, index: u32) -> Cost {
         let load = self.loads().get(index).unwrap_or_default();
-        Cost { flow: load.cost, source: load.source }
+        let is_reported = load.source == lb_common::load::source::CAPACITY;
+        Cost { flow: if is_reported { 0 } else { load.cost }, source: load.source }
     }
     fn set_cost(&mut self, index: u32, cost: Cost) -> Result<(), DataplaneError> {
         self.loads().set_cost(index, cost.flow, cost.source)

@@ -24,7 +24,7 @@ use crate::{
     clock,
     compile::{Cache, CompileError, Compiled, Memory, Settings, compile},
     dataplane::DataplaneError,
-    model::{BackendId, Desired, Health, Name, NextHop, Observed},
+    model::{BackendId, Desired, Health, Name, NextHop, Observed, Readiness},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -56,6 +56,8 @@ pub enum Event {
     },
     /// A backend's verdict.
     Health(BackendId, Health),
+    /// What a backend's replica says.
+    Replica(BackendId, Readiness),
     /// All next hops.
     NextHops(BTreeMap<IpAddr, NextHop>),
     /// A sweep of the flow tables.
@@ -172,9 +174,15 @@ impl<M: Maps> Reconciler<M> {
         Ok((reconciler, published))
     }
 
-    /// Gives verdicts and next hops that are known from before, without writing anything yet.
-    pub fn prime(&mut self, health: BTreeMap<BackendId, Health>, next_hops: BTreeMap<IpAddr, NextHop>) {
+    /// Gives verdicts, replicas' words and next hops that are known from before, without writing anything yet.
+    pub fn prime(
+        &mut self,
+        health: BTreeMap<BackendId, Health>,
+        replicas: BTreeMap<BackendId, Readiness>,
+        next_hops: BTreeMap<IpAddr, NextHop>,
+    ) {
         self.observed.health = health;
+        self.observed.replicas = replicas;
         self.observed.next_hops = next_hops;
     }
 
@@ -225,6 +233,14 @@ impl<M: Maps> Reconciler<M> {
                 }
                 Event::Health(id, health) => {
                     changed |= self.observed.health.insert(id, health) != Some(health);
+                }
+                Event::Replica(id, readiness) => {
+                    let replicas = &mut self.observed.replicas;
+                    let before = match readiness {
+                        Readiness::Unknown => replicas.remove(&id),
+                        _ => replicas.insert(id, readiness),
+                    };
+                    changed |= before.unwrap_or_default() != readiness;
                 }
                 Event::NextHops(next_hops) => {
                     changed |= self.observed.next_hops != next_hops;

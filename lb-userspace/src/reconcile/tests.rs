@@ -32,6 +32,8 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         on_down: OnDown::Keep,
         panic_percent: 0,
         seating: Vec::new(),
+        replica: None,
+        slow_start_s: 0,
         health: HealthCheck::default(),
         backends: backends.iter().map(backend).collect(),
     }

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     api::types::*,
-    model::{BackendState, Health, HealthKind, Service},
+    model::{BackendState, Health, HealthKind, Readiness, ReplicaSource, Service},
     store::Revision,
 };
 use std::{io, net::IpAddr};
@@ -99,7 +99,15 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         kind => {
             let port = health.port.map_or_else(|| "the service's port".to_owned(), |p| format!("port {p}"));
             let what = match kind {
-                HealthKind::Http { path, status: (a, b), .. } => format!("http {path} (status {a} to {b})"),
+                HealthKind::Http(http) => {
+                    let (a, b) = http.status;
+                    let body =
+                        http.body.as_ref().map_or(String::new(), |text| format!(", body holds {text:?}"));
+                    format!("{} {} (status {a} to {b}{body})", kind.label(), http.path)
+                }
+                HealthKind::Grpc(grpc) if !grpc.service.is_empty() => {
+                    format!("{} service {}", kind.label(), grpc.service)
+                }
                 other => other.label().to_owned(),
             };
             format!(
@@ -124,6 +132,12 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     if s.spec.has_second_chance() {
         pairs.push(("second chance", "packets carry the other backends that may have their flow".to_owned()));
     }
+    if s.spec.slow_start_s > 0 {
+        pairs.push(("slow start", units::span(s.spec.slow_start_s.into())));
+    }
+    if let Some(source) = &s.spec.replica {
+        pairs.push(("replica state", replica_source(source)));
+    }
     if s.spec.panic_percent > 0 {
         let holds = if s.status.panic { ", holds now" } else { "" };
         pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_percent)));
@@ -138,6 +152,17 @@ fn scheduler(spec: &Service) -> String {
     let word = serde_json::to_value(spec.scheduler).ok().and_then(|v| v.as_str().map(str::to_owned));
     let cap = spec.load_cap.map_or_else(String::new, |cap| format!(", up to {cap} flows of load"));
     word.unwrap_or_default() + &cap
+}
+
+fn replica_source(source: &ReplicaSource) -> String {
+    let port = source.port.map_or_else(|| "the service's port".to_owned(), |p| format!("port {p}"));
+    let (kind, path) = (source.kind.label(), source.path());
+    let mut text =
+        format!("{kind} {path} on {port}, every {} ms, timeout {} ms", source.interval_ms, source.timeout_ms);
+    for (quantity, selector) in &source.metrics {
+        text.push_str(&format!(", {} is {selector}", quantity.label()));
+    }
+    text
 }
 
 /// `name: value` lines, aligned.
@@ -161,9 +186,12 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
     ];
     let mut table = Table::new(&headings, out.colour);
     for b in list {
-        let note = match (&b.status.drain, &b.status.last_probe) {
-            (Some(progress), _) => drain(progress),
-            (None, Some(probe)) if !probe.ok => probe.reason.clone(),
+        let readiness = b.status.replica.as_ref().map(|r| r.readiness);
+        let note = match (&b.status.drain, &b.status.last_probe, readiness) {
+            (Some(progress), ..) => drain(progress),
+            (None, _, Some(said)) if said.declines() => format!("replica {said}, by its own word"),
+            (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
+            (None, _, Some(Readiness::Lost)) => "replica lost".to_owned(),
             _ => String::new(),
         };
         table.row([
@@ -202,6 +230,12 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
             if s.health_since_ms > 0 { format!("{health} for {}", ago(s.health_since_ms)) } else { health },
         ),
     ];
+    if let Some(needed) = s.damped {
+        pairs.push(("flapping", format!("it needs {needed} passed probes in a row to be healthy again")));
+    }
+    if let Some(percent) = s.slow_start_percent {
+        pairs.push(("slow start", format!("{percent} % of its weight so far")));
+    }
     if let Some(probe) = &s.last_probe {
         let word = if probe.ok { "passed" } else { "failed" };
         let took = units::micros(probe.took_us);
@@ -210,6 +244,7 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     if let Some(progress) = &s.drain {
         pairs.push(("drain", drain(progress)));
     }
+    pairs.extend(s.replica.iter().flat_map(super::replica::lines));
     pairs.push((
         "slots",
         format!("{} of {} ({})", s.slots, s.table_size, units::share(s.slots, s.table_size)),
@@ -240,6 +275,10 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
             ]);
         }
         table.print(out)?;
+    }
+    if let Some(replica) = s.replica.as_ref().filter(|r| !r.history.is_empty()) {
+        out.line("")?;
+        super::replica::history(out, replica)?;
     }
     Ok(())
 }
@@ -318,6 +357,10 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
             table.row([toned(format!("{}/{}", d.service, d.backend), Tone::Warn), plain(drain(&d.drain))]);
         }
         table.print(out)?;
+    }
+    if !s.replicas.is_empty() {
+        out.line("")?;
+        super::replica::not_ready(out, &s.replicas)?;
     }
     let notable: Vec<&ReasonCount> =
         s.reasons.iter().filter(|r| matches!(r.fate.as_str(), "drop" | "answer")).collect();

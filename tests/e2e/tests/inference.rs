@@ -4,7 +4,7 @@
 
 use std::{
     sync::mpsc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -96,5 +96,93 @@ fn a_drained_workers_stream_ends_whole() -> Result<()> {
     // Told to end, the drained worker does so by itself.
     let process = workers.get_mut(&index).context("it runs")?;
     ensure!(process.stop(Signal::SIGTERM, PATIENCE)?.success(), "{}", process.output());
+    Ok(())
+}
+
+/// When lbd took the last slot of worker `index` away, after `began`.
+fn out_of_slots(stage: &Stage, index: usize, began: Instant) -> Result<Duration> {
+    let name = &stage.bed.workers[index].name;
+    wait::until(&format!("{name} has no slots"), PATIENCE, || {
+        let ours = |service: &str| llm::SERVICES.contains(&service);
+        stage
+            .lbctl
+            .backends(name)
+            .is_ok_and(|all| all.iter().all(|backend| !ours(&backend.service) || backend.slots == 0))
+    })
+    .with_context(|| format!("lbd said:\n{}", stage.ingress.process().output()))?;
+    Ok(began.elapsed())
+}
+
+/// When lbd last changed its mind about a replica, after `signalled`, in milliseconds: its own note, without the
+/// time that asking for it takes.
+fn noted(stage: &Stage, index: usize, signalled: SystemTime) -> Result<i64> {
+    let list = stage.lbctl.json(&["replica", "list", llm::SERVICES[0]])?;
+    let name = &stage.bed.workers[index].name;
+    let mut all = list["replicas"].as_array().context("no list")?.iter();
+    let ours = all.find(|replica| replica["backend"] == name.as_str()).context("not listed")?;
+    let last = ours["since_ms"].as_i64().context("no time")?;
+    Ok(last - i64::try_from(signalled.duration_since(UNIX_EPOCH)?.as_millis())?)
+}
+
+fn readiness(stage: &Stage, index: usize) -> Result<Vec<String>> {
+    let list = stage.lbctl.json(&["replica", "list"])?;
+    let name = &stage.bed.workers[index].name;
+    let all = list["replicas"].as_array().context("no list")?.iter();
+    let ours = all.filter(|replica| replica["backend"] == name.as_str());
+    Ok(ours.map(|replica| replica["readiness"].as_str().unwrap_or_default().to_owned()).collect())
+}
+
+#[test]
+#[ignore = "needs the inference worker: `cargo xtask test inference`"]
+fn a_workers_own_stream_tells_its_load_its_drain_and_its_death() -> Result<()> {
+    let stage = stage("ipip")?;
+    for service in llm::SERVICES {
+        // Probes alone would take their time.
+        let probes = ["--health", "http:/ready", "--health-interval", "5s", "--health-timeout", "4s"];
+        stage.lbctl.run(&[&["service", "set", service, "--replica", "stream"], &probes[..]].concat())?;
+    }
+    let (mut workers, _) = llm::start_workers(&stage, &Program::from_env()?, &[0, 1, 2])?;
+    for index in 0..3 {
+        wait::until("its replica is ready", PATIENCE, || {
+            readiness(&stage, index).is_ok_and(|all| all == ["ready", "ready"])
+        })?;
+    }
+
+    let load = Running::start(&stage.bed.client, Load { clients: 6, tokens: 48, attempts: 500 })?;
+    let mut seen = false;
+    wait::until("a report of running requests", PATIENCE, || {
+        let list = stage.lbctl.json(&["replica", "list", llm::SERVICES[0]]).unwrap_or_default();
+        let all = list["replicas"].as_array().cloned().unwrap_or_default();
+        seen = all.iter().any(|replica| {
+            let report = &replica["report"];
+            report["running"].as_u64() > Some(0)
+                && replica["score"].as_u64() > Some(0)
+                && report["capacity"].as_u64() > Some(0)
+                && report["model"] == llm::MODEL
+        });
+        seen
+    })?;
+
+    let process = workers.remove(&1).context("w2 runs")?;
+    let signalled = SystemTime::now();
+    process.signal(Signal::SIGKILL)?;
+    let detected = out_of_slots(&stage, 1, Instant::now())?;
+    let lost_ms = noted(&stage, 1, signalled)?;
+    ensure!(readiness(&stage, 1)?.iter().all(|state| state == "lost"), "{:?}", readiness(&stage, 1)?);
+    drop(process);
+
+    let process = workers.get_mut(&2).context("w3 runs")?;
+    let signalled = SystemTime::now();
+    process.signal(Signal::SIGTERM)?;
+    let drained = out_of_slots(&stage, 2, Instant::now())?;
+    let states = readiness(&stage, 2)?;
+    let draining_ms = noted(&stage, 2, signalled)?;
+    println!("real worker killed: lost {lost_ms} ms later, seen without slots {detected:?} later");
+    println!("told to drain: {draining_ms} ms, seen without slots {drained:?} later, {states:?}");
+    // 300 and 100 ms are promised; three times as long for a machine whose two cores compute tokens meanwhile,
+    // and the time of asking.
+    ensure!(detected < Duration::from_millis(900), "found dead only after {detected:?}");
+    ensure!(drained < Duration::from_millis(500), "drained only after {drained:?}");
+    drop(load.finish()?);
     Ok(())
 }

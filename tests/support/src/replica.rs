@@ -1,0 +1,140 @@
+//! A worker process that serves requests and reports its replica state as it is told to: well, badly, or not at
+//! all. It is this very test program, started again, so that killing it is killing a process.
+//!
+//! In: `/say/WORDS` on any connection sets what `GET /replica` reports from then on. Out: `GET /` answers with the
+//! worker's name. A test binary that uses it has one ignored test that calls [`serve`].
+
+use std::{
+    net::{Ipv6Addr, SocketAddr},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use socket2::{Domain, Socket, Type};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use crate::{
+    bed::{Bed, Worker},
+    check::block_on,
+    http::Connection,
+    process::Process,
+};
+
+/// The port that it serves and reports on.
+pub const PORT: u16 = 8000;
+/// Names the worker to the program that is to be one.
+const NAME: &str = "LB_REPLICA_WORKER";
+/// How often it reports without a change.
+const HEARTBEAT: Duration = Duration::from_millis(200);
+
+/// Starts the worker on a worker host. `test` is the ignored test that calls [`serve`].
+pub fn start(bed: &Bed, worker: &Worker, test: &str) -> Result<Process> {
+    let program = std::env::current_exe().context("cannot find the running program")?;
+    let mut command: Command = worker.namespace.command(program);
+    command.args([test, "--exact", "--ignored", "--nocapture"]).env(NAME, &worker.name);
+    let name = format!("replica {}", worker.name);
+    let mut process = Process::spawn(&name, command, &bed.path(&format!("replica-{}.log", worker.name)))?;
+    let address = SocketAddr::from(([127, 0, 0, 1], PORT));
+    process.wait_ready(&format!("{name} listens"), Duration::from_secs(10), || {
+        worker.namespace.enter(move || std::net::TcpStream::connect(address).is_ok()).unwrap_or(false)
+    })?;
+    Ok(process)
+}
+
+/// Tells a worker what to report from now on, for [`body`].
+pub fn say(worker: &Worker, words: &str) -> Result<()> {
+    let path = format!("/say/{words}");
+    let answer = block_on(&worker.namespace, move || async move {
+        Connection::open(SocketAddr::from(([127, 0, 0, 1], PORT))).await?.get(&path, false).await
+    })?;
+    ensure!(answer.status == 200, "{} does not obey: status {}", worker.name, answer.status);
+    Ok(())
+}
+
+/// What is reported for some words: `PHASE-RUNNING-WAITING`, or the name of a lie.
+fn body(words: &str) -> String {
+    match words {
+        "negative" => r#"{"phase":"ready","running":-5,"waiting":0}"#.to_owned(),
+        "huge" => r#"{"phase":"ready","running":1e18,"waiting":0}"#.to_owned(),
+        "nan" => r#"{"phase":"ready","running":NaN,"waiting":0}"#.to_owned(),
+        "stale" => r#"{"phase":"ready","running":0,"waiting":0,"time_ms":1000}"#.to_owned(),
+        "megabytes" => format!(r#"{{"phase":"failed","junk":"{}"}}"#, "x".repeat(10 << 20)),
+        other => {
+            let mut parts = other.split('-');
+            let phase = parts.next().unwrap_or("ready");
+            let (running, waiting) = (parts.next().unwrap_or("0"), parts.next().unwrap_or("0"));
+            format!(
+                r#"{{"protocol":1,"phase":"{phase}","model":"fake","version":"1","running":{running},"waiting":{waiting},"capacity":{{"running":8}}}}"#
+            )
+        }
+    }
+}
+
+/// Is the worker until it is killed, if this process was started as one; otherwise returns at once.
+pub fn serve() -> Result<()> {
+    let Ok(name) = std::env::var(NAME) else { return Ok(()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let socket = Socket::new(Domain::IPV6, Type::STREAM, None)?;
+        socket.set_only_v6(false)?;
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT)).into())?;
+        socket.listen(4096)?;
+        let listener = TcpListener::from_std(socket.into())?;
+        let said: &'static watch::Sender<String> =
+            Box::leak(Box::new(watch::Sender::new("ready".to_owned())));
+        let name: &'static str = name.leak();
+        loop {
+            let (stream, _) = listener.accept().await?;
+            tokio::spawn(async move { drop(answer(stream, name, said).await) });
+        }
+    })
+}
+
+async fn answer(mut stream: TcpStream, name: &str, said: &watch::Sender<String>) -> std::io::Result<()> {
+    let mut request = vec![0; 4096];
+    let mut length = 0;
+    while length < request.len() && !request[..length].windows(4).any(|end| end == b"\r\n\r\n") {
+        match stream.read(&mut request[length..]).await? {
+            0 => return Ok(()),
+            count => length += count,
+        }
+    }
+    let request = String::from_utf8_lossy(&request[..length]).into_owned();
+    let path = request.split(' ').nth(1).unwrap_or("/");
+    let whole = |body: &str| {
+        let length = body.len();
+        format!(
+            "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nX-Worker: {name}\r\nConnection: close\r\n\r\n{body}"
+        )
+    };
+    if let Some(words) = path.strip_prefix("/say/") {
+        said.send_replace(words.to_owned());
+        return stream.write_all(whole("ok").as_bytes()).await;
+    }
+    if path != "/replica" {
+        return stream.write_all(whole(name).as_bytes()).await;
+    }
+    let mut said = said.subscribe();
+    if !request.to_ascii_lowercase().contains("text/event-stream") {
+        let words = said.borrow_and_update().clone();
+        return stream.write_all(whole(&body(&words)).as_bytes()).await;
+    }
+    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n").await?;
+    loop {
+        let words = said.borrow_and_update().clone();
+        if words == "trickle" {
+            // A report that never ends, a byte at a time.
+            stream.write_all(b"d").await?;
+        } else if words != "silent" {
+            stream.write_all(format!("event: replica\ndata: {}\n\n", body(&words)).as_bytes()).await?;
+        }
+        let _ = tokio::time::timeout(HEARTBEAT, said.changed()).await;
+    }
+}
