@@ -76,6 +76,8 @@ reasons! {
     BadFamily = "bad_family", Drop;
     /// Forwarding mode not known to this program
     BadMode = "bad_mode", Drop;
+    /// Mode l2: the worker is behind a router, and not on this segment
+    NotOnLink = "not_on_link", Drop;
     /// Too big for the path once encapsulated; sender told by ICMP
     TooBigAnswered = "too_big_answered", Answer;
     /// Too big for the path once encapsulated; ICMP withheld by its rate limit

@@ -126,7 +126,16 @@ impl Fib for XdpFrame<'_> {
                 crate::parse::mapped(params.__bindgen_anon_3.ipv4_src)
             }
         };
-        Ok(FibAnswer { hop, source })
+        // SAFETY: plain integers again; the helper puts the router's address in the destination's place.
+        let is_routed = unsafe {
+            if query.is_ipv6 {
+                params.__bindgen_anon_4.ipv6_dst != query.destination
+            } else {
+                u32::from(params.family) != u32::from(AF_INET)
+                    || params.__bindgen_anon_4.ipv4_dst != query.destination[3]
+            }
+        };
+        Ok(FibAnswer { hop, source, is_routed })
     }
 }
 

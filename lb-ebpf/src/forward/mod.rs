@@ -1,4 +1,4 @@
-//! Sends a packet to its backend: checks that it fits, encapsulates, picks the next hop.
+//! Sends a packet to its backend: checks that it fits, encapsulates or rewrites the MACs, picks the next hop.
 //!
 //! Input: frame, [`Headers`], [`Backend`], flow hash. Output: a [`Verdict`] or the [`Reason`] against it.
 //! Outer headers follow RFC 2003 and RFC 2473 (ipip), draft-ietf-intarea-gue (gue) and RFC 6040 (ECN).
@@ -56,6 +56,8 @@ pub struct FibAnswer {
     pub hop: Hop,
     /// Outer source, if it was to choose one.
     pub source: [u32; 4],
+    /// Whether the next hop is a router, and not the destination itself.
+    pub is_routed: bool,
 }
 
 /// Lookups in the host's own FIB.
@@ -80,18 +82,20 @@ impl From<Reason> for Refusal {
     }
 }
 
-/// Bytes that encapsulation adds to a packet of this backend; None for modes that this program lacks.
+/// Bytes that the forwarding mode adds to a packet of this backend; None for modes that send it no further
+/// from here (`local`, and `nat`, which has a stage of its own).
 #[inline(always)]
 pub fn overhead(backend: &Backend) -> Option<usize> {
     let outer_len = if is_mapped(&backend.address) { 20 } else { 40 };
     match backend.mode {
         mode::IPIP => Some(outer_len),
         mode::GUE => Some(outer_len + GUE_OVERHEAD),
+        mode::L2 => Some(0),
         _ => None,
     }
 }
 
-/// Encapsulates a packet for its backend and says where it leaves.
+/// Encapsulates a packet for its backend, or gives it the worker's MAC, and says where it leaves.
 #[inline(always)]
 pub fn forward<F: Frame + Fib>(
     frame: &mut F,
@@ -101,7 +105,11 @@ pub fn forward<F: Frame + Fib>(
     hash: u64,
 ) -> Result<Verdict, Refusal> {
     let outer_is_ipv6 = !is_mapped(&backend.address);
-    let overhead = overhead(backend).ok_or(Reason::BadMode)?;
+    let Some(overhead) = overhead(backend) else {
+        // This host serves it itself: nothing is changed.
+        return if backend.mode == mode::LOCAL { Ok(Verdict::Pass) } else { Err(Reason::BadMode.into()) };
+    };
+    let is_l2 = backend.mode == mode::L2;
     let mut source = outer_source(backend, hash);
     let len = headers.ip_len + overhead as u32;
     // The outer header's length has 16 bits.
@@ -120,6 +128,8 @@ pub fn forward<F: Frame + Fib>(
             len,
         };
         match frame.lookup(&query) {
+            // A router would look at the packet's own destination, and bring it back here.
+            Ok(answer) if is_l2 && answer.is_routed => return Err(Reason::NotOnLink.into()),
             Ok(answer) => {
                 source = answer.source;
                 answer.hop
@@ -137,18 +147,20 @@ pub fn forward<F: Frame + Fib>(
     if !frame.adjust_head(headers.l2_len as i32 - (l2_len + overhead) as i32) {
         return Err(Reason::NoHeadroom.into());
     }
-    let kind = if outer_is_ipv6 { ETH_IPV6 } else { ETH_IPV4 };
+    let is_ipv6 = if is_l2 { headers.is_ipv6 } else { outer_is_ipv6 };
+    let kind = if is_ipv6 { ETH_IPV6 } else { ETH_IPV4 };
     let mut packet = frame.packet();
     // One call per length, so that all offsets are constants.
     let written = if hop.vlan == 0 {
         write_ethernet(&mut packet, &hop)
             && packet.write(12, kind.to_be())
-            && outer::write(&mut packet, ETHERNET, settings, headers, backend, source, hash)
+            && (is_l2 || outer::write(&mut packet, ETHERNET, settings, headers, backend, source, hash))
     } else {
         write_ethernet(&mut packet, &hop)
             && packet.write(12, [ETH_VLAN.to_be(), hop.vlan])
             && packet.write(16, kind.to_be())
-            && outer::write(&mut packet, ETHERNET + VLAN_TAG, settings, headers, backend, source, hash)
+            && (is_l2
+                || outer::write(&mut packet, ETHERNET + VLAN_TAG, settings, headers, backend, source, hash))
     };
     if !written {
         return Err(Reason::NoHeadroom.into());

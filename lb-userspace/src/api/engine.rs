@@ -68,6 +68,10 @@ pub struct BackendState {
     pub tracked_flows: u64,
     /// How packets get there.
     pub next_hop: Option<NextHop>,
+    /// The way is in the maps; otherwise the kernel's routes are asked for each packet.
+    pub resolved: bool,
+    /// Why packets cannot get there.
+    pub problem: Option<String>,
 }
 
 /// A backend that is no longer desired.

@@ -46,7 +46,7 @@ impl MemoryEngine {
             for (backend, b) in &s.backends {
                 let id = BackendId { service: service.clone(), backend: backend.clone() };
                 let slots = if takes(b) { table_size * b.weight / weights } else { 0 };
-                let state = BackendState { index: next, slots, tracked_flows: 2, next_hop: None };
+                let state = BackendState { index: next, slots, tracked_flows: 2, ..BackendState::default() };
                 snapshot.backends.insert(id, state);
                 next += 1;
             }

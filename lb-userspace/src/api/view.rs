@@ -79,7 +79,8 @@ impl Control {
             let backend = format!("{} (removed)", removed.address);
             status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
         }
-        status.problems = problems(&status);
+        let general = problems(&status);
+        status.problems.splice(0..0, general);
         status.healthy = status.problems.is_empty();
         status
     }
@@ -113,7 +114,10 @@ impl Control {
                 let (service, backend) = (name.clone(), backend.to_string());
                 status.draining.push(DrainingBackend { service, backend, drain });
             }
-            if applied.is_some_and(|a| a.next_hop.is_none()) {
+            if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
+                status.problems.push(format!("{id}: {problem}"));
+            }
+            if applied.is_some_and(|a| !a.resolved) {
                 status.unresolved.push(id);
             }
         }
@@ -199,6 +203,7 @@ impl Control {
             flows: stats.flows,
             drain: self.drain(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
+            problem: applied.and_then(|a| a.problem.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
             history: Vec::new(),
         };

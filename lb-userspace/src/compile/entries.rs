@@ -80,6 +80,8 @@ pub fn backend(
     let (mode, port) = match service.mode {
         ForwardingMode::Ipip => (mode::IPIP, 0),
         ForwardingMode::Gue => (mode::GUE, service.gue_port),
+        ForwardingMode::L2 => (mode::L2, 0),
+        ForwardingMode::Local => (mode::LOCAL, 0),
     };
     let prefix = match (mode, address) {
         (mode::IPIP, IpAddr::V4(_)) => {
@@ -104,8 +106,13 @@ pub fn backend(
         entry.source = to_address(source);
         entry.source_bits = bits.min(64);
     }
-    // Without a source the program must ask the kernel for one.
-    if let (Some(hop), Some(_)) = (next_hop, source) {
+    if mode == mode::LOCAL {
+        entry.flags |= flags::RESOLVED;
+        return entry;
+    }
+    // Without a source the program must ask the kernel for one; by MAC it reaches no further than the segment.
+    let next_hop = next_hop.filter(|hop| mode != mode::L2 || !hop.is_routed);
+    if let (Some(hop), true) = (next_hop, source.is_some() || mode == mode::L2) {
         entry.next_hop = hop.next_hop;
         entry.mtu = hop.mtu;
         entry.egress_mac = hop.egress_mac;

@@ -192,6 +192,9 @@ pub struct BackendStatus {
     pub slots: u32,
     /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.
     pub resolved: bool,
+    /// Why packets cannot get there in the service's forwarding mode, and what would help.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// Of a removed backend: clock in ms since boot from which it may be forgotten, once it has no flow.
     pub removed_until_ms: Option<i64>,
 }

@@ -16,7 +16,8 @@ use super::{
 use crate::{
     maglev,
     model::{
-        BackendId, BackendState, Health, HealthKind, Name, NextHop, OnDown, Protocol, Scheduler, Service,
+        BackendId, BackendState, ForwardingMode, Health, HealthKind, Name, NextHop, OnDown, Protocol,
+        Scheduler, Service,
     },
     policy::{self, Candidate},
 };
@@ -145,7 +146,10 @@ fn compile_anew(
         .backends
         .values()
         .zip(&input.verdicts)
-        .map(|(b, &health)| Candidate { weight: b.weight, state: b.state, health })
+        .map(|(b, &health)| match problem(input, b.address) {
+            None => Candidate { weight: b.weight, state: b.state, health },
+            Some(_) => Candidate { weight: b.weight, state: b.state, health: Health::Unhealthy },
+        })
         .collect();
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
     memory.settled = rule.settled;
@@ -185,6 +189,18 @@ fn too_many(what: &'static str, input: &Input<'_>, option: &'static str) -> Comp
     let limits = &input.settings.limits;
     let limit = u64::from(if what == "services" { limits.services } else { limits.backends });
     CompileError::TooMany { what, needed: limit + 1, limit, first: input.name.to_string(), option }
+}
+
+/// Why packets cannot reach a backend in the service's forwarding mode, as far as routes tell.
+fn problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
+    let hop = input.next_hops.get(&address)?;
+    match input.wanted.mode {
+        ForwardingMode::L2 if hop.is_routed => Some(format!(
+            "mode l2 needs workers on this host's own segment, and {address} is behind a router: \
+             use ipip, gue or nat, or put the worker on the segment"
+        )),
+        _ => None,
+    }
 }
 
 /// Gives each backend an index, and notes which are gone and which are back.
@@ -416,6 +432,7 @@ fn status(
                 eligible,
                 slots: share(index),
                 resolved: is_resolved(index),
+                problem: problem(input, b.address),
                 removed_until_ms: None,
             })
         })
@@ -432,6 +449,7 @@ fn status(
             eligible: false,
             slots: 0,
             resolved: is_resolved(b.index),
+            problem: None,
             removed_until_ms: Some(removed_ms + drain_ms),
         })
     }));

@@ -109,8 +109,16 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
                 continue;
             };
             let next_hop = published.observed.next_hops.get(&b.address).filter(|_| b.resolved).copied();
+            let problem = b.problem.clone();
             let id = BackendId { service: name.clone(), backend: backend.clone() };
-            let state = BackendState { index: b.index, slots: b.slots, tracked_flows, next_hop };
+            let state = BackendState {
+                index: b.index,
+                slots: b.slots,
+                tracked_flows,
+                next_hop,
+                resolved: b.resolved,
+                problem,
+            };
             snapshot.backends.insert(id, state);
         }
     }

@@ -3,7 +3,7 @@
 //! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
-use super::{Backend, Desired, HealthKind, Name, Ports, Protocol, Service};
+use super::{Backend, Desired, ForwardingMode, HealthKind, Name, Ports, Protocol, Service};
 use crate::maglev::MAX_SEATS;
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
@@ -175,6 +175,9 @@ impl Service {
         if self.gue_port == 0 {
             setting("gue_port is 0: 1 to 65535".to_owned());
         }
+        if self.mode == ForwardingMode::Local && self.backends.len() > 1 {
+            setting("mode local hands packets to this host's own stack: one backend at most".to_owned());
+        }
         self.check_health(&mut setting);
         if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
             setting("all weights are 0: give at least one backend a weight".to_owned());
@@ -210,11 +213,16 @@ impl Service {
         if let Some(seat) = b.seat.filter(|&seat| seat >= MAX_SEATS) {
             refuse(format!("seat {seat} is above {}", MAX_SEATS - 1));
         }
-        if let Some(what) = check_address(b.address) {
+        if self.mode == ForwardingMode::Local {
+            // An address of this host: its own, the VIP, or loopback.
+            if let Some(what) = check_address(b.address).filter(|_| !b.address.is_loopback()) {
+                refuse(format!("address {what}"));
+            }
+        } else if let Some(what) = check_address(b.address) {
             refuse(format!("address {what}"));
         } else if b.address == self.vip {
             refuse(format!("address {} is the service's own VIP: give the worker's own address", b.address));
-        } else if self.vip.is_ipv6() && b.address.is_ipv4() {
+        } else if self.vip.is_ipv6() && b.address.is_ipv4() && self.mode != ForwardingMode::L2 {
             refuse(format!(
                 "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
                 b.address
@@ -317,6 +325,11 @@ mod tests {
             (
                 r#"{"vip":"fd00::1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2"}}}"#,
                 "not carried in IPv4: give an IPv6 address",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","mode":"local",
+                    "backends":{"a":{"address":"10.0.0.2"},"b":{"address":"127.0.0.1"}}}"#,
+                "one backend at most",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp",

@@ -47,6 +47,10 @@ pub enum ForwardingMode {
     Ipip,
     /// Generic UDP encapsulation.
     Gue,
+    /// The worker's MAC address on an otherwise unchanged packet: workers on the same segment, with the VIP on `lo`.
+    L2,
+    /// This host's own stack, which has the VIP.
+    Local,
 }
 
 /// What becomes of established flows when their backend is found down.

@@ -110,7 +110,15 @@ fn what_comes_before_the_first_state_writes_nothing() {
     bed.set(&two(), 1).unwrap();
     let before = bed.writes();
     let mut bed = bed.restart();
-    let hop = NextHop { ifindex: 7, vlan: 0, egress_mac: [2; 6], next_hop: [4; 6], mtu: 1500, source: None };
+    let hop = NextHop {
+        ifindex: 7,
+        vlan: 0,
+        egress_mac: [2; 6],
+        next_hop: [4; 6],
+        mtu: 1500,
+        source: None,
+        is_routed: false,
+    };
     let early = vec![
         Event::NextHops(BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)])),
         Event::Health(BackendId { service: name("web"), backend: name("a") }, Health::Unhealthy),
