@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, xdp_action},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, xdp_action},
     helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::{map, xdp},
     maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
@@ -13,8 +13,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Vip,
-    VipKey,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
+    ServiceKey, ServiceView, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
     limits,
     names::stage,
@@ -23,11 +23,13 @@ use lb_common::{
     stats::IcmpBudget,
 };
 use lb_ebpf::{
-    FlowTable, Tables, Verdict,
+    FlowTable, Frame, Tables, Verdict,
     fragment::FragmentTable,
     icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
+    nat::{self, Added, NatTables, Way},
+    packet::Sum,
 };
 
 #[unsafe(no_mangle)]
@@ -57,6 +59,15 @@ static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SY
 static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+#[map]
+static NAT_FLOWS: HashMap<FlowKey, Nat> = HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static NAT_REPLIES: HashMap<ReplyKey, Reply> =
+    HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static WAY: PerCpuArray<Way> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static SUM: PerCpuArray<Sum> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -212,6 +223,65 @@ impl FragmentTable for Maps {
     }
 }
 
+/// What came of writing an entry.
+#[inline(always)]
+fn added(result: Result<(), i32>) -> Added {
+    const EEXIST: i32 = -17;
+    match result {
+        Ok(()) => Added::Done,
+        Err(EEXIST) => Added::Taken,
+        Err(_) => Added::Full,
+    }
+}
+
+impl NatTables for Maps {
+    #[inline(always)]
+    fn nat<R>(&self, key: &FlowKey, f: impl FnOnce(&mut Nat) -> R) -> Option<R> {
+        // SAFETY: the entry stays mapped during the run. Two processors may write words of it at once; each is whole,
+        // and either's is right.
+        NAT_FLOWS.get_ptr_mut(key).map(|nat| f(unsafe { &mut *nat }))
+    }
+
+    #[inline(always)]
+    fn reply<R>(&self, key: &ReplyKey, f: impl FnOnce(&mut Reply) -> R) -> Option<R> {
+        // SAFETY: as above.
+        NAT_REPLIES.get_ptr_mut(key).map(|reply| f(unsafe { &mut *reply }))
+    }
+
+    #[inline(always)]
+    fn add_nat(&self, key: &FlowKey, nat: &Nat) -> Added {
+        added(NAT_FLOWS.insert(key, nat, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn add_reply(&self, key: &ReplyKey, reply: &Reply) -> Added {
+        added(NAT_REPLIES.insert(key, reply, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn remove_nat(&self, key: &FlowKey) -> bool {
+        NAT_FLOWS.remove(key).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_reply(&self, key: &ReplyKey) -> bool {
+        NAT_REPLIES.remove(key).is_ok()
+    }
+
+    #[inline(always)]
+    fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {
+        let buffer = SUM.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own, and programs do not preempt each other.
+        frame.sum_of(offset, len, unsafe { &mut *buffer })
+    }
+
+    #[inline(always)]
+    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R> {
+        // SAFETY: as above.
+        WAY.get_ptr_mut(0).map(|way| f(unsafe { &mut *way }))
+    }
+}
+
 /// Balances the packets of one interface.
 #[xdp(frags)]
 pub fn ingress(ctx: XdpContext) -> u32 {
@@ -249,11 +319,36 @@ pub fn fragment(ctx: XdpContext) -> u32 {
     finish(&ctx, verdict, outcome)
 }
 
+/// Full address translation; see [`stage::NAT`].
+#[xdp(frags)]
+pub fn nat(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The same for new flows; see [`stage::NAT_BIND`].
+#[xdp(frags)]
+pub fn nat_bind(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process_new(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The same for ICMP errors; see [`stage::NAT_ERROR`].
+#[xdp(frags)]
+pub fn nat_error(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
 /// The XDP action of a verdict, or a jump to the next program.
 #[inline(always)]
 fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
     match outcome {
         Outcome::Forwarded { service, backend } => debug!(ctx, "service {} backend {}", service, backend),
+        Outcome::Returned { service } => debug!(ctx, "service {} to its client", service),
         Outcome::Not(reason) => debug!(ctx, "reason {}", reason as u32),
     }
     if let Verdict::Stage(index) = verdict {

@@ -5,7 +5,7 @@
 
 mod outer;
 
-pub use outer::source as outer_source;
+pub use outer::{source as outer_source, varied};
 
 use crate::{
     Frame, Packet, Verdict,
@@ -64,6 +64,8 @@ pub struct FibAnswer {
 pub trait Fib {
     /// The way to a destination; [`Reason::TooBigAnswered`] with the MTU when the packet does not fit.
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)>;
+    /// An interface's MTU, if it is smaller than an IP packet of `len` bytes.
+    fn narrower(&self, ifindex: u32, len: u32) -> Option<u32>;
 }
 
 /// Why a packet cannot go on.
@@ -73,6 +75,8 @@ pub enum Refusal {
     Reason(Reason),
     /// It would fit with this many bytes, its own IP header included.
     TooBig(u32),
+    /// It is for the program at this place of `STAGES`.
+    Stage(u32),
 }
 
 impl From<Reason> for Refusal {
@@ -170,7 +174,7 @@ pub fn forward<F: Frame + Fib>(
 
 /// The next hop that the daemon filled in.
 #[inline(always)]
-fn filled_in(backend: &Backend) -> Hop {
+pub fn filled_in(backend: &Backend) -> Hop {
     let words: &[u64; 8] = zerocopy::transmute_ref!(backend);
     // Words 4 and 5 hold a MAC and 16 bits each. The BPF target is little-endian.
     let mac = |word: u64| (word as u32, (word >> 32) as u16);

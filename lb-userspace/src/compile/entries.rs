@@ -82,6 +82,7 @@ pub fn backend(
         ForwardingMode::Gue => (mode::GUE, service.gue_port),
         ForwardingMode::L2 => (mode::L2, 0),
         ForwardingMode::Local => (mode::LOCAL, 0),
+        ForwardingMode::Nat => (mode::NAT, worker_port(address, service)),
     };
     let prefix = match (mode, address) {
         (mode::IPIP, IpAddr::V4(_)) => {
@@ -89,6 +90,12 @@ pub fn backend(
         }
         (mode::IPIP, IpAddr::V6(_)) => {
             settings.ipip_source_v6.map(|n| (IpAddr::V6(n.network()), 128 - n.prefix_len()))
+        }
+        (mode::NAT, IpAddr::V4(_)) => {
+            settings.nat_source_v4.map(|n| (IpAddr::V4(n.network()), 32 - n.prefix_len()))
+        }
+        (mode::NAT, IpAddr::V6(_)) => {
+            settings.nat_source_v6.map(|n| (IpAddr::V6(n.network()), 128 - n.prefix_len()))
         }
         _ => None,
     };
@@ -121,6 +128,12 @@ pub fn backend(
         entry.flags |= flags::RESOLVED;
     }
     entry
+}
+
+/// The port that a worker serves on, 0 if it is the one that the client asked for.
+fn worker_port(address: IpAddr, service: &Service) -> u16 {
+    let backend = service.backends.values().find(|b| b.address == address);
+    backend.and_then(|b| b.port).unwrap_or(0)
 }
 
 /// Enters a service where packets find it.

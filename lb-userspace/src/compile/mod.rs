@@ -31,6 +31,12 @@ pub struct Settings {
     pub ipip_source_v4: Option<Ipv4Net>,
     /// The same for IPv6.
     pub ipip_source_v6: Option<Ipv6Net>,
+    /// Source addresses of translated IPv4 packets. The route's own source if none.
+    pub nat_source_v4: Option<Ipv4Net>,
+    /// The same for IPv6.
+    pub nat_source_v6: Option<Ipv6Net>,
+    /// Interfaces that the program is attached to: answers to translated packets must come in by one of them.
+    pub attached: BTreeMap<u32, String>,
     /// Sizes of the maps.
     pub limits: Limits,
 }

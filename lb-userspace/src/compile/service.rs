@@ -199,7 +199,20 @@ fn problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
             "mode l2 needs workers on this host's own segment, and {address} is behind a router: \
              use ipip, gue or nat, or put the worker on the segment"
         )),
+        ForwardingMode::Nat if !input.settings.attached.contains_key(&hop.ifindex) => Some(format!(
+            "mode nat needs the answers of {address}, which come in by interface {}, where lbd is not attached: \
+             start it with --iface for that one too",
+            name_of(hop.ifindex)
+        )),
         _ => None,
+    }
+}
+
+/// An interface's name and index, for people.
+fn name_of(ifindex: u32) -> String {
+    match nix::net::if_::if_indextoname(ifindex) {
+        Ok(name) => name.to_string_lossy().into_owned(),
+        Err(_) => format!("with index {ifindex}"),
     }
 }
 
@@ -372,6 +385,10 @@ fn backend_entries(
         .map(|(&address, backend)| {
             let hop = input.next_hops.get(&address);
             egress.extend(hop.map(|hop| hop.ifindex));
+            if input.wanted.mode == ForwardingMode::Nat {
+                // Answers leave where the clients' packets come in.
+                egress.extend(input.settings.attached.keys());
+            }
             let state = states.get(&address).copied().unwrap_or(DRAINING);
             let entry = entries::backend(address, input.wanted, memory.index, hop, state, input.settings);
             (backend.index, entry)
@@ -387,6 +404,9 @@ fn view(wanted: &Service, seed: [u64; 2]) -> View {
     }
     if wanted.on_down == OnDown::Reset {
         bits |= flags::RESET_ON_DOWN;
+    }
+    if wanted.mode == ForwardingMode::Nat {
+        bits |= flags::NAT;
     }
     let Scheduler::Maglev = wanted.scheduler;
     View {

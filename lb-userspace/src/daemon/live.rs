@@ -131,6 +131,7 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
         room("tcp flows", entries(FlowTable::Flows), limits.flows),
         room("syns", entries(FlowTable::Syns), limits.syns),
         room("udp flows", entries(FlowTable::UdpFlows), limits.flows),
+        room("nat flows", published.sweep.bindings, limits.nat_flows),
     ];
     snapshot
 }

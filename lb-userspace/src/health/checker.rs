@@ -178,8 +178,8 @@ fn ids_of<T>(all: &BTreeMap<BackendId, T>, service: &Name) -> Vec<BackendId> {
 /// What is to be checked of a service.
 fn plan(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Plan>) {
     let own = if let Ports::One(port) = s.port { port } else { 0 };
-    let port = s.health.port.unwrap_or(own);
     for (backend, b) in &s.backends {
+        let port = s.health.port.or(b.port).unwrap_or(own);
         let target = ProbeTarget {
             address: SocketAddr::new(b.address, port),
             vip: s.vip,

@@ -227,6 +227,21 @@ impl Service {
                 "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
                 b.address
             ));
+        } else if self.vip.is_ipv4() && b.address.is_ipv6() && self.mode == ForwardingMode::Nat {
+            refuse(format!(
+                "address {} is IPv6, but the service is IPv4, and mode nat does not translate between them: give an IPv4 address",
+                b.address
+            ));
+        }
+        match b.port {
+            Some(0) => refuse("port is 0: 1 to 65535".to_owned()),
+            Some(_) if self.mode != ForwardingMode::Nat => {
+                refuse("port is for mode nat only: the other modes do not change ports".to_owned());
+            }
+            Some(_) if !matches!(self.port, Ports::One(_)) => {
+                refuse(format!("port needs a service with one port, and the service's is {}", self.port));
+            }
+            _ => {}
         }
     }
 
@@ -325,6 +340,20 @@ mod tests {
             (
                 r#"{"vip":"fd00::1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2"}}}"#,
                 "not carried in IPv4: give an IPv6 address",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","mode":"nat",
+                    "backends":{"a":{"address":"fd00::2"}}}"#,
+                "mode nat does not translate between them: give an IPv4 address",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2","port":8080}}}"#,
+                "port is for mode nat only",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":"1-9","protocol":"tcp","mode":"nat",
+                    "backends":{"a":{"address":"10.0.0.2","port":8080}}}"#,
+                "port needs a service with one port, and the service's is 1-9",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","mode":"local",

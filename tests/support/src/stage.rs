@@ -5,6 +5,7 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use crate::{
     hold::LineWorker,
     nginx,
     process::Process,
+    program,
     udp::EchoWorker,
     wait,
 };
@@ -48,7 +50,7 @@ pub const UDP: Offer = Offer { name: "echo", protocol: "udp", port: ECHO };
 pub struct Plan {
     /// The network.
     pub layout: Layout,
-    /// `ipip` or `gue`.
+    /// `ipip`, `gue`, `l2` or `nat`.
     pub mode: &'static str,
     /// Which services, each on the first VIP of both families.
     pub offers: Vec<Offer>,
@@ -84,8 +86,10 @@ impl Default for Plan {
 pub struct Host {
     /// nginx; None while it is dead.
     pub http: Option<Process>,
-    /// `lbd worker`.
-    pub agent: Process,
+    /// `lbd worker`; none in mode `nat`, whose workers run nothing of ours.
+    pub agent: Option<Process>,
+    /// Then only this stands on the worker's link, without which a virtual interface takes no redirected frames.
+    _pass: Option<OwnedFd>,
     _lines: LineWorker,
     _echo: EchoWorker,
 }
@@ -109,11 +113,17 @@ impl Stage {
     /// Builds and starts it all, and returns when every backend is healthy.
     pub fn start(plan: Plan) -> Result<Self> {
         let bed = Bed::new(plan.layout)?;
-        let hosts = (0..bed.workers.len()).map(|index| start_host(&bed, index)).collect::<Result<_>>()?;
+        let hosts =
+            (0..bed.workers.len()).map(|index| start_host(&bed, index, plan.mode)).collect::<Result<_>>()?;
         if let Some(bytes) = plan.state_bytes {
             bed.limit_directory("state", bytes)?;
         }
-        let ingress = Ingress::start(&bed, plan.arguments)?;
+        let mut arguments = plan.arguments.to_vec();
+        if plan.mode == "nat" {
+            // Answers come in there.
+            arguments.extend(bed.workers.iter().flat_map(|worker| ["--iface", worker.name.as_str()]));
+        }
+        let ingress = Ingress::start(&bed, &arguments)?;
         let lbctl = ingress.lbctl()?;
         let stage = Self { hosts, ingress, lbctl, bed, plan };
         let backends: Vec<usize> = (0..stage.plan.backends.unwrap_or(stage.hosts.len())).collect();
@@ -125,7 +135,7 @@ impl Stage {
     /// Adds a worker host to the network, not yet to any service.
     pub fn add_host(&mut self) -> Result<usize> {
         let index = self.bed.add_worker()?;
-        self.hosts.push(start_host(&self.bed, index)?);
+        self.hosts.push(start_host(&self.bed, index, self.plan.mode)?);
         Ok(index)
     }
 
@@ -250,13 +260,17 @@ impl Stage {
     }
 }
 
-fn start_host(bed: &Bed, index: usize) -> Result<Host> {
+fn start_host(bed: &Bed, index: usize, mode: &str) -> Result<Host> {
     let worker = &bed.workers[index];
     let vips: [IpAddr; 2] = [vip_v4(1).into(), vip_v6(1).into()];
+    let is_plain = mode == "nat";
+    let own: [IpAddr; 2] = [worker.v4.into(), worker.v6.into()];
+    let served = if is_plain { &own } else { &vips };
     Ok(Host {
         http: Some(nginx::start(&worker.namespace, &worker.name, bed.directory())?),
-        agent: daemon::start_worker(bed, worker, &vips, &[])?,
+        agent: if is_plain { None } else { Some(daemon::start_worker(bed, worker, &vips, &[])?) },
+        _pass: if is_plain { Some(program::attach_pass(&worker.namespace, "eth0")?) } else { None },
         _lines: LineWorker::start(&worker.namespace, &worker.name, LINES)?,
-        _echo: EchoWorker::start(&worker.namespace, &worker.name, &vips, ECHO)?,
+        _echo: EchoWorker::start(&worker.namespace, &worker.name, served, ECHO)?,
     })
 }
