@@ -39,7 +39,7 @@ pub struct Nat {
     pub created_s: u32,
     /// The same when the client's latest packet was seen, to about a second.
     pub last_seen_s: u32,
-    /// [`flags::ESTABLISHED`], so that most packets need not look at the other entry, and [`flags::NEW`].
+    /// [`flags::ESTABLISHED`], so that most packets need not look at the other entry, [`flags::FRESH`] and [`flags::NEW`].
     pub flags: u32,
     /// Where the client's packets come from.
     pub hop: LastHop,
@@ -94,7 +94,9 @@ pub mod flags {
     pub const CLIENT_RST: u32 = 1 << 4;
     /// TCP: a RST of the worker has been seen.
     pub const WORKER_RST: u32 = 1 << 5;
-    /// In [`super::Nat`] only: no packet has gone by the binding yet, and it is a new flow's.
+    /// In [`super::Nat`] only: no packet has gone by the binding yet. The first one does, come what may.
+    pub const FRESH: u32 = 1 << 30;
+    /// In [`super::Nat`] only: and it is a new flow's.
     pub const NEW: u32 = 1 << 31;
 }
 

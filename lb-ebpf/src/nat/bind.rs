@@ -107,7 +107,7 @@ fn choose_worker<F: Frame, T: NatTables>(
         backend: choice.backend,
         created_s: now_s,
         last_seen_s: now_s,
-        flags: if choice.is_new { nat::flags::NEW } else { 0 },
+        flags: nat::flags::FRESH | if choice.is_new { nat::flags::NEW } else { 0 },
         hop: way.from,
     };
     way.source_bits = backend.source_bits as u32;

@@ -263,7 +263,8 @@ fn is_known<T: NatTables>(
     if tables.nat(&way.key, |nat| way.nat = *nat).is_none() {
         return false;
     }
-    if way.nat.flags & flags::NEW != 0 {
+    // Nothing is asked of one that has just been made: it would be made again.
+    if way.nat.flags & flags::FRESH != 0 {
         return true;
     }
     let state = worker(tables, way.nat.backend, way.key.service, headers.is_ipv6).map(|b| b.flags);
@@ -325,7 +326,7 @@ fn note<T: NatTables>(tables: &T, headers: &Headers, way: &Way, now_s: u32) {
             }
         });
     }
-    let new = old & !flags::NEW | established;
+    let new = old & !(flags::FRESH | flags::NEW) | established;
     if moved || new != old || way.nat.last_seen_s != now_s {
         tables.nat(&way.key, |nat| {
             nat.last_seen_s = now_s;

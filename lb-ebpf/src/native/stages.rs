@@ -11,7 +11,8 @@ use lb_common::{names::stage, settings::IngressSettings};
 /// A packet's whole way: `ingress`, and the stages that it jumps to, if any.
 pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings) -> (Verdict, Outcome) {
     let (mut verdict, mut outcome) = ingress::process(frame, tables, settings);
-    loop {
+    // The kernel allows 33 jumps; nothing needs more than three.
+    for _ in 0..4 {
         (verdict, outcome) = match verdict {
             Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
             Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
@@ -21,4 +22,5 @@ pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings
             _ => return (verdict, outcome),
         };
     }
+    panic!("stages jump in a circle")
 }

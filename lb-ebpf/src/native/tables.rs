@@ -96,6 +96,7 @@ pub struct HashTables {
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     nats: RefCell<BTreeMap<FlowKey, Nat>>,
     replies: RefCell<BTreeMap<ReplyKey, Reply>>,
+    way: RefCell<Way>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
@@ -118,6 +119,7 @@ impl Default for HashTables {
             fragments: RefCell::default(),
             nats: RefCell::default(),
             replies: RefCell::default(),
+            way: RefCell::new(Way::EMPTY),
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
@@ -340,7 +342,6 @@ impl NatTables for HashTables {
     }
 
     fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R> {
-        let mut way = Way::EMPTY;
-        Some(f(&mut way))
+        Some(f(&mut self.way.borrow_mut()))
     }
 }
