@@ -168,6 +168,17 @@ impl Fib for XdpFrame<'_> {
             }
             _ => return Err((Reason::NoRoute, 0)),
         }
+        // SAFETY: plain integers; the helper puts a router's address in the destination's place.
+        let is_routed = unsafe {
+            if query.is_ipv6 {
+                params.__bindgen_anon_4.ipv6_dst != query.destination
+            } else {
+                params.family != AF_INET || params.__bindgen_anon_4.ipv4_dst != query.destination[3]
+            }
+        };
+        if query.on_link && is_routed {
+            return Err((Reason::NotOnLink, 0));
+        }
         let mac =
             |m: &[u8; 6]| (u32::from_ne_bytes([m[0], m[1], m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]]));
         let hop = Hop {
@@ -187,16 +198,7 @@ impl Fib for XdpFrame<'_> {
                 crate::parse::mapped(params.__bindgen_anon_3.ipv4_src)
             }
         };
-        // SAFETY: plain integers again; the helper puts the router's address in the destination's place.
-        let is_routed = unsafe {
-            if query.is_ipv6 {
-                params.__bindgen_anon_4.ipv6_dst != query.destination
-            } else {
-                u32::from(params.family) != u32::from(AF_INET)
-                    || params.__bindgen_anon_4.ipv4_dst != query.destination[3]
-            }
-        };
-        Ok(FibAnswer { hop, source, is_routed })
+        Ok(FibAnswer { hop, source })
     }
 }
 

@@ -69,7 +69,6 @@ pub fn fib(query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
     Ok(FibAnswer {
         hop: Hop { next_hop, egress_mac, vlan: 0, ifindex: EGRESS, mtu: 0 },
         source: query.source,
-        is_routed: false,
     })
 }
 

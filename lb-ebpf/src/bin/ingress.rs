@@ -284,6 +284,7 @@ impl NatTables for Maps {
 
 /// Balances the packets of one interface.
 #[xdp(frags)]
+#[inline(always)]
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -293,6 +294,7 @@ pub fn ingress(ctx: XdpContext) -> u32 {
 /// Stands on the interface where another's program is to run before or after ours: jumps to it if its place is
 /// filled, and else to ours. See [`stage::BEFORE`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn root(ctx: XdpContext) -> u32 {
     // SAFETY: nothing in this frame needs to be dropped.
     unsafe {
@@ -305,6 +307,7 @@ pub fn root(ctx: XdpContext) -> u32 {
 
 /// What is sent to a VIP by ICMP; see [`stage::ICMP`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn icmp(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -313,6 +316,7 @@ pub fn icmp(ctx: XdpContext) -> u32 {
 
 /// Fragments; see [`stage::FRAGMENT`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn fragment(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -321,6 +325,7 @@ pub fn fragment(ctx: XdpContext) -> u32 {
 
 /// Full address translation; see [`stage::NAT`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn nat(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = nat::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -329,6 +334,7 @@ pub fn nat(ctx: XdpContext) -> u32 {
 
 /// The same for new flows; see [`stage::NAT_BIND`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn nat_bind(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = nat::process_new(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -337,6 +343,7 @@ pub fn nat_bind(ctx: XdpContext) -> u32 {
 
 /// The same for ICMP errors; see [`stage::NAT_ERROR`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn nat_error(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx), &Maps, &settings);

@@ -41,6 +41,8 @@ pub struct FibQuery {
     pub destination: [u32; 4],
     /// Whether the outer header is IPv6.
     pub is_ipv6: bool,
+    /// Whether a router will not do as the next hop: [`Reason::NotOnLink`] then.
+    pub on_link: bool,
     /// DSCP and ECN.
     pub tos: u8,
     /// Protocol of the outer header.
@@ -56,8 +58,6 @@ pub struct FibAnswer {
     pub hop: Hop,
     /// Outer source, if it was to choose one.
     pub source: [u32; 4],
-    /// Whether the next hop is a router, and not the destination itself.
-    pub is_routed: bool,
 }
 
 /// Lookups in the host's own FIB.
@@ -127,13 +127,13 @@ pub fn forward<F: Frame + Fib>(
             source,
             destination: crate::parse::words(backend.address),
             is_ipv6: outer_is_ipv6,
+            // A router would look at the packet's own destination, and bring it back here.
+            on_link: is_l2,
             tos: headers.tos,
             protocol: outer::protocol(backend, headers),
             len,
         };
         match frame.lookup(&query) {
-            // A router would look at the packet's own destination, and bring it back here.
-            Ok(answer) if is_l2 && answer.is_routed => return Err(Reason::NotOnLink.into()),
             Ok(answer) => {
                 source = answer.source;
                 answer.hop

@@ -343,6 +343,7 @@ fn by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, to: &Rewrite) -> Result<
         source: to.source,
         destination: to.destination,
         is_ipv6: headers.is_ipv6,
+        on_link: false,
         tos: headers.tos,
         protocol: headers.protocol,
         len: headers.ip_len,
