@@ -5,6 +5,7 @@ use crate::{
     flow::*,
     fragment::{Fragment, FragmentKey},
     load::Load,
+    nat::*,
     reply::ReplyHop,
     service::*,
     settings::*,
@@ -39,7 +40,13 @@ layout! {
     ReplyHop: 24 / 8 { next_hop @ 0, egress_mac @ 8, ifindex @ 16 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
-    IngressSettings: 20 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16 };
+    IngressSettings: 24 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
+        nat_first @ 20, nat_last @ 22 };
+    LastHop: 24 / 4 { macs @ 0, tags @ 12, ifindex @ 20 };
+    Nat: 76 / 4 { source @ 0, worker @ 16, source_port @ 32, port @ 34, backend @ 36, created_s @ 40,
+        last_seen_s @ 44, flags @ 48, hop @ 52 };
+    ReplyKey: 40 / 4 { worker @ 0, source @ 16, port @ 32, source_port @ 34, protocol @ 36 };
+    Reply: 72 / 4 { flow @ 0, vip @ 24, hop @ 40, last_seen_s @ 64, flags @ 68 };
     Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };
     DecapSettings: 8 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7 };
 }

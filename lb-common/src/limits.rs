@@ -15,6 +15,8 @@ pub const SYNS: u32 = 131_072;
 pub const UDP_FLOWS: u32 = 1_048_576;
 /// Fragmented packets of which parts are expected, by default.
 pub const FRAGMENTS: u32 = 65_536;
+/// Bindings of mode `nat`, by default. They take memory only as they are made.
+pub const NAT_FLOWS: u32 = 262_144;
 /// VIP addresses, by default.
 pub const VIPS: u32 = 4_096;
 /// Egress interfaces.

@@ -31,6 +31,10 @@ pub const SYNS: &str = "SYNS";
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
 /// `LRU_HASH<FragmentKey, Fragment>`: where the first parts of fragmented packets went.
 pub const FRAGMENTS: &str = "FRAGMENTS";
+/// `HASH<FlowKey, Nat>`: what becomes of clients' packets in mode `nat`.
+pub const NAT_FLOWS: &str = "NAT_FLOWS";
+/// `HASH<ReplyKey, Reply>`: what becomes of workers' packets in mode `nat`.
+pub const NAT_REPLIES: &str = "NAT_REPLIES";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
@@ -68,6 +72,10 @@ pub mod stage {
     pub const AFTER: u32 = 5;
     /// Our first program, where another's goes on when it has let a packet pass.
     pub const INGRESS: u32 = 6;
+    /// Full address translation: new flows.
+    pub const NAT_BIND: u32 = 7;
+    /// Full address translation: ICMP errors.
+    pub const NAT_ERROR: u32 = 8;
     /// Places in the map.
     pub const COUNT: u32 = 16;
 
@@ -76,7 +84,13 @@ pub mod stage {
     /// Programs of the worker's object that go there: name and place.
     pub const DECAP_PROGRAMS: [(&str, u32); 1] = [("cookie", COOKIE)];
     /// Programs of the ingress object that go there: name and place.
-    pub const INGRESS_PROGRAMS: [(&str, u32); 2] = [("icmp", ICMP), ("fragment", FRAGMENT)];
+    pub const INGRESS_PROGRAMS: [(&str, u32); 5] = [
+        ("icmp", ICMP),
+        ("fragment", FRAGMENT),
+        ("nat", NAT),
+        ("nat_bind", NAT_BIND),
+        ("nat_error", NAT_ERROR),
+    ];
 }
 
 /// Read-only globals: the one setting block of each program.
@@ -85,7 +99,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 16] = [
+pub const INGRESS_MAPS: [&str; 18] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -97,6 +111,8 @@ pub const INGRESS_MAPS: [&str; 16] = [
     SYNS,
     UDP_FLOWS,
     FRAGMENTS,
+    NAT_FLOWS,
+    NAT_REPLIES,
     BACKEND_STATS,
     REASONS,
     EGRESS,

@@ -76,6 +76,26 @@ reasons! {
     BadFamily = "bad_family", Drop;
     /// Forwarding mode not known to this program
     BadMode = "bad_mode", Drop;
+    /// Mode l2: the worker is behind a router, and not on this segment
+    NotOnLink = "not_on_link", Drop;
+    /// Mode nat: no port was free for a new flow to this worker
+    NatNoPort = "nat_no_port", Drop;
+    /// Mode nat: the table of bindings is full
+    NatNoRoom = "nat_no_room", Drop;
+    /// Mode nat: packet of an established flow that has no binding; a new one is made, and the worker's reset tells the client
+    NatUnknown = "nat_unknown", Note;
+    /// Mode nat: worker's packet, sent on to its client
+    NatReply = "nat_reply", Note;
+    /// Mode nat: binding of a flow that is over, taken for a new one
+    NatReused = "nat_reused", Note;
+    /// Mode nat: checksum that its sender had left to a network card, completed
+    NatCompleted = "nat_completed", Note;
+    /// Mode nat: fragment; only whole packets are translated
+    NatFragment = "nat_fragment", Drop;
+    /// Mode nat: TTL or hop limit used up
+    NatTtl = "nat_ttl", Drop;
+    /// Mode nat: ICMP error about a translated packet, sent on
+    NatError = "nat_error", Note;
     /// Too big for the path once encapsulated; sender told by ICMP
     TooBigAnswered = "too_big_answered", Answer;
     /// Too big for the path once encapsulated; ICMP withheld by its rate limit

@@ -113,6 +113,8 @@ pub mod flags {
     pub const SECONDS: u32 = 1 << 6;
     /// GUE packets carry the backends that may have the flow instead.
     pub const SECOND_CHANCE: u32 = 1 << 7;
+    /// Packets go to the stage that translates addresses.
+    pub const NAT: u32 = 1 << 8;
 }
 
 /// One version of a service. The half of the pair that is not live is where the next is written.

@@ -24,6 +24,10 @@ pub struct IngressSettings {
     pub icmp_burst: u32,
     /// Parts of the program that this deployment may need, see [`features`]; what is off is compiled away.
     pub features: u32,
+    /// First source port of mode `nat`.
+    pub nat_first: u16,
+    /// Last one.
+    pub nat_last: u16,
 }
 
 /// Bits of [`IngressSettings::features`].
@@ -79,6 +83,8 @@ impl IngressSettings {
         icmp_per_s: 1_000,
         icmp_burst: 100,
         features: features::ALL,
+        nat_first: NAT_PORTS.0,
+        nat_last: NAT_PORTS.1,
     };
 }
 
@@ -100,6 +106,10 @@ impl DecapSettings {
     /// Everything on, GUE on its registered port.
     pub const DEFAULT: Self = Self { abi_version: crate::ABI_VERSION, gue_port: GUE_PORT, ipv6: 1, vlan: 1 };
 }
+
+/// First and last source port of mode `nat`, by default: below those that Linux gives to a host's own sockets
+/// (32,768 to 60,999), and above those that services usually have.
+pub const NAT_PORTS: (u16, u16) = (10_240, 32_767);
 
 /// GUE's registered UDP port (IANA).
 pub const GUE_PORT: u16 = 6080;

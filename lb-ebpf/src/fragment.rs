@@ -22,7 +22,7 @@ use lb_common::{
     Reason, VipKey,
     backend::flags::USED,
     fragment::{FRAGMENT_TIMEOUT_S, Fragment, FragmentKey, PARTS, flags},
-    service::{NO_SERVICE, TCP, UDP},
+    service::{NO_SERVICE, TCP, UDP, flags as service_flags},
     settings::IngressSettings,
     slot::NO_BACKEND,
 };
@@ -57,6 +57,7 @@ pub fn process<F: Frame + Fib, T: Tables + FragmentTable>(
     match balance(frame, tables, settings, &mut network) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::Stage(_)) => refuse(tables, Reason::BadMode),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
     }
 }
@@ -208,6 +209,9 @@ fn first<F: Frame, T: Tables + FragmentTable>(
 fn place<T: Tables>(tables: &T, headers: &Headers) -> Result<(Place, bool), Reason> {
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    if view.flags & service_flags::NAT != 0 {
+        return Err(Reason::NatFragment);
+    }
     let hash = flow_hash(view.seed, headers);
     let choice = choose(tables, service, view, headers, hash)?;
     Ok((Place { hash, backend: choice.backend, service }, choice.is_new))

@@ -9,7 +9,7 @@ use crate::parse::Headers;
 
 /// One finalizer step: a bijection in which every input bit reaches every output bit.
 #[inline(always)]
-const fn mix(mut h: u64) -> u64 {
+pub const fn mix(mut h: u64) -> u64 {
     h ^= h >> 33;
     h = h.wrapping_mul(0xff51_afd7_ed55_8ccd);
     h ^= h >> 33;

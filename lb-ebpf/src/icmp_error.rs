@@ -20,9 +20,9 @@ use crate::{
 };
 use lb_common::{
     Reason,
-    backend::{flags, mode},
-    service::{TCP, UDP},
-    settings::IngressSettings,
+    backend::flags,
+    service::{self, TCP, UDP},
+    settings::{IngressSettings, features},
 };
 
 /// Whether a message of this type is an error that a flow's worker must hear of.
@@ -50,21 +50,25 @@ pub fn deliver<F: Frame + Fib, T: Tables>(
     let flow = quoted(&frame.packet(), network)?;
     let (service, _) = lookup_service(tables, &flow)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    if view.flags & service::flags::NAT != 0 {
+        // The quote must be translated, as its flow is: another program's work.
+        return Err(Reason::NatError);
+    }
+    if settings.features & features::ICMP == 0 {
+        return Err(Reason::Icmp);
+    }
     let hash = flow_hash(view.seed, &flow);
     let choice = choose(&ReadOnly(tables), service, view, &flow, hash)?;
     let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
     if backend.flags & flags::USED == 0 || backend.service != service {
         return Err(Reason::BrokenTable);
     }
-    if backend.mode == mode::NAT {
-        // The quote would have to be translated, as its flow is.
-        return Err(Reason::BadMode);
-    }
     let verdict = match forward(frame, settings, &network.headers, backend, hash) {
         Ok(verdict) => verdict,
         Err(Refusal::Reason(reason)) => return Err(reason),
         // Never an error about an error (RFC 1122 3.2.2).
         Err(Refusal::TooBig(_)) => return Err(Reason::TooBigDropped),
+        Err(Refusal::Stage(_)) => return Err(Reason::BadMode),
     };
     if settings.stats != 0 {
         tables.account(choice.backend, network.headers.ip_len, false);

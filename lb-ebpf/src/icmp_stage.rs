@@ -11,7 +11,11 @@ use crate::{
     network::{ICMP, ICMPV6, Network, parse_network},
     wire::Echo,
 };
-use lb_common::{Reason, VipKey, settings::IngressSettings};
+use lb_common::{
+    Reason, VipKey,
+    names::stage,
+    settings::{IngressSettings, features},
+};
 
 /// Decides the fate of an ICMP message and carries it out on the frame.
 #[inline(always)]
@@ -22,6 +26,8 @@ pub fn process<F: Frame + Fib, T: Tables>(
 ) -> (Verdict, Outcome) {
     match receive(frame, tables, settings) {
         Ok(done) => done,
+        // Counted by the program that takes it over.
+        Err(Reason::NatError) => (Verdict::Stage(stage::NAT_ERROR), Outcome::Not(Reason::NatError)),
         Err(reason) => refuse(tables, reason),
     }
 }
@@ -40,16 +46,21 @@ fn receive<F: Frame + Fib, T: Tables>(
     if network.headers.protocol != protocol || network.l4_len < size_of::<Echo>() {
         return Err(Reason::Icmp);
     }
+    let message: Echo = frame.packet().read(network.l4).ok_or(Reason::Truncated)?;
+    let about_flow = is_error(&network, message.kind);
     // Neighbour discovery and whatever else is for this host is most of what comes here.
     if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
-        return Err(Reason::NotVip);
+        let translates = settings.features & features::NAT != 0;
+        return Err(if about_flow && translates { Reason::NatError } else { Reason::NotVip });
     }
-    let message: Echo = frame.packet().read(network.l4).ok_or(Reason::Truncated)?;
+    if settings.features & features::ICMP == 0 && !about_flow {
+        return Err(Reason::Icmp);
+    }
     let request = if network.headers.is_ipv6 { echo::REQUEST_V6 } else { echo::REQUEST_V4 };
     if message.kind == request && message.code == 0 {
         return Err(answer_echo(frame, tables, settings, &network));
     }
-    if is_error(&network, message.kind) {
+    if about_flow {
         return deliver(frame, tables, settings, &network);
     }
     Err(Reason::Icmp)

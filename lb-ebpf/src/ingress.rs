@@ -7,7 +7,7 @@ use crate::{
     choose::choose_with,
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
-    icmp,
+    icmp, nat,
     parse::{Headers, parse},
     service::lookup_service,
 };
@@ -15,6 +15,7 @@ use lb_common::{
     Reason,
     backend::flags,
     names::stage,
+    service,
     settings::{IngressSettings, features},
 };
 
@@ -27,6 +28,11 @@ pub enum Outcome {
         service: u32,
         /// Backend.
         backend: u32,
+    },
+    /// A worker's packet, sent on to a client of this service (index).
+    Returned {
+        /// Service.
+        service: u32,
     },
     /// Not forwarded, for this reason.
     Not(Reason),
@@ -42,7 +48,7 @@ pub fn process<F: Frame + Fib, T: Tables>(
     let headers = match parse(frame, settings) {
         Ok(headers) => headers,
         // Counted by the program that takes it over.
-        Err(Reason::Icmp) if settings.features & features::ICMP != 0 => {
+        Err(Reason::Icmp) if settings.features & (features::ICMP | features::NAT) != 0 => {
             return (Verdict::Stage(stage::ICMP), Outcome::Not(Reason::Icmp));
         }
         Err(Reason::Fragment) if settings.features & features::FRAGMENTS != 0 => {
@@ -52,6 +58,13 @@ pub fn process<F: Frame + Fib, T: Tables>(
     };
     match balance(frame, tables, settings, &headers) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
+        // Nobody's port is perhaps that of a translated flow.
+        Err(Refusal::Reason(reason @ (Reason::NotVip | Reason::NoService)))
+            if nat::is_reply(settings, headers.port) =>
+        {
+            (Verdict::Stage(stage::NAT), Outcome::Not(reason))
+        }
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &headers, mtu)),
     }
@@ -74,6 +87,9 @@ fn balance<F: Frame + Fib, T: Tables>(
 ) -> Result<(Verdict, u32, u32), Refusal> {
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    if settings.features & features::NAT != 0 && view.flags & service::flags::NAT != 0 {
+        return Err(Refusal::Stage(stage::NAT));
+    }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
     let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;

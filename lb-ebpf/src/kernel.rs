@@ -3,6 +3,7 @@
 use crate::{
     Frame, Packet, Verdict,
     forward::{Fib, FibAnswer, FibQuery, Hop},
+    packet::{SUM_CHUNK, SUM_CHUNKS, Sum},
 };
 use aya_ebpf::{
     EbpfContext,
@@ -62,12 +63,72 @@ impl Frame for XdpFrame<'_> {
     }
 
     #[inline(always)]
+    fn sum_of(&self, offset: usize, len: usize, memory: &mut Sum) -> Option<u32> {
+        let memory: *mut Sum = memory;
+        // SAFETY: a place in memory that this run owns; nothing is read.
+        let bytes = unsafe { (&raw mut (*memory).bytes).cast::<u8>() };
+        let load = |offset: u32, len: u32| {
+            // SAFETY: the context is valid during the run, and callers see to it that the piece fits.
+            unsafe { helpers::generated::bpf_xdp_load_bytes(self.ctx.ctx, offset, bytes.cast(), len) == 0 }
+        };
+        let add = |sum: u32, len: u32| {
+            // SAFETY: as above; the helper only reads.
+            unsafe { helpers::generated::bpf_csum_diff(core::ptr::null_mut(), 0, bytes.cast(), len, sum) }
+        };
+        // SAFETY: each access is to a field of memory that this run owns. They are volatile because what has been
+        // stored is unknown to the verifier: rounds that differ in nothing it knows are walked once.
+        unsafe {
+            (&raw mut (*memory).left).write_volatile(len as u32);
+            (&raw mut (*memory).offset).write_volatile(offset as u32);
+            (&raw mut (*memory).sum).write_volatile(0);
+            for _ in 0..SUM_CHUNKS {
+                let left = (&raw const (*memory).left).read_volatile();
+                if left < SUM_CHUNK as u32 {
+                    break;
+                }
+                let offset = (&raw const (*memory).offset).read_volatile();
+                if !load(offset, SUM_CHUNK as u32) {
+                    return None;
+                }
+                let sum = add((&raw const (*memory).sum).read_volatile(), SUM_CHUNK as u32);
+                (&raw mut (*memory).sum).write_volatile(sum as u32);
+                (&raw mut (*memory).offset).write_volatile(offset + SUM_CHUNK as u32);
+                (&raw mut (*memory).left).write_volatile(left - SUM_CHUNK as u32);
+            }
+            let left = (&raw const (*memory).left).read_volatile();
+            let sum = (&raw const (*memory).sum).read_volatile();
+            if left >= SUM_CHUNK as u32 {
+                return None;
+            }
+            let left = left & (SUM_CHUNK as u32 - 1);
+            if left == 0 {
+                return Some(sum);
+            }
+            // The bytes behind the last are zeros to the sum.
+            bytes.add((left & !3) as usize).cast::<u32>().write_unaligned(0);
+            if !load((&raw const (*memory).offset).read_volatile(), left) {
+                return None;
+            }
+            Some(add(sum, (left + 3) & !3) as u32)
+        }
+    }
+
+    #[inline(always)]
     fn ifindex(&self) -> u32 {
         self.ctx.ingress_ifindex() as u32
     }
 }
 
 impl Fib for XdpFrame<'_> {
+    #[inline(always)]
+    fn narrower(&self, ifindex: u32, len: u32) -> Option<u32> {
+        let mut mtu = len;
+        // SAFETY: the context is valid during the run, and the helper reads and writes one word.
+        let answer = unsafe { helpers::generated::bpf_check_mtu(self.ctx.as_ptr(), ifindex, &mut mtu, 0, 0) };
+        // An interface that is gone is found out by whoever sends there.
+        (answer == i64::from(bindings::bpf_check_mtu_ret::BPF_MTU_CHK_RET_FRAG_NEEDED)).then_some(mtu)
+    }
+
     /// `bpf_fib_lookup`, never inlined: it is the slow path and needs 64 bytes of stack.
     #[inline(never)]
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
@@ -106,6 +167,17 @@ impl Fib for XdpFrame<'_> {
                 return Err((Reason::TooBigAnswered, unsafe { params.__bindgen_anon_1.mtu_result } as u32));
             }
             _ => return Err((Reason::NoRoute, 0)),
+        }
+        // SAFETY: plain integers; the helper puts a router's address in the destination's place.
+        let is_routed = unsafe {
+            if query.is_ipv6 {
+                params.__bindgen_anon_4.ipv6_dst != query.destination
+            } else {
+                params.family != AF_INET || params.__bindgen_anon_4.ipv4_dst != query.destination[3]
+            }
+        };
+        if query.on_link && is_routed {
+            return Err((Reason::NotOnLink, 0));
         }
         let mac =
             |m: &[u8; 6]| (u32::from_ne_bytes([m[0], m[1], m[2], m[3]]), u16::from_ne_bytes([m[4], m[5]]));

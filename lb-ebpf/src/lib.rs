@@ -23,6 +23,7 @@ pub mod icmp_stage;
 pub mod ingress;
 #[cfg(feature = "bpf")]
 pub mod kernel;
+pub mod nat;
 #[cfg(not(target_arch = "bpf"))]
 pub mod native;
 pub mod network;

@@ -6,6 +6,30 @@
 /// Longest offset that an access may have. The verifier needs a bound on variable offsets.
 pub const MAX_OFFSET: usize = 0x3ff;
 
+/// Bytes that [`Frame::sum_of`] takes at a time.
+pub const SUM_CHUNK: usize = 512;
+/// Pieces that it takes at most: more than a jumbo frame has.
+pub const SUM_CHUNKS: usize = 32;
+
+/// Memory that [`Frame::sum_of`] works in.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Sum {
+    /// Bytes still to be added.
+    pub left: u32,
+    /// Where they begin.
+    pub offset: u32,
+    /// Sum so far.
+    pub sum: u32,
+    /// A piece, and room to fill up its last word with zeros.
+    pub bytes: [u8; SUM_CHUNK + 8],
+}
+
+impl Sum {
+    /// Nothing added yet.
+    pub const EMPTY: Self = Self { left: 0, offset: 0, sum: 0, bytes: [0; SUM_CHUNK + 8] };
+}
+
 /// A type that any bytes make a valid value of, and that has no padding.
 ///
 /// # Safety
@@ -124,6 +148,10 @@ pub trait Frame {
 
     /// One's complement sum (RFC 1071, not folded) of `N` bytes at `offset`; N a multiple of 4, at most 512.
     fn sum<const N: usize>(&self, offset: usize) -> Option<u32>;
+
+    /// The same sum of any `len` bytes at `offset`, parts outside the linear one included, by way of `memory`.
+    /// None if there are more than [`SUM_CHUNKS`] pieces of them.
+    fn sum_of(&self, offset: usize, len: usize, memory: &mut Sum) -> Option<u32>;
 
     /// Interface that it came in by.
     fn ifindex(&self) -> u32;

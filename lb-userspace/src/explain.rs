@@ -285,6 +285,9 @@ impl BackendView {
 
 impl Forwarding {
     fn describe(&self) -> String {
+        if self.mode == "local" {
+            return "local: this host's own stack".to_owned();
+        }
         let source = self.outer_source.map_or("source by the FIB".to_owned(), |s| s.to_string());
         let hop = match (&self.next_hop, self.ifindex) {
             (Some(mac), Some(ifindex)) => format!("next hop {mac} on interface {ifindex}"),
@@ -292,6 +295,9 @@ impl Forwarding {
         };
         let vlan = if self.vlan == 0 { String::new() } else { format!(", VLAN {}", self.vlan) };
         let mtu = self.mtu.map_or(String::new(), |m| format!(", packets up to {m} bytes"));
+        if self.mode == "l2" {
+            return format!("l2 to {}, {hop}{vlan}{mtu}", self.outer_destination);
+        }
         format!("{} {source} → {}, {hop}{vlan}{mtu}", self.mode, self.outer_destination)
     }
 }
@@ -312,7 +318,8 @@ fn describe(why: Why) -> &'static str {
 }
 
 fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
-    let resolved = entry.flags & backend::flags::RESOLVED != 0;
+    let resolved = entry.flags & backend::flags::RESOLVED != 0 && entry.mode != backend::mode::LOCAL;
+    let encapsulates = matches!(entry.mode, backend::mode::IPIP | backend::mode::GUE);
     let source = lb_ebpf::parse::address(lb_ebpf::forward::outer_source(entry, hash));
     let overhead = lb_ebpf::forward::overhead(entry).unwrap_or(0) as u32;
     Forwarding {
@@ -325,7 +332,7 @@ fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
             _ => "unknown",
         }
         .to_owned(),
-        outer_source: (entry.source != [0; 16]).then(|| to_ip(source)),
+        outer_source: (encapsulates && entry.source != [0; 16]).then(|| to_ip(source)),
         outer_destination: to_ip(entry.address),
         ifindex: resolved.then_some(entry.ifindex),
         next_hop: resolved.then(|| entry.next_hop.map(|b| format!("{b:02x}")).join(":")),

@@ -302,7 +302,7 @@ impl Scrape {
         let help = "Live flows that the flow tables send there";
         out.gauges("lb_backend_tracked_flows", help, state(|b| b.tracked_flows as f64))?;
         let help = "Whether the next hop is known; otherwise the kernel's routes are asked for each packet";
-        out.gauges("lb_backend_resolved", help, state(|b| f64::from(u8::from(b.next_hop.is_some()))))?;
+        out.gauges("lb_backend_resolved", help, state(|b| f64::from(u8::from(b.resolved))))?;
         let desired = self.control.head().desired;
         let spec = |value: fn(&crate::model::Backend) -> f64| {
             desired.services.iter().flat_map(move |(service, s)| {

@@ -73,6 +73,7 @@ fn hop(ifindex: u32, source: Option<&str>) -> NextHop {
         next_hop: [2; 6],
         mtu: 1_500,
         source: source.map(|s| s.parse().unwrap()),
+        is_routed: false,
     }
 }
 
@@ -417,4 +418,43 @@ fn a_service_that_needs_what_is_off_is_refused() {
     let mut asked = gue;
     asked.service_mut(&"s".parse().unwrap()).unwrap().second_chance = Some(true);
     assert!(host.try_at(2, &asked).unwrap_err().to_string().contains("needs feature second-chance"));
+}
+
+#[test]
+fn l2_reaches_no_further_than_the_segment() {
+    let mut host = Host::default();
+    let mut desired = service(&[("a", r#""address":"10.1.0.1""#), ("b", r#""address":"10.1.0.2""#)]);
+    Arc::make_mut(desired.services.values_mut().next().unwrap()).mode =
+        lb_userspace::model::ForwardingMode::L2;
+    // A source is not needed: nothing of ours is in the packet.
+    host.observed.next_hops.insert(address("10.1.0.1"), hop(3, None));
+    let routed = NextHop { is_routed: true, ..hop(3, Some("10.0.0.1")) };
+    host.observed.next_hops.insert(address("10.1.0.2"), routed);
+    let compiled = host.at(1, &desired);
+    let status = &compiled.status[0];
+    let entries: Vec<_> = status.backends.iter().map(|b| compiled.plan.backends[&b.index]).collect();
+    assert!(entries.iter().all(|b| b.mode == mode::L2));
+    assert_eq!(entries.iter().map(|b| b.flags & flags::RESOLVED != 0).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(status.backends.iter().map(|b| b.eligible).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(status.backends[0].problem, None);
+    let problem = status.backends[1].problem.as_ref().unwrap();
+    assert!(problem.contains("10.1.0.2 is behind a router: use ipip, gue or nat"), "{problem}");
+
+    // The route changes, and with it the verdict.
+    host.observed.next_hops.insert(address("10.1.0.2"), hop(3, None));
+    let status = host.at(2, &desired).status;
+    assert!(status[0].backends.iter().all(|b| b.eligible && b.problem.is_none() && b.resolved));
+}
+
+#[test]
+fn local_needs_no_next_hop() {
+    let mut host = Host::default();
+    let mut desired = service(&[("a", r#""address":"127.0.0.1""#)]);
+    Arc::make_mut(desired.services.values_mut().next().unwrap()).mode =
+        lb_userspace::model::ForwardingMode::Local;
+    assert!(desired.check().is_empty());
+    let plan = host.at(1, &desired).plan;
+    let entry = plan.backends.values().next().unwrap();
+    assert_eq!((entry.mode, entry.flags & flags::RESOLVED), (mode::LOCAL, flags::RESOLVED));
+    assert!(plan.egress.is_empty());
 }

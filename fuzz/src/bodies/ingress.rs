@@ -36,6 +36,7 @@ pub fn check(data: &[u8]) {
             assert_eq!(verdict == Verdict::Transmit, is_there);
             forwarded(data, &after, &backend);
         }
+        Outcome::Returned { .. } => panic!("nobody has answered"),
         Outcome::Not(reason) => {
             assert_eq!(verdict, Verdict::of(reason));
             match reason.fate() {

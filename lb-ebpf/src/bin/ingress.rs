@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, xdp_action},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, xdp_action},
     helpers::generated::{
         bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
     },
@@ -15,8 +15,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Slot,
-    Vip, VipKey,
+    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
+    ServiceKey, ServiceView, Slot, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
     limits, load,
     names::stage,
@@ -25,12 +25,14 @@ use lb_common::{
     stats::IcmpBudget,
 };
 use lb_ebpf::{
-    FlowTable, Tables, Verdict,
+    FlowTable, Frame, Tables, Verdict,
     choose::Why,
     fragment::FragmentTable,
     icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
+    nat::{self, Added, NatTables, Way},
+    packet::Sum,
     place::{Place, decode, encode, lesser, place_new},
 };
 
@@ -61,6 +63,15 @@ static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SY
 static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+#[map]
+static NAT_FLOWS: HashMap<FlowKey, Nat> = HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static NAT_REPLIES: HashMap<ReplyKey, Reply> =
+    HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static WAY: PerCpuArray<Way> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static SUM: PerCpuArray<Sum> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -277,6 +288,65 @@ impl FragmentTable for Maps {
     }
 }
 
+/// What came of writing an entry.
+#[inline(always)]
+fn added(result: Result<(), i32>) -> Added {
+    const EEXIST: i32 = -17;
+    match result {
+        Ok(()) => Added::Done,
+        Err(EEXIST) => Added::Taken,
+        Err(_) => Added::Full,
+    }
+}
+
+impl NatTables for Maps {
+    #[inline(always)]
+    fn nat<R>(&self, key: &FlowKey, f: impl FnOnce(&mut Nat) -> R) -> Option<R> {
+        // SAFETY: the entry stays mapped during the run. Two processors may write words of it at once; each is whole,
+        // and either's is right.
+        NAT_FLOWS.get_ptr_mut(key).map(|nat| f(unsafe { &mut *nat }))
+    }
+
+    #[inline(always)]
+    fn reply<R>(&self, key: &ReplyKey, f: impl FnOnce(&mut Reply) -> R) -> Option<R> {
+        // SAFETY: as above.
+        NAT_REPLIES.get_ptr_mut(key).map(|reply| f(unsafe { &mut *reply }))
+    }
+
+    #[inline(always)]
+    fn add_nat(&self, key: &FlowKey, nat: &Nat) -> Added {
+        added(NAT_FLOWS.insert(key, nat, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn add_reply(&self, key: &ReplyKey, reply: &Reply) -> Added {
+        added(NAT_REPLIES.insert(key, reply, BPF_NOEXIST.into()))
+    }
+
+    #[inline(always)]
+    fn remove_nat(&self, key: &FlowKey) -> bool {
+        NAT_FLOWS.remove(key).is_ok()
+    }
+
+    #[inline(always)]
+    fn remove_reply(&self, key: &ReplyKey) -> bool {
+        NAT_REPLIES.remove(key).is_ok()
+    }
+
+    #[inline(always)]
+    fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {
+        let buffer = SUM.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own, and programs do not preempt each other.
+        frame.sum_of(offset, len, unsafe { &mut *buffer })
+    }
+
+    #[inline(always)]
+    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R> {
+        // SAFETY: as above.
+        WAY.get_ptr_mut(0).map(|way| f(unsafe { &mut *way }))
+    }
+}
+
 /// [`place_new`] for the view whose table begins at `slot_base`. A global function: verified once, by itself.
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -299,6 +369,7 @@ pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u
 
 /// Balances the packets of one interface.
 #[xdp(frags)]
+#[inline(always)]
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -308,6 +379,7 @@ pub fn ingress(ctx: XdpContext) -> u32 {
 /// Stands on the interface where another's program is to run before or after ours: jumps to it if its place is
 /// filled, and else to ours. See [`stage::BEFORE`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn root(ctx: XdpContext) -> u32 {
     // SAFETY: nothing in this frame needs to be dropped.
     unsafe {
@@ -320,6 +392,7 @@ pub fn root(ctx: XdpContext) -> u32 {
 
 /// What is sent to a VIP by ICMP; see [`stage::ICMP`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn icmp(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
@@ -328,9 +401,37 @@ pub fn icmp(ctx: XdpContext) -> u32 {
 
 /// Fragments; see [`stage::FRAGMENT`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn fragment(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// Full address translation; see [`stage::NAT`].
+#[xdp(frags)]
+#[inline(always)]
+pub fn nat(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The same for new flows; see [`stage::NAT_BIND`].
+#[xdp(frags)]
+#[inline(always)]
+pub fn nat_bind(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process_new(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The same for ICMP errors; see [`stage::NAT_ERROR`].
+#[xdp(frags)]
+#[inline(always)]
+pub fn nat_error(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -339,6 +440,7 @@ pub fn fragment(ctx: XdpContext) -> u32 {
 fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
     match outcome {
         Outcome::Forwarded { service, backend } => debug!(ctx, "service {} backend {}", service, backend),
+        Outcome::Returned { service } => debug!(ctx, "service {} to its client", service),
         Outcome::Not(reason) => debug!(ctx, "reason {}", reason as u32),
     }
     if let Verdict::Stage(index) = verdict {

@@ -1,11 +1,11 @@
-//! Sends a packet to its backend: checks that it fits, encapsulates, picks the next hop.
+//! Sends a packet to its backend: checks that it fits, encapsulates or rewrites the MACs, picks the next hop.
 //!
 //! Input: frame, [`Headers`], [`Backend`], flow hash. Output: a [`Verdict`] or the [`Reason`] against it.
 //! Outer headers follow RFC 2003 and RFC 2473 (ipip), draft-ietf-intarea-gue (gue) and RFC 6040 (ECN).
 
 mod outer;
 
-pub use outer::source as outer_source;
+pub use outer::{source as outer_source, varied};
 
 use crate::{
     Frame, Packet, Verdict,
@@ -41,6 +41,8 @@ pub struct FibQuery {
     pub destination: [u32; 4],
     /// Whether the outer header is IPv6.
     pub is_ipv6: bool,
+    /// Whether a router will not do as the next hop: [`Reason::NotOnLink`] then.
+    pub on_link: bool,
     /// DSCP and ECN.
     pub tos: u8,
     /// Protocol of the outer header.
@@ -62,6 +64,8 @@ pub struct FibAnswer {
 pub trait Fib {
     /// The way to a destination; [`Reason::TooBigAnswered`] with the MTU when the packet does not fit.
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)>;
+    /// An interface's MTU, if it is smaller than an IP packet of `len` bytes.
+    fn narrower(&self, ifindex: u32, len: u32) -> Option<u32>;
 }
 
 /// Why a packet cannot go on.
@@ -71,6 +75,8 @@ pub enum Refusal {
     Reason(Reason),
     /// It would fit with this many bytes, its own IP header included.
     TooBig(u32),
+    /// It is for the program at this place of `STAGES`.
+    Stage(u32),
 }
 
 impl From<Reason> for Refusal {
@@ -80,18 +86,20 @@ impl From<Reason> for Refusal {
     }
 }
 
-/// Bytes that encapsulation adds to a packet of this backend; None for modes that this program lacks.
+/// Bytes that the forwarding mode adds to a packet of this backend; None for modes that send it no further
+/// from here (`local`, and `nat`, which has a stage of its own).
 #[inline(always)]
 pub fn overhead(backend: &Backend) -> Option<usize> {
     let outer_len = if is_mapped(&backend.address) { 20 } else { 40 };
     match backend.mode {
         mode::IPIP => Some(outer_len),
         mode::GUE => Some(outer_len + GUE_OVERHEAD),
+        mode::L2 => Some(0),
         _ => None,
     }
 }
 
-/// Encapsulates a packet for its backend and says where it leaves.
+/// Encapsulates a packet for its backend, or gives it the worker's MAC, and says where it leaves.
 #[inline(always)]
 pub fn forward<F: Frame + Fib>(
     frame: &mut F,
@@ -101,7 +109,11 @@ pub fn forward<F: Frame + Fib>(
     hash: u64,
 ) -> Result<Verdict, Refusal> {
     let outer_is_ipv6 = !is_mapped(&backend.address);
-    let overhead = overhead(backend).ok_or(Reason::BadMode)?;
+    let Some(overhead) = overhead(backend) else {
+        // This host serves it itself: nothing is changed.
+        return if backend.mode == mode::LOCAL { Ok(Verdict::Pass) } else { Err(Reason::BadMode.into()) };
+    };
+    let is_l2 = backend.mode == mode::L2;
     let mut source = outer_source(backend, hash);
     let len = headers.ip_len + overhead as u32;
     // The outer header's length has 16 bits.
@@ -115,6 +127,8 @@ pub fn forward<F: Frame + Fib>(
             source,
             destination: crate::parse::words(backend.address),
             is_ipv6: outer_is_ipv6,
+            // A router would look at the packet's own destination, and bring it back here.
+            on_link: is_l2,
             tos: headers.tos,
             protocol: outer::protocol(backend, headers),
             len,
@@ -137,18 +151,20 @@ pub fn forward<F: Frame + Fib>(
     if !frame.adjust_head(headers.l2_len as i32 - (l2_len + overhead) as i32) {
         return Err(Reason::NoHeadroom.into());
     }
-    let kind = if outer_is_ipv6 { ETH_IPV6 } else { ETH_IPV4 };
+    let is_ipv6 = if is_l2 { headers.is_ipv6 } else { outer_is_ipv6 };
+    let kind = if is_ipv6 { ETH_IPV6 } else { ETH_IPV4 };
     let mut packet = frame.packet();
     // One call per length, so that all offsets are constants.
     let written = if hop.vlan == 0 {
         write_ethernet(&mut packet, &hop)
             && packet.write(12, kind.to_be())
-            && outer::write(&mut packet, ETHERNET, settings, headers, backend, source, hash)
+            && (is_l2 || outer::write(&mut packet, ETHERNET, settings, headers, backend, source, hash))
     } else {
         write_ethernet(&mut packet, &hop)
             && packet.write(12, [ETH_VLAN.to_be(), hop.vlan])
             && packet.write(16, kind.to_be())
-            && outer::write(&mut packet, ETHERNET + VLAN_TAG, settings, headers, backend, source, hash)
+            && (is_l2
+                || outer::write(&mut packet, ETHERNET + VLAN_TAG, settings, headers, backend, source, hash))
     };
     if !written {
         return Err(Reason::NoHeadroom.into());
@@ -158,7 +174,7 @@ pub fn forward<F: Frame + Fib>(
 
 /// The next hop that the daemon filled in.
 #[inline(always)]
-fn filled_in(backend: &Backend) -> Hop {
+pub fn filled_in(backend: &Backend) -> Hop {
     let words: &[u64; 8] = zerocopy::transmute_ref!(backend);
     // Words 4 and 5 hold a MAC and 16 bits each. The BPF target is little-endian.
     let mac = |word: u64| (word as u32, (word >> 32) as u16);

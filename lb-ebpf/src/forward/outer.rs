@@ -29,9 +29,14 @@ pub fn protocol(backend: &Backend, headers: &Headers) -> u8 {
 /// NIC spreads ipip over its queues.
 #[inline(always)]
 pub fn source(backend: &Backend, hash: u64) -> [u32; 4] {
-    let mut source = words(backend.source);
-    if backend.source_bits != 0 {
-        let mask = u64::MAX >> ((64 - backend.source_bits as u32) & 63);
+    varied(words(backend.source), backend.source_bits as u32, hash)
+}
+
+/// An address whose low `bits` (up to 64) are taken from the hash.
+#[inline(always)]
+pub fn varied(mut source: [u32; 4], bits: u32, hash: u64) -> [u32; 4] {
+    if bits != 0 {
+        let mask = u64::MAX >> ((64 - bits) & 63);
         let bits = hash & mask;
         source[3] |= (bits as u32).to_be();
         source[2] |= ((bits >> 32) as u32).to_be();

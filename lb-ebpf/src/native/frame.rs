@@ -4,6 +4,7 @@ use super::std::{boxed::Box, cell::RefCell, vec, vec::Vec};
 use crate::{
     Frame, Packet,
     forward::{Fib, FibAnswer, FibQuery},
+    packet::Sum,
 };
 use core::cell::UnsafeCell;
 use lb_common::Reason;
@@ -36,6 +37,7 @@ pub struct VecFrame {
     ifindex: u32,
     adjusts: Vec<Adjust>,
     fib: FibFn,
+    mtu: Option<u32>,
     queries: RefCell<Vec<FibQuery>>,
 }
 
@@ -61,6 +63,7 @@ impl VecFrame {
             ifindex: 1,
             adjusts: Vec::new(),
             fib: |_| Err((Reason::NoRoute, 0)),
+            mtu: None,
             queries: RefCell::default(),
         }
     }
@@ -83,6 +86,13 @@ impl VecFrame {
     #[must_use]
     pub fn with_fib(mut self, fib: FibFn) -> Self {
         self.fib = fib;
+        self
+    }
+
+    /// The same with this MTU on every interface.
+    #[must_use]
+    pub fn with_mtu(mut self, mtu: u32) -> Self {
+        self.mtu = Some(mtu);
         self
     }
 
@@ -153,12 +163,25 @@ impl Frame for VecFrame {
         Some(((sum & 0xffff_ffff) + (sum >> 32)) as u32)
     }
 
+    fn sum_of(&self, offset: usize, len: usize, _: &mut Sum) -> Option<u32> {
+        let bytes = self.bytes();
+        let mut sum = 0u64;
+        for pair in bytes.get(offset..offset.checked_add(len)?)?.chunks(2) {
+            sum += u64::from(u16::from_ne_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        }
+        u32::try_from(sum).ok()
+    }
+
     fn ifindex(&self) -> u32 {
         self.ifindex
     }
 }
 
 impl Fib for VecFrame {
+    fn narrower(&self, _: u32, len: u32) -> Option<u32> {
+        self.mtu.filter(|mtu| *mtu < len)
+    }
+
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
         self.queries.borrow_mut().push(*query);
         (self.fib)(query)

@@ -4,15 +4,23 @@ use super::{HashTables, VecFrame};
 use crate::{
     Verdict, fragment, icmp_stage,
     ingress::{self, Outcome},
+    nat,
 };
 use lb_common::{names::stage, settings::IngressSettings};
 
-/// A packet's whole way: `ingress`, and the stage that it jumps to, if any.
+/// A packet's whole way: `ingress`, and the stages that it jumps to, if any.
 pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings) -> (Verdict, Outcome) {
-    let (verdict, outcome) = ingress::process(frame, tables, settings);
-    match verdict {
-        Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
-        Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
-        _ => (verdict, outcome),
+    let (mut verdict, mut outcome) = ingress::process(frame, tables, settings);
+    // The kernel allows 33 jumps; nothing needs more than three.
+    for _ in 0..4 {
+        (verdict, outcome) = match verdict {
+            Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
+            Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
+            Verdict::Stage(stage::NAT) => nat::process(frame, tables, settings),
+            Verdict::Stage(stage::NAT_BIND) => nat::process_new(frame, tables, settings),
+            Verdict::Stage(stage::NAT_ERROR) => nat::process_error(frame, tables, settings),
+            _ => return (verdict, outcome),
+        };
     }
+    panic!("stages jump in a circle")
 }

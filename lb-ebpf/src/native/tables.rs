@@ -6,9 +6,16 @@ use super::std::{
     vec,
     vec::Vec,
 };
-use crate::{FlowTable, Tables, decap::DecapTables, fragment::FragmentTable};
+use crate::{
+    FlowTable, Frame, Tables,
+    decap::DecapTables,
+    fragment::FragmentTable,
+    nat::{Added, NatTables, Way},
+    packet::Sum,
+};
 use lb_common::{
-    Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, ServiceKey,
+    ServiceView, Slot, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
     load,
     stats::IcmpBudget,
@@ -90,6 +97,9 @@ pub struct HashTables {
     pub when_full: WhenFull,
     flows: [RefCell<Flows>; 3],
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
+    nats: RefCell<BTreeMap<FlowKey, Nat>>,
+    replies: RefCell<BTreeMap<ReplyKey, Reply>>,
+    way: RefCell<Way>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
@@ -113,6 +123,9 @@ impl Default for HashTables {
             when_full: WhenFull::Evict,
             flows: Default::default(),
             fragments: RefCell::default(),
+            nats: RefCell::default(),
+            replies: RefCell::default(),
+            way: RefCell::new(Way::EMPTY),
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
@@ -314,5 +327,64 @@ impl DecapTables for HashTables {
 
     fn count(&self, reason: Reason) {
         self.count_one(reason);
+    }
+}
+
+impl HashTables {
+    /// Bindings by client, ordered by key.
+    pub fn nats(&self) -> Vec<(FlowKey, Nat)> {
+        self.nats.borrow().iter().map(|(key, nat)| (*key, *nat)).collect()
+    }
+
+    /// Bindings by worker, ordered by key.
+    pub fn replies(&self) -> Vec<(ReplyKey, Reply)> {
+        self.replies.borrow().iter().map(|(key, reply)| (*key, *reply)).collect()
+    }
+
+    fn add<K: Ord + Copy, V: Copy>(&self, map: &RefCell<BTreeMap<K, V>>, key: &K, value: &V) -> Added {
+        let mut map = map.borrow_mut();
+        if map.contains_key(key) {
+            return Added::Taken;
+        }
+        if map.len() >= self.capacity {
+            return Added::Full;
+        }
+        map.insert(*key, *value);
+        Added::Done
+    }
+}
+
+impl NatTables for HashTables {
+    fn nat<R>(&self, key: &FlowKey, f: impl FnOnce(&mut Nat) -> R) -> Option<R> {
+        self.nats.borrow_mut().get_mut(key).map(f)
+    }
+
+    fn reply<R>(&self, key: &ReplyKey, f: impl FnOnce(&mut Reply) -> R) -> Option<R> {
+        self.replies.borrow_mut().get_mut(key).map(f)
+    }
+
+    fn add_nat(&self, key: &FlowKey, nat: &Nat) -> Added {
+        self.add(&self.nats, key, nat)
+    }
+
+    fn add_reply(&self, key: &ReplyKey, reply: &Reply) -> Added {
+        self.add(&self.replies, key, reply)
+    }
+
+    fn remove_nat(&self, key: &FlowKey) -> bool {
+        self.nats.borrow_mut().remove(key).is_some()
+    }
+
+    fn remove_reply(&self, key: &ReplyKey) -> bool {
+        self.replies.borrow_mut().remove(key).is_some()
+    }
+
+    fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {
+        let mut memory = Sum::EMPTY;
+        frame.sum_of(offset, len, &mut memory)
+    }
+
+    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R> {
+        Some(f(&mut self.way.borrow_mut()))
     }
 }

@@ -9,6 +9,7 @@ mod build;
 mod choose;
 mod hostile;
 mod keep;
+mod nat;
 mod place;
 mod too_big;
 mod worker;

@@ -70,6 +70,10 @@ pub struct BackendState {
     pub slow_start_percent: Option<u8>,
     /// How packets get there.
     pub next_hop: Option<NextHop>,
+    /// The way is in the maps; otherwise the kernel's routes are asked for each packet.
+    pub resolved: bool,
+    /// Why packets cannot get there.
+    pub problem: Option<String>,
 }
 
 /// A backend that is no longer desired.

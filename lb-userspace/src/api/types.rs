@@ -269,6 +269,9 @@ pub struct BackendStatus {
     /// Progress of its drain, if it is draining.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<Drain>,
+    /// Why packets cannot get there in the service's forwarding mode, and what would help.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// How packets get there; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,

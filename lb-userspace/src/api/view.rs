@@ -82,7 +82,8 @@ impl Control {
             let backend = format!("{} (removed)", removed.address);
             status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
         }
-        status.problems = problems(&status);
+        let general = problems(&status);
+        status.problems.splice(0..0, general);
         status.healthy = status.problems.is_empty();
         status
     }
@@ -122,7 +123,10 @@ impl Control {
                 let (service, backend) = (name.clone(), backend.to_string());
                 status.draining.push(DrainingBackend { service, backend, drain });
             }
-            if applied.is_some_and(|a| a.next_hop.is_none()) {
+            if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
+                status.problems.push(format!("{id}: {problem}"));
+            }
+            if applied.is_some_and(|a| !a.resolved) {
                 status.unresolved.push(id);
             }
         }
@@ -252,6 +256,7 @@ impl Control {
             next_hop: applied.and_then(|a| a.next_hop),
             damped,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
+            problem: applied.and_then(|a| a.problem.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
             replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),

@@ -23,6 +23,9 @@ pub enum Command {
         name: Name,
         /// Worker's address
         address: IpAddr,
+        /// Mode nat: port that the worker serves on [default: the service's]
+        #[arg(long)]
+        port: Option<u16>,
         /// Share of new flows relative to the other backends'
         #[arg(long, value_name = "N", default_value_t = 1)]
         weight: u32,
@@ -54,6 +57,9 @@ pub enum Command {
         /// Worker's address
         #[arg(long)]
         address: Option<IpAddr>,
+        /// Mode nat: port that the worker serves on
+        #[arg(long)]
+        port: Option<u16>,
         /// Share of new flows relative to the other backends'
         #[arg(long, value_name = "N")]
         weight: Option<u32>,
@@ -90,19 +96,23 @@ fn path(service: &Name, name: &Name) -> String {
 /// Runs one.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
-        Command::Add { service, name, address, weight, state, write } => {
-            let body = json!({ "address": address, "weight": weight, "state": state });
+        Command::Add { service, name, address, port, weight, state, write } => {
+            let mut body = json!({ "address": address, "weight": weight, "state": state });
+            if let Some(port) = port {
+                body["port"] = json!(port);
+            }
             let what = format!("backend {service}/{name} added");
             context.write(&what, Method::POST, &path(&service, &name), &write.query(), Some(&body)).await
         }
-        Command::Set { service, name, address, weight, state, write } => {
+        Command::Set { service, name, address, port, weight, state, write } => {
             let mut body = Map::new();
             let mut set = |key: &str, value: Option<Value>| value.map(|v| body.insert(key.to_owned(), v));
             set("address", address.map(|a| json!(a)));
+            set("port", port.map(|p| json!(p)));
             set("weight", weight.map(|w| json!(w)));
             set("state", state.map(|s| json!(s)));
             if body.is_empty() {
-                let what = "nothing to set: give --weight, --address or --state".to_owned();
+                let what = "nothing to set: give --weight, --address, --port or --state".to_owned();
                 return Err(Failure::Usage { what });
             }
             let what = format!("backend {service}/{name} set");

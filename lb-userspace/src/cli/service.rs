@@ -78,7 +78,7 @@ struct Settings {
     /// tcp or udp
     #[arg(long)]
     protocol: Option<Protocol>,
-    /// How packets reach backends: ipip or gue
+    /// How packets reach backends: ipip, gue, l2, nat or local
     #[arg(long, value_parser = word::<ForwardingMode>)]
     mode: Option<ForwardingMode>,
     /// How new flows are placed: maglev, p2c, rr, wrr, random, lc or source-hash

@@ -80,6 +80,9 @@ pub fn backend(
     let (mode, port) = match service.mode {
         ForwardingMode::Ipip => (mode::IPIP, 0),
         ForwardingMode::Gue => (mode::GUE, service.gue_port),
+        ForwardingMode::L2 => (mode::L2, 0),
+        ForwardingMode::Local => (mode::LOCAL, 0),
+        ForwardingMode::Nat => (mode::NAT, worker_port(address, service)),
     };
     let prefix = match (mode, address) {
         (mode::IPIP, IpAddr::V4(_)) => {
@@ -87,6 +90,12 @@ pub fn backend(
         }
         (mode::IPIP, IpAddr::V6(_)) => {
             settings.ipip_source_v6.map(|n| (IpAddr::V6(n.network()), 128 - n.prefix_len()))
+        }
+        (mode::NAT, IpAddr::V4(_)) => {
+            settings.nat_source_v4.map(|n| (IpAddr::V4(n.network()), 32 - n.prefix_len()))
+        }
+        (mode::NAT, IpAddr::V6(_)) => {
+            settings.nat_source_v6.map(|n| (IpAddr::V6(n.network()), 128 - n.prefix_len()))
         }
         _ => None,
     };
@@ -104,8 +113,13 @@ pub fn backend(
         entry.source = to_address(source);
         entry.source_bits = bits.min(64);
     }
-    // Without a source the program must ask the kernel for one.
-    if let (Some(hop), Some(_)) = (next_hop, source) {
+    if mode == mode::LOCAL {
+        entry.flags |= flags::RESOLVED;
+        return entry;
+    }
+    // Without a source the program must ask the kernel for one; by MAC it reaches no further than the segment.
+    let next_hop = next_hop.filter(|hop| mode != mode::L2 || !hop.is_routed);
+    if let (Some(hop), true) = (next_hop, source.is_some() || mode == mode::L2) {
         entry.next_hop = hop.next_hop;
         entry.mtu = hop.mtu;
         entry.egress_mac = hop.egress_mac;
@@ -114,6 +128,12 @@ pub fn backend(
         entry.flags |= flags::RESOLVED;
     }
     entry
+}
+
+/// The port that a worker serves on, 0 if it is the one that the client asked for.
+fn worker_port(address: IpAddr, service: &Service) -> u16 {
+    let backend = service.backends.values().find(|b| b.address == address);
+    backend.and_then(|b| b.port).unwrap_or(0)
 }
 
 /// Enters a service where packets find it.

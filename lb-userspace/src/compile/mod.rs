@@ -33,6 +33,12 @@ pub struct Settings {
     pub ipip_source_v4: Option<Ipv4Net>,
     /// The same for IPv6.
     pub ipip_source_v6: Option<Ipv6Net>,
+    /// Source addresses of translated IPv4 packets. The route's own source if none.
+    pub nat_source_v4: Option<Ipv4Net>,
+    /// The same for IPv6.
+    pub nat_source_v6: Option<Ipv6Net>,
+    /// Interfaces that the program is attached to: answers to translated packets must come in by one of them.
+    pub attached: BTreeMap<u32, String>,
     /// Sizes of the maps.
     pub limits: Limits,
     /// Bits of [`lb_common::settings::features`] that the program was loaded without.
@@ -247,6 +253,9 @@ pub struct BackendStatus {
     pub slots: u32,
     /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.
     pub resolved: bool,
+    /// Why packets cannot get there in the service's forwarding mode, and what would help.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
     /// Of a removed backend: clock in ms since boot from which it may be forgotten, once it has no flow.
     pub removed_until_ms: Option<i64>,
 }

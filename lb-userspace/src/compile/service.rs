@@ -16,7 +16,8 @@ use super::{
 use crate::{
     maglev,
     model::{
-        BackendId, BackendState, Health, Name, NextHop, OnDown, Protocol, Readiness, Scheduler, Service,
+        BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
+        Scheduler, Service,
     },
     policy::{self, Candidate, Seen},
 };
@@ -162,7 +163,7 @@ fn compile_anew(
         .map(|(b, seen)| Candidate {
             weight: b.weight,
             state: b.state,
-            health: seen.health,
+            health: if problem(input, b.address).is_none() { seen.health } else { Health::Unhealthy },
             declines: seen.readiness.declines(),
         })
         .collect();
@@ -259,6 +260,31 @@ fn too_many(what: &'static str, input: &Input<'_>, option: &'static str) -> Comp
     let limits = &input.settings.limits;
     let limit = u64::from(if what == "services" { limits.services } else { limits.backends });
     CompileError::TooMany { what, needed: limit + 1, limit, first: input.name.to_string(), option }
+}
+
+/// Why packets cannot reach a backend in the service's forwarding mode, as far as routes tell.
+fn problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
+    let hop = input.next_hops.get(&address)?;
+    match input.wanted.mode {
+        ForwardingMode::L2 if hop.is_routed => Some(format!(
+            "mode l2 needs workers on this host's own segment, and {address} is behind a router: \
+             use ipip, gue or nat, or put the worker on the segment"
+        )),
+        ForwardingMode::Nat if !input.settings.attached.contains_key(&hop.ifindex) => Some(format!(
+            "mode nat needs the answers of {address}, which come in by interface {}, where lbd is not attached: \
+             start it with --iface for that one too",
+            name_of(hop.ifindex)
+        )),
+        _ => None,
+    }
+}
+
+/// An interface's name and index, for people.
+fn name_of(ifindex: u32) -> String {
+    match nix::net::if_::if_indextoname(ifindex) {
+        Ok(name) => name.to_string_lossy().into_owned(),
+        Err(_) => format!("with index {ifindex}"),
+    }
 }
 
 /// Gives each backend an index, and notes which are gone and which are back.
@@ -462,6 +488,10 @@ fn backend_entries(
         .map(|(&address, backend)| {
             let hop = input.next_hops.get(&address);
             egress.extend(hop.map(|hop| hop.ifindex));
+            if input.wanted.mode == ForwardingMode::Nat {
+                // Answers leave where the clients' packets come in.
+                egress.extend(input.settings.attached.keys());
+            }
             let state = states.get(&address).copied().unwrap_or(DRAINING);
             let entry = entries::backend(address, input.wanted, memory.index, hop, state, input.settings);
             (backend.index, entry)
@@ -480,6 +510,9 @@ fn view(wanted: &Service, shape: &Shape) -> View {
     }
     if wanted.has_second_chance() {
         bits |= flags::SECOND_CHANCE;
+    }
+    if wanted.mode == ForwardingMode::Nat {
+        bits |= flags::NAT;
     }
     let (scheduler, more) = match wanted.scheduler {
         Scheduler::Maglev => (scheduler::MAGLEV, 0),
@@ -567,6 +600,7 @@ fn status(
                 slow_start_percent,
                 slots: share(index),
                 resolved: is_resolved(index),
+                problem: problem(input, b.address),
                 removed_until_ms: None,
             })
         })
@@ -585,6 +619,7 @@ fn status(
             slow_start_percent: None,
             slots: 0,
             resolved: is_resolved(b.index),
+            problem: None,
             removed_until_ms: Some(removed_ms + drain_ms),
         })
     }));

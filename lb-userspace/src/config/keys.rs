@@ -27,10 +27,13 @@ pub const LBD: &[&str] = &[
     "allow_generic",
     "chain",
     "ipip_source",
+    "nat_source",
+    "nat_ports",
     "max_services",
     "max_backends",
     "max_slots",
     "max_flows",
+    "max_nat_flows",
     "ipv6",
     "vlan",
     "outer_ttl",
@@ -108,4 +111,4 @@ pub const METRICS: &[&str] = &[
 ];
 
 /// `[[service.backend]]`.
-pub const BACKEND: &[&str] = &["name", "address", "weight", "state", "seat"];
+pub const BACKEND: &[&str] = &["name", "address", "port", "weight", "state", "seat"];

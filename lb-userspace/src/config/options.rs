@@ -7,7 +7,7 @@ use crate::store::{Address, etcd::Access};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
     limits,
-    settings::{IngressSettings, features},
+    settings::{IngressSettings, NAT_PORTS, features},
 };
 use serde::{Deserialize, Serialize};
 use std::{net::SocketAddr, path::PathBuf};
@@ -125,6 +125,13 @@ pub struct Options {
     #[arg(long, value_name = "NET", env = "LBD_IPIP_SOURCE", value_delimiter = ',')]
     #[serde(default)]
     pub ipip_source: Vec<IpNet>,
+    /// Addresses of this host that clients' packets get as source in mode nat, one prefix per family [default: the route's]
+    #[arg(long, value_name = "NET", env = "LBD_NAT_SOURCE", value_delimiter = ',')]
+    #[serde(default)]
+    pub nat_source: Vec<IpNet>,
+    /// Source ports of mode nat [default: 10240-32767]
+    #[arg(long, value_name = "FIRST-LAST", env = "LBD_NAT_PORTS")]
+    pub nat_ports: Option<String>,
     /// Room for services [default: 4096]
     #[arg(long, value_name = "N", env = "LBD_MAX_SERVICES")]
     pub max_services: Option<u32>,
@@ -137,6 +144,9 @@ pub struct Options {
     /// Room for tracked flows, TCP exceptions and UDP each [default: 1048576]
     #[arg(long, value_name = "N", env = "LBD_MAX_FLOWS")]
     pub max_flows: Option<u32>,
+    /// Room for flows in mode nat [default: 262144]
+    #[arg(long, value_name = "N", env = "LBD_MAX_NAT_FLOWS")]
+    pub max_nat_flows: Option<u32>,
     /// Balance IPv6 [default: true]
     #[arg(long, value_name = "BOOL", env = "LBD_IPV6")]
     pub ipv6: Option<bool>,
@@ -209,6 +219,12 @@ pub struct Settings {
     pub ipip_source_v4: Option<Ipv4Net>,
     /// Outer IPv6 sources of ipip.
     pub ipip_source_v6: Option<Ipv6Net>,
+    /// IPv4 sources of nat.
+    pub nat_source_v4: Option<Ipv4Net>,
+    /// IPv6 sources of nat.
+    pub nat_source_v6: Option<Ipv6Net>,
+    /// Whether someone asked for the ports of nat.
+    pub nat_ports_required: bool,
     /// Room in the maps.
     pub max_services: u32,
     /// Room in the maps.
@@ -217,6 +233,8 @@ pub struct Settings {
     pub max_slots: u32,
     /// Room in the maps.
     pub max_flows: u32,
+    /// Room in the maps.
+    pub max_nat_flows: u32,
     /// Global of the program.
     pub ingress: IngressSettings,
     /// Health probes at once.
@@ -229,6 +247,39 @@ pub struct Settings {
     pub log_format: LogFormat,
     /// The program's log level.
     pub xdp_log_level: LogLevel,
+}
+
+/// Sources of mode nat by family, one each.
+fn nat_sources(nets: &[IpNet]) -> Result<(Option<Ipv4Net>, Option<Ipv6Net>), SettingsError> {
+    let refuse = |what| Err(SettingsError { setting: "nat_source", what });
+    let (mut v4, mut v6) = (None, None);
+    for net in nets {
+        let second = match *net {
+            IpNet::V4(net) => v4.replace(net.trunc()).is_some(),
+            IpNet::V6(net) => v6.replace(net.trunc()).is_some(),
+        };
+        if second {
+            return refuse(format!("{net} is a second prefix of its family: give one"));
+        }
+        // Each port of each address is one more that a worker's answers must find back by.
+        if net.max_prefix_len() - net.prefix_len() > 16 {
+            return refuse(format!("{net} holds more than 65536 addresses: give a longer prefix"));
+        }
+    }
+    Ok((v4, v6))
+}
+
+/// `FIRST-LAST`.
+fn parse_nat_ports(text: &str) -> Result<(u16, u16), SettingsError> {
+    let range =
+        text.split_once('-').and_then(|(first, last)| Some((first.parse().ok()?, last.parse().ok()?)));
+    match range {
+        Some((first, last)) if first >= 1_024 && first <= last => Ok((first, last)),
+        _ => Err(SettingsError {
+            setting: "nat_ports",
+            what: format!("{text:?} is no range FIRST-LAST within 1024 to 65535"),
+        }),
+    }
 }
 
 /// The bits of named features; all of them if none is named.
@@ -292,10 +343,13 @@ impl Options {
             allow_generic: self.allow_generic.or(other.allow_generic),
             chain: self.chain.or(other.chain),
             ipip_source: list(self.ipip_source, other.ipip_source),
+            nat_source: list(self.nat_source, other.nat_source),
+            nat_ports: self.nat_ports.or(other.nat_ports),
             max_services: self.max_services.or(other.max_services),
             max_backends: self.max_backends.or(other.max_backends),
             max_slots: self.max_slots.or(other.max_slots),
             max_flows: self.max_flows.or(other.max_flows),
+            max_nat_flows: self.max_nat_flows.or(other.max_nat_flows),
             ipv6: self.ipv6.or(other.ipv6),
             vlan: self.vlan.or(other.vlan),
             outer_ttl: self.outer_ttl.or(other.outer_ttl),
@@ -346,6 +400,7 @@ impl Options {
             ("max_backends", self.max_backends),
             ("max_slots", self.max_slots),
             ("max_flows", self.max_flows),
+            ("max_nat_flows", self.max_nat_flows),
             ("probes", self.probes),
         ] {
             if value == Some(0) {
@@ -372,6 +427,11 @@ impl Options {
         let host = self.host.map(|host| name("host", host)).transpose()?;
         let region = name("region", self.region.unwrap_or_else(|| "default".to_owned()))?;
         let zone = name("zone", self.zone.unwrap_or_else(|| "default".to_owned()))?;
+        let (nat_source_v4, nat_source_v6) = nat_sources(&self.nat_source)?;
+        let (nat_first, nat_last) = match self.nat_ports.as_deref() {
+            None => NAT_PORTS,
+            Some(text) => parse_nat_ports(text)?,
+        };
         let default = IngressSettings::DEFAULT;
         let icmp_per_s = self.icmp_per_s.unwrap_or(default.icmp_per_s);
         let ingress = IngressSettings {
@@ -381,6 +441,8 @@ impl Options {
             icmp_per_s,
             icmp_burst: default.icmp_burst.min(icmp_per_s),
             features: parse_features(&self.features)?,
+            nat_first,
+            nat_last,
             ..default
         };
         Ok(Settings {
@@ -402,10 +464,14 @@ impl Options {
             chain: self.chain.unwrap_or(false),
             ipip_source_v4,
             ipip_source_v6,
+            nat_source_v4,
+            nat_source_v6,
+            nat_ports_required: self.nat_ports.is_some(),
             max_services: self.max_services.unwrap_or(limits::SERVICES),
             max_backends: self.max_backends.unwrap_or(limits::BACKENDS),
             max_slots: self.max_slots.unwrap_or(limits::SLOTS),
             max_flows: self.max_flows.unwrap_or(limits::FLOWS),
+            max_nat_flows: self.max_nat_flows.unwrap_or(limits::NAT_FLOWS),
             ingress,
             probes: self.probes.unwrap_or(512) as usize,
             revisions: self.revisions.unwrap_or(10_000).max(2),

@@ -120,7 +120,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}mode = \"ipp\"\n"),
-            "f:6:8: mode: unknown variant `ipp`, expected `ipip` or `gue`",
+            "f:6:8: mode: unknown variant `ipp`, expected one of `ipip`, `gue`, `l2`, `nat`, `local`",
         ),
         (
             "[[service]]\nname = \"s\"\nvip = \"10.0.0\"\nport = 80\nprotocol = \"tcp\"\n".to_owned(),

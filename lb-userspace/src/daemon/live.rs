@@ -109,9 +109,17 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
                 continue;
             };
             let next_hop = published.observed.next_hops.get(&b.address).filter(|_| b.resolved).copied();
+            let problem = b.problem.clone();
             let id = BackendId { service: name.clone(), backend: backend.clone() };
-            let (index, slots, slow_start_percent) = (b.index, b.slots, b.slow_start_percent);
-            let state = BackendState { index, slots, tracked_flows, slow_start_percent, next_hop };
+            let state = BackendState {
+                index: b.index,
+                slots: b.slots,
+                tracked_flows,
+                slow_start_percent: b.slow_start_percent,
+                next_hop,
+                resolved: b.resolved,
+                problem,
+            };
             snapshot.backends.insert(id, state);
         }
     }
@@ -124,6 +132,7 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
         room("tcp flows", entries(FlowTable::Flows), limits.flows),
         room("syns", entries(FlowTable::Syns), limits.syns),
         room("udp flows", entries(FlowTable::UdpFlows), limits.flows),
+        room("nat flows", published.sweep.bindings, limits.nat_flows),
     ];
     snapshot
 }

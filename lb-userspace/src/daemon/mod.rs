@@ -33,6 +33,7 @@ use anyhow::Context;
 use lb_common::settings::{IngressSettings, features};
 use sd_notify::NotifyState;
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -99,7 +100,8 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let limits = dataplane.limits;
     let (keep_out, kept) = watch::channel(Vec::new());
     let last_memory = local.load(MEMORY).await?;
-    let compile_settings = compile_settings(&settings, limits);
+    let attached = interfaces.iter().map(|i| (i.ifindex, i.name.clone())).collect();
+    let compile_settings = compile_settings(&settings, limits, attached);
     let keep = Box::new(move |bytes| drop(keep_out.send_replace(bytes)));
     let (mut reconciler, published) =
         Reconciler::new(dataplane, compile_settings, last_memory.as_deref(), keep)
@@ -254,6 +256,7 @@ fn attach_options(settings: &Settings) -> AttachOptions {
         backends: settings.max_backends,
         slots: settings.max_slots,
         flows: settings.max_flows,
+        nat_flows: settings.max_nat_flows,
         ..Limits::default()
     };
     AttachOptions {
@@ -271,10 +274,17 @@ fn attach_options(settings: &Settings) -> AttachOptions {
     }
 }
 
-fn compile_settings(settings: &Settings, limits: Limits) -> compile::Settings {
+fn compile_settings(
+    settings: &Settings,
+    limits: Limits,
+    attached: BTreeMap<u32, String>,
+) -> compile::Settings {
     compile::Settings {
         ipip_source_v4: settings.ipip_source_v4,
         ipip_source_v6: settings.ipip_source_v6,
+        nat_source_v4: settings.nat_source_v4,
+        nat_source_v6: settings.nat_source_v6,
+        attached,
         limits: compile::Limits {
             services: limits.services,
             backends: limits.backends,

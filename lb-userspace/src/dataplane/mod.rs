@@ -5,6 +5,7 @@
 
 mod attach;
 mod batch;
+mod bindings;
 mod decap;
 mod error;
 mod loads;
@@ -51,6 +52,8 @@ pub struct Limits {
     pub flows: u32,
     /// Recent SYN choices.
     pub syns: u32,
+    /// Bindings of mode `nat`.
+    pub nat_flows: u32,
     /// VIP addresses.
     pub vips: u32,
 }
@@ -63,6 +66,7 @@ impl Default for Limits {
             slots: limits::SLOTS,
             flows: limits::FLOWS,
             syns: limits::SYNS,
+            nat_flows: limits::NAT_FLOWS,
             vips: limits::VIPS,
         }
     }
@@ -124,6 +128,8 @@ impl Dataplane {
             (names::FLOWS, l.flows),
             (names::UDP_FLOWS, l.flows),
             (names::SYNS, l.syns),
+            (names::NAT_FLOWS, l.nat_flows),
+            (names::NAT_REPLIES, l.nat_flows),
         ];
         let is_chained = options.settings.features & features::CHAIN != 0;
         let mut stages = names::stage::INGRESS_PROGRAMS.to_vec();

@@ -1,7 +1,7 @@
 //! Reads the live dataplane: counters, tables, flows. Has handles of its own, so that many readers
 //! work beside the one writer; opened from the pins, it needs no daemon at all.
 
-use super::{DataplaneError, batch, mapped::MappedArray, slots::MappedSlots};
+use super::{DataplaneError, batch, bindings::Bindings, mapped::MappedArray, slots::MappedSlots};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
@@ -32,13 +32,14 @@ pub struct Reader {
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
+    pub(super) bindings: Bindings,
 }
 
-fn pinned(pin_path: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
+pub(super) fn pinned(pin_path: &Path, name: &'static str) -> Result<MapData, DataplaneError> {
     MapData::from_pin(pin_path.join(name)).map_err(|source| DataplaneError::Map { map: name, source })
 }
 
-fn typed<M: TryFrom<Map, Error = aya::maps::MapError>>(
+pub(super) fn typed<M: TryFrom<Map, Error = aya::maps::MapError>>(
     map: Map,
     name: &'static str,
 ) -> Result<M, DataplaneError> {
@@ -73,6 +74,7 @@ impl Reader {
             )?,
             reasons: typed(Map::PerCpuArray(pinned(pin_path, names::REASONS)?), names::REASONS)?,
             flows: [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?],
+            bindings: Bindings::open(pin_path)?,
         })
     }
 

@@ -33,7 +33,7 @@ impl ProbeTarget {
     /// What a service asks of one of its backends.
     pub fn of(service: &Service, backend: &Backend) -> Self {
         let own = if let Ports::One(port) = service.port { port } else { 0 };
-        let port = service.health.port.unwrap_or(own);
+        let port = service.health.port.or(backend.port).unwrap_or(own);
         Self {
             address: SocketAddr::new(backend.address, port),
             vip: service.vip,

@@ -203,6 +203,9 @@ impl Service {
         if self.gue_port == 0 {
             setting("gue_port is 0: 1 to 65535".to_owned());
         }
+        if self.mode == ForwardingMode::Local && self.backends.len() > 1 {
+            setting("mode local hands packets to this host's own stack: one backend at most".to_owned());
+        }
         self.check_health(&mut setting);
         if let Some(replica) = &self.replica {
             replica.check(matches!(self.port, Ports::One(_)), &mut setting);
@@ -241,15 +244,35 @@ impl Service {
         if let Some(seat) = b.seat.filter(|&seat| seat >= MAX_SEATS) {
             refuse(format!("seat {seat} is above {}", MAX_SEATS - 1));
         }
-        if let Some(what) = check_address(b.address) {
+        if self.mode == ForwardingMode::Local {
+            // An address of this host: its own, the VIP, or loopback.
+            if let Some(what) = check_address(b.address).filter(|_| !b.address.is_loopback()) {
+                refuse(format!("address {what}"));
+            }
+        } else if let Some(what) = check_address(b.address) {
             refuse(format!("address {what}"));
         } else if b.address == self.vip {
             refuse(format!("address {} is the service's own VIP: give the worker's own address", b.address));
-        } else if self.vip.is_ipv6() && b.address.is_ipv4() {
+        } else if self.vip.is_ipv6() && b.address.is_ipv4() && self.mode != ForwardingMode::L2 {
             refuse(format!(
                 "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
                 b.address
             ));
+        } else if self.vip.is_ipv4() && b.address.is_ipv6() && self.mode == ForwardingMode::Nat {
+            refuse(format!(
+                "address {} is IPv6, but the service is IPv4, and mode nat does not translate between them: give an IPv4 address",
+                b.address
+            ));
+        }
+        match b.port {
+            Some(0) => refuse("port is 0: 1 to 65535".to_owned()),
+            Some(_) if self.mode != ForwardingMode::Nat => {
+                refuse("port is for mode nat only: the other modes do not change ports".to_owned());
+            }
+            Some(_) if !matches!(self.port, Ports::One(_)) => {
+                refuse(format!("port needs a service with one port, and the service's is {}", self.port));
+            }
+            _ => {}
         }
     }
 
@@ -386,6 +409,25 @@ mod tests {
             (
                 r#"{"vip":"fd00::1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2"}}}"#,
                 "not carried in IPv4: give an IPv6 address",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","mode":"nat",
+                    "backends":{"a":{"address":"fd00::2"}}}"#,
+                "mode nat does not translate between them: give an IPv4 address",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2","port":8080}}}"#,
+                "port is for mode nat only",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":"1-9","protocol":"tcp","mode":"nat",
+                    "backends":{"a":{"address":"10.0.0.2","port":8080}}}"#,
+                "port needs a service with one port, and the service's is 1-9",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","mode":"local",
+                    "backends":{"a":{"address":"10.0.0.2"},"b":{"address":"127.0.0.1"}}}"#,
+                "one backend at most",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp",

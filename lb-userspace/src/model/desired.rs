@@ -59,6 +59,12 @@ pub enum ForwardingMode {
     Ipip,
     /// Generic UDP encapsulation.
     Gue,
+    /// The worker's MAC address on an otherwise unchanged packet: workers on the same segment, with the VIP on `lo`.
+    L2,
+    /// Full address translation: workers need nothing of ours, and answers come back through this host.
+    Nat,
+    /// This host's own stack, which has the VIP.
+    Local,
 }
 
 /// What becomes of established flows when their backend is found down.
@@ -185,6 +191,9 @@ fn default_weight() -> u32 {
 pub struct Backend {
     /// Worker's address.
     pub address: IpAddr,
+    /// Mode nat only: port that the worker serves on, if it is not the service's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
     /// Share of new flows relative to the other backends', 0 to 65,535; 0 takes none.
     #[serde(default = "default_weight")]
     pub weight: u32,

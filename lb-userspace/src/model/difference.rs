@@ -91,15 +91,19 @@ pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
 }
 
 fn value(thing: &impl Serialize) -> Value {
-    serde_json::to_value(thing).expect("model types have text keys and no failing serialisers")
+    let mut value =
+        serde_json::to_value(thing).expect("model types have text keys and no failing serialisers");
+    // Follows from how the backends changed.
+    if let Value::Object(fields) = &mut value {
+        fields.remove("seating");
+    }
+    value
 }
 
 /// A service's own settings, flattened to dotted names.
 fn settings(service: &Service) -> BTreeMap<String, Value> {
     let Value::Object(mut all) = value(service) else { return BTreeMap::new() };
     all.remove("backends");
-    // Follows from how the backends changed.
-    all.remove("seating");
     let parts = ["health", "replica"].map(|part| (part, all.remove(part)));
     let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
     for (part, fields) in parts {

@@ -47,6 +47,9 @@ pub struct NextHop {
     pub mtu: u16,
     /// Preferred source address of the route.
     pub source: Option<IpAddr>,
+    /// Whether it is a router, and not the backend itself.
+    #[serde(default)]
+    pub is_routed: bool,
 }
 
 /// All observations that `compile` needs, at one moment.

@@ -10,6 +10,8 @@ use std::{
     sync::Arc,
 };
 
+/// Heaviest weight.
+const MAX_WEIGHT: u32 = 65_535;
 /// Turns that a service's seating may have beyond one per backend. With more it begins anew, in the order of seats,
 /// which moves most slots once. Backends that replace each other add none.
 const SPARE_TURNS: usize = 1_024;
@@ -54,7 +56,7 @@ impl Service {
     /// The seating with the turns by which the present backends came and earlier ones left.
     pub fn seating(&self) -> Vec<(u32, u32)> {
         let present: BTreeMap<u32, u32> =
-            self.seats().into_iter().zip(self.backends.values().map(|b| b.weight)).collect();
+            self.seats().into_iter().zip(self.backends.values().map(|b| b.weight.min(MAX_WEIGHT))).collect();
         let mut turns = self.seating.clone();
         let mut seated = BTreeMap::new();
         for &(seat, weight) in &turns {

@@ -10,7 +10,7 @@ pub mod netlink;
 pub mod table;
 
 use crate::{
-    model::{Desired, NextHop, Service},
+    model::{Desired, ForwardingMode, NextHop, Service},
     store::Stored,
 };
 use futures_util::{StreamExt, stream::BoxStream};
@@ -233,12 +233,18 @@ impl Resolver {
 }
 
 fn addresses(desired: &Desired) -> BTreeSet<IpAddr> {
-    desired.services.values().flat_map(|s| s.backends.values().map(|b| b.address)).collect()
+    desired.services.values().flat_map(|s| hops_of(s)).collect()
+}
+
+/// Addresses that need a next hop: all but those of this host itself.
+fn hops_of(service: &Service) -> impl Iterator<Item = IpAddr> {
+    let backends = (service.mode != ForwardingMode::Local).then_some(&service.backends);
+    backends.into_iter().flat_map(|all| all.values().map(|b| b.address))
 }
 
 /// Whether both states have the same backends at the same addresses; cheap where services are shared.
 fn has_same_backends(old: &Desired, new: &Desired) -> bool {
-    let addresses = |s: &Arc<Service>| -> Vec<IpAddr> { s.backends.values().map(|b| b.address).collect() };
+    let addresses = |s: &Arc<Service>| -> Vec<IpAddr> { hops_of(s).collect() };
     let same = |a: &Arc<Service>, b: &Arc<Service>| Arc::ptr_eq(a, b) || addresses(a) == addresses(b);
     old.services.len() == new.services.len()
         && old.services.iter().all(|(name, a)| new.services.get(name).is_some_and(|b| same(a, b)))

@@ -140,7 +140,8 @@ impl Table {
         let next_hop = neighbour.ok_or_else(|| format!("{hop} does not answer on {}", link.name))?;
         let mtu = route.mtu.unwrap_or(u32::MAX).min(link.mtu).min(physical.mtu);
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
-        Ok(NextHop { ifindex, vlan, egress_mac, next_hop, mtu, source: route.source })
+        let is_routed = route.gateway.is_some();
+        Ok(NextHop { ifindex, vlan, egress_mac, next_hop, mtu, source: route.source, is_routed })
     }
 
     fn link(&self, index: u32) -> Result<&Link, String> {
@@ -213,9 +214,11 @@ mod tests {
             next_hop: [0xbb; 6],
             mtu: 1_500,
             source: Some(ip("10.0.0.1")),
+            is_routed: false,
         };
         assert_eq!(hop, direct);
-        assert_eq!(resolve(on(2, Some("10.0.0.254"))).unwrap().next_hop, [0xaa; 6]);
+        let routed = resolve(on(2, Some("10.0.0.254"))).unwrap();
+        assert_eq!((routed.next_hop, routed.is_routed), ([0xaa; 6], true));
         // IPv4 by an IPv6 router on a VLAN: tag and MAC of the VLAN interface, MTU of the smaller.
         let hop = resolve(on(3, Some("fe80::1"))).unwrap();
         let seen = (hop.ifindex, hop.vlan, hop.egress_mac, hop.next_hop, hop.mtu);

@@ -11,6 +11,7 @@ mod mirror;
 mod published;
 mod slots;
 mod sweep;
+mod sweep_nat;
 #[cfg(test)]
 mod tests;
 

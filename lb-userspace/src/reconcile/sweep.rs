@@ -44,6 +44,8 @@ pub struct Sweep {
     pub removed: u64,
     /// Entries left in each table.
     pub entries: [u64; 3],
+    /// Bindings of mode `nat` left.
+    pub bindings: u64,
 }
 
 /// What an entry's fate depends on.
@@ -122,6 +124,7 @@ pub fn sweep(reader: &Reader) -> Result<Sweep, DataplaneError> {
         result.removed += over.len() as u64;
         result.entries[table as usize] = count;
     }
+    super::sweep_nat::sweep_bindings(reader, &mut result)?;
     Ok(result)
 }
 

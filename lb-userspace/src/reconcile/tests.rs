@@ -13,7 +13,16 @@ fn name(s: &str) -> Name {
 
 fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
     let backend = |(n, a, w): &(&str, &str, u32)| {
-        (name(n), Backend { address: a.parse().unwrap(), weight: *w, state: BackendState::Up, seat: None })
+        (
+            name(n),
+            Backend {
+                address: a.parse().unwrap(),
+                weight: *w,
+                state: BackendState::Up,
+                seat: None,
+                port: None,
+            },
+        )
     };
     Service {
         vip: vip.parse().unwrap(),
@@ -114,7 +123,15 @@ fn what_comes_before_the_first_state_writes_nothing() {
     bed.set(&two(), 1).unwrap();
     let before = bed.writes();
     let mut bed = bed.restart();
-    let hop = NextHop { ifindex: 7, vlan: 0, egress_mac: [2; 6], next_hop: [4; 6], mtu: 1500, source: None };
+    let hop = NextHop {
+        ifindex: 7,
+        vlan: 0,
+        egress_mac: [2; 6],
+        next_hop: [4; 6],
+        mtu: 1500,
+        source: None,
+        is_routed: false,
+    };
     let early = vec![
         Event::NextHops(BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)])),
         Event::Health(BackendId { service: name("web"), backend: name("a") }, Health::Unhealthy),
@@ -211,7 +228,10 @@ fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
             for (b, (weight, st)) in backends {
                 let state = [BackendState::Up, BackendState::Draining, BackendState::Down][st as usize];
                 let address = format!("10.1.0.{}", b + 1).parse().unwrap();
-                s.backends.insert(name(&format!("b{b}")), Backend { address, weight, state, seat: None });
+                s.backends.insert(
+                    name(&format!("b{b}")),
+                    Backend { address, weight, state, seat: None, port: None },
+                );
             }
             state.services.insert(name(&format!("s{i}")), s.into());
         }

@@ -251,6 +251,9 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     ));
     pairs.push(("forwarded", format!("{} packets, {}", s.packets, units::bytes(s.bytes))));
     pairs.push(("new flows", s.flows.to_string()));
+    if let Some(problem) = &s.problem {
+        pairs.push(("problem", problem.clone()));
+    }
     let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
     pairs.push((
         "next hop",

@@ -52,6 +52,16 @@ fn gue_v4_service_on_v6_backends() -> Result<()> {
     balances(Plan { mode: "gue", v4_over_v6: true, ..Plan::default() })
 }
 
+#[test]
+fn l2() -> Result<()> {
+    balances(Plan { mode: "l2", ..Plan::default() })
+}
+
+#[test]
+fn nat() -> Result<()> {
+    balances(Plan { mode: "nat", ..Plan::default() })
+}
+
 /// Replies and health checks pass the program on the workers' side untouched.
 #[test]
 fn attached_to_several_interfaces() -> Result<()> {

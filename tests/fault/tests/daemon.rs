@@ -238,7 +238,7 @@ fn a_killed_worker_agent_leaves_its_worker_in_service() -> Result<()> {
     let mut stage = Stage::start(Plan::default())?;
     let holder = Holder::open(&stage.bed.client, &stage.targets(LINES), 100)?;
     for host in &mut stage.hosts {
-        host.agent.stop(Signal::SIGKILL, Duration::from_secs(5))?;
+        host.agent.as_mut().expect("ipip has one").stop(Signal::SIGKILL, Duration::from_secs(5))?;
     }
     ensure_none_failed(&request(&stage, stage.targets(nginx::PORT), 300)?)?;
     ensure!(holder.exchange()?.iter().all(|held| held.stays()), "an open connection broke");

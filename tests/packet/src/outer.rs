@@ -29,15 +29,20 @@ pub fn flow_hash(seed: [u64; 2], packet: &Packet) -> u64 {
     fmix64(h.wrapping_add(seed[1]) ^ ports)
 }
 
-/// The Ethernet header towards a backend, by its own next hop.
-pub fn ethernet(backend: &Backend) -> Vec<u8> {
+/// The Ethernet header towards a backend, by its own next hop, in front of an IPv4 or IPv6 packet.
+pub fn ethernet_of(backend: &Backend, is_v4: bool) -> Vec<u8> {
     let mut frame = [backend.next_hop, backend.egress_mac].concat();
     if backend.vlan.get() != 0 {
         frame.extend([0x81, 0x00]);
         frame.extend(backend.vlan.to_bytes());
     }
-    frame.extend(if is_mapped(&backend.address) { [0x08, 0x00] } else { [0x86, 0xdd] });
+    frame.extend(if is_v4 { [0x08, 0x00] } else { [0x86, 0xdd] });
     frame
+}
+
+/// The same in front of a tunnel.
+pub fn ethernet(backend: &Backend) -> Vec<u8> {
+    ethernet_of(backend, is_mapped(&backend.address))
 }
 
 /// The packet in its tunnel, from the outer IP header on.
@@ -86,6 +91,9 @@ pub fn tunnel_of(packet: &Packet, mut inner: Vec<u8>, backend: &Backend) -> Vec<
 
 /// The whole frame towards a backend.
 pub fn encapsulated(packet: &Packet, backend: &Backend) -> Vec<u8> {
+    if backend.mode == mode::L2 {
+        return [ethernet_of(backend, is_mapped(&packet.destination.0)), packet.ip()].concat();
+    }
     [ethernet(backend), tunnel(packet, backend)].concat()
 }
 

@@ -5,6 +5,7 @@ use std::{
     fmt::Write as _,
     fs,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,7 @@ use crate::{
     hold::LineWorker,
     nginx,
     process::Process,
+    program,
     udp::EchoWorker,
     wait,
 };
@@ -48,7 +50,7 @@ pub const UDP: Offer = Offer { name: "echo", protocol: "udp", port: ECHO };
 pub struct Plan {
     /// The network.
     pub layout: Layout,
-    /// `ipip` or `gue`.
+    /// `ipip`, `gue`, `l2` or `nat`.
     pub mode: &'static str,
     /// Which services, each on the first VIP of both families.
     pub offers: Vec<Offer>,
@@ -87,8 +89,10 @@ impl Default for Plan {
 pub struct Host {
     /// nginx; None while it is dead.
     pub http: Option<Process>,
-    /// `lbd worker`.
-    pub agent: Process,
+    /// `lbd worker`; none in mode `nat`, whose workers run nothing of ours.
+    pub agent: Option<Process>,
+    /// Then only this stands on the worker's link, without which a virtual interface takes no redirected frames.
+    _pass: Option<OwnedFd>,
     _lines: LineWorker,
     _echo: EchoWorker,
 }
@@ -117,7 +121,12 @@ impl Stage {
         if let Some(bytes) = plan.state_bytes {
             bed.limit_directory("state", bytes)?;
         }
-        let ingress = Ingress::start(&bed, plan.arguments)?;
+        let mut arguments = plan.arguments.to_vec();
+        if plan.mode == "nat" {
+            // Answers come in there.
+            arguments.extend(bed.workers.iter().flat_map(|worker| ["--iface", worker.name.as_str()]));
+        }
+        let ingress = Ingress::start(&bed, &arguments)?;
         let lbctl = ingress.lbctl()?;
         let stage = Self { hosts, ingress, lbctl, bed, plan };
         let backends: Vec<usize> = (0..stage.plan.backends.unwrap_or(stage.hosts.len())).collect();
@@ -257,10 +266,18 @@ impl Stage {
 fn start_host(bed: &Bed, index: usize, plan: &Plan) -> Result<Host> {
     let worker = &bed.workers[index];
     let vips: [IpAddr; 2] = [vip_v4(1).into(), vip_v6(1).into()];
+    let is_plain = plan.mode == "nat";
+    let own: [IpAddr; 2] = [worker.v4.into(), worker.v6.into()];
+    let served = if is_plain { &own } else { &vips };
     Ok(Host {
         http: Some(nginx::start(&worker.namespace, &worker.name, bed.directory())?),
-        agent: daemon::start_worker(bed, worker, &vips, plan.worker_arguments)?,
+        agent: if is_plain {
+            None
+        } else {
+            Some(daemon::start_worker(bed, worker, &vips, plan.worker_arguments)?)
+        },
+        _pass: if is_plain { Some(program::attach_pass(&worker.namespace, "eth0")?) } else { None },
         _lines: LineWorker::start(&worker.namespace, &worker.name, LINES)?,
-        _echo: EchoWorker::start(&worker.namespace, &worker.name, &vips, ECHO)?,
+        _echo: EchoWorker::start(&worker.namespace, &worker.name, served, ECHO)?,
     })
 }

@@ -1,0 +1,203 @@
+//! Makes bindings: chooses the worker, takes an address and a port, writes both entries.
+//!
+//! Ports are tried in an order that the flow's own hash gives: the same client port gets the same one again, which a
+//! worker whose stack still remembers the last connection knows how to handle. A port whose flow is over is taken,
+//! so that new flows find room even while nobody sweeps.
+
+use super::{NatTables, Way};
+use crate::{
+    Frame, Verdict,
+    choose::{choose, flow_key},
+    forward::varied,
+    hash::{flow_hash, mix, slot_of},
+    ingress::{Outcome, refuse},
+    network::parse_network,
+    parse::{address, words},
+    service::lookup_service,
+};
+use lb_common::{
+    Backend, Be16, Nat, Reason, Reply, ReplyKey,
+    backend::{flags, mode},
+    is_mapped,
+    names::stage,
+    nat,
+    service::TCP,
+    settings::IngressSettings,
+};
+
+/// Ports that are tried before a flow is refused. At nine tenths of all in use one flow in 29 finds none.
+const TRIES: u32 = 32;
+
+/// What came of writing an entry where there must be none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Added {
+    /// It is there.
+    Done,
+    /// Another one is there.
+    Taken,
+    /// There is no room.
+    Full,
+}
+
+/// The entry of a chosen backend, if it is one that addresses can be translated for.
+#[inline(always)]
+pub fn worker<T: NatTables>(tables: &T, index: u32, service: u32, is_ipv6: bool) -> Result<&Backend, Reason> {
+    let backend = tables.backend(index).ok_or(Reason::BrokenTable)?;
+    if backend.flags & flags::USED == 0 || backend.service != service {
+        return Err(Reason::BrokenTable);
+    }
+    if backend.mode != mode::NAT {
+        return Err(Reason::BadMode);
+    }
+    if is_mapped(&backend.address) == is_ipv6 {
+        return Err(Reason::BadFamily);
+    }
+    Ok(backend)
+}
+
+/// Binds the flow of a client's packet, and hands the packet back to the stage that goes by bindings.
+#[inline(always)]
+pub fn process<F: Frame, T: NatTables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> (Verdict, Outcome) {
+    match bind(frame, tables, settings) {
+        Ok(()) => (Verdict::Stage(stage::NAT), Outcome::Not(Reason::StageMissing)),
+        Err(reason) => refuse(tables, reason),
+    }
+}
+
+#[inline(always)]
+fn bind<F: Frame, T: NatTables>(frame: &F, tables: &T, settings: &IngressSettings) -> Result<(), Reason> {
+    let network = tables.way(|way| choose_worker(frame, tables, settings, way));
+    network.ok_or(Reason::BrokenTable)??;
+    tables.way(|way| enter(tables, settings.nat_first, settings.nat_last, way)).ok_or(Reason::BrokenTable)?
+}
+
+/// Chooses a worker, and writes down all that the binding needs but its port.
+#[inline(always)]
+fn choose_worker<F: Frame, T: NatTables>(
+    frame: &F,
+    tables: &T,
+    settings: &IngressSettings,
+    way: &mut Way,
+) -> Result<(), Reason> {
+    let mut network = parse_network(frame, settings)?;
+    super::parse_ports(frame, &mut network)?;
+    let headers = &network.headers;
+    let (service, _) = lookup_service(tables, headers)?;
+    let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    if headers.protocol == TCP && !headers.is_syn() {
+        tables.count(Reason::NatUnknown);
+    }
+    let hash = flow_hash(view.seed, headers);
+    let choice = choose(tables, service, view, headers, hash)?;
+    let backend = worker(tables, choice.backend, service, headers.is_ipv6)?;
+    let now_s = tables.now_s();
+    way.key = flow_key(service, headers);
+    way.from = super::last_hop(frame, headers).ok_or(Reason::Truncated)?;
+    way.hash = hash;
+    way.udp_timeout_s = view.udp_timeout_s;
+    way.nat = Nat {
+        source: backend.source,
+        worker: backend.address,
+        source_port: Be16::ZERO,
+        port: if backend.port.get() == 0 { way.key.port } else { backend.port },
+        backend: choice.backend,
+        created_s: now_s,
+        last_seen_s: now_s,
+        flags: nat::flags::FRESH | if choice.is_new { nat::flags::NEW } else { 0 },
+        hop: way.from,
+    };
+    way.source_bits = backend.source_bits as u32;
+    way.reply = Reply {
+        flow: way.key,
+        vip: headers.destination_address(),
+        hop: way.from,
+        last_seen_s: now_s,
+        flags: 0,
+    };
+    way.reply_key = reply_key(&way.nat, headers.protocol);
+    Ok(())
+}
+
+/// Takes a port and writes both entries. A function of its own to the verifier, which then does not walk it
+/// again for every way to get here.
+#[inline(never)]
+fn enter<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> Result<(), Reason> {
+    take_port(tables, first, last, way)?;
+    match tables.add_nat(&way.key, &way.nat) {
+        Added::Done => Ok(()),
+        added => {
+            tables.remove_reply(&way.reply_key);
+            // Taken: another processor was faster with a packet of the same flow, and its binding is the flow's.
+            if added == Added::Taken { Ok(()) } else { Err(Reason::NatNoRoom) }
+        }
+    }
+}
+
+/// Key of a binding's answers.
+#[inline(always)]
+pub fn reply_key(nat: &Nat, protocol: u8) -> ReplyKey {
+    ReplyKey {
+        worker: nat.worker,
+        source: nat.source,
+        port: nat.port,
+        source_port: nat.source_port,
+        protocol: protocol as u32,
+    }
+}
+
+/// Takes a free address and port for answers, and puts them into the binding.
+#[inline(always)]
+fn take_port<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> Result<(), Reason> {
+    let count = (last as u32 + 1).saturating_sub(first as u32);
+    let pool = way.nat.source;
+    let mut full = false;
+    for i in 0..TRIES {
+        let h = mix(way.hash.wrapping_add(i as u64));
+        // The port is made of the high half.
+        way.reply_key.source = address(varied(words(pool), way.source_bits, h & 0xffff_ffff));
+        way.reply_key.source_port = Be16::new(first.wrapping_add(slot_of(h, count) as u16));
+        let mut added = tables.add_reply(&way.reply_key, &way.reply);
+        if added == Added::Taken && reclaim(tables, way) {
+            tables.count(Reason::NatReused);
+            added = tables.add_reply(&way.reply_key, &way.reply);
+        }
+        match added {
+            Added::Done => {
+                way.nat.source = way.reply_key.source;
+                way.nat.source_port = way.reply_key.source_port;
+                return Ok(());
+            }
+            Added::Full => full = true,
+            Added::Taken => {}
+        }
+    }
+    Err(if full { Reason::NatNoRoom } else { Reason::NatNoPort })
+}
+
+/// Removes a binding whose time is over; true if it was this call that did. Only one processor can remove an
+/// entry, so only one goes on to take its port.
+#[inline(always)]
+fn reclaim<T: NatTables>(tables: &T, way: &Way) -> bool {
+    let (key, now_s) = (&way.reply_key, way.reply.last_seen_s);
+    let Some((flow, state, worker_s)) =
+        tables.reply(key, |reply| (reply.flow, reply.flags, reply.last_seen_s))
+    else {
+        return false;
+    };
+    let mine =
+        |nat: &mut Nat| (nat.source == key.source && nat.source_port == key.source_port, nat.last_seen_s);
+    let (is_bound, client_s) = tables.nat(&flow, mine).unwrap_or((false, 0));
+    // Of another service's flows only TCP's times are known here; UDP's is the service's own.
+    let idle_s = if key.protocol == TCP as u32 { nat::tcp_idle_s(state) } else { way.udp_timeout_s };
+    if !nat::is_expired(idle_s, if is_bound { client_s } else { worker_s }, worker_s, now_s) {
+        return false;
+    }
+    if is_bound {
+        tables.remove_nat(&flow);
+    }
+    tables.remove_reply(key)
+}

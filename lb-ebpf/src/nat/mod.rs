@@ -1,0 +1,492 @@
+//! The stage for forwarding mode `nat`: full translation, for workers that run nothing of ours.
+//!
+//! A client's packet gets this host's address and a port of its own as source, and the worker's address and port as
+//! destination; the worker's answer is found by just these and gets the VIP and the client back. So a worker needs
+//! neither a VIP nor a route to clients, and both ways pass this host. A binding holds a flow to its worker,
+//! whatever the tables say meanwhile.
+//!
+//! Three programs, each with a stack of its own: [`process`] for flows that are bound, both ways; [`process_new`] binds
+//! a flow and goes back to it; [`process_error`] for ICMP errors. Reached by tail call from `ingress` with the frame as
+//! it came in; called natively by tests and fuzzers.
+//! Behaviour follows RFC 4787 (UDP), RFC 5382 (TCP) and RFC 5508 (ICMP).
+
+mod bind;
+mod error;
+mod rewrite;
+
+pub use bind::{Added, process as process_new, reply_key};
+pub use error::process as process_error;
+
+use crate::{
+    Frame, Packet, Tables, Verdict,
+    choose::flow_key,
+    forward::{Fib, FibQuery, Hop, Refusal, filled_in},
+    icmp,
+    ingress::{Outcome, refuse},
+    network::{Network, parse_network},
+    parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
+    service::lookup_service,
+};
+use bind::worker;
+use lb_common::{
+    Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
+    backend::flags::{DOWN, DRAINING, RESOLVED},
+    names::stage,
+    nat::{self, flags},
+    service::{self, TCP, UDP},
+    settings::{IngressSettings, features},
+};
+use rewrite::{Rewrite, rewrite};
+
+/// The maps of bindings.
+pub trait NatTables: Tables {
+    /// Calls `f` on a client's entry, in place.
+    fn nat<R>(&self, key: &FlowKey, f: impl FnOnce(&mut Nat) -> R) -> Option<R>;
+    /// Calls `f` on a worker's entry, in place.
+    fn reply<R>(&self, key: &ReplyKey, f: impl FnOnce(&mut Reply) -> R) -> Option<R>;
+    /// Writes a client's entry where there is none.
+    fn add_nat(&self, key: &FlowKey, nat: &Nat) -> Added;
+    /// Writes a worker's entry where there is none.
+    fn add_reply(&self, key: &ReplyKey, reply: &Reply) -> Added;
+    /// Removes a client's entry; false if there was none.
+    fn remove_nat(&self, key: &FlowKey) -> bool;
+    /// Removes a worker's entry; false if there was none.
+    fn remove_reply(&self, key: &ReplyKey) -> bool;
+    /// One's complement sum (not folded) of `len` bytes of the frame from `offset` on.
+    fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32>;
+    /// Calls `f` with room for what is gathered about the packet in hand.
+    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R>;
+}
+
+/// Packets up to this length fit every interface (RFC 791 has every host take 576): longer ones are compared with
+/// the interface's MTU.
+const ALWAYS_FITS: u32 = 576;
+
+/// Whether a packet that is for no service, and for this port (network order), may be an answer to a translated one.
+#[inline(always)]
+pub fn is_reply(settings: &IngressSettings, port: u16) -> bool {
+    let port = u16::from_be(port);
+    settings.features & features::NAT != 0 && settings.nat_first <= port && port <= settings.nat_last
+}
+
+/// Decides a packet's fate and carries it out on the frame.
+#[inline(always)]
+pub fn process<F: Frame + Fib, T: NatTables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> (Verdict, Outcome) {
+    let mut network = match parse_network(frame, settings) {
+        Ok(network) => network,
+        Err(reason) => return refuse(tables, reason),
+    };
+    match receive(frame, tables, settings, &mut network) {
+        Ok(done) => done,
+        Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::TooBig(mtu)) => {
+            let reason =
+                if settings.icmp_per_s == 0 || !tables.take_icmp(settings.icmp_per_s, settings.icmp_burst) {
+                    Reason::TooBigDropped
+                } else {
+                    icmp::answer_too_big(frame, &network.headers, mtu).err().unwrap_or(Reason::TooBigAnswered)
+                };
+            refuse(tables, reason)
+        }
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
+    }
+}
+
+/// The ports of a TCP or UDP packet that is no fragment.
+#[inline(always)]
+fn parse_ports<F: Frame>(frame: &F, network: &mut Network) -> Result<(), Reason> {
+    if network.fragment.is_some() {
+        return Err(Reason::Fragment);
+    }
+    match network.headers.protocol {
+        TCP | UDP => parse_transport(&frame.packet(), network.l4, network.l4_len, &mut network.headers),
+        _ => Err(Reason::OtherProtocol),
+    }
+}
+
+/// What is gathered about a packet on its way. It lies in a map of the program's own: the stack has no room for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Way {
+    /// Key of a client's flow.
+    key: FlowKey,
+    /// Where a client's packet came from.
+    from: LastHop,
+    /// Its flow's binding.
+    nat: Nat,
+    /// What the packet becomes.
+    to: Rewrite,
+    /// Where it leaves.
+    hop: LastHop,
+    /// Largest packet that does, 0 if not known.
+    mtu: u32,
+    /// Of a new flow: its hash.
+    hash: u64,
+    /// Bits of the source that may vary.
+    source_bits: u32,
+    /// Idle time of UDP flows.
+    udp_timeout_s: u32,
+    /// Key of its answers.
+    reply_key: ReplyKey,
+    /// What becomes of them.
+    reply: Reply,
+}
+
+impl Way {
+    /// Nothing gathered yet.
+    pub const EMPTY: Self = Self {
+        key: NO_FLOW,
+        from: NO_HOP,
+        nat: Nat {
+            source: [0; 16],
+            worker: [0; 16],
+            source_port: Be16::ZERO,
+            port: Be16::ZERO,
+            backend: 0,
+            created_s: 0,
+            last_seen_s: 0,
+            flags: 0,
+            hop: NO_HOP,
+        },
+        to: Rewrite { source: [0; 4], destination: [0; 4], source_port: 0, port: 0 },
+        hop: NO_HOP,
+        mtu: 0,
+        hash: 0,
+        source_bits: 0,
+        udp_timeout_s: 0,
+        reply_key: ReplyKey {
+            worker: [0; 16],
+            source: [0; 16],
+            port: Be16::ZERO,
+            source_port: Be16::ZERO,
+            protocol: 0,
+        },
+        reply: Reply { flow: NO_FLOW, vip: [0; 16], hop: NO_HOP, last_seen_s: 0, flags: 0 },
+    };
+}
+
+const NO_FLOW: FlowKey = FlowKey { source: [0; 16], source_port: Be16::ZERO, port: Be16::ZERO, service: 0 };
+const NO_HOP: LastHop = LastHop { macs: [Be16::ZERO; 6], tags: [Be16::ZERO; 4], ifindex: 0 };
+
+#[inline(always)]
+fn receive<F: Frame + Fib, T: NatTables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    network: &mut Network,
+) -> Result<(Verdict, Outcome), Refusal> {
+    parse_ports(frame, network)?;
+    tables.way(|way| go(frame, tables, settings, network, way)).ok_or(Reason::BrokenTable)?
+}
+
+/// Either way: who the packet becomes, then the same for both.
+#[inline(always)]
+fn go<F: Frame + Fib, T: NatTables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    network: &Network,
+    way: &mut Way,
+) -> Result<(Verdict, Outcome), Refusal> {
+    let headers = &network.headers;
+    let outcome = match lookup_service(tables, headers) {
+        Ok((service, _)) => from_client(frame, tables, headers, service, way)?,
+        // If it is no answer it is what it seemed to be.
+        Err(reason) => from_worker(frame, tables, headers, way)?.ok_or(reason)?,
+    };
+    if way.mtu != 0 && headers.ip_len > way.mtu {
+        return Err(Refusal::TooBig(way.mtu));
+    }
+    rewrite(frame, tables, network, &way.to)?;
+    let verdict = go_by(frame, headers.l2_len, headers.is_ipv6, &way.hop)?;
+    match outcome {
+        Outcome::Forwarded { backend, .. } if settings.stats != 0 => {
+            tables.account(backend, headers.ip_len, way.nat.flags & flags::NEW != 0);
+        }
+        Outcome::Returned { .. } => tables.count(Reason::NatReply),
+        _ => {}
+    }
+    Ok((verdict, outcome))
+}
+
+/// A client's packet: to its worker.
+#[inline(always)]
+fn from_client<F: Frame + Fib, T: NatTables>(
+    frame: &F,
+    tables: &T,
+    headers: &Headers,
+    service: u32,
+    way: &mut Way,
+) -> Result<Outcome, Refusal> {
+    let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    if view.flags & service::flags::NAT == 0 {
+        return Err(Reason::BadMode.into());
+    }
+    way.from = last_hop(frame, headers).ok_or(Reason::Truncated)?;
+    way.key = flow_key(service, headers);
+    let now_s = tables.now_s();
+    if !is_known(tables, view, headers, way, now_s) {
+        return Err(Refusal::Stage(stage::NAT_BIND));
+    }
+    note(tables, headers, way, now_s);
+    let nat = &way.nat;
+    way.to = Rewrite {
+        source: words(nat.source),
+        destination: words(nat.worker),
+        source_port: raw(nat.source_port),
+        port: raw(nat.port),
+    };
+    let backend = worker(tables, nat.backend, service, headers.is_ipv6)?;
+    let hop = if backend.flags & RESOLVED != 0 {
+        filled_in(backend)
+    } else {
+        tables.count(Reason::FibLookup);
+        by_fib(frame, headers, &way.to)?
+    };
+    way.mtu = hop.mtu;
+    way.hop = as_last_hop(&hop);
+    Ok(Outcome::Forwarded { service, backend: nat.backend })
+}
+
+/// Finds the flow's binding, if this packet goes by it. One that does not hold any more is removed.
+#[inline(always)]
+fn is_known<T: NatTables>(
+    tables: &T,
+    view: &ServiceView,
+    headers: &Headers,
+    way: &mut Way,
+    now_s: u32,
+) -> bool {
+    if tables.nat(&way.key, |nat| way.nat = *nat).is_none() {
+        return false;
+    }
+    // Nothing is asked of one that has just been made: it would be made again.
+    if way.nat.flags & flags::FRESH != 0 {
+        return true;
+    }
+    let state = worker(tables, way.nat.backend, way.key.service, headers.is_ipv6).map(|b| b.flags);
+    let moves = headers.protocol == UDP || view.flags & service::flags::RESET_ON_DOWN != 0;
+    let holds = match state {
+        Err(_) => false,
+        // As for flows in the other modes: UDP moves from a dead worker, TCP where the service says so.
+        Ok(state) if state & DOWN != 0 && moves => false,
+        Ok(_) if headers.protocol == UDP => !is_idle(tables, view, &way.nat, now_s),
+        Ok(state) if headers.is_syn() => !starts_anew(tables, &way.nat, state, now_s),
+        Ok(_) => true,
+    };
+    if !holds {
+        tables.remove_reply(&reply_key(&way.nat, headers.protocol));
+        tables.remove_nat(&way.key);
+    }
+    holds
+}
+
+/// Whether a SYN begins a new flow where there was one before. A SYN on a live flow follows it; one on a flow that is
+/// over has its place chosen anew, and gets the same port if that is the same worker.
+#[inline(always)]
+fn starts_anew<T: NatTables>(tables: &T, binding: &Nat, backend_flags: u32, now_s: u32) -> bool {
+    let reply = tables.reply(&reply_key(binding, TCP), |reply| (reply.flags, reply.last_seen_s));
+    let Some((state, worker_s)) = reply else { return true };
+    nat::is_over(state)
+        || nat::is_expired(nat::tcp_idle_s(state), binding.last_seen_s, worker_s, now_s)
+        || (state & flags::ANSWERED == 0 && backend_flags & (DOWN | DRAINING) != 0)
+}
+
+#[inline(always)]
+fn is_idle<T: NatTables>(tables: &T, view: &ServiceView, binding: &Nat, now_s: u32) -> bool {
+    let worker_s = tables.reply(&reply_key(binding, UDP), |reply| reply.last_seen_s);
+    match worker_s {
+        None => true,
+        Some(worker_s) => nat::is_expired(view.udp_timeout_s, binding.last_seen_s, worker_s, now_s),
+    }
+}
+
+/// Brings a flow's entries up to date with a client's packet.
+#[inline(always)]
+fn note<T: NatTables>(tables: &T, headers: &Headers, way: &Way, now_s: u32) {
+    let (old, from) = (way.nat.flags, &way.from);
+    let unsettled = headers.protocol == TCP && old & flags::ESTABLISHED == 0;
+    let moved = way.nat.hop != *from;
+    let mut established = 0;
+    if unsettled || moved || headers.is_closing() {
+        let bits = headers.tcp_flags;
+        tables.reply(&reply_key(&way.nat, headers.protocol), |reply| {
+            reply.hop = *from;
+            if bits & tcp::FIN != 0 {
+                reply.flags |= flags::CLIENT_FIN;
+            }
+            if bits & tcp::RST != 0 {
+                reply.flags |= flags::CLIENT_RST;
+            } else if bits & (tcp::ACK | tcp::SYN) == tcp::ACK && reply.flags & flags::ANSWERED != 0 {
+                reply.flags |= flags::ESTABLISHED;
+                established = flags::ESTABLISHED;
+            }
+        });
+    }
+    let new = old & !(flags::FRESH | flags::NEW) | established;
+    if moved || new != old || way.nat.last_seen_s != now_s {
+        tables.nat(&way.key, |nat| {
+            nat.last_seen_s = now_s;
+            nat.flags = new;
+            nat.hop = *from;
+        });
+    }
+}
+
+/// The way that the kernel's routes give.
+#[inline(always)]
+fn by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, to: &Rewrite) -> Result<Hop, Refusal> {
+    let query = FibQuery {
+        source: to.source,
+        destination: to.destination,
+        is_ipv6: headers.is_ipv6,
+        on_link: false,
+        tos: headers.tos,
+        protocol: headers.protocol,
+        len: headers.ip_len,
+    };
+    match frame.lookup(&query) {
+        Ok(answer) => Ok(answer.hop),
+        Err((Reason::TooBigAnswered, mtu)) => Err(Refusal::TooBig(mtu)),
+        Err((reason, _)) => Err(reason.into()),
+    }
+}
+
+/// A worker's packet: back to the client, if it belongs to a flow.
+#[inline(always)]
+fn from_worker<F: Frame + Fib, T: NatTables>(
+    frame: &F,
+    tables: &T,
+    headers: &Headers,
+    way: &mut Way,
+) -> Result<Option<Outcome>, Refusal> {
+    let key = ReplyKey {
+        worker: headers.source_address(),
+        source: headers.destination_address(),
+        port: Be16::from_bytes(headers.source_port.to_ne_bytes()),
+        source_port: Be16::from_bytes(headers.port.to_ne_bytes()),
+        protocol: headers.protocol as u32,
+    };
+    let now_s = tables.now_s();
+    let bits = headers.tcp_flags;
+    let service = tables.reply(&key, |reply| {
+        answered(reply, bits, now_s);
+        way.hop = reply.hop;
+        way.to = Rewrite {
+            source: words(reply.vip),
+            destination: words(reply.flow.source),
+            source_port: raw(reply.flow.port),
+            port: raw(reply.flow.source_port),
+        };
+        reply.flow.service
+    });
+    // Otherwise the host's own, or of a flow that is over: its stack knows.
+    let Some(service) = service else { return Ok(None) };
+    way.mtu = 0;
+    if headers.ip_len > ALWAYS_FITS
+        && let Some(mtu) = frame.narrower(way.hop.ifindex, headers.ip_len)
+    {
+        way.mtu = mtu;
+    }
+    Ok(Some(Outcome::Returned { service }))
+}
+
+/// Notes a worker's packet with these TCP flags.
+#[inline(always)]
+fn answered(reply: &mut Reply, bits: u8, now_s: u32) {
+    let mut state = reply.flags | flags::ANSWERED;
+    if bits & tcp::FIN != 0 {
+        state |= flags::WORKER_FIN;
+    }
+    if bits & tcp::RST != 0 {
+        state |= flags::WORKER_RST;
+    } else {
+        // Who answers has not taken the client's reset for one.
+        state &= !flags::CLIENT_RST;
+    }
+    if reply.flags != state {
+        reply.flags = state;
+    }
+    if reply.last_seen_s != now_s {
+        reply.last_seen_s = now_s;
+    }
+}
+
+/// A way to a worker in the form of one to a client.
+#[inline(always)]
+fn as_last_hop(hop: &Hop) -> LastHop {
+    let be = |w: u16| Be16::from_bytes(w.to_ne_bytes());
+    // Halves of a word in the order of its bytes; the BPF target is little-endian, as `filled_in` knows.
+    let pair = |w: u32| [be(w.to_le() as u16), be((w.to_le() >> 16) as u16)];
+    let ([a, b], [d, e]) = (pair(hop.next_hop.0), pair(hop.egress_mac.0));
+    let tag = if hop.vlan == 0 { Be16::ZERO } else { Be16::new(ETH_VLAN) };
+    LastHop {
+        macs: [a, b, be(hop.next_hop.1), d, e, be(hop.egress_mac.1)],
+        tags: [tag, be(hop.vlan), Be16::ZERO, Be16::ZERO],
+        ifindex: hop.ifindex,
+    }
+}
+
+/// Where a frame comes from, and its tags.
+#[inline(always)]
+fn last_hop<F: Frame>(frame: &F, headers: &Headers) -> Option<LastHop> {
+    let packet = frame.packet();
+    let [a, b, c, d, e, f]: [u16; 6] = packet.read(0)?;
+    let (mut first, mut second) = ([0u16; 2], [0u16; 2]);
+    if headers.l2_len > ETHERNET {
+        first = packet.read(12)?;
+    }
+    if headers.l2_len > ETHERNET + VLAN_TAG {
+        second = packet.read(ETHERNET + 2)?;
+    }
+    let be = |w: u16| Be16::from_bytes(w.to_ne_bytes());
+    Some(LastHop {
+        macs: [be(d), be(e), be(f), be(a), be(b), be(c)],
+        tags: [be(first[0]), be(first[1]), be(second[0]), be(second[1])],
+        ifindex: frame.ifindex(),
+    })
+}
+
+/// Sends a frame that keeps its IP packet out by a hop.
+#[inline(always)]
+fn go_by<F: Frame>(frame: &mut F, l2_len: usize, is_ipv6: bool, hop: &LastHop) -> Result<Verdict, Refusal> {
+    let tagged = raw(hop.tags[0]) != 0;
+    let twice = raw(hop.tags[2]) != 0;
+    let len = ETHERNET + if tagged { VLAN_TAG } else { 0 } + if twice { VLAN_TAG } else { 0 };
+    if !frame.adjust_head(l2_len as i32 - len as i32) {
+        return Err(Reason::NoHeadroom.into());
+    }
+    let mut packet = frame.packet();
+    let [a, b, c, d, e, f] = hop.macs;
+    let macs = [raw(a), raw(b), raw(c), raw(d), raw(e), raw(f)];
+    let kind = if is_ipv6 { ETH_IPV6 } else { ETH_IPV4 }.to_be();
+    // Each length has its own constants.
+    let written = packet.write(0, macs)
+        && match (tagged, twice) {
+            (false, _) => packet.write(12, kind),
+            (true, false) => write_tag(&mut packet, 12, hop, 0) && packet.write(16, kind),
+            (true, true) => {
+                write_tag(&mut packet, 12, hop, 0)
+                    && write_tag(&mut packet, 16, hop, 2)
+                    && packet.write(20, kind)
+            }
+        };
+    if !written {
+        return Err(Reason::NoHeadroom.into());
+    }
+    Ok(if hop.ifindex == frame.ifindex() { Verdict::Transmit } else { Verdict::Redirect(hop.ifindex) })
+}
+
+#[inline(always)]
+fn write_tag(packet: &mut Packet, at: usize, hop: &LastHop, first: usize) -> bool {
+    packet.write(at, [raw(hop.tags[first]), raw(hop.tags[first + 1])])
+}
+
+/// A number in network order as loaded.
+#[inline(always)]
+fn raw(number: Be16) -> u16 {
+    u16::from_ne_bytes(number.to_bytes())
+}

@@ -1,0 +1,61 @@
+//! Reads and removes bindings of mode `nat`: a [`Reader`]'s other half.
+
+use super::{
+    DataplaneError, batch,
+    reader::{Reader, pinned, typed},
+};
+use aya::maps::{HashMap, Map, MapData};
+use lb_common::{FlowKey, Nat, Reply, ReplyKey, names};
+use std::path::Path;
+
+/// Handles on both maps.
+pub struct Bindings {
+    nats: (MapData, HashMap<MapData, FlowKey, Nat>),
+    replies: (MapData, HashMap<MapData, ReplyKey, Reply>),
+}
+
+impl Bindings {
+    /// Opens the pins.
+    pub(super) fn open(pin_path: &Path) -> Result<Self, DataplaneError> {
+        let typed_nats = typed(Map::HashMap(pinned(pin_path, names::NAT_FLOWS)?), names::NAT_FLOWS)?;
+        let typed_replies = typed(Map::HashMap(pinned(pin_path, names::NAT_REPLIES)?), names::NAT_REPLIES)?;
+        Ok(Self {
+            nats: (pinned(pin_path, names::NAT_FLOWS)?, typed_nats),
+            replies: (pinned(pin_path, names::NAT_REPLIES)?, typed_replies),
+        })
+    }
+}
+
+impl Reader {
+    /// What becomes of a client's packets.
+    pub fn nat(&self, key: &FlowKey) -> Option<Nat> {
+        self.bindings.nats.1.get(key, 0).ok()
+    }
+
+    /// What becomes of a worker's packets.
+    pub fn reply(&self, key: &ReplyKey) -> Option<Reply> {
+        self.bindings.replies.1.get(key, 0).ok()
+    }
+
+    /// Calls `each` with every client's entry.
+    pub fn for_each_nat(&self, each: impl FnMut(FlowKey, Nat)) -> Result<(), DataplaneError> {
+        batch::for_each(&self.bindings.nats.0, names::NAT_FLOWS, each)
+    }
+
+    /// Calls `each` with every worker's entry.
+    pub fn for_each_reply(&self, each: impl FnMut(ReplyKey, Reply)) -> Result<(), DataplaneError> {
+        batch::for_each(&self.bindings.replies.0, names::NAT_REPLIES, each)
+    }
+
+    /// Forgets a client's entry.
+    pub fn remove_nat(&self, key: &FlowKey) -> Result<(), DataplaneError> {
+        batch::delete(&self.bindings.nats.0, key)
+            .map_err(|source| DataplaneError::Read { map: names::NAT_FLOWS, source })
+    }
+
+    /// Forgets a worker's entry.
+    pub fn remove_reply(&self, key: &ReplyKey) -> Result<(), DataplaneError> {
+        batch::delete(&self.bindings.replies.0, key)
+            .map_err(|source| DataplaneError::Read { map: names::NAT_REPLIES, source })
+    }
+}
