@@ -10,10 +10,12 @@
 mod behind;
 mod entries;
 mod memory;
+mod recall;
 mod service;
 mod slow;
 
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
+pub use recall::Past;
 
 use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol, Readiness};
 use ipnet::{Ipv4Net, Ipv6Net};

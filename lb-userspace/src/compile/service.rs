@@ -311,14 +311,14 @@ fn allocate(
 
 /// Slots of the table. Without a backend it keeps its size while removed ones still have flows: the slots of
 /// a table in transition are how those flows are found.
-fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
+pub(super) fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     match memory.epochs.last() {
         Some(last) if wanted.backends.is_empty() && !memory.backends.is_empty() => last.shape.size,
         _ => entries::table_size(wanted),
     }
 }
 
-fn shape(wanted: &Service, weights: &[u32], eligible: &[bool], size: u32) -> Arc<Shape> {
+pub(super) fn shape(wanted: &Service, weights: &[u32], eligible: &[bool], size: u32) -> Arc<Shape> {
     let mut members: Vec<_> = wanted
         .backends
         .values()

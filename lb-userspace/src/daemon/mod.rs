@@ -18,7 +18,8 @@ use crate::{
         store::{HostReport, Sharing},
         types,
     },
-    compile,
+    clock,
+    compile::{self, Past},
     config::{File, Options, Settings, export},
     dataplane::{AttachOptions, Dataplane, Limits},
     health::{Checker, prober},
@@ -27,7 +28,7 @@ use crate::{
     neighbour::Resolver,
     reconcile::{Event, Reconciler, start_sweeper},
     replica::{Scores, Watcher},
-    store::{Local, LocalFile, Opener, Store},
+    store::{Local, LocalFile, Opener, Store, Stored, since},
 };
 use anyhow::Context;
 use lb_common::settings::{IngressSettings, features};
@@ -46,6 +47,9 @@ const MEMORY: &str = "reconciler";
 const FILE: &str = "config-file";
 /// How long a start waits for next hops, so that the first tables have them.
 const FIRST_HOPS: Duration = Duration::from_secs(2);
+/// How long a start without memory looks for it in the store's history, and how many revisions at most.
+const FIRST_HISTORY: Duration = Duration::from_secs(3);
+const HISTORY: usize = 256;
 /// How long requests in progress may take when lbd stops.
 const GRACE: Duration = Duration::from_secs(3);
 /// How long changes of the reconciler's memory are gathered before it is saved. If lbd is killed meanwhile,
@@ -111,6 +115,9 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         known.map(|(id, e)| (id.clone(), e.health)).collect()
     });
     reconciler.prime(verdicts, replicas.readiness(), first_hops);
+    if reconciler.wants_history(&store.head().desired) {
+        reconciler.recall(&history(&*store).await);
+    }
     let reconciler = spawn_reconciler(reconciler, inbox)?;
     start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
     parts.add("saving the reconciler's memory", save_memory(kept.clone(), local.clone()));
@@ -219,6 +226,32 @@ async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<
     };
     let (region, zone) = (settings.region.clone(), settings.zone.clone());
     Ok((Arc::new(local), store, Sharing { host, region, zone, opener }))
+}
+
+/// States in force within the longest drain time of any service.
+async fn history(store: &dyn Store) -> Vec<Past> {
+    let head = store.head();
+    let drain_s = head.desired.services.values().map(|s| s.drain_s).max().unwrap_or(0);
+    let (now_ms, boot_ms) = (api::now_ms(), clock::boot().as_millis() as i64);
+    let since_ms = now_ms.saturating_sub(u64::from(drain_s) * 1_000);
+    let found = tokio::time::timeout(FIRST_HISTORY, since(store, since_ms, HISTORY));
+    let found = match found.await {
+        Ok(Ok(found)) => found,
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "transitions that are going on are not known");
+            vec![head]
+        }
+        Err(_) => {
+            tracing::warn!("reading the history takes too long: transitions that are going on are not known");
+            vec![head]
+        }
+    };
+    tracing::info!(revisions = found.len(), "what tables were made from lately is taken from the history");
+    let past = |stored: Stored| Past {
+        from_ms: boot_ms - (now_ms as i64 - stored.revision.time_ms as i64),
+        desired: stored.desired,
+    };
+    found.into_iter().map(past).collect()
 }
 
 /// An error with its causes, without those that the messages before have told already.

@@ -23,7 +23,7 @@ pub use sweep::{Sweep, start as start_sweeper, sweep};
 
 use crate::{
     clock,
-    compile::{Cache, CompileError, Compiled, Memory, Settings, compile},
+    compile::{Cache, CompileError, Compiled, Memory, Past, Settings, compile},
     dataplane::DataplaneError,
     model::{BackendId, Desired, Health, Name, NextHop, Observed, Readiness},
 };
@@ -185,6 +185,16 @@ impl<M: Maps> Reconciler<M> {
         self.observed.health = health;
         self.observed.replicas = replicas;
         self.observed.next_hops = next_hops;
+    }
+
+    /// Whether history could tell something about this state's services that memory does not.
+    pub fn wants_history(&self, desired: &Desired) -> bool {
+        self.memory.is_ignorant_of(desired)
+    }
+
+    /// Learns from the store's history what tables were made from lately, oldest first.
+    pub fn recall(&mut self, past: &[Past]) {
+        self.memory.recall(past, &self.settings, clock::boot().as_millis() as i64);
     }
 
     /// Runs until nobody can send events any more. The maps stay as they are.

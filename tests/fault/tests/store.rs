@@ -1,7 +1,8 @@
 //! Two ingress hosts whose etcd loses members while changes go on.
 
 use std::{
-    env,
+    env, fs,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -10,12 +11,17 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use nix::sys::signal::Signal;
+
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use test_support::{
+    bed,
     check::ensure_none_failed,
     daemon::Lbctl,
+    hold::Holder,
     http::{Load, Running},
     pair::{MEMBERS, Pair},
+    stage::LINES,
     wait,
 };
 
@@ -193,5 +199,32 @@ fn a_change_on_one_host_is_soon_in_the_others_maps() -> Result<()> {
         "lbctl started → in the maps of both hosts: p50 {p50} ms, p99 {p99} ms, longest {max} ms ({MEASURED} changes)"
     );
     ensure!(p99 < 1_000, "p99 is {p99} ms");
+    Ok(())
+}
+
+/// A host that lost everything, pins and files, knows from the store which backend each slot had before.
+#[test]
+fn a_fresh_host_knows_the_transitions_that_are_going_on() -> Result<()> {
+    let mut pair = Pair::start(&[])?;
+    let target = SocketAddr::new(pair.target().ip(), LINES);
+    let holder = Holder::open(&pair.second_client, &[target], 200)?;
+    let on_drained = holder.exchange()?.iter().filter(|held| held.worker == "w1").count();
+    ensure!(on_drained > 20, "only {on_drained} of 200 connections are on w1");
+    pair.a.lbctl.run(&["backend", "drain", "lines", "w1"])?;
+    pair.converge(Duration::from_secs(10))?;
+
+    pair.b.ingress.stop(Signal::SIGKILL)?;
+    let pins = pair.bed.pin_path("ingress-b").display().to_string();
+    let mut detach = bed::command_in(&pair.second_ingress, "lbd")?;
+    let status = detach.args(["detach", "--pin-path", &pins]).status()?;
+    ensure!(status.success(), "lbd detach: {status}");
+    fs::remove_dir_all(pair.bed.path("state-b"))?;
+    pair.b.ingress.start_again_on(&pair.second_ingress)?;
+    pair.converge(Duration::from_secs(20))?;
+
+    let held = holder.exchange()?;
+    let moved = held.iter().filter(|held| !held.stays()).count();
+    ensure!(moved == 0, "{moved} of 200 connections broke, {on_drained} had been on w1");
+    println!("{on_drained} connections stayed on the drained worker, through a host that knew nothing");
     Ok(())
 }

@@ -23,10 +23,13 @@ use crate::{
     bed::{self, Bed, Layout, vip_v4},
     daemon::{self, Ingress, Lbctl},
     etcd::{Cluster, Place},
+    hold::LineWorker,
     netns::{self, Namespace},
     nginx,
     process::Process,
-    program, wait,
+    program,
+    stage::LINES,
+    wait,
 };
 
 /// Members of the cluster.
@@ -54,6 +57,7 @@ pub struct Pair {
     pub cluster: Cluster,
     _http: Vec<Process>,
     _agents: Vec<Process>,
+    _lines: Vec<LineWorker>,
     /// The client of B.
     pub second_client: Namespace,
     /// B's network.
@@ -70,7 +74,8 @@ fn member_address(number: usize) -> Ipv4Addr {
 }
 
 impl Pair {
-    /// Builds and starts it all, with an HTTP service `web` on the first VIP that both hosts find healthy.
+    /// Builds and starts it all, with the services `web` (HTTP) and `lines` on the first VIP that both hosts find
+    /// healthy.
     pub fn start(extra: &[&str]) -> Result<Self> {
         let bed = Bed::new(Layout::default())?;
         let (second_client, second_ingress, mut programs) = second_host(&bed)?;
@@ -89,8 +94,10 @@ impl Pair {
         let vips: [IpAddr; 1] = [vip_v4(1).into()];
         let mut http = Vec::new();
         let mut agents = Vec::new();
+        let mut lines = Vec::new();
         for worker in &bed.workers {
             http.push(nginx::start(&worker.namespace, &worker.name, bed.directory())?);
+            lines.push(LineWorker::start(&worker.namespace, &worker.name, LINES)?);
             agents.push(daemon::start_worker(&bed, worker, &vips, &[])?);
         }
         let url = cluster.url("lb");
@@ -106,6 +113,7 @@ impl Pair {
             cluster,
             _http: http,
             _agents: agents,
+            _lines: lines,
             second_client,
             second_ingress,
             switch,
@@ -117,11 +125,30 @@ impl Pair {
         Ok(pair)
     }
 
-    /// `web`, on all workers, healthy on both hosts.
+    /// `web` and `lines`, on all workers, healthy on both hosts.
     fn configure(&self) -> Result<()> {
+        let services = [("web", nginx::PORT), ("lines", LINES)];
+        let text: String = services.map(|(name, port)| self.service(name, port)).concat();
+        let path = self.bed.path("services.toml");
+        fs::write(&path, text)?;
+        self.a.lbctl.run(&["config", "apply", &path.display().to_string()])?;
+        for host in [&self.a, &self.b] {
+            wait::until("all workers are healthy on both hosts", Duration::from_secs(20), || {
+                self.bed.workers.iter().all(|worker| {
+                    host.lbctl.backends(&worker.name).is_ok_and(|found| {
+                        found.len() == services.len() && found.iter().all(|b| b.is_healthy && b.slots > 0)
+                    })
+                })
+            })
+            .with_context(|| format!("lbd said:\n{}", host.ingress.process().output()))?;
+        }
+        Ok(())
+    }
+
+    fn service(&self, name: &str, port: u16) -> String {
         let mut text = format!(
-            "[[service]]\nname = \"web\"\nvip = \"{}\"\nport = {}\nprotocol = \"tcp\"\ndrain_s = 60\n\
-             [service.health]\nkind = \"http\"\npath = \"/\"\ninterval_ms = 500\ntimeout_ms = 3000\n\
+            "[[service]]\nname = \"{name}\"\nvip = \"{}\"\nport = {port}\nprotocol = \"tcp\"\ndrain_s = 60\n\
+             [service.health]\nkind = \"http\"\npath = \"/\"\nport = {}\ninterval_ms = 500\ntimeout_ms = 3000\n\
              rise = 2\nfall = 4\n",
             vip_v4(1),
             nginx::PORT
@@ -130,20 +157,7 @@ impl Pair {
             text +=
                 &format!("[[service.backend]]\nname = \"{}\"\naddress = \"{}\"\n", worker.name, worker.v4);
         }
-        let path = self.bed.path("services.toml");
-        fs::write(&path, text)?;
-        self.a.lbctl.run(&["config", "apply", &path.display().to_string()])?;
-        for host in [&self.a, &self.b] {
-            wait::until("all workers are healthy on both hosts", Duration::from_secs(20), || {
-                self.bed.workers.iter().all(|worker| {
-                    host.lbctl
-                        .backends(&worker.name)
-                        .is_ok_and(|found| found.len() == 1 && found[0].is_healthy && found[0].slots > 0)
-                })
-            })
-            .with_context(|| format!("lbd said:\n{}", host.ingress.process().output()))?;
-        }
-        Ok(())
+        text
     }
 
     /// Where clients ask.
