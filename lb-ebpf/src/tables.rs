@@ -59,6 +59,14 @@ pub trait Tables {
     {
         crate::place::lesser(self, service, at, best, now_s)
     }
+    /// [`crate::chain::others_of`]; a function of its own likewise.
+    #[inline(always)]
+    fn others(&self, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64
+    where
+        Self: Sized,
+    {
+        crate::chain::others_of(self, service, view, number, chosen)
+    }
     /// Load of a backend: its last report, and what was placed since. An index without an entry has none.
     fn load(&self, backend: u32, now_s: u32) -> u32;
     /// Adds the cost of a flow to a backend's load.

@@ -6,6 +6,7 @@
 use aya_ebpf::{
     Global,
     bindings::xdp_action,
+    helpers::generated::bpf_redirect,
     macros::{map, xdp},
     maps::{Array, HashMap, PerCpuArray},
     programs::XdpContext,
@@ -61,6 +62,9 @@ pub fn decap(ctx: XdpContext) -> u32 {
     debug!(&ctx, "reason {}", reason as u32);
     match verdict {
         Verdict::Pass => xdp_action::XDP_PASS,
+        Verdict::Transmit => xdp_action::XDP_TX,
+        // SAFETY: no pointers.
+        Verdict::Redirect(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
         _ => xdp_action::XDP_DROP,
     }
 }

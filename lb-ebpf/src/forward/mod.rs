@@ -87,6 +87,7 @@ pub fn overhead(backend: &Backend) -> Option<usize> {
     match backend.mode {
         mode::IPIP => Some(outer_len),
         mode::GUE => Some(outer_len + GUE_OVERHEAD),
+        mode::GUE_CHAIN => Some(outer_len + GUE_OVERHEAD + crate::chain::len(outer_len == 40)),
         _ => None,
     }
 }

@@ -3,6 +3,7 @@
 use super::std::{boxed::Box, cell::RefCell, vec, vec::Vec};
 use crate::{
     Frame, Packet,
+    chance::{SocketQuery, Sockets},
     forward::{Fib, FibAnswer, FibQuery},
 };
 use core::cell::UnsafeCell;
@@ -37,6 +38,7 @@ pub struct VecFrame {
     adjusts: Vec<Adjust>,
     fib: FibFn,
     queries: RefCell<Vec<FibQuery>>,
+    sockets: fn(&SocketQuery) -> bool,
 }
 
 impl VecFrame {
@@ -62,6 +64,7 @@ impl VecFrame {
             adjusts: Vec::new(),
             fib: |_| Err((Reason::NoRoute, 0)),
             queries: RefCell::default(),
+            sockets: |_| false,
         }
     }
 
@@ -83,6 +86,13 @@ impl VecFrame {
     #[must_use]
     pub fn with_fib(mut self, fib: FibFn) -> Self {
         self.fib = fib;
+        self
+    }
+
+    /// The same with these sockets; without them there are none.
+    #[must_use]
+    pub fn with_sockets(mut self, sockets: fn(&SocketQuery) -> bool) -> Self {
+        self.sockets = sockets;
         self
     }
 
@@ -162,5 +172,11 @@ impl Fib for VecFrame {
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
         self.queries.borrow_mut().push(*query);
         (self.fib)(query)
+    }
+}
+
+impl Sockets for VecFrame {
+    fn has_flow(&self, query: &SocketQuery) -> bool {
+        (self.sockets)(query)
     }
 }
