@@ -27,6 +27,14 @@ pub mod mode {
     pub const NAT: u8 = 4;
     /// Handed to this host's own stack.
     pub const LOCAL: u8 = 5;
+    /// GUE whose private data names the backends that may have the flow instead.
+    pub const GUE_CHAIN: u8 = 6;
+
+    /// Whether packets travel in GUE.
+    #[inline(always)]
+    pub const fn is_gue(mode: u8) -> bool {
+        mode == GUE || mode == GUE_CHAIN
+    }
 }
 
 /// A backend of one service. A worker that serves two services has two of them, so that

@@ -159,6 +159,20 @@ reasons! {
     DecapCookie = "decap_cookie", Answer;
     /// Worker: frame could not be shortened
     DecapAdjust = "decap_adjust", Drop;
+    /// Worker: packet with other backends to ask, delivered by the first
+    ChanceFirst = "chance_first", Note;
+    /// Worker: packet that another worker sent on, delivered by the second
+    ChanceSecond = "chance_second", Note;
+    /// Worker: packet that two workers sent on, delivered by the third
+    ChanceThird = "chance_third", Note;
+    /// Worker: no socket for the flow here, nor at those asked before; delivered, so that the stack resets it
+    ChanceNone = "chance_none", Note;
+    /// Worker: no socket for the flow here; sent on to the next backend that may have it
+    ChanceSentOn = "chance_sent_on", Note;
+    /// Worker: private data of a GUE header invalid, or of another version
+    ChanceBad = "chance_bad", Drop;
+    /// Worker: packet with other backends to ask would go round, or visit too many
+    ChanceLoop = "chance_loop", Drop;
 }
 
 impl Reason {

@@ -32,6 +32,9 @@ use lb_common::{
     slot::NO_BACKEND,
 };
 
+/// Seconds within which a worker has made the connected socket of a new UDP flow.
+pub const UDP_YOUNG_S: u32 = 3;
+
 /// Why a backend was chosen, for `explain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
@@ -43,6 +46,8 @@ pub enum Why {
     NotTracked,
     /// The flow table names it.
     Tracked,
+    /// The same, for a UDP flow so young that its backend may have no connected socket for it yet.
+    TrackedYoung,
     /// A recent SYN was placed there.
     RecentSyn,
     /// The slot's previous primary, for a flow from before the transition.
@@ -298,7 +303,13 @@ fn choose_udp<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
             if known.last_seen_s != now_s {
                 tables.touch(FlowTable::UdpFlows, key, now_s, 0);
             }
-            return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
+            let is_young = now_s.saturating_sub(known.created_s) <= UDP_YOUNG_S;
+            let why = if is_young && packet.view.flags & flags::SECOND_CHANCE != 0 {
+                Why::TrackedYoung
+            } else {
+                Why::Tracked
+            };
+            return Ok(Choice { backend: known.backend, is_new: false, why });
         }
         tables.count(Reason::FlowStale);
     }

@@ -2,16 +2,19 @@
 //! VIP on `lo` and answers the client directly (DSR).
 //!
 //! Strict: the outer destination must be one of this worker's addresses, the inner one a VIP served
-//! here. As a router would, it decrements the inner TTL and carries a congestion mark over (RFC 6040).
+//! here. What carries the backends that may have its flow instead goes on to those if it has no socket here (`chance`).
+//! As a router would, it decrements the inner TTL and carries a congestion mark over (RFC 6040).
 //! Called by `bin/decap.rs` in the kernel and by tests and fuzzers natively.
 
 use crate::{
-    Frame, Packet, Verdict, csum,
-    forward::GUE_OVERHEAD,
+    Frame, Packet, Verdict, chain,
+    chance::{self, Chain, Decision, Sockets},
+    csum,
+    forward::{Fib, GUE_OVERHEAD},
     parse::{ETH_IPV4, ETH_IPV6, ETHERNET, VLAN_TAG, address, mapped, parse_ethernet},
     wire::{Gue, Ipv4, Ipv6, Macs, Udp},
 };
-use lb_common::{Address, Reason, service::UDP, settings::DecapSettings};
+use lb_common::{Address, Reason, is_mapped, service::UDP, settings::DecapSettings};
 
 const PROTOCOL_IPV4: u8 = 4;
 const PROTOCOL_IPV6: u8 = 41;
@@ -45,24 +48,25 @@ struct Outer {
 
 /// Decides a packet's fate and carries it out on the frame.
 #[inline(always)]
-pub fn process<F: Frame, T: DecapTables>(
+pub fn process<F: Frame + Fib + Sockets, T: DecapTables>(
     frame: &mut F,
     tables: &T,
     settings: &DecapSettings,
 ) -> (Verdict, Reason) {
-    let reason = match decapsulate(frame, tables, settings) {
-        Ok(reason) | Err(reason) => reason,
+    let (verdict, reason) = match decapsulate(frame, tables, settings) {
+        Ok(end) => end,
+        Err(reason) => (Verdict::of(reason), reason),
     };
     tables.count(reason);
-    (Verdict::of(reason), reason)
+    (verdict, reason)
 }
 
 #[inline(always)]
-fn decapsulate<F: Frame, T: DecapTables>(
+fn decapsulate<F: Frame + Fib + Sockets, T: DecapTables>(
     frame: &mut F,
     tables: &T,
     settings: &DecapSettings,
-) -> Result<Reason, Reason> {
+) -> Result<(Verdict, Reason), Reason> {
     let packet = frame.packet();
     let (l2_len, kind) = parse_ethernet(&packet, settings.vlan != 0)?;
     // One call per length, so that the offsets of the common case are constants.
@@ -75,12 +79,12 @@ fn decapsulate<F: Frame, T: DecapTables>(
 
 /// L2 is the Ethernet header's length, TAGS the 16-bit words of VLAN tags in it.
 #[inline(always)]
-fn at<F: Frame, T: DecapTables, const L2: usize, const TAGS: usize>(
+fn at<F: Frame + Fib + Sockets, T: DecapTables, const L2: usize, const TAGS: usize>(
     frame: &mut F,
     tables: &T,
     settings: &DecapSettings,
     kind: u16,
-) -> Result<Reason, Reason> {
+) -> Result<(Verdict, Reason), Reason> {
     let packet = frame.packet();
     let outer = match kind {
         ETH_IPV4 => outer_ipv4(&packet, L2)?,
@@ -107,13 +111,81 @@ fn at<F: Frame, T: DecapTables, const L2: usize, const TAGS: usize>(
         return Err(Reason::DecapFragment);
     }
     if is_gue {
-        let protocol = parse_gue(&packet, &outer)?;
+        let (protocol, has_chain) = parse_gue(&packet, &outer)?;
+        if has_chain {
+            return with_chain::<F, T, L2, TAGS>(frame, tables, &outer, protocol);
+        }
         deliver::<F, T, L2, TAGS>(frame, tables, &outer, protocol, outer.payload + GUE_OVERHEAD)?;
-        Ok(Reason::DecapGue)
+        Ok((Verdict::Pass, Reason::DecapGue))
     } else {
         deliver::<F, T, L2, TAGS>(frame, tables, &outer, outer.protocol, outer.payload)?;
-        Ok(Reason::DecapIpip)
+        Ok((Verdict::Pass, Reason::DecapIpip))
     }
+}
+
+/// A packet that names other backends: delivered, or sent on.
+#[inline(always)]
+fn with_chain<F: Frame + Fib + Sockets, T: DecapTables, const L2: usize, const TAGS: usize>(
+    frame: &mut F,
+    tables: &T,
+    outer: &Outer,
+    protocol: u8,
+) -> Result<(Verdict, Reason), Reason> {
+    let is_ipv6 = !is_mapped(&address(outer.destination));
+    let chain = chance::parse_chain(&frame.packet(), outer.payload + GUE_OVERHEAD, is_ipv6)?;
+    // One call per length, so that the offsets that follow differ by constants only.
+    let inner = outer.payload + GUE_OVERHEAD + if is_ipv6 { chain::len(true) } else { chain::len(false) };
+    let decision = if chain == (Chain { left: 0, hops: 0, ..chain }) {
+        // Nobody else may have it.
+        Decision::Here(Reason::DecapGue)
+    } else {
+        check_inner(&frame.packet(), tables, outer, protocol, inner)?;
+        chance::decide(frame, &chain, inner, protocol == PROTOCOL_IPV6)
+    };
+    match decision {
+        Decision::Here(reason) => {
+            deliver::<F, T, L2, TAGS>(frame, tables, outer, protocol, inner)?;
+            if reason != Reason::DecapGue {
+                tables.count(reason);
+            }
+            Ok((Verdict::Pass, Reason::DecapGue))
+        }
+        Decision::On => {
+            let ours = address(outer.destination);
+            let verdict = chance::send_on::<F, L2>(frame, &chain, &ours, outer.payload, is_ipv6)?;
+            Ok((verdict, Reason::ChanceSentOn))
+        }
+    }
+}
+
+/// The checks of an inner packet that need no change of it: what is not for a VIP served here goes nowhere.
+#[inline(always)]
+fn check_inner<T: DecapTables>(
+    packet: &Packet,
+    tables: &T,
+    outer: &Outer,
+    protocol: u8,
+    inner: usize,
+) -> Result<(), Reason> {
+    let (is_whole, vip) = if protocol == PROTOCOL_IPV4 {
+        let ip: Ipv4 = packet.read(inner).ok_or(Reason::DecapBadInner)?;
+        let header_len = ((ip.version_len & 0x0f) as usize) * 4;
+        let len = u16::from_be(ip.total_len) as usize;
+        let is_whole = ip.version_len >> 4 == 4
+            && header_len >= 20
+            && len >= header_len
+            && len <= inner_room(outer, inner);
+        (is_whole, mapped(ip.destination))
+    } else {
+        let ip: Ipv6 = packet.read(inner).ok_or(Reason::DecapBadInner)?;
+        let len = u16::from_be(ip.payload_len) as usize + 40;
+        let is_whole = u32::from_be(ip.version_class_label) >> 28 == 6 && len <= inner_room(outer, inner);
+        (is_whole, ip.destination)
+    };
+    if !is_whole {
+        return Err(Reason::DecapBadInner);
+    }
+    if tables.is_served(&address(vip)) { Ok(()) } else { Err(Reason::DecapNotVip) }
 }
 
 #[inline(always)]
@@ -151,18 +223,22 @@ fn outer_ipv6(packet: &Packet, l3: usize) -> Result<Outer, Reason> {
     })
 }
 
-/// Protocol of what a GUE header carries. Only variant 0 without fields or flags is understood.
+/// Protocol of what a GUE header carries, and whether it names other backends. Only variant 0 without flags is
+/// understood, and private data of just the length that a chain has.
 #[inline(always)]
-fn parse_gue(packet: &Packet, outer: &Outer) -> Result<u8, Reason> {
+fn parse_gue(packet: &Packet, outer: &Outer) -> Result<(u8, bool), Reason> {
     let udp: Udp = packet.read(outer.payload).ok_or(Reason::Truncated)?;
     let gue: Gue = packet.read(outer.payload + 8).ok_or(Reason::DecapBadGue)?;
     let len = u16::from_be(udp.len) as usize;
-    let is_plain = gue.variant_control_len == 0 && gue.flags == 0;
+    let chain = chain::len(!is_mapped(&address(outer.destination)));
+    let has_chain = gue.variant_control_len as usize == chain / 4;
+    let is_plain = (gue.variant_control_len == 0 || has_chain) && gue.flags == 0;
     let is_ip = gue.protocol == PROTOCOL_IPV4 || gue.protocol == PROTOCOL_IPV6;
-    if len != outer.len || len < GUE_OVERHEAD || !is_plain || !is_ip {
+    let least = if has_chain { GUE_OVERHEAD + chain } else { GUE_OVERHEAD };
+    if len != outer.len || len < least || !is_plain || !is_ip {
         return Err(Reason::DecapBadGue);
     }
-    Ok(gue.protocol)
+    Ok((gue.protocol, has_chain))
 }
 
 /// Checks the inner packet at `inner`, updates it, and makes it the frame's.

@@ -3,8 +3,8 @@
 //! Called by `bin/ingress.rs` in the kernel and by tests and fuzzers natively.
 
 use crate::{
-    Frame, Tables, Verdict,
-    choose::choose_with,
+    Frame, Tables, Verdict, chain,
+    choose::{Why, choose_with},
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
     icmp, nat,
@@ -17,6 +17,7 @@ use lb_common::{
     names::stage,
     service,
     settings::{IngressSettings, features},
+    slot::NO_BACKEND,
 };
 
 /// What was found out about a packet on its way, for the log.
@@ -92,7 +93,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
-    let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
+    let mut backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
     // Another service's backend: this run was halted while its table was written anew.
     if backend.flags & flags::USED == 0 || backend.service != service {
         return Err(Reason::BrokenTable.into());
@@ -100,7 +101,20 @@ fn balance<F: Frame + Fib, T: Tables>(
     if backend.flags & flags::RESOLVED == 0 {
         tables.count(Reason::FibLookup);
     }
+    let has_chain = settings.features & features::SECOND_CHANCE != 0 && chain::is_carried_to(backend);
+    let mut others = [NO_BACKEND; 2];
+    if has_chain {
+        others = chain::others(tables, service, view, headers, hash, choice.backend);
+        let is_young = choice.is_new || choice.why == Why::TrackedYoung;
+        if others[0] != NO_BACKEND && chain::asks_first(headers, is_young) {
+            backend = tables.backend(others[0]).ok_or(Reason::BrokenTable)?;
+            others = [choice.backend, NO_BACKEND];
+        }
+    }
     let verdict = forward(frame, settings, headers, backend, hash)?;
+    if has_chain && !chain::write(frame, tables, backend, others) {
+        return Err(Reason::BrokenTable.into());
+    }
     if settings.stats != 0 {
         tables.account(choice.backend, headers.ip_len, choice.is_new);
     }

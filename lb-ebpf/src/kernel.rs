@@ -2,17 +2,21 @@
 
 use crate::{
     Frame, Packet, Verdict,
+    chance::{SocketQuery, Sockets},
     forward::{Fib, FibAnswer, FibQuery, Hop},
     packet::{SUM_CHUNK, SUM_CHUNKS, Sum},
 };
 use aya_ebpf::{
     EbpfContext,
-    bindings::{self, bpf_fib_lookup as FibLookup, xdp_action},
+    bindings::{
+        self, bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
+        bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2, xdp_action,
+    },
     helpers,
     maps::DevMapHash,
     programs::XdpContext,
 };
-use lb_common::Reason;
+use lb_common::{Reason, service::UDP};
 
 /// An XDP buffer.
 pub struct XdpFrame<'a> {
@@ -199,6 +203,100 @@ impl Fib for XdpFrame<'_> {
             }
         };
         Ok(FibAnswer { hop, source })
+    }
+}
+
+impl Sockets for XdpFrame<'_> {
+    #[inline(always)]
+    fn has_flow(&self, query: &SocketQuery) -> bool {
+        // SAFETY: plain integers, for which zero is a value.
+        let mut tuple: bpf_sock_tuple = unsafe { core::mem::zeroed() };
+        let size = if query.is_ipv6 {
+            tuple.__bindgen_anon_1.ipv6 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2 {
+                saddr: query.source,
+                daddr: query.destination,
+                sport: query.source_port,
+                dport: query.port,
+            };
+            size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2>()
+        } else {
+            tuple.__bindgen_anon_1.ipv4 = bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1 {
+                saddr: query.source[3],
+                daddr: query.destination[3],
+                sport: query.source_port,
+                dport: query.port,
+            };
+            size_of::<bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1>()
+        } as u32;
+        if query.protocol == UDP {
+            self.has_udp(&mut tuple, size)
+        } else {
+            self.has_tcp(&mut tuple, size, query)
+        }
+    }
+}
+
+/// This network namespace (`BPF_F_CURRENT_NETNS`).
+const THIS_NAMESPACE: u64 = u64::MAX;
+/// Socket states, as the kernel numbers them.
+const ESTABLISHED: u32 = 1;
+const LISTEN: u32 = 10;
+
+impl XdpFrame<'_> {
+    #[inline(always)]
+    fn has_udp(&self, tuple: &mut bpf_sock_tuple, size: u32) -> bool {
+        // SAFETY: context and tuple are valid, and the size is the tuple's.
+        let socket = unsafe {
+            helpers::generated::bpf_sk_lookup_udp(self.ctx.ctx.cast(), tuple, size, THIS_NAMESPACE, 0)
+        };
+        if socket.is_null() {
+            return false;
+        }
+        // SAFETY: not null, and held until it is released.
+        let state = unsafe { (*socket).state };
+        // SAFETY: the lookup gave it, and nobody uses it afterwards.
+        unsafe { helpers::generated::bpf_sk_release(socket.cast()) };
+        // A datagram socket is in this state once it is connected.
+        state == ESTABLISHED
+    }
+
+    #[inline(always)]
+    fn has_tcp(&self, tuple: &mut bpf_sock_tuple, size: u32, query: &SocketQuery) -> bool {
+        // SAFETY: as in `has_udp`.
+        let socket = unsafe {
+            helpers::generated::bpf_skc_lookup_tcp(self.ctx.ctx.cast(), tuple, size, THIS_NAMESPACE, 0)
+        };
+        if socket.is_null() {
+            return false;
+        }
+        // SAFETY: as in `has_udp`.
+        let state = unsafe { (*socket).state };
+        let has = state != LISTEN || self.is_cookie(socket, query);
+        // SAFETY: as in `has_udp`.
+        unsafe { helpers::generated::bpf_sk_release(socket.cast()) };
+        has
+    }
+
+    /// Whether the packet shows a listener a SYN cookie that it has given out lately.
+    #[inline(always)]
+    fn is_cookie(&self, listener: *mut bpf_sock, query: &SocketQuery) -> bool {
+        let packet = self.packet();
+        let Some(tcp) = packet.pointer::<20>(query.l4) else { return false };
+        // The barrier keeps LLVM from deriving one bounds check from the other, which the verifier does not follow.
+        let ip = core::hint::black_box(query.ip);
+        if query.is_ipv6 {
+            let Some(ip) = packet.pointer::<40>(ip) else { return false };
+            // SAFETY: the listener is held, and both headers lie in the packet.
+            0 == unsafe {
+                helpers::generated::bpf_tcp_check_syncookie(listener.cast(), ip.cast(), 40, tcp.cast(), 20)
+            }
+        } else {
+            let Some(ip) = packet.pointer::<20>(ip) else { return false };
+            // SAFETY: as above.
+            0 == unsafe {
+                helpers::generated::bpf_tcp_check_syncookie(listener.cast(), ip.cast(), 20, tcp.cast(), 20)
+            }
+        }
     }
 }
 

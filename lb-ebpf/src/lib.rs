@@ -9,6 +9,8 @@
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod chain;
+pub mod chance;
 pub mod choose;
 pub mod cookie;
 pub mod csum;

@@ -59,6 +59,14 @@ pub trait Tables {
     {
         crate::place::lesser(self, service, at, best, now_s)
     }
+    /// [`crate::chain::others_of`]; a function of its own likewise.
+    #[inline(always)]
+    fn others(&self, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64
+    where
+        Self: Sized,
+    {
+        crate::chain::others_of(self, service, view, number, chosen)
+    }
     /// Load of a backend: its last report, and what was placed since. An index without an entry has none.
     fn load(&self, backend: u32, now_s: u32) -> u32;
     /// Adds the cost of a flow to a backend's load.
@@ -127,6 +135,21 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     #[inline(always)]
     fn forget(&self, _: FlowTable, _: &FlowKey) {}
 
+    /// Whoever only asks about a flow that is in no table is told its slot's primary.
+    #[inline(always)]
+    fn place(
+        &self,
+        _: u32,
+        _: &ServiceView,
+        place: crate::place::Place,
+        _: u32,
+    ) -> Result<(u32, crate::choose::Why), Reason> {
+        match place.slot.primary_index() {
+            lb_common::slot::NO_BACKEND => Err(Reason::NoBackend),
+            primary => Ok((primary, crate::choose::Why::NewFlow)),
+        }
+    }
+
     #[inline(always)]
     fn load(&self, backend: u32, now_s: u32) -> u32 {
         self.0.load(backend, now_s)
@@ -135,7 +158,6 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     #[inline(always)]
     fn charge(&self, _: u32, _: u32) {}
 
-    /// No turn is taken: who asks is told the first.
     #[inline(always)]
     fn turn(&self, _: u32) -> u64 {
         0

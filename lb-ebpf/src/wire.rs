@@ -96,6 +96,28 @@ headers! {
         /// Flags.
         flags: u16,
     }
+    /// Private data of GUE that names other backends, with an outer IPv4 header. `chain` has the format.
+    Chain4 = 12 {
+        /// What it is.
+        kind: u16,
+        /// Version, and addresses left.
+        version_left: u8,
+        /// Workers that sent it on.
+        hops: u8,
+        /// The addresses.
+        next: [u32; 2],
+    }
+    /// The same with an outer IPv6 header.
+    Chain6 = 36 {
+        /// What it is.
+        kind: u16,
+        /// Version, and addresses left.
+        version_left: u8,
+        /// Workers that sent it on.
+        hops: u8,
+        /// The addresses.
+        next: [u32; 8],
+    }
     /// IPv6 extension header: its first four bytes.
     Extension = 4 {
         /// What follows it.

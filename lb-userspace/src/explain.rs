@@ -11,6 +11,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Tables,
+    chain::others,
     choose::{Choice, Why, choose},
     hash::{flow_hash, slot_of},
     parse::{Headers, tcp, words},
@@ -86,6 +87,9 @@ pub struct Answer {
     pub records: bool,
     /// How it is forwarded.
     pub forwarding: Option<Forwarding>,
+    /// Backends that the packet names: a worker without the flow sends it on to the next of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chain: Vec<BackendView>,
 }
 
 /// An entry of a flow table.
@@ -272,8 +276,24 @@ impl Explanation {
         {
             self.steps.push(f.describe());
         }
+        let chain: Vec<BackendView> = match choice.ok().map(|c| (c, live.backend(c.backend))) {
+            Some((choice, Some(entry))) if lb_ebpf::chain::is_carried_to(entry) => {
+                let others = others(live, index, view, headers, hash, choice.backend);
+                others.iter().filter_map(|&i| live.view_of(names, i)).collect()
+            }
+            _ => Vec::new(),
+        };
+        if !chain.is_empty() {
+            let next: Vec<String> = chain.iter().map(BackendView::label).collect();
+            let rule = if packet == "syn" {
+                "a SYN stays where it is placed"
+            } else {
+                "a worker that has no socket for it sends it on"
+            };
+            self.steps.push(format!("second chance: then {} ({rule})", next.join(", then ")));
+        }
         let records = live.recorded.get();
-        self.answers.push(Answer { packet: packet.to_owned(), backend, why, records, forwarding });
+        self.answers.push(Answer { packet: packet.to_owned(), backend, why, records, forwarding, chain });
     }
 }
 
@@ -307,7 +327,7 @@ fn describe(why: Why) -> &'static str {
         Why::Primary => "the slot's primary",
         Why::NewFlow => "a new flow takes the slot's primary",
         Why::NotTracked => "in no flow table: the slot's primary",
-        Why::Tracked => "the flow table names it",
+        Why::Tracked | Why::TrackedYoung => "the flow table names it",
         Why::RecentSyn => "its SYN was placed there",
         Why::LessLoaded => "a new flow takes the slot's secondary, which has less load than the primary",
         Why::Turn => "a new flow takes whose turn it is: this one, or another of the service's backends",
@@ -325,7 +345,7 @@ fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
     Forwarding {
         mode: match entry.mode {
             backend::mode::IPIP => "ipip",
-            backend::mode::GUE => "gue",
+            backend::mode::GUE | backend::mode::GUE_CHAIN => "gue",
             backend::mode::L2 => "l2",
             backend::mode::NAT => "nat",
             backend::mode::LOCAL => "local",

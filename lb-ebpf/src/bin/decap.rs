@@ -77,6 +77,9 @@ pub fn decap(ctx: XdpContext) -> u32 {
     }
     match verdict {
         Verdict::Pass => xdp_action::XDP_PASS,
+        Verdict::Transmit => xdp_action::XDP_TX,
+        // SAFETY: no pointers.
+        Verdict::Redirect(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
         _ => xdp_action::XDP_DROP,
     }
 }

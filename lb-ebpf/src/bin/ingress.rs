@@ -26,6 +26,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Frame, Tables, Verdict,
+    chain::{NONE, others_of},
     choose::Why,
     fragment::FragmentTable,
     icmp_stage,
@@ -189,6 +190,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn lesser(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64 {
         lesser_load(service, at, best, now_s)
+    }
+
+    #[inline(always)]
+    fn others(&self, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64 {
+        others_in(service, view.slot_base, number, chosen)
     }
 
     #[inline(always)]
@@ -358,6 +364,15 @@ pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u
         return u64::MAX;
     };
     encode(place_new(&Maps, service, view, Place { slot: Slot { primary, secondary }, number }, now_s))
+}
+
+/// [`others_of`] for the view whose table begins at `slot_base`. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn others_in(service: u32, slot_base: u32, number: u32, chosen: u32) -> u64 {
+    let Some(entry) = SERVICES.get(service) else { return NONE };
+    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    others_of(&Maps, service, view, number, chosen)
 }
 
 /// [`lesser`]. A global function too: its caller is a loop.

@@ -95,6 +95,7 @@ pub fn overhead(backend: &Backend) -> Option<usize> {
         mode::IPIP => Some(outer_len),
         mode::GUE => Some(outer_len + GUE_OVERHEAD),
         mode::L2 => Some(0),
+        mode::GUE_CHAIN => Some(outer_len + GUE_OVERHEAD + crate::chain::len(outer_len == 40)),
         _ => None,
     }
 }

@@ -2,7 +2,7 @@
 
 use super::GUE_OVERHEAD;
 use crate::{
-    Packet, csum,
+    Packet, chain, csum,
     parse::{Headers, words},
     wire::{Gue, Ipv4, Ipv6, Udp},
 };
@@ -22,7 +22,7 @@ fn inner_protocol(headers: &Headers) -> u8 {
 /// Protocol that the outer header names.
 #[inline(always)]
 pub fn protocol(backend: &Backend, headers: &Headers) -> u8 {
-    if backend.mode == mode::GUE { UDP } else { inner_protocol(headers) }
+    if mode::is_gue(backend.mode) { UDP } else { inner_protocol(headers) }
 }
 
 /// Outer source: the backend's, with its low bits taken from the flow's hash, so that the worker's
@@ -56,8 +56,9 @@ pub fn write(
     hash: u64,
 ) -> bool {
     let inner_len = headers.ip_len as u16;
-    let gue = backend.mode == mode::GUE;
-    let payload = if gue { inner_len + GUE_OVERHEAD as u16 } else { inner_len };
+    let gue = mode::is_gue(backend.mode);
+    let chain = if backend.mode == mode::GUE_CHAIN { chain::len(!is_mapped(&backend.address)) } else { 0 };
+    let payload = if gue { inner_len + (GUE_OVERHEAD + chain) as u16 } else { inner_len };
     let destination = words(backend.address);
     let ip_len = if is_mapped(&backend.address) {
         let ip = ipv4(settings, headers.tos, payload, protocol(backend, headers), source[3], destination[3]);
@@ -138,6 +139,16 @@ fn write_gue(
         len: len.to_be(),
         check: 0,
     };
-    let gue = Gue { variant_control_len: 0, protocol: inner_protocol(headers), flags: 0 };
-    packet.write(at, udp) && packet.write(at + 8, gue)
+    let chain = if backend.mode == mode::GUE_CHAIN { chain::len(!is_mapped(&backend.address)) } else { 0 };
+    let gue = Gue { variant_control_len: (chain / 4) as u8, protocol: inner_protocol(headers), flags: 0 };
+    if !packet.write(at, udp) || !packet.write(at + 8, gue) {
+        return false;
+    }
+    // A chain without anybody in it, for callers that know of nobody.
+    let head = [chain::KIND.to_be(), u16::from_ne_bytes([chain::VERSION << 4, 0])];
+    match chain {
+        12 => packet.write(at + 12, head) && packet.write(at + 16, [0u32; 2]),
+        36 => packet.write(at + 12, head) && packet.write(at + 16, [0u32; 8]),
+        _ => true,
+    }
 }

@@ -3,6 +3,7 @@
 use super::std::{boxed::Box, cell::RefCell, vec, vec::Vec};
 use crate::{
     Frame, Packet,
+    chance::{SocketQuery, Sockets},
     forward::{Fib, FibAnswer, FibQuery},
     packet::Sum,
 };
@@ -39,6 +40,7 @@ pub struct VecFrame {
     fib: FibFn,
     mtu: Option<u32>,
     queries: RefCell<Vec<FibQuery>>,
+    sockets: fn(&SocketQuery) -> bool,
 }
 
 impl VecFrame {
@@ -65,6 +67,7 @@ impl VecFrame {
             fib: |_| Err((Reason::NoRoute, 0)),
             mtu: None,
             queries: RefCell::default(),
+            sockets: |_| false,
         }
     }
 
@@ -93,6 +96,13 @@ impl VecFrame {
     #[must_use]
     pub fn with_mtu(mut self, mtu: u32) -> Self {
         self.mtu = Some(mtu);
+        self
+    }
+
+    /// The same with these sockets; without them there are none.
+    #[must_use]
+    pub fn with_sockets(mut self, sockets: fn(&SocketQuery) -> bool) -> Self {
+        self.sockets = sockets;
         self
     }
 
@@ -185,5 +195,11 @@ impl Fib for VecFrame {
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
         self.queries.borrow_mut().push(*query);
         (self.fib)(query)
+    }
+}
+
+impl Sockets for VecFrame {
+    fn has_flow(&self, query: &SocketQuery) -> bool {
+        (self.sockets)(query)
     }
 }

@@ -6,6 +6,7 @@ mod bodies;
 #[path = "../../../tests/packet/src/build.rs"]
 #[allow(dead_code, reason = "the packet tests use the rest")]
 mod build;
+mod chance;
 mod choose;
 mod hostile;
 mod keep;

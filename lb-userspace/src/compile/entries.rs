@@ -10,6 +10,7 @@ use lb_common::{
     backend::{flags, mode},
     is_mapped, limits, mapped,
     service::{NO_SERVICE, TCP, UDP},
+    settings::features,
 };
 use std::{
     collections::BTreeMap,
@@ -79,6 +80,7 @@ pub fn backend(
 ) -> Backend {
     let (mode, port) = match service.mode {
         ForwardingMode::Ipip => (mode::IPIP, 0),
+        ForwardingMode::Gue if has_chain(service, settings) => (mode::GUE_CHAIN, service.gue_port),
         ForwardingMode::Gue => (mode::GUE, service.gue_port),
         ForwardingMode::L2 => (mode::L2, 0),
         ForwardingMode::Local => (mode::LOCAL, 0),
@@ -134,6 +136,11 @@ pub fn backend(
 fn worker_port(address: IpAddr, service: &Service) -> u16 {
     let backend = service.backends.values().find(|b| b.address == address);
     backend.and_then(|b| b.port).unwrap_or(0)
+}
+
+/// Whether a service's packets carry other backends.
+pub fn has_chain(service: &Service, settings: &Settings) -> bool {
+    service.has_second_chance() && settings.features_off & features::SECOND_CHANCE == 0
 }
 
 /// Enters a service where packets find it.

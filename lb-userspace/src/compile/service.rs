@@ -186,7 +186,7 @@ fn compile_anew(
         }
         memory.changed_ms = Arc::new(changed);
     }
-    let mut view = view(wanted, &shape);
+    let mut view = view(wanted, &shape, input.settings);
     // A table of another kind says nothing about where flows recorded under it fall now; and a scheduler that has
     // placed flows anywhere may have left them in any slot.
     let had_exceptions = memory.exceptions;
@@ -500,7 +500,7 @@ fn backend_entries(
     (entries, egress)
 }
 
-fn view(wanted: &Service, shape: &Shape) -> View {
+fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
     let mut bits = 0;
     if wanted.protocol == Protocol::Udp && wanted.udp_stateless {
         bits |= flags::UDP_STATELESS;
@@ -508,7 +508,7 @@ fn view(wanted: &Service, shape: &Shape) -> View {
     if wanted.on_down == OnDown::Reset {
         bits |= flags::RESET_ON_DOWN;
     }
-    if wanted.has_second_chance() {
+    if entries::has_chain(wanted, settings) {
         bits |= flags::SECOND_CHANCE;
     }
     if wanted.mode == ForwardingMode::Nat {

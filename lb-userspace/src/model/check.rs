@@ -200,6 +200,12 @@ impl Service {
         if self.second_chance == Some(true) && self.mode != ForwardingMode::Gue {
             setting("second_chance needs mode gue".to_owned());
         }
+        if self.second_chance == Some(true) && !self.scheduler.is_by_pair() {
+            setting(format!(
+                "second_chance cannot find what scheduler {} places anywhere: take maglev, p2c or source-hash",
+                word(&self.scheduler)
+            ));
+        }
         if self.gue_port == 0 {
             setting("gue_port is 0: 1 to 65535".to_owned());
         }
@@ -377,6 +383,10 @@ mod tests {
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","second_chance":true}"#,
                 "second_chance needs mode gue",
+            ),
+            (
+                r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","second_chance":true,"mode":"gue","scheduler":"rr"}"#,
+                "scheduler rr places anywhere",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":"any","protocol":"tcp","health":{"kind":"tcp"}}"#,

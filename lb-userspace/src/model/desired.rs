@@ -50,6 +50,13 @@ pub enum Scheduler {
     SourceHash,
 }
 
+impl Scheduler {
+    /// Whether a flow is on one of its slot's pair, where an ingress host that knows nothing of it can look.
+    pub fn is_by_pair(self) -> bool {
+        matches!(self, Self::Maglev | Self::P2c | Self::SourceHash)
+    }
+}
+
 /// How packets reach the backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -161,7 +168,9 @@ pub struct Service {
 impl Service {
     /// Whether its packets carry other backends that may have their flow.
     pub fn has_second_chance(&self) -> bool {
-        self.mode == ForwardingMode::Gue && self.second_chance.unwrap_or(self.protocol == Protocol::Tcp)
+        self.mode == ForwardingMode::Gue
+            && self.scheduler.is_by_pair()
+            && self.second_chance.unwrap_or(self.protocol == Protocol::Tcp)
     }
 }
 
