@@ -64,6 +64,9 @@ pub struct Forwarding {
     pub outer_source: Option<IpAddr>,
     /// Outer destination address.
     pub outer_destination: IpAddr,
+    /// Mode nat: port that packets get as destination; None if it stays what it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
     /// Egress interface's index; None when the kernel's FIB decides.
     pub ifindex: Option<u32>,
     /// Next hop's MAC; None when the kernel's FIB decides.
@@ -105,6 +108,19 @@ pub struct Entry {
     pub closing: bool,
 }
 
+/// A binding of mode nat.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binding {
+    /// Backend.
+    pub backend: String,
+    /// Address and port that the client's packets get as source.
+    pub source: SocketAddr,
+    /// Address and port that they get as destination.
+    pub worker: SocketAddr,
+    /// Seconds since a packet of either side was seen.
+    pub idle_s: u32,
+}
+
 /// The whole explanation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
@@ -130,6 +146,9 @@ pub struct Explanation {
     pub tracked: bool,
     /// What the flow tables know of the flow.
     pub entries: Vec<Entry>,
+    /// Mode nat: the flow's binding, if it has one; its packets go by it, whatever else is said here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binding: Option<Binding>,
     /// Answers: for TCP a SYN's and an established packet's.
     pub answers: Vec<Answer>,
     /// The same for people, a line a step.
@@ -152,6 +171,7 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
         transition: false,
         tracked: false,
         entries: Vec::new(),
+        binding: None,
         answers: Vec::new(),
         steps: Vec::new(),
     };
@@ -171,6 +191,9 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
     explanation.service(names, index, matched);
     explanation.slot(&live, names, view, &headers);
     explanation.entries(reader, &live, names, index, &headers);
+    if view.flags & flags::NAT != 0 {
+        explanation.binding(reader, &live, names, index, &headers);
+    }
     let kinds: &[(&str, u8)] = match query.protocol {
         Protocol::Tcp => &[("syn", tcp::SYN), ("established", tcp::ACK)],
         Protocol::Udp => &[("datagram", 0)],
@@ -252,6 +275,34 @@ impl Explanation {
         }
     }
 
+    /// Mode nat: what the flow is called on the workers' side.
+    fn binding(
+        &mut self,
+        reader: &Reader,
+        live: &Live<'_>,
+        names: &impl Names,
+        index: u32,
+        headers: &Headers,
+    ) {
+        let Some(nat) = reader.nat(&lb_ebpf::choose::flow_key(index, headers)) else {
+            self.steps.push("no binding: a new flow gets one, on the backend below".to_owned());
+            return;
+        };
+        let reply = reader.reply(&lb_ebpf::nat::reply_key(&nat, headers.protocol));
+        let seen_s = reply.map_or(0, |r| r.last_seen_s).max(nat.last_seen_s);
+        let binding = Binding {
+            backend: live.view_of(names, nat.backend).map_or("gone".to_owned(), |b| b.label()),
+            source: SocketAddr::new(to_ip(nat.source), nat.source_port.get()),
+            worker: SocketAddr::new(to_ip(nat.worker), nat.port.get()),
+            idle_s: live.now_s().saturating_sub(seen_s),
+        };
+        self.steps.push(format!(
+            "bound as {} → {} on {}, idle for {} s: its packets go there",
+            binding.source, binding.worker, binding.backend, binding.idle_s
+        ));
+        self.binding = Some(binding);
+    }
+
     fn answer(
         &mut self,
         live: &Live<'_>,
@@ -315,6 +366,10 @@ impl Forwarding {
         };
         let vlan = if self.vlan == 0 { String::new() } else { format!(", VLAN {}", self.vlan) };
         let mtu = self.mtu.map_or(String::new(), |m| format!(", packets up to {m} bytes"));
+        if self.mode == "nat" {
+            let port = self.port.map_or(String::new(), |port| format!(":{port}"));
+            return format!("nat {source} → {}{port}, {hop}{vlan}{mtu}", self.outer_destination);
+        }
         if self.mode == "l2" {
             return format!("l2 to {}, {hop}{vlan}{mtu}", self.outer_destination);
         }
@@ -339,7 +394,7 @@ fn describe(why: Why) -> &'static str {
 
 fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
     let resolved = entry.flags & backend::flags::RESOLVED != 0 && entry.mode != backend::mode::LOCAL;
-    let encapsulates = matches!(entry.mode, backend::mode::IPIP | backend::mode::GUE);
+    let has_source = matches!(entry.mode, backend::mode::IPIP | backend::mode::GUE | backend::mode::NAT);
     let source = lb_ebpf::parse::address(lb_ebpf::forward::outer_source(entry, hash));
     let overhead = lb_ebpf::forward::overhead(entry).unwrap_or(0) as u32;
     Forwarding {
@@ -352,8 +407,9 @@ fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
             _ => "unknown",
         }
         .to_owned(),
-        outer_source: (encapsulates && entry.source != [0; 16]).then(|| to_ip(source)),
+        outer_source: (has_source && entry.source != [0; 16]).then(|| to_ip(source)),
         outer_destination: to_ip(entry.address),
+        port: (entry.mode == backend::mode::NAT && entry.port.get() != 0).then_some(entry.port.get()),
         ifindex: resolved.then_some(entry.ifindex),
         next_hop: resolved.then(|| entry.next_hop.map(|b| format!("{b:02x}")).join(":")),
         vlan: if resolved { entry.vlan.get() & 0xfff } else { 0 },

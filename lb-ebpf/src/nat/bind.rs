@@ -8,15 +8,15 @@ use super::{NatTables, Way};
 use crate::{
     Frame, Verdict,
     choose::{choose, flow_key},
-    forward::varied,
+    forward::{Fib, FibQuery, varied},
     hash::{flow_hash, mix, slot_of},
     ingress::{Outcome, refuse},
     network::parse_network,
-    parse::{address, words},
+    parse::{Headers, address, mapped, words},
     service::lookup_service,
 };
 use lb_common::{
-    Backend, Be16, Nat, Reason, Reply, ReplyKey,
+    Address, Backend, Be16, Nat, Reason, Reply, ReplyKey,
     backend::{flags, mode},
     is_mapped,
     names::stage,
@@ -57,7 +57,7 @@ pub fn worker<T: NatTables>(tables: &T, index: u32, service: u32, is_ipv6: bool)
 
 /// Binds the flow of a client's packet, and hands the packet back to the stage that goes by bindings.
 #[inline(always)]
-pub fn process<F: Frame, T: NatTables>(
+pub fn process<F: Frame + Fib, T: NatTables>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,
@@ -69,7 +69,11 @@ pub fn process<F: Frame, T: NatTables>(
 }
 
 #[inline(always)]
-fn bind<F: Frame, T: NatTables>(frame: &F, tables: &T, settings: &IngressSettings) -> Result<(), Reason> {
+fn bind<F: Frame + Fib, T: NatTables>(
+    frame: &F,
+    tables: &T,
+    settings: &IngressSettings,
+) -> Result<(), Reason> {
     let network = tables.way(|way| choose_worker(frame, tables, settings, way));
     network.ok_or(Reason::BrokenTable)??;
     tables.way(|way| enter(tables, settings.nat_first, settings.nat_last, way)).ok_or(Reason::BrokenTable)?
@@ -77,7 +81,7 @@ fn bind<F: Frame, T: NatTables>(frame: &F, tables: &T, settings: &IngressSetting
 
 /// Chooses a worker, and writes down all that the binding needs but its port.
 #[inline(always)]
-fn choose_worker<F: Frame, T: NatTables>(
+fn choose_worker<F: Frame + Fib, T: NatTables>(
     frame: &F,
     tables: &T,
     settings: &IngressSettings,
@@ -111,6 +115,10 @@ fn choose_worker<F: Frame, T: NatTables>(
         hop: way.from,
     };
     way.source_bits = backend.source_bits as u32;
+    if way.nat.source == [0; 16] {
+        // The daemon does not know the way yet.
+        way.nat.source = source_by_fib(frame, headers, backend)?;
+    }
     way.reply = Reply {
         flow: way.key,
         vip: headers.destination_address(),
@@ -120,6 +128,26 @@ fn choose_worker<F: Frame, T: NatTables>(
     };
     way.reply_key = reply_key(&way.nat, headers.protocol);
     Ok(())
+}
+
+/// The address of this host that the kernel's routes give packets to a backend.
+#[inline(always)]
+fn source_by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, backend: &Backend) -> Result<Address, Reason> {
+    let query = FibQuery {
+        source: if headers.is_ipv6 { [0; 4] } else { mapped(0) },
+        destination: words(backend.address),
+        is_ipv6: headers.is_ipv6,
+        on_link: false,
+        tos: headers.tos,
+        protocol: headers.protocol,
+        len: headers.ip_len,
+    };
+    match frame.lookup(&query) {
+        Ok(answer) => Ok(address(answer.source)),
+        // Whoever sends the packet on asks again, and tells the client.
+        Err((Reason::TooBigAnswered, _)) => Err(Reason::TooBigDropped),
+        Err((reason, _)) => Err(reason),
+    }
 }
 
 /// Takes a port and writes both entries. A function of its own to the verifier, which then does not walk it
@@ -183,21 +211,18 @@ fn take_port<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> 
 #[inline(always)]
 fn reclaim<T: NatTables>(tables: &T, way: &Way) -> bool {
     let (key, now_s) = (&way.reply_key, way.reply.last_seen_s);
-    let Some((flow, state, worker_s)) =
-        tables.reply(key, |reply| (reply.flow, reply.flags, reply.last_seen_s))
-    else {
-        return false;
-    };
-    let mine =
-        |nat: &mut Nat| (nat.source == key.source && nat.source_port == key.source_port, nat.last_seen_s);
-    let (is_bound, client_s) = tables.nat(&flow, mine).unwrap_or((false, 0));
-    // Of another service's flows only TCP's times are known here; UDP's is the service's own.
-    let idle_s = if key.protocol == TCP as u32 { nat::tcp_idle_s(state) } else { way.udp_timeout_s };
-    if !nat::is_expired(idle_s, if is_bound { client_s } else { worker_s }, worker_s, now_s) {
-        return false;
-    }
-    if is_bound {
-        tables.remove_nat(&flow);
-    }
-    tables.remove_reply(key)
+    let is_over = tables.reply(key, |reply| {
+        let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
+        let client_s = tables.nat(&reply.flow, |nat| if is_own(nat) { nat.last_seen_s } else { 0 });
+        let client_s = client_s.unwrap_or(0);
+        // Of another service's UDP flows the time is not known here; this one's will do.
+        let idle_s =
+            if key.protocol == TCP as u32 { nat::tcp_idle_s(reply.flags) } else { way.udp_timeout_s };
+        let is_over = nat::is_expired(idle_s, client_s, reply.last_seen_s, now_s);
+        if is_over && client_s != 0 {
+            tables.remove_nat(&reply.flow);
+        }
+        is_over
+    });
+    is_over == Some(true) && tables.remove_reply(key)
 }

@@ -16,6 +16,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
+    forward::{FibAnswer, FibQuery, Hop},
     ingress::Outcome,
     native::{self, HashTables, VecFrame},
 };
@@ -502,6 +503,34 @@ fn udp_flows_move_when_idle_or_when_their_worker_is_down() {
     }
     assert_eq!(send(&tables, &asked).worker, worker(14, true));
     assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1));
+}
+
+/// Until the daemon has found the way, the kernel's routes say by which address of this host.
+#[test]
+fn the_kernel_s_routes_give_a_source_where_the_daemon_has_none() {
+    fn fib(query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
+        let hop = Hop { next_hop: (1, 2), egress_mac: (3, 4), vlan: 0, ifindex: INSIDE, mtu: 0 };
+        let is_asked = query.source[3] == 0 && query.source[0] == 0;
+        let own = if query.is_ipv6 { SOURCE6 } else { SOURCE4 };
+        Ok(FibAnswer { hop, source: if is_asked { lb_ebpf::parse::words(own) } else { query.source } })
+    }
+    for is_ipv6 in [false, true] {
+        let mut tables = tables(is_ipv6);
+        let backend = tables.backends.get_mut(&1).unwrap();
+        backend.flags &= !backend_flags::RESOLVED;
+        backend.source = [0; 16];
+        let asked = request(is_ipv6, TCP, 40_000, SYN);
+        let mut frame = VecFrame::new(&asked.bytes()).with_fib(fib);
+        let (verdict, outcome) = native::run(&mut frame, &tables, &IngressSettings::DEFAULT);
+        assert_eq!(verdict, Verdict::Redirect(INSIDE), "{outcome:?}");
+        let (nat, _) = binding(&tables, &asked);
+        assert_eq!(nat.source, if is_ipv6 { SOURCE6 } else { SOURCE4 });
+        assert_eq!(frame.bytes()[14..], translated(&asked, &nat).ip());
+        // No route, no binding.
+        let other = request(is_ipv6, TCP, 40_001, SYN);
+        assert_eq!(run(&tables, &other.bytes(), 1).1, Outcome::Not(Reason::NoRoute));
+        assert_eq!(tables.nats().len(), 1);
+    }
 }
 
 #[test]

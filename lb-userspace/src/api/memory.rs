@@ -143,6 +143,7 @@ impl Engine for MemoryEngine {
             transition: false,
             tracked: false,
             entries: Vec::new(),
+            binding: None,
             answers: Vec::new(),
             steps: vec![step],
         })

@@ -330,7 +330,7 @@ pub struct Flows {
 /// A tracked flow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FlowInfo {
-    /// Table: `tcp`, `syn` (recent SYN choices) or `udp`.
+    /// Table: `tcp`, `syn` (recent SYN choices), `udp` or `nat`.
     pub table: String,
     /// Client.
     pub client: SocketAddr,

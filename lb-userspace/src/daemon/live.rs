@@ -244,6 +244,34 @@ impl Engine for Live {
             let failed = |e: crate::dataplane::DataplaneError| EngineError::Failed { what: e.to_string() };
             self.reader.for_each_flow(table, each).map_err(failed)?;
         }
+        let failed = |e: crate::dataplane::DataplaneError| EngineError::Failed { what: e.to_string() };
+        let each = |key: lb_common::FlowKey, nat: lb_common::Nat| {
+            let service = services.get(&key.service).copied();
+            let (backend, address) = backends.get(&nat.backend).map_or((None, None), |b| (b.0, Some(b.1)));
+            let wanted = filter.service.as_ref().is_none_or(|s| service == Some(s))
+                && filter.backend.as_ref().is_none_or(|b| backend == Some(b));
+            if !wanted {
+                return;
+            }
+            if found.len() == filter.limit {
+                more = true;
+                return;
+            }
+            let answers = |p| self.reader.reply(&lb_ebpf::nat::reply_key(&nat, p)).filter(|r| r.flow == key);
+            let reply = answers(lb_common::service::TCP).or_else(|| answers(lb_common::service::UDP));
+            let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
+            found.push(FlowInfo {
+                table: "nat".to_owned(),
+                client: SocketAddr::new(ip(key.source), key.source_port.get()),
+                port: key.port.get(),
+                service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
+                backend: backend.map_or_else(removed, Name::to_string),
+                age_s: now_s.saturating_sub(nat.created_s),
+                idle_s: now_s.saturating_sub(reply.map_or(0, |r| r.last_seen_s).max(nat.last_seen_s)),
+                closing: reply.is_some_and(|r| lb_common::nat::is_over(r.flags)),
+            });
+        };
+        self.reader.for_each_nat(each).map_err(failed)?;
         Ok((found, more))
     }
 

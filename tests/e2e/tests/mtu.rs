@@ -53,6 +53,73 @@ fn gue_upload_completes() -> Result<()> {
     uploads("gue", false)
 }
 
+/// Nothing is added, but the workers' links are narrower than the client's.
+fn uploads_over_a_narrow_link(mode: &'static str) -> Result<()> {
+    let layout = Layout { worker_mtu: 1400, ..Layout::default() };
+    let stage = Stage::start(Plan { layout, mode, ..Plan::default() })?;
+    advertise_more(&stage)?;
+    for target in stage.targets(nginx::PORT) {
+        let answer = upload(&stage, target)?;
+        ensure!(answer.status == 200, "{mode} {target}: {answer:?}");
+        let overhead = match (mode, target.is_ipv6()) {
+            ("ipip", false) => 20,
+            ("ipip", true) => 40,
+            ("gue", false) => 32,
+            ("gue", true) => 52,
+            _ => 0,
+        };
+        let learnt = learnt_mtu(&stage, target.ip())?;
+        ensure!(learnt == Some(1400 - overhead), "{mode} {target}: learnt {learnt:?}");
+        let (answer, bytes) = block_on(&stage.bed.client, move || async move {
+            let mut connection = Connection::open(target).await?;
+            let (answer, bytes) = connection.begin("/download/1").await?;
+            connection.finish_body(bytes).await?;
+            Ok((answer, bytes))
+        })?;
+        ensure!(answer.status == 200 && bytes == 1 << 20, "{mode} {target}: {bytes} bytes down");
+    }
+    Ok(())
+}
+
+/// Has the workers announce the segments of a full-size link, or they would keep the client from ever sending too much.
+fn advertise_more(stage: &Stage) -> Result<()> {
+    for (index, worker) in stage.bed.workers.iter().enumerate() {
+        let number = index + 1;
+        // The metrics are those that the kernel gives its own routes.
+        for (family, own, metric, gateway, mss) in [
+            ("-4", format!("10.1.{number}.0/24"), "0", format!("10.1.{number}.1"), "1460"),
+            ("-6", format!("fd00:1:{number}::/64"), "256", format!("fd00:1:{number}::1"), "1440"),
+        ] {
+            let change = [family, "route", "change"];
+            let own = [own.as_str(), "dev", "eth0", "proto", "kernel", "metric", metric, "advmss", mss];
+            worker.namespace.ip(&[&change[..], &own[..]].concat())?;
+            let default = ["default", "via", gateway.as_str(), "advmss", mss];
+            worker.namespace.ip(&[&change[..], &default[..]].concat())?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn ipip_over_a_narrow_link() -> Result<()> {
+    uploads_over_a_narrow_link("ipip")
+}
+
+#[test]
+fn gue_over_a_narrow_link() -> Result<()> {
+    uploads_over_a_narrow_link("gue")
+}
+
+#[test]
+fn l2_over_a_narrow_link() -> Result<()> {
+    uploads_over_a_narrow_link("l2")
+}
+
+#[test]
+fn nat_over_a_narrow_link() -> Result<()> {
+    uploads_over_a_narrow_link("nat")
+}
+
 #[test]
 fn v4_service_on_v6_backends_upload_completes() -> Result<()> {
     uploads("ipip", true)

@@ -57,17 +57,43 @@ pub fn start(
     seconds: u32,
     megabits: u32,
 ) -> Result<Running> {
+    launch(namespace, target, port, seconds, megabits, false)
+}
+
+fn launch(
+    namespace: &Namespace,
+    target: IpAddr,
+    port: u16,
+    seconds: u32,
+    megabits: u32,
+    reverse: bool,
+) -> Result<Running> {
     let mut command = namespace.command("iperf3");
     command
         .args(["--client", &target.to_string(), "--port", &port.to_string(), "--json", "--interval", "0.1"])
         .args(["--time", &seconds.to_string(), "--bitrate", &format!("{megabits}M")])
         .args(["--connect-timeout", "5000"]);
+    if reverse {
+        command.arg("--reverse");
+    }
     let thread = std::thread::spawn(move || {
         let output = command.output().context("cannot start iperf3")?;
         // On failure too, the reason stands in the JSON on standard output.
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     });
     Ok(Running { thread })
+}
+
+/// Runs to the end; `reverse` has the worker send.
+pub fn run(
+    namespace: &Namespace,
+    target: IpAddr,
+    port: u16,
+    seconds: u32,
+    megabits: u32,
+    reverse: bool,
+) -> Result<Report> {
+    launch(namespace, target, port, seconds, megabits, reverse)?.finish()
 }
 
 impl Running {
