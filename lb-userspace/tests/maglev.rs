@@ -143,7 +143,9 @@ impl Fleet {
     }
 
     fn remove(&mut self, i: u32) {
-        self.change(|backends| drop(backends.remove(&name(i))));
+        self.change(|backends| {
+            backends.remove(&name(i));
+        });
     }
 
     fn service(&mut self) -> &mut Service {

@@ -58,8 +58,11 @@ fn take(desired: &mut Desired, second: bool, step: &Step) {
                 s.backends.entry(key(b)).or_insert(new).weight = *weight;
             }
             // Whether a service without backends had some long ago is in no window; no flow depends on it.
-            Step::Remove(b) if s.backends.len() > 1 => drop(s.backends.remove(&key(b))),
-            Step::Remove(_) => {}
+            Step::Remove(b) => {
+                if s.backends.len() > 1 {
+                    s.backends.remove(&key(b));
+                }
+            }
             Step::State(b, state) => {
                 if let Some(backend) = s.backends.get_mut(&key(b)) {
                     backend.state = *state;
