@@ -13,6 +13,7 @@ mod layout;
 pub mod limits;
 pub mod load;
 pub mod names;
+pub mod quic;
 pub mod reason;
 pub mod reply;
 pub mod service;

@@ -31,6 +31,10 @@ pub const SYNS: &str = "SYNS";
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
 /// `LRU_HASH<FragmentKey, Fragment>`: where the first parts of fragmented packets went.
 pub const FRAGMENTS: &str = "FRAGMENTS";
+/// `HASH<u32, QuicConfig>`: how connection ids are read, by [`crate::quic::config_key`].
+pub const QUIC_CONFIGS: &str = "QUIC_CONFIGS";
+/// `HASH<ServerIdKey, u32>`: which backend a QUIC server id is.
+pub const QUIC_SERVERS: &str = "QUIC_SERVERS";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
@@ -76,7 +80,7 @@ pub mod stage {
     /// Programs of the worker's object that go there: name and place.
     pub const DECAP_PROGRAMS: [(&str, u32); 1] = [("cookie", COOKIE)];
     /// Programs of the ingress object that go there: name and place.
-    pub const INGRESS_PROGRAMS: [(&str, u32); 2] = [("icmp", ICMP), ("fragment", FRAGMENT)];
+    pub const INGRESS_PROGRAMS: [(&str, u32); 3] = [("icmp", ICMP), ("fragment", FRAGMENT), ("quic", QUIC)];
 }
 
 /// Read-only globals: the one setting block of each program.
@@ -85,7 +89,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 16] = [
+pub const INGRESS_MAPS: [&str; 18] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -97,6 +101,8 @@ pub const INGRESS_MAPS: [&str; 16] = [
     SYNS,
     UDP_FLOWS,
     FRAGMENTS,
+    QUIC_CONFIGS,
+    QUIC_SERVERS,
     BACKEND_STATS,
     REASONS,
     EGRESS,

@@ -113,6 +113,8 @@ pub mod flags {
     pub const SECONDS: u32 = 1 << 6;
     /// GUE packets carry the backends that may have the flow instead.
     pub const SECOND_CHANCE: u32 = 1 << 7;
+    /// Packets are routed by their QUIC connection id where it names a backend.
+    pub const QUIC: u32 = 1 << 16;
 }
 
 /// One version of a service. The half of the pair that is not live is where the next is written.

@@ -15,6 +15,7 @@ use lb_common::{
     Reason,
     backend::flags,
     names::stage,
+    service,
     settings::{IngressSettings, features},
 };
 
@@ -53,6 +54,7 @@ pub fn process<F: Frame + Fib, T: Tables>(
     match balance(frame, tables, settings, &headers) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &headers, mtu)),
     }
 }
@@ -74,6 +76,9 @@ fn balance<F: Frame + Fib, T: Tables>(
 ) -> Result<(Verdict, u32, u32), Refusal> {
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    if settings.features & features::QUIC != 0 && view.flags & service::flags::QUIC != 0 {
+        return Err(Refusal::Stage(stage::QUIC));
+    }
     let hash = flow_hash(view.seed, headers);
     let choice = choose(tables, service, view, headers, hash)?;
     let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;

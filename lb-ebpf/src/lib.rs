@@ -9,6 +9,7 @@
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod aes;
 pub mod choose;
 pub mod cookie;
 pub mod csum;
@@ -28,6 +29,7 @@ pub mod native;
 pub mod network;
 pub mod packet;
 pub mod parse;
+pub mod quic;
 pub mod service;
 pub mod tables;
 pub mod verdict;

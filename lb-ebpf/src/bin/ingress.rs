@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, xdp_action},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, xdp_action},
     helpers::generated::{bpf_ktime_get_coarse_ns, bpf_ktime_get_ns},
     macros::{map, xdp},
     maps::{Array, DevMapHash, HashMap, LruHashMap, PerCpuArray, ProgramArray},
@@ -18,6 +18,7 @@ use lb_common::{
     fragment::{Fragment, FragmentKey},
     limits,
     names::stage,
+    quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
     slot::{LINE, Line},
     stats::IcmpBudget,
@@ -28,6 +29,7 @@ use lb_ebpf::{
     icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
+    quic::{QuicTables, Work},
 };
 
 #[unsafe(no_mangle)]
@@ -57,6 +59,14 @@ static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SY
 static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+#[map]
+static QUIC_CONFIGS: HashMap<u32, QuicConfig> =
+    HashMap::with_max_entries(limits::QUIC_CONFIGS, BPF_F_NO_PREALLOC);
+#[map]
+static QUIC_SERVERS: HashMap<ServerIdKey, u32> =
+    HashMap::with_max_entries(limits::BACKENDS, BPF_F_NO_PREALLOC);
+#[map]
+static QUIC_WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -217,6 +227,35 @@ impl FragmentTable for Maps {
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+impl QuicTables for Maps {
+    #[inline(always)]
+    fn quic_config(&self, key: u32) -> Option<&QuicConfig> {
+        // SAFETY: without preallocation an element is not reused before a grace period has passed.
+        unsafe { QUIC_CONFIGS.get(key) }
+    }
+
+    #[inline(always)]
+    fn with_work<R>(&self, f: impl FnOnce(&mut Work) -> R) -> Option<R> {
+        let work = QUIC_WORK.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own, and programs do not preempt each other.
+        Some(f(unsafe { &mut *work }))
+    }
+
+    #[inline(always)]
+    fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
+        // SAFETY: as above; one aligned word.
+        unsafe { QUIC_SERVERS.get(key).copied() }
+    }
+}
+
+/// Packets of QUIC services; see [`stage::QUIC`].
+#[xdp(frags)]
+pub fn quic(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = lb_ebpf::quic::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 

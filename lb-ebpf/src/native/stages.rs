@@ -4,6 +4,7 @@ use super::{HashTables, VecFrame};
 use crate::{
     Verdict, fragment, icmp_stage,
     ingress::{self, Outcome},
+    quic,
 };
 use lb_common::{names::stage, settings::IngressSettings};
 
@@ -13,6 +14,7 @@ pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings
     match verdict {
         Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
         Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
+        Verdict::Stage(stage::QUIC) => quic::process(frame, tables, settings),
         _ => (verdict, outcome),
     }
 }

@@ -369,6 +369,9 @@ fn view(wanted: &Service, seed: [u64; 2]) -> View {
     if wanted.protocol == Protocol::Udp && wanted.udp_stateless {
         bits |= flags::UDP_STATELESS;
     }
+    if !wanted.quic.is_empty() {
+        bits |= flags::QUIC;
+    }
     if wanted.on_down == OnDown::Reset {
         bits |= flags::RESET_ON_DOWN;
     }

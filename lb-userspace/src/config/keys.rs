@@ -46,6 +46,7 @@ pub const SERVICE: &[&str] = &[
     "drain_s",
     "udp_stateless",
     "udp_timeout_s",
+    "quic",
     "gue_port",
     "on_down",
     "panic_percent",
@@ -69,4 +70,4 @@ pub const HEALTH: &[&str] = &[
 ];
 
 /// `[[service.backend]]`.
-pub const BACKEND: &[&str] = &["name", "address", "weight", "state", "seat"];
+pub const BACKEND: &[&str] = &["name", "address", "weight", "state", "seat", "server_id"];

@@ -175,6 +175,7 @@ impl Service {
         if self.gue_port == 0 {
             setting("gue_port is 0: 1 to 65535".to_owned());
         }
+        self.check_quic(&mut setting);
         self.check_health(&mut setting);
         if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
             setting("all weights are 0: give at least one backend a weight".to_owned());
@@ -186,6 +187,7 @@ impl Service {
             setting(format!("seating gives seat {seat} weight {weight}, above 65535"));
         }
         let mut addresses = BTreeMap::new();
+        let mut server_ids = BTreeMap::new();
         let mut seats = BTreeMap::new();
         for (backend, b) in &self.backends {
             let mut refuse = |what: String| {
@@ -194,6 +196,11 @@ impl Service {
             self.check_backend(b, &mut refuse);
             if let Some(other) = addresses.insert(b.address, backend) {
                 refuse(format!("address {} is already that of backend {other}", b.address));
+            }
+            if let Some(id) = &b.server_id
+                && let Some(other) = server_ids.insert(id, backend)
+            {
+                refuse(format!("server_id {id} is already that of backend {other}"));
             }
             if let Some(seat) = b.seat
                 && let Some(other) = seats.insert(seat, backend)
@@ -210,6 +217,15 @@ impl Service {
         if let Some(seat) = b.seat.filter(|&seat| seat >= MAX_SEATS) {
             refuse(format!("seat {seat} is above {}", MAX_SEATS - 1));
         }
+        if let Some(id) = &b.server_id
+            && !self.quic.iter().any(|config| usize::from(config.server_id_bytes) == id.as_bytes().len())
+        {
+            let len = id.as_bytes().len();
+            refuse(format!(
+                "server_id {id} has {len} bytes, and no config of the service's quic has such ids: \
+                 add one, as in `lbctl service set NAME --quic 0:{len}:8`"
+            ));
+        }
         if let Some(what) = check_address(b.address) {
             refuse(format!("address {what}"));
         } else if b.address == self.vip {
@@ -219,6 +235,17 @@ impl Service {
                 "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
                 b.address
             ));
+        }
+    }
+
+    fn check_quic(&self, setting: &mut dyn FnMut(String)) {
+        if !self.quic.is_empty() && self.protocol != Protocol::Udp {
+            setting("quic is for UDP services only".to_owned());
+        }
+        for (i, config) in self.quic.iter().enumerate() {
+            if self.quic[..i].iter().any(|earlier| earlier.id == config.id) {
+                setting(format!("quic has two configs {}: give each its own id", config.id));
+            }
         }
     }
 

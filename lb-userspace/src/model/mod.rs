@@ -8,6 +8,7 @@ mod health;
 mod name;
 mod observed;
 mod ports;
+mod quic;
 mod seats;
 
 pub use check::Invalid;
@@ -17,3 +18,4 @@ pub use health::{DEFAULT_PATH, DEFAULT_STATUS, HealthCheck, HealthError, HealthK
 pub use name::{Name, NameError};
 pub use observed::{BackendId, Health, NextHop, Observed};
 pub use ports::{Ports, PortsError, Protocol};
+pub use quic::{QuicConfig, QuicError, ServerId};

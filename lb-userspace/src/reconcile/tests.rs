@@ -13,7 +13,16 @@ fn name(s: &str) -> Name {
 
 fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
     let backend = |(n, a, w): &(&str, &str, u32)| {
-        (name(n), Backend { address: a.parse().unwrap(), weight: *w, state: BackendState::Up, seat: None })
+        (
+            name(n),
+            Backend {
+                address: a.parse().unwrap(),
+                weight: *w,
+                state: BackendState::Up,
+                seat: None,
+                server_id: None,
+            },
+        )
     };
     Service {
         vip: vip.parse().unwrap(),
@@ -25,6 +34,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         seed: None,
         drain_s: 300,
         udp_stateless: false,
+        quic: Vec::new(),
         udp_timeout_s: 60,
         gue_port: 6080,
         on_down: OnDown::Keep,
@@ -188,7 +198,10 @@ fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
             for (b, (weight, st)) in backends {
                 let state = [BackendState::Up, BackendState::Draining, BackendState::Down][st as usize];
                 let address = format!("10.1.0.{}", b + 1).parse().unwrap();
-                s.backends.insert(name(&format!("b{b}")), Backend { address, weight, state, seat: None });
+                s.backends.insert(
+                    name(&format!("b{b}")),
+                    Backend { address, weight, state, seat: None, server_id: None },
+                );
             }
             state.services.insert(name(&format!("s{i}")), s.into());
         }

@@ -11,6 +11,7 @@ mod gue;
 mod headers;
 mod icmp;
 mod ipip;
+mod quic;
 mod services;
 mod settings;
 mod size;
