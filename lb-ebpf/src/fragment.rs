@@ -57,7 +57,7 @@ pub fn process<F: Frame + Fib, T: Tables + FragmentTable>(
     match balance(frame, tables, settings, &mut network) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::Stage(_)) => refuse(tables, Reason::BadMode),
+        Err(Refusal::Stage(_)) => refuse(tables, Reason::StageMissing),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
     }
 }

@@ -68,7 +68,7 @@ pub fn deliver<F: Frame + Fib, T: Tables>(
         Err(Refusal::Reason(reason)) => return Err(reason),
         // Never an error about an error (RFC 1122 3.2.2).
         Err(Refusal::TooBig(_)) => return Err(Reason::TooBigDropped),
-        Err(Refusal::Stage(_)) => return Err(Reason::BadMode),
+        Err(Refusal::Stage(_)) => return Err(Reason::StageMissing),
     };
     if settings.stats != 0 {
         tables.account(choice.backend, network.headers.ip_len, false);

@@ -91,6 +91,9 @@ fn balance<F: Frame + Fib, T: Tables>(
     if settings.features & features::NAT != 0 && view.flags & service::flags::NAT != 0 {
         return Err(Refusal::Stage(stage::NAT));
     }
+    if settings.features & features::QUIC != 0 && view.flags & service::flags::QUIC != 0 {
+        return Err(Refusal::Stage(stage::QUIC));
+    }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
     let mut backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;

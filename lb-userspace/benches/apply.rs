@@ -2,7 +2,10 @@
 //! backends each, one backend changed at a time. Prints percentiles of the time to the answer and to the end.
 #![allow(missing_docs)]
 
-use lb_common::{Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits};
+use lb_common::{
+    Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits,
+    quic::{QuicConfig, ServerIdKey},
+};
 use lb_userspace::{
     clock,
     compile::{Cost, Settings},
@@ -93,6 +96,19 @@ impl Maps for Memory {
             Some(index) => drop(self.keys.insert(*key, index)),
             None => drop(self.keys.remove(key)),
         }
+        Ok(())
+    }
+    // No service here is for QUIC.
+    fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>> {
+        Ok(Vec::new())
+    }
+    fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>> {
+        Ok(Vec::new())
+    }
+    fn set_quic_config(&mut self, _: u32, _: Option<&QuicConfig>) -> Result<()> {
+        Ok(())
+    }
+    fn set_quic_server(&mut self, _: &ServerIdKey, _: Option<u32>) -> Result<()> {
         Ok(())
     }
     fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<()> {

@@ -73,10 +73,10 @@ pub trait Fib {
 pub enum Refusal {
     /// For this reason.
     Reason(Reason),
+    /// The stage at this place of `STAGES` takes it over.
+    Stage(u32),
     /// It would fit with this many bytes, its own IP header included.
     TooBig(u32),
-    /// It is for the program at this place of `STAGES`.
-    Stage(u32),
 }
 
 impl From<Reason> for Refusal {
