@@ -15,7 +15,7 @@ use super::{
 };
 
 /// From so many tokens on decoding ahead pays.
-pub const FROM: usize = 12;
+pub const FROM: usize = 13;
 /// Values that a thread decodes ahead: 1 MiB, half of a common second-level cache.
 const DECODED: usize = 1 << 18;
 /// Tiles of a chunk: the activations of six tokens take 18 KiB of the first-level cache, a strip 12.

@@ -9,7 +9,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Format, Product, STRIP, Strip, TILE,
+    Format, Product, STRIP, Strip, Sums, TILE,
     ahead::{Dense, Totals},
 };
 
@@ -84,15 +84,15 @@ macro_rules! scales {
     }};
 }
 
-/// The sixteen values that each row's nibbles can stand for, and the nibbles themselves.
+/// The sixteen values that the nibbles of each of some rows can stand for, and the nibbles themselves.
 macro_rules! nibble_tables {
-    ($f:expr, $v:expr, $scale:expr) => {{
+    ($f:expr, $v:expr, $scale:expr, $rows:expr) => {{
         let mut table = [_mm512_setzero_ps(); STRIP];
         let mut nibbles = _mm512_setzero_si512();
         if $f == Q4F16 || $f == Q4F32 {
             let iota = _mm512_setr_ps(0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.);
             nibbles = _mm512_loadu_si512($v.cast());
-            for r in 0..STRIP {
+            for r in $rows {
                 table[r] = _mm512_fmadd_ps(iota, _mm512_set1_ps($scale[r]), _mm512_set1_ps($scale[4 + r]));
             }
         }
@@ -102,23 +102,23 @@ macro_rules! nibble_tables {
 
 /// Picks the instance for a format and a number of tokens.
 macro_rules! dispatch {
-    ($kernel:ident, $p:expr, $strip:expr, $from:expr, $sums:expr, $n:expr, [$($t:literal),*]) => {
+    ($kernel:ident, $p:expr, $strip:expr, $from:expr, $sums:expr, $n:expr, [$($t:literal $r:literal),*]) => {
         match ($strip.format, $n) {
             $(
-                (Format::Q4F16, $t) => $kernel::<Q4F16, $t>($p, $strip, $from, $sums),
-                (Format::Q4F32, $t) => $kernel::<Q4F32, $t>($p, $strip, $from, $sums),
-                (Format::Q8F16, $t) => $kernel::<Q8F16, $t>($p, $strip, $from, $sums),
-                (Format::Q8F32, $t) => $kernel::<Q8F32, $t>($p, $strip, $from, $sums),
-                (Format::BF16, $t) => $kernel::<BF16, $t>($p, $strip, $from, $sums),
-                (Format::F16, $t) => $kernel::<F16, $t>($p, $strip, $from, $sums),
-                (Format::F32, $t) => $kernel::<F32, $t>($p, $strip, $from, $sums),
+                (Format::Q4F16, $t) => $kernel::<Q4F16, $t, $r>($p, $strip, $from, $sums),
+                (Format::Q4F32, $t) => $kernel::<Q4F32, $t, $r>($p, $strip, $from, $sums),
+                (Format::Q8F16, $t) => $kernel::<Q8F16, $t, $r>($p, $strip, $from, $sums),
+                (Format::Q8F32, $t) => $kernel::<Q8F32, $t, $r>($p, $strip, $from, $sums),
+                (Format::BF16, $t) => $kernel::<BF16, $t, $r>($p, $strip, $from, $sums),
+                (Format::F16, $t) => $kernel::<F16, $t, $r>($p, $strip, $from, $sums),
+                (Format::F32, $t) => $kernel::<F32, $t, $r>($p, $strip, $from, $sums),
             )*
             _ => unreachable!("the number of tokens is bounded by the caller"),
         }
     };
 }
 
-/// Up to six tokens from `from`; returns how many were done.
+/// Up to twelve tokens from `from`; returns how many were done.
 ///
 /// # Safety
 /// The processor has AVX-512 F, BW, VL and F16C; `p.x` holds token `from` and the `left - 1` after it.
@@ -128,58 +128,68 @@ pub unsafe fn strip_avx512(
     strip: Strip<'_>,
     from: usize,
     left: usize,
-    sums: &mut [[f32; STRIP]; 8],
+    sums: &mut Sums,
 ) -> usize {
-    // 7 and 8 are better done as 4 + 3 and 4 + 4 than as 6 + 1 and 6 + 2.
     let n = match left {
-        0..=6 => left,
-        7 | 8 => 4,
-        9..=11 => 5,
-        _ => 6,
+        0..=12 => left,
+        13..=24 => left.div_ceil(2),
+        _ => 12,
     };
+    // 24 of the 32 registers hold sums: four rows of up to six tokens, or two rows of up to twelve.
     // SAFETY: the caller's promises.
-    unsafe { dispatch!(avx512, p, strip, from, sums, n, [1, 2, 3, 4, 5, 6]) };
+    unsafe {
+        dispatch!(
+            avx512, p, strip, from, sums, n,
+            [1 4, 2 4, 3 4, 4 4, 5 4, 6 4, 7 2, 8 2, 9 2, 10 2, 11 2, 12 2]
+        )
+    };
     n
 }
 
+/// T tokens, R rows at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
-unsafe fn avx512<const F: u8, const T: usize>(
+unsafe fn avx512<const F: u8, const T: usize, const R: usize>(
     p: &Product<'_>,
     strip: Strip<'_>,
     from: usize,
-    sums: &mut [[f32; STRIP]; 8],
+    sums: &mut Sums,
 ) {
     let Strip { format, values, scales } = strip;
     let (vb, sb) = (format.tile_bytes(), format.scale_bytes());
-    let mut acc = [[_mm512_setzero_ps(); T]; STRIP];
-    // SAFETY: a strip holds `tiles` tiles of vb and sb bytes; x holds T tokens of ldx ≥ tiles·32 values.
-    unsafe {
-        let x = p.x.as_ptr().add(from * p.ldx);
-        for tile in 0..p.w.tiles() {
-            let v = values.as_ptr().add(tile * vb);
-            let s = scales.as_ptr().add(tile * sb);
-            // What all four rows share.
-            let scale = scales!(F, s);
-            let (nibbles, table) = nibble_tables!(F, v, scale);
-            for half in 0..2 {
-                let mut w = [_mm512_setzero_ps(); STRIP];
-                for r in 0..STRIP {
-                    let at = r * TILE + half * 16;
-                    w[r] = weights512!(F, v, scale, table, nibbles, r, half, at);
-                }
-                for t in 0..T {
-                    let x = _mm512_loadu_ps(x.add(t * p.ldx + tile * TILE + half * 16));
-                    for r in 0..STRIP {
-                        acc[r][t] = _mm512_fmadd_ps(w[r], x, acc[r][t]);
+    for first in (0..STRIP).step_by(R) {
+        let mut acc = [[_mm512_setzero_ps(); T]; R];
+        // SAFETY: a strip holds `tiles` tiles of vb and sb bytes; x holds T tokens of ldx ≥ tiles·32 values.
+        unsafe {
+            let x = p.x.as_ptr().add(from * p.ldx);
+            for tile in 0..p.w.tiles() {
+                let v = values.as_ptr().add(tile * vb);
+                let s = scales.as_ptr().add(tile * sb);
+                // What all rows share.
+                let scale = scales!(F, s);
+                let (nibbles, table) = nibble_tables!(F, v, scale, first..first + R);
+                for half in 0..2 {
+                    let mut w = [_mm512_setzero_ps(); R];
+                    for i in 0..R {
+                        let r = first + i;
+                        let at = r * TILE + half * 16;
+                        w[i] = weights512!(F, v, scale, table, nibbles, r, half, at);
+                    }
+                    for t in 0..T {
+                        let x = _mm512_loadu_ps(x.add(t * p.ldx + tile * TILE + half * 16));
+                        for i in 0..R {
+                            acc[i][t] = _mm512_fmadd_ps(w[i], x, acc[i][t]);
+                        }
                     }
                 }
             }
         }
-    }
-    for t in 0..T {
-        let total = sum4_avx512(acc[0][t], acc[1][t], acc[2][t], acc[3][t]);
-        // SAFETY: `sums[t]` holds four f32.
-        unsafe { _mm_storeu_ps(sums[t].as_mut_ptr(), total) };
+        for t in 0..T {
+            let row = |i: usize| if i < R { acc[i][t] } else { _mm512_setzero_ps() };
+            let mut total = [0.0; 4];
+            // SAFETY: `total` holds four f32.
+            unsafe { _mm_storeu_ps(total.as_mut_ptr(), sum4_avx512(row(0), row(1), row(2), row(3))) };
+            sums[t][first..first + R].copy_from_slice(&total[..R]);
+        }
     }
 }
 
@@ -209,7 +219,7 @@ pub unsafe fn strip_avx2(
     strip: Strip<'_>,
     from: usize,
     left: usize,
-    sums: &mut [[f32; STRIP]; 8],
+    sums: &mut Sums,
 ) -> usize {
     let n = match left {
         5 => 3,
@@ -217,22 +227,23 @@ pub unsafe fn strip_avx2(
         _ => 4,
     };
     // SAFETY: the caller's promises.
-    unsafe { dispatch!(avx2, p, strip, from, sums, n, [1, 2, 3, 4]) };
+    unsafe { dispatch!(avx2, p, strip, from, sums, n, [1 2, 2 2, 3 2, 4 2]) };
     n
 }
 
+/// T tokens, R rows at a time.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const F: u8, const T: usize>(
+unsafe fn avx2<const F: u8, const T: usize, const R: usize>(
     p: &Product<'_>,
     strip: Strip<'_>,
     from: usize,
-    sums: &mut [[f32; STRIP]; 8],
+    sums: &mut Sums,
 ) {
     let Strip { format, values, scales } = strip;
     let (vb, sb) = (format.tile_bytes(), format.scale_bytes());
     // Sixteen registers hold two rows of up to four tokens; the tile is still in cache for the other two.
-    for pair in 0..2 {
-        let mut acc = [[_mm256_setzero_ps(); T]; 2];
+    for first in (0..STRIP).step_by(R) {
+        let mut acc = [[_mm256_setzero_ps(); T]; R];
         // SAFETY: a strip holds `tiles` tiles of vb and sb bytes; x holds T tokens of ldx ≥ tiles·32 values.
         unsafe {
             let x = p.x.as_ptr().add(from * p.ldx);
@@ -242,15 +253,15 @@ unsafe fn avx2<const F: u8, const T: usize>(
                 let scale = scales!(F, s);
                 for quarter in 0..4 {
                     let (half, part) = (quarter / 2, quarter % 2);
-                    let mut w = [_mm256_setzero_ps(); 2];
-                    for i in 0..2 {
-                        let r = pair * 2 + i;
+                    let mut w = [_mm256_setzero_ps(); R];
+                    for i in 0..R {
+                        let r = first + i;
                         let at = r * TILE + quarter * 8;
                         w[i] = weights256!(F, v, scale, r, half, part, at);
                     }
                     for t in 0..T {
                         let x = _mm256_loadu_ps(x.add(t * p.ldx + tile * TILE + quarter * 8));
-                        for i in 0..2 {
+                        for i in 0..R {
                             acc[i][t] = _mm256_fmadd_ps(w[i], x, acc[i][t]);
                         }
                     }
@@ -258,8 +269,8 @@ unsafe fn avx2<const F: u8, const T: usize>(
             }
         }
         for t in 0..T {
-            for i in 0..2 {
-                sums[t][pair * 2 + i] = sum_avx2(acc[i][t]);
+            for i in 0..R {
+                sums[t][first + i] = sum_avx2(acc[i][t]);
             }
         }
     }
@@ -306,7 +317,7 @@ unsafe fn decode512<const F: u8>(strip: Strip<'_>, out: &mut [f32]) {
         unsafe {
             let (v, s) = (strip.values.as_ptr().add(tile * vb), strip.scales.as_ptr().add(tile * sb));
             let scale = scales!(F, s);
-            let (nibbles, table) = nibble_tables!(F, v, scale);
+            let (nibbles, table) = nibble_tables!(F, v, scale, 0..STRIP);
             for half in 0..2 {
                 for r in 0..STRIP {
                     let at = r * TILE + half * 16;
