@@ -228,3 +228,46 @@ fn a_fresh_host_knows_the_transitions_that_are_going_on() -> Result<()> {
     println!("{on_drained} connections stayed on the drained worker, through a host that knew nothing");
     Ok(())
 }
+
+/// Cut off from etcd, also over a restart, a host forwards, shows what it knows, refuses changes and says why.
+#[test]
+fn a_host_that_is_cut_off_says_so_and_catches_up() -> Result<()> {
+    let mut pair = Pair::start(&["--metrics", "127.0.0.1:9464"])?;
+    let load = Running::start(&pair.second_client, Load::new(vec![pair.target()]))?;
+    pair.cut_host("b", true)?;
+    let status = || -> Result<serde_json::Value> {
+        // Unhealthy is exit code 1, with the same output.
+        Ok(serde_json::from_slice(&pair.b.lbctl.output(&["status", "-o", "json"])?.stdout)?)
+    };
+    let took = wait::until("b notices", Duration::from_secs(15), || {
+        status().is_ok_and(|status| status["store"]["connected"] == false)
+    })?;
+    println!("noticed after {took:?}");
+    let told = status()?;
+    let problems = told["problems"].to_string();
+    ensure!(problems.contains("cut off from the store") && told["healthy"] == false, "{problems}");
+    let metrics = pair.second_ingress.run("curl", &["-s", "http://127.0.0.1:9464/metrics"])?;
+    let line =
+        |name: &str| metrics.lines().find(|line| line.starts_with(name)).unwrap_or_default().to_owned();
+    ensure!(line("lb_store_connected").ends_with(" 0.0"), "{}", line("lb_store_connected"));
+    ensure!(!line("lb_store_contact_age_seconds").ends_with(" 0.0"), "{}", line("lb_store_contact"));
+    let refused = pair.b.lbctl.output(&["backend", "drain", "lines", "w2"])?;
+    let said = String::from_utf8_lossy(&refused.stderr);
+    ensure!(refused.status.code() == Some(4) && said.contains("cut off from the store"), "{said}");
+    pair.a.lbctl.run(&["backend", "drain", "lines", "w1"])?;
+
+    // What it knows outlives it.
+    let before = pair.b.lbctl.run(&["config", "export"])?;
+    pair.b.ingress.stop(Signal::SIGTERM)?;
+    pair.b.ingress.start_again_on(&pair.second_ingress)?;
+    ensure!(pair.b.lbctl.run(&["config", "export"])? == before, "the last known state was not kept");
+
+    pair.cut_host("b", false)?;
+    let (revision, took) = pair.converge(Duration::from_secs(20))?;
+    println!("back and at revision {revision} after {took:?}");
+    ensure!(pair.b.lbctl.run(&["config", "export"])? != before, "a's change did not arrive");
+    pair.b.lbctl.run(&["backend", "drain", "lines", "w2"])?;
+    let account = load.finish()?;
+    println!("client of b: {} requests, {} failed", account.requests.len(), account.failed());
+    ensure_none_failed(&account)
+}

@@ -289,6 +289,54 @@ async fn what_a_dead_host_told_is_forgotten() -> Result<()> {
     eventually("two misses one", || !seen()).await.map(drop)
 }
 
+/// etcd lost everything: nobody follows that, and one host that is told to fills it again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_etcd_that_lost_everything_is_filled_again() -> Result<()> {
+    let bed = bed(1)?;
+    let (one, two) = (bed.host("one").await?, bed.host("two").await?);
+    for i in 0..5 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    eventually("two follows", || two.head().revision.number == 5).await?;
+    let last = one.head();
+    bed.cluster.etcdctl(&["del", "lb/", "--prefix"])?;
+    eventually("both refuse to follow", || !connected(&one) && !connected(&two)).await?;
+    let problem = two.link().borrow().problem.clone().context("a problem")?;
+    ensure!(problem.contains("at revision 0, and has been at 5"), "{problem}");
+    ensure!(one.head() == last && two.head() == last);
+    one.accept();
+    eventually("both are connected again", || connected(&one) && connected(&two)).await?;
+    ensure!(one.head() == last && two.head() == last);
+    ensure!(bed.host("three").await?.get(3).await?.revision.number == 3);
+    two.commit(commit(5, state(&[("b", 2, &[])]))).await?;
+    eventually("one follows", || one.head().revision.number == 6).await.map(drop)
+}
+
+/// From one cluster to another: hosts that knew the old one go on with the new one as if nothing were.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_migrated_store_is_the_same_store() -> Result<()> {
+    let (from, to) = (bed(1)?, bed(1)?);
+    let (one, two) = (from.host("one").await?, from.host("two").await?);
+    for i in 0..5 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1, 2])]))).await?;
+    }
+    eventually("two follows", || two.head().revision.number == 5).await?;
+    let (id, head) = (one.about().await.id, one.head());
+    let other = to.try_open("filler", to.options()?).await?;
+    one.retire(Some(to.cluster.url("lb"))).await?;
+    let error = refusal(two.commit(commit(5, state(&[]))).await)?;
+    ensure!(error.contains("migrated to etcd://"), "{error}");
+    other.import(Some(id.clone()), lb_userspace::store::backup::revisions(&one).await?).await?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop((one, two));
+    // A host with a last known state, and another address.
+    let local = from.local("two")?;
+    let two = EtcdStore::open(to.options()?, local).await?;
+    ensure!(connected(&two) && two.about().await.id == id && two.head() == head);
+    two.commit(commit(5, state(&[]))).await?;
+    eventually("the other follows", || other.head().revision.number == 6).await.map(drop)
+}
+
 fn openssl(directory: &Path, arguments: &str) -> Result<()> {
     let output =
         Command::new("openssl").current_dir(directory).args(arguments.split_whitespace()).output()?;

@@ -167,8 +167,17 @@ impl Pair {
 
     /// Pulls a member's cable, or plugs it in again.
     pub fn cut(&self, member: usize, is_cut: bool) -> Result<()> {
+        self.cut_port(&format!("m{member}"), is_cut)
+    }
+
+    /// The same with the cable that joins host `a` or `b` to the members; its others stay.
+    pub fn cut_host(&self, host: &str, is_cut: bool) -> Result<()> {
+        self.cut_port(&format!("host-{host}"), is_cut)
+    }
+
+    fn cut_port(&self, port: &str, is_cut: bool) -> Result<()> {
         let state = if is_cut { "down" } else { "up" };
-        self.switch.ip(&["link", "set", &format!("m{member}"), state]).map(drop)
+        self.switch.ip(&["link", "set", port, state]).map(drop)
     }
 
     /// The network of a member.
