@@ -6,6 +6,7 @@ use crate::{
     fragment::{Fragment, FragmentKey},
     load::Load,
     nat::*,
+    quic::{QuicConfig, ServerIdKey},
     reply::ReplyHop,
     service::*,
     settings::*,
@@ -37,6 +38,8 @@ layout! {
     Flow: 16 / 4 { backend @ 0, last_seen_s @ 4, created_s @ 8, flags @ 12 };
     FragmentKey: 40 / 4 { source @ 0, destination @ 16, id @ 32, protocol @ 36 };
     Fragment: 64 / 8 { hash @ 0, backend @ 8, service @ 12, seen_s @ 16, flags @ 20, count @ 24, parts @ 32 };
+    QuicConfig: 180 / 4 { server_id_len @ 0, nonce_len @ 1, keyed @ 2, keys @ 4 };
+    ServerIdKey: 20 / 4 { service @ 0, id @ 4, len @ 19 };
     ReplyHop: 24 / 8 { next_hop @ 0, egress_mac @ 8, ifindex @ 16 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };

@@ -14,6 +14,7 @@ pub mod limits;
 pub mod load;
 pub mod names;
 pub mod nat;
+pub mod quic;
 pub mod reason;
 pub mod reply;
 pub mod service;

@@ -13,6 +13,8 @@ pub const FLOWS: u32 = 1_048_576;
 pub const SYNS: u32 = 131_072;
 /// Tracked UDP flows, by default.
 pub const UDP_FLOWS: u32 = 1_048_576;
+/// Configs of QUIC connection ids, over all services.
+pub const QUIC_CONFIGS: u32 = 1_024;
 /// Fragmented packets of which parts are expected, by default.
 pub const FRAGMENTS: u32 = 65_536;
 /// Bindings of mode `nat`, by default. They take memory only as they are made.

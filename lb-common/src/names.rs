@@ -35,6 +35,10 @@ pub const FRAGMENTS: &str = "FRAGMENTS";
 pub const NAT_FLOWS: &str = "NAT_FLOWS";
 /// `HASH<ReplyKey, Reply>`: what becomes of workers' packets in mode `nat`.
 pub const NAT_REPLIES: &str = "NAT_REPLIES";
+/// `HASH<u32, QuicConfig>`: how connection ids are read, by [`crate::quic::config_key`].
+pub const QUIC_CONFIGS: &str = "QUIC_CONFIGS";
+/// `HASH<ServerIdKey, u32>`: which backend a QUIC server id is.
+pub const QUIC_SERVERS: &str = "QUIC_SERVERS";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
@@ -84,7 +88,8 @@ pub mod stage {
     /// Programs of the worker's object that go there: name and place.
     pub const DECAP_PROGRAMS: [(&str, u32); 1] = [("cookie", COOKIE)];
     /// Programs of the ingress object that go there: name and place.
-    pub const INGRESS_PROGRAMS: [(&str, u32); 5] = [
+    pub const INGRESS_PROGRAMS: [(&str, u32); 6] = [
+        ("quic", QUIC),
         ("icmp", ICMP),
         ("fragment", FRAGMENT),
         ("nat", NAT),
@@ -99,7 +104,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 18] = [
+pub const INGRESS_MAPS: [&str; 20] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -113,6 +118,8 @@ pub const INGRESS_MAPS: [&str; 18] = [
     FRAGMENTS,
     NAT_FLOWS,
     NAT_REPLIES,
+    QUIC_CONFIGS,
+    QUIC_SERVERS,
     BACKEND_STATS,
     REASONS,
     EGRESS,

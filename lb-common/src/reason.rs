@@ -110,6 +110,16 @@ reasons! {
     FragmentTiny = "fragment_tiny", Drop;
     /// Fragment with an impossible length or offset
     FragmentBad = "fragment_bad", Drop;
+    /// QUIC packet whose connection id names its backend
+    QuicRouted = "quic_routed", Note;
+    /// QUIC packet whose connection id has no config (a client's own); placed by its 5-tuple
+    QuicUnroutable = "quic_unroutable", Note;
+    /// QUIC packet whose connection id names no backend that is up; placed by its 5-tuple
+    QuicUnknownId = "quic_unknown_id", Note;
+    /// QUIC packet whose connection id is shorter than its config says; placed by its 5-tuple
+    QuicShortId = "quic_short_id", Note;
+    /// QUIC packet that ends before its connection id does; placed by its 5-tuple
+    QuicTruncated = "quic_truncated", Note;
     /// ICMP error about a flow, forwarded to its backend
     IcmpErrorForwarded = "icmp_error_forwarded", Note;
     /// ICMP error that quotes too little of a packet, or nothing that is one

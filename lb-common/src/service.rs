@@ -115,6 +115,8 @@ pub mod flags {
     pub const SECOND_CHANCE: u32 = 1 << 7;
     /// Packets go to the stage that translates addresses.
     pub const NAT: u32 = 1 << 8;
+    /// Packets are routed by their QUIC connection id where it names a backend.
+    pub const QUIC: u32 = 1 << 16;
 }
 
 /// One version of a service. The half of the pair that is not live is where the next is written.

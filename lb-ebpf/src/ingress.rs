@@ -59,7 +59,6 @@ pub fn process<F: Frame + Fib, T: Tables>(
     };
     match balance(frame, tables, settings, &headers) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
         // Nobody's port is perhaps that of a translated flow.
         Err(Refusal::Reason(reason @ (Reason::NotVip | Reason::NoService)))
             if nat::is_reply(settings, headers.port) =>
@@ -67,6 +66,7 @@ pub fn process<F: Frame + Fib, T: Tables>(
             (Verdict::Stage(stage::NAT), Outcome::Not(reason))
         }
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &headers, mtu)),
     }
 }
@@ -90,6 +90,9 @@ fn balance<F: Frame + Fib, T: Tables>(
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
     if settings.features & features::NAT != 0 && view.flags & service::flags::NAT != 0 {
         return Err(Refusal::Stage(stage::NAT));
+    }
+    if settings.features & features::QUIC != 0 && view.flags & service::flags::QUIC != 0 {
+        return Err(Refusal::Stage(stage::QUIC));
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features, service, view, headers, hash)?;

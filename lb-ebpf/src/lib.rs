@@ -9,6 +9,7 @@
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod aes;
 pub mod chain;
 pub mod chance;
 pub mod choose;
@@ -32,6 +33,7 @@ pub mod network;
 pub mod packet;
 pub mod parse;
 pub mod place;
+pub mod quic;
 pub mod service;
 pub mod tables;
 pub mod verdict;

@@ -20,6 +20,7 @@ use lb_common::{
     fragment::{Fragment, FragmentKey},
     limits, load,
     names::stage,
+    quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
     slot::{LINE, Line},
     stats::IcmpBudget,
@@ -35,6 +36,7 @@ use lb_ebpf::{
     nat::{self, Added, NatTables, Way},
     packet::Sum,
     place::{Place, decode, encode, lesser, place_new},
+    quic::{QuicTables, Work},
 };
 
 #[unsafe(no_mangle)]
@@ -73,6 +75,14 @@ static NAT_REPLIES: HashMap<ReplyKey, Reply> =
 static WAY: PerCpuArray<Way> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static SUM: PerCpuArray<Sum> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static QUIC_CONFIGS: HashMap<u32, QuicConfig> =
+    HashMap::with_max_entries(limits::QUIC_CONFIGS, BPF_F_NO_PREALLOC);
+#[map]
+static QUIC_SERVERS: HashMap<ServerIdKey, u32> =
+    HashMap::with_max_entries(limits::BACKENDS, BPF_F_NO_PREALLOC);
+#[map]
+static QUIC_WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -388,6 +398,35 @@ pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+impl QuicTables for Maps {
+    #[inline(always)]
+    fn quic_config(&self, key: u32) -> Option<&QuicConfig> {
+        // SAFETY: without preallocation an element is not reused before a grace period has passed.
+        unsafe { QUIC_CONFIGS.get(key) }
+    }
+
+    #[inline(always)]
+    fn with_work<R>(&self, f: impl FnOnce(&mut Work) -> R) -> Option<R> {
+        let work = QUIC_WORK.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own, and programs do not preempt each other.
+        Some(f(unsafe { &mut *work }))
+    }
+
+    #[inline(always)]
+    fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
+        // SAFETY: as above; one aligned word.
+        unsafe { QUIC_SERVERS.get(key).copied() }
+    }
+}
+
+/// Packets of QUIC services; see [`stage::QUIC`].
+#[xdp(frags)]
+pub fn quic(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = lb_ebpf::quic::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 

@@ -4,7 +4,7 @@ use super::{HashTables, VecFrame};
 use crate::{
     Verdict, fragment, icmp_stage,
     ingress::{self, Outcome},
-    nat,
+    nat, quic,
 };
 use lb_common::{names::stage, settings::IngressSettings};
 
@@ -16,6 +16,7 @@ pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings
         (verdict, outcome) = match verdict {
             Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
             Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
+            Verdict::Stage(stage::QUIC) => quic::process(frame, tables, settings),
             Verdict::Stage(stage::NAT) => nat::process(frame, tables, settings),
             Verdict::Stage(stage::NAT_BIND) => nat::process_new(frame, tables, settings),
             Verdict::Stage(stage::NAT_ERROR) => nat::process_error(frame, tables, settings),

@@ -12,12 +12,14 @@ use crate::{
     fragment::FragmentTable,
     nat::{Added, NatTables, Way},
     packet::Sum,
+    quic::{QuicTables, Work},
 };
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, ServiceKey,
     ServiceView, Slot, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
     load,
+    quic::{QuicConfig, ServerIdKey},
     stats::IcmpBudget,
 };
 
@@ -91,6 +93,10 @@ pub struct HashTables {
     pub decap_vips: HashSet<Address>,
     /// `LOADS`.
     pub loads: RefCell<HashMap<u32, Load>>,
+    /// `QUIC_CONFIGS`.
+    pub quic_configs: HashMap<u32, QuicConfig>,
+    /// `QUIC_SERVERS`.
+    pub quic_servers: HashMap<ServerIdKey, u32>,
     /// Flows that each flow table holds at most.
     pub capacity: usize,
     /// What a full flow table does.
@@ -119,6 +125,8 @@ impl Default for HashTables {
             loads: RefCell::default(),
             decap_addresses: HashSet::new(),
             decap_vips: HashSet::new(),
+            quic_configs: HashMap::new(),
+            quic_servers: HashMap::new(),
             capacity: usize::MAX,
             when_full: WhenFull::Evict,
             flows: Default::default(),
@@ -313,6 +321,20 @@ impl FragmentTable for HashTables {
     fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
         self.fragments.borrow_mut().insert(*key, *fragment);
         true
+    }
+}
+
+impl QuicTables for HashTables {
+    fn quic_config(&self, key: u32) -> Option<&QuicConfig> {
+        self.quic_configs.get(&key)
+    }
+
+    fn with_work<R>(&self, f: impl FnOnce(&mut Work) -> R) -> Option<R> {
+        Some(f(&mut Work::default()))
+    }
+
+    fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
+        self.quic_servers.get(key).copied()
     }
 }
 

@@ -3,7 +3,7 @@
 use super::{Context, Exit, Failure, WriteFlags, service::word};
 use crate::{
     api::types::BackendInfo,
-    model::{BackendState, Name},
+    model::{BackendState, Name, QuicError, ServerId},
     render::observe,
 };
 use clap::{Args, Subcommand};
@@ -32,6 +32,9 @@ pub enum Command {
         /// up, draining or down
         #[arg(long, value_parser = word::<BackendState>, default_value = "up")]
         state: BackendState,
+        /// Server id in the QUIC connection ids that the worker gives out
+        #[arg(long, value_name = "HEX")]
+        server_id: Option<ServerId>,
         #[command(flatten)]
         write: WriteFlags,
     },
@@ -66,6 +69,9 @@ pub enum Command {
         /// up, draining or down
         #[arg(long, value_parser = word::<BackendState>)]
         state: Option<BackendState>,
+        /// Server id in the QUIC connection ids that the worker gives out, or none
+        #[arg(long, value_name = "HEX|none", value_parser = server_id)]
+        server_id: Option<OptionalId>,
         #[command(flatten)]
         write: WriteFlags,
     },
@@ -89,6 +95,17 @@ pub struct One {
     write: WriteFlags,
 }
 
+/// A server id, or none.
+#[derive(Clone, Debug)]
+pub struct OptionalId(Option<ServerId>);
+
+fn server_id(text: &str) -> Result<OptionalId, String> {
+    if text == "none" {
+        return Ok(OptionalId(None));
+    }
+    text.parse().map(|id| OptionalId(Some(id))).map_err(|e: QuicError| e.to_string())
+}
+
 fn path(service: &Name, name: &Name) -> String {
     format!("/v1/services/{service}/backends/{name}")
 }
@@ -96,23 +113,28 @@ fn path(service: &Name, name: &Name) -> String {
 /// Runs one.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
-        Command::Add { service, name, address, port, weight, state, write } => {
+        Command::Add { service, name, address, port, weight, state, server_id, write } => {
             let mut body = json!({ "address": address, "weight": weight, "state": state });
+            if let Some(id) = server_id {
+                body["server_id"] = json!(id);
+            }
             if let Some(port) = port {
                 body["port"] = json!(port);
             }
             let what = format!("backend {service}/{name} added");
             context.write(&what, Method::POST, &path(&service, &name), &write.query(), Some(&body)).await
         }
-        Command::Set { service, name, address, port, weight, state, write } => {
+        Command::Set { service, name, address, port, weight, state, server_id, write } => {
             let mut body = Map::new();
             let mut set = |key: &str, value: Option<Value>| value.map(|v| body.insert(key.to_owned(), v));
             set("address", address.map(|a| json!(a)));
             set("port", port.map(|p| json!(p)));
             set("weight", weight.map(|w| json!(w)));
             set("state", state.map(|s| json!(s)));
+            set("server_id", server_id.map(|id| json!(id.0)));
             if body.is_empty() {
-                let what = "nothing to set: give --weight, --address, --port or --state".to_owned();
+                let what =
+                    "nothing to set: give --weight, --address, --port, --state or --server-id".to_owned();
                 return Err(Failure::Usage { what });
             }
             let what = format!("backend {service}/{name} set");

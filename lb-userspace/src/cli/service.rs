@@ -4,8 +4,8 @@ use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     api::types::{BackendInfo, ServiceInfo},
     model::{
-        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, Scheduler, Selector, SelectorError,
-        SourceKind,
+        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, QuicError, Scheduler, Selector,
+        SelectorError, SourceKind,
     },
     render::{observe, units::parse_duration},
 };
@@ -171,6 +171,10 @@ struct Settings {
     /// Idle time after which a UDP flow is forgotten [default: 2m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     udp_timeout: Option<Duration>,
+    /// Route UDP packets by QUIC connection id (QUIC-LB), read so: config id, bytes of server id and nonce, key if they
+    /// are encrypted; may be repeated; or off [default: off]
+    #[arg(long, value_name = "ID:BYTES:BYTES[:KEY]|off", value_parser = quic, value_delimiter = ',')]
+    quic: Vec<Option<QuicConfig>>,
     /// Destination port of GUE packets [default: 6080]
     #[arg(long, value_name = "PORT")]
     gue_port: Option<u16>,
@@ -185,6 +189,11 @@ struct Settings {
 /// Parses one of a type's words, as the configuration file spells them.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|e| e.to_string())
+}
+
+/// A config of QUIC-LB, or none.
+fn quic(text: &str) -> Result<Option<QuicConfig>, String> {
+    if text == "off" { Ok(None) } else { text.parse().map(Some).map_err(|e: QuicError| e.to_string()) }
 }
 
 /// A number, or none.
@@ -414,6 +423,8 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     patch.set("seed", s.seed.map(|n| n.0));
     patch.set("udp_stateless", s.udp_stateless);
     patch.set("udp_timeout_s", seconds(s.udp_timeout, "--udp-timeout")?);
+    patch
+        .set("quic", Some(&s.quic).filter(|q| !q.is_empty()).map(|q| q.iter().flatten().collect::<Vec<_>>()));
     patch.set("gue_port", s.gue_port);
     patch.set("on_down", s.on_down);
     patch.set("panic_percent", s.panic);

@@ -10,6 +10,7 @@
 mod behind;
 mod entries;
 mod memory;
+mod quic;
 mod recall;
 mod service;
 mod slow;
@@ -19,7 +20,10 @@ pub use recall::Past;
 
 use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol, Readiness};
 use ipnet::{Ipv4Net, Ipv6Net};
-use lb_common::{Backend, ServiceKey, Slot, Vip, VipKey, limits};
+use lb_common::{
+    Backend, ServiceKey, Slot, Vip, VipKey, limits,
+    quic::{QuicConfig, ServerIdKey},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -174,6 +178,10 @@ pub struct Plan {
     pub costs: BTreeMap<u32, Cost>,
     /// `EGRESS`: interfaces.
     pub egress: BTreeSet<u32>,
+    /// `QUIC_CONFIGS`.
+    pub quic_configs: BTreeMap<u32, QuicConfig>,
+    /// `QUIC_SERVERS`.
+    pub quic_servers: BTreeMap<ServerIdKey, u32>,
 }
 
 /// Why a state cannot be compiled. Nothing has been written when this is returned.
@@ -347,6 +355,7 @@ pub fn compile(
         plan.egress.extend(compiled.egress.iter().copied());
         plan.services.insert(compiled.index, compiled.entry.clone());
         entries::enter(&id, compiled.index, &mut plan);
+        quic::enter(wanted, &compiled.memory, &mut plan);
         next_change_ms = match (next_change_ms, compiled.next_change_ms) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
@@ -356,6 +365,7 @@ pub fn compile(
     backends.sort_unstable_by_key(|&(index, _)| index);
     plan.backends = backends.into_iter().collect();
     check_plan(desired, &plan, &status, settings)?;
+    check_quic(&plan, desired)?;
     Ok(Compiled { plan, memory, status, next_change_ms })
 }
 
@@ -375,6 +385,20 @@ fn check_counts(desired: &Desired, settings: &Settings) -> Result<(), CompileErr
         });
     }
     Ok(())
+}
+
+fn check_quic(plan: &Plan, desired: &Desired) -> Result<(), CompileError> {
+    if plan.quic_configs.len() <= limits::QUIC_CONFIGS as usize {
+        return Ok(());
+    }
+    let last = desired.services.iter().rev().find(|(_, service)| !service.quic.is_empty());
+    Err(CompileError::TooMany {
+        what: "configs of QUIC connection ids",
+        needed: plan.quic_configs.len() as u64,
+        limit: u64::from(limits::QUIC_CONFIGS),
+        first: last.map_or_else(String::new, |(name, _)| name.to_string()),
+        option: "map of them (fixed when lbd is built)",
+    })
 }
 
 fn check_plan(

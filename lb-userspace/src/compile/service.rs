@@ -505,6 +505,9 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
     if wanted.protocol == Protocol::Udp && wanted.udp_stateless {
         bits |= flags::UDP_STATELESS;
     }
+    if !wanted.quic.is_empty() {
+        bits |= flags::QUIC;
+    }
     if wanted.on_down == OnDown::Reset {
         bits |= flags::RESET_ON_DOWN;
     }

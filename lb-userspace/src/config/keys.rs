@@ -62,6 +62,7 @@ pub const SERVICE: &[&str] = &[
     "slow_start_s",
     "udp_stateless",
     "udp_timeout_s",
+    "quic",
     "gue_port",
     "on_down",
     "panic_percent",
@@ -111,4 +112,4 @@ pub const METRICS: &[&str] = &[
 ];
 
 /// `[[service.backend]]`.
-pub const BACKEND: &[&str] = &["name", "address", "port", "weight", "state", "seat"];
+pub const BACKEND: &[&str] = &["name", "address", "port", "weight", "state", "seat", "server_id"];

@@ -30,6 +30,7 @@ use aya::{
 };
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits, names,
+    quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
     slot::LINE,
 };
@@ -99,6 +100,8 @@ pub struct Dataplane {
     loads: Arc<Loads>,
     egress: DevMapHash<MapData>,
     flows: [HashMap<MapData, FlowKey, Flow>; 3],
+    quic_configs: HashMap<MapData, u32, QuicConfig>,
+    quic_servers: HashMap<MapData, ServerIdKey, u32>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reader: Arc<Reader>,
     /// Where the program runs.
@@ -123,6 +126,7 @@ impl Dataplane {
             (names::SECONDARIES, l.slots.div_ceil(LINE)),
             (names::BACKENDS, l.backends),
             (names::BACKEND_STATS, l.backends),
+            (names::QUIC_SERVERS, l.backends),
             (names::LOADS, l.backends),
             (names::TURNS, l.services),
             (names::FLOWS, l.flows),
@@ -170,6 +174,8 @@ impl Dataplane {
             loads: Arc::new(Loads::new(map_array(&mut bpf, names::LOADS)?)),
             egress: take(&mut bpf, names::EGRESS)?,
             flows,
+            quic_configs: take(&mut bpf, names::QUIC_CONFIGS)?,
+            quic_servers: take(&mut bpf, names::QUIC_SERVERS)?,
             backend_stats: take(&mut bpf, names::BACKEND_STATS)?,
             reader,
             interfaces,
@@ -316,6 +322,36 @@ impl Dataplane {
             })
         } else {
             absent_is_fine(self.egress.remove(ifindex)).map_err(map)
+        }
+    }
+
+    /// Configs of QUIC connection ids.
+    pub fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>, DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::QUIC_CONFIGS, source };
+        self.quic_configs.iter().collect::<Result<_, _>>().map_err(map)
+    }
+
+    /// QUIC server ids.
+    pub fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>, DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::QUIC_SERVERS, source };
+        self.quic_servers.iter().collect::<Result<_, _>>().map_err(map)
+    }
+
+    /// Writes how QUIC connection ids are read, or that they are not.
+    pub fn set_quic_config(&mut self, key: u32, config: Option<&QuicConfig>) -> Result<(), DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::QUIC_CONFIGS, source };
+        match config {
+            Some(config) => self.quic_configs.insert(key, config, 0).map_err(map),
+            None => absent_is_fine(self.quic_configs.remove(&key)).map_err(map),
+        }
+    }
+
+    /// Points a QUIC server id at a backend, or at none.
+    pub fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::QUIC_SERVERS, source };
+        match backend {
+            Some(index) => self.quic_servers.insert(key, index, 0).map_err(map),
+            None => absent_is_fine(self.quic_servers.remove(key)).map_err(map),
         }
     }
 

@@ -212,6 +212,7 @@ impl Service {
         if self.mode == ForwardingMode::Local && self.backends.len() > 1 {
             setting("mode local hands packets to this host's own stack: one backend at most".to_owned());
         }
+        self.check_quic(&mut setting);
         self.check_health(&mut setting);
         if let Some(replica) = &self.replica {
             replica.check(matches!(self.port, Ports::One(_)), &mut setting);
@@ -226,6 +227,7 @@ impl Service {
             setting(format!("seating gives seat {seat} weight {weight}, above 65535"));
         }
         let mut addresses = BTreeMap::new();
+        let mut server_ids = BTreeMap::new();
         let mut seats = BTreeMap::new();
         for (backend, b) in &self.backends {
             let mut refuse = |what: String| {
@@ -234,6 +236,11 @@ impl Service {
             self.check_backend(b, &mut refuse);
             if let Some(other) = addresses.insert(b.address, backend) {
                 refuse(format!("address {} is already that of backend {other}", b.address));
+            }
+            if let Some(id) = &b.server_id
+                && let Some(other) = server_ids.insert(id, backend)
+            {
+                refuse(format!("server_id {id} is already that of backend {other}"));
             }
             if let Some(seat) = b.seat
                 && let Some(other) = seats.insert(seat, backend)
@@ -249,6 +256,15 @@ impl Service {
         }
         if let Some(seat) = b.seat.filter(|&seat| seat >= MAX_SEATS) {
             refuse(format!("seat {seat} is above {}", MAX_SEATS - 1));
+        }
+        if let Some(id) = &b.server_id
+            && !self.quic.iter().any(|config| usize::from(config.server_id_bytes) == id.as_bytes().len())
+        {
+            let len = id.as_bytes().len();
+            refuse(format!(
+                "server_id {id} has {len} bytes, and no config of the service's quic has such ids: \
+                 add one, as in `lbctl service set NAME --quic 0:{len}:8`"
+            ));
         }
         if self.mode == ForwardingMode::Local {
             // An address of this host: its own, the VIP, or loopback.
@@ -279,6 +295,22 @@ impl Service {
                 refuse(format!("port needs a service with one port, and the service's is {}", self.port));
             }
             _ => {}
+        }
+    }
+
+    fn check_quic(&self, setting: &mut dyn FnMut(String)) {
+        if !self.quic.is_empty() && self.protocol != Protocol::Udp {
+            setting("quic is for UDP services only".to_owned());
+        }
+        if !self.quic.is_empty() && self.mode == ForwardingMode::Nat {
+            setting(
+                "quic does not go with mode nat, which is bound to addresses: use another mode".to_owned(),
+            );
+        }
+        for (i, config) in self.quic.iter().enumerate() {
+            if self.quic[..i].iter().any(|earlier| earlier.id == config.id) {
+                setting(format!("quic has two configs {}: give each its own id", config.id));
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 //! Services and backends, as the operator asked for them.
 
-use super::{HealthCheck, Name, Ports, Protocol, ReplicaSource};
+use super::{HealthCheck, Name, Ports, Protocol, QuicConfig, ReplicaSource, ServerId};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -141,6 +141,9 @@ pub struct Service {
     /// UDP only: idle time after which a flow is forgotten, in seconds.
     #[serde(default = "default_udp_timeout_s")]
     pub udp_timeout_s: u32,
+    /// UDP only: packets are routed by their QUIC connection id, read by these configs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub quic: Vec<QuicConfig>,
     /// Destination port of GUE packets.
     #[serde(default = "default_gue_port")]
     pub gue_port: u16,
@@ -212,4 +215,7 @@ pub struct Backend {
     /// Place in the Maglev table, no other backend's; if none, it keeps the one it had, or gets a free one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seat: Option<u32>,
+    /// Server id in the QUIC connection ids that the worker gives out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_id: Option<ServerId>,
 }

@@ -8,6 +8,7 @@ mod health;
 mod name;
 mod observed;
 mod ports;
+mod quic;
 mod replica;
 mod seats;
 mod source;
@@ -21,6 +22,7 @@ pub use health::{
 pub use name::{Name, NameError};
 pub use observed::{BackendId, Health, NextHop, Observed};
 pub use ports::{Ports, PortsError, Protocol};
+pub use quic::{QuicConfig, QuicError, ServerId};
 pub use replica::{
     ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report, ReportError,
     gpu_memory, name as report_name, requests, share, tokens,

@@ -3,8 +3,11 @@
 use super::Maps;
 use crate::{compile::Cost, dataplane::DataplaneError};
 use lb_common::{
-    Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, backend::flags::USED,
-    service::NO_SERVICE, slot::NO_BACKEND,
+    Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    backend::flags::USED,
+    quic::{QuicConfig, ServerIdKey},
+    service::NO_SERVICE,
+    slot::NO_BACKEND,
 };
 use std::{
     cell::Cell,
@@ -21,6 +24,8 @@ pub struct FakeMaps {
     pub keys: BTreeMap<ServiceKey, u32>,
     pub vips: BTreeMap<VipKey, Vip>,
     pub egress: BTreeSet<u32>,
+    pub quic_configs: BTreeMap<u32, QuicConfig>,
+    pub quic_servers: BTreeMap<ServerIdKey, u32>,
     pub stats: BTreeMap<u32, BackendStats>,
     pub costs: BTreeMap<u32, Cost>,
     pub flows: BTreeMap<u32, u64>,
@@ -63,6 +68,11 @@ impl FakeMaps {
     fn check(&self) {
         for (key, index) in &self.keys {
             assert_eq!(self.services[*index as usize].used, 1, "{key:?} leads to a free service");
+        }
+        for (key, backend) in &self.quic_servers {
+            let entry = &self.backends[*backend as usize];
+            assert!(entry.flags & USED != 0, "{key:?} leads to a free backend");
+            assert_eq!(entry.service, key.service, "{key:?} leads to another service's backend");
         }
         for vip in self.vips.values() {
             let ranges = vip.ranges[..vip.range_count as usize].iter().map(|r| r.service);
@@ -207,6 +217,32 @@ impl Maps for Shared {
         } else {
             m.egress.remove(&ifindex)
         };
+        Ok(())
+    }
+    fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>, DataplaneError> {
+        Ok(self.0.lock().unwrap().quic_configs.iter().map(|(k, v)| (*k, *v)).collect())
+    }
+    fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>, DataplaneError> {
+        Ok(self.0.lock().unwrap().quic_servers.iter().map(|(k, v)| (*k, *v)).collect())
+    }
+    fn set_quic_config(&mut self, key: u32, config: Option<&QuicConfig>) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        match config {
+            Some(config) => m.quic_configs.insert(key, *config),
+            None => m.quic_configs.remove(&key),
+        };
+        m.check();
+        Ok(())
+    }
+    fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        m.write()?;
+        match backend {
+            Some(index) => m.quic_servers.insert(*key, index),
+            None => m.quic_servers.remove(key),
+        };
+        m.check();
         Ok(())
     }
 }

@@ -4,7 +4,10 @@ use crate::{
     compile::Cost,
     dataplane::{Dataplane, DataplaneError},
 };
-use lb_common::{Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey};
+use lb_common::{
+    Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    quic::{QuicConfig, ServerIdKey},
+};
 
 /// The writer's view of the maps.
 pub trait Maps: Send {
@@ -22,6 +25,10 @@ pub trait Maps: Send {
     fn backend(&self, index: u32) -> Option<Backend>;
     /// A backend's counters.
     fn backend_stats(&self, index: u32) -> BackendStats;
+    /// Configs of QUIC connection ids.
+    fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>, DataplaneError>;
+    /// QUIC server ids.
+    fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>, DataplaneError>;
 
     /// Writes slots.
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError>;
@@ -49,6 +56,10 @@ pub trait Maps: Send {
     fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError>;
     /// Allows or forbids an egress interface.
     fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError>;
+    /// Writes how QUIC connection ids are read, or that they are not.
+    fn set_quic_config(&mut self, key: u32, config: Option<&QuicConfig>) -> Result<(), DataplaneError>;
+    /// Points a QUIC server id at a backend, or at none.
+    fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError>;
 }
 
 impl Maps for Dataplane {
@@ -113,5 +124,17 @@ impl Maps for Dataplane {
     }
     fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
         Self::set_egress(self, ifindex, allowed)
+    }
+    fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>, DataplaneError> {
+        Self::quic_configs(self)
+    }
+    fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>, DataplaneError> {
+        Self::quic_servers(self)
+    }
+    fn set_quic_config(&mut self, key: u32, config: Option<&QuicConfig>) -> Result<(), DataplaneError> {
+        Self::set_quic_config(self, key, config)
+    }
+    fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError> {
+        Self::set_quic_server(self, key, backend)
     }
 }

@@ -13,7 +13,11 @@ use crate::{
     compile::{Cost, Plan, ServiceEntry, View},
     dataplane::DataplaneError,
 };
-use lb_common::{Backend, ServiceKey, ServiceView, Vip, VipKey, backend::flags::USED};
+use lb_common::{
+    Backend, ServiceKey, ServiceView, Vip, VipKey,
+    backend::flags::USED,
+    quic::{QuicConfig, ServerIdKey},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -77,6 +81,8 @@ pub struct Mirror {
     keys: BTreeMap<ServiceKey, u32>,
     vips: BTreeMap<VipKey, Vip>,
     egress: BTreeSet<u32>,
+    quic_configs: BTreeMap<u32, QuicConfig>,
+    quic_servers: BTreeMap<ServerIdKey, u32>,
     space: SlotSpace,
 }
 
@@ -105,6 +111,8 @@ impl Mirror {
             vips: maps.vips()?.into_iter().collect(),
             // Cannot be listed; written once more, which does no harm.
             egress: BTreeSet::new(),
+            quic_configs: maps.quic_configs()?.into_iter().collect(),
+            quic_servers: maps.quic_servers()?.into_iter().collect(),
             space,
         })
     }
@@ -128,6 +136,8 @@ impl Mirror {
             backends: self.backends.clone(),
             costs: self.costs.clone(),
             egress: self.egress.clone(),
+            quic_configs: self.quic_configs.clone(),
+            quic_servers: self.quic_servers.clone(),
         }
     }
 
@@ -179,6 +189,7 @@ impl Mirror {
             self.egress.insert(*ifindex);
         }
         self.write_backends(maps, wanted, written)?;
+        self.write_quic(maps, wanted, written)?;
         for (index, entry) in &wanted.services {
             self.write_service(maps, *index, entry, regions.get(index).copied(), clock, written)?;
         }
@@ -213,6 +224,30 @@ impl Mirror {
             maps.write_backends(&changed)?;
             written.backends += changed.len() as u32;
             self.backends.extend(changed);
+        }
+        Ok(())
+    }
+
+    /// New and changed QUIC configs and server ids, before a service is routed by them.
+    fn write_quic(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        written: &mut Written,
+    ) -> Result<(), DataplaneError> {
+        for (key, config) in &wanted.quic_configs {
+            if self.quic_configs.get(key) != Some(config) {
+                maps.set_quic_config(*key, Some(config))?;
+                self.quic_configs.insert(*key, *config);
+                written.keys += 1;
+            }
+        }
+        for (key, backend) in &wanted.quic_servers {
+            if self.quic_servers.get(key) != Some(backend) {
+                maps.set_quic_server(key, Some(*backend))?;
+                self.quic_servers.insert(*key, *backend);
+                written.keys += 1;
+            }
         }
         Ok(())
     }
@@ -305,6 +340,16 @@ impl Mirror {
                 self.space.give_back(live.base, live.entry.table.len() as u32, now);
             }
             written.services += 1;
+        }
+        for key in gone(&self.quic_configs, &wanted.quic_configs) {
+            maps.set_quic_config(key, None)?;
+            self.quic_configs.remove(&key);
+            written.keys += 1;
+        }
+        for key in gone(&self.quic_servers, &wanted.quic_servers) {
+            maps.set_quic_server(&key, None)?;
+            self.quic_servers.remove(&key);
+            written.keys += 1;
         }
         let cleared: Vec<(u32, Backend)> =
             gone(&self.backends, &wanted.backends).into_iter().map(|i| (i, Backend::default())).collect();

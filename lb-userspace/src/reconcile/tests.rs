@@ -21,6 +21,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
                 state: BackendState::Up,
                 seat: None,
                 port: None,
+                server_id: None,
             },
         )
     };
@@ -36,6 +37,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         seed: None,
         drain_s: 300,
         udp_stateless: false,
+        quic: Vec::new(),
         udp_timeout_s: 60,
         gue_port: 6080,
         on_down: OnDown::Keep,
@@ -230,7 +232,7 @@ fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
                 let address = format!("10.1.0.{}", b + 1).parse().unwrap();
                 s.backends.insert(
                     name(&format!("b{b}")),
-                    Backend { address, weight, state, seat: None, port: None },
+                    Backend { address, weight, state, seat: None, port: None, server_id: None },
                 );
             }
             state.services.insert(name(&format!("s{i}")), s.into());

@@ -11,6 +11,7 @@ use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
     names,
+    quic::{QuicConfig, ServerIdKey},
     service::flags,
     settings::IngressSettings,
     slot::{LINE, Line},
@@ -204,6 +205,18 @@ impl Ingress {
         flows.insert(key, flow, 0).expect("room");
     }
 
+    /// Writes how QUIC connection ids are read.
+    pub fn quic_config(&mut self, key: u32, config: QuicConfig) {
+        let mut configs: HashMap<&mut MapData, u32, QuicConfig> = self.map(names::QUIC_CONFIGS);
+        configs.insert(key, config, 0).expect("room");
+    }
+
+    /// Points a QUIC server id at a backend.
+    pub fn quic_server(&mut self, key: ServerIdKey, backend: u32) {
+        let mut servers: HashMap<&mut MapData, ServerIdKey, u32> = self.map(names::QUIC_SERVERS);
+        servers.insert(key, backend, 0).expect("room");
+    }
+
     /// Empties all tables and zeroes all counters.
     pub fn reset(&mut self) {
         fn clear<K: Pod, V: Pod>(mut map: HashMap<&mut MapData, K, V>) {
@@ -214,6 +227,8 @@ impl Ingress {
         }
         clear::<ServiceKey, u32>(self.map(names::SERVICE_INDEX));
         clear::<VipKey, Vip>(self.map(names::VIPS));
+        clear::<u32, QuicConfig>(self.map(names::QUIC_CONFIGS));
+        clear::<ServerIdKey, u32>(self.map(names::QUIC_SERVERS));
         self.forget_flows();
         for index in 0..USED {
             self.set_service(index, Service::default());
