@@ -59,7 +59,6 @@ pub fn process<F: Frame + Fib, T: Tables>(
     };
     match balance(frame, tables, settings, &headers) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
         // Nobody's port is perhaps that of a translated flow.
         Err(Refusal::Reason(reason @ (Reason::NotVip | Reason::NoService)))
             if nat::is_reply(settings, headers.port) =>
@@ -67,6 +66,7 @@ pub fn process<F: Frame + Fib, T: Tables>(
             (Verdict::Stage(stage::NAT), Outcome::Not(reason))
         }
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &headers, mtu)),
     }
 }

@@ -71,7 +71,7 @@ pub enum Command {
         state: Option<BackendState>,
         /// Server id in the QUIC connection ids that the worker gives out, or none
         #[arg(long, value_name = "HEX|none", value_parser = server_id)]
-        server_id: Option<Option<ServerId>>,
+        server_id: Option<OptionalId>,
         #[command(flatten)]
         write: WriteFlags,
     },
@@ -96,8 +96,14 @@ pub struct One {
 }
 
 /// A server id, or none.
-fn server_id(text: &str) -> Result<Option<ServerId>, String> {
-    if text == "none" { Ok(None) } else { text.parse().map(Some).map_err(|e: QuicError| e.to_string()) }
+#[derive(Clone, Debug)]
+pub struct OptionalId(Option<ServerId>);
+
+fn server_id(text: &str) -> Result<OptionalId, String> {
+    if text == "none" {
+        return Ok(OptionalId(None));
+    }
+    text.parse().map(|id| OptionalId(Some(id))).map_err(|e: QuicError| e.to_string())
 }
 
 fn path(service: &Name, name: &Name) -> String {
@@ -109,11 +115,11 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
     match command {
         Command::Add { service, name, address, port, weight, state, server_id, write } => {
             let mut body = json!({ "address": address, "weight": weight, "state": state });
-            if let Some(port) = port {
-                body["port"] = json!(port);
-            }
             if let Some(id) = server_id {
                 body["server_id"] = json!(id);
+            }
+            if let Some(port) = port {
+                body["port"] = json!(port);
             }
             let what = format!("backend {service}/{name} added");
             context.write(&what, Method::POST, &path(&service, &name), &write.query(), Some(&body)).await
@@ -125,7 +131,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             set("port", port.map(|p| json!(p)));
             set("weight", weight.map(|w| json!(w)));
             set("state", state.map(|s| json!(s)));
-            set("server_id", server_id.map(|id| json!(id)));
+            set("server_id", server_id.map(|id| json!(id.0)));
             if body.is_empty() {
                 let what =
                     "nothing to set: give --weight, --address, --port, --state or --server-id".to_owned();

@@ -302,6 +302,11 @@ impl Service {
         if !self.quic.is_empty() && self.protocol != Protocol::Udp {
             setting("quic is for UDP services only".to_owned());
         }
+        if !self.quic.is_empty() && self.mode == ForwardingMode::Nat {
+            setting(
+                "quic does not go with mode nat, which is bound to addresses: use another mode".to_owned(),
+            );
+        }
         for (i, config) in self.quic.iter().enumerate() {
             if self.quic[..i].iter().any(|earlier| earlier.id == config.id) {
                 setting(format!("quic has two configs {}: give each its own id", config.id));

@@ -21,6 +21,7 @@ pub mod nginx;
 pub mod pair;
 pub mod process;
 pub mod program;
+pub mod quic;
 pub mod replica;
 pub mod stage;
 pub mod udp;
