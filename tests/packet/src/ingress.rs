@@ -8,7 +8,7 @@ use aya::{
     util::nr_cpus,
 };
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
     fragment::{Fragment, FragmentKey},
     names,
     quic::{QuicConfig, ServerIdKey},
@@ -179,6 +179,18 @@ impl Ingress {
     pub fn backend(&mut self, index: u32, backend: Backend) {
         let mut backends: Array<&mut MapData, Backend> = self.map(names::BACKENDS);
         backends.set(index, backend, 0).expect("in range");
+    }
+
+    /// Writes a backend's load.
+    pub fn set_load(&mut self, index: u32, load: Load) {
+        let mut loads: Array<&mut MapData, Load> = self.map(names::LOADS);
+        loads.set(index, load, 0).expect("in range");
+    }
+
+    /// A backend's load.
+    pub fn get_load(&mut self, index: u32) -> Load {
+        let loads: Array<&mut MapData, Load> = self.map(names::LOADS);
+        loads.get(&index, 0).expect("in range")
     }
 
     /// Allows an egress interface.

@@ -140,6 +140,24 @@ fn decap_seeds() -> Vec<Vec<u8>> {
             seeds.push(tunnel.around(protocol));
             tunnel.payload.splice(0..0, [0, protocol, 0, 0]);
             seeds.push(tunnel.bytes());
+            // The same with others that may have its flow, to which there is no route.
+            let is_ipv6 = ours[0] != 0;
+            let mut chain = vec![if is_ipv6 { 9 } else { 3 }, protocol, 0, 0, 0x6c, 0x62, 0x11, 0];
+            chain.extend(if is_ipv6 { bodies::v6(9, 8).to_vec() } else { vec![10, 9, 9, 8] });
+            chain.resize(if is_ipv6 { 40 } else { 16 }, 0);
+            let end = chain.len();
+            tunnel.payload.splice(0..4, chain);
+            // Tunnels have no UDP checksum.
+            let plain = |mut bytes: Vec<u8>| {
+                let check = 14 + if is_ipv6 { 40 } else { 20 } + 6;
+                bytes[check..check + 2].fill(0);
+                bytes
+            };
+            seeds.push(plain(tunnel.bytes()));
+            // And at the end of its chain.
+            tunnel.payload[6..8].copy_from_slice(&[0x10, 2]);
+            tunnel.payload[8..end].fill(0);
+            seeds.push(plain(tunnel.bytes()));
         }
     }
     seeds
@@ -176,7 +194,7 @@ fn action(verdict: Verdict) -> u32 {
 
 /// Packets with a reason that says what became of them.
 fn ends(counts: &[(Reason, u64)]) -> u64 {
-    let is_delivered = |r| matches!(r, Reason::DecapIpip | Reason::DecapGue);
+    let is_delivered = |r| matches!(r, Reason::DecapIpip | Reason::DecapGue | Reason::ChanceSentOn);
     counts.iter().filter(|(r, _)| r.fate() != Fate::Note || is_delivered(*r)).map(|(_, n)| n).sum()
 }
 

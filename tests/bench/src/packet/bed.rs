@@ -75,6 +75,8 @@ impl ServiceSpec {
         match self.mode {
             backend::mode::IPIP => outer,
             backend::mode::GUE => outer + 12,
+            backend::mode::GUE_CHAIN if self.outer == Family::V4 => outer + 24,
+            backend::mode::GUE_CHAIN => outer + 48,
             _ => 0,
         }
     }

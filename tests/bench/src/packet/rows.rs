@@ -1,6 +1,9 @@
 //! What is measured: one row a line of the report. To add one, add it here.
 
-use lb_common::{backend::mode, service::flags};
+use lb_common::{
+    backend::mode,
+    service::{flags, scheduler},
+};
 
 use super::{
     bed::{ServiceSpec, Slots},
@@ -77,6 +80,7 @@ const ROOMY: u32 = 2 * MILLION;
 pub fn all() -> Vec<Row> {
     let mut rows = plain();
     rows.extend(stable());
+    rows.extend(by_load());
     rows.extend(mixed());
     rows.extend(not_ours());
     rows.extend(decap());
@@ -118,6 +122,36 @@ fn stable() -> Vec<Row> {
                     rows.push(Row {
                         section: "Stable table",
                         name: format!("{}/{}/{mode_name}/{flows_name}", family.label(), kind.label()),
+                        tables: Tables::DEFAULT,
+                        subject: Subject::Service(spec, kind),
+                        flows,
+                        prime: 0,
+                        growth: None,
+                    });
+                }
+            }
+        }
+    }
+    rows
+}
+
+/// Placed by load: every packet looks for its flow first, and new ones compare two loads. In GUE packets name the other
+/// half of their pair.
+fn by_load() -> Vec<Row> {
+    let modes = [(mode::IPIP, "ipip", 0), (mode::GUE_CHAIN, "gue-chain", flags::SECOND_CHANCE)];
+    let mut rows = Vec::new();
+    for family in Family::ALL {
+        for kind in [Kind::Established, Kind::Syn] {
+            for (mode, mode_name, more) in modes {
+                for (flows, flows_name) in [(ONE, "1"), (MILLION, "1M")] {
+                    let spec = ServiceSpec {
+                        scheduler: scheduler::P2C,
+                        flags: flags::TRACK_ALL | more,
+                        ..ServiceSpec::new(family, mode)
+                    };
+                    rows.push(Row {
+                        section: "Placed by load",
+                        name: format!("p2c/{}/{}/{mode_name}/{flows_name}", family.label(), kind.label()),
                         tables: Tables::DEFAULT,
                         subject: Subject::Service(spec, kind),
                         flows,

@@ -62,8 +62,8 @@ struct Figures {
     p50_s: f64,
     p99_s: f64,
     mean_s: f64,
-    /// p99 as a multiple of p2c's.
-    p99_of_p2c: f64,
+    /// p99 as a multiple of p2c's, if that waits at all.
+    p99_of_p2c: Option<f64>,
     /// Share of flows that are not on their slot's primary.
     elsewhere: f64,
 }
@@ -93,6 +93,11 @@ fn runs(row: Row, workers: usize, load: f64, requests: u32, runs: u32) -> Delays
     Delays { p50: of(|d| d.p50), p99: of(|d| d.p99), mean: of(|d| d.mean), elsewhere: of(|d| d.elsewhere) }
 }
 
+/// `a` as a multiple of `b`, if that is a number.
+fn multiple(a: f64, b: f64) -> Option<f64> {
+    Some(a / b).filter(|times| times.is_finite())
+}
+
 /// Simulates and prints.
 pub fn run(options: &Options) -> Result<()> {
     println!(
@@ -115,12 +120,12 @@ pub fn run(options: &Options) -> Result<()> {
             let p2c = all[1].1.p99;
             for (row, d) in all {
                 println!(
-                    "  {:<24} {:>8.3} {:>8.3} {:>8.3} {:>8.2} {:>9.0} %",
+                    "  {:<24} {:>8.3} {:>8.3} {:>8.3} {:>8} {:>9.0} %",
                     row.name,
                     d.mean,
                     d.p50,
                     d.p99,
-                    d.p99 / p2c,
+                    multiple(d.p99, p2c).map_or_else(|| "-".to_owned(), |times| format!("{times:.2}")),
                     d.elsewhere * 100.0
                 );
                 rows.push(Figures {
@@ -131,7 +136,7 @@ pub fn run(options: &Options) -> Result<()> {
                     p50_s: d.p50,
                     p99_s: d.p99,
                     mean_s: d.mean,
-                    p99_of_p2c: d.p99 / p2c,
+                    p99_of_p2c: multiple(d.p99, p2c),
                     elsewhere: d.elsewhere,
                 });
             }
