@@ -112,5 +112,5 @@ fn relive(memory: &mut ServiceMemory, then: &Service, from_ms: i64, drain_ms: i6
     let weights: Vec<u32> = then.backends.values().map(|b| b.weight).collect();
     let rule = policy::eligible(&candidates, true, then.panic_percent);
     let size = table_size(then, memory);
-    memory.enter(&shape(then, &weights, &rule.eligible, size), from_ms, drain_ms);
+    memory.enter(&shape(then, (&weights, 1), &rule.eligible, size), from_ms, drain_ms);
 }

@@ -172,7 +172,7 @@ fn compile_anew(
     let start = slow::start(wanted, &mut memory, &rule.eligible, slowly, input.now_ms);
     memory.settled = rule.settled;
 
-    let shape = shape(wanted, &start.weights, &rule.eligible, table_size(wanted, &memory));
+    let shape = shape(wanted, (&start.weights, start.scale), &rule.eligible, table_size(wanted, &memory));
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
@@ -234,6 +234,13 @@ fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
         }
     }
     Ok(())
+}
+
+/// What a flow counts in a service's loads: where replicas report, a request's share of the capacity that the service
+/// names.
+fn unit_of_load(wanted: &Service) -> u32 {
+    let Some(source) = &wanted.replica else { return FLOW };
+    policy::load::request_cost(source.capacity.unwrap_or(policy::load::USUAL_CAPACITY))
 }
 
 /// How each backend's load is counted.
@@ -321,7 +328,12 @@ pub(super) fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     }
 }
 
-pub(super) fn shape(wanted: &Service, weights: &[u32], eligible: &[bool], size: u32) -> Arc<Shape> {
+pub(super) fn shape(
+    wanted: &Service,
+    (weights, scale): (&[u32], u32),
+    eligible: &[bool],
+    size: u32,
+) -> Arc<Shape> {
     let mut members: Vec<_> = wanted
         .backends
         .values()
@@ -333,6 +345,8 @@ pub(super) fn shape(wanted: &Service, weights: &[u32], eligible: &[bool], size: 
     members.sort_unstable();
     let by_source = wanted.scheduler == Scheduler::SourceHash;
     let mut turns = wanted.seating();
+    // While somebody starts slowly, weights are finer than what the seats were taken with.
+    turns.iter_mut().for_each(|turn| turn.1 *= scale);
     let mut plain: Vec<_> = members.iter().map(|m| (m.seat, m.weight)).collect();
     plain.sort_unstable();
     if turns == plain {
@@ -538,7 +552,7 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
         protocol: wanted.protocol.number(),
         udp_timeout_s: wanted.udp_timeout_s,
         slot_count: shape.size,
-        load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(FLOW)),
+        load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(unit_of_load(wanted))),
         ..View::default()
     }
 }

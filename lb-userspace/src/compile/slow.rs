@@ -21,6 +21,8 @@ const STEPS: [u32; 3] = [1, 2, 4];
 pub(super) struct Start {
     /// Weights for the table.
     pub weights: Vec<u32>,
+    /// How many times as much a full weight counts in them.
+    pub scale: u32,
     /// Percent of its own weight that a backend has, where it is still starting.
     pub percent: Vec<Option<u8>>,
     /// When the next step is due.
@@ -59,6 +61,7 @@ pub(super) fn start(
     let is_starting = next_ms.is_some();
     let weight = |(weight, parts): (u32, &u32)| if is_starting { weight * parts } else { weight };
     Start {
+        scale: if is_starting { PARTS } else { 1 },
         weights: wanted.backends.values().map(|b| b.weight).zip(&parts).map(weight).collect(),
         percent: parts.iter().map(|&p| (p < PARTS).then_some((p * 100 / PARTS) as u8)).collect(),
         next_ms,

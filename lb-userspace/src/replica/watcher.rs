@@ -132,9 +132,10 @@ impl Watcher {
 fn plan(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Plan>) {
     let Some(source) = &s.replica else { return };
     let own = if let Ports::One(port) = s.port { port } else { 0 };
-    let port = source.port.unwrap_or(own);
     let timeout = Duration::from_millis(source.timeout_ms.into());
     for (backend, b) in &s.backends {
+        // Where the backend has a port of its own, its replica is there.
+        let port = source.port.or(b.port).unwrap_or(own);
         let address = SocketAddr::new(b.address, port);
         let ask = Ask { address, vip: s.vip, path: source.path().to_owned(), timeout };
         let probe = match s.health.kind {

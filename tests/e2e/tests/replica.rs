@@ -225,3 +225,38 @@ fn a_lying_replica_changes_nothing_but_its_own_note() -> Result<()> {
     ensure!(account.failed() == 0, "{:?}", account.failures().next());
     ensure_shared(&account, &["w1", "w2", "w3"], 0.1)
 }
+
+#[test]
+fn reported_load_steers_new_flows() -> Result<()> {
+    let bench = Bench::start(&["--scheduler", "p2c"])?;
+    let share = |index: usize| -> Result<f64> {
+        let load = bench.load()?;
+        // What came before the scores were set does not count.
+        drop(load.take());
+        wait::until("400 requests have ended", PATIENCE, || load.count() > 400)?;
+        let account = load.finish()?;
+        ensure!(account.failed() == 0, "{:?}", account.failures().next());
+        let name = &bench.stage.bed.workers[index].name;
+        Ok(account.by_worker().get(name).copied().unwrap_or(0) as f64 / account.requests.len() as f64)
+    };
+    let is_loaded = |index: usize, score: u64| {
+        wait::until("the score is taken", PATIENCE, || {
+            bench.replica(index).is_ok_and(|r| r["score"] == score)
+        })
+    };
+    for (loaded, idle) in [(0, [1, 2]), (2, [0, 1])] {
+        bench.say(loaded, "ready-8-1000")?;
+        idle.iter().try_for_each(|&index| bench.say(index, "ready-0"))?;
+        is_loaded(loaded, 1_000_000 + 4 * 1_000 * 1_000_000 / 8)?;
+        idle.iter().try_for_each(|&index| is_loaded(index, 0).map(drop))?;
+        let got = share(loaded)?;
+        println!("w{} with 1,000 waiting: {:.1} % of new flows", loaded + 1, got * 100.0);
+        ensure!(got < 0.05, "w{} got {got} of the new flows", loaded + 1);
+    }
+    // Each idle again: each its part.
+    bench.say(2, "ready-0")?;
+    is_loaded(2, 0)?;
+    let got = share(2)?;
+    ensure!(got > 0.15, "w3 got {got} of the new flows");
+    Ok(())
+}
