@@ -216,6 +216,9 @@ fn compile_anew(
 fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
     let wanted = input.wanted;
     let needs = [
+        (features::NAT, wanted.mode == ForwardingMode::Nat, "mode nat".to_owned()),
+        (features::L2, wanted.mode == ForwardingMode::L2, "mode l2".to_owned()),
+        (features::LOCAL, wanted.mode == ForwardingMode::Local, "mode local".to_owned()),
         (features::P2C, wanted.scheduler != Scheduler::Maglev, format!("scheduler {:?}", wanted.scheduler)),
         // What is on by itself only does without.
         (features::SECOND_CHANCE, wanted.second_chance == Some(true), "second_chance".to_owned()),

@@ -6,6 +6,7 @@
 pub mod args;
 mod live;
 pub mod logging;
+mod nat_ports;
 mod report;
 mod supervise;
 pub mod xdp_log;
@@ -20,7 +21,7 @@ use crate::{
     },
     clock,
     compile::{self, Past},
-    config::{File, Options, Settings, export},
+    config::{File, Options, Settings, SettingsError, export},
     dataplane::{AttachOptions, Dataplane, Limits},
     health::{Checker, prober},
     metrics,
@@ -70,6 +71,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let _socket = SocketFile(settings.socket.clone());
     let metrics = metrics::bind(settings.metrics, settings.metrics_required).await?;
 
+    check_nat_ports(&settings)?;
     let options = attach_options(&settings);
     let mut dataplane = tokio::task::spawn_blocking(move || Dataplane::attach(&options)).await??;
     for i in &dataplane.interfaces {
@@ -280,6 +282,24 @@ impl Drop for SocketFile {
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, "the service manager cannot be told");
+    }
+}
+
+/// Ports that someone chose must be good ones; the usual ones are only warned of.
+fn check_nat_ports(settings: &Settings) -> anyhow::Result<()> {
+    use lb_common::settings::features;
+    // A pool's addresses are not those of this host's own connections.
+    let has_pool = settings.nat_source_v4.is_some() && settings.nat_source_v6.is_some();
+    if has_pool || settings.ingress.features & features::NAT == 0 {
+        return Ok(());
+    }
+    match nat_ports::problem(settings.ingress.nat_first, settings.ingress.nat_last) {
+        Some(what) if settings.nat_ports_required => Err(SettingsError { setting: "nat_ports", what }.into()),
+        Some(what) => {
+            tracing::warn!(what, "mode nat");
+            Ok(())
+        }
+        None => Ok(()),
     }
 }
 
