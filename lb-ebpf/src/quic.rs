@@ -309,8 +309,8 @@ fn mix(config: &QuicConfig, from: &[u8; 32], to: &mut [u8; 32], len: u32, pass: 
     let mut block = words(from, 0);
     block[3] = block[3] & 0xffff_0000 | len << 8 | pass;
     aes::encrypt(&config.keys, &mut block);
-    for i in 0..HALF_MAX {
-        to[i] ^= byte_of(&block, i) & below(i, half);
+    for (i, to) in to.iter_mut().enumerate().take(HALF_MAX) {
+        *to ^= byte_of(&block, i) & below(i, half);
     }
 }
 
