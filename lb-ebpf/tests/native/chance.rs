@@ -38,7 +38,7 @@ const ACK: u8 = 0x10;
 
 /// Address of a worker.
 fn worker(i: u8, is_ipv6: bool) -> [u8; 16] {
-    if is_ipv6 { v6(1, i.into()) } else { v4(10, 1, 0, i) }
+    if is_ipv6 { v6(1, i) } else { v4(10, 1, 0, i) }
 }
 
 fn chained(i: u32, is_ipv6: bool, vlan: u16) -> Backend {
@@ -318,7 +318,7 @@ proptest! {
         let mut bytes = send(&host(STABLE, false, 0), &tcp(ACK, 7, false));
         let chain = &mut bytes[14 + 20 + 12..][..12];
         if !keep_head {
-            (chain[2], chain[3]) = (0x10 | head[2] % 4, head[3] % 4);
+            (chain[2], chain[3]) = (0x10 | (head[2] % 4), head[3] % 4);
         }
         chain[4..8].copy_from_slice(&[10, 1, 0, next]);
         let second = if chain[2] & 15 > 1 { [10, 1, 0, then] } else { [0; 4] };

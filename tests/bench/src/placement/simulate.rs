@@ -102,9 +102,15 @@ impl Worker {
 }
 
 /// A time that can be ordered.
-#[derive(PartialEq, PartialOrd)]
+#[derive(PartialEq)]
 struct At(f64);
 impl Eq for At {}
+impl PartialOrd for At {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
 impl Ord for At {
     fn cmp(&self, other: &Self) -> std::cmp::Ordering {
         self.0.total_cmp(&other.0)
