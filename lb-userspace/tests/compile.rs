@@ -125,7 +125,7 @@ fn the_source_prefix_is_for_ipip_and_its_own_family() {
     s.mode = lb_userspace::model::ForwardingMode::Gue;
     let plan = host.at(2, &desired).plan;
     let gue = entry(&plan, true);
-    assert_eq!((gue.mode, gue.port, gue.source_bits), (mode::GUE, Be16::new(6080), 0));
+    assert_eq!((gue.mode, gue.port, gue.source_bits), (mode::GUE_CHAIN, Be16::new(6080), 0));
     assert_eq!(gue.flags & flags::RESOLVED, 0, "a route without a source");
 }
 

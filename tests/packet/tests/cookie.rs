@@ -36,10 +36,14 @@ fn with<R>(cookies: &str, f: impl FnOnce(&mut Decap) -> R) -> R {
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     bed::enter();
     LISTENERS.get_or_init(|| {
-        for (vip, length) in [("192.0.2.1", 32), ("2001:db8::1", 128)] {
-            let added =
-                Command::new("ip").args(["addr", "add", &format!("{vip}/{length}"), "dev", "lo"]).status();
-            assert!(added.expect("ip runs").success());
+        for line in [
+            "link set lo up",
+            "addr replace 192.0.2.1/32 dev lo",
+            // Usable at once, without a look for duplicates.
+            "addr replace 2001:db8::1/128 dev lo nodad",
+        ] {
+            let added = Command::new("ip").args(line.split(' ')).status();
+            assert!(added.expect("ip runs").success(), "ip {line}");
         }
         let on = |address: &str| TcpListener::bind((address, PORT)).expect("the VIP is there");
         vec![on("192.0.2.1"), on("2001:db8::1")]
