@@ -1,6 +1,7 @@
 //! `inference-worker`: serves one or more Llama-family models over HTTP. See `docs/inference.md`.
 
 use std::{
+    io::IsTerminal,
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -117,6 +118,7 @@ fn main() -> anyhow::Result<()> {
                 .unwrap_or_else(|_| "inference_worker=info,warn".into()),
         )
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none())
         .init();
     cuda::open_libtorch_cuda();
     let runtime = tokio::runtime::Builder::new_multi_thread()
