@@ -198,7 +198,8 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     {
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
-    if let Some(recent) = tables.flow(FlowTable::Syns, key)
+    let noted = tables.flow(FlowTable::Syns, key);
+    if let Some(recent) = noted
         && is_within(SYN_TIMEOUT_S, recent, now_s)
         && is_up(backend_flags(tables, recent.backend, key.service))
     {
@@ -209,7 +210,8 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
     let choice = packet.place(tables, now_s)?;
-    let must_note = !packet.is_maglev || is_in_transition(packet.view, packet.place.slot);
+    // An older note, whose backend is down, would be believed by the packet that completes this handshake.
+    let must_note = !packet.is_maglev || noted.is_some() || is_in_transition(packet.view, packet.place.slot);
     if (must_note || known.is_some())
         && record_syn(tables, headers, key, choice.backend, now_s)
         && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
