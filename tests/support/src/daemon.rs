@@ -185,6 +185,8 @@ pub struct BackendStatus {
     pub is_healthy: bool,
     /// Slots of the service's table that are its own.
     pub slots: u64,
+    /// Its next hop is known, so that packets need no FIB.
+    pub is_resolved: bool,
 }
 
 impl Lbctl {
@@ -196,6 +198,7 @@ impl Lbctl {
             service: backend["service"].as_str().unwrap_or_default().to_owned(),
             is_healthy: backend["status"]["health"] == "healthy",
             slots: backend["status"]["slots"].as_u64().unwrap_or_default(),
+            is_resolved: backend["status"]["next_hop"].is_object(),
         };
         Ok(backends.iter().filter(|backend| backend["name"] == name).map(read).collect())
     }

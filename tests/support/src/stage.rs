@@ -233,10 +233,12 @@ impl Stage {
         Ok(start.elapsed())
     }
 
-    /// Waits until every service finds worker `index` healthy and gives it new
+    /// Waits until every service finds worker `index` healthy, knows its next hop and gives it new
     /// flows, or neither.
     pub fn wait_health(&self, index: usize, healthy: bool) -> Result<Duration> {
-        self.wait_backend(index, healthy, |backend| (backend.slots > 0) == healthy)
+        self.wait_backend(index, healthy, |backend| {
+            (backend.slots > 0) == healthy && (backend.is_resolved || !healthy)
+        })
     }
 
     /// Waits for the probes' verdict alone, whatever is made of it.
