@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use lb_common::ABI_VERSION;
 use nix::sys::signal::Signal;
 use test_support::{
     bed::{Layout, binary},
@@ -174,7 +175,7 @@ fn pins_of_another_abi_are_left_alone() -> Result<()> {
     write("99")?;
     let output = start_expecting_refusal(&stage, stage.ingress.arguments())?;
     ensure_refused(&stage, &output, "ABI version 99")?;
-    write("1")?;
+    write(&ABI_VERSION.to_string())?;
     stage.ingress.start_again(&stage.bed)?;
     stage.wait_healthy(&[0, 1, 2]).map(drop)
 }
