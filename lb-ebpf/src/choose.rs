@@ -198,9 +198,8 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     {
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
-    let noted = tables.flow(FlowTable::Syns, key);
+    let noted = tables.flow(FlowTable::Syns, key).filter(|note| is_within(SYN_TIMEOUT_S, *note, now_s));
     if let Some(recent) = noted
-        && is_within(SYN_TIMEOUT_S, recent, now_s)
         && is_up(backend_flags(tables, recent.backend, key.service))
     {
         if recent.created_s != headers.sequence {

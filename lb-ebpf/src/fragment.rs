@@ -13,14 +13,13 @@ use crate::{
     choose::choose,
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
-    ingress::{Outcome, refuse, too_big},
+    ingress::{Outcome, backend_of, end, refuse},
     network::{Network, Part, parse_network},
     parse::{Headers, address, parse_transport},
     service::lookup_service,
 };
 use lb_common::{
     Reason, VipKey,
-    backend::flags::USED,
     fragment::{FRAGMENT_TIMEOUT_S, Fragment, FragmentKey, PARTS, flags},
     service::{NO_SERVICE, TCP, UDP, flags as service_flags},
     settings::IngressSettings,
@@ -54,12 +53,8 @@ pub fn process<F: Frame + Fib, T: Tables + FragmentTable>(
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    match balance(frame, tables, settings, &mut network) {
-        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::Stage(_)) => refuse(tables, Reason::StageMissing),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
-    }
+    let result = balance(frame, tables, settings, &mut network);
+    end(frame, tables, settings, &network.headers, result)
 }
 
 #[inline(always)]
@@ -101,10 +96,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
             None => return Err(Reason::FragmentUnknown.into()),
         }
     };
-    let backend = tables.backend(place.backend).ok_or(Reason::BrokenTable)?;
-    if backend.flags & USED == 0 || backend.service != place.service {
-        return Err(Reason::BrokenTable.into());
-    }
+    let backend = backend_of(tables, place.backend, place.service)?;
     let verdict = forward(frame, settings, &network.headers, backend, place.hash)?;
     if settings.stats != 0 {
         tables.account(place.backend, network.headers.ip_len, is_new);

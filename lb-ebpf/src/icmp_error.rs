@@ -11,7 +11,7 @@ use crate::{
     choose::choose,
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
-    ingress::Outcome,
+    ingress::{Outcome, backend_of},
     network::{Network, parse_ipv4, parse_ipv6},
     packet::Packet,
     parse::{Headers, tcp},
@@ -20,7 +20,6 @@ use crate::{
 };
 use lb_common::{
     Reason,
-    backend::flags,
     service::{self, TCP, UDP},
     settings::{IngressSettings, features},
 };
@@ -59,10 +58,7 @@ pub fn deliver<F: Frame + Fib, T: Tables>(
     }
     let hash = flow_hash(view.seed, &flow);
     let choice = choose(&ReadOnly(tables), service, view, &flow, hash)?;
-    let backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
-    if backend.flags & flags::USED == 0 || backend.service != service {
-        return Err(Reason::BrokenTable);
-    }
+    let backend = backend_of(tables, choice.backend, service)?;
     let verdict = match forward(frame, settings, &network.headers, backend, hash) {
         Ok(verdict) => verdict,
         Err(Refusal::Reason(reason)) => return Err(reason),

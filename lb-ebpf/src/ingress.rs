@@ -12,7 +12,7 @@ use crate::{
     service::lookup_service,
 };
 use lb_common::{
-    Reason,
+    Backend, Reason,
     backend::flags,
     names::stage,
     service,
@@ -78,6 +78,33 @@ pub fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
     (Verdict::of(reason), Outcome::Not(reason))
 }
 
+/// The end of a packet's way in a stage after which there is none.
+#[inline(always)]
+pub fn end<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    headers: &Headers,
+    result: Result<(Verdict, u32, u32), Refusal>,
+) -> (Verdict, Outcome) {
+    match result {
+        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
+        Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::Stage(_)) => refuse(tables, Reason::StageMissing),
+        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
+    }
+}
+
+/// A chosen backend's entry. Another service's: this run was halted while its table was written anew.
+#[inline(always)]
+pub fn backend_of<T: Tables>(tables: &T, index: u32, service: u32) -> Result<&Backend, Reason> {
+    let backend = tables.backend(index).ok_or(Reason::BrokenTable)?;
+    if backend.flags & flags::USED == 0 || backend.service != service {
+        return Err(Reason::BrokenTable);
+    }
+    Ok(backend)
+}
+
 /// Service, backend, forwarding, counters.
 #[inline(always)]
 fn balance<F: Frame + Fib, T: Tables>(
@@ -96,11 +123,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
-    let mut backend = tables.backend(choice.backend).ok_or(Reason::BrokenTable)?;
-    // Another service's backend: this run was halted while its table was written anew.
-    if backend.flags & flags::USED == 0 || backend.service != service {
-        return Err(Reason::BrokenTable.into());
-    }
+    let mut backend = backend_of(tables, choice.backend, service)?;
     if backend.flags & flags::RESOLVED == 0 {
         tables.count(Reason::FibLookup);
     }

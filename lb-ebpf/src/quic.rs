@@ -11,7 +11,7 @@ use crate::{
     choose::choose,
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
-    ingress::{Outcome, refuse, too_big},
+    ingress::{Outcome, backend_of, end, refuse},
     network::{Network, parse_network},
     parse::parse_transport,
     service::lookup_service,
@@ -86,12 +86,8 @@ pub fn process<F: Frame + Fib, T: Tables + QuicTables>(
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    match balance(frame, tables, settings, &mut network) {
-        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::Stage(_)) => refuse(tables, Reason::StageMissing),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
-    }
+    let result = balance(frame, tables, settings, &mut network);
+    end(frame, tables, settings, &network.headers, result)
 }
 
 #[inline(always)]
@@ -122,10 +118,7 @@ fn balance<F: Frame + Fib, T: Tables + QuicTables>(
             (choice.backend, choice.is_new)
         }
     };
-    let backend = tables.backend(index).ok_or(Reason::BrokenTable)?;
-    if backend.flags & USED == 0 || backend.service != service {
-        return Err(Reason::BrokenTable.into());
-    }
+    let backend = backend_of(tables, index, service)?;
     let verdict = forward(frame, settings, headers, backend, hash)?;
     if settings.stats != 0 {
         tables.account(index, headers.ip_len, is_new);

@@ -21,8 +21,7 @@ use crate::{
     Frame, Packet, Tables, Verdict,
     choose::flow_key,
     forward::{Fib, FibQuery, Hop, Refusal, filled_in},
-    icmp,
-    ingress::{Outcome, refuse},
+    ingress::{Outcome, refuse, too_big},
     network::{Network, parse_network},
     parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
     service::lookup_service,
@@ -83,15 +82,7 @@ pub fn process<F: Frame + Fib, T: NatTables>(
     match receive(frame, tables, settings, &mut network) {
         Ok(done) => done,
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::TooBig(mtu)) => {
-            let reason =
-                if settings.icmp_per_s == 0 || !tables.take_icmp(settings.icmp_per_s, settings.icmp_burst) {
-                    Reason::TooBigDropped
-                } else {
-                    icmp::answer_too_big(frame, &network.headers, mtu).err().unwrap_or(Reason::TooBigAnswered)
-                };
-            refuse(tables, reason)
-        }
+        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
         Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
     }
 }

@@ -228,11 +228,11 @@ fn a_syn_of_a_marked_slot() {
             .knows(Syns, 3, SYN_TIMEOUT_S + 1, 0)
             .starts(1, NewFlow)
             .leaves(Syns, 3, SYN_TIMEOUT_S + 1, 0),
-        tcp_case("repeated, but the first's backend went down", MARKED, SYN)
+        tcp_case("repeated, but the first's backend went down: noted anew", MARKED, SYN)
             .backend(3, DOWN)
             .knows(Syns, 3, 7, 0)
             .starts(1, NewFlow)
-            .leaves(Syns, 3, 7, 0),
+            .leaves(Syns, 1, 0, 0),
         tcp_case("closing flow and a later syn: the syn's", MARKED, SYN)
             .knows(Flows, 3, 9, CLOSING)
             .knows(Syns, 4, 2, 0)

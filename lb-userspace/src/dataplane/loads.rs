@@ -5,20 +5,16 @@
 //! the last one.
 
 use super::{DataplaneError, mapped::MappedArray};
-use crate::{policy::load::USUAL_CAPACITY, policy::load::request_cost, replica};
+use crate::{
+    policy::load::{USUAL_CAPACITY, request_cost},
+    replica::LoadSink,
+};
 use lb_common::{
     Load,
-    load::{FLOW, next, report, source},
+    load::{next, report, source},
     names,
 };
 use std::mem::offset_of;
-
-/// Takes replicas' scores.
-pub trait LoadSink: Send + Sync {
-    /// Reports a backend's load: work that it has and that waits, in units of [`FLOW`] for one flow of a
-    /// backend of mean weight.
-    fn set(&self, backend_index: u32, score: u32);
-}
 
 /// The map's writer.
 pub struct Loads {
@@ -68,24 +64,10 @@ impl Loads {
 }
 
 impl LoadSink for Loads {
-    fn set(&self, backend_index: u32, score: u32) {
-        if self.get(backend_index).is_some_and(|l| l.source == source::REPORTS) {
-            self.store(backend_index, score);
-        }
-    }
-}
-
-impl replica::LoadSink for Loads {
     fn set(&self, backend_index: u32, score: u32, cost: u32) {
         let is_asked = self.get(backend_index).is_some_and(|l| l.source == source::CAPACITY);
         if is_asked && self.entries.store_u32(backend_index, offset_of!(Load, cost), cost) {
             self.store(backend_index, score);
         }
     }
-}
-
-/// A score of so many flows of a backend of mean weight.
-pub fn score(flows: f64) -> u32 {
-    // A cast saturates; what is no number is no load.
-    (flows * f64::from(FLOW)) as u32
 }

@@ -17,7 +17,7 @@ mod stages;
 pub use attach::{Interface, detach};
 pub use decap::{DecapDataplane, DecapOptions};
 pub use error::DataplaneError;
-pub use loads::{LoadSink, Loads, score};
+pub use loads::Loads;
 pub use reader::{FLOW_TABLES, Reader, flow_map};
 
 use attach::{Attached, Request, take};
