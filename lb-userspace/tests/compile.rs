@@ -89,7 +89,7 @@ fn a_backend_is_resolved_when_next_hop_and_source_are_known() {
     assert_eq!(entry.address, mapped([10, 1, 0, 1]));
     assert_eq!((entry.flags, entry.mode, entry.service), (flags::USED, mode::IPIP, 0));
 
-    host.observed.next_hops = BTreeMap::from([
+    host.observed.paths.next_hops = BTreeMap::from([
         (address("10.1.0.1"), hop(3, Some("10.1.0.254"))),
         (address("10.1.0.2"), hop(4, None)),
     ]);
@@ -104,13 +104,23 @@ fn a_backend_is_resolved_when_next_hop_and_source_are_known() {
 }
 
 #[test]
+fn the_kernel_may_answer_with_any_interface_until_a_next_hop_is_known() {
+    let mut host = Host::default();
+    host.observed.paths.links = (1..=400).collect();
+    host.observed.paths.next_hops.insert(address("10.1.0.1"), hop(399, None));
+    let egress = host.at(1, &two()).plan.egress;
+    assert_eq!(egress.len(), lb_common::limits::EGRESS as usize, "as many as fit");
+    assert!(egress.contains(&1) && egress.contains(&399), "those in use before all others: {egress:?}");
+}
+
+#[test]
 fn the_source_prefix_is_for_ipip_and_its_own_family() {
     let mut host = Host::default();
     host.settings.ipip_source_v4 = Some(Ipv4Net::new([172, 16, 0, 0].into(), 12).unwrap());
     host.settings.ipip_source_v6 = Some("fd00:1::/48".parse::<Ipv6Net>().unwrap());
     let mut desired = service(&[("a", r#""address":"10.1.0.1""#), ("b", r#""address":"fd00::2""#)]);
     for a in ["10.1.0.1", "fd00::2"] {
-        host.observed.next_hops.insert(address(a), hop(3, None));
+        host.observed.paths.next_hops.insert(address(a), hop(3, None));
     }
     let plan = host.at(1, &desired).plan;
     let entry = |plan: &lb_userspace::compile::Plan, v4: bool| {
@@ -427,9 +437,9 @@ fn l2_reaches_no_further_than_the_segment() {
     Arc::make_mut(desired.services.values_mut().next().unwrap()).mode =
         lb_userspace::model::ForwardingMode::L2;
     // A source is not needed: nothing of ours is in the packet.
-    host.observed.next_hops.insert(address("10.1.0.1"), hop(3, None));
+    host.observed.paths.next_hops.insert(address("10.1.0.1"), hop(3, None));
     let routed = NextHop { is_routed: true, ..hop(3, Some("10.0.0.1")) };
-    host.observed.next_hops.insert(address("10.1.0.2"), routed);
+    host.observed.paths.next_hops.insert(address("10.1.0.2"), routed);
     let compiled = host.at(1, &desired);
     let status = &compiled.status[0];
     let entries: Vec<_> = status.backends.iter().map(|b| compiled.plan.backends[&b.index]).collect();
@@ -441,7 +451,7 @@ fn l2_reaches_no_further_than_the_segment() {
     assert!(problem.contains("10.1.0.2 is behind a router: use ipip, gue or nat"), "{problem}");
 
     // The route changes, and with it the verdict.
-    host.observed.next_hops.insert(address("10.1.0.2"), hop(3, None));
+    host.observed.paths.next_hops.insert(address("10.1.0.2"), hop(3, None));
     let status = host.at(2, &desired).status;
     assert!(status[0].backends.iter().all(|b| b.eligible && b.problem.is_none() && b.resolved));
 }

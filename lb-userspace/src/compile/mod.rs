@@ -344,7 +344,15 @@ pub fn compile(
         let id = ServiceId::of(wanted);
         let verdicts = service::seen(name, wanted, &mut health, &mut replicas);
         let compiled = service::compile(
-            &service::Input { name, id, wanted, verdicts, next_hops: &observed.next_hops, now_ms, settings },
+            &service::Input {
+                name,
+                id,
+                wanted,
+                verdicts,
+                next_hops: &observed.paths.next_hops,
+                now_ms,
+                settings,
+            },
             memory.services.get(&id),
             &mut free,
             cache.services.entry(id).or_default(),
@@ -362,6 +370,10 @@ pub fn compile(
         };
         status.push(compiled.status.clone());
     }
+    // Until a next hop is known, the kernel's FIB may answer with any interface.
+    let room = (limits::EGRESS as usize).saturating_sub(plan.egress.len());
+    let others: Vec<u32> = observed.paths.links.difference(&plan.egress).take(room).copied().collect();
+    plan.egress.extend(others);
     backends.sort_unstable_by_key(|&(index, _)| index);
     plan.backends = backends.into_iter().collect();
     check_plan(desired, &plan, &status, settings)?;

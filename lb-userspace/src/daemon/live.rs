@@ -108,7 +108,7 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
                 snapshot.removed.push(Removed { service, address, until, tracked_flows });
                 continue;
             };
-            let next_hop = published.observed.next_hops.get(&b.address).filter(|_| b.resolved).copied();
+            let next_hop = published.observed.paths.next_hops.get(&b.address).filter(|_| b.resolved).copied();
             let problem = b.problem.clone();
             let id = BackendId { service: name.clone(), backend: backend.clone() };
             let state = BackendState {

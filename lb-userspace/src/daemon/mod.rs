@@ -123,7 +123,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let reconciler = spawn_reconciler(reconciler, inbox)?;
     start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
     parts.add("saving the reconciler's memory", save_memory(kept.clone(), local.clone()));
-    parts.add("next hops", forward(hops, events.clone(), Event::NextHops));
+    parts.add("next hops", forward(hops, events.clone(), Event::Paths));
 
     let scores = Arc::new(Scores::new(loads, Arc::new(published.clone())));
     parts.add("load scores", ended_ok(scores.clone().run(replicas.clone(), published.clone())));

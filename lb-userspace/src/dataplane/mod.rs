@@ -312,14 +312,17 @@ impl Dataplane {
         }
     }
 
-    /// Allows or forbids an egress interface.
+    /// Allows or forbids an egress interface. One that has just gone away is fine: the kernel's word of it
+    /// is on its way.
     pub fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
         let map = |source| DataplaneError::Map { map: names::EGRESS, source };
         if allowed {
-            self.egress.insert(ifindex, ifindex, None, 0).map_err(|error| match error {
-                XdpMapError::MapError(source) => map(source),
-                XdpMapError::ChainedProgramNotSupported => unreachable!("no program is chained"),
-            })
+            match self.egress.insert(ifindex, ifindex, None, 0) {
+                Err(_) if nix::net::if_::if_indextoname(ifindex).is_err() => Ok(()),
+                Err(XdpMapError::MapError(source)) => Err(map(source)),
+                Err(XdpMapError::ChainedProgramNotSupported) => unreachable!("no program is chained"),
+                Ok(()) => Ok(()),
+            }
         } else {
             absent_is_fine(self.egress.remove(ifindex)).map_err(map)
         }

@@ -20,7 +20,7 @@ pub use health::{
     DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck,
 };
 pub use name::{Name, NameError};
-pub use observed::{BackendId, Health, NextHop, Observed};
+pub use observed::{BackendId, Health, NextHop, Observed, Paths};
 pub use ports::{Ports, PortsError, Protocol};
 pub use quic::{QuicConfig, QuicError, ServerId};
 pub use replica::{

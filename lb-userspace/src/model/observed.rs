@@ -2,7 +2,12 @@
 
 use super::{Name, Readiness};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fmt, net::IpAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+    time::Duration,
+};
 
 /// One backend of one service.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -52,6 +57,15 @@ pub struct NextHop {
     pub is_routed: bool,
 }
 
+/// How the host sends.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Paths {
+    /// Next hops by backend address; an address that is missing is left to the kernel's FIB.
+    pub next_hops: BTreeMap<IpAddr, NextHop>,
+    /// Ethernet interfaces that the kernel's FIB may answer with, VLAN interfaces excepted.
+    pub links: BTreeSet<u32>,
+}
+
 /// All observations that `compile` needs, at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
@@ -59,8 +73,8 @@ pub struct Observed {
     pub health: BTreeMap<BackendId, Health>,
     /// What replicas say; one that is missing is [`Readiness::Unknown`].
     pub replicas: BTreeMap<BackendId, Readiness>,
-    /// Next hops by backend address; an address that is missing is left to the kernel's FIB.
-    pub next_hops: BTreeMap<IpAddr, NextHop>,
+    /// How the host sends.
+    pub paths: Paths,
     /// Clock (since boot, `CLOCK_MONOTONIC`) of this observation.
     pub now: Duration,
 }

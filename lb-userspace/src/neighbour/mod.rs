@@ -2,7 +2,7 @@
 //! resolved and watched.
 //!
 //! Input: the addresses of the desired state (watched), and the kernel's links, routes and neighbours
-//! (rtnetlink, watched). Output: whole maps of [`NextHop`], whenever something in them changes; an address
+//! (rtnetlink, watched). Output: whole [`Paths`], whenever something in them changes; an address
 //! that is missing is left to the kernel's FIB. [`table`] is pure; [`netlink`] talks to the kernel.
 //! Called by the daemon.
 
@@ -10,7 +10,7 @@ pub mod netlink;
 pub mod table;
 
 use crate::{
-    model::{Desired, ForwardingMode, NextHop, Service},
+    model::{Desired, ForwardingMode, Paths, Service},
     store::Stored,
 };
 use futures_util::{StreamExt, stream::BoxStream};
@@ -69,7 +69,7 @@ pub struct Resolver {
     followed: Arc<Desired>,
     /// Neighbours that the kernel was asked to keep resolved.
     kept: BTreeSet<(u32, IpAddr)>,
-    told: Option<BTreeMap<IpAddr, NextHop>>,
+    told: Option<Paths>,
     unresolved: BTreeMap<IpAddr, String>,
 }
 
@@ -100,14 +100,14 @@ impl Resolver {
     pub async fn run(
         mut self,
         mut desired: watch::Receiver<Stored>,
-        hops: mpsc::Sender<BTreeMap<IpAddr, NextHop>>,
+        paths: mpsc::Sender<Paths>,
     ) -> Result<(), NeighbourError> {
         self.resync().await?;
         self.followed = desired.borrow_and_update().desired.clone();
         let wanted = addresses(&self.followed);
         self.want(&wanted).await;
         self.keep_resolved().await;
-        self.tell(&hops).await;
+        self.tell(&paths).await;
         let (mut resync, mut refresh) = (Instant::now() + RESYNC, Instant::now() + REFRESH);
         let mut routes_at = Instant::now();
         let (mut due, mut routes_stale) = (None::<Instant>, false);
@@ -154,8 +154,8 @@ impl Resolver {
                         if !self.kernel.keeps_neighbours() { self.kept.clear(); }
                     }
                     self.keep_resolved().await;
-                    self.tell(&hops).await;
-                    if hops.is_closed() { return Ok(()); }
+                    self.tell(&paths).await;
+                    if paths.is_closed() { return Ok(()); }
                 }
             }
         }
@@ -206,7 +206,7 @@ impl Resolver {
         }
     }
 
-    async fn tell(&mut self, hops: &mpsc::Sender<BTreeMap<IpAddr, NextHop>>) {
+    async fn tell(&mut self, paths: &mpsc::Sender<Paths>) {
         let (found, missing) = self.table.next_hops();
         let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
         for (address, why) in news.iter().take(TOLD) {
@@ -225,9 +225,10 @@ impl Resolver {
             _ => tracing::info!(backends = resolved.len(), "next hops resolved"),
         }
         self.unresolved = missing;
+        let found = Paths { next_hops: found, links: self.table.ethernet() };
         if self.told.as_ref() != Some(&found) {
             self.told = Some(found.clone());
-            let _ = hops.send(found).await;
+            let _ = paths.send(found).await;
         }
     }
 }

@@ -106,6 +106,12 @@ impl Table {
         keys.filter(|key| usable(&key.0) && !fixed(key)).collect()
     }
 
+    /// Interfaces that packets can be sent from as they are.
+    pub fn ethernet(&self) -> BTreeSet<u32> {
+        let sends = self.links.iter().filter(|(_, link)| link.mac.is_some() && link.vlan.is_none());
+        sends.map(|(&index, _)| index).collect()
+    }
+
     /// Next hops, and why there is none where there is none.
     pub fn next_hops(&self) -> (BTreeMap<IpAddr, NextHop>, BTreeMap<IpAddr, String>) {
         let (mut found, mut missing) = (BTreeMap::new(), BTreeMap::new());

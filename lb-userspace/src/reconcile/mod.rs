@@ -25,12 +25,11 @@ use crate::{
     clock,
     compile::{Cache, CompileError, Compiled, Memory, Past, Settings, compile},
     dataplane::DataplaneError,
-    model::{BackendId, Desired, Health, Name, NextHop, Observed, Readiness},
+    model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness},
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -60,7 +59,7 @@ pub enum Event {
     /// What a backend's replica says.
     Replica(BackendId, Readiness),
     /// All next hops.
-    NextHops(BTreeMap<IpAddr, NextHop>),
+    Paths(Paths),
     /// A sweep of the flow tables.
     Swept(Arc<Sweep>),
 }
@@ -180,11 +179,11 @@ impl<M: Maps> Reconciler<M> {
         &mut self,
         health: BTreeMap<BackendId, Health>,
         replicas: BTreeMap<BackendId, Readiness>,
-        next_hops: BTreeMap<IpAddr, NextHop>,
+        paths: Paths,
     ) {
         self.observed.health = health;
         self.observed.replicas = replicas;
-        self.observed.next_hops = next_hops;
+        self.observed.paths = paths;
     }
 
     /// Whether history could tell something about this state's services that memory does not.
@@ -253,9 +252,9 @@ impl<M: Maps> Reconciler<M> {
                     };
                     changed |= before.unwrap_or_default() != readiness;
                 }
-                Event::NextHops(next_hops) => {
-                    changed |= self.observed.next_hops != next_hops;
-                    self.observed.next_hops = next_hops;
+                Event::Paths(paths) => {
+                    changed |= self.observed.paths != paths;
+                    self.observed.paths = paths;
                 }
                 Event::Swept(sweep) => changed |= self.swept(sweep),
             }

@@ -2,7 +2,7 @@
 
 use super::{fake::*, *};
 use crate::model::{
-    Backend, BackendState, ForwardingMode, HealthCheck, OnDown, Ports, Protocol, Scheduler, Service,
+    Backend, BackendState, ForwardingMode, HealthCheck, NextHop, OnDown, Ports, Protocol, Scheduler, Service,
 };
 use proptest::prelude::*;
 use std::sync::Mutex;
@@ -135,7 +135,10 @@ fn what_comes_before_the_first_state_writes_nothing() {
         is_routed: false,
     };
     let early = vec![
-        Event::NextHops(BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)])),
+        Event::Paths(Paths {
+            next_hops: BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)]),
+            ..Paths::default()
+        }),
         Event::Health(BackendId { service: name("web"), backend: name("a") }, Health::Unhealthy),
         Event::Swept(Arc::default()),
     ];
