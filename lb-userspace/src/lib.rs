@@ -4,6 +4,7 @@
 //! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
 //! programs), `store`, `health`, `replica`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
+pub mod announce;
 pub mod api;
 pub mod cli;
 pub mod client;

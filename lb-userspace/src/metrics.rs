@@ -209,6 +209,7 @@ impl Scrape {
             "Interfaces that the program is attached to, and its XDP mode",
             interfaces,
         )?;
+        self.announcement(out)?;
         out.gauge(
             "lb_control_revision",
             "Newest revision of the desired state",
@@ -236,6 +237,20 @@ impl Scrape {
         let ours = Reason::ALL.iter().filter(|r| !is_workers(**r));
         let reasons = ours.map(|&r| reason(&(r, self.counters.reason(r))));
         out.counters("lb_dataplane_packets", "Packets by reason: why they were not simply forwarded", reasons)
+    }
+
+    fn announcement(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let draining = f64::from(u8::from(self.control.host_drain().is_some()));
+        out.gauge("lb_host_draining", "Whether this host is being taken out of service", draining)?;
+        let Some(announcement) = self.control.announcement() else { return Ok(()) };
+        let vips = announcement.vips.iter();
+        let vips = vips.map(|v| ([("vip", v.vip.to_string())], f64::from(u8::from(v.on))));
+        out.gauges("lb_announce_vip", "Whether a VIP is on this host, to be announced", vips)?;
+        let changes =
+            std::iter::once(([("interface", announcement.interface.as_str())], announcement.changes));
+        out.counters("lb_announce_changes", "VIPs put on and taken off", changes)?;
+        let failed = f64::from(u8::from(announcement.problem.is_some()));
+        out.gauge("lb_announce_failed", "Whether the last attempt to put VIPs on or off failed", failed)
     }
 
     fn store(&self, out: &mut Encoder<'_>) -> fmt::Result {

@@ -92,6 +92,7 @@ fn copy_files(root: &Path) -> Result<()> {
     copy_all(&workspace.join("deploy"), &units, "service")?;
     copy_all(&workspace.join("deploy"), &examples, "toml")?;
     copy_all(&workspace.join("deploy"), &examples, "env")?;
+    copy_all(&workspace.join("deploy"), &examples, "conf")?;
     copy_all(&workspace.join("docs"), &documents, "md")?;
     for file in ["README.md", "ARCHITECTURE.md", "LICENSE-MIT", "LICENSE-APACHE"] {
         let from = workspace.join(file);

@@ -4,6 +4,7 @@ use super::{
     ApiError, Engine,
     drains::Drains,
     engine::{EngineError, FlowFilter},
+    host::Hosting,
     store::{HostReport, Sharing},
     types::{Applied, Change, Explanation, Flows, WriteQuery},
 };
@@ -38,6 +39,8 @@ pub struct Control {
     pub(super) drains: Drains,
     /// This host among the others, once the daemon has said.
     pub(super) sharing: OnceLock<Sharing>,
+    /// What this host announces, once the daemon has said.
+    pub(super) hosting: OnceLock<Arc<Hosting>>,
     /// What this host last told about itself.
     pub(super) report: watch::Sender<HostReport>,
     /// Held by whoever changes something; by one alone while the data move.
@@ -66,6 +69,7 @@ impl Control {
             started: Instant::now(),
             drains: Drains::default(),
             sharing: OnceLock::new(),
+            hosting: OnceLock::new(),
             report: watch::Sender::default(),
             changing: RwLock::default(),
             outcome: watch::Sender::new(None),

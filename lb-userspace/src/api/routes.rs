@@ -56,6 +56,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/history", get(history))
         .route("/v1/rollback", post(rollback))
         .merge(super::store::routes())
+        .merge(super::host::routes())
         .fallback(|uri: axum::http::Uri| async move {
             ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
         })

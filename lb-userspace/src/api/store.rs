@@ -20,7 +20,7 @@ use axum::{
     routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 /// Largest backup: 10,000 revisions of a large state.
 const BACKUP_LIMIT: usize = 256 * 1024 * 1024;
@@ -58,6 +58,12 @@ pub struct HostReport {
     pub table_hash: String,
     /// When this was so, in milliseconds since 1970 UTC.
     pub time_ms: u64,
+    /// VIPs that it announces; none if it never does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vips: Option<Vec<IpAddr>>,
+    /// It is being taken out of service.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub draining: bool,
     /// From a change's commit to its maps.
     pub lag: Lag,
 }

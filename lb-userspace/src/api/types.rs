@@ -1,8 +1,10 @@
 //! What the API speaks. `lbctl -o json` prints these as they come.
 
+use super::host::HostDrain;
 /// `GET /v1/explain`: what the dataplane does with a flow's packets, and why.
 pub use crate::explain::Explanation;
 use crate::{
+    announce::{Announcement, VipState},
     health,
     model::{Backend, BackendId, Difference, Health, Name, NextHop, Readiness, Service},
     replica,
@@ -34,6 +36,12 @@ pub struct Status {
     pub applied: Applied,
     /// Interfaces.
     pub interfaces: Vec<Interface>,
+    /// VIPs that this host announces; none if it never does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announcement: Option<Announcement>,
+    /// The drain of this host, if it drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_drain: Option<HostDrain>,
     /// Services.
     pub services: usize,
     /// Backends by health and state.
@@ -225,6 +233,9 @@ pub struct ServiceStatus {
     pub panic: bool,
     /// Slots that remember a previous primary.
     pub transition_slots: u32,
+    /// Its VIP on this host, where VIPs are announced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vip: Option<VipState>,
     /// Packets forwarded.
     pub packets: u64,
     /// Bytes forwarded.

@@ -61,6 +61,8 @@ impl Control {
             revision: view.stored.revision.clone(),
             applied,
             interfaces: self.engine.interfaces(),
+            announcement: self.announcement(),
+            host_drain: self.host_drain(),
             services: view.stored.desired.services.len(),
             backends: BackendCounts::default(),
             unhealthy: Vec::new(),
@@ -145,12 +147,19 @@ impl Control {
     /// There is none of this name.
     pub fn service(&self, view: &View, name: &Name) -> Result<ServiceInfo, ApiError> {
         let service = find_service(&view.stored, name)?;
-        Ok(view.service(name, service))
+        Ok(self.service_info(view, name, service))
     }
 
     /// All services.
     pub fn services(&self, view: &View) -> Vec<ServiceInfo> {
-        view.stored.desired.services.iter().map(|(name, service)| view.service(name, service)).collect()
+        let all = view.stored.desired.services.iter();
+        all.map(|(name, service)| self.service_info(view, name, service)).collect()
+    }
+
+    fn service_info(&self, view: &View, name: &Name, service: &Service) -> ServiceInfo {
+        let mut info = view.service(name, service);
+        info.status.vip = self.announcement().and_then(|a| a.vip(service.vip).cloned());
+        info
     }
 
     /// Backends of one service, or of all.
@@ -284,6 +293,7 @@ impl View {
             eligible: applied.map_or(0, |a| a.eligible),
             panic: applied.is_some_and(|a| a.panic),
             transition_slots: applied.map_or(0, |a| a.transition_slots),
+            vip: None,
             packets: stats.packets,
             bytes: stats.bytes,
             flows: stats.flows,
@@ -357,6 +367,21 @@ fn problems(status: &Status) -> Vec<String> {
     }
     if status.interfaces.is_empty() {
         found.push("the program is attached to no interface".to_owned());
+    }
+    if let Some(drain) = &status.host_drain {
+        let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
+        found.push(format!("this host drains, by {}{by}", drain.author));
+    }
+    if let Some(announcement) = &status.announcement {
+        found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
+        let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
+        found.extend(stuck.filter_map(|v| {
+            let other = v.foreign.as_ref()?;
+            Some(format!(
+                "VIP {} should be off ({}), but is on {other}, not by lbd, which leaves it alone",
+                v.vip, v.decision
+            ))
+        }));
     }
     if !status.no_backend.is_empty() {
         found.push(format!("no backend takes new flows of: {}", names(&status.no_backend)));

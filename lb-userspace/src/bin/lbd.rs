@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use lb_userspace::{
+    announce::{self, AnnounceError},
     api::SocketError,
     config::{ConfigError, File, SettingsError},
     daemon::{
@@ -14,7 +15,7 @@ use lb_userspace::{
     store::StoreError,
     worker,
 };
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
             logging::init(args.log_level, args.log_format);
             on_runtime(worker::run(args))
         }
-        Command::Detach(detach) => dataplane::detach(&detach.pin_path).map_err(Into::into),
+        Command::Detach(args) => on_runtime(detach(args.pin_path)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -39,7 +40,7 @@ fn start(ingress: Ingress) -> anyhow::Result<()> {
     let said = file.as_ref().map(|f| f.options.clone()).unwrap_or_default();
     let settings = ingress.options.or(said).resolve()?;
     if ingress.detach {
-        return Ok(dataplane::detach(&settings.pin_path)?);
+        return on_runtime(detach(settings.pin_path));
     }
     if settings.iface.is_empty() {
         let what =
@@ -48,6 +49,12 @@ fn start(ingress: Ingress) -> anyhow::Result<()> {
     }
     logging::init(settings.log_level, settings.log_format);
     on_runtime(daemon::run(settings, ingress.config, file))
+}
+
+/// VIPs first, so that no router sends what nobody forwards.
+async fn detach(pin_path: PathBuf) -> anyhow::Result<()> {
+    announce::withdraw().await?;
+    Ok(tokio::task::spawn_blocking(move || dataplane::detach(&pin_path)).await??)
 }
 
 fn on_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
@@ -64,7 +71,11 @@ fn code(error: &anyhow::Error) -> u8 {
     if is(|e| e.is::<SettingsError>() || e.is::<ConfigError>()) {
         2
     } else if is(|e| {
-        e.is::<DataplaneError>() || e.is::<StoreError>() || e.is::<SocketError>() || e.is::<MetricsError>()
+        e.is::<DataplaneError>()
+            || e.is::<AnnounceError>()
+            || e.is::<StoreError>()
+            || e.is::<SocketError>()
+            || e.is::<MetricsError>()
     }) {
         4
     } else {

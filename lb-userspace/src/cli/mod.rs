@@ -7,6 +7,7 @@ mod backend;
 mod config;
 mod generate;
 mod history;
+mod host;
 mod observe;
 mod replica;
 mod rollout;
@@ -102,6 +103,9 @@ enum Noun {
     /// Where the desired state is kept: how it is, backups, moving it elsewhere
     #[command(subcommand)]
     Store(store::Command),
+    /// This host among the others: the VIPs that it announces, and taking it out of service
+    #[command(subcommand)]
+    Host(host::Command),
     /// The lock that lets one roll-out at a time touch the regions
     #[command(subcommand)]
     Rollout(rollout::Command),
@@ -249,6 +253,7 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
             Noun::Config(command) => config::run(&mut context, command).await,
             Noun::History(history) => history::history(&mut context, history).await,
             Noun::Store(command) => store::run(&mut context, command).await,
+            Noun::Host(command) => host::run(&mut context, command).await,
             Noun::Rollout(command) => rollout::run(&mut context, command).await,
             Noun::Rollback(rollback) => history::rollback(&mut context, rollback).await,
             Noun::Completions(_) | Noun::Man(_) => Ok(Exit::Ok),

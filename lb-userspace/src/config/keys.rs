@@ -20,6 +20,8 @@ pub const LBD: &[&str] = &[
     "host",
     "region",
     "zone",
+    "announce",
+    "announce_on_stop",
     "socket",
     "socket_mode",
     "socket_group",

@@ -3,7 +3,10 @@
 //! [`Options`] is one source's answer, [`Settings`] the resolved whole.
 
 use super::shared::{Shared, name};
-use crate::store::{Address, etcd::Access};
+use crate::{
+    announce::OnStop,
+    store::{Address, etcd::Access},
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
     limits,
@@ -103,6 +106,12 @@ pub struct Options {
     /// Zone within the region [default: default]
     #[arg(long, value_name = "NAME", env = "LBD_ZONE")]
     pub zone: Option<String>,
+    /// Put VIPs on this interface while they are served, and take them off when not, for a routing daemon to announce
+    #[arg(long, value_name = "IFACE", env = "LBD_ANNOUNCE")]
+    pub announce: Option<String>,
+    /// What becomes of those VIPs when lbd stops [default: keep]
+    #[arg(long, value_name = "WHAT", env = "LBD_ANNOUNCE_ON_STOP")]
+    pub announce_on_stop: Option<OnStop>,
     /// Unix socket of the API [default: /run/lb/lbd.sock]
     #[arg(long, value_name = "PATH", env = "LBD_SOCKET")]
     pub socket: Option<PathBuf>,
@@ -201,6 +210,10 @@ pub struct Settings {
     pub region: String,
     /// Its zone.
     pub zone: String,
+    /// Interface that VIPs are put on, if any.
+    pub announce: Option<String>,
+    /// What becomes of them when lbd stops.
+    pub announce_on_stop: OnStop,
     /// API socket.
     pub socket: PathBuf,
     /// Its permissions.
@@ -336,6 +349,8 @@ impl Options {
             host: self.host.or(other.host),
             region: self.region.or(other.region),
             zone: self.zone.or(other.zone),
+            announce: self.announce.or(other.announce),
+            announce_on_stop: self.announce_on_stop.or(other.announce_on_stop),
             socket: self.socket.or(other.socket),
             socket_mode: self.socket_mode.or(other.socket_mode),
             socket_group: self.socket_group.or(other.socket_group),
@@ -455,6 +470,8 @@ impl Options {
             host,
             region,
             zone,
+            announce: self.announce,
+            announce_on_stop: self.announce_on_stop.unwrap_or_default(),
             socket: self.socket.unwrap_or_else(|| crate::DEFAULT_SOCKET.into()),
             socket_mode,
             socket_group: self.socket_group,

@@ -14,8 +14,10 @@ pub mod xdp_log;
 pub use live::Live;
 
 use crate::{
+    announce::{self, Announcer, OnStop},
     api::{
         self, Control,
+        host::Hosting,
         store::{HostReport, Sharing},
         types,
     },
@@ -72,6 +74,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let metrics = metrics::bind(settings.metrics, settings.metrics_required).await?;
 
     check_nat_ports(&settings)?;
+    let (announcer, announcement) = settings.announce.as_deref().map(Announcer::open).transpose()?.unzip();
     let options = attach_options(&settings);
     let mut dataplane = tokio::task::spawn_blocking(move || Dataplane::attach(&options)).await??;
     for i in &dataplane.interfaces {
@@ -137,9 +140,15 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         ..HostReport::default()
     };
     control.share(sharing);
+    let hosting = Hosting::restore(local.clone(), announcement).await?;
+    control.announce(hosting.clone());
     parts.add("desired state", ended_ok(control.clone().follow()));
     let head = control.head();
     control.applied(head.revision.number).await.context("cannot apply the stored state")?;
+    if let Some(announcer) = announcer {
+        parts.add("announcement", announcer.run(published.clone(), hosting.is_draining()));
+        parts.add("this host's drain", ended_ok(control.clone().follow_drain()));
+    }
 
     parts.add("report to the other hosts", report::run(control.clone(), store.clone(), report, published));
 
@@ -194,6 +203,9 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     notify(&[NotifyState::Stopping]);
     stop_out.send_replace(true);
     parts.finish("API", GRACE).await;
+    if settings.announce.is_some() && settings.announce_on_stop == OnStop::Withdraw {
+        announce::withdraw().await?;
+    }
     flush(&*local, &control, &kept).await;
     match failed {
         None => Ok(()),

@@ -32,9 +32,17 @@ pub async fn run(
     let mut due = None;
     let mut rest = Instant::now();
     published.mark_changed();
+    let mut announcement = control.announcement_watch();
     loop {
+        let announced = async {
+            match &mut announcement {
+                Some(watch) => watch.changed().await.is_ok(),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             changed = published.changed() => if changed.is_err() { return Ok(()) },
+            goes_on = announced => if !goes_on { announcement = None },
             () = tokio::time::sleep_until(due.unwrap_or(rest)), if due.is_some() => {
                 control.tell(report.clone());
                 (due, rest) = (None, Instant::now() + REST);
@@ -43,7 +51,10 @@ pub async fn run(
         }
         let now = published.borrow_and_update().clone();
         let (revision, table_hash) = (now.revision, format!("{:016x}", now.table_hash()));
-        if (revision, &table_hash) == (report.revision, &report.table_hash) {
+        let vips = control.announcement().map(|a| a.on().collect());
+        let draining = control.host_drain().is_some();
+        let told = (report.revision, &report.table_hash, &report.vips, report.draining);
+        if (revision, &table_hash, &vips, draining) == told {
             continue;
         }
         let time_ms = crate::api::now_ms();
@@ -57,7 +68,7 @@ pub async fn run(
             }
             lags.push_back(time_ms.saturating_sub(stored.revision.time_ms));
         }
-        report = HostReport { revision, table_hash, time_ms, lag: lag(&lags), ..report };
+        report = HostReport { revision, table_hash, time_ms, vips, draining, lag: lag(&lags), ..report };
         due = due.or(Some(rest));
     }
 }

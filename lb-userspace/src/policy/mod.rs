@@ -4,6 +4,7 @@
 //! Input: a service's backends with weight, state, verdict and readiness. Output: who is eligible, and why
 //! not. Pure; called by `compile`, and by `replica` for the load score.
 
+pub mod announce;
 pub mod damp;
 pub mod load;
 

@@ -129,6 +129,9 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("forwarded", format!("{} packets, {}", s.status.packets, units::bytes(s.status.bytes))),
         ("new flows", s.status.flows.to_string()),
     ];
+    if let Some(vip) = &s.status.vip {
+        pairs.insert(2, ("announced", super::host::vip_state(vip)));
+    }
     if s.spec.has_second_chance() {
         pairs.push(("second chance", "packets carry the other backends that may have their flow".to_owned()));
     }
@@ -334,6 +337,9 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
             ),
         ),
     ];
+    if let Some(announcement) = &s.announcement {
+        pairs.insert(1, ("announces", super::host::summary(announcement)));
+    }
     let room: Vec<String> = s.room.iter().map(|r| format!("{} {}/{}", r.what, r.used, r.limit)).collect();
     if !room.is_empty() {
         pairs.push(("room", room.join(", ")));

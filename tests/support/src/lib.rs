@@ -7,6 +7,7 @@
 //! takes time is waited for by its condition.
 
 pub mod bed;
+pub mod bird;
 pub mod chained;
 pub mod check;
 pub mod daemon;
@@ -22,6 +23,7 @@ pub mod pair;
 pub mod process;
 pub mod program;
 pub mod quic;
+pub mod regions;
 pub mod replica;
 pub mod stage;
 pub mod udp;

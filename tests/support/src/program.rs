@@ -37,6 +37,9 @@ const EXIT: u8 = 0x95;
 /// `return XDP_PASS`.
 const PASS: [u64; 2] = [instruction(MOVE, 0, 0, 2), instruction(EXIT, 0, 0, 0)];
 
+/// `return XDP_DROP`.
+const DROP: [u64; 2] = [instruction(MOVE, 0, 0, 1), instruction(EXIT, 0, 0, 0)];
+
 const PROTOCOL_OFFSET: u16 = 16; // __sk_buff.protocol
 const SKB_VLAN_PUSH: u32 = 18;
 
@@ -85,6 +88,12 @@ struct LinkAttributes {
 pub fn attach_pass(namespace: &Namespace, interface: &str) -> Result<OwnedFd> {
     attach(namespace, interface, &PASS, (BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS))
         .with_context(|| format!("cannot attach XDP_PASS to {interface} in {}", namespace.name()))
+}
+
+/// Loses everything that `interface` receives, without a word to either end, until the result is dropped.
+pub fn attach_drop(namespace: &Namespace, interface: &str) -> Result<OwnedFd> {
+    attach(namespace, interface, &DROP, (BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS))
+        .with_context(|| format!("cannot attach XDP_DROP to {interface} in {}", namespace.name()))
 }
 
 /// Lets IP packets leave `interface` with an 802.1Q tag, on kernels (6.6 on)

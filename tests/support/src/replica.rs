@@ -1,6 +1,8 @@
 //! A worker process that serves requests and reports its replica state as it is told to: well, badly, or not at
 //! all. It is this very test program, started again, so that killing it is killing a process.
 //!
+//! Told `auto-SLOTS-MILLISECONDS`, it computes so many requests at once, each for so long, and reports what is so.
+//!
 //! In: `/say/WORDS` on any connection sets what `GET /replica` reports from then on. Out: `GET /` answers with the
 //! worker's name. A test binary that uses it has one ignored test that calls [`serve`].
 
@@ -31,6 +33,64 @@ pub const PORT: u16 = 8000;
 const NAME: &str = "LB_REPLICA_WORKER";
 /// How often it reports without a change.
 const HEARTBEAT: Duration = Duration::from_millis(200);
+/// Shortest time between two reports.
+const REST: Duration = Duration::from_millis(5);
+
+/// Slots and time of `auto-SLOTS-MILLISECONDS`.
+fn auto(words: &str) -> Option<(u64, Duration)> {
+    let (slots, time) = words.strip_prefix("auto-")?.split_once('-')?;
+    Some((slots.parse().ok()?, Duration::from_millis(time.parse().ok()?)))
+}
+
+/// What the worker does with requests, and how many there are.
+#[derive(Default)]
+struct Work {
+    /// How many it computes at once, and for how long each.
+    told: watch::Sender<(u64, Duration)>,
+    /// Being computed, and waiting to be.
+    counts: watch::Sender<(u64, u64)>,
+}
+
+impl Work {
+    /// The report that is true.
+    fn body(&self) -> String {
+        let ((slots, _), (running, waiting)) = (*self.told.borrow(), *self.counts.borrow());
+        format!(
+            r#"{{"protocol":1,"phase":"ready","model":"fake","version":"1","running":{running},"waiting":{waiting},"capacity":{{"running":{slots}}}}}"#
+        )
+    }
+
+    /// Waits for a place, and takes it for the time that a request takes. Whoever leaves meanwhile gives it back.
+    async fn serve(&self) {
+        struct Leaves<'w>(&'w Work, bool);
+        impl Drop for Leaves<'_> {
+            fn drop(&mut self) {
+                self.0.counts.send_modify(|c| if self.1 { c.0 -= 1 } else { c.1 -= 1 });
+            }
+        }
+        self.counts.send_modify(|c| c.1 += 1);
+        let mut place = Leaves(self, false);
+        let mut counts = self.counts.subscribe();
+        let mut told = self.told.subscribe();
+        loop {
+            let (slots, time) = *told.borrow_and_update();
+            counts.borrow_and_update();
+            let took = self.counts.send_if_modified(|c| {
+                let is_free = c.0 < slots;
+                if is_free {
+                    *c = (c.0 + 1, c.1 - 1);
+                }
+                is_free
+            });
+            if took {
+                place.1 = true;
+                tokio::time::sleep(time).await;
+                return;
+            }
+            tokio::select! { _ = counts.changed() => {}, _ = told.changed() => {} }
+        }
+    }
+}
 
 /// Starts the worker on a worker host. `test` is the ignored test that calls [`serve`].
 pub fn start(bed: &Bed, worker: &Worker, test: &str) -> Result<Process> {
@@ -90,14 +150,20 @@ pub fn serve() -> Result<()> {
         let said: &'static watch::Sender<String> =
             Box::leak(Box::new(watch::Sender::new("ready".to_owned())));
         let name: &'static str = name.leak();
+        let work: &'static Work = Box::leak(Box::default());
         loop {
             let (stream, _) = listener.accept().await?;
-            tokio::spawn(async move { drop(answer(stream, name, said).await) });
+            tokio::spawn(async move { drop(answer(stream, name, said, work).await) });
         }
     })
 }
 
-async fn answer(mut stream: TcpStream, name: &str, said: &watch::Sender<String>) -> std::io::Result<()> {
+async fn answer(
+    mut stream: TcpStream,
+    name: &str,
+    said: &watch::Sender<String>,
+    work: &Work,
+) -> std::io::Result<()> {
     let mut request = vec![0; 4096];
     let mut length = 0;
     while length < request.len() && !request[..length].windows(4).any(|end| end == b"\r\n\r\n") {
@@ -115,13 +181,21 @@ async fn answer(mut stream: TcpStream, name: &str, said: &watch::Sender<String>)
         )
     };
     if let Some(words) = path.strip_prefix("/say/") {
+        if let Some(told) = auto(words) {
+            work.told.send_replace(told);
+        }
         said.send_replace(words.to_owned());
         return stream.write_all(whole("ok").as_bytes()).await;
     }
+    let works = auto(&said.borrow()).is_some();
     if path != "/replica" {
+        if works {
+            work.serve().await;
+        }
         return stream.write_all(whole(name).as_bytes()).await;
     }
-    let mut said = said.subscribe();
+    let (mut said, mut counts) = (said.subscribe(), work.counts.subscribe());
+    let body = |words: &str| if auto(words).is_some() { work.body() } else { body(words) };
     if !request.to_ascii_lowercase().contains("text/event-stream") {
         let words = said.borrow_and_update().clone();
         return stream.write_all(whole(&body(&words)).as_bytes()).await;
@@ -135,6 +209,11 @@ async fn answer(mut stream: TcpStream, name: &str, said: &watch::Sender<String>)
         } else if words != "silent" {
             stream.write_all(format!("event: replica\ndata: {}\n\n", body(&words)).as_bytes()).await?;
         }
-        let _ = tokio::time::timeout(HEARTBEAT, said.changed()).await;
+        tokio::time::sleep(REST).await;
+        counts.borrow_and_update();
+        let news = async {
+            tokio::select! { _ = said.changed() => {}, _ = counts.changed(), if auto(&words).is_some() => {} }
+        };
+        let _ = tokio::time::timeout(HEARTBEAT, news).await;
     }
 }

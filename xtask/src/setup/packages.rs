@@ -32,6 +32,7 @@ const WANTED: &[Wanted] = &[
     one("nsenter", &[&["util-linux"]]),
     one("etcd", &[&["etcd-server"]]),
     one("etcdctl", &[&["etcd-client"]]),
+    one("bird", &[&["bird2"]]),
     one("openssl", &[&["openssl"]]),
 ];
 

@@ -1,0 +1,119 @@
+//! Which VIPs belong on this host, so that routing daemons announce what is served and nothing else.
+//!
+//! Input: for each service its VIP, how many backends take its new flows, and whether one of them is known to
+//! be good; which VIPs are on the host now, and whether the host drains. Output: a decision for each VIP.
+//! Pure; called by `announce`.
+
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::IpAddr,
+};
+
+/// What the rule looks at, for each service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceAt {
+    /// Its VIP; several services may share one.
+    pub vip: IpAddr,
+    /// Whether backends take its new flows, by the panic rule or otherwise.
+    pub served: bool,
+    /// Whether one of them has passed its checks, has none, or the panic rule says that they do not count.
+    pub proven: bool,
+}
+
+/// Whether a VIP belongs on this host, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decision {
+    /// On: a service is served.
+    Served,
+    /// Off: no service at this VIP has a backend that takes new flows.
+    NoBackend,
+    /// Not put on yet: backends may be good, but none has proven it since this host began to look.
+    Unproven,
+    /// Off: the host drains.
+    Draining,
+}
+
+impl Decision {
+    /// Whether the VIP belongs on the host.
+    pub fn is_on(self) -> bool {
+        self == Self::Served
+    }
+}
+
+impl fmt::Display for Decision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Served => "served",
+            Self::NoBackend => "no backend takes new flows",
+            Self::Unproven => "no backend has passed its checks yet",
+            Self::Draining => "the host drains",
+        })
+    }
+}
+
+/// Decides on each VIP.
+///
+/// A VIP is on as long as one service at it is served: taking it off because of another would take the good one
+/// down too. It is first put on when a backend has proven itself, so that a host that has just started draws no
+/// clients before it knows of a worker; one that is on already (lbd was restarted) stays without proof.
+pub fn decide(
+    services: &[ServiceAt],
+    on: &BTreeSet<IpAddr>,
+    is_draining: bool,
+) -> BTreeMap<IpAddr, Decision> {
+    let mut decisions: BTreeMap<IpAddr, Decision> = BTreeMap::new();
+    for service in services {
+        let decision = match service {
+            _ if is_draining => Decision::Draining,
+            ServiceAt { served: false, .. } => Decision::NoBackend,
+            ServiceAt { proven: false, vip, .. } if !on.contains(vip) => Decision::Unproven,
+            _ => Decision::Served,
+        };
+        let best = decisions.entry(service.vip).or_insert(decision);
+        // The best word of any service counts.
+        *best = match (*best, decision) {
+            (Decision::Served, _) | (_, Decision::Served) => Decision::Served,
+            (Decision::Unproven, _) | (_, Decision::Unproven) => Decision::Unproven,
+            (other, _) => other,
+        };
+    }
+    decisions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Decision::{Draining, NoBackend, Served, Unproven};
+
+    fn vip(n: u8) -> IpAddr {
+        IpAddr::from([10, 99, 0, n])
+    }
+
+    fn at(n: u8, served: bool, proven: bool) -> ServiceAt {
+        ServiceAt { vip: vip(n), served, proven }
+    }
+
+    #[test]
+    fn a_vip_is_on_while_any_of_its_services_is_served() {
+        let services = [at(1, false, false), at(1, true, true), at(2, false, false), at(2, false, false)];
+        let found = decide(&services, &BTreeSet::new(), false);
+        assert_eq!(found, BTreeMap::from([(vip(1), Served), (vip(2), NoBackend)]));
+    }
+
+    #[test]
+    fn without_proof_a_vip_is_not_put_on_but_one_that_is_on_stays() {
+        let services = [at(1, true, false), at(2, true, false), at(2, false, false)];
+        let found = decide(&services, &BTreeSet::from([vip(1)]), false);
+        assert_eq!(found, BTreeMap::from([(vip(1), Served), (vip(2), Unproven)]));
+    }
+
+    #[test]
+    fn a_host_that_drains_has_none() {
+        let services = [at(1, true, true), at(2, false, false)];
+        let found = decide(&services, &BTreeSet::from([vip(1)]), true);
+        assert_eq!(found, BTreeMap::from([(vip(1), Draining), (vip(2), Draining)]));
+    }
+}
