@@ -39,6 +39,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Started again as a worker of the demo, it is that until it is killed.
+    if let Err(error) = test_support::replica::serve() {
+        eprintln!("error: {error:#}");
+        return ExitCode::FAILURE;
+    }
     let result = match Arguments::parse().command {
         Command::Setup(options) => setup::run(&options),
         Command::Dist(options) => dist::run(&options),

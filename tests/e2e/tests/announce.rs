@@ -14,7 +14,7 @@ use test_support::{
     hold::{Held, Holder},
     http::{Load, Running},
     netns,
-    regions::{Host, Plan, Regions},
+    regions::{Host, Offer, Plan, Regions},
     replica, wait,
 };
 
@@ -29,12 +29,13 @@ fn is_a_replica() -> Result<()> {
     replica::serve()
 }
 
-fn service(name: &str, vip: IpAddr, port: u16, check: u16) -> String {
-    format!(
+fn service(name: &str, vip: IpAddr, port: u16, check: u16) -> Offer {
+    let text = format!(
         "[[service]]\nname = \"{name}\"\nvip = \"{vip}\"\nport = {port}\nprotocol = \"tcp\"\nmode = \"gue\"\n\
          scheduler = \"p2c\"\n[service.health]\nkind = \"http\"\npath = \"/\"\nport = {check}\ninterval_ms = 300\n\
          timeout_ms = 2000\nrise = 1\nfall = 2\ndamping = false\n"
-    )
+    );
+    Offer { text, only: None }
 }
 
 fn start() -> Result<Regions> {
@@ -42,6 +43,7 @@ fn start() -> Result<Regions> {
         regions: 1,
         etcd: false,
         replica: REPLICA.to_owned(),
+        words: "ready".to_owned(),
         services: vec![
             service("chat", vip_v4(1).into(), replica::PORT, replica::PORT),
             service("lines", vip_v4(1).into(), test_support::stage::LINES, replica::PORT),
@@ -260,6 +262,7 @@ fn lbd_can_take_vips_with_it_and_refuses_what_cannot_work() -> Result<()> {
         regions: 1,
         etcd: false,
         replica: REPLICA.to_owned(),
+        words: "ready".to_owned(),
         services: vec![service("chat", vip_v4(1).into(), replica::PORT, replica::PORT)],
         arguments: vec!["--announce-on-stop".to_owned(), "withdraw".to_owned()],
     })?;

@@ -26,6 +26,7 @@ pub mod quic;
 pub mod regions;
 pub mod replica;
 pub mod stage;
+pub mod story;
 pub mod udp;
 pub mod wait;
 

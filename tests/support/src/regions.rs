@@ -53,10 +53,21 @@ pub struct Plan {
     pub etcd: bool,
     /// The ignored test of the running test program that calls [`replica::serve`].
     pub replica: String,
-    /// `[[service]]` tables without backends, by how they are called: each gets all workers as its backends.
-    pub services: Vec<String>,
+    /// What the workers are told at first.
+    pub words: String,
+    /// Services.
+    pub services: Vec<Offer>,
     /// More arguments for `lbd ingress`.
     pub arguments: Vec<String>,
+}
+
+/// A service.
+#[derive(Clone, Debug)]
+pub struct Offer {
+    /// Its `[[service]]` table, without backends.
+    pub text: String,
+    /// The only region whose workers are its backends; None: all.
+    pub only: Option<&'static str>,
 }
 
 /// One region.
@@ -205,10 +216,10 @@ impl Regions {
     fn configure(&self) -> Result<()> {
         let mut text = String::new();
         for service in &self.plan.services {
-            text += service;
-            for region in &self.regions {
+            text += &service.text;
+            for region in self.regions.iter().filter(|r| service.only.is_none_or(|only| only == r.name)) {
                 for WorkerHost { worker, .. } in &region.workers {
-                    let is_v6 = service.contains("fd00:");
+                    let is_v6 = service.text.contains("fd00:");
                     let address: IpAddr = if is_v6 { worker.v6.into() } else { worker.v4.into() };
                     text += &format!(
                         "[[service.backend]]\nname = \"{}\"\naddress = \"{address}\"\n",
@@ -229,7 +240,11 @@ impl Regions {
     pub fn wait_usable(&self) -> Result<Duration> {
         let began = Instant::now();
         for host in self.hosts() {
-            let count = self.plan.services.len() * self.workers().count();
+            let workers = |service: &Offer| match service.only {
+                Some(_) => self.regions[0].workers.len(),
+                None => self.workers().count(),
+            };
+            let count = self.plan.services.iter().map(workers).sum::<usize>();
             wait::until(&format!("{} finds all workers healthy", host.name), START, || {
                 let list = host.lbctl.json(&["backend", "list"]).unwrap_or_default();
                 let healthy = list
@@ -284,6 +299,12 @@ impl Regions {
     /// The network of an etcd member.
     pub fn member(&self, number: usize) -> &Namespace {
         &self.members[number]
+    }
+
+    /// Starts a killed etcd member again.
+    pub fn restart_member(&mut self, number: usize) -> Result<()> {
+        let cluster = self.cluster.as_mut().context("there is a cluster")?;
+        cluster.members[number].start_again(Some(&self.members[number]))
     }
 
     /// Cuts a region off from the core, or ends that.
@@ -491,6 +512,7 @@ fn worker(
     let (v4, v6) = (address(region, link, 2), address_v6(region, link, 2));
     let worker = Worker { name: name.to_owned(), namespace, v4, v6 };
     let http = Some(replica::start(bed, &worker, &plan.replica)?);
+    replica::say(&worker, &plan.words)?;
     let agent = daemon::start_worker(bed, &worker, &vips(), &[])?;
     let lines = LineWorker::start(&worker.namespace, name, LINES)?;
     Ok(WorkerHost { worker, http, _agent: agent, _lines: lines, _end: end })

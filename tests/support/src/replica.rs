@@ -189,7 +189,7 @@ async fn answer(
     }
     let works = auto(&said.borrow()).is_some();
     if path != "/replica" {
-        if works {
+        if works && path == "/" {
             work.serve().await;
         }
         return stream.write_all(whole(name).as_bytes()).await;

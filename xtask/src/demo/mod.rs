@@ -19,6 +19,7 @@ use crate::{setup, shell};
 
 mod inference;
 mod phases;
+mod regions;
 mod report;
 mod traffic;
 
@@ -28,6 +29,9 @@ pub struct Options {
     /// Write the account to FILE as JSON too.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// Two regions instead, with BGP and etcd: overload, a worker, an ingress host, a region, etcd.
+    #[arg(long)]
+    regions: bool,
     /// Leave everything running afterwards, until Ctrl-C.
     #[arg(long)]
     keep: bool,
@@ -58,9 +62,9 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let mut tools = options.tools();
     if !options.prepared {
-        setup::run(&setup::Options { inference: !options.without_inference, ..setup::Options::BALANCER })?;
+        setup::run(&setup::Options { inference: options.has_inference(), ..setup::Options::BALANCER })?;
         build()?;
-        if !options.without_inference {
+        if options.has_inference() {
             tools = Some(inference::prepare()?);
         }
         if !shell::is_root() {
@@ -72,10 +76,14 @@ pub fn run(options: &Options) -> Result<()> {
         std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
     }
     clean_up_on_signal()?;
-    play(options, tools.as_ref())
+    if options.regions { play_regions(options) } else { play(options, tools.as_ref()) }
 }
 
 impl Options {
+    fn has_inference(&self) -> bool {
+        !self.without_inference && !self.regions
+    }
+
     /// What the part before sudo has handed over.
     fn tools(&self) -> Option<inference::Tools> {
         let program = Program { worker: self.llm_worker.clone()?, model: self.llm_model.clone()? };
@@ -132,6 +140,26 @@ fn clean_up_on_signal() -> Result<()> {
             exit(signal.map_or(1, |signal| 128 + signal as i32));
         })
         .context("cannot start a thread")?;
+    Ok(())
+}
+
+fn play_regions(options: &Options) -> Result<()> {
+    let story = regions::play(options.report.as_deref())?;
+    if options.keep {
+        let (world, host) = (story.world(), &story.world().regions[0].hosts[0]);
+        println!("\nEverything stays up until Ctrl-C. In another terminal, as root:");
+        let client = world.bed.client.path();
+        println!("  {:<16} nsenter --net={} curl -s http://{}/", "ask", client.display(), world.target());
+        for (what, arguments) in [("see e1", &["status"][..]), ("drain e1", &["host", "drain"])] {
+            println!("  {what:<16} {}", host.lbctl.shell(arguments));
+        }
+        // The signal thread ends the process.
+        loop {
+            thread::park();
+        }
+    }
+    drop(story);
+    println!("cleaned up");
     Ok(())
 }
 

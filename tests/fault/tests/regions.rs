@@ -1,0 +1,38 @@
+//! Two regions, four ingress hosts, four workers, three etcd members: what the regions demo tells, asserted.
+
+use anyhow::{Context, Result, ensure};
+use test_support::{
+    replica,
+    story::{Step, Story},
+};
+
+/// What a worker process runs.
+#[test]
+#[ignore = "started as a worker by the other test"]
+fn is_a_replica() -> Result<()> {
+    replica::serve()
+}
+
+#[test]
+fn regions_hosts_workers_and_etcd_fail_one_after_the_other() -> Result<()> {
+    let mut story = Story::start("is_a_replica")?;
+    let steps = story.run(|step| println!("{step:#?}"))?;
+    for step in &steps {
+        // West hosts send a share of new flows to the east's workers until those are found dead.
+        if step.name == "the east is cut off" {
+            continue;
+        }
+        ensure!(step.requests > 0 && step.failed == 0, "{}: {} requests failed", step.name, step.failed);
+        ensure!(step.broken == 0, "{}: {} connections broke", step.name, step.broken);
+        ensure!(step.is_clean(), "{}: what may run in the east only ran elsewhere", step.name);
+    }
+    let step =
+        |name: &str| -> Result<&Step> { steps.iter().find(|s| s.name == name).context(name.to_owned()) };
+
+    let cut = step("the east is cut off")?;
+    ensure!(cut.on_dead > 0 && cut.bound_failed > 0, "the cut cut something: {cut:?}");
+    ensure!(cut.by_worker.contains_key("wa") && cut.by_worker.contains_key("wb"), "the west served");
+    let back = step("the east returns")?;
+    ensure!(!back.bound.is_empty(), "what is bound to the east is served again");
+    Ok(())
+}

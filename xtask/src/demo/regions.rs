@@ -1,0 +1,95 @@
+//! `cargo xtask demo --regions`: two regions live through one failure after the other. What happens is
+//! `test_support::story`; here it is told.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use test_support::story::{Step, Story};
+
+#[derive(Serialize)]
+struct Report {
+    ok: bool,
+    steps: Vec<Step>,
+}
+
+/// Runs all of it; returns the fleet, so that it can be kept.
+pub fn play(report: Option<&Path>) -> Result<Story> {
+    println!(
+        "
+Two regions, each with a router, two ingress hosts (lbd, BIRD) and two workers; a core router before the client:
+             client                   m2
+                └──────── core ───────┘          core: ECMP over what the regions announce (BGP, BFD 3 x 50 ms)
+                  east │       │ west
+         e1 e2 ── router       router ── w1 w2   ingress hosts: VIPs on lo while they are served
+         ea eb ──┘  └─ m0   m1 ─┘   └── wa wb    workers: four requests of 20 ms at once, state by event stream
+  chat   10.99.0.1:8000, all workers, the own region first
+  bound  10.99.0.2:8000, may run in the east only
+  lines  10.99.0.1:9000, 200 connections that stay open
+The workers are light ones that queue and report as an LLM server does: four real ones would not fit two processors."
+    );
+    // Run again as a worker, this program is one before it looks at its arguments.
+    let mut story = Story::start("replica")?;
+    println!("\n$ lbctl backend list chat                       (on e1)");
+    println!("{}", story.world().regions[0].hosts[0].lbctl.run(&["backend", "list", "chat"])?);
+    println!("$ lbctl host show                               (on e1)");
+    println!("{}", story.world().regions[0].hosts[0].lbctl.run(&["host", "show"])?);
+    println!(
+        "  {:<30} {:>8} {:>8} {:>6} {:>9} {:>8} {:>6}  requests by worker",
+        "what happens", "noticed", "requests", "failed", "under way", "longest", "broken"
+    );
+    let steps = story.run(tell)?;
+    let ok = steps.iter().all(Step::is_clean);
+    let sum = |count: fn(&Step) -> usize| steps.iter().map(count).sum::<usize>();
+    println!(
+        "\n{} requests, {} failed, {} under way to what died; {} connections broke whose worker could be reached",
+        sum(|s| s.requests),
+        sum(|s| s.failed),
+        sum(|s| s.failed_under_way),
+        sum(|s| s.broken)
+    );
+    if let Some(path) = report {
+        let text = serde_json::to_string_pretty(&Report { ok, steps }).context("cannot write JSON")?;
+        fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+        println!("account written to {}", path.display());
+    }
+    if !ok {
+        bail!("something was lost that could live: see the steps marked ✗");
+    }
+    Ok(story)
+}
+
+fn tell(step: &Step) {
+    let detect = step.detect_ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms} ms"));
+    let longest = if step.longest_ms == 0 { "-".to_owned() } else { format!("{} ms", step.longest_ms) };
+    println!(
+        "{} {:<30} {:>8} {:>8} {:>6} {:>9} {:>8} {:>6}  {}",
+        if step.is_clean() { "✓" } else { "✗" },
+        step.name,
+        detect,
+        step.requests,
+        step.failed,
+        step.failed_under_way,
+        longest,
+        step.broken,
+        shares(&step.by_worker)
+    );
+    let served = if step.bound.is_empty() { "nobody".to_owned() } else { shares(&step.bound) };
+    println!("      bound to the east: served by {served}; {} not served", step.bound_failed);
+    if step.on_dead > 0 {
+        println!("      {} long-lived connections were on workers that died or were cut off", step.on_dead);
+    }
+    if step.moved > 0 {
+        println!(
+            "      {} long-lived connections were moved to the other region's hosts, and broke",
+            step.moved
+        );
+    }
+    for note in &step.notes {
+        println!("      {note}");
+    }
+}
+
+fn shares(by_worker: &BTreeMap<String, usize>) -> String {
+    by_worker.iter().map(|(worker, count)| format!("{worker} {count}")).collect::<Vec<_>>().join(", ")
+}
