@@ -2,6 +2,7 @@
 
 use crate::{
     backend::Backend,
+    exact,
     flow::*,
     fragment::{Fragment, FragmentKey},
     load::Load,
@@ -30,6 +31,8 @@ layout! {
     ServiceView: 120 / 8 { seed @ 0, slot_base @ 16, slot_count @ 20, flags @ 24, scheduler @ 28, udp_timeout_s @ 32,
         old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64 };
     Service: 256 / 8 { active @ 0, used @ 4, views @ 8 };
+    exact::Entry: 32 / 8 { vip @ 0, port_and_service @ 16 };
+    exact::Line: 64 / 8 { entries @ 0 };
     Slot: 8 / 8 { primary @ 0, secondary @ 4 };
     Line: 64 / 8 { words @ 0 };
     Backend: 64 / 8 { address @ 0, source @ 16, next_hop @ 32, mtu @ 38, egress_mac @ 40, vlan @ 46,

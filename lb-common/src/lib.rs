@@ -7,6 +7,7 @@
 #![no_std]
 
 pub mod backend;
+pub mod exact;
 pub mod flow;
 pub mod fragment;
 mod layout;

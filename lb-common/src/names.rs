@@ -9,6 +9,11 @@ pub const PROGRAM_DECAP: &str = "decap";
 
 /// `HASH<ServiceKey, u32>`: exact port → index in [`SERVICES`].
 pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
+/// `ARRAY<exact::Line>`, memory-mapped: the same for most of them, for less; see [`crate::exact`]. Not pinned: a program
+/// that finds nothing there asks [`SERVICE_INDEX`].
+pub const EXACT: &str = "EXACT";
+/// `ARRAY<Line>`, memory-mapped: bits of addresses that may be VIPs; see [`crate::exact`]. Not pinned either.
+pub const VIP_FILTER: &str = "VIP_FILTER";
 /// `HASH<VipKey, Vip>`: what else a VIP serves (port ranges, any port).
 pub const VIPS: &str = "VIPS";
 /// `ARRAY<Service>`, memory-mapped.

@@ -17,25 +17,42 @@ pub const fn mix(mut h: u64) -> u64 {
     h ^ (h >> 33)
 }
 
+/// Protocol and ports (network order, as loaded) as the hash takes them.
+#[inline(always)]
+pub const fn ports_word(protocol: u8, source_port: u16, port: u16) -> u64 {
+    (protocol as u64) << 32 | (u16::from_be(source_port) as u64) << 16 | u16::from_be(port) as u64
+}
+
+/// Hash of an IPv4 packet's 5-tuple under a service's seed; addresses in network order, as loaded.
+#[inline(always)]
+pub const fn flow_hash_v4(seed: [u64; 2], source: u32, destination: u32, ports: u64) -> u64 {
+    let h = mix(seed[0] ^ ((u32::from_be(source) as u64) << 32 | u32::from_be(destination) as u64));
+    mix(h.wrapping_add(seed[1]) ^ ports)
+}
+
+/// The same of an IPv6 packet; addresses as two words in network order, as loaded.
+#[inline(always)]
+pub const fn flow_hash_v6(seed: [u64; 2], source: [u64; 2], destination: [u64; 2], ports: u64) -> u64 {
+    let mut h = mix(seed[0] ^ u64::from_be(source[0]));
+    h = mix(h ^ u64::from_be(source[1]));
+    h = mix(h ^ u64::from_be(destination[0]));
+    h = mix(h ^ u64::from_be(destination[1]));
+    mix(h.wrapping_add(seed[1]) ^ ports)
+}
+
 /// Hash of a packet's 5-tuple under a service's seed.
 #[inline(always)]
 pub fn flow_hash(seed: [u64; 2], headers: &Headers) -> u64 {
-    let word = |high: u32, low: u32| (high as u64) << 32 | low as u64;
+    // Words in network order, whatever this machine's is.
+    let word = |high: u32, low: u32| ((u32::from_be(high) as u64) << 32 | u32::from_be(low) as u64).to_be();
     let (s, d) = (&headers.source, &headers.destination);
-    let mut h = seed[0];
+    let ports = ports_word(headers.protocol, headers.source_port, headers.port);
     if headers.is_ipv6 {
-        h = mix(h ^ word(u32::from_be(s[0]), u32::from_be(s[1])));
-        h = mix(h ^ word(u32::from_be(s[2]), u32::from_be(s[3])));
-        h = mix(h ^ word(u32::from_be(d[0]), u32::from_be(d[1])));
-        h = mix(h ^ word(u32::from_be(d[2]), u32::from_be(d[3])));
+        let (s, d) = ([word(s[0], s[1]), word(s[2], s[3])], [word(d[0], d[1]), word(d[2], d[3])]);
+        flow_hash_v6(seed, s, d, ports)
     } else {
-        h = mix(h ^ word(u32::from_be(s[3]), u32::from_be(d[3])));
+        flow_hash_v4(seed, s[3], d[3], ports)
     }
-    let ports = word(
-        headers.protocol as u32,
-        (u16::from_be(headers.source_port) as u32) << 16 | u16::from_be(headers.port) as u32,
-    );
-    mix(h.wrapping_add(seed[1]) ^ ports)
 }
 
 /// Hash of a packet's source address under a service's seed, for services that keep a client on one backend.

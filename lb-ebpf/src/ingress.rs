@@ -9,6 +9,7 @@ use crate::{
     hash::flow_hash,
     icmp, nat,
     parse::{Headers, parse},
+    quick,
     service::lookup_service,
 };
 use lb_common::{
@@ -46,6 +47,9 @@ pub fn process<F: Frame + Fib, T: Tables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
+    if let Some(done) = quick::process(frame, tables, settings) {
+        return done;
+    }
     let headers = match parse(frame, settings) {
         Ok(headers) => headers,
         // Counted by the program that takes it over.

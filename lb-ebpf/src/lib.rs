@@ -34,6 +34,7 @@ pub mod packet;
 pub mod parse;
 pub mod place;
 pub mod quic;
+pub mod quick;
 pub mod service;
 pub mod tables;
 pub mod verdict;

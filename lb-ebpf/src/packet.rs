@@ -43,6 +43,8 @@ unsafe impl Bytes for u16 {}
 // SAFETY: as above.
 unsafe impl Bytes for u32 {}
 // SAFETY: as above.
+unsafe impl Bytes for u64 {}
+// SAFETY: as above.
 unsafe impl<const N: usize> Bytes for [u8; N] {}
 // SAFETY: as above.
 unsafe impl<const N: usize> Bytes for [u16; N] {}
@@ -125,10 +127,55 @@ impl Packet {
         true
     }
 
+    /// The first `N` bytes, if there are so many.
+    #[inline(always)]
+    pub fn window<const N: usize>(&self) -> Option<Window<N>> {
+        if self.start + N > self.end { None } else { Some(Window { start: self.start }) }
+    }
+
     /// Address of `N` bytes at `offset` for a kernel helper, if they lie inside.
     #[inline(always)]
     pub fn pointer<const N: usize>(&self, offset: usize) -> Option<*mut u8> {
         self.at(offset, N).map(|place| place as *mut u8)
+    }
+}
+
+/// Bytes of a packet that were checked together, for headers whose place is known at compile time.
+#[derive(Clone, Copy)]
+pub struct Window<const N: usize> {
+    start: usize,
+}
+
+impl<const N: usize> Window<N> {
+    /// The `T` at offset `AT` (any alignment), in the packet's byte order.
+    #[inline(always)]
+    pub fn read<T: Bytes, const AT: usize>(&self) -> T {
+        const { assert!(AT + size_of::<T>() <= N) };
+        let place = (self.start + AT) as *const T;
+        // SAFETY: the window's bytes were checked when it was made; otherwise as in `Packet::read`.
+        #[cfg(target_arch = "bpf")]
+        let value = unsafe { place.read() };
+        // SAFETY: as above.
+        #[cfg(not(target_arch = "bpf"))]
+        let value = unsafe { place.read_unaligned() };
+        value
+    }
+
+    /// Writes `value` at offset `AT` (any alignment).
+    #[inline(always)]
+    pub fn write<T: Bytes, const AT: usize>(&mut self, value: T) {
+        const { assert!(AT + size_of::<T>() <= N) };
+        let place = (self.start + AT) as *mut T;
+        // SAFETY: as in `read`.
+        #[cfg(target_arch = "bpf")]
+        unsafe {
+            place.write(value);
+        }
+        // SAFETY: as in `read`.
+        #[cfg(not(target_arch = "bpf"))]
+        unsafe {
+            place.write_unaligned(value);
+        }
     }
 }
 

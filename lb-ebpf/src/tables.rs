@@ -1,7 +1,7 @@
 //! The maps as the packet code sees them. Implemented over BPF maps in the kernel, over hash maps in
 //! tests, and over the live maps, read-only, for `explain`.
 
-use lb_common::{Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey};
+use lb_common::{Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact};
 
 /// The three flow tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +18,16 @@ pub enum FlowTable {
 pub trait Tables {
     /// Index of the service with this exact port.
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
+    /// A line of exact ports. Without any, services are found by [`Tables::service_index`].
+    #[inline(always)]
+    fn exact(&self, _line: u32) -> Option<&exact::Line> {
+        None
+    }
+    /// Whether an address that has this bit in the filter cannot be a VIP.
+    #[inline(always)]
+    fn is_no_vip(&self, _bit: u32) -> bool {
+        false
+    }
     /// What else this VIP serves.
     fn vip(&self, key: &VipKey) -> Option<&Vip>;
     /// Live view of a service.

@@ -74,6 +74,13 @@ pub fn fib(query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
 
 /// The tables: on each VIP, TCP and UDP services by port, range and any port.
 pub fn world() -> HashTables {
+    let mut tables = plain_world();
+    tables.spare_lookups();
+    tables
+}
+
+/// The same without what spares lookups.
+pub fn plain_world() -> HashTables {
     let mut tables = HashTables::default();
     let used = backend::flags::USED;
     let resolved = used | backend::flags::RESOLVED;

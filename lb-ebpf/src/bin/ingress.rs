@@ -16,7 +16,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use lb_common::{
     ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
-    ServiceKey, ServiceView, Slot, Vip, VipKey,
+    ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     limits, load,
     names::stage,
@@ -44,6 +44,10 @@ static SETTINGS: Global<IngressSettings> = Global::new(IngressSettings::DEFAULT)
 
 #[map]
 static SERVICE_INDEX: HashMap<ServiceKey, u32> = HashMap::with_max_entries(limits::SERVICES, 0);
+#[map]
+static EXACT: Array<exact::Line> = Array::with_max_entries(exact::LINES, BPF_F_MMAPABLE);
+#[map]
+static VIP_FILTER: Array<Line> = Array::with_max_entries(exact::FILTER_WORDS / LINE, BPF_F_MMAPABLE);
 #[map]
 static VIPS: HashMap<VipKey, Vip> = HashMap::with_max_entries(limits::VIPS, 0);
 #[map]
@@ -124,6 +128,18 @@ impl Tables for Maps {
         // SAFETY: the entry may be reused for another key only while lbd changes services; an aligned
         // word is read at once, and the daemon frees no index before a grace period has passed.
         unsafe { SERVICE_INDEX.get(key).copied() }
+    }
+
+    #[inline(always)]
+    fn exact(&self, line: u32) -> Option<&exact::Line> {
+        EXACT.get(line)
+    }
+
+    #[inline(always)]
+    fn is_no_vip(&self, bit: u32) -> bool {
+        // Which of the two is read first is all the same: a bit is set before its address becomes a VIP.
+        let is_armed = word(&VIP_FILTER, exact::FILTER_ARMED).is_some_and(|word| word != 0);
+        is_armed && word(&VIP_FILTER, bit / 32).is_some_and(|word| word >> (bit % 32) & 1 == 0)
     }
 
     #[inline(always)]

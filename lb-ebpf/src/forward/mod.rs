@@ -5,7 +5,7 @@
 
 mod outer;
 
-pub use outer::{source as outer_source, varied};
+pub use outer::{PROTOCOL_IPV4, PROTOCOL_IPV6, source as outer_source, varied};
 
 use crate::{
     Frame, Packet, Verdict,

@@ -16,7 +16,7 @@ use crate::{
 };
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, ServiceKey,
-    ServiceView, Slot, Vip, VipKey,
+    ServiceView, Slot, Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     load,
     quic::{QuicConfig, ServerIdKey},
@@ -79,6 +79,8 @@ impl Flows {
 pub struct HashTables {
     /// `SERVICE_INDEX`.
     pub service_index: HashMap<ServiceKey, u32>,
+    /// `EXACT` and `VIP_FILTER`, see [`HashTables::spare_lookups`].
+    exact: Option<(HashMap<u32, exact::Line>, HashSet<u32>)>,
     /// `VIPS`.
     pub vips: HashMap<VipKey, Vip>,
     /// `SERVICES`: the live views.
@@ -118,6 +120,7 @@ impl Default for HashTables {
     fn default() -> Self {
         Self {
             service_index: HashMap::new(),
+            exact: None,
             vips: HashMap::new(),
             services: HashMap::new(),
             slots: Vec::new(),
@@ -152,6 +155,20 @@ impl HashTables {
             FlowTable::Syns => 1,
             FlowTable::UdpFlows => 2,
         }]
+    }
+
+    /// Fills `EXACT` and `VIP_FILTER` from what services there are, as `lbd` does.
+    pub fn spare_lookups(&mut self) {
+        let mut lines: HashMap<u32, exact::Line> = HashMap::new();
+        for (key, service) in &self.service_index {
+            let (line, entry) = exact::entry(key, *service);
+            let line = lines.entry(line).or_default();
+            if let Some(free) = line.entries.iter_mut().find(|known| known.port_and_service == 0) {
+                *free = entry;
+            }
+        }
+        let bits = self.vips.keys().map(|key| exact::filter_bit(exact::words(&key.vip))).collect();
+        self.exact = Some((lines, bits));
     }
 
     /// Reports a backend's load, as `lbd` does.
@@ -220,6 +237,14 @@ impl HashTables {
 impl Tables for HashTables {
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.service_index.get(key).copied()
+    }
+
+    fn exact(&self, line: u32) -> Option<&exact::Line> {
+        self.exact.as_ref()?.0.get(&line)
+    }
+
+    fn is_no_vip(&self, bit: u32) -> bool {
+        self.exact.as_ref().is_some_and(|(_, bits)| !bits.contains(&bit))
     }
 
     fn vip(&self, key: &VipKey) -> Option<&Vip> {

@@ -90,7 +90,7 @@ fn encapsulated() -> impl Strategy<Value = Vec<u8>> {
 }
 
 /// Bytes to overwrite, insert or remove, and where to cut.
-fn mutations() -> impl Strategy<Value = (Vec<(usize, u8, u8)>, usize)> {
+pub fn mutations() -> impl Strategy<Value = (Vec<(usize, u8, u8)>, usize)> {
     let offset = prop_oneof![6 => 0usize..120, 1 => 0usize..1_500];
     (
         prop::collection::vec((offset, any::<u8>(), 0u8..8), 0..5),
@@ -98,7 +98,8 @@ fn mutations() -> impl Strategy<Value = (Vec<(usize, u8, u8)>, usize)> {
     )
 }
 
-fn mutate(mut bytes: Vec<u8>, (mutations, cut): &(Vec<(usize, u8, u8)>, usize)) -> Vec<u8> {
+/// Carried out.
+pub fn mutate(mut bytes: Vec<u8>, (mutations, cut): &(Vec<(usize, u8, u8)>, usize)) -> Vec<u8> {
     for (offset, value, how) in mutations {
         if bytes.is_empty() {
             break;

@@ -12,6 +12,7 @@ mod hostile;
 mod keep;
 mod nat;
 mod place;
+mod quick;
 mod too_big;
 mod worker;
 mod world;

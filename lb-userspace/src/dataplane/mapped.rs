@@ -59,6 +59,25 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         Ok(Self { words, len, writable, value: PhantomData })
     }
 
+    /// The same in memory of this process alone, all zeros.
+    #[cfg(test)]
+    pub fn private(len: u32) -> Self {
+        // SAFETY: a new private mapping at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len as usize * size_of::<T>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(address, libc::MAP_FAILED, "no memory");
+        let words = NonNull::new(address.cast()).expect("mmap answers an address or MAP_FAILED");
+        Self { words, len, writable: true, value: PhantomData }
+    }
+
     /// Number of entries.
     pub fn len(&self) -> u32 {
         self.len

@@ -12,6 +12,7 @@ mod loads;
 mod mapped;
 mod reader;
 mod slots;
+mod spared;
 mod stages;
 
 pub use attach::{Interface, detach};
@@ -37,6 +38,7 @@ use lb_common::{
 use lb_ebpf::FlowTable;
 use mapped::MappedArray;
 use slots::MappedSlots;
+use spared::Spared;
 use std::{fs, path::PathBuf, sync::Arc};
 use zerocopy::IntoBytes;
 
@@ -94,6 +96,7 @@ pub struct AttachOptions {
 pub struct Dataplane {
     service_index: HashMap<MapData, ServiceKey, u32>,
     vips: HashMap<MapData, VipKey, Vip>,
+    spared: Spared,
     services: MappedArray<Service>,
     slots: MappedSlots,
     backends: MappedArray<Backend>,
@@ -165,9 +168,13 @@ impl Dataplane {
             backends: backends.len(),
             ..options.limits
         };
+        let service_index: HashMap<MapData, ServiceKey, u32> = take(&mut bpf, names::SERVICE_INDEX)?;
+        let vips: HashMap<MapData, VipKey, Vip> = take(&mut bpf, names::VIPS)?;
+        let spared = spare(&mut bpf, &service_index, &vips)?;
         Ok(Self {
-            service_index: take(&mut bpf, names::SERVICE_INDEX)?,
-            vips: take(&mut bpf, names::VIPS)?,
+            service_index,
+            vips,
+            spared,
             services,
             slots,
             backends,
@@ -298,8 +305,14 @@ impl Dataplane {
     ) -> Result<(), DataplaneError> {
         let map = |source| DataplaneError::Map { map: names::SERVICE_INDEX, source };
         match service {
-            Some(index) => self.service_index.insert(key, index, 0).map_err(map),
-            None => absent_is_fine(self.service_index.remove(key)).map_err(map),
+            Some(index) => {
+                self.service_index.insert(key, index, 0).map_err(map)?;
+                self.spared.set(key, service)
+            }
+            None => {
+                self.spared.set(key, None)?;
+                absent_is_fine(self.service_index.remove(key)).map_err(map)
+            }
         }
     }
 
@@ -307,8 +320,14 @@ impl Dataplane {
     pub fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError> {
         let map = |source| DataplaneError::Map { map: names::VIPS, source };
         match vip {
-            Some(vip) => self.vips.insert(key, vip, 0).map_err(map),
-            None => absent_is_fine(self.vips.remove(key)).map_err(map),
+            Some(vip) => {
+                self.spared.add_vip(key.vip)?;
+                self.vips.insert(key, vip, 0).map_err(map)
+            }
+            None => {
+                absent_is_fine(self.vips.remove(key)).map_err(map)?;
+                self.spared.remove_vip(key.vip)
+            }
         }
     }
 
@@ -363,6 +382,25 @@ impl Dataplane {
         absent_is_fine(self.flows[table as usize].remove(key))
             .map_err(|source| DataplaneError::Map { map: flow_map(table), source })
     }
+}
+
+/// The tables that spare lookups, filled from what the adopted maps say.
+fn spare(
+    bpf: &mut Ebpf,
+    service_index: &HashMap<MapData, ServiceKey, u32>,
+    vips: &HashMap<MapData, VipKey, Vip>,
+) -> Result<Spared, DataplaneError> {
+    let map = |map| move |source| DataplaneError::Map { map, source };
+    let mut spared = Spared::new(map_array(bpf, names::EXACT)?, map_array(bpf, names::VIP_FILTER)?);
+    for entry in service_index.iter() {
+        let (key, index) = entry.map_err(map(names::SERVICE_INDEX))?;
+        spared.set(&key, Some(index))?;
+    }
+    for key in vips.keys() {
+        spared.add_vip(key.map_err(map(names::VIPS))?.vip)?;
+    }
+    spared.arm()?;
+    Ok(spared)
 }
 
 fn map_array<T>(bpf: &mut Ebpf, name: &'static str) -> Result<MappedArray<T>, DataplaneError>

@@ -45,7 +45,7 @@ pub fn packet(report: &Report) -> Vec<Claim> {
         ratio("against a balancer without features", ESTABLISHED, "plain/v4/tcp-established/ipip/1M", 1.5),
         ratio("SYN against established", "v4/tcp-syn/ipip/1M", ESTABLISHED, 1.1),
         ratio("SYN against established, v6", "v6/tcp-syn/ipip/1M", "v6/tcp-established/ipip/1M", 1.1),
-        ratio("p2c SYN against established", "v4/tcp-syn/ipip/p2c/1M", ESTABLISHED, 3.0),
+        ratio("p2c SYN against established", "p2c/v4/tcp-syn/ipip/1M", ESTABLISHED, 3.0),
         ratio("gue against ipip", "v4/tcp-established/gue/1M", ESTABLISHED, 1.3),
         ratio("gue against ipip, v6", "v6/tcp-established/gue/1M", "v6/tcp-established/ipip/1M", 1.3),
         ratio("v6 against v4", "v6/tcp-established/ipip/1M", ESTABLISHED, 1.2),

@@ -9,11 +9,11 @@ use std::{
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData},
+    maps::{Array, HashMap, Map, MapData, ProgramArray},
     programs::{ProgramFd, Xdp},
 };
 use lb_common::{
-    Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
+    Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact, names,
     settings::{DecapSettings, IngressSettings},
     slot::{LINE, Line},
 };
@@ -27,6 +27,8 @@ pub struct Tables {
     pub flows: u32,
     /// Entries of `UDP_FLOWS`.
     pub udp_flows: u32,
+    /// Entries of `NAT_FLOWS` and `NAT_REPLIES`.
+    pub nat_flows: u32,
     /// Services beside those that are measured.
     pub other_services: u32,
     /// Rows that differ here have maps of their own although these are of the same size.
@@ -38,6 +40,7 @@ impl Tables {
     pub const DEFAULT: Self = Self {
         flows: lb_common::limits::FLOWS,
         udp_flows: lb_common::limits::UDP_FLOWS,
+        nat_flows: lb_common::limits::NAT_FLOWS,
         other_services: 0,
         copy: 0,
     };
@@ -53,14 +56,24 @@ pub struct Ingress {
 impl Ingress {
     /// Loads `object` with these tables.
     pub fn load(object: &[u8], tables: Tables) -> Result<Self> {
+        // Echo requests are answered, however many there are.
+        let settings =
+            IngressSettings { icmp_per_s: 1_000_000_000, icmp_burst: u32::MAX, ..IngressSettings::DEFAULT };
         let mut bpf = EbpfLoader::new()
-            .override_global(names::SETTINGS, &IngressSettings::DEFAULT, true)
+            .override_global(names::SETTINGS, &settings, true)
             .override_global(names::LOG_LEVEL, &0u8, true)
+            .map_max_entries(names::NAT_FLOWS, tables.nat_flows)
+            .map_max_entries(names::NAT_REPLIES, tables.nat_flows)
             .map_max_entries(names::FLOWS, tables.flows)
             .map_max_entries(names::UDP_FLOWS, tables.udp_flows)
             .load(object)
             .context("load the ingress object")?;
         load_xdp(&mut bpf, names::PROGRAM_INGRESS)?;
+        for (name, place) in names::stage::INGRESS_PROGRAMS {
+            let fd = load_xdp(&mut bpf, name)?.fd()?.try_clone()?;
+            let mut stages = ProgramArray::try_from(bpf.map_mut(names::STAGES).context("map STAGES")?)?;
+            stages.set(place, &fd, 0)?;
+        }
         Ok(Self { bpf, next_slot: 0, next_backend: 0 })
     }
 
@@ -124,7 +137,31 @@ impl Ingress {
         let mut vips: HashMap<&mut MapData, VipKey, Vip> = self.map(names::VIPS)?;
         vips.insert(VipKey { vip }, Vip::EMPTY, 0)?;
         let mut keys: HashMap<&mut MapData, ServiceKey, u32> = self.map(names::SERVICE_INDEX)?;
-        keys.insert(ServiceKey { vip, port: port.into(), protocol: view.protocol, pad: 0 }, index, 0)?;
+        let key = ServiceKey { vip, port: port.into(), protocol: view.protocol, pad: 0 };
+        keys.insert(key, index, 0)?;
+        // An older object, to compare with, may not have these.
+        if self.bpf.map(names::EXACT).is_some() {
+            self.spare_lookups(&key, index)?;
+        }
+        Ok(())
+    }
+
+    /// As `lbd` does.
+    fn spare_lookups(&mut self, key: &ServiceKey, index: u32) -> Result<()> {
+        let (line, entry) = exact::entry(key, index);
+        let mut lines: Array<&mut MapData, exact::Line> = self.map(names::EXACT)?;
+        let mut value = lines.get(&line, 0)?;
+        if let Some(free) = value.entries.iter_mut().find(|known| known.port_and_service == 0) {
+            *free = entry;
+            lines.set(line, value, 0)?;
+        }
+        let mut words: Array<&mut MapData, Line> = self.map(names::VIP_FILTER)?;
+        let bit = exact::filter_bit(entry.vip);
+        for (word, bits) in [(bit / 32, 1 << (bit % 32)), (exact::FILTER_ARMED, 1)] {
+            let mut value = words.get(&(word / LINE), 0)?;
+            value.words[(word % LINE) as usize] |= bits;
+            words.set(word / LINE, value, 0)?;
+        }
         Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! The `ingress` program under test.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader, Pod,
@@ -9,6 +11,7 @@ use aya::{
 };
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
+    exact,
     fragment::{Fragment, FragmentKey},
     names,
     quic::{QuicConfig, ServerIdKey},
@@ -70,6 +73,8 @@ impl Pair {
 /// The loaded program and its maps.
 pub struct Ingress {
     bpf: Ebpf,
+    /// Lines of `EXACT` and of `VIP_FILTER` that were written.
+    spared: (BTreeSet<u32>, BTreeSet<u32>),
 }
 
 impl Ingress {
@@ -107,7 +112,34 @@ impl Ingress {
             let mut stages: ProgramArray<_> = bpf.map_mut(names::STAGES).context("stages")?.try_into()?;
             stages.set(place, &fd, 0)?;
         }
-        Ok(Self { bpf })
+        let mut ingress = Self { bpf, spared: Default::default() };
+        ingress.set_filter(exact::FILTER_ARMED, 1);
+        Ok(ingress)
+    }
+
+    /// Writes what spares the lookup of an exact port, as `lbd` does.
+    fn spare(&mut self, key: &ServiceKey, index: u32) {
+        let (place, entry) = exact::entry(key, index);
+        let mut lines: Array<&mut MapData, exact::Line> = self.map(names::EXACT);
+        let mut line = lines.get(&place, 0).expect("in range");
+        let known = line.entries.iter().position(|known| known.is_of(&entry));
+        let free = line.entries.iter().position(|known| known.port_and_service == 0);
+        if let Some(at) = known.or(free) {
+            line.entries[at] = entry;
+            lines.set(place, line, 0).expect("in range");
+        }
+        self.spared.0.insert(place);
+    }
+
+    /// Sets bits of a word of the filter of VIPs.
+    fn set_filter(&mut self, word: u32, bits: u32) {
+        let mut lines: Array<&mut MapData, Line> = self.map(names::VIP_FILTER);
+        let mut line = lines.get(&(word / LINE), 0).expect("in range");
+        line.words[(word % LINE) as usize] |= bits;
+        lines.set(word / LINE, line, 0).expect("in range");
+        if word != exact::FILTER_ARMED {
+            self.spared.1.insert(word / LINE);
+        }
     }
 
     /// The program, for its figures.
@@ -155,6 +187,7 @@ impl Ingress {
         if u16::from(key.port) != 0 {
             let mut keys: HashMap<&mut MapData, ServiceKey, u32> = self.map(names::SERVICE_INDEX);
             keys.insert(key, index, 0).expect("room");
+            self.spare(&key, index);
         }
         self.vip(key.vip, Vip::EMPTY);
     }
@@ -173,6 +206,8 @@ impl Ingress {
     pub fn vip(&mut self, vip: lb_common::Address, value: Vip) {
         let mut vips: HashMap<&mut MapData, VipKey, Vip> = self.map(names::VIPS);
         vips.insert(VipKey { vip }, value, 0).expect("room");
+        let bit = exact::filter_bit(exact::words(&vip));
+        self.set_filter(bit / 32, 1 << (bit % 32));
     }
 
     /// Writes a backend.
@@ -239,6 +274,15 @@ impl Ingress {
         }
         clear::<ServiceKey, u32>(self.map(names::SERVICE_INDEX));
         clear::<VipKey, Vip>(self.map(names::VIPS));
+        let (lines, words) = std::mem::take(&mut self.spared);
+        for place in lines {
+            let mut map: Array<&mut MapData, exact::Line> = self.map(names::EXACT);
+            map.set(place, exact::Line::default(), 0).expect("in range");
+        }
+        for place in words {
+            let mut map: Array<&mut MapData, Line> = self.map(names::VIP_FILTER);
+            map.set(place, Line::default(), 0).expect("in range");
+        }
         clear::<u32, QuicConfig>(self.map(names::QUIC_CONFIGS));
         clear::<ServerIdKey, u32>(self.map(names::QUIC_SERVERS));
         self.forget_flows();
@@ -296,6 +340,7 @@ impl Ingress {
     pub fn set_key(&mut self, key: ServiceKey, index: u32) {
         let mut keys: HashMap<&mut MapData, ServiceKey, u32> = self.map(names::SERVICE_INDEX);
         keys.insert(key, index, 0).expect("room");
+        self.spare(&key, index);
     }
 
     /// A reason's counter over all CPUs.

@@ -155,7 +155,7 @@ fn vip_of(spec: &ServiceSpec, place: usize, number: u32) -> Address {
 fn backend_of(spec: &ServiceSpec, i: u32, service: u32) -> Backend {
     Backend {
         address: spec.outer.address(10 + (i >> 8) as u8, i as u8),
-        source: spec.outer.address(0, 0),
+        source: spec.outer.address(0, if spec.mode == backend::mode::NAT { 1 } else { 0 }),
         next_hop: [2, 0, 0, 1, (i >> 8) as u8, i as u8],
         mtu: 1_600,
         egress_mac: [2, 0, 0, 0, 0, 1],
@@ -163,7 +163,8 @@ fn backend_of(spec: &ServiceSpec, i: u32, service: u32) -> Backend {
         flags: backend::flags::USED | backend::flags::RESOLVED,
         mode: spec.mode,
         source_bits: if spec.mode == backend::mode::IPIP { 8 } else { 0 },
-        port: GUE_PORT.into(),
+        // In mode nat: the one that the client asked for.
+        port: if spec.mode == backend::mode::NAT { 0.into() } else { GUE_PORT.into() },
         service,
         ..Backend::default()
     }

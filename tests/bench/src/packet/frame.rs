@@ -49,6 +49,8 @@ pub enum Kind {
     Syn,
     /// A datagram.
     Udp,
+    /// An echo request to the VIP.
+    Echo,
 }
 
 impl Kind {
@@ -58,6 +60,7 @@ impl Kind {
             Self::Established => "tcp-established",
             Self::Syn => "tcp-syn",
             Self::Udp => "udp",
+            Self::Echo => "icmp-echo",
         }
     }
 }
@@ -93,11 +96,11 @@ impl Frame {
             Family::V4 => ethernet.ipv4(tail(client), tail(vip), 61),
             Family::V6 => ethernet.ipv6(client, vip, 61),
         };
-        let l4_len = if kind == Kind::Udp { 8 } else { 20 };
+        let l4_len = if matches!(kind, Kind::Udp | Kind::Echo) { 8 } else { 20 };
         let headers = 14 + family.ip_len() + l4_len;
         let total = if family == Family::V4 { V4_LEN } else { V6_LEN };
         Self {
-            bytes: transport(step, kind, port, total - headers),
+            bytes: transport(step, family, kind, port, total - headers),
             headers,
             source_at: 14 + family.ip_len() - if family == Family::V4 { 8 } else { 20 },
             port_at: 14 + family.ip_len(),
@@ -134,10 +137,31 @@ impl Frame {
             port_at: self.port_at + outer,
         }
     }
+
+    /// The same packet in GUE with the backend that may have it instead. A worker changes what is outside only.
+    pub fn chained(&self, source: Address, destination: Address, next: Address, port: u16) -> Self {
+        let mut chain = vec![0x6c, 0x62, 0x11, 0];
+        let (outer, address) =
+            if is_mapped(&destination) { (20, tail(next).to_vec()) } else { (40, next.to_vec()) };
+        chain.extend_from_slice(&address);
+        chain.resize(4 + 2 * address.len(), 0);
+        let mut frame = self.encapsulated(source, destination, Some(port));
+        let gue = 14 + outer + 8;
+        frame.bytes.splice(gue + 4..gue + 4, chain.iter().copied());
+        frame.bytes[gue] = (chain.len() / 4) as u8;
+        // No checksum, as ours have none, and lengths to match.
+        frame.bytes[gue - 2..gue].fill(0);
+        for at in [gue - 4, 14 + if outer == 20 { 2 } else { 4 }] {
+            let len = u16::from_be_bytes([frame.bytes[at], frame.bytes[at + 1]]) + chain.len() as u16;
+            frame.bytes[at..at + 2].copy_from_slice(&len.to_be_bytes());
+        }
+        Self { headers: gue + 4 + chain.len(), ..frame }
+    }
 }
 
 fn transport(
     step: PacketBuilderStep<etherparse::IpHeaders>,
+    family: Family,
     kind: Kind,
     port: u16,
     payload: usize,
@@ -146,6 +170,8 @@ fn transport(
     let mut bytes = Vec::new();
     let written = match kind {
         Kind::Udp => step.udp(0x8000, port).write(&mut bytes, &payload),
+        Kind::Echo if family == Family::V4 => step.icmpv4_echo_request(1, 2).write(&mut bytes, &payload),
+        Kind::Echo => step.icmpv6_echo_request(1, 2).write(&mut bytes, &payload),
         Kind::Established | Kind::Syn => {
             let mut tcp = TcpHeader::new(0x8000, port, 7, 65_535);
             tcp.syn = kind == Kind::Syn;

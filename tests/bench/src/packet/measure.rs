@@ -212,6 +212,12 @@ impl Programs {
                 let frame = Frame::new(family, Kind::Established, family.address(250, 1), PORT);
                 (frame, self.bed.ingress.fd()?, PASS, 0)
             }
+            Subject::Chance(family) => {
+                let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
+                let (worker, next) = (family.address(10, 1), family.address(10, 2));
+                let port = lb_common::settings::GUE_PORT;
+                (inner.chained(family.address(0, 9), worker, next, port), self.decap.fd()?, TX, 0)
+            }
             Subject::Decap(family, gue) => {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
                 let gue = gue.then_some(lb_common::settings::GUE_PORT);

@@ -43,6 +43,9 @@ pub struct Options {
     /// Measure this object of the ingress program too, in turn with the present one.
     #[arg(long, value_name = "OBJECT")]
     pub before: Option<PathBuf>,
+    /// Measure this object of the ingress program instead of the present one.
+    #[arg(long, value_name = "OBJECT")]
+    pub object: Option<PathBuf>,
     /// Copy the present object of the ingress program here, for a later `--before`.
     #[arg(long, value_name = "OBJECT")]
     pub save: Option<PathBuf>,
@@ -157,10 +160,12 @@ pub fn measure_all(options: &Options) -> Result<Report> {
         eprintln!("warning: net.core.bpf_jit_enable is 0: the figures below are of the interpreter");
     }
     pin(options.cpu)?;
-    let before = match &options.before {
-        Some(path) => Some(aligned(&fs::read(path).with_context(|| format!("read {}", path.display()))?)),
-        None => None,
+    let read = |path: &PathBuf| -> Result<_> {
+        Ok(aligned(&fs::read(path).with_context(|| format!("read {}", path.display()))?))
     };
+    let before = options.before.as_ref().map(read).transpose()?;
+    let other = options.object.as_ref().map(read).transpose()?;
+    let object = other.as_deref().map_or(objects::INGRESS, as_bytes);
     let effort = Effort {
         samples: options.samples.unwrap_or(if options.quick { 5 } else { 31 }),
         packets: options.packets.unwrap_or(if options.quick { 60_000 } else { 200_000 }),
@@ -173,26 +178,26 @@ pub fn measure_all(options: &Options) -> Result<Report> {
     if rows.is_empty() {
         bail!("no row's name contains {}", options.filter.join(" or "));
     }
-    let (programs, maps) = sizes()?;
+    let (programs, maps) = sizes(object)?;
     Ok(Report {
         machine,
         samples: effort.samples,
         packets: effort.packets,
-        rows: measure_rows(&rows, before.as_deref().map(as_bytes), effort)?,
+        rows: measure_rows(&rows, object, before.as_deref().map(as_bytes), effort)?,
         programs,
         maps,
     })
 }
 
 /// Measures rows, those that share their maps together; the result is in the order of `rows`.
-fn measure_rows(rows: &[Row], before: Option<&[u8]>, effort: Effort) -> Result<Vec<Figures>> {
+fn measure_rows(rows: &[Row], object: &[u8], before: Option<&[u8]>, effort: Effort) -> Result<Vec<Figures>> {
     let mut figures: Vec<Option<Figures>> = rows.iter().map(|_| None).collect();
     while let Some(first) = figures.iter().position(Option::is_none) {
         let group: Vec<usize> =
             (first..rows.len()).filter(|i| rows[*i].tables == rows[first].tables).collect();
         eprintln!("  {} rows: {} …", group.len(), rows[first].section);
         let members: Vec<&Row> = group.iter().map(|i| &rows[*i]).collect();
-        let samples = measure::measure(&members, objects::INGRESS, before, effort)?;
+        let samples = measure::measure(&members, object, before, effort)?;
         for (i, samples) in group.into_iter().zip(samples) {
             figures[i] = Some(Figures::new(&rows[i], &samples));
         }
@@ -256,8 +261,8 @@ fn as_bytes(words: &[u64]) -> &[u8] {
 }
 
 /// Figures of the programs and maps as they ship.
-fn sizes() -> Result<(Vec<Program>, Vec<MapMemory>)> {
-    let ingress = Ingress::load(objects::INGRESS, Tables::DEFAULT)?;
+fn sizes(object: &[u8]) -> Result<(Vec<Program>, Vec<MapMemory>)> {
+    let ingress = Ingress::load(object, Tables::DEFAULT)?;
     let decap = Decap::load(&[], &[])?;
     let programs =
         vec![program(ingress.bpf(), names::PROGRAM_INGRESS)?, program(decap.bpf(), names::PROGRAM_DECAP)?];

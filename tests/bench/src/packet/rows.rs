@@ -23,6 +23,8 @@ pub enum Subject {
     Plain,
     /// An encapsulated packet to the decap program: the inner family, GUE or not.
     Decap(Family, bool),
+    /// A packet with a second chance, for a flow that the worker has no socket for: it goes on to the next.
+    Chance(Family),
 }
 
 /// A row.
@@ -71,7 +73,7 @@ const SIXTEEN_MILLION: u32 = 1 << 24;
 /// Numbers of flows with their names.
 const FLOWS: [(u32, &str); 3] = [(ONE, "1"), (MILLION, "1M"), (SIXTEEN_MILLION, "16M")];
 /// Forwarding modes with their names.
-const MODES: [(u8, &str); 2] = [(mode::IPIP, "ipip"), (mode::GUE, "gue")];
+const MODES: [(u8, &str); 3] = [(mode::IPIP, "ipip"), (mode::GUE, "gue"), (mode::L2, "l2")];
 
 /// Flow tables with room for a million flows and as many again.
 const ROOMY: u32 = 2 * MILLION;
@@ -81,7 +83,9 @@ pub fn all() -> Vec<Row> {
     let mut rows = plain();
     rows.extend(stable());
     rows.extend(by_load());
+    rows.extend(nat());
     rows.extend(mixed());
+    rows.extend(echo());
     rows.extend(not_ours());
     rows.extend(decap());
     rows.extend(tracked_udp());
@@ -165,6 +169,47 @@ fn by_load() -> Vec<Row> {
     rows
 }
 
+/// Translated: every packet finds its flow's binding, which the first rounds have made. (16 M bindings would take 5 GB.)
+fn nat() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for family in Family::ALL {
+        for kind in [Kind::Established, Kind::Syn, Kind::Udp] {
+            for (flows, flows_name) in [(ONE, "1"), (MILLION, "1M")] {
+                let spec = ServiceSpec { flags: flags::NAT, ..ServiceSpec::new(family, mode::NAT) };
+                let spec = if kind == Kind::Udp { spec.udp() } else { spec };
+                // All kinds of a family share its bindings' map, by service.
+                let tables = Tables { nat_flows: 4 * MILLION, copy: family as u32, ..Tables::DEFAULT };
+                rows.push(Row {
+                    section: "Translated",
+                    name: format!("{}/{}/nat/{flows_name}", family.label(), kind.label()),
+                    tables,
+                    subject: Subject::Service(spec, kind),
+                    flows,
+                    prime: flows,
+                    growth: None,
+                });
+            }
+        }
+    }
+    rows
+}
+
+/// Answered by a stage of its own.
+fn echo() -> Vec<Row> {
+    Family::ALL
+        .into_iter()
+        .map(|family| Row {
+            section: "ICMP",
+            name: format!("{}/icmp-echo/1", family.label()),
+            tables: Tables::DEFAULT,
+            subject: Subject::Service(ServiceSpec::new(family, mode::L2), Kind::Echo),
+            flows: ONE,
+            prime: 0,
+            growth: None,
+        })
+        .collect()
+}
+
 /// Outer header of the other family.
 fn mixed() -> Vec<Row> {
     let others = [(Family::V4, Family::V6), (Family::V6, Family::V4)];
@@ -216,6 +261,15 @@ fn decap() -> Vec<Row> {
                 growth: None,
             });
         }
+        rows.push(Row {
+            section: "Decapsulation on the worker",
+            name: format!("{}/decap/gue-sent-on/1", family.label()),
+            tables: Tables::DEFAULT,
+            subject: Subject::Chance(family),
+            flows: ONE,
+            prime: 0,
+            growth: None,
+        });
     }
     rows
 }

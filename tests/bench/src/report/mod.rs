@@ -28,6 +28,15 @@ pub struct Options {
     /// Everything, coarsely, in under two minutes.
     #[arg(long)]
     pub quick: bool,
+    /// Samples of each packet row, instead of the usual number.
+    #[arg(long)]
+    pub samples: Option<usize>,
+    /// Packets of each sample, likewise.
+    #[arg(long)]
+    pub packets: Option<u32>,
+    /// Rounds of each load side by side, likewise.
+    #[arg(long)]
+    pub rounds: Option<usize>,
     /// Show what changed since this report.
     #[arg(long, value_name = "JSON")]
     pub compare: Option<PathBuf>,
@@ -72,7 +81,7 @@ pub struct Whole {
 pub fn run(options: &Options) -> Result<()> {
     let other = options.compare.as_deref().map(read).transpose()?;
     fs::create_dir_all(&options.out).with_context(|| format!("create {}", options.out.display()))?;
-    let whole = measure(options.quick)?;
+    let whole = measure(options)?;
     let json = serde_json::to_string_pretty(&whole)?;
     write(&options.out.join("report.json"), &json)?;
     let charts = draw(&whole, &options.out)?;
@@ -110,15 +119,25 @@ fn read(path: &Path) -> Result<Whole> {
         .with_context(|| format!("{} is no report of this version of the bench", path.display()))
 }
 
-fn measure(quick: bool) -> Result<Whole> {
+fn measure(options: &Options) -> Result<Whole> {
+    let quick = options.quick;
     let taken_at = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
     // The control plane first: its daemons would otherwise run on the processor that packets pin.
     eprintln!("control plane …");
     let control = control::measure_all(&control::Options { quick, ..Default::default() })?;
     eprintln!("side by side …");
-    let side_by_side = sidebyside::measure_all(&sidebyside::Options { quick, ..Default::default() })?;
+    let side_by_side = sidebyside::measure_all(&sidebyside::Options {
+        quick,
+        rounds: options.rounds,
+        ..Default::default()
+    })?;
     eprintln!("packets …");
-    let packet = packet::measure_all(&packet::Options { quick, ..Default::default() })?;
+    let packet = packet::measure_all(&packet::Options {
+        quick,
+        samples: options.samples,
+        packets: options.packets,
+        ..Default::default()
+    })?;
     let mut claims = claims::packet(&packet);
     claims.extend(claims::control(&control));
     claims.extend(claims::side_by_side(&side_by_side));

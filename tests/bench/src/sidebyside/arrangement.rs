@@ -34,12 +34,25 @@ pub enum Kind {
     Ipip,
     /// Ours, gue.
     Gue,
+    /// Ours, l2.
+    L2,
+    /// Ours, nat: workers run nothing of ours, and answers come back through the ingress host.
+    Nat,
 }
 
 impl Kind {
     /// All, the yardstick first.
-    pub const ALL: [Self; 7] =
-        [Self::Direct, Self::DirectXdp, Self::Haproxy, Self::Nginx, Self::Nftables, Self::Ipip, Self::Gue];
+    pub const ALL: [Self; 9] = [
+        Self::Direct,
+        Self::DirectXdp,
+        Self::Haproxy,
+        Self::Nginx,
+        Self::Nftables,
+        Self::Ipip,
+        Self::Gue,
+        Self::L2,
+        Self::Nat,
+    ];
 
     /// As in a row's name.
     pub fn label(self) -> &'static str {
@@ -51,6 +64,8 @@ impl Kind {
             Self::Nftables => "nftables",
             Self::Ipip => "ours-ipip",
             Self::Gue => "ours-gue",
+            Self::L2 => "ours-l2",
+            Self::Nat => "ours-nat",
         }
     }
 
@@ -64,6 +79,8 @@ impl Kind {
         match self {
             Self::Ipip => Some("ipip"),
             Self::Gue => Some("gue"),
+            Self::L2 => Some("l2"),
+            Self::Nat => Some("nat"),
             _ => None,
         }
     }
@@ -133,7 +150,7 @@ impl Arrangement {
             Kind::Haproxy => arrangement.haproxy()?,
             Kind::Nginx => arrangement.nginx()?,
             Kind::Nftables => arrangement.nftables()?,
-            Kind::Ipip | Kind::Gue => arrangement.ours()?,
+            Kind::Ipip | Kind::Gue | Kind::L2 | Kind::Nat => arrangement.ours()?,
         }
         arrangement.check()?;
         Ok(arrangement)
@@ -294,14 +311,21 @@ impl Arrangement {
         let file = self.bed.path("services.toml");
         fs::write(&file, text).with_context(|| format!("write {}", file.display()))?;
         let vips = [web_vip().into(), bulk_vip().into()];
-        let workers = self.bed.workers.iter();
-        let workers = workers
-            .map(|worker| daemon::start_worker(&self.bed, worker, &vips, &[]))
-            .collect::<Result<Vec<_>>>()?;
-        let ingress = daemon::Ingress::start(&self.bed, &[])?;
+        let (mut workers, mut arguments) = (Vec::new(), Vec::new());
+        for worker in &self.bed.workers {
+            if self.kind == Kind::Nat {
+                // Answers come in there; and a virtual interface takes redirected frames only if a program is on it.
+                arguments.extend(["--iface", worker.name.as_str()]);
+                self.passing.push(program::attach_pass(&worker.namespace, "eth0")?);
+            } else {
+                workers.push(daemon::start_worker(&self.bed, worker, &vips, &[])?);
+            }
+        }
+        let ingress = daemon::Ingress::start(&self.bed, &arguments)?;
         ingress.lbctl()?.run(&["config", "apply", &file.display().to_string()])?;
         let namespaces = self.bed.workers.iter().map(|worker| &worker.namespace);
-        let programs = namespaces.chain([&self.bed.ingress]).map(program_of).collect::<Result<_>>()?;
+        let theirs = namespaces.filter(|_| self.kind != Kind::Nat);
+        let programs = theirs.chain([&self.bed.ingress]).map(program_of).collect::<Result<_>>()?;
         self.ours = Some(Ours { ingress, workers, programs });
         Ok(())
     }
