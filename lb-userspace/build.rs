@@ -37,7 +37,13 @@ fn main() {
         return;
     }
 
-    match bpf::find().and_then(|toolchain| toolchain.build(&workspace, &out_dir.join("bpf"))) {
+    let is_other = env::var_os("CARGO_FEATURE_OTHER_ABI").is_some();
+    let with_features =
+        |toolchain| bpf::Toolchain { features: if is_other { "bpf,other-abi" } else { "bpf" }, ..toolchain };
+    match bpf::find()
+        .map(with_features)
+        .and_then(|toolchain| toolchain.build(&workspace, &out_dir.join("bpf")))
+    {
         Ok((objects, warnings)) => {
             for warning in warnings {
                 println!("cargo::warning={warning}");

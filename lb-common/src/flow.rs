@@ -3,7 +3,11 @@
 use crate::{Address, Be16, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+#[cfg(feature = "other-abi")]
+pub use crate::other_abi::{Flow, FlowKey};
+
 /// A flow. The service stands for destination address and protocol.
+#[cfg(not(feature = "other-abi"))]
 #[repr(C)]
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -26,6 +30,7 @@ pub mod flags {
 }
 
 /// Where a flow goes.
+#[cfg(not(feature = "other-abi"))]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Flow {
@@ -37,6 +42,15 @@ pub struct Flow {
     pub created_s: u32,
     /// See [`flags`].
     pub flags: u32,
+}
+
+impl Flow {
+    /// A flow to `backend`; the rest as the fields of these names say.
+    #[inline(always)]
+    #[allow(clippy::needless_update, reason = "another layout has more fields")]
+    pub fn new(backend: u32, last_seen_s: u32, created_s: u32, flags: u32) -> Self {
+        Self { backend, last_seen_s, created_s, flags, ..Self::default() }
+    }
 }
 
 /// Age in seconds beyond which a SYN choice is no longer repeated. Longer than a client's

@@ -37,8 +37,6 @@ layout! {
     Line: 64 / 8 { words @ 0 };
     Backend: 64 / 8 { address @ 0, source @ 16, next_hop @ 32, mtu @ 38, egress_mac @ 40, vlan @ 46,
         ifindex @ 48, flags @ 52, mode @ 56, source_bits @ 57, port @ 58, service @ 60 };
-    FlowKey: 24 / 4 { source @ 0, source_port @ 16, port @ 18, service @ 20 };
-    Flow: 16 / 4 { backend @ 0, last_seen_s @ 4, created_s @ 8, flags @ 12 };
     FragmentKey: 40 / 4 { source @ 0, destination @ 16, id @ 32, protocol @ 36 };
     Fragment: 64 / 8 { hash @ 0, backend @ 8, service @ 12, seen_s @ 16, flags @ 20, count @ 24, parts @ 32 };
     QuicConfig: 180 / 4 { server_id_len @ 0, nonce_len @ 1, keyed @ 2, keys @ 4 };
@@ -49,10 +47,16 @@ layout! {
     IngressSettings: 24 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
         nat_first @ 20, nat_last @ 22 };
     LastHop: 24 / 4 { macs @ 0, tags @ 12, ifindex @ 20 };
-    Nat: 76 / 4 { source @ 0, worker @ 16, source_port @ 32, port @ 34, backend @ 36, created_s @ 40,
-        last_seen_s @ 44, flags @ 48, hop @ 52 };
     ReplyKey: 40 / 4 { worker @ 0, source @ 16, port @ 32, source_port @ 34, protocol @ 36 };
-    Reply: 72 / 4 { flow @ 0, vip @ 24, hop @ 40, last_seen_s @ 64, flags @ 68 };
     Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };
     DecapSettings: 8 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7 };
+}
+
+#[cfg(not(feature = "other-abi"))]
+layout! {
+    FlowKey: 24 / 4 { source @ 0, source_port @ 16, port @ 18, service @ 20 };
+    Flow: 16 / 4 { backend @ 0, last_seen_s @ 4, created_s @ 8, flags @ 12 };
+    Nat: 76 / 4 { source @ 0, worker @ 16, source_port @ 32, port @ 34, backend @ 36, created_s @ 40,
+        last_seen_s @ 44, flags @ 48, hop @ 52 };
+    Reply: 72 / 4 { flow @ 0, vip @ 24, hop @ 40, last_seen_s @ 64, flags @ 68 };
 }

@@ -5,8 +5,10 @@
 //! (`layout` asserts it at compile time). Called by `lb-ebpf` (kernel side, and natively in tests)
 //! and by `lb-userspace` (which writes the maps).
 #![no_std]
+#![cfg_attr(feature = "other-abi", allow(unused_imports, reason = "for the types left out"))]
 
 pub mod backend;
+pub mod describe;
 pub mod exact;
 pub mod flow;
 pub mod fragment;
@@ -15,6 +17,8 @@ pub mod limits;
 pub mod load;
 pub mod names;
 pub mod nat;
+#[cfg(feature = "other-abi")]
+mod other_abi;
 pub mod quic;
 pub mod reason;
 pub mod reply;
@@ -33,8 +37,10 @@ pub use slot::Slot;
 pub use stats::BackendStats;
 
 /// Version of everything in this crate that a loaded program and a daemon must agree on.
-/// Raise it with any change of a map's key, value, flags or meaning.
-pub const ABI_VERSION: u32 = 2;
+/// Raise it with any change of a map's key, value, flags or meaning. Other versions read flows by [`describe`]: a
+/// field whose meaning changes gets another name.
+pub const ABI_VERSION: u32 = if cfg!(feature = "other-abi") { VERSION + 1_000 } else { VERSION };
+const VERSION: u32 = 3;
 
 /// An address as the dataplane keeps it: IPv6 in network order, IPv4 as `::ffff:a.b.c.d` (RFC 4291).
 pub type Address = [u8; 16];

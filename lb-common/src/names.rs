@@ -63,6 +63,20 @@ pub const REPLY_HOPS: &str = "REPLY_HOPS";
 
 /// `PROG_ARRAY`: programs that are reached by tail call, by the indices of [`stage`]. Each object has its own.
 pub const STAGES: &str = "STAGES";
+/// `PROG_ARRAY`: users' programs before and after ours, and ours for those before ([`stage::BEFORE`],
+/// [`stage::AFTER`], [`stage::INGRESS`]). One for all ABI versions, because users' programs hold on to it; pinned
+/// under the name that [`SHARED`] gives.
+pub const CHAIN: &str = "CHAIN";
+/// `ARRAY<u32>`, one entry: whether the program at [`stage::PREDECESSOR`] is asked about flows that no table knows.
+pub const TAKEOVER: &str = "TAKEOVER";
+/// `ARRAY<[u8; LAYOUT_LEN]>`, one entry: what map types look like ([`crate::describe`]), as JSON ended by zeros. Never
+/// changes its own form.
+pub const LAYOUT: &str = "LAYOUT";
+/// Bytes of [`LAYOUT`]'s entry.
+pub const LAYOUT_LEN: usize = 16_384;
+
+/// Maps that all ABI versions share, and the names of their pins.
+pub const SHARED: [(&str, &str); 1] = [(CHAIN, "STAGES")];
 
 /// Indices of [`STAGES`]: what an ingress host does rarely, or at length, is a program of its own, so that the
 /// common way stays short.
@@ -85,6 +99,8 @@ pub mod stage {
     pub const NAT_BIND: u32 = 7;
     /// Full address translation: ICMP errors.
     pub const NAT_ERROR: u32 = 8;
+    /// The program of the ABI version before, while its flows are taken over.
+    pub const PREDECESSOR: u32 = 15;
     /// Places in the map.
     pub const COUNT: u32 = 16;
 
@@ -109,7 +125,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 20] = [
+pub const INGRESS_MAPS: [&str; 22] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -129,6 +145,8 @@ pub const INGRESS_MAPS: [&str; 20] = [
     REASONS,
     EGRESS,
     STAGES,
+    TAKEOVER,
+    LAYOUT,
     ABI,
 ];
 /// Maps of the decap program that are pinned.

@@ -21,7 +21,11 @@ pub struct LastHop {
     pub ifindex: u32,
 }
 
+#[cfg(feature = "other-abi")]
+pub use crate::other_abi::{Nat, Reply};
+
 /// What becomes of a client's packets.
+#[cfg(not(feature = "other-abi"))]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Nat {
@@ -64,6 +68,7 @@ pub struct ReplyKey {
 }
 
 /// What becomes of a worker's packets.
+#[cfg(not(feature = "other-abi"))]
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Reply {

@@ -146,6 +146,8 @@ reasons! {
     FlowPromoted = "flow_promoted", Note;
     /// Backend of a tracked flow is gone; placed as if unknown
     FlowStale = "flow_stale", Note;
+    /// Flow known to the program of another ABI version only, which lbd is taking over from; handed to that program
+    TakenOver = "taken_over", Note;
 
     /// Worker: decapsulated from ipip and delivered
     DecapIpip = "decap_ipip", Note;

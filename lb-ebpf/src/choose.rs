@@ -281,6 +281,8 @@ fn choose_established<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey)
             return found(known.backend, Why::Tracked);
         }
         tables.count(Reason::FlowStale);
+    } else if tables.is_taking_over() {
+        return Err(Reason::TakenOver);
     }
     let backend = previous(tables, view, headers, slot);
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
@@ -313,6 +315,8 @@ fn choose_udp<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
             return Ok(Choice { backend: known.backend, is_new: false, why });
         }
         tables.count(Reason::FlowStale);
+    } else if tables.is_taking_over() {
+        return Err(Reason::TakenOver);
     }
     let choice = packet.place(tables, now_s)?;
     record(tables, FlowTable::UdpFlows, key, choice.backend, now_s, 0);
@@ -329,13 +333,13 @@ fn record<T: Tables>(
     now_s: u32,
     flags: u32,
 ) -> bool {
-    write(tables, table, key, &Flow { backend, last_seen_s: now_s, created_s: now_s, flags })
+    write(tables, table, key, &Flow::new(backend, now_s, now_s, flags))
 }
 
 /// Notes where a SYN went, and its sequence number.
 #[inline(always)]
 fn record_syn<T: Tables>(tables: &T, headers: &Headers, key: &FlowKey, backend: u32, now_s: u32) -> bool {
-    let flow = Flow { backend, last_seen_s: now_s, created_s: headers.sequence, flags: 0 };
+    let flow = Flow::new(backend, now_s, headers.sequence, 0);
     write(tables, FlowTable::Syns, key, &flow)
 }
 

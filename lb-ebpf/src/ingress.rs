@@ -79,7 +79,9 @@ pub fn process<F: Frame + Fib, T: Tables>(
 #[inline(always)]
 pub fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
     tables.count(reason);
-    (Verdict::of(reason), Outcome::Not(reason))
+    let verdict =
+        if reason == Reason::TakenOver { Verdict::Stage(stage::PREDECESSOR) } else { Verdict::of(reason) };
+    (verdict, Outcome::Not(reason))
 }
 
 /// The end of a packet's way in a stage after which there is none.

@@ -77,6 +77,11 @@ pub trait Tables {
     {
         crate::chain::others_of(self, service, view, number, chosen)
     }
+    /// Whether the program of another ABI version still knows flows that these tables do not.
+    #[inline(always)]
+    fn is_taking_over(&self) -> bool {
+        false
+    }
     /// Load of a backend: its last report, and what was placed since. An index without an entry has none.
     fn load(&self, backend: u32, now_s: u32) -> u32;
     /// Adds the cost of a flow to a backend's load.

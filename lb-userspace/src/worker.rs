@@ -82,6 +82,9 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
     let mut decap = tokio::task::spawn_blocking(move || DecapDataplane::attach(&options)).await??;
     decap.set_addresses(&addresses.iter().map(to_address).collect())?;
     decap.set_vips(&args.vip.iter().map(to_address).collect())?;
+    if let Some(from) = decap.take_over()? {
+        tracing::info!(from, to = lb_common::ABI_VERSION, "taken over from another ABI version");
+    }
     for i in &decap.interfaces {
         tracing::info!(interface = i.name, mode = i.mode, adopted = decap.adopted, "attached");
     }

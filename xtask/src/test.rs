@@ -60,8 +60,13 @@ enum Suite {
 const CRATES: [&str; 4] = ["lb-common", "lb-ebpf", "lb-userspace", "xtask"];
 
 /// Skips that CI lets pass, by the name that the test gives, each with why.
-const EXPECTED_SKIPS: [(&str, &str); 1] =
-    [("no-tcx", "kernels before 6.6 cannot attach the program that tags the client's frames")];
+const EXPECTED_SKIPS: [(&str, &str); 2] = [
+    ("no-tcx", "kernels before 6.6 cannot attach the program that tags the client's frames"),
+    (
+        "no-previous-lbd",
+        "LB_PREVIOUS_LBD names an lbd built from an earlier commit, where someone wants that tested",
+    ),
+];
 
 /// Cases for each property; proptest's own default, 256, is what unit runs use.
 const PROPERTY_CASES: u32 = 500;
@@ -320,7 +325,15 @@ impl Suite {
                 run_as_root(&mut command);
                 let mut build = cargo(&["build", "--package", "lb-userspace", "--bins"]);
                 build.args(profile);
-                vec![build, command]
+                let mut commands = vec![build, command];
+                if self == Self::Fault {
+                    // What upgrades go to and come from.
+                    let other = ["--features", "other-abi", "--bin", "lbd-other-abi"];
+                    let mut build = cargo(&["build", "--package", "lb-userspace"]);
+                    build.args(other).args(profile);
+                    commands.insert(0, build);
+                }
+                commands
             }
             Self::Inference => inference_commands()?,
         })

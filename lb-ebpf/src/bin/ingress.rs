@@ -19,7 +19,7 @@ use lb_common::{
     ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     limits, load,
-    names::stage,
+    names::{LAYOUT_LEN, stage},
     quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
     slot::{LINE, Line},
@@ -97,6 +97,12 @@ static ICMP_BUDGET: PerCpuArray<IcmpBudget> = PerCpuArray::with_max_entries(1, 0
 static EGRESS: DevMapHash = DevMapHash::with_max_entries(limits::EGRESS, 0);
 #[map]
 static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
+#[map]
+static CHAIN: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
+#[map]
+static TAKEOVER: Array<u32> = Array::with_max_entries(1, 0);
+#[map]
+static LAYOUT: Array<[u8; LAYOUT_LEN]> = Array::with_max_entries(1, 0);
 #[map]
 static ABI: Array<u32> = Array::with_max_entries(1, 0);
 
@@ -221,6 +227,12 @@ impl Tables for Maps {
     #[inline(always)]
     fn others(&self, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64 {
         others_in(service, view.slot_base, number, chosen)
+    }
+
+    #[inline(always)]
+    fn is_taking_over(&self) -> bool {
+        // SAFETY: the entry stays mapped during the run; lbd stores one aligned word.
+        TAKEOVER.get_ptr(0).is_some_and(|flag| unsafe { core::ptr::read_volatile(flag) } != 0)
     }
 
     #[inline(always)]
@@ -453,8 +465,8 @@ pub fn quic(ctx: XdpContext) -> u32 {
 pub fn root(ctx: XdpContext) -> u32 {
     // SAFETY: nothing in this frame needs to be dropped.
     unsafe {
-        STAGES.tail_call(&ctx, stage::BEFORE);
-        STAGES.tail_call(&ctx, stage::INGRESS);
+        CHAIN.tail_call(&ctx, stage::BEFORE);
+        CHAIN.tail_call(&ctx, stage::INGRESS);
     }
     Maps.count(Reason::StageMissing);
     xdp_action::XDP_PASS
@@ -520,7 +532,7 @@ fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
     match action(verdict, &EGRESS) {
         Ok(xdp_action::XDP_PASS) if SETTINGS.load().features & features::CHAIN != 0 => {
             // SAFETY: as above.
-            unsafe { STAGES.tail_call(ctx, stage::AFTER) };
+            unsafe { CHAIN.tail_call(ctx, stage::AFTER) };
             xdp_action::XDP_PASS
         }
         Ok(action) => action,

@@ -92,6 +92,10 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     let headers = &network.headers;
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
+    // A port that this packet takes may be one that the program before has given to its flow.
+    if tables.is_taking_over() && !headers.is_syn() {
+        return Err(Reason::TakenOver);
+    }
     if headers.protocol == TCP && !headers.is_syn() {
         tables.count(Reason::NatUnknown);
     }

@@ -186,7 +186,11 @@ fn go<F: Frame + Fib, T: NatTables>(
     let outcome = match lookup_service(tables, headers) {
         Ok((service, _)) => from_client(frame, tables, headers, service, way)?,
         // If it is no answer it is what it seemed to be.
-        Err(reason) => from_worker(frame, tables, headers, way)?.ok_or(reason)?,
+        Err(reason) => match from_worker(frame, tables, headers, way)? {
+            Some(outcome) => outcome,
+            None if tables.is_taking_over() => return Err(Reason::TakenOver.into()),
+            None => return Err(reason.into()),
+        },
     };
     if way.mtu != 0 && headers.ip_len > way.mtu {
         return Err(Refusal::TooBig(way.mtu));

@@ -125,8 +125,7 @@ impl Case {
         let (key, now_s) = (key(&packet), tables.now_s());
         for (table, backend, age_s, flags) in &self.before {
             let last_seen_s = now_s.wrapping_sub(*age_s);
-            let flow =
-                Flow { backend: *backend, last_seen_s, created_s: headers(&packet).sequence, flags: *flags };
+            let flow = Flow::new(*backend, last_seen_s, headers(&packet).sequence, *flags);
             assert!(tables.record(*table, &key, &flow));
         }
         if self.full {

@@ -324,6 +324,14 @@ impl Memory {
         self.retired.retain(|r| !live_indices.contains(&r.service));
     }
 
+    /// Takes indices from maps whose tables are not known: any flow may be an exception then.
+    pub fn adopt_indices(&mut self, live: &Plan, now_ms: i64) {
+        self.adopt(live, now_ms);
+        for service in self.services.values_mut() {
+            Arc::make_mut(service).exceptions = true;
+        }
+    }
+
     /// Moves all times by `by_ms`: the clock since boot starts anew at each boot.
     pub fn shift(&mut self, by_ms: i64) {
         for retired in &mut self.retired {

@@ -4,6 +4,7 @@
 //! or SIGINT; the dataplane goes on forwarding after it. Called by the binary.
 
 pub mod args;
+pub mod command;
 mod live;
 pub mod logging;
 mod nat_ports;
@@ -24,7 +25,7 @@ use crate::{
     clock,
     compile::{self, Past},
     config::{File, Options, Settings, SettingsError, export},
-    dataplane::{AttachOptions, Dataplane, Limits},
+    dataplane::{AttachOptions, Carried, Dataplane, Limits, Takeover},
     health::{Checker, prober},
     metrics,
     model::{Desired, Health},
@@ -89,6 +90,8 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         }
     }
     xdp_log::start(dataplane.bpf_mut(), settings.xdp_log_level);
+    let takeover = dataplane.takeover();
+    let home = dataplane.home.clone();
 
     let book = Checker::restore(&*local).await;
     let replicas = Watcher::restore(&*local).await;
@@ -124,7 +127,6 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         reconciler.recall(&history(&*store).await);
     }
     let reconciler = spawn_reconciler(reconciler, inbox)?;
-    start_sweeper(settings.pin_path.clone(), events.clone()).context("cannot start the sweeper")?;
     parts.add("saving the reconciler's memory", save_memory(kept.clone(), local.clone()));
     parts.add("next hops", forward(hops, events.clone(), Event::Paths));
 
@@ -173,6 +175,11 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
             other => other?,
         }
     }
+    if let Some(takeover) = takeover {
+        take_over(takeover).await?;
+    }
+    // Not before all flows are there: it tells which slots have none.
+    start_sweeper(home, events.clone()).context("cannot start the sweeper")?;
     let (stop_out, stopped) = watch::channel(false);
     parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
     if let Some(listener) = metrics {
@@ -211,6 +218,25 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         None => Ok(()),
         Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
     }
+}
+
+/// Lets our program run where another ABI version's does, now that the tables are written.
+async fn take_over(takeover: Takeover) -> anyhow::Result<()> {
+    let (from, to, began) = (takeover.abi(), lb_common::ABI_VERSION, std::time::Instant::now());
+    let carried = tokio::task::spawn_blocking(move || takeover.finish())
+        .await?
+        .with_context(|| format!("cannot take over from ABI version {from} with {to}"))?;
+    let Carried { entries, strangers, no_room, lost } = carried;
+    tracing::info!(from, to, ?entries, strangers, no_room, took = ?began.elapsed(), "taken over from another ABI version");
+    for (map, abi, what) in lost {
+        tracing::warn!(
+            map,
+            abi,
+            what,
+            "its flows are lost: they are placed as those of a host that comes anew"
+        );
+    }
+    Ok(())
 }
 
 /// Opens what belongs to this host, and the store.

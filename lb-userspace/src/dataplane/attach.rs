@@ -1,37 +1,27 @@
 //! Loads a program with its maps pinned, and attaches it to interfaces by pinned links.
 //!
 //! Pins outlive the daemon: forwarding goes on without it. A new daemon reuses the maps and replaces
-//! the program under each link in one step (`BPF_LINK_UPDATE`), so that no packet meets no program.
+//! the program under each link in one step (`BPF_LINK_UPDATE`), so that no packet meets no program. Where objects of
+//! another ABI version run, it loads its own beside them, and a [`Takeover`] does the rest once the tables are written.
 
-use super::{DataplaneError, stages};
+use super::{
+    DataplaneError,
+    layout::{Layout, write_own},
+    links::{self, Interface, Link},
+    pins::{self, Home},
+    stages,
+    takeover::{Predecessor, Takeover},
+};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, Map, MapData, MapError},
-    programs::{
-        ProgramError, Xdp, XdpMode,
-        links::{FdLink, PinnedLink},
-        xdp::{XdpLink, XdpLinkId},
-    },
+    programs::{ProgramError, ProgramFd, Xdp},
 };
 use lb_common::{ABI_VERSION, names};
-use serde::Serialize;
 use std::{
-    collections::BTreeSet,
     fs, io,
-    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
 };
-
-/// An interface that the program runs on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Interface {
-    /// Name.
-    pub name: String,
-    /// Index.
-    pub ifindex: u32,
-    /// `driver` or `generic`.
-    pub mode: &'static str,
-}
 
 /// What to load, and where to attach it.
 pub struct Request<'a> {
@@ -41,8 +31,14 @@ pub struct Request<'a> {
     pub program: &'static str,
     /// Programs that it jumps to, and their places in `STAGES`.
     pub stages: &'a [(&'static str, u32)],
+    /// The program that users' programs before it jump to.
+    pub chained: Option<&'static str>,
     /// Maps to pin.
     pub maps: &'a [&'static str],
+    /// Maps that all ABI versions share, and names of their pins.
+    pub shared: &'a [(&'static str, &'static str)],
+    /// Whether flows stand in its maps, which are to outlive a change of the ABI version.
+    pub has_flows: bool,
     /// Map sizes that differ from the object's.
     pub sizes: &'a [(&'static str, u32)],
     /// The settings global, as bytes.
@@ -61,10 +57,14 @@ pub struct Request<'a> {
 pub struct Attached {
     /// The loaded object.
     pub bpf: Ebpf,
-    /// Where it runs.
+    /// Where it runs, or will once the other ABI version's flows are taken over.
     pub interfaces: Vec<Interface>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
+    /// Where its maps are pinned.
+    pub home: PathBuf,
+    /// What is left to do when the tables are written.
+    pub takeover: Option<Takeover>,
     /// Keeps other daemons out while it lives.
     pub lock: fs::File,
 }
@@ -74,118 +74,142 @@ pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
     if request.object.is_empty() {
         return Err(DataplaneError::NoPrograms);
     }
-    let indices = request.interfaces.iter().map(|name| index_of(name)).collect::<Result<Vec<_>, _>>()?;
-    make_directory(request.pin_path)?;
-    let lock = lock(request.pin_path)?;
-    let adopted = check_abi(request)?;
-    let bpf = match load(request) {
-        Ok(bpf) => bpf,
+    let indices =
+        request.interfaces.iter().map(|name| links::index_of(name)).collect::<Result<Vec<_>, _>>()?;
+    let is_new = pins::make_directory(request.pin_path)?;
+    let lock = pins::lock(request.pin_path)?;
+    let result = attach_locked(request, &indices, lock);
+    if is_new && result.is_err() {
+        // A first start that is refused leaves nothing behind; what it did not make is not empty.
+        let _ = fs::remove_dir(request.pin_path);
+    }
+    result
+}
+
+fn attach_locked(request: &Request<'_>, indices: &[u32], lock: fs::File) -> Result<Attached, DataplaneError> {
+    let home = Home::ours(request.pin_path);
+    let (adopted, others) = look_around(request, &home)?;
+    // Before anything is made: what cannot be read is left alone.
+    let predecessors = others.iter().map(|other| open(request, other)).collect::<Result<Vec<_>, _>>()?;
+    let result = load_beside(request, indices, &home, adopted, predecessors);
+    match result {
+        Ok((bpf, interfaces, takeover)) => {
+            Ok(Attached { bpf, interfaces, adopted, home: home.path, takeover, lock })
+        }
         Err(error) => {
-            if !adopted {
-                remove_pins(request.pin_path)?;
+            // A first start that failed leaves nothing behind; what ran before stays as it was.
+            if !adopted && others.is_empty() {
+                pins::remove_all(request.pin_path)?;
+            } else if !adopted {
+                home.remove()?;
             }
-            return Err(error);
+            Err(error)
         }
+    }
+}
+
+/// Whether there are objects of this ABI version to go on with, and those of others whose work is to be taken over.
+/// What starts left behind that did not finish is removed.
+fn look_around(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), DataplaneError> {
+    let mut others = Home::others(request.pin_path)?;
+    if !home.exists() && others.iter().any(|other| other.abi == 0) {
+        pins::remove_all(request.pin_path)?;
+        others.clear();
+    }
+    let running = links::programs(request.pin_path)?;
+    let runs = |home: &Home| !home.programs().is_disjoint(&running);
+    let is_done = home.exists() && home.marker()? == Some(ABI_VERSION);
+    let adopted = home.exists() && (runs(home) || (is_done && others.is_empty()));
+    if !adopted {
+        home.remove()?;
+    } else if is_done && !others.iter().any(runs) {
+        // Their flows have been taken over; only their removal was cut short.
+        others.drain(..).try_for_each(|other| other.remove())?;
+    }
+    // The one that runs is the last to be asked: its word counts.
+    others.sort_by_key(|other| (runs(other), other.abi));
+    Ok((adopted, others))
+}
+
+/// Opens another version's objects as far as they are needed.
+fn open(request: &Request<'_>, other: &Home) -> Result<Predecessor, DataplaneError> {
+    if !request.has_flows {
+        return Ok(Predecessor::without_flows(other.clone()));
+    }
+    let layout = Layout::read(other).map_err(|what| DataplaneError::Abi {
+        path: request.pin_path.to_owned(),
+        pinned: other.abi,
+        ours: ABI_VERSION,
+        what,
+    })?;
+    Ok(Predecessor::new(other.clone(), layout))
+}
+
+type Loaded = (Ebpf, Vec<Interface>, Option<Takeover>);
+
+fn load_beside(
+    request: &Request<'_>,
+    indices: &[u32],
+    home: &Home,
+    adopted: bool,
+    predecessors: Vec<Predecessor>,
+) -> Result<Loaded, DataplaneError> {
+    home.create()?;
+    let mut bpf = load(request, home)?;
+    if request.has_flows {
+        write_own(&mut bpf)?;
+    }
+    let found: Vec<Option<Link>> = request
+        .interfaces
+        .iter()
+        .zip(indices)
+        .map(|(name, ifindex)| links::find(request.pin_path, name, *ifindex))
+        .collect::<Result<_, _>>()?;
+    pin_programs(request, &bpf, home, adopted)?;
+    let waits = !predecessors.is_empty();
+    if !waits {
+        stages::chain(&mut bpf, request.chained)?;
+    }
+    let (mut interfaces, mut pending) = (Vec::new(), Vec::new());
+    for ((name, ifindex), link) in request.interfaces.iter().zip(indices).zip(found) {
+        interfaces.push(match link {
+            Some(link) if waits => {
+                let interface = link.interface.clone();
+                pending.push(link);
+                interface
+            }
+            Some(link) => {
+                // The program changes under the link in one step; the old one runs until then.
+                link.update(&program_fd(&bpf, request.program)?)?;
+                link.interface
+            }
+            None => {
+                let program = program_mut(&mut bpf, request.program);
+                links::attach(request.pin_path, program, name, *ifindex, request.allow_generic)?
+            }
+        });
+    }
+    let mut takeover = Takeover {
+        pin_path: request.pin_path.to_owned(),
+        home: home.clone(),
+        predecessors,
+        interfaces: request.interfaces.to_vec(),
+        links: pending,
+        programs: programs_of(request),
+        program: program_fd(&bpf, request.program)?,
+        chained: request.chained.map(|name| program_fd(&bpf, name)).transpose()?,
+        shared: request.shared.iter().map(|(_, pin)| request.pin_path.join(pin)).collect(),
+        has_flows: request.has_flows,
+        is_fresh: !adopted,
     };
-    let mut attached = Attached { bpf, interfaces: Vec::new(), adopted, lock };
-    if let Err(error) = attach_all(request, &indices, &mut attached) {
-        // A first start that failed leaves nothing behind; an adopted dataplane stays as it was.
-        if !adopted {
-            remove_pins(request.pin_path)?;
-        }
-        return Err(error);
+    if waits {
+        return Ok((bpf, interfaces, Some(takeover)));
     }
-    Ok(attached)
+    takeover.settle()?;
+    Ok((bpf, interfaces, None))
 }
 
-fn attach_all(request: &Request<'_>, indices: &[u32], attached: &mut Attached) -> Result<(), DataplaneError> {
-    for (name, ifindex) in request.interfaces.iter().zip(indices) {
-        let interface = attach_one(request, &mut attached.bpf, name, *ifindex)?;
-        attached.interfaces.push(interface);
-    }
-    drop_other_links(request.pin_path, request.interfaces)?;
-    pin_program(request, &attached.bpf)?;
-    set_abi(&mut attached.bpf)
-}
-
-/// Index of an interface.
-fn index_of(name: &str) -> Result<u32, DataplaneError> {
-    nix::net::if_::if_nametoindex(name).map_err(|_| {
-        let mut present: Vec<String> = fs::read_dir("/sys/class/net")
-            .map(|dir| dir.filter_map(|e| Some(e.ok()?.file_name().to_string_lossy().into_owned())).collect())
-            .unwrap_or_default();
-        present.sort();
-        DataplaneError::NoInterface { interface: name.to_owned(), present: present.join(", ") }
-    })
-}
-
-fn make_directory(path: &Path) -> Result<(), DataplaneError> {
-    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
-    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-    let magic = nix::sys::statfs::statfs(existing).map(|s| s.filesystem_type().0);
-    if magic != Ok(BPF_FS_MAGIC) {
-        return Err(DataplaneError::NoBpffs { path: path.to_owned() });
-    }
-    match fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
-        Ok(()) => Ok(()),
-        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
-            Err(DataplaneError::Denied { what: "create the pin directory" })
-        }
-        Err(source) => Err(DataplaneError::Pin { what: "cannot create", path: path.to_owned(), source }),
-    }
-}
-
-/// Takes the lock that belongs to a pin directory. A BPF filesystem holds no ordinary files, but
-/// its directories can be locked. The pid for the message is found by the kernel's list of locks.
-fn lock(path: &Path) -> Result<fs::File, DataplaneError> {
-    let pin = |source| DataplaneError::Pin { what: "cannot lock", path: path.to_owned(), source };
-    let file = fs::File::open(path).map_err(pin)?;
-    // SAFETY: a valid descriptor.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
-        return Ok(file);
-    }
-    let error = io::Error::last_os_error();
-    if error.raw_os_error() != Some(libc::EWOULDBLOCK) {
-        return Err(pin(error));
-    }
-    use std::os::unix::fs::MetadataExt;
-    let inode = file.metadata().map(|m| m.ino()).unwrap_or_default();
-    let pid = fs::read_to_string("/proc/locks").ok().and_then(|locks| {
-        let line = locks.lines().find(|l| l.contains("FLOCK") && l.contains(&format!(":{inode} ")))?;
-        line.split_whitespace().nth(4).map(str::to_owned)
-    });
-    Err(DataplaneError::Locked { path: path.to_owned(), pid: pid.unwrap_or_else(|| "unknown".to_owned()) })
-}
-
-/// Whether there are pins to take over; an error if they are of another ABI. Pins of a start that
-/// did not finish (no ABI written yet) are removed.
-fn check_abi(request: &Request<'_>) -> Result<bool, DataplaneError> {
-    let path = request.pin_path.join(names::ABI);
-    if !path.exists() {
-        remove_pins(request.pin_path)?;
-        return Ok(false);
-    }
-    let map = |source| DataplaneError::Map { map: names::ABI, source };
-    let abi: Array<MapData, u32> =
-        Array::try_from(Map::Array(MapData::from_pin(&path).map_err(map)?)).map_err(map)?;
-    match abi.get(&0, 0).map_err(map)? {
-        0 => {
-            remove_pins(request.pin_path)?;
-            Ok(false)
-        }
-        ABI_VERSION => Ok(true),
-        pinned => Err(DataplaneError::Abi { path: request.pin_path.to_owned(), pinned, ours: ABI_VERSION }),
-    }
-}
-
-fn set_abi(bpf: &mut Ebpf) -> Result<(), DataplaneError> {
-    let map = |source| DataplaneError::Map { map: names::ABI, source };
-    let abi = bpf.map_mut(names::ABI).expect("both objects have it");
-    let mut abi: Array<&mut MapData, u32> = Array::try_from(abi).map_err(map)?;
-    abi.set(0, ABI_VERSION, 0).map_err(map)
-}
-
-fn load(request: &Request<'_>) -> Result<Ebpf, DataplaneError> {
+fn load(request: &Request<'_>, home: &Home) -> Result<Ebpf, DataplaneError> {
     let refuse = |source| DataplaneError::Load { program: request.program, source };
     let mut loader = EbpfLoader::new();
     loader.override_global(names::SETTINGS, request.settings, true).override_global(
@@ -197,13 +221,19 @@ fn load(request: &Request<'_>) -> Result<Ebpf, DataplaneError> {
         loader.map_max_entries(map, *size);
     }
     for map in request.maps {
-        loader.map_pin_path(map, request.pin_path.join(map));
+        loader.map_pin_path(map, home.path.join(map));
+    }
+    for (map, pin) in request.shared {
+        loader.map_pin_path(map, request.pin_path.join(pin));
     }
     let mut bpf =
         loader.load(request.object).map_err(|e| denied("create the maps", &e).unwrap_or(refuse(e.into())))?;
     let program = program_mut(&mut bpf, request.program);
     program.load().map_err(|source| refused(request.program, source))?;
     stages::fill(&mut bpf, request.stages)?;
+    if let Some(name) = request.chained {
+        stages::load(&mut bpf, name)?;
+    }
     Ok(bpf)
 }
 
@@ -230,245 +260,44 @@ pub fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> &'a mut Xdp {
     program.try_into().expect("it is an XDP program")
 }
 
-/// Modes, and their names in reports and in the names of pinned links.
-const MODES: [(XdpMode, &str); 2] = [(XdpMode::Driver, "driver"), (XdpMode::Skb, "generic")];
-
-/// Where an interface's link is pinned. A BPF filesystem has no dots in names.
-fn link_path(pin_path: &Path, interface: &str, mode: &str) -> PathBuf {
-    pin_path.join(format!("link-{mode}-{}", interface.replace('.', "-")))
+/// A handle of one that is loaded.
+fn program_fd(bpf: &Ebpf, name: &'static str) -> Result<ProgramFd, DataplaneError> {
+    let program = bpf.program(name).expect("the object was built with this program");
+    let program: &Xdp = program.try_into().expect("it is an XDP program");
+    let fd = program.fd().expect("loaded before").try_clone();
+    fd.map_err(|source| DataplaneError::Load { program: name, source: source.into() })
 }
 
-fn attach_one(
-    request: &Request<'_>,
-    bpf: &mut Ebpf,
-    name: &str,
-    ifindex: u32,
-) -> Result<Interface, DataplaneError> {
-    let program = program_mut(bpf, request.program);
-    let done = |mode| Ok(Interface { name: name.to_owned(), ifindex, mode });
-    for (_, mode) in MODES {
-        if let Some(link) = live_link(&link_path(request.pin_path, name, mode), ifindex)? {
-            // The program changes under the link in one step; the old one runs until then.
-            let id = program.attach_to_link(link).map_err(|e| attach_error(name, e))?;
-            // The pin keeps the link; our handle on it may go.
-            drop(program.take_link(id));
-            return done(mode);
+/// Programs to pin: that under the links, and the one that flows which another version takes over are asked of.
+fn programs_of(request: &Request<'_>) -> Vec<&'static str> {
+    let mut all = vec![request.program];
+    all.extend(request.chained);
+    all
+}
+
+/// Pins the programs, so that it can be told whose program runs under a link, and for tools. Where an earlier daemon's
+/// still runs, its pins stay until the links have changed ([`Takeover::settle`]).
+fn pin_programs(request: &Request<'_>, bpf: &Ebpf, home: &Home, adopted: bool) -> Result<(), DataplaneError> {
+    for name in programs_of(request) {
+        let path = home.path.join(format!("program-{name}"));
+        let path = if adopted { pins::next(&path) } else { path };
+        if path.exists() {
+            pins::remove(&path)?;
         }
-    }
-    for (flag, mode) in MODES {
-        match program.attach_to_if_index(ifindex, flag) {
-            Ok(id) => {
-                pin_link(program, id, &link_path(request.pin_path, name, mode), name)?;
-                return done(mode);
-            }
-            Err(e) if flag == XdpMode::Driver && request.allow_generic && is_unsupported(&e) => {}
-            Err(e) => return Err(attach_error(name, e)),
-        }
-    }
-    unreachable!("the last mode either attaches or is an error")
-}
-
-/// Whether the driver cannot do it, as against the request being wrong.
-fn is_unsupported(error: &ProgramError) -> bool {
-    matches!(errno(error), Some(libc::EOPNOTSUPP | libc::EINVAL))
-}
-
-/// The pinned link of an interface, if it is still attached to it.
-fn live_link(path: &Path, ifindex: u32) -> Result<Option<XdpLink>, DataplaneError> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let pinned = PinnedLink::from_pin(path).map_err(|e| DataplaneError::Pin {
-        what: "cannot open link",
-        path: path.to_owned(),
-        source: io::Error::other(e),
-    })?;
-    if attached_to(path) == Some(ifindex) {
-        // The interface that it was made for; FdLink → XdpLink cannot fail for an XDP link.
-        return Ok(XdpLink::try_from(FdLink::from(pinned)).ok());
-    }
-    // Left over from an interface that has gone.
-    pinned.unpin().map_err(|source| DataplaneError::Pin {
-        what: "cannot remove",
-        path: path.to_owned(),
-        source,
-    })?;
-    Ok(None)
-}
-
-/// The part of `struct bpf_link_info` that an XDP link fills in.
-#[repr(C)]
-#[derive(Default)]
-struct XdpLinkInfo {
-    kind: u32,
-    id: u32,
-    program: u32,
-    pad: u32,
-    ifindex: u32,
-    rest: [u32; 15],
-}
-
-/// Interface that a pinned link is attached to; None if it has gone.
-fn attached_to(path: &Path) -> Option<u32> {
-    const BPF_OBJ_GET: libc::c_long = 7;
-    const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
-    #[repr(C)]
-    struct Get {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
-    #[repr(C)]
-    struct Info {
-        fd: u32,
-        len: u32,
-        info: u64,
-    }
-    let c_path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).ok()?;
-    let get = Get { path: c_path.as_ptr() as u64, fd: 0, flags: 0 };
-    // SAFETY: a valid attribute of its size, with a path that lives until the call returns.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const get, size_of::<Get>()) };
-    let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0)?;
-    // SAFETY: the kernel has just given us this descriptor.
-    let fd = unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
-    let mut info = XdpLinkInfo::default();
-    let ask =
-        Info { fd: fd.as_raw_fd() as u32, len: size_of::<XdpLinkInfo>() as u32, info: &raw mut info as u64 };
-    // SAFETY: a valid attribute, with a buffer of the length that it names.
-    let answer =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET_INFO_BY_FD, &raw const ask, size_of::<Info>()) };
-    (answer == 0 && info.ifindex != 0).then_some(info.ifindex)
-}
-
-fn pin_link(program: &mut Xdp, id: XdpLinkId, path: &Path, interface: &str) -> Result<(), DataplaneError> {
-    let link = program.take_link(id).map_err(|e| attach_error(interface, e))?;
-    let link = FdLink::try_from(link).map_err(|_| DataplaneError::Attach {
-        interface: interface.to_owned(),
-        source: io::Error::other("this kernel has no XDP links (Linux 5.9 has)"),
-    })?;
-    link.pin(path).map(drop).map_err(|e| DataplaneError::Pin {
-        what: "cannot pin link",
-        path: path.to_owned(),
-        source: io::Error::other(e),
-    })
-}
-
-fn errno(error: &ProgramError) -> Option<i32> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(e) = cause {
-        if let Some(io) = e.downcast_ref::<io::Error>() {
-            return io.raw_os_error();
-        }
-        cause = e.source();
-    }
-    match error {
-        ProgramError::SyscallError(e) => e.io_error.raw_os_error(),
-        _ => None,
-    }
-}
-
-fn attach_error(interface: &str, error: ProgramError) -> DataplaneError {
-    let interface = interface.to_owned();
-    let code = errno(&error);
-    let source = code.map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error);
-    match code {
-        Some(libc::EPERM) => DataplaneError::Denied { what: "attach the program" },
-        Some(libc::EBUSY | libc::EEXIST) => DataplaneError::Busy { interface },
-        Some(libc::EOPNOTSUPP) => DataplaneError::NoDriverMode { interface, source },
-        _ => DataplaneError::Attach { interface, source },
-    }
-}
-
-/// Detaches from interfaces that are no longer wanted.
-fn drop_other_links(pin_path: &Path, interfaces: &[String]) -> Result<(), DataplaneError> {
-    let wanted: BTreeSet<PathBuf> =
-        interfaces.iter().flat_map(|i| MODES.map(|(_, mode)| link_path(pin_path, i, mode))).collect();
-    for path in pins(pin_path)? {
-        let is_link = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link-"));
-        if is_link && !wanted.contains(&path) {
-            remove(&path)?;
-        }
+        let pin = |source| DataplaneError::Pin { what: "cannot pin program", path: path.clone(), source };
+        super::sys::pin(&program_fd(bpf, name)?, &path).map_err(pin)?;
     }
     Ok(())
 }
 
-/// Pins the program, for tools; the links hold it anyway.
-fn pin_program(request: &Request<'_>, bpf: &Ebpf) -> Result<(), DataplaneError> {
-    let path = request.pin_path.join(format!("program-{}", request.program));
-    if path.exists() {
-        remove(&path)?;
-    }
-    let program = bpf.program(request.program).expect("loaded before");
-    let program: &Xdp = program.try_into().expect("it is an XDP program");
-    let fd = program.fd().expect("loaded before").try_clone().map_err(|e| DataplaneError::Pin {
-        what: "cannot pin program",
-        path: path.clone(),
-        source: e,
-    })?;
-    pin_fd(fd.as_fd_raw(), &path)
-}
-
-/// Shorthand, so that the import list stays short.
-trait AsFdRaw {
-    fn as_fd_raw(&self) -> i32;
-}
-
-impl<T: std::os::fd::AsFd> AsFdRaw for T {
-    fn as_fd_raw(&self) -> i32 {
-        self.as_fd().as_raw_fd()
-    }
-}
-
-fn pin_fd(fd: i32, path: &Path) -> Result<(), DataplaneError> {
-    const BPF_OBJ_PIN: libc::c_long = 6;
-    #[repr(C)]
-    struct Pin {
-        path: u64,
-        fd: u32,
-        flags: u32,
-    }
-    let error = |source| DataplaneError::Pin { what: "cannot pin program", path: path.to_owned(), source };
-    let c_path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| error(e.into()))?;
-    let attr = Pin { path: c_path.as_ptr() as u64, fd: fd as u32, flags: 0 };
-    // SAFETY: a valid attribute of its size, with a path that lives until the call returns.
-    match unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_PIN, &raw const attr, size_of::<Pin>()) } {
-        0 => Ok(()),
-        _ => Err(error(io::Error::last_os_error())),
-    }
-}
-
-fn pins(pin_path: &Path) -> Result<Vec<PathBuf>, DataplaneError> {
-    let error = |source| DataplaneError::Pin { what: "cannot list", path: pin_path.to_owned(), source };
-    fs::read_dir(pin_path).map_err(error)?.map(|e| e.map(|e| e.path()).map_err(error)).collect()
-}
-
-fn remove(path: &Path) -> Result<(), DataplaneError> {
-    fs::remove_file(path).map_err(|source| DataplaneError::Pin {
-        what: "cannot remove",
-        path: path.to_owned(),
-        source,
-    })
-}
-
-/// Removes all pins: links first, so that forwarding stops at once and not with maps half gone.
-pub fn remove_pins(pin_path: &Path) -> Result<(), DataplaneError> {
-    let mut all = pins(pin_path)?;
-    all.sort_by_key(|p| !p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link-")));
-    all.iter().try_for_each(|p| remove(p))
-}
-
-/// Detaches what is pinned in a directory and removes it; for `lbd detach`.
-pub fn detach(pin_path: &Path) -> Result<(), DataplaneError> {
-    if !pin_path.exists() {
-        return Ok(());
-    }
-    let _lock = lock(pin_path)?;
-    remove_pins(pin_path)?;
-    fs::remove_dir(pin_path).map_err(|source| DataplaneError::Pin {
-        what: "cannot remove",
-        path: pin_path.to_owned(),
-        source,
-    })
+/// Notes in `home` that its start is complete, and beside the links that it is the live one.
+pub fn set_abi(pin_path: &Path, home: &Home) -> Result<(), DataplaneError> {
+    let map = |source| DataplaneError::Map { map: names::ABI, source };
+    let data = MapData::from_pin(home.path.join(names::ABI)).map_err(map)?;
+    let mut abi: Array<MapData, u32> = Array::try_from(Map::Array(data)).map_err(map)?;
+    abi.set(0, ABI_VERSION, 0).map_err(map)?;
+    let data = MapData::from_pin(home.path.join(names::ABI)).map_err(map)?;
+    pins::replace(data.fd(), &pin_path.join(names::ABI))
 }
 
 /// Takes a map that the object is known to have.

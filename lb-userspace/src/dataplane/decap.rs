@@ -4,6 +4,7 @@ use super::{
     DataplaneError, Interface,
     attach::{self, Attached, Request, take},
     reader,
+    takeover::Takeover,
 };
 use aya::{
     Ebpf,
@@ -44,6 +45,7 @@ pub struct DecapDataplane {
     pub interfaces: Vec<Interface>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
+    takeover: Option<Takeover>,
     bpf: Ebpf,
     _lock: fs::File,
 }
@@ -51,11 +53,14 @@ pub struct DecapDataplane {
 impl DecapDataplane {
     /// Loads and attaches, or takes over what an earlier daemon left running.
     pub fn attach(options: &DecapOptions) -> Result<Self, DataplaneError> {
-        let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
+        let Attached { mut bpf, interfaces, adopted, takeover, lock, home: _ } = attach::attach(&Request {
             object: crate::objects::DECAP,
             program: names::PROGRAM_DECAP,
             stages: if options.cookies { &names::stage::DECAP_PROGRAMS } else { &[] },
+            chained: None,
             maps: &names::DECAP_MAPS,
+            shared: &[],
+            has_flows: false,
             sizes: &[],
             settings: options.settings.as_bytes(),
             log_level: options.log_level,
@@ -70,9 +75,19 @@ impl DecapDataplane {
             reply_hops: take(&mut bpf, names::REPLY_HOPS)?,
             interfaces,
             adopted,
+            takeover,
             bpf,
             _lock: lock,
         })
+    }
+
+    /// Lets our program run where another ABI version's does: its version, if there was one. To be called when the
+    /// maps are filled.
+    pub fn take_over(&mut self) -> Result<Option<u32>, DataplaneError> {
+        let Some(takeover) = self.takeover.take() else { return Ok(None) };
+        let abi = takeover.abi();
+        takeover.finish()?;
+        Ok(Some(abi))
     }
 
     /// Makes these the addresses at which encapsulated packets are accepted.

@@ -42,9 +42,12 @@ pub enum DataplaneError {
     NoBpffs { path: PathBuf },
     /// The pins are of another ABI.
     #[error(
-        "the pinned maps in {path} have ABI version {pinned}, this lbd has {ours}; it keeps forwarding as it is. Start the lbd that matches, or remove the pins with `lbd detach --pin-path {path}` (forwarding stops until lbd is started again)"
+        "the pinned maps in {path} have ABI version {pinned}, this lbd has {ours}, and cannot take over from them: {what}; they keep forwarding as they are. Start the lbd that matches, or remove the pins with `lbd detach --pin-path {path}` (forwarding stops until lbd is started again)"
     )]
-    Abi { path: PathBuf, pinned: u32, ours: u32 },
+    Abi { path: PathBuf, pinned: u32, ours: u32, what: String },
+    /// Our own maps are not what this lbd makes them.
+    #[error("the maps in {path} cannot be read: {what}; remove them with `lbd detach` and start again")]
+    Own { path: PathBuf, what: String },
     /// A map has another layout than expected.
     #[error(
         "map {map}: entries of {got} bytes, {want} expected; remove the pins with `lbd detach` and start again"

@@ -6,20 +6,29 @@
 mod attach;
 mod batch;
 mod bindings;
+mod carry;
 mod decap;
 mod error;
+mod layout;
+mod links;
 mod loads;
 mod mapped;
+mod pins;
 mod reader;
 mod slots;
 mod spared;
 mod stages;
+mod sys;
+mod takeover;
 
-pub use attach::{Interface, detach};
+pub use carry::Carried;
 pub use decap::{DecapDataplane, DecapOptions};
 pub use error::DataplaneError;
+pub use links::Interface;
 pub use loads::Loads;
+pub use pins::detach;
 pub use reader::{FLOW_TABLES, Reader, flow_map};
+pub use takeover::{Identity, Takeover};
 
 use attach::{Attached, Request, take};
 use aya::{
@@ -111,8 +120,12 @@ pub struct Dataplane {
     pub interfaces: Vec<Interface>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
+    /// Where the maps are pinned.
+    pub home: PathBuf,
     /// Sizes of the maps as they are; those asked for may differ where maps were taken over.
     pub limits: Limits,
+    identity: Option<Identity>,
+    takeover: Option<Takeover>,
     bpf: Ebpf,
     _lock: fs::File,
 }
@@ -139,15 +152,14 @@ impl Dataplane {
             (names::NAT_REPLIES, l.nat_flows),
         ];
         let is_chained = options.settings.features & features::CHAIN != 0;
-        let mut stages = names::stage::INGRESS_PROGRAMS.to_vec();
-        if is_chained {
-            stages.push((names::PROGRAM_INGRESS, names::stage::INGRESS));
-        }
-        let Attached { mut bpf, interfaces, adopted, lock } = attach::attach(&Request {
+        let Attached { mut bpf, interfaces, adopted, home, takeover, lock } = attach::attach(&Request {
             object: crate::objects::INGRESS,
             program: if is_chained { names::PROGRAM_ROOT } else { names::PROGRAM_INGRESS },
-            stages: &stages,
+            stages: &names::stage::INGRESS_PROGRAMS,
+            chained: is_chained.then_some(names::PROGRAM_INGRESS),
             maps: &names::INGRESS_MAPS,
+            shared: &names::SHARED,
+            has_flows: true,
             sizes: &sizes,
             settings: options.settings.as_bytes(),
             log_level: options.log_level,
@@ -155,7 +167,7 @@ impl Dataplane {
             interfaces: &options.interfaces,
             allow_generic: options.allow_generic,
         })?;
-        let reader = Arc::new(Reader::open(&options.pin_path)?);
+        let reader = Arc::new(Reader::open(&home)?);
         let mut flows = |table| take(&mut bpf, flow_map(table));
         let flows = [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?];
         let services: MappedArray<Service> = map_array(&mut bpf, names::SERVICES)?;
@@ -171,6 +183,7 @@ impl Dataplane {
         let service_index: HashMap<MapData, ServiceKey, u32> = take(&mut bpf, names::SERVICE_INDEX)?;
         let vips: HashMap<MapData, VipKey, Vip> = take(&mut bpf, names::VIPS)?;
         let spared = spare(&mut bpf, &service_index, &vips)?;
+        let identity = takeover.as_ref().and_then(Takeover::identity).map(|all| within(&limits, all));
         Ok(Self {
             service_index,
             vips,
@@ -187,10 +200,23 @@ impl Dataplane {
             reader,
             interfaces,
             adopted,
+            home,
             limits,
+            identity,
+            takeover,
             bpf,
             _lock: lock,
         })
+    }
+
+    /// Who has which index in the maps of another ABI version that forwards, where ours have nothing yet.
+    pub fn predecessor(&self) -> Option<&Identity> {
+        self.identity.as_ref()
+    }
+
+    /// What is to be done when the tables are written, if another ABI version forwards; once.
+    pub fn takeover(&mut self) -> Option<Takeover> {
+        self.takeover.take()
     }
 
     /// A reader of the same maps.
@@ -401,6 +427,37 @@ fn spare(
     }
     spared.arm()?;
     Ok(spared)
+}
+
+/// Indices that our maps have room for: what has a higher one gets another.
+fn within(limits: &Limits, all: Identity) -> Identity {
+    use lb_common::service::NO_SERVICE;
+    let fits = |index: &mut u32| {
+        if *index >= limits.services {
+            *index = NO_SERVICE;
+        }
+    };
+    let mut vips = all.vips;
+    for vip in vips.values_mut() {
+        fits(&mut vip.any_tcp);
+        fits(&mut vip.any_udp);
+        let used = (vip.range_count as usize).min(vip.ranges.len());
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            vip.ranges[..used].iter().copied().partition(|r| r.service < limits.services);
+        vip.range_count = kept.len() as u32;
+        for (place, range) in vip.ranges.iter_mut().zip(kept.into_iter().chain(gone)) {
+            *place = range;
+        }
+    }
+    Identity {
+        index: all.index.into_iter().filter(|(_, index)| *index < limits.services).collect(),
+        vips,
+        backends: all
+            .backends
+            .into_iter()
+            .filter(|(index, b)| *index < limits.backends && b.service < limits.services)
+            .collect(),
+    }
 }
 
 fn map_array<T>(bpf: &mut Ebpf, name: &'static str) -> Result<MappedArray<T>, DataplaneError>

@@ -1,7 +1,7 @@
 //! What the reconciler needs of the dataplane. [`Dataplane`] has it; tests have it in memory.
 
 use crate::{
-    compile::Cost,
+    compile::{Cost, Plan},
     dataplane::{Dataplane, DataplaneError},
 };
 use lb_common::{
@@ -29,6 +29,11 @@ pub trait Maps: Send {
     fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>, DataplaneError>;
     /// QUIC server ids.
     fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>, DataplaneError>;
+
+    /// What another ABI version's maps say about who has which index, where ours are still empty.
+    fn predecessor(&self) -> Option<Plan> {
+        None
+    }
 
     /// Writes slots.
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError>;
@@ -83,6 +88,10 @@ impl Maps for Dataplane {
     }
     fn backend_stats(&self, index: u32) -> BackendStats {
         self.reader().backend_stats(index)
+    }
+    fn predecessor(&self) -> Option<Plan> {
+        let all = Self::predecessor(self)?.clone();
+        Some(Plan { index: all.index, vips: all.vips, backends: all.backends, ..Plan::default() })
     }
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
         Self::write_slots(self, base, slots)

@@ -150,7 +150,11 @@ impl<M: Maps> Reconciler<M> {
             }
         });
         let Kept { mut memory, retired_stats, .. } = kept.unwrap_or_default();
-        memory.adopt(&mirror.plan(), clock::boot().as_millis() as i64);
+        let now_ms = clock::boot().as_millis() as i64;
+        match maps.predecessor() {
+            Some(predecessor) => memory.adopt_indices(&predecessor, now_ms),
+            None => memory.adopt(&mirror.plan(), now_ms),
+        }
         let (publish, published) = watch::channel(Arc::default());
         let reconciler = Self {
             maps,

@@ -51,7 +51,7 @@ impl Ingress {
         }
         arguments.extend(extra.iter().map(|&argument| argument.to_owned()));
         let log = bed.path(&format!("lbd-ingress{suffix}.log"));
-        let process = spawn(host, &arguments, &socket, &log)?;
+        let process = spawn(host, &binary("lbd")?, &arguments, &socket, &log)?;
         Ok(Self { process, arguments, socket, log })
     }
 
@@ -71,8 +71,27 @@ impl Ingress {
 
     /// The same on another host.
     pub fn start_again_on(&mut self, host: &Namespace) -> Result<()> {
-        self.process = spawn(host, &self.arguments, &self.socket, &self.log)?;
+        self.process = spawn(host, &binary("lbd")?, &self.arguments, &self.socket, &self.log)?;
         Ok(())
+    }
+
+    /// The same with another `lbd`.
+    pub fn start_again_as(&mut self, program: &Path, bed: &Bed) -> Result<()> {
+        self.process = spawn(&bed.ingress, program, &self.arguments, &self.socket, &self.log)?;
+        Ok(())
+    }
+
+    /// The same, without waiting for it to be ready.
+    pub fn begin_again_as(&mut self, program: &Path, bed: &Bed) -> Result<()> {
+        let mut command = bed.ingress.command(program);
+        command.args(&self.arguments);
+        self.process = Process::spawn("lbd ingress", command, &self.log)?;
+        Ok(())
+    }
+
+    /// Whether the daemon has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        self.process.ended().is_some()
     }
 
     /// The command line that it was started with.
@@ -91,8 +110,14 @@ impl Ingress {
     }
 }
 
-fn spawn(host: &Namespace, arguments: &[String], socket: &Path, log: &Path) -> Result<Process> {
-    let mut command = host.command(binary("lbd")?);
+fn spawn(
+    host: &Namespace,
+    program: &Path,
+    arguments: &[String],
+    socket: &Path,
+    log: &Path,
+) -> Result<Process> {
+    let mut command = host.command(program);
     command.args(arguments);
     let mut process = Process::spawn("lbd ingress", command, log)?;
     process.wait_ready("lbd ingress answers", START, || UnixStream::connect(socket).is_ok())?;

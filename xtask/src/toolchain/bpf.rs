@@ -38,6 +38,8 @@ pub struct Toolchain {
     pub build_std: bool,
     /// `bpf-linker`.
     pub linker: PathBuf,
+    /// Features of `lb-ebpf`.
+    pub features: &'static str,
 }
 
 /// What keeps the programs from being built. Each says its remedy.
@@ -78,7 +80,7 @@ impl std::error::Error for Error {}
 pub fn find() -> Result<Toolchain, Error> {
     let (cargo, rustc, build_std) = find_compiler().ok_or(Error::NoCompiler)?;
     let linker = find_linker().ok_or(Error::NoLinker)?;
-    Ok(Toolchain { cargo, rustc, build_std, linker })
+    Ok(Toolchain { cargo, rustc, build_std, linker, features: "bpf" })
 }
 
 /// (cargo, rustc, whether `core` has to be built) of the first usable compiler.
@@ -158,7 +160,7 @@ impl Toolchain {
             "--package",
             "lb-ebpf",
             "--features",
-            "bpf",
+            self.features,
             "--release",
         ]);
         for program in programs {

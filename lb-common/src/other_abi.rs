@@ -1,0 +1,56 @@
+//! Flow tables as another version might have them: other orders, and a longer value. A program and an `lbd` built with
+//! this are what upgrades are tested against; nothing that is shipped has it.
+
+use crate::{Address, Be16, LastHop};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// See the shipped type for the fields, here and below.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[allow(missing_docs, reason = "as in the shipped type")]
+pub struct FlowKey {
+    pub service: u32,
+    pub port: Be16,
+    pub source_port: Be16,
+    pub source: Address,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[allow(missing_docs, reason = "as in the shipped type")]
+pub struct Flow {
+    /// Something that the shipped type does not know.
+    pub other: u64,
+    pub flags: u32,
+    pub created_s: u32,
+    pub backend: u32,
+    pub last_seen_s: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[allow(missing_docs, reason = "as in the shipped type")]
+pub struct Nat {
+    pub hop: LastHop,
+    pub flags: u32,
+    pub last_seen_s: u32,
+    pub created_s: u32,
+    pub backend: u32,
+    pub port: Be16,
+    pub source_port: Be16,
+    pub worker: Address,
+    pub source: Address,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[allow(missing_docs, reason = "as in the shipped type")]
+pub struct Reply {
+    pub flags: u32,
+    pub last_seen_s: u32,
+    pub vip: Address,
+    pub hop: LastHop,
+    pub flow: FlowKey,
+}

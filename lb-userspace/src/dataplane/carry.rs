@@ -1,0 +1,327 @@
+//! Copies flows from another ABI version's maps into ours, as often as wanted: what has not changed stays.
+//!
+//! An entry goes along only if its indices mean the same in both sets of maps: the same service, and a backend with the
+//! same address.
+
+use super::{
+    DataplaneError, batch,
+    layout::{Conversion, Layout},
+    sys,
+    takeover::Identity,
+};
+use crate::clock;
+use lb_common::{
+    Address, Flow, FlowKey, Nat, Reply, ReplyKey, ServiceKey, Vip, VipKey, names,
+    nat::flags::{FRESH, NEW},
+    service::{NO_SERVICE, TCP, UDP},
+};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    os::fd::OwnedFd,
+    path::Path,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// What came of a takeover.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Entries that came along, by map.
+    pub entries: BTreeMap<&'static str, u64>,
+    /// Entries of services or backends that have another index now, or are gone.
+    pub strangers: u64,
+    /// Entries that found no room.
+    pub no_room: u64,
+    /// Maps that could not be read: name, version, why.
+    pub lost: Vec<(&'static str, u32, String)>,
+}
+
+impl Carried {
+    /// Notes a map whose flows are lost.
+    pub fn lose(&mut self, map: &'static str, abi: u32, what: String) {
+        self.lost.push((map, abi, what));
+    }
+}
+
+/// A moment from which changes are looked for.
+#[derive(Clone, Copy, Debug)]
+pub struct Changed {
+    since_s: u32,
+}
+
+impl Changed {
+    /// From now on. Entries note seconds, and by a coarse clock.
+    pub fn now() -> Self {
+        Self { since_s: clock::boot_s().saturating_sub(2) }
+    }
+}
+
+/// Opens a map of this version and shape, or of another.
+fn open(home: &Path, name: &'static str, sizes: (usize, usize)) -> Result<OwnedFd, String> {
+    let path = home.join(name);
+    let data = aya::maps::MapData::from_pin(&path).map_err(|e| format!("map {name}: {e}"))?;
+    let info = data.info().map_err(|e| format!("map {name}: {e}"))?;
+    let real = (info.key_size() as usize, info.value_size() as usize);
+    if real != sizes {
+        return Err(format!("map {name} has entries of {real:?} bytes, and is said to have {sizes:?}"));
+    }
+    sys::open(&path).map_err(|e| format!("map {name}: {e}"))
+}
+
+/// Calls `each` with every entry of a map, as this version has it.
+pub fn for_each<K: FromBytes, V: FromBytes>(
+    home: &Path,
+    name: &'static str,
+    layout: &Layout,
+    mut each: impl FnMut(K, V),
+) -> Result<(), String> {
+    let conversion = Conversion::new(name, layout, &Layout::ours())?;
+    let sizes = conversion.source_sizes();
+    let map = open(home, name, sizes)?;
+    batch::for_each_raw(&map, sizes.0, sizes.1, |key, value| {
+        if let Some((key, value)) = conversion.entry(key, value) {
+            each(key, value);
+        }
+    })
+    .map_err(|e| format!("map {name}: {e}"))
+}
+
+/// What is common to values of flows.
+trait Entry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
+    type Key: FromBytes + IntoBytes + Immutable + Copy;
+    /// Index of its service.
+    fn service(key: &Self::Key, value: &Self) -> u32;
+    /// Index of its backend, if it names one.
+    fn backend(&self) -> Option<u32>;
+    /// Whether it may have changed since.
+    fn is_recent(&self, since_s: u32) -> bool;
+    /// What becomes of ours where the other has this; None: it stays.
+    fn merged(&self, ours: &Self) -> Option<Self>;
+}
+
+impl Entry for Flow {
+    type Key = FlowKey;
+
+    fn service(key: &FlowKey, _: &Self) -> u32 {
+        key.service
+    }
+
+    fn backend(&self) -> Option<u32> {
+        Some(self.backend)
+    }
+
+    fn is_recent(&self, since_s: u32) -> bool {
+        self.last_seen_s >= since_s
+    }
+
+    fn merged(&self, ours: &Self) -> Option<Self> {
+        let both = Self { flags: ours.flags | self.flags, ..*ours };
+        if self.last_seen_s > ours.last_seen_s {
+            Some(*self)
+        } else {
+            // Within one second, either may have seen the end.
+            (self.last_seen_s == ours.last_seen_s && both.flags != ours.flags).then_some(both)
+        }
+    }
+}
+
+impl Entry for Nat {
+    type Key = FlowKey;
+
+    fn service(key: &FlowKey, _: &Self) -> u32 {
+        key.service
+    }
+
+    fn backend(&self) -> Option<u32> {
+        Some(self.backend)
+    }
+
+    fn is_recent(&self, since_s: u32) -> bool {
+        self.last_seen_s >= since_s
+    }
+
+    fn merged(&self, ours: &Self) -> Option<Self> {
+        // Bits that are taken away, and bits that are added.
+        let passing = FRESH | NEW;
+        let flags = (self.flags & ours.flags & passing) | ((self.flags | ours.flags) & !passing);
+        if self.last_seen_s > ours.last_seen_s {
+            Some(*self)
+        } else {
+            (self.last_seen_s == ours.last_seen_s && flags != ours.flags).then_some(Self { flags, ..*ours })
+        }
+    }
+}
+
+impl Entry for Reply {
+    type Key = ReplyKey;
+
+    fn service(_: &ReplyKey, value: &Self) -> u32 {
+        value.flow.service
+    }
+
+    fn backend(&self) -> Option<u32> {
+        None
+    }
+
+    /// A client's packet changes how its flow stands without a note of the time.
+    fn is_recent(&self, _: u32) -> bool {
+        true
+    }
+
+    fn merged(&self, ours: &Self) -> Option<Self> {
+        if self.flow != ours.flow {
+            // The port is another flow's by now.
+            return (self.last_seen_s > ours.last_seen_s).then_some(*self);
+        }
+        let later = if self.last_seen_s > ours.last_seen_s { self } else { ours };
+        let both = Self { flags: self.flags | ours.flags, ..*later };
+        (both != *ours).then_some(both)
+    }
+}
+
+/// One map with flows.
+struct Table {
+    name: &'static str,
+    conversion: Conversion,
+    from: OwnedFd,
+    to: OwnedFd,
+}
+
+/// Copies the flows of one predecessor.
+pub struct Copier {
+    /// Services and backends that are the same in both.
+    services: BTreeSet<u32>,
+    backends: BTreeSet<u32>,
+    syns: Option<Table>,
+    flows: Vec<Table>,
+    nats: Option<Table>,
+    replies: Option<Table>,
+}
+
+impl Copier {
+    /// From a home with this layout to ours.
+    pub fn new(
+        (from, from_layout): (&Path, &Layout),
+        (to, to_layout): (&Path, &Layout),
+        theirs: &Identity,
+        ours: &Identity,
+        carried: &mut Carried,
+    ) -> Result<Self, DataplaneError> {
+        let mut table = |name: &'static str| -> Result<Option<Table>, DataplaneError> {
+            let own_sizes = to_layout.sizes(name);
+            let own = own_sizes.and_then(|sizes| open(to, name, sizes));
+            let to = own.map_err(|what| DataplaneError::Own { path: to.to_owned(), what })?;
+            let from = Conversion::new(name, from_layout, to_layout)
+                .and_then(|conversion| Ok((open(from, name, conversion.source_sizes())?, conversion)));
+            match from {
+                Ok((from, conversion)) => Ok(Some(Table { name, conversion, from, to })),
+                Err(what) => {
+                    carried.lose(name, from_layout.abi, what);
+                    Ok(None)
+                }
+            }
+        };
+        let (their_services, our_services) = (services(theirs), services(ours));
+        let same = |index: &u32| their_services.get(index) == our_services.get(index);
+        let is_same_backend = |index: &u32| {
+            let ours = ours.backends.get(index);
+            ours.is_some_and(|b| {
+                let theirs = &theirs.backends[index];
+                b.address == theirs.address && b.service == theirs.service && same(&b.service)
+            })
+        };
+        let flows = [table(names::FLOWS)?, table(names::UDP_FLOWS)?];
+        Ok(Self {
+            services: their_services.keys().copied().filter(same).collect(),
+            backends: theirs.backends.keys().copied().filter(is_same_backend).collect(),
+            syns: table(names::SYNS)?,
+            flows: flows.into_iter().flatten().collect(),
+            nats: table(names::NAT_FLOWS)?,
+            replies: table(names::NAT_REPLIES)?,
+        })
+    }
+
+    /// Copies everything, or what may have changed since: first of all SYNs, which tell where the packets that
+    /// complete their handshakes belong.
+    pub fn copy_all(&mut self, since: Option<Changed>, carried: &mut Carried) -> Result<(), DataplaneError> {
+        let since_s = since.map_or(0, |c| c.since_s);
+        for table in self.syns.iter().chain(&self.flows) {
+            self.copy::<Flow>(table, since_s, carried)?;
+        }
+        if let Some(table) = &self.replies {
+            self.copy::<Reply>(table, since_s, carried)?;
+        }
+        if let Some(table) = &self.nats {
+            self.copy::<Nat>(table, since_s, carried)?;
+        }
+        Ok(())
+    }
+
+    fn copy<E: Entry>(
+        &self,
+        table: &Table,
+        since_s: u32,
+        carried: &mut Carried,
+    ) -> Result<(), DataplaneError> {
+        let (key_size, value_size) = table.conversion.source_sizes();
+        let mut failed = None;
+        let read = batch::for_each_raw(&table.from, key_size, value_size, |key, value| {
+            let Some((key, value)) = table.conversion.entry::<E::Key, E>(key, value) else { return };
+            if !value.is_recent(since_s) {
+                return;
+            }
+            let is_ours = self.services.contains(&E::service(&key, &value))
+                && value.backend().is_none_or(|backend| self.backends.contains(&backend));
+            if !is_ours {
+                // Counted once: the first pass sees them all.
+                carried.strangers += u64::from(since_s == 0);
+                return;
+            }
+            match put(&table.to, &key, &value) {
+                Ok(true) => *carried.entries.entry(table.name).or_default() += 1,
+                Ok(false) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOMEM)) => {
+                    carried.no_room += 1;
+                }
+                Err(error) => failed = Some(error),
+            }
+        });
+        read.and(failed.map_or(Ok(()), Err))
+            .map_err(|source| DataplaneError::Read { map: table.name, source })
+    }
+}
+
+/// Brings an entry of ours up to date; true if there was none.
+fn put<E: Entry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
+    let (key, mut known) = (key.as_bytes(), *value);
+    if sys::lookup(map, key, known.as_mut_bytes())? {
+        if let Some(merged) = value.merged(&known) {
+            sys::update(map, key, merged.as_bytes(), 0)?;
+        }
+        return Ok(false);
+    }
+    // A packet may have been faster.
+    sys::update(map, key, value.as_bytes(), sys::NO_EXIST)
+}
+
+/// A service as packets know it: VIP, first and last port, protocol.
+type Service = (Address, u16, u16, u8);
+
+/// Which service each index means.
+fn services(identity: &Identity) -> BTreeMap<u32, Service> {
+    let mut all = BTreeMap::new();
+    for (ServiceKey { vip, port, protocol, .. }, &index) in &identity.index {
+        all.insert(index, (*vip, port.get(), port.get(), *protocol));
+    }
+    for (VipKey { vip }, Vip { any_tcp, any_udp, range_count, ranges, .. }) in &identity.vips {
+        for range in ranges.iter().take(*range_count as usize) {
+            all.insert(range.service, (*vip, range.first, range.last, range.protocol as u8));
+        }
+        for (index, protocol) in [(*any_tcp, TCP), (*any_udp, UDP)] {
+            if index != NO_SERVICE {
+                all.insert(index, (*vip, 0, u16::MAX, protocol));
+            }
+        }
+    }
+    all
+}

@@ -1,0 +1,217 @@
+//! What is pinned where. A pin directory holds
+//!
+//! ```text
+//! link-MODE-INTERFACE   the links: one for all ABI versions, so that the program under one changes in one step
+//! STAGES                the places of users' programs (`CHAIN`), likewise
+//! ABI                   the live objects' version, for whoever looks from outside
+//! abi-N/                maps and programs of ABI version N
+//! ```
+//!
+//! Up to version 2 everything lay in the pin directory itself; such a home is called flat here.
+
+use super::{DataplaneError, sys};
+use aya::maps::{Array, Map, MapData};
+use lb_common::{ABI_VERSION, names};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
+    path::{Path, PathBuf},
+};
+
+/// Where maps and programs of one ABI version are pinned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Home {
+    /// The directory.
+    pub path: PathBuf,
+    /// The version.
+    pub abi: u32,
+    /// Whether it is the pin directory itself.
+    is_flat: bool,
+}
+
+const PREFIX: &str = "abi-";
+
+impl Home {
+    /// That of this version.
+    pub fn ours(pin_path: &Path) -> Self {
+        Self { path: pin_path.join(format!("{PREFIX}{ABI_VERSION}")), abi: ABI_VERSION, is_flat: false }
+    }
+
+    /// Those of other versions that have left something.
+    pub fn others(pin_path: &Path) -> Result<Vec<Self>, DataplaneError> {
+        let mut found = Vec::new();
+        for path in entries(pin_path)? {
+            let abi = file_name(&path).strip_prefix(PREFIX).and_then(|n| n.parse().ok());
+            if let Some(abi) = abi.filter(|&abi| abi != ABI_VERSION) {
+                found.push(Self { path, abi, is_flat: false });
+            }
+        }
+        // Both objects have this map.
+        if pin_path.join(names::REASONS).exists() {
+            let mut flat = Self { path: pin_path.to_owned(), abi: 0, is_flat: true };
+            flat.abi = flat.marker()?.unwrap_or(0);
+            found.push(flat);
+        }
+        Ok(found)
+    }
+
+    /// Whether there is anything.
+    pub fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
+    /// Makes the directory.
+    pub fn create(&self) -> Result<(), DataplaneError> {
+        make(&self.path)
+    }
+
+    /// The version that its start wrote down when it was complete: 0 if it never was, None if there is no such map.
+    pub fn marker(&self) -> Result<Option<u32>, DataplaneError> {
+        let path = self.path.join(names::ABI);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let map = |source| DataplaneError::Map { map: names::ABI, source };
+        let abi = Map::Array(MapData::from_pin(&path).map_err(map)?);
+        let abi: Array<MapData, u32> = Array::try_from(abi).map_err(map)?;
+        abi.get(&0, 0).map(Some).map_err(map)
+    }
+
+    /// Numbers of the programs pinned here.
+    pub fn programs(&self) -> BTreeSet<u32> {
+        let all = entries(&self.path).unwrap_or_default();
+        let programs = all.iter().filter(|p| file_name(p).starts_with("program-"));
+        // One that cannot be opened is not one that runs for us.
+        programs.filter_map(|p| sys::program_id(&sys::open(p).ok()?).ok()).collect()
+    }
+
+    /// Removes what is pinned here, and nothing that another version shares.
+    pub fn remove(&self) -> Result<(), DataplaneError> {
+        if !self.is_flat {
+            for path in if self.exists() { entries(&self.path)? } else { Vec::new() } {
+                remove(&path)?;
+            }
+            return remove_directory(&self.path);
+        }
+        let is_shared = |name: &str| {
+            name.starts_with("link-")
+                || name == names::ABI
+                || names::SHARED.iter().any(|(_, pinned)| *pinned == name)
+        };
+        let own = entries(&self.path)?.into_iter().filter(|p| !p.is_dir() && !is_shared(&file_name(p)));
+        own.into_iter().try_for_each(|p| remove(&p))
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Makes the pin directory; true if there was none.
+pub fn make_directory(path: &Path) -> Result<bool, DataplaneError> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let magic = nix::sys::statfs::statfs(existing).map(|s| s.filesystem_type().0);
+    if magic != Ok(BPF_FS_MAGIC) {
+        return Err(DataplaneError::NoBpffs { path: path.to_owned() });
+    }
+    make(path).map(|()| existing != path)
+}
+
+fn make(path: &Path) -> Result<(), DataplaneError> {
+    match fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {
+            Err(DataplaneError::Denied { what: "create the pin directory" })
+        }
+        Err(source) => Err(DataplaneError::Pin { what: "cannot create", path: path.to_owned(), source }),
+    }
+}
+
+/// Takes the lock that belongs to a pin directory. A BPF filesystem holds no ordinary files, but
+/// its directories can be locked. The pid for the message is found by the kernel's list of locks.
+pub fn lock(path: &Path) -> Result<fs::File, DataplaneError> {
+    let pin = |source| DataplaneError::Pin { what: "cannot lock", path: path.to_owned(), source };
+    let file = fs::File::open(path).map_err(pin)?;
+    // SAFETY: a valid descriptor.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+        return Ok(file);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() != Some(libc::EWOULDBLOCK) {
+        return Err(pin(error));
+    }
+    use std::os::unix::fs::MetadataExt;
+    let inode = file.metadata().map(|m| m.ino()).unwrap_or_default();
+    let pid = fs::read_to_string("/proc/locks").ok().and_then(|locks| {
+        let line = locks.lines().find(|l| l.contains("FLOCK") && l.contains(&format!(":{inode} ")))?;
+        line.split_whitespace().nth(4).map(str::to_owned)
+    });
+    Err(DataplaneError::Locked { path: path.to_owned(), pid: pid.unwrap_or_else(|| "unknown".to_owned()) })
+}
+
+/// What a directory holds.
+pub fn entries(directory: &Path) -> Result<Vec<PathBuf>, DataplaneError> {
+    let error = |source| DataplaneError::Pin { what: "cannot list", path: directory.to_owned(), source };
+    fs::read_dir(directory).map_err(error)?.map(|e| e.map(|e| e.path()).map_err(error)).collect()
+}
+
+/// Removes a pin.
+pub fn remove(path: &Path) -> Result<(), DataplaneError> {
+    fs::remove_file(path).map_err(|source| DataplaneError::Pin {
+        what: "cannot remove",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn remove_directory(path: &Path) -> Result<(), DataplaneError> {
+    match fs::remove_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(DataplaneError::Pin { what: "cannot remove", path: path.to_owned(), source: e })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Pins an object in place of what was pinned there, in one step.
+pub fn replace(object: &impl std::os::fd::AsFd, path: &Path) -> Result<(), DataplaneError> {
+    let pin = |source| DataplaneError::Pin { what: "cannot pin", path: path.to_owned(), source };
+    let next = next(path);
+    if next.exists() {
+        remove(&next)?;
+    }
+    sys::pin(object, &next).map_err(pin)?;
+    fs::rename(&next, path).map_err(pin)
+}
+
+/// Where the successor of a pin lies until it takes its place.
+pub fn next(path: &Path) -> PathBuf {
+    path.with_file_name(format!("{}-next", file_name(path)))
+}
+
+/// Removes all pins: links first, so that forwarding stops at once and not with maps half gone.
+pub fn remove_all(pin_path: &Path) -> Result<(), DataplaneError> {
+    let mut all = entries(pin_path)?;
+    all.sort_by_key(|p| !file_name(p).starts_with("link-"));
+    for path in all {
+        if path.is_dir() {
+            entries(&path)?.iter().try_for_each(|p| remove(p))?;
+            remove_directory(&path)?;
+        } else {
+            remove(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Detaches what is pinned in a directory and removes it; for `lbd detach`.
+pub fn detach(pin_path: &Path) -> Result<(), DataplaneError> {
+    if !pin_path.exists() {
+        return Ok(());
+    }
+    let _lock = lock(pin_path)?;
+    remove_all(pin_path)?;
+    remove_directory(pin_path)
+}

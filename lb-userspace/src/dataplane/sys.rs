@@ -1,0 +1,219 @@
+//! The commands of bpf(2) that aya does not offer, each in one place.
+//!
+//! Errors are the kernel's; callers say what they were doing.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
+};
+
+const MAP_LOOKUP_ELEM: libc::c_long = 1;
+const MAP_UPDATE_ELEM: libc::c_long = 2;
+const MAP_DELETE_ELEM: libc::c_long = 3;
+const OBJ_PIN: libc::c_long = 6;
+const OBJ_GET: libc::c_long = 7;
+const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const MAP_LOOKUP_BATCH: libc::c_long = 24;
+const LINK_UPDATE: libc::c_long = 29;
+
+/// Update only where there is no entry.
+pub const NO_EXIST: u64 = 1;
+
+/// # Safety
+/// `attr` must be the command's attribute, and the addresses in it valid for what the command does with them.
+unsafe fn call<T>(command: libc::c_long, attr: &mut T) -> io::Result<i64> {
+    // SAFETY: the caller vouches for the attribute; its size is its own.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attr, size_of::<T>()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(answer) }
+}
+
+#[repr(C)]
+struct PathAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_encoded_bytes())?)
+}
+
+/// Opens a pin.
+pub fn open(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = PathAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 };
+    // SAFETY: the path lives until the call returns.
+    let fd = unsafe { call(OBJ_GET, &mut attr) }?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Pins an object.
+pub fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let fd = object.as_fd().as_raw_fd() as u32;
+    let mut attr = PathAttr { path: path.as_ptr() as u64, fd, flags: 0 };
+    // SAFETY: the path lives until the call returns.
+    unsafe { call(OBJ_PIN, &mut attr) }.map(drop)
+}
+
+/// The beginning of `struct bpf_link_info` of an XDP link.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LinkInfo {
+    kind: u32,
+    id: u32,
+    /// Program that runs.
+    pub program: u32,
+    pad: u32,
+    /// Interface; 0 once it has gone.
+    pub ifindex: u32,
+    rest: [u32; 15],
+}
+
+/// The beginning of `struct bpf_prog_info`.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramInfo {
+    kind: u32,
+    id: u32,
+}
+
+fn info<T: Default>(object: &impl AsFd) -> io::Result<T> {
+    #[repr(C)]
+    struct Info {
+        fd: u32,
+        len: u32,
+        info: u64,
+    }
+    let mut info = T::default();
+    let fd = object.as_fd().as_raw_fd() as u32;
+    let mut attr = Info { fd, len: size_of::<T>() as u32, info: &raw mut info as u64 };
+    // SAFETY: the buffer is as long as the attribute says, and any bytes are its value: both types are integers only.
+    unsafe { call(OBJ_GET_INFO_BY_FD, &mut attr) }?;
+    Ok(info)
+}
+
+/// What a link joins.
+pub fn link_info(link: &impl AsFd) -> io::Result<LinkInfo> {
+    info(link)
+}
+
+/// A program's number.
+pub fn program_id(program: &impl AsFd) -> io::Result<u32> {
+    info::<ProgramInfo>(program).map(|info| info.id)
+}
+
+/// Puts a program under a link in one step: the one before runs until then.
+pub fn update_link(link: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
+    #[repr(C)]
+    struct Update {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old: u32,
+    }
+    let (link, program) = (link.as_fd().as_raw_fd() as u32, program.as_fd().as_raw_fd() as u32);
+    let mut attr = Update { link, program, flags: 0, old: 0 };
+    // SAFETY: no address is passed.
+    unsafe { call(LINK_UPDATE, &mut attr) }.map(drop)
+}
+
+#[repr(C)]
+struct ElementAttr {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+fn element(map: &impl AsFd, key: &[u8], value: u64, flags: u64) -> ElementAttr {
+    let map = map.as_fd().as_raw_fd() as u32;
+    ElementAttr { map, pad: 0, key: key.as_ptr() as u64, value, flags }
+}
+
+/// Reads an entry; false if there is none. Key and value must have the map's sizes.
+pub fn lookup(map: &impl AsFd, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let mut attr = element(map, key, value.as_mut_ptr() as u64, 0);
+    // SAFETY: both buffers live until the call returns, and have the lengths that the caller vouches for.
+    match unsafe { call(MAP_LOOKUP_ELEM, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes an entry; false if `flags` ask for none to be there and one is. Sizes as in [`lookup`].
+pub fn update(map: &impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Result<bool> {
+    let mut attr = element(map, key, value.as_ptr() as u64, flags);
+    // SAFETY: as in `lookup`; the kernel only reads.
+    match unsafe { call(MAP_UPDATE_ELEM, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes an entry; one that is not there is as good. Sizes as in [`lookup`].
+pub fn delete(map: &impl AsFd, key: &[u8]) -> io::Result<()> {
+    let mut attr = element(map, key, 0, 0);
+    // SAFETY: as in `lookup`; the kernel only reads.
+    match unsafe { call(MAP_DELETE_ELEM, &mut attr) } {
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where a read of a whole map stands.
+#[derive(Default)]
+pub struct Cursor {
+    /// A bucket number for hash maps, a key for arrays: 4 bytes either way.
+    place: u64,
+    has_begun: bool,
+}
+
+/// Reads the next entries, as many as fit into the buffers (which must be whole numbers of entries): how many there
+/// were, and whether they were the last.
+pub fn lookup_batch(
+    map: &impl AsFd,
+    cursor: &mut Cursor,
+    keys: &mut [u8],
+    values: &mut [u8],
+    count: usize,
+) -> io::Result<(usize, bool)> {
+    #[repr(C)]
+    struct Batch {
+        in_batch: u64,
+        out_batch: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    let mut next = 0u64;
+    let mut attr = Batch {
+        in_batch: if cursor.has_begun { &raw mut cursor.place as u64 } else { 0 },
+        out_batch: &raw mut next as u64,
+        keys: keys.as_mut_ptr() as u64,
+        values: values.as_mut_ptr() as u64,
+        count: count as u32,
+        map: map.as_fd().as_raw_fd() as u32,
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the buffers are ours, and hold `count` entries of the map's sizes, as the caller vouches.
+    let answer = unsafe { call(MAP_LOOKUP_BATCH, &mut attr) };
+    let is_last = match answer {
+        Ok(_) => false,
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+        Err(error) => return Err(error),
+    };
+    (cursor.place, cursor.has_begun) = (next, true);
+    Ok((attr.count as usize, is_last))
+}
