@@ -38,6 +38,8 @@ pub struct Control {
     pub(super) drains: Drains,
     /// This host among the others, once the daemon has said.
     pub(super) sharing: OnceLock<Sharing>,
+    /// What is decided about regions, once the daemon has said where that is to be seen.
+    pub(super) steered: OnceLock<watch::Receiver<Arc<crate::regions::Steered>>>,
     /// What this host last told about itself.
     pub(super) report: watch::Sender<HostReport>,
     /// Held by whoever changes something; by one alone while the data move.
@@ -66,6 +68,7 @@ impl Control {
             started: Instant::now(),
             drains: Drains::default(),
             sharing: OnceLock::new(),
+            steered: OnceLock::new(),
             report: watch::Sender::default(),
             changing: RwLock::default(),
             outcome: watch::Sender::new(None),

@@ -12,6 +12,7 @@ pub mod error;
 mod listener;
 pub mod memory;
 mod peer;
+pub mod regions;
 mod routes;
 pub mod store;
 pub mod types;

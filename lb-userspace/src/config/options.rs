@@ -2,8 +2,11 @@
 //!
 //! [`Options`] is one source's answer, [`Settings`] the resolved whole.
 
-use super::shared::{Shared, name};
-use crate::store::{Address, etcd::Access};
+use super::shared::{Shared, name, place};
+use crate::{
+    model::Name,
+    store::{Address, etcd::Access},
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
     limits,
@@ -198,9 +201,9 @@ pub struct Settings {
     /// Name of this host; its host name if none.
     pub host: Option<String>,
     /// Its region.
-    pub region: String,
+    pub region: Name,
     /// Its zone.
-    pub zone: String,
+    pub zone: Name,
     /// API socket.
     pub socket: PathBuf,
     /// Its permissions.
@@ -425,8 +428,8 @@ impl Options {
         };
         let (store, store_access, store_id) = shared.resolve(&state_dir)?;
         let host = self.host.map(|host| name("host", host)).transpose()?;
-        let region = name("region", self.region.unwrap_or_else(|| "default".to_owned()))?;
-        let zone = name("zone", self.zone.unwrap_or_else(|| "default".to_owned()))?;
+        let region = place("region", self.region)?;
+        let zone = place("zone", self.zone)?;
         let (nat_source_v4, nat_source_v6) = nat_sources(&self.nat_source)?;
         let (nat_first, nat_last) = match self.nat_ports.as_deref() {
             None => NAT_PORTS,

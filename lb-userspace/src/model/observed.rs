@@ -1,8 +1,8 @@
 //! What was seen, as against what is desired: health verdicts, replicas' readiness, and next hops.
 
-use super::{Name, Readiness};
+use super::{Name, Readiness, Steer};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, fmt, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::Duration};
 
 /// One backend of one service.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -61,6 +61,8 @@ pub struct Observed {
     pub replicas: BTreeMap<BackendId, Readiness>,
     /// Next hops by backend address; an address that is missing is left to the kernel's FIB.
     pub next_hops: BTreeMap<IpAddr, NextHop>,
+    /// How services are spread over regions and versions, where that was decided.
+    pub steers: BTreeMap<Name, Arc<Steer>>,
     /// Clock (since boot, `CLOCK_MONOTONIC`) of this observation.
     pub now: Duration,
 }

@@ -4,6 +4,7 @@
 
 pub mod change;
 pub mod observe;
+pub mod region;
 pub mod replica;
 pub mod store;
 pub mod table;
