@@ -140,7 +140,7 @@ fn desired() -> Desired {
         service.backends = (0..100).map(|i| (name("b", i), backend(s, i))).collect();
         service
     };
-    Desired { services: (0..100).map(|s| (name("s", s), service(s).into())).collect() }
+    Desired { services: (0..100).map(|s| (name("s", s), service(s).into())).collect(), ..Desired::default() }
 }
 
 /// Time of this thread on a processor: what the machine's other work does not disturb.

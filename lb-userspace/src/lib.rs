@@ -2,7 +2,7 @@
 //!
 //! Inside, pure (no clock, no random source, no I/O; time and seeds are arguments):
 //! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
-//! programs), `store`, `health`, `replica`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
+//! programs), `store`, `health`, `replica`, `regions`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
 
 pub mod announce;
 pub mod api;
@@ -22,6 +22,7 @@ pub mod neighbour;
 pub mod objects;
 pub mod policy;
 pub mod reconcile;
+pub mod regions;
 pub mod render;
 pub mod replica;
 pub mod store;

@@ -13,6 +13,8 @@ use lb_userspace::{
         store::{HostReport, Sharing},
     },
     health::{Book, Checker, prober},
+    model::Here,
+    regions::Steering,
     store::{Opener, RedbStore, Store, etcd::Access},
 };
 use std::{path::Path, sync::Arc};
@@ -32,7 +34,15 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let checker = Checker::new(book.clone(), 10, prober(), verdicts);
             tokio::spawn(checker.run(store.watch(), store.clone()));
             let opener = Opener { local: store.local(), keep: 100, access: Access::default(), id: None };
-            let control = Control::new(store, Arc::new(MemoryEngine::new(5)), book);
+            let local = store.local();
+            let control = Control::new(store.clone(), Arc::new(MemoryEngine::new(5)), book.clone());
+            let here = Here { region: "eu".parse().unwrap(), zone: "a".parse().unwrap() };
+            let books = (book, control.replicas().clone());
+            let steering = Steering::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
+            control.steer_by(steering.shown());
+            let (steers, mut steered) = tokio::sync::mpsc::channel(100);
+            tokio::spawn(async move { while steered.recv().await.is_some() {} });
+            tokio::spawn(steering.run(control.clone(), steers));
             let named = |name: &str| name.to_owned();
             let (host, region, zone) = (named("ingress-1"), named("eu"), named("a"));
             control.share(Sharing { host: host.clone(), region: region.clone(), zone: zone.clone(), opener });
@@ -53,6 +63,11 @@ fn run(file: &str) {
     let socket = start(directory.path());
     let cases = trycmd::TestCases::new();
     cases.env("LBD_SOCKET", socket.display().to_string()).env("COLUMNS", "100").case(file);
+}
+
+#[test]
+fn regions() {
+    run("tests/cli/regions.trycmd");
 }
 
 #[test]

@@ -129,7 +129,10 @@ impl World {
         let mut service: Service = serde_json::from_str(&json).unwrap();
         service.health = HealthCheck { kind: HealthKind::Tcp, ..HealthCheck::default() };
         let mut world = Self {
-            desired: Desired { services: BTreeMap::from([(service_name(), service.into())]) },
+            desired: Desired {
+                services: BTreeMap::from([(service_name(), service.into())]),
+                ..Desired::default()
+            },
             observed: Observed::default(),
             memory: Memory::default(),
             cache: Cache::default(),

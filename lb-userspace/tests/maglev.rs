@@ -218,7 +218,7 @@ fn service(backends: &[(Name, Backend)]) -> Desired {
     let bare = serde_json::json!({ "vip": "10.0.0.1", "port": 80, "protocol": "tcp" });
     let mut service: Service = serde_json::from_value(bare).unwrap();
     service.backends.extend(backends.iter().cloned());
-    Desired { services: [("s".parse().unwrap(), std::sync::Arc::new(service))].into() }
+    Desired { services: [("s".parse().unwrap(), std::sync::Arc::new(service))].into(), ..Desired::default() }
 }
 
 /// One backend comes, goes, comes back, fails, drains or is replaced: its own slots move, whatever happened before, however

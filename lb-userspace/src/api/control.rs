@@ -41,6 +41,8 @@ pub struct Control {
     pub(super) sharing: OnceLock<Sharing>,
     /// What this host announces, once the daemon has said.
     pub(super) hosting: OnceLock<Arc<Hosting>>,
+    /// What is decided about regions, once the daemon has said where that is to be seen.
+    pub(super) steered: OnceLock<watch::Receiver<Arc<crate::regions::Steered>>>,
     /// What this host last told about itself.
     pub(super) report: watch::Sender<HostReport>,
     /// Held by whoever changes something; by one alone while the data move.
@@ -70,6 +72,7 @@ impl Control {
             drains: Drains::default(),
             sharing: OnceLock::new(),
             hosting: OnceLock::new(),
+            steered: OnceLock::new(),
             report: watch::Sender::default(),
             changing: RwLock::default(),
             outcome: watch::Sender::new(None),

@@ -55,6 +55,8 @@ pub struct ServiceState {
     pub panic: bool,
     /// Slots that remember a previous primary.
     pub transition_slots: u32,
+    /// What the table gives to each region, where that makes a difference.
+    pub regions: Vec<crate::model::Share>,
 }
 
 /// A backend in the maps.
@@ -74,6 +76,10 @@ pub struct BackendState {
     pub resolved: bool,
     /// Why packets cannot get there.
     pub problem: Option<String>,
+    /// Whether it would take new flows: healthy, up, and allowed to.
+    pub takes_flows: bool,
+    /// Why it may take no flow, whatever its health.
+    pub excluded: Option<String>,
 }
 
 /// A backend that is no longer desired.

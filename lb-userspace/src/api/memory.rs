@@ -46,12 +46,18 @@ impl MemoryEngine {
             for (backend, b) in &s.backends {
                 let id = BackendId { service: service.clone(), backend: backend.clone() };
                 let slots = if takes(b) { table_size * b.weight / weights } else { 0 };
-                let state = BackendState { index: next, slots, tracked_flows: 2, ..BackendState::default() };
+                let takes_flows = slots > 0;
+                let state = BackendState {
+                    index: next,
+                    slots,
+                    tracked_flows: 2,
+                    takes_flows,
+                    ..BackendState::default()
+                };
                 snapshot.backends.insert(id, state);
                 next += 1;
             }
-            let state =
-                ServiceState { index: index as u32, table_size, eligible, panic: false, transition_slots: 0 };
+            let state = ServiceState { index: index as u32, table_size, eligible, ..ServiceState::default() };
             snapshot.services.insert(service.clone(), state);
         }
         snapshot.room =

@@ -13,6 +13,7 @@ pub mod host;
 mod listener;
 pub mod memory;
 mod peer;
+pub mod regions;
 mod routes;
 pub mod store;
 pub mod types;

@@ -57,6 +57,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/rollback", post(rollback))
         .merge(super::store::routes())
         .merge(super::host::routes())
+        .merge(super::regions::routes())
         .fallback(|uri: axum::http::Uri| async move {
             ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
         })
@@ -402,7 +403,9 @@ async fn config_apply(
     let config: Config = body(&bytes)?;
     query.expected = query.expected.or(config.revision);
     let change = |desired: &mut Desired| {
-        *desired = config.desired.clone();
+        let mut wanted = config.desired.clone();
+        wanted.keep_operations(desired);
+        *desired = wanted;
         Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))

@@ -330,8 +330,18 @@ async fn lock(
         None => author,
     };
     let ttl = Duration::from_secs(request.ttl_s);
+    let is_new = request.token.is_none();
     let claim = Claim { name: name.to_string(), holder, reason: request.reason, ttl, token: request.token };
-    Ok(Json(control.store.lock(claim).await?))
+    let lock = control.store.lock(claim).await?;
+    // Looked at with the lock in hand: who drains a region holds it while he says so.
+    if is_new
+        && name.as_str() == super::regions::LOCK
+        && let Err(refused) = control.refuse_while_going_on().await
+    {
+        control.store.unlock(name.to_string(), lock.token).await?;
+        return Err(refused);
+    }
+    Ok(Json(lock))
 }
 
 async fn unlock(

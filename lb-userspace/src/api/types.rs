@@ -283,6 +283,9 @@ pub struct BackendStatus {
     /// Why packets cannot get there in the service's forwarding mode, and what would help.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// Why it may take no flow, whatever its health: residency, or its region drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub excluded: Option<String>,
     /// How packets get there; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,

@@ -86,6 +86,7 @@ impl Control {
         }
         let general = problems(&status);
         status.problems.splice(0..0, general);
+        status.problems.extend(self.steered().problems());
         status.healthy = status.problems.is_empty();
         status
     }
@@ -266,6 +267,7 @@ impl Control {
             damped,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
+            excluded: applied.and_then(|a| a.excluded.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
             replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),

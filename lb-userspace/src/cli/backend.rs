@@ -3,7 +3,7 @@
 use super::{Context, Exit, Failure, WriteFlags, service::word};
 use crate::{
     api::types::BackendInfo,
-    model::{BackendState, Name, QuicError, ServerId},
+    model::{BackendState, Name, NameError, QuicError, ServerId},
     render::observe,
 };
 use clap::{Args, Subcommand};
@@ -35,6 +35,12 @@ pub enum Command {
         /// Server id in the QUIC connection ids that the worker gives out
         #[arg(long, value_name = "HEX")]
         server_id: Option<ServerId>,
+        /// Region that it is in [default: that of each host that looks]
+        #[arg(long, value_name = "REGION")]
+        region: Option<Name>,
+        /// Zone within the region [default: that of each host that looks]
+        #[arg(long, value_name = "ZONE")]
+        zone: Option<Name>,
         #[command(flatten)]
         write: WriteFlags,
     },
@@ -72,6 +78,12 @@ pub enum Command {
         /// Server id in the QUIC connection ids that the worker gives out, or none
         #[arg(long, value_name = "HEX|none", value_parser = server_id)]
         server_id: Option<OptionalId>,
+        /// Region that it is in, or none
+        #[arg(long, value_name = "REGION|none", value_parser = optional_name)]
+        region: Option<OptionalName>,
+        /// Zone within the region, or none
+        #[arg(long, value_name = "ZONE|none", value_parser = optional_name)]
+        zone: Option<OptionalName>,
         #[command(flatten)]
         write: WriteFlags,
     },
@@ -106,6 +118,17 @@ fn server_id(text: &str) -> Result<OptionalId, String> {
     text.parse().map(|id| OptionalId(Some(id))).map_err(|e: QuicError| e.to_string())
 }
 
+/// A region or zone, or none.
+#[derive(Clone, Debug)]
+pub struct OptionalName(Option<Name>);
+
+fn optional_name(text: &str) -> Result<OptionalName, String> {
+    if text == "none" {
+        return Ok(OptionalName(None));
+    }
+    text.parse().map(|name| OptionalName(Some(name))).map_err(|e: NameError| e.to_string())
+}
+
 fn path(service: &Name, name: &Name) -> String {
     format!("/v1/services/{service}/backends/{name}")
 }
@@ -113,7 +136,7 @@ fn path(service: &Name, name: &Name) -> String {
 /// Runs one.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
-        Command::Add { service, name, address, port, weight, state, server_id, write } => {
+        Command::Add { service, name, address, port, weight, state, server_id, region, zone, write } => {
             let mut body = json!({ "address": address, "weight": weight, "state": state });
             if let Some(id) = server_id {
                 body["server_id"] = json!(id);
@@ -121,10 +144,15 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if let Some(port) = port {
                 body["port"] = json!(port);
             }
+            for (key, place) in [("region", region), ("zone", zone)] {
+                if let Some(place) = place {
+                    body[key] = json!(place);
+                }
+            }
             let what = format!("backend {service}/{name} added");
             context.write(&what, Method::POST, &path(&service, &name), &write.query(), Some(&body)).await
         }
-        Command::Set { service, name, address, port, weight, state, server_id, write } => {
+        Command::Set { service, name, address, port, weight, state, server_id, region, zone, write } => {
             let mut body = Map::new();
             let mut set = |key: &str, value: Option<Value>| value.map(|v| body.insert(key.to_owned(), v));
             set("address", address.map(|a| json!(a)));
@@ -132,9 +160,12 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             set("weight", weight.map(|w| json!(w)));
             set("state", state.map(|s| json!(s)));
             set("server_id", server_id.map(|id| json!(id.0)));
+            set("region", region.map(|place| json!(place.0)));
+            set("zone", zone.map(|place| json!(place.0)));
             if body.is_empty() {
                 let what =
-                    "nothing to set: give --weight, --address, --port, --state or --server-id".to_owned();
+                    "nothing to set: give --weight, --address, --port, --state, --server-id, --region or --zone"
+                        .to_owned();
                 return Err(Failure::Usage { what });
             }
             let what = format!("backend {service}/{name} set");

@@ -9,6 +9,7 @@ mod generate;
 mod history;
 mod host;
 mod observe;
+mod region;
 mod replica;
 mod rollout;
 mod service;
@@ -106,7 +107,16 @@ enum Noun {
     /// This host among the others: the VIPs that it announces, and taking it out of service
     #[command(subcommand)]
     Host(host::Command),
-    /// The lock that lets one roll-out at a time touch the regions
+    /// Regions: where backends are, how far away, and whether they take flows
+    #[command(subcommand, visible_alias = "regions")]
+    Region(region::Command),
+    /// How a service is spread over regions and versions, and why
+    #[command(subcommand)]
+    Policy(region::Policy),
+    /// What is against the rules
+    #[command(subcommand)]
+    Audit(region::Audit),
+    /// New versions of models, a share at a time; and the lock that lets one roll-out at a time touch the regions
     #[command(subcommand)]
     Rollout(rollout::Command),
     /// Print a completion script for a shell
@@ -246,6 +256,9 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
             Noun::Service(command) => service::run(&mut context, *command).await,
             Noun::Backend(command) => backend::run(&mut context, command).await,
             Noun::Replica(command) => replica::run(&mut context, command).await,
+            Noun::Region(command) => region::run(&mut context, command).await,
+            Noun::Policy(command) => region::policy(&mut context, command).await,
+            Noun::Audit(command) => region::audit(&mut context, command).await,
             Noun::Status => observe::status(&mut context).await,
             Noun::Stats(stats) => observe::stats(&mut context, stats).await,
             Noun::Flows(flows) => observe::flows(&mut context, flows).await,

@@ -1,11 +1,15 @@
-//! `lbctl rollout`: the lock that lets one roll-out at a time touch the regions.
+//! `lbctl rollout`: new versions of models, and the lock that lets one roll-out at a time touch the regions.
 
-use super::{Context, Exit, Failure};
+use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
-    api::store::{LockRequest, Unlock},
+    api::{
+        regions::{StartRollout, WhichRollout},
+        store::{LockRequest, Unlock},
+    },
     client::ClientError,
-    model::Name,
-    render::{store as render, units::parse_duration},
+    model::{Name, Rollout},
+    regions::RolloutShown,
+    render::{region as render_region, store as render, units::parse_duration},
     store::Lock,
 };
 use clap::{Args, Subcommand};
@@ -18,6 +22,15 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// What to do with roll-outs.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Give replicas of a new version a share of the new flows, and watch how they do
+    #[command(after_help = "Example: lbctl rollout start --model llama-8b --version v2 --to 5%")]
+    Start(Start),
+    /// Give the new version everything
+    Promote(Which),
+    /// Give the new version nothing
+    Abort(Which),
+    /// Forget a roll-out: all replicas take flows by their weights again
+    Clear(Which),
     /// Take the lock, or renew it; with a command, hold it for as long as that runs
     #[command(
         after_help = "Examples:\n  lbctl rollout lock --reason 'new kernel in eu' -- ./drain-and-upgrade eu\n  \
@@ -26,11 +39,96 @@ pub enum Command {
     Lock(LockArgs),
     /// Release the lock
     Unlock(UnlockArgs),
-    /// Who holds which lock (exit code 1 if the named one is held)
+    /// How roll-outs do, and who holds which lock (exit code 1 if the named one is held)
     Status {
         /// Lock [default: all]
         name: Option<Name>,
     },
+}
+
+/// `rollout start`.
+#[derive(Debug, Args)]
+pub struct Start {
+    /// Model, as replicas report it
+    #[arg(long, value_name = "MODEL")]
+    model: String,
+    /// Its new version, as replicas report it
+    #[arg(long, value_name = "VERSION")]
+    version: String,
+    /// Share of the new flows
+    #[arg(long, value_name = "PERCENT", value_parser = share)]
+    to: u16,
+    /// Service; may be repeated [default: all whose replicas report the model]
+    #[arg(long, value_name = "SERVICE")]
+    service: Vec<Name>,
+    /// Abort when more of its requests fail (and more than the old version's), 0 for never
+    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = whole_percent)]
+    max_errors: u32,
+    /// Abort when its time to first token is more than so much of the old version's, 0 for never
+    #[arg(long, value_name = "PERCENT", default_value = "200", value_parser = whole_percent)]
+    max_latency: u32,
+    /// Requests that it takes to judge it
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    min_requests: u32,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// `rollout promote`, `abort` and `clear`.
+#[derive(Debug, Args)]
+pub struct Which {
+    /// Of this model [default: the only one]
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// On this service [default: all]
+    #[arg(long, value_name = "SERVICE")]
+    service: Option<Name>,
+    /// Why, for the record
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// `5%`, `2.5 %` or `5`, as thousandths.
+fn share(text: &str) -> Result<u16, String> {
+    let bad = || "give a percentage from 0.1 to 100, as 5% or 2.5%".to_owned();
+    let number: f64 = text.trim_end_matches('%').trim().parse().map_err(|_| bad())?;
+    let permille = (number * 10.0).round();
+    if !(1.0..=1_000.0).contains(&permille) || (permille - number * 10.0).abs() > 1e-6 {
+        return Err(bad());
+    }
+    Ok(permille as u16)
+}
+
+fn whole_percent(text: &str) -> Result<u32, String> {
+    text.trim_end_matches('%').trim().parse().map_err(|_| "give a whole percentage, as 5%".to_owned())
+}
+
+async fn change(context: &mut Context<'_>, verb: &str, done: &str, which: Which) -> Result<Exit, Failure> {
+    let Which { model, service, reason, write } = which;
+    let body = WhichRollout { model, service, reason };
+    let path = format!("/v1/rollouts/{verb}");
+    context.write(done, Method::POST, &path, &write.query(), Some(&body)).await
+}
+
+async fn start(context: &mut Context<'_>, args: Start) -> Result<Exit, Failure> {
+    let Start { model, version, to, service, max_errors, max_latency, min_requests, write } = args;
+    let too_much = |_| Failure::Usage { what: format!("--max-errors {max_errors}: 100 at most") };
+    let what = format!("version {version} of {model} gets {}", render_region::percent(to));
+    let rollout = Rollout {
+        model,
+        version,
+        permille: to,
+        state: crate::model::RolloutState::Running,
+        since_ms: 0,
+        reason: String::new(),
+        most_errors_percent: max_errors.try_into().map_err(too_much)?,
+        most_latency_percent: max_latency,
+        least_requests: min_requests,
+    };
+    let body = StartRollout { services: service, rollout };
+    context.write(&what, Method::POST, "/v1/rollouts", &write.query(), Some(&body)).await
 }
 
 /// `rollout lock`.
@@ -74,6 +172,10 @@ pub struct UnlockArgs {
 /// Runs one.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
+        Command::Start(args) => start(context, args).await,
+        Command::Promote(which) => change(context, "promote", "the new version gets everything", which).await,
+        Command::Abort(which) => change(context, "abort", "the new version gets nothing", which).await,
+        Command::Clear(which) => change(context, "clear", "the roll-out is forgotten", which).await,
         Command::Lock(args) => lock(context, args).await,
         Command::Unlock(UnlockArgs { name, token, force }) => {
             let path = format!("/v1/locks/{name}");
@@ -88,6 +190,17 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
         Command::Status { name } => {
             let mut locks: Vec<Lock> = context.client.get("/v1/locks", &()).await?;
             locks.retain(|lock| name.as_ref().is_none_or(|name| *name.as_str() == lock.name));
+            let rollouts: Vec<RolloutShown> = match name {
+                Some(_) => Vec::new(),
+                None => context.client.get("/v1/rollouts", &()).await?,
+            };
+            if context.out.json && name.is_none() {
+                context.out.json(&serde_json::json!({ "rollouts": rollouts, "locks": locks }), false)?;
+                return Ok(Exit::Ok);
+            }
+            if !rollouts.is_empty() {
+                render_region::rollouts(&mut context.out, &rollouts)?;
+            }
             if context.out.json {
                 context.out.json(&locks, false)?;
             } else if locks.is_empty() {
@@ -172,4 +285,20 @@ async fn run_with(
     let status = ended?;
     released?;
     Ok(if status.success() { Exit::Ok } else { Exit::No })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_percentages_with_a_tenth_at_most() {
+        assert_eq!(
+            [share("5%"), share("2.5 %"), share("100"), share("0.1%")].map(Result::unwrap),
+            [50, 25, 1_000, 1]
+        );
+        for bad in ["", "0", "0.05%", "101%", "-5%", "five", "NaN", "inf"] {
+            assert!(share(bad).is_err(), "{bad}");
+        }
+    }
 }

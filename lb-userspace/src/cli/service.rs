@@ -4,8 +4,8 @@ use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     api::types::{BackendInfo, ServiceInfo},
     model::{
-        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, QuicError, Scheduler, Selector,
-        SelectorError, SourceKind,
+        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, QuicError, RegionPolicy,
+        Scheduler, Selector, SelectorError, SourceKind,
     },
     render::{observe, units::parse_duration},
 };
@@ -156,6 +156,30 @@ struct Settings {
     /// Name of a metric where it is not the usual one, as running=NAME or waiting=NAME{label="value"}; may be repeated
     #[arg(long, value_name = "QUANTITY=METRIC", value_parser = metric)]
     replica_metric: Vec<(Quantity, Selector)>,
+    /// Residency: the only regions that may ever see its packets, or any [default: any]
+    #[arg(long, value_name = "REGION,...|any", value_parser = regions)]
+    regions: Option<Residency>,
+    /// How it is spread over regions: active-active, active-passive or weighted [default: active-active]
+    #[arg(long, value_parser = word::<RegionPolicy>)]
+    region_policy: Option<RegionPolicy>,
+    /// With weighted: a region's share, as eu=3; may be repeated
+    #[arg(long, value_name = "REGION=N", value_parser = region_weight)]
+    region_weight: Vec<(Name, u32)>,
+    /// Share of the local capacity in use from which flows spill to other regions [default: 90]
+    #[arg(long, value_name = "PERCENT")]
+    spill_at: Option<u16>,
+    /// Share of it below which they come back [default: 70]
+    #[arg(long, value_name = "PERCENT")]
+    spill_until: Option<u16>,
+    /// Largest share of new flows that may be spilled [default: 50]
+    #[arg(long, value_name = "PERCENT")]
+    spill_most: Option<u16>,
+    /// How long a spill stands before it gets smaller [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    region_hold: Option<Duration>,
+    /// Whether the own zone comes first within the region [default: true]
+    #[arg(long, value_name = "BOOL")]
+    zone_first: Option<bool>,
     /// Drain time: how long flows of a draining or removed backend are kept there [default: 5m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     drain: Option<Duration>,
@@ -323,6 +347,42 @@ impl FromStr for Source {
     }
 }
 
+/// Regions, or any.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Residency(Option<Vec<Name>>);
+
+fn regions(text: &str) -> Result<Residency, String> {
+    if text == "any" {
+        return Ok(Residency(None));
+    }
+    let names = text.split(',').map(|name| name.trim().parse::<Name>().map_err(|e| e.to_string()));
+    Ok(Residency(Some(names.collect::<Result<_, _>>()?)))
+}
+
+/// `REGION=N`.
+fn region_weight(text: &str) -> Result<(Name, u32), String> {
+    let bad = || "give REGION=N, as eu=3".to_owned();
+    let (name, weight) = text.split_once('=').ok_or_else(bad)?;
+    Ok((name.trim().parse().map_err(|_| bad())?, weight.trim().parse().map_err(|_| bad())?))
+}
+
+/// What of the flags is about regions.
+fn regions_patch(s: &Settings) -> Result<Map<String, Value>, Failure> {
+    let mut patch = Map::new();
+    let mut set = |key: &str, value: Option<Value>| value.map(|v| patch.insert(key.to_owned(), v));
+    set("allowed", s.regions.as_ref().map(|r| json!(r.0)));
+    set("policy", s.region_policy.map(|p| json!(p)));
+    let weights: Map<String, Value> =
+        s.region_weight.iter().map(|(name, weight)| (name.to_string(), json!(weight))).collect();
+    set("weights", (!weights.is_empty()).then_some(Value::Object(weights)));
+    set("spill_at_percent", s.spill_at.map(|p| json!(p)));
+    set("spill_until_percent", s.spill_until.map(|p| json!(p)));
+    set("spill_most_percent", s.spill_most.map(|p| json!(p)));
+    set("hold_s", seconds(s.region_hold, "--region-hold")?.map(|s| json!(s)));
+    set("zone_first", s.zone_first.map(|b| json!(b)));
+    Ok(patch)
+}
+
 /// `QUANTITY=METRIC`.
 fn metric(text: &str) -> Result<(Quantity, Selector), String> {
     let (quantity, selector) =
@@ -457,6 +517,7 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     health.set("fall", s.fall);
     patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
     patch.set("replica", replica_patch(s)?);
+    patch.set("regions", Some(regions_patch(s)?).filter(|r| !r.is_empty()));
     Ok(patch.0)
 }
 
@@ -490,6 +551,9 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                         "--replica flags without a source: give --replica stream or another".to_owned();
                     return Err(Failure::Usage { what });
                 }
+            }
+            if let Some(Value::Object(regions)) = body.get_mut("regions") {
+                regions.retain(|_, v| !v.is_null());
             }
             body.retain(|_, v| !v.is_null());
             let name = add.name;

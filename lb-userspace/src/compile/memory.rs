@@ -71,6 +71,9 @@ pub struct BackendMemory {
     /// When its slow start began, while it starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_ms: Option<i64>,
+    /// It could take flows and takes none, because others come first: it needs no slow start when its turn comes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stands_by: bool,
     /// When it was removed from the desired state, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_ms: Option<i64>,
@@ -298,7 +301,10 @@ impl Memory {
                 .map(|(&backend, entry)| {
                     let address = entries::from_address(&entry.address);
                     let removed_ms = memory.backends.get(&address).and_then(|b| b.removed_ms);
-                    (address, BackendMemory { index: backend, removed_ms, started_ms: None })
+                    (
+                        address,
+                        BackendMemory { index: backend, removed_ms, started_ms: None, stands_by: false },
+                    )
                 })
                 .collect();
             let entry = live.services.get(&index);

@@ -18,7 +18,7 @@ mod slow;
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use recall::Past;
 
-use crate::model::{BackendState, Desired, Health, Name, Observed, Ports, Protocol, Readiness};
+use crate::model::{BackendState, Desired, Health, Here, Name, Observed, Ports, Protocol, Readiness, Share};
 use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Backend, ServiceKey, Slot, Vip, VipKey, limits,
@@ -49,6 +49,8 @@ pub struct Settings {
     pub limits: Limits,
     /// Bits of [`lb_common::settings::features`] that the program was loaded without.
     pub features_off: u32,
+    /// Where this host is.
+    pub here: Here,
 }
 
 /// Sizes of the maps, set when they are made.
@@ -259,6 +261,9 @@ pub struct BackendStatus {
     /// Percent of its weight that its slow start gives it, while it starts.
     #[serde(default)]
     pub slow_start_percent: Option<u8>,
+    /// Why it may take no flow, whatever its health: residency, or its region drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub excluded: Option<String>,
     /// Slots whose primary it is.
     pub slots: u32,
     /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.
@@ -285,6 +290,9 @@ pub struct ServiceStatus {
     pub eligible: u32,
     /// Health is being ignored because too few are healthy.
     pub panic: bool,
+    /// What the table gives to each region, where that makes a difference.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub regions: Vec<Share>,
     /// Slots that changed within the drain time.
     pub transition_slots: u32,
     /// Slots whose flows may be in the flow table.
@@ -343,16 +351,11 @@ pub fn compile(
     for (name, wanted) in &desired.services {
         let id = ServiceId::of(wanted);
         let verdicts = service::seen(name, wanted, &mut health, &mut replicas);
+        let steer = service::steer(wanted, &settings.here, observed.steers.get(name));
+        let excluded = service::excluded(wanted, &settings.here, &desired.regions);
+        let next_hops = &observed.paths.next_hops;
         let compiled = service::compile(
-            &service::Input {
-                name,
-                id,
-                wanted,
-                verdicts,
-                next_hops: &observed.paths.next_hops,
-                now_ms,
-                settings,
-            },
+            &service::Input { name, id, wanted, verdicts, steer, excluded, next_hops, now_ms, settings },
             memory.services.get(&id),
             &mut free,
             cache.services.entry(id).or_default(),

@@ -7,10 +7,10 @@
 
 use super::{
     BackendMemory, Memory, ServiceId, ServiceMemory, Settings,
-    service::{shape, table_size},
+    service::{excluded, shape, steer, steered, table_size},
 };
 use crate::{
-    model::{Backend, Desired, Health, Service},
+    model::{Backend, Desired, Health, Here, Service},
     policy::{self, Candidate},
 };
 use std::{
@@ -41,9 +41,9 @@ impl Memory {
     /// Learns about services of which it knows no epoch. `past` is oldest first; the last is in force now.
     pub fn recall(&mut self, past: &[Past], settings: &Settings, now_ms: i64) {
         let Some(newest) = past.last() else { return };
-        let by_id: Vec<(i64, BTreeMap<ServiceId, &Service>)> = in_order(past, now_ms)
+        let by_id: Vec<(i64, &Desired, BTreeMap<ServiceId, &Service>)> = in_order(past, now_ms)
             .map(|(from_ms, desired)| {
-                (from_ms, desired.services.values().map(|s| (ServiceId::of(s), &**s)).collect())
+                (from_ms, desired, desired.services.values().map(|s| (ServiceId::of(s), &**s)).collect())
             })
             .collect();
         let mut free = self.free_indices(&settings.limits);
@@ -59,9 +59,9 @@ impl Memory {
                 memory.index = index;
             }
             let drain_ms = i64::from(wanted.drain_s) * 1_000;
-            for (from_ms, services) in &by_id {
+            for (from_ms, desired, services) in &by_id {
                 match services.get(&id) {
-                    Some(then) => relive(&mut memory, then, *from_ms, drain_ms),
+                    Some(then) => relive(&mut memory, then, (desired, &settings.here), *from_ms, drain_ms),
                     None => memory.epochs.clear(),
                 }
             }
@@ -89,7 +89,13 @@ fn in_order(past: &[Past], now_ms: i64) -> impl Iterator<Item = (i64, &Desired)>
 }
 
 /// One state of a service.
-fn relive(memory: &mut ServiceMemory, then: &Service, from_ms: i64, drain_ms: i64) {
+fn relive(
+    memory: &mut ServiceMemory,
+    then: &Service,
+    (desired, here): (&Desired, &Here),
+    from_ms: i64,
+    drain_ms: i64,
+) {
     let there: BTreeSet<IpAddr> = then.backends.values().map(|b| b.address).collect();
     for (address, backend) in &mut memory.backends {
         backend.removed_ms =
@@ -100,17 +106,23 @@ fn relive(memory: &mut ServiceMemory, then: &Service, from_ms: i64, drain_ms: i6
             index: NO_INDEX,
             removed_ms: None,
             started_ms: None,
+            stands_by: false,
         });
     }
-    let candidate = |b: &Backend| Candidate {
+    let excluded = excluded(then, here, &desired.regions);
+    let candidate = |(i, b): (usize, &Backend)| Candidate {
         weight: b.weight,
         state: b.state,
         health: Health::Healthy,
-        declines: false,
+        declines: excluded.get(i).is_some_and(Option::is_some),
     };
-    let candidates: Vec<_> = then.backends.values().map(candidate).collect();
+    let candidates: Vec<_> = then.backends.values().enumerate().map(candidate).collect();
     let weights: Vec<u32> = then.backends.values().map(|b| b.weight).collect();
     let rule = policy::eligible(&candidates, true, then.panic_percent);
     let size = table_size(then, memory);
-    memory.enter(&shape(then, (&weights, 1), &rule.eligible, size), from_ms, drain_ms);
+    // How it was spread then is in no history either: as it goes where nothing is measured.
+    let steer = steer(then, here, None);
+    let steered = steered(then, here, steer.as_deref(), (&weights, 1), &rule.eligible);
+    let shape = shape(then, (&steered.weights, steered.scale), &steered.takes, size);
+    memory.enter(&shape, from_ms, drain_ms);
 }

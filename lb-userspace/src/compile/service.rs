@@ -16,10 +16,13 @@ use super::{
 use crate::{
     maglev,
     model::{
-        BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
-        Scheduler, Service,
+        self, BackendId, BackendState, Canary, ForwardingMode, Health, Here, Name, NextHop, OnDown, Protocol,
+        Readiness, Region, RegionState, Scheduler, Service, Share, Steer, WHOLE, region_list,
     },
-    policy::{self, Candidate, Seen},
+    policy::{
+        self, Candidate, Seen,
+        region::{Member, Weighted, weights as region_weights},
+    },
 };
 use lb_common::{
     Backend, Slot,
@@ -43,6 +46,10 @@ pub(super) struct Input<'a> {
     pub wanted: &'a Arc<Service>,
     /// In the order of `wanted.backends`.
     pub verdicts: Vec<Seen>,
+    /// How it is spread over regions and versions; none if all backends are alike.
+    pub steer: Option<Arc<Steer>>,
+    /// Why a backend may take no flow at all; empty if none is excluded.
+    pub excluded: Vec<Option<Excluded>>,
     pub next_hops: &'a BTreeMap<IpAddr, NextHop>,
     pub now_ms: i64,
     pub settings: &'a Settings,
@@ -71,6 +78,8 @@ struct Last {
     name: Name,
     wanted: Arc<Service>,
     verdicts: Vec<Seen>,
+    steer: Option<Arc<Steer>>,
+    excluded: Vec<Option<Excluded>>,
     next_hops: Vec<Option<NextHop>>,
     output: Arc<Output>,
 }
@@ -124,6 +133,8 @@ pub(super) fn compile(
         && memory.is_some_and(|m| Arc::ptr_eq(m, &last.output.memory))
         && last.output.next_change_ms.is_none_or(|at| input.now_ms < at)
         && last.verdicts == input.verdicts
+        && last.steer == input.steer
+        && last.excluded == input.excluded
         && last.next_hops == next_hops(&last.output.memory)
         && last.name == *input.name
         && last.wanted == *input.wanted
@@ -135,6 +146,8 @@ pub(super) fn compile(
         name: input.name.clone(),
         wanted: input.wanted.clone(),
         verdicts: input.verdicts.clone(),
+        steer: input.steer.clone(),
+        excluded: input.excluded.clone(),
         next_hops: next_hops(&output.memory),
         output: output.clone(),
     });
@@ -160,11 +173,13 @@ fn compile_anew(
         .backends
         .values()
         .zip(&input.verdicts)
-        .map(|(b, seen)| Candidate {
+        .enumerate()
+        .map(|(i, (b, seen))| Candidate {
             weight: b.weight,
             state: b.state,
             health: if problem(input, b.address).is_none() { seen.health } else { Health::Unhealthy },
-            declines: seen.readiness.declines(),
+            // The panic rule goes no more over residency than over a replica's own word.
+            declines: seen.readiness.declines() || input.is_excluded(i),
         })
         .collect();
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
@@ -172,7 +187,20 @@ fn compile_anew(
     let start = slow::start(wanted, &mut memory, &rule.eligible, slowly, input.now_ms);
     memory.settled = rule.settled;
 
-    let shape = shape(wanted, (&start.weights, start.scale), &rule.eligible, table_size(wanted, &memory));
+    let steered = steered(
+        wanted,
+        &input.settings.here,
+        input.steer.as_deref(),
+        (&start.weights, start.scale),
+        &rule.eligible,
+    );
+    for (b, (&takes, &eligible)) in wanted.backends.values().zip(steered.takes.iter().zip(&rule.eligible)) {
+        if let Some(known) = memory.backends.get_mut(&b.address) {
+            known.stands_by = eligible && !takes;
+        }
+    }
+    let weights = (&steered.weights[..], start.scale * steered.scale);
+    let shape = shape(wanted, weights, &steered.takes, table_size(wanted, &memory));
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
@@ -203,13 +231,102 @@ fn compile_anew(
     Ok(Output {
         index: memory.index,
         entry,
-        costs: costs(wanted, &memory),
+        costs: costs(wanted, &memory, &steered.weights),
         backends,
         egress,
         memory: Arc::new(memory),
         status: Arc::new(status),
         next_change_ms,
     })
+}
+
+/// Why a backend may take no flow, whatever its health.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Excluded {
+    /// Its region is none of those that the service may run in.
+    Residency,
+    /// Its region drains.
+    Drains,
+}
+
+impl Input<'_> {
+    fn is_excluded(&self, backend: usize) -> bool {
+        self.excluded.get(backend).is_some_and(Option::is_some)
+    }
+
+    /// Why a backend is excluded, for people.
+    fn why_excluded(&self, backend: usize, b: &model::Backend) -> Option<String> {
+        let region = b.region.as_ref().unwrap_or(&self.settings.here.region);
+        let allowed = self.wanted.regions.iter().flat_map(|rules| rules.allowed.iter().flatten());
+        match (*self.excluded.get(backend)?)? {
+            Excluded::Residency if b.region.is_none() => {
+                Some(format!("residency: only {}, and it does not say where it is", region_list(allowed)))
+            }
+            Excluded::Residency => Some(format!("residency: only {}, not {region}", region_list(allowed))),
+            Excluded::Drains => Some(format!("region {region} drains")),
+        }
+    }
+}
+
+/// Who may take no flow, whatever is decided elsewhere; empty if everybody may.
+pub(super) fn excluded(
+    wanted: &Service,
+    here: &Here,
+    regions: &BTreeMap<Name, Region>,
+) -> Vec<Option<Excluded>> {
+    let drains = |name: &Name| regions.get(name).is_some_and(|r| r.state == RegionState::Draining);
+    let all = wanted.backends.values().map(|b| match b.region.as_ref().unwrap_or(&here.region) {
+        _ if !wanted.allows(b) => Some(Excluded::Residency),
+        region if drains(region) => Some(Excluded::Drains),
+        _ => None,
+    });
+    let all: Vec<_> = all.collect();
+    if all.iter().all(Option::is_none) { Vec::new() } else { all }
+}
+
+/// How a service is spread: as was decided, or as goes without knowing anything.
+pub(super) fn steer(wanted: &Service, here: &Here, decided: Option<&Arc<Steer>>) -> Option<Arc<Steer>> {
+    if !wanted.is_regional() && wanted.rollout.is_none() {
+        return None;
+    }
+    decided.cloned().or_else(|| policy::region::initial(wanted, here).map(Arc::new))
+}
+
+/// Weights by which the table gives each region, zone and version its share.
+pub(super) fn steered(
+    wanted: &Service,
+    here: &Here,
+    steer: Option<&Steer>,
+    (weights, scale): (&[u32], u32),
+    eligible: &[bool],
+) -> Weighted {
+    let Some(steer) = steer else {
+        return Weighted { weights: weights.to_vec(), takes: eligible.to_vec(), scale: 1 };
+    };
+    let newcomers = steer.canary.as_ref().map(|c| &c.backends);
+    // The share is the desired state's; who runs the version was seen.
+    let steer = Steer {
+        canary: wanted
+            .rollout
+            .as_ref()
+            .zip(steer.canary.clone())
+            .map(|(rollout, canary)| Canary { permille: rollout.share(), ..canary }),
+        ..steer.clone()
+    };
+    let members: Vec<Member<'_>> = wanted
+        .backends
+        .iter()
+        .zip(weights.iter().zip(eligible))
+        .map(|((name, b), (&weight, &eligible))| Member {
+            weight,
+            eligible,
+            region: b.region.as_ref().unwrap_or(&here.region),
+            zone: b.zone.as_ref().unwrap_or(&here.zone),
+            is_new: steer.canary.is_some() && newcomers.is_some_and(|names| names.contains(name)),
+        })
+        .collect();
+    let heaviest = wanted.seating.iter().map(|turn| turn.1).max().unwrap_or(1).saturating_mul(scale);
+    region_weights(&members, &steer, here, heaviest)
 }
 
 /// Refuses what the loaded program cannot do.
@@ -244,7 +361,7 @@ fn unit_of_load(wanted: &Service) -> u32 {
 }
 
 /// How each backend's load is counted.
-fn costs(wanted: &Service, memory: &ServiceMemory) -> Vec<(u32, Cost)> {
+fn costs(wanted: &Service, memory: &ServiceMemory, steered: &[u32]) -> Vec<(u32, Cost)> {
     let source = match wanted.scheduler {
         Scheduler::Lc => source::FLOWS,
         // Replicas of different sizes compare by shares of their capacity, which their reports know.
@@ -254,9 +371,14 @@ fn costs(wanted: &Service, memory: &ServiceMemory) -> Vec<(u32, Cost)> {
         }
         _ => source::REPORTS,
     };
-    let weights = || wanted.backends.values().map(|b| b.weight);
+    // The fewest flows for its share, where that is what the scheduler goes by.
+    let weights: Vec<u32> = match wanted.scheduler {
+        Scheduler::Lc => steered.to_vec(),
+        _ => wanted.backends.values().map(|b| b.weight).collect(),
+    };
+    let cost = |weight: u32| behind::cost(weight, weights.iter().copied());
     let by_address: HashMap<IpAddr, u32> =
-        wanted.backends.values().map(|b| (b.address, behind::cost(b.weight, weights()))).collect();
+        wanted.backends.values().zip(&weights).map(|(b, &weight)| (b.address, cost(weight))).collect();
     memory
         .backends
         .iter()
@@ -313,7 +435,7 @@ fn allocate(
     for address in wanted {
         if let Entry::Vacant(place) = memory.backends.entry(address) {
             let index = free.backend().ok_or_else(|| too_many("backends", input, "--max-backends"))?;
-            place.insert(BackendMemory { index, removed_ms: None, started_ms: None });
+            place.insert(BackendMemory { index, removed_ms: None, started_ms: None, stands_by: false });
         }
     }
     Ok(())
@@ -486,8 +608,8 @@ fn backend_entries(
     panic: bool,
 ) -> (Vec<(u32, Backend)>, BTreeSet<u32>) {
     let mut states: HashMap<IpAddr, u32> = HashMap::new();
-    for (b, seen) in input.wanted.backends.values().zip(&input.verdicts) {
-        let mut state = 0;
+    for (i, (b, seen)) in input.wanted.backends.values().zip(&input.verdicts).enumerate() {
+        let mut state = if input.is_excluded(i) { DRAINING } else { 0 };
         if b.state == BackendState::Draining || seen.readiness.declines() {
             state |= DRAINING;
         }
@@ -583,6 +705,27 @@ fn table_hash(memory: &ServiceMemory, shape: &Shape, slots: &[Slot]) -> u64 {
     })
 }
 
+/// What the table gives to each region, as far as thousandths say it.
+fn region_shares(
+    input: &Input<'_>,
+    share: &dyn Fn(u32) -> u32,
+    memory: &ServiceMemory,
+    slots: usize,
+) -> Vec<Share> {
+    if !input.wanted.is_regional() {
+        return Vec::new();
+    }
+    let mut by_region: BTreeMap<&Name, u64> = BTreeMap::new();
+    for b in input.wanted.backends.values() {
+        let index = memory.backends.get(&b.address).map_or(NO_BACKEND, |known| known.index);
+        let region = b.region.as_ref().unwrap_or(&input.settings.here.region);
+        *by_region.entry(region).or_default() += u64::from(share(index));
+    }
+    let permille = |n: u64| ((n * u64::from(WHOLE) + slots as u64 / 2) / slots.max(1) as u64) as u16;
+    let shares = by_region.into_iter().map(|(name, n)| Share { name: name.clone(), permille: permille(n) });
+    shares.filter(|share| share.permille > 0).collect()
+}
+
 fn status(
     input: &Input<'_>,
     memory: &ServiceMemory,
@@ -606,7 +749,8 @@ fn status(
         .backends
         .iter()
         .zip(input.verdicts.iter().zip(rule.eligible.iter().zip(&start.percent)))
-        .filter_map(|((name, b), (seen, (&eligible, &slow_start_percent)))| {
+        .enumerate()
+        .filter_map(|(i, ((name, b), (seen, (&eligible, &slow_start_percent))))| {
             let index = memory.backends.get(&b.address)?.index;
             Some(BackendStatus {
                 name: Some(name.clone()),
@@ -618,6 +762,7 @@ fn status(
                 readiness: seen.readiness,
                 eligible,
                 slow_start_percent,
+                excluded: input.why_excluded(i, b),
                 slots: share(index),
                 resolved: is_resolved(index),
                 problem: problem(input, b.address),
@@ -637,6 +782,7 @@ fn status(
             readiness: Readiness::Unknown,
             eligible: false,
             slow_start_percent: None,
+            excluded: None,
             slots: 0,
             resolved: is_resolved(b.index),
             problem: None,
@@ -651,6 +797,7 @@ fn status(
         table_size: shape.size,
         eligible: rule.eligible.iter().filter(|&&e| e).count() as u32,
         panic: rule.panic,
+        regions: region_shares(input, &share, memory, slots.len()),
         transition_slots: match entry.view.old_count {
             0 => slots.iter().filter(|s| s.is_transition()).count() as u32,
             _ => slots.len() as u32,

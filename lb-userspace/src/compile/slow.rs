@@ -45,7 +45,7 @@ pub(super) fn start(
         let step = memory.backends.get_mut(&backend.address).and_then(|known| {
             if whole_ms == 0 || panic || !eligible || backend.weight == 0 {
                 known.started_ms = None;
-            } else if settled && !served.contains(&backend.address) {
+            } else if settled && !known.stands_by && !served.contains(&backend.address) {
                 known.started_ms = Some(now_ms);
             }
             let step = step(known.started_ms?, whole_ms, now_ms);

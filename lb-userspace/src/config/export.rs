@@ -1,6 +1,6 @@
 //! Desired state to a configuration file: what [`super::File::parse`] reads back as the same state.
 
-use crate::model::{Backend, Desired, Service};
+use crate::model::{Backend, Desired, Region, RegionRules, Service};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -8,6 +8,12 @@ use std::fmt::Write;
 /// Writes `[[service]]` tables in name order. Settings at their defaults are left out.
 pub fn export(desired: &Desired) -> String {
     let mut out = String::new();
+    for (name, region) in &desired.regions {
+        let separator = if out.is_empty() { "" } else { "\n" };
+        let _ = writeln!(out, "{separator}[[region]]");
+        line(&mut out, "name", &json!(name));
+        changed(&mut out, object(region), &defaults::<Region>(json!({})));
+    }
     for (name, service) in &desired.services {
         let separator = if out.is_empty() { "" } else { "\n" };
         let _ = writeln!(out, "{separator}[[service]]");
@@ -20,6 +26,7 @@ pub fn export(desired: &Desired) -> String {
         }
         let health = fields.remove("health");
         let replica = fields.remove("replica");
+        let (regions, rollout) = (fields.remove("regions"), fields.remove("rollout"));
         let bare = json!({"vip": service.vip, "port": service.port, "protocol": service.protocol});
         let defaults = defaults::<Service>(bare);
         for key in ["vip", "port", "protocol"] {
@@ -43,6 +50,14 @@ pub fn export(desired: &Desired) -> String {
             line(&mut out, "kind", &kind);
             let defaults = self::defaults::<crate::model::ReplicaSource>(json!({ "kind": kind }));
             changed(&mut out, replica, &defaults);
+        }
+        if let Some(Value::Object(regions)) = regions {
+            let _ = writeln!(out, "\n[service.regions]");
+            changed(&mut out, regions, &self::defaults::<RegionRules>(json!({})));
+        }
+        if let Some(Value::Object(rollout)) = rollout {
+            let _ = writeln!(out, "\n[service.rollout]");
+            changed(&mut out, rollout, &Map::new());
         }
         for (name, backend) in &service.backends {
             let _ = writeln!(out, "\n[[service.backend]]");

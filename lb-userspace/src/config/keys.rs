@@ -3,7 +3,7 @@
 //! A test compares these lists with what serde accepts.
 
 /// Tables at the top.
-pub const TOP: &[&str] = &["revision", "lbd", "service"];
+pub const TOP: &[&str] = &["revision", "lbd", "region", "service"];
 
 /// `[lbd]`.
 pub const LBD: &[&str] = &[
@@ -71,6 +71,8 @@ pub const SERVICE: &[&str] = &[
     "seating",
     "health",
     "replica",
+    "regions",
+    "rollout",
     "backend",
 ];
 
@@ -113,5 +115,34 @@ pub const METRICS: &[&str] = &[
     "awake",
 ];
 
+/// `[service.regions]`.
+pub const REGIONS: &[&str] = &[
+    "policy",
+    "allowed",
+    "weights",
+    "spill_at_percent",
+    "spill_until_percent",
+    "spill_most_percent",
+    "hold_s",
+    "zone_first",
+];
+
+/// `[service.rollout]`.
+pub const ROLLOUT: &[&str] = &[
+    "model",
+    "version",
+    "permille",
+    "state",
+    "since_ms",
+    "reason",
+    "most_errors_percent",
+    "most_latency_percent",
+    "least_requests",
+];
+
+/// `[[region]]`.
+pub const REGION: &[&str] = &["name", "state"];
+
 /// `[[service.backend]]`.
-pub const BACKEND: &[&str] = &["name", "address", "port", "weight", "state", "seat", "server_id"];
+pub const BACKEND: &[&str] =
+    &["name", "address", "port", "weight", "state", "seat", "server_id", "region", "zone"];

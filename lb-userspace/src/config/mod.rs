@@ -12,6 +12,8 @@ mod shared;
 pub use export::export;
 pub use options::{LogFormat, LogLevel, Options, Settings, SettingsError};
 
+pub use crate::model::nearest;
+
 use crate::model::Desired;
 use std::{fmt, path::Path};
 
@@ -103,16 +105,6 @@ impl File {
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
         parse::parse(text)
     }
-}
-
-/// The known word nearest to `word`, if it is near enough to be what was meant.
-pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    known
-        .into_iter()
-        .map(|k| (strsim::damerau_levenshtein(word, k), k))
-        .filter(|(distance, k)| *distance <= 1 + k.len().min(word.len()) / 3)
-        .min_by_key(|(distance, _)| *distance)
-        .map(|(_, k)| k)
 }
 
 #[cfg(test)]

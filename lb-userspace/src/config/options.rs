@@ -2,9 +2,10 @@
 //!
 //! [`Options`] is one source's answer, [`Settings`] the resolved whole.
 
-use super::shared::{Shared, name};
+use super::shared::{Shared, name, place};
 use crate::{
     announce::OnStop,
+    model::Name,
     store::{Address, etcd::Access},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -207,9 +208,9 @@ pub struct Settings {
     /// Name of this host; its host name if none.
     pub host: Option<String>,
     /// Its region.
-    pub region: String,
+    pub region: Name,
     /// Its zone.
-    pub zone: String,
+    pub zone: Name,
     /// Interface that VIPs are put on, if any.
     pub announce: Option<String>,
     /// What becomes of them when lbd stops.
@@ -440,8 +441,8 @@ impl Options {
         };
         let (store, store_access, store_id) = shared.resolve(&state_dir)?;
         let host = self.host.map(|host| name("host", host)).transpose()?;
-        let region = name("region", self.region.unwrap_or_else(|| "default".to_owned()))?;
-        let zone = name("zone", self.zone.unwrap_or_else(|| "default".to_owned()))?;
+        let region = place("region", self.region)?;
+        let zone = place("zone", self.zone)?;
         let (nat_source_v4, nat_source_v6) = nat_sources(&self.nat_source)?;
         let (nat_first, nat_last) = match self.nat_ports.as_deref() {
             None => NAT_PORTS,

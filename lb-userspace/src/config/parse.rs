@@ -1,7 +1,7 @@
 //! Text to [`File`], collecting problems instead of stopping at the first.
 
 use super::{File, Options, Problem, keys, nearest};
-use crate::model::{Backend, Desired, Name, Service};
+use crate::model::{Backend, Desired, Name, Region, Service, Subject};
 use serde::de::DeserializeOwned;
 use std::{
     collections::{BTreeMap, HashMap},
@@ -37,6 +37,7 @@ type Span = Range<usize>;
 struct Places {
     services: HashMap<Name, Span>,
     backends: HashMap<(Name, Name), Span>,
+    regions: HashMap<Name, Span>,
 }
 
 struct Parser<'t> {
@@ -79,19 +80,35 @@ impl Parser<'_> {
             self.check_keys(&mut lbd, keys::LBD, "[lbd]");
             file.options = self.read::<Options>(span, lbd, "[lbd]").unwrap_or_default();
         }
-        if let Some(services) = table.remove("service") {
+        let (services, regions) = (table.remove("service"), table.remove("region"));
+        if services.is_some() || regions.is_some() {
             let mut places = Places::default();
             let mut desired = Desired::default();
-            for service in self.array(services, "service", "[[service]]") {
+            if let (None, Some(regions)) = (&services, &regions) {
+                self.problem(
+                    Some(regions.span()),
+                    "[[region]] without [[service]]: regions belong to the desired state, which a file has whole or not \
+                     at all"
+                        .to_owned(),
+                );
+            }
+            let regions = regions.map(|regions| self.array(regions, "region", "[[region]]"));
+            for region in regions.into_iter().flatten() {
+                self.region(region, &mut desired, &mut places);
+            }
+            let services = services.map(|services| self.array(services, "service", "[[service]]"));
+            for service in services.into_iter().flatten() {
                 self.service(service, &mut desired, &mut places);
             }
             // Rules are about whole states: with parts missing they would find what is not there.
             if self.problems.is_empty() {
                 for invalid in desired.check() {
-                    let (service, backend) = invalid.place();
-                    let span = match backend {
-                        Some(backend) => places.backends.get(&(service.clone(), backend.clone())),
-                        None => places.services.get(service),
+                    let span = match invalid.subject() {
+                        Subject::Backend(service, backend) => {
+                            places.backends.get(&(service.clone(), backend.clone()))
+                        }
+                        Subject::Service(service) => places.services.get(service),
+                        Subject::Region(region) => places.regions.get(region),
                     };
                     self.problem(span.cloned(), invalid.to_string());
                 }
@@ -120,6 +137,15 @@ impl Parser<'_> {
                 self.check_keys(metrics, keys::METRICS, "[service.replica.metrics]");
             }
         }
+        for (key, known, place) in
+            [("regions", keys::REGIONS, "[service.regions]"), ("rollout", keys::ROLLOUT, "[service.rollout]")]
+        {
+            if let Some(part) = table.get_mut(key)
+                && let DeValue::Table(part) = part.get_mut()
+            {
+                self.check_keys(part, known, place);
+            }
+        }
         let name = self.name(&span, &mut table, "[[service]]");
         let service = self.read::<Service>(span.clone(), table, "[[service]]");
         let mut found = BTreeMap::new();
@@ -135,6 +161,19 @@ impl Parser<'_> {
             self.problem(Some(name_span), format!("a second service {name}; the first is in line {line}"));
         }
         desired.services.insert(name, service.into());
+    }
+
+    fn region(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, places: &mut Places) {
+        let Some((span, mut table)) = self.table(value, "[[region]]") else { return };
+        self.check_keys(&mut table, keys::REGION, "[[region]]");
+        let name = self.name(&span, &mut table, "[[region]]");
+        let region = self.read::<Region>(span, table, "[[region]]");
+        let (Some((name, span)), Some(region)) = (name, region) else { return };
+        if let Some(first) = places.regions.insert(name.clone(), span.clone()) {
+            let line = self.line(&first);
+            self.problem(Some(span), format!("a second region {name}; the first is in line {line}"));
+        }
+        desired.regions.insert(name, region);
     }
 
     fn backend(

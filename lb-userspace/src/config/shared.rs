@@ -1,7 +1,10 @@
 //! Settings of what hosts share: the store, and who this host is among the others.
 
 use super::SettingsError;
-use crate::store::{Address, etcd::Access};
+use crate::{
+    model::Name,
+    store::{Address, etcd::Access},
+};
 use std::path::{Path, PathBuf};
 
 /// Length of a name of a host, region or zone.
@@ -71,6 +74,17 @@ pub(super) fn name(setting: &'static str, name: String) -> Result<String, Settin
         return Err(SettingsError { setting, what });
     }
     Ok(name)
+}
+
+/// A region or zone: named as backends name theirs.
+pub(super) fn place(setting: &'static str, text: Option<String>) -> Result<Name, SettingsError> {
+    let text = text.unwrap_or_else(|| "default".to_owned());
+    text.parse().map_err(|_| {
+        let what = format!(
+            "{text:?} is no name: letters, digits and -_. (at most {NAME_LIMIT}), with a letter or digit first"
+        );
+        SettingsError { setting, what }
+    })
 }
 
 #[cfg(test)]

@@ -36,14 +36,33 @@ kind = "custom"
 port = 9100
 metrics = { running = "busy", waiting = 'queued{kind="all"}' }
 
+[service.regions]
+policy = "weighted"
+allowed = ["eu-1", "eu-2"]
+weights = { eu-1 = 3 }
+
+[service.rollout]
+model = "m"
+version = "v2"
+permille = 50
+
 [[service.backend]]
 name = "a"
 address = "10.1.0.1"
 weight = 3
+region = "eu-1"
+zone = "z"
 
 [[service.backend]]
 name = "b"
 address = "fd00::2"
+state = "draining"
+
+[[region]]
+name = "eu-1"
+
+[[region]]
+name = "eu-2"
 state = "draining"
 
 [[service]]

@@ -9,7 +9,7 @@ use crate::{
     clock,
     dataplane::{FLOW_TABLES, Limits, Reader},
     explain::{Explanation, Query, explain},
-    model::{BackendId, Desired, Name},
+    model::{BackendId, Desired, Name, region_list},
     reconcile::{self, ApplyError, Event, Published, ReconcileError},
 };
 use futures_util::future::BoxFuture;
@@ -96,6 +96,7 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
             eligible: s.eligible as usize,
             panic: s.panic,
             transition_slots: s.transition_slots,
+            regions: s.regions.clone(),
         };
         snapshot.services.insert(name.clone(), state);
         slots += u64::from(s.table_size);
@@ -119,6 +120,8 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
                 next_hop,
                 resolved: b.resolved,
                 problem,
+                takes_flows: b.eligible,
+                excluded: b.excluded.clone(),
             };
             snapshot.backends.insert(id, state);
         }
@@ -135,6 +138,29 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
         room("nat flows", published.sweep.bindings, limits.nat_flows),
     ];
     snapshot
+}
+
+/// A service's residency and how its table is spread, for people.
+fn regions_of(published: &Published, name: &Name) -> Vec<String> {
+    let (Some(wanted), Some(service)) = (published.desired.services.get(name), published.services.get(name))
+    else {
+        return Vec::new();
+    };
+    let mut steps = Vec::new();
+    if let Some(allowed) = wanted.regions.as_ref().and_then(|rules| rules.allowed.as_ref()) {
+        let inside = wanted.backends.values().filter(|b| wanted.allows(b)).count();
+        let all = wanted.backends.len();
+        let names = region_list(allowed);
+        let refused =
+            if service.eligible == 0 { ": none of them takes flows, so all are refused" } else { "" };
+        steps.push(format!("residency: only {names}, where {inside} of {all} backends are{refused}"));
+    }
+    if !service.regions.is_empty() {
+        let shares = service.regions.iter().map(|s| format!("{} {} ‰", s.name, s.permille));
+        let shares: Vec<String> = shares.collect();
+        steps.push(format!("regions: {}; `lbctl policy explain {name}` says why", shares.join(", ")));
+    }
+    steps
 }
 
 fn ip(address: lb_common::Address) -> IpAddr {
@@ -276,6 +302,12 @@ impl Engine for Live {
     }
 
     fn explain(&self, query: Query) -> Result<Explanation, EngineError> {
-        Ok(explain(&self.reader, &*self.published(), query))
+        let published = self.published();
+        let mut explanation = explain(&self.reader, &*published, query);
+        let name = explanation.service.as_ref().and_then(|name| name.parse::<Name>().ok());
+        if let Some(name) = name {
+            explanation.steps.extend(regions_of(&published, &name));
+        }
+        Ok(explanation)
     }
 }

@@ -28,9 +28,10 @@ use crate::{
     dataplane::{AttachOptions, Carried, Dataplane, Limits, Takeover},
     health::{Checker, prober},
     metrics,
-    model::{Desired, Health},
+    model::{Desired, Health, Here},
     neighbour::Resolver,
     reconcile::{Event, Reconciler, start_sweeper},
+    regions::Steering,
     replica::{Scores, Watcher},
     store::{Local, LocalFile, Opener, Store, Stored, since},
 };
@@ -95,6 +96,10 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let book = Checker::restore(&*local).await;
     let replicas = Watcher::restore(&*local).await;
+    let here = Here { region: settings.region.clone(), zone: settings.zone.clone() };
+    let who = (here.clone(), sharing.host.clone());
+    let books = (book.clone(), replicas.clone());
+    let mut steering = Steering::new(who, store.clone(), local.clone(), books).await;
     let (events, inbox) = mpsc::channel(EVENTS);
     let mut parts = supervise::Parts::default();
 
@@ -113,7 +118,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let (keep_out, kept) = watch::channel(Vec::new());
     let last_memory = local.load(MEMORY).await?;
     let attached = interfaces.iter().map(|i| (i.ifindex, i.name.clone())).collect();
-    let compile_settings = compile_settings(&settings, limits, attached);
+    let compile_settings = compile_settings(&settings, limits, attached, here);
     let keep = Box::new(move |bytes| drop(keep_out.send_replace(bytes)));
     let (mut reconciler, published) =
         Reconciler::new(dataplane, compile_settings, last_memory.as_deref(), keep)
@@ -122,7 +127,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
         known.map(|(id, e)| (id.clone(), e.health)).collect()
     });
-    reconciler.prime(verdicts, replicas.readiness(), first_hops);
+    reconciler.prime(verdicts, replicas.readiness(), first_hops, steering.first(&store.head().desired));
     if reconciler.wants_history(&store.head().desired) {
         reconciler.recall(&history(&*store).await);
     }
@@ -144,6 +149,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     control.share(sharing);
     let hosting = Hosting::restore(local.clone(), announcement).await?;
     control.announce(hosting.clone());
+    control.steer_by(steering.shown());
     parts.add("desired state", ended_ok(control.clone().follow()));
     let head = control.head();
     control.applied(head.revision.number).await.context("cannot apply the stored state")?;
@@ -153,6 +159,8 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     }
 
     parts.add("report to the other hosts", report::run(control.clone(), store.clone(), report, published));
+
+    parts.add("regions", ended_ok(steering.run(control.clone(), events.clone())));
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
     let prober = prober();
@@ -264,7 +272,7 @@ async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<
         None => std::fs::read_to_string("/proc/sys/kernel/hostname")
             .map_or_else(|_| "default".to_owned(), |name| name.trim().to_owned()),
     };
-    let (region, zone) = (settings.region.clone(), settings.zone.clone());
+    let (region, zone) = (settings.region.to_string(), settings.zone.to_string());
     Ok((Arc::new(local), store, Sharing { host, region, zone, opener }))
 }
 
@@ -369,8 +377,10 @@ fn compile_settings(
     settings: &Settings,
     limits: Limits,
     attached: BTreeMap<u32, String>,
+    here: Here,
 ) -> compile::Settings {
     compile::Settings {
+        here,
         ipip_source_v4: settings.ipip_source_v4,
         ipip_source_v6: settings.ipip_source_v6,
         nat_source_v4: settings.nat_source_v4,
@@ -479,7 +489,9 @@ async fn load_services(
     let message = format!("services of {}", path.display());
     let query = types::WriteQuery { message: Some(message), ..Default::default() };
     let change = control.write("lbd", &query, |state| {
-        state.clone_from(&desired);
+        let mut wanted = desired.clone();
+        wanted.keep_operations(state);
+        *state = wanted;
         Ok(())
     });
     let change = change.await.with_context(|| format!("cannot apply the services of {}", path.display()))?;

@@ -4,12 +4,13 @@
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
 use super::{
-    Backend, Desired, ForwardingMode, HealthKind, HttpCheck, Name, Ports, Protocol, Scheduler, Service,
+    Backend, Desired, ForwardingMode, HealthKind, HttpCheck, Name, Ports, Protocol, RegionState, Scheduler,
+    Service, nearest, region_list,
 };
 use crate::maglev::MAX_SEATS;
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -50,15 +51,35 @@ pub enum Invalid {
         /// What is wrong, and what would be right.
         what: String,
     },
+    /// The same for a region.
+    #[error("region {region}: {what}")]
+    Region {
+        /// Region.
+        region: Name,
+        /// What is wrong, and what would be right.
+        what: String,
+    },
+}
+
+/// What a rule is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subject<'a> {
+    /// A service; of an overlap, the second.
+    Service(&'a Name),
+    /// A backend of a service.
+    Backend(&'a Name, &'a Name),
+    /// A region.
+    Region(&'a Name),
 }
 
 impl Invalid {
-    /// Service that the rule is about (of an overlap, the second), and its backend if it is about one.
-    pub fn place(&self) -> (&Name, Option<&Name>) {
+    /// What the rule is about.
+    pub fn subject(&self) -> Subject<'_> {
         match self {
-            Self::Overlap { second, .. } => (second, None),
-            Self::Setting { service, .. } => (service, None),
-            Self::Backend { service, backend, .. } => (service, Some(backend)),
+            Self::Overlap { second, .. } => Subject::Service(second),
+            Self::Setting { service, .. } => Subject::Service(service),
+            Self::Backend { service, backend, .. } => Subject::Backend(service, backend),
+            Self::Region { region, .. } => Subject::Region(region),
         }
     }
 }
@@ -70,7 +91,9 @@ impl Desired {
         self.check_ports(&mut found);
         for (name, service) in &self.services {
             service.check(name, &mut found);
+            self.check_names(name, service, &mut found);
         }
+        self.check_drains(&mut found);
         found
     }
 
@@ -86,7 +109,59 @@ impl Desired {
         for (name, service) in changed() {
             service.check(name, &mut found);
         }
+        let other_regions = self.regions.keys().ne(old.regions.keys());
+        for (name, service) in &self.services {
+            if other_regions || old.services.get(name) != Some(service) {
+                self.check_names(name, service, &mut found);
+            }
+        }
+        if self.regions != old.regions {
+            self.check_drains(&mut found);
+        }
         found
+    }
+
+    /// Two regions that drain at once might be all there are.
+    fn check_drains(&self, found: &mut Vec<Invalid>) {
+        let mut draining = self.regions.iter().filter(|(_, r)| r.state == RegionState::Draining);
+        let Some((first, _)) = draining.next() else { return };
+        for (region, _) in draining {
+            let what = format!(
+                "it cannot drain while {first} does, or both might be gone at once: `lbctl region undrain {first}` first"
+            );
+            found.push(Invalid::Region { region: region.clone(), what });
+        }
+    }
+
+    /// Once regions are declared, a name that is none of them is a mistake.
+    fn check_names(&self, name: &Name, service: &Service, found: &mut Vec<Invalid>) {
+        if self.regions.is_empty() {
+            return;
+        }
+        let unknown = |region: &Name| -> Option<String> {
+            if self.regions.contains_key(region) {
+                return None;
+            }
+            let hint = match nearest(region.as_str(), self.regions.keys().map(Name::as_str)) {
+                Some(near) => format!("did you mean {near}?"),
+                None => format!(
+                    "known: {}; add it with [[region]] or `lbctl region add {region}`",
+                    region_list(self.regions.keys())
+                ),
+            };
+            Some(format!("region {region} is not known; {hint}"))
+        };
+        let rules = service.regions.iter();
+        let named = rules.flat_map(|rules| rules.allowed.iter().flatten().chain(rules.weights.keys()));
+        let mut told = BTreeSet::new();
+        for what in named.filter(|region| told.insert(*region)).filter_map(unknown) {
+            found.push(Invalid::Setting { service: name.clone(), what });
+        }
+        for (backend, b) in &service.backends {
+            if let Some(what) = b.region.as_ref().and_then(unknown) {
+                found.push(Invalid::Backend { service: name.clone(), backend: backend.clone(), what });
+            }
+        }
     }
 
     /// Overlaps, by sorting each VIP's ports: O(n log n) in the number of services.
@@ -214,6 +289,7 @@ impl Service {
         }
         self.check_quic(&mut setting);
         self.check_health(&mut setting);
+        self.check_regions(&mut setting);
         if let Some(replica) = &self.replica {
             replica.check(matches!(self.port, Ports::One(_)), &mut setting);
         }
@@ -295,6 +371,38 @@ impl Service {
                 refuse(format!("port needs a service with one port, and the service's is {}", self.port));
             }
             _ => {}
+        }
+    }
+
+    fn check_regions(&self, setting: &mut dyn FnMut(String)) {
+        if let Some(rules) = &self.regions {
+            rules.check(setting);
+            let allowed = rules.allowed.iter().flatten();
+            if rules.allowed.as_ref().is_some_and(|names| !names.is_empty())
+                && !self.backends.is_empty()
+                && !self.backends.values().any(|b| rules.allows(b))
+            {
+                setting(format!(
+                    "its residency ({}) leaves no backend: none of them says that it is there. Give a backend one of \
+                     these regions, or change regions.allowed",
+                    region_list(allowed)
+                ));
+            }
+        }
+        if let Some(rollout) = &self.rollout {
+            rollout.check(setting);
+            if self.replica.is_none() {
+                setting(
+                    "a rollout needs replica state, which says who runs which version: set replica"
+                        .to_owned(),
+                );
+            }
+            if matches!(self.scheduler, Scheduler::Rr | Scheduler::Lc) {
+                setting(format!(
+                    "a rollout's share is kept by weights, which scheduler {} does not go by: take maglev, wrr or random",
+                    word(&self.scheduler)
+                ));
+            }
         }
     }
 
@@ -381,7 +489,10 @@ mod tests {
     }
 
     fn desired(services: &[(&str, &str)]) -> Desired {
-        Desired { services: services.iter().map(|(n, s)| (n.parse().unwrap(), service(s).into())).collect() }
+        Desired {
+            services: services.iter().map(|(n, s)| (n.parse().unwrap(), service(s).into())).collect(),
+            ..Desired::default()
+        }
     }
 
     fn errors(services: &[(&str, &str)]) -> Vec<String> {
@@ -540,7 +651,7 @@ mod tests {
             let port = Ports::One((i % 100 + 1) as u16);
             (format!("s{i}").parse().unwrap(), Service { vip, port, ..one.clone() }.into())
         });
-        let desired = Desired { services: services.collect() };
+        let desired = Desired { services: services.collect(), ..Desired::default() };
         let start = Instant::now();
         assert!(desired.check().is_empty());
         // A quadratic check takes minutes here, unoptimised.

@@ -1,6 +1,8 @@
 //! Services and backends, as the operator asked for them.
 
-use super::{HealthCheck, Name, Ports, Protocol, QuicConfig, ReplicaSource, ServerId};
+use super::{
+    HealthCheck, Name, Ports, Protocol, QuicConfig, Region, RegionRules, ReplicaSource, Rollout, ServerId,
+};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -11,12 +13,29 @@ pub struct Desired {
     /// Services by name. Shared between revisions: a change of one among thousands copies and compares that one.
     #[serde(default)]
     pub services: BTreeMap<Name, Arc<Service>>,
+    /// Regions by name. Once one is named here, all that are used must be.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub regions: BTreeMap<Name, Region>,
 }
 
 impl Desired {
     /// A service to be changed; copied first if another revision shares it.
     pub fn service_mut(&mut self, name: &Name) -> Option<&mut Service> {
         self.services.get_mut(name).map(Arc::make_mut)
+    }
+
+    /// Takes from `old` what operations made and files as a rule do not name: regions, if this state names none, and
+    /// roll-outs that are going on.
+    pub fn keep_operations(&mut self, old: &Self) {
+        if self.regions.is_empty() {
+            self.regions.clone_from(&old.regions);
+        }
+        for (name, service) in &mut self.services {
+            let rollout = old.services.get(name).and_then(|s| s.rollout.as_ref());
+            if service.rollout.is_none() && service.replica.is_some() && rollout.is_some() {
+                Arc::make_mut(service).rollout = rollout.cloned();
+            }
+        }
     }
 
     /// Shares the services that are as they are in `old`.
@@ -163,12 +182,28 @@ pub struct Service {
     /// Where the state of its replicas is learnt, if anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica: Option<ReplicaSource>,
+    /// Where it may run and how it is spread over regions; if none, anywhere, the own region first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub regions: Option<RegionRules>,
+    /// A new version of its model that is coming in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
     /// Backends by name.
     #[serde(default)]
     pub backends: BTreeMap<Name, Backend>,
 }
 
 impl Service {
+    /// Whether packets of this service may go to this backend at all.
+    pub fn allows(&self, backend: &Backend) -> bool {
+        self.regions.as_ref().is_none_or(|rules| rules.allows(backend))
+    }
+
+    /// Whether its flows depend on where its backends are.
+    pub fn is_regional(&self) -> bool {
+        self.regions.is_some() || self.backends.values().any(|b| b.region.is_some() || b.zone.is_some())
+    }
+
     /// Whether its packets carry other backends that may have their flow.
     pub fn has_second_chance(&self) -> bool {
         self.mode == ForwardingMode::Gue
@@ -218,4 +253,10 @@ pub struct Backend {
     /// Server id in the QUIC connection ids that the worker gives out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_id: Option<ServerId>,
+    /// Region that it is in; if none, that of each host that looks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub region: Option<Name>,
+    /// Zone within the region; if none, that of each host that looks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zone: Option<Name>,
 }

@@ -45,6 +45,15 @@ pub enum Difference {
         /// New value, null if it is no longer set.
         to: Value,
     },
+    /// A region is new, gone, or set otherwise.
+    Region {
+        /// Region.
+        region: Name,
+        /// What it was, null if it is new.
+        from: Value,
+        /// What it will be, null if it is gone.
+        to: Value,
+    },
 }
 
 impl fmt::Display for Difference {
@@ -55,6 +64,12 @@ impl fmt::Display for Difference {
             None => format!("service {service}"),
         };
         match self {
+            Self::Region { region, from: Value::Null, .. } => write!(f, "+ region {region}"),
+            Self::Region { region, to: Value::Null, .. } => write!(f, "- region {region}"),
+            Self::Region { region, from, to } => {
+                let state = |v: &Value| v["state"].as_str().unwrap_or_default().to_owned();
+                write!(f, "region {region}: state {} → {}", state(from), state(to))
+            }
             Self::Add { service, backend, .. } => write!(f, "+ {}", thing(service, backend)),
             Self::Remove { service, backend, .. } => write!(f, "- {}", thing(service, backend)),
             Self::Set { service, backend, field, from, to } => {
@@ -87,6 +102,13 @@ pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
             found.push(Difference::Add { service: name.clone(), backend: None, to: value(to) });
         }
     }
+    for name in old.regions.keys().chain(new.regions.keys().filter(|name| !old.regions.contains_key(*name))) {
+        let of = |state: &Desired| state.regions.get(name).map_or(Value::Null, value);
+        let (from, to) = (of(old), of(new));
+        if from != to {
+            found.push(Difference::Region { region: name.clone(), from, to });
+        }
+    }
     found
 }
 
@@ -104,7 +126,7 @@ fn value(thing: &impl Serialize) -> Value {
 fn settings(service: &Service) -> BTreeMap<String, Value> {
     let Value::Object(mut all) = value(service) else { return BTreeMap::new() };
     all.remove("backends");
-    let parts = ["health", "replica"].map(|part| (part, all.remove(part)));
+    let parts = ["health", "replica", "regions", "rollout"].map(|part| (part, all.remove(part)));
     let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
     for (part, fields) in parts {
         if let Some(Value::Object(fields)) = fields {

@@ -9,22 +9,27 @@ mod name;
 mod observed;
 mod ports;
 mod quic;
+mod region;
 mod replica;
 mod seats;
 mod source;
 
-pub use check::Invalid;
+pub use check::{Invalid, Subject};
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
 pub use difference::{Difference, differences};
 pub use health::{
     DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck,
 };
-pub use name::{Name, NameError};
+pub use name::{Name, NameError, nearest};
 pub use observed::{BackendId, Health, NextHop, Observed, Paths};
 pub use ports::{Ports, PortsError, Protocol};
 pub use quic::{QuicConfig, QuicError, ServerId};
+pub use region::{
+    Canary, Here, Region, RegionPolicy, RegionRules, RegionState, Rollout, RolloutState, Share, Steer, WHOLE,
+    list as region_list,
+};
 pub use replica::{
-    ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report, ReportError,
-    gpu_memory, name as report_name, requests, share, tokens,
+    Answers, ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report,
+    ReportError, gpu_memory, name as report_name, requests, share, tokens,
 };
 pub use source::{Quantity, ReplicaSource, Selector, SelectorError, SourceKind};

@@ -1,11 +1,12 @@
 //! What was seen, as against what is desired: health verdicts, replicas' readiness, and next hops.
 
-use super::{Name, Readiness};
+use super::{Name, Readiness, Steer};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -75,6 +76,8 @@ pub struct Observed {
     pub replicas: BTreeMap<BackendId, Readiness>,
     /// How the host sends.
     pub paths: Paths,
+    /// How services are spread over regions and versions, where that was decided.
+    pub steers: BTreeMap<Name, Arc<Steer>>,
     /// Clock (since boot, `CLOCK_MONOTONIC`) of this observation.
     pub now: Duration,
 }

@@ -18,6 +18,8 @@ pub const MOST_REQUESTS: u32 = 1_000_000;
 const LONGEST_NAME: usize = 256;
 /// Fastest believable replica, in tokens per second.
 const MOST_TOKENS: f64 = 1e9;
+/// Most answers, or milliseconds of them, that are believable.
+const MOST_ANSWERS: f64 = 1e15;
 /// Largest believable GPU memory of one replica, in bytes.
 const MOST_MEMORY: f64 = (1u64 << 50) as f64;
 
@@ -132,6 +134,23 @@ pub struct Report {
     /// The replica's own clock when it made the report, in milliseconds since 1970 UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_ms: Option<u64>,
+    /// What it has answered since it started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<Answers>,
+}
+
+/// Counters of a replica since it started: by them a roll-out is judged. Optional in protocol 1; a replica that does
+/// not count sends none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Answers {
+    /// Requests that have ended.
+    pub finished: u64,
+    /// Those of them that failed for a reason of the replica's own: not what the client got wrong or gave up.
+    pub failed: u64,
+    /// Times from arrival to first token, summed, in milliseconds.
+    pub first_token_ms: f64,
+    /// How many of those times there are.
+    pub first_tokens: u64,
 }
 
 /// Why a report was not believed. The last good one stands.
@@ -294,6 +313,31 @@ fn phase(object: &Map<String, Value>) -> Result<Phase, ReportError> {
     serde_json::from_value(value.clone()).map_err(|_| field("phase", shown(value), rule))
 }
 
+/// Counters of the replica, if it has them.
+fn answers(object: &Map<String, Value>) -> Result<Option<Answers>, ReportError> {
+    if object.get("answers").is_none_or(Value::is_null) {
+        return Ok(None);
+    }
+    let all = part(object, "answers")?;
+    let count = |key: &str| -> Result<u64, ReportError> {
+        Ok(number(&all, key, MOST_ANSWERS)?.unwrap_or(0.0) as u64)
+    };
+    let answers = Answers {
+        finished: count("finished")?,
+        failed: count("failed")?,
+        first_token_ms: number(&all, "first_token_ms", MOST_ANSWERS)?.unwrap_or(0.0),
+        first_tokens: count("first_tokens")?,
+    };
+    if answers.failed > answers.finished {
+        return Err(field(
+            "answers.failed",
+            answers.failed.to_string(),
+            format!("0 to {}", answers.finished),
+        ));
+    }
+    Ok(Some(answers))
+}
+
 /// An object inside the report, or an empty one.
 fn part(object: &Map<String, Value>, key: &str) -> Result<Map<String, Value>, ReportError> {
     match object.get(key) {
@@ -360,6 +404,7 @@ impl Report {
             gpu_memory: memory,
             // Beyond the year 5000 it is no clock.
             time_ms: number(&object, "time_ms", 1e14)?.map(|n| n as u64),
+            answers: answers(&object)?,
         })
     }
 }
@@ -408,7 +453,8 @@ mod tests {
 
     const GOOD: &str = r#"{"protocol":1,"phase":"ready","model":"m","version":"2","running":3,"waiting":1,
         "kv_cache_usage":0.25,"capacity":{"running":8,"waiting":64},"tokens_per_second":71.5,
-        "gpu_memory":{"used_bytes":1024,"total_bytes":4096},"time_ms":1795233593000,"later":{"any":[1]}}"#;
+        "gpu_memory":{"used_bytes":1024,"total_bytes":4096},"time_ms":1795233593000,
+        "answers":{"finished":7,"failed":2,"first_token_ms":812.5,"first_tokens":5},"later":{"any":[1]}}"#;
 
     #[test]
     fn a_good_report_is_read_whole() {
@@ -425,6 +471,7 @@ mod tests {
             tokens_per_second: Some(71.5),
             gpu_memory: Some(GpuMemory { used_bytes: 1_024, total_bytes: 4_096 }),
             time_ms: Some(1_795_233_593_000),
+            answers: Some(Answers { finished: 7, failed: 2, first_token_ms: 812.5, first_tokens: 5 }),
         };
         assert_eq!(report, expected);
         let least = Report::parse(br#"{"phase":"loading","running":0,"waiting":0,"model":null}"#).unwrap();
@@ -456,6 +503,9 @@ mod tests {
             ("model", "\"a\\u001b[2Jb\"", "model is 6 bytes, must be at most 256 bytes without control"),
             ("model", "[\"a\"]", "model is [\"a\"], must be text"),
             ("time_ms", "-1", "time_ms is -1"),
+            ("answers", "{\"finished\":1,\"failed\":2}", "answers.failed is 2, must be 0 to 1"),
+            ("answers", "{\"finished\":-1}", "finished is -1"),
+            ("answers", "[]", "answers is [], must be an object"),
         ] {
             let error = with(key, value);
             assert!(error.starts_with(expected), "{key} = {value}: {error}");

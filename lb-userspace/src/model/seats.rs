@@ -134,7 +134,7 @@ mod tests {
             let backend = serde_json::json!({"address": address, "seat": seat});
             service.backends.insert(name.parse().unwrap(), serde_json::from_value(backend).unwrap());
         }
-        Desired { services: [("web".parse().unwrap(), Arc::new(service))].into() }
+        Desired { services: [("web".parse().unwrap(), Arc::new(service))].into(), ..Desired::default() }
     }
 
     fn seats(desired: &Desired) -> Vec<Option<u32>> {

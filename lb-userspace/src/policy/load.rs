@@ -79,6 +79,7 @@ mod tests {
             tokens_per_second: None,
             gpu_memory: None,
             time_ms: None,
+            answers: None,
         }
     }
 

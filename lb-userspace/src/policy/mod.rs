@@ -1,12 +1,16 @@
 //! Which backends take new flows: health, state and the replica's own word made into eligibility, with the
-//! panic rule. And how loaded a replica is ([`load`]), and how long one that flaps must stand ([`damp`]).
+//! panic rule. And how loaded a replica is ([`load`]), how long one that flaps must stand ([`damp`]), which regions
+//! new flows go to ([`region`]), and whether a new version may stay ([`canary`]).
 //!
 //! Input: a service's backends with weight, state, verdict and readiness. Output: who is eligible, and why
 //! not. Pure; called by `compile`, and by `replica` for the load score.
 
 pub mod announce;
+pub mod audit;
+pub mod canary;
 pub mod damp;
 pub mod load;
+pub mod region;
 
 use crate::model::{BackendState, Health, HealthKind, Readiness, Service};
 

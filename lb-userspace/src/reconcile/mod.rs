@@ -25,7 +25,7 @@ use crate::{
     clock,
     compile::{Cache, CompileError, Compiled, Memory, Past, Settings, compile},
     dataplane::DataplaneError,
-    model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness},
+    model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, Steer},
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -58,6 +58,8 @@ pub enum Event {
     Health(BackendId, Health),
     /// What a backend's replica says.
     Replica(BackendId, Readiness),
+    /// How services are spread over regions and versions, all of them.
+    Steers(BTreeMap<Name, Arc<Steer>>),
     /// All next hops.
     Paths(Paths),
     /// A sweep of the flow tables.
@@ -178,13 +180,16 @@ impl<M: Maps> Reconciler<M> {
         Ok((reconciler, published))
     }
 
-    /// Gives verdicts, replicas' words and next hops that are known from before, without writing anything yet.
+    /// Gives verdicts, replicas' words, next hops and decisions that are known from before, without writing anything
+    /// yet.
     pub fn prime(
         &mut self,
         health: BTreeMap<BackendId, Health>,
         replicas: BTreeMap<BackendId, Readiness>,
         paths: Paths,
+        steers: BTreeMap<Name, Arc<Steer>>,
     ) {
+        self.observed.steers = steers;
         self.observed.health = health;
         self.observed.replicas = replicas;
         self.observed.paths = paths;
@@ -255,6 +260,10 @@ impl<M: Maps> Reconciler<M> {
                         _ => replicas.insert(id, readiness),
                     };
                     changed |= before.unwrap_or_default() != readiness;
+                }
+                Event::Steers(steers) => {
+                    changed |= self.observed.steers != steers;
+                    self.observed.steers = steers;
                 }
                 Event::Paths(paths) => {
                     changed |= self.observed.paths != paths;

@@ -22,6 +22,8 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
                 seat: None,
                 port: None,
                 server_id: None,
+                region: None,
+                zone: None,
             },
         )
     };
@@ -44,6 +46,8 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
         panic_percent: 0,
         seating: Vec::new(),
         replica: None,
+        regions: None,
+        rollout: None,
         slow_start_s: 0,
         health: HealthCheck::default(),
         backends: backends.iter().map(backend).collect(),
@@ -51,7 +55,10 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
 }
 
 fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
-    Arc::new(Desired { services: services.into_iter().map(|(n, s)| (name(n), s.into())).collect() })
+    Arc::new(Desired {
+        services: services.into_iter().map(|(n, s)| (name(n), s.into())).collect(),
+        ..Desired::default()
+    })
 }
 
 /// A reconciler over shared maps, and what it keeps.
@@ -235,7 +242,16 @@ fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
                 let address = format!("10.1.0.{}", b + 1).parse().unwrap();
                 s.backends.insert(
                     name(&format!("b{b}")),
-                    Backend { address, weight, state, seat: None, port: None, server_id: None },
+                    Backend {
+                        address,
+                        weight,
+                        state,
+                        seat: None,
+                        port: None,
+                        server_id: None,
+                        region: None,
+                        zone: None,
+                    },
                 );
             }
             state.services.insert(name(&format!("s{i}")), s.into());

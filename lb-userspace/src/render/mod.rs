@@ -5,6 +5,7 @@
 pub mod change;
 pub mod host;
 pub mod observe;
+pub mod region;
 pub mod replica;
 pub mod store;
 pub mod table;

@@ -141,6 +141,9 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     if let Some(source) = &s.spec.replica {
         pairs.push(("replica state", replica_source(source)));
     }
+    if let Some(rules) = &s.spec.regions {
+        pairs.push(("regions", super::region::rules(rules)));
+    }
     if s.spec.panic_percent > 0 {
         let holds = if s.status.panic { ", holds now" } else { "" };
         pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_percent)));
@@ -191,6 +194,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
     for b in list {
         let readiness = b.status.replica.as_ref().map(|r| r.readiness);
         let note = match (&b.status.drain, &b.status.last_probe, readiness) {
+            _ if b.status.excluded.is_some() => b.status.excluded.clone().unwrap_or_default(),
             (Some(progress), ..) => drain(progress),
             (None, _, Some(said)) if said.declines() => format!("replica {said}, by its own word"),
             (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
@@ -256,6 +260,13 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     pairs.push(("new flows", s.flows.to_string()));
     if let Some(problem) = &s.problem {
         pairs.push(("problem", problem.clone()));
+    }
+    if let Some(region) = &b.spec.region {
+        let zone = b.spec.zone.as_ref().map_or_else(String::new, |zone| format!(", zone {zone}"));
+        pairs.push(("region", format!("{region}{zone}")));
+    }
+    if let Some(why) = &s.excluded {
+        pairs.push(("excluded", why.clone()));
     }
     let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
     pairs.push((

@@ -143,6 +143,7 @@ impl Scraper {
             tokens_per_second: gauge.or_else(|| self.rate(total, now)),
             gpu_memory: memory.filter(|m: &GpuMemory| m.total_bytes > 0),
             time_ms: None,
+            answers: None,
         };
         self.tokens = total.map(|total| (total, now));
         Ok(report)
