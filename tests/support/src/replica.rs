@@ -116,7 +116,8 @@ pub fn say(worker: &Worker, words: &str) -> Result<()> {
     Ok(())
 }
 
-/// What is reported for some words: `PHASE-RUNNING-WAITING`, or the name of a lie.
+/// What is reported for some words: `PHASE-RUNNING-WAITING-VERSION-FINISHED-FAILED-MILLISECONDS`, of which all but the
+/// first may be left out from the end, or the name of a lie.
 fn body(words: &str) -> String {
     match words {
         "negative" => r#"{"phase":"ready","running":-5,"waiting":0}"#.to_owned(),
@@ -128,8 +129,15 @@ fn body(words: &str) -> String {
             let mut parts = other.split('-');
             let phase = parts.next().unwrap_or("ready");
             let (running, waiting) = (parts.next().unwrap_or("0"), parts.next().unwrap_or("0"));
+            let version = parts.next().unwrap_or("1");
+            let answers = parts.next().map_or_else(String::new, |finished| {
+                let (failed, ms) = (parts.next().unwrap_or("0"), parts.next().unwrap_or("0"));
+                format!(
+                    r#","answers":{{"finished":{finished},"failed":{failed},"first_token_ms":{ms},"first_tokens":{finished}}}"#
+                )
+            });
             format!(
-                r#"{{"protocol":1,"phase":"{phase}","model":"fake","version":"1","running":{running},"waiting":{waiting},"capacity":{{"running":8}}}}"#
+                r#"{{"protocol":1,"phase":"{phase}","model":"fake","version":"{version}","running":{running},"waiting":{waiting},"capacity":{{"running":8}}{answers}}}"#
             )
         }
     }
