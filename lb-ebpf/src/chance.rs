@@ -227,6 +227,9 @@ fn rewrite_ipv4(packet: &mut Packet, l3: usize, chain: &Chain) -> Result<u32, Re
     }
     let age = [u16::from_ne_bytes([ip.ttl, ip.protocol]), u16::from_ne_bytes([ip.ttl - 1, ip.protocol])];
     let (old, next) = (ip.source, chain.next[3]);
+    if comes_from(chain, &mapped(old)) {
+        return Err(Reason::ChanceLoop);
+    }
     ip.ttl -= 1;
     // The old destination becomes the source, so only the old source and the new destination change the sum.
     ip.source = ip.destination;
@@ -244,11 +247,20 @@ fn rewrite_ipv6(packet: &mut Packet, l3: usize, chain: &Chain) -> Result<u32, Re
     if ip.hop_limit <= 1 {
         return Err(Reason::DecapTtl);
     }
+    if comes_from(chain, &ip.source) {
+        return Err(Reason::ChanceLoop);
+    }
     ip.hop_limit -= 1;
     ip.source = ip.destination;
     ip.destination = chain.next;
     let len = u16::from_be(ip.payload_len) as u32 + 40;
     if packet.write(l3, ip) { Ok(len) } else { Err(Reason::Truncated) }
+}
+
+/// Whether the next is the worker that has just sent the packet on: it would go back.
+#[inline(always)]
+fn comes_from(chain: &Chain, source: &[u32; 4]) -> bool {
+    chain.hops > 0 && *source == chain.next
 }
 
 /// The chain without its next.

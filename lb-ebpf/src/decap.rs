@@ -34,6 +34,9 @@ pub trait DecapTables {
     fn count(&self, reason: Reason);
 }
 
+/// IPv6's fragment header (RFC 8200). What it says of the rest does not matter: only whole packets are unpacked.
+const EXTENSION_FRAGMENT: u8 = 44;
+
 /// An outer header: where its payload begins, and what it is.
 struct Outer {
     destination: [u32; 4],
@@ -213,11 +216,18 @@ fn outer_ipv6(packet: &Packet, l3: usize) -> Result<Outer, Reason> {
     if version_class >> 8 != 6 {
         return Err(Reason::BadIpv6);
     }
+    let is_fragment = ip.next == EXTENSION_FRAGMENT;
+    let protocol = if is_fragment {
+        // Its first byte says what the parts are of.
+        packet.read::<[u8; 8]>(l3 + 40).ok_or(Reason::Truncated)?[0]
+    } else {
+        ip.next
+    };
     Ok(Outer {
         destination: ip.destination,
-        protocol: ip.next,
+        protocol,
         tos: version_class as u8,
-        is_fragment: false,
+        is_fragment,
         payload: l3 + 40,
         len: u16::from_be(ip.payload_len) as usize,
     })

@@ -13,6 +13,7 @@ pub mod compile;
 pub mod config;
 pub mod daemon;
 pub mod dataplane;
+pub mod doctor;
 pub mod explain;
 pub mod health;
 pub mod maglev;

@@ -1,8 +1,11 @@
 //! One check per fuzzer: bytes in, panic if a promise is broken. Inputs are frames as they arrive.
 
+pub mod chance;
 pub mod decap;
 pub mod ingress;
+pub mod mutate;
 pub mod parse;
+pub mod stages;
 
 /// Folded one's complement sum (RFC 1071), computed the plain way.
 pub fn sum(bytes: &[u8]) -> u16 {

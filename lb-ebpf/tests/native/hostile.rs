@@ -243,10 +243,12 @@ fn seeds_are_current() {
 #[test]
 fn corpora_and_crashers() {
     type Check = fn(&[u8]);
-    let targets: [(&str, Check); 3] = [
+    let targets: [(&str, Check); 5] = [
         ("parse", bodies::parse::check),
         ("ingress", bodies::ingress::check),
         ("decap", bodies::decap::check),
+        ("stages", bodies::stages::check),
+        ("chance", bodies::chance::check),
     ];
     let mut replayed = 0;
     for (target, check) in targets {

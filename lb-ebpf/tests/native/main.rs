@@ -9,10 +9,13 @@ mod build;
 mod chance;
 mod choose;
 mod hostile;
+mod hostile_stages;
 mod keep;
 mod nat;
 mod place;
 mod quick;
+#[path = "../../../tests/packet/src/seeds.rs"]
+mod seeds;
 mod too_big;
 mod worker;
 mod world;

@@ -5,6 +5,7 @@
 
 mod backend;
 mod config;
+mod doctor;
 mod generate;
 mod history;
 mod host;
@@ -88,6 +89,8 @@ enum Noun {
     Replica(replica::Command),
     /// Whether all is as it should be, and what is not (exit code 1)
     Status,
+    /// Look at this host and the way to each worker: what is wrong, what mends it, and the MSS that fits
+    Doctor(doctor::Doctor),
     /// Counters of backends and of the dataplane
     Stats(observe::Stats),
     /// Tracked flows: those that a stateless lookup would misplace, and UDP
@@ -260,6 +263,7 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
             Noun::Policy(command) => region::policy(&mut context, command).await,
             Noun::Audit(command) => region::audit(&mut context, command).await,
             Noun::Status => observe::status(&mut context).await,
+            Noun::Doctor(doctor) => doctor::run(&mut context, doctor).await,
             Noun::Stats(stats) => observe::stats(&mut context, stats).await,
             Noun::Flows(flows) => observe::flows(&mut context, flows).await,
             Noun::Explain(explain) => observe::explain(&mut context, explain).await,

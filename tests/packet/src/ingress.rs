@@ -10,8 +10,8 @@ use aya::{
     util::nr_cpus,
 };
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
-    exact,
+    Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service, ServiceKey,
+    ServiceView, Slot, Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     names,
     quic::{QuicConfig, ServerIdKey},
@@ -43,7 +43,7 @@ pub(crate) fn run(program: &Xdp, packet: &[u8]) -> Result<Run> {
 }
 
 /// Entries of the arrays that tests use; [`Ingress::reset`] clears these.
-pub const USED: u32 = 100;
+pub const USED: u32 = 120;
 
 /// A slot's pair for [`Ingress::service`].
 #[derive(Clone, Copy, Debug)]
@@ -318,6 +318,23 @@ impl Ingress {
                 let _ = flows.remove(&key);
             }
         }
+    }
+
+    /// Bindings of mode `nat`, by the client's side and by the worker's.
+    pub fn bindings(&mut self) -> (Vec<(FlowKey, Nat)>, Vec<(ReplyKey, Reply)>) {
+        let nats: HashMap<&mut MapData, FlowKey, Nat> = self.map(names::NAT_FLOWS);
+        let nats = nats.iter().map(|entry| entry.expect("nobody else is here")).collect();
+        let replies: HashMap<&mut MapData, ReplyKey, Reply> = self.map(names::NAT_REPLIES);
+        (nats, replies.iter().map(|entry| entry.expect("nobody else is here")).collect())
+    }
+
+    /// Empties the maps of bindings.
+    pub fn forget_bindings(&mut self) {
+        let (nats, replies) = self.bindings();
+        let mut map: HashMap<&mut MapData, FlowKey, Nat> = self.map(names::NAT_FLOWS);
+        nats.iter().for_each(|(key, _)| map.remove(key).expect("listed a moment ago"));
+        let mut map: HashMap<&mut MapData, ReplyKey, Reply> = self.map(names::NAT_REPLIES);
+        replies.iter().for_each(|(key, _)| map.remove(key).expect("listed a moment ago"));
     }
 
     /// Writes a service's entry as it is.

@@ -6,6 +6,7 @@ mod build;
 mod decap;
 mod ingress;
 pub mod outer;
+pub mod seeds;
 
 pub use build::{HOST_MAC, PEER_MAC, Packet, SEQUENCE, Vlan, checksum, checksum_is_right};
 pub use decap::Decap;

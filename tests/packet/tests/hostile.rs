@@ -21,60 +21,11 @@ use test_packet::{Decap, Ingress, Packet, Pair, Vlan, bed, outer, xdp};
 #[allow(dead_code, reason = "the checks run natively, in lb-ebpf's tests")]
 mod bodies;
 
+use bodies::mutate::{Random, mutate};
+
 const PACKETS: u64 = 1_000_000;
 /// Packets between two comparisons of counters and flow tables. So few flows that no LRU is full.
 const BATCH: u64 = 20_000;
-
-/// Steele et al.'s SplitMix64: the same packets in each run.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    /// An offset that is more often in the headers than behind them.
-    fn offset(&mut self, len: usize) -> usize {
-        if self.below(8) == 0 { self.below(len) } else { self.below(len.min(90)) }
-    }
-}
-
-/// A seed, changed in up to four places.
-fn mutate(random: &mut Random, seeds: &[Vec<u8>], frame: &mut Vec<u8>) {
-    frame.clear();
-    let seed = random.below(seeds.len());
-    frame.extend_from_slice(&seeds[seed]);
-    for _ in 0..random.below(5) {
-        let at = random.offset(frame.len());
-        match random.below(12) {
-            0..4 => frame[at] = random.next() as u8,
-            4..6 => frame[at] ^= 1 << random.below(8),
-            6 => frame[at] = [0, 1, 0x7f, 0x80, 0xff, 4, 6, 17, 41, 44, 0x45, 0x60][random.below(12)],
-            7 => frame[at] = frame[at].wrapping_add(random.below(5) as u8).wrapping_sub(2),
-            // The kernel takes no test frame shorter than an Ethernet header.
-            8 => frame.truncate(random.offset(frame.len()).max(14)),
-            9 => drop(frame.remove(at)),
-            10 => frame.insert(at, random.next() as u8),
-            // The rest of another seed.
-            _ => {
-                let other = &seeds[random.below(seeds.len())];
-                frame.truncate(at);
-                frame.extend_from_slice(&other[at.min(other.len())..]);
-            }
-        }
-        if frame.len() < 14 {
-            frame.resize(14, 0);
-        }
-    }
-}
 
 /// The fuzzers' seeds.
 fn corpus() -> Vec<Vec<u8>> {
@@ -272,6 +223,8 @@ fn ingress_does_in_the_kernel_what_it_does_natively() {
         Reason::QuicUnknownId,
         Reason::QuicShortId,
         Reason::QuicTruncated,
+        // Nor another ABI version to take over from.
+        Reason::TakenOver,
     ];
     for reason in Reason::ALL.iter().take_while(|r| **r != Reason::DecapIpip).filter(|r| !rare.contains(r)) {
         assert_ne!(ingress.count(*reason), 0, "no packet was {reason:?}");

@@ -222,6 +222,13 @@ fn plain(packet: Packet) -> Case {
     Case { bytes, ..ipip(tcp(V4, ACK), V4).case() }
 }
 
+/// Makes an outer IPv6 packet the first part of one.
+fn fragment_header(bytes: &mut Vec<u8>) {
+    let next = std::mem::replace(&mut bytes[20], 44);
+    bytes[19] += 8;
+    bytes.splice(54..54, [next, 0, 0, 1, 0, 0, 0, 9]);
+}
+
 fn arp() -> Case {
     Case { bytes: [&HOST_MAC[..], &PEER_MAC, &[8, 6], &[0; 46]].concat(), ..ipip(tcp(V4, ACK), V4).case() }
 }
@@ -308,6 +315,9 @@ cases! {
     gue_registered_port_when_another_is_set: gue(tcp(V4, ACK), V4).case().on(other_port()).passes(Reason::OtherProtocol);
     outer_first_fragment: ipip(tcp(V4, ACK), V4).with(set(20, 0x20)).drops(Reason::DecapFragment);
     outer_last_fragment: ipip(tcp(V4, ACK), V4).with(set(21, 9)).drops(Reason::DecapFragment);
+    outer_ipv6_fragment: ipip(tcp(V4, ACK), V6).with(fragment_header).drops(Reason::DecapFragment);
+    outer_ipv6_fragment_not_ours: ipip(tcp(V6, ACK), V6).to(v6(1, 2)).with(fragment_header).passes(Reason::DecapNotOurs);
+    outer_ipv6_fragment_of_udp: gue(tcp(V6, ACK), V6).with(fragment_header).passes(Reason::Fragment);
     outer_fragment_not_ours: ipip(tcp(V4, ACK), V4).to(mapped([10, 1, 0, 2])).with(set(20, 0x20)).passes(Reason::DecapNotOurs);
     udp_fragment_is_the_hosts: gue(tcp(V4, ACK), V4).with(set(20, 0x20)).passes(Reason::Fragment);
     outer_bad_version: ipip(tcp(V4, ACK), V4).with(set(14, 0x65)).passes(Reason::BadIpv4);
