@@ -88,6 +88,18 @@ pub fn control(report: &control::Report) -> Vec<Claim> {
         let what = "the same with API, check and store, ms".to_owned();
         claims.push(Claim { what, value: change.median_ms, bound: 5.0 });
     }
+    for (what, bound) in [
+        ("1,000 services of 10 backends each, at once", 2_000.0),
+        ("one weight in one of 1,000 services", 20.0),
+    ] {
+        if let Some(change) = report.changes.iter().find(|change| change.what == what) {
+            claims.push(Claim { what: format!("{what}, ms"), value: change.median_ms, bound });
+        }
+    }
+    if let Some(daemon) = report.daemons.iter().find(|d| d.probe_us.is_some() && d.backends == 1_000) {
+        let what = format!("1,000 backends, {}: per cent of a processor", daemon.what);
+        claims.push(Claim { what, value: daemon.cpu_share * 100.0, bound: 2.0 });
+    }
     claims
 }
 

@@ -46,6 +46,9 @@ impl Tables {
     };
 }
 
+/// Map of the deny list's blocks, where the program has one.
+pub const GUARD_BLOCKS: &str = "GUARD_BLOCKS";
+
 /// The loaded ingress program.
 pub struct Ingress {
     bpf: Ebpf,
@@ -142,6 +145,27 @@ impl Ingress {
         // An older object, to compare with, may not have these.
         if self.bpf.map(names::EXACT).is_some() {
             self.spare_lookups(&key, index)?;
+        }
+        Ok(())
+    }
+
+    /// Denies so many blocks of 256 IPv4 addresses, in no order; with `clients` those of 10.0.0.0/8 instead.
+    pub fn deny(&mut self, blocks: u32, clients: bool) -> Result<()> {
+        /// Two bits for each block: the lower says that it is denied.
+        const IN_LINE: u32 = 16 * LINE;
+        let mut lines: Array<&mut MapData, Line> = self.map(GUARD_BLOCKS)?;
+        if clients {
+            for line in (10 << 16) / IN_LINE..(11 << 16) / IN_LINE {
+                lines.set(line, Line { words: [0x5555_5555; LINE as usize] }, 0)?;
+            }
+            return Ok(());
+        }
+        for number in 0..blocks {
+            // Clients' and workers' own stay out of it: 100.0.0.0 and above.
+            let block = 100 << 16 | (number.wrapping_mul(0x9e37_79b9) >> 12) & 0xf_ffff;
+            let mut line = lines.get(&(block / IN_LINE), 0)?;
+            line.words[(block / 16 % LINE) as usize] |= 1 << (block % 16 * 2);
+            lines.set(block / IN_LINE, line, 0)?;
         }
         Ok(())
     }

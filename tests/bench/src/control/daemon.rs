@@ -38,6 +38,8 @@ pub fn measure(quick: bool) -> Result<(Vec<Change>, Vec<Daemon>)> {
         changes.extend(lab.changes(backends, samples)?);
         daemons.push(lab.spent("at rest, no health checks", backends, rest, 0.0)?);
     }
+    eprintln!("  a whole state …");
+    changes.extend(Lab::start()?.whole(if quick { 5 } else { 20 })?);
     for &backends in if quick { &[1_000][..] } else { &[1_000, 10_000] } {
         eprintln!("  health of {backends} backends …");
         daemons.push(Lab::start()?.health(backends, interval_s)?);
@@ -112,6 +114,39 @@ impl Lab {
             summary("one weight", backends, &weights),
             summary("a backend drained", backends, &[drained]),
             summary("a backend removed", backends, &[removed]),
+        ])
+    }
+
+    /// All that a large host has, at once, and one change in it.
+    fn whole(&self, samples: usize) -> Result<Vec<Change>> {
+        const SERVICES: u32 = 1_000;
+        const EACH: u32 = 10;
+        let services: serde_json::Map<String, Value> = (0..SERVICES)
+            .map(|number| {
+                let backends: serde_json::Map<String, Value> = (0..EACH)
+                    .map(|i| {
+                        (
+                            format!("b{i}"),
+                            json!({ "address": Ipv4Addr::from(0x0ac8_0001 + number * EACH + i) }),
+                        )
+                    })
+                    .collect();
+                let service = json!({
+                    "vip": vip_v4(1), "port": 10_000 + number, "protocol": "tcp", "mode": "ipip",
+                    "health": { "kind": "none" }, "backends": backends,
+                });
+                (format!("s{number}"), service)
+            })
+            .collect();
+        let new = self.change("PUT", "/v1/config", &json!({ "desired": { "services": services } }))?;
+        let mut weights = Vec::new();
+        for i in 0..samples {
+            let path = format!("/v1/services/s{}/backends/b3", i * 37 % SERVICES as usize);
+            weights.push(self.change("PATCH", &path, &json!({ "weight": 101 + i }))?);
+        }
+        Ok(vec![
+            summary("1,000 services of 10 backends each, at once", SERVICES * EACH, &[new]),
+            summary("one weight in one of 1,000 services", SERVICES * EACH, &weights),
         ])
     }
 

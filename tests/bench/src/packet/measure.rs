@@ -12,7 +12,7 @@ use super::{
     bed::{Bed, PORT},
     frame::{Family, Frame, Kind},
     rows::{Row, Subject},
-    wrapper::{PASS, TX, Wrapper},
+    wrapper::{DROP, PASS, TX, Wrapper},
 };
 use crate::{
     dataplane::{Decap, Tables, load_xdp},
@@ -211,6 +211,13 @@ impl Programs {
             Subject::NotVip(family) => {
                 let frame = Frame::new(family, Kind::Established, family.address(250, 1), PORT);
                 (frame, self.bed.ingress.fd()?, PASS, 0)
+            }
+            Subject::Guarded(spec, listed, hit) => {
+                let vip = self.bed.vip(&spec)?;
+                self.bed.ingress.deny(listed, hit)?;
+                let frame = Frame::new(spec.family, Kind::Established, vip, PORT);
+                let (verdict, grown) = if hit { (DROP, 0) } else { (TX, spec.overhead()) };
+                (frame, self.bed.ingress.fd()?, verdict, grown)
             }
             Subject::Chance(family) => {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     claims,
-    dataplane::{Decap, Ingress, Tables, map_memory},
+    dataplane::{Decap, GUARD_BLOCKS, Ingress, Tables, map_memory},
     machine::Machine,
     objects,
     statistics::{least, median},
@@ -171,14 +171,16 @@ pub fn measure_all(options: &Options) -> Result<Report> {
         packets: options.packets.unwrap_or(if options.quick { 60_000 } else { 200_000 }),
     };
     ensure!(effort.samples > 0 && effort.packets >= 1_000, "at least 1 sample of 1,000 packets");
+    let (programs, maps) = sizes(object)?;
+    let has_lists = maps.iter().any(|map| map.name == GUARD_BLOCKS);
     let rows: Vec<Row> = rows::all()
         .into_iter()
+        .filter(|row| has_lists || !matches!(row.subject, rows::Subject::Guarded(..)))
         .filter(|row| options.filter.is_empty() || options.filter.iter().any(|text| row.name.contains(text)))
         .collect();
     if rows.is_empty() {
         bail!("no row's name contains {}", options.filter.join(" or "));
     }
-    let (programs, maps) = sizes(object)?;
     Ok(Report {
         machine,
         samples: effort.samples,

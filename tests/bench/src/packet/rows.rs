@@ -23,6 +23,9 @@ pub enum Subject {
     Plain,
     /// An encapsulated packet to the decap program: the inner family, GUE or not.
     Decap(Family, bool),
+    /// A v4 client's packet to a service that lists so many blocks of 256 addresses as denied; the client's own among
+    /// them or not. Only where the program has such lists.
+    Guarded(ServiceSpec, u32, bool),
     /// A packet with a second chance, for a flow that the worker has no socket for: it goes on to the next.
     Chance(Family),
 }
@@ -86,6 +89,7 @@ pub fn all() -> Vec<Row> {
     rows.extend(nat());
     rows.extend(mixed());
     rows.extend(echo());
+    rows.extend(denied());
     rows.extend(not_ours());
     rows.extend(decap());
     rows.extend(tracked_udp());
@@ -228,6 +232,26 @@ fn mixed() -> Vec<Row> {
             growth: None,
         })
         .collect()
+}
+
+/// Clients that are on the deny list, and others while it grows.
+fn denied() -> Vec<Row> {
+    let spec = ServiceSpec::new(Family::V4, mode::IPIP);
+    let row = |copy: u32, name: String, listed: u32, hit: bool| Row {
+        section: "Deny list",
+        name,
+        tables: Tables { copy: 1_000 + copy, ..Tables::DEFAULT },
+        subject: Subject::Guarded(spec, listed, hit),
+        flows: MILLION,
+        prime: 0,
+        growth: (!hit).then_some(Growth { curve: "deny", x: listed }),
+    };
+    let steps = [0, 1 << 10, 1 << 15, MILLION];
+    let mut rows = vec![row(0, "v4/denied/1M".to_owned(), MILLION, true)];
+    rows.extend(
+        (1..).zip(steps).map(|(copy, listed)| row(copy, format!("growth/deny/{listed}"), listed, false)),
+    );
+    rows
 }
 
 /// Packets that are passed to the host.

@@ -16,6 +16,8 @@ const TEMPLATE: usize = 8;
 const TEMPLATE_WORDS: usize = 16;
 
 /// XDP verdicts.
+pub const DROP: u32 = 1;
+/// To the host's stack.
 pub const PASS: u32 = 2;
 /// Out of the interface that it came in by.
 pub const TX: u32 = 3;

@@ -37,6 +37,10 @@ pub struct Options {
     /// Rounds of each load side by side, likewise.
     #[arg(long)]
     pub rounds: Option<usize>,
+    /// Take the parts that were measured on their own from here: packet.json, side-by-side.json, control.json, those
+    /// that there are, as `packet --json` and its kin write them.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub parts: Option<PathBuf>,
     /// Show what changed since this report.
     #[arg(long, value_name = "JSON")]
     pub compare: Option<PathBuf>,
@@ -124,20 +128,29 @@ fn measure(options: &Options) -> Result<Whole> {
     let taken_at = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
     // The control plane first: its daemons would otherwise run on the processor that packets pin.
     eprintln!("control plane …");
-    let control = control::measure_all(&control::Options { quick, ..Default::default() })?;
+    let control = match part(options, "control.json")? {
+        Some(control) => control,
+        None => control::measure_all(&control::Options { quick, ..Default::default() })?,
+    };
     eprintln!("side by side …");
-    let side_by_side = sidebyside::measure_all(&sidebyside::Options {
-        quick,
-        rounds: options.rounds,
-        ..Default::default()
-    })?;
+    let side_by_side = match part(options, "side-by-side.json")? {
+        Some(side_by_side) => side_by_side,
+        None => sidebyside::measure_all(&sidebyside::Options {
+            quick,
+            rounds: options.rounds,
+            ..Default::default()
+        })?,
+    };
     eprintln!("packets …");
-    let packet = packet::measure_all(&packet::Options {
-        quick,
-        samples: options.samples,
-        packets: options.packets,
-        ..Default::default()
-    })?;
+    let packet = match part(options, "packet.json")? {
+        Some(packet) => packet,
+        None => packet::measure_all(&packet::Options {
+            quick,
+            samples: options.samples,
+            packets: options.packets,
+            ..Default::default()
+        })?,
+    };
     let mut claims = claims::packet(&packet);
     claims.extend(claims::control(&control));
     claims.extend(claims::side_by_side(&side_by_side));
@@ -155,6 +168,18 @@ fn measure(options: &Options) -> Result<Whole> {
         side_by_side,
         claims,
     })
+}
+
+/// A part that was measured on its own.
+fn part<T: serde::de::DeserializeOwned>(options: &Options, file: &str) -> Result<Option<T>> {
+    let Some(path) =
+        options.parts.as_ref().map(|directory| directory.join(file)).filter(|path| path.exists())
+    else {
+        return Ok(None);
+    };
+    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let part = serde_json::from_str(&text);
+    part.map(Some).with_context(|| format!("{} is of another version of the bench", path.display()))
 }
 
 /// The source's commit, as git names it; "unknown" outside a checkout.

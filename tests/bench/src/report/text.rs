@@ -12,6 +12,7 @@ pub fn render(whole: &Whole, charts: &[Chart], folder: &str, other: Option<&Whol
     put(&mut text, &format!("{}.\n", whole.machine.describe()));
     put(&mut text, "## Claims\n\nRatios; each holds when the figure is at most its bound.\n");
     put(&mut text, &claims(&whole.claims));
+    put(&mut text, READING);
     put(&mut text, METHOD);
     packets(&mut text, whole);
     put(&mut text, "## Control plane\n");
@@ -31,6 +32,9 @@ pub fn render(whole: &Whole, charts: &[Chart], folder: &str, other: Option<&Whol
 }
 
 const METHOD: &str = include_str!("method.md");
+
+/// What people ask who read the claims.
+const READING: &str = include_str!("reading.md");
 
 const LIMITS: &str = "\
 ## What these figures do not show

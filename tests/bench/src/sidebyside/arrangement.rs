@@ -123,7 +123,8 @@ struct Ours {
 impl Arrangement {
     /// Builds it, and makes sure that requests through it reach every worker.
     pub fn build(kind: Kind) -> Result<Self> {
-        let layout = Layout { workers: WORKERS, client_xdp: false, ..Layout::default() };
+        // Answers that a program sends on arrive over veth only where another one stands.
+        let layout = Layout { workers: WORKERS, client_xdp: kind == Kind::Nat, ..Layout::default() };
         let bed = Bed::new(layout)?;
         let mut workers = Vec::new();
         for worker in &bed.workers {
