@@ -1,4 +1,4 @@
-//! Measures the worker: `measure step|serve native|native-f32|torch-f32|torch-bf16 MODEL`.
+//! Measures the worker: `measure step|serve native|native-f32|torch-f32|torch-bf16 MODEL [FIGURE…]`.
 //!
 //! `step` drives a backend directly: decode at several batch sizes and prefill, in tokens/s. `serve` drives
 //! the engine: one and eight streams, and the first token of a short request while a long prompt is computed.
@@ -27,7 +27,9 @@ type Figures = BTreeMap<String, f64>;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [what, how, path] = arguments.as_slice() else { bail!("usage: measure step|serve native|… MODEL") };
+    let [what, how, path, only @ ..] = arguments.as_slice() else {
+        bail!("usage: measure step|serve native|… MODEL [FIGURE…]")
+    };
     let (backend, dtype) = match how.as_str() {
         "native" => (BackendChoice::Native, DtypeChoice::Auto),
         "native-f32" => (BackendChoice::Native, DtypeChoice::F32),
@@ -48,7 +50,7 @@ fn main() -> anyhow::Result<()> {
     };
     let path = PathBuf::from(path);
     let figures = match what.as_str() {
-        "step" => steps(&mut load_model(&path, &options)?)?,
+        "step" => steps(&mut load_model(&path, &options)?, only)?,
         "serve" => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
             runtime.block_on(serve(path, options))?
@@ -83,12 +85,18 @@ fn best(tokens: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::R
     Ok(best)
 }
 
-fn steps(model: &mut Model) -> anyhow::Result<Figures> {
+/// All figures, or only those named.
+fn steps(model: &mut Model, only: &[String]) -> anyhow::Result<Figures> {
     const TOKENS: usize = 24;
+    let wanted = |name: &String| only.is_empty() || only.contains(name);
     let mut figures = Figures::new();
     let (vocab, mut out) = (model.config.vocab, StepOutput::default());
     let prompt: Vec<u32> = (0..512u32).map(|i| 1000 + i * 37 % 20_000).collect();
     for batch in [1usize, 4, 8, 16] {
+        let name = format!("decode_{batch}");
+        if !wanted(&name) {
+            continue;
+        }
         let per = (64 + TOKENS).div_ceil(BLOCK);
         let blocks: Vec<Vec<u32>> =
             (0..batch).map(|i| (i * per..(i + 1) * per).map(|b| b as u32).collect()).collect();
@@ -112,10 +120,14 @@ fn steps(model: &mut Model) -> anyhow::Result<Figures> {
             }
             Ok(())
         })?;
-        figures.insert(format!("decode_{batch}"), speed);
+        figures.insert(name, speed);
     }
     let blocks: Vec<u32> = (0..(512 / BLOCK) as u32).collect();
     for chunk in [64, 512] {
+        let name = if chunk == 512 { "prefill_512".to_owned() } else { format!("prefill_512_by_{chunk}") };
+        if !wanted(&name) {
+            continue;
+        }
         let speed = best(512, || {
             for (i, tokens) in prompt.chunks(chunk).enumerate() {
                 let part = SeqPart { tokens, start: i * chunk, blocks: &blocks, want: Want::Last };
@@ -123,10 +135,7 @@ fn steps(model: &mut Model) -> anyhow::Result<Figures> {
             }
             Ok(())
         })?;
-        figures.insert(
-            if chunk == 512 { "prefill_512".into() } else { format!("prefill_512_by_{chunk}") },
-            speed,
-        );
+        figures.insert(name, speed);
     }
     Ok(figures)
 }

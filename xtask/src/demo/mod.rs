@@ -60,6 +60,10 @@ pub struct Options {
 
 /// Sets up, builds, runs, tells, and cleans up.
 pub fn run(options: &Options) -> Result<()> {
+    // The account must be writable before minutes are spent on it; and it is the caller's, whoever runs the rest.
+    if let Some(path) = &options.report {
+        std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let mut tools = options.tools();
     if !options.prepared {
         setup::run(&setup::Options { inference: options.has_inference(), ..setup::Options::BALANCER })?;
@@ -70,10 +74,6 @@ pub fn run(options: &Options) -> Result<()> {
         if !shell::is_root() {
             return run_as_root(tools.as_ref());
         }
-    }
-    // The account must be writable before minutes are spent on it.
-    if let Some(path) = &options.report {
-        std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
     }
     clean_up_on_signal()?;
     if options.regions { play_regions(options) } else { play(options, tools.as_ref()) }

@@ -1,7 +1,8 @@
-//! `cargo xtask bench inference`: the worker side by side with transformers, in one run on one machine.
+//! `cargo xtask bench inference`: the worker side by side with transformers and llama.cpp, in one run on one
+//! machine.
 //!
-//! In: the default model. Out: a table, and with `--json FILE` the same as JSON. Rounds of the two alternate,
-//! so that a busy moment hits both; each figure is the best of its rounds.
+//! In: the default model. Out: a table, and with `--json FILE` the same as JSON. Rounds of all alternate,
+//! so that a busy moment hits each; each figure is the best of its rounds.
 
 use std::{collections::BTreeMap, fs, path::PathBuf, process::Command};
 
@@ -22,14 +23,15 @@ struct Options {
     /// Write the figures here as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Leave transformers out (it needs a download of 2.7 GB).
+    /// Leave transformers out (it needs a download of 2.7 GB), and llama.cpp.
     #[arg(long)]
     no_reference: bool,
 }
 
 /// Goals by figure: the worker's over transformers', at least.
 const GOALS: [(&str, f64); 3] = [("decode_1", 2.5), ("decode_8", 2.0), ("prefill_512", 1.0)];
-/// llama.cpp on the same file with 2 threads, as measured once on an AVX2 machine; a mark, not a comparison.
+/// llama.cpp on the same file with 2 threads, as measured once on an AVX2 machine: where its package cannot be
+/// had. A mark, not a comparison.
 const LLAMA_CPP: [(&str, f64); 4] =
     [("decode_1", 138.0), ("decode_4", 154.0), ("decode_8", 172.0), ("prefill_512", 206.0)];
 
@@ -45,9 +47,11 @@ pub fn run(arguments: &[String]) -> Result<()> {
     shell::with_progress("building the measuring program", &mut build)?;
     let measure = worker.with_file_name("examples").join("measure");
     let model = model::ensure()?;
-    let reference = if options.no_reference { None } else { Some(python::ensure(python::REFERENCE)?) };
-    let script = shell::workspace().join("inference-worker/tests/reference/measure_transformers.py");
+    let peers = if options.no_reference { Vec::new() } else { peers()? };
     let mut engines: BTreeMap<&str, Figures> = BTreeMap::new();
+    if peers.iter().all(|(name, ..)| *name != "llama_cpp") {
+        engines.insert("llama_cpp_elsewhere", LLAMA_CPP.map(|(name, value)| (name.to_owned(), value)).into());
+    }
     for round in 1..=options.rounds {
         eprintln!("  round {round} of {}", options.rounds);
         for (name, arguments) in [
@@ -59,16 +63,15 @@ pub fn run(arguments: &[String]) -> Result<()> {
             command.args(arguments).arg(&model);
             keep_best(engines.entry(name).or_default(), measured(&mut command)?);
         }
-        if let Some(python) = &reference {
+        for (name, python, script) in &peers {
             let mut command = Command::new(python);
-            command.arg(&script).arg(&model);
-            keep_best(engines.entry("transformers_f32").or_default(), measured(&mut command)?);
+            command.arg(script).arg(&model);
+            keep_best(engines.entry(name).or_default(), measured(&mut command)?);
         }
         let mut command = Command::new(&measure);
         command.args(["serve", "native"]).arg(&model);
         keep_best(engines.entry("worker").or_default(), measured(&mut command)?);
     }
-    engines.insert("llama_cpp_elsewhere", LLAMA_CPP.map(|(name, value)| (name.to_owned(), value)).into());
     let verdicts = report(&engines);
     if let Some(path) = &options.json {
         let all = json!({"unit": "tokens/s unless named otherwise", "engines": engines, "goals": verdicts});
@@ -76,6 +79,18 @@ pub fn run(arguments: &[String]) -> Result<()> {
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
+}
+
+/// The engines to compare with: name, Python and script of each.
+fn peers() -> Result<Vec<(&'static str, PathBuf, PathBuf)>> {
+    let script = |file: &str| shell::workspace().join("inference-worker/tests/reference").join(file);
+    let mut peers =
+        vec![("transformers_f32", python::ensure(python::REFERENCE)?, script("measure_transformers.py"))];
+    match python::ensure(python::LLAMA_CPP) {
+        Ok(python) => peers.push(("llama_cpp", python, script("measure_llama_cpp.py"))),
+        Err(error) => eprintln!("llama.cpp's package cannot be had, its figures are older ones: {error:#}"),
+    }
+    Ok(peers)
 }
 
 /// A run's figures: a JSON object on its last line.
@@ -86,6 +101,8 @@ fn measured(command: &mut Command) -> Result<Figures> {
         bail!("{name}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     let text = String::from_utf8_lossy(&output.stdout);
+    // What is said of an engine: its version.
+    text.lines().filter_map(|line| line.strip_prefix("# ")).for_each(|line| eprintln!("  {line}"));
     let last = text
         .lines()
         .rfind(|line| line.starts_with('{'))
@@ -102,6 +119,27 @@ fn keep_best(best: &mut Figures, new: Figures) {
     }
 }
 
+/// The worker's speeds over the others', where both have one.
+fn ratios(engines: &BTreeMap<&str, Figures>) {
+    let Some(worker) = engines.get("worker") else { return };
+    println!(
+        "\n{:<28}{}",
+        "worker over",
+        engines.keys().map(|name| format!("{name:>20}")).collect::<String>()
+    );
+    for (name, ours) in
+        worker.iter().filter(|(name, _)| name.starts_with("decode") || name.starts_with("prefill"))
+    {
+        let cells = engines.values().map(|figures| {
+            let ratio =
+                figures.get(name).map_or_else(|| "–".into(), |theirs| format!("{:.2}", ours / theirs));
+            format!("{ratio:>20}")
+        });
+        println!("{name:<28}{}", cells.collect::<String>());
+    }
+    println!();
+}
+
 fn report(engines: &BTreeMap<&str, Figures>) -> Vec<Value> {
     let mut names: Vec<&String> = engines.values().flat_map(Figures::keys).collect();
     names.sort();
@@ -116,6 +154,7 @@ fn report(engines: &BTreeMap<&str, Figures>) -> Vec<Value> {
         }
         println!();
     }
+    ratios(engines);
     let mut verdicts = Vec::new();
     let mut verdict = |what: String, value: f64, goal: f64, met: bool| {
         println!("{} {what}: {value:.2}, goal {goal}", if met { "met   " } else { "MISSED" });

@@ -16,6 +16,8 @@ pub const TEST: (&str, &[&str], &[&str]) = ("python-test", &["openai>=2,<3"], &[
 /// For the benchmark and for making reference values: 2.7 GB.
 pub const REFERENCE: (&str, &[&str], &[&str]) =
     ("python-reference", &["torch==2.11.0", "transformers==5.23.0", "gguf==0.19.0", "jinja2"], &[]);
+/// For the benchmark: llama.cpp, all of it in the one library of this package; 32 MB.
+pub const LLAMA_CPP: (&str, &[&str], &[&str]) = ("python-llama-cpp", &[], &["xllamacpp==2026.10.11549"]);
 
 /// A Python 3 with pip.
 pub fn system() -> Result<PathBuf> {
@@ -47,7 +49,9 @@ pub fn ensure((name, packages, bare): (&str, &[&str], &[&str])) -> Result<PathBu
     let mut make = Command::new(system()?);
     make.args(["-m", "venv"]).arg(&folder);
     shell::with_progress(&format!("making the Python environment {name}"), &mut make)?;
-    pip(&python, packages, &[])?;
+    if !packages.is_empty() {
+        pip(&python, packages, &[])?;
+    }
     if !bare.is_empty() {
         pip(&python, bare, &["--no-deps"])?;
     }

@@ -39,8 +39,8 @@ impl KvLayout {
     }
 }
 
-/// Query rows that share one pass over the keys.
-pub const MAX_ROWS: usize = 4;
+/// Query rows that share one pass over the keys at most: as many sums as AVX-512 has registers.
+pub const MAX_ROWS: usize = 12;
 
 /// The operands of [`attend`].
 pub struct Attend<'a> {
@@ -71,46 +71,62 @@ pub fn attend(isa: Isa, a: &Attend<'_>, scores: &mut Vec<f32>, out: &mut [f32]) 
     match isa {
         // SAFETY: `Isa::best` saw the features.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => unsafe { avx512(a, longest, scores, out) },
+        Isa::Avx512 => unsafe { avx512(a, scores, out) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { avx2(a, longest, scores, out) },
+        Isa::Avx2 => unsafe { avx2(a, scores, out) },
         // SAFETY: it needs no features.
-        _ => unsafe { rows_of::<lanes::Plain, false, 1, 1>(a, longest, scores, out) },
+        _ => unsafe { rows_of::<lanes::Plain, false, 1, 1, 1>(a, scores, out) },
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-fn avx512(a: &Attend<'_>, longest: usize, scores: &mut [f32], out: &mut [f32]) {
+fn avx512(a: &Attend<'_>, scores: &mut [f32], out: &mut [f32]) {
     // SAFETY: compiled for the features.
-    unsafe { rows_of::<lanes::Avx512, true, 2, 4>(a, longest, scores, out) }
+    unsafe { rows_of::<lanes::Avx512, true, 2, 4, 2>(a, scores, out) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn avx2(a: &Attend<'_>, longest: usize, scores: &mut [f32], out: &mut [f32]) {
+fn avx2(a: &Attend<'_>, scores: &mut [f32], out: &mut [f32]) {
     // SAFETY: compiled for the features.
-    unsafe { rows_of::<lanes::Avx2, true, 1, 1>(a, longest, scores, out) }
+    unsafe { rows_of::<lanes::Avx2, true, 1, 1, 1>(a, scores, out) }
 }
 
+/// All rows, a few at a time. C is what [`attend_rows`] takes for up to four rows, W for more.
+///
 /// # Safety
 /// The processor has the features of `L`; the lengths are those that [`attend`] checks.
 #[inline(always)]
-unsafe fn rows_of<L: Lanes, const FUSED: bool, const K: usize, const C: usize>(
+unsafe fn rows_of<L: Lanes, const FUSED: bool, const K: usize, const C: usize, const W: usize>(
     a: &Attend<'_>,
-    longest: usize,
     scores: &mut [f32],
     out: &mut [f32],
 ) {
-    // SAFETY: the caller's promises.
-    unsafe {
-        match a.seen.len() {
-            1 => attend_rows::<L, FUSED, 1, K, C>(a, longest, scores, out),
-            2 => attend_rows::<L, FUSED, 2, K, C>(a, longest, scores, out),
-            3 => attend_rows::<L, FUSED, 3, K, C>(a, longest, scores, out),
-            _ => attend_rows::<L, FUSED, 4, K, C>(a, longest, scores, out),
+    let dim = a.kv.dim;
+    let mut from = 0;
+    while from < a.seen.len() {
+        let n = match a.seen.len() - from {
+            12.. if W > 1 => 12,
+            6.. => 6,
+            left => left.min(4),
+        };
+        let some = Attend { q: &a.q[from * dim..], seen: &a.seen[from..from + n], ..*a };
+        let longest = some.seen.iter().copied().max().unwrap_or(0);
+        let out = &mut out[from * dim..];
+        // SAFETY: the caller's promises.
+        unsafe {
+            match n {
+                1 => attend_rows::<L, FUSED, 1, K, C>(&some, longest, scores, out),
+                2 => attend_rows::<L, FUSED, 2, K, C>(&some, longest, scores, out),
+                3 => attend_rows::<L, FUSED, 3, K, C>(&some, longest, scores, out),
+                4 => attend_rows::<L, FUSED, 4, K, C>(&some, longest, scores, out),
+                6 => attend_rows::<L, FUSED, 6, K, W>(&some, longest, scores, out),
+                _ => attend_rows::<L, FUSED, 12, K, W>(&some, longest, scores, out),
+            }
         }
+        from += n;
     }
 }
 

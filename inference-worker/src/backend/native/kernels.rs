@@ -5,6 +5,9 @@
 //! in f32, and each output is summed in the same order whatever the batch: a batched product equals the
 //! unbatched one bit for bit. Called by the native backend through [`Isa`], chosen once at start-up.
 
+use std::{cell::RefCell, ops::Range};
+
+use super::aligned::AlignedF32;
 use super::packed::{Format, Packed, STRIP, TILE, decode_row};
 use super::pool::Pool;
 
@@ -76,6 +79,25 @@ pub struct Strip<'a> {
     pub scales: &'a [u8],
 }
 
+/// Tiles of a chunk where eight tokens or so, the whole of long rows, would not stay in the first-level cache.
+const CHUNK: usize = 24;
+/// Strips that take a chunk of columns in turn.
+const TURN: usize = 4;
+/// Values of the sums of one strip that rest between chunks: a vector of 16 per row and token.
+const RESTING: usize = STRIP * 12 * 16;
+
+/// Some columns of a strip, and where its sums rest between them.
+pub struct Chunk<'a> {
+    /// The tiles.
+    pub tiles: Range<usize>,
+    /// Room for the sums; none is needed where the tiles are all.
+    pub rest: &'a mut [f32],
+}
+
+thread_local! {
+    static REST: RefCell<AlignedF32> = RefCell::default();
+}
+
 /// What a packed kernel gives: totals of a strip's rows for up to twelve tokens.
 type Sums = [[f32; STRIP]; 12];
 
@@ -97,6 +119,13 @@ impl SharedOut {
     /// Over a slice that nobody else touches while the job runs.
     pub fn new(slice: &mut [f32]) -> Self {
         Self(slice.as_mut_ptr(), slice.len())
+    }
+
+    /// An address within the buffer.
+    pub fn at(&self, index: usize) -> *const f32 {
+        assert!(index < self.1, "value {index} of a buffer of {}", self.1);
+        // SAFETY: in bounds by the assertion.
+        unsafe { self.0.add(index) }
     }
 
     /// Part of the buffer.
@@ -141,36 +170,68 @@ pub fn product(isa: Isa, pool: &mut Pool, p: &Product<'_>, y: &mut [f32]) {
     let strips = p.w.strips();
     // Enough parts to even out threads of unequal speed, few enough that taking one costs nothing.
     let parts = (pool.threads() * 8).min(strips);
+    let in_chunks = isa == Isa::Avx512 && p.tokens > 6 && p.w.tiles() > CHUNK;
     pool.run(parts, &|part| {
+        let strips = strips * part / parts..strips * (part + 1) / parts;
+        if in_chunks {
+            return REST.with_borrow_mut(|rest| strips_in_chunks(isa, p, strips, rest, out));
+        }
         let mut from = 0;
         while from < p.tokens {
             let n = TOKEN_BLOCK.min(p.tokens - from);
-            for strip in strips * part / parts..strips * (part + 1) / parts {
-                strip_product(isa, p, strip, from, n, out);
+            for strip in strips.clone() {
+                let whole = Chunk { tiles: 0..p.w.tiles(), rest: &mut [] };
+                strip_product(isa, p, strip, from..from + n, whole, out);
             }
             from += n;
         }
     });
 }
 
-/// One strip for tokens `from..from + n`. Writes rows `strip·4..` of those tokens only.
-fn strip_product(isa: Isa, p: &Product<'_>, strip: usize, from: usize, n: usize, out: SharedOut) {
+/// All tokens, at most twelve, through some strips: a few strips take the first chunk of columns, then the
+/// same the next, so that the activations are in the first-level cache for all but one of them.
+fn strips_in_chunks(isa: Isa, p: &Product<'_>, strips: Range<usize>, rest: &mut AlignedF32, out: SharedOut) {
+    rest.need(TURN * RESTING);
+    let tiles = p.w.tiles();
+    for turn in strips.clone().step_by(TURN) {
+        for first in (0..tiles).step_by(CHUNK) {
+            let chunk = first..(first + CHUNK).min(tiles);
+            for (strip, rest) in (turn..strips.end.min(turn + TURN)).zip(rest.chunks_exact_mut(RESTING)) {
+                strip_product(isa, p, strip, 0..p.tokens, Chunk { tiles: chunk.clone(), rest }, out);
+            }
+        }
+    }
+}
+
+/// One strip for some tokens. Writes rows `strip·4..` of those tokens only, and those with the last chunk.
+fn strip_product(
+    isa: Isa,
+    p: &Product<'_>,
+    strip: usize,
+    tokens: Range<usize>,
+    chunk: Chunk<'_>,
+    out: SharedOut,
+) {
     let weights = packed_strip(p.w, strip);
     let rows = STRIP.min(p.w.rows - strip * STRIP);
-    let mut t = from;
-    while t < from + n {
+    let is_last = chunk.tiles.end == p.w.tiles();
+    let mut t = tokens.start;
+    while t < tokens.end {
         let mut sums = Sums::default();
-        let left = from + n - t;
+        let left = tokens.end - t;
         let step = match isa {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Isa::best` saw the features; `product` checked that x holds these tokens.
-            Isa::Avx512 => unsafe { x86::strip_avx512(p, weights, t, left, &mut sums) },
+            Isa::Avx512 => {
+                let chunk = Chunk { tiles: chunk.tiles.clone(), rest: &mut *chunk.rest };
+                // SAFETY: `Isa::best` saw the features; `product` checked that x holds these tokens.
+                unsafe { x86::strip_avx512(p, weights, t, left, chunk, &mut sums) }
+            }
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx2 => unsafe { x86::strip_avx2(p, weights, t, left, &mut sums) },
             _ => strip_portable(p, weights, t, left, &mut sums),
         };
-        for (i, sums) in sums.iter().enumerate().take(step) {
+        for (i, sums) in sums.iter().enumerate().take(if is_last { step } else { 0 }) {
             // SAFETY: these rows of token t + i belong to this strip, which one thread works on.
             let y = unsafe { out.part((t + i) * p.ldy + strip * STRIP, rows) };
             for (y, sum) in y.iter_mut().zip(sums) {
@@ -267,7 +328,8 @@ mod tests {
                     assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-3), "{dtype:?} row {r}: {a} is not {b}");
                 }
             }
-            for tokens in (1..=16).chain([23, 24, 25, 31]) {
+            // The last: enough to be shared out among threads.
+            for tokens in (1..=16).chain([23, 24, 25, 31, 211]) {
                 let x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
                 for isa in Isa::available() {
                     let p = Product { w: &packed, x: &x, ldx: cols, tokens, ldy: rows + 2, add: true };
@@ -309,26 +371,28 @@ mod tests {
             let bytes = random_tensor(dtype, rows, cols, &mut rng);
             let tensor = RawTensor { dtype, shape: vec![rows, cols], bytes: &bytes };
             let packed = Packed::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());
-            let (tokens, ldx) = (29, packed.tiles() * TILE);
-            let mut x = vec![0.0; tokens * ldx];
-            for t in 0..tokens {
-                x[t * ldx..][..cols].fill_with(|| rng.random_range(-1.0..1.0));
-            }
-            for isa in Isa::available() {
-                let run = |pool: &mut Pool, x: &[f32], tokens: usize| {
-                    let mut y = vec![0.0; tokens * rows];
-                    product(
-                        isa,
-                        pool,
-                        &Product { w: &packed, x, ldx, tokens, ldy: rows, add: false },
-                        &mut y,
-                    );
-                    y
-                };
-                let together = run(&mut pool, &x, tokens);
+            for tokens in [29, 211] {
+                let ldx = packed.tiles() * TILE;
+                let mut x = vec![0.0; tokens * ldx];
                 for t in 0..tokens {
-                    let alone = run(&mut pool, &x[t * ldx..][..ldx], 1);
-                    assert_eq!(alone, together[t * rows..][..rows], "{dtype:?} {isa:?} token {t}");
+                    x[t * ldx..][..cols].fill_with(|| rng.random_range(-1.0..1.0));
+                }
+                for isa in Isa::available() {
+                    let run = |pool: &mut Pool, x: &[f32], tokens: usize| {
+                        let mut y = vec![0.0; tokens * rows];
+                        product(
+                            isa,
+                            pool,
+                            &Product { w: &packed, x, ldx, tokens, ldy: rows, add: false },
+                            &mut y,
+                        );
+                        y
+                    };
+                    let together = run(&mut pool, &x, tokens);
+                    for t in 0..tokens {
+                        let alone = run(&mut pool, &x[t * ldx..][..ldx], 1);
+                        assert_eq!(alone, together[t * rows..][..rows], "{dtype:?} {isa:?} token {t}");
+                    }
                 }
             }
         }

@@ -92,8 +92,16 @@ struct AttendItem {
     rows: usize,
 }
 
+/// What a thread needs of its own for attention: queries and outputs of some rows side by side, and scores.
+#[derive(Default)]
+struct Scratch {
+    q: Vec<f32>,
+    out: Vec<f32>,
+    scores: Vec<f32>,
+}
+
 thread_local! {
-    static SCORES: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 fn padded(width: usize) -> usize {
@@ -260,29 +268,32 @@ impl NativeBackend {
                 let n = first + row;
                 (n / group, (head * group + n % group) * dim)
             };
-            let (mut q, mut o, mut seen) =
-                ([0.0f32; MAX_ROWS * 256], [0.0f32; MAX_ROWS * 256], [0; MAX_ROWS]);
-            let (q, o) = (&mut q[..rows * dim], &mut o[..rows * dim]);
-            for row in 0..rows {
-                let (t, at) = place(row);
-                q[row * dim..][..dim].copy_from_slice(&qkv[(span.row + t) * width + at..][..dim]);
-                seen[row] = start + t + 1;
-            }
-            let operands = Attend {
-                q,
-                seen: &seen[..rows],
-                kv: layout,
-                head,
-                blocks: p.blocks,
-                keys: &layer.keys,
-                values: &layer.values,
-            };
-            SCORES.with_borrow_mut(|scores| attend(isa, &operands, scores, o));
-            for row in 0..rows {
-                let (t, at) = place(row);
-                // SAFETY: this head of this token belongs to this item alone.
-                unsafe { out.part((span.row + t) * ld + at, dim) }.copy_from_slice(&o[row * dim..][..dim]);
-            }
+            SCRATCH.with_borrow_mut(|Scratch { q, out: o, scores }| {
+                let mut seen = [0; MAX_ROWS];
+                q.resize(q.len().max(MAX_ROWS * dim), 0.0);
+                o.resize(o.len().max(MAX_ROWS * dim), 0.0);
+                for row in 0..rows {
+                    let (t, at) = place(row);
+                    q[row * dim..][..dim].copy_from_slice(&qkv[(span.row + t) * width + at..][..dim]);
+                    seen[row] = start + t + 1;
+                }
+                let operands = Attend {
+                    q,
+                    seen: &seen[..rows],
+                    kv: layout,
+                    head,
+                    blocks: p.blocks,
+                    keys: &layer.keys,
+                    values: &layer.values,
+                };
+                attend(isa, &operands, scores, o);
+                for row in 0..rows {
+                    let (t, at) = place(row);
+                    // SAFETY: this head of this token belongs to this item alone.
+                    unsafe { out.part((span.row + t) * ld + at, dim) }
+                        .copy_from_slice(&o[row * dim..][..dim]);
+                }
+            });
         });
     }
 
@@ -291,12 +302,14 @@ impl NativeBackend {
         let mut items = Vec::new();
         for span in spans {
             let rows = span.len * group;
-            for head in 0..self.config.kv_heads {
-                items.extend((0..rows).step_by(MAX_ROWS).map(|first| AttendItem {
+            // In the order of tokens, as the pool shares items out: see `Pool`.
+            for first in (0..rows).step_by(MAX_ROWS) {
+                let rows = MAX_ROWS.min(rows - first);
+                items.extend((0..self.config.kv_heads).map(|head| AttendItem {
                     span: *span,
                     head,
                     first,
-                    rows: MAX_ROWS.min(rows - first),
+                    rows,
                 }));
             }
         }

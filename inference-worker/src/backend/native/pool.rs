@@ -2,11 +2,14 @@
 //!
 //! Input: a closure and a number of items. Output: when [`Pool::run`] returns, each item has been done once.
 //! Called by the native backend some 150 times per decode step, so waking must cost well under a
-//! microsecond: workers spin for a bounded time after a job and only then sleep. A worker that the system
-//! has put aside is not waited for: whoever is awake takes its items, and a latecomer finds the gate shut.
+//! microsecond: workers spin for a bounded time after a job and only then sleep. Each thread begins with a
+//! stretch of its own, the same one in every job of as many items, so that what it wrote in one job is still
+//! in its cache in the next; then it takes what is left of the others'. A worker that the system has put
+//! aside is not waited for: whoever is awake takes its items, and a latecomer finds the gate shut.
 
 use std::{
     cell::UnsafeCell,
+    ops::Range,
     sync::{
         Arc,
         atomic::{
@@ -29,9 +32,15 @@ const ONE_JOB: u64 = 1 << 16;
 
 type Job = *const (dyn Fn(usize) + Sync);
 
+/// The next item of a thread's stretch, in a cache line (and its neighbour) of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Cursor(AtomicUsize);
+
 struct Shared {
     gate: AtomicU64,
-    next: AtomicUsize,
+    /// One for each thread, the caller's first.
+    next: Vec<Cursor>,
     items: AtomicUsize,
     /// Valid while the gate is open or somebody is inside.
     job: UnsafeCell<Option<Job>>,
@@ -59,7 +68,7 @@ impl Pool {
         let extra = threads.saturating_sub(1);
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            next: (0..=extra).map(|_| Cursor::default()).collect(),
             items: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
@@ -96,7 +105,9 @@ impl Pool {
         let erased: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job) };
         // SAFETY: the gate is shut and empty between runs, so no worker reads the cell now.
         unsafe { *s.job.get() = Some(erased) };
-        s.next.store(0, Relaxed);
+        for (thread, cursor) in s.next.iter().enumerate() {
+            cursor.0.store(stretch(items, thread, s.next.len()).start, Relaxed);
+        }
         s.items.store(items, Relaxed);
         let number = s.gate.load(Relaxed) & !(OPEN | INSIDE_MASK);
         s.gate.store((number + ONE_JOB) | OPEN, SeqCst);
@@ -106,7 +117,7 @@ impl Pool {
             }
         }
         let shut = Shut(s);
-        take_items(s, job);
+        take_items(s, 0, job);
         drop(shut);
         assert!(!s.panicked.swap(false, Relaxed), "a compute thread panicked");
     }
@@ -130,14 +141,24 @@ impl Drop for Shut<'_> {
     }
 }
 
-fn take_items(s: &Shared, job: &(dyn Fn(usize) + Sync)) {
-    let items = s.items.load(Relaxed);
-    loop {
-        let i = s.next.fetch_add(1, Relaxed);
-        if i >= items {
-            return;
+/// Which items a thread begins with.
+fn stretch(items: usize, thread: usize, threads: usize) -> Range<usize> {
+    items * thread / threads..items * (thread + 1) / threads
+}
+
+/// Does the items of thread `me`'s stretch, then what others have left.
+fn take_items(s: &Shared, me: usize, job: &(dyn Fn(usize) + Sync)) {
+    let (items, threads) = (s.items.load(Relaxed), s.next.len());
+    for thread in (me..threads).chain(0..me) {
+        let (end, next) = (stretch(items, thread, threads).end, &s.next[thread].0);
+        // A look first: other threads' cursors are left in their caches when nothing is to be had.
+        while next.load(Relaxed) < end {
+            let i = next.fetch_add(1, Relaxed);
+            if i >= end {
+                break;
+            }
+            job(i);
         }
-        job(i);
     }
 }
 
@@ -155,7 +176,8 @@ fn worker(s: &Shared, me: usize) {
             // SAFETY: this thread is inside the gate, so `run` keeps the closure alive.
             let job = unsafe { (*s.job.get()).map(|j| &*j) };
             if let Some(job) = job
-                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_items(s, job))).is_err()
+                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_items(s, me + 1, job)))
+                    .is_err()
             {
                 s.panicked.store(true, Relaxed);
             }

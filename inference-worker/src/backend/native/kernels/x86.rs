@@ -9,7 +9,7 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Format, Product, STRIP, Strip, Sums, TILE,
+    Chunk, Format, Product, STRIP, Strip, Sums, TILE,
     ahead::{Dense, Totals},
 };
 
@@ -118,7 +118,8 @@ macro_rules! dispatch {
     };
 }
 
-/// Up to twelve tokens from `from`; returns how many were done.
+/// Up to twelve tokens from `from`; returns how many were done. Of a chunk that is not the last
+/// the sums rest.
 ///
 /// # Safety
 /// The processor has AVX-512 F, BW, VL and F16C; `p.x` holds token `from` and the `left - 1` after it.
@@ -128,6 +129,7 @@ pub unsafe fn strip_avx512(
     strip: Strip<'_>,
     from: usize,
     left: usize,
+    chunk: Chunk<'_>,
     sums: &mut Sums,
 ) -> usize {
     let n = match left {
@@ -139,7 +141,7 @@ pub unsafe fn strip_avx512(
     // SAFETY: the caller's promises.
     unsafe {
         dispatch!(
-            avx512, p, strip, from, sums, n,
+            avx512, p, strip, (from, chunk), sums, n,
             [1 4, 2 4, 3 4, 4 4, 5 4, 6 4, 7 2, 8 2, 9 2, 10 2, 11 2, 12 2]
         )
     };
@@ -151,19 +153,31 @@ pub unsafe fn strip_avx512(
 unsafe fn avx512<const F: u8, const T: usize, const R: usize>(
     p: &Product<'_>,
     strip: Strip<'_>,
-    from: usize,
+    (from, chunk): (usize, Chunk<'_>),
     sums: &mut Sums,
 ) {
     let Strip { format, values, scales } = strip;
     let (vb, sb) = (format.tile_bytes(), format.scale_bytes());
+    let Chunk { tiles, rest } = chunk;
+    let (is_first, is_last) = (tiles.start == 0, tiles.end == p.w.tiles());
+    assert!((is_first && is_last) || rest.len() >= STRIP * T * 16, "no room for sums");
     for first in (0..STRIP).step_by(R) {
         let mut acc = [[_mm512_setzero_ps(); T]; R];
-        // SAFETY: a strip holds `tiles` tiles of vb and sb bytes; x holds T tokens of ldx ≥ tiles·32 values.
+        // SAFETY: a strip holds `tiles` tiles of vb and sb bytes; x holds T tokens of ldx ≥ tiles·32 values;
+        // sums rest in STRIP·T vectors, by the assertion.
         unsafe {
+            if !is_first {
+                for i in 0..R {
+                    for t in 0..T {
+                        acc[i][t] = _mm512_loadu_ps(rest.as_ptr().add(((first + i) * T + t) * 16));
+                    }
+                }
+            }
             let x = p.x.as_ptr().add(from * p.ldx);
-            for tile in 0..p.w.tiles() {
+            for tile in tiles.clone() {
                 let v = values.as_ptr().add(tile * vb);
                 let s = scales.as_ptr().add(tile * sb);
+                fetch_ahead::<F>(v, s);
                 // What all rows share.
                 let scale = scales!(F, s);
                 let (nibbles, table) = nibble_tables!(F, v, scale, first..first + R);
@@ -183,12 +197,27 @@ unsafe fn avx512<const F: u8, const T: usize, const R: usize>(
                 }
             }
         }
-        for t in 0..T {
-            let row = |i: usize| if i < R { acc[i][t] } else { _mm512_setzero_ps() };
-            let mut total = [0.0; 4];
+        if !is_last {
+            for i in 0..R {
+                for t in 0..T {
+                    // SAFETY: by the assertion.
+                    unsafe { _mm512_storeu_ps(rest.as_mut_ptr().add(((first + i) * T + t) * 16), acc[i][t]) };
+                }
+            }
+            continue;
+        }
+        // Four sums at once: four rows of a token, or two of each of two.
+        for t in (0..T).step_by(STRIP / R) {
+            let sum = |i: usize| {
+                let (t, i) = (t + i / R, i % R);
+                if t < T { acc[i][t] } else { _mm512_setzero_ps() }
+            };
+            let mut total = [0.0; STRIP];
             // SAFETY: `total` holds four f32.
-            unsafe { _mm_storeu_ps(total.as_mut_ptr(), sum4_avx512(row(0), row(1), row(2), row(3))) };
-            sums[t][first..first + R].copy_from_slice(&total[..R]);
+            unsafe { _mm_storeu_ps(total.as_mut_ptr(), sum4_avx512(sum(0), sum(1), sum(2), sum(3))) };
+            for (sums, total) in sums[t..T.min(t + STRIP / R)].iter_mut().zip(total.chunks_exact(R)) {
+                sums[first..first + R].copy_from_slice(total);
+            }
         }
     }
 }
@@ -282,6 +311,40 @@ fn sum_avx2(a: __m256) -> f32 {
     let quad = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
     let pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
     _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+}
+
+/// Asks for a tile of quantised weights that comes later: strips follow one another in memory, and reading
+/// two streams of few bytes per product is more than the processor's own prefetching keeps up with.
+#[inline]
+fn fetch_ahead<const F: u8>(values: *const u8, scales: *const u8) {
+    const BYTES: usize = 2048;
+    // SAFETY: a prefetch reads nothing and never faults, whatever the address.
+    unsafe {
+        if matches!(F, Q4F16 | Q4F32) {
+            _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(BYTES).cast());
+            _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(BYTES / 4).cast());
+        }
+        if matches!(F, Q8F16 | Q8F32) {
+            _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(BYTES).cast());
+            _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(BYTES + 64).cast());
+            _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(BYTES / 8).cast());
+        }
+    }
+}
+
+/// Asks for the cache line where a slice begins, into the second-level cache.
+pub fn fetch(line: &[f32]) {
+    // SAFETY: a prefetch reads nothing and never faults; every x86-64 processor has it.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) }
+}
+
+/// Asks for a cache line, into the first-level cache and for writing.
+pub fn fetch_to_write(line: *const f32) {
+    // The compiler's own prefetch for writing is one for reading unless the whole program is built for it.
+    // SAFETY: as in `fetch`; processors of before 2014 take the instruction for nothing.
+    unsafe {
+        std::arch::asm!("prefetchw [{}]", in(reg) line, options(nostack, preserves_flags, readonly));
+    }
 }
 
 /// Picks the instance for a format.
