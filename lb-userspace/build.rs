@@ -1,7 +1,7 @@
 //! Builds the XDP programs, so that `lbd` carries them: one file to install.
 //!
-//! In: `lb-ebpf`, `lb-common`, a BPF tool chain. Out: `$OUT_DIR/ingress` and
-//! `$OUT_DIR/decap`. With `LB_SKIP_BPF=1` both are empty, for work on machines
+//! In: `lb-ebpf`, `lb-common`, a BPF tool chain. Out: `$OUT_DIR/ingress`,
+//! `$OUT_DIR/decap` and `$OUT_DIR/probe`. With `LB_SKIP_BPF=1` all are empty, for work on machines
 //! without the tool chain; `lbd` then refuses to attach.
 
 use std::{env, fs, path::PathBuf, process::exit};

@@ -7,6 +7,7 @@ use crate::{
     fragment::{Fragment, FragmentKey},
     load::Load,
     nat::*,
+    probe::*,
     quic::{QuicConfig, ServerIdKey},
     reply::ReplyHop,
     service::*,
@@ -42,6 +43,8 @@ layout! {
     QuicConfig: 180 / 4 { server_id_len @ 0, nonce_len @ 1, keyed @ 2, keys @ 4 };
     ServerIdKey: 20 / 4 { service @ 0, id @ 4, len @ 19 };
     ReplyHop: 24 / 8 { next_hop @ 0, egress_mac @ 8, ifindex @ 16 };
+    ProbeWay: 20 / 1 { vip @ 0, gue_port @ 16, mode @ 18 };
+    ProbeKey: 36 / 1 { vip @ 0, local @ 16, port @ 32, local_port @ 34 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
     IngressSettings: 24 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,

@@ -19,6 +19,7 @@ pub mod names;
 pub mod nat;
 #[cfg(feature = "other-abi")]
 mod other_abi;
+pub mod probe;
 pub mod quic;
 pub mod reason;
 pub mod reply;

@@ -23,6 +23,8 @@ pub const NAT_FLOWS: u32 = 262_144;
 pub const VIPS: u32 = 4_096;
 /// Egress interfaces.
 pub const EGRESS: u32 = 256;
+/// Encapsulated health probes whose answers are waited for.
+pub const PROBES: u32 = 65_536;
 /// Addresses on which one worker accepts encapsulated packets, and VIPs that it serves.
 pub const DECAP_ADDRESSES: u32 = 4_096;
 

@@ -61,6 +61,13 @@ pub const DECAP_VIPS: &str = "DECAP_VIPS";
 /// `ARRAY<ReplyHop>`, by family: how answers of a worker's program leave.
 pub const REPLY_HOPS: &str = "REPLY_HOPS";
 
+/// Program on interfaces that probes leave by (tc, egress).
+pub const PROGRAM_PROBE_OUT: &str = "probe_out";
+/// Program on interfaces that their answers come in by (tc, ingress).
+pub const PROGRAM_PROBE_IN: &str = "probe_in";
+/// `HASH<u32, ProbeWay>`: by mark. Not pinned: probes end with lbd.
+pub const PROBE_WAYS: &str = "PROBE_WAYS";
+
 /// `PROG_ARRAY`: programs that are reached by tail call, by the indices of [`stage`]. Each object has its own.
 pub const STAGES: &str = "STAGES";
 /// `PROG_ARRAY`: users' programs before and after ours, and ours for those before ([`stage::BEFORE`],

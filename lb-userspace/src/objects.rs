@@ -7,3 +7,6 @@ pub static INGRESS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"),
 
 /// The worker's program.
 pub static DECAP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/decap"));
+
+/// Programs that health probes on the way of traffic pass.
+pub static PROBE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/probe"));

@@ -5,7 +5,7 @@ use crate::{
     api::types::{BackendInfo, ServiceInfo},
     model::{
         ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, QuicError, RegionPolicy,
-        Scheduler, Selector, SelectorError, SourceKind,
+        Scheduler, Selector, SelectorError, SourceKind, Via,
     },
     render::{observe, units::parse_duration},
 };
@@ -135,6 +135,9 @@ struct Settings {
     /// Failures in a row that make it unhealthy [default: 3]
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
+    /// Way that checks take: direct, to the backend's own address, or tunnel, that of traffic [default: direct]
+    #[arg(long, value_name = "WAY", value_parser = word::<Via>)]
+    health_via: Option<Via>,
     /// Whether a backend that keeps failing must pass more checks each time [default: true]
     #[arg(long, value_name = "BOOL")]
     health_damping: Option<bool>,
@@ -509,6 +512,7 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     health.set("verify", s.health_verify);
     health.set("client_cert", s.health_cert.as_ref());
     health.set("client_key", s.health_key.as_ref());
+    health.set("via", s.health_via);
     health.set("damping", s.health_damping);
     health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
     health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));

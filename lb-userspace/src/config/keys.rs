@@ -91,6 +91,7 @@ pub const HEALTH: &[&str] = &[
     "client_cert",
     "client_key",
     "port",
+    "via",
     "interval_ms",
     "jitter_percent",
     "timeout_ms",

@@ -26,7 +26,7 @@ use crate::{
     compile::{self, Past},
     config::{File, Options, Settings, SettingsError, export},
     dataplane::{AttachOptions, Carried, Dataplane, Limits, Takeover},
-    health::{Checker, prober},
+    health::{Checker, Tunnel, prober_through},
     metrics,
     model::{Desired, Health, Here},
     neighbour::Resolver,
@@ -117,6 +117,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let limits = dataplane.limits;
     let (keep_out, kept) = watch::channel(Vec::new());
     let last_memory = local.load(MEMORY).await?;
+    let probed = interfaces.iter().map(|i| i.ifindex).collect();
     let attached = interfaces.iter().map(|i| (i.ifindex, i.name.clone())).collect();
     let compile_settings = compile_settings(&settings, limits, attached, here);
     let keep = Box::new(move |bytes| drop(keep_out.send_replace(bytes)));
@@ -163,7 +164,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     parts.add("regions", ended_ok(steering.run(control.clone(), events.clone())));
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
-    let prober = prober();
+    let prober = prober_through(Some(Arc::new(Tunnel::new(probed))));
     let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out);
     parts.add("health checks", ended_ok(checker.run(store.watch(), local.clone())));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));

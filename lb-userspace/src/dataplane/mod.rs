@@ -14,6 +14,7 @@ mod links;
 mod loads;
 mod mapped;
 mod pins;
+mod probes;
 mod reader;
 mod slots;
 mod spared;
@@ -27,6 +28,7 @@ pub use error::DataplaneError;
 pub use links::Interface;
 pub use loads::Loads;
 pub use pins::detach;
+pub use probes::ProbeDataplane;
 pub use reader::{FLOW_TABLES, Reader, flow_map};
 pub use takeover::{Identity, Takeover};
 

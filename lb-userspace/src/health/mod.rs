@@ -10,6 +10,7 @@ pub mod grpc;
 pub mod http;
 pub mod probe;
 pub mod tls;
+pub mod tunnel;
 pub mod verdict;
 
 #[cfg(test)]
@@ -17,4 +18,5 @@ mod tests;
 
 pub use book::{Book, Entry, Probe, Transition};
 pub use checker::{Checker, Prober};
-pub use probe::{ProbeTarget, prober};
+pub use probe::{ProbeTarget, prober, prober_through};
+pub use tunnel::{Through, Tunnel};

@@ -1,6 +1,10 @@
 //! One probe: a connection, and what is asked over it.
 
-use super::{grpc, http, tls::TlsConfigs};
+use super::{
+    grpc, http,
+    tls::TlsConfigs,
+    tunnel::{Through, Tunnel},
+};
 use crate::{
     health::Prober,
     model::{Backend, HealthKind, Ports, Service, TlsCheck},
@@ -27,6 +31,8 @@ pub struct ProbeTarget {
     pub kind: HealthKind,
     /// Limit of the whole probe.
     pub timeout: Duration,
+    /// The tunnel that it takes; None: none.
+    pub through: Option<Through>,
 }
 
 impl ProbeTarget {
@@ -39,30 +45,56 @@ impl ProbeTarget {
             vip: service.vip,
             kind: service.health.kind.clone(),
             timeout: Duration::from_millis(service.health.timeout_ms.into()),
+            through: Through::of(service),
         }
     }
 }
 
-/// What does probes, over the network; keeps what TLS needs.
+/// What does probes, over the network; keeps what TLS needs. None goes through a tunnel.
 pub fn prober() -> Prober {
+    prober_through(None)
+}
+
+/// The same, with tunnels.
+pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
     let configs = Arc::new(TlsConfigs::default());
-    Arc::new(move |target| {
-        let configs = configs.clone();
-        Box::pin(async move { probe(&configs, target).await })
+    Arc::new(move |mut target| {
+        let (configs, tunnel) = (configs.clone(), tunnel.clone());
+        Box::pin(async move {
+            let Some(through) = target.through else { return probe(&configs, target, None).await };
+            let mark = match &tunnel {
+                Some(tunnel) => tunnel.prepare(target.address.ip(), through).await,
+                None => Err("this lbd has no tunnels".to_owned()),
+            };
+            match mark {
+                Ok(mark) => {
+                    let found = probe(&configs, target, Some(mark)).await;
+                    found
+                        .map(|what| format!("{what}, through the tunnel"))
+                        .map_err(|what| format!("{what}, through the tunnel"))
+                }
+                Err(why) => {
+                    // A host that cannot look through tunnels must not find everybody dead.
+                    target.through = None;
+                    let found = probe(&configs, target, None).await;
+                    found.map(|what| format!("{what}, not through the tunnel: {why}"))
+                }
+            }
+        })
     })
 }
 
-/// Probes once. `Ok` and `Err` both say in words what was seen.
+/// Probes once, with packets marked so. `Ok` and `Err` both say in words what was seen.
 ///
 /// # Errors
 /// Whatever makes the backend count as failed.
-pub async fn probe(configs: &TlsConfigs, target: ProbeTarget) -> Result<String, String> {
+pub async fn probe(configs: &TlsConfigs, target: ProbeTarget, mark: Option<u32>) -> Result<String, String> {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
     if target.kind == HealthKind::None {
         return Ok("not checked".to_owned());
     }
-    let stream = match timeout_at(deadline, connect(target.address)).await {
+    let stream = match timeout_at(deadline, connect(target.address, mark)).await {
         Err(_) => return Err(format!("no connection within {within} ms")),
         Ok(Err(e)) => return Err(connect_error(&e)),
         Ok(Ok(stream)) => stream,
@@ -128,8 +160,14 @@ async fn ask(
     }
 }
 
-async fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
+async fn connect(address: SocketAddr, mark: Option<u32>) -> std::io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if let Some(mark) = mark {
+        socket2::SockRef::from(&socket).set_mark(mark)?;
+        // A port of its own: answers are told apart by it, as they all come from the VIP.
+        let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
+        socket.bind(SocketAddr::new(any, 0))?;
+    }
     let stream = socket.connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
@@ -154,11 +192,17 @@ mod tests {
     };
 
     async fn probe(target: ProbeTarget) -> Result<String, String> {
-        super::probe(&TlsConfigs::default(), target).await
+        super::probe(&TlsConfigs::default(), target, None).await
     }
 
     fn target(address: SocketAddr, kind: HealthKind) -> ProbeTarget {
-        ProbeTarget { address, vip: [10, 0, 0, 1].into(), kind, timeout: Duration::from_millis(300) }
+        ProbeTarget {
+            address,
+            vip: [10, 0, 0, 1].into(),
+            kind,
+            timeout: Duration::from_millis(300),
+            through: None,
+        }
     }
 
     fn http(status: (u16, u16)) -> HealthKind {

@@ -68,7 +68,8 @@ async fn ask(address: SocketAddr, check: &str) -> Result<String, String> {
     let check: HealthCheck = serde_json::from_str(check).unwrap();
     let kind: HealthKind = check.kind;
     let timeout = Duration::from_secs(3);
-    probe(&TlsConfigs::default(), ProbeTarget { address, vip: [10, 0, 0, 1].into(), kind, timeout }).await
+    let target = ProbeTarget { address, vip: [10, 0, 0, 1].into(), kind, timeout, through: None };
+    probe(&TlsConfigs::default(), target, None).await
 }
 
 /// Serves one answer over TLS to whoever comes; the request is put behind the answer, for tests to look at.

@@ -5,7 +5,7 @@
 
 use super::{
     Backend, Desired, ForwardingMode, HealthKind, HttpCheck, Name, Ports, Protocol, RegionState, Scheduler,
-    Service, nearest, region_list,
+    Service, Via, nearest, region_list,
 };
 use crate::maglev::MAX_SEATS;
 use lb_common::limits::{RANGES_PER_VIP, TABLE_SIZES};
@@ -435,6 +435,19 @@ impl Service {
         }
         if health.interval_ms < 10 || health.timeout_ms == 0 || health.rise == 0 || health.fall == 0 {
             setting("health: interval_ms at least 10, timeout_ms, rise and fall at least 1".to_owned());
+        }
+        if health.via == Via::Tunnel {
+            let tunnels = [ForwardingMode::Ipip, ForwardingMode::Gue, ForwardingMode::L2];
+            if !tunnels.contains(&self.mode) {
+                setting("health: via tunnel goes with modes ipip, gue and l2: in others traffic goes to the backend's own address too, as via direct does".to_owned());
+            }
+            let other = self.backends.iter().find(|(_, b)| b.address.is_ipv4() != self.vip.is_ipv4());
+            if let Some((name, b)) = other {
+                setting(format!(
+                    "health: via tunnel needs backends of the VIP's family, and {name} is {}: use via direct",
+                    b.address
+                ));
+            }
         }
         if health.jitter_percent > 50 {
             setting(format!("health: jitter_percent {} is above 50", health.jitter_percent));

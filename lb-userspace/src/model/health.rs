@@ -102,6 +102,23 @@ pub const DEFAULT_PATH: &str = "/";
 /// Statuses of an HTTP check that names none.
 pub const DEFAULT_STATUS: (u16, u16) = (200, 299);
 
+/// Which way probes take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Via {
+    /// To the backend's own address.
+    #[default]
+    Direct,
+    /// That of traffic: encapsulated to the backend, for the VIP.
+    Tunnel,
+}
+
+impl Via {
+    fn is_direct(&self) -> bool {
+        *self == Self::Direct
+    }
+}
+
 /// How a service's backends are probed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Fields", into = "Fields")]
@@ -110,6 +127,8 @@ pub struct HealthCheck {
     pub kind: HealthKind,
     /// Port asked; the service's own port if none (which `any` and ranges must therefore name).
     pub port: Option<u16>,
+    /// Which way probes take.
+    pub via: Via,
     /// Time between two probes of one backend, in milliseconds.
     pub interval_ms: u32,
     /// Each wait is varied by up to this share of the interval either way, in percent.
@@ -129,6 +148,7 @@ impl Default for HealthCheck {
         Self {
             kind: HealthKind::None,
             port: None,
+            via: Via::Direct,
             interval_ms: 1_000,
             jitter_percent: 10,
             timeout_ms: 500,
@@ -169,6 +189,8 @@ struct Fields {
     client_key: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     port: Option<u16>,
+    #[serde(default, skip_serializing_if = "Via::is_direct")]
+    via: Via,
     #[serde(default = "interval_ms")]
     interval_ms: u32,
     #[serde(default = "jitter_percent")]
@@ -320,6 +342,7 @@ impl TryFrom<Fields> for HealthCheck {
         Ok(Self {
             kind,
             port: f.port,
+            via: f.via,
             interval_ms: f.interval_ms,
             jitter_percent: f.jitter_percent,
             timeout_ms: f.timeout_ms,
@@ -350,6 +373,7 @@ impl From<HealthCheck> for Fields {
             client_cert,
             client_key,
             port: h.port,
+            via: h.via,
             interval_ms: h.interval_ms,
             jitter_percent: h.jitter_percent,
             timeout_ms: h.timeout_ms,

@@ -18,7 +18,7 @@ pub use check::{Invalid, Subject};
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
 pub use difference::{Difference, differences};
 pub use health::{
-    DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck,
+    DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck, Via,
 };
 pub use name::{Name, NameError, nearest};
 pub use observed::{BackendId, Health, NextHop, Observed, Paths};

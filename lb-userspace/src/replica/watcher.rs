@@ -139,7 +139,9 @@ fn plan(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Plan>) {
         let address = SocketAddr::new(b.address, port);
         let ask = Ask { address, vip: s.vip, path: source.path().to_owned(), timeout };
         let probe = match s.health.kind {
-            HealthKind::None => ProbeTarget { address, vip: s.vip, kind: HealthKind::Tcp, timeout },
+            HealthKind::None => {
+                ProbeTarget { address, vip: s.vip, kind: HealthKind::Tcp, timeout, through: None }
+            }
             _ => ProbeTarget::of(s, b),
         };
         let id = BackendId { service: service.clone(), backend: backend.clone() };

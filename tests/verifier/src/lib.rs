@@ -3,7 +3,10 @@
 //! program to the verifier. Needs root. The tests are in `tests/`.
 
 use anyhow::{Context, Result};
-use aya::programs::Xdp;
+use aya::{
+    EbpfLoader,
+    programs::{SchedClassifier, Xdp},
+};
 use lb_common::{
     names,
     settings::{DecapSettings, IngressSettings},
@@ -73,6 +76,27 @@ pub fn decap() -> Result<Vec<Figures>> {
                 }
             }
         }
+    }
+    Ok(all)
+}
+
+/// Loads the programs that health probes pass; they have no settings.
+pub fn probe() -> Result<Vec<Figures>> {
+    let mut bpf = EbpfLoader::new().load(lb_userspace::objects::PROBE)?;
+    let mut all = Vec::new();
+    for name in [names::PROGRAM_PROBE_OUT, names::PROGRAM_PROBE_IN] {
+        let program: &mut SchedClassifier =
+            bpf.program_mut(name).context("a program of the object")?.try_into()?;
+        program.load().with_context(|| format!("load {name}"))?;
+        let info = program.info().context("ask about the program")?;
+        all.push(Figures {
+            name: name.to_owned(),
+            verified: info
+                .verified_instruction_count()
+                .context("the kernel does not count (older than 5.16)")?,
+            translated_bytes: info.size_translated().context("no translated size")?,
+            jited_bytes: info.size_jitted(),
+        });
     }
     Ok(all)
 }

@@ -1,7 +1,7 @@
 //! Every shipped combination of settings passes the verifier, within its budget.
 
 use lb_common::names;
-use test_verifier::{Figures, budget, compare, decap, ingress};
+use test_verifier::{Figures, budget, compare, decap, ingress, probe};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/budget.txt");
 /// The kernel gives up here (BPF_COMPLEXITY_LIMIT_INSNS).
@@ -45,6 +45,13 @@ fn ingress_with_every_setting() {
 fn decap_with_every_setting() {
     let figures = decap().unwrap_or_else(|error| panic!("{error:?}"));
     assert_eq!(figures.len(), 8 + names::stage::DECAP_PROGRAMS.len());
+    check(figures);
+}
+
+#[test]
+fn probe_programs() {
+    let figures = probe().unwrap_or_else(|error| panic!("{error:?}"));
+    assert_eq!(figures.len(), 2);
     check(figures);
 }
 

@@ -19,7 +19,7 @@ pub const TARGET: &str =
     if cfg!(target_endian = "big") { "bpfeb-unknown-none" } else { "bpfel-unknown-none" };
 
 /// The programs of `lb-ebpf`, by the names of its binaries.
-pub const PROGRAMS: [&str; 2] = ["ingress", "decap"];
+pub const PROGRAMS: [&str; 3] = ["ingress", "decap", "probe"];
 
 /// Nightly tool chains that can build `core` from source, best first. The dated
 /// ones carry an LLVM (the number) that distributions package; set-up installs one
