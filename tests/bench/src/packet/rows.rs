@@ -160,7 +160,7 @@ fn by_load() -> Vec<Row> {
                     rows.push(Row {
                         section: "Placed by load",
                         name: format!("p2c/{}/{}/{mode_name}/{flows_name}", family.label(), kind.label()),
-                        tables: Tables::DEFAULT,
+                        tables: Tables { copy: 2_000, ..Tables::DEFAULT },
                         subject: Subject::Service(spec, kind),
                         flows,
                         prime: 0,
@@ -205,7 +205,7 @@ fn echo() -> Vec<Row> {
         .map(|family| Row {
             section: "ICMP",
             name: format!("{}/icmp-echo/1", family.label()),
-            tables: Tables::DEFAULT,
+            tables: Tables { copy: 2_001, ..Tables::DEFAULT },
             subject: Subject::Service(ServiceSpec::new(family, mode::L2), Kind::Echo),
             flows: ONE,
             prime: 0,
@@ -222,7 +222,7 @@ fn mixed() -> Vec<Row> {
         .map(|(family, outer)| Row {
             section: "Outer header of the other family",
             name: format!("{}/tcp-established/ipip-over-{}/1M", family.label(), outer.label()),
-            tables: Tables::DEFAULT,
+            tables: Tables { copy: 2_001, ..Tables::DEFAULT },
             subject: Subject::Service(
                 ServiceSpec { outer, ..ServiceSpec::new(family, mode::IPIP) },
                 Kind::Established,
@@ -358,7 +358,7 @@ fn growth() -> Vec<Row> {
         prime: 0,
         growth: Some(Growth { curve, x }),
     };
-    let default = Tables::DEFAULT;
+    let default = Tables { copy: 3_000, ..Tables::DEFAULT };
     let mut rows = Vec::new();
     for x in STEPS {
         let others = Tables { other_services: x - 1, ..default };
