@@ -4,7 +4,8 @@
 use super::{DataplaneError, batch, bindings::Bindings, mapped::MappedArray, slots::MappedSlots};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
+    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
+    limit::Pressure, names,
 };
 use lb_ebpf::FlowTable;
 use std::path::Path;
@@ -31,6 +32,7 @@ pub struct Reader {
     loads: MappedArray<Load>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
+    pressure: PerCpuArray<MapData, Pressure>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
     pub(super) bindings: Bindings,
 }
@@ -51,7 +53,8 @@ impl Reader {
     pub fn open(pin_path: &Path) -> Result<Self, DataplaneError> {
         let flows = |table| {
             let name = flow_map(table);
-            let typed = typed(Map::LruHashMap(pinned(pin_path, name)?), name)?;
+            // Of either kind: the typed handle does the same for both.
+            let typed = typed(Map::HashMap(pinned(pin_path, name)?), name)?;
             Ok::<_, DataplaneError>((pinned(pin_path, name)?, typed))
         };
         Ok(Self {
@@ -73,6 +76,7 @@ impl Reader {
                 names::BACKEND_STATS,
             )?,
             reasons: typed(Map::PerCpuArray(pinned(pin_path, names::REASONS)?), names::REASONS)?,
+            pressure: typed(Map::PerCpuArray(pinned(pin_path, names::PRESSURE)?), names::PRESSURE)?,
             flows: [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?],
             bindings: Bindings::open(pin_path)?,
         })
@@ -138,9 +142,24 @@ impl Reader {
         })
     }
 
+    /// What is written to the flow tables for a service, by processor.
+    pub fn pressure(&self, service: u32) -> Vec<Pressure> {
+        self.pressure.get(&service, 0).map(|all| all.to_vec()).unwrap_or_default()
+    }
+
     /// Each reason's counter over all CPUs.
     pub fn reasons(&self) -> Vec<(Reason, u64)> {
         reasons(&self.reasons)
+    }
+
+    /// Whether an entry belongs to a service.
+    pub fn is_used(&self, service: u32) -> bool {
+        self.services.load_u32(service, std::mem::offset_of!(Service, used)) == Some(1)
+    }
+
+    /// Flows that a table has room for.
+    pub fn flow_room(&self, table: FlowTable) -> u32 {
+        self.flows[table as usize].0.info().map_or(u32::MAX, |info| info.max_entries())
     }
 
     /// A remembered flow.

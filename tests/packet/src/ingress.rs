@@ -163,7 +163,7 @@ impl Ingress {
         run(self.program(), packet)
     }
 
-    fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> M
+    pub(crate) fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> M
     where
         M::Error: std::fmt::Debug,
     {
