@@ -449,7 +449,7 @@ pub extern "C" fn guard_source(a: u32, b: u32, c: u32, d: u32) -> u32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) -> u32 {
     let Some(entry) = SERVICES.get(service) else { return 0 };
-    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    let view = view_at(entry, slot_base);
     let source = [(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32];
     match limit::admit(&Maps, service, view, source) {
         None => 0,
@@ -493,6 +493,20 @@ impl FragmentTable for Maps {
     fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
         FRAGMENTS.insert(key, fragment, 0).is_ok()
     }
+}
+
+/// The view that a caller goes by, whose table begins at `slot_base`: as a rule the live one, which a change that leaves
+/// the table alone may share its table with; else the one before.
+#[inline(always)]
+fn view_at(entry: &Service, slot_base: u32) -> &ServiceView {
+    // SAFETY: `active` lies in the entry; lbd stores it in one piece.
+    let active = unsafe { core::ptr::read_volatile(&entry.active) };
+    let is_first = if entry.views[0].slot_base == entry.views[1].slot_base {
+        active == 0
+    } else {
+        entry.views[0].slot_base == slot_base
+    };
+    if is_first { &entry.views[0] } else { &entry.views[1] }
 }
 
 /// What came of writing an entry.
@@ -559,7 +573,7 @@ impl NatTables for Maps {
 #[unsafe(no_mangle)]
 pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u32) -> u64 {
     let Some(entry) = SERVICES.get(service) else { return u64::MAX };
-    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    let view = view_at(entry, slot_base);
     let at = slot_base.wrapping_add(number);
     let (Some(primary), Some(secondary)) = (word(&PRIMARIES, at), word(&SECONDARIES, at)) else {
         return u64::MAX;
@@ -572,7 +586,7 @@ pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u
 #[unsafe(no_mangle)]
 pub extern "C" fn others_in(service: u32, slot_base: u32, number: u32, chosen: u32) -> u64 {
     let Some(entry) = SERVICES.get(service) else { return NONE };
-    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    let view = view_at(entry, slot_base);
     others_of(&Maps, service, view, number, chosen)
 }
 

@@ -60,3 +60,21 @@ impl Ingress {
         map.keys().filter_map(Result::ok).collect()
     }
 }
+
+impl Ingress {
+    /// Memory that the kernel counts for a map, in bytes.
+    pub fn memory_of(&self, name: &str) -> Option<u64> {
+        use std::os::fd::{AsFd, AsRawFd};
+        let fd = self.hash_map(name)?.fd().as_fd().as_raw_fd();
+        let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
+    }
+
+    /// Runs a packet that the program leaves as it is so often; the verdict, and what one run took.
+    pub fn run_repeatedly(&self, packet: &[u8], repeat: u32) -> anyhow::Result<(u32, std::time::Duration)> {
+        use aya::programs::{TestRun, TestRunOptions};
+        let options = TestRunOptions { data_in: Some(packet), repeat, ..TestRunOptions::default() };
+        let result = self.program().test_run(options)?;
+        Ok((result.return_value, result.duration))
+    }
+}

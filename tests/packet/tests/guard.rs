@@ -2,7 +2,7 @@
 
 use ipnet::IpNet;
 use lb_common::{
-    Address, Backend, Be16, Flow, FlowKey, Reason, ServiceKey, ServiceView,
+    Address, Backend, Be16, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView,
     backend::{flags as backend_flags, mode},
     guard::verdict,
     mapped, names,
@@ -334,6 +334,23 @@ fn a_service_gets_its_share_of_new_flows() {
     assert_eq!(ingress.count(Reason::RateService), 30);
 }
 
+/// A change that leaves the table alone leaves both views with the same one: the live one's limits hold.
+#[test]
+fn the_live_views_limits_hold() {
+    let view = limited(flags::LIMIT_FLOWS, 2);
+    for (active, expected) in [(0, 10), (1, 2)] {
+        let mut ingress = load(IngressSettings::DEFAULT, 64, view, Pair::Stable(1));
+        let views = [
+            ServiceView { slot_base: WEB * 1_024, slot_count: 251, protocol: TCP, ..Ingress::view() },
+            ServiceView { slot_base: WEB * 1_024, slot_count: 251, protocol: TCP, ..view },
+        ];
+        ingress.set_service(WEB, Service { active, used: 1, views, reserved: [0] });
+        let syns = (0..10)
+            .filter(|i| verdict_of(&ingress, &tcp(mapped([198, 51, 100, 7]), 40_000 + i, SYN)) == xdp::TX);
+        assert_eq!(syns.count(), expected, "view {active}");
+    }
+}
+
 #[test]
 fn sources_share_the_service_only_for_what_they_may() {
     let view = limited(flags::LIMIT_FLOWS | flags::LIMIT_SOURCES, 4);
@@ -484,4 +501,36 @@ fn budgets_are_each_services_own() {
     }
     let of_other = ingress.flows(names::UDP_FLOWS).iter().filter(|(key, _)| key.service == DNS + 1).count();
     assert_eq!((of_other, ingress.count(Reason::FlowFlood)), (50, before));
+}
+
+/// A million entries, most of them single addresses all over IPv4: they fit, each decides, and what a denied packet costs
+/// is printed beside the cost with a few.
+#[test]
+fn a_million_entries() {
+    const MOST: u32 = 1_000_000;
+    let (settings, view) = default();
+    let mut ingress = load(settings, 64, view, Pair::Stable(1));
+    let entry = |i: u32| std::net::Ipv4Addr::from(i.wrapping_mul(2_654_435_761));
+    for count in [10, MOST] {
+        let mut table = Table::default();
+        for i in 0..count {
+            table.set(IpNet::from(IpAddr::from(entry(i))), Some(verdict::DENY));
+        }
+        ingress.guard_table(&table);
+        let step = (count / 1_000).max(1);
+        let mut spent = Vec::new();
+        for i in (0..count).step_by(step as usize) {
+            let bytes = tcp(mapped(entry(i).octets()), 40_000, ACK).bytes();
+            let run = ingress.run_repeatedly(&bytes, 1_000).expect("runs");
+            assert_eq!(run.0, xdp::DROP, "{}", entry(i));
+            spent.push(run.1.as_nanos() as u64);
+        }
+        spent.sort_unstable();
+        println!("{count} entries: a denied packet takes {} ns (median)", spent[spent.len() / 2]);
+        let next = entry(MOST + 7);
+        assert_eq!(verdict_of(&ingress, &tcp(mapped(next.octets()), 40_000, ACK)), xdp::TX, "{next}");
+        let kib = ingress.memory_of(names::GUARD_ENTRIES).expect("the kernel says") / 1_024;
+        println!("{count} entries: {kib} KiB in the hash map");
+        assert!(kib < 200 * 1_024, "{kib} KiB");
+    }
 }
