@@ -5,6 +5,8 @@ use crate::{
     exact,
     flow::*,
     fragment::{Fragment, FragmentKey},
+    guard::{GuardKey, GuardState, Lengths},
+    limit::{Meter, Pressure, SourceKey},
     load::Load,
     nat::*,
     probe::*,
@@ -30,7 +32,7 @@ layout! {
     PortRange: 12 / 4 { first @ 0, last @ 2, protocol @ 4, service @ 8 };
     Vip: 208 / 4 { any_tcp @ 0, any_udp @ 4, range_count @ 8, ranges @ 16 };
     ServiceView: 120 / 8 { seed @ 0, slot_base @ 16, slot_count @ 20, flags @ 24, scheduler @ 28, udp_timeout_s @ 32,
-        old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64 };
+        old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64, flow_interval_ns @ 72, source_bits @ 104 };
     Service: 256 / 8 { active @ 0, used @ 4, views @ 8 };
     exact::Entry: 32 / 8 { vip @ 0, port_and_service @ 16 };
     exact::Line: 64 / 8 { entries @ 0 };
@@ -47,8 +49,14 @@ layout! {
     ProbeKey: 36 / 1 { vip @ 0, local @ 16, port @ 32, local_port @ 34 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
-    IngressSettings: 24 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
-        nat_first @ 20, nat_last @ 22 };
+    GuardKey: 20 / 4 { address @ 0, bits @ 16 };
+    Lengths: 272 / 4 { count @ 0, bits @ 8 };
+    GuardState: 552 / 8 { active @ 0, v4 @ 4, v6 @ 8 };
+    SourceKey: 20 / 4 { source @ 0, service @ 16 };
+    Meter: 16 / 4 { second @ 0, count @ 4, until_s @ 8, floods @ 12 };
+    Pressure: 64 / 4 { syns @ 0, flows @ 16, udp @ 32, full_s @ 48 };
+    IngressSettings: 36 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
+        nat_first @ 20, nat_last @ 22, syns_per_s @ 24, flows_per_s @ 28, udp_per_s @ 32 };
     LastHop: 24 / 4 { macs @ 0, tags @ 12, ifindex @ 20 };
     ReplyKey: 40 / 4 { worker @ 0, source @ 16, port @ 32, source_port @ 34, protocol @ 36 };
     Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };

@@ -28,11 +28,11 @@ pub const BACKENDS: &str = "BACKENDS";
 pub const LOADS: &str = "LOADS";
 /// `PERCPU_ARRAY<u64>`, by service index: turns of `rr` and its kin. Not pinned: where they begin is all the same.
 pub const TURNS: &str = "TURNS";
-/// `LRU_HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace.
+/// `HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace. Never evicts.
 pub const FLOWS: &str = "FLOWS";
 /// `LRU_HASH<FlowKey, Flow>`: recent SYN choices that a stateless lookup would not repeat.
 pub const SYNS: &str = "SYNS";
-/// `LRU_HASH<FlowKey, Flow>`: UDP flows.
+/// `HASH<FlowKey, Flow>`: UDP flows. Never evicts.
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
 /// `LRU_HASH<FragmentKey, Fragment>`: where the first parts of fragmented packets went.
 pub const FRAGMENTS: &str = "FRAGMENTS";
@@ -44,6 +44,20 @@ pub const NAT_REPLIES: &str = "NAT_REPLIES";
 pub const QUIC_CONFIGS: &str = "QUIC_CONFIGS";
 /// `HASH<ServerIdKey, u32>`: which backend a QUIC server id is.
 pub const QUIC_SERVERS: &str = "QUIC_SERVERS";
+/// `ARRAY<Line>`, memory-mapped: two bits for each block of 256 IPv4 addresses, see [`crate::guard::block`].
+pub const GUARD_BLOCKS: &str = "GUARD_BLOCKS";
+/// `ARRAY<Line>`, memory-mapped: bits of IPv6 prefixes, see [`crate::guard::level`].
+pub const GUARD_FILTER: &str = "GUARD_FILTER";
+/// `ARRAY<GuardState>`, memory-mapped, one entry.
+pub const GUARD_STATE: &str = "GUARD_STATE";
+/// `HASH<GuardKey, u32>`: prefixes of the deny and allow lists, see [`crate::guard::verdict`].
+pub const GUARD_ENTRIES: &str = "GUARD_ENTRIES";
+/// `ARRAY<u64>`, by service index: the service's bucket of new flows, see [`crate::limit::take`].
+pub const LIMITS: &str = "LIMITS";
+/// `LRU_HASH<SourceKey, u64>`: buckets of sources.
+pub const SOURCES: &str = "SOURCES";
+/// `PERCPU_ARRAY<Pressure>`, by service index: what is written to the flow tables.
+pub const PRESSURE: &str = "PRESSURE";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
@@ -132,7 +146,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 22] = [
+pub const INGRESS_MAPS: [&str; 29] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -148,6 +162,13 @@ pub const INGRESS_MAPS: [&str; 22] = [
     NAT_REPLIES,
     QUIC_CONFIGS,
     QUIC_SERVERS,
+    GUARD_BLOCKS,
+    GUARD_FILTER,
+    GUARD_STATE,
+    GUARD_ENTRIES,
+    LIMITS,
+    SOURCES,
+    PRESSURE,
     BACKEND_STATS,
     REASONS,
     EGRESS,

@@ -185,6 +185,15 @@ reasons! {
     ChanceBad = "chance_bad", Drop;
     /// Worker: packet with other backends to ask would go round, or visit too many
     ChanceLoop = "chance_loop", Drop;
+
+    /// Source is on the deny list
+    GuardDenied = "guard_denied", Drop;
+    /// New flow above its service's rate
+    RateService = "rate_service", Drop;
+    /// New flow above its source's rate
+    RateSource = "rate_source", Drop;
+    /// New flow of a service under flood, or for which a flow table has no room: placed by hash, so that nothing need be written
+    FlowFlood = "flow_flood", Note;
 }
 
 impl Reason {

@@ -115,6 +115,10 @@ pub mod flags {
     pub const SECOND_CHANCE: u32 = 1 << 7;
     /// Packets go to the stage that translates addresses.
     pub const NAT: u32 = 1 << 8;
+    /// The service has a limit of new flows.
+    pub const LIMIT_FLOWS: u32 = 1 << 17;
+    /// Each of its clients has.
+    pub const LIMIT_SOURCES: u32 = 1 << 18;
     /// Packets are routed by their QUIC connection id where it names a backend.
     pub const QUIC: u32 = 1 << 16;
 }
@@ -152,8 +156,18 @@ pub struct ServiceView {
     pub load_cap: u32,
     /// Zero.
     pub pad2: u32,
+    /// Time in which the service earns a new flow, see [`crate::limit::take`].
+    pub flow_interval_ns: u64,
+    /// Time of all but one of its largest burst.
+    pub flow_tolerance_ns: u64,
+    /// The same for each source.
+    pub source_interval_ns: u64,
+    /// The same for each source.
+    pub source_tolerance_ns: u64,
+    /// How many leading bits of a client's address, IPv4 and IPv6, make a source.
+    pub source_bits: [u32; 2],
     /// Zero.
-    pub reserved: [u64; 6],
+    pub reserved: [u64; 1],
 }
 
 impl ServiceView {

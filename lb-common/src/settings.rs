@@ -28,6 +28,12 @@ pub struct IngressSettings {
     pub nat_first: u16,
     /// Last one.
     pub nat_last: u16,
+    /// SYNs that are noted for one service, by one processor, in a second; see [`crate::limit::Budgets`].
+    pub syns_per_s: u32,
+    /// The same of TCP flows from before a transition.
+    pub flows_per_s: u32,
+    /// The same of UDP flows.
+    pub udp_per_s: u32,
 }
 
 /// Bits of [`IngressSettings::features`].
@@ -73,7 +79,7 @@ pub mod features {
 }
 
 impl IngressSettings {
-    /// Everything on.
+    /// Everything on, nothing metered.
     pub const DEFAULT: Self = Self {
         abi_version: crate::ABI_VERSION,
         ipv6: 1,
@@ -85,6 +91,9 @@ impl IngressSettings {
         features: features::ALL,
         nat_first: NAT_PORTS.0,
         nat_last: NAT_PORTS.1,
+        syns_per_s: u32::MAX,
+        flows_per_s: u32::MAX,
+        udp_per_s: u32::MAX,
     };
 }
 

@@ -15,12 +15,16 @@
 //! size or hash leaves the view with the old table: then all slots are in transition, and the previous primary is
 //! found there.
 //!
+//! While a table has no room, or a service's flows come faster than is written for it, a new flow is placed where a
+//! stateless lookup finds it and nothing is written: so floods push out no live flow, and new ones still come through.
+//!
 //! UDP has no SYN, so its flows are remembered from the first packet unless the service is stateless.
 //! Input: [`Tables`], a service's live view, [`Headers`] and the flow's hash. Output: [`Choice`].
 
 use crate::{
     FlowTable, Tables,
     hash::slot_of,
+    limit::is_limited,
     parse::Headers,
     place::{Place, is_in_transition, previous, slot_hash},
 };
@@ -98,6 +102,13 @@ pub fn choose_with<T: Tables>(
     if view.slot_count == 0 {
         return Err(Reason::NoBackend);
     }
+    if features & features::RATE != 0
+        && headers.is_syn()
+        && is_limited(view)
+        && let Some(reason) = tables.limit(service, view, headers.source)
+    {
+        return Err(reason);
+    }
     let by_load = features & features::P2C != 0;
     let hash = if by_load { slot_hash(view, headers, hash) } else { hash };
     let number = slot_of(hash, view.slot_count);
@@ -120,12 +131,9 @@ pub fn choose_with<T: Tables>(
     let flow = Packet { service, view, headers, place: Place { slot, number }, is_maglev };
     let key = flow_key(service, headers);
     if is_udp {
-        choose_udp(tables, &flow, &key)
-    } else if headers.is_syn() {
-        choose_syn(tables, &flow, &key)
-    } else {
-        choose_established(tables, &flow, &key)
+        return choose_udp(tables, features, &flow, &key);
     }
+    if headers.is_syn() { choose_syn(tables, &flow, &key) } else { choose_established(tables, &flow, &key) }
 }
 
 /// A packet and what was found out about it so far.
@@ -208,9 +216,13 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
-    let choice = packet.place(tables, now_s)?;
     // An older note, whose backend is down, would be believed by the packet that completes this handshake.
     let must_note = !packet.is_maglev || noted.is_some() || is_in_transition(packet.view, packet.place.slot);
+    if must_note && !tables.admits(key.service, FlowTable::Syns, now_s) {
+        tables.count(Reason::FlowFlood);
+        return unnoted(tables, packet, known);
+    }
+    let choice = packet.place(tables, now_s)?;
     if (must_note || known.is_some())
         && record_syn(tables, headers, key, choice.backend, now_s)
         && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
@@ -219,6 +231,25 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         tables.touch(FlowTable::Flows, key, now_s, flow::flags::CLOSING);
     }
     Ok(choice)
+}
+
+/// Where a flow's later packets will be sent if nothing is written of its SYN: there the SYN must go, too.
+#[inline(always)]
+fn unnoted<T: Tables>(tables: &T, packet: &Packet<'_>, known: Option<Flow>) -> Result<Choice, Reason> {
+    let (view, slot) = (packet.view, packet.place.slot);
+    let stays = |backend| keeps(backend_flags(tables, backend, packet.service), view);
+    let mut backend = previous(tables, view, packet.headers, slot);
+    if let Some(known) = known
+        && stays(known.backend)
+    {
+        backend = known.backend;
+    } else if backend == NO_BACKEND || !stays(backend) {
+        backend = slot.primary_index();
+    }
+    if backend == NO_BACKEND {
+        return Err(Reason::NoBackend);
+    }
+    Ok(Choice { backend, is_new: true, why: Why::NewFlow })
 }
 
 /// Whether a flow was seen at most `limit_s` ago. Another processor, whose coarse clock has ticked
@@ -286,7 +317,10 @@ fn choose_established<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey)
     }
     let backend = previous(tables, view, headers, slot);
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
-        if record(tables, FlowTable::Flows, key, backend, now_s, end) {
+        // Forged packets would fill the table. A flow that lives has more of them: one will be let through.
+        if tables.admits(key.service, FlowTable::Flows, now_s)
+            && record(tables, FlowTable::Flows, key, backend, now_s, end)
+        {
             tables.count(Reason::FlowPromoted);
         }
         return found(backend, Why::Previous);
@@ -296,7 +330,12 @@ fn choose_established<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey)
 
 /// A packet of a tracked UDP service.
 #[inline(always)]
-fn choose_udp<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
+fn choose_udp<T: Tables>(
+    tables: &T,
+    features: u32,
+    packet: &Packet<'_>,
+    key: &FlowKey,
+) -> Result<Choice, Reason> {
     let now_s = tables.now_s();
     if let Some(known) = tables.flow(FlowTable::UdpFlows, key)
         && is_within(packet.view.udp_timeout_s, known, now_s)
@@ -318,9 +357,22 @@ fn choose_udp<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     } else if tables.is_taking_over() {
         return Err(Reason::TakenOver);
     }
-    let choice = packet.place(tables, now_s)?;
-    record(tables, FlowTable::UdpFlows, key, choice.backend, now_s, 0);
-    Ok(choice)
+    if features & features::RATE != 0
+        && is_limited(packet.view)
+        && let Some(reason) = tables.limit(key.service, packet.view, packet.headers.source)
+    {
+        return Err(reason);
+    }
+    if tables.admits(key.service, FlowTable::UdpFlows, now_s) {
+        let choice = packet.place(tables, now_s)?;
+        if record(tables, FlowTable::UdpFlows, key, choice.backend, now_s, 0) {
+            return Ok(choice);
+        }
+    } else {
+        tables.count(Reason::FlowFlood);
+    }
+    // In no table: the next packet must be sent to the same one.
+    primary(packet.place.slot, true, Why::NewFlow)
 }
 
 /// Writes a flow down; a full table is counted.

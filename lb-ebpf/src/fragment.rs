@@ -12,6 +12,7 @@ use crate::{
     Frame, Tables, Verdict,
     choose::choose,
     forward::{Fib, Refusal, forward},
+    guard,
     hash::flow_hash,
     ingress::{Outcome, backend_of, end, refuse},
     network::{Network, Part, parse_network},
@@ -68,6 +69,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
     if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
         return Err(Reason::NotVip.into());
     }
+    guard::check(tables, settings, network.headers.source)?;
     let protocol = network.headers.protocol;
     // Behind a fragment header may come more of IPv6's own headers; the first part has been read beyond them.
     if part.offset == 0 && protocol != TCP && protocol != UDP {

@@ -6,6 +6,7 @@
 use crate::{
     Frame, Tables, Verdict, echo,
     forward::Fib,
+    guard,
     icmp_error::{deliver, is_error},
     ingress::{Outcome, refuse},
     network::{ICMP, ICMPV6, Network, parse_network},
@@ -53,6 +54,7 @@ fn receive<F: Frame + Fib, T: Tables>(
         let translates = settings.features & features::NAT != 0;
         return Err(if about_flow && translates { Reason::NatError } else { Reason::NotVip });
     }
+    guard::check(tables, settings, network.headers.source)?;
     if settings.features & features::ICMP == 0 && !about_flow {
         return Err(Reason::Icmp);
     }

@@ -6,6 +6,7 @@ use crate::{
     Frame, Tables, Verdict, chain,
     choose::{Why, choose_with},
     forward::{Fib, Refusal, forward},
+    guard,
     hash::flow_hash,
     icmp, nat,
     parse::{Headers, parse},
@@ -61,6 +62,9 @@ pub fn process<F: Frame + Fib, T: Tables>(
         }
         Err(reason) => return refuse(tables, reason),
     };
+    if let Err(reason) = guard::check_early(tables, settings, &headers) {
+        return refuse(tables, reason);
+    }
     match balance(frame, tables, settings, &headers) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
         // Nobody's port is perhaps that of a translated flow.
@@ -129,6 +133,9 @@ fn balance<F: Frame + Fib, T: Tables>(
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
+    // Known here already, so that why a backend was chosen is forgotten: the verifier walks the rest once for each reason
+    // that it remembers.
+    let is_young = core::hint::black_box(choice.is_new || choice.why == Why::TrackedYoung);
     let mut backend = backend_of(tables, choice.backend, service)?;
     if backend.flags & flags::RESOLVED == 0 {
         tables.count(Reason::FibLookup);
@@ -137,7 +144,6 @@ fn balance<F: Frame + Fib, T: Tables>(
     let mut others = [NO_BACKEND; 2];
     if has_chain {
         others = chain::others(tables, service, view, headers, hash, choice.backend);
-        let is_young = choice.is_new || choice.why == Why::TrackedYoung;
         if others[0] != NO_BACKEND && chain::asks_first(headers, is_young) {
             backend = tables.backend(others[0]).ok_or(Reason::BrokenTable)?;
             others = [choice.backend, NO_BACKEND];

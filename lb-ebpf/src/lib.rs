@@ -4,7 +4,7 @@
 //! and runs unchanged in the kernel (feature `bpf`, entry points under `src/bin`), in native tests,
 //! in fuzzers, and inside `lbd`, whose `explain` asks the very code that places packets.
 //!
-//! A packet's way: [`parse`] → [`service`] → [`choose`] (new flows: [`place`]) → [`forward`]; [`ingress::process`] strings
+//! A packet's way: [`parse`] → [`service`] → [`guard`] → [`choose`] (new flows: [`place`]) → [`forward`]; [`ingress::process`] strings
 //! them together, [`decap::process`] is the worker's side. Callers: `src/bin`, tests, `lb-userspace`.
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -19,6 +19,7 @@ pub mod decap;
 pub mod echo;
 pub mod forward;
 pub mod fragment;
+pub mod guard;
 pub mod hash;
 pub mod icmp;
 pub mod icmp_error;
@@ -26,6 +27,7 @@ pub mod icmp_stage;
 pub mod ingress;
 #[cfg(feature = "bpf")]
 pub mod kernel;
+pub mod limit;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]
 pub mod native;

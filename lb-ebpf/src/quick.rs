@@ -50,6 +50,15 @@ struct Common {
     ip_len: u32,
 }
 
+impl Common {
+    /// The source as the long way has it.
+    #[inline(always)]
+    const fn source_words(&self) -> [u32; 4] {
+        let [a, b] = self.source;
+        [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]
+    }
+}
+
 /// An IPv4 address as loaded, as the second word of a mapped one.
 #[inline(always)]
 const fn mapped_word(v4: u32) -> u64 {
@@ -207,6 +216,9 @@ fn balance<F: Frame, T: Tables>(
             refuse(tables, Reason::NotVip)
         });
     };
+    if settings.features & features::GUARD != 0 && tables.is_denied(common.source_words()) {
+        return Some(refuse(tables, Reason::GuardDenied));
+    }
     let view = tables.service(service)?;
     if view.flags & !COMMON_FLAGS != 0 {
         return staged(settings, view);

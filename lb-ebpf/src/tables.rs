@@ -98,6 +98,22 @@ pub trait Tables {
     fn account(&self, backend: u32, bytes: u32, new_flow: bool);
     /// Takes one message from the budget for generated ICMP; false when it is used up.
     fn take_icmp(&self, per_s: u32, burst: u32) -> bool;
+    /// Whether the lists deny this source, see [`crate::guard`].
+    #[inline(always)]
+    fn is_denied(&self, _source: [u32; 4]) -> bool {
+        false
+    }
+    /// Takes a new flow from the buckets of its source and its service, see [`crate::limit`].
+    #[inline(always)]
+    fn limit(&self, _service: u32, _view: &ServiceView, _source: [u32; 4]) -> Option<Reason> {
+        None
+    }
+    /// Whether a table may take one more flow of a service just now. If not, the flow is placed where a stateless
+    /// lookup finds it.
+    #[inline(always)]
+    fn admits(&self, _service: u32, _table: FlowTable, _now_s: u32) -> bool {
+        true
+    }
 }
 
 /// Tables to which nothing is written: for a choice that must leave no trace.

@@ -1,7 +1,8 @@
-//! The clock of the dataplane: `CLOCK_MONOTONIC`, which `bpf_ktime_get_ns` reads too.
+//! The clock of the dataplane: `CLOCK_MONOTONIC`, which `bpf_ktime_get_ns` reads too; and that of the wall, for what
+//! operators say.
 
 use nix::time::{ClockId, clock_gettime};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Time since boot, without suspension.
 pub fn boot() -> Duration {
@@ -11,4 +12,9 @@ pub fn boot() -> Duration {
 /// The same in whole seconds, as flows carry it.
 pub fn boot_s() -> u32 {
     boot().as_secs() as u32
+}
+
+/// Time since 1970 UTC.
+pub fn unix() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }

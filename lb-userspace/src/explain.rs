@@ -6,13 +6,17 @@
 
 use crate::{dataplane::Reader, model::Protocol};
 use lb_common::{
-    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, backend, mapped,
-    service::flags, slot::NO_BACKEND,
+    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, backend,
+    guard::{GuardKey, GuardState},
+    mapped,
+    service::flags,
+    slot::NO_BACKEND,
 };
 use lb_ebpf::{
     FlowTable, Tables,
     chain::others,
     choose::{Choice, Why, choose},
+    guard::GuardTables,
     hash::{flow_hash, slot_of},
     parse::{Headers, tcp, words},
     service::{Match, lookup_service},
@@ -40,6 +44,10 @@ pub trait Names {
     fn service(&self, index: u32) -> Option<String>;
     /// Name of a backend.
     fn backend(&self, index: u32) -> Option<String>;
+    /// Entry of the deny and allow lists that decides about an address, in words.
+    fn listed(&self, _address: IpAddr) -> Option<String> {
+        None
+    }
 }
 
 /// A backend, as the explanation shows it.
@@ -175,6 +183,17 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
         answers: Vec::new(),
         steps: Vec::new(),
     };
+    let source = names.listed(explanation.query.source.ip());
+    if live.is_denied(headers.source) {
+        let entry = source.unwrap_or_else(|| "an entry that is being removed".to_owned());
+        explanation
+            .steps
+            .push(format!("dropped if it is for a VIP: {}: {entry}", Reason::GuardDenied.describe()));
+        return explanation;
+    }
+    if let Some(entry) = source {
+        explanation.steps.push(format!("let through: {entry}"));
+    }
     let (index, matched) = match lookup_service(&live, &headers) {
         Ok(found) => found,
         Err(reason) => {
@@ -453,6 +472,7 @@ struct Live<'a> {
     reader: &'a Reader,
     vip: OnceCell<Option<Vip>>,
     view: OnceCell<Option<ServiceView>>,
+    guard: OnceCell<Option<GuardState>>,
     /// Backends that the query has met: a slot's pair and what the flow tables name.
     backends: [OnceCell<(u32, Backend)>; 8],
     /// Whether something would have been recorded.
@@ -465,6 +485,7 @@ impl<'a> Live<'a> {
             reader,
             vip: OnceCell::new(),
             view: OnceCell::new(),
+            guard: OnceCell::new(),
             backends: Default::default(),
             recorded: Cell::new(false),
         }
@@ -491,7 +512,29 @@ impl<'a> Live<'a> {
     }
 }
 
+impl GuardTables for Live<'_> {
+    fn guard_block(&self, word: u32) -> u32 {
+        self.reader.guard_word(true, word)
+    }
+
+    fn guard_filter(&self, word: u32) -> u32 {
+        self.reader.guard_word(false, word)
+    }
+
+    fn guard_state(&self) -> Option<&GuardState> {
+        self.guard.get_or_init(|| self.reader.guard_state()).as_ref()
+    }
+
+    fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
+        self.reader.guard_entry(key)
+    }
+}
+
 impl Tables for Live<'_> {
+    fn is_denied(&self, source: [u32; 4]) -> bool {
+        lb_ebpf::guard::is_denied(self, source)
+    }
+
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.reader.service_index(key)
     }

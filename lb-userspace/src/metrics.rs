@@ -235,6 +235,10 @@ impl Scrape {
         };
         out.gauges("lb_map_entries", "Entries in use", room(|r| r.used))?;
         out.gauges("lb_map_limit_entries", "Entries there is room for", room(|r| r.limit))?;
+        let guard = &head.desired.guard;
+        let lists = [("deny", guard.deny.len()), ("allow", guard.allow.len())];
+        let lists = lists.into_iter().map(|(list, n)| ([("list", list)], n as f64));
+        out.gauges("lb_guard_entries", "Entries of the deny and allow lists", lists)?;
         let ours = Reason::ALL.iter().filter(|r| !is_workers(**r));
         let reasons = ours.map(|&r| reason(&(r, self.counters.reason(r))));
         out.counters("lb_dataplane_packets", "Packets by reason: why they were not simply forwarded", reasons)
@@ -293,6 +297,11 @@ impl Scrape {
             "Slots that remember a previous primary",
             state(|s| f64::from(s.transition_slots)),
         )?;
+        let help =
+            "Whether new flows come faster than the flow tables take them, and are placed by hash alone";
+        out.gauges("lb_service_flood", help, state(|s| f64::from(u8::from(s.flood))))?;
+        let floods = snapshot.services.iter().map(|(name, s)| ([("service", name.as_str())], s.floods));
+        out.counters("lb_service_floods", "How often that has begun, over all processors", floods)?;
         let help = "Whether health is ignored, since too few backends are healthy";
         out.gauges("lb_service_panic", help, state(|s| f64::from(u8::from(s.panic))))
     }

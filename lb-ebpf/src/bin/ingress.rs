@@ -18,6 +18,8 @@ use lb_common::{
     ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
     ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
+    guard::{GuardKey, GuardState, block, level},
+    limit::{FULL_S, Pressure, SourceKey},
     limits, load,
     names::{LAYOUT_LEN, stage},
     quic::{QuicConfig, ServerIdKey},
@@ -30,9 +32,11 @@ use lb_ebpf::{
     chain::{NONE, others_of},
     choose::Why,
     fragment::FragmentTable,
+    guard::{self, GuardTables},
     icmp_stage,
     ingress::{Outcome, process},
     kernel::{XdpFrame, action},
+    limit::{self, LimitTables},
     nat::{self, Added, NatTables, Way},
     packet::Sum,
     place::{Place, decode, encode, lesser, place_new},
@@ -63,11 +67,11 @@ static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAP
 #[map]
 static TURNS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
-static FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::FLOWS, 0);
+static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
 static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SYNS, 0);
 #[map]
-static UDP_FLOWS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::UDP_FLOWS, 0);
+static UDP_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
 #[map]
@@ -87,6 +91,21 @@ static QUIC_SERVERS: HashMap<ServerIdKey, u32> =
     HashMap::with_max_entries(limits::BACKENDS, BPF_F_NO_PREALLOC);
 #[map]
 static QUIC_WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static GUARD_BLOCKS: Array<Line> = Array::with_max_entries(block::WORDS / LINE, BPF_F_MMAPABLE);
+#[map]
+static GUARD_FILTER: Array<Line> = Array::with_max_entries(level::WORDS / LINE, BPF_F_MMAPABLE);
+#[map]
+static GUARD_STATE: Array<GuardState> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+#[map]
+static GUARD_ENTRIES: HashMap<GuardKey, u32> =
+    HashMap::with_max_entries(limits::GUARD_ENTRIES, BPF_F_NO_PREALLOC);
+#[map]
+static LIMITS: Array<u64> = Array::with_max_entries(limits::SERVICES, 0);
+#[map]
+static SOURCES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(limits::SOURCES, 0);
+#[map]
+static PRESSURE: PerCpuArray<Pressure> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
@@ -118,13 +137,13 @@ fn word(lines: &Array<Line>, place: u32) -> Option<u32> {
 struct Maps;
 
 impl Maps {
+    /// Notes that a table had no room.
     #[inline(always)]
-    fn flows(table: FlowTable) -> &'static LruHashMap<FlowKey, Flow> {
-        match table {
-            FlowTable::Flows => &FLOWS,
-            FlowTable::Syns => &SYNS,
-            FlowTable::UdpFlows => &UDP_FLOWS,
-        }
+    fn is_full(service: u32, table: FlowTable) {
+        let Some(pressure) = PRESSURE.get_ptr_mut(service) else { return };
+        let now_s = Self.now_s();
+        // SAFETY: this CPU's own, and programs do not preempt each other.
+        unsafe { (*pressure).full_s[(table as usize == FlowTable::UdpFlows as usize) as usize] = now_s };
     }
 }
 
@@ -181,17 +200,36 @@ impl Tables for Maps {
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         // SAFETY: an entry that the LRU reuses meanwhile gives another live flow's backend for this
         // one packet; each word is whole.
-        unsafe { Self::flows(table).get(key).copied() }
+        unsafe {
+            match table {
+                FlowTable::Flows => FLOWS.get(key).copied(),
+                FlowTable::Syns => SYNS.get(key).copied(),
+                FlowTable::UdpFlows => UDP_FLOWS.get(key).copied(),
+            }
+        }
     }
 
     #[inline(always)]
     fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
-        Self::flows(table).insert(key, flow, 0).is_ok()
+        let written = match table {
+            FlowTable::Flows => FLOWS.insert(key, flow, 0).is_ok(),
+            FlowTable::Syns => SYNS.insert(key, flow, 0).is_ok(),
+            FlowTable::UdpFlows => UDP_FLOWS.insert(key, flow, 0).is_ok(),
+        };
+        if !written {
+            Self::is_full(key.service, table);
+        }
+        written
     }
 
     #[inline(always)]
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32) {
-        if let Some(flow) = Self::flows(table).get_ptr_mut(key) {
+        let flow = match table {
+            FlowTable::Flows => FLOWS.get_ptr_mut(key),
+            FlowTable::Syns => SYNS.get_ptr_mut(key),
+            FlowTable::UdpFlows => UDP_FLOWS.get_ptr_mut(key),
+        };
+        if let Some(flow) = flow {
             // SAFETY: the entry stays mapped during the run; single words are written.
             unsafe {
                 (*flow).last_seen_s = now_s;
@@ -205,7 +243,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn forget(&self, table: FlowTable, key: &FlowKey) {
         // Absent already is as good.
-        let _ = Self::flows(table).remove(key);
+        let _ = match table {
+            FlowTable::Flows => FLOWS.remove(key),
+            FlowTable::Syns => SYNS.remove(key),
+            FlowTable::UdpFlows => UDP_FLOWS.remove(key),
+        };
     }
 
     #[inline(always)]
@@ -315,6 +357,127 @@ impl Tables for Maps {
         let budget = unsafe { &mut *budget };
         budget.take(now_ns, per_s, burst)
     }
+
+    #[inline(always)]
+    fn is_denied(&self, source: [u32; 4]) -> bool {
+        guard_source(source[0], source[1], source[2], source[3]) != 0
+    }
+
+    #[inline(always)]
+    fn limit(&self, service: u32, view: &ServiceView, source: [u32; 4]) -> Option<Reason> {
+        let half = |high: u32, low: u32| (high as u64) << 32 | low as u64;
+        match limit_flow(service, view.slot_base, half(source[0], source[1]), half(source[2], source[3])) {
+            0 => None,
+            1 => Some(Reason::RateSource),
+            _ => Some(Reason::RateService),
+        }
+    }
+
+    #[inline(always)]
+    fn admits(&self, service: u32, table: FlowTable, now_s: u32) -> bool {
+        admits_flow(service, table as u32, now_s) != 0
+    }
+}
+
+impl GuardTables for Maps {
+    #[inline(always)]
+    fn guard_block(&self, place: u32) -> u32 {
+        word(&GUARD_BLOCKS, place).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn guard_filter(&self, place: u32) -> u32 {
+        word(&GUARD_FILTER, place).unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn guard_state(&self) -> Option<&GuardState> {
+        GUARD_STATE.get(0)
+    }
+
+    #[inline(always)]
+    fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
+        // SAFETY: without preallocation an element is not reused before a grace period has passed; one aligned word.
+        unsafe { GUARD_ENTRIES.get(key).copied() }
+    }
+}
+
+impl LimitTables for Maps {
+    #[inline(always)]
+    fn service_bucket(&self, service: u32) -> u64 {
+        LIMITS.get(service).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn set_service_bucket(&self, service: u32, word: u64) {
+        let Some(bucket) = LIMITS.get_ptr_mut(service) else { return };
+        // SAFETY: the entry stays mapped during the run, and the word is written in one piece. Of two processors that
+        // write within some nanoseconds one is lost: a flow too many.
+        unsafe { core::ptr::write_volatile(bucket, word) };
+    }
+
+    #[inline(always)]
+    fn source_bucket(&self, key: &SourceKey) -> u64 {
+        // SAFETY: one aligned word; an entry that the LRU reuses meanwhile gives another source's for this one flow.
+        unsafe { SOURCES.get(key).copied().unwrap_or(0) }
+    }
+
+    #[inline(always)]
+    fn set_source_bucket(&self, key: &SourceKey, word: u64) {
+        // Without room it counts as full.
+        let _ = SOURCES.insert(key, &word, 0);
+    }
+
+    #[inline(always)]
+    fn now_ns(&self) -> u64 {
+        // SAFETY: no arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+}
+
+/// [`guard::is_denied`]. A global function: verified once, by itself, and what it found out about the source is not
+/// carried on.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn guard_source(a: u32, b: u32, c: u32, d: u32) -> u32 {
+    guard::is_denied(&Maps, [a, b, c, d]) as u32
+}
+
+/// [`limit::admit`] for the view whose table begins at `slot_base`: 0 if the flow may begin, 1 if its source has had its
+/// share, 2 if the service has. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) -> u32 {
+    let Some(entry) = SERVICES.get(service) else { return 0 };
+    let view = view_at(entry, slot_base);
+    let source = [(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32];
+    match limit::admit(&Maps, service, view, source) {
+        None => 0,
+        Some(Reason::RateSource) => 1,
+        Some(_) => 2,
+    }
+}
+
+/// Whether a table may take one more flow of a service. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
+    const SYNS: u32 = FlowTable::Syns as u32;
+    const UDP: u32 = FlowTable::UdpFlows as u32;
+    let Some(pressure) = PRESSURE.get_ptr_mut(service) else { return 0 };
+    // SAFETY: this CPU's own, and programs do not preempt each other.
+    let pressure = unsafe { &mut *pressure };
+    let settings = SETTINGS.load();
+    let full_s = pressure.full_s[(table == UDP) as usize];
+    if full_s != 0 && now_s.saturating_sub(full_s) < FULL_S {
+        return 0;
+    }
+    let is_admitted = match table {
+        SYNS => pressure.syns.admit(now_s, settings.syns_per_s),
+        UDP => pressure.udp.admit(now_s, settings.udp_per_s),
+        _ => pressure.flows.trickle(now_s, settings.flows_per_s),
+    };
+    is_admitted as u32
 }
 
 impl FragmentTable for Maps {
@@ -330,6 +493,20 @@ impl FragmentTable for Maps {
     fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
         FRAGMENTS.insert(key, fragment, 0).is_ok()
     }
+}
+
+/// The view that a caller goes by, whose table begins at `slot_base`: as a rule the live one, which a change that leaves
+/// the table alone may share its table with; else the one before.
+#[inline(always)]
+fn view_at(entry: &Service, slot_base: u32) -> &ServiceView {
+    // SAFETY: `active` lies in the entry; lbd stores it in one piece.
+    let active = unsafe { core::ptr::read_volatile(&entry.active) };
+    let is_first = if entry.views[0].slot_base == entry.views[1].slot_base {
+        active == 0
+    } else {
+        entry.views[0].slot_base == slot_base
+    };
+    if is_first { &entry.views[0] } else { &entry.views[1] }
 }
 
 /// What came of writing an entry.
@@ -396,7 +573,7 @@ impl NatTables for Maps {
 #[unsafe(no_mangle)]
 pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u32) -> u64 {
     let Some(entry) = SERVICES.get(service) else { return u64::MAX };
-    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    let view = view_at(entry, slot_base);
     let at = slot_base.wrapping_add(number);
     let (Some(primary), Some(secondary)) = (word(&PRIMARIES, at), word(&SECONDARIES, at)) else {
         return u64::MAX;
@@ -409,7 +586,7 @@ pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u
 #[unsafe(no_mangle)]
 pub extern "C" fn others_in(service: u32, slot_base: u32, number: u32, chosen: u32) -> u64 {
     let Some(entry) = SERVICES.get(service) else { return NONE };
-    let view = if entry.views[0].slot_base == slot_base { &entry.views[0] } else { &entry.views[1] };
+    let view = view_at(entry, slot_base);
     others_of(&Maps, service, view, number, chosen)
 }
 

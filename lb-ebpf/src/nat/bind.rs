@@ -11,6 +11,7 @@ use crate::{
     forward::{Fib, FibQuery, varied},
     hash::{flow_hash, mix, slot_of},
     ingress::{Outcome, refuse},
+    limit::is_limited,
     network::parse_network,
     parse::{Headers, address, mapped, words},
     service::lookup_service,
@@ -22,7 +23,7 @@ use lb_common::{
     names::stage,
     nat,
     service::TCP,
-    settings::IngressSettings,
+    settings::{IngressSettings, features},
 };
 
 /// Ports that are tried before a flow is refused. At nine tenths of all in use one flow in 29 finds none.
@@ -98,6 +99,13 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     }
     if headers.protocol == TCP && !headers.is_syn() {
         tables.count(Reason::NatUnknown);
+        // It takes a binding like any other; SYNs and datagrams are counted where their worker is chosen.
+        if settings.features & features::RATE != 0
+            && is_limited(view)
+            && let Some(reason) = tables.limit(service, view, headers.source)
+        {
+            return Err(reason);
+        }
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose(tables, service, view, headers, hash)?;

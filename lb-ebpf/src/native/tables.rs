@@ -103,6 +103,8 @@ pub struct HashTables {
     pub capacity: usize,
     /// What a full flow table does.
     pub when_full: WhenFull,
+    /// Whether nothing may be written to the flow tables just now.
+    pub is_flooded: Cell<bool>,
     flows: [RefCell<Flows>; 3],
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     nats: RefCell<BTreeMap<FlowKey, Nat>>,
@@ -132,6 +134,7 @@ impl Default for HashTables {
             quic_servers: HashMap::new(),
             capacity: usize::MAX,
             when_full: WhenFull::Evict,
+            is_flooded: Cell::new(false),
             flows: Default::default(),
             fragments: RefCell::default(),
             nats: RefCell::default(),
@@ -335,6 +338,10 @@ impl Tables for HashTables {
         let taken = budget.take(self.now_ns.get(), per_s, burst);
         self.icmp.set(budget);
         taken
+    }
+
+    fn admits(&self, _: u32, _: FlowTable, _: u32) -> bool {
+        !self.is_flooded.get()
     }
 }
 

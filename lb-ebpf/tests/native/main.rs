@@ -8,6 +8,7 @@ mod bodies;
 mod build;
 mod chance;
 mod choose;
+mod flood;
 mod hostile;
 mod hostile_stages;
 mod keep;

@@ -57,6 +57,10 @@ pub struct ServiceState {
     pub transition_slots: u32,
     /// What the table gives to each region, where that makes a difference.
     pub regions: Vec<crate::model::Share>,
+    /// Whether new flows come faster than the flow tables take them, so that they are placed by hash alone.
+    pub flood: bool,
+    /// How often that has begun, over all processors and tables.
+    pub floods: u64,
 }
 
 /// A backend in the maps.

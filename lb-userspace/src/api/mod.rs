@@ -9,6 +9,7 @@ pub mod control;
 mod drains;
 pub mod engine;
 pub mod error;
+pub mod guard;
 pub mod host;
 mod listener;
 pub mod memory;

@@ -66,6 +66,7 @@ pub fn router(control: Arc<Control>) -> Router {
             ApiError { status: StatusCode::METHOD_NOT_ALLOWED, ..ApiError::bad_request(message) }
         })
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .merge(super::guard::routes())
         .with_state(control)
 }
 
@@ -391,7 +392,8 @@ struct Flow {
 
 async fn config_export(State(control): Ctl) -> Reply<Config> {
     let head = control.head();
-    Ok(Json(Config { revision: Some(head.revision.number), desired: (*head.desired).clone() }))
+    let desired = Desired { guard: crate::model::Guard::default(), ..(*head.desired).clone() };
+    Ok(Json(Config { revision: Some(head.revision.number), desired }))
 }
 
 async fn config_apply(

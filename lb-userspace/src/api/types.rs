@@ -57,6 +57,9 @@ pub struct Status {
     pub no_backend: Vec<Name>,
     /// Services where health is ignored, since too few backends are healthy.
     pub panic: Vec<Name>,
+    /// Services whose new flows come faster than the flow tables take them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub flood: Vec<Name>,
     /// Backends whose next hop is not resolved (the kernel's FIB is asked per packet).
     pub unresolved: Vec<BackendId>,
     /// Reasons that were counted at least once.

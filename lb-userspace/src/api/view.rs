@@ -70,6 +70,7 @@ impl Control {
             replicas: Vec::new(),
             no_backend: Vec::new(),
             panic: Vec::new(),
+            flood: Vec::new(),
             unresolved: Vec::new(),
             reasons: view.reasons(),
             room: view.snapshot.room.clone(),
@@ -139,6 +140,9 @@ impl Control {
         }
         if applied.is_some_and(|a| a.panic) {
             status.panic.push(name.clone());
+        }
+        if applied.is_some_and(|a| a.flood) {
+            status.flood.push(name.clone());
         }
     }
 
@@ -390,6 +394,12 @@ fn problems(status: &Status) -> Vec<String> {
     }
     if !status.panic.is_empty() {
         found.push(format!("too few are healthy, so health is ignored in: {}", names(&status.panic)));
+    }
+    if !status.flood.is_empty() {
+        found.push(format!(
+            "under flood, so that new flows are placed by hash alone: {}",
+            names(&status.flood)
+        ));
     }
     match status.unhealthy.len() {
         0 => {}

@@ -7,6 +7,7 @@ mod backend;
 mod config;
 mod doctor;
 mod generate;
+mod guard;
 mod history;
 mod host;
 mod observe;
@@ -97,6 +98,9 @@ enum Noun {
     Flows(observe::Flows),
     /// Where a packet goes, and each step of why
     Explain(observe::Explain),
+    /// Deny and allow lists of clients
+    #[command(subcommand)]
+    Guard(guard::Command),
     /// The desired state as one TOML file
     #[command(subcommand)]
     Config(config::Command),
@@ -267,6 +271,7 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
             Noun::Stats(stats) => observe::stats(&mut context, stats).await,
             Noun::Flows(flows) => observe::flows(&mut context, flows).await,
             Noun::Explain(explain) => observe::explain(&mut context, explain).await,
+            Noun::Guard(command) => guard::run(&mut context, command).await,
             Noun::Config(command) => config::run(&mut context, command).await,
             Noun::History(history) => history::history(&mut context, history).await,
             Noun::Store(command) => store::run(&mut context, command).await,

@@ -4,8 +4,8 @@ use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     api::types::{BackendInfo, ServiceInfo},
     model::{
-        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, QuicError, RegionPolicy,
-        Scheduler, Selector, SelectorError, SourceKind, Via,
+        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, QuicError, Rate, RateError,
+        RegionPolicy, Scheduler, Selector, SelectorError, SourceKind, Via,
     },
     render::{observe, units::parse_duration},
 };
@@ -90,6 +90,24 @@ struct Settings {
     /// With gue: packets carry the other backends that may have their flow; true, false or auto [default: auto, for TCP]
     #[arg(long, value_name = "BOOL|auto", value_parser = optional_bool)]
     second_chance: Option<OptionalBool>,
+    /// New flows that the service takes (50, 50/s, 30/m, 100/h), or none for no limit [default: none]
+    #[arg(long, value_name = "RATE|none", value_parser = optional_rate)]
+    new_flow_rate: Option<OptionalRate>,
+    /// How many of them at once, or auto for those of a second [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    new_flow_burst: Option<Optional>,
+    /// New flows that one source may begin, or none for no limit [default: none]
+    #[arg(long, value_name = "RATE|none", value_parser = optional_rate)]
+    source_rate: Option<OptionalRate>,
+    /// How many of them at once, or auto for those of a second [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    source_burst: Option<Optional>,
+    /// Leading bits of an IPv4 address that make a source [default: 32]
+    #[arg(long, value_name = "BITS")]
+    source_prefix_v4: Option<u8>,
+    /// Leading bits of an IPv6 address that make a source [default: 64]
+    #[arg(long, value_name = "BITS")]
+    source_prefix_v6: Option<u8>,
     /// none, tcp, tls, http, https, grpc or grpcs; KIND:PORT, http:PORT/PATH and grpc:PORT/SERVICE say more
     #[arg(long, value_name = "CHECK")]
     health: Option<Check>,
@@ -231,6 +249,17 @@ fn optional(text: &str) -> Result<Optional, String> {
     match text {
         "auto" | "none" => Ok(Optional(None)),
         _ => text.parse().map(|n| Optional(Some(n))).map_err(|_| "give a number, or auto".to_owned()),
+    }
+}
+
+/// A rate, or none.
+#[derive(Clone, Copy, Debug)]
+struct OptionalRate(Option<Rate>);
+
+fn optional_rate(text: &str) -> Result<OptionalRate, String> {
+    match text {
+        "none" => Ok(OptionalRate(None)),
+        _ => text.parse().map(|rate| OptionalRate(Some(rate))).map_err(|e: RateError| e.to_string()),
     }
 }
 
@@ -489,6 +518,16 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     patch
         .set("quic", Some(&s.quic).filter(|q| !q.is_empty()).map(|q| q.iter().flatten().collect::<Vec<_>>()));
     patch.set("gue_port", s.gue_port);
+    for (name, rate, burst) in
+        [("new_flow", s.new_flow_rate, s.new_flow_burst), ("source", s.source_rate, s.source_burst)]
+    {
+        patch.set(&format!("{name}_rate"), rate.map(|rate| rate.0));
+        // A limit that goes takes its burst along.
+        let burst = burst.or_else(|| rate.filter(|rate| rate.0.is_none()).map(|_| Optional(None)));
+        patch.set(&format!("{name}_burst"), burst.map(|n| n.0));
+    }
+    patch.set("source_prefix_v4", s.source_prefix_v4);
+    patch.set("source_prefix_v6", s.source_prefix_v6);
     patch.set("on_down", s.on_down);
     patch.set("panic_percent", s.panic);
     let mut health = Patch::default();

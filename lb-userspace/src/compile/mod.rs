@@ -9,6 +9,7 @@
 
 mod behind;
 mod entries;
+pub mod guard;
 mod memory;
 mod quic;
 mod recall;
@@ -23,6 +24,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Backend, ServiceKey, Slot, Vip, VipKey, limits,
     quic::{QuicConfig, ServerIdKey},
+    settings::features,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -70,6 +72,8 @@ pub struct Limits {
     pub udp_flows: u32,
     /// VIP addresses.
     pub vips: u32,
+    /// Entries of the deny and allow lists together.
+    pub guard_entries: u32,
 }
 
 impl Default for Limits {
@@ -82,6 +86,7 @@ impl Default for Limits {
             syns: limits::SYNS,
             udp_flows: limits::UDP_FLOWS,
             vips: limits::VIPS,
+            guard_entries: limits::GUARD_ENTRIES,
         }
     }
 }
@@ -133,6 +138,8 @@ pub struct View {
     pub old_seed: [u64; 2],
     /// See [`lb_common::ServiceView::load_cap`].
     pub load_cap: u32,
+    /// Limits of new flows.
+    pub limits: crate::model::Limits,
 }
 
 /// A service entry with its table.
@@ -218,6 +225,9 @@ pub enum CompileError {
         /// Feature's name in settings.
         feature: &'static str,
     },
+    /// There are deny or allow lists, which the program was loaded without.
+    #[error("deny and allow lists need feature guard, which lbd was started without: add it to features")]
+    GuardOff,
     /// Tables do not fit.
     #[error(
         "Maglev tables do not fit: {needed} slots needed (with {spare} to write a changed table beside the \
@@ -337,6 +347,7 @@ pub fn compile(
 ) -> Result<Compiled, CompileError> {
     let now_ms = observed.now.as_millis() as i64;
     check_counts(desired, settings)?;
+    check_guard(desired, settings)?;
     let mut memory = memory.clone();
     memory.retire_missing(desired, now_ms);
     cache.services.retain(|id, _| memory.services.contains_key(id) || desired_has(desired, id));
@@ -400,6 +411,28 @@ fn check_counts(desired: &Desired, settings: &Settings) -> Result<(), CompileErr
         });
     }
     Ok(())
+}
+
+/// Refuses lists that do not fit, or that the program cannot have.
+fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
+    if desired.guard.is_empty() {
+        return Ok(());
+    }
+    if settings.features_off & features::GUARD != 0 {
+        return Err(CompileError::GuardOff);
+    }
+    let (needed, limit) = (desired.guard.len(), settings.limits.guard_entries as usize);
+    if needed <= limit {
+        return Ok(());
+    }
+    let all = desired.guard.deny.iter().chain(desired.guard.allow.iter());
+    Err(CompileError::TooMany {
+        what: "entries of the deny and allow lists",
+        needed: needed as u64,
+        limit: limit as u64,
+        first: all.skip(limit).map(|(net, _)| net.to_string()).next().unwrap_or_default(),
+        option: "--max-guard-entries",
+    })
 }
 
 fn check_quic(plan: &Plan, desired: &Desired) -> Result<(), CompileError> {

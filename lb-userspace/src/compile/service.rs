@@ -342,6 +342,7 @@ fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
         (features::L2, wanted.mode == ForwardingMode::L2, "mode l2".to_owned()),
         (features::LOCAL, wanted.mode == ForwardingMode::Local, "mode local".to_owned()),
         (features::P2C, wanted.scheduler != Scheduler::Maglev, format!("scheduler {:?}", wanted.scheduler)),
+        (features::RATE, wanted.limits().flags != 0, "a limit of new flows".to_owned()),
         // What is on by itself only does without.
         (features::SECOND_CHANCE, wanted.second_chance == Some(true), "second_chance".to_owned()),
     ];
@@ -675,6 +676,7 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
     if wanted.mode == ForwardingMode::Nat {
         bits |= flags::NAT;
     }
+    let limits = wanted.limits();
     let (scheduler, more) = match wanted.scheduler {
         Scheduler::Maglev => (scheduler::MAGLEV, 0),
         Scheduler::P2c => (scheduler::P2C, flags::TRACK_ALL),
@@ -688,7 +690,8 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
     };
     View {
         seed: shape.seed,
-        flags: bits | more,
+        flags: bits | more | limits.flags,
+        limits,
         scheduler,
         protocol: wanted.protocol.number(),
         udp_timeout_s: wanted.udp_timeout_s,

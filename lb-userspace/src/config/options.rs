@@ -157,6 +157,9 @@ pub struct Options {
     /// Room for flows in mode nat [default: 262144]
     #[arg(long, value_name = "N", env = "LBD_MAX_NAT_FLOWS")]
     pub max_nat_flows: Option<u32>,
+    /// Room for entries of the deny and allow lists together, 128 bytes each as they are made [default: 1048576]
+    #[arg(long, value_name = "N", env = "LBD_MAX_GUARD_ENTRIES")]
+    pub max_guard_entries: Option<u32>,
     /// Balance IPv6 [default: true]
     #[arg(long, value_name = "BOOL", env = "LBD_IPV6")]
     pub ipv6: Option<bool>,
@@ -249,6 +252,8 @@ pub struct Settings {
     pub max_flows: u32,
     /// Room in the maps.
     pub max_nat_flows: u32,
+    /// Room in the maps.
+    pub max_guard_entries: u32,
     /// Global of the program.
     pub ingress: IngressSettings,
     /// Health probes at once.
@@ -366,6 +371,7 @@ impl Options {
             max_slots: self.max_slots.or(other.max_slots),
             max_flows: self.max_flows.or(other.max_flows),
             max_nat_flows: self.max_nat_flows.or(other.max_nat_flows),
+            max_guard_entries: self.max_guard_entries.or(other.max_guard_entries),
             ipv6: self.ipv6.or(other.ipv6),
             vlan: self.vlan.or(other.vlan),
             outer_ttl: self.outer_ttl.or(other.outer_ttl),
@@ -417,6 +423,7 @@ impl Options {
             ("max_slots", self.max_slots),
             ("max_flows", self.max_flows),
             ("max_nat_flows", self.max_nat_flows),
+            ("max_guard_entries", self.max_guard_entries),
             ("probes", self.probes),
         ] {
             if value == Some(0) {
@@ -490,6 +497,7 @@ impl Options {
             max_slots: self.max_slots.unwrap_or(limits::SLOTS),
             max_flows: self.max_flows.unwrap_or(limits::FLOWS),
             max_nat_flows: self.max_nat_flows.unwrap_or(limits::NAT_FLOWS),
+            max_guard_entries: self.max_guard_entries.unwrap_or(limits::GUARD_ENTRIES),
             ingress,
             probes: self.probes.unwrap_or(512) as usize,
             revisions: self.revisions.unwrap_or(10_000).max(2),

@@ -109,6 +109,7 @@ impl Parser<'_> {
                         }
                         Subject::Service(service) => places.services.get(service),
                         Subject::Region(region) => places.regions.get(region),
+                        Subject::Lists => None,
                     };
                     self.problem(span.cloned(), invalid.to_string());
                 }

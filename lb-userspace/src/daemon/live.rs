@@ -90,6 +90,7 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
         Snapshot { applied: applied(&published.applied, published.error.clone()), ..Snapshot::default() };
     let (mut slots, mut backends) = (0, 0);
     for (name, s) in &published.services {
+        let flood = published.sweep.floods.get(&s.index).copied().unwrap_or_default();
         let state = ServiceState {
             index: s.index,
             table_size: s.table_size,
@@ -97,6 +98,8 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
             panic: s.panic,
             transition_slots: s.transition_slots,
             regions: s.regions.clone(),
+            flood: flood.now,
+            floods: flood.times,
         };
         snapshot.services.insert(name.clone(), state);
         slots += u64::from(s.table_size);
@@ -136,6 +139,7 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
         room("syns", entries(FlowTable::Syns), limits.syns),
         room("udp flows", entries(FlowTable::UdpFlows), limits.flows),
         room("nat flows", published.sweep.bindings, limits.nat_flows),
+        room("guard entries", published.desired.guard.len() as u64, limits.guard_entries),
     ];
     snapshot
 }

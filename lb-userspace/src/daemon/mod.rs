@@ -25,7 +25,7 @@ use crate::{
     clock,
     compile::{self, Past},
     config::{File, Options, Settings, SettingsError, export},
-    dataplane::{AttachOptions, Carried, Dataplane, Limits, Takeover},
+    dataplane::{AttachOptions, Carried, Dataplane, Limits, ON_DEMAND, Takeover},
     health::{Checker, Tunnel, prober_through},
     metrics,
     model::{Desired, Health, Here},
@@ -36,7 +36,10 @@ use crate::{
     store::{Local, LocalFile, Opener, Store, Stored, since},
 };
 use anyhow::Context;
-use lb_common::settings::{IngressSettings, features};
+use lb_common::{
+    limit::Budgets,
+    settings::{IngressSettings, features},
+};
 use sd_notify::NotifyState;
 use std::{
     collections::BTreeMap,
@@ -77,7 +80,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     check_nat_ports(&settings)?;
     let (announcer, announcement) = settings.announce.as_deref().map(Announcer::open).transpose()?.unzip();
-    let options = attach_options(&settings);
+    let options = attach_options(&settings, store.head().desired.features());
     let mut dataplane = tokio::task::spawn_blocking(move || Dataplane::attach(&options)).await??;
     for i in &dataplane.interfaces {
         if i.mode == "driver" {
@@ -350,27 +353,43 @@ fn check_nat_ports(settings: &Settings) -> anyhow::Result<()> {
     }
 }
 
-fn attach_options(settings: &Settings) -> AttachOptions {
+/// Processors of this host.
+fn processors() -> u32 {
+    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
+}
+
+/// `used`: features that are loaded on demand, and used from the start.
+fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
+    let log_level = xdp_log::number(settings.xdp_log_level);
+    // A program that logs is not loaded anew.
+    let used = if log_level == 0 { used } else { ON_DEMAND };
     let limits = Limits {
         services: settings.max_services,
         backends: settings.max_backends,
         slots: settings.max_slots,
         flows: settings.max_flows,
         nat_flows: settings.max_nat_flows,
+        guard_entries: settings.max_guard_entries,
         ..Limits::default()
     };
+    let budgets = Budgets::of(limits.flows, limits.syns, limits.flows, processors());
     AttachOptions {
         interfaces: settings.iface.clone(),
         allow_generic: settings.allow_generic,
         pin_path: settings.pin_path.clone(),
         limits,
         settings: IngressSettings {
-            // The one part that costs something even where nobody uses it.
+            // The parts that cost something even where nobody uses them.
             features: settings.ingress.features
-                & if settings.chain { features::ALL } else { !features::CHAIN },
+                & if settings.chain { features::ALL } else { !features::CHAIN }
+                & (used | !ON_DEMAND),
+            syns_per_s: budgets.syns,
+            flows_per_s: budgets.flows,
+            udp_per_s: budgets.udp,
             ..settings.ingress
         },
-        log_level: xdp_log::number(settings.xdp_log_level),
+        may_have: settings.ingress.features & ON_DEMAND,
+        log_level,
     }
 }
 
@@ -395,6 +414,7 @@ fn compile_settings(
             syns: limits.syns,
             udp_flows: limits.flows,
             vips: limits.vips,
+            guard_entries: limits.guard_entries,
         },
         features_off: features::ALL & !settings.ingress.features,
     }

@@ -108,6 +108,27 @@ fn attach_locked(request: &Request<'_>, indices: &[u32], lock: fs::File) -> Resu
     }
 }
 
+/// Loads the program again, over the maps that are there, and replaces it under its links in one step each. If that
+/// fails the old one goes on. None while another ABI version's program still forwards.
+pub fn replace(request: &Request<'_>) -> Result<Option<Ebpf>, DataplaneError> {
+    let home = Home::ours(request.pin_path);
+    if home.programs().is_disjoint(&links::programs(request.pin_path)?) {
+        return Ok(None);
+    }
+    let mut bpf = load(request, &home)?;
+    pin_programs(request, &bpf, &home, true)?;
+    stages::chain(&mut bpf, request.chained)?;
+    for name in request.interfaces {
+        if let Some(link) = links::find(request.pin_path, name, links::index_of(name)?)? {
+            link.update(&program_fd(&bpf, request.program)?)?;
+        }
+    }
+    for name in programs_of(request) {
+        pins::replace(&program_fd(&bpf, name)?, &home.path.join(format!("program-{name}")))?;
+    }
+    Ok(Some(bpf))
+}
+
 /// Whether there are objects of this ABI version to go on with, and those of others whose work is to be taken over.
 /// What starts left behind that did not finish is removed.
 fn look_around(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), DataplaneError> {

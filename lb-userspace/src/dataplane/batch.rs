@@ -51,3 +51,21 @@ pub fn for_each_raw(
 pub fn delete<K: zerocopy::IntoBytes + zerocopy::Immutable>(map: &MapData, key: &K) -> io::Result<()> {
     sys::delete(map.fd(), key.as_bytes())
 }
+
+/// Writes entries, in some hundred system calls for a million. What was written before a failure stays.
+pub fn update<K, V>(map: &MapData, name: &'static str, entries: &[(K, V)]) -> Result<(), DataplaneError>
+where
+    K: zerocopy::IntoBytes + zerocopy::Immutable + Copy,
+    V: zerocopy::IntoBytes + zerocopy::Immutable + Copy,
+{
+    for chunk in entries.chunks(BATCH) {
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for (key, value) in chunk {
+            keys.extend_from_slice(key.as_bytes());
+            values.extend_from_slice(value.as_bytes());
+        }
+        sys::update_batch(map.fd(), &keys, &values, chunk.len())
+            .map_err(|source| DataplaneError::Write { map: name, source })?;
+    }
+    Ok(())
+}

@@ -65,6 +65,9 @@ pub enum DataplaneError {
     /// A map could not be read.
     #[error("map {map} cannot be read: {source}")]
     Read { map: &'static str, source: io::Error },
+    /// A map could not be written.
+    #[error("map {map} cannot be written: {source}")]
+    Write { map: &'static str, source: io::Error },
     /// An index beyond the map.
     #[error("map {map} has no entry {index}")]
     Index { map: &'static str, index: u32 },

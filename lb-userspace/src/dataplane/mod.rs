@@ -9,6 +9,7 @@ mod bindings;
 mod carry;
 mod decap;
 mod error;
+mod guard;
 mod layout;
 mod links;
 mod loads;
@@ -32,6 +33,7 @@ pub use probes::ProbeDataplane;
 pub use reader::{FLOW_TABLES, Reader, flow_map};
 pub use takeover::{Identity, Takeover};
 
+use crate::model::Guard;
 use attach::{Attached, Request, take};
 use aya::{
     Ebpf,
@@ -40,6 +42,7 @@ use aya::{
         xdp::{DevMapHash, XdpMapError},
     },
 };
+use guard::GuardWriter;
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, limits, names,
     quic::{QuicConfig, ServerIdKey},
@@ -68,6 +71,10 @@ pub struct Limits {
     pub syns: u32,
     /// Bindings of mode `nat`.
     pub nat_flows: u32,
+    /// Entries of the deny and allow lists together.
+    pub guard_entries: u32,
+    /// Sources whose rate of new flows is known.
+    pub sources: u32,
     /// VIP addresses.
     pub vips: u32,
 }
@@ -81,10 +88,15 @@ impl Default for Limits {
             flows: limits::FLOWS,
             syns: limits::SYNS,
             nat_flows: limits::NAT_FLOWS,
+            guard_entries: limits::GUARD_ENTRIES,
+            sources: limits::SOURCES,
             vips: limits::VIPS,
         }
     }
 }
+
+/// Features that cost something for every packet, and are therefore in the program only while somebody uses them.
+pub const ON_DEMAND: u32 = features::GUARD | features::RATE;
 
 /// How to attach an ingress host's dataplane.
 #[derive(Clone, Debug)]
@@ -97,8 +109,10 @@ pub struct AttachOptions {
     pub pin_path: PathBuf,
     /// Map sizes.
     pub limits: Limits,
-    /// The program's settings.
+    /// The program's settings; its features hold those of [`ON_DEMAND`] that are used from the start.
     pub settings: IngressSettings,
+    /// Those of [`ON_DEMAND`] that may be used later.
+    pub may_have: u32,
     /// Log level of the program: 0 off, 1 error … 5 trace.
     pub log_level: u8,
 }
@@ -116,6 +130,7 @@ pub struct Dataplane {
     flows: [HashMap<MapData, FlowKey, Flow>; 3],
     quic_configs: HashMap<MapData, u32, QuicConfig>,
     quic_servers: HashMap<MapData, ServerIdKey, u32>,
+    guard: GuardWriter,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reader: Arc<Reader>,
     /// Where the program runs.
@@ -129,46 +144,19 @@ pub struct Dataplane {
     identity: Option<Identity>,
     takeover: Option<Takeover>,
     bpf: Ebpf,
+    /// How it was attached, and the features of the program that runs.
+    options: AttachOptions,
+    /// Those of [`ON_DEMAND`] that the settings allow.
+    may_have: u32,
     _lock: fs::File,
 }
 
 impl Dataplane {
     /// Loads and attaches, or takes over what an earlier daemon left running.
     pub fn attach(options: &AttachOptions) -> Result<Self, DataplaneError> {
-        let l = &options.limits;
-        let sizes = [
-            (names::SERVICE_INDEX, l.services),
-            (names::SERVICES, l.services),
-            (names::VIPS, l.vips),
-            (names::PRIMARIES, l.slots.div_ceil(LINE)),
-            (names::SECONDARIES, l.slots.div_ceil(LINE)),
-            (names::BACKENDS, l.backends),
-            (names::BACKEND_STATS, l.backends),
-            (names::QUIC_SERVERS, l.backends),
-            (names::LOADS, l.backends),
-            (names::TURNS, l.services),
-            (names::FLOWS, l.flows),
-            (names::UDP_FLOWS, l.flows),
-            (names::SYNS, l.syns),
-            (names::NAT_FLOWS, l.nat_flows),
-            (names::NAT_REPLIES, l.nat_flows),
-        ];
-        let is_chained = options.settings.features & features::CHAIN != 0;
-        let Attached { mut bpf, interfaces, adopted, home, takeover, lock } = attach::attach(&Request {
-            object: crate::objects::INGRESS,
-            program: if is_chained { names::PROGRAM_ROOT } else { names::PROGRAM_INGRESS },
-            stages: &names::stage::INGRESS_PROGRAMS,
-            chained: is_chained.then_some(names::PROGRAM_INGRESS),
-            maps: &names::INGRESS_MAPS,
-            shared: &names::SHARED,
-            has_flows: true,
-            sizes: &sizes,
-            settings: options.settings.as_bytes(),
-            log_level: options.log_level,
-            pin_path: &options.pin_path,
-            interfaces: &options.interfaces,
-            allow_generic: options.allow_generic,
-        })?;
+        let sizes = sizes(&options.limits);
+        let Attached { mut bpf, interfaces, adopted, home, takeover, lock } =
+            attach::attach(&request(options, &sizes))?;
         let reader = Arc::new(Reader::open(&home)?);
         let mut flows = |table| take(&mut bpf, flow_map(table));
         let flows = [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?];
@@ -176,7 +164,14 @@ impl Dataplane {
         let primaries = array(&mut bpf, names::PRIMARIES);
         let slots = MappedSlots::new(&primaries, &array(&mut bpf, names::SECONDARIES), true)?;
         let backends: MappedArray<Backend> = map_array(&mut bpf, names::BACKENDS)?;
+        let guard = GuardWriter::new(
+            map_array(&mut bpf, names::GUARD_BLOCKS)?,
+            map_array(&mut bpf, names::GUARD_FILTER)?,
+            map_array(&mut bpf, names::GUARD_STATE)?,
+            reader::pinned(&home, names::GUARD_ENTRIES)?,
+        );
         let limits = Limits {
+            guard_entries: guard.capacity()?,
             services: services.len(),
             slots: slots.len(),
             backends: backends.len(),
@@ -198,6 +193,7 @@ impl Dataplane {
             flows,
             quic_configs: take(&mut bpf, names::QUIC_CONFIGS)?,
             quic_servers: take(&mut bpf, names::QUIC_SERVERS)?,
+            guard,
             backend_stats: take(&mut bpf, names::BACKEND_STATS)?,
             reader,
             interfaces,
@@ -207,6 +203,8 @@ impl Dataplane {
             identity,
             takeover,
             bpf,
+            may_have: options.may_have,
+            options: options.clone(),
             _lock: lock,
         })
     }
@@ -219,6 +217,30 @@ impl Dataplane {
     /// What is to be done when the tables are written, if another ABI version forwards; once.
     pub fn takeover(&mut self) -> Option<Takeover> {
         self.takeover.take()
+    }
+
+    /// Brings the deny and allow lists up to date; says when the next entry ends, in seconds since 1970 UTC.
+    pub fn apply_guard(&mut self, guard: &Guard, now_s: u64) -> Result<Option<u64>, DataplaneError> {
+        self.guard.apply(guard, now_s)
+    }
+
+    /// Runs the program with just these of the features that cost something even where nobody uses them
+    /// ([`ON_DEMAND`]). Where they are others than now it is loaded anew, and replaced under its links in one step.
+    pub fn use_features(&mut self, wanted: u32) -> Result<(), DataplaneError> {
+        let running = self.options.settings.features;
+        // A program that logs has them all from the start: its log is read from maps that go with it.
+        if self.options.log_level != 0 || running & ON_DEMAND == wanted & self.may_have {
+            return Ok(());
+        }
+        let mut options = self.options.clone();
+        options.settings.features = running & !ON_DEMAND | wanted & self.may_have;
+        let sizes = sizes(&options.limits);
+        let Some(bpf) = attach::replace(&request(&options, &sizes))? else { return Ok(()) };
+        self.bpf = bpf;
+        self.options = options;
+        // They go with the program; until now it did without.
+        self.spared = spare(&mut self.bpf, &self.service_index, &self.vips)?;
+        Ok(())
     }
 
     /// A reader of the same maps.
@@ -459,6 +481,50 @@ fn within(limits: &Limits, all: Identity) -> Identity {
             .into_iter()
             .filter(|(index, b)| *index < limits.backends && b.service < limits.services)
             .collect(),
+    }
+}
+
+/// Sizes of the maps that can be chosen.
+fn sizes(l: &Limits) -> Vec<(&'static str, u32)> {
+    vec![
+        (names::SERVICE_INDEX, l.services),
+        (names::SERVICES, l.services),
+        (names::VIPS, l.vips),
+        (names::PRIMARIES, l.slots.div_ceil(LINE)),
+        (names::SECONDARIES, l.slots.div_ceil(LINE)),
+        (names::BACKENDS, l.backends),
+        (names::BACKEND_STATS, l.backends),
+        (names::QUIC_SERVERS, l.backends),
+        (names::LOADS, l.backends),
+        (names::TURNS, l.services),
+        (names::FLOWS, l.flows),
+        (names::UDP_FLOWS, l.flows),
+        (names::SYNS, l.syns),
+        (names::NAT_FLOWS, l.nat_flows),
+        (names::NAT_REPLIES, l.nat_flows),
+        (names::GUARD_ENTRIES, l.guard_entries),
+        (names::SOURCES, l.sources),
+        (names::LIMITS, l.services),
+        (names::PRESSURE, l.services),
+    ]
+}
+
+fn request<'a>(options: &'a AttachOptions, sizes: &'a [(&'static str, u32)]) -> Request<'a> {
+    let is_chained = options.settings.features & features::CHAIN != 0;
+    Request {
+        object: crate::objects::INGRESS,
+        program: if is_chained { names::PROGRAM_ROOT } else { names::PROGRAM_INGRESS },
+        stages: &names::stage::INGRESS_PROGRAMS,
+        chained: is_chained.then_some(names::PROGRAM_INGRESS),
+        maps: &names::INGRESS_MAPS,
+        shared: &names::SHARED,
+        has_flows: true,
+        sizes,
+        settings: options.settings.as_bytes(),
+        log_level: options.log_level,
+        pin_path: &options.pin_path,
+        interfaces: &options.interfaces,
+        allow_generic: options.allow_generic,
     }
 }
 

@@ -4,7 +4,11 @@
 use super::{DataplaneError, batch, bindings::Bindings, mapped::MappedArray, slots::MappedSlots};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey, names,
+    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
+    guard::{GuardKey, GuardState},
+    limit::Pressure,
+    names,
+    slot::{LINE, Line},
 };
 use lb_ebpf::FlowTable;
 use std::path::Path;
@@ -31,6 +35,11 @@ pub struct Reader {
     loads: MappedArray<Load>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
+    pressure: PerCpuArray<MapData, Pressure>,
+    guard_blocks: MappedArray<Line>,
+    guard_filter: MappedArray<Line>,
+    guard_state: MappedArray<GuardState>,
+    guard_entries: HashMap<MapData, GuardKey, u32>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
     pub(super) bindings: Bindings,
 }
@@ -51,9 +60,11 @@ impl Reader {
     pub fn open(pin_path: &Path) -> Result<Self, DataplaneError> {
         let flows = |table| {
             let name = flow_map(table);
-            let typed = typed(Map::LruHashMap(pinned(pin_path, name)?), name)?;
+            // Of either kind: the typed handle does the same for both.
+            let typed = typed(Map::HashMap(pinned(pin_path, name)?), name)?;
             Ok::<_, DataplaneError>((pinned(pin_path, name)?, typed))
         };
+        let mapped = |name| MappedArray::<Line>::new(&pinned(pin_path, name)?, name, false);
         Ok(Self {
             service_index: typed(
                 Map::HashMap(pinned(pin_path, names::SERVICE_INDEX)?),
@@ -73,6 +84,14 @@ impl Reader {
                 names::BACKEND_STATS,
             )?,
             reasons: typed(Map::PerCpuArray(pinned(pin_path, names::REASONS)?), names::REASONS)?,
+            pressure: typed(Map::PerCpuArray(pinned(pin_path, names::PRESSURE)?), names::PRESSURE)?,
+            guard_blocks: mapped(names::GUARD_BLOCKS)?,
+            guard_filter: mapped(names::GUARD_FILTER)?,
+            guard_state: MappedArray::new(&pinned(pin_path, names::GUARD_STATE)?, names::GUARD_STATE, false)?,
+            guard_entries: typed(
+                Map::HashMap(pinned(pin_path, names::GUARD_ENTRIES)?),
+                names::GUARD_ENTRIES,
+            )?,
             flows: [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?],
             bindings: Bindings::open(pin_path)?,
         })
@@ -138,9 +157,40 @@ impl Reader {
         })
     }
 
+    /// What is written to the flow tables for a service, by processor.
+    pub fn pressure(&self, service: u32) -> Vec<Pressure> {
+        self.pressure.get(&service, 0).map(|all| all.to_vec()).unwrap_or_default()
+    }
+
     /// Each reason's counter over all CPUs.
     pub fn reasons(&self) -> Vec<(Reason, u64)> {
         reasons(&self.reasons)
+    }
+
+    /// A word of the lists' bitmap of IPv4 blocks, or of their filter of IPv6 prefixes.
+    pub fn guard_word(&self, of_blocks: bool, word: u32) -> u32 {
+        let lines = if of_blocks { &self.guard_blocks } else { &self.guard_filter };
+        lines.load_u32(word / LINE, (word % LINE) as usize * 4).unwrap_or(0)
+    }
+
+    /// Lengths of the lists' prefixes.
+    pub fn guard_state(&self) -> Option<GuardState> {
+        self.guard_state.load(0)
+    }
+
+    /// A prefix's verdict.
+    pub fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
+        self.guard_entries.get(key, 0).ok()
+    }
+
+    /// Whether an entry belongs to a service.
+    pub fn is_used(&self, service: u32) -> bool {
+        self.services.load_u32(service, std::mem::offset_of!(Service, used)) == Some(1)
+    }
+
+    /// Flows that a table has room for.
+    pub fn flow_room(&self, table: FlowTable) -> u32 {
+        self.flows[table as usize].0.info().map_or(u32::MAX, |info| info.max_entries())
     }
 
     /// A remembered flow.

@@ -16,6 +16,7 @@ const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
+const MAP_UPDATE_BATCH: libc::c_long = 26;
 const LINK_UPDATE: libc::c_long = 29;
 
 /// Update only where there is no entry.
@@ -176,6 +177,19 @@ pub struct Cursor {
     has_begun: bool,
 }
 
+/// The part of `union bpf_attr` for batches.
+#[repr(C)]
+struct Batch {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
+    flags: u64,
+}
+
 /// Reads the next entries, as many as fit into the buffers (which must be whole numbers of entries): how many there
 /// were, and whether they were the last.
 pub fn lookup_batch(
@@ -185,17 +199,6 @@ pub fn lookup_batch(
     values: &mut [u8],
     count: usize,
 ) -> io::Result<(usize, bool)> {
-    #[repr(C)]
-    struct Batch {
-        in_batch: u64,
-        out_batch: u64,
-        keys: u64,
-        values: u64,
-        count: u32,
-        map: u32,
-        element_flags: u64,
-        flags: u64,
-    }
     let mut next = 0u64;
     let mut attr = Batch {
         in_batch: if cursor.has_begun { &raw mut cursor.place as u64 } else { 0 },
@@ -216,4 +219,20 @@ pub fn lookup_batch(
     };
     (cursor.place, cursor.has_begun) = (next, true);
     Ok((attr.count as usize, is_last))
+}
+
+/// Writes `count` entries, whose keys and values lie one behind the other.
+pub fn update_batch(map: &impl AsFd, keys: &[u8], values: &[u8], count: usize) -> io::Result<()> {
+    let mut attr = Batch {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count: count as u32,
+        map: map.as_fd().as_raw_fd() as u32,
+        element_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: the buffers hold `count` entries of the map's sizes, as the caller vouches, and are only read.
+    unsafe { call(MAP_UPDATE_BATCH, &mut attr) }.map(drop)
 }

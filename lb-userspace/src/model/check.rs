@@ -41,6 +41,12 @@ pub enum Invalid {
         /// What is wrong, and what would be right.
         what: String,
     },
+    /// Deny or allow list.
+    #[error("{what}")]
+    Guard {
+        /// What is wrong, and what would be right.
+        what: String,
+    },
     /// The same for one backend.
     #[error("backend {service}/{backend}: {what}")]
     Backend {
@@ -70,6 +76,8 @@ pub enum Subject<'a> {
     Backend(&'a Name, &'a Name),
     /// A region.
     Region(&'a Name),
+    /// The deny and allow lists.
+    Lists,
 }
 
 impl Invalid {
@@ -80,6 +88,7 @@ impl Invalid {
             Self::Setting { service, .. } => Subject::Service(service),
             Self::Backend { service, backend, .. } => Subject::Backend(service, backend),
             Self::Region { region, .. } => Subject::Region(region),
+            Self::Guard { .. } => Subject::Lists,
         }
     }
 }
@@ -94,6 +103,7 @@ impl Desired {
             self.check_names(name, service, &mut found);
         }
         self.check_drains(&mut found);
+        found.extend(self.guard.problem().map(|what| Invalid::Guard { what }));
         found
     }
 
@@ -117,6 +127,9 @@ impl Desired {
         }
         if self.regions != old.regions {
             self.check_drains(&mut found);
+        }
+        if self.guard != old.guard {
+            found.extend(self.guard.problem().map(|what| Invalid::Guard { what }));
         }
         found
     }
@@ -288,6 +301,7 @@ impl Service {
             setting("mode local hands packets to this host's own stack: one backend at most".to_owned());
         }
         self.check_quic(&mut setting);
+        self.check_limits(&mut setting);
         self.check_health(&mut setting);
         self.check_regions(&mut setting);
         if let Some(replica) = &self.replica {

@@ -1,8 +1,10 @@
 //! Services and backends, as the operator asked for them.
 
 use super::{
-    HealthCheck, Name, Ports, Protocol, QuicConfig, Region, RegionRules, ReplicaSource, Rollout, ServerId,
+    Guard, HealthCheck, Name, Ports, Protocol, QuicConfig, Rate, Region, RegionRules, ReplicaSource, Rollout,
+    ServerId,
 };
+use lb_common::settings::features;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
@@ -16,6 +18,9 @@ pub struct Desired {
     /// Regions by name. Once one is named here, all that are used must be.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub regions: BTreeMap<Name, Region>,
+    /// Deny and allow lists.
+    #[serde(default, skip_serializing_if = "Guard::is_empty")]
+    pub guard: Guard,
 }
 
 impl Desired {
@@ -24,8 +29,8 @@ impl Desired {
         self.services.get_mut(name).map(Arc::make_mut)
     }
 
-    /// Takes from `old` what operations made and files as a rule do not name: regions, if this state names none, and
-    /// roll-outs that are going on.
+    /// Takes from `old` what operations made and files as a rule do not name: regions, if this state names none,
+    /// roll-outs that are going on, and the deny and allow lists.
     pub fn keep_operations(&mut self, old: &Self) {
         if self.regions.is_empty() {
             self.regions.clone_from(&old.regions);
@@ -36,6 +41,14 @@ impl Desired {
                 Arc::make_mut(service).rollout = rollout.cloned();
             }
         }
+        self.guard.clone_from(&old.guard);
+    }
+
+    /// Features of the dataplane that are loaded only where they are used, see [`lb_common::settings::features`].
+    pub fn features(&self) -> u32 {
+        let is_limited = self.services.values().any(|s| s.limits().flags != 0);
+        (if self.guard.is_empty() { 0 } else { features::GUARD })
+            | if is_limited { features::RATE } else { 0 }
     }
 
     /// Shares the services that are as they are in `old`.
@@ -45,6 +58,7 @@ impl Desired {
                 service.clone_from(same);
             }
         }
+        self.guard.share(&old.guard);
     }
 }
 
@@ -176,6 +190,24 @@ pub struct Service {
     /// by the daemon; if empty, they came in the order of their seats. See [`crate::maglev`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub seating: Vec<(u32, u32)>,
+    /// New flows that the service takes; no limit if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new_flow_rate: Option<Rate>,
+    /// How many of them at once; as many as a second brings if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new_flow_burst: Option<u32>,
+    /// New flows that one source may begin; no limit if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_rate: Option<Rate>,
+    /// How many of them at once; as many as a second brings if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_burst: Option<u32>,
+    /// Leading bits of an IPv4 address that make a source.
+    #[serde(default = "default_source_v4", skip_serializing_if = "is_source_v4")]
+    pub source_prefix_v4: u8,
+    /// The same of an IPv6 address.
+    #[serde(default = "default_source_v6", skip_serializing_if = "is_source_v6")]
+    pub source_prefix_v6: u8,
     /// Health check.
     #[serde(default)]
     pub health: HealthCheck,
@@ -214,6 +246,22 @@ impl Service {
 
 fn default_drain_s() -> u32 {
     300
+}
+
+fn default_source_v4() -> u8 {
+    32
+}
+
+fn default_source_v6() -> u8 {
+    64
+}
+
+fn is_source_v4(bits: &u8) -> bool {
+    *bits == default_source_v4()
+}
+
+fn is_source_v6(bits: &u8) -> bool {
+    *bits == default_source_v6()
 }
 
 fn is_zero(value: &u32) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! Pure. Called by the API (`--dry-run`, history) and by `lbctl config diff`; `render` shows it.
 
-use super::{Desired, Name, Service};
+use super::{Desired, ListName, Name, Service};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt};
@@ -54,7 +54,23 @@ pub enum Difference {
         /// What it will be, null if it is gone.
         to: Value,
     },
+    /// Entries of the deny or the allow list differ.
+    List {
+        /// Which.
+        list: ListName,
+        /// How many come.
+        added: usize,
+        /// How many go.
+        removed: usize,
+        /// How many stand for another time.
+        changed: usize,
+        /// The first of them.
+        first: Vec<String>,
+    },
 }
+
+/// Entries of a list that are named.
+const FIRST: usize = 10;
 
 impl fmt::Display for Difference {
     /// `+ service web`, `- backend web/a`, `web/b: weight 1 → 5`.
@@ -80,6 +96,14 @@ impl fmt::Display for Difference {
                 };
                 let backend = backend.as_ref().map(|b| format!("/{b}")).unwrap_or_default();
                 write!(f, "{service}{backend}: {field} {} → {}", text(from), text(to))
+            }
+            Self::List { list, added, removed, changed, first } => {
+                let all = added + removed + changed;
+                let more = if all > first.len() { ", ..." } else { "" };
+                let counts = [(*added, "added"), (*removed, "removed"), (*changed, "for another time")];
+                let counts: Vec<String> =
+                    counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
+                write!(f, "{} list: {} ({}{more})", list.label(), counts.join(", "), first.join(", "))
             }
         }
     }
@@ -108,6 +132,31 @@ pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
         if from != to {
             found.push(Difference::Region { region: name.clone(), from, to });
         }
+    }
+    for list in ListName::ALL {
+        let changes = new.guard.list(list).changes(old.guard.list(list));
+        if changes.is_empty() {
+            continue;
+        }
+        let count = |what: fn(bool, bool) -> bool| {
+            changes.iter().filter(|(_, from, to)| what(from.is_some(), to.is_some())).count()
+        };
+        let sign = |from: Option<u64>, to: Option<u64>| match (from, to) {
+            (None, _) => "+",
+            (_, None) => "-",
+            _ => "~",
+        };
+        found.push(Difference::List {
+            list,
+            added: count(|from, _| !from),
+            removed: count(|_, to| !to),
+            changed: count(|from, to| from && to),
+            first: changes
+                .iter()
+                .take(FIRST)
+                .map(|(n, from, to)| format!("{}{n}", sign(*from, *to)))
+                .collect(),
+        });
     }
     found
 }

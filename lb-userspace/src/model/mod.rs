@@ -4,11 +4,13 @@
 mod check;
 mod desired;
 mod difference;
+pub mod guard;
 mod health;
 mod name;
 mod observed;
 mod ports;
 mod quic;
+mod rate;
 mod region;
 mod replica;
 mod seats;
@@ -17,6 +19,7 @@ mod source;
 pub use check::{Invalid, Subject};
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
 pub use difference::{Difference, differences};
+pub use guard::{Guard, ListName};
 pub use health::{
     DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck, Via,
 };
@@ -24,6 +27,7 @@ pub use name::{Name, NameError, nearest};
 pub use observed::{BackendId, Health, NextHop, Observed, Paths};
 pub use ports::{Ports, PortsError, Protocol};
 pub use quic::{QuicConfig, QuicError, ServerId};
+pub use rate::{Limits, Rate, RateError};
 pub use region::{
     Canary, Here, Region, RegionPolicy, RegionRules, RegionState, Rollout, RolloutState, Share, Steer, WHOLE,
     list as region_list,

@@ -3,6 +3,7 @@
 use crate::{
     compile::{Cost, Plan},
     dataplane::{Dataplane, DataplaneError},
+    model::Guard,
 };
 use lb_common::{
     Backend, BackendStats, Service, ServiceKey, ServiceView, Slot, Vip, VipKey,
@@ -65,6 +66,14 @@ pub trait Maps: Send {
     fn set_quic_config(&mut self, key: u32, config: Option<&QuicConfig>) -> Result<(), DataplaneError>;
     /// Points a QUIC server id at a backend, or at none.
     fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError>;
+    /// Brings the deny and allow lists up to date; says when the next entry ends, in seconds since 1970 UTC.
+    fn apply_guard(&mut self, _guard: &Guard, _now_s: u64) -> Result<Option<u64>, DataplaneError> {
+        Ok(None)
+    }
+    /// Runs a program that has these of the features that are loaded on demand.
+    fn use_features(&mut self, _wanted: u32) -> Result<(), DataplaneError> {
+        Ok(())
+    }
 }
 
 impl Maps for Dataplane {
@@ -145,5 +154,11 @@ impl Maps for Dataplane {
     }
     fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError> {
         Self::set_quic_server(self, key, backend)
+    }
+    fn apply_guard(&mut self, guard: &Guard, now_s: u64) -> Result<Option<u64>, DataplaneError> {
+        Self::apply_guard(self, guard, now_s)
+    }
+    fn use_features(&mut self, wanted: u32) -> Result<(), DataplaneError> {
+        Self::use_features(self, wanted)
     }
 }

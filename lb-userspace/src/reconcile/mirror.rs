@@ -12,11 +12,13 @@ use super::{
 use crate::{
     compile::{Cost, Plan, ServiceEntry, View},
     dataplane::DataplaneError,
+    model::Limits,
 };
 use lb_common::{
     Backend, ServiceKey, ServiceView, Vip, VipKey,
     backend::flags::USED,
     quic::{QuicConfig, ServerIdKey},
+    service::flags,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -387,6 +389,12 @@ fn kept(view: &ServiceView) -> View {
         old_count: view.old_count,
         old_seed: view.old_seed,
         load_cap: view.load_cap,
+        limits: Limits {
+            flags: view.flags & (flags::LIMIT_FLOWS | flags::LIMIT_SOURCES),
+            flow_ns: (view.flow_interval_ns, view.flow_tolerance_ns),
+            source_ns: (view.source_interval_ns, view.source_tolerance_ns),
+            source_bits: view.source_bits,
+        },
     }
 }
 
@@ -404,6 +412,11 @@ fn full(view: &View, base: u32) -> ServiceView {
         scheduler: view.scheduler,
         protocol: view.protocol,
         udp_timeout_s: view.udp_timeout_s,
+        flow_interval_ns: view.limits.flow_ns.0,
+        flow_tolerance_ns: view.limits.flow_ns.1,
+        source_interval_ns: view.limits.source_ns.0,
+        source_tolerance_ns: view.limits.source_ns.1,
+        source_bits: view.limits.source_bits,
         ..ServiceView::default()
     }
 }

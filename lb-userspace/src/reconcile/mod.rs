@@ -323,11 +323,14 @@ impl<M: Maps> Reconciler<M> {
         self.observed.now = clock::boot();
         let compiled = compile(&self.desired, &self.observed, &self.memory, &self.settings, &mut self.cache)?;
         self.add_up_reused(&compiled);
+        let next_end = self.guard()?;
         let written = self.mirror.apply(&mut self.maps, &compiled.plan, clock::boot)?;
+        self.maps.use_features(self.desired.features()).map_err(ApplyError::from)?;
         let applied = Applied { revision: self.revision, written, took: clock::boot().saturating_sub(began) };
         let Compiled { plan: _, memory, status, next_change_ms } = compiled;
         self.memory = memory;
-        self.next_change = next_change_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
+        let next_change = next_change_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
+        self.next_change = [next_change, next_end].into_iter().flatten().min();
         let now = clock::boot();
         for service in &status {
             if service.transition_slots > 0 || service.exceptions {
@@ -358,6 +361,16 @@ impl<M: Maps> Reconciler<M> {
             });
         });
         Ok(applied)
+    }
+
+    /// Deny and allow lists; when on the boot's clock the next entry ends.
+    fn guard(&mut self) -> Result<Option<Duration>, ApplyError> {
+        let now = clock::unix();
+        let end_s = self.maps.apply_guard(&self.desired.guard, now.as_secs())?;
+        // Seconds are whole, so it is over just after.
+        Ok(end_s.map(|end_s| {
+            clock::boot() + Duration::from_secs(end_s).saturating_sub(now) + Duration::from_millis(10)
+        }))
     }
 
     /// Before an index goes to another backend, its counters go to its old service's sums.
@@ -406,7 +419,7 @@ impl<M: Maps> Reconciler<M> {
         for (&index, _) in self.mirror.counted() {
             self.maps.report_flows(index, sweep.flows.get(&index).copied().unwrap_or(0));
         }
-        let flows_changed = self.sweep.flows != sweep.flows;
+        let flows_changed = self.sweep.flows != sweep.flows || self.sweep.floods != sweep.floods;
         self.sweep = sweep;
         let changed = self.memory != before;
         if flows_changed && !changed {

@@ -9,7 +9,7 @@ use crate::{
 use lb_common::BackendStats;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 /// One application of a change to the maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,12 @@ impl Names for Published {
         let backends = self.services.values().flat_map(|s| &s.backends);
         let found = backends.into_iter().find(|b| b.index == index)?;
         found.name.as_ref().map(Name::to_string)
+    }
+
+    fn listed(&self, address: IpAddr) -> Option<String> {
+        let now_s = crate::clock::unix().as_secs();
+        let (list, net, _) = self.desired.guard.decides(address.to_canonical(), now_s)?;
+        Some(format!("{} list has {net}", list.label()))
     }
 }
 

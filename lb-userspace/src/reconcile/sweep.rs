@@ -12,6 +12,7 @@ use lb_common::{
     Flow, FlowKey,
     backend::flags::{DOWN, DRAINING, USED},
     flow::{CLOSING_S, SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
+    limit::FULL_S,
 };
 use lb_ebpf::FlowTable;
 use std::{
@@ -46,6 +47,38 @@ pub struct Sweep {
     pub entries: [u64; 3],
     /// Bindings of mode `nat` left.
     pub bindings: u64,
+    /// Services by index that are, or have been, under flood.
+    pub floods: BTreeMap<u32, Flood>,
+}
+
+/// A service that more is asked for than is written to the flow tables.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flood {
+    /// Whether it is so now.
+    pub now: bool,
+    /// How often it has become so, over all processors and tables.
+    pub times: u64,
+}
+
+/// What the meters of all services say.
+fn floods(reader: &Reader, now_s: u32) -> BTreeMap<u32, Flood> {
+    let (services, ..) = reader.sizes();
+    let used = (0..services).filter(|index| reader.is_used(*index));
+    let mut floods = BTreeMap::new();
+    for index in used {
+        let mut flood = Flood::default();
+        for pressure in reader.pressure(index) {
+            for meter in [pressure.syns, pressure.flows, pressure.udp] {
+                flood.now |= meter.is_flood(now_s);
+                flood.times += u64::from(meter.floods);
+            }
+            flood.now |= pressure.full_s.iter().any(|s| *s != 0 && now_s.saturating_sub(*s) < FULL_S);
+        }
+        if flood.now || flood.times > 0 {
+            floods.insert(index, flood);
+        }
+    }
+    floods
 }
 
 /// What an entry's fate depends on.
@@ -54,6 +87,8 @@ struct Judge<'a> {
     now_s: u32,
     /// UDP timeout by service, read once per sweep.
     udp_timeouts: BTreeMap<u32, u32>,
+    /// Whether the table was more than half full at the last sweep: then what is idle for long goes.
+    is_tight: bool,
 }
 
 impl Judge<'_> {
@@ -64,7 +99,8 @@ impl Judge<'_> {
             FlowTable::Syns => age_s > SYN_TIMEOUT_S,
             FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
             // A client that vanished would hold a removed backend's index for ever.
-            FlowTable::Flows => age_s > TCP_IDLE_S && self.is_leaving(flow.backend),
+            // Nothing else makes room: the table evicts nobody.
+            FlowTable::Flows => age_s > TCP_IDLE_S && (self.is_tight || self.is_leaving(flow.backend)),
             FlowTable::UdpFlows => age_s > self.udp_timeout(key.service),
         };
         aged || !self.is_served(key, flow)
@@ -96,11 +132,13 @@ impl Judge<'_> {
     }
 }
 
-/// Sweeps all tables once.
-pub fn sweep(reader: &Reader) -> Result<Sweep, DataplaneError> {
+/// Sweeps all tables once; `before`: what the last sweep found.
+pub fn sweep(reader: &Reader, before: &Sweep) -> Result<Sweep, DataplaneError> {
     let mut result = Sweep { began: clock::boot(), ..Sweep::default() };
-    let mut judge = Judge { reader, now_s: clock::boot_s(), udp_timeouts: BTreeMap::new() };
+    let mut judge = Judge { reader, now_s: clock::boot_s(), udp_timeouts: BTreeMap::new(), is_tight: false };
     for table in FLOW_TABLES {
+        let room = u64::from(reader.flow_room(table));
+        judge.is_tight = before.entries[table as usize] > room / 2;
         let mut over = Vec::new();
         let mut count = 0u64;
         reader.for_each_flow(table, |key, flow| {
@@ -124,6 +162,7 @@ pub fn sweep(reader: &Reader) -> Result<Sweep, DataplaneError> {
         result.removed += over.len() as u64;
         result.entries[table as usize] = count;
     }
+    result.floods = floods(reader, judge.now_s);
     super::sweep_nat::sweep_bindings(reader, &mut result)?;
     Ok(result)
 }
@@ -135,11 +174,13 @@ pub fn start(pin_path: PathBuf, events: mpsc::Sender<Event>) -> std::io::Result<
             Ok(reader) => reader,
             Err(error) => return tracing::error!(%error, "flow tables cannot be swept"),
         };
+        let mut last = Arc::<Sweep>::default();
         loop {
             let began = Instant::now();
-            match sweep(&reader) {
+            match sweep(&reader, &last) {
                 Ok(sweep) => {
-                    if events.blocking_send(Event::Swept(Arc::new(sweep))).is_err() {
+                    last = Arc::new(sweep);
+                    if events.blocking_send(Event::Swept(last.clone())).is_err() {
                         return;
                     }
                 }

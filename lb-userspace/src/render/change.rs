@@ -21,7 +21,7 @@ pub fn differences(out: &mut Out<'_>, list: &[Difference]) -> io::Result<()> {
             Difference::Remove { service, backend, from } => {
                 whole(out, ("-", Tone::Bad), service, backend.as_ref(), from)?;
             }
-            Difference::Set { .. } | Difference::Region { .. } => {
+            Difference::Set { .. } | Difference::Region { .. } | Difference::List { .. } => {
                 let text = format!("~ {difference}");
                 out.line(out.paint(Tone::Warn, &text))?;
             }

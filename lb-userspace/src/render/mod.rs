@@ -3,6 +3,7 @@
 //! Input: the types of `api::types`. Output: text on a writer. Pure but for that. Called by `cli`.
 
 pub mod change;
+pub mod guard;
 pub mod host;
 pub mod observe;
 pub mod region;

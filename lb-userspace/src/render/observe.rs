@@ -138,6 +138,15 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     if s.spec.slow_start_s > 0 {
         pairs.push(("slow start", units::span(s.spec.slow_start_s.into())));
     }
+    if let Some(rate) = s.spec.new_flow_rate {
+        let burst = rate.burst(s.spec.new_flow_burst);
+        pairs.push(("new flows up to", format!("{rate}, {burst} at once")));
+    }
+    if let Some(rate) = s.spec.source_rate {
+        let (burst, v4, v6) =
+            (rate.burst(s.spec.source_burst), s.spec.source_prefix_v4, s.spec.source_prefix_v6);
+        pairs.push(("of each source", format!("{rate}, {burst} at once; a source is a /{v4} or a /{v6}")));
+    }
     if let Some(source) = &s.spec.replica {
         pairs.push(("replica state", replica_source(source)));
     }

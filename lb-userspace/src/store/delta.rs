@@ -4,11 +4,18 @@
 //! Input: two states, or one and a difference. Output: the difference (RFC 7396, JSON Merge Patch), or the
 //! other state. Pure. Called by the etcd store and by backups.
 
-use crate::model::{Desired, Name, Service};
+use crate::model::{
+    Desired, Name, Service,
+    guard::{List, ListName, Part},
+};
+use ipnet::IpNet;
 use serde_json::{Map, Value};
+use std::{collections::BTreeMap, sync::Arc};
 
 /// Key of the services, which are compared one by one.
 const SERVICES: &str = "services";
+/// Key of the deny and allow lists, which are compared part by part.
+const GUARD: &str = "guard";
 
 /// What to merge into `old` to make it `new`.
 ///
@@ -41,6 +48,16 @@ pub fn diff(old: &Desired, new: &Desired) -> serde_json::Result<Value> {
     if !services.is_empty() {
         delta.insert(SERVICES.to_owned(), Value::Object(services));
     }
+    let mut guard = Map::new();
+    for name in ListName::ALL {
+        let parts = list_diff(old.guard.list(name), new.guard.list(name));
+        if !parts.is_empty() {
+            guard.insert(name.label().to_owned(), Value::Object(parts));
+        }
+    }
+    if !guard.is_empty() {
+        delta.insert(GUARD.to_owned(), Value::Object(guard));
+    }
     Ok(Value::Object(delta))
 }
 
@@ -51,6 +68,7 @@ pub fn diff(old: &Desired, new: &Desired) -> serde_json::Result<Value> {
 pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
     let mut delta = delta.clone();
     let services = delta.as_object_mut().and_then(|map| map.remove(SERVICES));
+    let guard = delta.as_object_mut().and_then(|map| map.remove(GUARD));
     let mut new = if delta.as_object().is_some_and(Map::is_empty) {
         old.clone()
     } else {
@@ -58,8 +76,15 @@ pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
         merge(&mut value, delta);
         let mut new: Desired = serde_json::from_value(value)?;
         new.services.clone_from(&old.services);
+        new.guard.clone_from(&old.guard);
         new
     };
+    if let Some(guard) = guard {
+        let lists: BTreeMap<ListName, Parts> = serde_json::from_value(guard)?;
+        for (name, parts) in lists {
+            list_apply(new.guard.list_mut(name), parts);
+        }
+    }
     let Some(services) = services else { return Ok(new) };
     let services: std::collections::BTreeMap<Name, Value> = serde_json::from_value(services)?;
     for (name, change) in services {
@@ -78,13 +103,63 @@ pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
     Ok(new)
 }
 
-/// A state without its services.
+/// Parts of a list, and of each the entries that are set or, where there is none, gone; none if all are.
+type Parts = BTreeMap<String, Option<BTreeMap<IpNet, Option<u64>>>>;
+
+/// What differs between two lists.
+fn list_diff(old: &List, new: &List) -> Map<String, Value> {
+    let none = Part::new();
+    let mut parts = Map::new();
+    for (name, after) in &new.0 {
+        let before = match old.0.get(name) {
+            Some(before) if Arc::ptr_eq(before, after) => continue,
+            Some(before) => before,
+            None => &none,
+        };
+        let gone = before.keys().filter(|net| !after.contains_key(*net)).map(|net| (net, Value::Null));
+        let set = after.iter().filter(|(net, until)| before.get(*net) != Some(*until));
+        let entries: Map<String, Value> = gone
+            .chain(set.map(|(net, until)| (net, (*until).into())))
+            .map(|(n, v)| (n.to_string(), v))
+            .collect();
+        if !entries.is_empty() {
+            parts.insert(name.clone(), Value::Object(entries));
+        }
+    }
+    for name in old.0.keys().filter(|name| !new.0.contains_key(*name)) {
+        parts.insert(name.clone(), Value::Null);
+    }
+    parts
+}
+
+fn list_apply(list: &mut List, parts: Parts) {
+    for (name, entries) in parts {
+        let Some(entries) = entries else {
+            list.0.remove(&name);
+            continue;
+        };
+        let part = Arc::make_mut(list.0.entry(name.clone()).or_default());
+        for (net, until) in entries {
+            match until {
+                Some(until) => part.insert(net, until),
+                None => part.remove(&net),
+            };
+        }
+        if part.is_empty() {
+            list.0.remove(&name);
+        }
+    }
+}
+
+/// A state without its services and lists.
 fn rest(desired: &Desired) -> serde_json::Result<Value> {
     let mut without = desired.clone();
     without.services.clear();
+    without.guard = crate::model::Guard::default();
     let mut value = serde_json::to_value(without)?;
     if let Some(map) = value.as_object_mut() {
         map.remove(SERVICES);
+        map.remove(GUARD);
     }
     Ok(value)
 }

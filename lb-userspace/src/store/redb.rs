@@ -7,7 +7,10 @@ use super::{
     About, Claim, Commit, Link, Local, LocalFile, Lock, Member, Revision, Store, StoreError, Stored, Told,
     local::Alone,
 };
-use crate::model::{Desired, Name, Service};
+use crate::model::{
+    Desired, Name, Service,
+    guard::{ListName, Part},
+};
 use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -28,6 +31,8 @@ const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 const REVISIONS: TableDefinition<u64, &[u8]> = TableDefinition::new("revisions");
 /// Service name and the revision in which it became this → service as JSON.
 const SERVICES: TableDefinition<(&str, u64), &[u8]> = TableDefinition::new("services");
+/// Part of a list (as [`part_key`] writes it) and the revision in which it became this → part as JSON.
+const LISTS: TableDefinition<(&str, u64), &[u8]> = TableDefinition::new("lists");
 /// `id` of the data, and where it has gone (`moved`), if it has.
 const NOTES: TableDefinition<&str, &str> = TableDefinition::new("notes");
 
@@ -39,6 +44,14 @@ struct Record {
     message: String,
     /// Revision in which each service last changed.
     services: BTreeMap<Name, u64>,
+    /// The same of each part of the deny and allow lists.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    lists: BTreeMap<String, u64>,
+}
+
+/// Name of a list's part: `deny/4-0a0`.
+fn part_key(list: ListName, part: &str) -> String {
+    format!("{}/{part}", list.label())
 }
 
 impl Record {
@@ -268,7 +281,36 @@ fn read_revision(
             .map_err(|e| corrupt(format!("revision {number}: service {name}: {e}")))?;
         desired.services.insert(name.clone(), service.into());
     }
+    read_lists(read, file, number, &record.lists, &mut desired)?;
     Ok(Some(Stored { revision: record.revision(number), desired: Arc::new(desired) }))
+}
+
+/// Reads the parts of a revision's lists.
+fn read_lists(
+    read: &redb::ReadTransaction,
+    file: &Path,
+    number: u64,
+    lists: &BTreeMap<String, u64>,
+    desired: &mut Desired,
+) -> Result<(), StoreError> {
+    if lists.is_empty() {
+        return Ok(());
+    }
+    let corrupt = |what: String| StoreError::Corrupt { file: file.display().to_string(), what };
+    let table = read.open_table(LISTS).map_err(|e| failed(file, e))?;
+    for (key, since) in lists {
+        let bytes = table.get((key.as_str(), *since)).map_err(|e| failed(file, e))?;
+        let bytes = bytes.ok_or_else(|| corrupt(format!("revision {number}: list part {key} is missing")))?;
+        let part: Part = serde_json::from_slice(bytes.value())
+            .map_err(|e| corrupt(format!("revision {number}: list part {key}: {e}")))?;
+        let found = ListName::ALL.into_iter().find_map(|list| {
+            let name = key.strip_prefix(list.label())?.strip_prefix('/')?;
+            Some((list, name))
+        });
+        let (list, name) = found.ok_or_else(|| corrupt(format!("revision {number}: list part {key}")))?;
+        desired.guard.list_mut(list).0.insert(name.to_owned(), part.into());
+    }
+    Ok(())
 }
 
 impl Inner {
@@ -325,7 +367,8 @@ impl Inner {
         let number = revision.number;
         let mut revisions = write.open_table(REVISIONS).map_err(|e| self.failed(e))?;
         let mut table = write.open_table(SERVICES).map_err(|e| self.failed(e))?;
-        let written = self.record(&revisions, number - 1)?.map(|r| r.services).unwrap_or_default();
+        let (written, written_lists) =
+            self.record(&revisions, number - 1)?.map(|r| (r.services, r.lists)).unwrap_or_default();
         let mut services = BTreeMap::new();
         for (name, service) in &desired.services {
             let since = match written.get(name) {
@@ -339,9 +382,31 @@ impl Inner {
             services.insert(name.clone(), since);
         }
         let (author, message) = (revision.author.clone(), revision.message.clone());
-        let record = Record { author, time_ms: revision.time_ms, message, services };
+        let mut list_table = write.open_table(LISTS).map_err(|e| self.failed(e))?;
+        let mut lists = BTreeMap::new();
+        for name in ListName::ALL {
+            for (part, entries) in &desired.guard.list(name).0 {
+                let key = part_key(name, part);
+                let is_same = before
+                    .guard
+                    .list(name)
+                    .0
+                    .get(part)
+                    .is_some_and(|old| Arc::ptr_eq(old, entries) || old == entries);
+                let since = match written_lists.get(&key) {
+                    Some(&since) if is_same => since,
+                    _ => {
+                        let bytes = self.json(entries)?;
+                        list_table.insert((key.as_str(), number), &*bytes).map_err(|e| self.failed(e))?;
+                        number
+                    }
+                };
+                lists.insert(key, since);
+            }
+        }
+        let record = Record { author, time_ms: revision.time_ms, message, services, lists };
         revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
-        self.prune(&mut revisions, &mut table, number)?;
+        self.prune(&mut revisions, &mut table, &mut list_table, number)?;
         let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
         meta.insert("head", number).map_err(|e| self.failed(e))?;
         Ok(())
@@ -393,6 +458,7 @@ impl Inner {
         &self,
         revisions: &mut redb::Table<'_, u64, &'static [u8]>,
         services: &mut redb::Table<'_, (&'static str, u64), &'static [u8]>,
+        lists: &mut redb::Table<'_, (&'static str, u64), &'static [u8]>,
         newest: u64,
     ) -> Result<(), StoreError> {
         loop {
@@ -400,8 +466,14 @@ impl Inner {
             if oldest + self.keep > newest {
                 return Ok(());
             }
-            let old = self.record(revisions, oldest)?.map(|r| r.services).unwrap_or_default();
-            let next = self.record(revisions, oldest + 1)?.map(|r| r.services).unwrap_or_default();
+            let of = |record: Option<Record>| record.map(|r| (r.services, r.lists)).unwrap_or_default();
+            let (old, old_lists) = of(self.record(revisions, oldest)?);
+            let (next, next_lists) = of(self.record(revisions, oldest + 1)?);
+            for (key, since) in old_lists {
+                if next_lists.get(&key) != Some(&since) {
+                    lists.remove((key.as_str(), since)).map_err(|e| self.failed(e))?;
+                }
+            }
             for (name, since) in old {
                 if next.get(&name) != Some(&since) {
                     services.remove((name.as_str(), since)).map_err(|e| self.failed(e))?;

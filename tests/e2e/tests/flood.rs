@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 use test_support::{
     bed::{INGRESS_V4, vip_v4},
-    flood::{Flood, SOURCES},
+    flood::{Flood, Kind, SOURCES},
     hold::Holder,
     netns::Namespace,
     program::attach_pass,
@@ -107,6 +107,7 @@ fn withstands(settings: &'static str, change: bool) -> Result<()> {
     }
     let rss = resident_kib(stage.ingress.process().id())?;
     let flood = Flood {
+        kind: Kind::Syn,
         vip: vip_v4(1),
         port: LINES,
         rate: RATE,

@@ -163,7 +163,14 @@ impl Ingress {
         run(self.program(), packet)
     }
 
-    fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> M
+    pub(crate) fn hash_map(&self, name: &str) -> Option<&MapData> {
+        match self.bpf.map(name) {
+            Some(Map::HashMap(data)) => Some(data),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn map<'a, M: TryFrom<&'a mut Map>>(&'a mut self, name: &str) -> M
     where
         M::Error: std::fmt::Debug,
     {

@@ -4,6 +4,7 @@
 pub mod bed;
 mod build;
 mod decap;
+mod guard;
 mod ingress;
 pub mod outer;
 pub mod seeds;

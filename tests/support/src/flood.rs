@@ -1,4 +1,4 @@
-//! A flood of forged SYNs, as fast as one processor makes them: frames that the kernel hands to an XDP
+//! A flood of forged packets, as fast as one processor makes them: frames that the kernel hands to an XDP
 //! program of ours (`BPF_PROG_TEST_RUN` with live frames), which gives each another client and sends it out.
 //! Bounded: so many per second, for so long.
 
@@ -23,14 +23,27 @@ const BURSTS_PER_S: u32 = 20;
 /// Clients of the flood: 10.200.0.0/16, which leads nowhere.
 pub const SOURCES: &str = "10.200.0.0/16";
 
+/// What a flood is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// SYNs.
+    Syn,
+    /// Packets of TCP connections that there are not.
+    Ack,
+    /// UDP datagrams.
+    Udp,
+}
+
 /// What to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Flood {
+    /// Packets of which kind.
+    pub kind: Kind,
     /// The VIP.
     pub vip: Ipv4Addr,
     /// Its port.
     pub port: u16,
-    /// SYNs per second.
+    /// Packets per second.
     pub rate: u32,
     /// For how long.
     pub time: Duration,
@@ -41,14 +54,14 @@ pub struct Flood {
 /// What was sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Sent {
-    /// SYNs.
+    /// Packets.
     pub count: u64,
     /// Time from the first to the last.
     pub time: Duration,
 }
 
 impl Sent {
-    /// SYNs per second.
+    /// Packets per second.
     pub fn rate(&self) -> f64 {
         self.count as f64 / self.time.as_secs_f64()
     }
@@ -63,7 +76,7 @@ impl Flood {
 
     fn send(self, ifindex: u32) -> Result<Sent> {
         let frame = self.frame();
-        let program = load(&program(&frame), (BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS))
+        let program = load(&program(&frame, self.kind), (BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS))
             .context("cannot load the flood's program")?;
         let burst = self.rate / BURSTS_PER_S;
         let (started, mut count, mut bursts) = (Instant::now(), 0, 0);
@@ -89,21 +102,36 @@ impl Flood {
         Ok(Sent { count, time: started.elapsed() })
     }
 
-    /// A SYN with the usual options; what the program changes cancels out in both checksums.
+    /// A SYN with the usual options, or another packet of the same length; what the program changes cancels out in both
+    /// checksums, or there is none.
     fn frame(&self) -> Vec<u8> {
         let mut frame = self.macs.concat();
         frame.extend([8, 0]);
-        let mut ip = vec![0x45, 0, 0, 44, 0xff, 0xff, 0x40, 0, 64, 6, 0, 0, 10, 200, 0, 0];
+        let (protocol, tcp_flags) = match self.kind {
+            Kind::Syn => (6, 2),
+            Kind::Ack => (6, 0x10),
+            Kind::Udp => (17, 0),
+        };
+        let mut ip = vec![0x45, 0, 0, 44, 0xff, 0xff, 0x40, 0, 64, protocol, 0, 0, 10, 200, 0, 0];
         ip.extend(self.vip.octets());
         let check = checksum(&ip);
         ip[10..12].copy_from_slice(&check);
+        frame.extend(&ip);
+        if self.kind == Kind::Udp {
+            frame.extend([0, 0]);
+            frame.extend(self.port.to_be_bytes());
+            frame.extend([0, 24, 0, 0]);
+            frame.resize(14 + 44, 0);
+            return frame;
+        }
         let mut tcp = vec![0, 0];
         tcp.extend(self.port.to_be_bytes());
-        tcp.extend([0x12, 0x34, 0xff, 0xff, 0, 0, 0, 0, 0x60, 2, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 0x05, 0xb4]);
+        tcp.extend([
+            0x12, 0x34, 0xff, 0xff, 0, 0, 0, 0, 0x60, tcp_flags, 0xff, 0xff, 0, 0, 0, 0, 2, 4, 0x05, 0xb4,
+        ]);
         let pseudo = [&ip[12..20], &[0, 6, 0, 24], &tcp].concat();
         let check = checksum(&pseudo);
         tcp[16..18].copy_from_slice(&check);
-        frame.extend(ip);
         frame.extend(tcp);
         frame
     }
@@ -169,7 +197,7 @@ const TRANSMIT: u32 = 3;
 /// Writes the frame anew (the kernel hands out frames as their last readers left them), and in it a random half of
 /// the address, whose complement goes into the IP id and the TCP window, and a random port, whose complement
 /// goes into the sequence number.
-fn program(frame: &[u8]) -> Vec<u64> {
+fn program(frame: &[u8], kind: Kind) -> Vec<u64> {
     let mut code = vec![
         instruction(MOVE_REGISTER, 0x16, 0, 0),
         instruction(CALL, 0, 0, RANDOM),
@@ -189,13 +217,14 @@ fn program(frame: &[u8]) -> Vec<u64> {
         instruction(MOVE_REGISTER, 0x05, 0, 0),
         instruction(XOR, 0x05, 0, 0xffff),
         instruction(STORE_HALF, 0x52, 18, 0),
-        instruction(STORE_HALF, 0x52, 48, 0),
-        instruction(SHIFT_RIGHT, 0x00, 0, 16),
-        instruction(STORE_HALF, 0x02, 34, 0),
-        instruction(XOR, 0x00, 0, 0xffff),
-        instruction(STORE_HALF, 0x02, 40, 0),
-        instruction(MOVE, 0x00, 0, TRANSMIT),
-        instruction(EXIT, 0, 0, 0),
     ]);
+    if kind != Kind::Udp {
+        code.push(instruction(STORE_HALF, 0x52, 48, 0));
+    }
+    code.extend([instruction(SHIFT_RIGHT, 0x00, 0, 16), instruction(STORE_HALF, 0x02, 34, 0)]);
+    if kind != Kind::Udp {
+        code.extend([instruction(XOR, 0x00, 0, 0xffff), instruction(STORE_HALF, 0x02, 40, 0)]);
+    }
+    code.extend([instruction(MOVE, 0x00, 0, TRANSMIT), instruction(EXIT, 0, 0, 0)]);
     code
 }

@@ -1,0 +1,220 @@
+//! Limits of new flows, and how the flow tables are kept from floods.
+//!
+//! A limit is a bucket in the form of the generic cell rate algorithm (ITU-T I.371): one word, the time at which the
+//! bucket would be full again. So a bucket that nobody has ever seen is a full one, and nothing has to be refilled.
+
+use crate::{Address, map_value};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Takes one flow from a bucket: its word after that, or none if it is empty.
+///
+/// `interval_ns` is the time in which one flow is earned, `tolerance_ns` that of all but one of the largest burst.
+#[inline(always)]
+pub const fn take(full_at_ns: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> Option<u64> {
+    if full_at_ns > now_ns.saturating_add(tolerance_ns) {
+        return None;
+    }
+    let from_ns = if full_at_ns > now_ns { full_at_ns } else { now_ns };
+    Some(from_ns.saturating_add(interval_ns))
+}
+
+/// Key of a source's bucket.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+pub struct SourceKey {
+    /// The prefix that counts as one source.
+    pub source: Address,
+    /// Index in `SERVICES`.
+    pub service: u32,
+}
+
+/// Counts what is written to a flow table for one service, by one processor, second by second. Above its limit it says
+/// no, and goes on saying so until [`HOLD_S`] after the last second in which as much as half of it was asked for.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Meter {
+    /// The second that is being counted.
+    pub second: u32,
+    /// How often something was asked for in it.
+    pub count: u32,
+    /// Until this second it says no.
+    pub until_s: u32,
+    /// How often it has begun to.
+    pub floods: u32,
+}
+
+/// See [`Meter`].
+pub const HOLD_S: u32 = 5;
+
+impl Meter {
+    /// Whether one more may be written.
+    #[inline(always)]
+    pub const fn admit(&mut self, now_s: u32, per_s: u32) -> bool {
+        self.step(now_s);
+        let is_flood = self.is_flood(now_s);
+        if self.count > per_s || (is_flood && self.count > per_s / 2) {
+            self.until_s = now_s.wrapping_add(HOLD_S);
+            if !is_flood {
+                self.floods = self.floods.wrapping_add(1);
+            }
+            return false;
+        }
+        !is_flood
+    }
+
+    /// The same without holding: as much as the limit is let through in every second.
+    #[inline(always)]
+    pub const fn trickle(&mut self, now_s: u32, per_s: u32) -> bool {
+        self.step(now_s);
+        if self.count <= per_s {
+            return true;
+        }
+        if !self.is_flood(now_s) {
+            self.floods = self.floods.wrapping_add(1);
+        }
+        self.until_s = now_s.wrapping_add(HOLD_S);
+        false
+    }
+
+    /// Whether it says no just now.
+    #[inline(always)]
+    pub const fn is_flood(&self, now_s: u32) -> bool {
+        // Boot clocks have not run for so long that this would wrap; zero is the meter that was never used.
+        self.until_s > now_s
+    }
+
+    #[inline(always)]
+    const fn step(&mut self, now_s: u32) {
+        if self.second != now_s {
+            self.second = now_s;
+            self.count = 0;
+        }
+        self.count = self.count.saturating_add(1);
+    }
+}
+
+/// What is written for one service, by one processor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Pressure {
+    /// SYNs that are noted.
+    pub syns: Meter,
+    /// Flows of which a transition says where they are.
+    pub flows: Meter,
+    /// UDP flows.
+    pub udp: Meter,
+    /// When the table of TCP flows, and that of UDP flows, last had no room, in seconds.
+    pub full_s: [u32; 2],
+    /// Zero.
+    pub pad: [u32; 2],
+}
+
+/// For so long after a table had no room nothing is begun that would need some.
+pub const FULL_S: u32 = 30;
+
+/// How much may be written for one service, by one processor, in a second.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budgets {
+    /// SYNs that are noted; as many may become entries of the table of TCP flows.
+    pub syns: u32,
+    /// TCP flows from before a transition.
+    pub flows: u32,
+    /// UDP flows.
+    pub udp: u32,
+}
+
+impl Budgets {
+    /// Those of tables with room for so many entries, on so many processors: one service that is flooded takes a minute
+    /// to fill a table, and leaves a note of a SYN there for at least four seconds.
+    ///
+    /// Up to four processors each may have all of it, as a flood (or a rush) may come by one queue; of more, each has
+    /// four times its share.
+    pub const fn of(flows: u32, syns: u32, udp_flows: u32, processors: u32) -> Self {
+        let shares = if processors > 4 { processors / 4 } else { 1 };
+        const fn part(of: u32, parts: u32) -> u32 {
+            if of / parts == 0 { 1 } else { of / parts }
+        }
+        let (by_flows, by_syns) = (part(flows, 64 * shares), part(syns, 4 * shares));
+        Self {
+            syns: if by_flows < by_syns { by_flows } else { by_syns },
+            flows: part(flows, 1_024 * shares),
+            udp: part(udp_flows, 64 * shares),
+        }
+    }
+}
+
+map_value!(SourceKey, Meter, Pressure);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Flows that are let through by calls at these times.
+    fn taken(times: impl IntoIterator<Item = u64>, interval: u64, burst: u64) -> usize {
+        let mut word = 0;
+        let step = |now: u64| {
+            let next = take(word, now, interval, (burst - 1) * interval);
+            word = next.unwrap_or(word);
+            next.is_some()
+        };
+        times.into_iter().map(step).filter(|taken| *taken).count()
+    }
+
+    #[test]
+    fn a_burst_then_the_rate() {
+        let start = 1_000_000;
+        assert_eq!(taken([start; 100], 10, 7), 7);
+        assert_eq!(taken((0..1_000).map(|i| start + i), 10, 7), 7 + 99);
+        // At exactly the rate nothing is refused.
+        assert_eq!(taken((0..1_000).map(|i| start + i * 10), 10, 1), 1_000);
+        // Nothing is saved up beyond the burst.
+        assert_eq!(taken([start].into_iter().chain([start + 1_000_000; 100]), 10, 7), 8);
+    }
+
+    #[test]
+    fn buckets_do_not_overflow() {
+        assert_eq!(take(u64::MAX, 5, u64::MAX, u64::MAX), Some(u64::MAX));
+        assert_eq!(take(u64::MAX, 5, 1, 1), None);
+    }
+
+    #[test]
+    fn a_meter_holds_until_the_flood_is_over() {
+        let mut meter = Meter::default();
+        let second =
+            |meter: &mut Meter, now, calls: u32| (0..calls).filter(|_| meter.admit(now, 100)).count();
+        assert_eq!(second(&mut meter, 1_000, 100), 100);
+        assert_eq!(second(&mut meter, 1_001, 1_000), 100);
+        assert!(meter.is_flood(1_001) && meter.floods == 1);
+        // Fewer than the limit, but more than half of it: it goes on.
+        for now in 1_002..1_020 {
+            assert_eq!(second(&mut meter, now, 80), 0, "{now}");
+        }
+        for now in 1_020..1_024 {
+            assert_eq!(second(&mut meter, now, 40), 0, "{now}");
+        }
+        assert_eq!(second(&mut meter, 1_024, 40), 40);
+        assert_eq!(meter.floods, 1);
+    }
+
+    #[test]
+    fn a_trickle_goes_on() {
+        let mut meter = Meter::default();
+        for now in 50..60 {
+            assert_eq!((0..1_000).filter(|_| meter.trickle(now, 7)).count(), 7);
+        }
+        assert_eq!(meter.floods, 1);
+    }
+
+    #[test]
+    fn budgets_fit_their_tables() {
+        let usual = Budgets::of(1 << 20, 1 << 17, 1 << 20, 2);
+        assert_eq!(usual, Budgets { syns: 16_384, flows: 1_024, udp: 16_384 });
+        assert_eq!(
+            Budgets::of(1 << 20, 1 << 17, 1 << 20, 64),
+            Budgets { syns: 1_024, flows: 64, udp: 1_024 }
+        );
+        assert_eq!(Budgets::of(1, 1, 1, 500), Budgets { syns: 1, flows: 1, udp: 1 });
+    }
+}
