@@ -143,6 +143,8 @@ impl World {
             now_s: 0,
         };
         world.now_s = world.tables.now_s();
+        // As with `lbctl service add`: at first there is nobody.
+        world.compile();
         world
     }
 

@@ -142,6 +142,14 @@ impl Shape {
 }
 
 impl ServiceMemory {
+    /// Forgets a table that had no slots: no flow was placed by it, and were it the base, flows of the drain window
+    /// would be looked for there.
+    pub fn forget_empty(&mut self, shape: &Shape) {
+        if shape.size != 0 {
+            self.epochs.retain(|e| e.shape.size != 0);
+        }
+    }
+
     /// Notes the shape in force from `now_ms` on. True if it is a new one.
     pub fn enter(&mut self, shape: &Arc<Shape>, now_ms: i64, drain_ms: i64) -> bool {
         let is_new = self.epochs.last().is_none_or(|last| last.shape != *shape);

@@ -206,6 +206,7 @@ fn compile_anew(
     }
     let weights = (&steered.weights[..], start.scale * steered.scale);
     let shape = shape(wanted, weights, &steered.takes, table_size(wanted, &memory));
+    memory.forget_empty(&shape);
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
     if shape.size as usize != memory.changed_ms.len() {
