@@ -74,7 +74,7 @@ reasons! {
     BrokenTable = "broken_table", Drop;
     /// IPv6 packet for a backend whose tunnel cannot carry it
     BadFamily = "bad_family", Drop;
-    /// Forwarding mode not known to this program
+    /// Backend that the service's residency forbids, or forwarding mode not known to this program
     BadMode = "bad_mode", Drop;
     /// Mode l2: the worker is behind a router, and not on this segment
     NotOnLink = "not_on_link", Drop;

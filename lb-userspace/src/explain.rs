@@ -404,6 +404,7 @@ fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
             backend::mode::L2 => "l2",
             backend::mode::NAT => "nat",
             backend::mode::LOCAL => "local",
+            backend::mode::FORBIDDEN => "forbidden",
             _ => "unknown",
         }
         .to_owned(),

@@ -190,7 +190,8 @@ impl prometheus_client::collector::Collector for Scrape {
         self.services(&mut out)?;
         self.backends(&mut out)?;
         self.probes(&mut out)?;
-        self.replicas(&mut out)
+        self.replicas(&mut out)?;
+        self.regions(&mut out)
     }
 }
 
@@ -338,6 +339,45 @@ impl Scrape {
             "Whether it takes no new flows while its old ones end",
             spec(draining),
         )
+    }
+
+    fn regions(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let steered = self.control.steered();
+        let snapshot = self.control.engine().snapshot();
+        let region = |name: &crate::model::Name| [("region", name.to_string())];
+        let down = |r: &crate::regions::RegionShown| r.agreed == crate::policy::region::Agreed::Down;
+        let downs = steered.regions.iter().map(|r| (region(&r.name), f64::from(u8::from(down(r)))));
+        out.gauges("lb_region_down", "Whether vantage points agree that the region is down", downs)?;
+        let times =
+            steered.regions.iter().filter_map(|r| Some((region(&r.name), f64::from(r.rtt_us?) / 1e6)));
+        out.gauges("lb_region_rtt_seconds", "Round-trip time to the region", times)?;
+        let labels = |service: &crate::model::Name, region: &crate::model::Name| {
+            [("service", service.to_string()), ("region", region.to_string())]
+        };
+        let shares = snapshot.services.iter().flat_map(|(service, s)| {
+            s.regions.iter().map(move |share| (labels(service, &share.name), f64::from(share.permille) / 1e3))
+        });
+        out.gauges(
+            "lb_service_region_share_ratio",
+            "Share of new flows that the table gives to the region",
+            shares,
+        )?;
+        let places = |value: fn(&crate::policy::region::Place) -> Option<u64>| {
+            steered.services.values().flat_map(move |e| {
+                let all = e.regions.iter();
+                all.filter_map(move |p| Some((labels(&e.service, &p.name), value(p)? as f64)))
+            })
+        };
+        let help = "Requests that the region's replicas can run at once, as they report";
+        out.gauges("lb_service_region_capacity", help, places(|p| p.capacity))?;
+        let help = "Requests that the region's replicas have, running and waiting";
+        out.gauges("lb_service_region_load", help, places(|p| p.capacity.map(|_| p.load)))?;
+        let rollouts = steered.services.values().filter_map(|e| e.rollout.as_ref()).map(|r| {
+            let version = ("version", r.rollout.version.clone());
+            let state = ("state", r.rollout.state.label().to_owned());
+            ([("service", r.service.to_string()), version, state], f64::from(r.rollout.share()) / 1e3)
+        });
+        out.gauges("lb_rollout_share_ratio", "Share of new flows that a new version is to get", rollouts)
     }
 
     fn replicas(&self, out: &mut Encoder<'_>) -> fmt::Result {

@@ -1,7 +1,10 @@
 //! What regions, residency, drains and roll-outs come to in the tables.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use lb_common::slot::NO_BACKEND;
+use lb_common::{
+    backend::{flags, mode},
+    slot::NO_BACKEND,
+};
 use lb_userspace::{
     compile::{Cache, Compiled, Memory, Past, Settings, compile},
     model::{BackendId, Canary, Desired, Health, Here, Name, Observed, Share, Steer},
@@ -139,6 +142,11 @@ fn residency_fails_closed_whatever_was_decided() {
     assert_eq!(shares(&slots), [("eu-1", 500), ("eu-2", 500)].into());
     let us = compiled.status[0].backends.iter().find(|b| b.name == Some(name("us-1"))).unwrap();
     assert_eq!(us.excluded.as_deref(), Some("residency: only eu, not us"));
+    // Nor does an established flow, or a worker that sends packets on, get there.
+    let entry = compiled.plan.backends[&us.index];
+    assert_eq!((entry.mode, entry.flags & flags::DOWN), (mode::FORBIDDEN, flags::DOWN));
+    let open = compiled.plan.backends.values().filter(|b| b.mode == mode::IPIP && b.flags & flags::DOWN == 0);
+    assert_eq!(open.count(), 2);
     for backend in ["eu-1", "eu-2"] {
         host.observed.replicas.clear();
         host.health(backend, Health::Unhealthy);
@@ -167,8 +175,8 @@ fn a_draining_region_takes_nothing_new_and_keeps_what_it_has() {
     assert_eq!(shares(&slots), [("uk-1", 1_000)].into());
     let eu = compiled.status[0].backends.iter().find(|b| b.name == Some(name("eu-1"))).unwrap();
     assert_eq!(eu.excluded.as_deref(), Some("region eu drains"));
-    let flags = compiled.plan.backends[&eu.index].flags;
-    assert_eq!(flags & lb_common::backend::flags::DRAINING, lb_common::backend::flags::DRAINING);
+    let entry = compiled.plan.backends[&eu.index];
+    assert_eq!((entry.mode, entry.flags & (flags::DRAINING | flags::DOWN)), (mode::IPIP, flags::DRAINING));
     assert!(compiled.plan.services[&0].slots().iter().all(|s| s.is_transition()));
 }
 

@@ -8,7 +8,7 @@ use crate::{
     maglev,
     model::{Desired, Ports, Protocol},
 };
-use lb_common::{service, slot::Slot};
+use lb_common::{backend::mode, service, slot::Slot};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -74,6 +74,9 @@ pub struct BackendMemory {
     /// It could take flows and takes none, because others come first: it needs no slow start when its turn comes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stands_by: bool,
+    /// Residency forbids it; a removed one that it forbade is not let in again for its last flows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub forbidden: bool,
     /// When it was removed from the desired state, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_ms: Option<i64>,
@@ -300,10 +303,17 @@ impl Memory {
             memory.backends = of_service
                 .map(|(&backend, entry)| {
                     let address = entries::from_address(&entry.address);
-                    let removed_ms = memory.backends.get(&address).and_then(|b| b.removed_ms);
+                    let before = memory.backends.get(&address);
+                    let removed_ms = before.and_then(|b| b.removed_ms);
                     (
                         address,
-                        BackendMemory { index: backend, removed_ms, started_ms: None, stands_by: false },
+                        BackendMemory {
+                            index: backend,
+                            removed_ms,
+                            started_ms: None,
+                            stands_by: before.is_some_and(|b| b.stands_by),
+                            forbidden: entry.mode == mode::FORBIDDEN,
+                        },
                     )
                 })
                 .collect();

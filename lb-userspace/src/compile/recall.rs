@@ -107,6 +107,7 @@ fn relive(
             removed_ms: None,
             started_ms: None,
             stands_by: false,
+            forbidden: false,
         });
     }
     let excluded = excluded(then, here, &desired.regions);

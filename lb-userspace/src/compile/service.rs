@@ -26,7 +26,10 @@ use crate::{
 };
 use lb_common::{
     Backend, Slot,
-    backend::flags::{DOWN, DRAINING},
+    backend::{
+        flags::{DOWN, DRAINING},
+        mode,
+    },
     load::{FLOW, source},
     service::{flags, scheduler},
     settings::features,
@@ -194,8 +197,10 @@ fn compile_anew(
         (&start.weights, start.scale),
         &rule.eligible,
     );
-    for (b, (&takes, &eligible)) in wanted.backends.values().zip(steered.takes.iter().zip(&rule.eligible)) {
+    let who = steered.takes.iter().zip(&rule.eligible).enumerate();
+    for (b, (i, (&takes, &eligible))) in wanted.backends.values().zip(who) {
         if let Some(known) = memory.backends.get_mut(&b.address) {
+            known.forbidden = input.excluded.get(i) == Some(&Some(Excluded::Residency));
             known.stands_by = eligible && !takes;
         }
     }
@@ -435,7 +440,13 @@ fn allocate(
     for address in wanted {
         if let Entry::Vacant(place) = memory.backends.entry(address) {
             let index = free.backend().ok_or_else(|| too_many("backends", input, "--max-backends"))?;
-            place.insert(BackendMemory { index, removed_ms: None, started_ms: None, stands_by: false });
+            place.insert(BackendMemory {
+                index,
+                removed_ms: None,
+                started_ms: None,
+                stands_by: false,
+                forbidden: false,
+            });
         }
     }
     Ok(())
@@ -609,7 +620,11 @@ fn backend_entries(
 ) -> (Vec<(u32, Backend)>, BTreeSet<u32>) {
     let mut states: HashMap<IpAddr, u32> = HashMap::new();
     for (i, (b, seen)) in input.wanted.backends.values().zip(&input.verdicts).enumerate() {
-        let mut state = if input.is_excluded(i) { DRAINING } else { 0 };
+        let mut state = match input.excluded.get(i).copied().flatten() {
+            None => 0,
+            Some(Excluded::Drains) => DRAINING,
+            Some(Excluded::Residency) => DRAINING | DOWN,
+        };
         if b.state == BackendState::Draining || seen.readiness.declines() {
             state |= DRAINING;
         }
@@ -632,7 +647,11 @@ fn backend_entries(
                 egress.extend(input.settings.attached.keys());
             }
             let state = states.get(&address).copied().unwrap_or(DRAINING);
-            let entry = entries::backend(address, input.wanted, memory.index, hop, state, input.settings);
+            let mut entry = entries::backend(address, input.wanted, memory.index, hop, state, input.settings);
+            if backend.forbidden {
+                // Flows that had been established there, or are held there by anything at all, end here.
+                entry.mode = mode::FORBIDDEN;
+            }
             (backend.index, entry)
         })
         .collect();

@@ -35,10 +35,13 @@ impl Loads {
     pub fn set_cost(&self, index: u32, cost: u32, source: u32) -> Result<(), DataplaneError> {
         // What reports say of the cost is not known before the first one.
         let cost = if source == source::CAPACITY { request_cost(USUAL_CAPACITY) } else { cost };
+        // What one source said is nothing that the other would ever correct.
+        let is_other = self.get(index).is_some_and(|load| load.source != source);
         // Source first: a report of the other kind that comes meanwhile is the last of its kind.
         let done = self.entries.store_u32(index, offset_of!(Load, source), source)
             && self.entries.store_u32(index, offset_of!(Load, cost), cost);
-        super::stored(done, names::LOADS, index)
+        super::stored(done, names::LOADS, index)?;
+        if is_other { self.clear(index) } else { Ok(()) }
     }
 
     /// Forgets a backend's load: no report so far. What programs that still run add is for the one before, so it does
@@ -65,6 +68,13 @@ impl Loads {
 
 impl LoadSink for Loads {
     fn set(&self, backend_index: u32, score: u32, cost: u32) {
+        if cost == 0 {
+            // Nobody reports any more. A report that was under way when the source changed goes with it.
+            if self.get(backend_index).is_some_and(|l| l.source != source::FLOWS) {
+                let _ = self.clear(backend_index);
+            }
+            return;
+        }
         let is_asked = self.get(backend_index).is_some_and(|l| l.source == source::CAPACITY);
         if is_asked && self.entries.store_u32(backend_index, offset_of!(Load, cost), cost) {
             self.store(backend_index, score);

@@ -118,7 +118,7 @@ impl Book {
     }
 
     /// Changes them.
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, Entry>) -> T) -> T {
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, Entry>) -> T) -> T {
         let result = change(&mut self.entries.write().unwrap_or_else(PoisonError::into_inner));
         self.changes.send_modify(|n| *n += 1);
         result

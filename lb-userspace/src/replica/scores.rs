@@ -21,7 +21,8 @@ use tokio::sync::watch;
 /// Where scores go: the dataplane's array, one number per backend index, or a test's.
 pub trait LoadSink: Send + Sync {
     /// Sets a backend's load score, and what one flow more adds to it: the dataplane counts that on top until the
-    /// next report. Costs no more than a few stores to memory.
+    /// next report. A cost of 0 says that nobody reports any more, and forgets the score. Costs no more than a few stores
+    /// to memory.
     fn set(&self, backend_index: u32, score: u32, cost: u32);
 }
 

@@ -258,5 +258,12 @@ fn reported_load_steers_new_flows() -> Result<()> {
     is_loaded(2, 0)?;
     let got = share(2)?;
     ensure!(got > 0.15, "w3 got {got} of the new flows");
+
+    // Nobody is asked any more, so nobody is loaded.
+    bench.say(2, "ready-8-1000")?;
+    is_loaded(2, 1_000_000 + 4 * 1_000 * 1_000_000 / 8)?;
+    bench.stage.lbctl.run(&["service", "set", "llm", "--replica", "none"])?;
+    let got = share(2)?;
+    ensure!(got > 0.15, "w3 got {got} of the new flows by a score that nobody reports");
     Ok(())
 }
