@@ -86,6 +86,21 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, content)], m.render()).into_response()
 }
 
+/// What a model has answered since its engine started: the balancer judges a new version by it. Its own engine's only,
+/// as the report names one model and version.
+fn answers(engine: &Engine) -> Json {
+    let s = &engine.stats;
+    // Failed first: whoever reads between two ends sees none too many.
+    let failed = s.failed.load(Relaxed);
+    let first_tokens = s.first_tokens.load(Relaxed);
+    json!({
+        "finished": s.finished.load(Relaxed),
+        "failed": failed,
+        "first_token_ms": s.first_token_us.load(Relaxed) as f64 / 1e3,
+        "first_tokens": first_tokens,
+    })
+}
+
 /// The replica's state as the balancer reads it.
 pub fn state(app: &App) -> Json {
     let models = app.registry.models();
@@ -120,6 +135,7 @@ pub fn state(app: &App) -> Json {
         "capacity": {"running": capacity, "waiting": queue},
         "tokens_per_second": (app.tokens_per_second.update(generated) * 10.0).round() / 10.0,
         "active_requests": app.active.load(Relaxed),
+        "answers": default.map(|engine| answers(engine)),
         "models": models.engines().map(|e| json!({
             "name": e.name, "version": e.version, "running": e.stats.running.load(Relaxed),
             "waiting": e.stats.waiting.load(Relaxed), "kv_cache_usage": kv_usage(e), "backend": e.backend,

@@ -83,6 +83,14 @@ pub struct Stats {
     pub prompt: AtomicU64,
     /// Failed steps so far.
     pub failures: AtomicU64,
+    /// Requests that have ended so far, however.
+    pub finished: AtomicU64,
+    /// Those of them that a failed step ended.
+    pub failed: AtomicU64,
+    /// Times from arrival to first token so far, summed, in microseconds.
+    pub first_token_us: AtomicU64,
+    /// How many of those there were.
+    pub first_tokens: AtomicU64,
     /// The engine's thread has ended.
     pub stopped: AtomicBool,
 }

@@ -284,7 +284,10 @@ impl Runner {
         match s.last_token.replace(now) {
             None => {
                 self.metrics.prompt_tokens.inc_by(s.request.prompt.len() as u64);
-                self.metrics.time_to_first_token.observe((now - s.request.arrived).as_secs_f64());
+                let waited = now - s.request.arrived;
+                self.metrics.time_to_first_token.observe(waited.as_secs_f64());
+                self.stats.first_token_us.fetch_add(waited.as_micros() as u64, Relaxed);
+                self.stats.first_tokens.fetch_add(1, Relaxed);
                 let started = s.started.unwrap_or(now);
                 self.metrics.queue_time.observe((started - s.request.arrived).as_secs_f64());
             }
@@ -325,7 +328,9 @@ impl Runner {
         for index in indices {
             let sequence = self.scheduler.finish(index);
             sequence.send(Event::Failed(failure.to_owned()));
+            // After it counts as finished: nobody may see more failed than that.
             self.leave(&sequence, Finish::Abort);
+            self.stats.failed.fetch_add(1, Relaxed);
         }
     }
 
@@ -333,6 +338,7 @@ impl Runner {
     fn leave(&self, sequence: &Sequence, finish: Finish) {
         self.stats.in_flight.fetch_sub(1, Relaxed);
         self.stats.in_flight_tokens.fetch_sub(sequence.request.prompt.len(), Relaxed);
+        self.stats.finished.fetch_add(1, Relaxed);
         self.metrics.finished(finish);
         if finish != Finish::Abort {
             self.metrics.e2e_latency.observe(sequence.request.arrived.elapsed().as_secs_f64());
