@@ -128,6 +128,9 @@ fn what_is_not_a_llama_is_named() {
     assert!(refusal(Path::new("/nonexistent/model.gguf")).contains("/nonexistent/model.gguf"));
     std::fs::remove_file(folder.path().join("model.safetensors")).unwrap();
     assert!(refusal(folder.path()).contains("no .safetensors"));
+    // Nobody should convert weights first, and then learn that they cannot be served.
+    std::fs::write(folder.path().join("config.json"), r#"{"architectures":["MambaForCausalLM"]}"#).unwrap();
+    assert!(refusal(folder.path()).contains("`MambaForCausalLM` is not supported"));
 }
 
 #[test]

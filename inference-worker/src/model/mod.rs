@@ -108,6 +108,8 @@ enum Files {
 impl Files {
     fn open(path: &Path) -> Result<Self, LoadError> {
         if path.is_dir() {
+            // Said before anything about its weights: a model that cannot be served.
+            LlamaConfig::from_hf(&read_json(&path.join("config.json"))?)?;
             return Ok(Self::Folder(HfFolder::open(path)?));
         }
         if !path.exists() {
