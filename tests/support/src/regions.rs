@@ -185,7 +185,7 @@ impl Regions {
                 is_told: false,
             })
             .collect();
-        let bird = Bird::start_router(&bed, core, "core", INGRESS_V4, CORE_AS, &neighbours)?;
+        let bird = Bird::start_router(&bed, core, "core", INGRESS_V4, CORE_AS, &neighbours, &NAMES)?;
         let store = cluster.as_ref().map(|cluster: &Cluster| cluster.url("lb"));
         let mut regions = Vec::new();
         for (index, (router, ends)) in networks.into_iter().enumerate() {
@@ -221,10 +221,8 @@ impl Regions {
                 for WorkerHost { worker, .. } in &region.workers {
                     let is_v6 = service.text.contains("fd00:");
                     let address: IpAddr = if is_v6 { worker.v6.into() } else { worker.v4.into() };
-                    text += &format!(
-                        "[[service.backend]]\nname = \"{}\"\naddress = \"{address}\"\n",
-                        worker.name
-                    );
+                    let place = format!("name = \"{}\"\nregion = \"{}\"", worker.name, region.name);
+                    text += &format!("[[service.backend]]\n{place}\naddress = \"{address}\"\n");
                 }
             }
         }
@@ -453,7 +451,15 @@ fn region(
             neighbours.push(Neighbour { name, address, number: host_as(number, host), is_told: false });
         }
     }
-    let bird = Bird::start_router(bed, &router, name, address(0, number, 2), region_as(number), &neighbours)?;
+    let bird = Bird::start_router(
+        bed,
+        &router,
+        name,
+        address(0, number, 2),
+        region_as(number),
+        &neighbours,
+        &["core"],
+    )?;
     let mut workers = Vec::new();
     for (place, letter) in ["a", "b"].iter().enumerate() {
         workers.push(worker(bed, &router, number, 11 + place as u8, &format!("{initial}{letter}"), plan)?);

@@ -28,6 +28,8 @@ const LINES_HELD: usize = 200;
 /// How long a step is watched after what happens in it.
 const WATCH: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Residency: packets of such a service never leave the east.
+const BOUND: &str = "[service.regions]\nallowed = [\"east\"]\n";
 /// Four requests at once, 20 ms each.
 const WORK: &str = "auto-4-20";
 /// One at once, twice as slow: what a GPU does that something else computes on too.
@@ -52,6 +54,8 @@ pub struct Step {
     pub retried: usize,
     /// The longest that a request took which began after the event and was served, in milliseconds.
     pub longest_ms: u64,
+    /// How many of those took more than 2 s.
+    pub late: usize,
     /// Long-lived connections that broke although their worker lives and can be reached.
     pub broken: usize,
     /// Those whose worker died or was cut off.
@@ -101,8 +105,8 @@ pub struct Story {
 fn service(name: &str, vip: u8, port: u16) -> String {
     format!(
         "[[service]]\nname = \"{name}\"\nvip = \"{}\"\nport = {port}\nprotocol = \"tcp\"\nmode = \"gue\"\n\
-         scheduler = \"p2c\"\nreplica = {{ kind = \"stream\", port = {} }}\n[service.health]\nkind = \"http\"\n\
-         path = \"/health\"\nport = {}\ninterval_ms = 1000\ntimeout_ms = 2000\nrise = 1\nfall = 3\ndamping = false\n",
+         scheduler = \"p2c\"\nreplica = {{ kind = \"stream\", port = {}, interval_ms = 300, timeout_ms = 300 }}\n[service.health]\nkind = \"http\"\n\
+         path = \"/health\"\nport = {}\ninterval_ms = 300\ntimeout_ms = 500\nrise = 1\nfall = 2\ndamping = false\n",
         vip_v4(vip),
         replica::PORT,
         replica::PORT,
@@ -116,7 +120,7 @@ impl Story {
         let services = vec![
             offer(service("chat", 1, replica::PORT)),
             offer(service("lines", 1, LINES)),
-            Offer { text: service("bound", 2, replica::PORT), only: Some("east") },
+            Offer { text: service("bound", 2, replica::PORT) + BOUND, only: Some("east") },
         ];
         let plan = Plan {
             regions: 2,
@@ -401,6 +405,10 @@ fn account(
     let until = noticed.max(last_death);
     let under_way = web.failures().filter(|r| until.is_some_and(|at| r.started <= at)).count();
     let failed = web.failed() - under_way;
+    let is_late = |r: &&crate::http::Request| {
+        happened.is_some_and(|at| r.started >= at) && r.took > Duration::from_secs(2)
+    };
+    let late = web.requests.iter().filter(is_late).count();
     let since = happened.and_then(|at| {
         let after = web.requests.iter().filter(|r| r.failure.is_none() && r.started >= at);
         after.map(|r| r.took).max()
@@ -429,6 +437,7 @@ fn account(
         broken: if is_moved { 0 } else { broken },
         moved: if is_moved { broken } else { 0 },
         on_dead: on_dead.len(),
+        late,
         by_worker: web.by_worker(),
         bound: bound.by_worker(),
         bound_failed: bound.failed(),

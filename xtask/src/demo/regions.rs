@@ -19,7 +19,7 @@ pub fn play(report: Option<&Path>) -> Result<Story> {
         "
 Two regions, each with a router, two ingress hosts (lbd, BIRD) and two workers; a core router before the client:
              client                   m2
-                └──────── core ───────┘          core: ECMP over what the regions announce (BGP, BFD 3 x 50 ms)
+                └──────── core ───────┘          core: ECMP over what the regions announce (BGP, BFD 5 x 100 ms; within a region 3 x 50 ms)
                   east │       │ west
          e1 e2 ── router       router ── w1 w2   ingress hosts: VIPs on lo while they are served
          ea eb ──┘  └─ m0   m1 ─┘   └── wa wb    workers: four requests of 20 ms at once, state by event stream
