@@ -129,7 +129,7 @@ pub fn v6_entry<T: GuardTables>(tables: &T, high: u64, low: u64) -> bool {
             continue;
         }
         let bits = bits as u32;
-        let rest = if bits > 64 { bits - 64 } else { 0 };
+        let rest = bits.saturating_sub(64);
         let (high, low) = (high & mask64(if bits > 64 { 64 } else { bits }), low & mask64(rest));
         let key = GuardKey { address: address(words(high, low)), bits };
         if let Some(found) = tables.guard_entry(&key) {

@@ -66,7 +66,7 @@ pub const fn masked(source: [u32; 4], bits: [u32; 2]) -> [u32; 4] {
         let mask = (mask64(bits[0] & 0x3f) >> 32) as u32;
         return [source[0], source[1], source[2], source[3] & mask.to_be()];
     }
-    let rest = if bits[1] > 64 { bits[1] - 64 } else { 0 };
+    let rest = bits[1].saturating_sub(64);
     let (high, low) = (mask64(if bits[1] > 64 { 64 } else { bits[1] }), mask64(rest & 0x7f));
     [
         source[0] & ((high >> 32) as u32).to_be(),
