@@ -22,10 +22,10 @@ pub enum Command {
     Show,
     /// Sources whose packets to services are dropped
     #[command(subcommand)]
-    Deny(List),
+    Deny(Verb),
     /// Exceptions: of all entries that hold an address the longest decides, and of equal ones the exception
     #[command(subcommand)]
-    Allow(List),
+    Allow(Verb),
     /// Which entry decides about an address (exit code 1 if it is denied)
     Check {
         /// Address
@@ -35,7 +35,7 @@ pub enum Command {
 
 /// What to do with one of them.
 #[derive(Debug, Subcommand)]
-pub enum List {
+pub enum Verb {
     /// Add addresses and prefixes
     Add(Add),
     /// Remove entries, as they were added
@@ -127,26 +127,26 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
     }
 }
 
-async fn run_list(context: &mut Context<'_>, name: ListName, list: List) -> Result<Exit, Failure> {
+async fn run_list(context: &mut Context<'_>, name: ListName, list: Verb) -> Result<Exit, Failure> {
     let texts = |nets: &[IpNet]| nets.iter().map(ToString::to_string).collect::<Vec<_>>();
     let label = name.label();
     let (what, change, write) = match list {
-        List::List(args) => return entries(context, name, args).await,
-        List::Add(Add { prefixes, time, write }) => {
+        Verb::List(args) => return entries(context, name, args).await,
+        Verb::Add(Add { prefixes, time, write }) => {
             let change = ListChange { add: texts(&prefixes), for_s: seconds(time)?, ..ListChange::default() };
             (format!("{label} list: {} added", count(prefixes.len())), change, write)
         }
-        List::Rm(Rm { prefixes, write }) => {
+        Verb::Rm(Rm { prefixes, write }) => {
             let change = ListChange { remove: texts(&prefixes), ..ListChange::default() };
             (format!("{label} list: {} removed", count(prefixes.len())), change, write)
         }
-        List::Load(Load { file, keep, time, write }) => {
+        Verb::Load(Load { file, keep, time, write }) => {
             let nets = read(&file)?;
             let add: Vec<String> = nets.iter().map(ToString::to_string).collect();
             let change = ListChange { add, replace: !keep, for_s: seconds(time)?, ..ListChange::default() };
             (format!("{label} list: {} loaded", count(nets.len())), change, write)
         }
-        List::Flush { write } => {
+        Verb::Flush { write } => {
             (format!("{label} list: flushed"), ListChange { replace: true, ..ListChange::default() }, write)
         }
     };
