@@ -195,13 +195,18 @@ fn every_way_to_a_service_is_guarded() {
         let before = ingress.count(Reason::GuardDenied);
         let verdict = ingress.run(bytes).expect("runs").verdict;
         let counted = ingress.count(Reason::GuardDenied) - before;
-        assert_eq!(verdict == xdp::DROP, counted == 1, "verdict {verdict}, counted {counted}");
+        assert_eq!(
+            verdict == xdp::DROP,
+            counted == 1,
+            "verdict {verdict}, counted {counted}: {:?}",
+            ingress.counts()
+        );
         counted == 1
     };
     for (source, expected) in [(denied, true), (other, false)] {
         assert_eq!(dropped(&mut ingress, &echo(source)), expected);
         // A first fragment: more fragments follow.
-        let mut bytes = udp(source, 40_000).bytes();
+        let mut bytes = Packet { payload: vec![0; 16], ..udp(source, 40_000) }.bytes();
         bytes[20] = 0x20;
         bytes[24..26].fill(0);
         let check = test_packet::checksum(&bytes[14..34]);
