@@ -202,7 +202,7 @@ impl Pair {
                     && hashes[0] == hashes[1]
                     && hosts.iter().all(|host| host["revision"].as_u64() == Some(newest));
                 last = hosts.iter().map(|h| format!("{h}\n")).collect();
-                Some((newest, hashes[0].clone()?, same))
+                Some((newest, hashes.first()?.clone()?, same))
             };
             let (a, b) = (tables(&self.a)?, tables(&self.b)?);
             (a == b && a.2).then_some(a.0)
