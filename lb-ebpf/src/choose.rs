@@ -216,14 +216,17 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
-    // An older note, whose backend is down, would be believed by the packet that completes this handshake.
-    let must_note = !packet.is_maglev || noted.is_some() || is_in_transition(packet.view, packet.place.slot);
+    // What is known of an earlier flow would be believed by the packet that completes this handshake.
+    let must_note = known.is_some()
+        || noted.is_some()
+        || !packet.is_maglev
+        || is_in_transition(packet.view, packet.place.slot);
     if must_note && !tables.admits(key.service, FlowTable::Syns, now_s) {
         tables.count(Reason::FlowFlood);
         return unnoted(tables, packet, known);
     }
     let choice = packet.place(tables, now_s)?;
-    if (must_note || known.is_some())
+    if must_note
         && record_syn(tables, headers, key, choice.backend, now_s)
         && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
     {
