@@ -110,6 +110,15 @@ impl Control {
         self.steered.get().map(|watch| watch.borrow().clone()).unwrap_or_default()
     }
 
+    /// What is decided about the newest state known here; what was decided before where that takes too long.
+    async fn decided(&self) -> Arc<Steered> {
+        if let Some(mut watch) = self.steered.get().cloned() {
+            let newest = self.head().revision.number;
+            let _ = tokio::time::timeout(NEWS, watch.wait_for(|steered| steered.revision >= newest)).await;
+        }
+        self.steered()
+    }
+
     /// A service's decision; waits so long for the first.
     async fn explained(&self, service: &Name, patience: Duration) -> Option<Explained> {
         let mut watch = self.steered.get()?.clone();
@@ -332,7 +341,7 @@ fn no_region(region: &Name, desired: &Desired) -> ApiError {
 type Ctl = State<Arc<Control>>;
 
 async fn policies(State(control): Ctl) -> Reply<Vec<Explained>> {
-    Ok(Json(control.steered().services.values().cloned().collect()))
+    Ok(Json(control.decided().await.services.values().cloned().collect()))
 }
 
 async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Explained> {
@@ -341,6 +350,9 @@ async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Expla
     let wanted = find_service(&head, &service)?;
     // One that was changed just now is decided in a moment.
     let patience = if wanted.is_regional() || wanted.rollout.is_some() { NEWS } else { Duration::ZERO };
+    if !patience.is_zero() {
+        control.decided().await;
+    }
     let found = control.explained(&service, patience).await;
     let plain = || {
         ApiError::not_found(format!(
@@ -356,7 +368,7 @@ async fn residency(State(control): Ctl) -> Reply<Vec<Residency>> {
 }
 
 async fn regions(State(control): Ctl) -> Reply<Regions> {
-    let steered = control.steered();
+    let steered = control.decided().await;
     let here = steered.regions.iter().find(|r| r.is_local).map(|r| r.name.clone());
     let here = here.ok_or_else(|| ApiError::not_found("this lbd knows of no regions yet"))?;
     Ok(Json(Regions { here, regions: steered.regions.clone() }))
@@ -410,7 +422,7 @@ async fn region_undrain(
 }
 
 async fn rollouts(State(control): Ctl) -> Reply<Vec<RolloutShown>> {
-    Ok(Json(control.steered().services.values().filter_map(|e| e.rollout.clone()).collect()))
+    Ok(Json(control.decided().await.services.values().filter_map(|e| e.rollout.clone()).collect()))
 }
 
 async fn rollout_start(

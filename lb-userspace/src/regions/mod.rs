@@ -128,6 +128,8 @@ pub struct RegionShown {
 /// Everything that was decided, and by what.
 #[derive(Clone, Debug, Default)]
 pub struct Steered {
+    /// Revision of the desired state that this was decided on.
+    pub revision: u64,
     /// By service; those that have nothing to do with regions or roll-outs are left out.
     pub services: BTreeMap<Name, Explained>,
     /// Regions, by name.

@@ -124,9 +124,11 @@ impl Steering {
         tokio::spawn(rtt::run(self.targets.subscribe(), self.times.0.clone()));
         let mut sent = None;
         loop {
-            let state = desired.borrow_and_update().desired.clone();
+            let stored = desired.borrow_and_update().clone();
+            let (revision, state) = (stored.revision, stored.desired);
             let began = Instant::now();
-            let look = self.look(&state);
+            let mut look = self.look(&state);
+            look.steered.revision = revision.number;
             // However many there are, most of the time is others'.
             let rest = TICK.0.max(began.elapsed() * 10);
             self.ask_for_times(&state);
