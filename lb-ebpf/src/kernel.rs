@@ -312,3 +312,19 @@ pub fn action(verdict: Verdict, egress: &DevMapHash) -> Result<u32, Reason> {
         Verdict::Redirect(ifindex) => egress.redirect(ifindex, 0).map_err(|_| Reason::NoEgress),
     }
 }
+
+/// What every object ends with: its licence, and the panic handler that the language asks for.
+#[macro_export]
+macro_rules! object {
+    () => {
+        #[panic_handler]
+        fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+            // Nothing here panics; the verifier would refuse the program if this could be reached.
+            loop {}
+        }
+
+        #[unsafe(link_section = "license")]
+        #[unsafe(no_mangle)]
+        static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+    };
+}

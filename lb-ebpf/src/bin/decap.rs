@@ -170,12 +170,4 @@ fn gen_cookie(socket: *mut core::ffi::c_void, syn: &Syn) -> i64 {
     }
 }
 
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing here panics; the verifier would refuse the program if this could be reached.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();

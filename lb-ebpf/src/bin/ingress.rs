@@ -727,12 +727,4 @@ fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
 // Kept in the object so that a loader can compare it before anything runs.
 const _: () = assert!(ABI_VERSION == IngressSettings::DEFAULT.abi_version);
 
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing here panics; the verifier would refuse the program if this could be reached.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();

@@ -234,12 +234,4 @@ pub fn probe_in(ctx: TcContext) -> i32 {
 // The address of an IPv4 packet as `see` builds it is the mapped one that maps are keyed by.
 const _: () = assert!(mapped([1, 2, 3, 4])[10] == 0xff && mapped([1, 2, 3, 4])[11] == 0xff);
 
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing here panics; the verifier would refuse the program if this could be reached.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();

@@ -263,12 +263,4 @@ fn balance(frame: &mut XdpFrame<'_>) -> Option<bool> {
     Some(true)
 }
 
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // Nothing here panics; the verifier would refuse the program if this could be reached.
-    loop {}
-}
-
-#[unsafe(link_section = "license")]
-#[unsafe(no_mangle)]
-static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+lb_ebpf::object!();
