@@ -36,13 +36,8 @@ impl Bench {
         let layout = Layout { workers: 4, ..Layout::default() };
         let arguments = &["--region", "eu", "--zone", "a"];
         let stage = Stage::start(Plan { layout, offers: vec![WEB], arguments, ..Plan::default() })?;
-        let workers = stage.bed.workers.iter();
-        let workers =
-            workers.map(|w| replica::start(&stage.bed, w, "worker").map(Some)).collect::<Result<_>>()?;
-        let vip = format!("{}:{PORT}/tcp", vip_v4(1));
-        let service =
-            ["service", "add", "llm", "--vip", &vip, "--replica", "stream", "--replica-interval", "300ms"];
-        stage.lbctl.run(&[&service[..], settings].concat())?;
+        let workers = replica::start_all(&stage.bed, "worker")?;
+        replica::add_service(&stage, settings)?;
         for (index, region) in REGIONS.iter().enumerate() {
             let worker = &stage.bed.workers[index].name;
             let address = stage.backend_address(index, false).to_string();

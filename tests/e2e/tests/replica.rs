@@ -38,13 +38,8 @@ impl Bench {
     fn start(check: &[&str]) -> Result<Self> {
         let layout = Layout { workers: 3, ..Layout::default() };
         let stage = Stage::start(Plan { layout, offers: vec![WEB], ..Plan::default() })?;
-        let workers = stage.bed.workers.iter();
-        let workers =
-            workers.map(|w| replica::start(&stage.bed, w, "worker").map(Some)).collect::<Result<_>>()?;
-        let vip = format!("{}:{PORT}/tcp", vip_v4(1));
-        let service =
-            ["service", "add", "llm", "--vip", &vip, "--replica", "stream", "--replica-interval", "300ms"];
-        stage.lbctl.run(&[&service[..], check].concat())?;
+        let workers = replica::start_all(&stage.bed, "worker")?;
+        replica::add_service(&stage, check)?;
         for index in 0..3 {
             stage.change_backend_of("llm", "add", index)?;
         }

@@ -6,12 +6,14 @@ mod build;
 mod decap;
 mod guard;
 mod ingress;
+mod natively;
 pub mod outer;
 pub mod seeds;
 
 pub use build::{HOST_MAC, PEER_MAC, Packet, SEQUENCE, Vlan, checksum, checksum_is_right};
 pub use decap::Decap;
 pub use ingress::{Ingress, Pair, Run, USED};
+pub use natively::{action, hex};
 
 /// XDP verdicts.
 pub mod xdp {

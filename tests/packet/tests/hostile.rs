@@ -3,7 +3,7 @@
 //! forwarded or has exactly one reason. Floods fill nothing but what they may.
 
 use lb_common::{
-    Address, Backend, Be16, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView,
+    Address, Backend, Be16, Flow, FlowKey, Reason, ServiceKey, ServiceView,
     backend::mode::IPIP,
     mapped, names,
     reason::Fate,
@@ -11,11 +11,11 @@ use lb_common::{
     settings::{DecapSettings, IngressSettings},
 };
 use lb_ebpf::{
-    FlowTable, Verdict,
+    FlowTable,
     native::{HashTables, VecFrame},
 };
 use std::{collections::HashMap, fs, path::Path};
-use test_packet::{Decap, Ingress, Packet, Pair, Vlan, bed, outer, xdp};
+use test_packet::{Decap, Ingress, Packet, Pair, Vlan, action, bed, hex, outer, xdp};
 
 #[path = "../../../fuzz/src/bodies/mod.rs"]
 #[allow(dead_code, reason = "the checks run natively, in lb-ebpf's tests")]
@@ -114,43 +114,10 @@ fn decap_seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
-/// The kernel's tables are made to hold what the native ones hold.
-fn copy(tables: &HashTables, ingress: &mut Ingress) {
-    for (place, slot) in tables.slots.iter().enumerate() {
-        ingress.set_slot(place as u32, *slot);
-    }
-    for (index, view) in &tables.services {
-        ingress.set_service(*index, Service { active: 0, used: 1, views: [*view, *view], reserved: [0] });
-    }
-    for (index, backend) in &tables.backends {
-        ingress.backend(*index, *backend);
-    }
-    for (key, index) in &tables.service_index {
-        ingress.set_key(*key, *index);
-    }
-    for (key, vip) in &tables.vips {
-        ingress.vip(key.vip, *vip);
-    }
-}
-
-fn action(verdict: Verdict) -> u32 {
-    match verdict {
-        Verdict::Pass => xdp::PASS,
-        Verdict::Drop => xdp::DROP,
-        Verdict::Transmit => xdp::TX,
-        Verdict::Redirect(_) => xdp::REDIRECT,
-        Verdict::Stage(_) => unreachable!("stages are followed"),
-    }
-}
-
 /// Packets with a reason that says what became of them.
 fn ends(counts: &[(Reason, u64)]) -> u64 {
     let is_delivered = |r| matches!(r, Reason::DecapIpip | Reason::DecapGue | Reason::ChanceSentOn);
     counts.iter().filter(|(r, _)| r.fate() != Fate::Note || is_delivered(*r)).map(|(_, n)| n).sum()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[test]
@@ -161,9 +128,8 @@ fn ingress_does_in_the_kernel_what_it_does_natively() {
         IngressSettings { icmp_per_s: 1_000_000_000, icmp_burst: u32::MAX, ..IngressSettings::DEFAULT };
     let mut ingress = Ingress::load(settings).expect("loads");
     ingress.egress(bed::EGRESS);
-    ingress.reset();
     let tables = bodies::ingress::world();
-    copy(&tables, &mut ingress);
+    ingress.hold(&tables);
     let (seeds, mut random, mut frame) = (ingress_seeds(), Random(1), Vec::new());
     let mut verdicts = [0u64; 5];
     for batch in 0..PACKETS / BATCH {

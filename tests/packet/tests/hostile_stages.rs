@@ -1,12 +1,9 @@
 //! A million mutated packets through the loaded stages (translation both ways, QUIC, second chance), and the same through
 //! the same code run natively: verdict, frame, counters and bindings must agree, packet by packet.
 
-use lb_common::{Reason, Service, reason::Fate, settings::IngressSettings};
-use lb_ebpf::{
-    Verdict,
-    native::{HashTables, VecFrame},
-};
-use test_packet::{Ingress, USED, bed, seeds, xdp};
+use lb_common::{Reason, reason::Fate, settings::IngressSettings};
+use lb_ebpf::native::{HashTables, VecFrame};
+use test_packet::{Ingress, USED, action, bed, hex, seeds};
 
 #[path = "../../../fuzz/src/bodies/mod.rs"]
 #[allow(dead_code, reason = "the checks run natively, in lb-ebpf's tests")]
@@ -22,47 +19,6 @@ const PACKETS: u64 = 1_000_000;
 const BATCH: u64 = 10_000;
 /// Packets after which it is looked up which flows there are to answer.
 const LOOK: u64 = 100;
-
-/// The kernel's tables are made to hold what the native ones hold.
-fn copy(tables: &HashTables, ingress: &mut Ingress) {
-    ingress.reset();
-    ingress.forget_bindings();
-    for (place, slot) in tables.slots.iter().enumerate() {
-        ingress.set_slot(place as u32, *slot);
-    }
-    for (index, view) in &tables.services {
-        ingress.set_service(*index, Service { active: 0, used: 1, views: [*view, *view], reserved: [0] });
-    }
-    for (index, backend) in &tables.backends {
-        ingress.backend(*index, *backend);
-    }
-    for (key, index) in &tables.service_index {
-        ingress.set_key(*key, *index);
-    }
-    for (key, vip) in &tables.vips {
-        ingress.vip(key.vip, *vip);
-    }
-    for (key, config) in &tables.quic_configs {
-        ingress.quic_config(*key, *config);
-    }
-    for (key, backend) in &tables.quic_servers {
-        ingress.quic_server(*key, *backend);
-    }
-}
-
-fn action(verdict: Verdict) -> u32 {
-    match verdict {
-        Verdict::Pass => xdp::PASS,
-        Verdict::Drop => xdp::DROP,
-        Verdict::Transmit => xdp::TX,
-        Verdict::Redirect(_) => xdp::REDIRECT,
-        Verdict::Stage(_) => unreachable!("stages are followed"),
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
 
 /// What workers would answer to the flows that there are.
 fn answers(tables: &HashTables, random: &mut Random) -> Vec<Vec<u8>> {
@@ -90,7 +46,7 @@ fn stages_do_in_the_kernel_what_they_do_natively() {
     let mut verdicts = [0u64; 5];
     for batch in 0..PACKETS / BATCH {
         let tables = stages::world();
-        copy(&tables, &mut ingress);
+        ingress.hold(&tables);
         let mut workers = Vec::new();
         for i in 0..BATCH {
             if i % LOOK == 0 {

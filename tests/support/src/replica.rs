@@ -21,10 +21,11 @@ use tokio::{
 };
 
 use crate::{
-    bed::{Bed, Worker},
+    bed::{Bed, Worker, vip_v4},
     check::block_on,
     http::Connection,
     process::Process,
+    stage::Stage,
 };
 
 /// The port that it serves and reports on.
@@ -104,6 +105,19 @@ pub fn start(bed: &Bed, worker: &Worker, test: &str) -> Result<Process> {
         worker.namespace.enter(move || std::net::TcpStream::connect(address).is_ok()).unwrap_or(false)
     })?;
     Ok(process)
+}
+
+/// Starts one on each worker of a bed.
+pub fn start_all(bed: &Bed, test: &str) -> Result<Vec<Option<Process>>> {
+    bed.workers.iter().map(|worker| start(bed, worker, test).map(Some)).collect()
+}
+
+/// Adds the service `llm`, which asks its backends for their state; `settings` are further flags.
+pub fn add_service(stage: &Stage, settings: &[&str]) -> Result<()> {
+    let vip = format!("{}:{PORT}/tcp", vip_v4(1));
+    let service =
+        ["service", "add", "llm", "--vip", &vip, "--replica", "stream", "--replica-interval", "300ms"];
+    stage.lbctl.run(&[&service[..], settings].concat()).map(drop)
 }
 
 /// Tells a worker what to report from now on, for [`body`].
