@@ -8,7 +8,9 @@ use crate::{
     config::SettingsError,
     daemon::{args::Worker, xdp_log},
     dataplane::{DataplaneError, DecapDataplane, DecapOptions, detach},
-    metrics, worker_route,
+    metrics,
+    neighbour::netlink::address_in,
+    worker_route,
 };
 use anyhow::Context;
 use futures_util::TryStreamExt;
@@ -147,17 +149,6 @@ fn to_address(ip: &IpAddr) -> Address {
 async fn addresses_of(handle: &Handle, ifindex: u32) -> anyhow::Result<Vec<AddressMessage>> {
     let request = handle.address().get().set_link_index_filter(ifindex);
     request.execute().try_collect().await.context("cannot read the addresses of interfaces")
-}
-
-fn address_in(message: &AddressMessage) -> Option<IpAddr> {
-    let find = |local: bool| {
-        message.attributes.iter().find_map(|a| match a {
-            AddressAttribute::Local(ip) if local => Some(*ip),
-            AddressAttribute::Address(ip) if !local => Some(*ip),
-            _ => None,
-        })
-    };
-    find(true).or_else(|| find(false))
 }
 
 /// Global addresses of interfaces.

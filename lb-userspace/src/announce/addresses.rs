@@ -1,6 +1,7 @@
 //! VIPs as addresses of an interface: read, put on, taken off (rtnetlink). What was there before is told from
 //! ours by a mark (`IFA_PROTO`, Linux 5.18).
 
+use crate::neighbour::netlink::address_in;
 use futures_util::TryStreamExt;
 use rtnetlink::{
     Handle, LinkUnspec,
@@ -23,17 +24,6 @@ pub struct Found {
     /// Carries our mark.
     pub is_marked: bool,
     message: AddressMessage,
-}
-
-fn address_in(message: &AddressMessage) -> Option<IpAddr> {
-    let find = |local: bool| {
-        message.attributes.iter().find_map(|a| match a {
-            AddressAttribute::Local(ip) if local => Some(*ip),
-            AddressAttribute::Address(ip) if !local => Some(*ip),
-            _ => None,
-        })
-    };
-    find(true).or_else(|| find(false))
 }
 
 /// All addresses of this host.

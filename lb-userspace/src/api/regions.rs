@@ -119,15 +119,6 @@ impl Control {
         self.steered()
     }
 
-    /// A service's decision; waits so long for the first.
-    async fn explained(&self, service: &Name, patience: Duration) -> Option<Explained> {
-        let mut watch = self.steered.get()?.clone();
-        let decided = watch.wait_for(|steered| steered.services.contains_key(service));
-        // Without one in time there is none.
-        let _ = tokio::time::timeout(patience, decided).await;
-        watch.borrow().services.get(service).cloned()
-    }
-
     /// Every service's residency, and what is wrong with it.
     pub fn residency(&self) -> Vec<Residency> {
         let (head, snapshot) = (self.head(), self.engine.snapshot());
@@ -348,12 +339,9 @@ async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Expla
     let service = name(&service)?;
     let head = control.head();
     let wanted = find_service(&head, &service)?;
-    // One that was changed just now is decided in a moment.
-    let patience = if wanted.is_regional() || wanted.rollout.is_some() { NEWS } else { Duration::ZERO };
-    if !patience.is_zero() {
-        control.decided().await;
-    }
-    let found = control.explained(&service, patience).await;
+    let is_steered = wanted.is_regional() || wanted.rollout.is_some();
+    let steered = if is_steered { control.decided().await } else { control.steered() };
+    let found = steered.services.get(&service).cloned();
     let plain = || {
         ApiError::not_found(format!(
             "service {service} has neither regions nor a roll-out: all its backends are alike"

@@ -16,6 +16,7 @@ use lb_common::{
     service::{NO_SERVICE, TCP, UDP},
 };
 use std::{
+    cmp::Ordering,
     collections::{BTreeMap, BTreeSet},
     io,
     os::fd::OwnedFd,
@@ -99,6 +100,19 @@ trait Entry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
     fn merged(&self, ours: &Self) -> Option<Self>;
 }
 
+/// The one that was seen last; both in one, where that is the same second. None: ours stays as it is.
+fn later<E: PartialEq + Copy>(
+    (theirs, theirs_s): (&E, u32),
+    (ours, ours_s): (&E, u32),
+    both: E,
+) -> Option<E> {
+    match theirs_s.cmp(&ours_s) {
+        Ordering::Greater => Some(*theirs),
+        Ordering::Equal => (both != *ours).then_some(both),
+        Ordering::Less => None,
+    }
+}
+
 impl Entry for Flow {
     type Key = FlowKey;
 
@@ -115,13 +129,12 @@ impl Entry for Flow {
     }
 
     fn merged(&self, ours: &Self) -> Option<Self> {
-        let both = Self { flags: ours.flags | self.flags, ..*ours };
-        if self.last_seen_s > ours.last_seen_s {
-            Some(*self)
-        } else {
-            // Within one second, either may have seen the end.
-            (self.last_seen_s == ours.last_seen_s && both.flags != ours.flags).then_some(both)
-        }
+        // Within one second, either may have seen the end.
+        later(
+            (self, self.last_seen_s),
+            (ours, ours.last_seen_s),
+            Self { flags: ours.flags | self.flags, ..*ours },
+        )
     }
 }
 
@@ -144,11 +157,7 @@ impl Entry for Nat {
         // Bits that are taken away, and bits that are added.
         let passing = FRESH | NEW;
         let flags = (self.flags & ours.flags & passing) | ((self.flags | ours.flags) & !passing);
-        if self.last_seen_s > ours.last_seen_s {
-            Some(*self)
-        } else {
-            (self.last_seen_s == ours.last_seen_s && flags != ours.flags).then_some(Self { flags, ..*ours })
-        }
+        later((self, self.last_seen_s), (ours, ours.last_seen_s), Self { flags, ..*ours })
     }
 }
 

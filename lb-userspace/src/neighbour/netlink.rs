@@ -10,6 +10,7 @@ use rtnetlink::{
     packet_core::{NetlinkMessage, NetlinkPayload},
     packet_route::{
         RouteNetlinkMessage,
+        address::{AddressAttribute, AddressMessage},
         link::{InfoData, InfoVlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, State, VlanProtocol},
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
@@ -24,6 +25,18 @@ use std::{
     net::IpAddr,
     sync::atomic::{AtomicBool, Ordering},
 };
+
+/// The interface's own address in a message; on point-to-point links the other one stands there too.
+pub fn address_in(message: &AddressMessage) -> Option<IpAddr> {
+    let find = |local: bool| {
+        message.attributes.iter().find_map(|a| match a {
+            AddressAttribute::Local(ip) if local => Some(*ip),
+            AddressAttribute::Address(ip) if !local => Some(*ip),
+            _ => None,
+        })
+    };
+    find(true).or_else(|| find(false))
+}
 
 /// A message of the watched groups.
 pub type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
