@@ -1,6 +1,6 @@
 //! `lbctl backend`.
 
-use super::{Context, Exit, Failure, WriteFlags, service::word};
+use super::{Context, Exit, Failure, WriteFlags, words::word};
 use crate::{
     api::types::BackendInfo,
     model::{BackendState, Name, NameError, QuicError, ServerId},

@@ -16,6 +16,7 @@ mod replica;
 mod rollout;
 mod service;
 mod store;
+mod words;
 
 use crate::{
     api::types::{Change, WriteQuery},

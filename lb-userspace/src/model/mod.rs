@@ -2,6 +2,7 @@
 //! store keeps, what the API and the configuration file speak, and what `compile` starts from.
 
 mod check;
+mod check_service;
 mod desired;
 mod difference;
 pub mod guard;
