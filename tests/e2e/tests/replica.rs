@@ -15,10 +15,12 @@ use test_support::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(15);
-/// What is promised for a killed worker and for one that drains. Asserted three times as long, for machines that
-/// do other things too.
+/// What is promised for a killed worker and for one that drains. Asserted of the median: a machine that does other
+/// things too may keep any one of them waiting.
 const KILLED: Duration = Duration::from_millis(300);
 const DRAINED: Duration = Duration::from_millis(100);
+/// Longest wait that is put down to the machine. Probes would need 10 seconds and more.
+const BUSY: Duration = Duration::from_secs(5);
 /// How often each is measured.
 const ROUNDS: usize = 5;
 
@@ -98,7 +100,7 @@ fn summary(what: &str, mut times: Vec<Duration>, promised: Duration) -> Result<(
     times.sort();
     let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
     println!("{what}: last new flow {median:?} after it in the median, {worst:?} at worst, of {times:?}");
-    ensure!(worst < promised * 3, "{what}: {times:?}, {promised:?} is promised");
+    ensure!(median < promised && worst < BUSY, "{what}: {times:?}, {promised:?} is promised");
     Ok(())
 }
 
