@@ -14,6 +14,7 @@ use crate::{
     reply::ReplyHop,
     service::*,
     settings::*,
+    sign::Signs,
     slot::{Line, Slot},
     stats::*,
 };
@@ -48,6 +49,7 @@ layout! {
     ProbeWay: 20 / 1 { vip @ 0, gue_port @ 16, mode @ 18 };
     ProbeKey: 36 / 1 { vip @ 0, local @ 16, port @ 32, local_port @ 34 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
+    Signs: 8 / 8 { unreachable @ 0, refused @ 4 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
     GuardKey: 20 / 4 { address @ 0, bits @ 16 };
     Lengths: 272 / 4 { count @ 0, bits @ 8 };

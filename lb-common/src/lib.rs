@@ -27,6 +27,7 @@ pub mod reason;
 pub mod reply;
 pub mod service;
 pub mod settings;
+pub mod sign;
 pub mod slot;
 pub mod stats;
 

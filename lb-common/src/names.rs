@@ -60,6 +60,8 @@ pub const SOURCES: &str = "SOURCES";
 pub const PRESSURE: &str = "PRESSURE";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
+/// `ARRAY<Signs>`, memory-mapped, by [`crate::sign::place`]: signs that workers may be dead.
+pub const SIGNS: &str = "SIGNS";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own.
 pub const REASONS: &str = "REASONS";
 /// `DEVMAP_HASH<u32>`: egress interfaces by ifindex.
@@ -146,7 +148,7 @@ pub const SETTINGS: &str = "SETTINGS";
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 /// Maps of the ingress program that are pinned.
-pub const INGRESS_MAPS: [&str; 29] = [
+pub const INGRESS_MAPS: [&str; 30] = [
     SERVICE_INDEX,
     VIPS,
     SERVICES,
@@ -170,6 +172,7 @@ pub const INGRESS_MAPS: [&str; 29] = [
     SOURCES,
     PRESSURE,
     BACKEND_STATS,
+    SIGNS,
     REASONS,
     EGRESS,
     STAGES,

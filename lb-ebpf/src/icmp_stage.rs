@@ -10,12 +10,14 @@ use crate::{
     icmp_error::{deliver, is_error},
     ingress::{Outcome, refuse},
     network::{ICMP, ICMPV6, Network, parse_network},
-    wire::Echo,
+    parse::{address, mapped},
+    wire::{Echo, IcmpError, Ipv4, Ipv6},
 };
 use lb_common::{
     Reason, VipKey,
     names::stage,
     settings::{IngressSettings, features},
+    sign::Sign,
 };
 
 /// Decides the fate of an ICMP message and carries it out on the frame.
@@ -51,6 +53,9 @@ fn receive<F: Frame + Fib, T: Tables>(
     let about_flow = is_error(&network, message.kind);
     // Neighbour discovery and whatever else is for this host is most of what comes here.
     if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
+        if about_flow {
+            note_unreachable(frame, tables, &network, message);
+        }
         let translates = settings.features & features::NAT != 0;
         return Err(if about_flow && translates { Reason::NatError } else { Reason::NotVip });
     }
@@ -66,6 +71,37 @@ fn receive<F: Frame + Fib, T: Tables>(
         return deliver(frame, tables, settings, &network);
     }
     Err(Reason::Icmp)
+}
+
+/// Counts an error that says that a packet of this host (encapsulated, translated, or its own) did not reach its
+/// destination. Whoever that is: lbd knows its backends.
+#[inline(always)]
+fn note_unreachable<F: Frame, T: Tables>(frame: &F, tables: &T, network: &Network, message: Echo) {
+    const UNREACHABLE: u8 = 3;
+    const FRAGMENTATION_NEEDED: u8 = 4;
+    const UNREACHABLE_V6: u8 = 1;
+    const PARAMETER_PROBLEM_V6: u8 = 4;
+    // What a worker answers that does not decapsulate.
+    const UNKNOWN_NEXT_HEADER: u8 = 1;
+    let (kind, code) = (message.kind, message.code);
+    let (packet, at) = (frame.packet(), network.l4 + size_of::<IcmpError>());
+    let (source, destination) = if network.headers.is_ipv6 {
+        if kind != UNREACHABLE_V6 && (kind, code) != (PARAMETER_PROBLEM_V6, UNKNOWN_NEXT_HEADER) {
+            return;
+        }
+        let Some(quoted) = packet.read::<Ipv6>(at) else { return };
+        (quoted.source, quoted.destination)
+    } else {
+        if kind != UNREACHABLE || code == FRAGMENTATION_NEEDED {
+            return;
+        }
+        let Some(quoted) = packet.read::<Ipv4>(at) else { return };
+        (mapped(quoted.source), mapped(quoted.destination))
+    };
+    // Whoever caused an error is told of it: anything else is made up.
+    if source == network.headers.destination {
+        tables.sign(&address(destination), Sign::Unreachable);
+    }
 }
 
 /// Answers an echo request, within the budget. Requests that cannot be turned round in place are the host's.

@@ -1,7 +1,9 @@
 //! The maps as the packet code sees them. Implemented over BPF maps in the kernel, over hash maps in
 //! tests, and over the live maps, read-only, for `explain`.
 
-use lb_common::{Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact};
+use lb_common::{
+    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact, sign::Sign,
+};
 
 /// The three flow tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,6 +98,9 @@ pub trait Tables {
     fn count(&self, reason: Reason);
     /// Adds a forwarded packet of `bytes` to a backend's counters.
     fn account(&self, backend: u32, bytes: u32, new_flow: bool);
+    /// Adds one to the signs of a worker.
+    #[inline(always)]
+    fn sign(&self, _worker: &Address, _sign: Sign) {}
     /// Takes one message from the budget for generated ICMP; false when it is used up.
     fn take_icmp(&self, per_s: u32, burst: u32) -> bool;
     /// Whether the lists deny this source, see [`crate::guard`].

@@ -479,7 +479,30 @@ impl Scrape {
                     ([service, backend, ("result", result.to_owned())], count)
                 })
             });
-            out.counters("lb_health_probes", "Health probes since the start, by result", results)
+            out.counters("lb_health_probes", "Health probes since the start, by result", results)?;
+            let heard = all.iter().filter(|(_, e)| e.heard != crate::health::Heard::default());
+            let signs = heard.clone().flat_map(|(id, e)| {
+                [("unreachable", e.heard.unreachable), ("refused", e.heard.refused)].map(|(sign, count)| {
+                    let [service, backend] = labels(id);
+                    ([service, backend, ("sign", sign.to_owned())], count)
+                })
+            });
+            let help =
+                "Signs that a backend may be dead since the start: ICMP errors, SYNs answered by a reset";
+            out.counters("lb_health_signs", help, signs)?;
+            let early = heard.flat_map(|(id, e)| {
+                // The probe may still be under way.
+                let confirmed = e.heard.early.saturating_sub(e.heard.refuted);
+                [("refuted", e.heard.refuted), ("confirmed", confirmed)].map(|(result, count)| {
+                    let [service, backend] = labels(id);
+                    ([service, backend, ("result", result.to_owned())], count)
+                })
+            });
+            out.counters(
+                "lb_health_early_probes",
+                "Probes that signs brought forward, by what they found",
+                early,
+            )
         })
     }
 }

@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 use lb_common::{
-    ABI_VERSION, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
+    ABI_VERSION, Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
     ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState, block, level},
@@ -24,6 +24,7 @@ use lb_common::{
     names::{LAYOUT_LEN, stage},
     quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
+    sign::{self, Sign, Signs},
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
@@ -108,6 +109,8 @@ static SOURCES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(limits
 static PRESSURE: PerCpuArray<Pressure> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
 static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
+#[map]
+static SIGNS: Array<Signs> = Array::with_max_entries(sign::COUNT, BPF_F_MMAPABLE);
 #[map]
 static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
 #[map]
@@ -345,6 +348,20 @@ impl Tables for Maps {
                 (*stats).bytes += bytes as u64;
                 (*stats).flows += new_flow as u64;
             }
+        }
+    }
+
+    #[inline(always)]
+    fn sign(&self, worker: &Address, sign: Sign) {
+        let Some(signs) = SIGNS.get_ptr_mut(sign::place(worker)) else { return };
+        // SAFETY: the entry stays mapped during the run. Single words are read and written; what a race loses is a sign
+        // among several.
+        unsafe {
+            let word = match sign {
+                Sign::Unreachable => &raw mut (*signs).unreachable,
+                Sign::Refused => &raw mut (*signs).refused,
+            };
+            core::ptr::write_volatile(word, core::ptr::read_volatile(word).wrapping_add(1));
         }
     }
 

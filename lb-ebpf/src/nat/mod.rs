@@ -34,6 +34,7 @@ use lb_common::{
     nat::{self, flags},
     service::{self, TCP, UDP},
     settings::{IngressSettings, features},
+    sign::Sign,
 };
 use rewrite::{Rewrite, rewrite};
 
@@ -367,7 +368,11 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
     };
     let now_s = tables.now_s();
     let bits = headers.tcp_flags;
+    let mut is_refused = false;
     let service = tables.reply(&key, |reply| {
+        // Only what has no acknowledgement, a SYN, is answered so (RFC 9293 3.5.2).
+        is_refused =
+            bits & (tcp::RST | tcp::ACK) == tcp::RST | tcp::ACK && reply.flags & flags::ANSWERED == 0;
         answered(reply, bits, now_s);
         way.hop = reply.hop;
         way.to = Rewrite {
@@ -380,6 +385,9 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
     });
     // Otherwise the host's own, or of a flow that is over: its stack knows.
     let Some(service) = service else { return Ok(None) };
+    if is_refused {
+        tables.sign(&key.worker, Sign::Refused);
+    }
     way.mtu = 0;
     if headers.ip_len > ALWAYS_FITS
         && let Some(mtu) = frame.narrower(way.hop.ifindex, headers.ip_len)

@@ -20,6 +20,7 @@ use lb_common::{
     fragment::{Fragment, FragmentKey},
     load,
     quic::{QuicConfig, ServerIdKey},
+    sign::{self, Sign, Signs},
     stats::IcmpBudget,
 };
 
@@ -114,6 +115,7 @@ pub struct HashTables {
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
     icmp: Cell<IcmpBudget>,
+    signs: RefCell<HashMap<u32, Signs>>,
     turns: RefCell<HashMap<u32, u64>>,
     random: Cell<u64>,
 }
@@ -145,6 +147,7 @@ impl Default for HashTables {
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
             stats: RefCell::default(),
             icmp: Cell::default(),
+            signs: RefCell::default(),
             turns: RefCell::default(),
             random: Cell::new(0x9e37_79b9_7f4a_7c15),
         }
@@ -225,6 +228,11 @@ impl HashTables {
     /// A backend's counters.
     pub fn stats(&self, backend: u32) -> BackendStats {
         self.stats.borrow().get(&backend).copied().unwrap_or_default()
+    }
+
+    /// Signs of a worker.
+    pub fn signs(&self, worker: &Address) -> Signs {
+        self.signs.borrow().get(&sign::place(worker)).copied().unwrap_or_default()
     }
 
     /// Packets forwarded to all backends.
@@ -331,6 +339,15 @@ impl Tables for HashTables {
         stats.packets += 1;
         stats.bytes += u64::from(bytes);
         stats.flows += u64::from(new_flow);
+    }
+
+    fn sign(&self, worker: &Address, sign: Sign) {
+        let mut all = self.signs.borrow_mut();
+        let signs = all.entry(sign::place(worker)).or_default();
+        match sign {
+            Sign::Unreachable => signs.unreachable += 1,
+            Sign::Refused => signs.refused += 1,
+        }
     }
 
     fn take_icmp(&self, per_s: u32, burst: u32) -> bool {

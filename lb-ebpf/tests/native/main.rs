@@ -17,6 +17,7 @@ mod place;
 mod quick;
 #[path = "../../../tests/packet/src/seeds.rs"]
 mod seeds;
+mod signs;
 mod too_big;
 mod worker;
 mod world;

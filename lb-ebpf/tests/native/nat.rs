@@ -62,7 +62,7 @@ fn backend(index: u32, is_ipv6: bool, service: u32) -> Backend {
 }
 
 /// The small world with its services in mode nat; all slots lead to backend 1 (TCP) and 11 (UDP).
-fn tables(is_ipv6: bool) -> HashTables {
+pub fn tables(is_ipv6: bool) -> HashTables {
     let mut tables = world::tables(Slot { primary: 1, secondary: 2 }, Slot { primary: 11, secondary: 12 });
     for index in 1..10 {
         tables.backends.insert(index, backend(index, is_ipv6, TCP_SERVICE));
@@ -74,7 +74,7 @@ fn tables(is_ipv6: bool) -> HashTables {
     tables
 }
 
-fn request(is_ipv6: bool, protocol: u8, port: u16, flags: u8) -> Packet {
+pub fn request(is_ipv6: bool, protocol: u8, port: u16, flags: u8) -> Packet {
     let (client, vip) = if is_ipv6 { (CLIENT6, VIP6) } else { (CLIENT4, VIP4) };
     Packet { flags, ..Packet::new(protocol, (client, port), (vip, if protocol == TCP { 80 } else { 53 })) }
 }
@@ -95,7 +95,7 @@ fn run_with(
 }
 
 /// Sends a client's packet, which must reach a worker.
-fn send(tables: &HashTables, packet: &Packet) -> Nat {
+pub fn send(tables: &HashTables, packet: &Packet) -> Nat {
     let (verdict, outcome, _) = run(tables, &packet.bytes(), 1);
     assert_eq!(verdict, Verdict::Redirect(INSIDE), "{outcome:?}");
     binding(tables, packet).0
@@ -113,7 +113,7 @@ fn binding(tables: &HashTables, packet: &Packet) -> (Nat, Reply) {
 }
 
 /// The packet as its worker gets it.
-fn translated(packet: &Packet, nat: &Nat) -> Packet {
+pub fn translated(packet: &Packet, nat: &Nat) -> Packet {
     Packet {
         vlan: Vlan::None,
         source: (nat.source, nat.source_port.get()),
@@ -124,7 +124,7 @@ fn translated(packet: &Packet, nat: &Nat) -> Packet {
 }
 
 /// A worker's packet to the address and port that it was asked from.
-fn answer(nat: &Nat, protocol: u8, flags: u8) -> Packet {
+pub fn answer(nat: &Nat, protocol: u8, flags: u8) -> Packet {
     let answer = Packet::new(protocol, (nat.worker, nat.port.get()), (nat.source, nat.source_port.get()));
     Packet { flags, payload: b"hello, client: a longer one".to_vec(), ..answer }
 }
@@ -614,7 +614,7 @@ fn stages_do_not_jump_in_a_circle() {
 }
 
 /// An ICMP error from `sender` about `quoted`, whole.
-fn error(sender: Address, quoted: &Packet, quote: usize, kind: u8, code: u8, mtu: u16) -> Vec<u8> {
+pub fn error(sender: Address, quoted: &Packet, quote: usize, kind: u8, code: u8, mtu: u16) -> Vec<u8> {
     let is_v4 = is_mapped(&sender);
     let ip = quoted.ip();
     let mut icmp = [kind, code, 0, 0, 0, 0].to_vec();

@@ -301,6 +301,9 @@ pub struct BackendStatus {
     /// Latest probe; none if there was none since the start, or it is not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_probe: Option<health::Probe>,
+    /// Signs that it may be dead, heard since the start; none if there were none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signs: Option<health::Heard>,
     /// What its replica says; none if the service does not ask. History only where one backend is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica: Option<replica::Entry>,

@@ -254,7 +254,7 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = id(service, name);
-        let Entry { health, since_ms, last, damped, .. } = self.book.get(&id).unwrap_or_default();
+        let Entry { health, since_ms, last, damped, heard, .. } = self.book.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
         let stats = view.stats(&id);
         let status = BackendStatus {
@@ -273,6 +273,7 @@ impl Control {
             problem: applied.and_then(|a| a.problem.clone()),
             excluded: applied.and_then(|a| a.excluded.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
+            signs: Some(heard).filter(|h| h.unreachable + h.refused > 0),
             replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),
         };

@@ -165,6 +165,9 @@ struct Settings {
     /// Whether a backend that keeps failing must pass more checks each time [default: true]
     #[arg(long, value_name = "BOOL")]
     health_damping: Option<bool>,
+    /// Whether signs of a backend's death, ICMP errors and refused connections, bring checks forward [default: true]
+    #[arg(long, value_name = "BOOL")]
+    health_signs: Option<bool>,
     /// How long a backend that is new or healthy again takes to get its full share [default: 0s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     slow_start: Option<Duration>,
@@ -369,6 +372,7 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     health.set("client_key", s.health_key.as_ref());
     health.set("via", s.health_via);
     health.set("damping", s.health_damping);
+    health.set("signs", s.health_signs);
     health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
     health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
     health.set("jitter_percent", s.health_jitter);

@@ -105,6 +105,7 @@ pub const HEALTH: &[&str] = &[
     "rise",
     "fall",
     "damping",
+    "signs",
 ];
 
 /// `[service.replica]`.

@@ -116,6 +116,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     };
 
     let (reader, loads) = (dataplane.reader(), dataplane.loads());
+    let signs = reader.clone();
     let interfaces = interfaces(&dataplane);
     let limits = dataplane.limits;
     let (keep_out, kept) = watch::channel(Vec::new());
@@ -168,7 +169,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
     let prober = prober_through(Some(Arc::new(Tunnel::new(probed))));
-    let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out);
+    let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out).with_signs(signs);
     parts.add("health checks", ended_ok(checker.run(store.watch(), local.clone())));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
     let (said_out, said) = mpsc::channel(EVENTS);

@@ -2,12 +2,14 @@
 //! work beside the one writer; opened from the pins, it needs no daemon at all.
 
 use super::{DataplaneError, batch, bindings::Bindings, mapped::MappedArray, slots::MappedSlots};
+use crate::health::SignSource;
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
+    Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
     guard::{GuardKey, GuardState},
     limit::Pressure,
     names,
+    sign::{self, Signs},
     slot::{LINE, Line},
 };
 use lb_ebpf::FlowTable;
@@ -33,6 +35,7 @@ pub struct Reader {
     slots: MappedSlots,
     backends: MappedArray<Backend>,
     loads: MappedArray<Load>,
+    signs: MappedArray<Signs>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
     pressure: PerCpuArray<MapData, Pressure>,
@@ -79,6 +82,7 @@ impl Reader {
             )?,
             backends: MappedArray::new(&pinned(pin_path, names::BACKENDS)?, names::BACKENDS, false)?,
             loads: MappedArray::new(&pinned(pin_path, names::LOADS)?, names::LOADS, false)?,
+            signs: MappedArray::new(&pinned(pin_path, names::SIGNS)?, names::SIGNS, false)?,
             backend_stats: typed(
                 Map::PerCpuArray(pinned(pin_path, names::BACKEND_STATS)?),
                 names::BACKEND_STATS,
@@ -221,4 +225,10 @@ impl Reader {
 pub(super) fn reasons(map: &PerCpuArray<MapData, u64>) -> Vec<(Reason, u64)> {
     let count = |r: &Reason| map.get(&(*r as u32), 0).map(|v| v.iter().sum()).unwrap_or(0);
     Reason::ALL.iter().map(|r| (*r, count(r))).collect()
+}
+
+impl SignSource for Reader {
+    fn signs(&self, worker: &Address) -> Signs {
+        self.signs.load(sign::place(worker)).unwrap_or_default()
+    }
 }

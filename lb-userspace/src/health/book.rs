@@ -1,5 +1,6 @@
 //! What is known of each backend's health: verdict, last probe, and the latest changes.
 
+use super::Heard;
 use crate::model::{BackendId, Health};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -58,6 +59,9 @@ pub struct Entry {
     /// Successes in a row that it needs to be healthy again, where it fell so often that they are more than `rise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damped: Option<u32>,
+    /// Signs that it may be dead, heard since the start.
+    #[serde(default, skip)]
+    pub heard: Heard,
     /// Address that the verdict is about.
     #[serde(default)]
     pub address: String,

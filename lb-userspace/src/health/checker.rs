@@ -1,6 +1,11 @@
 //! One task per checked backend, following the desired state.
 
-use super::{Book, Entry, Probe, ProbeTarget, verdict::Verdict};
+use super::{
+    Book, Early, Entry, Probe, ProbeTarget,
+    signs::{Hint, LOOK, SignSource, Suspicion},
+    tunnel::to_address,
+    verdict::Verdict,
+};
 use crate::{
     model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Service},
     store::{Local, Stored},
@@ -14,7 +19,7 @@ use std::{
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
     task::{AbortHandle, JoinSet},
-    time::Instant,
+    time::{Instant, MissedTickBehavior},
 };
 
 /// Key of the verdicts in the local store.
@@ -36,9 +41,20 @@ struct Plan {
 pub struct Checker {
     shared: Arc<Shared>,
     tasks: JoinSet<()>,
-    running: BTreeMap<BackendId, (Plan, Option<AbortHandle>)>,
+    running: BTreeMap<BackendId, Running>,
     /// What `running` follows.
     followed: Arc<Desired>,
+    signs: Option<Arc<dyn SignSource>>,
+}
+
+/// One backend.
+struct Running {
+    plan: Plan,
+    /// None if it is not checked.
+    task: Option<AbortHandle>,
+    /// As the packet programs have it.
+    address: lb_common::Address,
+    suspicion: Arc<Suspicion>,
 }
 
 struct Shared {
@@ -60,7 +76,18 @@ impl Checker {
     ) -> Self {
         let permits = Semaphore::new(probes.max(1));
         let shared = Arc::new(Shared { book, verdicts, permits, prober, changed: Notify::new() });
-        Self { shared, tasks: JoinSet::new(), running: BTreeMap::new(), followed: Arc::default() }
+        Self {
+            shared,
+            tasks: JoinSet::new(),
+            running: BTreeMap::new(),
+            followed: Arc::default(),
+            signs: None,
+        }
+    }
+
+    /// The same, with probes that are brought forward by what `signs` counts.
+    pub fn with_signs(self, signs: Arc<dyn SignSource>) -> Self {
+        Self { signs: Some(signs), ..self }
     }
 
     /// Reads the book of before the restart, or an empty one.
@@ -87,17 +114,51 @@ impl Checker {
     /// Follows the desired state until its sender is gone.
     pub async fn run(mut self, mut desired: watch::Receiver<Stored>, local: Arc<dyn Local>) {
         let saver = tokio::spawn(save(self.shared.clone(), local));
+        let mut looks = tokio::time::interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut is_news = true;
         loop {
-            let state = desired.borrow_and_update().desired.clone();
-            self.follow(&state).await;
-            tokio::select! {
-                changed = desired.changed() => if changed.is_err() { break },
-                // Tasks only end by being stopped; this keeps the set from growing.
-                Some(_) = self.tasks.join_next() => {}
+            if is_news {
+                let state = desired.borrow_and_update().desired.clone();
+                self.follow(&state).await;
             }
+            let looks_for_signs = self.signs.is_some() && !self.running.is_empty();
+            is_news = tokio::select! {
+                changed = desired.changed() => match changed {
+                    Ok(()) => true,
+                    Err(_) => break,
+                },
+                // Tasks only end by being stopped; this keeps the set from growing.
+                Some(_) = self.tasks.join_next() => false,
+                _ = looks.tick(), if looks_for_signs => {
+                    self.look();
+                    false
+                }
+            };
         }
         self.tasks.shutdown().await;
         saver.abort();
+    }
+
+    /// Looks for signs of dead workers.
+    fn look(&self) {
+        let Some(source) = &self.signs else { return };
+        let now = Instant::now();
+        for (id, running) in &self.running {
+            if running.task.is_none() || !running.plan.check.signs {
+                continue;
+            }
+            let signs = source.signs(&running.address);
+            let (unreachable, refused) = running.suspicion.look(signs, now);
+            if (unreachable, refused) != (0, 0) {
+                self.shared.book.change(|entries| {
+                    if let Some(entry) = entries.get_mut(id) {
+                        entry.heard.unreachable += u64::from(unreachable);
+                        entry.heard.refused += u64::from(refused);
+                    }
+                });
+            }
+        }
     }
 
     /// Starts, restarts and stops tasks so that they match `desired`. Services that stay as they were are
@@ -118,10 +179,10 @@ impl Checker {
         }
         for name in changed.keys() {
             for id in ids_of(&self.running, name) {
-                if let Some((plan, task)) = self.running.get(&id)
-                    && plans.get(&id) != Some(plan)
+                if let Some(running) = self.running.get(&id)
+                    && plans.get(&id) != Some(&running.plan)
                 {
-                    task.iter().for_each(AbortHandle::abort);
+                    running.task.iter().for_each(AbortHandle::abort);
                     self.running.remove(&id);
                 }
             }
@@ -153,15 +214,18 @@ impl Checker {
                 }
                 entry.health
             });
+            let suspicion = Arc::new(Suspicion::default());
             let task = if plan.check.kind == HealthKind::None {
                 self.shared.settle(&id, Health::Healthy, "not checked").await;
                 None
             } else {
                 let _ = self.shared.verdicts.send((id.clone(), known)).await;
-                let job = watch_backend(self.shared.clone(), id.clone(), plan.clone(), known);
+                let job =
+                    watch_backend(self.shared.clone(), id.clone(), plan.clone(), known, suspicion.clone());
                 Some(self.tasks.spawn(job))
             };
-            self.running.insert(id, (plan, task));
+            self.running
+                .insert(id, Running { address: to_address(plan.target.address.ip()), plan, task, suspicion });
         }
     }
 }
@@ -206,6 +270,25 @@ impl Shared {
         let _ = self.verdicts.send((id.clone(), health)).await;
     }
 
+    /// Writes down that a probe is brought forward.
+    fn hinted(&self, id: &BackendId, hint: Hint) {
+        self.book.change(|entries| {
+            if let Some(entry) = entries.get_mut(id) {
+                entry.heard.early += 1;
+                entry.heard.last = Some(Early { time_ms: now_ms(), what: hint.to_string() });
+            }
+        });
+    }
+
+    /// Writes down that the probe found nothing wrong.
+    fn refuted(&self, id: &BackendId) {
+        self.book.change(|entries| {
+            if let Some(entry) = entries.get_mut(id) {
+                entry.heard.refuted += 1;
+            }
+        });
+    }
+
     fn record(&self, id: &BackendId, probe: Probe, damped: Option<u32>) {
         self.book.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
@@ -219,17 +302,35 @@ impl Shared {
 }
 
 /// Probes one backend for ever.
-async fn watch_backend(shared: Arc<Shared>, id: BackendId, plan: Plan, known: Health) {
+async fn watch_backend(
+    shared: Arc<Shared>,
+    id: BackendId,
+    plan: Plan,
+    known: Health,
+    suspicion: Arc<Suspicion>,
+) {
     let (mut verdict, began) = (Verdict::new(known), Instant::now());
+    // What its probes were brought forward for, until one of them tells.
+    let mut hint: Option<Hint> = None;
     // The first probe comes at a random moment of the first interval, so that they spread.
     let mut wait = verdict.wait(&plan.check, 0.5).mul_f64(rand::random());
     loop {
-        tokio::time::sleep(wait).await;
+        let may_hint = hint.is_none() && verdict.health() == Health::Healthy;
+        tokio::select! {
+            biased;
+            heard = suspicion.hint(), if may_hint => {
+                tracing::debug!(backend = %id, address = %plan.target.address, signs = %heard, "probed early");
+                verdict.suspect();
+                shared.hinted(&id, heard);
+                hint = Some(heard);
+            }
+            () = tokio::time::sleep(wait) => {}
+        }
         let Ok(permit) = shared.permits.acquire().await else { return };
         let start = Instant::now();
         let result = (shared.prober)(plan.target.clone()).await;
         drop(permit);
-        let (ok, reason) = match result {
+        let (ok, mut reason) = match result {
             Ok(reason) => (true, reason),
             Err(reason) => (false, reason),
         };
@@ -240,9 +341,17 @@ async fn watch_backend(shared: Arc<Shared>, id: BackendId, plan: Plan, known: He
         let needed = verdict.needed(&plan.check, now);
         let damped = (needed > u32::from(plan.check.rise)).then_some(needed);
         shared.record(&id, Probe { time_ms: now_ms(), ok, reason: reason.clone(), took_us }, damped);
+        if ok && hint.take().is_some() {
+            suspicion.refute(Instant::now());
+            shared.refuted(&id);
+        }
         if let Some(from) = before {
             let to = verdict.health();
             let address = plan.target.address;
+            if let Some(hint) = hint.take() {
+                suspicion.confirm();
+                reason = format!("{reason}; probed early: {hint}");
+            }
             if to == Health::Unhealthy {
                 tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
             } else {
@@ -271,7 +380,7 @@ mod tests {
     use crate::store::Revision;
     use std::sync::{
         Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     };
 
     #[derive(Default)]
@@ -406,5 +515,121 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(10)).await;
         assert_eq!(counts(&book), before);
         assert!(book.read(|all| all.values().all(|e| e.health == Health::Healthy)));
+    }
+
+    /// Signs of one worker, as they would be counted.
+    #[derive(Default)]
+    struct Counted(AtomicU32);
+
+    impl SignSource for Counted {
+        fn signs(&self, _: &lb_common::Address) -> lb_common::sign::Signs {
+            lb_common::sign::Signs { unreachable: self.0.load(Ordering::SeqCst), refused: 0 }
+        }
+    }
+
+    /// A checker of one backend that is probed each ten seconds, and healthy.
+    struct Slow {
+        up: Arc<AtomicBool>,
+        signs: Arc<Counted>,
+        book: Arc<Book>,
+        verdicts: mpsc::Receiver<(BackendId, Health)>,
+        _state: watch::Sender<Stored>,
+    }
+
+    impl Slow {
+        async fn start(more: &str) -> Self {
+            let up = Arc::new(AtomicBool::new(true));
+            let is_up = up.clone();
+            let prober: Prober = Arc::new(move |_| {
+                let up = is_up.load(Ordering::SeqCst);
+                Box::pin(async move { if up { Ok("fine".to_owned()) } else { Err("no answer".to_owned()) } })
+            });
+            let check = format!(r#"{{"kind":"tcp","interval_ms":10000,"jitter_percent":0{more}}}"#);
+            let (tx, verdicts) = mpsc::channel(100);
+            let (book, signs) = (Arc::new(Book::default()), Arc::new(Counted::default()));
+            let state = watch::Sender::new(stored(1, &check));
+            let checker = Checker::new(book.clone(), 10, prober, tx).with_signs(signs.clone());
+            tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
+            let mut slow = Self { up, signs, book, verdicts, _state: state };
+            while next(&mut slow.verdicts).await.1 != Health::Healthy {}
+            // A moment after a probe: the next is far off.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            slow
+        }
+
+        fn entry(&self) -> Entry {
+            self.book.get(&id("b0")).unwrap()
+        }
+
+        /// Dies, with signs at each look if they are `seen`; says how long it took to be known.
+        async fn die(&mut self, seen: bool) -> Duration {
+            self.up.store(false, Ordering::SeqCst);
+            let start = Instant::now();
+            loop {
+                tokio::select! {
+                    (_, health) = next(&mut self.verdicts) => {
+                        assert_eq!(health, Health::Unhealthy);
+                        return start.elapsed();
+                    }
+                    () = tokio::time::sleep(Duration::from_millis(50)) => {
+                        self.signs.0.fetch_add(u32::from(seen), Ordering::SeqCst);
+                    }
+                }
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn signs_bring_probes_forward_and_those_decide() {
+        let mut slow = Slow::start("").await;
+        let took = slow.die(true).await;
+        // Three probes, as ever, but a second apart.
+        assert!(took > Duration::from_secs(2) && took < Duration::from_millis(2_500), "{took:?}");
+        let entry = slow.entry();
+        let last = entry.history.back().unwrap();
+        assert!(
+            last.reason.starts_with("no answer; probed early: ") && last.reason.contains("unreachable"),
+            "{}",
+            last.reason
+        );
+        assert_eq!((entry.heard.early, entry.heard.refuted, entry.failures), (1, 0, 3));
+        assert!(entry.heard.unreachable > 30 && entry.heard.refused == 0, "{:?}", entry.heard);
+        // Of one that is known to be dead they say nothing new.
+        let before = entry.failures;
+        for _ in 0..100 {
+            slow.signs.0.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(LOOK).await;
+        }
+        let entry = slow.entry();
+        assert!(entry.failures <= before + 1 && entry.heard.early == 1, "{entry:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_signs_a_death_takes_its_time() {
+        for (more, seen) in [("", false), (r#","signs":false"#, true)] {
+            let mut slow = Slow::start(more).await;
+            let took = slow.die(seen).await;
+            assert!(took > Duration::from_secs(29), "{took:?}");
+            assert_eq!(slow.entry().heard, Default::default());
+            assert_eq!(slow.entry().history.back().unwrap().reason, "no answer");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn forged_signs_cost_some_probes_and_no_verdict() {
+        let mut slow = Slow::start("").await;
+        let before = slow.entry().successes;
+        for _ in 0..3_000 {
+            slow.signs.0.fetch_add(7, Ordering::SeqCst);
+            tokio::time::sleep(LOOK).await;
+        }
+        let entry = slow.entry();
+        assert_eq!((entry.health, entry.failures), (Health::Healthy, 0));
+        assert!(entry.heard.early >= 5 && entry.heard.early <= 12, "{:?}", entry.heard);
+        assert_eq!(entry.heard.refuted, entry.heard.early);
+        // In five minutes: one each ten seconds, and those.
+        let probes = entry.successes - before;
+        assert!((28..=44).contains(&probes), "{probes}");
+        assert!(slow.verdicts.try_recv().is_err());
     }
 }

@@ -2,13 +2,14 @@
 //!
 //! Input: the watched desired state, and the verdicts of before a restart. Output: `(BackendId, Health)`
 //! events, and the [`Book`] that API and metrics read. Called by the daemon.
-//! [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] keeps one task per backend.
+//! [`signs`] brings probes forward. [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] keeps one task per backend.
 
 pub mod book;
 pub mod checker;
 pub mod grpc;
 pub mod http;
 pub mod probe;
+pub mod signs;
 pub mod tls;
 pub mod tunnel;
 pub mod verdict;
@@ -19,4 +20,5 @@ mod tests;
 pub use book::{Book, Entry, Probe, Transition};
 pub use checker::{Checker, Prober};
 pub use probe::{ProbeTarget, prober, prober_through};
+pub use signs::{Early, Heard, SignSource};
 pub use tunnel::{Through, Tunnel};

@@ -115,7 +115,7 @@ impl Tunnel {
     }
 }
 
-fn to_address(ip: IpAddr) -> lb_common::Address {
+pub(super) fn to_address(ip: IpAddr) -> lb_common::Address {
     match ip {
         IpAddr::V4(v4) => lb_common::mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),

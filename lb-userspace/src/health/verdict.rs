@@ -13,15 +13,19 @@ pub struct Verdict {
     /// Successes in a row, or failures as a negative number.
     run: i32,
     falls: Damper,
+    /// Something else than a probe says that it is dead: the next probes come fast, until one tells.
+    suspected: bool,
 }
 
 /// Shortest wait between two probes.
 const SHORTEST: Duration = Duration::from_millis(10);
+/// Longest wait of one that is suspected.
+const LONGEST_SUSPENSE: Duration = Duration::from_secs(1);
 
 impl Verdict {
     /// Starts from what was last known.
     pub fn new(health: Health) -> Self {
-        Self { health, run: 0, falls: Damper::default() }
+        Self { health, ..Self::default() }
     }
 
     /// What holds now.
@@ -35,9 +39,16 @@ impl Verdict {
         u32::from(check.rise) * factor
     }
 
+    /// There are signs that it is dead. Rise and fall hold as ever; only the waits between probes are short, until one
+    /// passes or the verdict falls.
+    pub fn suspect(&mut self) {
+        self.suspected = self.health == Health::Healthy;
+    }
+
     /// Takes one probe's result, at `now` of a steady clock; the old verdict if it has just changed.
     pub fn observe(&mut self, ok: bool, check: &HealthCheck, now: Duration) -> Option<Health> {
         self.run = if ok { self.run.max(0).saturating_add(1) } else { self.run.min(0).saturating_sub(1) };
+        self.suspected &= !ok;
         let next = if i64::from(self.run) >= i64::from(self.needed(check, now)) {
             Health::Healthy
         } else if -self.run >= i32::from(check.fall) {
@@ -48,14 +59,20 @@ impl Verdict {
         if self.health == Health::Healthy && next == Health::Unhealthy {
             self.falls.fall(now);
         }
+        self.suspected &= next == self.health;
         (next != self.health).then(|| std::mem::replace(&mut self.health, next))
     }
 
     /// Wait before the next probe. `random` in 0 to 1 spreads it by the check's jitter. Without a verdict
-    /// probes come ten times as fast, so that a new backend does not wait for its first flow.
+    /// probes come ten times as fast, so that a new backend does not wait for its first flow; with suspicion too, so
+    /// that a dead one gets no more.
     pub fn wait(&self, check: &HealthCheck, random: f64) -> Duration {
         let interval = Duration::from_millis(check.interval_ms.into());
-        let interval = if self.health == Health::Unknown { interval / 10 } else { interval };
+        let interval = match self.health {
+            Health::Unknown => interval / 10,
+            _ if self.suspected => (interval / 10).min(LONGEST_SUSPENSE),
+            _ => interval,
+        };
         let jitter = f64::from(check.jitter_percent.min(100)) / 100.0;
         interval.mul_f64(1.0 + jitter * (2.0 * random.clamp(0.0, 1.0) - 1.0)).max(SHORTEST)
     }
@@ -127,6 +144,32 @@ mod tests {
         assert_eq!(rises, [2, 2, 4, 8, 16, 32, 32]);
         assert_eq!(verdict.needed(&HealthCheck { damping: false, ..check() }, now), 2);
         assert_eq!(verdict.needed(&check(), now + Duration::from_secs(1_500)), 2, "forgotten by then");
+    }
+
+    #[test]
+    fn suspicion_makes_waits_short_until_a_probe_tells() {
+        let wait = |v: &Verdict| v.wait(&check(), 0.5).as_millis();
+        let mut verdict = Verdict::new(Health::Healthy);
+        verdict.suspect();
+        assert_eq!(wait(&verdict), 100);
+        // Refuted.
+        verdict.observe(true, &check(), Duration::ZERO);
+        assert_eq!(wait(&verdict), 1_000);
+        // Confirmed: as many failures as ever, in a shorter time.
+        verdict.suspect();
+        for _ in 0..2 {
+            assert_eq!(verdict.observe(false, &check(), Duration::ZERO), None);
+            assert_eq!(wait(&verdict), 100);
+        }
+        assert_eq!(verdict.observe(false, &check(), Duration::ZERO), Some(Health::Healthy));
+        assert_eq!((verdict.health(), wait(&verdict)), (Health::Unhealthy, 1_000));
+        // The dead need not be suspected.
+        verdict.suspect();
+        assert_eq!(wait(&verdict), 1_000);
+        let slow = HealthCheck { interval_ms: 60_000, ..check() };
+        let mut verdict = Verdict::new(Health::Healthy);
+        verdict.suspect();
+        assert_eq!(verdict.wait(&slow, 0.5), LONGEST_SUSPENSE);
     }
 
     #[test]

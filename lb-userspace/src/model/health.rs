@@ -141,6 +141,8 @@ pub struct HealthCheck {
     pub fall: u8,
     /// Whether a backend that keeps falling must pass more probes each time.
     pub damping: bool,
+    /// Whether signs of its death (ICMP errors, refused connections) bring probes forward.
+    pub signs: bool,
 }
 
 impl Default for HealthCheck {
@@ -155,6 +157,7 @@ impl Default for HealthCheck {
             rise: 2,
             fall: 3,
             damping: true,
+            signs: true,
         }
     }
 }
@@ -203,6 +206,8 @@ struct Fields {
     fall: u8,
     #[serde(default = "yes", skip_serializing_if = "is_yes")]
     damping: bool,
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    signs: bool,
 }
 
 fn yes() -> bool {
@@ -349,6 +354,7 @@ impl TryFrom<Fields> for HealthCheck {
             rise: f.rise,
             fall: f.fall,
             damping: f.damping,
+            signs: f.signs,
         })
     }
 }
@@ -380,6 +386,7 @@ impl From<HealthCheck> for Fields {
             rise: h.rise,
             fall: h.fall,
             damping: h.damping,
+            signs: h.signs,
         };
         match h.kind {
             HealthKind::None => {}
@@ -442,6 +449,7 @@ mod tests {
             r#"{"kind":"grpc","service":"a.B","host":"h"}"#,
             r#"{"kind":"grpcs","verify":false}"#,
             r#"{"kind":"tls","client_cert":"/c","client_key":"/k"}"#,
+            r#"{"kind":"tcp","damping":false,"signs":false}"#,
         ] {
             let one = parse(json).unwrap();
             assert_eq!(parse(&serde_json::to_string(&one).unwrap()).unwrap(), one);

@@ -257,6 +257,9 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         let took = units::micros(probe.took_us);
         pairs.push(("last probe", format!("{word} {} ago: {} ({took})", ago(probe.time_ms), probe.reason)));
     }
+    if let Some(heard) = &s.signs {
+        pairs.push(("signs", signs(heard)));
+    }
     if let Some(progress) = &s.drain {
         pairs.push(("drain", drain(progress)));
     }
@@ -307,6 +310,20 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         super::replica::history(out, replica)?;
     }
     Ok(())
+}
+
+/// What was heard of a backend, and what came of it.
+fn signs(heard: &crate::health::Heard) -> String {
+    let mut text = format!("{} unreachable, {} refused", heard.unreachable, heard.refused);
+    if let Some(last) = &heard.last {
+        let (times, refuted) = (heard.early, heard.refuted);
+        text += &format!(
+            "; probed early {times} times ({refuted} for nothing), last {} ago: {}",
+            ago(last.time_ms),
+            last.what
+        );
+    }
+    text
 }
 
 /// Engine, place, and whether it answers.
