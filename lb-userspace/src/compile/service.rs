@@ -70,11 +70,18 @@ pub(super) struct Output {
     pub next_change_ms: Option<i64>,
 }
 
-/// The last output and its input; and the tables made lately, by what they were made from.
+/// The last output and its input, and the tables made lately.
 #[derive(Default)]
 pub(super) struct Cached {
     last: Option<Last>,
-    tables: Vec<(Arc<Shape>, Arc<maglev::Table>)>,
+    tables: Tables,
+}
+
+/// Tables made lately by what they were made from, and the last history that was dealt.
+#[derive(Default)]
+struct Tables {
+    kept: Vec<(Arc<Shape>, Arc<maglev::Table>)>,
+    dealt: Option<maglev::Dealt>,
 }
 
 struct Last {
@@ -161,7 +168,7 @@ fn compile_anew(
     input: &Input<'_>,
     before: Option<&Arc<ServiceMemory>>,
     free: &mut FreeIndices,
-    tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>,
+    tables: &mut Tables,
 ) -> Result<Output, CompileError> {
     let wanted = input.wanted;
     check_features(input)?;
@@ -491,26 +498,25 @@ pub(super) fn shape(
 }
 
 /// The table of a shape, built at most once while it is kept.
-fn table(shape: &Arc<Shape>, tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>) -> Arc<maglev::Table> {
-    if let Some(at) = tables.iter().position(|(s, _)| s == shape) {
-        tables[..=at].rotate_right(1);
+fn table(shape: &Arc<Shape>, tables: &mut Tables) -> Arc<maglev::Table> {
+    let Tables { kept, dealt } = tables;
+    if let Some(at) = kept.iter().position(|(s, _)| s == shape) {
+        kept[..=at].rotate_right(1);
     } else {
         let members: Vec<_> = shape
             .members
             .iter()
             .map(|m| maglev::Member { seat: m.seat, weight: m.weight, eligible: m.eligible })
             .collect();
-        tables.truncate(KEPT_TABLES - 1);
-        tables.insert(
-            0,
-            (shape.clone(), Arc::new(maglev::build(shape.seed, shape.size, &shape.turns, &members))),
-        );
+        kept.truncate(KEPT_TABLES - 1);
+        let table = maglev::build_again(shape.seed, shape.size, &shape.turns, &members, dealt);
+        kept.insert(0, (shape.clone(), Arc::new(table)));
     }
-    tables[0].1.clone()
+    kept[0].1.clone()
 }
 
 /// When each slot last changed, worked out from the epochs.
-fn replay(epochs: &[Epoch], size: u32, tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>) -> Vec<i64> {
+fn replay(epochs: &[Epoch], size: u32, tables: &mut Tables) -> Vec<i64> {
     // A new seed, size or hash changes all slots; what was before is not told in this table's.
     let since = epochs.windows(2).rposition(|pair| !pair[0].shape.comparable(&pair[1].shape));
     let (first_ms, epochs) = since.map_or((i64::MIN, epochs), |i| (epochs[i + 1].from_ms, &epochs[i + 1..]));
@@ -522,13 +528,7 @@ fn replay(epochs: &[Epoch], size: u32, tables: &mut Vec<(Arc<Shape>, Arc<maglev:
 }
 
 /// Stamps the slots whose primary differs between two comparable shapes.
-fn note_changes(
-    old: &Arc<Shape>,
-    new: &Arc<Shape>,
-    at_ms: i64,
-    changed: &mut [i64],
-    tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>,
-) {
+fn note_changes(old: &Arc<Shape>, new: &Arc<Shape>, at_ms: i64, changed: &mut [i64], tables: &mut Tables) {
     let position: HashMap<IpAddr, u16> =
         new.members.iter().enumerate().map(|(i, m)| (m.address, i as u16)).collect();
     let in_new: Vec<u32> =
@@ -560,7 +560,7 @@ fn region(
     shape: &Arc<Shape>,
     window_ms: i64,
     reshaped: bool,
-    tables: &mut Vec<(Arc<Shape>, Arc<maglev::Table>)>,
+    tables: &mut Tables,
     view: &mut View,
 ) -> Vec<Slot> {
     let base_shape = memory.base().map_or_else(|| shape.clone(), |e| e.shape.clone());

@@ -25,7 +25,7 @@ use crate::{
     clock,
     compile::{self, Past},
     config::{File, Options, Settings, SettingsError, export},
-    dataplane::{AttachOptions, Carried, Dataplane, Limits, ON_DEMAND, Takeover},
+    dataplane::{AttachOptions, Carried, Dataplane, Limits, ON_DEMAND, Takeover, loaded_features},
     health::{Checker, Tunnel, prober_through},
     metrics,
     model::{Desired, Health, Here},
@@ -380,10 +380,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
         pin_path: settings.pin_path.clone(),
         limits,
         settings: IngressSettings {
-            // The parts that cost something even where nobody uses them.
-            features: settings.ingress.features
-                & if settings.chain { features::ALL } else { !features::CHAIN }
-                & (used | !ON_DEMAND),
+            features: loaded_features(settings.ingress.features, settings.chain, used),
             syns_per_s: budgets.syns,
             flows_per_s: budgets.flows,
             udp_per_s: budgets.udp,

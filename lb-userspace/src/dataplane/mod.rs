@@ -98,6 +98,13 @@ impl Default for Limits {
 /// Features that cost something for every packet, and are therefore in the program only while somebody uses them.
 pub const ON_DEMAND: u32 = features::GUARD | features::RATE;
 
+/// Features with which the program is loaded: of the `configured` ones those that cost something even where nobody uses
+/// them are left out unless they are `used` ([`ON_DEMAND`]), or users' programs are `chained`.
+pub const fn loaded_features(configured: u32, chained: bool, used: u32) -> u32 {
+    let chain = if chained { features::ALL } else { !features::CHAIN };
+    configured & chain & (used | !ON_DEMAND)
+}
+
 /// How to attach an ingress host's dataplane.
 #[derive(Clone, Debug)]
 pub struct AttachOptions {

@@ -14,6 +14,7 @@ const RANKS: usize = 256;
 const PROBES: u64 = 32;
 
 /// The slots of each seat.
+#[derive(Clone)]
 pub(super) struct Dealer {
     key: u64,
     size: u32,
@@ -105,8 +106,13 @@ impl Dealer {
                 let seat = seat as usize;
                 count[seat] -= debt;
                 let from = (first[seat] + count[seat]) as usize;
-                // Mostly one or two: a loop costs less than a call that copies.
-                (from..from + debt as usize).for_each(|at| slots.push(slots[at]));
+                let piece = from..from + debt as usize;
+                if debt > 8 {
+                    slots.extend_from_within(piece);
+                } else {
+                    // Mostly one or two: a loop costs less than a call that copies.
+                    piece.for_each(|at| slots.push(slots[at]));
+                }
             }
             let mut next = begin;
             for seat in group.clone() {
@@ -216,7 +222,7 @@ impl Dealer {
 }
 
 /// What each seat gives; reused from turn to turn.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Debts {
     /// Surplus of each seat in [`RANKS`]ths of a slot, rounded up; 0 if it has none.
     over: Vec<i32>,

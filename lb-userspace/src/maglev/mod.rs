@@ -72,10 +72,70 @@ fn scale(hash: u64, bound: u32) -> u32 {
     ((u128::from(hash) * u128::from(bound)) >> 64) as u32
 }
 
+/// A history that has been dealt: most of the work of a table, and the same until a seat is taken or left.
+pub struct Dealt {
+    seed: [u64; 2],
+    size: u32,
+    seats: usize,
+    history: Vec<Turn>,
+    dealer: Dealer,
+}
+
+impl Dealt {
+    /// The table after this history: taken from `known` if it is of the same, else dealt, and then known.
+    fn dealer(
+        known: &mut Option<Self>,
+        seed: [u64; 2],
+        size: u32,
+        seats: usize,
+        history: Vec<Turn>,
+    ) -> Dealer {
+        if let Some(dealt) = known
+            && (dealt.seed, dealt.size, dealt.seats) == (seed, size, seats)
+            && dealt.history == history
+        {
+            return dealt.dealer.clone();
+        }
+        let mut dealer = Dealer::new(seed, size, seats);
+        dealer.replay(&history);
+        *known = Some(Self { seed, size, seats, history, dealer: dealer.clone() });
+        dealer
+    }
+}
+
 /// Builds the table of `size` slots (a prime). An empty history stands for the members in the order of their
 /// seats; a member whose seat it does not name comes after it. Members with weight 0 take no part; at most
 /// [`MAX_MEMBERS`] are looked at. Cost: about size × ln(seats) moves and seats²/2 quotas of the history.
 pub fn build(seed: [u64; 2], size: u32, history: &[Turn], members: &[Member]) -> Table {
+    build_with(seed, size, history, members, |seats, history| {
+        let mut dealer = Dealer::new(seed, size, seats);
+        dealer.replay(&history);
+        dealer
+    })
+}
+
+/// The same after a change: of weights or of who takes flows it costs what these move, as long as `known` is what came of
+/// the table before.
+pub fn build_again(
+    seed: [u64; 2],
+    size: u32,
+    history: &[Turn],
+    members: &[Member],
+    known: &mut Option<Dealt>,
+) -> Table {
+    build_with(seed, size, history, members, |seats, history| {
+        Dealt::dealer(known, seed, size, seats, history)
+    })
+}
+
+/// The same by a given way to deal a history to so many seats.
+fn build_with(
+    seed: [u64; 2],
+    size: u32,
+    history: &[Turn],
+    members: &[Member],
+    deal: impl FnOnce(usize, Vec<Turn>) -> Dealer,
+) -> Table {
     let present = || members.iter().take(MAX_MEMBERS).enumerate().filter(|(_, m)| m.weight > 0);
     if !present().any(|(_, m)| m.eligible) || size == 0 {
         return Table { primary: vec![NONE; size as usize], secondary: vec![NONE; size as usize] };
@@ -102,8 +162,7 @@ pub fn build(seed: [u64; 2], size: u32, history: &[Turn], members: &[Member]) ->
     let missing = order.iter().filter(|(seat, _)| !known[*seat as usize]);
     history.extend(missing.map(|&(seat, i)| (seat, members[i as usize].weight)));
 
-    let mut dealer = Dealer::new(seed, size, seats);
-    dealer.replay(&history);
+    let mut dealer = deal(seats, history);
     // Who takes comes before who gives, so that there is always somebody to give to. What is given goes into one
     // pool: one after another would move five times as much when one more of many fails.
     let differing = |dealer: &Dealer, differs: fn(u32, u32) -> bool| -> Vec<Turn> {

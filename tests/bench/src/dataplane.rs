@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    ops::Range,
     os::fd::{AsFd, AsRawFd},
 };
 
@@ -13,12 +14,15 @@ use aya::{
     programs::{ProgramFd, Xdp},
 };
 use lb_common::{
-    Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact, names,
-    settings::{DecapSettings, IngressSettings},
+    Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
+    guard::{GuardKey, GuardState, block, verdict},
+    mapped, names,
+    settings::{DecapSettings, IngressSettings, features},
     slot::{LINE, Line},
 };
+use lb_userspace::dataplane::loaded_features;
 
-use crate::objects;
+use crate::{objects, packet::rows::Listed};
 
 /// Sizes of the flow tables, and what else is in the maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +35,10 @@ pub struct Tables {
     pub nat_flows: u32,
     /// Services beside those that are measured.
     pub other_services: u32,
+    /// Features that `lbd` loads only while somebody uses them, and which this row uses.
+    pub used: u32,
+    /// Whether users' programs may stand before and after ours.
+    pub chained: bool,
     /// Rows that differ here have maps of their own although these are of the same size.
     pub copy: u32,
 }
@@ -42,12 +50,21 @@ impl Tables {
         udp_flows: lb_common::limits::UDP_FLOWS,
         nat_flows: lb_common::limits::NAT_FLOWS,
         other_services: 0,
+        used: 0,
+        chained: false,
         copy: 0,
     };
+
+    /// Memory that the flow tables take when they are full, about, in MiB.
+    pub fn memory_mib(&self) -> u64 {
+        // As the kernel accounts them; a binding has an entry on each side.
+        (u64::from(self.flows) * 104 + u64::from(self.udp_flows) * 104 + u64::from(self.nat_flows) * 320)
+            >> 20
+    }
 }
 
-/// Map of the deny list's blocks, where the program has one.
-pub const GUARD_BLOCKS: &str = "GUARD_BLOCKS";
+/// Map of the deny list's blocks; an older object, to compare with, may have none.
+pub const GUARD_BLOCKS: &str = names::GUARD_BLOCKS;
 
 /// The loaded ingress program.
 pub struct Ingress {
@@ -59,9 +76,14 @@ pub struct Ingress {
 impl Ingress {
     /// Loads `object` with these tables.
     pub fn load(object: &[u8], tables: Tables) -> Result<Self> {
-        // Echo requests are answered, however many there are.
-        let settings =
-            IngressSettings { icmp_per_s: 1_000_000_000, icmp_burst: u32::MAX, ..IngressSettings::DEFAULT };
+        // Echo requests are answered, however many there are; and a million SYNs in a second are no flood here, or
+        // what is measured would be their refusal.
+        let settings = IngressSettings {
+            icmp_per_s: 1_000_000_000,
+            icmp_burst: u32::MAX,
+            features: loaded_features(features::ALL, tables.chained, tables.used),
+            ..IngressSettings::DEFAULT
+        };
         let mut bpf = EbpfLoader::new()
             .override_global(names::SETTINGS, &settings, true)
             .override_global(names::LOG_LEVEL, &0u8, true)
@@ -149,23 +171,50 @@ impl Ingress {
         Ok(())
     }
 
-    /// Denies so many blocks of 256 IPv4 addresses, in no order; with `clients` those of 10.0.0.0/8 instead.
-    pub fn deny(&mut self, blocks: u32, clients: bool) -> Result<()> {
-        /// Two bits for each block: the lower says that it is denied.
-        const IN_LINE: u32 = 16 * LINE;
-        let mut lines: Array<&mut MapData, Line> = self.map(GUARD_BLOCKS)?;
-        if clients {
-            for line in (10 << 16) / IN_LINE..(11 << 16) / IN_LINE {
-                lines.set(line, Line { words: [0x5555_5555; LINE as usize] }, 0)?;
+    /// Denies so many blocks of 256 IPv4 addresses, in no order, and so many clients of 10.0.0.0/8 as `listed` says. A list
+    /// of addresses has the blocks as addresses, too.
+    pub fn deny(&mut self, blocks: u32, listed: Listed, clients: u32) -> Result<()> {
+        let by_address = listed == Listed::Address;
+        let bit = if by_address { block::ASK } else { block::DENY };
+        if listed != Listed::No {
+            // The wrapper gives 16 ports to an address.
+            let addresses = 10 << 24..(10 << 24) + (clients / 16).max(1);
+            for number in addresses.clone().step_by(256) {
+                self.paint(number >> 8, bit)?;
             }
-            return Ok(());
+            if by_address {
+                self.deny_addresses(addresses)?;
+            }
         }
         for number in 0..blocks {
             // Clients' and workers' own stay out of it: 100.0.0.0 and above.
-            let block = 100 << 16 | (number.wrapping_mul(0x9e37_79b9) >> 12) & 0xf_ffff;
-            let mut line = lines.get(&(block / IN_LINE), 0)?;
-            line.words[(block / 16 % LINE) as usize] |= 1 << (block % 16 * 2);
-            lines.set(block / IN_LINE, line, 0)?;
+            let number = 100 << 16 | (number.wrapping_mul(0x9e37_79b9) >> 12) & 0xf_ffff;
+            self.paint(number, bit)?;
+            if by_address {
+                self.deny_addresses(number << 8..(number << 8) + 1)?;
+            }
+        }
+        // Of prefixes beyond /24 only whole addresses are in use.
+        let v4 = if by_address { 1 << 7 } else { 0 };
+        let mut state: Array<&mut MapData, GuardState> = self.map(names::GUARD_STATE)?;
+        Ok(state.set(0, GuardState { v4, ..GuardState::default() }, 0)?)
+    }
+
+    /// Sets a bit of a block.
+    fn paint(&mut self, number: u32, bit: u32) -> Result<()> {
+        const IN_LINE: u32 = block::IN_WORD * LINE;
+        let mut lines: Array<&mut MapData, Line> = self.map(GUARD_BLOCKS)?;
+        let mut line = lines.get(&(number / IN_LINE), 0)?;
+        line.words[(number / block::IN_WORD % LINE) as usize] |= bit << (number % block::IN_WORD * 2);
+        Ok(lines.set(number / IN_LINE, line, 0)?)
+    }
+
+    /// Enters single addresses.
+    fn deny_addresses(&mut self, addresses: Range<u32>) -> Result<()> {
+        let mut entries: HashMap<&mut MapData, GuardKey, u32> = self.map(names::GUARD_ENTRIES)?;
+        for address in addresses {
+            let key = GuardKey { address: mapped(address.to_be_bytes()), bits: 128 };
+            entries.insert(key, verdict::DENY, 0).context("the deny list is full")?;
         }
         Ok(())
     }

@@ -15,6 +15,9 @@ pub struct Machine {
     pub kernel: String,
     /// Memory in MiB.
     pub memory_mib: u64,
+    /// Memory that was free for use, in MiB.
+    #[serde(default)]
+    pub available_mib: u64,
     /// Whether it is a virtual machine.
     pub is_virtual: bool,
     /// Whether BPF programs are compiled to machine code.
@@ -35,12 +38,17 @@ impl Machine {
                 .unwrap_or_default()
         };
         let cpuinfo = read("/proc/cpuinfo");
-        let memory = field(&read("/proc/meminfo"), "MemTotal");
+        let meminfo = read("/proc/meminfo");
+        let memory = |name| {
+            let kib = field(&meminfo, name).split(' ').next().and_then(|kib| kib.parse::<u64>().ok());
+            kib.unwrap_or(0) / 1_024
+        };
         Self {
             cpu: field(&cpuinfo, "model name"),
             cpus: cpuinfo.lines().filter(|line| line.starts_with("processor")).count(),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
-            memory_mib: memory.split(' ').next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) / 1_024,
+            memory_mib: memory("MemTotal:"),
+            available_mib: memory("MemAvailable:"),
             is_virtual: field(&cpuinfo, "flags").split(' ').any(|flag| flag == "hypervisor"),
             // Absent where the kernel was built with nothing but the compiler.
             jit: read("/proc/sys/net/core/bpf_jit_enable").trim() != "0",

@@ -33,6 +33,9 @@ pub struct Options {
 pub struct Report {
     /// Where.
     pub machine: Machine,
+    /// Whether sizes and samples were few.
+    #[serde(default)]
+    pub quick: bool,
     /// Parts, by criterion.
     pub parts: Vec<Part>,
     /// Changes through the API.
@@ -110,7 +113,7 @@ pub fn measure_all(options: &Options) -> Result<Report> {
     }
     parts.sort_by(|a, b| a.name.cmp(&b.name));
     let (changes, daemons) = daemon::measure(options.quick)?;
-    Ok(Report { machine, parts, changes, daemons })
+    Ok(Report { machine, quick: options.quick, parts, changes, daemons })
 }
 
 /// Medians of building tables, where criterion has not been asked.

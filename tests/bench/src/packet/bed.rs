@@ -138,6 +138,10 @@ impl Bed {
             scheduler: spec.scheduler,
             protocol: spec.protocol,
             udp_timeout_s: 60,
+            // Where the flags say that there is a limit: so many that none is refused.
+            source_interval_ns: 1,
+            source_tolerance_ns: 1_000_000_000,
+            source_bits: [32, 64],
             ..ServiceView::default()
         };
         self.ingress.switch_on(index, vip, PORT, view)

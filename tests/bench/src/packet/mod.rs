@@ -6,7 +6,7 @@
 mod bed;
 mod frame;
 mod measure;
-mod rows;
+pub mod rows;
 mod wrapper;
 
 use std::{fs, path::PathBuf};
@@ -69,6 +69,9 @@ pub struct Report {
     pub samples: usize,
     /// Packets of each sample.
     pub packets: u32,
+    /// Which rows are missing, and why; empty if none is.
+    #[serde(default)]
+    pub left_out: Vec<String>,
     /// The rows.
     pub rows: Vec<Figures>,
     /// The loaded programs.
@@ -167,24 +170,49 @@ pub fn measure_all(options: &Options) -> Result<Report> {
     let other = options.object.as_ref().map(read).transpose()?;
     let object = other.as_deref().map_or(objects::INGRESS, as_bytes);
     let effort = Effort {
-        samples: options.samples.unwrap_or(if options.quick { 5 } else { 31 }),
-        packets: options.packets.unwrap_or(if options.quick { 60_000 } else { 200_000 }),
+        samples: options.samples.unwrap_or(if options.quick { 3 } else { 21 }),
+        packets: options.packets.unwrap_or(if options.quick { 50_000 } else { 100_000 }),
     };
     ensure!(effort.samples > 0 && effort.packets >= 1_000, "at least 1 sample of 1,000 packets");
     let (programs, maps) = sizes(object)?;
     let has_lists = maps.iter().any(|map| map.name == GUARD_BLOCKS);
-    let rows: Vec<Row> = rows::all()
-        .into_iter()
-        .filter(|row| has_lists || !matches!(row.subject, rows::Subject::Guarded(..)))
-        .filter(|row| options.filter.is_empty() || options.filter.iter().any(|text| row.name.contains(text)))
-        .collect();
+    let mut rows = rows::all();
+    let mut left_out = Vec::new();
+    let mut leave_out = |why: &str, is_wanted: &dyn Fn(&Row) -> bool| {
+        let count = rows.len();
+        rows.retain(is_wanted);
+        if rows.len() < count {
+            left_out.push(format!("{} rows: {why}", count - rows.len()));
+        }
+    };
+    leave_out("the program has no deny list", &|row| {
+        has_lists || !matches!(row.subject, rows::Subject::Guarded(..))
+    });
+    if !options.filter.is_empty() {
+        let why = format!("only names that contain {}", options.filter.join(" or "));
+        leave_out(&why, &|row| options.filter.iter().any(|text| row.name.contains(text)));
+    } else if options.quick {
+        leave_out("a quick run", &Row::is_quick);
+    }
+    let room_mib = machine.available_mib / 2;
+    leave_out(
+        &format!("their flow tables take more than half of the {} MiB that were free", room_mib * 2),
+        &|row| {
+            // The programs' other maps take some 200 MiB.
+            row.tables.memory_mib() + 200 <= room_mib
+        },
+    );
+    for reason in &left_out {
+        eprintln!("  left out: {reason}");
+    }
     if rows.is_empty() {
-        bail!("no row's name contains {}", options.filter.join(" or "));
+        bail!("no rows are left");
     }
     Ok(Report {
         machine,
         samples: effort.samples,
         packets: effort.packets,
+        left_out,
         rows: measure_rows(&rows, object, before.as_deref().map(as_bytes), effort)?,
         programs,
         maps,

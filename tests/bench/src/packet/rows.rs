@@ -3,6 +3,7 @@
 use lb_common::{
     backend::mode,
     service::{flags, scheduler},
+    settings::features,
 };
 
 use super::{
@@ -23,11 +24,22 @@ pub enum Subject {
     Plain,
     /// An encapsulated packet to the decap program: the inner family, GUE or not.
     Decap(Family, bool),
-    /// A v4 client's packet to a service that lists so many blocks of 256 addresses as denied; the client's own among
-    /// them or not. Only where the program has such lists.
-    Guarded(ServiceSpec, u32, bool),
+    /// A v4 client's packet to a service, while so many blocks of 256 addresses are denied; and whether the client is.
+    /// Only where the program has such lists.
+    Guarded(ServiceSpec, u32, Listed),
     /// A packet with a second chance, for a flow that the worker has no socket for: it goes on to the next.
     Chance(Family),
+}
+
+/// Whether a client is on the deny list, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Listed {
+    /// It is not.
+    No,
+    /// With the block of 256 addresses that it is in.
+    Block,
+    /// By its address, like each of the others.
+    Address,
 }
 
 /// A row.
@@ -67,6 +79,24 @@ impl Row {
         };
         Variety { flows: self.flows, vips }
     }
+
+    /// Whether a quick run has it: what something is claimed about, and of the rest what differs most and needs few maps
+    /// of its own, because loading the programs takes longer than their packets.
+    pub fn is_quick(&self) -> bool {
+        match self.growth {
+            Some(Growth { curve: "flows", x }) => [ONE, 1 << 12, MILLION, SIXTEEN_MILLION].contains(&x),
+            Some(Growth { curve: "backends", .. }) => true,
+            Some(Growth { curve: "deny", .. }) => false,
+            Some(Growth { x, .. }) => [1, 4_096].contains(&x),
+            None => {
+                let rare = ["/l2/", "/tracked/", "limited/", "denied-address", "v6/udp-tracked", "gue-chain"];
+                self.flows <= MILLION
+                    && !rare.iter().any(|text| self.name.contains(text))
+                    && !(self.name.starts_with("v6/")
+                        && ["/nat/", "/transition/"].iter().any(|t| self.name.contains(t)))
+            }
+        }
+    }
 }
 
 const ONE: u32 = 1;
@@ -78,17 +108,21 @@ const FLOWS: [(u32, &str); 3] = [(ONE, "1"), (MILLION, "1M"), (SIXTEEN_MILLION, 
 /// Forwarding modes with their names.
 const MODES: [(u8, &str); 3] = [(mode::IPIP, "ipip"), (mode::GUE, "gue"), (mode::L2, "l2")];
 
-/// Flow tables with room for a million flows and as many again.
-const ROOMY: u32 = 2 * MILLION;
+/// Flow tables with room for so many flows and a million more.
+const fn roomy(flows: u32) -> u32 {
+    if flows < MILLION { 2 * MILLION } else { flows + MILLION }
+}
 
 /// All rows.
 pub fn all() -> Vec<Row> {
     let mut rows = plain();
     rows.extend(stable());
+    rows.extend(every_feature());
     rows.extend(by_load());
     rows.extend(nat());
     rows.extend(mixed());
     rows.extend(echo());
+    rows.extend(limited());
     rows.extend(denied());
     rows.extend(not_ours());
     rows.extend(decap());
@@ -141,6 +175,53 @@ fn stable() -> Vec<Row> {
         }
     }
     rows
+}
+
+/// The program with all that it can have: lists (on which no client is), limits, users' programs. What `lbd` loads for the
+/// other rows leaves out those of the three that nobody uses.
+fn every_feature() -> Vec<Row> {
+    let mut rows = Vec::new();
+    for family in Family::ALL {
+        for kind in [Kind::Established, Kind::Syn] {
+            for (flows, flows_name) in [(ONE, "1"), (MILLION, "1M")] {
+                rows.push(Row {
+                    section: "Stable table, every feature in the program",
+                    name: format!("every-feature/{}/{}/ipip/{flows_name}", family.label(), kind.label()),
+                    tables: Tables {
+                        used: features::GUARD | features::RATE,
+                        chained: true,
+                        copy: 2_002,
+                        ..Tables::DEFAULT
+                    },
+                    subject: Subject::Service(ServiceSpec::new(family, mode::IPIP), kind),
+                    flows,
+                    prime: 0,
+                    growth: None,
+                });
+            }
+        }
+    }
+    rows
+}
+
+/// New flows of a service that limits each client's; none of them is refused.
+fn limited() -> Vec<Row> {
+    Family::ALL
+        .into_iter()
+        .flat_map(|family| [Kind::Established, Kind::Syn].map(|kind| (family, kind)))
+        .map(|(family, kind)| Row {
+            section: "New flows limited by source",
+            name: format!("limited/{}/{}/ipip/1M", family.label(), kind.label()),
+            tables: Tables { used: features::RATE, copy: 2_003, ..Tables::DEFAULT },
+            subject: Subject::Service(
+                ServiceSpec { flags: flags::LIMIT_SOURCES, ..ServiceSpec::new(family, mode::IPIP) },
+                kind,
+            ),
+            flows: MILLION,
+            prime: 0,
+            growth: None,
+        })
+        .collect()
 }
 
 /// Placed by load: every packet looks for its flow first, and new ones compare two loads. In GUE packets name the other
@@ -237,19 +318,28 @@ fn mixed() -> Vec<Row> {
 /// Clients that are on the deny list, and others while it grows.
 fn denied() -> Vec<Row> {
     let spec = ServiceSpec::new(Family::V4, mode::IPIP);
-    let row = |copy: u32, name: String, listed: u32, hit: bool| Row {
+    let row = |copy: u32, name: String, blocks: u32, listed: Listed| Row {
         section: "Deny list",
         name,
-        tables: Tables { copy: 1_000 + copy, ..Tables::DEFAULT },
-        subject: Subject::Guarded(spec, listed, hit),
+        tables: Tables {
+            // Without a list the program has nothing to ask it, as `lbd` loads it.
+            used: if blocks == 0 { 0 } else { features::GUARD },
+            copy: 1_000 + copy,
+            ..Tables::DEFAULT
+        },
+        subject: Subject::Guarded(spec, blocks, listed),
         flows: MILLION,
         prime: 0,
-        growth: (!hit).then_some(Growth { curve: "deny", x: listed }),
+        growth: (listed == Listed::No).then_some(Growth { curve: "deny", x: blocks }),
     };
     let steps = [0, 1 << 10, 1 << 15, MILLION];
-    let mut rows = vec![row(0, "v4/denied/1M".to_owned(), MILLION, true)];
+    let mut rows = vec![
+        row(0, "v4/denied/1M".to_owned(), MILLION, Listed::Block),
+        // As many as there is room for beside the clients' own.
+        row(5, "v4/denied-address/1M".to_owned(), MILLION - MILLION / 16, Listed::Address),
+    ];
     rows.extend(
-        (1..).zip(steps).map(|(copy, listed)| row(copy, format!("growth/deny/{listed}"), listed, false)),
+        (1..).zip(steps).map(|(copy, blocks)| row(copy, format!("growth/deny/{blocks}"), blocks, Listed::No)),
     );
     rows
 }
@@ -298,18 +388,18 @@ fn decap() -> Vec<Row> {
     rows
 }
 
-/// UDP flows are remembered. The last number of flows does not fit the table: each packet evicts one.
+/// UDP flows are remembered: all of them stand in the table, which the first rounds have filled.
 fn tracked_udp() -> Vec<Row> {
     let mut rows = Vec::new();
     for family in Family::ALL {
         for (flows, flows_name) in FLOWS {
             rows.push(Row {
-                section: "UDP, tracked (table of 2 M flows)",
+                section: "UDP, tracked (all flows are in the table)",
                 name: format!("{}/udp-tracked/ipip/{flows_name}", family.label()),
-                tables: Tables { udp_flows: ROOMY, ..Tables::DEFAULT },
+                tables: Tables { udp_flows: roomy(flows), copy: family as u32, ..Tables::DEFAULT },
                 subject: Subject::Service(ServiceSpec::new(family, mode::IPIP).udp(), Kind::Udp),
                 flows,
-                prime: flows.min(2 * MILLION),
+                prime: flows,
                 growth: None,
             });
         }
@@ -325,15 +415,15 @@ fn exceptions() -> Vec<Row> {
             for kind in [Kind::Established, Kind::Syn] {
                 for (flows, flows_name) in FLOWS {
                     let spec = ServiceSpec { slots, ..ServiceSpec::new(family, mode::IPIP) };
-                    let tables = Tables { flows: ROOMY, copy: family as u32, ..Tables::DEFAULT };
+                    let tables = Tables { flows: roomy(flows), copy: family as u32, ..Tables::DEFAULT };
                     let is_recorded = slots == Slots::Transition && kind == Kind::Established;
                     rows.push(Row {
-                        section: "Table with exceptions (flow table of 2 M flows)",
+                        section: "Table with exceptions",
                         name: format!("{}/{}/ipip/{state}/{flows_name}", family.label(), kind.label()),
                         tables,
                         subject: Subject::Service(spec, kind),
                         flows,
-                        prime: if is_recorded { flows.min(2 * MILLION) } else { 0 },
+                        prime: if is_recorded { flows } else { 0 },
                         growth: None,
                     });
                 }

@@ -61,6 +61,9 @@ pub struct Whole {
     pub revision: String,
     /// Whether it was a quick one.
     pub quick: bool,
+    /// What makes it less than a full run in one go, for people; empty if nothing does.
+    #[serde(default)]
+    pub lacks: Vec<String>,
     /// Where.
     pub machine: Machine,
     /// Samples of each packet row.
@@ -151,6 +154,7 @@ fn measure(options: &Options) -> Result<Whole> {
             ..Default::default()
         })?,
     };
+    let lacks = lacks(options, &packet, &control);
     let mut claims = claims::packet(&packet);
     claims.extend(claims::control(&control));
     claims.extend(claims::side_by_side(&side_by_side));
@@ -158,6 +162,7 @@ fn measure(options: &Options) -> Result<Whole> {
         taken_at,
         revision: revision(),
         quick,
+        lacks,
         machine: packet.machine,
         samples: packet.samples,
         packets: packet.packets,
@@ -168,6 +173,29 @@ fn measure(options: &Options) -> Result<Whole> {
         side_by_side,
         claims,
     })
+}
+
+/// What makes a run less than a full one in one go. Side by side says its rounds itself.
+fn lacks(options: &Options, packet: &packet::Report, control: &control::Report) -> Vec<String> {
+    let mut lacks = Vec::new();
+    let apart: Vec<&str> =
+        PARTS.into_iter().filter(|(_, file)| has_part(options, file)).map(|(part, _)| part).collect();
+    if !apart.is_empty() {
+        lacks.push(format!("measured on their own, at other times: {}", apart.join(", ")));
+    }
+    lacks.extend(packet.left_out.iter().cloned());
+    if control.quick && !options.quick {
+        lacks.push("control plane: few sizes and samples".to_owned());
+    }
+    lacks
+}
+
+/// The parts, and the files from which they may be taken.
+const PARTS: [(&str, &str); 3] =
+    [("packets", "packet.json"), ("control plane", "control.json"), ("side by side", "side-by-side.json")];
+
+fn has_part(options: &Options, file: &str) -> bool {
+    options.parts.as_ref().is_some_and(|directory| directory.join(file).exists())
 }
 
 /// A part that was measured on its own.

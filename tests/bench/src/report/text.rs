@@ -8,7 +8,7 @@ use crate::{claims::Claim, control, packet::Figures, sidebyside};
 /// The whole report; compared with `other` if there is one. Charts lie in `folder`.
 pub fn render(whole: &Whole, charts: &[Chart], folder: &str, other: Option<&Whole>) -> String {
     let mut text = String::from("# Performance\n\nOne run of `cargo xtask bench`.\n\n");
-    put(&mut text, &format!("{}, commit {}, {}.\n", whole.taken_at, whole.revision, effort(whole)));
+    put(&mut text, &format!("{}, commit {}, {}\n", whole.taken_at, whole.revision, effort(whole)));
     put(&mut text, &format!("{}.\n", whole.machine.describe()));
     put(&mut text, "## Claims\n\nRatios; each holds when the figure is at most its bound.\n");
     put(&mut text, &claims(&whole.claims));
@@ -53,8 +53,13 @@ fn put(text: &mut String, block: &str) {
     text.push('\n');
 }
 
-fn effort(whole: &Whole) -> &'static str {
-    if whole.quick { "a quick run" } else { "a full run" }
+fn effort(whole: &Whole) -> String {
+    match (whole.quick, whole.lacks.is_empty()) {
+        (false, true) => "a full run.".to_owned(),
+        (true, true) => "a quick run.".to_owned(),
+        (true, false) => format!("a quick run ({}).", whole.lacks.join("; ")),
+        (false, false) => format!("**not a full run in one go** ({}).", whole.lacks.join("; ")),
+    }
 }
 
 fn claims(claims: &[Claim]) -> String {

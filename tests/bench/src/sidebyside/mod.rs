@@ -119,7 +119,7 @@ pub fn measure_all(options: &Options) -> Result<Report> {
     ensure!(geteuid().is_root(), "network namespaces take root");
     let machine = Machine::read();
     let rounds = options.rounds.unwrap_or(if options.quick { 1 } else { 5 });
-    let seconds = options.seconds.unwrap_or(if options.quick { 1 } else { 3 });
+    let seconds = options.seconds.unwrap_or(if options.quick { 1 } else { 2 });
     ensure!(rounds > 0 && seconds > 0 && options.rate > 0, "at least one round, second and request");
     let kinds: Vec<Kind> = Kind::ALL
         .into_iter()
