@@ -45,6 +45,8 @@ pub struct ServiceSpec {
     pub slot_count: u32,
     /// Services like this, over which packets are spread; a power of two.
     pub services: u32,
+    /// Tells services apart that are alike: flows of one are none of another's.
+    pub number: u32,
 }
 
 impl ServiceSpec {
@@ -61,6 +63,7 @@ impl ServiceSpec {
             backends: 1_000,
             slot_count: lb_common::limits::TABLE_SIZE,
             services: 1,
+            number: 0,
         }
     }
 

@@ -6,10 +6,13 @@ use aya::{
     maps::{Array, HashMap},
     programs::{ProgramFd, Xdp},
 };
-use lb_common::{Address, ServiceKey, service::TCP};
+use lb_common::{
+    Address, ServiceKey,
+    service::{TCP, scheduler},
+};
 
 use super::{
-    bed::{Bed, PORT},
+    bed::{Bed, PORT, ServiceSpec},
     frame::{Family, Frame, Kind},
     rows::{Listed, Row, Subject},
     wrapper::{DROP, PASS, TX, Wrapper},
@@ -246,7 +249,7 @@ impl Programs {
         };
         let wrapper = Wrapper::new(&frame, row.variety(), &program)?;
         // Once, and often: the wrapper must hand the program the same frame each time.
-        for rounds in [1, 1_000] {
+        for rounds in CHECKS {
             let run = wrapper.run(rounds)?;
             let expected = (verdict, frame.bytes.len() as i32 + grown);
             ensure!(
@@ -256,9 +259,34 @@ impl Programs {
                 run.len
             );
         }
-        if row.prime > 0 {
-            wrapper.run(row.prime)?;
+        let case = Case::new(wrapper);
+        match row.subject {
+            Subject::Service(spec, Kind::Established) if spec.scheduler != scheduler::MAGLEV => {
+                self.handshakes(row, spec, &case)?;
+            }
+            _ if row.prime > 0 => drop(case.wrapper.run(row.prime)?),
+            _ => {}
         }
-        Ok((frame, Case::new(wrapper)))
+        Ok((frame, case))
+    }
+
+    /// Lets every flow begin: its SYN, then the packet that completes the handshake.
+    fn handshakes(&mut self, row: &Row, spec: ServiceSpec, case: &Case) -> Result<()> {
+        /// Fewer than SYNs are noted at once.
+        const AT_ONCE: u32 = 1 << 16;
+        let frame = Frame::new(spec.family, Kind::Syn, self.bed.vip(&spec)?, PORT);
+        let syns = Wrapper::new(&frame, row.variety(), &self.bed.ingress.fd()?)?;
+        // Where the other wrapper is by now in the order of the flows.
+        for rounds in CHECKS {
+            syns.run(rounds)?;
+        }
+        for _ in 0..row.prime.div_ceil(AT_ONCE) {
+            syns.run(row.prime.min(AT_ONCE))?;
+            case.wrapper.run(row.prime.min(AT_ONCE))?;
+        }
+        Ok(())
     }
 }
+
+/// Rounds after which a row's verdict and length are looked at.
+const CHECKS: [u32; 2] = [1, 1_000];

@@ -55,7 +55,8 @@ pub struct Row {
     pub subject: Subject,
     /// Flows that take turns, a power of two.
     pub flows: u32,
-    /// Rounds before the first that counts: so many that every flow is known.
+    /// Rounds before the first that counts: so many that every flow is known. For a scheduler that places by SYNs each flow
+    /// has its SYN first.
     pub prime: u32,
     /// Where it stands on a curve of growth.
     pub growth: Option<Growth>,
@@ -224,8 +225,9 @@ fn limited() -> Vec<Row> {
         .collect()
 }
 
-/// Placed by load: every packet looks for its flow first, and new ones compare two loads. In GUE packets name the other
-/// half of their pair.
+/// Placed by load: every packet looks for its flow first, and new ones compare two loads. Established flows have had their
+/// handshake, so that those of second choices stand in the flow table; each SYN is a new flow's, and noted. In GUE packets
+/// name the other half of their pair.
 fn by_load() -> Vec<Row> {
     let modes = [(mode::IPIP, "ipip", 0), (mode::GUE_CHAIN, "gue-chain", flags::SECOND_CHANCE)];
     let mut rows = Vec::new();
@@ -236,6 +238,8 @@ fn by_load() -> Vec<Row> {
                     let spec = ServiceSpec {
                         scheduler: scheduler::P2C,
                         flags: flags::TRACK_ALL | more,
+                        // A SYN on a flow that lives would follow it, and note nothing.
+                        number: kind as u32,
                         ..ServiceSpec::new(family, mode)
                     };
                     rows.push(Row {
@@ -244,7 +248,7 @@ fn by_load() -> Vec<Row> {
                         tables: Tables { copy: 2_000, ..Tables::DEFAULT },
                         subject: Subject::Service(spec, kind),
                         flows,
-                        prime: 0,
+                        prime: if kind == Kind::Established { flows } else { 0 },
                         growth: None,
                     });
                 }
@@ -414,7 +418,8 @@ fn exceptions() -> Vec<Row> {
         for family in Family::ALL {
             for kind in [Kind::Established, Kind::Syn] {
                 for (flows, flows_name) in FLOWS {
-                    let spec = ServiceSpec { slots, ..ServiceSpec::new(family, mode::IPIP) };
+                    let spec =
+                        ServiceSpec { slots, number: kind as u32, ..ServiceSpec::new(family, mode::IPIP) };
                     let tables = Tables { flows: roomy(flows), copy: family as u32, ..Tables::DEFAULT };
                     let is_recorded = slots == Slots::Transition && kind == Kind::Established;
                     rows.push(Row {
