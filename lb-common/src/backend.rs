@@ -17,7 +17,8 @@ pub mod flags {
 
 /// Forwarding modes, as [`Backend::mode`] holds them.
 pub mod mode {
-    /// None: the service's residency forbids this backend, and packets for it are dropped ([`crate::Reason::BadMode`]).
+    /// None: the service's residency forbids this backend, and packets for it are dropped
+    /// ([`crate::Reason::Residency`]).
     pub const FORBIDDEN: u8 = 0;
     /// IP in IP: 4in4, 6in6, 4in6, 6in4 (RFC 2003, RFC 2473, RFC 4213).
     pub const IPIP: u8 = 1;

@@ -74,7 +74,7 @@ reasons! {
     BrokenTable = "broken_table", Drop;
     /// IPv6 packet for a backend whose tunnel cannot carry it
     BadFamily = "bad_family", Drop;
-    /// Backend that the service's residency forbids, or forwarding mode not known to this program
+    /// Forwarding mode not known to this program
     BadMode = "bad_mode", Drop;
     /// Mode l2: the worker is behind a router, and not on this segment
     NotOnLink = "not_on_link", Drop;
@@ -194,6 +194,8 @@ reasons! {
     RateSource = "rate_source", Drop;
     /// New flow of a service under flood, or for which a flow table has no room: placed by hash, so that nothing need be written
     FlowFlood = "flow_flood", Note;
+    /// Service's residency: none of its regions takes flows, or the flow was established where it may not run
+    Residency = "residency", Drop;
 }
 
 impl Reason {

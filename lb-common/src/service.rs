@@ -119,6 +119,9 @@ pub mod flags {
     pub const LIMIT_FLOWS: u32 = 1 << 17;
     /// Each of its clients has.
     pub const LIMIT_SOURCES: u32 = 1 << 18;
+    /// Nobody in the regions that the service may run in takes flows: what has nowhere to go is refused by
+    /// [`crate::Reason::Residency`].
+    pub const REFUSED_BY_RESIDENCY: u32 = 1 << 19;
     /// Packets are routed by their QUIC connection id where it names a backend.
     pub const QUIC: u32 = 1 << 16;
 }

@@ -99,6 +99,21 @@ pub fn choose_with<T: Tables>(
     headers: &Headers,
     hash: u64,
 ) -> Result<Choice, Reason> {
+    find(tables, features, service, view, headers, hash).map_err(|reason| match reason {
+        Reason::NoBackend if view.flags & flags::REFUSED_BY_RESIDENCY != 0 => Reason::Residency,
+        other => other,
+    })
+}
+
+#[inline(always)]
+fn find<T: Tables>(
+    tables: &T,
+    features: u32,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+) -> Result<Choice, Reason> {
     if view.slot_count == 0 {
         return Err(Reason::NoBackend);
     }

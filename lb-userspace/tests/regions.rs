@@ -3,6 +3,7 @@
 
 use lb_common::{
     backend::{flags, mode},
+    service::flags::REFUSED_BY_RESIDENCY,
     slot::NO_BACKEND,
 };
 use lb_userspace::{
@@ -157,6 +158,20 @@ fn residency_fails_closed_whatever_was_decided() {
     let (_, compiled) = host.compile(&calm);
     let all_refused = compiled.plan.services[&0].slots().iter().all(|s| s.primary_index() == NO_BACKEND);
     assert!(all_refused && compiled.status[0].eligible == 0);
+    let by_residency = |c: &Compiled| c.plan.services[&0].view.flags & REFUSED_BY_RESIDENCY != 0;
+    assert!(by_residency(&compiled));
+    host.health("eu-1", Health::Healthy);
+    assert!(!by_residency(&host.compile(&calm).1));
+    host.health("eu-1", Health::Unhealthy);
+    // Without a rule nobody takes flows either, but for another reason.
+    for backend in ["us-1", "us-2", "uk-1"] {
+        host.health(backend, Health::Unhealthy);
+    }
+    let (_, unbound) = host.compile(&desired(json!({})));
+    assert!(unbound.status[0].eligible == 0 && !by_residency(&unbound));
+    for backend in ["us-1", "us-2", "uk-1"] {
+        host.health(backend, Health::Healthy);
+    }
     // One that does not say where it is is nowhere.
     let mut unplaced = calm.clone();
     let service = unplaced.service_mut(&name("s")).unwrap();

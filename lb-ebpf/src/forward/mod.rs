@@ -112,7 +112,11 @@ pub fn forward<F: Frame + Fib>(
     let outer_is_ipv6 = !is_mapped(&backend.address);
     let Some(overhead) = overhead(backend) else {
         // This host serves it itself: nothing is changed.
-        return if backend.mode == mode::LOCAL { Ok(Verdict::Pass) } else { Err(Reason::BadMode.into()) };
+        return match backend.mode {
+            mode::LOCAL => Ok(Verdict::Pass),
+            mode::FORBIDDEN => Err(Reason::Residency.into()),
+            _ => Err(Reason::BadMode.into()),
+        };
     };
     let is_l2 = backend.mode == mode::L2;
     let mut source = outer_source(backend, hash);

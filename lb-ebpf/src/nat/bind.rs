@@ -48,7 +48,7 @@ pub fn worker<T: NatTables>(tables: &T, index: u32, service: u32, is_ipv6: bool)
         return Err(Reason::BrokenTable);
     }
     if backend.mode != mode::NAT {
-        return Err(Reason::BadMode);
+        return Err(if backend.mode == mode::FORBIDDEN { Reason::Residency } else { Reason::BadMode });
     }
     if is_mapped(&backend.address) == is_ipv6 {
         return Err(Reason::BadFamily);

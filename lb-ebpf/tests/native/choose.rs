@@ -7,7 +7,7 @@ use lb_common::{
     Flow, Reason, Slot,
     backend::flags::{DOWN, DRAINING, USED},
     flow::{SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
-    service::flags::{RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
+    service::flags::{REFUSED_BY_RESIDENCY, RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use lb_ebpf::{
@@ -172,6 +172,14 @@ fn a_stable_slot_answers_by_itself() {
             .leaves(Syns, 3, 1, 0),
         tcp_case("empty slot", Slot::EMPTY, SYN).fails(Reason::NoBackend),
         tcp_case("empty slot, established", Slot::EMPTY, ACK).fails(Reason::NoBackend),
+        tcp_case("empty slot by residency", Slot::EMPTY, SYN)
+            .view(REFUSED_BY_RESIDENCY)
+            .fails(Reason::Residency),
+        tcp_case("residency stops no flow that has a backend", MOVING, ACK)
+            .view(REFUSED_BY_RESIDENCY)
+            .goes(2, Previous)
+            .leaves(Flows, 2, 0, 0)
+            .counts(Reason::FlowPromoted),
     ]);
 }
 
@@ -530,6 +538,10 @@ fn a_udp_packet() {
             .goes(11, Primary)
             .leaves(UdpFlows, 13, 5, 0),
         udp_case("stateless, no primary", Slot::EMPTY).view(UDP_STATELESS).fails(Reason::NoBackend),
+        udp_case("no primary by residency", Slot::EMPTY).view(REFUSED_BY_RESIDENCY).fails(Reason::Residency),
+        udp_case("stateless, no primary by residency", Slot::EMPTY)
+            .view(UDP_STATELESS | REFUSED_BY_RESIDENCY)
+            .fails(Reason::Residency),
     ]);
 }
 

@@ -228,6 +228,9 @@ fn compile_anew(
         memory.changed_ms = Arc::new(changed);
     }
     let mut view = view(wanted, &shape, input.settings);
+    if !rule.eligible.contains(&true) && input.excluded.contains(&Some(Excluded::Residency)) {
+        view.flags |= flags::REFUSED_BY_RESIDENCY;
+    }
     // A table of another kind says nothing about where flows recorded under it fall now; and a scheduler that has
     // placed flows anywhere may have left them in any slot.
     let had_exceptions = memory.exceptions;

@@ -213,6 +213,13 @@ fn residency_refuses_rather_than_leave() -> Result<()> {
         text.contains("residency: only eu, where 2 of 4 backends are: none of them takes flows"),
         "{text}"
     );
+    ensure!(
+        text.contains("syn → nowhere") && text.contains("Service's residency: none of its regions"),
+        "{text}"
+    );
+    let stats = bench.stage.lbctl.json(&["stats"])?;
+    let counted = stats["reasons"].as_array().into_iter().flatten().find(|r| r["reason"] == "residency");
+    ensure!(counted.is_some_and(|r| r["packets"].as_u64() > Some(0)), "{stats}");
     let output = bench.stage.lbctl.output(&["audit", "residency"])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(text.contains("nothing is left in eu: new flows are refused"), "{text}");

@@ -9,7 +9,7 @@ use lb_common::{
     Backend, Be16, PortRange, Reason, Service, ServiceKey, ServiceView, Slot, Vip,
     backend::{flags::RESOLVED, mode::IPIP},
     mapped, names,
-    service::{NO_SERVICE, TCP, UDP},
+    service::{NO_SERVICE, TCP, UDP, flags},
 };
 use test_packet::{Ingress, Packet, Pair};
 
@@ -121,6 +121,9 @@ cases! {
         .drops(Reason::BrokenTable);
     backend_of_another_service: Case::new(tcp(V4, SYN), Backend { service: 9, ..backend(1, IPIP, V4) })
         .drops(Reason::BrokenTable);
+    refused_by_residency: no_backend(vec![], SYN).view(flags::REFUSED_BY_RESIDENCY).drops(Reason::Residency);
+    refused_by_residency_empty_slot: no_backend(vec![Pair::Empty], ACK).view(flags::REFUSED_BY_RESIDENCY).drops(Reason::Residency);
+    forbidden_by_residency: Case::new(tcp(V4, ACK), backend(1, lb_common::backend::mode::FORBIDDEN, V4)).drops(Reason::Residency);
     mode_unknown: Case::new(tcp(V4, SYN), backend(1, 77, V4)).drops(Reason::BadMode);
     mode_not_in_this_program: Case::new(tcp(V4, SYN), backend(1, lb_common::backend::mode::NAT, V4)).drops(Reason::BadMode);
     the_other_view: to_backend_1(tcp(V4, SYN))
