@@ -8,6 +8,7 @@ pub mod command;
 mod live;
 pub mod logging;
 mod nat_ports;
+mod own_thread;
 mod report;
 mod supervise;
 pub mod xdp_log;
@@ -170,7 +171,8 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
     let prober = prober_through(Some(Arc::new(Tunnel::new(probed))));
     let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out).with_signs(signs);
-    parts.add("health checks", ended_ok(checker.run(store.watch(), local.clone())));
+    let (watched, locally) = (store.watch(), local.clone());
+    parts.add("health checks", own_thread::own_thread("health", move || checker.run(watched, locally)));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
     let (said_out, said) = mpsc::channel(EVENTS);
     let watcher = Watcher::new(replicas, settings.probes, prober, said_out, scores);

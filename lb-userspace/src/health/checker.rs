@@ -27,6 +27,9 @@ const KEY: &str = "health";
 /// How long changes are gathered before they are saved.
 const SAVE_DELAY: Duration = Duration::from_millis(200);
 
+/// Most coarse grid that probes begin on.
+const MOST_COARSE_MS: u32 = 20;
+
 /// Does one probe. [`super::probe`] outside tests.
 pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Result<String, String>> + Send + Sync>;
 
@@ -45,6 +48,8 @@ pub struct Checker {
     /// What `running` follows.
     followed: Arc<Desired>,
     signs: Option<Arc<dyn SignSource>>,
+    /// Whether anybody wants them.
+    heeds_signs: bool,
 }
 
 /// One backend.
@@ -63,6 +68,8 @@ struct Shared {
     permits: Semaphore,
     prober: Prober,
     changed: Notify,
+    /// Where the grid of probes begins, see [`Shared::probe_time`].
+    began: Instant,
 }
 
 impl Checker {
@@ -75,13 +82,21 @@ impl Checker {
         verdicts: mpsc::Sender<(BackendId, Health)>,
     ) -> Self {
         let permits = Semaphore::new(probes.max(1));
-        let shared = Arc::new(Shared { book, verdicts, permits, prober, changed: Notify::new() });
+        let shared = Arc::new(Shared {
+            book,
+            verdicts,
+            permits,
+            prober,
+            changed: Notify::new(),
+            began: Instant::now(),
+        });
         Self {
             shared,
             tasks: JoinSet::new(),
             running: BTreeMap::new(),
             followed: Arc::default(),
             signs: None,
+            heeds_signs: false,
         }
     }
 
@@ -121,8 +136,9 @@ impl Checker {
             if is_news {
                 let state = desired.borrow_and_update().desired.clone();
                 self.follow(&state).await;
+                let heeds = |r: &Running| r.task.is_some() && r.plan.check.signs;
+                self.heeds_signs = self.signs.is_some() && self.running.values().any(heeds);
             }
-            let looks_for_signs = self.signs.is_some() && !self.running.is_empty();
             is_news = tokio::select! {
                 changed = desired.changed() => match changed {
                     Ok(()) => true,
@@ -130,7 +146,7 @@ impl Checker {
                 },
                 // Tasks only end by being stopped; this keeps the set from growing.
                 Some(_) = self.tasks.join_next() => false,
-                _ = looks.tick(), if looks_for_signs => {
+                _ = looks.tick(), if self.heeds_signs => {
                     self.look();
                     false
                 }
@@ -252,6 +268,14 @@ fn now_ms() -> u64 {
 }
 
 impl Shared {
+    /// When a probe that is due after `wait` begins: with others, at the next line of a grid of a hundredth of the
+    /// interval. One wake-up of the processor then does for all of them; the jitter is ten times as wide.
+    fn probe_time(&self, wait: Duration, check: &HealthCheck) -> Instant {
+        let step_ms = u128::from((check.interval_ms / 100).clamp(1, MOST_COARSE_MS));
+        let due_ms = (Instant::now() + wait).duration_since(self.began).as_micros().div_ceil(1_000);
+        self.began + Duration::from_millis((due_ms.div_ceil(step_ms) * step_ms) as u64)
+    }
+
     /// Writes a verdict down and tells it, if it is another than before.
     async fn settle(&self, id: &BackendId, health: Health, reason: &str) {
         let turned = self.book.change(|entries| {
@@ -324,7 +348,7 @@ async fn watch_backend(
                 shared.hinted(&id, heard);
                 hint = Some(heard);
             }
-            () = tokio::time::sleep(wait) => {}
+            () = tokio::time::sleep_until(shared.probe_time(wait, &plan.check)) => {}
         }
         let Ok(permit) = shared.permits.acquire().await else { return };
         let start = Instant::now();

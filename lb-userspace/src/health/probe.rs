@@ -94,7 +94,9 @@ pub async fn probe(configs: &TlsConfigs, target: ProbeTarget, mark: Option<u32>)
     if target.kind == HealthKind::None {
         return Ok("not checked".to_owned());
     }
-    let stream = match timeout_at(deadline, connect(target.address, mark)).await {
+    // Who says nothing after the handshake need not say it without delay.
+    let is_short = target.kind == HealthKind::Tcp;
+    let stream = match timeout_at(deadline, connect(target.address, mark, is_short)).await {
         Err(_) => return Err(format!("no connection within {within} ms")),
         Ok(Err(e)) => return Err(connect_error(&e)),
         Ok(Ok(stream)) => stream,
@@ -160,7 +162,7 @@ async fn ask(
     }
 }
 
-async fn connect(address: SocketAddr, mark: Option<u32>) -> std::io::Result<TcpStream> {
+async fn connect(address: SocketAddr, mark: Option<u32>, is_short: bool) -> std::io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(mark) = mark {
         socket2::SockRef::from(&socket).set_mark(mark)?;
@@ -169,7 +171,9 @@ async fn connect(address: SocketAddr, mark: Option<u32>) -> std::io::Result<TcpS
         socket.bind(SocketAddr::new(any, 0))?;
     }
     let stream = socket.connect(address).await?;
-    stream.set_nodelay(true)?;
+    if !is_short {
+        stream.set_nodelay(true)?;
+    }
     Ok(stream)
 }
 
