@@ -32,13 +32,15 @@ pub mod flags {
     pub const OVERLAP: u32 = 1 << 0;
     /// The packet is for this host, not for a service.
     pub const HOST: u32 = 1 << 1;
+    /// Mode nat: the parts go by their flow's binding, and [`super::Fragment::hash`] says which flow that is.
+    pub const NAT: u32 = 1 << 2;
 }
 
 /// Where a packet's parts go.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Fragment {
-    /// The flow's hash, for what varies by flow in outer headers.
+    /// The flow's hash, for what varies by flow in outer headers; with [`flags::NAT`] its ports and protocol.
     pub hash: u64,
     /// Index in `BACKENDS`.
     pub backend: u32,

@@ -61,6 +61,7 @@ layout! {
         nat_first @ 20, nat_last @ 22, syns_per_s @ 24, flows_per_s @ 28, udp_per_s @ 32 };
     LastHop: 24 / 4 { macs @ 0, tags @ 12, ifindex @ 20 };
     ReplyKey: 40 / 4 { worker @ 0, source @ 16, port @ 32, source_port @ 34, protocol @ 36 };
+    Young: 48 / 4 { key @ 0, client @ 40 };
     Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };
     DecapSettings: 8 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7 };
 }

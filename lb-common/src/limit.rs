@@ -125,6 +125,15 @@ pub struct Budgets {
     pub udp: u32,
 }
 
+/// Bindings of mode `nat` that one processor keeps whose clients have not shown themselves ([`crate::nat::is_proven`]):
+/// an eighth of the table, and no more than an address has ports; of more than four processors each has four times its
+/// share, as in [`Budgets::of`].
+pub const fn nat_young(nat_flows: u32, ports: u32, processors: u32) -> u32 {
+    let shares = if processors > 4 { processors / 4 } else { 1 };
+    let most = if nat_flows / 8 < ports { nat_flows / 8 } else { ports };
+    if most / shares == 0 { 1 } else { most / shares }
+}
+
 impl Budgets {
     /// Those of tables with room for so many entries, on so many processors: one service that is flooded takes a minute
     /// to fill a table, and leaves a note of a SYN there for at least four seconds.
@@ -214,6 +223,15 @@ mod tests {
         assert_eq!(
             Budgets::of(1 << 20, 1 << 17, 1 << 20, 64),
             Budgets { syns: 1_024, flows: 64, udp: 1_024 }
+        );
+        assert_eq!(
+            [
+                nat_young(1 << 18, 22_528, 2),
+                nat_young(1 << 15, 22_528, 4),
+                nat_young(1 << 18, 22_528, 64),
+                nat_young(1, 1, 500)
+            ],
+            [22_528, 4_096, 1_408, 1]
         );
         assert_eq!(Budgets::of(1, 1, 1, 500), Budgets { syns: 1, flows: 1, udp: 1 });
     }

@@ -19,6 +19,8 @@ pub const QUIC_CONFIGS: u32 = 1_024;
 pub const FRAGMENTS: u32 = 65_536;
 /// Bindings of mode `nat`, by default. They take memory only as they are made.
 pub const NAT_FLOWS: u32 = 262_144;
+/// Bindings of mode `nat` that one processor keeps whose clients have not shown themselves, by default.
+pub const NAT_YOUNG: u32 = 16_384;
 /// Entries of the deny and allow lists together, by default. They take memory only as they are made.
 pub const GUARD_ENTRIES: u32 = 1_048_576;
 /// Sources whose rate of new flows is known, over all services, by default.

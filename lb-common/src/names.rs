@@ -90,6 +90,8 @@ pub const STAGES: &str = "STAGES";
 /// [`stage::AFTER`], [`stage::INGRESS`]). One for all ABI versions, because users' programs hold on to it; pinned
 /// under the name that [`SHARED`] gives.
 pub const CHAIN: &str = "CHAIN";
+/// `PERCPU_ARRAY<Young>`, a ring: bindings in the order of their making; not pinned.
+pub const NAT_YOUNG: &str = "NAT_YOUNG";
 /// `ARRAY<u32>`, one entry: whether the program at [`stage::PREDECESSOR`] is asked about flows that no table knows.
 pub const TAKEOVER: &str = "TAKEOVER";
 /// `ARRAY<[u8; LAYOUT_LEN]>`, one entry: what map types look like ([`crate::describe`]), as JSON ended by zeros. Never
@@ -122,6 +124,8 @@ pub mod stage {
     pub const NAT_BIND: u32 = 7;
     /// Full address translation: ICMP errors.
     pub const NAT_ERROR: u32 = 8;
+    /// Full address translation: fragments.
+    pub const NAT_FRAGMENT: u32 = 9;
     /// The program of the ABI version before, while its flows are taken over.
     pub const PREDECESSOR: u32 = 15;
     /// Places in the map.
@@ -132,12 +136,13 @@ pub mod stage {
     /// Programs of the worker's object that go there: name and place.
     pub const DECAP_PROGRAMS: [(&str, u32); 1] = [("cookie", COOKIE)];
     /// Programs of the ingress object that go there: name and place.
-    pub const INGRESS_PROGRAMS: [(&str, u32); 6] = [
+    pub const INGRESS_PROGRAMS: [(&str, u32); 7] = [
         ("icmp", ICMP),
         ("fragment", FRAGMENT),
         ("nat", NAT),
         ("nat_bind", NAT_BIND),
         ("nat_error", NAT_ERROR),
+        ("nat_fragment", NAT_FRAGMENT),
         ("quic", QUIC),
     ];
 }

@@ -88,10 +88,12 @@ reasons! {
     NatReply = "nat_reply", Note;
     /// Mode nat: binding of a flow that is over, taken for a new one
     NatReused = "nat_reused", Note;
+    /// Mode nat: binding whose client had not shown that it is there, removed for a newer one
+    NatGaveWay = "nat_gave_way", Note;
     /// Mode nat: checksum that its sender had left to a network card, completed
     NatCompleted = "nat_completed", Note;
-    /// Mode nat: fragment; only whole packets are translated
-    NatFragment = "nat_fragment", Drop;
+    /// Mode nat: later fragment to an address of this host, of no translated packet whose first was seen: the host's own, or an answer's part that came too early
+    NatFragment = "nat_fragment", Pass;
     /// Mode nat: TTL or hop limit used up
     NatTtl = "nat_ttl", Drop;
     /// Mode nat: ICMP error about a translated packet, sent on

@@ -39,6 +39,10 @@ use lb_common::{
 /// Seconds within which a worker has made the connected socket of a new UDP flow.
 pub const UDP_YOUNG_S: u32 = 3;
 
+/// Beside the features of a program: flows that were said to end are kept while they go on. Whole packets do that; the
+/// stages have no stack left for it.
+pub const KEEP: u32 = 1 << 31;
+
 /// Why a backend was chosen, for `explain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
@@ -148,7 +152,11 @@ fn find<T: Tables>(
     if is_udp {
         return choose_udp(tables, features, &flow, &key);
     }
-    if headers.is_syn() { choose_syn(tables, &flow, &key) } else { choose_established(tables, &flow, &key) }
+    if headers.is_syn() {
+        choose_syn(tables, &flow, &key)
+    } else {
+        choose_established(tables, features, &flow, &key)
+    }
 }
 
 /// A packet and what was found out about it so far.
@@ -293,7 +301,12 @@ fn keeps(backend_flags: Option<u32>, view: &ServiceView) -> bool {
 
 /// Any other TCP packet of a slot that may have exceptions.
 #[inline(always)]
-fn choose_established<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
+fn choose_established<T: Tables>(
+    tables: &T,
+    features: u32,
+    packet: &Packet<'_>,
+    key: &FlowKey,
+) -> Result<Choice, Reason> {
     let Packet { view, headers, place: Place { slot, .. }, .. } = *packet;
     let now_s = tables.now_s();
     let end = if headers.is_closing() { flow::flags::CLOSING } else { 0 };
@@ -327,6 +340,11 @@ fn choose_established<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey)
     }
     if let Some(known) = known {
         if stays {
+            if features & KEEP != 0 && known.flags & flow::flags::CLOSING != 0 && end == 0 {
+                // Anybody can forge a FIN or RST, as nothing here knows its sequence numbers: so the flow stays as long as
+                // there are packets, and lives again with data, of which there is none after a true one.
+                tables.keep(key, now_s, headers.data_len);
+            }
             return found(known.backend, Why::Tracked);
         }
         tables.count(Reason::FlowStale);

@@ -5,6 +5,7 @@
 //! backend could not use it. Senders send parts in order, and networks that hash by ports hash all parts of a
 //! packet alike or by address. Parts that overlap (RFC 5722), that hide the ports (RFC 1858) or that cannot be
 //! parts at all are dropped, each kind counted; exact repeats are forwarded, and a first part begins anew.
+//! Parts of translated packets, either way, are the business of [`crate::nat::process_fragment`].
 //!
 //! Reached by tail call from `ingress` with the frame as it came in; called natively by tests and fuzzers.
 
@@ -22,8 +23,9 @@ use crate::{
 use lb_common::{
     Reason, VipKey,
     fragment::{FRAGMENT_TIMEOUT_S, Fragment, FragmentKey, PARTS, flags},
+    names::stage,
     service::{NO_SERVICE, TCP, UDP, flags as service_flags},
-    settings::IngressSettings,
+    settings::{IngressSettings, features},
     slot::NO_BACKEND,
 };
 
@@ -54,8 +56,11 @@ pub fn process<F: Frame + Fib, T: Tables + FragmentTable>(
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    let result = balance(frame, tables, settings, &mut network);
-    end(frame, tables, settings, &network.headers, result)
+    match balance(frame, tables, settings, &mut network) {
+        // Translated: that stage counts it.
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
+        result => end(frame, tables, settings, &network.headers, result),
+    }
 }
 
 #[inline(always)]
@@ -67,7 +72,12 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
 ) -> Result<(Verdict, u32, u32), Refusal> {
     let part = network.fragment.ok_or(Reason::Fragment)?;
     if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
-        return Err(Reason::NotVip.into());
+        // Perhaps a worker's answer.
+        return Err(if translates(settings) {
+            Refusal::Stage(stage::NAT_FRAGMENT)
+        } else {
+            Reason::NotVip.into()
+        });
     }
     guard::check(tables, settings, network.headers.source)?;
     let protocol = network.headers.protocol;
@@ -76,19 +86,13 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
         return Err(Reason::Fragment.into());
     }
     let units = units(network, part)?;
-    let key = FragmentKey {
-        source: address(network.headers.source),
-        destination: address(network.headers.destination),
-        id: part.id,
-        protocol: if network.headers.is_ipv6 { 0 } else { protocol as u32 },
-    };
+    let key = key_of(network, part);
     let (place, is_new) = if part.offset == 0 {
-        first(frame, tables, network, &key, units)?
+        first(frame, tables, settings, network, &key, units)?
     } else {
         let now_s = tables.now_s();
-        let known = tables.with_fragment(&key, |known| {
-            (now_s.saturating_sub(known.seen_s) <= FRAGMENT_TIMEOUT_S).then(|| follow(known, units))
-        });
+        let known =
+            tables.with_fragment(&key, |known| is_awaited(known, now_s).then(|| follow(known, units)));
         match known.flatten() {
             Some(followed) => (followed?, false),
             // What is no transport that we balance is the host's in all its parts.
@@ -107,9 +111,32 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
     Ok((verdict, place.service, place.backend))
 }
 
+#[inline(always)]
+const fn translates(settings: &IngressSettings) -> bool {
+    settings.features & features::NAT != 0
+}
+
+/// What the parts of a packet have in common.
+#[inline(always)]
+pub fn key_of(network: &Network, part: Part) -> FragmentKey {
+    let headers = &network.headers;
+    FragmentKey {
+        source: address(headers.source),
+        destination: address(headers.destination),
+        id: part.id,
+        protocol: if headers.is_ipv6 { 0 } else { headers.protocol as u32 },
+    }
+}
+
+/// Whether further parts of a packet are still expected.
+#[inline(always)]
+pub fn is_awaited(known: &Fragment, now_s: u32) -> bool {
+    now_s.saturating_sub(known.seen_s) <= FRAGMENT_TIMEOUT_S
+}
+
 /// First and last unit of 8 bytes that a part covers.
 #[inline(always)]
-fn units(network: &Network, part: Part) -> Result<[u16; 2], Reason> {
+pub fn units(network: &Network, part: Part) -> Result<[u16; 2], Reason> {
     // In IPv6 what is between the fragment header and the transport header is the fragmented part's too;
     // only the first can have it, and it is whole units.
     let len = network.l4_len as u32;
@@ -126,9 +153,12 @@ fn units(network: &Network, part: Part) -> Result<[u16; 2], Reason> {
 
 /// A part of a packet whose first is known: notes it, and says where they all go.
 #[inline(always)]
-fn follow(known: &mut Fragment, units: [u16; 2]) -> Result<Place, Reason> {
+fn follow(known: &mut Fragment, units: [u16; 2]) -> Result<Place, Refusal> {
     if known.flags & flags::HOST != 0 {
-        return Err(Reason::Fragment);
+        return Err(Reason::Fragment.into());
+    }
+    if known.flags & flags::NAT != 0 {
+        return Err(Refusal::Stage(stage::NAT_FRAGMENT));
     }
     mark(known, units)?;
     Ok(Place { hash: known.hash, backend: known.backend, service: known.service })
@@ -136,7 +166,7 @@ fn follow(known: &mut Fragment, units: [u16; 2]) -> Result<Place, Reason> {
 
 /// Notes a part; an error if it overlaps another, or one has before.
 #[inline(always)]
-fn mark(known: &mut Fragment, units: [u16; 2]) -> Result<(), Reason> {
+pub fn mark(known: &mut Fragment, units: [u16; 2]) -> Result<(), Reason> {
     if known.flags & flags::OVERLAP != 0 {
         return Err(Reason::FragmentOverlap);
     }
@@ -165,46 +195,73 @@ fn mark(known: &mut Fragment, units: [u16; 2]) -> Result<(), Reason> {
 fn first<F: Frame, T: Tables + FragmentTable>(
     frame: &F,
     tables: &T,
+    settings: &IngressSettings,
     network: &mut Network,
     key: &FragmentKey,
     units: [u16; 2],
-) -> Result<(Place, bool), Reason> {
-    let headers = &mut network.headers;
-    let least = if headers.protocol == TCP { 20 } else { 8 };
+) -> Result<(Place, bool), Refusal> {
+    parse_first(frame, network)?;
+    let placed = place(tables, settings, &network.headers);
+    let (place, is_new) = match placed {
+        Ok(placed) => placed,
+        Err(Refusal::Reason(Reason::NoService)) => {
+            (Place { hash: 0, backend: NO_BACKEND, service: NO_SERVICE }, false)
+        }
+        Err(reason) => return Err(reason),
+    };
+    let units = units[0] as u32 | (units[1] as u32) << 16;
+    if !remember(tables, key, place.hash, place.backend, (place.service as u64) << 32 | units as u64) {
+        tables.count(Reason::FlowNotRecorded);
+    }
+    if place.service == NO_SERVICE { Err(Reason::NoService.into()) } else { Ok((place, is_new)) }
+}
+
+/// Remembers a packet whose first part covers these units (the low half of `what`; the other is its service). A function
+/// of its own: the stack of its caller has no room for the entry.
+#[inline(never)]
+fn remember<T: Tables + FragmentTable>(
+    tables: &T,
+    key: &FragmentKey,
+    hash: u64,
+    backend: u32,
+    what: u64,
+) -> bool {
+    let service = (what >> 32) as u32;
+    let mut entry = Fragment {
+        hash,
+        backend,
+        service,
+        seen_s: tables.now_s(),
+        flags: if service == NO_SERVICE { flags::HOST } else { 0 },
+        count: 1,
+        ..Fragment::default()
+    };
+    entry.parts[0] = [what as u16, (what >> 16) as u16];
+    tables.record_fragment(key, &entry)
+}
+
+/// The ports of a first part, all of whose transport header must be there.
+#[inline(always)]
+pub fn parse_first<F: Frame>(frame: &F, network: &mut Network) -> Result<(), Reason> {
+    let least = if network.headers.protocol == TCP { 20 } else { 8 };
     if network.l4_len < least {
         return Err(Reason::FragmentTiny);
     }
     // The lengths in it are those of the whole: only what must be here is looked at.
-    parse_transport(&frame.packet(), network.l4, 0xffff, headers)?;
-    let placed = place(tables, headers);
-    let (place, is_new) = match placed {
-        Ok(placed) => placed,
-        Err(Reason::NoService) => (Place { hash: 0, backend: NO_BACKEND, service: NO_SERVICE }, false),
-        Err(reason) => return Err(reason),
-    };
-    let mut entry = Fragment {
-        hash: place.hash,
-        backend: place.backend,
-        service: place.service,
-        seen_s: tables.now_s(),
-        flags: if place.service == NO_SERVICE { flags::HOST } else { 0 },
-        count: 1,
-        ..Fragment::default()
-    };
-    entry.parts[0] = units;
-    if !tables.record_fragment(key, &entry) {
-        tables.count(Reason::FlowNotRecorded);
-    }
-    if place.service == NO_SERVICE { Err(Reason::NoService) } else { Ok((place, is_new)) }
+    parse_transport(&frame.packet(), network.l4, 0xffff, &mut network.headers)
 }
 
 /// Where the packet goes by its ports.
 #[inline(always)]
-fn place<T: Tables>(tables: &T, headers: &Headers) -> Result<(Place, bool), Reason> {
+fn place<T: Tables>(
+    tables: &T,
+    settings: &IngressSettings,
+    headers: &Headers,
+) -> Result<(Place, bool), Refusal> {
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
-    if view.flags & service_flags::NAT != 0 {
-        return Err(Reason::NatFragment);
+    if translates(settings) && view.flags & service_flags::NAT != 0 {
+        return Err(Refusal::Stage(stage::NAT_FRAGMENT));
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose(tables, service, view, headers, hash)?;

@@ -4,7 +4,7 @@
 
 use crate::{
     Frame, Tables, Verdict, chain,
-    choose::{Why, choose_with},
+    choose::{KEEP, Why, choose_with},
     forward::{Fib, Refusal, forward},
     guard,
     hash::flow_hash,
@@ -132,7 +132,7 @@ fn balance<F: Frame + Fib, T: Tables>(
         return Err(Refusal::Stage(stage::QUIC));
     }
     let hash = flow_hash(view.seed, headers);
-    let choice = choose_with(tables, settings.features, service, view, headers, hash)?;
+    let choice = choose_with(tables, settings.features | KEEP, service, view, headers, hash)?;
     // Known here already, so that why a backend was chosen is forgotten: the verifier walks the rest once for each reason
     // that it remembers.
     let is_young = core::hint::black_box(choice.is_new || choice.why == Why::TrackedYoung);

@@ -73,6 +73,9 @@ pub struct Headers {
     pub l2_len: usize,
     /// Length of the IP packet, its header included, in bytes.
     pub ip_len: u32,
+    /// Bytes behind the TCP header; of a first fragment what there may be. A number and no flag, as each value of a flag
+    /// is walked by the verifier for itself. 0 for UDP.
+    pub data_len: u32,
 }
 
 impl Headers {
@@ -318,6 +321,7 @@ pub fn parse_transport(packet: &Packet, l4: usize, len: usize, headers: &mut Hea
         headers.port = tcp.port;
         headers.sequence = u32::from_be(tcp.sequence);
         headers.tcp_flags = tcp.flags;
+        headers.data_len = (len - data) as u32;
         Ok(())
     } else if headers.protocol == UDP {
         if len < 8 {

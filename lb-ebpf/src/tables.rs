@@ -46,6 +46,9 @@ pub trait Tables {
     fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool;
     /// Notes in place that a remembered flow was seen now, and these further flag bits.
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32);
+    /// Notes in place that an established flow was seen now; and that it does not end, if there is data.
+    #[inline(always)]
+    fn keep(&self, _key: &FlowKey, _now_s: u32, _data_len: u32) {}
     /// Forgets a flow.
     fn forget(&self, table: FlowTable, key: &FlowKey);
     /// Places a new flow. The kernel side has this as a function of its own, which the verifier looks at once instead of

@@ -16,12 +16,13 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use lb_common::{
     ABI_VERSION, Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service,
-    ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
+    ServiceKey, ServiceView, Slot, Vip, VipKey, exact, flow,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState, block, level},
     limit::{FULL_S, Pressure, SourceKey},
     limits, load,
     names::{LAYOUT_LEN, stage},
+    nat::Young,
     quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
     sign::{self, Sign, Signs},
@@ -80,6 +81,8 @@ static NAT_FLOWS: HashMap<FlowKey, Nat> = HashMap::with_max_entries(limits::NAT_
 #[map]
 static NAT_REPLIES: HashMap<ReplyKey, Reply> =
     HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static NAT_YOUNG: PerCpuArray<Young> = PerCpuArray::with_max_entries(limits::NAT_YOUNG, 0);
 #[map]
 static WAY: PerCpuArray<Way> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -238,6 +241,19 @@ impl Tables for Maps {
                 (*flow).last_seen_s = now_s;
                 if flags != 0 {
                     (*flow).flags |= flags;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn keep(&self, key: &FlowKey, now_s: u32, data_len: u32) {
+        if let Some(flow) = FLOWS.get_ptr_mut(key) {
+            // SAFETY: as in `touch`.
+            unsafe {
+                (*flow).last_seen_s = now_s;
+                if data_len != 0 {
+                    (*flow).flags &= !flow::flags::CLOSING;
                 }
             }
         }
@@ -572,6 +588,12 @@ impl NatTables for Maps {
     }
 
     #[inline(always)]
+    fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R> {
+        // SAFETY: this CPU's own, and programs do not preempt each other.
+        NAT_YOUNG.get_ptr_mut(place).map(|young| f(unsafe { &mut *young }))
+    }
+
+    #[inline(always)]
     fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {
         let buffer = SUM.get_ptr_mut(0)?;
         // SAFETY: this CPU's own, and programs do not preempt each other.
@@ -708,6 +730,15 @@ pub fn nat_bind(ctx: XdpContext) -> u32 {
 pub fn nat_error(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
     let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    finish(&ctx, verdict, outcome)
+}
+
+/// The same for fragments; see [`stage::NAT_FRAGMENT`].
+#[xdp(frags)]
+#[inline(always)]
+pub fn nat_fragment(ctx: XdpContext) -> u32 {
+    let settings = SETTINGS.load();
+    let (verdict, outcome) = nat::process_fragment(&mut XdpFrame::new(&ctx), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 

@@ -21,7 +21,7 @@ use lb_common::{
     backend::{flags, mode},
     is_mapped,
     names::stage,
-    nat,
+    nat::{self, Young},
     service::TCP,
     settings::{IngressSettings, features},
 };
@@ -64,7 +64,7 @@ pub fn process<F: Frame + Fib, T: NatTables>(
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
     match bind(frame, tables, settings) {
-        Ok(()) => (Verdict::Stage(stage::NAT), Outcome::Not(Reason::StageMissing)),
+        Ok(next) => (Verdict::Stage(next), Outcome::Not(Reason::StageMissing)),
         Err(reason) => refuse(tables, reason),
     }
 }
@@ -74,10 +74,14 @@ fn bind<F: Frame + Fib, T: NatTables>(
     frame: &F,
     tables: &T,
     settings: &IngressSettings,
-) -> Result<(), Reason> {
-    let network = tables.way(|way| choose_worker(frame, tables, settings, way));
-    network.ok_or(Reason::BrokenTable)??;
-    tables.way(|way| enter(tables, settings.nat_first, settings.nat_last, way)).ok_or(Reason::BrokenTable)?
+) -> Result<u32, Reason> {
+    let chosen = tables.way(|way| choose_worker(frame, tables, settings, way));
+    chosen.ok_or(Reason::BrokenTable)??;
+    let entered = tables.way(|way| {
+        enter(tables, settings.nat_first, settings.nat_last, way)?;
+        Ok(if way.is_part != 0 { stage::NAT_FRAGMENT } else { stage::NAT })
+    });
+    entered.ok_or(Reason::BrokenTable)?
 }
 
 /// Chooses a worker, and writes down all that the binding needs but its port.
@@ -89,6 +93,7 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     way: &mut Way,
 ) -> Result<(), Reason> {
     let mut network = parse_network(frame, settings)?;
+    way.is_part = network.fragment.is_some() as u32;
     super::parse_ports(frame, &mut network)?;
     let headers = &network.headers;
     let (service, _) = lookup_service(tables, headers)?;
@@ -168,13 +173,57 @@ fn source_by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, backend: &Backend
 fn enter<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> Result<(), Reason> {
     take_port(tables, first, last, way)?;
     match tables.add_nat(&way.key, &way.nat) {
-        Added::Done => Ok(()),
+        Added::Done => {
+            push_out(tables, way);
+            Ok(())
+        }
         added => {
             tables.remove_reply(&way.reply_key);
             // Taken: another processor was faster with a packet of the same flow, and its binding is the flow's.
             if added == Added::Taken { Ok(()) } else { Err(Reason::NatNoRoom) }
         }
     }
+}
+
+/// Notes a new binding in the ring. The one that it pushes out of it has had its time: if its client has not shown
+/// itself, it goes. So a flood of forged packets has this many bindings at most, and each one a handshake's time.
+#[inline(always)]
+fn push_out<T: NatTables>(tables: &T, way: &mut Way) {
+    way.young = Young { key: way.reply_key, client: Young::client(&way.key) };
+    let turn = way.turn;
+    way.turn = turn + 1;
+    // Exchanged in place: the stack has no room for either.
+    if tables.young(turn, |place| core::mem::swap(place, &mut way.young)).is_none() {
+        // Beyond its end.
+        way.turn = 1;
+        if tables.young(0, |place| core::mem::swap(place, &mut way.young)).is_none() {
+            return;
+        }
+    }
+    if way.young.key.protocol == 0 {
+        return;
+    }
+    let gives_way = tables
+        .reply(&way.young.key, |reply| {
+            Young::client(&reply.flow) == way.young.client && !nat::is_proven(reply.flags)
+        })
+        .unwrap_or(false);
+    if gives_way && release(tables, &way.young.key) {
+        tables.count(Reason::NatGaveWay);
+    }
+}
+
+/// Removes a binding, by its answers' key; true if it was this call that did. Only one processor can remove an entry,
+/// so only one goes on to take its port.
+#[inline(always)]
+fn release<T: NatTables>(tables: &T, key: &ReplyKey) -> bool {
+    tables.reply(key, |reply| {
+        let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
+        if tables.nat(&reply.flow, is_own) == Some(true) {
+            tables.remove_nat(&reply.flow);
+        }
+    });
+    tables.remove_reply(key)
 }
 
 /// Key of a binding's answers.
@@ -195,6 +244,7 @@ fn take_port<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> 
     let count = (last as u32 + 1).saturating_sub(first as u32);
     let pool = way.nat.source;
     let mut full = false;
+    way.yields_s = u32::MAX;
     for i in 0..TRIES {
         let h = mix(way.hash.wrapping_add(i as u64));
         // The port is made of the high half.
@@ -215,26 +265,45 @@ fn take_port<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> 
             Added::Taken => {}
         }
     }
-    Err(if full { Reason::NatNoRoom } else { Reason::NatNoPort })
+    let none = if full { Reason::NatNoRoom } else { Reason::NatNoPort };
+    if way.yields_s == u32::MAX {
+        return Err(none);
+    }
+    // The oldest of those that were met and whose client has not shown itself.
+    (way.reply_key.source, way.reply_key.source_port) = way.yields;
+    if !release(tables, &way.reply_key) {
+        return Err(none);
+    }
+    tables.count(Reason::NatGaveWay);
+    if tables.add_reply(&way.reply_key, &way.reply) != Added::Done {
+        return Err(none);
+    }
+    (way.nat.source, way.nat.source_port) = way.yields;
+    Ok(())
 }
 
-/// Removes a binding whose time is over; true if it was this call that did. Only one processor can remove an
-/// entry, so only one goes on to take its port.
+/// Removes the binding that has this port if its time is over; true if it was this call that did. Otherwise it is
+/// noted if it could give way.
 #[inline(always)]
-fn reclaim<T: NatTables>(tables: &T, way: &Way) -> bool {
-    let (key, now_s) = (&way.reply_key, way.reply.last_seen_s);
-    let is_over = tables.reply(key, |reply| {
+fn reclaim<T: NatTables>(tables: &T, way: &mut Way) -> bool {
+    let Way {
+        reply_key: key, reply: Reply { last_seen_s: now_s, .. }, udp_timeout_s, yields_s, yields, ..
+    } = way;
+    let (key, now_s) = (&*key, *now_s);
+    let found = tables.reply(key, |reply| {
         let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
         let client_s = tables.nat(&reply.flow, |nat| if is_own(nat) { nat.last_seen_s } else { 0 });
         let client_s = client_s.unwrap_or(0);
         // Of another service's UDP flows the time is not known here; this one's will do.
-        let idle_s =
-            if key.protocol == TCP as u32 { nat::tcp_idle_s(reply.flags) } else { way.udp_timeout_s };
-        let is_over = nat::is_expired(idle_s, client_s, reply.last_seen_s, now_s);
-        if is_over && client_s != 0 {
-            tables.remove_nat(&reply.flow);
+        let idle_s = if key.protocol == TCP as u32 { nat::tcp_idle_s(reply.flags) } else { *udp_timeout_s };
+        if nat::is_expired(idle_s, client_s, reply.last_seen_s, now_s) {
+            return true;
         }
-        is_over
+        if !nat::is_proven(reply.flags) && reply.last_seen_s < *yields_s {
+            *yields_s = reply.last_seen_s;
+            *yields = (key.source, key.source_port);
+        }
+        false
     });
-    is_over == Some(true) && tables.remove_reply(key)
+    found == Some(true) && release(tables, key)
 }

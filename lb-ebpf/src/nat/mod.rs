@@ -5,17 +5,19 @@
 //! neither a VIP nor a route to clients, and both ways pass this host. A binding holds a flow to its worker,
 //! whatever the tables say meanwhile.
 //!
-//! Three programs, each with a stack of its own: [`process`] for flows that are bound, both ways; [`process_new`] binds
-//! a flow and goes back to it; [`process_error`] for ICMP errors. Reached by tail call from `ingress` with the frame as
+//! Four programs, each with a stack of its own: [`process`] for flows that are bound, both ways; [`process_new`] binds
+//! a flow and goes back; [`process_error`] for ICMP errors; [`process_fragment`] for packets in parts. Reached by tail call from `ingress` with the frame as
 //! it came in; called natively by tests and fuzzers.
 //! Behaviour follows RFC 4787 (UDP), RFC 5382 (TCP) and RFC 5508 (ICMP).
 
 mod bind;
 mod error;
+mod fragment;
 mod rewrite;
 
 pub use bind::{Added, process as process_new, reply_key};
 pub use error::process as process_error;
+pub use fragment::process as process_fragment;
 
 use crate::{
     Frame, Packet, Tables, Verdict,
@@ -28,10 +30,11 @@ use crate::{
 };
 use bind::worker;
 use lb_common::{
-    Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
+    Address, Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
     backend::flags::{DOWN, DRAINING, RESOLVED},
+    fragment::{Fragment, FragmentKey, PARTS},
     names::stage,
-    nat::{self, flags},
+    nat::{self, Young, flags},
     service::{self, TCP, UDP},
     settings::{IngressSettings, features},
     sign::Sign,
@@ -52,6 +55,8 @@ pub trait NatTables: Tables {
     fn remove_nat(&self, key: &FlowKey) -> bool;
     /// Removes a worker's entry; false if there was none.
     fn remove_reply(&self, key: &ReplyKey) -> bool;
+    /// Calls `f` on a place of this processor's ring of new bindings, whose size is the map's.
+    fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R>;
     /// One's complement sum (not folded) of `len` bytes of the frame from `offset` on.
     fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32>;
     /// Calls `f` with room for what is gathered about the packet in hand.
@@ -88,14 +93,17 @@ pub fn process<F: Frame + Fib, T: NatTables>(
     }
 }
 
-/// The ports of a TCP or UDP packet that is no fragment.
+/// The ports of a TCP or UDP packet, or of its first part.
 #[inline(always)]
 fn parse_ports<F: Frame>(frame: &F, network: &mut Network) -> Result<(), Reason> {
-    if network.fragment.is_some() {
-        return Err(Reason::Fragment);
-    }
+    let len = match network.fragment {
+        None => network.l4_len,
+        // The lengths in it are those of the whole; whether all of its header is there has been looked at.
+        Some(part) if part.offset == 0 => 0xffff,
+        Some(_) => return Err(Reason::Fragment),
+    };
     match network.headers.protocol {
-        TCP | UDP => parse_transport(&frame.packet(), network.l4, network.l4_len, &mut network.headers),
+        TCP | UDP => parse_transport(&frame.packet(), network.l4, len, &mut network.headers),
         _ => Err(Reason::OtherProtocol),
     }
 }
@@ -125,6 +133,20 @@ pub struct Way {
     reply_key: ReplyKey,
     /// What becomes of them.
     reply: Reply,
+    /// The oldest reply entry met whose binding could give way, by its last packet's second; all ones: none.
+    yields_s: u32,
+    /// Its address and port.
+    yields: (Address, Be16),
+    /// Place in the ring of this processor's next binding.
+    turn: u32,
+    /// The newest, and then the one that it pushes out.
+    young: Young,
+    /// Whether the packet is a first part.
+    is_part: u32,
+    /// Of a first part: which packet's.
+    parts: FragmentKey,
+    /// And what is remembered for the others.
+    fragment: Fragment,
 }
 
 impl Way {
@@ -157,6 +179,22 @@ impl Way {
             protocol: 0,
         },
         reply: Reply { flow: NO_FLOW, vip: [0; 16], hop: NO_HOP, last_seen_s: 0, flags: 0 },
+        yields_s: u32::MAX,
+        yields: ([0; 16], Be16::ZERO),
+        turn: 0,
+        young: Young::EMPTY,
+        is_part: 0,
+        parts: FragmentKey { source: [0; 16], destination: [0; 16], id: 0, protocol: 0 },
+        fragment: Fragment {
+            hash: 0,
+            backend: 0,
+            service: 0,
+            seen_s: 0,
+            flags: 0,
+            count: 0,
+            pad: 0,
+            parts: [[0; 2]; PARTS],
+        },
     };
 }
 
@@ -170,6 +208,9 @@ fn receive<F: Frame + Fib, T: NatTables>(
     settings: &IngressSettings,
     network: &mut Network,
 ) -> Result<(Verdict, Outcome), Refusal> {
+    if network.fragment.is_some() {
+        return Err(Reason::Fragment.into());
+    }
     parse_ports(frame, network)?;
     tables.way(|way| go(frame, tables, settings, network, way)).ok_or(Reason::BrokenTable)?
 }
@@ -184,6 +225,21 @@ fn go<F: Frame + Fib, T: NatTables>(
     way: &mut Way,
 ) -> Result<(Verdict, Outcome), Refusal> {
     let headers = &network.headers;
+    let outcome = lead(frame, tables, headers, way)?;
+    rewrite(frame, tables, network, &way.to)?;
+    let verdict = go_by(frame, headers.l2_len, headers.is_ipv6, &way.hop)?;
+    account(tables, settings, headers, way, outcome);
+    Ok((verdict, outcome))
+}
+
+/// Who a packet becomes and where it leaves, if it fits there.
+#[inline(always)]
+fn lead<F: Frame + Fib, T: NatTables>(
+    frame: &F,
+    tables: &T,
+    headers: &Headers,
+    way: &mut Way,
+) -> Result<Outcome, Refusal> {
     let outcome = match lookup_service(tables, headers) {
         Ok((service, _)) => from_client(frame, tables, headers, service, way)?,
         // If it is no answer it is what it seemed to be.
@@ -196,8 +252,18 @@ fn go<F: Frame + Fib, T: NatTables>(
     if way.mtu != 0 && headers.ip_len > way.mtu {
         return Err(Refusal::TooBig(way.mtu));
     }
-    rewrite(frame, tables, network, &way.to)?;
-    let verdict = go_by(frame, headers.l2_len, headers.is_ipv6, &way.hop)?;
+    Ok(outcome)
+}
+
+/// Counts a translated packet.
+#[inline(always)]
+fn account<T: NatTables>(
+    tables: &T,
+    settings: &IngressSettings,
+    headers: &Headers,
+    way: &Way,
+    outcome: Outcome,
+) {
     match outcome {
         Outcome::Forwarded { backend, .. } if settings.stats != 0 => {
             tables.account(backend, headers.ip_len, way.nat.flags & flags::NEW != 0);
@@ -205,7 +271,6 @@ fn go<F: Frame + Fib, T: NatTables>(
         Outcome::Returned { .. } => tables.count(Reason::NatReply),
         _ => {}
     }
-    Ok((verdict, outcome))
 }
 
 /// A client's packet: to its worker.
@@ -303,27 +368,32 @@ fn is_idle<T: NatTables>(tables: &T, view: &ServiceView, binding: &Nat, now_s: u
 /// Brings a flow's entries up to date with a client's packet.
 #[inline(always)]
 fn note<T: NatTables>(tables: &T, headers: &Headers, way: &Way, now_s: u32) {
-    let (old, from) = (way.nat.flags, &way.from);
-    let unsettled = headers.protocol == TCP && old & flags::ESTABLISHED == 0;
+    const ENDED: u32 = flags::CLIENT_FIN | flags::CLIENT_RST;
+    let (mut new, from) = (way.nat.flags & !(flags::FRESH | flags::NEW), &way.from);
+    let unsettled = new & flags::ESTABLISHED == 0;
     let moved = way.nat.hop != *from;
-    let mut established = 0;
-    if unsettled || moved || headers.is_closing() {
+    // Who sends data has not ended the flow: somebody else has said so.
+    let goes_on = new & ENDED != 0 && headers.data_len != 0 && !headers.is_closing();
+    if unsettled || moved || goes_on || headers.is_closing() {
         let bits = headers.tcp_flags;
-        tables.reply(&reply_key(&way.nat, headers.protocol), |reply| {
+        let acknowledges = headers.protocol == UDP || bits & (tcp::ACK | tcp::SYN | tcp::RST) == tcp::ACK;
+        let state = tables.reply(&reply_key(&way.nat, headers.protocol), |reply| {
             reply.hop = *from;
+            let mut state = if goes_on { reply.flags & !ENDED } else { reply.flags };
             if bits & tcp::FIN != 0 {
-                reply.flags |= flags::CLIENT_FIN;
+                state |= flags::CLIENT_FIN;
             }
             if bits & tcp::RST != 0 {
-                reply.flags |= flags::CLIENT_RST;
-            } else if bits & (tcp::ACK | tcp::SYN) == tcp::ACK && reply.flags & flags::ANSWERED != 0 {
-                reply.flags |= flags::ESTABLISHED;
-                established = flags::ESTABLISHED;
+                state |= flags::CLIENT_RST;
+            } else if acknowledges && state & flags::ANSWERED != 0 {
+                state |= flags::ESTABLISHED;
             }
+            reply.flags = state;
+            state
         });
+        new = state.unwrap_or(0) & (flags::ESTABLISHED | ENDED);
     }
-    let new = old & !(flags::FRESH | flags::NEW) | established;
-    if moved || new != old || way.nat.last_seen_s != now_s {
+    if moved || new != way.nat.flags || way.nat.last_seen_s != now_s {
         tables.nat(&way.key, |nat| {
             nat.last_seen_s = now_s;
             nat.flags = new;
@@ -373,7 +443,7 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
         // Only what has no acknowledgement, a SYN, is answered so (RFC 9293 3.5.2).
         is_refused =
             bits & (tcp::RST | tcp::ACK) == tcp::RST | tcp::ACK && reply.flags & flags::ANSWERED == 0;
-        answered(reply, bits, now_s);
+        answered(reply, headers, now_s);
         way.hop = reply.hop;
         way.to = Rewrite {
             source: words(reply.vip),
@@ -397,10 +467,14 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
     Ok(Some(Outcome::Returned { service }))
 }
 
-/// Notes a worker's packet with these TCP flags.
+/// Notes a worker's packet.
 #[inline(always)]
-fn answered(reply: &mut Reply, bits: u8, now_s: u32) {
+fn answered(reply: &mut Reply, headers: &Headers, now_s: u32) {
+    let bits = headers.tcp_flags;
     let mut state = reply.flags | flags::ANSWERED;
+    if headers.data_len != 0 && !headers.is_closing() {
+        state &= !(flags::WORKER_FIN | flags::WORKER_RST);
+    }
     if bits & tcp::FIN != 0 {
         state |= flags::WORKER_FIN;
     }

@@ -9,6 +9,7 @@ use super::NatTables;
 use crate::{
     Frame, csum,
     network::Network,
+    parse::Headers,
     wire::{Ipv4, Ipv6},
 };
 use lb_common::{
@@ -76,31 +77,76 @@ pub fn rewrite<F: Frame, T: NatTables>(
         (&to.source, &to.destination),
     );
     network_header(frame, network, to.source, to.destination, addresses)?;
-    let mut packet = frame.packet();
-    let place = match headers.protocol {
+    let place = check_place(network);
+    let Some(check) = ports(frame, network, place, to)? else { return Ok(()) };
+    let pseudo = (headers.protocol as u16).to_be() as u64 + (network.l4_len as u16).to_be() as u64;
+    let old = sum_addresses(headers.is_ipv6, &headers.source, &headers.destination);
+    let new = if csum::fold(pseudo + old) == check {
+        let addresses = sum_addresses(headers.is_ipv6, &to.source, &to.destination);
+        complete(frame, tables, network, place, pseudo + addresses)?
+    } else {
+        adjusted(check, addresses + change_of_ports(headers, to))
+    };
+    write_check(frame, headers, place, new)
+}
+
+/// The same for a part of a packet. The checksum is the whole packet's and lies in the first part, which alone has
+/// ports; its sender has completed it, as cards do not fragment.
+#[inline(always)]
+pub fn rewrite_part<F: Frame>(
+    frame: &mut F,
+    network: &Network,
+    to: &Rewrite,
+    is_first: bool,
+) -> Result<(), Reason> {
+    let headers = &network.headers;
+    let addresses = change_of_addresses(
+        headers.is_ipv6,
+        (&headers.source, &headers.destination),
+        (&to.source, &to.destination),
+    );
+    network_header(frame, network, to.source, to.destination, addresses)?;
+    if !is_first {
+        return Ok(());
+    }
+    let place = check_place(network);
+    let Some(check) = ports(frame, network, place, to)? else { return Ok(()) };
+    write_check(frame, headers, place, adjusted(check, addresses + change_of_ports(headers, to)))
+}
+
+/// Where the transport checksum lies.
+#[inline(always)]
+fn check_place(network: &Network) -> usize {
+    match network.headers.protocol {
         TCP => network.l4 + 16,
         _ => network.l4 + 6,
-    };
+    }
+}
+
+/// Writes new ports; the checksum as it was, if there is one (RFC 768), and so one to mend.
+#[inline(always)]
+fn ports<F: Frame>(
+    frame: &mut F,
+    network: &Network,
+    place: usize,
+    to: &Rewrite,
+) -> Result<Option<u16>, Reason> {
+    let mut packet = frame.packet();
     let check: u16 = packet.read(place).ok_or(Reason::Truncated)?;
     if !packet.write(network.l4, [to.source_port, to.port]) {
         return Err(Reason::Truncated);
     }
-    // No checksum (RFC 768), and so none to mend.
-    if check == 0 && headers.protocol == UDP {
-        return Ok(());
-    }
-    let pseudo = (headers.protocol as u16).to_be() as u64 + (network.l4_len as u16).to_be() as u64;
-    let old = sum_addresses(headers.is_ipv6, &headers.source, &headers.destination);
-    let mut new = if csum::fold(pseudo + old) == check {
-        let addresses = sum_addresses(headers.is_ipv6, &to.source, &to.destination);
-        complete(frame, tables, network, place, pseudo + addresses)?
-    } else {
-        let ports = change(headers.source_port, to.source_port) + change(headers.port, to.port);
-        adjusted(check, addresses + ports)
-    };
-    if new == 0 && headers.protocol == UDP {
-        new = 0xffff;
-    }
+    Ok((check != 0 || network.headers.protocol != UDP).then_some(check))
+}
+
+#[inline(always)]
+fn change_of_ports(headers: &Headers, to: &Rewrite) -> u64 {
+    change(headers.source_port, to.source_port) + change(headers.port, to.port)
+}
+
+#[inline(always)]
+fn write_check<F: Frame>(frame: &mut F, headers: &Headers, place: usize, new: u16) -> Result<(), Reason> {
+    let new = if new == 0 && headers.protocol == UDP { 0xffff } else { new };
     if frame.packet().write(place, new) { Ok(()) } else { Err(Reason::Truncated) }
 }
 

@@ -11,14 +11,15 @@ use lb_common::{names::stage, settings::IngressSettings};
 /// A packet's whole way: `ingress`, and the stages that it jumps to, if any.
 pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings) -> (Verdict, Outcome) {
     let (mut verdict, mut outcome) = ingress::process(frame, tables, settings);
-    // The kernel allows 33 jumps; nothing needs more than three.
-    for _ in 0..4 {
+    // The kernel allows 33 jumps; nothing needs more than four.
+    for _ in 0..5 {
         (verdict, outcome) = match verdict {
             Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
             Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
             Verdict::Stage(stage::QUIC) => quic::process(frame, tables, settings),
             Verdict::Stage(stage::NAT) => nat::process(frame, tables, settings),
             Verdict::Stage(stage::NAT_BIND) => nat::process_new(frame, tables, settings),
+            Verdict::Stage(stage::NAT_FRAGMENT) => nat::process_fragment(frame, tables, settings),
             Verdict::Stage(stage::NAT_ERROR) => nat::process_error(frame, tables, settings),
             _ => return (verdict, outcome),
         };

@@ -16,9 +16,10 @@ use crate::{
 };
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, ServiceKey,
-    ServiceView, Slot, Vip, VipKey, exact,
+    ServiceView, Slot, Vip, VipKey, exact, flow,
     fragment::{Fragment, FragmentKey},
     load,
+    nat::Young,
     quic::{QuicConfig, ServerIdKey},
     sign::{self, Sign, Signs},
     stats::IcmpBudget,
@@ -102,6 +103,8 @@ pub struct HashTables {
     pub quic_servers: HashMap<ServerIdKey, u32>,
     /// Flows that each flow table holds at most.
     pub capacity: usize,
+    /// Places in the ring of new bindings.
+    pub young_room: u32,
     /// What a full flow table does.
     pub when_full: WhenFull,
     /// Whether nothing may be written to the flow tables just now.
@@ -110,6 +113,7 @@ pub struct HashTables {
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     nats: RefCell<BTreeMap<FlowKey, Nat>>,
     replies: RefCell<BTreeMap<ReplyKey, Reply>>,
+    young: RefCell<HashMap<u32, Young>>,
     way: RefCell<Way>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
@@ -135,12 +139,14 @@ impl Default for HashTables {
             quic_configs: HashMap::new(),
             quic_servers: HashMap::new(),
             capacity: usize::MAX,
+            young_room: u32::MAX,
             when_full: WhenFull::Evict,
             is_flooded: Cell::new(false),
             flows: Default::default(),
             fragments: RefCell::default(),
             nats: RefCell::default(),
             replies: RefCell::default(),
+            young: RefCell::default(),
             way: RefCell::new(Way::EMPTY),
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
@@ -290,6 +296,15 @@ impl Tables for HashTables {
         if let Some(flow) = self.table(table).borrow_mut().used(key) {
             flow.last_seen_s = now_s;
             flow.flags |= flags;
+        }
+    }
+
+    fn keep(&self, key: &FlowKey, now_s: u32, data_len: u32) {
+        if let Some(flow) = self.table(FlowTable::Flows).borrow_mut().used(key) {
+            flow.last_seen_s = now_s;
+            if data_len != 0 {
+                flow.flags &= !flow::flags::CLOSING;
+            }
         }
     }
 
@@ -448,6 +463,13 @@ impl NatTables for HashTables {
 
     fn remove_reply(&self, key: &ReplyKey) -> bool {
         self.replies.borrow_mut().remove(key).is_some()
+    }
+
+    fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R> {
+        if place >= self.young_room {
+            return None;
+        }
+        Some(f(self.young.borrow_mut().entry(place).or_insert(Young::EMPTY)))
     }
 
     fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {

@@ -8,15 +8,16 @@ use lb_common::{
     backend::flags::{DOWN, DRAINING, USED},
     flow::{SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
     service::flags::{REFUSED_BY_RESIDENCY, RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
+    settings::features,
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use lb_ebpf::{
     FlowTable::{self, Flows, Syns, UdpFlows},
     Tables,
     choose::{
-        Choice,
+        Choice, KEEP,
         Why::{self, *},
-        choose,
+        choose, choose_with,
     },
     hash::flow_hash,
     native::WhenFull,
@@ -46,6 +47,7 @@ struct Case {
     backends: Vec<(u32, u32)>,
     before: Vec<Entry>,
     full: bool,
+    bare: bool,
     expect: Result<Choice, Reason>,
     after: Vec<Entry>,
     counted: Vec<(Reason, u64)>,
@@ -61,6 +63,7 @@ fn tcp_case(name: &'static str, slot: Slot, tcp_flags: u8) -> Case {
         backends: vec![],
         before: vec![],
         full: false,
+        bare: false,
         expect: Err(Reason::NoBackend),
         after: vec![],
         counted: vec![],
@@ -87,6 +90,11 @@ impl Case {
     }
     fn full(mut self) -> Self {
         self.full = true;
+        self
+    }
+    /// The packet carries no data.
+    fn bare(mut self) -> Self {
+        self.bare = true;
         self
     }
     fn goes(mut self, backend: u32, why: Why) -> Self {
@@ -121,7 +129,10 @@ impl Case {
                 tables.backends.get_mut(index).unwrap().flags = USED | flags;
             }
         }
-        let packet = if self.is_udp { udp(40_000) } else { tcp(self.tcp_flags, 40_000) };
+        let mut packet = if self.is_udp { udp(40_000) } else { tcp(self.tcp_flags, 40_000) };
+        if self.bare {
+            packet.payload.clear();
+        }
         let (key, now_s) = (key(&packet), tables.now_s());
         for (table, backend, age_s, flags) in &self.before {
             let last_seen_s = now_s.wrapping_sub(*age_s);
@@ -134,7 +145,8 @@ impl Case {
         }
         let view = tables.services[&service];
         let headers = headers(&packet);
-        let choice = choose(&tables, service, &view, &headers, flow_hash(view.seed, &headers));
+        let hash = flow_hash(view.seed, &headers);
+        let choice = choose_with(&tables, features::ALL | KEEP, service, &view, &headers, hash);
         assert_eq!(choice, self.expect, "{}: choice", self.name);
         let mut after = Vec::new();
         for table in [Flows, Syns, UdpFlows] {
@@ -297,7 +309,16 @@ fn an_established_flow_of_a_marked_slot() {
             .knows(Flows, 3, 4, 0)
             .goes(3, Tracked)
             .leaves(Flows, 3, 0, CLOSING),
-        tcp_case("closing: still followed", MARKED, ACK)
+        tcp_case("closing: still followed, as long as packets come", MARKED, ACK)
+            .bare()
+            .knows(Flows, 3, 4, CLOSING)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, CLOSING),
+        tcp_case("closing, and data comes: somebody else has sent the fin", MARKED, ACK)
+            .knows(Flows, 3, 4, CLOSING)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+        tcp_case("data on a fin ends nothing's end", MARKED, FIN)
             .knows(Flows, 3, 4, CLOSING)
             .goes(3, Tracked)
             .leaves(Flows, 3, 4, CLOSING),

@@ -10,7 +10,7 @@ use lb_common::{
     Address, Backend, Be16, Nat, Reason, Reply, Slot,
     backend::{flags as backend_flags, mode},
     is_mapped, mapped,
-    nat::{CLOSED_S, ESTABLISHED_S, HALF_CLOSED_S, OPENING_S, RESET_S},
+    nat::{CLOSED_S, ESTABLISHED_S, HALF_CLOSED_S, flags as nat_flags},
     service::{self, TCP, UDP},
     settings::IngressSettings,
 };
@@ -384,14 +384,26 @@ fn the_same_client_port_gets_the_same_port_again() {
     assert_eq!(after(&tables, 40_000, &[]).source_port, first.source_port);
 }
 
+/// A client's handshake, if its flow is bound.
+fn open(tables: &HashTables, port: u16, settings: &IngressSettings) -> Option<Nat> {
+    let asked = |flags| request(false, TCP, port, flags);
+    let (verdict, ..) = run_with(tables, &asked(SYN).bytes(), 1, settings);
+    if verdict == Verdict::Drop {
+        return None;
+    }
+    let nat = binding(tables, &asked(SYN)).0;
+    reply(tables, &nat, TCP, SYN_ACK);
+    run_with(tables, &asked(ACK).bytes(), 1, settings);
+    Some(nat)
+}
+
 #[test]
 fn ports_are_unique_and_their_lack_has_a_name() {
     let mut tables = tables(false);
     let settings = IngressSettings { nat_first: 20_000, nat_last: 20_007, ..IngressSettings::DEFAULT };
     let mut refused = 0;
     for port in 1_000..1_064 {
-        let (verdict, ..) = run_with(&tables, &request(false, TCP, port, SYN).bytes(), 1, &settings);
-        refused += u64::from(verdict == Verdict::Drop);
+        refused += u64::from(open(&tables, port, &settings).is_none());
     }
     let used: BTreeSet<u16> = tables.replies().iter().map(|(key, _)| key.source_port.get()).collect();
     assert_eq!(used.len(), tables.replies().len());
@@ -430,7 +442,7 @@ fn ports_of_flows_that_are_over_are_taken_when_none_is_free() {
     let ask = |tables: &HashTables, protocol, port| {
         run_with(tables, &request(false, protocol, port, SYN).bytes(), 1, &settings).0 != Verdict::Drop
     };
-    // (Protocol, packets after the first, idle seconds for which the port is kept.)
+    // (Packets after the first, idle seconds for which the port is kept.)
     let answered = |tables: &HashTables, flags: &[(bool, u8)]| {
         let nat = tables.nats()[0].1;
         for &(is_client, bits) in flags {
@@ -442,10 +454,8 @@ fn ports_of_flows_that_are_over_are_taken_when_none_is_free() {
         }
     };
     let cases: &[(&[(bool, u8)], u32)] = &[
-        (&[], OPENING_S),
-        (&[(false, SYN_ACK)], OPENING_S),
-        (&[(false, RST)], RESET_S),
         (&[(false, SYN_ACK), (true, ACK)], ESTABLISHED_S),
+        (&[(false, SYN_ACK), (true, ACK), (true, RST)], HALF_CLOSED_S),
         (&[(false, SYN_ACK), (true, ACK), (true, FIN)], HALF_CLOSED_S),
         (&[(false, SYN_ACK), (true, ACK), (true, FIN), (false, FIN)], CLOSED_S),
     ];
@@ -460,12 +470,120 @@ fn ports_of_flows_that_are_over_are_taken_when_none_is_free() {
         assert_eq!(tables.counted(Reason::NatReused), 1);
         assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1));
     }
+    // Whose client has not shown itself gives way at once, so that whoever forges addresses takes no ports away.
+    let unproven: [&[(bool, u8)]; 4] = [
+        &[],
+        &[(false, SYN_ACK)],
+        &[(false, RST)],
+        // An acknowledgement of what was never seen: the worker says so.
+        &[(false, SYN_ACK), (true, ACK), (false, RST)],
+    ];
+    for packets in unproven {
+        let tables = tables(false);
+        assert!(ask(&tables, TCP, 1_000));
+        answered(&tables, packets);
+        assert!(ask(&tables, TCP, 1_001), "{packets:?}");
+        assert_eq!((tables.counted(Reason::NatReused), tables.counted(Reason::NatGaveWay)), (0, 1));
+        assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1));
+    }
     let tables = tables(false);
     assert!(ask(&tables, UDP, 1_000));
+    reply(&tables, &tables.nats()[0].1, UDP, 0);
+    assert!(ask(&tables, UDP, 1_000), "it goes on after an answer");
     tables.advance_s(UDP_TIMEOUT_S);
     assert!(!ask(&tables, UDP, 1_001));
     tables.advance_s(1);
     assert!(ask(&tables, UDP, 1_001));
+    assert!(ask(&tables, UDP, 1_002), "that one has not");
+}
+
+#[test]
+fn floods_of_forged_packets_have_few_bindings_and_take_none() {
+    const YOUNG: u32 = 8;
+    let settings = IngressSettings::DEFAULT;
+    let mut tables = tables(false);
+    tables.young_room = YOUNG;
+    let live: Vec<Nat> =
+        (0..20).map(|i| open(&tables, 1_000 + i, &settings).expect("there is room")).collect();
+    let talkers = (0..20).map(|i| request(false, UDP, 1_000 + i, 0));
+    for asked in talkers.clone() {
+        run_with(&tables, &asked.bytes(), 1, &settings);
+        reply(&tables, &binding(&tables, &asked).0, UDP, 0);
+        run_with(&tables, &asked.bytes(), 1, &settings);
+    }
+    let bound = tables.nats().len();
+    // SYNs; their ACKs too; packets of no flow; datagrams, answered or not.
+    for round in 0..5 {
+        for port in 2_000..2_100 {
+            let protocol = if round > 2 { UDP } else { TCP };
+            let flags = if round == 2 { ACK } else { SYN };
+            let asked = request(false, protocol, port, flags);
+            run_with(&tables, &asked.bytes(), 1, &settings);
+            if round % 3 > 0 {
+                let nat = binding(&tables, &asked).0;
+                reply(&tables, &nat, protocol, SYN_ACK);
+                if round == 1 {
+                    run_with(&tables, &request(false, TCP, port, ACK).bytes(), 1, &settings);
+                    reply(&tables, &nat, TCP, RST);
+                }
+            }
+            let young = (tables.nats().len() - bound) as u32;
+            assert!(young <= YOUNG, "round {round}: {young} bindings of the flood");
+            assert_eq!(tables.nats().len(), tables.replies().len());
+        }
+    }
+    assert_eq!(tables.counted(Reason::NatGaveWay), 500 - u64::from(YOUNG));
+    for (i, nat) in live.iter().enumerate() {
+        let now = send(&tables, &request(false, TCP, 1_000 + i as u16, ACK));
+        assert_eq!((now.source_port, now.created_s), (nat.source_port, nat.created_s));
+    }
+    for asked in talkers {
+        assert_eq!(binding(&tables, &asked).0.flags & nat_flags::ESTABLISHED, nat_flags::ESTABLISHED);
+    }
+    // A handshake among the flood comes about if it takes less time than the ring.
+    for (others, comes) in [(YOUNG - 1, true), (YOUNG, false)] {
+        let asked = |flags| request(false, TCP, 3_000 + others as u16, flags);
+        run_with(&tables, &asked(SYN).bytes(), 1, &settings);
+        let nat = binding(&tables, &asked(SYN)).0;
+        for i in 0..others as u16 {
+            let port = 4_000 + 100 * others as u16 + i;
+            run_with(&tables, &request(false, TCP, port, SYN).bytes(), 1, &settings);
+        }
+        let (verdict, ..) = run(&tables, &answer(&nat, TCP, SYN_ACK).bytes(), INSIDE);
+        assert_eq!(verdict == Verdict::Redirect(1), comes, "{others} others");
+    }
+}
+
+#[test]
+fn data_takes_a_forged_end_back() {
+    for is_ipv6 in [false, true] {
+        let asked = |flags| request(is_ipv6, TCP, 40_000, flags);
+        let bare = |flags| Packet { payload: vec![], ..asked(flags) };
+        let tables = tables(is_ipv6);
+        let nat = send(&tables, &asked(SYN));
+        reply(&tables, &nat, TCP, SYN_ACK);
+        send(&tables, &bare(ACK));
+        let proven = nat_flags::ANSWERED | nat_flags::ESTABLISHED;
+        for (end, flag) in [(FIN, nat_flags::CLIENT_FIN), (RST, nat_flags::CLIENT_RST)] {
+            send(&tables, &asked(end));
+            assert_eq!(binding(&tables, &asked(SYN)).1.flags, proven | flag);
+            // As after a true one.
+            send(&tables, &bare(ACK));
+            assert_eq!(binding(&tables, &asked(SYN)).1.flags, proven | flag);
+            send(&tables, &asked(ACK));
+            let (nat, reply) = binding(&tables, &asked(SYN));
+            assert_eq!((reply.flags, nat.flags), (proven, nat_flags::ESTABLISHED));
+        }
+        for (end, flag) in [(FIN, nat_flags::WORKER_FIN), (RST, nat_flags::WORKER_RST)] {
+            reply(&tables, &nat, TCP, end);
+            assert_eq!(binding(&tables, &asked(SYN)).1.flags, proven | flag);
+            let bare = Packet { payload: vec![], ..answer(&nat, TCP, ACK) };
+            run(&tables, &bare.bytes(), INSIDE);
+            assert_eq!(binding(&tables, &asked(SYN)).1.flags, proven | flag);
+            reply(&tables, &nat, TCP, ACK);
+            assert_eq!(binding(&tables, &asked(SYN)).1.flags, proven);
+        }
+    }
 }
 
 #[test]

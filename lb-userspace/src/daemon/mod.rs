@@ -38,7 +38,7 @@ use crate::{
 };
 use anyhow::Context;
 use lb_common::{
-    limit::Budgets,
+    limit::{self, Budgets},
     settings::{IngressSettings, features},
 };
 use sd_notify::NotifyState;
@@ -372,6 +372,11 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
         slots: settings.max_slots,
         flows: settings.max_flows,
         nat_flows: settings.max_nat_flows,
+        nat_young: limit::nat_young(
+            settings.max_nat_flows,
+            u32::from(settings.ingress.nat_last.saturating_sub(settings.ingress.nat_first)) + 1,
+            processors(),
+        ),
         guard_entries: settings.max_guard_entries,
         ..Limits::default()
     };

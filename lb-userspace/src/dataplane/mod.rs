@@ -71,6 +71,8 @@ pub struct Limits {
     pub syns: u32,
     /// Bindings of mode `nat`.
     pub nat_flows: u32,
+    /// Bindings that one processor keeps whose clients have not shown themselves.
+    pub nat_young: u32,
     /// Entries of the deny and allow lists together.
     pub guard_entries: u32,
     /// Sources whose rate of new flows is known.
@@ -88,6 +90,7 @@ impl Default for Limits {
             flows: limits::FLOWS,
             syns: limits::SYNS,
             nat_flows: limits::NAT_FLOWS,
+            nat_young: limits::NAT_YOUNG,
             guard_entries: limits::GUARD_ENTRIES,
             sources: limits::SOURCES,
             vips: limits::VIPS,
@@ -509,6 +512,7 @@ fn sizes(l: &Limits) -> Vec<(&'static str, u32)> {
         (names::SYNS, l.syns),
         (names::NAT_FLOWS, l.nat_flows),
         (names::NAT_REPLIES, l.nat_flows),
+        (names::NAT_YOUNG, l.nat_young),
         (names::GUARD_ENTRIES, l.guard_entries),
         (names::SOURCES, l.sources),
         (names::LIMITS, l.services),

@@ -1,5 +1,6 @@
 //! A flood of forged SYNs on a service: its live connections stay, and clients still get in, because SYNs push
-//! out nothing but SYNs on the ingress host, and a worker whose listener is full answers by cookies.
+//! out nothing but SYNs on the ingress host, and a worker whose listener is full answers by cookies. In mode nat every
+//! forged packet needs a binding: those give way to newer ones.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,8 @@ use test_support::{
     hold::Holder,
     netns::Namespace,
     program::attach_pass,
-    stage::{LINE, LINES, Plan, Stage, WEB},
+    stage::{ECHO, LINE, LINES, Plan, Stage, UDP, WEB},
+    udp::Flows,
 };
 
 /// Connections that are there before.
@@ -163,4 +165,65 @@ fn a_flood_of_syns_takes_nothing_from_anyone() -> Result<()> {
 #[test]
 fn a_flood_of_syns_while_the_backends_change() -> Result<()> {
     withstands("", true)
+}
+
+/// In mode nat the table has room for 65,536 bindings and a processor's ring for 8,192; each flood brings many times that.
+#[test]
+fn floods_in_mode_nat_take_nothing_from_anyone() -> Result<()> {
+    const RATE: u32 = 100_000;
+    let plan = Plan {
+        mode: "nat",
+        offers: vec![LINE, UDP],
+        arguments: &["--max-nat-flows", "65536"],
+        ..Plan::default()
+    };
+    let stage = Stage::start(plan)?;
+    let target = SocketAddr::from((IpAddr::from(vip_v4(1)), LINES));
+    let live = Holder::open(&stage.bed.client, &[target], LIVE)?;
+    let mut datagrams = Flows::open(&stage.bed.client, SocketAddr::from((vip_v4(1), ECHO)), 200)?;
+    let before = datagrams.exchange()?;
+    ensure!(before.iter().all(Option::is_some), "all flows are answered before");
+    // The second shows that the clients are there.
+    ensure!(datagrams.exchange()? == before, "nobody moves before");
+    let macs = [mac(&stage.bed.ingress, "eth0")?, mac(&stage.bed.client, "eth0")?];
+    let until = Instant::now() + TIME;
+    let clients = (0..4)
+        .map(|_| {
+            stage.bed.client.spawn(move || {
+                thread::sleep(Duration::from_millis(500));
+                knock(target, until)
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    for (kind, port) in [(Kind::Syn, LINES), (Kind::Ack, LINES), (Kind::Udp, ECHO)] {
+        let flood = Flood { kind, vip: vip_v4(1), port, rate: RATE, time: TIME, macs };
+        let sent = flood.run(&stage.bed.client, "eth0")?;
+        println!("{kind:?}: {} at {:.0}/s; {:?}", sent.count, sent.rate(), reasons(&stage)?);
+        ensure!(sent.count > 100_000, "only {} packets were sent", sent.count);
+    }
+    let (mut fine, mut failed) = (0, Vec::new());
+    for client in clients {
+        let (good, bad) = client.join().map_err(|_| anyhow!("a client panicked"))?;
+        fine += good;
+        failed.extend(bad);
+    }
+    let held = live.exchange()?;
+    let lost: Vec<_> = held.iter().filter(|held| !held.stays()).collect();
+    let after = datagrams.exchange()?;
+    let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+    let counts = reasons(&stage)?;
+    println!(
+        "{fine} new connections, {} failed; {} of {LIVE} lost; {moved} of 200 moved; {counts:?}",
+        failed.len(),
+        lost.len()
+    );
+    ensure!(lost.is_empty(), "{} of {LIVE} live connections lost: {:?}", lost.len(), lost[0]);
+    ensure!(moved == 0, "{moved} of 200 UDP flows moved");
+    ensure!(fine >= 100, "too few new connections to mean anything: {fine}, {failed:?}");
+    let share = fine as f64 / (fine + failed.len()) as f64;
+    ensure!(share >= GET_IN, "{:.2} % of new connections came about: {:?}", share * 100.0, failed.first());
+    let count = |reason: &str| counts.get(reason).copied().unwrap_or(0);
+    ensure!(count("nat_gave_way") > 100_000, "the floods' bindings gave way to each other: {counts:?}");
+    ensure!(count("nat_no_room") == 0, "and left room: {counts:?}");
+    Ok(())
 }

@@ -98,7 +98,9 @@ impl Ingress {
             .map_max_entries(names::SECONDARIES, 65_536 / LINE)
             .map_max_entries(names::SERVICES, 128)
             .map_max_entries(names::BACKENDS, 256)
-            .map_max_entries(names::BACKEND_STATS, 256);
+            .map_max_entries(names::BACKEND_STATS, 256)
+            // More than any run makes bindings: which of them go depends on which processor made them.
+            .map_max_entries(names::NAT_YOUNG, 1 << 18);
         for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
             loader.map_max_entries(table, flows);
         }

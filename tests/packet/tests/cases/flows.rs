@@ -34,6 +34,11 @@ fn marked(flags: u8) -> Case {
     case(tcp(V4, flags), Pair::Tracked(1))
 }
 
+/// Without data.
+fn bare(flags: u8) -> Case {
+    case(Packet { payload: vec![], ..tcp(V4, flags) }, Pair::Tracked(1))
+}
+
 /// Backend 3 with these flags.
 fn three(mut case: Case, flags: u32) -> Case {
     case.backends[2].1 = Backend { flags, ..case.backends[2].1 };
@@ -56,7 +61,8 @@ cases! {
     tracked_unknown_takes_the_primary: marked(ACK).goes_to(1, false);
     tracked_known_is_touched: marked(ACK).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     tracked_rst_closes: marked(RST).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, CLOSING, true);
-    tracked_closing_is_followed: marked(ACK).knows(FLOWS, 3, 60, CLOSING).goes_to(3, false).leaves(FLOWS, 3, CLOSING, false);
+    tracked_closing_is_followed: bare(ACK).knows(FLOWS, 3, 60, CLOSING).goes_to(3, false).leaves(FLOWS, 3, CLOSING, true);
+    tracked_closing_lives_again_with_data: marked(ACK).knows(FLOWS, 3, 60, CLOSING).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     tracked_syn_after_closing_is_noted: marked(SYN).knows(FLOWS, 3, 60, CLOSING).goes_to(1, true).leaves(FLOWS, 3, CLOSING, false).leaves(SYNS, 1, 0, true);
     tracked_draining_is_followed: three(marked(ACK), USED | RESOLVED | DRAINING).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     tracked_down_is_followed: three(marked(ACK), USED | RESOLVED | DOWN).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, false);
@@ -82,7 +88,8 @@ fn a_flow_from_syn_to_syn() {
         case.fill(ingress);
         let mut send = |flags: u8| {
             let before: Vec<u64> = (1..4).map(|i| ingress.stats(i).packets).collect();
-            ingress.run(&tcp(V4, flags).bytes()).expect("runs");
+            let packet = Packet { payload: vec![], ..tcp(V4, flags) };
+            ingress.run(&packet.bytes()).expect("runs");
             (1..4).find(|i| ingress.stats(*i).packets > before[*i as usize - 1]).expect("forwarded")
         };
         assert_eq!([send(SYN), send(SYN), send(ACK), send(ACK), send(FIN), send(ACK)], [1; 6]);

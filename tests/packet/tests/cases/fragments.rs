@@ -12,7 +12,7 @@ use test_packet::{Ingress, Packet, Pair, Vlan, checksum, outer, xdp};
 const ID: u32 = 0x1357_9bdf;
 
 /// A part of a packet, as an IP packet: its IP payload from `from` to `to`.
-fn part(packet: &Packet, from: usize, to: usize, more: bool) -> Vec<u8> {
+pub fn part(packet: &Packet, from: usize, to: usize, more: bool) -> Vec<u8> {
     let ip = packet.ip();
     if packet.destination.0[10] == 0xff {
         let mut header = ip[..20].to_vec();
@@ -248,7 +248,8 @@ fn what_is_for_the_host_stays_so() {
         let other = Packet { destination: (lb_common::mapped([192, 0, 2, 99]), 53), ..packet };
         let [a, b, _] = three(&other);
         let host = Case::new(other, backend(1, mode::IPIP, V4));
-        check_parts(ingress, &host, &[(a, Passed(Reason::NotVip)), (b, Passed(Reason::NotVip))]);
+        // What is no first part may belong to a translated packet whose first was not seen.
+        check_parts(ingress, &host, &[(a, Passed(Reason::NotVip)), (b, Passed(Reason::NatFragment))]);
     });
 }
 
