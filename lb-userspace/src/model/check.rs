@@ -3,7 +3,7 @@
 //! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
-use super::{Desired, Name, Ports, Protocol, RegionState, Service, nearest, region_list};
+use super::{Desired, Name, Ports, Protocol, RegionState, Service, guard::Guard, nearest, region_list};
 use lb_common::limits::RANGES_PER_VIP;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -99,7 +99,7 @@ impl Desired {
             self.check_names(name, service, &mut found);
         }
         self.check_drains(&mut found);
-        found.extend(self.guard.problem().map(|what| Invalid::Guard { what }));
+        found.extend(self.guard.problem(&Guard::default()).map(|what| Invalid::Guard { what }));
         found
     }
 
@@ -124,9 +124,7 @@ impl Desired {
         if self.regions != old.regions {
             self.check_drains(&mut found);
         }
-        if self.guard != old.guard {
-            found.extend(self.guard.problem().map(|what| Invalid::Guard { what }));
-        }
+        found.extend(self.guard.problem(&old.guard).map(|what| Invalid::Guard { what }));
         found
     }
 

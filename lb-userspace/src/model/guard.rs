@@ -174,19 +174,20 @@ impl List {
         found
     }
 
-    /// What is wrong with it, if a hand has written it: entries in the wrong part, or not [`normal`].
-    fn problem(&self) -> Option<String> {
-        for (name, part) in &self.0 {
-            if part.is_empty() {
-                return Some(format!("part {name} is empty"));
+    /// What is wrong with it, if a hand has written it: entries in the wrong part, or not [`normal`]. Parts that are
+    /// as they are in `old` are right.
+    fn problem(&self, old: &Self) -> Option<String> {
+        for name in self.changed(old) {
+            let Some(part) = self.0.get(name) else { continue };
+            if let Some(net) = part.keys().find(|net| normal(**net) != **net) {
+                return Some(format!("{net} must be written {}", normal(*net)));
             }
-            for net in part.keys() {
-                if normal(*net) != *net {
-                    return Some(format!("{net} must be written {}", normal(*net)));
-                }
-                if part_of(*net) != *name {
-                    return Some(format!("{net} is in part {name}, and belongs into {}", part_of(*net)));
-                }
+            // Entries are in order, so that all between two of one part are of that part.
+            let (Some((first, _)), Some((last, _))) = (part.first_key_value(), part.last_key_value()) else {
+                return Some(format!("part {name} is empty"));
+            };
+            if let Some(net) = [first, last].into_iter().find(|net| part_of(**net) != *name) {
+                return Some(format!("{net} is in part {name}, and belongs into {}", part_of(*net)));
             }
         }
         None
@@ -246,11 +247,12 @@ impl Guard {
         if stands(&self.allow) { Some(false) } else { stands(&self.deny).then_some(true) }
     }
 
-    /// What is wrong with them.
-    pub fn problem(&self) -> Option<String> {
-        ListName::ALL
-            .into_iter()
-            .find_map(|name| self.list(name).problem().map(|what| format!("{} list: {what}", name.label())))
+    /// What is wrong with them, where `old` is known to be right.
+    pub fn problem(&self, old: &Self) -> Option<String> {
+        ListName::ALL.into_iter().find_map(|name| {
+            let found = self.list(name).problem(old.list(name));
+            found.map(|what| format!("{} list: {what}", name.label()))
+        })
     }
 }
 
