@@ -179,6 +179,7 @@ fn ingress_does_in_the_kernel_what_it_does_natively() {
         Reason::NatUnknown,
         Reason::NatReply,
         Reason::NatReused,
+        Reason::NatGaveWay,
         Reason::NatCompleted,
         Reason::NatFragment,
         Reason::NatTtl,
