@@ -372,8 +372,8 @@ async fn watch_backend(
         if let Some(from) = before {
             let to = verdict.health();
             let address = plan.target.address;
+            suspicion.forget();
             if let Some(hint) = hint.take() {
-                suspicion.confirm();
                 reason = format!("{reason}; probed early: {hint}");
             }
             if to == Health::Unhealthy {
@@ -626,6 +626,13 @@ mod tests {
         }
         let entry = slow.entry();
         assert!(entry.failures <= before + 1 && entry.heard.early == 1, "{entry:?}");
+        // Nor once it is back: they were of before.
+        slow.up.store(true, Ordering::SeqCst);
+        while next(&mut slow.verdicts).await.1 != Health::Healthy {}
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!((slow.entry().heard.early, slow.entry().health), (1, Health::Healthy));
+        let took = slow.die(true).await;
+        assert!(took > Duration::from_secs(2) && took < Duration::from_millis(2_500), "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]

@@ -153,8 +153,8 @@ impl Suspicion {
         state.gathered = None;
     }
 
-    /// Probes found what the signs had said: what comes now is of the same death.
-    pub fn confirm(&self) {
+    /// The verdict has changed: what was heard until now is of before.
+    pub fn forget(&self) {
         let mut state = self.state();
         (state.refuted, state.quiet_until, state.gathered) = (0, None, None);
     }
@@ -218,7 +218,7 @@ mod tests {
         assert!(suspicion.take(later + LOOK * 5).is_none());
         suspicion.look(signs(count + 3, 0), later + LOOK * 11);
         assert!(suspicion.take(later + LOOK * 11).is_some());
-        suspicion.confirm();
+        suspicion.forget();
         suspicion.look(signs(count + 4, 0), later + LOOK * 12);
         assert!(suspicion.take(later + LOOK * 12).is_some());
     }
