@@ -53,6 +53,11 @@ impl Work {
         zerocopy::transmute_ref!(&self.id)
     }
 
+    /// Server id that was looked for last.
+    pub fn server_id(&self) -> &[u8] {
+        &self.key.0.id[..self.key.0.len.min(SERVER_ID_MAX as u8) as usize]
+    }
+
     #[inline(always)]
     fn bytes_mut(&mut self) -> &mut [u8; 32] {
         zerocopy::transmute_mut!(&mut self.id)
@@ -207,6 +212,20 @@ fn route<T: Tables + QuicTables>(
         Some(entry) if entry.flags & (USED | DOWN) == USED && entry.service == service => Ok(backend),
         _ => Err(Reason::QuicUnknownId),
     }
+}
+
+/// Backend that a connection id of a service names, or why it names none: for those who have the id and no packet.
+#[cfg(not(target_arch = "bpf"))]
+pub fn route_id<T: Tables + QuicTables>(tables: &T, service: u32, id: &[u8]) -> Result<u32, Reason> {
+    // A byte before the datagram, and a long header, which says how long the id is.
+    let mut bytes = [0; 7 + 255 + ID_MAX];
+    let Some(place) = bytes.get_mut(7..7 + id.len()).filter(|_| id.len() < 256) else {
+        return Err(Reason::QuicTruncated);
+    };
+    place.copy_from_slice(id);
+    (bytes[1], bytes[6]) = (LONG, id.len() as u8);
+    let frame = crate::native::VecFrame::new(&bytes);
+    route(&frame.packet(), tables, service, 1, bytes.len() - 1)
 }
 
 /// All ones where `i` is below `n`, else zero; without a branch, of which the verifier would walk both ways.

@@ -4,28 +4,24 @@
 //! each step, for `lbctl explain` and for tests that hold it against where packets really went. Nothing is
 //! written: a lookup that would record a flow only says so.
 
+mod live;
+mod quic;
+
+pub use quic::ConnectionId;
+
 use crate::{dataplane::Reader, model::Protocol};
-use lb_common::{
-    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, backend,
-    guard::{GuardKey, GuardState},
-    mapped,
-    service::flags,
-    slot::NO_BACKEND,
-};
+use lb_common::{Address, Backend, Reason, ServiceView, backend, mapped, service::flags};
 use lb_ebpf::{
-    FlowTable, Tables,
+    Tables,
     chain::others,
     choose::{Choice, Why, choose},
-    guard::GuardTables,
     hash::{flow_hash, slot_of},
     parse::{Headers, tcp, words},
     service::{Match, lookup_service},
 };
+use live::Live;
 use serde::{Deserialize, Serialize};
-use std::{
-    cell::{Cell, OnceCell},
-    net::{IpAddr, SocketAddr},
-};
+use std::net::{IpAddr, SocketAddr};
 
 /// What was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +32,9 @@ pub struct Query {
     pub destination: SocketAddr,
     /// Protocol.
     pub protocol: Protocol,
+    /// QUIC: connection id that the packet carries as its destination.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connection_id: Option<ConnectionId>,
 }
 
 /// Names for the dataplane's indices.
@@ -88,7 +87,7 @@ pub struct Forwarding {
 /// The answer for one kind of packet of the flow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// `syn`, `established` or `datagram`.
+    /// `connection id`, `syn`, `established` or `datagram`.
     pub packet: String,
     /// Chosen backend.
     pub backend: Option<BackendView>,
@@ -212,6 +211,13 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
     explanation.entries(reader, &live, names, index, &headers);
     if view.flags & flags::NAT != 0 {
         explanation.binding(reader, &live, names, index, &headers);
+    }
+    if view.flags & flags::QUIC != 0 {
+        explanation.quic(&live, names, index, view, query.connection_id.as_ref());
+    } else if query.connection_id.is_some() {
+        explanation
+            .steps
+            .push("the connection id is not looked at: the service has no configs of QUIC-LB".to_owned());
     }
     let kinds: &[(&str, u8)] = match query.protocol {
         Protocol::Tcp => &[("syn", tcp::SYN), ("established", tcp::ACK)],
@@ -464,149 +470,5 @@ fn headers(query: &Query, tcp_flags: u8) -> Headers {
         l2_len: 14,
         ip_len: 60,
         ..Headers::default()
-    }
-}
-
-/// The live maps, read-only, for one query.
-struct Live<'a> {
-    reader: &'a Reader,
-    vip: OnceCell<Option<Vip>>,
-    view: OnceCell<Option<ServiceView>>,
-    guard: OnceCell<Option<GuardState>>,
-    /// Backends that the query has met: a slot's pair and what the flow tables name.
-    backends: [OnceCell<(u32, Backend)>; 8],
-    /// Whether something would have been recorded.
-    recorded: Cell<bool>,
-}
-
-impl<'a> Live<'a> {
-    fn new(reader: &'a Reader) -> Self {
-        Self {
-            reader,
-            vip: OnceCell::new(),
-            view: OnceCell::new(),
-            guard: OnceCell::new(),
-            backends: Default::default(),
-            recorded: Cell::new(false),
-        }
-    }
-
-    fn view_of(&self, names: &impl Names, index: u32) -> Option<BackendView> {
-        if index == NO_BACKEND {
-            return None;
-        }
-        let entry = self.backend(index)?;
-        let f = entry.flags;
-        let state = match () {
-            () if f & backend::flags::USED == 0 => "removed",
-            () if f & backend::flags::DOWN != 0 => "down",
-            () if f & backend::flags::DRAINING != 0 => "draining",
-            () => "up",
-        };
-        Some(BackendView {
-            index,
-            name: names.backend(index),
-            address: to_ip(entry.address),
-            state: state.to_owned(),
-        })
-    }
-}
-
-impl GuardTables for Live<'_> {
-    fn guard_block(&self, word: u32) -> u32 {
-        self.reader.guard_word(true, word)
-    }
-
-    fn guard_filter(&self, word: u32) -> u32 {
-        self.reader.guard_word(false, word)
-    }
-
-    fn guard_state(&self) -> Option<&GuardState> {
-        self.guard.get_or_init(|| self.reader.guard_state()).as_ref()
-    }
-
-    fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
-        self.reader.guard_entry(key)
-    }
-}
-
-impl Tables for Live<'_> {
-    fn is_denied(&self, source: [u32; 4]) -> bool {
-        lb_ebpf::guard::is_denied(self, source)
-    }
-
-    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
-        self.reader.service_index(key)
-    }
-
-    fn vip(&self, key: &VipKey) -> Option<&Vip> {
-        self.vip.get_or_init(|| self.reader.vip(key)).as_ref()
-    }
-
-    fn service(&self, index: u32) -> Option<&ServiceView> {
-        let live = || self.reader.service(index).map(|s| s.views[(s.active & 1) as usize]);
-        self.view.get_or_init(live).as_ref()
-    }
-
-    fn primary(&self, place: u32) -> Option<u32> {
-        self.reader.slot(place).map(|slot| slot.primary)
-    }
-
-    fn secondary(&self, place: u32) -> Option<u32> {
-        self.reader.slot(place).map(|slot| slot.secondary)
-    }
-
-    fn backend(&self, index: u32) -> Option<&Backend> {
-        for cell in &self.backends {
-            match cell.get() {
-                Some((i, entry)) if *i == index => return Some(entry),
-                Some(_) => {}
-                None => {
-                    return self.reader.backend(index).map(|entry| &cell.get_or_init(|| (index, entry)).1);
-                }
-            }
-        }
-        None
-    }
-
-    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
-        let flow = self.reader.flow(table, key)?;
-        // Nobody says which sequence number the packet has; one that goes on from the SYN's is meant.
-        Some(if table == FlowTable::Syns { Flow { created_s: 0, ..flow } } else { flow })
-    }
-
-    fn record(&self, _: FlowTable, _: &FlowKey, _: &Flow) -> bool {
-        self.recorded.set(true);
-        true
-    }
-
-    fn touch(&self, _: FlowTable, _: &FlowKey, _: u32, _: u32) {}
-
-    fn forget(&self, _: FlowTable, _: &FlowKey) {}
-
-    fn load(&self, backend: u32, now_s: u32) -> u32 {
-        self.reader.load(backend).map_or(0, |l| lb_common::load::total(l.report, l.added, now_s))
-    }
-
-    fn charge(&self, _: u32, _: u32) {}
-
-    fn turn(&self, _: u32) -> u64 {
-        0
-    }
-
-    fn random(&self) -> u32 {
-        0
-    }
-
-    fn now_s(&self) -> u32 {
-        crate::clock::boot_s()
-    }
-
-    fn count(&self, _: Reason) {}
-
-    fn account(&self, _: u32, _: u32, _: bool) {}
-
-    fn take_icmp(&self, _: u32, _: u32) -> bool {
-        false
     }
 }

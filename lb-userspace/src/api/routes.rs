@@ -372,13 +372,13 @@ async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<
 }
 
 async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
-    let Flow { source, destination, protocol } = query;
+    let Flow { source, destination, protocol, connection_id } = query;
     if source.is_ipv4() != destination.is_ipv4() {
         return Err(ApiError::bad_request(format!(
             "source {source} and destination {destination} are of different families"
         )));
     }
-    Ok(Json(control.explain(explain::Query { source, destination, protocol }).await?))
+    Ok(Json(control.explain(explain::Query { source, destination, protocol, connection_id }).await?))
 }
 
 /// A flow to explain.
@@ -388,6 +388,7 @@ struct Flow {
     source: SocketAddr,
     destination: SocketAddr,
     protocol: Protocol,
+    connection_id: Option<explain::ConnectionId>,
 }
 
 async fn config_export(State(control): Ctl) -> Reply<Config> {

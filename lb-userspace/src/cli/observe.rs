@@ -3,6 +3,7 @@
 use super::{Context, Exit, Failure};
 use crate::{
     api::types,
+    explain::ConnectionId,
     model::{Name, Protocol},
     render::{observe, units::parse_duration},
 };
@@ -47,6 +48,9 @@ pub struct Explain {
     destination: SocketAddr,
     /// tcp or udp
     protocol: Protocol,
+    /// QUIC: connection id that the packet carries as its destination
+    #[arg(long, value_name = "HEX")]
+    connection_id: Option<ConnectionId>,
 }
 
 /// Says whether all is well.
@@ -110,11 +114,12 @@ pub async fn flows(context: &mut Context<'_>, flows: Flows) -> Result<Exit, Fail
 
 /// Explains a packet's way.
 pub async fn explain(context: &mut Context<'_>, explain: Explain) -> Result<Exit, Failure> {
-    let query = [
+    let mut query = vec![
         ("source", explain.source.to_string()),
         ("destination", explain.destination.to_string()),
         ("protocol", explain.protocol.to_string()),
     ];
+    query.extend(explain.connection_id.map(|id| ("connection_id", id.to_string())));
     let found: types::Explanation = context.client.get("/v1/explain", &query).await?;
     if context.out.json {
         context.out.json(&found, false)?;

@@ -9,6 +9,7 @@ use lb_common::{
     guard::{GuardKey, GuardState},
     limit::Pressure,
     names,
+    quic::{QuicConfig, ServerIdKey},
     sign::{self, Signs},
     slot::{LINE, Line},
 };
@@ -43,6 +44,8 @@ pub struct Reader {
     guard_filter: MappedArray<Line>,
     guard_state: MappedArray<GuardState>,
     guard_entries: HashMap<MapData, GuardKey, u32>,
+    quic_configs: HashMap<MapData, u32, QuicConfig>,
+    quic_servers: HashMap<MapData, ServerIdKey, u32>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
     pub(super) bindings: Bindings,
 }
@@ -96,6 +99,8 @@ impl Reader {
                 Map::HashMap(pinned(pin_path, names::GUARD_ENTRIES)?),
                 names::GUARD_ENTRIES,
             )?,
+            quic_configs: typed(Map::HashMap(pinned(pin_path, names::QUIC_CONFIGS)?), names::QUIC_CONFIGS)?,
+            quic_servers: typed(Map::HashMap(pinned(pin_path, names::QUIC_SERVERS)?), names::QUIC_SERVERS)?,
             flows: [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?],
             bindings: Bindings::open(pin_path)?,
         })
@@ -185,6 +190,16 @@ impl Reader {
     /// A prefix's verdict.
     pub fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
         self.guard_entries.get(key, 0).ok()
+    }
+
+    /// How QUIC connection ids are read, by [`lb_common::quic::config_key`].
+    pub fn quic_config(&self, key: u32) -> Option<QuicConfig> {
+        self.quic_configs.get(&key, 0).ok()
+    }
+
+    /// Backend with a server id of QUIC-LB.
+    pub fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
+        self.quic_servers.get(key, 0).ok()
     }
 
     /// Whether an entry belongs to a service.

@@ -40,6 +40,28 @@ fn service(stage: &Stage) -> String {
     text
 }
 
+/// The worker that `explain` names for an id is the one that gave it out, from wherever it comes.
+fn explains(stage: &Stage, target: SocketAddr, all: &[Ids]) -> Result<()> {
+    let target = target.to_string();
+    let explain = |client: &str, id: &str| {
+        stage.lbctl.json(&["explain", client, &target, "udp", "--connection-id", id])
+    };
+    for (worker, ids) in stage.bed.workers.iter().zip(all) {
+        for client in ["10.0.0.77:1", "10.0.0.77:40000"] {
+            let id = ids.one();
+            let found = explain(client, &id)?;
+            ensure!(found["answers"][0]["backend"]["name"] == *worker.name, "{id}: {found}");
+        }
+    }
+    // Another's id, one too short, a config that is not there: placed like any datagram.
+    for id in ["0cffffffffffffffff00000000", "0c00", "e0"] {
+        let found = explain("10.0.0.77:1", id)?;
+        ensure!(found["answers"][0]["packet"] == "datagram", "{id}: {found}");
+        ensure!(found["steps"].to_string().contains("as any other"), "{id}: {found}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_client_that_moves_finishes_its_download() -> Result<()> {
     let stage = Stage::start(Plan { offers: vec![WEB], ..Plan::default() })?;
@@ -49,13 +71,16 @@ fn a_client_that_moves_finishes_its_download() -> Result<()> {
     stage
         .apply(&(stage.configuration(&[0, 1, 2]) + &service(&stage)))
         .with_context(|| format!("lbd said:\n{}", stage.ingress.process().output()))?;
+    let mut all = Vec::new();
     for (i, worker) in stage.bed.workers.iter().enumerate() {
         let server_id = [0xa0, 0, 0, 0, 0, 0, 0, i as u8];
         let text: String = server_id.iter().map(|byte| format!("{byte:02x}")).collect();
         stage.lbctl.run(&["backend", "set", "quic", &worker.name, "--server-id", &text])?;
         // One in the clear, two encrypted.
         let (config, key) = if i == 0 { (0, None) } else { (1, Some(key())) };
-        serve(&worker.namespace, &worker.name, target, Ids { config, server_id, key }, &identity)?;
+        let ids = Ids { config, server_id, key };
+        serve(&worker.namespace, &worker.name, target, ids, &identity)?;
+        all.push(ids);
     }
     wait::until("the QUIC service's backends are healthy", Duration::from_secs(15), || {
         stage.bed.workers.iter().all(|worker| {
@@ -64,6 +89,7 @@ fn a_client_that_moves_finishes_its_download() -> Result<()> {
         })
     })?;
     let addresses = [IpAddr::from(CLIENT_V4), IpAddr::from(OTHER)];
+    explains(&stage, target, &all)?;
     let mut workers = BTreeSet::new();
     for i in 0..DOWNLOADS {
         let worker = download(&stage.bed.client, target, addresses, &identity)

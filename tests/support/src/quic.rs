@@ -36,6 +36,13 @@ pub struct Ids {
     pub key: Option<[u8; 16]>,
 }
 
+impl Ids {
+    /// An id that the worker might give out, in hexadecimal.
+    pub fn one(mut self) -> String {
+        self.generate_cid().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
 impl ConnectionIdGenerator for Ids {
     fn generate_cid(&mut self) -> ConnectionId {
         let mut nonce = [0; 8];
