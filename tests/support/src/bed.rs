@@ -279,7 +279,9 @@ fn owner(id: &str) -> &str {
 /// only this repository's test runners and xtask make beds.
 fn is_bed_owner(pid: &str) -> bool {
     let Ok(program) = fs::read_link(format!("/proc/{pid}/exe")) else { return false };
-    program.components().any(|part| part.as_os_str() == "target")
+    // Of cargo's folders one or the other, wherever they lie; programs by name.
+    let ours = ["target", "deps", "xtask", "test-bench"];
+    program.components().any(|part| ours.iter().any(|name| part.as_os_str() == *name))
 }
 
 /// The directory of the balancer's binaries: `LB_BIN_DIR`, or the one that this

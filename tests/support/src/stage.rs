@@ -221,7 +221,8 @@ impl Stage {
     pub fn apply(&self, text: &str) -> Result<()> {
         let path = self.bed.path("services.toml");
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        self.lbctl.run(&["config", "apply", &path.display().to_string()]).map(drop)
+        let applied = self.lbctl.run(&["config", "apply", &path.display().to_string()]);
+        applied.with_context(|| format!("lbd said:\n{}", self.ingress.process().output())).map(drop)
     }
 
     /// Waits until the workers of `backends` are healthy in every service.
