@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Service},
-    store::{Local, Stored},
+    store::{Local, Stored, restored},
 };
 use futures_util::future::BoxFuture;
 use std::{
@@ -107,15 +107,7 @@ impl Checker {
 
     /// Reads the book of before the restart, or an empty one.
     pub async fn restore(local: &dyn Local) -> Arc<Book> {
-        let book = match local.load(KEY).await {
-            Ok(Some(bytes)) => Book::restore(&bytes).map_err(|e| e.to_string()),
-            Ok(None) => Ok(Book::default()),
-            Err(e) => Err(e.to_string()),
-        };
-        Arc::new(book.unwrap_or_else(|error| {
-            tracing::warn!(%error, "last health verdicts cannot be read; starting without them");
-            Book::default()
-        }))
+        Arc::new(restored(local, KEY, "last health verdicts", Book::restore).await)
     }
 
     /// Writes the book down for the next start.

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     health::{ProbeTarget, Prober},
     model::{BackendId, Desired, HealthKind, Name, Ports, Readiness, Service},
-    store::{Local, StoreError, Stored},
+    store::{Local, StoreError, Stored, restored},
 };
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -45,15 +45,7 @@ impl Watcher {
 
     /// Reads the book of before the restart, or an empty one.
     pub async fn restore(local: &dyn Local) -> Arc<Book> {
-        let book = match local.load(KEY).await {
-            Ok(Some(bytes)) => Book::restore(&bytes).map_err(|e| e.to_string()),
-            Ok(None) => Ok(Book::default()),
-            Err(e) => Err(e.to_string()),
-        };
-        Arc::new(book.unwrap_or_else(|error| {
-            tracing::warn!(%error, "what replicas last said cannot be read; starting without it");
-            Book::default()
-        }))
+        Arc::new(restored(local, KEY, "what replicas last said", Book::restore).await)
     }
 
     /// Writes the book down for the next start.

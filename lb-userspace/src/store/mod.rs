@@ -30,6 +30,7 @@ use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
+    fmt::Display,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -284,6 +285,24 @@ pub trait Local: Send + Sync {
     /// # Errors
     /// The write failed, and the old value stands.
     fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>>;
+}
+
+/// What was put before the restart; a default, and a warning that `what` cannot be read, if it is of no use.
+pub async fn restored<T: Default, E: Display>(
+    local: &dyn Local,
+    key: &'static str,
+    what: &str,
+    read: impl FnOnce(&[u8]) -> Result<T, E>,
+) -> T {
+    let found = match local.load(key).await {
+        Ok(Some(bytes)) => read(&bytes).map_err(|e| e.to_string()),
+        Ok(None) => return T::default(),
+        Err(e) => Err(e.to_string()),
+    };
+    found.unwrap_or_else(|error| {
+        tracing::warn!(%error, "{what} cannot be read; starting without");
+        T::default()
+    })
 }
 
 #[cfg(test)]
