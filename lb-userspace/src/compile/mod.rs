@@ -15,6 +15,8 @@ mod quic;
 mod recall;
 mod service;
 mod slow;
+mod spread;
+mod table;
 
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use recall::Past;
@@ -362,8 +364,8 @@ pub fn compile(
     for (name, wanted) in &desired.services {
         let id = ServiceId::of(wanted);
         let verdicts = service::seen(name, wanted, &mut health, &mut replicas);
-        let steer = service::steer(wanted, &settings.here, observed.steers.get(name));
-        let excluded = service::excluded(wanted, &settings.here, &desired.regions);
+        let steer = spread::steer(wanted, &settings.here, observed.steers.get(name));
+        let excluded = spread::excluded(wanted, &settings.here, &desired.regions);
         let next_hops = &observed.paths.next_hops;
         let compiled = service::compile(
             &service::Input { name, id, wanted, verdicts, steer, excluded, next_hops, now_ms, settings },

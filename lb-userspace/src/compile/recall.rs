@@ -7,7 +7,8 @@
 
 use super::{
     BackendMemory, Memory, ServiceId, ServiceMemory, Settings,
-    service::{excluded, shape, steer, steered, table_size},
+    spread::{excluded, steer, steered},
+    table::{shape, table_size},
 };
 use crate::{
     model::{Backend, Desired, Health, Here, Service},

@@ -1,31 +1,24 @@
-//! One service: who is eligible, its slots, its backends' entries.
+//! One service: what it was compiled from, its memory, its backends' entries.
 //!
-//! A slot that changed its primary within the drain time is *in transition*: it is marked, its flows are
-//! recorded as they come, and a flow in no table belongs to its secondary, the primary of the time when
-//! the window began. Why that one and not the last: a flow that started since then started on a slot in
-//! transition, so it stands in a table; only older ones do not, and they started on that primary, which
-//! had been the slot's for a whole window or was its first.
-//!
-//! A slot is *tracked* from its first change on until a scan of the flow tables finds none of the service's
-//! flows there: only then is its primary the whole truth again.
+//! Slots are `table`'s, who may take flows and how many are `spread`'s.
 
 use super::{
-    BackendMemory, BackendStatus, CompileError, Cost, Epoch, ServiceEntry, ServiceId, ServiceMemory,
-    ServiceStatus, Settings, Shape, ShapeMember, View, behind, entries, memory::FreeIndices, slow,
+    BackendMemory, BackendStatus, CompileError, Cost, ServiceEntry, ServiceId, ServiceMemory, ServiceStatus,
+    Settings, Shape, View, behind, entries,
+    memory::FreeIndices,
+    slow,
+    spread::{Excluded, steered},
+    table::{Tables, note_changes, region, replay, shape, table_hash, table_size},
 };
 use crate::{
-    maglev,
     model::{
-        self, BackendId, BackendState, Canary, ForwardingMode, Health, Here, Name, NextHop, OnDown, Protocol,
-        Readiness, Region, RegionState, Scheduler, Service, Share, Steer, WHOLE, region_list,
+        self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
+        Scheduler, Service, Share, Steer, WHOLE, region_list,
     },
-    policy::{
-        self, Candidate, Seen,
-        region::{Member, Weighted, weights as region_weights},
-    },
+    policy::{self, Candidate, Seen},
 };
 use lb_common::{
-    Backend, Slot,
+    Backend,
     backend::{
         flags::{DOWN, DRAINING},
         mode,
@@ -33,7 +26,7 @@ use lb_common::{
     load::{FLOW, source},
     service::{flags, scheduler},
     settings::features,
-    slot::{NO_BACKEND, TRACKED, TRANSITION},
+    slot::NO_BACKEND,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
@@ -77,13 +70,6 @@ pub(super) struct Cached {
     tables: Tables,
 }
 
-/// Tables made lately by what they were made from, and the last history that was dealt.
-#[derive(Default)]
-struct Tables {
-    kept: Vec<(Arc<Shape>, Arc<maglev::Table>)>,
-    dealt: Option<maglev::Dealt>,
-}
-
 struct Last {
     name: Name,
     wanted: Arc<Service>,
@@ -93,9 +79,6 @@ struct Last {
     next_hops: Vec<Option<NextHop>>,
     output: Arc<Output>,
 }
-
-/// Tables kept per service: the current one, the base, and a few that flapping comes back to.
-const KEPT_TABLES: usize = 4;
 
 /// What is known of a service's backends, from the sorted observations of all.
 pub(super) fn seen<'a>(
@@ -256,15 +239,6 @@ fn compile_anew(
     })
 }
 
-/// Why a backend may take no flow, whatever its health.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Excluded {
-    /// Its region is none of those that the service may run in.
-    Residency,
-    /// Its region drains.
-    Drains,
-}
-
 impl Input<'_> {
     fn is_excluded(&self, backend: usize) -> bool {
         self.excluded.get(backend).is_some_and(Option::is_some)
@@ -282,67 +256,6 @@ impl Input<'_> {
             Excluded::Drains => Some(format!("region {region} drains")),
         }
     }
-}
-
-/// Who may take no flow, whatever is decided elsewhere; empty if everybody may.
-pub(super) fn excluded(
-    wanted: &Service,
-    here: &Here,
-    regions: &BTreeMap<Name, Region>,
-) -> Vec<Option<Excluded>> {
-    let drains = |name: &Name| regions.get(name).is_some_and(|r| r.state == RegionState::Draining);
-    let all = wanted.backends.values().map(|b| match b.region.as_ref().unwrap_or(&here.region) {
-        _ if !wanted.allows(b) => Some(Excluded::Residency),
-        region if drains(region) => Some(Excluded::Drains),
-        _ => None,
-    });
-    let all: Vec<_> = all.collect();
-    if all.iter().all(Option::is_none) { Vec::new() } else { all }
-}
-
-/// How a service is spread: as was decided, or as goes without knowing anything.
-pub(super) fn steer(wanted: &Service, here: &Here, decided: Option<&Arc<Steer>>) -> Option<Arc<Steer>> {
-    if !wanted.is_regional() && wanted.rollout.is_none() {
-        return None;
-    }
-    decided.cloned().or_else(|| policy::region::initial(wanted, here).map(Arc::new))
-}
-
-/// Weights by which the table gives each region, zone and version its share.
-pub(super) fn steered(
-    wanted: &Service,
-    here: &Here,
-    steer: Option<&Steer>,
-    (weights, scale): (&[u32], u32),
-    eligible: &[bool],
-) -> Weighted {
-    let Some(steer) = steer else {
-        return Weighted { weights: weights.to_vec(), takes: eligible.to_vec(), scale: 1 };
-    };
-    let newcomers = steer.canary.as_ref().map(|c| &c.backends);
-    // The share is the desired state's; who runs the version was seen.
-    let steer = Steer {
-        canary: wanted
-            .rollout
-            .as_ref()
-            .zip(steer.canary.clone())
-            .map(|(rollout, canary)| Canary { permille: rollout.share(), ..canary }),
-        ..steer.clone()
-    };
-    let members: Vec<Member<'_>> = wanted
-        .backends
-        .iter()
-        .zip(weights.iter().zip(eligible))
-        .map(|((name, b), (&weight, &eligible))| Member {
-            weight,
-            eligible,
-            region: b.region.as_ref().unwrap_or(&here.region),
-            zone: b.zone.as_ref().unwrap_or(&here.zone),
-            is_new: steer.canary.is_some() && newcomers.is_some_and(|names| names.contains(name)),
-        })
-        .collect();
-    let heaviest = wanted.seating.iter().map(|turn| turn.1).max().unwrap_or(1).saturating_mul(scale);
-    region_weights(&members, &steer, here, heaviest)
 }
 
 /// Refuses what the loaded program cannot do.
@@ -464,159 +377,6 @@ fn allocate(
     Ok(())
 }
 
-/// Slots of the table. Without a backend it keeps its size while removed ones still have flows: the slots of
-/// a table in transition are how those flows are found.
-pub(super) fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
-    match memory.epochs.last() {
-        Some(last) if wanted.backends.is_empty() && !memory.backends.is_empty() => last.shape.size,
-        _ => entries::table_size(wanted),
-    }
-}
-
-pub(super) fn shape(
-    wanted: &Service,
-    (weights, scale): (&[u32], u32),
-    eligible: &[bool],
-    size: u32,
-) -> Arc<Shape> {
-    let mut members: Vec<_> = wanted
-        .backends
-        .values()
-        .zip(weights.iter().zip(eligible))
-        .zip(wanted.seats())
-        .filter(|((b, _), _)| b.weight > 0)
-        .map(|((b, (&weight, &eligible)), seat)| ShapeMember { address: b.address, weight, eligible, seat })
-        .collect();
-    members.sort_unstable();
-    let by_source = wanted.scheduler == Scheduler::SourceHash;
-    let mut turns = wanted.seating();
-    // While somebody starts slowly, weights are finer than what the seats were taken with.
-    turns.iter_mut().for_each(|turn| turn.1 *= scale);
-    let mut plain: Vec<_> = members.iter().map(|m| (m.seat, m.weight)).collect();
-    plain.sort_unstable();
-    if turns == plain {
-        turns.clear();
-    }
-    Arc::new(Shape { seed: entries::seed(wanted), size, turns, by_source, members })
-}
-
-/// The table of a shape, built at most once while it is kept.
-fn table(shape: &Arc<Shape>, tables: &mut Tables) -> Arc<maglev::Table> {
-    let Tables { kept, dealt } = tables;
-    if let Some(at) = kept.iter().position(|(s, _)| s == shape) {
-        kept[..=at].rotate_right(1);
-    } else {
-        let members: Vec<_> = shape
-            .members
-            .iter()
-            .map(|m| maglev::Member { seat: m.seat, weight: m.weight, eligible: m.eligible })
-            .collect();
-        kept.truncate(KEPT_TABLES - 1);
-        let table = maglev::build_again(shape.seed, shape.size, &shape.turns, &members, dealt);
-        kept.insert(0, (shape.clone(), Arc::new(table)));
-    }
-    kept[0].1.clone()
-}
-
-/// When each slot last changed, worked out from the epochs.
-fn replay(epochs: &[Epoch], size: u32, tables: &mut Tables) -> Vec<i64> {
-    // A new seed, size or hash changes all slots; what was before is not told in this table's.
-    let since = epochs.windows(2).rposition(|pair| !pair[0].shape.comparable(&pair[1].shape));
-    let (first_ms, epochs) = since.map_or((i64::MIN, epochs), |i| (epochs[i + 1].from_ms, &epochs[i + 1..]));
-    let mut changed = vec![first_ms; size as usize];
-    for pair in epochs.windows(2) {
-        note_changes(&pair[0].shape, &pair[1].shape, pair[1].from_ms, &mut changed, tables);
-    }
-    changed
-}
-
-/// Stamps the slots whose primary differs between two comparable shapes.
-fn note_changes(old: &Arc<Shape>, new: &Arc<Shape>, at_ms: i64, changed: &mut [i64], tables: &mut Tables) {
-    let position: HashMap<IpAddr, u16> =
-        new.members.iter().enumerate().map(|(i, m)| (m.address, i as u16)).collect();
-    let in_new: Vec<u32> =
-        old.members.iter().map(|m| position.get(&m.address).map_or(u32::MAX, |&i| i.into())).collect();
-    let (old, new) = (table(old, tables), table(new, tables));
-    for ((&was, &is), changed) in old.primary.iter().zip(&new.primary).zip(changed) {
-        let was = in_new.get(was as usize).copied().unwrap_or(maglev::NONE.into());
-        if was != u32::from(is) {
-            *changed = at_ms;
-        }
-    }
-}
-
-/// Backends' indices of a shape's members.
-fn indices(memory: &ServiceMemory, members: &[ShapeMember]) -> Vec<u32> {
-    members.iter().map(|m| memory.backends.get(&m.address).map_or(NO_BACKEND, |b| b.index)).collect()
-}
-
-/// A member's index.
-fn of(indices: &[u32], member: u16) -> u32 {
-    indices.get(member as usize).copied().unwrap_or(NO_BACKEND)
-}
-
-/// The slots with their marks, and what stands behind them; says in the view what that is. Brings the memory's
-/// tracked bits up to date.
-fn region(
-    input: &Input<'_>,
-    memory: &mut ServiceMemory,
-    shape: &Arc<Shape>,
-    window_ms: i64,
-    reshaped: bool,
-    tables: &mut Tables,
-    view: &mut View,
-) -> Vec<Slot> {
-    let base_shape = memory.base().map_or_else(|| shape.clone(), |e| e.shape.clone());
-    let has_old = !base_shape.comparable(shape);
-    let base = table(&base_shape, tables);
-    let current = table(shape, tables);
-    let (index, base_index) = (indices(memory, &shape.members), indices(memory, &base_shape.members));
-
-    let size = shape.size as usize;
-    let mut tracked = vec![0u64; size.div_ceil(64)];
-    if reshaped || has_old {
-        tracked.fill(u64::MAX);
-    } else if memory.tracked.len() == tracked.len() {
-        tracked.copy_from_slice(&memory.tracked);
-    }
-    let mut in_transition = false;
-    let mut slots = vec![Slot::EMPTY; size];
-    for (i, slot) in slots.iter_mut().enumerate() {
-        slot.primary = of(&index, current.primary[i]);
-        slot.secondary = of(&index, current.secondary[i]);
-        if !has_old && memory.changed_ms[i] > window_ms {
-            // A base backend that is forgotten has no flows; the primary stands in for it, so that
-            // flows are still recorded.
-            let previous = of(&base_index, base.primary[i]);
-            slot.secondary = if previous == NO_BACKEND { slot.primary } else { previous } | TRANSITION;
-            tracked[i / 64] |= 1 << (i % 64);
-            in_transition = true;
-        }
-        if tracked[i / 64] >> (i % 64) & 1 != 0 {
-            slot.primary |= TRACKED;
-        }
-    }
-    if *memory.tracked != tracked {
-        memory.tracked = Arc::new(tracked);
-    }
-
-    let takes_second = matches!(view.scheduler, scheduler::P2C | scheduler::CAPPED);
-    if in_transition && (takes_second || view.flags & flags::SECOND_CHANCE != 0) {
-        view.flags |= flags::SECONDS;
-        slots.extend(current.secondary.iter().map(|&member| behind::only(of(&index, member))));
-    }
-    let list = behind::list(input.wanted.scheduler, &shape.members, &index);
-    view.list_count = list.len() as u32;
-    slots.extend(list);
-    if has_old {
-        view.old_seed = base_shape.seed;
-        view.old_count = base_shape.size;
-        view.flags |= if base_shape.by_source { flags::OLD_HASH_SOURCE } else { 0 };
-        slots.extend(base.primary.iter().map(|&member| behind::only(of(&base_index, member))));
-    }
-    slots
-}
-
 /// Entries of all backends that still have an index, and the interfaces they leave by.
 fn backend_entries(
     input: &Input<'_>,
@@ -703,32 +463,6 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
         load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(unit_of_load(wanted))),
         ..View::default()
     }
-}
-
-/// A hash of what the slots send new flows to. Indices differ from host to host, addresses do not.
-fn table_hash(memory: &ServiceMemory, shape: &Shape, slots: &[Slot]) -> u64 {
-    let mix = |hash: u64, value: u64| {
-        let x = (hash ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        x ^ (x >> 29)
-    };
-    let of_address = |address: &IpAddr| {
-        let bits = match address {
-            IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
-            IpAddr::V6(v6) => v6.to_bits(),
-        };
-        mix(mix(0, (bits >> 64) as u64), bits as u64)
-    };
-    let addresses: HashMap<u32, u64> =
-        memory.backends.iter().map(|(address, b)| (b.index, of_address(address))).collect();
-    let start = mix(mix(shape.seed[0], shape.seed[1]), slots.len() as u64);
-    let (mut last, mut value) = (NO_BACKEND, 0);
-    slots.iter().fold(start, |hash, slot| {
-        let index = slot.primary_index();
-        if index != last {
-            (last, value) = (index, addresses.get(&index).copied().unwrap_or(0));
-        }
-        mix(hash, value)
-    })
 }
 
 /// What the table gives to each region, as far as thousandths say it.
