@@ -1,6 +1,7 @@
 //! Where a QUIC packet goes by its connection id.
 
 use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::Live};
+use crate::model::{from_hex, to_hex};
 use lb_common::{Reason, ServiceView, quic::TOGETHER_MAX};
 use lb_ebpf::{Tables, hash::flow_hash, quic::route_id};
 use serde::{Deserialize, Serialize};
@@ -26,7 +27,7 @@ impl ConnectionId {
 
 impl fmt::Display for ConnectionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&to_hex(self.bytes()))
     }
 }
 
@@ -52,20 +53,13 @@ impl TryFrom<String> for ConnectionId {
 impl FromStr for ConnectionId {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let bad =
-            || format!("{text:?} is no connection id: 1 to {MAX} bytes in hexadecimal, two digits each");
-        let len = text.len() / 2;
-        if !text.bytes().all(|b| b.is_ascii_hexdigit())
-            || !text.len().is_multiple_of(2)
-            || !(1..=MAX).contains(&len)
-        {
-            return Err(bad());
-        }
+        let read = from_hex(text).filter(|bytes| (1..=MAX).contains(&bytes.len()));
+        let read = read.ok_or_else(|| {
+            format!("{text:?} is no connection id: 1 to {MAX} bytes in hexadecimal, two digits each")
+        })?;
         let mut bytes = [0; MAX];
-        for (i, byte) in bytes[..len].iter_mut().enumerate() {
-            *byte = u8::from_str_radix(&text[i * 2..i * 2 + 2], 16).map_err(|_| bad())?;
-        }
-        Ok(Self { bytes, len: len as u8 })
+        bytes[..read.len()].copy_from_slice(&read);
+        Ok(Self { bytes, len: read.len() as u8 })
     }
 }
 
@@ -90,8 +84,7 @@ impl Explanation {
         let config = id.bytes()[0] >> 5;
         let read = match (routed, live.work.borrow().server_id()) {
             (Ok(_) | Err(Reason::QuicUnknownId), server) => {
-                let digits: String = server.iter().map(|byte| format!("{byte:02x}")).collect();
-                format!("config {config}, server id {digits}")
+                format!("config {config}, server id {}", to_hex(server))
             }
             (Err(_), _) => format!("config {config}"),
         };

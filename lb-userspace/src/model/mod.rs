@@ -28,6 +28,7 @@ pub use name::{Name, NameError, nearest};
 pub use observed::{BackendId, Health, NextHop, Observed, Paths};
 pub use ports::{Ports, PortsError, Protocol};
 pub use quic::{QuicConfig, QuicError, ServerId};
+pub(crate) use quic::{from_hex, to_hex};
 pub use rate::{Limits, Rate, RateError};
 pub use region::{
     Canary, Here, Region, RegionPolicy, RegionRules, RegionState, Rollout, RolloutState, Share, Steer, WHOLE,

@@ -29,14 +29,17 @@ pub struct ServerId(Vec<u8>);
 #[error("{0}")]
 pub struct QuicError(String);
 
-fn bytes(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || !text.is_ascii() {
+/// Bytes from hexadecimal digits, two each.
+pub(crate) fn from_hex(text: &str) -> Option<Vec<u8>> {
+    // A sign would pass for a digit below.
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }
     (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
-fn hex(bytes: &[u8]) -> String {
+/// Bytes as hexadecimal digits.
+pub(crate) fn to_hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -55,7 +58,7 @@ impl FromStr for QuicConfig {
             (number("the id")?, number("the server id's length")?, number("the nonce's length")?);
         let key = match parts.next() {
             None => None,
-            Some(key) => match bytes(key).and_then(|key| <[u8; 16]>::try_from(key).ok()) {
+            Some(key) => match from_hex(key).and_then(|key| <[u8; 16]>::try_from(key).ok()) {
                 Some(key) => Some(key),
                 None => return Err(bad("the key must have 32 hexadecimal digits".to_owned())),
             },
@@ -80,7 +83,7 @@ impl FromStr for QuicConfig {
 impl fmt::Display for QuicConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}:{}", self.id, self.server_id_bytes, self.nonce_bytes)?;
-        self.key.map_or(Ok(()), |key| write!(f, ":{}", hex(&key)))
+        self.key.map_or(Ok(()), |key| write!(f, ":{}", to_hex(&key)))
     }
 }
 
@@ -95,7 +98,7 @@ impl FromStr for ServerId {
     type Err = QuicError;
 
     fn from_str(text: &str) -> Result<Self, QuicError> {
-        match bytes(text) {
+        match from_hex(text) {
             Some(bytes) if (1..=SERVER_ID_MAX).contains(&bytes.len()) => Ok(Self(bytes)),
             _ => {
                 Err(QuicError(format!("{text:?} is no server id: 1 to {SERVER_ID_MAX} bytes in hexadecimal")))
@@ -106,7 +109,7 @@ impl FromStr for ServerId {
 
 impl fmt::Display for ServerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&hex(&self.0))
+        f.write_str(&to_hex(&self.0))
     }
 }
 
@@ -155,7 +158,7 @@ mod tests {
     #[test]
     fn server_ids_are_hexadecimal() {
         assert_eq!("00c4605e".parse::<ServerId>().unwrap().as_bytes(), [0, 0xc4, 0x60, 0x5e]);
-        for text in ["", "0", "0g", "é0", "00112233445566778899aabbccddeeff"] {
+        for text in ["", "0", "0g", "+1", "é0", "00112233445566778899aabbccddeeff"] {
             assert!(text.parse::<ServerId>().unwrap_err().to_string().contains("is no server id"), "{text}");
         }
     }
