@@ -105,6 +105,23 @@ pub fn end<F: Frame, T: Tables>(
     }
 }
 
+/// What becomes of a packet by what a stage of translation decided; a new flow goes on to the stage that binds it.
+#[inline(always)]
+pub fn conclude<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    settings: &IngressSettings,
+    headers: &Headers,
+    result: Result<(Verdict, Outcome), Refusal>,
+) -> (Verdict, Outcome) {
+    match result {
+        Ok(done) => done,
+        Err(Refusal::Reason(reason)) => refuse(tables, reason),
+        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
+        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
+    }
+}
+
 /// A chosen backend's entry. Another service's: this run was halted while its table was written anew.
 #[inline(always)]
 pub fn backend_of<T: Tables>(tables: &T, index: u32, service: u32) -> Result<&Backend, Reason> {

@@ -12,7 +12,7 @@ use crate::{
     Frame, Verdict,
     forward::{Fib, Refusal},
     fragment::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
-    ingress::{Outcome, refuse, too_big},
+    ingress::{Outcome, conclude, refuse},
     network::{Network, Part, parse_network},
 };
 use lb_common::{
@@ -33,12 +33,8 @@ pub fn process<F: Frame + Fib, T: NatTables + FragmentTable>(
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    match receive(frame, tables, settings, &mut network) {
-        Ok(done) => done,
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
-    }
+    let result = receive(frame, tables, settings, &mut network);
+    conclude(frame, tables, settings, &network.headers, result)
 }
 
 #[inline(always)]

@@ -23,7 +23,7 @@ use crate::{
     Frame, Packet, Tables, Verdict,
     choose::flow_key,
     forward::{Fib, FibQuery, Hop, Refusal, filled_in},
-    ingress::{Outcome, refuse, too_big},
+    ingress::{Outcome, conclude, refuse},
     network::{Network, parse_network},
     parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
     service::lookup_service,
@@ -85,12 +85,8 @@ pub fn process<F: Frame + Fib, T: NatTables>(
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    match receive(frame, tables, settings, &mut network) {
-        Ok(done) => done,
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &network.headers, mtu)),
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
-    }
+    let result = receive(frame, tables, settings, &mut network);
+    conclude(frame, tables, settings, &network.headers, result)
 }
 
 /// The ports of a TCP or UDP packet, or of its first part.
