@@ -119,13 +119,14 @@ proptest! {
     }
 }
 
+fn sum(slots: &[u16]) -> u64 {
+    slots.iter().fold(0, |sum, &slot| (sum ^ u64::from(slot)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
 /// Hosts of different builds must agree about every slot: a change of these numbers moves flows when hosts are upgraded
 /// one after the other.
 #[test]
 fn tables_are_what_they_have_always_been() {
-    let sum = |slots: &[u16]| {
-        slots.iter().fold(0u64, |sum, &slot| (sum ^ u64::from(slot)).wrapping_mul(0x0000_0100_0000_01b3))
-    };
     let sums = [3, 100, 1_000, 5_000].map(|count| {
         let mut members: Vec<Member> = (0..count).map(|i| member(i, 1 + i * 7 % 100)).collect();
         members[1].eligible = false;
@@ -137,6 +138,45 @@ fn tables_are_what_they_have_always_been() {
         (0x35a8_ff1f_b09d_a2fd, 0xcb90_d66f_0982_a8bd),
         (0xe02b_6981_58e3_9926, 0xefd0_cc92_97c8_7cd8),
         (0xa020_79e0_f77e_8b29, 0xaf79_ad51_0757_1c5e),
+    ];
+    assert_eq!(sums, known);
+}
+
+/// As above, for each way in which it is found out who gives slots, and with a history.
+#[test]
+fn tables_with_a_history_are_what_they_have_always_been() {
+    type Weight = fn(u32) -> u32;
+    let cases: [(u32, Weight, bool); 6] = [
+        (1_000, |_| 1, false),
+        (10_000, |_| 1, false),
+        (1_000, |i| 1 + i % 3, true),
+        (1_000, |i| 1 + i * 7 % 100, true),
+        (1_000, |i| 1 + i * i % 65_535, true),
+        (10_000, |i| 1 + i * 7 % 100, false),
+    ];
+    let sums = cases.map(|(count, weight, has_history)| {
+        let mut members: Vec<Member> = (0..count).map(|i| member(i, weight(i))).collect();
+        let mut history: Vec<Turn> = Vec::new();
+        if has_history {
+            history.extend(members.iter().map(|m| (m.seat, m.weight)));
+            // Some leave, half of them come back, others change their weights or fail.
+            history.extend((0..count).filter(|i| i % 11 == 3).map(|i| (i, 0)));
+            history.extend((0..count).filter(|i| i % 22 == 3).map(|i| (i, 5)));
+            members.retain(|m| m.seat % 11 != 3 || m.seat % 22 == 3);
+            members.iter_mut().filter(|m| m.seat % 22 == 3).for_each(|m| m.weight = 5);
+            members.iter_mut().filter(|m| m.seat % 100 == 50).for_each(|m| m.weight += 40);
+            members.iter_mut().filter(|m| m.seat % 300 == 77).for_each(|m| m.eligible = false);
+        }
+        let table = build([3, 4], SIZE, &history, &members);
+        (sum(&table.primary), sum(&table.secondary))
+    });
+    let known = [
+        (0x0d26_eac5_2efe_4b15, 0xc850_194f_2510_3697),
+        (0xb131_a4c6_a0dd_4ed2, 0xd562_b53b_f31f_bc0f),
+        (0x1bb4_961c_62eb_782b, 0x78eb_694f_b677_33ab),
+        (0x35f8_c87d_21b9_d547, 0x82be_5959_a681_ff0b),
+        (0xd82d_a359_7ebf_af5d, 0xaa6e_54fe_40b0_da10),
+        (0x30ec_b12c_71c1_85b1, 0xe369_e002_e2ea_481f),
     ];
     assert_eq!(sums, known);
 }

@@ -3,13 +3,15 @@
 //! After each turn every seat has its exact share, rounded up or down. Slots are dealt from one random
 //! permutation, so that everybody's lie spread over the table.
 
-use super::{NONE, Turn, mix, scale};
+use super::{NONE, Turn, debts::Debts, mix, scale, watch::Watch};
 
 /// Seats that come one at a time; of more, growing groups come together, so that the quotas of very many
 /// seats cost little.
 const SINGLY: usize = 2_048;
-/// Ranks into which fractions of slots are sorted when seats give one each.
-const RANKS: usize = 256;
+/// Slots that are copied together.
+const FEW: usize = 4;
+/// Slots written per slot of the table before those that have been given are swept out.
+const ROOM: usize = 4;
 /// Slots whose owners are asked whether they lack one, before all seats are gone through.
 const PROBES: u64 = 32;
 
@@ -82,6 +84,7 @@ impl Dealer {
         count[0] = self.size;
         let mut sum = f64::from(weight);
         let mut came = 1;
+        let mut watch = Watch::new(self.size, &weights);
         while came < turns.len() {
             let group = came..(came + 1 + came / SINGLY).min(turns.len());
             sum += weights[group.clone()].iter().map(|&w| f64::from(w)).sum::<f64>();
@@ -93,31 +96,30 @@ impl Dealer {
                 count[seat] = (due + 0.5) as u32 - taken;
                 taken += count[seat];
             }
+            if slots.len() + taken as usize + FEW > slots.capacity() {
+                sweep(&mut slots, &mut first[..came], &count);
+            }
             let begin = slots.len() as u32;
-            self.debts.find(&weights[..came], &count[..came], rate, taken, came * 7);
+            watch.find(&mut self.debts, &weights[..came], &count[..came], sum, taken);
+            let mut short = taken;
+            for &(seat, debt) in self.debts.found() {
+                let seat = seat as usize;
+                short -= debt;
+                count[seat] -= debt;
+                watch.changed(seat, weights[seat], count[seat]);
+                append(&mut slots, (first[seat] + count[seat]) as usize, debt as usize);
+            }
             // Rounding of floating point numbers may leave a slot less to take than was asked for.
-            let mut short = taken - self.debts.total();
             for seat in group.clone().rev() {
                 let cut = short.min(count[seat]);
                 count[seat] -= cut;
                 short -= cut;
             }
-            for &(seat, debt) in &self.debts.found {
-                let seat = seat as usize;
-                count[seat] -= debt;
-                let from = (first[seat] + count[seat]) as usize;
-                let piece = from..from + debt as usize;
-                if debt > 8 {
-                    slots.extend_from_within(piece);
-                } else {
-                    // Mostly one or two: a loop costs less than a call that copies.
-                    piece.for_each(|at| slots.push(slots[at]));
-                }
-            }
             let mut next = begin;
             for seat in group.clone() {
                 first[seat] = next;
                 next += count[seat];
+                watch.came(weights[seat], count[seat]);
             }
             came = group.end;
         }
@@ -152,7 +154,7 @@ impl Dealer {
         wants.iter().for_each(|&(seat, _)| counts[seat] = 0);
         self.debts.find(&self.weights, &counts, rate, wanted, self.turn * 7);
         let mut pool = Vec::with_capacity(wanted as usize);
-        for &(seat, debt) in &self.debts.found {
+        for &(seat, debt) in self.debts.found() {
             let slots = &mut self.slots[seat as usize];
             pool.extend(slots.drain(slots.len() - debt as usize..));
         }
@@ -221,76 +223,36 @@ impl Dealer {
     }
 }
 
-/// What each seat gives; reused from turn to turn.
-#[derive(Clone, Default)]
-struct Debts {
-    /// Surplus of each seat in [`RANKS`]ths of a slot, rounded up; 0 if it has none.
-    over: Vec<i32>,
-    /// Seats that give, and how many slots.
-    found: Vec<(u32, u32)>,
+/// Brings what each seat has to the beginning.
+fn sweep(slots: &mut Vec<u32>, first: &mut [u32], count: &[u32]) {
+    let mut end = 0;
+    for (first, &count) in first.iter_mut().zip(count) {
+        let from = *first as usize;
+        slots.copy_within(from..from + count as usize, end);
+        *first = end as u32;
+        end += count as usize;
+    }
+    slots.truncate(end);
 }
 
-impl Debts {
-    /// Finds who gives so that all together give `total`: the whole slots above its ideal, and who has most above
-    /// that gives one more. Ties go by seat from `turn` on.
-    fn find(&mut self, weights: &[u32], counts: &[u32], rate: f64, total: u32, turn: usize) {
-        self.over.clear();
-        self.over.extend(weights.iter().zip(counts).map(|(&weight, &count)| {
-            // Weights have 16 bits and counts 20, so these casts lose nothing, and take one instruction.
-            let surplus = (f64::from(count as i32) - f64::from(weight as i32) * rate) * RANKS as f64;
-            // SAFETY: its size is below 2^31: no count exceeds 524,287 slots, and no ideal either.
-            let whole = unsafe { surplus.to_int_unchecked::<i32>() };
-            (whole + i32::from(f64::from(whole) < surplus)).max(0)
-        }));
-        // Several counts side by side: seats of equal weight have equal ranks, and one would wait for itself.
-        let mut counted = [[0u16; RANKS]; 4];
-        let mut whole = 0;
-        for four in self.over.chunks(4) {
-            for (&over, ranks) in four.iter().zip(&mut counted) {
-                whole += over as u32 / RANKS as u32;
-                ranks[over as usize % RANKS] += 1;
-            }
-        }
-        let ranks = |rank: usize| counted.iter().map(|ranks| u32::from(ranks[rank])).sum::<u32>();
-        let mut missing = total.saturating_sub(whole);
-        let mut least = RANKS;
-        while least > 1 && ranks(least - 1) <= missing {
-            least -= 1;
-            missing -= ranks(least);
-        }
-        let mut excess = whole.saturating_sub(total);
-        self.found.clear();
-        let least = least as i32;
-        let turn = turn % self.over.len();
-        let (early, late) = self.over.split_at(turn);
-        for (seat, &over) in (turn..).zip(late).chain((0..).zip(early)) {
-            // Most give nothing.
-            if over < least - 1 {
-                continue;
-            }
-            let (mut slots, rank) = (over as u32 / RANKS as u32, over % RANKS as i32);
-            if rank >= least {
-                slots += 1;
-            } else if rank + 1 == least && rank > 0 && missing > 0 {
-                slots += 1;
-                missing -= 1;
-            }
-            let spared = excess.min(slots);
-            excess -= spared;
-            if slots > spared {
-                self.found.push((seat as u32, slots - spared));
-            }
-        }
-    }
-
-    fn total(&self) -> u32 {
-        self.found.iter().map(|found| found.1).sum()
+/// Appends so many slots from a place on.
+#[inline]
+fn append(slots: &mut Vec<u32>, from: usize, count: usize) {
+    // Mostly one or two, which nobody foresees: so a few are written, and what is too much is taken back.
+    if count <= FEW
+        && let Some(&few) = slots[from..].first_chunk::<FEW>()
+    {
+        let end = slots.len() + count;
+        slots.extend(few);
+        slots.truncate(end);
+    } else {
+        slots.extend_from_within(from..from + count);
     }
 }
 
 /// All slots in a random order.
 fn permutation(size: u32, key: u64) -> Vec<u32> {
-    let mut slots: Vec<u32> = Vec::with_capacity(size as usize * 9);
+    let mut slots: Vec<u32> = Vec::with_capacity(size as usize * ROOM);
     slots.extend(0..size);
     for i in (1..size).rev() {
         slots.swap(i as usize, scale(mix(key ^ u64::from(i)), i + 1) as usize);

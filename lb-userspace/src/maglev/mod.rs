@@ -19,7 +19,10 @@
 //! The result depends on the seed, the history, and each member's seat, weight and eligibility; not on
 //! order or address.
 
+mod classes;
 mod deal;
+mod debts;
+mod watch;
 
 use deal::Dealer;
 
@@ -105,7 +108,7 @@ impl Dealt {
 
 /// Builds the table of `size` slots (a prime). An empty history stands for the members in the order of their
 /// seats; a member whose seat it does not name comes after it. Members with weight 0 take no part; at most
-/// [`MAX_MEMBERS`] are looked at. Cost: about size × ln(seats) moves and seats²/2 quotas of the history.
+/// [`MAX_MEMBERS`] are looked at. Cost: about size × ln(seats) moves of the history, and a look at who might give at each.
 pub fn build(seed: [u64; 2], size: u32, history: &[Turn], members: &[Member]) -> Table {
     build_with(seed, size, history, members, |seats, history| {
         let mut dealer = Dealer::new(seed, size, seats);
@@ -174,13 +177,14 @@ fn build_with(
     let gives = differing(&dealer, |old, new| new < old);
     dealer.give(&gives);
 
+    let of = |seat: u16| member.get(seat as usize).copied().unwrap_or(NONE);
     let mut primary = dealer.into_owners();
-    let mut secondary = second_choices(&primary, &weights, seed[1]);
-    for slot in primary.iter_mut().chain(&mut secondary) {
-        if *slot != NONE {
-            *slot = member[*slot as usize];
-        }
-    }
+    primary.iter_mut().for_each(|slot| *slot = of(*slot));
+    let first = heaviest(&weights, NONE).unwrap_or(NONE);
+    let secondary = match heaviest(&weights, first) {
+        Some(other) => second_choices(&primary, [first, other].map(of), seed[1]),
+        None => vec![NONE; primary.len()],
+    };
     Table { primary, secondary }
 }
 
@@ -193,23 +197,39 @@ fn heaviest(weights: &[u32], except: u16) -> Option<u16> {
 }
 
 /// The second choice of each slot: whoever owns the slot at the first of a few fixed distances, if that is not
-/// the primary. So it changes only where one of these changes.
-fn second_choices(owner: &[u16], weights: &[u32], seed: u64) -> Vec<u16> {
+/// the primary, else one of two others. So it changes only where one of these changes.
+fn second_choices(owner: &[u16], others: [u16; 2], seed: u64) -> Vec<u16> {
     let size = owner.len();
-    let first = heaviest(weights, NONE).unwrap_or(NONE);
-    let Some(other) = heaviest(weights, first) else { return vec![NONE; size] };
     let probes: [usize; PROBES] =
         std::array::from_fn(|j| scale(mix(seed ^ mix(j as u64 + 1)), size.max(2) as u32 - 1) as usize + 1);
-    (0..size)
-        .map(|slot| {
-            let primary = owner[slot];
-            probes
-                .iter()
-                .map(|&p| owner[if slot + p >= size { slot + p - size } else { slot + p }])
-                .find(|&m| m != primary)
-                .unwrap_or(if primary == first { other } else { first })
-        })
-        .collect()
+    // The first two distances for all slots at once, by moving the whole table; the others for the few that then still
+    // have their primary.
+    let [mut second, next] = [probes[0], probes[1]].map(|distance| {
+        let (head, tail) = owner.split_at(distance.min(size));
+        [tail, head].concat()
+    });
+    for ((second, next), primary) in second.iter_mut().zip(next).zip(owner) {
+        *second = if second == primary { next } else { *second };
+    }
+    let probe = |slot: usize| {
+        let mut places =
+            probes[2..].iter().map(|&p| if slot + p >= size { slot + p - size } else { slot + p });
+        places.find(|&place| owner[place] != owner[slot]).map(|place| owner[place])
+    };
+    const BLOCK: usize = 64;
+    for (first, (second, owner)) in
+        (0..).step_by(BLOCK).zip(second.chunks_mut(BLOCK).zip(owner.chunks(BLOCK)))
+    {
+        // Compared in one go.
+        if second.iter().zip(owner).fold(false, |any, (second, primary)| any | (second == primary)) {
+            for (slot, (second, primary)) in (first..).zip(second.iter_mut().zip(owner)) {
+                if second == primary {
+                    *second = probe(slot).unwrap_or(others[usize::from(*primary == others[0])]);
+                }
+            }
+        }
+    }
+    second
 }
 
 #[cfg(test)]
