@@ -315,6 +315,48 @@ fn changed(change: impl FnOnce(&mut Service)) -> Desired {
     desired
 }
 
+/// Hosts of different builds compare these hashes, so they have to stay what they are.
+#[test]
+fn the_status_tells_what_the_slots_name() {
+    let mix = |hash: u64, value: u64| {
+        let x = (hash ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        x ^ (x >> 29)
+    };
+    let v6 = r#""address":"2001:db8::1""#;
+    let three = service(&[
+        ("a", r#""address":"10.1.0.1","weight":5"#),
+        ("c", r#""address":"10.1.0.3","weight":2"#),
+        ("d", v6),
+    ]);
+    let mut host = Host::default();
+    host.at(1, &two());
+    // One that goes, with slots still in transition, and indices that are not in the order of addresses.
+    for compiled in [host.at(2, &three), host.at(3, &service(&[])), host.at(4, &two())] {
+        let (status, entry) = (&compiled.status[0], &compiled.plan.services[&0]);
+        let slots = entry.slots();
+        let mut shares = BTreeMap::new();
+        slots.iter().for_each(|slot| *shares.entry(slot.primary_index()).or_insert(0) += 1);
+        for backend in &status.backends {
+            let is_known = backend.name.is_some();
+            let share = shares.get(&backend.index).copied().filter(|_| is_known).unwrap_or(0);
+            assert_eq!(backend.slots, share, "{}", backend.address);
+        }
+        let start = mix(mix(entry.view.seed[0], entry.view.seed[1]), slots.len() as u64);
+        let hash = slots.iter().fold(start, |hash, slot| {
+            let named = status.backends.iter().find(|b| b.index == slot.primary_index());
+            let value = named.map_or(0, |b| {
+                let bits = match b.address {
+                    IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
+                    IpAddr::V6(v6) => v6.to_bits(),
+                };
+                mix(mix(0, (bits >> 64) as u64), bits as u64)
+            });
+            mix(hash, value)
+        });
+        assert_eq!(status.table_hash, hash);
+    }
+}
+
 #[test]
 fn a_new_seed_size_or_hash_leaves_the_old_table_for_the_drain_time() {
     let by_source = |s: &mut Service| s.scheduler = Scheduler::SourceHash;

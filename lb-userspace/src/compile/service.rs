@@ -8,7 +8,7 @@ use super::{
     memory::FreeIndices,
     slow,
     spread::{Excluded, steered},
-    table::{Tables, note_changes, region, replay, shape, table_hash, table_size},
+    table::{PerBackend, Tables, note_changes, region, replay, shape, table_hash, table_size},
 };
 use crate::{
     model::{
@@ -496,13 +496,11 @@ fn status(
     drain_ms: i64,
 ) -> ServiceStatus {
     let slots = entry.slots();
-    let mut shares: HashMap<u32, u32> = HashMap::new();
-    for slot in slots {
-        *shares.entry(slot.primary_index()).or_default() += 1;
-    }
+    let mut shares = PerBackend::<u32>::new(memory);
+    slots.iter().for_each(|slot| *shares.get_mut(slot.primary_index()) += 1);
     let resolved: HashMap<u32, bool> =
         entries.iter().map(|(i, b)| (*i, b.flags & lb_common::backend::flags::RESOLVED != 0)).collect();
-    let share = |index| shares.get(&index).copied().unwrap_or(0);
+    let share = |index| shares.get(index);
     let is_resolved = |index| resolved.get(&index).copied().unwrap_or(false);
     let mut backends: Vec<_> = input
         .wanted

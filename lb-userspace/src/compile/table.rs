@@ -203,15 +203,43 @@ pub(super) fn table_hash(memory: &ServiceMemory, shape: &Shape, slots: &[Slot]) 
         };
         mix(mix(0, (bits >> 64) as u64), bits as u64)
     };
-    let addresses: HashMap<u32, u64> =
-        memory.backends.iter().map(|(address, b)| (b.index, of_address(address))).collect();
+    let mut addresses = PerBackend::new(memory);
+    for (address, b) in &memory.backends {
+        *addresses.get_mut(b.index) = of_address(address);
+    }
     let start = mix(mix(shape.seed[0], shape.seed[1]), slots.len() as u64);
-    let (mut last, mut value) = (NO_BACKEND, 0);
-    slots.iter().fold(start, |hash, slot| {
-        let index = slot.primary_index();
-        if index != last {
-            (last, value) = (index, addresses.get(&index).copied().unwrap_or(0));
-        }
-        mix(hash, value)
-    })
+    slots.iter().fold(start, |hash, slot| mix(hash, addresses.get(slot.primary_index())))
+}
+
+/// A number for each backend of a service, and one for all that it does not have: for what is looked up slot by slot,
+/// where a hash table would cost more than all else.
+pub(super) struct PerBackend<T> {
+    /// The least index.
+    first: u32,
+    values: Vec<T>,
+}
+
+impl<T: Copy + Default> PerBackend<T> {
+    pub(super) fn new(memory: &ServiceMemory) -> Self {
+        let indices = || memory.backends.values().map(|b| b.index);
+        let first = indices().min().unwrap_or(0);
+        let end = indices().max().map_or(first, |last| last + 1);
+        // The last is that of all others.
+        Self { first, values: vec![T::default(); (end - first) as usize + 1] }
+    }
+
+    fn at(&self, index: u32) -> usize {
+        (index.wrapping_sub(self.first) as usize).min(self.values.len() - 1)
+    }
+
+    /// The number of the backend with this index.
+    pub(super) fn get(&self, index: u32) -> T {
+        self.values[self.at(index)]
+    }
+
+    /// The same, to change it.
+    pub(super) fn get_mut(&mut self, index: u32) -> &mut T {
+        let at = self.at(index);
+        &mut self.values[at]
+    }
 }
