@@ -14,6 +14,11 @@ pub fn boot_s() -> u32 {
     boot().as_secs() as u32
 }
 
+/// Processor time that the calling thread has used.
+pub fn thread() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("every Linux has this clock").into()
+}
+
 /// Time since 1970 UTC.
 pub fn unix() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()

@@ -3,15 +3,18 @@
 use super::{
     DataplaneError, batch,
     reader::{Reader, pinned, typed},
+    sys,
 };
 use aya::maps::{HashMap, Map, MapData};
 use lb_common::{FlowKey, Nat, Reply, ReplyKey, names};
-use std::path::Path;
+use std::{path::Path, sync::OnceLock};
 
 /// Handles on both maps.
 pub struct Bindings {
     nats: (MapData, HashMap<MapData, FlowKey, Nat>),
     replies: (MapData, HashMap<MapData, ReplyKey, Reply>),
+    /// Whether the kernel tells how much memory entries take; found out when it is first of use.
+    tells: OnceLock<bool>,
 }
 
 impl Bindings {
@@ -22,11 +25,24 @@ impl Bindings {
         Ok(Self {
             nats: (pinned(pin_path, names::NAT_FLOWS)?, typed_nats),
             replies: (pinned(pin_path, names::NAT_REPLIES)?, typed_replies),
+            tells: OnceLock::new(),
         })
     }
 }
 
 impl Reader {
+    /// Bytes of both maps, entries included, if the kernel counts these (Linux 6.4): the same means as many.
+    pub fn bindings_memory(&self) -> Option<[u64; 2]> {
+        let Bindings { nats, replies, tells } = &self.bindings;
+        tells.get_or_init(sys::tells_entries).then_some(())?;
+        Some([sys::memory(nats.0.fd())?, sys::memory(replies.0.fd())?])
+    }
+
+    /// Bindings that there is room for.
+    pub fn bindings_room(&self) -> u32 {
+        self.bindings.nats.0.info().map_or(u32::MAX, |info| info.max_entries())
+    }
+
     /// What becomes of a client's packets.
     pub fn nat(&self, key: &FlowKey) -> Option<Nat> {
         self.bindings.nats.1.get(key, 0).ok()

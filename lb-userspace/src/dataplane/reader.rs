@@ -167,8 +167,10 @@ impl Reader {
     }
 
     /// What is written to the flow tables for a service, by processor.
-    pub fn pressure(&self, service: u32) -> Vec<Pressure> {
-        self.pressure.get(&service, 0).map(|all| all.to_vec()).unwrap_or_default()
+    pub fn pressure(&self, service: u32) -> Result<Vec<Pressure>, DataplaneError> {
+        let map = names::PRESSURE;
+        let all = self.pressure.get(&service, 0);
+        all.map(|all| all.to_vec()).map_err(|source| DataplaneError::Map { map, source })
     }
 
     /// Each reason's counter over all CPUs.
@@ -202,9 +204,10 @@ impl Reader {
         self.quic_servers.get(key, 0).ok()
     }
 
-    /// Whether an entry belongs to a service.
-    pub fn is_used(&self, service: u32) -> bool {
-        self.services.load_u32(service, std::mem::offset_of!(Service, used)) == Some(1)
+    /// Indices of services.
+    pub fn used_services(&self) -> impl Iterator<Item = u32> {
+        let used = |service: &u32| self.services.load_u32(*service, std::mem::offset_of!(Service, used));
+        (0..self.services.len()).filter(move |service| used(service) == Some(1))
     }
 
     /// Flows that a table has room for.

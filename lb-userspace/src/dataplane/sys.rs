@@ -9,6 +9,7 @@ use std::{
     path::Path,
 };
 
+const MAP_CREATE: libc::c_long = 0;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_DELETE_ELEM: libc::c_long = 3;
@@ -167,6 +168,36 @@ pub fn delete(map: &impl AsFd, key: &[u8]) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Bytes that a map takes, as the kernel has them in `/proc`; None where it does not say.
+pub fn memory(map: &impl AsFd) -> Option<u64> {
+    let path = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
+    let info = std::fs::read_to_string(path).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
+}
+
+/// Whether [`memory`] follows the number of entries, in maps that take room for each as it comes: tried on one.
+pub fn tells_entries() -> bool {
+    #[repr(C)]
+    struct Create {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+        flags: u32,
+    }
+    const HASH: u32 = 1;
+    const NO_PREALLOC: u32 = 1;
+    let mut attr = Create { kind: HASH, key_size: 4, value_size: 8, max_entries: 8, flags: NO_PREALLOC };
+    // SAFETY: no address is passed.
+    let Ok(fd) = (unsafe { call(MAP_CREATE, &mut attr) }) else { return false };
+    // SAFETY: the kernel has just given us this descriptor.
+    let map = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let Some(bare) = memory(&map) else { return false };
+    let is_written = update(&map, &[0; 4], &[0; 8], 0).is_ok();
+    let one = memory(&map);
+    is_written && one > Some(bare) && delete(&map, &[0; 4]).is_ok() && memory(&map) == Some(bare)
 }
 
 /// Where a read of a whole map stands.

@@ -8,10 +8,12 @@
 mod fake;
 mod maps;
 mod mirror;
+mod pace;
 mod published;
 mod slots;
 mod sweep;
 mod sweep_nat;
+mod tally;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +21,7 @@ pub use maps::Maps;
 pub use mirror::{ApplyError, Mirror, Written};
 pub use published::{Applied, Published};
 pub use slots::{NoRoom, QUARANTINE, SlotSpace};
-pub use sweep::{Sweep, start as start_sweeper, sweep};
+pub use sweep::{Sweep, Sweeper, start as start_sweeper};
 
 use crate::{
     clock,

@@ -1,18 +1,25 @@
 //! Sweeps the flow tables: counts live flows, removes what is over, tells what is no longer named.
 //!
 //! Runs on a thread of its own beside the reconciler, with handles of its own: a million entries take
-//! a good part of a second, which no change of the tables should wait for.
+//! a good part of a second, which no change of the tables should wait for. How often it runs, and which tables it need
+//! not look at, [`super::pace`] says.
 
-use super::Event;
+use super::{
+    Event,
+    pace::{self, PERIOD, Quiet, Signals},
+    sweep_nat::sweep_bindings,
+    tally::Tally,
+};
 use crate::{
     clock,
-    dataplane::{DataplaneError, FLOW_TABLES, Reader},
+    dataplane::{DataplaneError, Reader},
 };
 use lb_common::{
     Flow, FlowKey,
     backend::flags::{DOWN, DRAINING, USED},
     flow::{CLOSING_S, SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
-    limit::FULL_S,
+    limit::{FULL_S, Pressure},
+    service,
 };
 use lb_ebpf::FlowTable;
 use std::{
@@ -23,10 +30,8 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// Least time between the starts of two sweeps.
-const PERIOD: Duration = Duration::from_secs(1);
-/// At most this share of a processor goes into sweeping: one part in so many.
-const REST: u32 = 20;
+/// The order of the walks: what is noted of a SYN becomes a flow, and may do so between the two.
+const ORDER: [FlowTable; 3] = [FlowTable::Syns, FlowTable::Flows, FlowTable::UdpFlows];
 
 /// What a sweep found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,66 +65,41 @@ pub struct Flood {
     pub times: u64,
 }
 
-/// What the meters of all services say.
-fn floods(reader: &Reader, now_s: u32) -> BTreeMap<u32, Flood> {
-    let (services, ..) = reader.sizes();
-    let used = (0..services).filter(|index| reader.is_used(*index));
-    let mut floods = BTreeMap::new();
-    for index in used {
-        let mut flood = Flood::default();
-        for pressure in reader.pressure(index) {
-            for meter in [pressure.syns, pressure.flows, pressure.udp] {
-                flood.now |= meter.is_flood(now_s);
-                flood.times += u64::from(meter.floods);
-            }
-            flood.now |= pressure.full_s.iter().any(|s| *s != 0 && now_s.saturating_sub(*s) < FULL_S);
+/// What a service's meters say about floods.
+fn flood(pressure: &[Pressure], now_s: u32) -> Flood {
+    let mut flood = Flood::default();
+    for pressure in pressure {
+        for meter in [pressure.syns, pressure.flows, pressure.udp] {
+            flood.now |= meter.is_flood(now_s);
+            flood.times += u64::from(meter.floods);
         }
-        if flood.now || flood.times > 0 {
-            floods.insert(index, flood);
-        }
+        flood.now |= pressure.full_s.iter().any(|s| *s != 0 && now_s.saturating_sub(*s) < FULL_S);
     }
-    floods
+    flood
 }
 
 /// What an entry's fate depends on.
-struct Judge<'a> {
-    reader: &'a Reader,
+struct Judge {
     now_s: u32,
-    /// UDP timeout by service, read once per sweep.
-    udp_timeouts: BTreeMap<u32, u32>,
     /// Whether the table was more than half full at the last sweep: then what is idle for long goes.
     is_tight: bool,
 }
 
-impl Judge<'_> {
+impl Judge {
     /// Whether an entry no longer means anything.
-    fn is_over(&mut self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+    fn is_over(&self, tally: &mut Tally<'_>, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
         let age_s = self.now_s.saturating_sub(flow.last_seen_s);
         let aged = match table {
             FlowTable::Syns => age_s > SYN_TIMEOUT_S,
             FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
             // A client that vanished would hold a removed backend's index for ever.
             // Nothing else makes room: the table evicts nobody.
-            FlowTable::Flows => age_s > TCP_IDLE_S && (self.is_tight || self.is_leaving(flow.backend)),
-            FlowTable::UdpFlows => age_s > self.udp_timeout(key.service),
+            FlowTable::Flows => {
+                age_s > TCP_IDLE_S && (self.is_tight || tally.is_leaving(key.service, flow.backend))
+            }
+            FlowTable::UdpFlows => age_s > tally.udp_timeout_s(key.service).unwrap_or(0),
         };
-        aged || !self.is_served(key, flow)
-    }
-
-    fn is_leaving(&self, backend: u32) -> bool {
-        self.reader.backend(backend).is_none_or(|b| b.flags & (DRAINING | DOWN) != 0)
-    }
-
-    fn is_served(&self, key: &FlowKey, flow: &Flow) -> bool {
-        let backend = self.reader.backend(flow.backend);
-        backend.is_some_and(|b| b.flags & USED != 0 && b.service == key.service)
-            && self.reader.service(key.service).is_some_and(|s| s.used != 0)
-    }
-
-    fn udp_timeout(&mut self, service: u32) -> u32 {
-        let reader = self.reader;
-        let read = || reader.service(service).map_or(0, |s| s.views[(s.active & 1) as usize].udp_timeout_s);
-        *self.udp_timeouts.entry(service).or_insert_with(read)
+        aged || !tally.is_served(key.service, flow.backend)
     }
 
     fn is_live(&self, table: FlowTable, flow: &Flow) -> bool {
@@ -132,62 +112,131 @@ impl Judge<'_> {
     }
 }
 
-/// Sweeps all tables once; `before`: what the last sweep found.
-pub fn sweep(reader: &Reader, before: &Sweep) -> Result<Sweep, DataplaneError> {
-    let mut result = Sweep { began: clock::boot(), ..Sweep::default() };
-    let mut judge = Judge { reader, now_s: clock::boot_s(), udp_timeouts: BTreeMap::new(), is_tight: false };
-    for table in FLOW_TABLES {
-        let room = u64::from(reader.flow_room(table));
-        judge.is_tight = before.entries[table as usize] > room / 2;
-        let mut over = Vec::new();
-        let mut count = 0u64;
-        reader.for_each_flow(table, |key, flow| {
-            if judge.is_over(table, &key, &flow) {
-                over.push(key);
+/// Sweeps all tables, one time after the other.
+pub struct Sweeper {
+    reader: Reader,
+    quiet: Quiet,
+    last: Arc<Sweep>,
+}
+
+impl Sweeper {
+    /// Over these maps, of which nothing is known yet.
+    pub fn new(reader: Reader) -> Self {
+        Self { reader, quiet: Quiet::default(), last: Arc::default() }
+    }
+
+    /// Sweeps once.
+    pub fn sweep(&mut self) -> Result<Arc<Sweep>, DataplaneError> {
+        let reader = &self.reader;
+        let mut result = Sweep { began: clock::boot(), ..Sweep::default() };
+        let now_s = clock::boot_s();
+        let mut signals = Signals::default();
+        for service in reader.used_services() {
+            let pressure = reader.pressure(service)?;
+            signals.add(service, &pressure);
+            let flood = flood(&pressure, now_s);
+            if flood.now || flood.times > 0 {
+                result.floods.insert(service, flood);
+            }
+        }
+        let memory = reader.bindings_memory();
+        let walk = self.quiet.next(signals, memory, result.began);
+        let mut tally = Tally::new(reader);
+        for table in ORDER.into_iter().filter(|table| walk.tables[*table as usize]) {
+            let room = u64::from(reader.flow_room(table));
+            let judge = Judge { now_s, is_tight: self.last.entries[table as usize] > room / 2 };
+            let (entries, removed) = sweep_table(reader, table, &judge, &mut tally)?;
+            self.quiet.walked(table, entries + removed);
+            result.entries[table as usize] = entries;
+            result.removed += removed;
+        }
+        if walk.bindings {
+            let found = sweep_bindings(reader, self.last.bindings, &mut tally)?;
+            self.quiet.walked_bindings(found.entries, memory, reader.bindings_memory());
+            result.bindings = found.bindings;
+            result.removed += found.removed;
+        }
+        tally.report(&mut result);
+        self.last = Arc::new(result);
+        Ok(Arc::clone(&self.last))
+    }
+
+    /// Whether the next sweep should not wait: a table fills up, or somebody waits for flows to end or be counted.
+    fn is_urgent(&self) -> bool {
+        let (reader, last) = (&self.reader, &self.last);
+        let is_filling =
+            ORDER.iter().any(|table| last.entries[*table as usize] > u64::from(reader.flow_room(*table)) / 2);
+        // Bindings make room among themselves, until there is none at all.
+        let is_short = last.bindings > u64::from(reader.bindings_room()) / 8 * 7;
+        let is_leaving = |index: &u32| {
+            reader.backend(*index).is_none_or(|b| b.flags & USED == 0 || b.flags & (DRAINING | DOWN) != 0)
+        };
+        let is_awaited = |index: &u32| {
+            reader.service(*index).is_none_or(|s| {
+                s.used == 0 || s.views[(s.active & 1) as usize].flags & service::flags::COUNT_FLOWS != 0
+            })
+        };
+        is_filling || is_short || last.backends.iter().any(is_leaving) || last.services.iter().any(is_awaited)
+    }
+
+    /// Waits for as long as the last sweep's cost asks for. What becomes urgent meanwhile ends it.
+    fn rest(&self, took: Duration, cost: Duration, events: &mpsc::Sender<Event>) {
+        let began = Instant::now();
+        loop {
+            // Where the cheaper pace is no longer wait, nobody need be asked.
+            let shortest = pace::pause(took, cost, true);
+            let is_urgent = shortest < pace::pause(took, cost, false) && self.is_urgent();
+            let rest = pace::pause(took, cost, is_urgent).saturating_sub(began.elapsed());
+            if rest.is_zero() || events.is_closed() {
                 return;
             }
-            count += 1;
-            result.services.insert(key.service);
-            result.backends.insert(flow.backend);
-            if table != FlowTable::UdpFlows {
-                result.services_tcp.insert(key.service);
-            }
-            if judge.is_live(table, &flow) {
-                *result.flows.entry(flow.backend).or_default() += 1;
-            }
-        })?;
-        for key in &over {
-            reader.remove_flow(table, key)?;
+            std::thread::sleep(rest.min(PERIOD));
         }
-        result.removed += over.len() as u64;
-        result.entries[table as usize] = count;
     }
-    result.floods = floods(reader, judge.now_s);
-    super::sweep_nat::sweep_bindings(reader, &mut result)?;
-    Ok(result)
+}
+
+/// Sweeps a table: entries that are left, and how many were removed.
+fn sweep_table(
+    reader: &Reader,
+    table: FlowTable,
+    judge: &Judge,
+    tally: &mut Tally<'_>,
+) -> Result<(u64, u64), DataplaneError> {
+    let mut over = Vec::new();
+    let mut count = 0u64;
+    reader.for_each_flow(table, |key, flow| {
+        if judge.is_over(tally, table, &key, &flow) {
+            over.push(key);
+            return;
+        }
+        count += 1;
+        let is_tcp = table != FlowTable::UdpFlows;
+        tally.count(key.service, flow.backend, is_tcp, judge.is_live(table, &flow));
+    })?;
+    for key in &over {
+        reader.remove_flow(table, key)?;
+    }
+    Ok((count, over.len() as u64))
 }
 
 /// Starts the sweeper; it ends when nobody listens to `events` any more.
 pub fn start(pin_path: PathBuf, events: mpsc::Sender<Event>) -> std::io::Result<()> {
     let run = move || {
-        let reader = match Reader::open(&pin_path) {
-            Ok(reader) => reader,
+        let mut sweeper = match Reader::open(&pin_path) {
+            Ok(reader) => Sweeper::new(reader),
             Err(error) => return tracing::error!(%error, "flow tables cannot be swept"),
         };
-        let mut last = Arc::<Sweep>::default();
         loop {
-            let began = Instant::now();
-            match sweep(&reader, &last) {
+            let (began, spent) = (Instant::now(), clock::thread());
+            match sweeper.sweep() {
                 Ok(sweep) => {
-                    last = Arc::new(sweep);
-                    if events.blocking_send(Event::Swept(last.clone())).is_err() {
+                    if events.blocking_send(Event::Swept(sweep)).is_err() {
                         return;
                     }
                 }
                 Err(error) => tracing::warn!(%error, "sweep of the flow tables failed"),
             }
-            let took = began.elapsed();
-            std::thread::sleep(PERIOD.saturating_sub(took).max(took * REST));
+            sweeper.rest(began.elapsed(), clock::thread().saturating_sub(spent), &events);
         }
     };
     std::thread::Builder::new().name("sweep".to_owned()).spawn(run).map(drop)
