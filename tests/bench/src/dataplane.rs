@@ -10,11 +10,11 @@ use std::{
 use anyhow::{Context, Result};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, ProgramArray},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, ProgramArray},
     programs::{ProgramFd, Xdp},
 };
 use lb_common::{
-    Address, Backend, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
+    Address, Backend, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
     guard::{GuardKey, GuardState, block, verdict},
     mapped, names,
     settings::{DecapSettings, IngressSettings, features},
@@ -271,6 +271,13 @@ impl Decap {
     /// Its descriptor.
     pub fn fd(&self) -> Result<ProgramFd> {
         Ok(self.program()?.fd()?.try_clone()?)
+    }
+
+    /// How often it has counted this.
+    pub fn count(&self, reason: Reason) -> Result<u64> {
+        let map = self.bpf.map(names::REASONS).context("no map REASONS")?;
+        let counts: PerCpuArray<_, u64> = PerCpuArray::try_from(map)?;
+        Ok(counts.get(&(reason as u32), 0)?.iter().sum())
     }
 
     /// The loaded object, for its figures.

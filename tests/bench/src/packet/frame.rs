@@ -90,17 +90,21 @@ const V6_LEN: usize = 80;
 impl Frame {
     /// A client's packet to this service.
     pub fn new(family: Family, kind: Kind, vip: Address, port: u16) -> Self {
+        Self::of_flow(family, kind, (family.address(99, 1), 0x8000), (vip, port))
+    }
+
+    /// A packet of the flow from a client to a VIP.
+    pub fn of_flow(family: Family, kind: Kind, client: (Address, u16), vip: (Address, u16)) -> Self {
         let ethernet = PacketBuilder::ethernet2(PEER_MAC, HOST_MAC);
-        let client = family.address(99, 1);
         let step = match family {
-            Family::V4 => ethernet.ipv4(tail(client), tail(vip), 61),
-            Family::V6 => ethernet.ipv6(client, vip, 61),
+            Family::V4 => ethernet.ipv4(tail(client.0), tail(vip.0), 61),
+            Family::V6 => ethernet.ipv6(client.0, vip.0, 61),
         };
         let l4_len = if matches!(kind, Kind::Udp | Kind::Echo) { 8 } else { 20 };
         let headers = 14 + family.ip_len() + l4_len;
         let total = if family == Family::V4 { V4_LEN } else { V6_LEN };
         Self {
-            bytes: transport(step, family, kind, port, total - headers),
+            bytes: transport(step, family, kind, (client.1, vip.1), total - headers),
             headers,
             source_at: 14 + family.ip_len() - if family == Family::V4 { 8 } else { 20 },
             port_at: 14 + family.ip_len(),
@@ -138,13 +142,18 @@ impl Frame {
         }
     }
 
-    /// The same packet in GUE with the backend that may have it instead. A worker changes what is outside only.
-    pub fn chained(&self, source: Address, destination: Address, next: Address, port: u16) -> Self {
-        let mut chain = vec![0x6c, 0x62, 0x11, 0];
-        let (outer, address) =
-            if is_mapped(&destination) { (20, tail(next).to_vec()) } else { (40, next.to_vec()) };
-        chain.extend_from_slice(&address);
-        chain.resize(4 + 2 * address.len(), 0);
+    /// The same packet in GUE with the backend that may have it instead, or, where there is none, as its second worker
+    /// receives it, who is the last.
+    pub fn chained(&self, source: Address, destination: Address, next: Option<Address>, port: u16) -> Self {
+        let outer = if is_mapped(&destination) { 20 } else { 40 };
+        let left_hops = if next.is_some() { [0x11, 0] } else { [0x10, 1] };
+        let mut chain = [&[0x6c, 0x62], &left_hops[..]].concat();
+        match next {
+            Some(next) if outer == 20 => chain.extend_from_slice(&tail(next)),
+            Some(next) => chain.extend_from_slice(&next),
+            None => {}
+        }
+        chain.resize(if outer == 20 { 12 } else { 36 }, 0);
         let mut frame = self.encapsulated(source, destination, Some(port));
         let gue = 14 + outer + 8;
         frame.bytes.splice(gue + 4..gue + 4, chain.iter().copied());
@@ -155,7 +164,15 @@ impl Frame {
             let len = u16::from_be_bytes([frame.bytes[at], frame.bytes[at + 1]]) + chain.len() as u16;
             frame.bytes[at..at + 2].copy_from_slice(&len.to_be_bytes());
         }
-        Self { headers: gue + 4 + chain.len(), ..frame }
+        // What a worker changes: all that is outside, and of the inner packet its age, with the checksum over it.
+        let inner = gue + 4 + chain.len();
+        let changed = if next.is_some() { 0 } else { 12 };
+        Self {
+            headers: inner + changed,
+            source_at: frame.source_at + chain.len(),
+            port_at: frame.port_at + chain.len(),
+            ..frame
+        }
     }
 }
 
@@ -163,17 +180,17 @@ fn transport(
     step: PacketBuilderStep<etherparse::IpHeaders>,
     family: Family,
     kind: Kind,
-    port: u16,
+    (client_port, port): (u16, u16),
     payload: usize,
 ) -> Vec<u8> {
     let payload = vec![0x5a; payload];
     let mut bytes = Vec::new();
     let written = match kind {
-        Kind::Udp => step.udp(0x8000, port).write(&mut bytes, &payload),
+        Kind::Udp => step.udp(client_port, port).write(&mut bytes, &payload),
         Kind::Echo if family == Family::V4 => step.icmpv4_echo_request(1, 2).write(&mut bytes, &payload),
         Kind::Echo => step.icmpv6_echo_request(1, 2).write(&mut bytes, &payload),
         Kind::Established | Kind::Syn => {
-            let mut tcp = TcpHeader::new(0x8000, port, 7, 65_535);
+            let mut tcp = TcpHeader::new(client_port, port, 7, 65_535);
             tcp.syn = kind == Kind::Syn;
             tcp.ack = kind == Kind::Established;
             tcp.acknowledgment_number = if tcp.ack { 9 } else { 0 };

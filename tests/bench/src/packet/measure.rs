@@ -1,5 +1,7 @@
 //! Measures rows: each next to the bare wrapper and the floor, round by round, in turn.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+
 use anyhow::{Context, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader,
@@ -7,7 +9,7 @@ use aya::{
     programs::{ProgramFd, Xdp},
 };
 use lb_common::{
-    Address, ServiceKey,
+    Address, Reason, ServiceKey,
     service::{TCP, scheduler},
 };
 
@@ -21,6 +23,14 @@ use crate::{
     dataplane::{Decap, Tables, load_xdp},
     objects,
 };
+
+/// The dataplane's form of an address.
+fn to_address(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(address) => lb_common::mapped(address.octets()),
+        IpAddr::V6(address) => address.octets(),
+    }
+}
 
 /// How much to measure.
 #[derive(Clone, Copy, Debug)]
@@ -166,6 +176,8 @@ struct Programs {
     bed: Bed,
     decap: Decap,
     plain: Plain,
+    /// Flows that the worker has sockets for.
+    connections: Vec<[TcpStream; 2]>,
 }
 
 /// The plain balancer.
@@ -203,10 +215,13 @@ impl Plain {
 impl Programs {
     fn load(object: &[u8], tables: Tables) -> Result<Self> {
         let addresses = |high| Family::ALL.map(|family| family.address(high, 1));
+        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()].map(to_address);
+        let vips = [addresses(7), loopback].concat();
         Ok(Self {
             bed: Bed::load(object, tables)?,
-            decap: Decap::load(&addresses(10), &addresses(7))?,
+            decap: Decap::load(&addresses(10), &vips)?,
             plain: Plain::load()?,
+            connections: Vec::new(),
         })
     }
 
@@ -237,7 +252,15 @@ impl Programs {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
                 let (worker, next) = (family.address(10, 1), family.address(10, 2));
                 let port = lb_common::settings::GUE_PORT;
-                (inner.chained(family.address(0, 9), worker, next, port), self.decap.fd()?, TX, 0)
+                (inner.chained(family.address(0, 9), worker, Some(next), port), self.decap.fd()?, TX, 0)
+            }
+            Subject::ChanceHere(family) => {
+                let (client, vip) = self.connected(family)?;
+                let inner = Frame::of_flow(family, Kind::Established, client, vip);
+                let port = lb_common::settings::GUE_PORT;
+                let frame = inner.chained(family.address(10, 2), family.address(10, 1), None, port);
+                let overhead = frame.bytes.len() - inner.bytes.len();
+                (frame, self.decap.fd()?, PASS, -(overhead as i32))
             }
             Subject::Decap(family, gue) => {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
@@ -259,6 +282,12 @@ impl Programs {
                 run.len
             );
         }
+        if let Subject::ChanceHere(_) = row.subject {
+            // The last of a chain takes what nobody knows, too.
+            let of = |reason| self.decap.count(reason);
+            let (had, unknown) = (of(Reason::ChanceSecond)?, of(Reason::ChanceNone)?);
+            ensure!(had > 0 && unknown == 0, "{had} packets found their socket, {unknown} found none");
+        }
         let case = Case::new(wrapper);
         match row.subject {
             Subject::Service(spec, Kind::Established) if spec.scheduler != scheduler::MAGLEV => {
@@ -268,6 +297,21 @@ impl Programs {
             _ => {}
         }
         Ok((frame, case))
+    }
+
+    /// Both ends of a connection over the loopback interface, which lasts as long as the programs: client's and VIP's.
+    fn connected(&mut self, family: Family) -> Result<((Address, u16), (Address, u16))> {
+        let loopback = match family {
+            Family::V4 => IpAddr::from(Ipv4Addr::LOCALHOST),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
+        };
+        let listener = TcpListener::bind((loopback, 0)).context("listen on the loopback interface")?;
+        let client = TcpStream::connect(listener.local_addr()?).context("connect over it")?;
+        let (accepted, _) = listener.accept()?;
+        let end = |address: SocketAddr| (to_address(address.ip()), address.port());
+        let ends = (end(accepted.peer_addr()?), end(accepted.local_addr()?));
+        self.connections.push([client, accepted]);
+        Ok(ends)
     }
 
     /// Lets every flow begin: its SYN, then the packet that completes the handshake.

@@ -29,6 +29,8 @@ pub enum Subject {
     Guarded(ServiceSpec, u32, Listed),
     /// A packet with a second chance, for a flow that the worker has no socket for: it goes on to the next.
     Chance(Family),
+    /// One that comes to the last worker of its chain, the second, which has a socket for the flow.
+    ChanceHere(Family),
 }
 
 /// Whether a client is on the deny list, and how.
@@ -379,15 +381,19 @@ fn decap() -> Vec<Row> {
                 growth: None,
             });
         }
-        rows.push(Row {
-            section: "Decapsulation on the worker",
-            name: format!("{}/decap/gue-sent-on/1", family.label()),
-            tables: Tables::DEFAULT,
-            subject: Subject::Chance(family),
-            flows: ONE,
-            prime: 0,
-            growth: None,
-        });
+        for (subject, name) in
+            [(Subject::Chance(family), "gue-sent-on"), (Subject::ChanceHere(family), "gue-second-chance")]
+        {
+            rows.push(Row {
+                section: "Decapsulation on the worker",
+                name: format!("{}/decap/{name}/1", family.label()),
+                tables: Tables::DEFAULT,
+                subject,
+                flows: ONE,
+                prime: 0,
+                growth: None,
+            });
+        }
     }
     rows
 }
