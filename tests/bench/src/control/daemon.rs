@@ -65,7 +65,20 @@ impl Lab {
         let http = nginx::start(&worker.namespace, &worker.name, bed.directory())?;
         let ingress = Ingress::start(&bed, &["--log-level", "warn"])?;
         let socket = bed.path("lbd.sock");
-        Ok(Self { ingress, socket, _http: http, _bed: bed })
+        let lab = Self { ingress, socket, _http: http, _bed: bed };
+        lab.warm_up()?;
+        Ok(lab)
+    }
+
+    /// Waits until the daemon is there: its socket takes requests while programs are still being loaded, and whoever
+    /// sends one then waits for these. Then one change, so that the next is no first of anything.
+    fn warm_up(&self) -> Result<()> {
+        self.ask("GET", "/v1/status", &json!({}))?;
+        let mut other = service(10, json!({ "kind": "none" }));
+        other["vip"] = json!(vip_v4(2));
+        self.change("POST", "/v1/services/first", &other)?;
+        self.ask("DELETE", "/v1/services/first", &json!({}))?;
+        Ok(())
     }
 
     /// Sends a request and returns the answer's body.
