@@ -174,8 +174,9 @@ impl References {
 /// The loaded programs of a group of rows.
 struct Programs {
     bed: Bed,
-    decap: Decap,
-    plain: Plain,
+    /// These two from their first row on: most groups have none.
+    decap: Option<Decap>,
+    plain: Option<Plain>,
     /// Flows that the worker has sockets for.
     connections: Vec<[TcpStream; 2]>,
 }
@@ -214,15 +215,23 @@ impl Plain {
 
 impl Programs {
     fn load(object: &[u8], tables: Tables) -> Result<Self> {
-        let addresses = |high| Family::ALL.map(|family| family.address(high, 1));
-        let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()].map(to_address);
-        let vips = [addresses(7), loopback].concat();
-        Ok(Self {
-            bed: Bed::load(object, tables)?,
-            decap: Decap::load(&addresses(10), &vips)?,
-            plain: Plain::load()?,
-            connections: Vec::new(),
-        })
+        Ok(Self { bed: Bed::load(object, tables)?, decap: None, plain: None, connections: Vec::new() })
+    }
+
+    fn decap(&mut self) -> Result<&Decap> {
+        if self.decap.is_none() {
+            let addresses = |high| Family::ALL.map(|family| family.address(high, 1));
+            let loopback = [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()].map(to_address);
+            self.decap = Some(Decap::load(&addresses(10), &[addresses(7), loopback].concat())?);
+        }
+        Ok(self.decap.as_ref().expect("it has just been put there"))
+    }
+
+    fn plain(&mut self) -> Result<&Plain> {
+        if self.plain.is_none() {
+            self.plain = Some(Plain::load()?);
+        }
+        Ok(self.plain.as_ref().expect("it has just been put there"))
     }
 
     /// The row's frame, and its program in a wrapper: checked to do what the row says, and primed.
@@ -235,7 +244,7 @@ impl Programs {
             }
             Subject::Plain => {
                 let frame = Frame::new(Family::V4, Kind::Established, Plain::vip(), PORT);
-                (frame, self.plain.program.try_clone()?, TX, 20)
+                (frame, self.plain()?.program.try_clone()?, TX, 20)
             }
             Subject::NotVip(family) => {
                 let frame = Frame::new(family, Kind::Established, family.address(250, 1), PORT);
@@ -252,7 +261,7 @@ impl Programs {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
                 let (worker, next) = (family.address(10, 1), family.address(10, 2));
                 let port = lb_common::settings::GUE_PORT;
-                (inner.chained(family.address(0, 9), worker, Some(next), port), self.decap.fd()?, TX, 0)
+                (inner.chained(family.address(0, 9), worker, Some(next), port), self.decap()?.fd()?, TX, 0)
             }
             Subject::ChanceHere(family) => {
                 let (client, vip) = self.connected(family)?;
@@ -260,14 +269,14 @@ impl Programs {
                 let port = lb_common::settings::GUE_PORT;
                 let frame = inner.chained(family.address(10, 2), family.address(10, 1), None, port);
                 let overhead = frame.bytes.len() - inner.bytes.len();
-                (frame, self.decap.fd()?, PASS, -(overhead as i32))
+                (frame, self.decap()?.fd()?, PASS, -(overhead as i32))
             }
             Subject::Decap(family, gue) => {
                 let inner = Frame::new(family, Kind::Established, family.address(7, 1), PORT);
                 let gue = gue.then_some(lb_common::settings::GUE_PORT);
                 let frame = inner.encapsulated(family.address(0, 9), family.address(10, 1), gue);
                 let overhead = frame.bytes.len() - inner.bytes.len();
-                (frame, self.decap.fd()?, PASS, -(overhead as i32))
+                (frame, self.decap()?.fd()?, PASS, -(overhead as i32))
             }
         };
         let wrapper = Wrapper::new(&frame, row.variety(), &program)?;
@@ -284,8 +293,8 @@ impl Programs {
         }
         if let Subject::ChanceHere(_) = row.subject {
             // The last of a chain takes what nobody knows, too.
-            let of = |reason| self.decap.count(reason);
-            let (had, unknown) = (of(Reason::ChanceSecond)?, of(Reason::ChanceNone)?);
+            let decap = self.decap()?;
+            let (had, unknown) = (decap.count(Reason::ChanceSecond)?, decap.count(Reason::ChanceNone)?);
             ensure!(had > 0 && unknown == 0, "{had} packets found their socket, {unknown} found none");
         }
         let case = Case::new(wrapper);

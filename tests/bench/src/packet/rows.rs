@@ -93,15 +93,22 @@ impl Row {
             Some(Growth { x, .. }) => [1, 4_096].contains(&x),
             None => {
                 let rare = ["/l2/", "/tracked/", "limited/", "denied-address", "v6/udp-tracked", "gue-chain"];
-                self.flows <= MILLION
-                    && !rare.iter().any(|text| self.name.contains(text))
-                    && !(self.name.starts_with("v6/")
-                        && ["/nat/", "/transition/"].iter().any(|t| self.name.contains(t)))
+                // Flows that have to be made first, one by one, and about which nothing is claimed.
+                let made = ["p2c/v6/", "every-feature/v6/", "tcp-syn/nat/1M", "udp/nat/1M"];
+                // One flow is the floor of what a million cost: shown once.
+                let is_floor = self.flows == ONE
+                    && (self.section == STABLE || self.name.starts_with("plain/"))
+                    && self.name != "v4/tcp-established/ipip/1";
+                let has_any = |texts: &[&str]| texts.iter().any(|text| self.name.contains(text));
+                let is_twin = self.name.starts_with("v6/") && has_any(&["/nat/", "/transition/"]);
+                let is_left_out = is_floor || is_twin || has_any(&rare) || has_any(&made);
+                self.flows <= MILLION && !is_left_out
             }
         }
     }
 }
 
+const STABLE: &str = "Stable table";
 const ONE: u32 = 1;
 const MILLION: u32 = 1 << 20;
 const SIXTEEN_MILLION: u32 = 1 << 24;
@@ -165,7 +172,7 @@ fn stable() -> Vec<Row> {
                         spec
                     };
                     rows.push(Row {
-                        section: "Stable table",
+                        section: STABLE,
                         name: format!("{}/{}/{mode_name}/{flows_name}", family.label(), kind.label()),
                         tables: Tables::DEFAULT,
                         subject: Subject::Service(spec, kind),

@@ -133,7 +133,8 @@ pub fn measure_all(options: &Options) -> Result<Report> {
     let mut turns = vec![Vec::new(); kinds.len()];
     for round in 0..rounds {
         eprintln!("  round {} of {rounds} …", round + 1);
-        let turn = measure(&arrangements, round, Duration::from_secs(seconds), options.rate)?;
+        let loads = if options.quick { &LOADS[..QUICK_LOADS] } else { &LOADS };
+        let turn = measure(&arrangements, loads, round, Duration::from_secs(seconds), options.rate)?;
         for (own, turn) in turns.iter_mut().zip(turn) {
             own.push(turn);
         }
@@ -144,11 +145,17 @@ pub fn measure_all(options: &Options) -> Result<Report> {
 
 /// One round: each load through every balancer, one right after the other, so that what else goes on
 /// on the machine meets them alike.
-fn measure(arrangements: &[Arrangement], round: usize, duration: Duration, rate: u32) -> Result<Vec<Turn>> {
+fn measure(
+    arrangements: &[Arrangement],
+    loads: &[Load],
+    round: usize,
+    duration: Duration,
+    rate: u32,
+) -> Result<Vec<Turn>> {
     let web: SocketAddr = (web_vip(), nginx::PORT).into();
     let bulk: SocketAddr = (bulk_vip(), BULK_PORT).into();
     let mut turns = vec![[f64::NAN; METRICS.len()]; arrangements.len()];
-    for load in LOADS {
+    for &load in loads {
         for i in 0..arrangements.len() {
             // Each round begins with another, so that none always follows the same one.
             let place = (i + round) % arrangements.len();
@@ -186,7 +193,10 @@ enum Load {
     KeptAtRate,
 }
 
+/// Those about which something is claimed come first.
 const LOADS: [Load; 5] = [Load::New, Load::Kept, Load::Bulk, Load::ClosedAtRate, Load::KeptAtRate];
+/// How many of them a quick run has.
+const QUICK_LOADS: usize = 4;
 
 /// Closed requests at a fixed rate.
 struct Closed {
