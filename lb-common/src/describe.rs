@@ -8,6 +8,7 @@ use crate::{
     flow::{Flow, FlowKey},
     names,
     nat::{LastHop, Nat, Reply, ReplyKey},
+    note::Line as NoteLine,
     service::{PortRange, ServiceKey, Vip, VipKey},
 };
 use core::mem::offset_of;
@@ -88,6 +89,7 @@ describe! {
     Flow { backend, last_seen_s, created_s, flags };
     #[cfg(feature = "other-abi")]
     Flow { backend, last_seen_s, created_s, flags, other };
+    NoteLine { settled, settled_too, recent, heads, sequences };
     LastHop { macs, tags, ifindex };
     Nat { source, worker, source_port, port, backend, created_s, last_seen_s, flags, hop: LastHop };
     ReplyKey { worker, source, port, source_port, protocol };
@@ -100,7 +102,7 @@ pub const MAPS: &[MapOf] = &[
     MapOf { name: names::VIPS, key: "VipKey", value: "Vip" },
     MapOf { name: names::BACKENDS, key: "u32", value: "Backend" },
     MapOf { name: names::FLOWS, key: "FlowKey", value: "Flow" },
-    MapOf { name: names::SYNS, key: "FlowKey", value: "Flow" },
+    MapOf { name: names::NOTES, key: "u32", value: "NoteLine" },
     MapOf { name: names::UDP_FLOWS, key: "FlowKey", value: "Flow" },
     MapOf { name: names::NAT_FLOWS, key: "FlowKey", value: "Nat" },
     MapOf { name: names::NAT_REPLIES, key: "ReplyKey", value: "Reply" },
@@ -122,4 +124,7 @@ pub const MAY_LACK: &[(&str, &str)] = &[
     ("Backend", "port"),
     ("Flow", "other"),
     ("Nat", "created_s"),
+    ("NoteLine", "settled"),
+    ("NoteLine", "settled_too"),
+    ("NoteLine", "recent"),
 ];

@@ -19,6 +19,7 @@ pub mod limits;
 pub mod load;
 pub mod names;
 pub mod nat;
+pub mod note;
 #[cfg(feature = "other-abi")]
 mod other_abi;
 pub mod probe;
@@ -44,7 +45,7 @@ pub use stats::BackendStats;
 /// Raise it with any change of a map's key, value, flags or meaning. Other versions read flows by [`describe`]: a
 /// field whose meaning changes gets another name.
 pub const ABI_VERSION: u32 = if cfg!(feature = "other-abi") { VERSION + 1_000 } else { VERSION };
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// An address as the dataplane keeps it: IPv6 in network order, IPv4 as `::ffff:a.b.c.d` (RFC 4291).
 pub type Address = [u8; 16];

@@ -136,7 +136,7 @@ pub const fn nat_young(nat_flows: u32, ports: u32, processors: u32) -> u32 {
 
 impl Budgets {
     /// Those of tables with room for so many entries, on so many processors: one service that is flooded takes a minute
-    /// to fill a table, and leaves a note of a SYN there for at least four seconds.
+    /// to fill a table, and leaves a note of a SYN there for some four seconds.
     ///
     /// Up to four processors each may have all of it, as a flood (or a rush) may come by one queue; of more, each has
     /// four times its share.

@@ -30,7 +30,10 @@ pub const LOADS: &str = "LOADS";
 pub const TURNS: &str = "TURNS";
 /// `HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace. Never evicts.
 pub const FLOWS: &str = "FLOWS";
-/// `LRU_HASH<FlowKey, Flow>`: recent SYN choices that a stateless lookup would not repeat.
+/// `ARRAY<Line>`, memory-mapped: recent SYN choices that a stateless lookup would not repeat, and which entries [`FLOWS`]
+/// may have; see [`crate::note`].
+pub const NOTES: &str = "NOTES";
+/// `LRU_HASH<FlowKey, Flow>`, of versions before 5: what [`NOTES`] says of SYNs.
 pub const SYNS: &str = "SYNS";
 /// `HASH<FlowKey, Flow>`: UDP flows. Never evicts.
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
@@ -162,7 +165,7 @@ pub const INGRESS_MAPS: [&str; 30] = [
     BACKENDS,
     LOADS,
     FLOWS,
-    SYNS,
+    NOTES,
     UDP_FLOWS,
     FRAGMENTS,
     NAT_FLOWS,

@@ -3,7 +3,7 @@
 //! A slot answers by itself unless its flows may be exceptions (it is `TRACKED`: its primary
 //! changed within the drain time, or flows of such a time are still in the flow table). For those:
 //!
-//! - a SYN takes the primary; in a transition that is noted in `SYNS`, because a stateless
+//! - a SYN takes the primary; in a transition that is noted in `NOTES`, because a stateless
 //!   lookup of a later packet would answer with the previous primary;
 //! - the packet that completes the handshake moves the note to `FLOWS`. So a flood of SYNs can push
 //!   out nothing but SYNs;
@@ -103,10 +103,65 @@ pub fn choose_with<T: Tables>(
     headers: &Headers,
     hash: u64,
 ) -> Result<Choice, Reason> {
-    find(tables, features, service, view, headers, hash).map_err(|reason| match reason {
+    find(tables, features, service, view, headers, hash).map_err(|reason| residency(view, reason))
+}
+
+/// Why there is no backend.
+#[inline(always)]
+fn residency(view: &ServiceView, reason: Reason) -> Reason {
+    match reason {
         Reason::NoBackend if view.flags & flags::REFUSED_BY_RESIDENCY != 0 => Reason::Residency,
         other => other,
-    })
+    }
+}
+
+/// The same for a flow that something else will hold to its backend from now on: no table is asked, and none written.
+#[inline(always)]
+pub fn choose_once<T: Tables>(
+    tables: &T,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+) -> Result<Choice, Reason> {
+    once(tables, service, view, headers, hash).map_err(|reason| residency(view, reason))
+}
+
+#[inline(always)]
+fn once<T: Tables>(
+    tables: &T,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+) -> Result<Choice, Reason> {
+    if view.slot_count == 0 {
+        return Err(Reason::NoBackend);
+    }
+    let is_new = headers.protocol == UDP || headers.is_syn();
+    if is_new
+        && is_limited(view)
+        && let Some(reason) = tables.limit(service, view, headers.source)
+    {
+        return Err(reason);
+    }
+    let number = slot_of(slot_hash(view, headers, hash), view.slot_count);
+    let at = view.slot_base.wrapping_add(number);
+    let broken = Reason::BrokenTable;
+    let slot =
+        Slot { primary: tables.primary(at).ok_or(broken)?, secondary: tables.secondary(at).ok_or(broken)? };
+    if is_new && view.scheduler != scheduler::MAGLEV {
+        let (backend, why) = tables.place(service, view, Place { slot, number }, tables.now_s())?;
+        return Ok(Choice { backend, is_new, why });
+    }
+    if !is_new {
+        // It was there before: where it would have been before the transition.
+        let backend = previous(tables, view, headers, slot);
+        if backend != NO_BACKEND && keeps(backend_flags(tables, backend, service), view) {
+            return Ok(Choice { backend, is_new, why: Why::Previous });
+        }
+    }
+    primary(slot, is_new, if is_new { Why::NewFlow } else { Why::NotTracked })
 }
 
 #[inline(always)]
@@ -220,7 +275,8 @@ fn backend_flags<T: Tables>(tables: &T, index: u32, service: u32) -> Option<u32>
 #[inline(always)]
 fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
     let (headers, now_s) = (packet.headers, tables.now_s());
-    let known = tables.flow(FlowTable::Flows, key);
+    let mark = tables.mark(headers, key.service);
+    let known = known(tables, key, mark);
     // A SYN on a live flow follows it: the worker's stack knows what it means, and nobody can move
     // a flow by forging one.
     if let Some(known) = known
@@ -229,13 +285,13 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     {
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
-    let noted = tables.flow(FlowTable::Syns, key).filter(|note| is_within(SYN_TIMEOUT_S, *note, now_s));
+    let noted = tables.note(key, mark, now_s).filter(|note| is_within(SYN_TIMEOUT_S, *note, now_s));
     if let Some(recent) = noted
         && is_up(backend_flags(tables, recent.backend, key.service))
     {
         if recent.created_s != headers.sequence {
             // Another attempt from the same port; where the first went is as good.
-            record_syn(tables, headers, key, recent.backend, now_s);
+            record_syn(tables, headers, (key, mark), recent.backend, now_s);
         }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
@@ -250,7 +306,7 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     }
     let choice = packet.place(tables, now_s)?;
     if must_note
-        && record_syn(tables, headers, key, choice.backend, now_s)
+        && record_syn(tables, headers, (key, mark), choice.backend, now_s)
         && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
     {
         // Its backend is gone, but may be back before this handshake is complete.
@@ -311,7 +367,8 @@ fn choose_established<T: Tables>(
     let now_s = tables.now_s();
     let end = if headers.is_closing() { flow::flags::CLOSING } else { 0 };
     let found = |backend, why| Ok(Choice { backend, is_new: false, why });
-    let known = tables.flow(FlowTable::Flows, key);
+    let mark = tables.mark(headers, key.service);
+    let known = known(tables, key, mark);
     let mut stays = false;
     if let Some(known) = known {
         let backend = backend_flags(tables, known.backend, key.service);
@@ -325,15 +382,15 @@ fn choose_established<T: Tables>(
     }
     // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
     // One whose numbers do not go on from the SYN's is another flow's packet: the SYN was forged.
-    if let Some(recent) = tables.flow(FlowTable::Syns, key)
+    if let Some(recent) = tables.note(key, mark, now_s)
         && is_within(SYN_TIMEOUT_S, recent, now_s)
         && headers.sequence.wrapping_sub(recent.created_s) <= SYN_WINDOW
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
         // Nothing need be written where a stateless lookup gives the same.
         let needs_entry = known.is_some() || !packet.is_at_home(recent.backend);
-        if needs_entry && record(tables, FlowTable::Flows, key, recent.backend, now_s, end) {
-            tables.forget(FlowTable::Syns, key);
+        if needs_entry && record_flow(tables, (key, mark), recent.backend, now_s, end) {
+            tables.forget_note(key, mark);
             tables.count(Reason::FlowPromoted);
         }
         return found(recent.backend, Why::RecentSyn);
@@ -355,7 +412,7 @@ fn choose_established<T: Tables>(
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
         // Forged packets would fill the table. A flow that lives has more of them: one will be let through.
         if tables.admits(key.service, FlowTable::Flows, now_s)
-            && record(tables, FlowTable::Flows, key, backend, now_s, end)
+            && record_flow(tables, (key, mark), backend, now_s, end)
         {
             tables.count(Reason::FlowPromoted);
         }
@@ -401,7 +458,8 @@ fn choose_udp<T: Tables>(
     }
     if tables.admits(key.service, FlowTable::UdpFlows, now_s) {
         let choice = packet.place(tables, now_s)?;
-        if record(tables, FlowTable::UdpFlows, key, choice.backend, now_s, 0) {
+        let flow = Flow::new(choice.backend, now_s, now_s, 0);
+        if counted(tables, tables.record(FlowTable::UdpFlows, key, &flow)) {
             return Ok(choice);
         }
     } else {
@@ -411,29 +469,39 @@ fn choose_udp<T: Tables>(
     primary(packet.place.slot, true, Why::NewFlow)
 }
 
-/// Writes a flow down; a full table is counted.
+/// What the table of TCP flows says of a flow, where it may say anything.
 #[inline(always)]
-fn record<T: Tables>(
+fn known<T: Tables>(tables: &T, key: &FlowKey, mark: u64) -> Option<Flow> {
+    if tables.may_have_flow(mark) { tables.flow(FlowTable::Flows, key) } else { None }
+}
+
+/// Writes a TCP flow down.
+#[inline(always)]
+fn record_flow<T: Tables>(
     tables: &T,
-    table: FlowTable,
-    key: &FlowKey,
+    (key, mark): (&FlowKey, u64),
     backend: u32,
     now_s: u32,
     flags: u32,
 ) -> bool {
-    write(tables, table, key, &Flow::new(backend, now_s, now_s, flags))
+    counted(tables, tables.record_flow(key, mark, &Flow::new(backend, now_s, now_s, flags)))
 }
 
 /// Notes where a SYN went, and its sequence number.
 #[inline(always)]
-fn record_syn<T: Tables>(tables: &T, headers: &Headers, key: &FlowKey, backend: u32, now_s: u32) -> bool {
-    let flow = Flow::new(backend, now_s, headers.sequence, 0);
-    write(tables, FlowTable::Syns, key, &flow)
+fn record_syn<T: Tables>(
+    tables: &T,
+    headers: &Headers,
+    (key, mark): (&FlowKey, u64),
+    backend: u32,
+    now_s: u32,
+) -> bool {
+    counted(tables, tables.write_note(key, mark, &Flow::new(backend, now_s, headers.sequence, 0)))
 }
 
+/// Counts what was not written for want of room.
 #[inline(always)]
-fn write<T: Tables>(tables: &T, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
-    let written = tables.record(table, key, flow);
+fn counted<T: Tables>(tables: &T, written: bool) -> bool {
     if !written {
         tables.count(Reason::FlowNotRecorded);
     }

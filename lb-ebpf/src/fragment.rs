@@ -18,10 +18,10 @@ use crate::{
     ingress::{Outcome, backend_of, end, refuse},
     network::{Network, Part, parse_network},
     parse::{Headers, address, parse_transport},
-    service::lookup_service,
+    service::{lookup_service, vip_of},
 };
 use lb_common::{
-    Reason, VipKey,
+    Reason,
     fragment::{FRAGMENT_TIMEOUT_S, Fragment, FragmentKey, PARTS, flags},
     names::stage,
     service::{NO_SERVICE, TCP, UDP, flags as service_flags},
@@ -71,7 +71,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
     network: &mut Network,
 ) -> Result<(Verdict, u32, u32), Refusal> {
     let part = network.fragment.ok_or(Reason::Fragment)?;
-    if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
+    if !tables.is_vip(vip_of(&network.headers)) {
         // Perhaps a worker's answer.
         return Err(if translates(settings) {
             Refusal::Stage(stage::NAT_FRAGMENT)
@@ -86,10 +86,10 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
         return Err(Reason::Fragment.into());
     }
     let units = units(network, part)?;
-    let key = key_of(network, part);
     let (place, is_new) = if part.offset == 0 {
-        first(frame, tables, settings, network, &key, units)?
+        first(frame, tables, settings, network, part, units)?
     } else {
+        let key = key_of(network, part);
         let now_s = tables.now_s();
         let known =
             tables.with_fragment(&key, |known| is_awaited(known, now_s).then(|| follow(known, units)));
@@ -197,7 +197,7 @@ fn first<F: Frame, T: Tables + FragmentTable>(
     tables: &T,
     settings: &IngressSettings,
     network: &mut Network,
-    key: &FragmentKey,
+    part: Part,
     units: [u16; 2],
 ) -> Result<(Place, bool), Refusal> {
     parse_first(frame, network)?;
@@ -210,7 +210,8 @@ fn first<F: Frame, T: Tables + FragmentTable>(
         Err(reason) => return Err(reason),
     };
     let units = units[0] as u32 | (units[1] as u32) << 16;
-    if !remember(tables, key, place.hash, place.backend, (place.service as u64) << 32 | units as u64) {
+    let key = key_of(network, part);
+    if !remember(tables, &key, place.hash, place.backend, (place.service as u64) << 32 | units as u64) {
         tables.count(Reason::FlowNotRecorded);
     }
     if place.service == NO_SERVICE { Err(Reason::NoService.into()) } else { Ok((place, is_new)) }

@@ -13,7 +13,8 @@ use aya_ebpf::{
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2, xdp_action,
     },
     helpers,
-    maps::DevMapHash,
+    macros::map,
+    maps::{DevMapHash, PerCpuArray},
     programs::XdpContext,
 };
 use lb_common::{Reason, service::UDP};
@@ -133,13 +134,17 @@ impl Fib for XdpFrame<'_> {
         (answer == i64::from(bindings::bpf_check_mtu_ret::BPF_MTU_CHK_RET_FRAG_NEEDED)).then_some(mtu)
     }
 
-    /// `bpf_fib_lookup`, never inlined: it is the slow path and needs 64 bytes of stack.
+    /// `bpf_fib_lookup`, never inlined: it is the slow path, and callers have no stack to spare.
     #[inline(never)]
     fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
         const AF_INET: u8 = 2;
         const AF_INET6: u8 = 10;
-        // SAFETY: plain integers, for which zero is a value.
-        let mut params: FibLookup = unsafe { core::mem::zeroed() };
+        let Some(params) = FIB.get_ptr_mut(0) else { return Err((Reason::BrokenTable, 0)) };
+        // SAFETY: this CPU's own, and programs do not preempt each other; plain integers, for which zero is a value.
+        let params = unsafe {
+            params.write_bytes(0, 1);
+            &mut *params
+        };
         params.family = if query.is_ipv6 { AF_INET6 } else { AF_INET };
         params.l4_protocol = query.protocol;
         params.__bindgen_anon_1.tot_len = query.len as u16;
@@ -158,7 +163,7 @@ impl Fib for XdpFrame<'_> {
         let answer = unsafe {
             helpers::generated::bpf_fib_lookup(
                 self.ctx.as_ptr(),
-                &mut params,
+                params,
                 size_of::<FibLookup>() as i32,
                 flags,
             )
@@ -205,6 +210,10 @@ impl Fib for XdpFrame<'_> {
         Ok(FibAnswer { hop, source })
     }
 }
+
+/// Parameters of `bpf_fib_lookup`, which the stack has no room for.
+#[map]
+static FIB: PerCpuArray<FibLookup> = PerCpuArray::with_max_entries(1, 0);
 
 impl Sockets for XdpFrame<'_> {
     #[inline(always)]

@@ -16,6 +16,7 @@ use crate::{
     nat,
     packet::Window,
     parse::{ETH_IPV4, ETH_IPV6, ETHERNET, tcp},
+    service::lookup_exact,
 };
 use lb_common::{
     Backend, Reason, ServiceView,
@@ -180,24 +181,6 @@ fn parse_transport(protocol: u8, len: u32, offset_flags: u16, udp_len: u16, has_
     }
 }
 
-/// Index of the service of an exact port.
-#[inline(always)]
-fn lookup<T: Tables>(tables: &T, common: &Common) -> Option<u32> {
-    let port = exact::port_word(common.port, common.protocol);
-    let line = tables.exact(exact::line_of(common.vip, port))?;
-    let mut i = 0;
-    while i < exact::ENTRIES {
-        let entry = &line.entries[i];
-        // SAFETY: a reference to an aligned word that lbd stores in one piece.
-        let found = unsafe { core::ptr::read_volatile(&entry.port_and_service) };
-        if found as u32 == port && entry.vip[1] == common.vip[1] && entry.vip[0] == common.vip[0] {
-            return Some((found >> 32) as u32);
-        }
-        i += 1;
-    }
-    None
-}
-
 #[inline(always)]
 fn balance<F: Frame, T: Tables>(
     frame: &mut F,
@@ -205,7 +188,7 @@ fn balance<F: Frame, T: Tables>(
     settings: &IngressSettings,
     common: &Common,
 ) -> Option<(Verdict, Outcome)> {
-    let Some(service) = lookup(tables, common) else {
+    let Some(service) = lookup_exact(tables, common.vip, common.port, common.protocol) else {
         if !tables.is_no_vip(exact::filter_bit(common.vip)) {
             return None;
         }

@@ -1,6 +1,7 @@
 //! The maps as the packet code sees them. Implemented over BPF maps in the kernel, over hash maps in
 //! tests, and over the live maps, read-only, for `explain`.
 
+use crate::{parse::Headers, service::Match};
 use lb_common::{
     Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact, sign::Sign,
 };
@@ -32,6 +33,20 @@ pub trait Tables {
     }
     /// What else this VIP serves.
     fn vip(&self, key: &VipKey) -> Option<&Vip>;
+    /// Whether an address, as two words in memory's order, is a VIP. A function of its own in the kernel, as the next one.
+    #[inline(always)]
+    fn is_vip(&self, vip: [u64; 2]) -> bool {
+        self.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()
+    }
+    /// [`crate::service::find`]. The kernel side has this as a function of its own, which the verifier looks at once
+    /// instead of on every path, and whose keys lie on a stack of its own.
+    #[inline(always)]
+    fn find_service(&self, vip: [u64; 2], port: u16, protocol: u8) -> Result<(u32, Match), Reason>
+    where
+        Self: Sized,
+    {
+        crate::service::find(self, vip, port, protocol)
+    }
     /// Live view of a service.
     fn service(&self, index: u32) -> Option<&ServiceView>;
     /// A slot's primary with its flag, by the slot's place among those of all tables.
@@ -51,8 +66,37 @@ pub trait Tables {
     fn keep(&self, _key: &FlowKey, _now_s: u32, _data_len: u32) {}
     /// Forgets a flow.
     fn forget(&self, table: FlowTable, key: &FlowKey);
-    /// Places a new flow. The kernel side has this as a function of its own, which the verifier looks at once instead of
-    /// on every path; elsewhere it is just [`crate::place::place_new`].
+    /// A flow's mark, by which its SYN is noted ([`lb_common::note`]); whoever has no use for one gives any.
+    #[inline(always)]
+    fn mark(&self, _headers: &Headers, _service: u32) -> u64 {
+        0
+    }
+    /// Where a flow's recent SYN was placed; its sequence number in the place of `created_s`.
+    #[inline(always)]
+    fn note(&self, key: &FlowKey, _mark: u64, _now_s: u32) -> Option<Flow> {
+        self.flow(FlowTable::Syns, key)
+    }
+    /// Notes where one is placed, replacing what was noted of the flow. False if there is no room.
+    #[inline(always)]
+    fn write_note(&self, key: &FlowKey, _mark: u64, note: &Flow) -> bool {
+        self.record(FlowTable::Syns, key, note)
+    }
+    /// Forgets it.
+    #[inline(always)]
+    fn forget_note(&self, key: &FlowKey, _mark: u64) {
+        self.forget(FlowTable::Syns, key);
+    }
+    /// Whether the table of TCP flows may have one with this mark. It is never false for one that it has.
+    #[inline(always)]
+    fn may_have_flow(&self, _mark: u64) -> bool {
+        true
+    }
+    /// [`Tables::record`] of a TCP flow with this mark.
+    #[inline(always)]
+    fn record_flow(&self, key: &FlowKey, _mark: u64, flow: &Flow) -> bool {
+        self.record(FlowTable::Flows, key, flow)
+    }
+    /// Places a new flow: [`crate::place::place_new`]; a function of its own likewise.
     #[inline(always)]
     fn place(
         &self,
@@ -173,6 +217,21 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
 
     #[inline(always)]
     fn forget(&self, _: FlowTable, _: &FlowKey) {}
+
+    #[inline(always)]
+    fn mark(&self, headers: &Headers, service: u32) -> u64 {
+        self.0.mark(headers, service)
+    }
+
+    #[inline(always)]
+    fn note(&self, key: &FlowKey, mark: u64, now_s: u32) -> Option<Flow> {
+        self.0.note(key, mark, now_s)
+    }
+
+    #[inline(always)]
+    fn may_have_flow(&self, mark: u64) -> bool {
+        self.0.may_have_flow(mark)
+    }
 
     /// Whoever only asks about a flow that is in no table is told its slot's primary.
     #[inline(always)]

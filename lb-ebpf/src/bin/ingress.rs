@@ -23,6 +23,7 @@ use lb_common::{
     limits, load,
     names::{LAYOUT_LEN, stage},
     nat::Young,
+    note,
     quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, features},
     sign::{self, Sign, Signs},
@@ -41,8 +42,10 @@ use lb_ebpf::{
     limit::{self, LimitTables},
     nat::{self, Added, NatTables, Way},
     packet::Sum,
+    parse::Headers,
     place::{Place, decode, encode, lesser, place_new},
     quic::{QuicTables, Work},
+    service::{self, Match},
 };
 
 #[unsafe(no_mangle)]
@@ -71,7 +74,7 @@ static TURNS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES,
 #[map]
 static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
-static SYNS: LruHashMap<FlowKey, Flow> = LruHashMap::with_max_entries(limits::SYNS, 0);
+static NOTES: Array<note::Line> = Array::with_max_entries(note::LINES + 1, BPF_F_MMAPABLE);
 #[map]
 static UDP_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]
@@ -139,6 +142,13 @@ fn word(lines: &Array<Line>, place: u32) -> Option<u32> {
     Some(unsafe { core::ptr::read_volatile(line.words.as_ptr().add((place % LINE) as usize)) })
 }
 
+/// What notes and the filter of flows go by.
+#[inline(always)]
+fn note_state() -> Option<&'static note::State> {
+    // SAFETY: both are 64 bytes of integers; lbd stores each word in one piece.
+    NOTES.get(note::STATE).map(|line| unsafe { &*core::ptr::from_ref(line).cast::<note::State>() })
+}
+
 /// The maps of this object.
 struct Maps;
 
@@ -180,6 +190,16 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn is_vip(&self, vip: [u64; 2]) -> bool {
+        is_vip(vip[0], vip[1]) != 0
+    }
+
+    #[inline(always)]
+    fn find_service(&self, vip: [u64; 2], port: u16, protocol: u8) -> Result<(u32, Match), Reason> {
+        service::decode(find_service(vip[0], vip[1], port as u32 | (protocol as u32) << 16))
+    }
+
+    #[inline(always)]
     fn service(&self, index: u32) -> Option<&ServiceView> {
         let service = SERVICES.get(index)?;
         // SAFETY: `active` lies in the entry; lbd stores it in one piece after the view is whole.
@@ -209,7 +229,8 @@ impl Tables for Maps {
         unsafe {
             match table {
                 FlowTable::Flows => FLOWS.get(key).copied(),
-                FlowTable::Syns => SYNS.get(key).copied(),
+                // See `note`.
+                FlowTable::Syns => None,
                 FlowTable::UdpFlows => UDP_FLOWS.get(key).copied(),
             }
         }
@@ -219,7 +240,7 @@ impl Tables for Maps {
     fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
         let written = match table {
             FlowTable::Flows => FLOWS.insert(key, flow, 0).is_ok(),
-            FlowTable::Syns => SYNS.insert(key, flow, 0).is_ok(),
+            FlowTable::Syns => false,
             FlowTable::UdpFlows => UDP_FLOWS.insert(key, flow, 0).is_ok(),
         };
         if !written {
@@ -232,7 +253,7 @@ impl Tables for Maps {
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32) {
         let flow = match table {
             FlowTable::Flows => FLOWS.get_ptr_mut(key),
-            FlowTable::Syns => SYNS.get_ptr_mut(key),
+            FlowTable::Syns => None,
             FlowTable::UdpFlows => UDP_FLOWS.get_ptr_mut(key),
         };
         if let Some(flow) = flow {
@@ -264,9 +285,49 @@ impl Tables for Maps {
         // Absent already is as good.
         let _ = match table {
             FlowTable::Flows => FLOWS.remove(key),
-            FlowTable::Syns => SYNS.remove(key),
+            FlowTable::Syns => Ok(()),
             FlowTable::UdpFlows => UDP_FLOWS.remove(key),
         };
+    }
+
+    #[inline(always)]
+    fn mark(&self, headers: &Headers, service: u32) -> u64 {
+        let [first, second, third] = note::words(headers.source, headers.source_port, headers.port, service);
+        flow_mark(first, second, third)
+    }
+
+    #[inline(always)]
+    fn note(&self, _: &FlowKey, mark: u64, now_s: u32) -> Option<Flow> {
+        let found = noted_syn(mark, now_s);
+        let (head, sequence) = (found as u32, (found >> 32) as u32);
+        if head == u32::MAX {
+            return None;
+        }
+        Some(Flow::new(note::backend(head as u64), now_s.wrapping_sub(head >> 24), sequence, 0))
+    }
+
+    #[inline(always)]
+    fn write_note(&self, _: &FlowKey, mark: u64, note: &Flow) -> bool {
+        note_syn(mark, note.backend, note.created_s, note.last_seen_s) != 0
+    }
+
+    #[inline(always)]
+    fn forget_note(&self, _: &FlowKey, mark: u64) {
+        forget_syn(mark);
+    }
+
+    #[inline(always)]
+    fn may_have_flow(&self, mark: u64) -> bool {
+        may_have_flow(mark) != 0
+    }
+
+    #[inline(always)]
+    fn record_flow(&self, key: &FlowKey, mark: u64, flow: &Flow) -> bool {
+        expect_flow(mark);
+        let written = self.record(FlowTable::Flows, key, flow);
+        // Another processor may have written the word between our reading and writing it, with an older one's bits.
+        expect_flow(mark);
+        written
     }
 
     #[inline(always)]
@@ -511,6 +572,127 @@ pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
         _ => pressure.flows.trickle(now_s, settings.flows_per_s),
     };
     is_admitted as u32
+}
+
+/// Whether an address, as two words, is a VIP. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn is_vip(first: u64, second: u64) -> u32 {
+    Maps.vip(&VipKey { vip: zerocopy::transmute!([first, second]) }).is_some() as u32
+}
+
+/// [`service::find`] for a port (low half) and protocol. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn find_service(first: u64, second: u64, port_protocol: u32) -> u64 {
+    let (port, protocol) = (port_protocol as u16, (port_protocol >> 16) as u8);
+    service::encode(service::find(&Maps, [first, second], port, protocol))
+}
+
+/// [`note::mark`] under this host's key. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn flow_mark(first: u64, second: u64, third: u64) -> u64 {
+    note::mark(note_state().map_or([0; 2], |state| state.key), [first, second, third])
+}
+
+/// Says in the filter that the table of flows may have one with this mark. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn expect_flow(mark: u64) -> u32 {
+    let (Some(state), Some(line)) = (note_state(), NOTES.get_ptr_mut(note::line_of(mark))) else { return 0 };
+    // SAFETY: the entries stay mapped during the run; words are read and written in one piece.
+    unsafe {
+        let generation = core::ptr::read_volatile(&state.generation);
+        let recent =
+            if generation & 1 == 0 { &raw mut (*line).recent[0] } else { &raw mut (*line).recent[1] };
+        let (bits, bit) = (core::ptr::read_volatile(recent), note::recent_bit(mark));
+        if bits & bit == 0 {
+            core::ptr::write_volatile(recent, bits | bit);
+        }
+    }
+    1
+}
+
+/// Whether the table of flows may have one with this mark. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn may_have_flow(mark: u64) -> u32 {
+    if note_state().is_none_or(|state| state.armed == 0) {
+        return 1;
+    }
+    let Some(line) = NOTES.get(note::line_of(mark)) else { return 1 };
+    // SAFETY: references to aligned words, which are stored in one piece.
+    let (settled, settled_too, recent) = unsafe {
+        (
+            core::ptr::read_volatile(&line.settled),
+            core::ptr::read_volatile(&line.settled_too),
+            [core::ptr::read_volatile(&line.recent[0]), core::ptr::read_volatile(&line.recent[1])],
+        )
+    };
+    note::may_have(settled, settled_too, recent, mark) as u32
+}
+
+/// Where a recent SYN was placed: sequence number (high half), age in seconds (bits 24–31), backend; all ones in the low
+/// half if none is noted. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn noted_syn(mark: u64, now_s: u32) -> u64 {
+    let Some(line) = NOTES.get(note::line_of(mark)) else { return u64::MAX };
+    let mut i = 0;
+    while i < note::WAYS {
+        // SAFETY: a reference to an aligned word, which processors store in one piece.
+        let head = unsafe { core::ptr::read_volatile(&line.heads[i]) };
+        if note::is_of(head, mark) {
+            let age_s = note::age_s(head, now_s);
+            return (line.sequences[i] as u64) << 32 | (age_s << 24 | note::backend(head)) as u64;
+        }
+        i += 1;
+    }
+    u64::MAX
+}
+
+/// Notes where a SYN is placed. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn note_syn(mark: u64, backend: u32, sequence: u32, now_s: u32) -> u32 {
+    let Some(line) = NOTES.get_ptr_mut(note::line_of(mark)) else { return 0 };
+    // SAFETY: the entry stays mapped during the run; each word is written in one piece. Of two processors that take one
+    // place in the same nanoseconds, one's note is lost, as if it had been pushed out.
+    unsafe {
+        let heads = &raw mut (*line).heads;
+        let (mut place, mut most, mut i) = (0, 0, 0);
+        while i < note::WAYS {
+            let yields = note::yields(core::ptr::read_volatile(&raw const (*heads)[i]), mark, now_s);
+            if yields >= most {
+                (place, most) = (i, yields);
+            }
+            i += 1;
+        }
+        let place = place % note::WAYS;
+        core::ptr::write_volatile(&raw mut (*line).sequences[place], sequence);
+        core::ptr::write_volatile(&raw mut (*heads)[place], note::head(mark, backend, now_s));
+    }
+    1
+}
+
+/// Forgets a SYN. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn forget_syn(mark: u64) -> u32 {
+    let Some(line) = NOTES.get_ptr_mut(note::line_of(mark)) else { return 0 };
+    let mut i = 0;
+    while i < note::WAYS {
+        // SAFETY: as above.
+        unsafe {
+            let head = &raw mut (*line).heads[i];
+            if note::is_of(core::ptr::read_volatile(head), mark) {
+                core::ptr::write_volatile(head, 0);
+            }
+        }
+        i += 1;
+    }
+    1
 }
 
 impl FragmentTable for Maps {

@@ -7,7 +7,7 @@
 use super::{NatTables, Way};
 use crate::{
     Frame, Verdict,
-    choose::{choose, flow_key},
+    choose::{choose_once, flow_key},
     forward::{Fib, FibQuery, varied},
     hash::{flow_hash, mix, slot_of},
     ingress::{Outcome, refuse},
@@ -113,7 +113,7 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
         }
     }
     let hash = flow_hash(view.seed, headers);
-    let choice = choose(tables, service, view, headers, hash)?;
+    let choice = choose_once(tables, service, view, headers, hash)?;
     let backend = worker(tables, choice.backend, service, headers.is_ipv6)?;
     let now_s = tables.now_s();
     way.key = flow_key(service, headers);

@@ -43,6 +43,7 @@ fn tables(backend: Backend) -> HashTables {
     }
     tables.backends.clear();
     tables.backends.insert(1, Backend { service, ..backend });
+    tables.spare_lookups();
     tables
 }
 

@@ -7,7 +7,7 @@ use crate::{
         types::{Applied, FlowInfo, Interface, Room},
     },
     clock,
-    dataplane::{FLOW_TABLES, Limits, Reader},
+    dataplane::{HASH_MAPS, Limits, Reader},
     explain::{Explanation, Query, explain},
     model::{BackendId, Desired, Name, region_list},
     reconcile::{self, ApplyError, Event, Published, ReconcileError},
@@ -236,12 +236,8 @@ impl Engine for Live {
             backends.extend(s.backends.iter().map(|b| (b.index, (b.name.as_ref(), b.address))));
         }
         let (now_s, mut found, mut more) = (clock::boot_s(), Vec::new(), false);
-        for table in FLOW_TABLES {
-            let label = match table {
-                FlowTable::Flows => "tcp",
-                FlowTable::Syns => "syn",
-                FlowTable::UdpFlows => "udp",
-            };
+        for table in HASH_MAPS {
+            let label = if table == FlowTable::UdpFlows { "udp" } else { "tcp" };
             let each = |key: lb_common::FlowKey, flow: lb_common::Flow| {
                 let service = services.get(&key.service).copied();
                 let (backend, address) =
@@ -262,11 +258,7 @@ impl Engine for Live {
                     port: key.port.get(),
                     service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
                     backend: backend.map_or_else(removed, Name::to_string),
-                    // Of a SYN, the last try is all that is known.
-                    age_s: match table {
-                        FlowTable::Syns => now_s.saturating_sub(flow.last_seen_s),
-                        _ => now_s.saturating_sub(flow.created_s),
-                    },
+                    age_s: now_s.saturating_sub(flow.created_s),
                     idle_s: now_s.saturating_sub(flow.last_seen_s),
                     closing: flow.flags & CLOSING != 0,
                 });

@@ -6,13 +6,17 @@
 use super::{
     DataplaneError, batch,
     layout::{Conversion, Layout},
+    notes::Notes,
     sys,
     takeover::Identity,
 };
 use crate::clock;
 use lb_common::{
-    Address, Flow, FlowKey, Nat, Reply, ReplyKey, ServiceKey, Vip, VipKey, names,
+    Address, Flow, FlowKey, Nat, Reply, ReplyKey, ServiceKey, Vip, VipKey,
+    flow::SYN_TIMEOUT_S,
+    names,
     nat::flags::{FRESH, NEW},
+    note,
     service::{NO_SERVICE, TCP, UDP},
 };
 use std::{
@@ -196,12 +200,81 @@ struct Table {
     to: OwnedFd,
 }
 
+/// Notes of SYNs.
+struct Syns {
+    conversion: Conversion,
+    from: OwnedFd,
+    /// Whether they are notes as ours are; else a table by flow, as before version 5.
+    are_notes: bool,
+    to: Notes,
+}
+
+impl Syns {
+    /// None if theirs cannot be read, which is noted. Notes do not say whose they are, but by a mark: ours are made with
+    /// the same key from now on.
+    fn open(
+        (from, from_layout): (&Path, &Layout),
+        (to, to_layout): (&Path, &Layout),
+        carried: &mut Carried,
+    ) -> Result<Option<Self>, DataplaneError> {
+        let to = Notes::open(to)?;
+        let are_notes = from_layout.sizes(names::SYNS).is_err();
+        let opened = if are_notes {
+            Conversion::new(names::NOTES, from_layout, to_layout).and_then(|conversion| {
+                let key = Notes::open(from).map_err(|e| e.to_string())?.state().key;
+                if key != to.state().key {
+                    to.restart(key);
+                }
+                Ok((open(from, names::NOTES, conversion.source_sizes())?, conversion))
+            })
+        } else {
+            Conversion::between((from_layout, names::SYNS), (to_layout, names::FLOWS))
+                .and_then(|conversion| Ok((open(from, names::SYNS, conversion.source_sizes())?, conversion)))
+        };
+        match opened {
+            Ok((from, conversion)) => Ok(Some(Self { conversion, from, are_notes, to })),
+            Err(what) => {
+                carried.lose(names::NOTES, from_layout.abi, what);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Copies those of services and backends that are the same here.
+    fn copy(&self, copier: &Copier, carried: &mut Carried) -> Result<(), DataplaneError> {
+        let (key_size, value_size) = self.conversion.source_sizes();
+        let (now_s, mut count) = (clock::boot_s(), 0);
+        batch::for_each_raw(&self.from, key_size, value_size, |key, value| {
+            if !self.are_notes {
+                let Some((key, flow)) = self.conversion.entry::<FlowKey, Flow>(key, value) else { return };
+                let is_ours =
+                    copier.services.contains(&key.service) && copier.backends.contains(&flow.backend);
+                count += u64::from(is_ours && self.to.set(&key, &flow, now_s));
+                return;
+            }
+            let Some((place, line)) = self.conversion.entry::<u32, note::Line>(key, value) else { return };
+            if place >= note::LINES {
+                return;
+            }
+            for (head, sequence) in line.heads.into_iter().zip(line.sequences) {
+                let is_ours = head != 0
+                    && note::age_s(head, now_s) <= SYN_TIMEOUT_S
+                    && copier.backends.contains(&note::backend(head));
+                count += u64::from(is_ours && self.to.write(place, head, sequence, now_s));
+            }
+        })
+        .map_err(|source| DataplaneError::Read { map: names::NOTES, source })?;
+        *carried.entries.entry(names::NOTES).or_default() += count;
+        Ok(())
+    }
+}
+
 /// Copies the flows of one predecessor.
 pub struct Copier {
     /// Services and backends that are the same in both.
     services: BTreeSet<u32>,
     backends: BTreeSet<u32>,
-    syns: Option<Table>,
+    syns: Option<Syns>,
     flows: Vec<Table>,
     nats: Option<Table>,
     replies: Option<Table>,
@@ -216,6 +289,7 @@ impl Copier {
         ours: &Identity,
         carried: &mut Carried,
     ) -> Result<Self, DataplaneError> {
+        let syns = Syns::open((from, from_layout), (to, to_layout), carried)?;
         let mut table = |name: &'static str| -> Result<Option<Table>, DataplaneError> {
             let own_sizes = to_layout.sizes(name);
             let own = own_sizes.and_then(|sizes| open(to, name, sizes));
@@ -243,7 +317,7 @@ impl Copier {
         Ok(Self {
             services: their_services.keys().copied().filter(same).collect(),
             backends: theirs.backends.keys().copied().filter(is_same_backend).collect(),
-            syns: table(names::SYNS)?,
+            syns,
             flows: flows.into_iter().flatten().collect(),
             nats: table(names::NAT_FLOWS)?,
             replies: table(names::NAT_REPLIES)?,
@@ -254,7 +328,10 @@ impl Copier {
     /// complete their handshakes belong.
     pub fn copy_all(&mut self, since: Option<Changed>, carried: &mut Carried) -> Result<(), DataplaneError> {
         let since_s = since.map_or(0, |c| c.since_s);
-        for table in self.syns.iter().chain(&self.flows) {
+        if let Some(syns) = &self.syns {
+            syns.copy(self, carried)?;
+        }
+        for table in &self.flows {
             self.copy::<Flow>(table, since_s, carried)?;
         }
         if let Some(table) = &self.replies {

@@ -6,7 +6,7 @@ use std::{
     marker::PhantomData,
     os::fd::{AsFd, AsRawFd},
     ptr::NonNull,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering},
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -130,6 +130,35 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         }
         // SAFETY: inside the entry by the check above, aligned, and accessed atomically only.
         Some(unsafe { &*words.as_ptr().cast::<AtomicU32>().add(offset / 4) })
+    }
+
+    /// The 64-bit word at byte `offset` of an entry; None past the end.
+    pub fn load_u64(&self, index: u32, offset: usize) -> Option<u64> {
+        let words = self.entry(index).filter(|_| offset.is_multiple_of(8))?;
+        Some(words.get(offset / 8)?.load(Ordering::Acquire))
+    }
+
+    /// Clears the 64-bit word at byte `offset` of an entry if it is still this.
+    pub fn clear_u64(&self, index: u32, offset: usize, known: u64) {
+        let words = self.entry(index).filter(|_| self.writable && offset.is_multiple_of(8));
+        if let Some(word) = words.and_then(|words| words.get(offset / 8)) {
+            // Whoever was faster has written something that is wanted.
+            let _ = word.compare_exchange(known, 0, Ordering::AcqRel, Ordering::Relaxed);
+        }
+    }
+
+    /// Clears the 16-bit word at byte `offset` of an entry.
+    pub fn clear_u16(&self, index: u32, offset: usize) {
+        let Some(words) = self.entry(index).filter(|_| self.writable && offset.is_multiple_of(2)) else {
+            return;
+        };
+        if offset + 2 <= size_of::<T>() {
+            // SAFETY: inside the entry by the check, aligned, and accessed atomically only.
+            let word = unsafe { &*words.as_ptr().cast::<AtomicU16>().add(offset / 2) };
+            if word.load(Ordering::Relaxed) != 0 {
+                word.store(0, Ordering::Release);
+            }
+        }
     }
 
     /// Writes the 64-bit word at byte `offset` of an entry in one piece, after everything before it.

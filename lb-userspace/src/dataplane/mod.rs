@@ -14,6 +14,7 @@ mod layout;
 mod links;
 mod loads;
 mod mapped;
+mod notes;
 mod pins;
 mod probes;
 mod reader;
@@ -28,9 +29,10 @@ pub use decap::{DecapDataplane, DecapOptions};
 pub use error::DataplaneError;
 pub use links::Interface;
 pub use loads::Loads;
+pub use notes::{Notes, Scan};
 pub use pins::detach;
 pub use probes::ProbeDataplane;
-pub use reader::{FLOW_TABLES, Reader, flow_map};
+pub use reader::{FLOW_TABLES, HASH_MAPS, Reader, flow_map};
 pub use takeover::{Identity, Takeover};
 
 use crate::model::Guard;
@@ -51,6 +53,7 @@ use lb_common::{
 };
 use lb_ebpf::FlowTable;
 use mapped::MappedArray;
+use reader::hash_map;
 use slots::MappedSlots;
 use spared::Spared;
 use std::{fs, path::PathBuf, sync::Arc};
@@ -137,7 +140,7 @@ pub struct Dataplane {
     backends: MappedArray<Backend>,
     loads: Arc<Loads>,
     egress: DevMapHash<MapData>,
-    flows: [HashMap<MapData, FlowKey, Flow>; 3],
+    flows: [HashMap<MapData, FlowKey, Flow>; 2],
     quic_configs: HashMap<MapData, u32, QuicConfig>,
     quic_servers: HashMap<MapData, ServerIdKey, u32>,
     guard: GuardWriter,
@@ -169,7 +172,8 @@ impl Dataplane {
             attach::attach(&request(options, &sizes))?;
         let reader = Arc::new(Reader::open(&home)?);
         let mut flows = |table| take(&mut bpf, flow_map(table));
-        let flows = [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?];
+        let flows = [flows(FlowTable::Flows)?, flows(FlowTable::UdpFlows)?];
+        Notes::open(&home)?.draw_key();
         let services: MappedArray<Service> = map_array(&mut bpf, names::SERVICES)?;
         let primaries = array(&mut bpf, names::PRIMARIES);
         let slots = MappedSlots::new(&primaries, &array(&mut bpf, names::SECONDARIES), true)?;
@@ -439,7 +443,7 @@ impl Dataplane {
 
     /// Forgets a flow.
     pub fn remove_flow(&mut self, table: FlowTable, key: &FlowKey) -> Result<(), DataplaneError> {
-        absent_is_fine(self.flows[table as usize].remove(key))
+        absent_is_fine(self.flows[hash_map(table)].remove(key))
             .map_err(|source| DataplaneError::Map { map: flow_map(table), source })
     }
 }
@@ -509,7 +513,6 @@ fn sizes(l: &Limits) -> Vec<(&'static str, u32)> {
         (names::TURNS, l.services),
         (names::FLOWS, l.flows),
         (names::UDP_FLOWS, l.flows),
-        (names::SYNS, l.syns),
         (names::NAT_FLOWS, l.nat_flows),
         (names::NAT_REPLIES, l.nat_flows),
         (names::NAT_YOUNG, l.nat_young),

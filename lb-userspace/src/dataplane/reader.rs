@@ -1,14 +1,16 @@
 //! Reads the live dataplane: counters, tables, flows. Has handles of its own, so that many readers
 //! work beside the one writer; opened from the pins, it needs no daemon at all.
 
-use super::{DataplaneError, batch, bindings::Bindings, mapped::MappedArray, slots::MappedSlots};
-use crate::health::SignSource;
-use aya::maps::{HashMap, Map, MapData, PerCpuArray};
+use super::{
+    DataplaneError, batch, bindings::Bindings, mapped::MappedArray, notes::Notes, slots::MappedSlots,
+};
+use crate::{clock, health::SignSource};
+use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
     guard::{GuardKey, GuardState},
     limit::Pressure,
-    names,
+    limits, names,
     quic::{QuicConfig, ServerIdKey},
     sign::{self, Signs},
     slot::{LINE, Line},
@@ -20,13 +22,21 @@ use std::path::Path;
 pub fn flow_map(table: FlowTable) -> &'static str {
     match table {
         FlowTable::Flows => names::FLOWS,
-        FlowTable::Syns => names::SYNS,
+        FlowTable::Syns => names::NOTES,
         FlowTable::UdpFlows => names::UDP_FLOWS,
     }
 }
 
 /// All flow tables.
 pub const FLOW_TABLES: [FlowTable; 3] = [FlowTable::Flows, FlowTable::Syns, FlowTable::UdpFlows];
+
+/// Those that are hash maps, and know whose each entry is.
+pub const HASH_MAPS: [FlowTable; 2] = [FlowTable::Flows, FlowTable::UdpFlows];
+
+/// Place among [`HASH_MAPS`].
+pub(super) const fn hash_map(table: FlowTable) -> usize {
+    matches!(table, FlowTable::UdpFlows) as usize
+}
 
 /// Handles for reading.
 pub struct Reader {
@@ -46,7 +56,9 @@ pub struct Reader {
     guard_entries: HashMap<MapData, GuardKey, u32>,
     quic_configs: HashMap<MapData, u32, QuicConfig>,
     quic_servers: HashMap<MapData, ServerIdKey, u32>,
-    flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 3],
+    flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 2],
+    notes: Notes,
+    takeover: Array<MapData, u32>,
     pub(super) bindings: Bindings,
 }
 
@@ -66,7 +78,6 @@ impl Reader {
     pub fn open(pin_path: &Path) -> Result<Self, DataplaneError> {
         let flows = |table| {
             let name = flow_map(table);
-            // Of either kind: the typed handle does the same for both.
             let typed = typed(Map::HashMap(pinned(pin_path, name)?), name)?;
             Ok::<_, DataplaneError>((pinned(pin_path, name)?, typed))
         };
@@ -101,7 +112,9 @@ impl Reader {
             )?,
             quic_configs: typed(Map::HashMap(pinned(pin_path, names::QUIC_CONFIGS)?), names::QUIC_CONFIGS)?,
             quic_servers: typed(Map::HashMap(pinned(pin_path, names::QUIC_SERVERS)?), names::QUIC_SERVERS)?,
-            flows: [flows(FlowTable::Flows)?, flows(FlowTable::Syns)?, flows(FlowTable::UdpFlows)?],
+            flows: [flows(FlowTable::Flows)?, flows(FlowTable::UdpFlows)?],
+            notes: Notes::open(pin_path)?,
+            takeover: typed(Map::Array(pinned(pin_path, names::TAKEOVER)?), names::TAKEOVER)?,
             bindings: Bindings::open(pin_path)?,
         })
     }
@@ -212,29 +225,45 @@ impl Reader {
 
     /// Flows that a table has room for.
     pub fn flow_room(&self, table: FlowTable) -> u32 {
-        self.flows[table as usize].0.info().map_or(u32::MAX, |info| info.max_entries())
+        if table == FlowTable::Syns {
+            return limits::SYNS;
+        }
+        self.flows[hash_map(table)].0.info().map_or(u32::MAX, |info| info.max_entries())
     }
 
     /// A remembered flow.
     pub fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
-        self.flows[table as usize].1.get(key, 0).ok()
+        if table == FlowTable::Syns {
+            return self.notes.get(key, clock::boot_s());
+        }
+        self.flows[hash_map(table)].1.get(key, 0).ok()
     }
 
-    /// Calls `each` with every entry of a flow table; see [`batch::for_each`] for what changes meanwhile.
+    /// Notes of SYNs, and the filter of flows.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
+    /// Whether the program still asks that of another ABI version.
+    pub fn is_taking_over(&self) -> bool {
+        self.takeover.get(&0, 0).is_ok_and(|flag| flag != 0)
+    }
+
+    /// Calls `each` with every entry of one of [`HASH_MAPS`]; see [`batch::for_each`] for what changes meanwhile.
     pub fn for_each_flow(
         &self,
         table: FlowTable,
         each: impl FnMut(FlowKey, Flow),
     ) -> Result<(), DataplaneError> {
-        batch::for_each(&self.flows[table as usize].0, flow_map(table), each)
+        batch::for_each(&self.flows[hash_map(table)].0, flow_map(table), each)
     }
 }
 
 impl Reader {
-    /// Forgets a flow. The one thing that is written here: the sweeper has only these handles.
+    /// Forgets a flow. With bindings and notes all that is written here: the sweeper has only these handles.
     pub fn remove_flow(&self, table: FlowTable, key: &FlowKey) -> Result<(), DataplaneError> {
         let map = flow_map(table);
-        batch::delete(&self.flows[table as usize].0, key)
+        batch::delete(&self.flows[hash_map(table)].0, key)
             .map_err(|source| DataplaneError::Read { map, source })
     }
 }

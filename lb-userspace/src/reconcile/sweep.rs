@@ -19,7 +19,7 @@ use lb_common::{
     backend::flags::{DOWN, DRAINING, USED},
     flow::{CLOSING_S, SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
     limit::{FULL_S, Pressure},
-    service,
+    note, service,
 };
 use lb_ebpf::FlowTable;
 use std::{
@@ -90,11 +90,10 @@ impl Judge {
     fn is_over(&self, tally: &mut Tally<'_>, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
         let age_s = self.now_s.saturating_sub(flow.last_seen_s);
         let aged = match table {
-            FlowTable::Syns => age_s > SYN_TIMEOUT_S,
             FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
             // A client that vanished would hold a removed backend's index for ever.
             // Nothing else makes room: the table evicts nobody.
-            FlowTable::Flows => {
+            FlowTable::Flows | FlowTable::Syns => {
                 age_s > TCP_IDLE_S && (self.is_tight || tally.is_leaving(key.service, flow.backend))
             }
             FlowTable::UdpFlows => age_s > tally.udp_timeout_s(key.service).unwrap_or(0),
@@ -202,9 +201,17 @@ fn sweep_table(
     judge: &Judge,
     tally: &mut Tally<'_>,
 ) -> Result<(u64, u64), DataplaneError> {
+    if table == FlowTable::Syns {
+        return Ok(sweep_notes(reader, judge, tally));
+    }
     let mut over = Vec::new();
     let mut count = 0u64;
+    // Flows that another version's table has are copied without a word to the filter.
+    let mut scan = (table == FlowTable::Flows && !reader.is_taking_over()).then(|| reader.notes().begin());
     reader.for_each_flow(table, |key, flow| {
+        if let Some(scan) = &mut scan {
+            scan.add(&key);
+        }
         if judge.is_over(tally, table, &key, &flow) {
             over.push(key);
             return;
@@ -213,10 +220,33 @@ fn sweep_table(
         let is_tcp = table != FlowTable::UdpFlows;
         tally.count(key.service, flow.backend, is_tcp, judge.is_live(table, &flow));
     })?;
+    if let Some(scan) = &scan {
+        reader.notes().settle(scan);
+    }
     for key in &over {
         reader.remove_flow(table, key)?;
     }
     Ok((count, over.len() as u64))
+}
+
+/// The same of the notes of SYNs, of which only those that are recent are gone by.
+fn sweep_notes(reader: &Reader, judge: &Judge, tally: &mut Tally<'_>) -> (u64, u64) {
+    let (mut count, mut removed) = (0, 0);
+    reader.notes().for_each(|place, head, _| {
+        let index = note::backend(head);
+        let backend = reader.backend(index).filter(|b| b.flags & USED != 0);
+        match backend.filter(|_| note::age_s(head, judge.now_s) <= SYN_TIMEOUT_S) {
+            Some(backend) if tally.is_served(backend.service, index) => {
+                count += 1;
+                tally.count(backend.service, index, true, false);
+            }
+            _ => {
+                reader.notes().remove(place, head);
+                removed += 1;
+            }
+        }
+    });
+    (count, removed)
 }
 
 /// Starts the sweeper; it ends when nobody listens to `events` any more.

@@ -14,13 +14,13 @@ use aya::{
     programs::{ProgramFd, Xdp},
 };
 use lb_common::{
-    Address, Backend, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
+    Address, Backend, Flow, FlowKey, Reason, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, exact,
     guard::{GuardKey, GuardState, block, verdict},
     mapped, names,
     settings::{DecapSettings, IngressSettings, features},
     slot::{LINE, Line},
 };
-use lb_userspace::dataplane::loaded_features;
+use lb_userspace::dataplane::{Notes, loaded_features};
 
 use crate::{objects, packet::rows::Listed};
 
@@ -123,6 +123,20 @@ impl Ingress {
     {
         let map = self.bpf.map_mut(name).with_context(|| format!("no map {name}"))?;
         M::try_from(map).with_context(|| format!("map {name} has another type"))
+    }
+
+    /// Brings the filter in front of the table of flows up to date, as `lbd` does each second; an older object, to
+    /// compare with, may have none.
+    pub fn settle_filter(&mut self) -> Result<()> {
+        let Some(Map::Array(notes)) = self.bpf.map(names::NOTES) else { return Ok(()) };
+        let notes = Notes::new(notes)?;
+        let mut scan = notes.begin();
+        let flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(names::FLOWS)?;
+        for key in flows.keys() {
+            scan.add(&key.context("map FLOWS")?);
+        }
+        notes.settle(&scan);
+        Ok(())
     }
 
     /// Writes backends and returns the first one's index.

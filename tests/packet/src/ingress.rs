@@ -20,6 +20,9 @@ use lb_common::{
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
+use lb_userspace::dataplane::Notes;
+
+use crate::now_s;
 
 /// What a run left behind.
 #[derive(Debug)]
@@ -73,6 +76,7 @@ impl Pair {
 /// The loaded program and its maps.
 pub struct Ingress {
     bpf: Ebpf,
+    notes: Notes,
     /// Lines of `EXACT` and of `VIP_FILTER` that were written.
     spared: (BTreeSet<u32>, BTreeSet<u32>),
 }
@@ -101,7 +105,7 @@ impl Ingress {
             .map_max_entries(names::BACKEND_STATS, 256)
             // More than any run makes bindings: which of them go depends on which processor made them.
             .map_max_entries(names::NAT_YOUNG, 1 << 18);
-        for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
+        for table in [names::FLOWS, names::UDP_FLOWS] {
             loader.map_max_entries(table, flows);
         }
         let mut bpf = loader.load(lb_userspace::objects::INGRESS).context("load the ingress object")?;
@@ -114,7 +118,9 @@ impl Ingress {
             let mut stages: ProgramArray<_> = bpf.map_mut(names::STAGES).context("stages")?.try_into()?;
             stages.set(place, &fd, 0)?;
         }
-        let mut ingress = Self { bpf, spared: Default::default() };
+        let Some(Map::Array(notes)) = bpf.map(names::NOTES) else { anyhow::bail!("the notes are no array") };
+        let notes = Notes::new(notes)?;
+        let mut ingress = Self { bpf, notes, spared: Default::default() };
         ingress.set_filter(exact::FILTER_ARMED, 1);
         Ok(ingress)
     }
@@ -243,8 +249,11 @@ impl Ingress {
         egress.insert(ifindex, ifindex, None, 0).expect("an interface of this host");
     }
 
-    /// A flow table's entry.
+    /// A flow table's entry; of [`names::NOTES`] as if it were one.
     pub fn flow(&mut self, table: &str, key: &FlowKey) -> Option<Flow> {
+        if table == names::NOTES {
+            return self.notes.get(key, now_s());
+        }
         let flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
         flows.get(key, 0).ok()
     }
@@ -255,8 +264,24 @@ impl Ingress {
         flows.iter().filter_map(Result::ok).collect()
     }
 
+    /// How many SYNs are noted.
+    pub fn noted(&self) -> usize {
+        let mut count = 0;
+        self.notes.for_each(|_, _, _| count += 1);
+        count
+    }
+
+    /// Notes of SYNs, and the filter of flows.
+    pub fn notes(&self) -> &Notes {
+        &self.notes
+    }
+
     /// Writes a flow table's entry.
     pub fn set_flow(&mut self, table: &str, key: FlowKey, flow: Flow) {
+        if table == names::NOTES {
+            assert!(self.notes.set(&key, &flow, flow.last_seen_s), "a new one");
+            return;
+        }
         let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
         flows.insert(key, flow, 0).expect("room");
     }
@@ -319,12 +344,12 @@ impl Ingress {
         for key in fragments.keys().filter_map(Result::ok).collect::<Vec<_>>() {
             let _ = fragments.remove(&key);
         }
-        for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
+        self.notes.clear();
+        for table in [names::FLOWS, names::UDP_FLOWS] {
             let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
             let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();
             for key in keys {
-                // The LRU may have been faster.
-                let _ = flows.remove(&key);
+                flows.remove(&key).expect("listed a moment ago");
             }
         }
     }

@@ -5,7 +5,7 @@
 use lb_common::{
     Address, Backend, Be16, Flow, FlowKey, Reason, ServiceKey, ServiceView,
     backend::mode::IPIP,
-    mapped, names,
+    limits, mapped, names,
     reason::Fate,
     service::{TCP, UDP},
     settings::{DecapSettings, IngressSettings},
@@ -210,16 +210,18 @@ fn compare(ingress: &mut Ingress, tables: &HashTables, packets: u64) {
         })
         .sum();
     assert_eq!(forwarded + ends(&counts), packets, "each is forwarded or has one reason: {counts:?}");
-    for (name, table) in [
-        (names::FLOWS, FlowTable::Flows),
-        (names::SYNS, FlowTable::Syns),
-        (names::UDP_FLOWS, FlowTable::UdpFlows),
-    ] {
+    for (name, table) in [(names::FLOWS, FlowTable::Flows), (names::UDP_FLOWS, FlowTable::UdpFlows)] {
         let kernel: HashMap<FlowKey, (u32, u32)> =
             ingress.flows(name).into_iter().map(|(key, flow)| (key, (flow.backend, flow.flags))).collect();
         let native: HashMap<FlowKey, (u32, u32)> =
             tables.flows(table).into_iter().map(|(key, flow)| (key, (flow.backend, flow.flags))).collect();
         assert!(kernel == native, "{name} after {packets} packets: {} and {}", kernel.len(), native.len());
+    }
+    let native = tables.flows(FlowTable::Syns);
+    assert_eq!(ingress.noted(), native.len(), "notes after {packets} packets");
+    for (key, flow) in native {
+        let noted = ingress.flow(names::NOTES, &key).map(|note| (note.backend, note.created_s));
+        assert_eq!(noted, Some((flow.backend, flow.created_s)), "note of {key:?} after {packets} packets");
     }
 }
 
@@ -313,10 +315,10 @@ fn floods_fill_no_more_than_their_table() {
         send(&mut ingress, of(1_000_000 + client, UDP, 0));
     }
     assert_eq!(sorted(ingress.flows(names::FLOWS)), live, "live flows are untouched by a flood of SYNs");
-    for table in [names::SYNS, names::UDP_FLOWS] {
-        let entries = ingress.flows(table).len();
-        assert!((ROOM as usize / 2..=ROOM as usize).contains(&entries), "{table}: {entries}");
-    }
+    let entries = ingress.flows(names::UDP_FLOWS).len();
+    assert!((ROOM as usize / 2..=ROOM as usize).contains(&entries), "{entries}");
+    let noted = ingress.noted();
+    assert!((FLOOD as usize / 2..=limits::SYNS as usize).contains(&noted), "{noted} notes");
     assert_eq!(ingress.stats(2).flows, u64::from(FLOOD));
     // Established packets out of nowhere do reach FLOWS, as far as there is room; nobody makes room for them.
     let forged = 2 * ROOM;

@@ -133,6 +133,7 @@ pub fn measure(rows: &[&Row], object: &[u8], before: Option<&[u8]>, effort: Effo
         };
         places.push((reference, own, old));
     }
+    bed.bed.ingress.settle_filter()?;
     for turn in 0..effort.samples {
         // Each turn begins elsewhere, so that no case always follows the same one.
         let start = turn * cases.len() / effort.samples;

@@ -254,7 +254,11 @@ fn by_load() -> Vec<Row> {
                     rows.push(Row {
                         section: "Placed by load",
                         name: format!("p2c/{}/{}/{mode_name}/{flows_name}", family.label(), kind.label()),
-                        tables: Tables { copy: 2_000, ..Tables::DEFAULT },
+                        // A million flows each: half of them stand in the table.
+                        tables: Tables {
+                            copy: 2_100 + 2 * family as u32 + u32::from(more != 0),
+                            ..Tables::DEFAULT
+                        },
                         subject: Subject::Service(spec, kind),
                         flows,
                         prime: if kind == Kind::Established { flows } else { 0 },

@@ -327,8 +327,14 @@ impl Case {
         }
         let now_s = test_packet::now_s();
         let mut after = Vec::new();
-        for table in [names::FLOWS, names::SYNS, names::UDP_FLOWS] {
-            for (key, flow) in ingress.flows(table) {
+        let noted = ingress.flow(names::NOTES, &self.key());
+        assert_eq!(ingress.noted(), usize::from(noted.is_some()), "no other SYN is noted");
+        for table in [names::FLOWS, names::NOTES, names::UDP_FLOWS] {
+            let flows = match table {
+                names::NOTES => noted.map(|flow| (self.key(), flow)).into_iter().collect(),
+                table => ingress.flows(table),
+            };
+            for (key, flow) in flows {
                 assert_eq!(key, self.key(), "no other flow is in {table}");
                 let is_fresh = now_s - flow.last_seen_s <= 1;
                 after.push(Entry { table, backend: flow.backend, flags: flow.flags, is_fresh });
