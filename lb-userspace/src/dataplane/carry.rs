@@ -218,6 +218,8 @@ impl Syns {
         carried: &mut Carried,
     ) -> Result<Option<Self>, DataplaneError> {
         let to = Notes::open(to)?;
+        // Flows are copied without a word to the filter. Sweeps begin when that is done.
+        to.disarm();
         let are_notes = from_layout.sizes(names::SYNS).is_err();
         let opened = if are_notes {
             Conversion::new(names::NOTES, from_layout, to_layout).and_then(|conversion| {

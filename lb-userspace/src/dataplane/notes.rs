@@ -80,10 +80,16 @@ impl Notes {
         assert!(self.lines.store_u32(place, offset, word), "as many as `open` has seen, and writable");
     }
 
-    /// Goes by this key from now on, with no notes and nobody asking the filter.
-    pub fn restart(&self, key: [u64; 2]) {
+    /// Nobody asks the filter any more when this returns, until it has been settled anew: for whoever is about to write
+    /// flows without a word to it.
+    pub fn disarm(&self) {
         self.put_u32(note::STATE, offset_of!(State, armed), 0);
         grace_period();
+    }
+
+    /// Goes by this key from now on, with no notes and nobody asking the filter.
+    pub fn restart(&self, key: [u64; 2]) {
+        self.disarm();
         self.set_key(key);
         for place in 0..note::LINES {
             assert!(self.lines.store(place, &Line::default()), "as many as `open` has seen, and writable");

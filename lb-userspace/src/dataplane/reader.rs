@@ -5,7 +5,7 @@ use super::{
     DataplaneError, batch, bindings::Bindings, mapped::MappedArray, notes::Notes, slots::MappedSlots,
 };
 use crate::{clock, health::SignSource};
-use aya::maps::{Array, HashMap, Map, MapData, PerCpuArray};
+use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
     guard::{GuardKey, GuardState},
@@ -58,7 +58,6 @@ pub struct Reader {
     quic_servers: HashMap<MapData, ServerIdKey, u32>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 2],
     notes: Notes,
-    takeover: Array<MapData, u32>,
     pub(super) bindings: Bindings,
 }
 
@@ -114,7 +113,6 @@ impl Reader {
             quic_servers: typed(Map::HashMap(pinned(pin_path, names::QUIC_SERVERS)?), names::QUIC_SERVERS)?,
             flows: [flows(FlowTable::Flows)?, flows(FlowTable::UdpFlows)?],
             notes: Notes::open(pin_path)?,
-            takeover: typed(Map::Array(pinned(pin_path, names::TAKEOVER)?), names::TAKEOVER)?,
             bindings: Bindings::open(pin_path)?,
         })
     }
@@ -242,11 +240,6 @@ impl Reader {
     /// Notes of SYNs, and the filter of flows.
     pub fn notes(&self) -> &Notes {
         &self.notes
-    }
-
-    /// Whether the program still asks that of another ABI version.
-    pub fn is_taking_over(&self) -> bool {
-        self.takeover.get(&0, 0).is_ok_and(|flag| flag != 0)
     }
 
     /// Calls `each` with every entry of one of [`HASH_MAPS`]; see [`batch::for_each`] for what changes meanwhile.

@@ -206,8 +206,7 @@ fn sweep_table(
     }
     let mut over = Vec::new();
     let mut count = 0u64;
-    // Flows that another version's table has are copied without a word to the filter.
-    let mut scan = (table == FlowTable::Flows && !reader.is_taking_over()).then(|| reader.notes().begin());
+    let mut scan = (table == FlowTable::Flows).then(|| reader.notes().begin());
     reader.for_each_flow(table, |key, flow| {
         if let Some(scan) = &mut scan {
             scan.add(&key);

@@ -3,7 +3,7 @@
 
 use crate::case::{ACK, CLIENT4, Family::V4, SYN, VIP4, backend, tcp};
 use lb_common::{
-    Backend, Be16, Load, Reason, ServiceKey, ServiceView, Slot,
+    Backend, Be16, FlowKey, Load, Reason, ServiceKey, ServiceView, Slot,
     backend::mode::{GUE_CHAIN, IPIP},
     load, mapped,
     names::FLOWS,
@@ -72,6 +72,48 @@ fn p2c_goes_by_load_and_tracks_the_second_choice() {
     assert_eq!(ingress.flows(FLOWS).len(), 5);
     assert!(ingress.flows(FLOWS).iter().all(|(_, flow)| flow.backend == 2));
     assert_eq!(ingress.noted(), 3, "those of the primary age away");
+}
+
+/// Settles the filter of flows, as lbd's sweep does.
+fn settle(ingress: &mut Ingress) {
+    let mut scan = ingress.notes().begin();
+    let flows = ingress.flows(FLOWS);
+    flows.iter().for_each(|(key, _)| scan.add(key));
+    ingress.notes().settle(&scan);
+}
+
+#[test]
+fn the_filter_lets_every_flow_through_and_spares_the_rest() {
+    let mut ingress = world(scheduler::P2C, 0, IPIP);
+    // Everybody's second choice: each flow needs an entry.
+    report(&mut ingress, 1, 1_000, 1);
+    let begin = |ingress: &mut Ingress, ports: std::ops::Range<u16>| {
+        for port in ports {
+            assert_eq!((goes(ingress, SYN, port), goes(ingress, ACK, port)), (2, 2));
+        }
+    };
+    begin(&mut ingress, 1_000..1_200);
+    settle(&mut ingress);
+    begin(&mut ingress, 1_200..1_400);
+    assert_eq!((ingress.noted(), ingress.flows(FLOWS).len()), (0, 400));
+    for round in 0..4 {
+        for port in 1_000..1_400 {
+            assert_eq!(goes(&mut ingress, ACK, port), 2, "flow {port} after {round} rounds");
+        }
+        settle(&mut ingress);
+    }
+    // An entry that the filter was never told of is not asked for: so it is the filter that spares the question.
+    let known = ingress.flows(FLOWS)[0];
+    let unknown = |port| FlowKey { source_port: Be16::new(port), ..known.0 };
+    (2_000..2_100).for_each(|port| ingress.set_flow(FLOWS, unknown(port), known.1));
+    let asked = (2_000..2_100).filter(|port| goes(&mut ingress, ACK, *port) == 2).count();
+    assert!(asked < 10, "{asked} of 100");
+    settle(&mut ingress);
+    assert!((2_000..2_100).all(|port| goes(&mut ingress, ACK, port) == 2));
+    // And without its word all are asked for.
+    (3_000..3_100).for_each(|port| ingress.set_flow(FLOWS, unknown(port), known.1));
+    ingress.notes().disarm();
+    assert!((3_000..3_100).all(|port| goes(&mut ingress, ACK, port) == 2));
 }
 
 #[test]
