@@ -38,7 +38,7 @@ pub struct Flow {
     pub backend: u32,
     /// Seconds of the boot clock (`CLOCK_MONOTONIC`) when a packet was last seen, to about a second.
     pub last_seen_s: u32,
-    /// The same of the first packet. In `SYNS` instead: the SYN's sequence number, host byte order.
+    /// The same of the first packet. Of a note instead: the SYN's sequence number, host byte order.
     pub created_s: u32,
     /// See [`flags`].
     pub flags: u32,

@@ -178,7 +178,7 @@ fn a_stable_slot_answers_by_itself() {
             .knows(Flows, 3, 1, 0)
             .goes(1, Primary)
             .leaves(Flows, 3, 1, 0),
-        tcp_case("no lookup: an entry in SYNS is not seen", STABLE, SYN)
+        tcp_case("no lookup: a note is not seen", STABLE, SYN)
             .knows(Syns, 3, 1, 0)
             .starts(1, Primary)
             .leaves(Syns, 3, 1, 0),
@@ -344,7 +344,7 @@ fn an_established_flow_of_a_marked_slot() {
             .goes(3, RecentSyn)
             .leaves(Flows, 3, 0, CLOSING)
             .counts(Reason::FlowPromoted),
-        tcp_case("promotion without room: followed, kept in SYNS", MARKED, ACK)
+        tcp_case("promotion without room: followed, kept as a note", MARKED, ACK)
             .knows(Syns, 3, 1, 0)
             .full()
             .goes(3, RecentSyn)
@@ -379,7 +379,7 @@ fn an_established_flow_of_a_slot_in_transition() {
             .goes(2, Previous)
             .counts(Reason::FlowNotRecorded),
         tcp_case("in FLOWS", MOVING, ACK).knows(Flows, 3, 0, 0).goes(3, Tracked).leaves(Flows, 3, 0, 0),
-        tcp_case("in SYNS", MOVING, ACK)
+        tcp_case("noted", MOVING, ACK)
             .knows(Syns, 3, 0, 0)
             .goes(3, RecentSyn)
             .leaves(Flows, 3, 0, 0)
