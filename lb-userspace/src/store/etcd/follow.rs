@@ -256,9 +256,15 @@ impl Inner {
 
     /// Takes in all revisions that are new.
     pub(super) async fn catch_up(&self) -> Result<i64, StoreError> {
+        let before = self.known().stored.revision.number;
         let (at, head) = self.read_head().await?;
         let known = self.known();
         let seen = known.stored.revision.number;
+        // While this was on its way, another task has learned of a newer one: only what was known before the question was
+        // asked must be in the answer.
+        if before <= head.number && head.number < seen {
+            return Ok(at);
+        }
         if head == known.head() {
             self.accept.store(false, Ordering::Relaxed);
             return Ok(at);
