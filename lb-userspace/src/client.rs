@@ -2,8 +2,14 @@
 //!
 //! Input: the socket's path. Output: the types of `api::types`, or why not. Called by `cli`.
 
-use crate::api::types::{ErrorBody, ErrorInfo};
-use reqwest::Method;
+use crate::api::{
+    LOCK_TOKEN,
+    types::{ErrorBody, ErrorInfo},
+};
+use reqwest::{
+    Method,
+    header::{HeaderName, HeaderValue},
+};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     error::Error,
@@ -44,11 +50,18 @@ pub enum ClientError {
     },
 }
 
+/// For what takes as long as it takes: a backup, a migration. Whoever waits can leave.
+const PATIENCE: Duration = Duration::from_secs(86_400);
+
+/// Variable with the token of a lock that the caller holds; `lbctl rollout lock -- COMMAND` sets it for the command.
+pub const LOCK_TOKEN_VARIABLE: &str = "LBCTL_LOCK_TOKEN";
+
 /// A connection to lbd, made when it is first needed.
 #[derive(Clone, Debug)]
 pub struct Client {
     http: reqwest::Client,
     socket: PathBuf,
+    timeout: Duration,
 }
 
 impl Client {
@@ -57,8 +70,19 @@ impl Client {
     /// # Errors
     /// The HTTP library cannot be set up.
     pub fn new(socket: &Path) -> reqwest::Result<Self> {
-        let http = reqwest::Client::builder().unix_socket(socket).timeout(TIMEOUT).no_proxy().build()?;
-        Ok(Self { http, socket: socket.to_owned() })
+        let http = reqwest::Client::builder().unix_socket(socket).no_proxy();
+        let token = std::env::var(LOCK_TOKEN_VARIABLE).ok();
+        // A token that no header can carry is none that lbd gave out.
+        let token = token.and_then(|token| HeaderValue::from_str(&token).ok());
+        let headers = token.map(|token| (HeaderName::from_static(LOCK_TOKEN), token));
+        let http = http.default_headers(headers.into_iter().collect()).build()?;
+        Ok(Self { http, socket: socket.to_owned(), timeout: TIMEOUT })
+    }
+
+    /// The same lbd, waited for as long as it takes.
+    #[must_use]
+    pub fn patient(&self) -> Self {
+        Self { timeout: PATIENCE, ..self.clone() }
     }
 
     /// Reads.
@@ -85,6 +109,7 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<T, ClientError> {
         let mut request = self.http.request(method, format!("http://lbd{path}")).query(query);
+        request = request.timeout(self.timeout);
         if let Some(body) = body {
             request = request.json(body);
         }

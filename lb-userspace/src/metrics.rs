@@ -263,6 +263,8 @@ impl Scrape {
         let up = f64::from(u8::from(link.connected));
         let labels = [("engine", link.engine.as_str())];
         out.gauges("lb_store_connected", "Whether the store answers", std::iter::once((labels, up)))?;
+        let help = "Services that the maps hold although the store is empty, see `lbctl status`";
+        out.gauge("lb_store_orphaned_services", help, self.control.orphaned() as f64)?;
         // A file is always at hand.
         let age_ms =
             if link.engine == "redb" { 0 } else { crate::api::now_ms().saturating_sub(link.contact_ms) };

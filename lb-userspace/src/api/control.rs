@@ -2,6 +2,7 @@
 
 use super::{
     ApiError, Engine,
+    access::Author,
     drains::Drains,
     engine::{EngineError, FlowFilter},
     host::Hosting,
@@ -48,6 +49,8 @@ pub struct Control {
     /// Held by whoever changes something; by one alone while the data move.
     pub(super) changing: RwLock<()>,
     outcome: watch::Sender<Outcome>,
+    /// Services that the maps held when lbd started with an empty store; 0 once somebody has said what is to be.
+    orphaned: watch::Sender<usize>,
 }
 
 impl Control {
@@ -76,6 +79,7 @@ impl Control {
             report: watch::Sender::default(),
             changing: RwLock::default(),
             outcome: watch::Sender::new(None),
+            orphaned: watch::Sender::default(),
         })
     }
 
@@ -115,16 +119,65 @@ impl Control {
         self.store.head()
     }
 
+    /// Says how many services the maps hold before anything was applied. With an empty store they are forwarded as
+    /// before, until [`Control::accept`] or a first change: a store that is lost, or not the right one, must not take
+    /// them away.
+    pub fn adopted(&self, services: usize) {
+        if self.store.head().revision.number > 0 || services == 0 {
+            return;
+        }
+        self.orphaned.send_replace(services);
+        let place = self.link().place;
+        tracing::error!(services, place, "{}", super::view::orphaned(services));
+    }
+
+    /// Services in the maps of which the store, which is empty, says nothing.
+    pub fn orphaned(&self) -> usize {
+        *self.orphaned.borrow()
+    }
+
+    /// Accepts the empty store, if it is there to be accepted; false if there is none.
+    ///
+    /// # Errors
+    /// Another revision was accepted than 0.
+    pub(super) fn adopt_empty(&self, revision: u64) -> Result<bool, ApiError> {
+        if self.orphaned() == 0 {
+            return Ok(false);
+        }
+        if revision != 0 {
+            return Err(StoreError::Conflict { expected: revision, found: 0 }.into());
+        }
+        self.orphaned.send_replace(0);
+        Ok(true)
+    }
+
+    /// Waits until a revision is in the maps.
+    pub async fn first_applied(&self) {
+        let mut outcome = self.outcome.subscribe();
+        // The sender is in this very object.
+        let _ = outcome.wait_for(|outcome| matches!(outcome, Some((_, Ok(_))))).await;
+    }
+
     /// Applies each newest revision, whoever committed it, until the store is gone. A failed one is tried
     /// again, at growing intervals.
     pub async fn follow(self: Arc<Self>) {
         let mut watch = self.store.watch();
+        let mut orphaned = self.orphaned.subscribe();
         let mut retry = RETRY.0;
         self.drains.look_back(&*self.store).await;
         loop {
             let stored = watch.borrow_and_update().clone();
-            self.drains.follow(&stored);
             let number = stored.revision.number;
+            if number == 0 && *orphaned.borrow_and_update() > 0 {
+                tokio::select! {
+                    changed = watch.changed() => if changed.is_err() { return },
+                    _ = orphaned.changed() => {}
+                }
+                continue;
+            }
+            // A first change is a whole new state.
+            self.orphaned.send_replace(0);
+            self.drains.follow(&stored);
             let result = self.engine.apply(stored.desired, number).await;
             let failed = result.is_err();
             match &result {
@@ -182,10 +235,13 @@ impl Control {
     /// or applying failed. Except in the last case nothing has changed.
     pub async fn write(
         &self,
-        author: &str,
+        author: &Author,
         query: &WriteQuery,
         mut change: impl FnMut(&mut Desired) -> Result<(), ApiError>,
     ) -> Result<Change, ApiError> {
+        if !query.dry_run {
+            author.check()?;
+        }
         loop {
             let head = self.store.head();
             let found = head.revision.number;
@@ -200,21 +256,23 @@ impl Control {
             desired.share(&head.desired);
             let desired = Arc::new(desired);
             let differences = differences(&head.desired, &desired);
-            if !differences.is_empty() {
+            // Not what is shown of it decides.
+            let is_changed = desired != head.desired;
+            if is_changed {
                 let broken = desired.check_change(&head.desired);
                 if !broken.is_empty() {
                     return Err(ApiError::invalid(&broken));
                 }
                 self.engine.check(desired.clone()).await?;
             }
-            if query.dry_run || differences.is_empty() {
+            if query.dry_run || !is_changed {
                 return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
             }
             let message = query.message.clone().unwrap_or_else(|| summary(&differences));
             let commit = Commit {
                 expected: found,
                 desired,
-                author: author.to_owned(),
+                author: author.name.clone(),
                 message: message.clone(),
                 time: SystemTime::now(),
             };
@@ -227,7 +285,7 @@ impl Control {
                 Err(error) => return Err(error.into()),
                 Ok(stored) => {
                     let revision = stored.revision.number;
-                    tracing::info!(revision, author, message, "desired state changed");
+                    tracing::info!(revision, author = author.name, message, "desired state changed");
                     let applied = Some(self.applied(revision).await?);
                     return Ok(Change { revision, dry_run: false, differences, applied });
                 }
@@ -239,7 +297,7 @@ impl Control {
     ///
     /// # Errors
     /// As [`Control::write`], or the revision is not kept.
-    pub async fn rollback(&self, author: &str, query: &WriteQuery, to: u64) -> Result<Change, ApiError> {
+    pub async fn rollback(&self, author: &Author, query: &WriteQuery, to: u64) -> Result<Change, ApiError> {
         let old = self.store.get(to).await?;
         let message = query.message.clone().unwrap_or_else(|| format!("rollback to revision {to}"));
         let query = WriteQuery { message: Some(message), ..query.clone() };

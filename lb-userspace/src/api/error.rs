@@ -47,6 +47,11 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "exists", message)
     }
 
+    /// 409: something else is going on.
+    pub fn busy(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "busy", message)
+    }
+
     /// 403.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "forbidden", message)
@@ -55,6 +60,11 @@ impl ApiError {
     /// 500: stored, but not written to the maps.
     pub fn not_applied(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_applied", message)
+    }
+
+    /// 500: a fault of lbd itself.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     }
 
     /// 422: the desired state would break these rules.
@@ -85,7 +95,9 @@ impl From<StoreError> for ApiError {
             StoreError::Stranger { .. } | StoreError::SetBack { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "other_data")
             }
-            StoreError::Moved { .. } => (StatusCode::CONFLICT, "moved"),
+            StoreError::Moved { .. } | StoreError::Moving { .. } => (StatusCode::CONFLICT, "moved"),
+            StoreError::NotMoved { .. } => (StatusCode::CONFLICT, "not_moved"),
+            StoreError::NothingToAccept { .. } => (StatusCode::CONFLICT, "nothing_to_accept"),
             StoreError::NotEmpty { .. } => (StatusCode::CONFLICT, "not_empty"),
             StoreError::Held { .. } => (StatusCode::CONFLICT, "held"),
             StoreError::NotHeld { .. } => (StatusCode::CONFLICT, "not_held"),

@@ -5,7 +5,8 @@
 
 use super::{
     ApiError, Control,
-    routes::{Params, Reply, Writer, body},
+    access::Writer,
+    routes::{Params, Reply, body},
     types::{Change, WriteQuery},
 };
 use crate::{
@@ -16,18 +17,15 @@ use crate::{
     },
 };
 use axum::{
-    Json, Router,
+    Json,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, State},
-    routing::get,
+    extract::{Path, State},
 };
 use ipnet::IpNet;
 use lb_common::Reason;
 use serde::{Deserialize, Serialize};
 use std::{net::IpAddr, sync::Arc};
 
-/// Largest body: a list of a million prefixes.
-const BODY_LIMIT: usize = 128 * 1024 * 1024;
 /// Entries that are listed unless told otherwise.
 const ENTRIES: usize = 1_000;
 /// Wrong entries that are named.
@@ -106,15 +104,6 @@ pub struct Decision {
     pub entry: Option<EntryInfo>,
 }
 
-/// Paths and methods.
-pub fn routes() -> Router<Arc<Control>> {
-    Router::new()
-        .route("/v1/guard", get(show))
-        .route("/v1/guard/check", get(check))
-        .route("/v1/guard/{list}", get(entries).post(change))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
-}
-
 fn list_of(text: &str) -> Result<ListName, ApiError> {
     ListName::ALL.into_iter().find(|list| list.label() == text).ok_or_else(|| {
         ApiError::not_found(format!("there is no list {text}")).fix("the lists are deny and allow")
@@ -125,7 +114,7 @@ fn info(prefix: IpNet, until: u64, now_s: u64) -> EntryInfo {
     EntryInfo { prefix, left_s: (until != 0).then(|| until.saturating_sub(now_s)) }
 }
 
-async fn show(State(control): Ctl) -> Reply<GuardInfo> {
+pub(super) async fn show(State(control): Ctl) -> Reply<GuardInfo> {
     let counters = control.reading(|engine| engine.counters()).await?;
     let guard = &control.head().desired.guard;
     let snapshot = control.engine().snapshot();
@@ -143,11 +132,11 @@ async fn show(State(control): Ctl) -> Reply<GuardInfo> {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct CheckQuery {
+pub(super) struct CheckQuery {
     address: IpAddr,
 }
 
-async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<Decision> {
+pub(super) async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<Decision> {
     let now_s = clock::unix().as_secs();
     let address = query.address.to_canonical();
     let found = control.head().desired.guard.decides(address, now_s);
@@ -161,12 +150,12 @@ async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct EntriesQuery {
+pub(super) struct EntriesQuery {
     limit: Option<usize>,
     within: Option<IpNet>,
 }
 
-async fn entries(
+pub(super) async fn entries(
     State(control): Ctl,
     Path(list): Path<String>,
     Params(query): Params<EntriesQuery>,
@@ -205,7 +194,7 @@ fn prefixes(texts: &[String]) -> Result<Vec<IpNet>, ApiError> {
     Err(error)
 }
 
-async fn change(
+pub(super) async fn change(
     State(control): Ctl,
     Path(list): Path<String>,
     Params(query): Params<WriteQuery>,

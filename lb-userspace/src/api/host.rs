@@ -6,20 +6,15 @@
 
 use super::{
     ApiError, Control,
-    routes::{Reply, Writer, body},
+    access::Writer,
+    routes::{Reply, body},
     view::now_ms,
 };
 use crate::{
     announce::Announcement,
     store::{Local, StoreError},
 };
-use axum::{
-    Json, Router,
-    body::Bytes,
-    extract::State,
-    http::StatusCode,
-    routing::{get, post},
-};
+use axum::{Json, body::Bytes, extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -141,14 +136,6 @@ impl Hosting {
     }
 }
 
-/// The routes.
-pub(super) fn routes() -> Router<Arc<Control>> {
-    Router::new()
-        .route("/v1/host", get(show))
-        .route("/v1/host/drain", post(drain))
-        .route("/v1/host/undrain", post(undrain))
-}
-
 impl Control {
     /// Says what is known of this host's announcement.
     pub fn announce(&self, hosting: Arc<Hosting>) {
@@ -217,7 +204,7 @@ fn looked(last: Option<Traffic>, packets: u64, now_ms: u64) -> Traffic {
     Traffic { packets, packets_per_s, at_ms: now_ms, last_ms }
 }
 
-async fn show(State(control): State<Arc<Control>>) -> Reply<HostInfo> {
+pub(super) async fn show(State(control): State<Arc<Control>>) -> Reply<HostInfo> {
     Ok(Json(control.host_info()))
 }
 
@@ -230,10 +217,15 @@ fn announcing(control: &Control) -> Result<&Arc<Hosting>, ApiError> {
     })
 }
 
-async fn drain(State(control): State<Arc<Control>>, Writer(author): Writer, bytes: Bytes) -> Reply<HostInfo> {
+pub(super) async fn drain(
+    State(control): State<Arc<Control>>,
+    Writer(author): Writer,
+    bytes: Bytes,
+) -> Reply<HostInfo> {
     let DrainRequest { reason } = if bytes.is_empty() { DrainRequest::default() } else { body(&bytes)? };
     let hosting = announcing(&control)?;
     if control.host_drain().is_none() {
+        let author = author.name;
         tracing::warn!(author, reason, "this host drains: its VIPs go off");
         hosting.set(Some(HostDrain { author, reason, since_ms: now_ms() })).await?;
     }
@@ -246,10 +238,10 @@ async fn drain(State(control): State<Arc<Control>>, Writer(author): Writer, byte
     Ok(Json(control.host_info()))
 }
 
-async fn undrain(State(control): State<Arc<Control>>, Writer(author): Writer) -> Reply<HostInfo> {
+pub(super) async fn undrain(State(control): State<Arc<Control>>, Writer(author): Writer) -> Reply<HostInfo> {
     let hosting = announcing(&control)?;
     if control.host_drain().is_some() {
-        tracing::info!(author, "this host is back in service");
+        tracing::info!(author = author.name, "this host is back in service");
         hosting.set(None).await?;
     }
     Ok(Json(control.host_info()))

@@ -13,7 +13,11 @@ use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, Reason, limits};
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 /// See the module.
@@ -21,12 +25,39 @@ pub struct MemoryEngine {
     snapshot: Mutex<Arc<Snapshot>>,
     max_backends: usize,
     fail: Mutex<Option<String>>,
+    delay: Mutex<Duration>,
+    /// Whether something has been delayed.
+    delayed: AtomicBool,
 }
 
 impl MemoryEngine {
     /// With room for so many backends.
     pub fn new(max_backends: usize) -> Self {
-        Self { snapshot: Mutex::default(), max_backends, fail: Mutex::default() }
+        Self {
+            snapshot: Mutex::default(),
+            max_backends,
+            fail: Mutex::default(),
+            delay: Mutex::default(),
+            delayed: AtomicBool::new(false),
+        }
+    }
+
+    /// From now on, each check and each application takes so long.
+    pub fn delay(&self, time: Duration) {
+        *self.delay.lock().unwrap_or_else(PoisonError::into_inner) = time;
+    }
+
+    /// Whether a check or an application has begun since they take longer.
+    pub fn has_begun(&self) -> bool {
+        self.delayed.load(Ordering::Relaxed)
+    }
+
+    async fn wait(&self) {
+        let time = *self.delay.lock().unwrap_or_else(PoisonError::into_inner);
+        if !time.is_zero() {
+            self.delayed.store(true, Ordering::Relaxed);
+            tokio::time::sleep(time).await;
+        }
     }
 
     /// From now on, each application fails with this, until none is given.
@@ -73,11 +104,15 @@ impl Engine for MemoryEngine {
         let refused =
             EngineError::Refused { what: format!("{count} backends do not fit: there is room for {limit}") };
         let result = if count <= limit { Ok(()) } else { Err(refused) };
-        Box::pin(async { result })
+        Box::pin(async {
+            self.wait().await;
+            result
+        })
     }
 
     fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
         Box::pin(async move {
+            self.wait().await;
             if let Some(what) = self.fail.lock().unwrap_or_else(PoisonError::into_inner).clone() {
                 return Err(EngineError::Failed { what });
             }

@@ -5,6 +5,7 @@
 //! [`Control`] does the work, whatever is behind it: a [`Store`](crate::store::Store) and an [`Engine`].
 //! Called by the daemon; spoken by `client`.
 
+mod access;
 pub mod control;
 mod drains;
 pub mod engine;
@@ -17,9 +18,11 @@ mod peer;
 pub mod regions;
 mod routes;
 pub mod store;
+mod table;
 pub mod types;
 mod view;
 
+pub use access::{Author, LOCK_TOKEN};
 pub use control::Control;
 pub use engine::{Engine, EngineError};
 pub use error::ApiError;
@@ -47,5 +50,7 @@ pub async fn serve(
 
 pub use peer::Writers;
 
+#[cfg(test)]
+mod access_tests;
 #[cfg(test)]
 mod tests;

@@ -6,8 +6,9 @@
 
 use super::{
     ApiError, Control,
+    access::{Author, Trier},
     engine::Snapshot,
-    routes::{Params, Reply, Writer, body, name},
+    routes::{Params, Reply, body, name},
     types::{Change, WriteQuery},
     view::{find_service, no_service, now_ms},
 };
@@ -18,10 +19,9 @@ use crate::{
     store::{Claim, Lock, StoreError},
 };
 use axum::{
-    Json, Router,
+    Json,
     body::Bytes,
     extract::{Path, State},
-    routing::{get, post},
 };
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
@@ -68,19 +68,6 @@ pub struct WhichRollout {
     /// Why, for the record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-}
-
-pub(super) fn routes() -> Router<Arc<Control>> {
-    Router::new()
-        .route("/v1/policy", get(policies))
-        .route("/v1/policy/{service}", get(policy))
-        .route("/v1/residency", get(residency))
-        .route("/v1/regions", get(regions))
-        .route("/v1/regions/{region}", post(region_add).delete(region_remove))
-        .route("/v1/regions/{region}/drain", post(region_drain))
-        .route("/v1/regions/{region}/undrain", post(region_undrain))
-        .route("/v1/rollouts", get(rollouts).post(rollout_start))
-        .route("/v1/rollouts/{verb}", post(rollout_change))
 }
 
 /// What goes on that holds the lock for as long as it does.
@@ -146,10 +133,18 @@ impl Control {
         }
     }
 
-    /// Changes the desired state while holding the lock.
+    /// Who holds a lock, for others.
+    pub(super) fn holder(&self, author: &Author) -> String {
+        match self.sharing.get() {
+            Some(sharing) => format!("{} on {}", author.name, sharing.host),
+            None => author.name.clone(),
+        }
+    }
+
+    /// Changes the desired state while holding the lock: the caller's, if he has it.
     async fn write_locked(
         &self,
-        author: &str,
+        author: &Author,
         query: &WriteQuery,
         reason: &str,
         change: impl FnMut(&mut Desired) -> Result<(), ApiError>,
@@ -157,13 +152,15 @@ impl Control {
         if query.dry_run {
             return self.write(author, query, change).await;
         }
-        let holder = match self.sharing.get() {
-            Some(sharing) => format!("{author} on {}", sharing.host),
-            None => author.to_owned(),
-        };
+        let (holder, held) = (self.holder(author), author.lock_token.clone());
+        let is_held = held.is_some();
         let claim =
-            Claim { name: LOCK.to_owned(), holder, reason: reason.to_owned(), ttl: LOCK_TTL, token: None };
+            Claim { name: LOCK.to_owned(), holder, reason: reason.to_owned(), ttl: LOCK_TTL, token: held };
+        // With a token: whether the caller has the lock, which he keeps.
         let Lock { token, .. } = self.store.lock(claim).await?;
+        if is_held {
+            return self.write(author, query, change).await;
+        }
         let result = self.write(author, query, change).await;
         if let Err(error) = self.store.unlock(LOCK.to_owned(), token).await {
             tracing::warn!(%error, "lock {LOCK} is not released; it runs out by itself");
@@ -187,7 +184,7 @@ impl Control {
 
     async fn region_state(
         &self,
-        author: &str,
+        author: &Author,
         query: &WriteQuery,
         region: Name,
         state: RegionState,
@@ -227,7 +224,7 @@ impl Control {
 
     async fn start_rollout(
         &self,
-        author: &str,
+        author: &Author,
         query: &WriteQuery,
         start: StartRollout,
     ) -> Result<Change, ApiError> {
@@ -260,7 +257,7 @@ impl Control {
 
     async fn change_rollout(
         &self,
-        author: &str,
+        author: &Author,
         query: &WriteQuery,
         verb: &str,
         which: WhichRollout,
@@ -297,7 +294,7 @@ impl Control {
                     (None, rollout) => *rollout = None,
                     (Some(state), Some(rollout)) => {
                         rollout.state = state;
-                        rollout.reason = reason.clone().unwrap_or_else(|| format!("by {author}"));
+                        rollout.reason = reason.clone().unwrap_or_else(|| format!("by {}", author.name));
                     }
                     (Some(_), None) => {}
                 }
@@ -331,11 +328,11 @@ fn no_region(region: &Name, desired: &Desired) -> ApiError {
 
 type Ctl = State<Arc<Control>>;
 
-async fn policies(State(control): Ctl) -> Reply<Vec<Explained>> {
+pub(super) async fn policies(State(control): Ctl) -> Reply<Vec<Explained>> {
     Ok(Json(control.decided().await.services.values().cloned().collect()))
 }
 
-async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Explained> {
+pub(super) async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Explained> {
     let service = name(&service)?;
     let head = control.head();
     let wanted = find_service(&head, &service)?;
@@ -351,22 +348,22 @@ async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Expla
     Ok(Json(found.ok_or_else(plain)?))
 }
 
-async fn residency(State(control): Ctl) -> Reply<Vec<Residency>> {
+pub(super) async fn residency(State(control): Ctl) -> Reply<Vec<Residency>> {
     Ok(Json(control.residency()))
 }
 
-async fn regions(State(control): Ctl) -> Reply<Regions> {
+pub(super) async fn regions(State(control): Ctl) -> Reply<Regions> {
     let steered = control.decided().await;
     let here = steered.regions.iter().find(|r| r.is_local).map(|r| r.name.clone());
     let here = here.ok_or_else(|| ApiError::not_found("this lbd knows of no regions yet"))?;
     Ok(Json(Regions { here, regions: steered.regions.clone() }))
 }
 
-async fn region_add(
+pub(super) async fn region_add(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
 ) -> Reply<Change> {
     let region = name(&region)?;
     let change = |desired: &mut Desired| {
@@ -377,11 +374,11 @@ async fn region_add(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn region_remove(
+pub(super) async fn region_remove(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
 ) -> Reply<Change> {
     let region = name(&region)?;
     let change = |desired: &mut Desired| match desired.regions.remove(&region) {
@@ -391,43 +388,43 @@ async fn region_remove(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn region_drain(
+pub(super) async fn region_drain(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
 ) -> Reply<Change> {
     Ok(Json(control.region_state(&author, &query, name(&region)?, RegionState::Draining).await?))
 }
 
-async fn region_undrain(
+pub(super) async fn region_undrain(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
 ) -> Reply<Change> {
     Ok(Json(control.region_state(&author, &query, name(&region)?, RegionState::Up).await?))
 }
 
-async fn rollouts(State(control): Ctl) -> Reply<Vec<RolloutShown>> {
+pub(super) async fn rollouts(State(control): Ctl) -> Reply<Vec<RolloutShown>> {
     Ok(Json(control.decided().await.services.values().filter_map(|e| e.rollout.clone()).collect()))
 }
 
-async fn rollout_start(
+pub(super) async fn rollout_start(
     State(control): Ctl,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let start: StartRollout = body(&bytes)?;
     Ok(Json(control.start_rollout(&author, &query, start).await?))
 }
 
-async fn rollout_change(
+pub(super) async fn rollout_change(
     State(control): Ctl,
     Path(verb): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let which: WhichRollout = body(&bytes)?;

@@ -1,7 +1,8 @@
 //! Paths and methods.
 
 use super::{
-    ApiError, Control, Peer,
+    ApiError, Control,
+    access::Trier,
     engine::FlowFilter,
     types::*,
     view::{find_service, no_backend, no_service},
@@ -14,9 +15,8 @@ use crate::{
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, Query, State},
+    extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State},
     http::{StatusCode, request::Parts},
-    routing::{get, post, put},
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -37,27 +37,7 @@ pub(super) type Reply<T> = Result<Json<T>, ApiError>;
 
 /// All routes.
 pub fn router(control: Arc<Control>) -> Router {
-    let service = get(service_show).post(service_add).patch(service_set).delete(service_remove);
-    let backend = get(backend_show).post(backend_add).patch(backend_set).delete(backend_remove);
-    Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/services", get(service_list))
-        .route("/v1/services/{service}", service)
-        .route("/v1/backends", get(backend_list_all))
-        .route("/v1/services/{service}/backends", get(backend_list))
-        .route("/v1/services/{service}/backends/{backend}", backend)
-        .route("/v1/services/{service}/backends/{backend}/drain", post(backend_drain))
-        .route("/v1/services/{service}/backends/{backend}/undrain", post(backend_undrain))
-        .route("/v1/replicas", get(replicas))
-        .route("/v1/stats", get(stats))
-        .route("/v1/flows", get(flows))
-        .route("/v1/explain", get(explain_flow))
-        .route("/v1/config", put(config_apply).get(config_export))
-        .route("/v1/history", get(history))
-        .route("/v1/rollback", post(rollback))
-        .merge(super::store::routes())
-        .merge(super::host::routes())
-        .merge(super::regions::routes())
+    super::access::router(super::table::table())
         .fallback(|uri: axum::http::Uri| async move {
             ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
         })
@@ -66,7 +46,6 @@ pub fn router(control: Arc<Control>) -> Router {
             ApiError { status: StatusCode::METHOD_NOT_ALLOWED, ..ApiError::bad_request(message) }
         })
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .merge(super::guard::routes())
         .with_state(control)
 }
 
@@ -84,23 +63,6 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
                 Err(ApiError::bad_request(format!("query of {}: {source}", parts.uri.path())))
             }
         }
-    }
-}
-
-/// A writer's name; those who may only read are refused here, unless they only try.
-pub(super) struct Writer(pub String);
-
-impl<S: Send + Sync> FromRequestParts<S> for Writer {
-    type Rejection = ApiError;
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let peer = ConnectInfo::<Peer>::from_request_parts(parts, state).await;
-        let ConnectInfo(peer) = peer.map_err(|_| ApiError::forbidden("the other end is not known"))?;
-        let trying = Query::<WriteQuery>::try_from_uri(&parts.uri).is_ok_and(|Query(q)| q.dry_run);
-        if peer.may_write || trying {
-            return Ok(Self(peer.user));
-        }
-        Err(ApiError::forbidden(format!("user {} may look, but not change anything", peer.user))
-            .fix("use sudo, or join the group that socket_group names"))
     }
 }
 
@@ -166,26 +128,26 @@ fn backend_mut<'a>(
     s.backends.get_mut(backend).ok_or_else(|| ApiError::not_found(format!("there is no backend {backend}")))
 }
 
-async fn status(State(control): Ctl) -> Reply<Status> {
+pub(super) async fn status(State(control): Ctl) -> Reply<Status> {
     let view = control.view().await?;
     Ok(Json(control.status(&view)))
 }
 
-async fn service_list(State(control): Ctl) -> Reply<Vec<ServiceInfo>> {
+pub(super) async fn service_list(State(control): Ctl) -> Reply<Vec<ServiceInfo>> {
     let view = control.view().await?;
     Ok(Json(control.services(&view)))
 }
 
-async fn service_show(State(control): Ctl, Path(service): Path<String>) -> Reply<ServiceInfo> {
+pub(super) async fn service_show(State(control): Ctl, Path(service): Path<String>) -> Reply<ServiceInfo> {
     let view = control.view().await?;
     Ok(Json(control.service(&view, &name(&service)?)?))
 }
 
-async fn service_add(
+pub(super) async fn service_add(
     State(control): Ctl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let (service, new) = (name(&service)?, body::<Service>(&bytes)?);
@@ -200,11 +162,11 @@ async fn service_add(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn service_set(
+pub(super) async fn service_set(
     State(control): Ctl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let (service, patch) = (name(&service)?, body::<Value>(&bytes)?);
@@ -216,11 +178,11 @@ async fn service_set(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn service_remove(
+pub(super) async fn service_remove(
     State(control): Ctl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
 ) -> Reply<Change> {
     let service = name(&service)?;
     let change = |desired: &mut Desired| {
@@ -231,27 +193,33 @@ async fn service_remove(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn backend_list_all(State(control): Ctl) -> Reply<Vec<BackendInfo>> {
+pub(super) async fn backend_list_all(State(control): Ctl) -> Reply<Vec<BackendInfo>> {
     let view = control.view().await?;
     Ok(Json(control.backends(&view, None)?))
 }
 
-async fn backend_list(State(control): Ctl, Path(service): Path<String>) -> Reply<Vec<BackendInfo>> {
+pub(super) async fn backend_list(
+    State(control): Ctl,
+    Path(service): Path<String>,
+) -> Reply<Vec<BackendInfo>> {
     let view = control.view().await?;
     Ok(Json(control.backends(&view, Some(&name(&service)?))?))
 }
 
-async fn backend_show(State(control): Ctl, Path(path): Path<(String, String)>) -> Reply<BackendInfo> {
+pub(super) async fn backend_show(
+    State(control): Ctl,
+    Path(path): Path<(String, String)>,
+) -> Reply<BackendInfo> {
     let (service, backend) = names(&path)?;
     let view = control.view().await?;
     Ok(Json(control.backend(&view, &service, &backend)?))
 }
 
-async fn backend_add(
+pub(super) async fn backend_add(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let ((service, backend), new) = (names(&path)?, body::<Backend>(&bytes)?);
@@ -268,11 +236,11 @@ async fn backend_add(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn backend_set(
+pub(super) async fn backend_set(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let ((service, backend), patch) = (names(&path)?, body::<Value>(&bytes)?);
@@ -284,11 +252,11 @@ async fn backend_set(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn backend_remove(
+pub(super) async fn backend_remove(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
 ) -> Reply<Change> {
     let (service, backend) = names(&path)?;
     let change = |desired: &mut Desired| {
@@ -299,20 +267,20 @@ async fn backend_remove(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-async fn backend_drain(
+pub(super) async fn backend_drain(
     control: Ctl,
     path: Path<(String, String)>,
     query: Params<WriteQuery>,
-    writer: Writer,
+    writer: Trier,
 ) -> Reply<Change> {
     backend_state(control, path, query, writer, BackendState::Draining).await
 }
 
-async fn backend_undrain(
+pub(super) async fn backend_undrain(
     control: Ctl,
     path: Path<(String, String)>,
     query: Params<WriteQuery>,
-    writer: Writer,
+    writer: Trier,
 ) -> Reply<Change> {
     backend_state(control, path, query, writer, BackendState::Up).await
 }
@@ -321,7 +289,7 @@ async fn backend_state(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     state: BackendState,
 ) -> Reply<Change> {
     let (service, backend) = names(&path)?;
@@ -334,30 +302,30 @@ async fn backend_state(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct ReplicasQuery {
+pub(super) struct ReplicasQuery {
     service: Option<Name>,
     after: Option<u64>,
     wait_ms: Option<u64>,
 }
 
-async fn replicas(State(control): Ctl, Params(query): Params<ReplicasQuery>) -> Reply<Replicas> {
+pub(super) async fn replicas(State(control): Ctl, Params(query): Params<ReplicasQuery>) -> Reply<Replicas> {
     let wait = query.wait_ms.map_or(REPLICAS_WAIT, Duration::from_millis).min(REPLICAS_WAIT);
     Ok(Json(control.replicas_after(query.service.as_ref(), query.after, wait).await?))
 }
 
-async fn stats(State(control): Ctl) -> Reply<Stats> {
+pub(super) async fn stats(State(control): Ctl) -> Reply<Stats> {
     Ok(Json(control.view().await?.stats_of_all()))
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct FlowsQuery {
+pub(super) struct FlowsQuery {
     service: Option<Name>,
     backend: Option<Name>,
     limit: Option<usize>,
 }
 
-async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<Flows> {
+pub(super) async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<Flows> {
     let stored = control.head();
     if let Some(service) = &query.service {
         let s = find_service(&stored, service)?;
@@ -371,7 +339,7 @@ async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<
     Ok(Json(control.flows(FlowFilter { service: query.service, backend: query.backend, limit }).await?))
 }
 
-async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
+pub(super) async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
     let Flow { source, destination, protocol, connection_id } = query;
     if source.is_ipv4() != destination.is_ipv4() {
         return Err(ApiError::bad_request(format!(
@@ -384,23 +352,24 @@ async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply
 /// A flow to explain.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Flow {
+pub(super) struct Flow {
     source: SocketAddr,
     destination: SocketAddr,
     protocol: Protocol,
     connection_id: Option<explain::ConnectionId>,
 }
 
-async fn config_export(State(control): Ctl) -> Reply<Config> {
+pub(super) async fn config_export(State(control): Ctl) -> Reply<Config> {
     let head = control.head();
-    let desired = Desired { guard: crate::model::Guard::default(), ..(*head.desired).clone() };
+    let Desired { services, regions, guard: _ } = (*head.desired).clone();
+    let desired = Desired { services, regions, guard: crate::model::Guard::default() };
     Ok(Json(Config { revision: Some(head.revision.number), desired }))
 }
 
-async fn config_apply(
+pub(super) async fn config_apply(
     State(control): Ctl,
     Params(mut query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let config: Config = body(&bytes)?;
@@ -416,20 +385,20 @@ async fn config_apply(
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct HistoryQuery {
+pub(super) struct HistoryQuery {
     before: Option<u64>,
     limit: Option<usize>,
 }
 
-async fn history(State(control): Ctl, Params(query): Params<HistoryQuery>) -> Reply<History> {
+pub(super) async fn history(State(control): Ctl, Params(query): Params<HistoryQuery>) -> Reply<History> {
     let limit = query.limit.unwrap_or(REVISIONS.0).min(REVISIONS.1);
     Ok(Json(History { revisions: control.store.history(query.before, limit).await? }))
 }
 
-async fn rollback(
+pub(super) async fn rollback(
     State(control): Ctl,
     Params(query): Params<WriteQuery>,
-    Writer(author): Writer,
+    Trier(author): Trier,
     bytes: Bytes,
 ) -> Reply<Change> {
     let Rollback { revision } = body(&bytes)?;

@@ -5,25 +5,26 @@
 
 use super::{
     ApiError, Control,
-    routes::{Params, Reply, Writer, body, name},
+    access::{Author, Writer},
+    routes::{Params, Reply, body, name},
     types::{Change, WriteQuery},
     view::now_ms,
 };
 use crate::{
     model::Name,
-    store::{About, Address, Claim, Link, Lock, Opener, Revision, backup, backup::Backup},
+    store::{
+        About, Address, Claim, Link, Lock, Opener, Retire, Revision, Store, StoreError, backup,
+        backup::Backup,
+    },
 };
 use axum::{
-    Json, Router,
+    Json,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, State},
-    routing::{get, post},
+    extract::{Path, State},
 };
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
-/// Largest backup: 10,000 revisions of a large state.
-const BACKUP_LIMIT: usize = 256 * 1024 * 1024;
 /// Keys of the hosts' reports begin with this.
 const HOSTS: &str = "hosts/";
 /// Shortest and longest time that a lock may be asked for.
@@ -108,6 +109,22 @@ pub struct StoreInfo {
     pub regions: Vec<RegionLag>,
     /// Hosts, by region and name.
     pub hosts: Vec<HostReport>,
+    /// Services that this host's maps have served since before lbd started, and of which the store, which is empty,
+    /// says nothing: they are forwarded as before until `accept` or a first change.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub orphaned_services: usize,
+}
+
+fn is_none(count: &usize) -> bool {
+    *count == 0
+}
+
+/// Body of `POST /v1/store/accept`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Accept {
+    /// Revision that the store was shown to hold. Another by now is not accepted.
+    pub revision: u64,
 }
 
 /// Body of `POST /v1/store/migrate`.
@@ -157,19 +174,6 @@ pub struct Unlock {
     pub force: bool,
 }
 
-/// The routes.
-pub(super) fn routes() -> Router<Arc<Control>> {
-    let restore = post(restore).layer(DefaultBodyLimit::max(BACKUP_LIMIT));
-    Router::new()
-        .route("/v1/store", get(status))
-        .route("/v1/store/migrate", post(migrate))
-        .route("/v1/store/backup", get(backup))
-        .route("/v1/store/restore", restore)
-        .route("/v1/store/accept", post(accept))
-        .route("/v1/locks", get(locks))
-        .route("/v1/locks/{name}", post(lock).delete(unlock))
-}
-
 /// Regions of these hosts, by name, when `newest` is the newest revision.
 fn regions(hosts: &[HostReport], newest: u64) -> Vec<RegionLag> {
     let mut regions: BTreeMap<&str, (RegionLag, u64)> = BTreeMap::new();
@@ -202,7 +206,15 @@ impl Control {
         hosts.sort_by(|a, b| (&a.region, &a.host).cmp(&(&b.region, &b.host)));
         let revision = self.store.head().revision;
         let regions = regions(&hosts, revision.number);
-        StoreInfo { about, link: self.store.link().borrow().clone(), revision, regions, hosts }
+        let orphaned_services = self.orphaned();
+        StoreInfo {
+            about,
+            link: self.store.link().borrow().clone(),
+            revision,
+            regions,
+            hosts,
+            orphaned_services,
+        }
     }
 
     /// Tells the others about this host.
@@ -212,43 +224,111 @@ impl Control {
         self.report.send_replace(report);
     }
 
-    /// Copies all revisions to another store, and takes no more changes here.
+    /// Copies all revisions to another store, which is empty; then this one takes no more changes.
+    ///
+    /// Cut short anywhere, it leaves this store in use: the other one is filled in one step, and this one is retired
+    /// last. If it was cut short between the two, another attempt finds the copy, and goes on from there.
     ///
     /// # Errors
-    /// The address is none, the other store is not empty, or cannot be written; then all is as it was.
-    pub async fn migrate(&self, author: &str, to: &str) -> Result<Filled, ApiError> {
+    /// The address is not valid, the other store is not empty, or cannot be written; then all is as it was.
+    pub async fn migrate(&self, author: &Author, to: &str) -> Result<Filled, ApiError> {
         let address: Address = to.parse()?;
         let to = address.to_string();
         let opener =
             &self.sharing.get().ok_or_else(|| ApiError::bad_request("this lbd cannot migrate"))?.opener;
         let _still = self.changing.write().await;
         let other = opener.open_other(&address).await?;
-        let id = self.store.about().await.id;
-        self.store.retire(Some(to.clone())).await?;
-        let copied = async {
-            let all = backup::revisions(&*self.store).await?;
-            let count = all.len();
-            other.import(Some(id), all).await?;
-            Ok::<usize, ApiError>(count)
-        };
-        match copied.await {
+        self.store.retire(Retire::Moving(to.clone())).await?;
+        let result = match self.copy_to(&*other, &to).await {
             Ok(revisions) => {
-                let revision = other.head().revision.number;
+                self.store.retire(Retire::Moved(to.clone())).await.map(|()| revisions).map_err(ApiError::from)
+            }
+            Err(error) => Err(error),
+        };
+        match result {
+            Ok(revisions) => {
+                let (revision, author) = (other.head().revision.number, &author.name);
                 tracing::warn!(author, to, revisions, "migrated: this store takes no more changes");
                 Ok(Filled { store: to, revisions, revision, change: None })
             }
             Err(error) => {
-                self.store.retire(None).await?;
+                if let Err(also) = self.store.retire(Retire::Back).await {
+                    tracing::error!(error = %also, "the store does not take changes yet after a migration that failed");
+                }
                 Err(error)
             }
         }
+    }
+
+    /// Copies all revisions, unless an earlier attempt has done so; how many there are.
+    async fn copy_to(&self, other: &dyn Store, to: &str) -> Result<usize, ApiError> {
+        let id = self.store.about().await.id;
+        let all = backup::revisions(&*self.store).await?;
+        let count = all.len();
+        if count > 0 && other.head() == self.store.head() && other.about().await.id == id {
+            // It may be this very store under another address, whose mark then says so; or it was itself migrated here.
+            match other.retire(Retire::Moving(to.to_owned())).await {
+                Ok(()) | Err(StoreError::Moved { .. }) => other.retire(Retire::Back).await?,
+                Err(StoreError::Moving { .. }) => {
+                    return Err(ApiError::bad_request(format!("{to} is the store that is in use already")));
+                }
+                Err(error) => return Err(error.into()),
+            }
+            tracing::info!(to, "the revisions are there already, from a migration that was cut short");
+            return Ok(count);
+        }
+        match other.import(Some(id), all).await {
+            Ok(()) => Ok(count),
+            Err(error @ StoreError::NotEmpty { .. }) => Err(ApiError::from(error).fix(
+                "if nobody uses them, remove them (the directory, or the keys under the prefix), and migrate again",
+            )),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Takes changes again in a store that was migrated elsewhere.
+    ///
+    /// # Errors
+    /// It was not, a migration is going on, or writing failed.
+    pub async fn unretire(&self, author: &Author) -> Result<(), ApiError> {
+        let Ok(_still) = self.changing.try_write() else {
+            return Err(
+                ApiError::busy("a change or a migration is going on").fix("wait for its end, and try again")
+            );
+        };
+        self.store.retire(Retire::Back).await?;
+        tracing::warn!(author = author.name, "this store takes changes again");
+        Ok(())
+    }
+
+    /// Takes what the store holds, at the revision that the author was shown: an empty store over maps that serve, or
+    /// one that was set back.
+    ///
+    /// # Errors
+    /// There is nothing to accept, or it is at another revision by now; or applying it failed.
+    pub async fn accept(&self, author: &Author, revision: u64) -> Result<(), ApiError> {
+        if self.adopt_empty(revision)? {
+            tracing::warn!(author = author.name, "the empty store is accepted: the services in the maps go");
+            return self.applied(0).await.map(drop);
+        }
+        self.store.accept(revision)?;
+        tracing::warn!(author = author.name, revision, "what the store holds is accepted, older or not");
+        let mut link = self.store.link();
+        // What comes of it is in the answer, either way.
+        let _ = tokio::time::timeout(Duration::from_secs(5), link.wait_for(|link| link.connected)).await;
+        Ok(())
     }
 
     /// Fills an empty store with a backup; otherwise makes its newest state the newest revision.
     ///
     /// # Errors
     /// It is not sound, or as [`Control::write`].
-    pub async fn restore(&self, author: &str, query: &WriteQuery, from: &Backup) -> Result<Filled, ApiError> {
+    pub async fn restore(
+        &self,
+        author: &Author,
+        query: &WriteQuery,
+        from: &Backup,
+    ) -> Result<Filled, ApiError> {
         let all = from.stored("the backup")?;
         let Some(last) = all.last().cloned() else {
             return Err(ApiError::bad_request("the backup has no revision"));
@@ -258,7 +338,7 @@ impl Control {
             let _still = self.changing.write().await;
             self.engine.check(last.desired.clone()).await?;
             self.store.import(None, all).await?;
-            tracing::warn!(author, revisions, "an empty store was filled from a backup");
+            tracing::warn!(author = author.name, revisions, "an empty store was filled from a backup");
             let revision = last.revision.number;
             self.applied(revision).await?;
             return Ok(Filled { store, revisions, revision, change: None });
@@ -275,20 +355,24 @@ impl Control {
     }
 }
 
-async fn status(State(control): State<Arc<Control>>) -> Reply<StoreInfo> {
+pub(super) async fn status(State(control): State<Arc<Control>>) -> Reply<StoreInfo> {
     Ok(Json(control.store_info().await))
 }
 
-async fn migrate(State(control): State<Arc<Control>>, Writer(author): Writer, bytes: Bytes) -> Reply<Filled> {
+pub(super) async fn migrate(
+    State(control): State<Arc<Control>>,
+    Writer(author): Writer,
+    bytes: Bytes,
+) -> Reply<Filled> {
     let Migrate { to } = body(&bytes)?;
     Ok(Json(control.migrate(&author, &to).await?))
 }
 
-async fn backup(State(control): State<Arc<Control>>) -> Reply<Backup> {
+pub(super) async fn backup(State(control): State<Arc<Control>>) -> Reply<Backup> {
     Ok(Json(Backup::of(&*control.store, now_ms()).await?))
 }
 
-async fn restore(
+pub(super) async fn restore(
     State(control): State<Arc<Control>>,
     Params(query): Params<WriteQuery>,
     Writer(author): Writer,
@@ -298,20 +382,29 @@ async fn restore(
     Ok(Json(control.restore(&author, &query, &from).await?))
 }
 
-async fn accept(State(control): State<Arc<Control>>, Writer(author): Writer) -> Reply<StoreInfo> {
-    tracing::warn!(author, "what the store holds is accepted, older or not");
-    control.store.accept();
-    let mut link = control.store.link();
-    // What comes of it is in the answer, either way.
-    let _ = tokio::time::timeout(Duration::from_secs(5), link.wait_for(|link| link.connected)).await;
+pub(super) async fn accept(
+    State(control): State<Arc<Control>>,
+    Writer(author): Writer,
+    bytes: Bytes,
+) -> Reply<StoreInfo> {
+    let Accept { revision } = body(&bytes)?;
+    control.accept(&author, revision).await?;
     Ok(Json(control.store_info().await))
 }
 
-async fn locks(State(control): State<Arc<Control>>) -> Reply<Vec<Lock>> {
+pub(super) async fn unretire(
+    State(control): State<Arc<Control>>,
+    Writer(author): Writer,
+) -> Reply<StoreInfo> {
+    control.unretire(&author).await?;
+    Ok(Json(control.store_info().await))
+}
+
+pub(super) async fn locks(State(control): State<Arc<Control>>) -> Reply<Vec<Lock>> {
     Ok(Json(control.store.locks().await?))
 }
 
-async fn lock(
+pub(super) async fn lock(
     State(control): State<Arc<Control>>,
     Path(path): Path<String>,
     Writer(author): Writer,
@@ -325,10 +418,7 @@ async fn lock(
             request.ttl_s
         )));
     }
-    let holder = match control.sharing.get() {
-        Some(sharing) => format!("{author} on {}", sharing.host),
-        None => author,
-    };
+    let holder = control.holder(&author);
     let ttl = Duration::from_secs(request.ttl_s);
     let is_new = request.token.is_none();
     let claim = Claim { name: name.to_string(), holder, reason: request.reason, ttl, token: request.token };
@@ -344,7 +434,7 @@ async fn lock(
     Ok(Json(lock))
 }
 
-async fn unlock(
+pub(super) async fn unlock(
     State(control): State<Arc<Control>>,
     Path(path): Path<String>,
     Params(query): Params<Unlock>,
@@ -355,7 +445,7 @@ async fn unlock(
         return Err(ApiError::bad_request("whose lock is it? give its token, or force"));
     }
     if query.force {
-        tracing::warn!(author, %name, "a lock is released by force");
+        tracing::warn!(author = author.name, %name, "a lock is released by force");
     }
     control.store.unlock(name.to_string(), query.token.filter(|_| !query.force)).await?;
     Ok(Json(control.store.locks().await?))

@@ -32,6 +32,9 @@ pub struct Status {
     pub store: crate::store::Link,
     /// Newest revision of the desired state.
     pub revision: Revision,
+    /// Services that the maps hold although the store is empty: forwarded as before until somebody says what is to be.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub orphaned_services: usize,
     /// What was last written to the maps.
     pub applied: Applied,
     /// Interfaces.
@@ -66,6 +69,10 @@ pub struct Status {
     pub reasons: Vec<ReasonCount>,
     /// Room in the maps.
     pub room: Vec<Room>,
+}
+
+fn is_none(count: &usize) -> bool {
+    *count == 0
 }
 
 /// What was last written to the maps.

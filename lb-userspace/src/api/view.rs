@@ -59,6 +59,7 @@ impl Control {
             uptime_s: self.started.elapsed().as_secs(),
             store: self.link(),
             revision: view.stored.revision.clone(),
+            orphaned_services: self.orphaned(),
             applied,
             interfaces: self.engine.interfaces(),
             announcement: self.announcement(),
@@ -354,8 +355,22 @@ pub fn fate(reason: Reason) -> &'static str {
     }
 }
 
+/// What is wrong when an empty store meets maps that serve, and what to do.
+pub(super) fn orphaned(services: usize) -> String {
+    let services = if services == 1 { "1 service".to_owned() } else { format!("{services} services") };
+    format!(
+        "the store is empty, but the maps hold {services}: forwarding goes on as before, and health and drains are \
+         not followed. Start lbd with the --store or --state-dir that it had, or bring the state back with \
+         `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
+         store is meant to be empty, `lbctl store accept 0` removes the services"
+    )
+}
+
 fn problems(status: &Status) -> Vec<String> {
     let mut found = Vec::new();
+    if status.orphaned_services > 0 {
+        found.push(orphaned(status.orphaned_services));
+    }
     let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
     if !status.store.connected {
         let for_s = now_ms().saturating_sub(status.store.since_ms) / 1_000;

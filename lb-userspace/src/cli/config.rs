@@ -2,9 +2,9 @@
 
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
-    api::types::Config,
+    api::types::{Change, Config, WriteQuery},
     config::{ConfigError, File, export},
-    model::{Desired, differences},
+    model::Desired,
     render::{self, Out},
 };
 use clap::{Args, Subcommand};
@@ -116,10 +116,12 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
     match command {
         Command::Check(it) => check(&mut context.out, &it),
         Command::Diff { file } => {
-            let (mut new, _) = desired(&file)?;
-            let old: Config = context.client.get("/v1/config", &()).await?;
-            new.assign_seats(&old.desired);
-            let found = differences(&old.desired, &new);
+            // What `apply` would do, by the same way.
+            let (desired, revision) = desired(&file)?;
+            let body = Config { revision, desired };
+            let query = WriteQuery { dry_run: true, ..WriteQuery::default() };
+            let change: Change = context.client.send(Method::PUT, "/v1/config", &query, Some(&body)).await?;
+            let found = change.differences;
             if context.out.json {
                 context.out.json(&found, false)?;
             } else {

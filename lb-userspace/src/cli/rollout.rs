@@ -6,7 +6,7 @@ use crate::{
         regions::{StartRollout, WhichRollout},
         store::{LockRequest, Unlock},
     },
-    client::ClientError,
+    client::{ClientError, LOCK_TOKEN_VARIABLE},
     model::{Name, Rollout},
     regions::RolloutShown,
     render::{region as render_region, store as render, units::parse_duration},
@@ -149,7 +149,8 @@ pub struct LockArgs {
     /// Renew the lock that was answered with this token
     #[arg(long, value_name = "TOKEN", conflicts_with_all = ["wait", "command"])]
     token: Option<String>,
-    /// Command to run while the lock is held; it is ended if the lock is lost
+    /// Command to run while the lock is held; it is ended if the lock is lost. It finds the token in LBCTL_LOCK_TOKEN,
+    /// by which `lbctl region drain` and `lbctl rollout start` in it use the lock
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -254,7 +255,13 @@ async fn run_with(
         fix: None,
         details: Vec::new(),
     };
-    let started = tokio::process::Command::new(&command[0]).args(&command[1..]).kill_on_drop(true).spawn();
+    let mut started = tokio::process::Command::new(&command[0]);
+    started.args(&command[1..]).kill_on_drop(true);
+    // What the command asks of lbd is under this lock, not against it.
+    if let Some(token) = &request.token {
+        started.env(LOCK_TOKEN_VARIABLE, token);
+    }
+    let started = started.spawn();
     let ended = match started {
         Err(error) => Err(cannot(error)),
         Ok(mut child) => {

@@ -2,7 +2,7 @@
 
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
-    api::store::{Filled, Migrate, StoreInfo},
+    api::store::{Accept, Filled, Migrate, StoreInfo},
     render::store as render,
     store::backup::Backup,
 };
@@ -40,8 +40,21 @@ pub enum Command {
         #[command(flatten)]
         write: WriteFlags,
     },
-    /// Take what the store holds although this host has seen newer; fill an empty one with what this host knows
-    Accept,
+    /// Accept what the store holds: an empty store (removes the services that the maps still forward), or one that is
+    /// older than what this host has seen (an empty one is filled with what this host knows)
+    Accept {
+        /// Revision of the store, as `lbctl status` shows it; without it, says what there is to accept
+        revision: Option<u64>,
+    },
+    /// Take a migration back: the store that was migrated away takes changes again
+    #[command(
+        after_help = "Do this only if no lbd works with the other store: the two would differ from then on."
+    )]
+    Unretire {
+        /// Confirm that no lbd works with the other store
+        #[arg(long, required = true)]
+        yes: bool,
+    },
 }
 
 /// Runs one.
@@ -53,8 +66,8 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
         }
         Command::Migrate { to } => {
             let body = Migrate { to };
-            let filled: Filled =
-                context.client.send(Method::POST, "/v1/store/migrate", &(), Some(&body)).await?;
+            let client = context.client.patient();
+            let filled: Filled = client.send(Method::POST, "/v1/store/migrate", &(), Some(&body)).await?;
             if context.out.json {
                 context.out.json(&filled, false)?;
             }
@@ -64,7 +77,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             Ok(Exit::Ok)
         }
         Command::Backup { file } => {
-            let backup: Backup = context.client.get("/v1/store/backup", &()).await?;
+            let backup: Backup = context.client.patient().get("/v1/store/backup", &()).await?;
             let bytes = backup.to_bytes().map_err(|e| Failure::Broken(e.to_string()))?;
             if file == Path::new("-") {
                 context.out.raw(&bytes)?;
@@ -89,16 +102,48 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             };
             let backup = Backup::parse(&file.display().to_string(), &bytes).map_err(refused)?;
             let path = "/v1/store/restore";
-            let filled: Filled =
-                context.client.send(Method::POST, path, &write.query(), Some(&backup)).await?;
+            let client = context.client.patient();
+            let filled: Filled = client.send(Method::POST, path, &write.query(), Some(&backup)).await?;
             restored(context, &filled)
         }
-        Command::Accept => {
+        Command::Accept { revision: None } => {
+            let info: StoreInfo = context.client.get("/v1/store", &()).await?;
+            Err(to_accept(&info))
+        }
+        Command::Accept { revision: Some(revision) } => {
+            let body = Some(Accept { revision });
             let info: StoreInfo =
-                context.client.send(Method::POST, "/v1/store/accept", &(), None::<&()>).await?;
+                context.client.send(Method::POST, "/v1/store/accept", &(), body.as_ref()).await?;
+            status(context, &info)
+        }
+        Command::Unretire { .. } => {
+            let info: StoreInfo =
+                context.client.send(Method::POST, "/v1/store/unretire", &(), None::<&()>).await?;
+            eprintln!("this store takes changes again, from revision {} on", info.revision.number);
             status(context, &info)
         }
     }
+}
+
+/// What there is to accept.
+fn to_accept(info: &StoreInfo) -> Failure {
+    let (what, fix) = match (info.orphaned_services, info.link.set_back) {
+        (0, None) => {
+            let why =
+                info.link.problem.as_deref().unwrap_or("this host works by the store's newest revision");
+            (format!("there is nothing to accept: {why}"), None)
+        }
+        (0, Some(found)) => {
+            let seen = info.revision.number;
+            let what = format!("the store is at revision {found}, and this host has seen {seen}");
+            (what, Some(format!("`lbctl store accept {found}` takes revision {found}")))
+        }
+        (services, _) => {
+            let what = format!("the store is empty, and the maps hold services ({services})");
+            (what, Some("`lbctl store accept 0` removes them".to_owned()))
+        }
+    };
+    Failure::Refused { what, fix, details: Vec::new() }
 }
 
 fn status(context: &mut Context<'_>, info: &StoreInfo) -> Result<Exit, Failure> {
@@ -107,7 +152,8 @@ fn status(context: &mut Context<'_>, info: &StoreInfo) -> Result<Exit, Failure> 
     } else {
         render::status(&mut context.out, info)?;
     }
-    let well = info.link.connected && info.about.members.iter().all(|m| m.healthy);
+    let well =
+        info.link.connected && info.orphaned_services == 0 && info.about.members.iter().all(|m| m.healthy);
     Ok(if well { Exit::Ok } else { Exit::No })
 }
 

@@ -5,16 +5,22 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
-/// Writes `[[service]]` tables in name order. Settings at their defaults are left out.
+/// Writes `[[service]]` tables in name order. Settings at their defaults are left out. Deny and allow lists are not
+/// part of files: they may have a million entries, and `lbctl guard` changes and prints them.
 pub fn export(desired: &Desired) -> String {
+    let Desired { services, regions, guard: _ } = desired;
     let mut out = String::new();
-    for (name, region) in &desired.regions {
+    if services.is_empty() && !regions.is_empty() {
+        // Without, the file would be refused: it would seem to leave the services out by mistake.
+        line(&mut out, "service", &json!([]));
+    }
+    for (name, region) in regions {
         let separator = if out.is_empty() { "" } else { "\n" };
         let _ = writeln!(out, "{separator}[[region]]");
         line(&mut out, "name", &json!(name));
         changed(&mut out, object(region), &defaults::<Region>(json!({})));
     }
-    for (name, service) in &desired.services {
+    for (name, service) in services {
         let separator = if out.is_empty() { "" } else { "\n" };
         let _ = writeln!(out, "{separator}[[service]]");
         line(&mut out, "name", &json!(name));

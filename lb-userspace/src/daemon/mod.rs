@@ -81,7 +81,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     check_nat_ports(&settings)?;
     let (announcer, announcement) = settings.announce.as_deref().map(Announcer::open).transpose()?.unzip();
-    let options = attach_options(&settings, store.head().desired.features());
+    let options = attach_options(&settings, features_at_start(&store.head(), &settings.pin_path));
     let mut dataplane = tokio::task::spawn_blocking(move || Dataplane::attach(&options)).await??;
     for i in &dataplane.interfaces {
         if i.mode == "driver" {
@@ -137,6 +137,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     if reconciler.wants_history(&store.head().desired) {
         reconciler.recall(&history(&*store).await);
     }
+    let adopted = reconciler.adopted();
     let reconciler = spawn_reconciler(reconciler, inbox)?;
     parts.add("saving the reconciler's memory", save_memory(kept.clone(), local.clone()));
     parts.add("next hops", forward(hops, events.clone(), Event::Paths));
@@ -156,11 +157,18 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let hosting = Hosting::restore(local.clone(), announcement).await?;
     control.announce(hosting.clone());
     control.steer_by(steering.shown());
+    control.adopted(adopted);
     parts.add("desired state", ended_ok(control.clone().follow()));
-    let head = control.head();
-    control.applied(head.revision.number).await.context("cannot apply the stored state")?;
+    if control.orphaned() == 0 {
+        let head = control.head();
+        control.applied(head.revision.number).await.context("cannot apply the stored state")?;
+    }
     if let Some(announcer) = announcer {
-        parts.add("announcement", announcer.run(published.clone(), hosting.is_draining()));
+        let (first, published, is_draining) = (control.clone(), published.clone(), hosting.is_draining());
+        parts.add("announcement", async move {
+            first.first_applied().await;
+            announcer.run(published, is_draining).await
+        });
         parts.add("this host's drain", ended_ok(control.clone().follow_drain()));
     }
 
@@ -190,11 +198,18 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
             other => other?,
         }
     }
-    if let Some(takeover) = takeover {
-        take_over(takeover).await?;
+    let go_on = take_over_and_sweep(takeover, home, events.clone());
+    if control.orphaned() == 0 {
+        go_on.await?;
+    } else {
+        // Another version's program forwards by tables that ours does not have before something is applied.
+        let first = control.clone();
+        parts.add("first state", async move {
+            first.first_applied().await;
+            go_on.await?;
+            std::future::pending::<anyhow::Result<()>>().await
+        });
     }
-    // Not before all flows are there: it tells which slots have none.
-    start_sweeper(home, events.clone()).context("cannot start the sweeper")?;
     let (stop_out, stopped) = watch::channel(false);
     parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
     if let Some(listener) = metrics {
@@ -233,6 +248,25 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         None => Ok(()),
         Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
     }
+}
+
+/// What follows when the tables are written.
+async fn take_over_and_sweep(
+    takeover: Option<Takeover>,
+    home: PathBuf,
+    events: mpsc::Sender<Event>,
+) -> anyhow::Result<()> {
+    if let Some(takeover) = takeover {
+        take_over(takeover).await?;
+    }
+    // Not before all flows are there: it tells which slots have none.
+    start_sweeper(home, events).context("cannot start the sweeper")
+}
+
+/// Features to load at the start: those of the stored state; all, if the store is empty but something is pinned, which
+/// may use them.
+fn features_at_start(head: &Stored, pin_path: &Path) -> u32 {
+    if head.revision.number == 0 && pin_path.exists() { ON_DEMAND } else { head.desired.features() }
 }
 
 /// Lets our program run where another ABI version's does, now that the tables are written.
@@ -514,7 +548,8 @@ async fn load_services(
     }
     let message = format!("services of {}", path.display());
     let query = types::WriteQuery { message: Some(message), ..Default::default() };
-    let change = control.write("lbd", &query, |state| {
+    let author = api::Author::daemon();
+    let change = control.write(&author, &query, |state| {
         let mut wanted = desired.clone();
         wanted.keep_operations(state);
         *state = wanted;

@@ -32,16 +32,17 @@ impl Desired {
     /// Takes from `old` what operations made and files as a rule do not name: regions, if this state names none,
     /// roll-outs that are going on, and the deny and allow lists.
     pub fn keep_operations(&mut self, old: &Self) {
-        if self.regions.is_empty() {
-            self.regions.clone_from(&old.regions);
+        let Self { services, regions, guard } = self;
+        if regions.is_empty() {
+            regions.clone_from(&old.regions);
         }
-        for (name, service) in &mut self.services {
+        for (name, service) in services {
             let rollout = old.services.get(name).and_then(|s| s.rollout.as_ref());
             if service.rollout.is_none() && service.replica.is_some() && rollout.is_some() {
                 Arc::make_mut(service).rollout = rollout.cloned();
             }
         }
-        self.guard.clone_from(&old.guard);
+        guard.clone_from(&old.guard);
     }
 
     /// Features of the dataplane that are loaded only where they are used, see [`lb_common::settings::features`].

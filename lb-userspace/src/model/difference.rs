@@ -111,6 +111,8 @@ impl fmt::Display for Difference {
 
 /// All differences, in name order; empty if the states are equal.
 pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
+    // A new field does not compile before its differences are told.
+    let Desired { services: _, regions: _, guard: _ } = new;
     let mut found = Vec::new();
     for (name, from) in &old.services {
         match new.services.get(name) {
@@ -162,13 +164,16 @@ pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
 }
 
 fn value(thing: &impl Serialize) -> Value {
-    let mut value =
-        serde_json::to_value(thing).expect("model types have text keys and no failing serialisers");
+    let mut value = whole(thing);
     // Follows from how the backends changed.
     if let Value::Object(fields) = &mut value {
         fields.remove("seating");
     }
     value
+}
+
+fn whole(thing: &impl Serialize) -> Value {
+    serde_json::to_value(thing).expect("model types have text keys and no failing serialisers")
 }
 
 /// A service's own settings, flattened to dotted names.
@@ -186,6 +191,7 @@ fn settings(service: &Service) -> BTreeMap<String, Value> {
 }
 
 fn service_differences(name: &Name, old: &Service, new: &Service, found: &mut Vec<Difference>) {
+    let before = found.len();
     set_differences(name, None, settings(old), settings(new), found);
     for (backend, from) in &old.backends {
         let id = Some(backend.clone());
@@ -209,6 +215,12 @@ fn service_differences(name: &Name, old: &Service, new: &Service, found: &mut Ve
                 to: value(to),
             });
         }
+    }
+    // Nothing that it follows from: somebody set it.
+    if found.len() == before {
+        let (from, to) = (whole(&old.seating), whole(&new.seating));
+        let (service, field) = (name.clone(), "seating".to_owned());
+        found.push(Difference::Set { service, backend: None, field, from, to });
     }
 }
 
@@ -242,10 +254,33 @@ fn set_differences(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::generate::desired;
     use serde_json::json;
 
     fn state(v: Value) -> Desired {
         serde_json::from_value(json!({ "services": v })).unwrap()
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn states_that_differ_in_anything_have_a_difference(a in desired(), b in desired(), at in 0..6u8) {
+            proptest::prop_assert_eq!(differences(&a, &b).is_empty(), a == b);
+            let Desired { services, regions, guard } = b;
+            for one in [
+                Desired { services, ..a.clone() },
+                Desired { regions, ..a.clone() },
+                Desired { guard, ..a.clone() },
+            ] {
+                proptest::prop_assert_eq!(differences(&a, &one).is_empty(), a == one);
+            }
+            let mut seated = a.clone();
+            if let Some(service) = seated.service_mut(&format!("s{at}").parse().unwrap()) {
+                service.seating.push((99, 1));
+                let text: Vec<String> = differences(&a, &seated).iter().map(ToString::to_string).collect();
+                proptest::prop_assert_eq!(text.len(), 1);
+                proptest::prop_assert!(text[0].contains(": seating "), "{:?}", text);
+            }
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@ mod check;
 mod check_service;
 mod desired;
 mod difference;
+#[cfg(any(test, feature = "test-support"))]
+pub mod generate;
 pub mod guard;
 mod health;
 mod name;

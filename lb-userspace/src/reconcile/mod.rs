@@ -182,6 +182,11 @@ impl<M: Maps> Reconciler<M> {
         Ok((reconciler, published))
     }
 
+    /// Services that the maps held at the start, ours or those of another ABI version that forwards.
+    pub fn adopted(&self) -> usize {
+        self.memory.services.len()
+    }
+
     /// Gives verdicts, replicas' words, next hops and decisions that are known from before, without writing anything
     /// yet.
     pub fn prime(
@@ -271,7 +276,8 @@ impl<M: Maps> Reconciler<M> {
                     changed |= self.observed.paths != paths;
                     self.observed.paths = paths;
                 }
-                Event::Swept(sweep) => changed |= self.swept(sweep),
+                // Until somebody says what is to be, all that the maps hold is.
+                Event::Swept(sweep) => changed |= self.told && self.swept(sweep),
             }
         }
         if changed && self.told {

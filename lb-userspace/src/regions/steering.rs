@@ -7,7 +7,7 @@ use super::{
     rtt::{self, Targets, Times},
 };
 use crate::{
-    api::{Control, types::WriteQuery},
+    api::{Author, Control, types::WriteQuery},
     health::{self, ProbeTarget},
     model::{
         Canary, Desired, Here, Name, RegionRules, RegionState, RolloutState, Service, Share, Steer, WHOLE,
@@ -366,11 +366,12 @@ impl Steering {
         }
         let (control, aborting) = (control.clone(), self.aborting.clone());
         tokio::spawn(async move {
+            let author = Author::daemon();
             for (service, version, why) in aborts {
                 tracing::warn!(%service, version, why, "roll-out aborted");
                 let message = format!("roll-out of {version} on {service} aborted: {why}");
                 let query = WriteQuery { message: Some(message), ..WriteQuery::default() };
-                let done = control.write("lbd", &query, |desired| {
+                let done = control.write(&author, &query, |desired| {
                     let rollout = desired.service_mut(&service).and_then(|s| s.rollout.as_mut());
                     // Unless it is another one, or somebody was faster.
                     if let Some(rollout) =

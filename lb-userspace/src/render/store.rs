@@ -36,7 +36,12 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             s.link.problem.as_deref().unwrap_or("not connected yet")
         )
     };
-    let by = if r.number == 0 {
+    let by = if s.orphaned_services > 0 {
+        format!(
+            "empty, but the maps hold {} services, forwarded as before: see `lbctl status`",
+            s.orphaned_services
+        )
+    } else if r.number == 0 {
         "empty".to_owned()
     } else {
         format!("by {}, {}", r.author, units::time(r.time_ms))

@@ -59,14 +59,15 @@ impl Backup {
     /// # Errors
     /// Reading failed.
     pub async fn of(store: &dyn Store, time_ms: u64) -> Result<Self, StoreError> {
-        let all = revisions(store).await?;
         let mut before = Arc::<Desired>::default();
-        let mut entries = Vec::with_capacity(all.len());
-        for stored in all {
+        let mut entries = Vec::new();
+        let entry = |stored: Stored| -> Result<(), StoreError> {
             let delta = delta::diff(&before, &stored.desired).map_err(|e| unsound("the backup", e))?;
             entries.push(Entry { revision: stored.revision, delta });
             before = stored.desired;
-        }
+            Ok(())
+        };
+        each_revision(store, entry).await?;
         Ok(Self { store: store.about().await.id, time_ms, revisions: entries })
     }
 
@@ -149,11 +150,25 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// All kept revisions with their states, oldest first.
+/// All kept revisions with their states, oldest first. What one has in common with the one before is there once.
 ///
 /// # Errors
 /// Reading failed.
 pub async fn revisions(store: &dyn Store) -> Result<Vec<Stored>, StoreError> {
+    let mut all = Vec::new();
+    each_revision(store, |stored| {
+        all.push(stored);
+        Ok(())
+    })
+    .await?;
+    Ok(all)
+}
+
+/// Reads one kept revision after the other, oldest first.
+async fn each_revision(
+    store: &dyn Store,
+    mut take: impl FnMut(Stored) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
     let newest = store.head().revision.number;
     let mut numbers: Vec<u64> = Vec::new();
     loop {
@@ -166,16 +181,21 @@ pub async fn revisions(store: &dyn Store) -> Result<Vec<Stored>, StoreError> {
             break;
         }
     }
-    let mut all = Vec::with_capacity(numbers.len());
+    let mut before: Option<Arc<Desired>> = None;
     for number in numbers.into_iter().rev() {
-        match store.get(number).await {
-            Ok(stored) => all.push(stored),
+        let Stored { revision, mut desired } = match store.get(number).await {
+            Ok(stored) => stored,
             // Forgotten since the list was made.
-            Err(StoreError::NoRevision { .. }) if all.is_empty() => {}
+            Err(StoreError::NoRevision { .. }) if before.is_none() => continue,
             Err(error) => return Err(error),
+        };
+        if let Some(before) = &before {
+            Arc::make_mut(&mut desired).share(before);
         }
+        before = Some(desired.clone());
+        take(Stored { revision, desired })?;
     }
-    Ok(all)
+    Ok(())
 }
 
 #[cfg(test)]

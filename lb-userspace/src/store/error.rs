@@ -41,8 +41,8 @@ pub enum StoreError {
     },
     /// Not a store, or damaged.
     #[error(
-        "store {file} is damaged ({what}); it was left as it is: restore it from a copy, or move it away to start empty \
-         and load a configuration with `lbctl config apply`"
+        "store {file} is damaged ({what}); it was left as it is: restore it from a copy; or move it away and start lbd, \
+         which then forwards by the live maps until `lbctl store restore` or `lbctl config apply` brings a state back"
     )]
     Corrupt {
         /// File.
@@ -136,8 +136,8 @@ pub enum StoreError {
     /// It lost revisions that it had confirmed.
     #[error(
         "the store at {store} is at revision {found}, and has been at {seen}: it was set back, or restored from an \
-         older copy; this host keeps revision {seen}, until `lbctl store accept` says that {found} is right (an empty \
-         store is then filled with what this host knows)"
+         older copy; this host keeps revision {seen}, until `lbctl store accept {found}` says that {found} is right (an \
+         empty store is then filled with what this host knows)"
     )]
     SetBack {
         /// Addresses.
@@ -148,10 +148,38 @@ pub enum StoreError {
         seen: u64,
     },
     /// Its data went elsewhere.
-    #[error("this store was migrated to {to}: start lbd with --store {to}")]
+    #[error(
+        "store {store} was migrated to {to}, and takes no changes: restart lbd with --store {to} if that store holds \
+         them (`lbctl store status` there shows the revision); if it does not, `lbctl store unretire` takes the \
+         migration back"
+    )]
     Moved {
+        /// File, or addresses.
+        store: String,
         /// Where.
         to: String,
+    },
+    /// Its data are on the way elsewhere.
+    #[error(
+        "store {store} is being copied to {to}, and takes no changes until that has ended: try again then"
+    )]
+    Moving {
+        /// File, or addresses.
+        store: String,
+        /// Where.
+        to: String,
+    },
+    /// They went nowhere.
+    #[error("store {store} was not migrated, or is in use again: there is nothing to take back")]
+    NotMoved {
+        /// File, or addresses.
+        store: String,
+    },
+    /// What the store holds is what this host has.
+    #[error("there is nothing to accept: {why}")]
+    NothingToAccept {
+        /// What there is instead.
+        why: String,
     },
     /// An import needs an empty store.
     #[error("the store at {store} holds {count} revisions already: only an empty one can be filled")]

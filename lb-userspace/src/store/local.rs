@@ -163,7 +163,10 @@ impl Alone {
         let mut held = self.held(now).await?;
         let until_ms = now + claim.ttl.as_millis() as u64;
         let new = match (held.get(&claim.name), &claim.token) {
-            (Some(old), Some(token)) if old.token == *token => Held { until_ms, ..old.clone() },
+            // A renewal never shortens it: whoever proves that he holds it asks for less than he has.
+            (Some(old), Some(token)) if old.token == *token => {
+                Held { until_ms: until_ms.max(old.until_ms), ..old.clone() }
+            }
             (_, Some(_)) => return Err(StoreError::NotHeld { name: claim.name }),
             (Some(old), None) => {
                 let (holder, reason) = (old.holder.clone(), old.reason.clone());

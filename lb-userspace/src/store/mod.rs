@@ -101,6 +101,9 @@ pub struct Link {
     /// What is wrong, if it is not connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
+    /// Revision that the store was set back to, and that is not taken unless somebody accepts it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_back: Option<u64>,
 }
 
 /// A store, as `lbctl store status` shows it.
@@ -169,6 +172,17 @@ pub struct Claim {
     pub token: Option<String>,
 }
 
+/// Whether a store takes changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Retire {
+    /// Not while it is copied there, by this lbd: if that dies, it does again by itself.
+    Moving(String),
+    /// Not any more: the data are there.
+    Moved(String),
+    /// It does again.
+    Back,
+}
+
 /// What hosts tell each other: small values by key (`hosts/NAME` and so on).
 pub type Told = Arc<BTreeMap<String, Vec<u8>>>;
 
@@ -214,15 +228,20 @@ pub trait Store: Send + Sync {
     /// [`StoreError::NotEmpty`], or writing failed.
     fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Takes no more changes, as the data goes to another store; or, if to none, does so again.
+    /// Takes no more changes, or does so again. When `Moving` returns, no commit that is under way can succeed any
+    /// more, and the head is the last one that has.
     ///
     /// # Errors
-    /// Writing failed.
-    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>>;
+    /// [`StoreError::Moved`] or [`StoreError::Moving`] where somebody else is faster, [`StoreError::NotMoved`] of
+    /// [`Retire::Back`], or writing failed.
+    fn retire(&self, how: Retire) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Takes what the store holds now, although it is older than what this host has seen; one that is empty
-    /// is filled with what this host knows.
-    fn accept(&self);
+    /// Takes what the store holds, although it is older than what this host has seen, if it is (still) at this
+    /// revision; one that is empty is filled with what this host knows.
+    ///
+    /// # Errors
+    /// [`StoreError::NothingToAccept`].
+    fn accept(&self, revision: u64) -> Result<(), StoreError>;
 
     /// Tells all hosts a value, for as long as this lbd lives (and some seconds more); none takes it back.
     /// Goes out as soon as the store can be reached.

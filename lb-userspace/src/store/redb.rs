@@ -4,8 +4,8 @@
 //! themselves are kept once per change. So a change of one service among thousands writes that one.
 
 use super::{
-    About, Claim, Commit, Link, Local, LocalFile, Lock, Member, Revision, Store, StoreError, Stored, Told,
-    local::Alone,
+    About, Claim, Commit, Link, Local, LocalFile, Lock, Member, Retire, Revision, Store, StoreError, Stored,
+    Told, delta, local::Alone,
 };
 use crate::model::{
     Desired, Name, Service,
@@ -14,6 +14,7 @@ use crate::model::{
 use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -47,6 +48,9 @@ struct Record {
     /// The same of each part of the deny and allow lists.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     lists: BTreeMap<String, u64>,
+    /// All else of the state, see [`delta::rest`]; records of an lbd that stored nothing else have none.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    rest: Map<String, Value>,
 }
 
 /// Name of a list's part: `deny/4-0a0`.
@@ -78,7 +82,7 @@ struct Inner {
     writing: Mutex<()>,
     head: watch::Sender<Stored>,
     link: watch::Sender<Link>,
-    moved: Mutex<Option<String>>,
+    retired: Mutex<Retire>,
 }
 
 /// Everything that redb can say, with the file's name.
@@ -141,6 +145,7 @@ impl RedbStore {
             since_ms: now_ms as u64,
             contact_ms: now_ms as u64,
             problem: None,
+            set_back: None,
         };
         let inner = Inner {
             database,
@@ -150,7 +155,7 @@ impl RedbStore {
             writing: Mutex::new(()),
             head: watch::Sender::new(stored),
             link: watch::Sender::new(link),
-            moved: Mutex::new(moved),
+            retired: Mutex::new(moved.map_or(Retire::Back, Retire::Moved)),
         };
         let alone = Arc::new(Alone::new(local.clone()));
         Ok(Self { inner: Arc::new(inner), alone, local })
@@ -164,6 +169,12 @@ impl RedbStore {
     /// The file.
     pub fn file(&self) -> &Path {
         &self.inner.file
+    }
+
+    /// Whether it takes changes.
+    #[cfg(test)]
+    pub(crate) fn retired(&self) -> Retire {
+        self.inner.retired.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Runs blocking work off the async threads.
@@ -273,7 +284,8 @@ fn read_revision(
     let record: Record =
         serde_json::from_slice(bytes.value()).map_err(|e| corrupt(format!("revision {number}: {e}")))?;
     let table = read.open_table(SERVICES).map_err(|e| failed(file, e))?;
-    let mut desired = Desired::default();
+    let mut desired: Desired = serde_json::from_value(Value::Object(record.rest.clone()))
+        .map_err(|e| corrupt(format!("revision {number}: {e}")))?;
     for (name, since) in &record.services {
         let bytes = table.get((name.as_str(), *since)).map_err(|e| failed(file, e))?;
         let bytes = bytes.ok_or_else(|| corrupt(format!("revision {number}: service {name} is missing")))?;
@@ -318,9 +330,12 @@ impl Inner {
         failed(&self.file, error)
     }
 
+    fn json_failed(&self, error: &serde_json::Error) -> StoreError {
+        StoreError::Failed { file: self.file.display().to_string(), what: error.to_string() }
+    }
+
     fn json<T: Serialize>(&self, thing: &T) -> Result<Vec<u8>, StoreError> {
-        serde_json::to_vec(thing)
-            .map_err(|e| StoreError::Failed { file: self.file.display().to_string(), what: e.to_string() })
+        serde_json::to_vec(thing).map_err(|e| self.json_failed(&e))
     }
 
     fn record(
@@ -343,9 +358,7 @@ impl Inner {
         if found != commit.expected {
             return Err(StoreError::Conflict { expected: commit.expected, found });
         }
-        if let Some(to) = self.moved.lock().unwrap_or_else(PoisonError::into_inner).clone() {
-            return Err(StoreError::Moved { to });
-        }
+        self.must_be_in_use()?;
         let number = found + 1;
         let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
         let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
@@ -364,13 +377,15 @@ impl Inner {
         stored: &Stored,
     ) -> Result<(), StoreError> {
         let Stored { revision, desired } = stored;
+        // A new field is in `rest`, unless it is taken out there; then this does not compile.
+        let Desired { services: wanted, regions: _, guard } = &**desired;
         let number = revision.number;
         let mut revisions = write.open_table(REVISIONS).map_err(|e| self.failed(e))?;
         let mut table = write.open_table(SERVICES).map_err(|e| self.failed(e))?;
         let (written, written_lists) =
             self.record(&revisions, number - 1)?.map(|r| (r.services, r.lists)).unwrap_or_default();
         let mut services = BTreeMap::new();
-        for (name, service) in &desired.services {
+        for (name, service) in wanted {
             let since = match written.get(name) {
                 Some(&since) if before.services.get(name) == Some(service) => since,
                 _ => {
@@ -385,7 +400,7 @@ impl Inner {
         let mut list_table = write.open_table(LISTS).map_err(|e| self.failed(e))?;
         let mut lists = BTreeMap::new();
         for name in ListName::ALL {
-            for (part, entries) in &desired.guard.list(name).0 {
+            for (part, entries) in &guard.list(name).0 {
                 let key = part_key(name, part);
                 let is_same = before
                     .guard
@@ -404,7 +419,8 @@ impl Inner {
                 lists.insert(key, since);
             }
         }
-        let record = Record { author, time_ms: revision.time_ms, message, services, lists };
+        let rest = delta::rest(desired).map_err(|e| self.json_failed(&e))?;
+        let record = Record { author, time_ms: revision.time_ms, message, services, lists, rest };
         revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
         self.prune(&mut revisions, &mut table, &mut list_table, number)?;
         let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
@@ -412,8 +428,19 @@ impl Inner {
         Ok(())
     }
 
+    /// Refuses what a store that is, or is being, migrated does not take.
+    fn must_be_in_use(&self) -> Result<(), StoreError> {
+        let store = self.file.display().to_string();
+        match self.retired.lock().unwrap_or_else(PoisonError::into_inner).clone() {
+            Retire::Back => Ok(()),
+            Retire::Moving(to) => Err(StoreError::Moving { store, to }),
+            Retire::Moved(to) => Err(StoreError::Moved { store, to }),
+        }
+    }
+
     fn import(&self, id: Option<String>, all: Vec<Stored>) -> Result<(), StoreError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.must_be_in_use()?;
         let count = self.head.borrow().revision.number;
         if count > 0 {
             return Err(StoreError::NotEmpty { store: self.file.display().to_string(), count });
@@ -438,18 +465,26 @@ impl Inner {
         Ok(())
     }
 
-    fn retire(&self, to: Option<String>) -> Result<(), StoreError> {
+    fn retire(&self, how: Retire) -> Result<(), StoreError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let note = || -> Result<(), redb::Error> {
+        let note = |to: Option<&str>| -> Result<(), redb::Error> {
             let write = self.database.begin_write()?;
-            match &to {
-                Some(to) => write.open_table(NOTES)?.insert("moved", &**to)?.map(drop),
+            match to {
+                Some(to) => write.open_table(NOTES)?.insert("moved", to)?.map(drop),
                 None => write.open_table(NOTES)?.remove("moved")?.map(drop),
             };
             Ok(write.commit()?)
         };
-        note().map_err(|e| self.failed(e))?;
-        *self.moved.lock().unwrap_or_else(PoisonError::into_inner) = to;
+        match &how {
+            // Only this process writes to the file, so it need not outlive it.
+            Retire::Moving(_) => self.must_be_in_use()?,
+            Retire::Moved(to) => note(Some(to)).map_err(|e| self.failed(e))?,
+            Retire::Back if self.must_be_in_use().is_ok() => {
+                return Err(StoreError::NotMoved { store: self.file.display().to_string() });
+            }
+            Retire::Back => note(None).map_err(|e| self.failed(e))?,
+        }
+        *self.retired.lock().unwrap_or_else(PoisonError::into_inner) = how;
         Ok(())
     }
 
@@ -553,12 +588,15 @@ impl Store for RedbStore {
         Box::pin(self.blocking(move |inner| inner.import(id, revisions)))
     }
 
-    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.retire(to)))
+    fn retire(&self, how: Retire) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.retire(how)))
     }
 
     /// A file is never set back behind the daemon that has it open.
-    fn accept(&self) {}
+    fn accept(&self, _: u64) -> Result<(), StoreError> {
+        let number = self.inner.head.borrow().revision.number;
+        Err(StoreError::NothingToAccept { why: format!("this host works by the store's revision {number}") })
+    }
 
     fn tell(&self, key: &str, value: Option<Vec<u8>>) {
         self.alone.tell(key, value);

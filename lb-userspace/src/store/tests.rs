@@ -46,6 +46,37 @@ async fn revisions_last_and_conflicts_are_told() {
     assert_eq!(error, "revision 9 is not kept: revisions 1 to 2 are");
 }
 
+/// A file as versions wrote it that stored services and lists only: it opens, and is written on.
+#[tokio::test]
+async fn a_file_of_the_version_before_opens() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("lb.redb");
+    let database = ::redb::Database::create(&file).unwrap();
+    let write = database.begin_write().unwrap();
+    {
+        use ::redb::TableDefinition as Table;
+        let mut meta = write.open_table(Table::<&str, u64>::new("meta")).unwrap();
+        meta.insert("format", 1).unwrap();
+        meta.insert("head", 1).unwrap();
+        let record = br#"{"author":"ann","time_ms":1000,"message":"from 0","services":{"a":1}}"#;
+        let mut revisions = write.open_table(Table::<u64, &[u8]>::new("revisions")).unwrap();
+        revisions.insert(1, &record[..]).unwrap();
+        let service = br#"{"vip":"10.0.0.1","port":1,"protocol":"tcp"}"#;
+        let mut services = write.open_table(Table::<(&str, u64), &[u8]>::new("services")).unwrap();
+        services.insert(("a", 1), &service[..]).unwrap();
+    }
+    write.commit().unwrap();
+    drop(database);
+    let store = RedbStore::open(dir.path(), 100).unwrap();
+    assert_eq!(store.head().desired, state(&[("a", 1)]));
+    assert!(store.head().desired.regions.is_empty());
+    let all = Arc::new(crate::model::generate::state(7, true));
+    store.commit(commit(1, all.clone())).await.unwrap();
+    drop(store);
+    let store = RedbStore::open(dir.path(), 100).unwrap();
+    assert_eq!((store.head().desired, store.get(1).await.unwrap().desired), (all, state(&[("a", 1)])));
+}
+
 #[tokio::test]
 async fn writers_at_once_do_not_lose_each_other() {
     let dir = tempfile::tempdir().unwrap();

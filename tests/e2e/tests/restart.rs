@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 use test_support::{
     bed::vip_v4,
-    check::ensure_none_failed,
+    check::{ensure_none_failed, ensure_shared, request},
     http::{Load, Running},
     iperf, nginx,
     stage::{Plan, Stage},
@@ -68,6 +68,34 @@ fn kill_9_under_load_loses_nothing() -> Result<()> {
 #[test]
 fn a_polite_restart_under_load_loses_nothing() -> Result<()> {
     survives(Signal::SIGTERM)
+}
+
+/// A drain of a region is part of the desired state like any other.
+#[test]
+fn a_region_that_drains_still_drains_after_a_restart() -> Result<()> {
+    let plan = Plan { arguments: &["--region", "eu"], ..Plan::default() };
+    let mut stage = Stage::start(plan)?;
+    for region in ["eu", "us"] {
+        stage.lbctl.run(&["region", "add", region])?;
+    }
+    for (worker, region) in [("w1", "eu"), ("w2", "us"), ("w3", "us")] {
+        stage.lbctl.run(&["backend", "set", "web", worker, "--region", region])?;
+    }
+    stage.lbctl.run(&["region", "drain", "us"])?;
+    let before = stage.lbctl.run(&["config", "export"])?;
+    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+        stage.ingress.stop(signal)?;
+        stage.ingress.start_again(&stage.bed)?;
+        let after = stage.lbctl.run(&["config", "export"])?;
+        ensure!(after == before, "the desired state changed over {signal}:\n{before}\n{after}");
+        let account = request(&stage, stage.targets(nginx::PORT), 200)?;
+        ensure_shared(&account, &["w1"], 1.0)?;
+    }
+    // Also under its number: a rollback to the newest revision changes nothing.
+    let newest = stage.lbctl.json(&["status"])?["revision"]["number"].to_string();
+    let change = stage.lbctl.json(&["rollback", &newest, "--dry-run"])?;
+    ensure!(change["differences"].as_array().is_some_and(Vec::is_empty), "{change}");
+    Ok(())
 }
 
 #[test]

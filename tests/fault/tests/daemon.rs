@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use lb_common::ABI_VERSION;
 use nix::sys::signal::Signal;
+use serde_json::Value;
 use test_support::{
     bed::{Layout, binary},
     check::{ensure_none_failed, request},
@@ -200,6 +201,75 @@ fn a_corrupt_store_is_refused_and_traffic_goes_on() -> Result<()> {
     fs::write(&store, whole)?;
     stage.ingress.start_again(&stage.bed)?;
     stage.wait_healthy(&[0, 1, 2]).map(drop)
+}
+
+/// The status of a daemon, whatever its exit code, which is 0 or 1.
+fn status(stage: &Stage) -> Result<(Value, Option<i32>)> {
+    let output = stage.lbctl.output(&["status", "-o", "json"])?;
+    Ok((serde_json::from_slice(&output.stdout)?, output.status.code()))
+}
+
+/// The state directory is lost, or another one is given: what the maps hold goes on, said to be so, until somebody
+/// says what is to be.
+#[test]
+fn an_empty_store_takes_no_service_away() -> Result<()> {
+    let mut stage = Stage::start(Plan::default())?;
+    let holder = Holder::open(&stage.bed.client, &stage.targets(LINES), 100)?;
+    let load = Running::start(&stage.bed.client, Load::new(stage.targets(nginx::PORT)))?;
+    let (state, lost) = (stage.bed.path("state"), stage.bed.path("lost"));
+    let services = stage.lbctl.json(&["status"])?["services"].as_u64().context("a number")?;
+
+    stage.ingress.stop(Signal::SIGKILL)?;
+    fs::rename(&state, &lost)?;
+    // Twice: what holds once must hold over any number of restarts.
+    for _ in 0..2 {
+        stage.ingress.start_again(&stage.bed)?;
+        let (told, code) = status(&stage)?;
+        ensure!(code == Some(1) && told["orphaned_services"] == services, "{code:?} {told}");
+        let problem = told["problems"][0].as_str().context("a problem")?;
+        for part in ["the store is empty", "--state-dir", "lbctl config apply", "lbctl store accept 0"] {
+            ensure!(problem.contains(part), "{problem}");
+        }
+        // Sweeps, next hops and verdicts come meanwhile.
+        thread::sleep(Duration::from_secs(3));
+        stage.ingress.stop(Signal::SIGTERM)?;
+    }
+    ensure!(holder.exchange()?.iter().all(|held| held.stays()), "an open connection broke");
+
+    // The right directory again: all is well, and nothing has moved.
+    fs::remove_dir_all(&state)?;
+    fs::rename(&lost, &state)?;
+    stage.ingress.start_again(&stage.bed)?;
+    stage.wait_healthy(&[0, 1, 2])?;
+    let (told, code) = status(&stage)?;
+    ensure!(code == Some(0) && told["orphaned_services"].is_null(), "{told}");
+
+    // A first change is the whole state.
+    stage.ingress.stop(Signal::SIGTERM)?;
+    fs::remove_dir_all(&state)?;
+    stage.ingress.start_again(&stage.bed)?;
+    let refused = stage.lbctl.output(&["store", "accept", "7"])?;
+    ensure!(refused.status.code() == Some(4), "{}", String::from_utf8_lossy(&refused.stderr));
+    stage.apply(&stage.configuration(&[0, 1, 2]))?;
+    stage.wait_healthy(&[0, 1, 2])?;
+    let (told, code) = status(&stage)?;
+    ensure!(code == Some(0) && told["orphaned_services"].is_null(), "{told}");
+    ensure!(holder.exchange()?.iter().all(|held| held.stays()), "an open connection broke");
+    ensure_none_failed(&load.finish()?)?;
+
+    // Really empty, by somebody's word.
+    stage.ingress.stop(Signal::SIGTERM)?;
+    fs::remove_dir_all(&state)?;
+    stage.ingress.start_again(&stage.bed)?;
+    stage.lbctl.run(&["store", "accept", "0"])?;
+    let (told, code) = status(&stage)?;
+    ensure!(code == Some(0) && told["orphaned_services"].is_null(), "{told}");
+    let account = request(&stage, stage.targets(nginx::PORT), 20)?;
+    ensure!(account.failed() == account.requests.len(), "services are still there");
+    let refused = stage.lbctl.output(&["store", "accept", "0"])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(refused.status.code() == Some(4) && said.contains("nothing to accept"), "{said}");
+    Ok(())
 }
 
 #[test]

@@ -271,3 +271,34 @@ fn a_host_that_is_cut_off_says_so_and_catches_up() -> Result<()> {
     println!("client of b: {} requests, {} failed", account.requests.len(), account.failed());
     ensure_none_failed(&account)
 }
+
+/// The same with a store that all hosts share, and which is empty for all: another prefix, a new cluster.
+#[test]
+fn an_empty_etcd_takes_no_service_away() -> Result<()> {
+    let mut pair = Pair::start(&[])?;
+    let load = Running::start(&pair.bed.client, Load::new(vec![pair.target()]))?;
+    pair.a.ingress.stop(Signal::SIGKILL)?;
+    pair.b.ingress.stop(Signal::SIGKILL)?;
+    pair.cluster.etcdctl(&["del", "lb/", "--prefix"])?;
+    for state in ["state", "state-b"] {
+        fs::remove_dir_all(pair.bed.path(state))?;
+    }
+    pair.a.ingress.start_again(&pair.bed)?;
+    pair.b.ingress.start_again_on(&pair.second_ingress)?;
+    for host in [&pair.a, &pair.b] {
+        let output = host.lbctl.output(&["status", "-o", "json"])?;
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(output.status.code() == Some(1) && told["orphaned_services"] == 2, "{told}");
+    }
+    thread::sleep(Duration::from_secs(2));
+    // One host's first change is everybody's state.
+    let path = pair.bed.path("services.toml").display().to_string();
+    pair.a.lbctl.run(&["config", "apply", &path])?;
+    pair.converge(Duration::from_secs(20))?;
+    for host in [&pair.a, &pair.b] {
+        let output = host.lbctl.output(&["status", "-o", "json"])?;
+        let told: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        ensure!(told["orphaned_services"].is_null(), "{told}");
+    }
+    ensure_none_failed(&load.finish()?)
+}

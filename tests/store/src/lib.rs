@@ -9,7 +9,7 @@ use std::{future::Future, sync::Arc, time::UNIX_EPOCH};
 
 use anyhow::Result;
 use lb_userspace::{
-    model::Desired,
+    model::{Desired, generate},
     store::{Commit, Store},
 };
 use serde_json::{Map, json};
@@ -42,6 +42,11 @@ pub fn state(services: &[(&str, u16, &[u32])]) -> Arc<Desired> {
     Arc::new(desired.expect("the state is sound"))
 }
 
+/// A state with every field set, another for each number.
+pub fn full(seed: u64) -> Arc<Desired> {
+    Arc::new(generate::state(seed, true))
+}
+
 /// A commit by ann, a second after the one before.
 pub fn commit(expected: u64, desired: Arc<Desired>) -> Commit {
     let time = UNIX_EPOCH + std::time::Duration::from_millis(1_000 * (expected + 1));
@@ -64,10 +69,12 @@ macro_rules! conformance {
             writers_at_once_do_not_lose_each_other
             old_revisions_are_forgotten
             any_history_reads_back_as_it_was_written
+            every_field_outlives_the_process
             a_large_state_is_one_revision
             an_import_brings_all_revisions_and_only_into_an_empty_store
             a_backup_restores_elsewhere
             what_has_moved_takes_no_changes
+            a_migration_that_is_cut_short_leaves_the_store_in_use
             what_was_in_force_at_a_time_is_found
             values_are_told_and_taken_back
             a_lock_has_one_holder

@@ -4,16 +4,16 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
 use lb_userspace::{
-    model::Desired,
+    model::{Desired, generate},
     store::{
-        Claim, Store, StoreError, Stored,
+        Claim, Retire, Store, StoreError, Stored,
         backup::{self, Backup},
         since,
     },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::{Fixture, commit, state};
+use crate::{Fixture, commit, full, state};
 
 /// How long something that happens by itself may take.
 const SOON: Duration = Duration::from_secs(10);
@@ -122,19 +122,40 @@ pub async fn old_revisions_are_forgotten(fixture: &impl Fixture) -> Result<()> {
     Ok(())
 }
 
+/// What may come after `before`: other services, one field of the state as it is elsewhere, or all of it.
 fn random_state(random: &mut StdRng, before: &Desired) -> Arc<Desired> {
+    let all = random.random();
+    let Desired { services, regions, guard } = generate::state(random.random(), all);
     let mut desired = before.clone();
-    for _ in 0..random.random_range(1..4) {
-        let name = format!("s{}", random.random_range(0..6));
-        let weights: Vec<u32> = (0..random.random_range(0..5)).map(|_| random.random_range(0..3)).collect();
-        let new = state(&[(&name, random.random_range(1..9), &weights)]);
-        if random.random_range(0..4) == 0 {
+    match random.random_range(0..5) {
+        0 => desired = Desired { services, regions, guard },
+        1 => desired.regions = regions,
+        2 => desired.guard = guard,
+        3 => {
+            let name = format!("s{}", random.random_range(0..6));
             desired.services.retain(|n, _| n.as_str() != name);
-        } else {
-            desired.services.extend(new.services.clone());
         }
+        _ => desired.services.extend(services.into_iter().take(2)),
     }
     Arc::new(desired)
+}
+
+/// A drain of a region, a deny list and whatever else a state has: as it was for whoever opens the store later, also
+/// under its number.
+pub async fn every_field_outlives_the_process(fixture: &impl Fixture) -> Result<()> {
+    let store = fixture.open(100).await?;
+    let states =
+        [full(1), Arc::new(Desired { services: full(1).services.clone(), ..(*full(2)).clone() }), full(3)];
+    for (i, state) in states.iter().enumerate() {
+        store.commit(commit(i as u64, state.clone())).await?;
+    }
+    drop(store);
+    let store = fixture.open(100).await?;
+    ensure!(store.head().desired == states[2], "{:?}\n{:?}", store.head().desired, states[2]);
+    for (i, state) in states.iter().enumerate() {
+        ensure!(store.get(i as u64 + 1).await?.desired == *state, "revision {}", i + 1);
+    }
+    Ok(())
 }
 
 /// A random history, also with states far larger than the changes; every revision is as it was, also for
@@ -194,9 +215,10 @@ pub async fn an_import_brings_all_revisions_and_only_into_an_empty_store(
 ) -> Result<()> {
     let from = fixture.open(4).await?;
     for i in 0..9u16 {
-        from.commit(commit(i.into(), state(&[("a", i + 1, &[1, 2, 3])]))).await?;
+        from.commit(commit(i.into(), full(i.into()))).await?;
     }
     let all = backup::revisions(&*from).await?;
+    ensure!(all.iter().all(|s| s.desired == full(s.revision.number - 1)), "{all:?}");
     ensure!(all.iter().map(|s| s.revision.number).eq(6..=9), "{all:?}");
     let to = fixture.open_other().await?;
     to.import(None, all.clone()).await?;
@@ -212,7 +234,7 @@ pub async fn an_import_brings_all_revisions_and_only_into_an_empty_store(
 pub async fn a_backup_restores_elsewhere(fixture: &impl Fixture) -> Result<()> {
     let from = fixture.open(100).await?;
     for i in 0..20u16 {
-        from.commit(commit(i.into(), state(&[("a", i + 1, &[1]), ("b", 9, &[u32::from(i)])]))).await?;
+        from.commit(commit(i.into(), full(i.into()))).await?;
     }
     let bytes = Backup::of(&*from, 5).await?.to_bytes()?;
     let read = Backup::parse("f", &bytes)?;
@@ -220,27 +242,64 @@ pub async fn a_backup_restores_elsewhere(fixture: &impl Fixture) -> Result<()> {
     let to = fixture.open_other().await?;
     to.import(Some("0123456789abcdef".into()), read.stored("f")?).await?;
     for number in 1..=20 {
-        ensure!(to.get(number).await? == from.get(number).await?, "revision {number}");
+        let (there, here) = (to.get(number).await?, from.get(number).await?);
+        ensure!(there == here && there.desired == full(number - 1), "revision {number}");
     }
     Ok(())
 }
 
-/// After a migration, also for whoever opens it later.
+/// After a migration, also for whoever opens it later; until it is taken back.
 pub async fn what_has_moved_takes_no_changes(fixture: &impl Fixture) -> Result<()> {
     let store = fixture.open(100).await?;
     store.commit(commit(0, state(&[("a", 1, &[])]))).await?;
-    store.retire(Some("file:///nowhere".into())).await?;
-    store.retire(None).await?;
-    store.commit(commit(1, state(&[("a", 2, &[])]))).await?;
-    store.retire(Some("etcd://there:2379/lb".into())).await?;
-    let error = refused(store.commit(commit(2, state(&[]))).await)?.to_string();
-    ensure!(error.contains("migrated to etcd://there:2379/lb"), "{error}");
+    let error = refused(store.retire(Retire::Back).await)?;
+    ensure!(matches!(error, StoreError::NotMoved { .. }), "{error}");
+    let there = "etcd://there:2379/lb".to_owned();
+    store.retire(Retire::Moving(there.clone())).await?;
+    let error = refused(store.commit(commit(1, state(&[]))).await)?;
+    ensure!(matches!(error, StoreError::Moving { .. }), "{error}");
+    store.retire(Retire::Moved(there.clone())).await?;
+    for error in [
+        refused(store.commit(commit(1, state(&[]))).await)?,
+        refused(store.retire(Retire::Moving("file:///elsewhere".into())).await)?,
+    ] {
+        let text = error.to_string();
+        ensure!(
+            matches!(error, StoreError::Moved { .. }) && text.contains(&format!("migrated to {there}")),
+            "{text}"
+        );
+        ensure!(text.contains("`lbctl store unretire`"), "{text}");
+    }
     drop(store);
     let store = fixture.open(100).await?;
-    let error = refused(store.commit(commit(2, state(&[]))).await)?;
+    let error = refused(store.commit(commit(1, state(&[]))).await)?;
     ensure!(matches!(error, StoreError::Moved { .. }), "{error}");
-    ensure!(store.head().revision.number == 2);
+    ensure!(store.head().revision.number == 1);
+    store.retire(Retire::Back).await?;
+    store.commit(commit(1, state(&[("a", 2, &[])]))).await?;
+    drop(store);
+    let store = fixture.open(100).await?;
+    store.commit(commit(2, state(&[("a", 3, &[])]))).await?;
     Ok(())
+}
+
+/// Whoever dies while he copies the data elsewhere leaves a store in use, as soon as others can tell.
+pub async fn a_migration_that_is_cut_short_leaves_the_store_in_use(fixture: &impl Fixture) -> Result<()> {
+    let store = fixture.open(100).await?;
+    store.commit(commit(0, state(&[("a", 1, &[])]))).await?;
+    store.retire(Retire::Moving("file:///nowhere".into())).await?;
+    drop(store);
+    let store = fixture.open(100).await?;
+    let until = tokio::time::Instant::now() + Duration::from_secs(30);
+    loop {
+        match store.commit(commit(1, state(&[("a", 2, &[])]))).await {
+            Ok(_) => return Ok(()),
+            Err(StoreError::Moving { .. }) if tokio::time::Instant::now() < until => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            Err(error) => bail!("{error}"),
+        }
+    }
 }
 
 /// For those who must know what tables were made from lately.

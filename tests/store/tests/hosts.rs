@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use lb_userspace::store::{
-    Address, EtcdStore, LocalFile, Store, StoreError,
+    Address, EtcdStore, LocalFile, Retire, Store, StoreError,
     etcd::{Access, Options},
 };
 use tempfile::TempDir;
@@ -171,10 +171,15 @@ async fn a_store_that_was_set_back_is_not_followed_unless_told_to() -> Result<()
     let nonce = record["nonce"].as_str().context("a nonce")?;
     bed.cluster.etcdctl(&["del", "lb/revisions/00000000000000000003"])?;
     bed.cluster.etcdctl(&["put", "lb/head", &format!("2 {nonce}")])?;
-    let mut link = one.link();
-    one.accept(); // The follower looks at once; told too early, it follows.
-    link.mark_unchanged();
-    eventually("it follows, as it was told to", || one.head().revision.number == 2).await?;
+    eventually("it notices", || !connected(&one)).await?;
+    ensure!(one.link().borrow().set_back == Some(2));
+    let refused = refusal(one.accept(1))?;
+    ensure!(refused.contains("set back to revision 2, not 1"), "{refused}");
+    one.accept(2)?;
+    eventually("it follows, as it was told to", || one.head().revision.number == 2 && connected(&one))
+        .await?;
+    let refused = refusal(one.accept(2))?;
+    ensure!(refused.contains("nothing to accept: this host works by the store's revision 2"), "{refused}");
     // Another history of the same length, which nobody accepted.
     bed.cluster.etcdctl(&["put", "lb/head", "1 0000000000000000"])?;
     eventually("it notices", || !connected(&one)).await?;
@@ -182,7 +187,12 @@ async fn a_store_that_was_set_back_is_not_followed_unless_told_to() -> Result<()
     ensure!(problem.contains("is at revision 1, and has been at 2"), "{problem}");
     ensure!(one.head().revision.number == 2);
     let error = refusal(one.commit(commit(2, state(&[]))).await)?;
-    ensure!(error.contains("lbctl store accept"), "{error}");
+    ensure!(error.contains("lbctl store accept 1"), "{error}");
+    // Accepted is what was shown: not what is there by the time that etcd is looked at.
+    one.accept(1)?;
+    bed.cluster.etcdctl(&["put", "lb/head", "1 1111111111111111"])?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    ensure!(one.head().revision.number == 2, "another head than the accepted one was taken");
     bed.cluster.etcdctl(&["put", "lb/head", &format!("2 {nonce}")])?;
     eventually("it is connected", || connected(&one)).await?;
     one.commit(commit(2, state(&[]))).await?;
@@ -304,7 +314,7 @@ async fn an_etcd_that_lost_everything_is_filled_again() -> Result<()> {
     let problem = two.link().borrow().problem.clone().context("a problem")?;
     ensure!(problem.contains("at revision 0, and has been at 5"), "{problem}");
     ensure!(one.head() == last && two.head() == last);
-    one.accept();
+    one.accept(0)?;
     eventually("both are connected again", || connected(&one) && connected(&two)).await?;
     ensure!(one.head() == last && two.head() == last);
     ensure!(bed.host("three").await?.get(3).await?.revision.number == 3);
@@ -323,10 +333,15 @@ async fn a_migrated_store_is_the_same_store() -> Result<()> {
     eventually("two follows", || two.head().revision.number == 5).await?;
     let (id, head) = (one.about().await.id, one.head());
     let other = to.try_open("filler", to.options()?).await?;
-    one.retire(Some(to.cluster.url("lb"))).await?;
+    one.retire(Retire::Moving(to.cluster.url("lb"))).await?;
     let error = refusal(two.commit(commit(5, state(&[]))).await)?;
-    ensure!(error.contains("migrated to etcd://"), "{error}");
+    ensure!(error.contains("is being copied to etcd://"), "{error}");
+    let second = refusal(two.retire(Retire::Moving("file:///else".into())).await)?;
+    ensure!(second.contains("is being copied to etcd://"), "{second}");
     other.import(Some(id.clone()), lb_userspace::store::backup::revisions(&one).await?).await?;
+    one.retire(Retire::Moved(to.cluster.url("lb"))).await?;
+    let error = refusal(two.commit(commit(5, state(&[]))).await)?;
+    ensure!(error.contains("migrated to etcd://") && error.contains("lbctl store unretire"), "{error}");
     tokio::time::sleep(Duration::from_millis(300)).await;
     drop((one, two));
     // A host with a last known state, and another address.

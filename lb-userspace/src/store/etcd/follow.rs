@@ -4,7 +4,7 @@
 //! revisions that are missing are read, and if none is, nothing changes. So nothing flaps.
 
 use super::{
-    Arc, Identity, Inner, Known, Ordering, READ, RECENT, StoreError, Stored, end_of,
+    Arc, Identity, Inner, Known, READ, RECENT, StoreError, Stored, end_of,
     keys::{FORMAT, Head, Parts, Record, Snapshot, is_absent, put},
     locked, now_ms,
     proto::{KeyValue, SortOrder, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse},
@@ -220,8 +220,8 @@ impl Inner {
             }
             let seen = self.head.borrow().revision.number;
             if seen > 0 {
-                if !self.accept.load(Ordering::Relaxed) {
-                    return Err(StoreError::SetBack { store: self.place.clone(), found: 0, seen });
+                if !self.is_accepted(&Head::default()) {
+                    return Err(self.set_back(Head::default(), seen));
                 }
                 let known: Vec<Known> = locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
                 self.fill(expected.clone(), known).await?;
@@ -266,7 +266,7 @@ impl Inner {
             return Ok(at);
         }
         if head == known.head() {
-            self.accept.store(false, Ordering::Relaxed);
+            *locked(&self.accepted) = None;
             return Ok(at);
         }
         if seen > 0 && head.number >= seen && !self.is_same(&known, &head).await? {
@@ -278,8 +278,8 @@ impl Inner {
             }
         }
         let known = self.known();
-        let accept = self.accept.load(Ordering::Relaxed);
-        let set_back = || StoreError::SetBack { store: self.place.clone(), found: head.number, seen };
+        let accept = self.is_accepted(&head);
+        let set_back = || self.set_back(head.clone(), seen);
         let mut new = None;
         if head == known.head() {
             new = Some(Followed::New(Vec::new()));
@@ -299,7 +299,7 @@ impl Inner {
             }
         };
         self.advance(new, accept);
-        self.accept.store(false, Ordering::Relaxed);
+        *locked(&self.accepted) = None;
         Ok(at)
     }
 
@@ -436,53 +436,6 @@ impl Inner {
             && Some(*number) != before
         {
             self.head.send_replace(known.stored.clone());
-        }
-    }
-
-    /// etcd answers.
-    pub(super) fn linked(&self) {
-        let now = now_ms();
-        let mut was_cut = None;
-        self.link.send_modify(|link| {
-            link.contact_ms = now;
-            if !link.connected {
-                was_cut = Some(now.saturating_sub(link.since_ms));
-                link.connected = true;
-                link.since_ms = now;
-                link.problem = None;
-            }
-        });
-        if let Some(ms) = was_cut {
-            let revision = self.head.borrow().revision.number;
-            tracing::info!(store = self.place, revision, after_ms = ms, "connected to the store");
-            self.telling_changed.notify_one();
-        }
-    }
-
-    /// etcd does not answer, or not what it should.
-    pub(super) fn unlinked(&self, error: &StoreError) {
-        let problem = match error {
-            StoreError::CutOff { what, .. } => what.clone(),
-            other => other.to_string(),
-        };
-        let changed = self.link.send_if_modified(|link| {
-            let changed = link.connected || link.problem.as_ref() != Some(&problem);
-            if link.connected {
-                link.since_ms = now_ms();
-            }
-            let was_connected = link.connected;
-            link.connected = false;
-            link.problem = Some(problem.clone());
-            changed && was_connected
-        });
-        if changed {
-            let revision = self.head.borrow().revision.number;
-            tracing::error!(
-                store = self.place,
-                problem,
-                revision,
-                "cut off from the store; forwarding goes on"
-            );
         }
     }
 }

@@ -9,7 +9,9 @@
 pub mod client;
 mod follow;
 mod keys;
+mod link;
 pub mod proto;
+mod retire;
 mod session;
 mod write;
 
@@ -17,18 +19,17 @@ pub use client::Access;
 
 use self::{
     client::{CallError, Client},
-    keys::{Held, Identity, Keys, Known, end_of, range},
+    keys::{Head, Held, Identity, Keys, Known, end_of, range},
     proto::{RangeResponse, SortOrder},
 };
-use super::{About, Claim, Commit, Link, Local, Lock, Member, Revision, Store, StoreError, Stored, Told};
+use super::{
+    About, Claim, Commit, Link, Local, Lock, Member, Retire, Revision, Store, StoreError, Stored, Told,
+};
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tokio::{
@@ -95,7 +96,12 @@ struct Inner {
     /// What this host tells.
     telling: Mutex<BTreeMap<String, Vec<u8>>>,
     telling_changed: Notify,
-    accept: AtomicBool,
+    /// What the store was found set back to, and is not taken unless somebody accepts it.
+    set_back: Mutex<Option<Head>>,
+    /// What somebody accepted: that head, and no other.
+    accepted: Mutex<Option<Head>>,
+    /// Lease of the mark that the data are being copied elsewhere, by this lbd.
+    moving: Mutex<Option<i64>>,
     /// Ends a pause of the follower.
     wake: Notify,
     /// Commits of this host take turns.
@@ -151,6 +157,7 @@ impl EtcdStore {
             since_ms: now_ms(),
             contact_ms: 0,
             problem: None,
+            set_back: None,
         };
         let inner = Arc::new(Inner {
             client,
@@ -164,7 +171,9 @@ impl EtcdStore {
             told: watch::Sender::default(),
             telling: Mutex::default(),
             telling_changed: Notify::new(),
-            accept: AtomicBool::new(false),
+            set_back: Mutex::default(),
+            accepted: Mutex::default(),
+            moving: Mutex::default(),
             wake: Notify::new(),
             writing: tokio::sync::Mutex::default(),
             weights: Mutex::default(),
@@ -395,13 +404,31 @@ impl Store for EtcdStore {
         Box::pin(write::import(&self.inner, id, revisions))
     }
 
-    fn retire(&self, to: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(write::retire(&self.inner, to))
+    fn retire(&self, how: Retire) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(retire::retire(&self.inner, how))
     }
 
-    fn accept(&self) {
-        self.inner.accept.store(true, Ordering::Relaxed);
-        self.inner.wake.notify_one();
+    fn accept(&self, revision: u64) -> Result<(), StoreError> {
+        let set_back = locked(&self.inner.set_back).clone();
+        match set_back {
+            Some(head) if head.number == revision => {
+                *locked(&self.inner.accepted) = Some(head);
+                self.inner.wake.notify_one();
+                Ok(())
+            }
+            Some(head) => {
+                let why = format!("the store was set back to revision {}, not {revision}", head.number);
+                Err(StoreError::NothingToAccept { why })
+            }
+            None => {
+                let number = self.inner.head.borrow().revision.number;
+                let why = match self.inner.must_be_connected() {
+                    Ok(()) => format!("this host works by the store's revision {number}"),
+                    Err(error) => error.to_string(),
+                };
+                Err(StoreError::NothingToAccept { why })
+            }
+        }
     }
 
     fn tell(&self, key: &str, value: Option<Vec<u8>>) {

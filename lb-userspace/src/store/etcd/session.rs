@@ -42,14 +42,14 @@ pub(super) async fn run(inner: Arc<Inner>) {
 }
 
 impl Inner {
-    async fn grant(&self, ttl: Duration) -> Result<i64, CallError> {
+    pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, CallError> {
         let request = LeaseGrantRequest { ttl: ttl.as_secs().max(1) as i64, id: 0 };
         let answer: LeaseGrantResponse = self.client.call(GRANT, &request, CALL).await?;
         Ok(answer.id)
     }
 
     /// True if the lease was there to be renewed.
-    async fn renew(&self, id: i64) -> Result<bool, CallError> {
+    pub(super) async fn renew(&self, id: i64) -> Result<bool, CallError> {
         let mut stream = self.client.stream::<_, LeaseTtlResponse>(KEEP_ALIVE, LeaseId { id }).await?;
         let silent = |what: String| CallError::Silent { what, sent: true };
         match tokio::time::timeout(ATTEMPT, stream.message()).await {
@@ -109,7 +109,7 @@ impl Inner {
         Ok((answer.ttl > 0).then_some(answer.ttl as u64))
     }
 
-    async fn revoke(&self, id: i64) -> Result<(), CallError> {
+    pub(super) async fn revoke(&self, id: i64) -> Result<(), CallError> {
         let _: LeaseRevokeResponse = self.client.call(REVOKE, &LeaseId { id }, CALL).await?;
         Ok(())
     }

@@ -119,17 +119,6 @@ impl Inner {
     }
 }
 
-/// Takes no more changes, or does so again.
-pub(super) async fn retire(inner: &Inner, to: Option<String>) -> Result<(), StoreError> {
-    inner.must_be_connected()?;
-    let key = inner.keys.key("moved");
-    let op = match to {
-        Some(to) => put(key, to.into_bytes(), 0),
-        None => delete(key, Vec::new()),
-    };
-    inner.guarded(&[], vec![op]).await
-}
-
 /// After a commit: a snapshot, if it is due; and old revisions go.
 async fn tidy(inner: Arc<Inner>) {
     // Whoever is at it sees to it.
@@ -230,7 +219,7 @@ impl Inner {
             return Ok(());
         }
         if let Some(moved) = read(2) {
-            return Err(StoreError::Moved { to: String::from_utf8_lossy(&moved.value).into_owned() });
+            return Err(super::retire::refusal(self, &moved.value));
         }
         let found = read(0).and_then(|kv| String::from_utf8_lossy(&kv.value).parse::<Head>().ok());
         let found = found.unwrap_or_default();
@@ -268,7 +257,7 @@ impl Inner {
     }
 
     /// A transaction that must succeed.
-    async fn guarded(&self, when: &[Compare], ops: Vec<RequestOp>) -> Result<(), StoreError> {
+    pub(super) async fn guarded(&self, when: &[Compare], ops: Vec<RequestOp>) -> Result<(), StoreError> {
         let request = TxnRequest { compare: when.to_vec(), success: ops, failure: Vec::new() };
         let answer: TxnResponse =
             self.client.call(TXN, &request, WRITE).await.map_err(|e| self.call_failed(e))?;

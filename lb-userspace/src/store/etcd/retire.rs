@@ -1,0 +1,132 @@
+//! Taking the store out of use: for as long as it is copied elsewhere, and for good.
+//!
+//! The key `moved` stands against every commit of every host. While the data are copied it hangs on a lease that this
+//! lbd keeps alive, so that an lbd that dies meanwhile leaves a store that takes changes again.
+
+use super::{
+    Inner, Retire, StoreError, TXN,
+    keys::{delete, get, is_absent, is_leased, put},
+    locked,
+    proto::{Compare, KeyValue, OpResponse, RequestOp, TxnRequest, TxnResponse},
+};
+use std::{sync::Arc, time::Duration};
+
+/// What the value of `moved` begins with while the data are copied. An address has no blank.
+const MOVING: &str = "moving to ";
+/// How long the mark outlives the lbd that copies.
+const MOVING_TTL: Duration = Duration::from_secs(15);
+/// How long a request may take, all members tried.
+const CALL: Duration = Duration::from_secs(6);
+
+/// Why commits are refused where `moved` has this value.
+pub(super) fn refusal(inner: &Inner, value: &[u8]) -> StoreError {
+    let (store, text) = (inner.place.clone(), String::from_utf8_lossy(value));
+    match text.strip_prefix(MOVING) {
+        Some(to) => StoreError::Moving { store, to: to.to_owned() },
+        None => StoreError::Moved { store, to: text.into_owned() },
+    }
+}
+
+/// See [`super::Store::retire`].
+pub(super) async fn retire(inner: &Arc<Inner>, how: Retire) -> Result<(), StoreError> {
+    inner.must_be_connected()?;
+    match how {
+        Retire::Moving(to) => begin(inner, &to).await,
+        Retire::Moved(to) => finish(inner, to).await,
+        Retire::Back => back(inner).await,
+    }
+}
+
+/// One transaction on the key `moved`; what the key was if it did not succeed.
+async fn try_change(
+    inner: &Inner,
+    when: Compare,
+    change: RequestOp,
+) -> Result<Result<(), KeyValue>, StoreError> {
+    let key = inner.keys.key("moved");
+    let request = TxnRequest { compare: vec![when], success: vec![change], failure: vec![get(key)] };
+    let answer: TxnResponse =
+        inner.client.call(TXN, &request, CALL).await.map_err(|e| inner.call_failed(e))?;
+    if answer.succeeded {
+        return Ok(Ok(()));
+    }
+    let found = match answer.responses.first().and_then(|r| r.op.as_ref()) {
+        Some(OpResponse::Range(range)) => range.kvs.first().cloned(),
+        _ => None,
+    };
+    Ok(Err(found.unwrap_or_default()))
+}
+
+async fn begin(inner: &Arc<Inner>, to: &str) -> Result<(), StoreError> {
+    let lease = inner.grant(MOVING_TTL).await.map_err(|e| inner.call_failed(e))?;
+    let key = inner.keys.key("moved");
+    let mark = put(key.clone(), format!("{MOVING}{to}").into_bytes(), lease);
+    let begun = async {
+        match try_change(inner, is_absent(key), mark).await? {
+            // A request that was taken without an answer and sent again finds the mark under its own lease.
+            Err(found) if found.lease != lease => return Err(refusal(inner, &found.value)),
+            Ok(()) | Err(_) => {}
+        }
+        // No commit comes after the mark; those before it are taken in.
+        inner.catch_up().await.map(drop)
+    };
+    let begun = begun.await;
+    if begun.is_err() {
+        // Without its lease the mark is gone.
+        let _ = inner.revoke(lease).await;
+        return begun;
+    }
+    *locked(&inner.moving) = Some(lease);
+    tokio::spawn(keep_alive(Arc::downgrade(inner), lease));
+    Ok(())
+}
+
+/// Renews the mark's lease for as long as this lbd copies.
+async fn keep_alive(inner: std::sync::Weak<Inner>, lease: i64) {
+    loop {
+        tokio::time::sleep(MOVING_TTL / 5).await;
+        let Some(inner) = inner.upgrade().filter(|inner| *locked(&inner.moving) == Some(lease)) else {
+            return;
+        };
+        // If it cannot be renewed it runs out, and the copy is not taken in the end.
+        if let Err(error) = inner.renew(lease).await {
+            tracing::warn!(%error, "the mark of the migration is not renewed");
+        }
+    }
+}
+
+async fn finish(inner: &Inner, to: String) -> Result<(), StoreError> {
+    let key = inner.keys.key("moved");
+    let lease = locked(&inner.moving).take();
+    // Still under the lease of the copy, or there may have been commits since.
+    let when = lease.map_or_else(|| is_absent(key.clone()), |lease| is_leased(key.clone(), lease));
+    let done = try_change(inner, when, put(key, to.clone().into_bytes(), 0)).await?;
+    if let Some(lease) = lease {
+        let _ = inner.revoke(lease).await;
+    }
+    match done {
+        Ok(()) => Ok(()),
+        // Taken without an answer, and sent again.
+        Err(found) if found.value == to.as_bytes() => Ok(()),
+        Err(found) if found.value.is_empty() => Err(inner.failed(
+            "etcd did not answer for so long while the data were copied that other hosts may have made changes \
+             since: the copy is not complete, and this store stays in use",
+        )),
+        Err(found) => Err(refusal(inner, &found.value)),
+    }
+}
+
+async fn back(inner: &Inner) -> Result<(), StoreError> {
+    let key = inner.keys.key("moved");
+    let lease = locked(&inner.moving).take();
+    let request = TxnRequest { success: vec![delete(key, Vec::new())], ..TxnRequest::default() };
+    let answer: TxnResponse =
+        inner.client.call(TXN, &request, CALL).await.map_err(|e| inner.call_failed(e))?;
+    if let Some(lease) = lease {
+        let _ = inner.revoke(lease).await;
+    }
+    match answer.responses.first().and_then(|r| r.op.as_ref()) {
+        Some(OpResponse::Delete(delete)) if delete.deleted > 0 => Ok(()),
+        _ => Err(StoreError::NotMoved { store: inner.place.clone() }),
+    }
+}
