@@ -119,6 +119,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             let (mut new, _) = desired(&file)?;
             let old: Config = context.client.get("/v1/config", &()).await?;
             new.assign_seats(&old.desired);
+            new.assign_sizes(&old.desired);
             let found = differences(&old.desired, &new);
             if context.out.json {
                 context.out.json(&found, false)?;
