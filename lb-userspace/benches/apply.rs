@@ -70,6 +70,11 @@ impl Maps for Memory {
         self.slots[base as usize..base as usize + slots.len()].copy_from_slice(slots);
         Ok(())
     }
+    fn rewrite_slots(&mut self, slots: &[(u32, Slot)]) -> Result<()> {
+        slots.iter().for_each(|(place, slot)| self.slots[*place as usize] = *slot);
+        Ok(())
+    }
+    fn grace_period(&mut self) {}
     fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<()> {
         self.services[index as usize].views[view as usize] = *value;
         Ok(())

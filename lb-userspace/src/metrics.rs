@@ -304,6 +304,10 @@ impl Scrape {
         out.gauges("lb_service_flood", help, state(|s| f64::from(u8::from(s.flood))))?;
         let floods = snapshot.services.iter().map(|(name, s)| ([("service", name.as_str())], s.floods));
         out.counters("lb_service_floods", "How often that has begun, over all processors", floods)?;
+        let problems = snapshot.problems.iter();
+        let problems = problems.map(|(name, p)| ([("service", name.as_str()), ("reason", p.reason)], 1.0));
+        let help = "Services whose table could not be brought up to date: no_room or not_compiled";
+        out.gauges("lb_service_not_up_to_date", help, problems)?;
         let help = "Whether health is ignored, since too few backends are healthy";
         out.gauges("lb_service_panic", help, state(|s| f64::from(u8::from(s.panic))))
     }

@@ -253,6 +253,7 @@ impl Control {
             let mut desired = (*head.desired).clone();
             change(&mut desired)?;
             desired.assign_seats(&head.desired);
+            desired.assign_sizes(&head.desired);
             desired.share(&head.desired);
             let desired = Arc::new(desired);
             let differences = differences(&head.desired, &desired);

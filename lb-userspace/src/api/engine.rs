@@ -40,6 +40,17 @@ pub struct Snapshot {
     pub removed: Vec<Removed>,
     /// How full the maps are.
     pub room: Vec<Room>,
+    /// Services that are not as they are wanted, and why. They keep the table that they have, and are tried again.
+    pub problems: BTreeMap<Name, Problem>,
+}
+
+/// Why a service is not as it is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// `no_room` or `not_compiled`.
+    pub reason: &'static str,
+    /// For people.
+    pub text: String,
 }
 
 /// A service in the maps.

@@ -69,6 +69,20 @@ pub struct Status {
     pub reasons: Vec<ReasonCount>,
     /// Room in the maps.
     pub room: Vec<Room>,
+    /// Services that could not be brought up to date. They keep their tables, and are tried again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_up_to_date: Vec<NotUpToDate>,
+}
+
+/// A service that could not be brought up to date.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotUpToDate {
+    /// Service.
+    pub service: Name,
+    /// `no_room`: it waits for slots. `not_compiled`: this host cannot have it, or not all of it.
+    pub reason: String,
+    /// What is missing, and what would help.
+    pub problem: String,
 }
 
 fn is_none(count: &usize) -> bool {

@@ -75,6 +75,16 @@ impl Control {
             unresolved: Vec::new(),
             reasons: view.reasons(),
             room: view.snapshot.room.clone(),
+            not_up_to_date: view
+                .snapshot
+                .problems
+                .iter()
+                .map(|(service, problem)| NotUpToDate {
+                    service: service.clone(),
+                    reason: problem.reason.to_owned(),
+                    problem: problem.text.clone(),
+                })
+                .collect(),
         };
         for (name, service) in &view.stored.desired.services {
             self.service_status(view, name, service, &mut status);
@@ -89,6 +99,7 @@ impl Control {
         let general = problems(&status);
         status.problems.splice(0..0, general);
         status.problems.extend(self.steered().problems());
+        status.problems.extend(not_as_wanted(&view.snapshot));
         status.healthy = status.problems.is_empty();
         status
     }
@@ -364,6 +375,20 @@ pub(super) fn orphaned(services: usize) -> String {
          `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
          store is meant to be empty, `lbctl store accept 0` removes the services"
     )
+}
+
+/// Services that could not be brought up to date: some by name, the others by number.
+fn not_as_wanted(snapshot: &Snapshot) -> Vec<String> {
+    const NAMED: usize = 10;
+    let all = &snapshot.problems;
+    let named = all
+        .iter()
+        .take(NAMED)
+        .map(|(name, problem)| format!("service {name} is not up to date: {}", problem.text));
+    let rest = all.len().saturating_sub(NAMED);
+    let more = (rest > 0)
+        .then(|| format!("{rest} more services are not up to date; `lbctl status -o json` names them"));
+    named.chain(more).collect()
 }
 
 fn problems(status: &Status) -> Vec<String> {

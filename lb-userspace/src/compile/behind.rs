@@ -4,7 +4,7 @@
 //! Called by `service`. Layout: [`lb_common::ServiceView`] says where each part begins.
 
 use super::memory::ShapeMember;
-use crate::model::Scheduler;
+use crate::model::{Scheduler, Service};
 use lb_common::{Slot, load::FLOW, slot::NO_BACKEND};
 
 /// Turns of one round of `wrr` at most. Weights that need more are rounded; none goes without a turn.
@@ -27,6 +27,24 @@ pub fn list(scheduler: Scheduler, members: &[ShapeMember], index: &[u32]) -> Vec
             turns(&weights).into_iter().map(|i| only(takers[i].1)).collect()
         }
         Scheduler::Maglev | Scheduler::P2c | Scheduler::Random | Scheduler::SourceHash => Vec::new(),
+    }
+}
+
+/// Entries that the list of a service may come to have: while all take flows, with weights as fine as a slow start
+/// makes them.
+pub fn longest(wanted: &Service) -> u32 {
+    let weights = || wanted.backends.values().map(|b| u64::from(b.weight)).filter(|&w| w > 0);
+    match wanted.scheduler {
+        Scheduler::Rr | Scheduler::Lc => weights().count() as u32,
+        Scheduler::Wrr => {
+            let divisor = weights().fold(0, gcd).max(1);
+            // What regions and roll-outs make of them is finer still.
+            let is_steered = wanted.is_regional() || wanted.rollout.is_some();
+            let parts = if is_steered { MAX_TURNS } else { u64::from(super::slow::PARTS) };
+            let sum = weights().map(|w| w / divisor).sum::<u64>() * parts;
+            sum.min(MAX_TURNS) as u32 + weights().count() as u32
+        }
+        Scheduler::Maglev | Scheduler::P2c | Scheduler::Random | Scheduler::SourceHash => 0,
     }
 }
 

@@ -247,8 +247,7 @@ impl Memory {
     }
 
     /// Retires services that are no longer desired.
-    pub fn retire_missing(&mut self, desired: &Desired, now_ms: i64) {
-        let wanted: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
+    pub fn retire_missing(&mut self, wanted: &BTreeSet<ServiceId>, now_ms: i64) {
         let gone: Vec<ServiceId> = self.services.keys().filter(|id| !wanted.contains(id)).copied().collect();
         for id in gone {
             if let Some(service) = self.services.remove(&id) {
@@ -289,7 +288,12 @@ impl Memory {
     /// Clears the tracked mark of a service's stable slots: a scan that began after they became stable
     /// found none of its flows. The marks of slots still in transition come back with the next compilation.
     pub fn untrack(&mut self, service: u32) {
-        for memory in self.services.values_mut().filter(|s| s.index == service) {
+        self.untrack_all(|index| index == service);
+    }
+
+    /// The same for all services of which `is_quiet` says so.
+    pub fn untrack_all(&mut self, is_quiet: impl Fn(u32) -> bool) {
+        for memory in self.services.values_mut().filter(|s| is_quiet(s.index)) {
             if memory.tracked.iter().any(|&word| word != 0) {
                 Arc::make_mut(memory).tracked = Arc::new(vec![0; memory.tracked.len()]);
             }

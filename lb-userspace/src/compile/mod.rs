@@ -9,19 +9,27 @@
 
 mod behind;
 mod entries;
+mod error;
 pub mod guard;
 mod memory;
 mod quic;
 mod recall;
+mod room;
 mod service;
 mod slow;
 mod spread;
+mod status;
 mod table;
 
+pub use entries::{from_address, to_address};
+pub use error::CompileError;
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use recall::Past;
+pub use room::{Need, Waiting, admit, needs, room};
+pub use status::{BackendStatus, ServiceStatus};
+pub use table::Hashing;
 
-use crate::model::{BackendState, Desired, Health, Here, Name, Observed, Ports, Protocol, Readiness, Share};
+use crate::model::{Desired, Here, Name, Observed, Ports, Protocol};
 use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Backend, ServiceKey, Slot, Vip, VipKey, limits,
@@ -151,6 +159,8 @@ pub struct ServiceEntry {
     pub view: View,
     /// Table, and what stands behind it.
     pub table: Arc<Vec<Slot>>,
+    /// Slots that it owns: those of the table, and some for a longer list.
+    pub room: u32,
 }
 
 impl ServiceEntry {
@@ -195,133 +205,8 @@ pub struct Plan {
     pub quic_servers: BTreeMap<ServerIdKey, u32>,
 }
 
-/// Why a state cannot be compiled. Nothing has been written when this is returned.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CompileError {
-    /// More of something than a map holds.
-    #[error(
-        "{what} do not fit: {needed} needed, {limit} possible, first without room: {first}; \
-         remove some, or start lbd with a larger {option}"
-    )]
-    TooMany {
-        /// Things counted.
-        what: &'static str,
-        /// How many are needed.
-        needed: u64,
-        /// How many fit.
-        limit: u64,
-        /// The first that has no room.
-        first: String,
-        /// Option that raises the limit.
-        option: &'static str,
-    },
-    /// A service needs what the program was loaded without.
-    #[error(
-        "service {service}: {what} needs feature {feature}, which lbd was started without: add it to features"
-    )]
-    FeatureOff {
-        /// Service.
-        service: Name,
-        /// Setting that needs it.
-        what: String,
-        /// Feature's name in settings.
-        feature: &'static str,
-    },
-    /// There are deny or allow lists, which the program was loaded without.
-    #[error("deny and allow lists need feature guard, which lbd was started without: add it to features")]
-    GuardOff,
-    /// Tables do not fit.
-    #[error(
-        "Maglev tables do not fit: {needed} slots needed (with {spare} to write a changed table beside the \
-         live one), {limit} possible; the largest is that of service {largest} with {largest_slots} slots: \
-         give it a smaller table_size, or start lbd with --max-slots {needed}"
-    )]
-    TooManySlots {
-        /// Slots needed, spare ones included.
-        needed: u64,
-        /// Slots of the largest table, kept free for a change.
-        spare: u64,
-        /// Slots that exist.
-        limit: u64,
-        /// Service with the largest table.
-        largest: Name,
-        /// Its size.
-        largest_slots: u32,
-    },
-}
-
-/// What people want to know about a backend.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackendStatus {
-    /// Name; of a removed backend that still has flows, none.
-    pub name: Option<Name>,
-    /// Address.
-    pub address: IpAddr,
-    /// Index in `BACKENDS`.
-    pub index: u32,
-    /// Weight.
-    pub weight: u32,
-    /// Administrative state; a removed backend is draining.
-    pub state: BackendState,
-    /// Verdict.
-    pub health: Health,
-    /// What its replica says.
-    #[serde(default)]
-    pub readiness: Readiness,
-    /// Takes new flows.
-    pub eligible: bool,
-    /// Percent of its weight that its slow start gives it, while it starts.
-    #[serde(default)]
-    pub slow_start_percent: Option<u8>,
-    /// Why it may take no flow, whatever its health: residency, or its region drains.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub excluded: Option<String>,
-    /// Slots whose primary it is.
-    pub slots: u32,
-    /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.
-    pub resolved: bool,
-    /// Why packets cannot get there in the service's forwarding mode, and what would help.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub problem: Option<String>,
-    /// Of a removed backend: clock in ms since boot from which it may be forgotten, once it has no flow.
-    pub removed_until_ms: Option<i64>,
-}
-
-/// What people want to know about a service.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServiceStatus {
-    /// Name.
-    pub name: Name,
-    /// Identity.
-    pub id: ServiceId,
-    /// Index in `SERVICES`.
-    pub index: u32,
-    /// Slots of its table.
-    pub table_size: u32,
-    /// Backends that take new flows.
-    pub eligible: u32,
-    /// Health is being ignored because too few are healthy.
-    pub panic: bool,
-    /// What the table gives to each region, where that makes a difference.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub regions: Vec<Share>,
-    /// Slots that changed within the drain time.
-    pub transition_slots: u32,
-    /// Slots whose flows may be in the flow table.
-    pub tracked_slots: u32,
-    /// Its scheduler places flows where a stateless answer would not find them, or did so until now.
-    #[serde(default)]
-    pub exceptions: bool,
-    /// Of the table's primaries, by address: the same on every host with the same table.
-    pub table_hash: u64,
-    /// Clock in ms since boot at which the last of them will be stable, if any is not.
-    pub transition_until_ms: Option<i64>,
-    /// Backends in name order, then removed ones.
-    pub backends: Vec<BackendStatus>,
-}
-
 /// Result of [`compile`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Compiled {
     /// Contents of the maps.
     pub plan: Plan,
@@ -331,6 +216,11 @@ pub struct Compiled {
     pub status: Vec<Arc<ServiceStatus>>,
     /// Clock in ms since boot at which time alone changes the plan next.
     pub next_change_ms: Option<i64>,
+    /// Services that cannot be had as they are wanted, and why. Those that have a table keep it, or are compiled without
+    /// what there is no room for.
+    pub failed: BTreeMap<Name, CompileError>,
+    /// Services that are not in the plan, because they wait or failed: the maps' entries of them are to stay.
+    pub left: Vec<ServiceId>,
 }
 
 /// Work that need not be done again while a service's input stays the same.
@@ -339,7 +229,10 @@ pub struct Cache {
     services: HashMap<ServiceId, service::Cached>,
 }
 
-/// Compiles everything.
+/// Compiles everything, or says what of it cannot be had; nothing waits for room.
+///
+/// # Errors
+/// As [`admit`].
 pub fn compile(
     desired: &Desired,
     observed: &Observed,
@@ -347,76 +240,157 @@ pub fn compile(
     settings: &Settings,
     cache: &mut Cache,
 ) -> Result<Compiled, CompileError> {
-    let now_ms = observed.now.as_millis() as i64;
-    check_counts(desired, settings)?;
-    check_guard(desired, settings)?;
-    let mut memory = memory.clone();
-    memory.retire_missing(desired, now_ms);
-    cache.services.retain(|id, _| memory.services.contains_key(id) || desired_has(desired, id));
-    let mut free = memory.free_indices(&settings.limits);
+    admit(desired, &Desired::default(), memory, settings)?;
+    let mut compiled = compile_each(desired, observed, memory, settings, cache, &Waiting::default());
+    match compiled.failed.pop_first() {
+        None => Ok(compiled),
+        Some((_, error)) => Err(error),
+    }
+}
 
-    let mut plan = Plan::default();
-    let mut status = Vec::with_capacity(desired.services.len());
-    let mut next_change_ms: Option<i64> = None;
+/// Compiles each service by itself. One that cannot be compiled, or waits, is left out of the plan, and named.
+pub fn compile_each(
+    desired: &Desired,
+    observed: &Observed,
+    memory: &Memory,
+    settings: &Settings,
+    cache: &mut Cache,
+    waiting: &Waiting,
+) -> Compiled {
+    let now_ms = observed.now.as_millis() as i64;
+    let mut memory = memory.clone();
+    let ids: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
+    memory.retire_missing(&ids, now_ms);
+    cache.services.retain(|id, _| ids.contains(id));
+    let mut free = memory.free_indices(&settings.limits);
+    let mut vips: BTreeSet<IpAddr> = memory.services.keys().map(|id| id.vip).collect();
+
+    let mut all = Compiled::default();
     let mut backends = Vec::new();
     let mut health = observed.health.iter().peekable();
     let mut replicas = observed.replicas.iter().peekable();
     for (name, wanted) in &desired.services {
         let id = ServiceId::of(wanted);
-        let verdicts = service::seen(name, wanted, &mut health, &mut replicas);
-        let steer = spread::steer(wanted, &settings.here, observed.steers.get(name));
-        let excluded = spread::excluded(wanted, &settings.here, &desired.regions);
-        let next_hops = &observed.paths.next_hops;
-        let compiled = service::compile(
-            &service::Input { name, id, wanted, verdicts, steer, excluded, next_hops, now_ms, settings },
-            memory.services.get(&id),
-            &mut free,
-            cache.services.entry(id).or_default(),
-        )?;
+        let input = service::Input {
+            name,
+            id,
+            wanted,
+            verdicts: service::seen(name, wanted, &mut health, &mut replicas),
+            steer: spread::steer(wanted, &settings.here, observed.steers.get(name)),
+            excluded: spread::excluded(wanted, &settings.here, &desired.regions),
+            next_hops: &observed.paths.next_hops,
+            now_ms,
+            settings,
+            held: waiting.to_change.get(&id).copied(),
+        };
+        let cached = cache.services.entry(id).or_default();
+        let compiled = match check_maps(&input, &all.plan, &mut vips) {
+            Ok(()) if waiting.to_come.contains(&id) => Ok(None),
+            Ok(()) => service::compile(&input, memory.services.get(&id), &mut free, cached).map(Some),
+            Err(error) => Err(error),
+        };
+        let compiled = match compiled {
+            Ok(Some(compiled)) => compiled,
+            Ok(None) => {
+                all.leave(id, cached);
+                continue;
+            }
+            Err(error) => {
+                all.failed.insert(name.clone(), error);
+                all.leave(id, cached);
+                continue;
+            }
+        };
+        if let Some(lack) = &compiled.lack {
+            all.failed.insert(name.clone(), lack.clone());
+        }
         memory.services.insert(id, compiled.memory.clone());
         backends.extend(compiled.backends.iter().copied());
+        quic::enter(wanted, &compiled.memory, &mut all.plan);
+        all.enter(&id, &compiled);
+    }
+    all.plan.allow_links(observed);
+    backends.sort_unstable_by_key(|&(index, _)| index);
+    all.plan.backends = backends.into_iter().collect();
+    all.memory = memory;
+    all
+}
+
+impl Compiled {
+    /// Takes a service in, but for its backends.
+    fn enter(&mut self, id: &ServiceId, compiled: &service::Output) {
+        let plan = &mut self.plan;
         plan.costs.extend(compiled.costs.iter().copied());
         plan.egress.extend(compiled.egress.iter().copied());
         plan.services.insert(compiled.index, compiled.entry.clone());
-        entries::enter(&id, compiled.index, &mut plan);
-        quic::enter(wanted, &compiled.memory, &mut plan);
-        next_change_ms = match (next_change_ms, compiled.next_change_ms) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        };
-        status.push(compiled.status.clone());
+        entries::enter(id, compiled.index, plan);
+        self.next_change_ms = [self.next_change_ms, compiled.next_change_ms].into_iter().flatten().min();
+        self.status.push(compiled.status.clone());
     }
-    // Until a next hop is known, the kernel's FIB may answer with any interface.
-    let room = (limits::EGRESS as usize).saturating_sub(plan.egress.len());
-    let others: Vec<u32> = observed.paths.links.difference(&plan.egress).take(room).copied().collect();
-    plan.egress.extend(others);
-    backends.sort_unstable_by_key(|&(index, _)| index);
-    plan.backends = backends.into_iter().collect();
-    check_plan(desired, &plan, &status, settings)?;
-    check_quic(&plan, desired)?;
-    Ok(Compiled { plan, memory, status, next_change_ms })
+
+    /// Leaves a service as it is, with the status that it had.
+    fn leave(&mut self, id: ServiceId, cached: &service::Cached) {
+        self.left.push(id);
+        self.status.extend(cached.status().cloned());
+    }
 }
 
-fn desired_has(desired: &Desired, id: &ServiceId) -> bool {
-    desired.services.values().any(|s| ServiceId::of(s) == *id)
+impl Plan {
+    /// Until a next hop is known, the kernel's FIB may answer with any interface. The map has room for so many.
+    fn allow_links(&mut self, observed: &Observed) {
+        let limit = limits::EGRESS as usize;
+        while self.egress.len() > limit {
+            self.egress.pop_last();
+        }
+        let room = limit - self.egress.len();
+        let others: Vec<u32> = observed.paths.links.difference(&self.egress).take(room).copied().collect();
+        self.egress.extend(others);
+    }
+
+    /// Takes over from the live maps what they hold of a service.
+    pub fn retain(&mut self, id: &ServiceId, index: u32, live: &Self) {
+        let Some(entry) = live.services.get(&index) else { return };
+        self.services.insert(index, entry.clone());
+        entries::enter(id, index, self);
+        for (&backend, entry) in live.backends.iter().filter(|(_, b)| b.service == index) {
+            self.backends.insert(backend, *entry);
+            self.costs.extend(live.costs.get(&backend).map(|cost| (backend, *cost)));
+            self.egress.extend(Some(entry.ifindex).filter(|i| live.egress.contains(i)));
+        }
+        let is_own = |key: u32| (0..8).any(|config| key == lb_common::quic::config_key(index, config));
+        self.quic_configs.extend(live.quic_configs.iter().filter(|(key, _)| is_own(**key)));
+        self.quic_servers.extend(live.quic_servers.iter().filter(|(key, _)| key.service == index));
+    }
 }
 
-fn check_counts(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
-    let limit = settings.limits.services as usize;
-    if let Some(first) = desired.services.keys().nth(limit) {
+/// Whether the maps that all services share have room for this one beside those before it and the VIPs in use.
+fn check_maps(
+    input: &service::Input<'_>,
+    plan: &Plan,
+    vips: &mut BTreeSet<IpAddr>,
+) -> Result<(), CompileError> {
+    let limit = input.settings.limits.vips as usize;
+    if vips.len() >= limit && !vips.contains(&input.id.vip) {
         return Err(CompileError::TooMany {
-            what: "services",
-            needed: desired.services.len() as u64,
+            what: "VIPs",
+            needed: vips.len() as u64 + 1,
             limit: limit as u64,
-            first: first.to_string(),
+            first: input.id.vip.to_string(),
             option: "--max-services",
         });
+    }
+    vips.insert(input.id.vip);
+    let configs = plan.quic_configs.len() + input.wanted.quic.len();
+    if !input.wanted.quic.is_empty() && configs > limits::QUIC_CONFIGS as usize {
+        return Err(room::too_many_quic(configs as u64, input.name));
     }
     Ok(())
 }
 
 /// Refuses lists that do not fit, or that the program cannot have.
-fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
+/// # Errors
+/// As said.
+pub fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
     if desired.guard.is_empty() {
         return Ok(());
     }
@@ -435,59 +409,4 @@ fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileErro
         first: all.skip(limit).map(|(net, _)| net.to_string()).next().unwrap_or_default(),
         option: "--max-guard-entries",
     })
-}
-
-fn check_quic(plan: &Plan, desired: &Desired) -> Result<(), CompileError> {
-    if plan.quic_configs.len() <= limits::QUIC_CONFIGS as usize {
-        return Ok(());
-    }
-    let last = desired.services.iter().rev().find(|(_, service)| !service.quic.is_empty());
-    Err(CompileError::TooMany {
-        what: "configs of QUIC connection ids",
-        needed: plan.quic_configs.len() as u64,
-        limit: u64::from(limits::QUIC_CONFIGS),
-        first: last.map_or_else(String::new, |(name, _)| name.to_string()),
-        option: "map of them (fixed when lbd is built)",
-    })
-}
-
-fn check_plan(
-    desired: &Desired,
-    plan: &Plan,
-    status: &[Arc<ServiceStatus>],
-    settings: &Settings,
-) -> Result<(), CompileError> {
-    if plan.vips.len() > settings.limits.vips as usize {
-        let first = desired.services.values().map(|s| s.vip).max();
-        return Err(CompileError::TooMany {
-            what: "VIPs",
-            needed: plan.vips.len() as u64,
-            limit: u64::from(settings.limits.vips),
-            first: first.map_or_else(String::new, |vip| vip.to_string()),
-            option: "--max-services",
-        });
-    }
-    if plan.egress.len() > limits::EGRESS as usize {
-        return Err(CompileError::TooMany {
-            what: "egress interfaces",
-            needed: plan.egress.len() as u64,
-            limit: u64::from(limits::EGRESS),
-            first: plan.egress.last().map_or_else(String::new, ToString::to_string),
-            option: "device map (fixed when lbd is built)",
-        });
-    }
-    let slots: u64 = plan.services.values().map(|s| s.table.len() as u64).sum();
-    if let Some(largest) = status.iter().max_by_key(|s| s.table_size) {
-        let spare = plan.services.values().map(|s| s.table.len() as u64).max().unwrap_or(0);
-        if slots + spare > u64::from(settings.limits.slots) {
-            return Err(CompileError::TooManySlots {
-                needed: slots + spare,
-                spare,
-                limit: u64::from(settings.limits.slots),
-                largest: largest.name.clone(),
-                largest_slots: largest.table_size,
-            });
-        }
-    }
-    Ok(())
 }

@@ -8,7 +8,7 @@
 use super::{
     BackendMemory, Memory, ServiceId, ServiceMemory, Settings,
     spread::{excluded, steer, steered},
-    table::{shape, table_size},
+    table::{Hashing, shape},
 };
 use crate::{
     model::{Backend, Desired, Health, Here, Service},
@@ -121,10 +121,10 @@ fn relive(
     let candidates: Vec<_> = then.backends.values().enumerate().map(candidate).collect();
     let weights: Vec<u32> = then.backends.values().map(|b| b.weight).collect();
     let rule = policy::eligible(&candidates, true, then.panic_percent);
-    let size = table_size(then, memory);
+    let hashing = Hashing::wanted(then, memory);
     // How it was spread then is in no history either: as it goes where nothing is measured.
     let steer = steer(then, here, None);
     let steered = steered(then, here, steer.as_deref(), (&weights, 1), &rule.eligible);
-    let shape = shape(then, (&steered.weights, steered.scale), &steered.takes, size);
+    let shape = shape(then, (&steered.weights, steered.scale), &steered.takes, hashing);
     memory.enter(&shape, from_ms, drain_ms);
 }

@@ -3,17 +3,18 @@
 //! Slots are `table`'s, who may take flows and how many are `spread`'s.
 
 use super::{
-    BackendMemory, BackendStatus, CompileError, Cost, ServiceEntry, ServiceId, ServiceMemory, ServiceStatus,
-    Settings, Shape, View, behind, entries,
+    BackendMemory, CompileError, Cost, ServiceEntry, ServiceId, ServiceMemory, ServiceStatus, Settings,
+    Shape, View, behind, entries,
     memory::FreeIndices,
     slow,
     spread::{Excluded, steered},
-    table::{PerBackend, Tables, note_changes, region, replay, shape, table_hash, table_size},
+    status::status,
+    table::{Hashing, Tables, note_changes, region, replay, shape},
 };
 use crate::{
     model::{
         self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
-        Scheduler, Service, Share, Steer, WHOLE, region_list,
+        Scheduler, Service, Steer, region_list,
     },
     policy::{self, Candidate, Seen},
 };
@@ -26,7 +27,6 @@ use lb_common::{
     load::{FLOW, source},
     service::{flags, scheduler},
     settings::features,
-    slot::NO_BACKEND,
 };
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
@@ -49,6 +49,8 @@ pub(super) struct Input<'a> {
     pub next_hops: &'a BTreeMap<IpAddr, NextHop>,
     pub now_ms: i64,
     pub settings: &'a Settings,
+    /// The size, seed and hash that it keeps, because there is no room for a change of them.
+    pub held: Option<Hashing>,
 }
 
 /// What comes of it.
@@ -61,6 +63,8 @@ pub(super) struct Output {
     pub memory: Arc<ServiceMemory>,
     pub status: Arc<ServiceStatus>,
     pub next_change_ms: Option<i64>,
+    /// Backends without an index take no flows: there is none left.
+    pub lack: Option<CompileError>,
 }
 
 /// The last output and its input, and the tables made lately.
@@ -77,7 +81,15 @@ struct Last {
     steer: Option<Arc<Steer>>,
     excluded: Vec<Option<Excluded>>,
     next_hops: Vec<Option<NextHop>>,
+    held: Option<Hashing>,
     output: Arc<Output>,
+}
+
+impl Cached {
+    /// What was last told about the service.
+    pub(super) fn status(&self) -> Option<&Arc<ServiceStatus>> {
+        self.last.as_ref().map(|last| &last.output.status)
+    }
 }
 
 /// What is known of a service's backends, from the sorted observations of all.
@@ -130,6 +142,8 @@ pub(super) fn compile(
         && last.excluded == input.excluded
         && last.next_hops == next_hops(&last.output.memory)
         && last.name == *input.name
+        && last.held == input.held
+        && last.output.lack.is_none()
         && last.wanted == *input.wanted
     {
         return Ok(last.output.clone());
@@ -142,6 +156,7 @@ pub(super) fn compile(
         steer: input.steer.clone(),
         excluded: input.excluded.clone(),
         next_hops: next_hops(&output.memory),
+        held: input.held,
         output: output.clone(),
     });
     Ok(output)
@@ -154,13 +169,13 @@ fn compile_anew(
     tables: &mut Tables,
 ) -> Result<Output, CompileError> {
     let wanted = input.wanted;
-    check_features(input)?;
+    check_features(input.name, wanted, input.settings)?;
     let drain_ms = i64::from(wanted.drain_s) * 1_000;
     let mut memory = before.map(|m| (**m).clone()).unwrap_or_default();
     if before.is_none() {
         memory.index = free.service().ok_or_else(|| too_many("services", input, "--max-services"))?;
     }
-    allocate(input, &mut memory, free)?;
+    let lack = allocate(input, &mut memory, free);
 
     let candidates: Vec<_> = wanted
         .backends
@@ -172,7 +187,9 @@ fn compile_anew(
             state: b.state,
             health: if problem(input, b.address).is_none() { seen.health } else { Health::Unhealthy },
             // The panic rule goes no more over residency than over a replica's own word.
-            declines: seen.readiness.declines() || input.is_excluded(i),
+            declines: seen.readiness.declines()
+                || input.is_excluded(i)
+                || !memory.backends.contains_key(&b.address),
         })
         .collect();
     let rule = policy::eligible(&candidates, memory.settled, wanted.panic_percent);
@@ -195,7 +212,8 @@ fn compile_anew(
         }
     }
     let weights = (&steered.weights[..], start.scale * steered.scale);
-    let shape = shape(wanted, weights, &steered.takes, table_size(wanted, &memory));
+    let hashing = input.held.unwrap_or_else(|| Hashing::wanted(wanted, &memory));
+    let shape = shape(wanted, weights, &steered.takes, hashing);
     memory.forget_empty(&shape);
     let previous = memory.epochs.last().map(|e| e.shape.clone());
     let is_new = memory.enter(&shape, input.now_ms, drain_ms);
@@ -222,7 +240,8 @@ fn compile_anew(
     let region = region(input, &mut memory, &shape, input.now_ms - drain_ms, reshaped, tables, &mut view);
 
     let (backends, egress) = backend_entries(input, &memory, rule.panic);
-    let entry = ServiceEntry { view, table: Arc::new(region) };
+    let room = (region.len() as u32 - view.list_count) + view.list_count.max(behind::longest(wanted));
+    let entry = ServiceEntry { view, table: Arc::new(region), room };
     let mut status = status(input, &memory, &shape, (&rule, &start), &entry, &backends, drain_ms);
     status.exceptions = had_exceptions || memory.exceptions;
     let window_ends = memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
@@ -236,16 +255,17 @@ fn compile_anew(
         memory: Arc::new(memory),
         status: Arc::new(status),
         next_change_ms,
+        lack,
     })
 }
 
 impl Input<'_> {
-    fn is_excluded(&self, backend: usize) -> bool {
+    pub(super) fn is_excluded(&self, backend: usize) -> bool {
         self.excluded.get(backend).is_some_and(Option::is_some)
     }
 
     /// Why a backend is excluded, for people.
-    fn why_excluded(&self, backend: usize, b: &model::Backend) -> Option<String> {
+    pub(super) fn why_excluded(&self, backend: usize, b: &model::Backend) -> Option<String> {
         let region = b.region.as_ref().unwrap_or(&self.settings.here.region);
         let allowed = self.wanted.regions.iter().flat_map(|rules| rules.allowed.iter().flatten());
         match (*self.excluded.get(backend)?)? {
@@ -259,8 +279,7 @@ impl Input<'_> {
 }
 
 /// Refuses what the loaded program cannot do.
-fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
-    let wanted = input.wanted;
+pub(super) fn check_features(name: &Name, wanted: &Service, settings: &Settings) -> Result<(), CompileError> {
     let needs = [
         (features::NAT, wanted.mode == ForwardingMode::Nat, "mode nat".to_owned()),
         (features::L2, wanted.mode == ForwardingMode::L2, "mode l2".to_owned()),
@@ -271,10 +290,10 @@ fn check_features(input: &Input<'_>) -> Result<(), CompileError> {
         (features::SECOND_CHANCE, wanted.second_chance == Some(true), "second_chance".to_owned()),
     ];
     for (bit, is_needed, what) in needs {
-        if is_needed && input.settings.features_off & bit != 0 {
+        if is_needed && settings.features_off & bit != 0 {
             let feature = features::NAMES.iter().find(|(_, b)| *b == bit).map_or("?", |(name, _)| name);
             return Err(CompileError::FeatureOff {
-                service: input.name.clone(),
+                service: name.clone(),
                 what: what.to_lowercase(),
                 feature,
             });
@@ -325,7 +344,7 @@ fn too_many(what: &'static str, input: &Input<'_>, option: &'static str) -> Comp
 }
 
 /// Why packets cannot reach a backend in the service's forwarding mode, as far as routes tell.
-fn problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
+pub(super) fn problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
     let hop = input.next_hops.get(&address)?;
     match input.wanted.mode {
         ForwardingMode::L2 if hop.is_routed => Some(format!(
@@ -349,12 +368,8 @@ fn name_of(ifindex: u32) -> String {
     }
 }
 
-/// Gives each backend an index, and notes which are gone and which are back.
-fn allocate(
-    input: &Input<'_>,
-    memory: &mut ServiceMemory,
-    free: &mut FreeIndices,
-) -> Result<(), CompileError> {
+/// Gives each backend an index, and notes which are gone and which are back; what there was no index for.
+fn allocate(input: &Input<'_>, memory: &mut ServiceMemory, free: &mut FreeIndices) -> Option<CompileError> {
     let wanted: BTreeSet<IpAddr> = input.wanted.backends.values().map(|b| b.address).collect();
     for (address, backend) in &mut memory.backends {
         backend.removed_ms = match wanted.contains(address) {
@@ -362,9 +377,13 @@ fn allocate(
             false => backend.removed_ms.or(Some(input.now_ms)),
         };
     }
+    let mut lack = None;
     for address in wanted {
         if let Entry::Vacant(place) = memory.backends.entry(address) {
-            let index = free.backend().ok_or_else(|| too_many("backends", input, "--max-backends"))?;
+            let Some(index) = free.backend() else {
+                lack.get_or_insert_with(|| too_many("backends", input, "--max-backends"));
+                continue;
+            };
             place.insert(BackendMemory {
                 index,
                 removed_ms: None,
@@ -374,7 +393,7 @@ fn allocate(
             });
         }
     }
-    Ok(())
+    lack
 }
 
 /// Entries of all backends that still have an index, and the interfaces they leave by.
@@ -447,14 +466,14 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
         Scheduler::Rr | Scheduler::Wrr => (scheduler::TURNS, flags::TRACK_ALL),
         Scheduler::Random => (scheduler::RANDOM, flags::TRACK_ALL),
         Scheduler::Lc => (scheduler::LEAST, flags::TRACK_ALL | flags::COUNT_FLOWS),
-        Scheduler::SourceHash if wanted.load_cap.is_some() => {
-            (scheduler::CAPPED, flags::TRACK_ALL | flags::HASH_SOURCE)
-        }
-        Scheduler::SourceHash => (scheduler::MAGLEV, flags::HASH_SOURCE),
+        Scheduler::SourceHash if wanted.load_cap.is_some() => (scheduler::CAPPED, flags::TRACK_ALL),
+        Scheduler::SourceHash => (scheduler::MAGLEV, 0),
     };
+    // The table's, which may be that of another scheduler while the service waits for room.
+    let by_source = if shape.by_source { flags::HASH_SOURCE } else { 0 };
     View {
         seed: shape.seed,
-        flags: bits | more | limits.flags,
+        flags: bits | more | by_source | limits.flags,
         limits,
         scheduler,
         protocol: wanted.protocol.number(),
@@ -462,108 +481,5 @@ fn view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
         slot_count: shape.size,
         load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(unit_of_load(wanted))),
         ..View::default()
-    }
-}
-
-/// What the table gives to each region, as far as thousandths say it.
-fn region_shares(
-    input: &Input<'_>,
-    share: &dyn Fn(u32) -> u32,
-    memory: &ServiceMemory,
-    slots: usize,
-) -> Vec<Share> {
-    if !input.wanted.is_regional() {
-        return Vec::new();
-    }
-    let mut by_region: BTreeMap<&Name, u64> = BTreeMap::new();
-    for b in input.wanted.backends.values() {
-        let index = memory.backends.get(&b.address).map_or(NO_BACKEND, |known| known.index);
-        let region = b.region.as_ref().unwrap_or(&input.settings.here.region);
-        *by_region.entry(region).or_default() += u64::from(share(index));
-    }
-    let permille = |n: u64| ((n * u64::from(WHOLE) + slots as u64 / 2) / slots.max(1) as u64) as u16;
-    let shares = by_region.into_iter().map(|(name, n)| Share { name: name.clone(), permille: permille(n) });
-    shares.filter(|share| share.permille > 0).collect()
-}
-
-fn status(
-    input: &Input<'_>,
-    memory: &ServiceMemory,
-    shape: &Shape,
-    (rule, start): (&policy::Eligibility, &slow::Start),
-    entry: &ServiceEntry,
-    entries: &[(u32, Backend)],
-    drain_ms: i64,
-) -> ServiceStatus {
-    let slots = entry.slots();
-    let mut shares = PerBackend::<u32>::new(memory);
-    slots.iter().for_each(|slot| *shares.get_mut(slot.primary_index()) += 1);
-    let resolved: HashMap<u32, bool> =
-        entries.iter().map(|(i, b)| (*i, b.flags & lb_common::backend::flags::RESOLVED != 0)).collect();
-    let share = |index| shares.get(index);
-    let is_resolved = |index| resolved.get(&index).copied().unwrap_or(false);
-    let mut backends: Vec<_> = input
-        .wanted
-        .backends
-        .iter()
-        .zip(input.verdicts.iter().zip(rule.eligible.iter().zip(&start.percent)))
-        .enumerate()
-        .filter_map(|(i, ((name, b), (seen, (&eligible, &slow_start_percent))))| {
-            let index = memory.backends.get(&b.address)?.index;
-            Some(BackendStatus {
-                name: Some(name.clone()),
-                address: b.address,
-                index,
-                weight: b.weight,
-                state: b.state,
-                health: seen.health,
-                readiness: seen.readiness,
-                eligible,
-                slow_start_percent,
-                excluded: input.why_excluded(i, b),
-                slots: share(index),
-                resolved: is_resolved(index),
-                problem: problem(input, b.address),
-                removed_until_ms: None,
-            })
-        })
-        .collect();
-    backends.extend(memory.backends.iter().filter_map(|(&address, b)| {
-        let removed_ms = b.removed_ms?;
-        Some(BackendStatus {
-            name: None,
-            address,
-            index: b.index,
-            weight: 0,
-            state: BackendState::Draining,
-            health: Health::Unknown,
-            readiness: Readiness::Unknown,
-            eligible: false,
-            slow_start_percent: None,
-            excluded: None,
-            slots: 0,
-            resolved: is_resolved(b.index),
-            problem: None,
-            removed_until_ms: Some(removed_ms + drain_ms),
-        })
-    }));
-    let until = memory.changed_ms.iter().max().map(|&t| t.saturating_add(drain_ms));
-    ServiceStatus {
-        name: input.name.clone(),
-        id: input.id,
-        index: memory.index,
-        table_size: shape.size,
-        eligible: rule.eligible.iter().filter(|&&e| e).count() as u32,
-        panic: rule.panic,
-        regions: region_shares(input, &share, memory, slots.len()),
-        transition_slots: match entry.view.old_count {
-            0 => slots.iter().filter(|s| s.is_transition()).count() as u32,
-            _ => slots.len() as u32,
-        },
-        tracked_slots: slots.iter().filter(|s| s.is_tracked()).count() as u32,
-        exceptions: false,
-        table_hash: table_hash(memory, shape, slots),
-        transition_until_ms: until.filter(|&t| t > input.now_ms),
-        backends,
     }
 }

@@ -13,7 +13,7 @@ use crate::model::Service;
 use std::{collections::HashSet, net::IpAddr};
 
 /// Parts of a weight that are given out.
-const PARTS: u32 = 8;
+pub(super) const PARTS: u32 = 8;
 /// Parts that a backend has in each third of its start.
 const STEPS: [u32; 3] = [1, 2, 4];
 

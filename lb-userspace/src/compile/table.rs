@@ -9,14 +9,16 @@
 //! A slot is *tracked* from its first change on until a scan of the flow tables finds none of the service's
 //! flows there: only then is its primary the whole truth again.
 
-use super::{Epoch, ServiceMemory, Shape, ShapeMember, View, behind, entries, service::Input};
+use super::{
+    Epoch, ServiceMemory, Shape, ShapeMember, View, behind, entries, room::has_pairs, service::Input,
+};
 use crate::{
     maglev,
     model::{Scheduler, Service},
 };
 use lb_common::{
     Slot,
-    service::{flags, scheduler},
+    service::flags,
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
@@ -40,11 +42,44 @@ pub(super) fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     }
 }
 
+impl From<&Shape> for Hashing {
+    fn from(shape: &Shape) -> Self {
+        Self { seed: shape.seed, size: shape.size, by_source: shape.by_source }
+    }
+}
+
+/// What decides on which slot of a table a flow falls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hashing {
+    /// Key of the flow hash.
+    pub seed: [u64; 2],
+    /// Slots.
+    pub size: u32,
+    /// Flows are hashed by the client's address alone.
+    pub by_source: bool,
+}
+
+impl Hashing {
+    /// What a service asks for.
+    pub(super) fn wanted(wanted: &Service, memory: &ServiceMemory) -> Self {
+        Self {
+            seed: entries::seed(wanted),
+            size: table_size(wanted, memory),
+            by_source: wanted.scheduler == Scheduler::SourceHash,
+        }
+    }
+
+    /// What a view says.
+    pub fn of(view: &View) -> Self {
+        Self { seed: view.seed, size: view.slot_count, by_source: view.flags & flags::HASH_SOURCE != 0 }
+    }
+}
+
 pub(super) fn shape(
     wanted: &Service,
     (weights, scale): (&[u32], u32),
     eligible: &[bool],
-    size: u32,
+    Hashing { seed, size, by_source }: Hashing,
 ) -> Arc<Shape> {
     let mut members: Vec<_> = wanted
         .backends
@@ -55,7 +90,6 @@ pub(super) fn shape(
         .map(|((b, (&weight, &eligible)), seat)| ShapeMember { address: b.address, weight, eligible, seat })
         .collect();
     members.sort_unstable();
-    let by_source = wanted.scheduler == Scheduler::SourceHash;
     let mut turns = wanted.seating();
     // While somebody starts slowly, weights are finer than what the seats were taken with.
     turns.iter_mut().for_each(|turn| turn.1 *= scale);
@@ -64,7 +98,7 @@ pub(super) fn shape(
     if turns == plain {
         turns.clear();
     }
-    Arc::new(Shape { seed: entries::seed(wanted), size, turns, by_source, members })
+    Arc::new(Shape { seed, size, turns, by_source, members })
 }
 
 /// The table of a shape, built at most once while it is kept.
@@ -152,7 +186,6 @@ pub(super) fn region(
     } else if memory.tracked.len() == tracked.len() {
         tracked.copy_from_slice(&memory.tracked);
     }
-    let mut in_transition = false;
     let mut slots = vec![Slot::EMPTY; size];
     for (i, slot) in slots.iter_mut().enumerate() {
         slot.primary = of(&index, current.primary[i]);
@@ -163,7 +196,6 @@ pub(super) fn region(
             let previous = of(&base_index, base.primary[i]);
             slot.secondary = if previous == NO_BACKEND { slot.primary } else { previous } | TRANSITION;
             tracked[i / 64] |= 1 << (i % 64);
-            in_transition = true;
         }
         if tracked[i / 64] >> (i % 64) & 1 != 0 {
             slot.primary |= TRACKED;
@@ -173,8 +205,8 @@ pub(super) fn region(
         memory.tracked = Arc::new(tracked);
     }
 
-    let takes_second = matches!(view.scheduler, scheduler::P2C | scheduler::CAPPED);
-    if in_transition && (takes_second || view.flags & flags::SECOND_CHANCE != 0) {
+    // Always, though only slots in transition need them: so a transition begins and ends in place.
+    if has_pairs(input.wanted, input.settings) {
         view.flags |= flags::SECONDS;
         slots.extend(current.secondary.iter().map(|&member| behind::only(of(&index, member))));
     }

@@ -1,6 +1,6 @@
 //! Desired state to a configuration file: what [`super::File::parse`] reads back as the same state.
 
-use crate::model::{Backend, Desired, Region, RegionRules, Service};
+use crate::model::{Backend, Desired, Region, RegionRules, Service, by_need};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
@@ -29,6 +29,10 @@ pub fn export(desired: &Desired) -> String {
         let fresh = Service { seating: Vec::new(), ..(**service).clone() };
         if service.seating == fresh.seating() {
             fields.remove("seating");
+        }
+        // Without it, a file lets the size follow the number of backends that it has.
+        if service.table_size == Some(by_need(service.backends.len())) {
+            fields.remove("table_size");
         }
         let health = fields.remove("health");
         let replica = fields.remove("replica");

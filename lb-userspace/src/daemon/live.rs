@@ -3,14 +3,14 @@
 use crate::{
     api::{
         Engine, EngineError,
-        engine::{BackendState, Counters, FlowFilter, Removed, ServiceState, Snapshot},
+        engine::{BackendState, Counters, FlowFilter, Problem, Removed, ServiceState, Snapshot},
         types::{Applied, FlowInfo, Interface, Room},
     },
     clock,
     dataplane::{HASH_MAPS, Limits, Reader},
     explain::{Explanation, Query, explain},
     model::{BackendId, Desired, Name, region_list},
-    reconcile::{self, ApplyError, Event, Published, ReconcileError},
+    reconcile::{self, Event, Published, ReconcileError},
 };
 use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, flow::flags::CLOSING};
@@ -58,10 +58,8 @@ impl Live {
         let gone = || EngineError::Failed { what: "the reconciler has ended; see the log of lbd".to_owned() };
         self.events.send(event).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?.map_err(|error| match error {
-            ReconcileError::Compile(_) | ReconcileError::Apply(ApplyError::NoRoom(_)) => {
-                EngineError::Refused { what: error.to_string() }
-            }
-            ReconcileError::Apply(ApplyError::Dataplane(_)) | ReconcileError::Together(_) => {
+            ReconcileError::Compile(_) => EngineError::Refused { what: error.to_string() },
+            ReconcileError::Apply(_) | ReconcileError::Together(_) => {
                 EngineError::Failed { what: error.to_string() }
             }
         })
@@ -88,7 +86,7 @@ fn plus(a: BackendStats, b: BackendStats) -> BackendStats {
 fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
     let mut snapshot =
         Snapshot { applied: applied(&published.applied, published.error.clone()), ..Snapshot::default() };
-    let (mut slots, mut backends) = (0, 0);
+    let mut backends = 0;
     for (name, s) in &published.services {
         let flood = published.sweep.floods.get(&s.index).copied().unwrap_or_default();
         let state = ServiceState {
@@ -102,7 +100,6 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
             floods: flood.times,
         };
         snapshot.services.insert(name.clone(), state);
-        slots += u64::from(s.table_size);
         for b in &s.backends {
             backends += 1;
             let tracked_flows = published.tracked_flows(b.index);
@@ -129,12 +126,16 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
             snapshot.backends.insert(id, state);
         }
     }
+    for (name, problem) in &published.problems {
+        let (reason, text) = (problem.label(), problem.to_string());
+        snapshot.problems.insert(name.clone(), Problem { reason, text });
+    }
     let room = |what: &str, used: u64, limit: u32| Room { what: what.to_owned(), used, limit: limit.into() };
     let entries = |table: FlowTable| published.sweep.entries[table as usize];
     snapshot.room = vec![
         room("services", published.services.len() as u64, limits.services),
         room("backends", backends, limits.backends),
-        room("slots", slots, limits.slots),
+        room("slots", published.slots_used.into(), limits.slots),
         room("tcp flows", entries(FlowTable::Flows), limits.flows),
         room("syns", entries(FlowTable::Syns), limits.syns),
         room("udp flows", entries(FlowTable::UdpFlows), limits.flows),

@@ -9,6 +9,7 @@ mod bindings;
 mod carry;
 mod decap;
 mod error;
+mod grace;
 mod guard;
 mod layout;
 mod links;
@@ -27,6 +28,7 @@ mod takeover;
 pub use carry::Carried;
 pub use decap::{DecapDataplane, DecapOptions};
 pub use error::DataplaneError;
+pub use grace::grace_period;
 pub use links::Interface;
 pub use loads::Loads;
 pub use notes::{Notes, Scan};
@@ -278,6 +280,20 @@ impl Dataplane {
             self.store_slot(place, *slot)?;
         }
         Ok(())
+    }
+
+    /// Writes single slots of a live table. Whoever sees a slot's new primary sees its new secondary too: it is stored
+    /// first, and x86 neither reorders two stores nor two loads; elsewhere all programs that may have loaded the old
+    /// secondary have ended before a primary is stored.
+    pub fn rewrite_slots(&mut self, slots: &[(u32, Slot)]) -> Result<(), DataplaneError> {
+        const IN_ORDER: bool = cfg!(target_arch = "x86_64");
+        if !IN_ORDER && !slots.is_empty() {
+            for &(place, slot) in slots {
+                stored(self.slots.store_secondary(place, slot), names::SECONDARIES, place)?;
+            }
+            grace_period();
+        }
+        slots.iter().try_for_each(|&(place, slot)| self.store_slot(place, slot))
     }
 
     /// Writes one slot, live or not.
@@ -582,15 +598,4 @@ fn is_torn(old: &Backend, new: &Backend) -> bool {
     }
     let (a, b): (&[u64; 8], &[u64; 8]) = (zerocopy::transmute_ref!(old), zerocopy::transmute_ref!(new));
     (0..8).filter(|i| a[*i] != b[*i]).count() > 1
-}
-
-/// Returns when no program run that began before the call is still going.
-pub fn grace_period() {
-    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
-    // SAFETY: no memory is passed. The command waits for an RCU grace period, and programs run
-    // under RCU's read lock.
-    if unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) } != 0 {
-        // Not on hosts with nohz_full: far longer than any run of a program.
-        std::thread::sleep(std::time::Duration::from_millis(100));
-    }
 }

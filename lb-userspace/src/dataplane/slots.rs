@@ -43,7 +43,13 @@ impl MappedSlots {
     #[must_use]
     pub fn store(&self, slot: u32, value: Slot) -> bool {
         let (index, offset) = place(slot);
+        self.store_secondary(slot, value) && self.primaries.store_u32(index, offset, value.primary)
+    }
+
+    /// Writes a slot's second word; false as in [`MappedSlots::store`].
+    #[must_use]
+    pub fn store_secondary(&self, slot: u32, value: Slot) -> bool {
+        let (index, offset) = place(slot);
         self.secondaries.store_u32(index, offset, value.secondary)
-            && self.primaries.store_u32(index, offset, value.primary)
     }
 }

@@ -177,23 +177,65 @@ pub fn memory(map: &impl AsFd) -> Option<u64> {
     info.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
 }
 
+/// The beginning of the attribute of `BPF_MAP_CREATE`.
+#[repr(C)]
+struct Create {
+    kind: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    flags: u32,
+    inner: u32,
+}
+
+fn create(mut attr: Create) -> io::Result<OwnedFd> {
+    // SAFETY: no address is passed.
+    let fd = unsafe { call(MAP_CREATE, &mut attr) }?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// An array of maps with one entry. Replacing the entry waits for all running programs.
+pub struct MapOfMaps {
+    outer: OwnedFd,
+    inner: OwnedFd,
+}
+
+impl MapOfMaps {
+    /// Makes one.
+    pub fn new() -> io::Result<Self> {
+        const ARRAY: u32 = 2;
+        const ARRAY_OF_MAPS: u32 = 12;
+        let inner =
+            create(Create { kind: ARRAY, key_size: 4, value_size: 8, max_entries: 1, flags: 0, inner: 0 })?;
+        let number = inner.as_raw_fd() as u32;
+        let outer = create(Create {
+            kind: ARRAY_OF_MAPS,
+            key_size: 4,
+            value_size: 4,
+            max_entries: 1,
+            flags: 0,
+            inner: number,
+        })?;
+        let map = Self { outer, inner };
+        map.replace()?;
+        Ok(map)
+    }
+
+    /// Replaces the entry. Returns after an RCU grace period.
+    pub fn replace(&self) -> io::Result<()> {
+        let number = (self.inner.as_raw_fd() as u32).to_ne_bytes();
+        update(&self.outer, &[0; 4], &number, 0).map(drop)
+    }
+}
+
 /// Whether [`memory`] follows the number of entries, in maps that take room for each as it comes: tried on one.
 pub fn tells_entries() -> bool {
-    #[repr(C)]
-    struct Create {
-        kind: u32,
-        key_size: u32,
-        value_size: u32,
-        max_entries: u32,
-        flags: u32,
-    }
     const HASH: u32 = 1;
     const NO_PREALLOC: u32 = 1;
-    let mut attr = Create { kind: HASH, key_size: 4, value_size: 8, max_entries: 8, flags: NO_PREALLOC };
-    // SAFETY: no address is passed.
-    let Ok(fd) = (unsafe { call(MAP_CREATE, &mut attr) }) else { return false };
-    // SAFETY: the kernel has just given us this descriptor.
-    let map = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let hash =
+        Create { kind: HASH, key_size: 4, value_size: 8, max_entries: 8, flags: NO_PREALLOC, inner: 0 };
+    let Ok(map) = create(hash) else { return false };
     let Some(bare) = memory(&map) else { return false };
     let is_written = update(&map, &[0; 4], &[0; 8], 0).is_ok();
     let one = memory(&map);

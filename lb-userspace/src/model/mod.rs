@@ -17,6 +17,7 @@ mod rate;
 mod region;
 mod replica;
 mod seats;
+mod sizes;
 mod source;
 
 pub use check::{Invalid, Subject};
@@ -40,4 +41,5 @@ pub use replica::{
     Answers, ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report,
     ReportError, gpu_memory, name as report_name, requests, share, tokens,
 };
+pub use sizes::by_need;
 pub use source::{Quantity, ReplicaSource, Selector, SelectorError, SourceKind};

@@ -32,6 +32,14 @@ pub struct FakeMaps {
     pub writes: u32,
     /// Writes until one fails.
     pub fails_after: Cell<Option<u32>>,
+    /// Grace periods that were waited for.
+    pub graces: u32,
+    /// Slots that programs may still read although no live view names them.
+    pub stale: Vec<(u32, u32)>,
+    /// Views, by service and place, that programs may still go by although they are not live.
+    pub stale_views: BTreeSet<(u32, u32)>,
+    /// Not all is looked at after each write: for tests with many slots.
+    pub is_large: bool,
 }
 
 /// Maps that a test can look at while a reconciler has them.
@@ -64,8 +72,29 @@ impl FakeMaps {
         Ok(())
     }
 
+    /// The region that is live from `base` on, as far as it goes.
+    fn region(&self, index: u32) -> Option<(u32, u32)> {
+        let is_used = self.services[index as usize].used == 1;
+        is_used.then(|| (self.live_view(index).slot_base, self.live_view(index).region()))
+    }
+
+    /// What of a region that was live is none any more, and may still be read.
+    fn leave(&mut self, old: Option<(u32, u32)>, new: Option<(u32, u32)>) {
+        let Some((base, count)) = old else { return };
+        let kept = new.filter(|(b, _)| *b == base).map_or(0, |(_, n)| n.min(count));
+        self.stale.push((base + kept, count - kept));
+    }
+
+    fn assert_unread(&self, base: u32, count: u32) {
+        let overlaps = |&(b, n): &(u32, u32)| n > 0 && base < b + n && b < base + count;
+        assert!(!self.stale.iter().any(overlaps), "slots {base} to {} may still be read", base + count);
+    }
+
     /// What every packet may rely on.
     fn check(&self) {
+        if self.is_large {
+            return;
+        }
         for (key, index) in &self.keys {
             assert_eq!(self.services[*index as usize].used, 1, "{key:?} leads to a free service");
         }
@@ -130,12 +159,35 @@ impl Maps for Shared {
             let (b, n) = (view.slot_base, view.region());
             assert!(base + slots.len() as u32 <= b || b + n <= base, "a live table is written");
         }
+        m.assert_unread(base, slots.len() as u32);
         m.slots[base as usize..base as usize + slots.len()].copy_from_slice(slots);
         Ok(())
+    }
+    fn rewrite_slots(&mut self, slots: &[(u32, Slot)]) -> Result<(), DataplaneError> {
+        let mut m = self.0.lock().unwrap();
+        for &(place, slot) in slots {
+            m.write()?;
+            m.assert_unread(place, 1);
+            // A packet may come between the two words.
+            m.slots[place as usize].secondary = slot.secondary;
+            if slots.len() < 8 {
+                m.check();
+            }
+            m.slots[place as usize].primary = slot.primary;
+        }
+        m.check();
+        Ok(())
+    }
+    fn grace_period(&mut self) {
+        let mut m = self.0.lock().unwrap();
+        m.graces += 1;
+        m.stale.clear();
+        m.stale_views.clear();
     }
     fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
         let mut m = self.0.lock().unwrap();
         m.write()?;
+        assert!(!m.stale_views.contains(&(index, view & 1)), "a view that may still be gone by is written");
         let service = &mut m.services[index as usize];
         assert!(service.used == 0 || service.active & 1 != view & 1, "the live view is written");
         service.views[(view & 1) as usize] = *value;
@@ -144,14 +196,24 @@ impl Maps for Shared {
     fn set_active(&mut self, index: u32, view: u32) -> Result<(), DataplaneError> {
         let mut m = self.0.lock().unwrap();
         m.write()?;
+        let old = m.region(index);
+        if old.is_some() {
+            m.stale_views.insert((index, view & 1 ^ 1));
+        }
         m.services[index as usize].active = view & 1;
+        let new = m.region(index);
+        m.leave(old, new);
         m.check();
         Ok(())
     }
     fn set_used(&mut self, index: u32, used: bool) -> Result<(), DataplaneError> {
         let mut m = self.0.lock().unwrap();
         m.write()?;
+        let old = m.region(index);
         m.services[index as usize].used = used.into();
+        if !used {
+            m.leave(old, None);
+        }
         m.check();
         Ok(())
     }

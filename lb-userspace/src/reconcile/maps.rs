@@ -38,6 +38,11 @@ pub trait Maps: Send {
 
     /// Writes slots.
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError>;
+    /// Writes single slots of a table that packets may be looking at, one after the other. Whoever sees a slot's new primary
+    /// sees its new secondary too.
+    fn rewrite_slots(&mut self, slots: &[(u32, Slot)]) -> Result<(), DataplaneError>;
+    /// Returns when every program that ran when it was called has ended.
+    fn grace_period(&mut self);
     /// Writes the view of a service that is not live.
     fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError>;
     /// Makes a view the live one.
@@ -104,6 +109,12 @@ impl Maps for Dataplane {
     }
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
         Self::write_slots(self, base, slots)
+    }
+    fn rewrite_slots(&mut self, slots: &[(u32, Slot)]) -> Result<(), DataplaneError> {
+        Self::rewrite_slots(self, slots)
+    }
+    fn grace_period(&mut self) {
+        crate::dataplane::grace_period();
     }
     fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
         Self::write_view(self, index, view, value)

@@ -8,9 +8,10 @@
 use super::{
     maps::Maps,
     slots::{NoRoom, SlotSpace},
+    tables::Live,
 };
 use crate::{
-    compile::{Cost, Plan, ServiceEntry, View},
+    compile::{Cost, Hashing, Plan, ServiceEntry, ServiceMemory, View},
     dataplane::DataplaneError,
     model::Limits,
 };
@@ -18,19 +19,13 @@ use lb_common::{
     Backend, ServiceKey, ServiceView, Vip, VipKey,
     backend::flags::USED,
     quic::{QuicConfig, ServerIdKey},
-    service::flags,
+    service::{NO_SERVICE, flags},
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Duration,
 };
-
-/// Least time between two switches of one service: a program that still reads the view that is written next
-/// has ended. (A processor halted for longer reads a mixture; the program then finds a backend of
-/// another service, or none, and drops that one packet.)
-const VIEW_REST: Duration = Duration::from_millis(2);
 
 /// What one application wrote.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +40,19 @@ pub struct Written {
     pub keys: u32,
 }
 
+impl std::ops::Add for Written {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            backends: self.backends + other.backends,
+            services: self.services + other.services,
+            slots: self.slots + other.slots,
+            keys: self.keys + other.keys,
+        }
+    }
+}
+
 impl Written {
     /// Whether nothing was written.
     pub fn is_nothing(&self) -> bool {
@@ -52,32 +60,10 @@ impl Written {
     }
 }
 
-/// Why an application failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ApplyError {
-    /// The tables do not fit; nothing was written.
-    #[error(transparent)]
-    NoRoom(#[from] NoRoom),
-    /// A map could not be written; the maps were read back and will be compared again.
-    #[error(transparent)]
-    Dataplane(#[from] DataplaneError),
-}
-
-/// A live service.
-#[derive(Clone, Debug)]
-struct Live {
-    entry: ServiceEntry,
-    /// First slot of its table.
-    base: u32,
-    /// Which view is live.
-    bank: u32,
-    switched: Option<Duration>,
-}
-
 /// The mirror.
 #[derive(Clone, Debug)]
 pub struct Mirror {
-    services: BTreeMap<u32, Live>,
+    pub(super) services: BTreeMap<u32, Live>,
     backends: BTreeMap<u32, Backend>,
     costs: BTreeMap<u32, Cost>,
     keys: BTreeMap<ServiceKey, u32>,
@@ -85,11 +71,15 @@ pub struct Mirror {
     egress: BTreeSet<u32>,
     quic_configs: BTreeMap<u32, QuicConfig>,
     quic_servers: BTreeMap<ServerIdKey, u32>,
-    space: SlotSpace,
+    pub(super) space: SlotSpace,
+    /// Grace periods that have gone by.
+    pub(super) graces: u64,
+    /// Whether somebody who waits may have more luck at once: regions were granted, or tables moved.
+    pub(super) is_granting: bool,
 }
 
 impl Mirror {
-    /// Reads the maps.
+    /// Reads the maps. No program may go by anything that is not live any more.
     pub fn read(maps: &impl Maps) -> Result<Self, DataplaneError> {
         let (service_count, slot_count, backend_count) = maps.sizes();
         let mut space = SlotSpace::new(slot_count);
@@ -100,8 +90,8 @@ impl Mirror {
             let view = service.views[bank as usize];
             let table = maps.slots(view.slot_base, view.region());
             space.reserve(view.slot_base, view.region());
-            let entry = ServiceEntry { view: kept(&view), table: Arc::new(table) };
-            services.insert(index, Live { entry, base: view.slot_base, bank, switched: None });
+            let entry = ServiceEntry { view: kept(&view), table: Arc::new(table), room: view.region() };
+            services.insert(index, Live { entry, base: view.slot_base, bank, switched: 0 });
         }
         let used = |i| Some((i, maps.backend(i).filter(|b| b.flags & USED != 0)?));
         let backends: BTreeMap<u32, Backend> = (0..backend_count).filter_map(used).collect();
@@ -116,12 +106,36 @@ impl Mirror {
             quic_configs: maps.quic_configs()?.into_iter().collect(),
             quic_servers: maps.quic_servers()?.into_iter().collect(),
             space,
+            graces: 1,
+            is_granting: false,
         })
     }
 
-    /// Indices of the backends that the maps hold.
-    pub fn backends(&self) -> BTreeSet<u32> {
-        self.backends.keys().copied().collect()
+    /// Backends of a plan whose index is unused in the maps, or another's.
+    pub fn fresh(&self, plan: &Plan) -> Vec<u32> {
+        plan.backends.iter().filter(|(i, b)| self.is_another(**i, b)).map(|(i, _)| *i).collect()
+    }
+
+    fn is_another(&self, index: u32, new: &Backend) -> bool {
+        let old = self.backends.get(&index);
+        old.is_none_or(|old| (old.service, old.address) != (new.service, new.address))
+    }
+
+    /// Slots that tables own, or that programs may still read.
+    pub fn used(&self) -> u32 {
+        let owned: u32 = self.services.values().map(|live| live.entry.room).sum();
+        owned + self.space.left()
+    }
+
+    /// Whether those who wait for a region may have more luck at the next attempt.
+    pub fn has_more(&self) -> bool {
+        self.space.left() > 0 || self.is_granting
+    }
+
+    /// Whether the slots of a service are those that its memory says.
+    pub fn shows(&self, index: u32, memory: &ServiceMemory) -> bool {
+        let live = self.services.get(&index).map(|live| Hashing::of(&live.entry.view));
+        memory.epochs.last().is_some_and(|e| live == Some(Hashing::from(&*e.shape)))
     }
 
     /// Backends whose load is the number of their flows.
@@ -143,60 +157,62 @@ impl Mirror {
         }
     }
 
-    /// Makes the maps hold what is wanted.
+    /// Makes the maps hold what is wanted, with regions granted to services (base and length). Services for which there
+    /// was no room keep what they had, or have what could be written in place; they are told.
     pub fn apply(
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        clock: impl Fn() -> Duration,
-    ) -> Result<Written, ApplyError> {
-        let regions = self.plan_regions(wanted, clock())?;
+        grants: BTreeMap<u32, (u32, u32)>,
+    ) -> Result<(Written, BTreeMap<u32, NoRoom>), DataplaneError> {
         let mut written = Written::default();
-        match self.write(maps, wanted, &regions, &clock, &mut written) {
-            Ok(()) => Ok(written),
+        match self.write(maps, wanted, grants, &mut written) {
+            Ok(lacks) => Ok((written, lacks)),
             Err(error) => {
-                // What was written is in the maps; what was not will be found missing next time.
-                if let Ok(read) = Self::read(maps) {
-                    *self = read;
-                }
-                Err(error.into())
+                self.recover(maps);
+                Err(error)
             }
         }
     }
 
-    /// Regions for tables that change; all of them or none.
-    fn plan_regions(&mut self, wanted: &Plan, now: Duration) -> Result<BTreeMap<u32, u32>, NoRoom> {
-        let mut space = self.space.clone();
-        let mut regions = BTreeMap::new();
-        for (index, entry) in &wanted.services {
-            let same = self.services.get(index).is_some_and(|live| same_table(&live.entry, entry));
-            if !same && !entry.table.is_empty() {
-                regions.insert(*index, space.take(entry.table.len() as u32, now)?);
-            }
+    /// After a failed write: what was written is in the maps; what was not will be found missing next time.
+    pub(super) fn recover(&mut self, maps: &mut impl Maps) {
+        // Regions that were given back are free in what is read.
+        maps.grace_period();
+        if let Ok(read) = Self::read(maps) {
+            *self = read;
         }
-        self.space = space;
-        Ok(regions)
+    }
+
+    /// Takes a granted region back from a service that does not come to use it.
+    pub fn take_back(&mut self, (base, room): (u32, u32)) {
+        self.space.give_back_unused(base, room);
     }
 
     fn write(
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        regions: &BTreeMap<u32, u32>,
-        clock: &impl Fn() -> Duration,
+        mut grants: BTreeMap<u32, (u32, u32)>,
         written: &mut Written,
-    ) -> Result<(), DataplaneError> {
+    ) -> Result<BTreeMap<u32, NoRoom>, DataplaneError> {
         for ifindex in wanted.egress.difference(&self.egress.clone()) {
             maps.set_egress(*ifindex, true)?;
             self.egress.insert(*ifindex);
         }
         self.write_backends(maps, wanted, written)?;
         self.write_quic(maps, wanted, written)?;
+        let mut lacks = BTreeMap::new();
         for (index, entry) in &wanted.services {
-            self.write_service(maps, *index, entry, regions.get(index).copied(), clock, written)?;
+            let granted = grants.remove(index);
+            match self.write_service(maps, wanted, (*index, entry), granted, written)? {
+                Some(lack) => drop(lacks.insert(*index, lack)),
+                None => self.is_granting |= granted.is_some(),
+            }
         }
         self.write_keys(maps, wanted, written)?;
-        self.remove(maps, wanted, clock(), written)
+        self.remove(maps, wanted, written)?;
+        Ok(lacks)
     }
 
     /// New and changed backends.
@@ -212,7 +228,7 @@ impl Mirror {
             .filter(|(index, backend)| self.backends.get(index) != Some(backend))
             .map(|(index, backend)| (*index, *backend))
             .collect();
-        for (index, _) in changed.iter().filter(|(index, _)| !self.backends.contains_key(index)) {
+        for (index, _) in changed.iter().filter(|(index, new)| self.is_another(*index, new)) {
             maps.clear_stats(*index)?;
             maps.clear_load(*index)?;
         }
@@ -254,46 +270,6 @@ impl Mirror {
         Ok(())
     }
 
-    /// Writes a service beside its live view and switches, if anything of it differs.
-    fn write_service(
-        &mut self,
-        maps: &mut impl Maps,
-        index: u32,
-        entry: &ServiceEntry,
-        region: Option<u32>,
-        clock: &impl Fn() -> Duration,
-        written: &mut Written,
-    ) -> Result<(), DataplaneError> {
-        let live = self.services.get(&index);
-        let same = live.is_some_and(|live| same_table(&live.entry, entry));
-        if same && live.is_some_and(|live| live.entry.view == entry.view) {
-            return Ok(());
-        }
-        let base = region.or(live.filter(|_| same).map(|live| live.base)).unwrap_or(0);
-        if region.is_some() {
-            maps.write_slots(base, &entry.table)?;
-            written.slots += entry.table.len() as u32;
-        }
-        let bank = live.map_or(0, |live| live.bank ^ 1);
-        if let Some(rest) = live.and_then(|live| (live.switched? + VIEW_REST).checked_sub(clock())) {
-            std::thread::sleep(rest);
-        }
-        maps.write_view(index, bank, &full(&entry.view, base))?;
-        maps.set_active(index, bank)?;
-        if live.is_none() {
-            maps.set_used(index, true)?;
-        }
-        let now = clock();
-        let new = Live { entry: entry.clone(), base, bank, switched: Some(now) };
-        if let Some(old) = self.services.insert(index, new)
-            && !same
-        {
-            self.space.give_back(old.base, old.entry.table.len() as u32, now);
-        }
-        written.services += 1;
-        Ok(())
-    }
-
     /// New and changed keys and VIPs.
     fn write_keys(
         &mut self,
@@ -301,14 +277,17 @@ impl Mirror {
         wanted: &Plan,
         written: &mut Written,
     ) -> Result<(), DataplaneError> {
-        for (key, vip) in &wanted.vips {
+        let is_live = |index: u32| self.services.contains_key(&index);
+        let vips: Vec<(VipKey, Vip)> =
+            wanted.vips.iter().map(|(k, vip)| (*k, only_live(vip, is_live))).collect();
+        for (key, vip) in &vips {
             if self.vips.get(key) != Some(vip) {
                 maps.set_vip(key, Some(vip))?;
                 self.vips.insert(*key, *vip);
                 written.keys += 1;
             }
         }
-        for (key, index) in &wanted.index {
+        for (key, index) in wanted.index.iter().filter(|(_, index)| self.services.contains_key(index)) {
             if self.keys.get(key) != Some(index) {
                 maps.set_key(key, Some(*index))?;
                 self.keys.insert(*key, *index);
@@ -323,7 +302,6 @@ impl Mirror {
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        now: Duration,
         written: &mut Written,
     ) -> Result<(), DataplaneError> {
         for key in gone(&self.keys, &wanted.index) {
@@ -339,7 +317,7 @@ impl Mirror {
         for index in gone(&self.services, &wanted.services) {
             maps.set_used(index, false)?;
             if let Some(live) = self.services.remove(&index) {
-                self.space.give_back(live.base, live.entry.table.len() as u32, now);
+                self.space.give_back(live.base, live.entry.room);
             }
             written.services += 1;
         }
@@ -371,9 +349,23 @@ impl Mirror {
     }
 }
 
-/// Whether two services have the same table; an unchanged one is the same allocation.
-fn same_table(a: &ServiceEntry, b: &ServiceEntry) -> bool {
-    Arc::ptr_eq(&a.table, &b.table) || a.table == b.table
+/// What of a VIP leads to services that are live.
+fn only_live(vip: &Vip, is_live: impl Fn(u32) -> bool) -> Vip {
+    let mut live = *vip;
+    for index in [&mut live.any_tcp, &mut live.any_udp] {
+        if *index != NO_SERVICE && !is_live(*index) {
+            *index = NO_SERVICE;
+        }
+    }
+    let used = (vip.range_count as usize).min(vip.ranges.len());
+    if vip.ranges[..used].iter().all(|range| is_live(range.service)) {
+        return live;
+    }
+    live.ranges = Vip::EMPTY.ranges;
+    let ranges = vip.ranges[..used].iter().filter(|range| is_live(range.service));
+    live.range_count = ranges.clone().count() as u32;
+    live.ranges.iter_mut().zip(ranges).for_each(|(place, range)| *place = *range);
+    live
 }
 
 /// What a plan keeps of a view.
@@ -399,7 +391,7 @@ fn kept(view: &ServiceView) -> View {
 }
 
 /// The view of a region at `base`.
-fn full(view: &View, base: u32) -> ServiceView {
+pub(super) fn full(view: &View, base: u32) -> ServiceView {
     ServiceView {
         seed: view.seed,
         slot_base: base,

@@ -1,100 +1,55 @@
 //! The one loop that changes the maps: events → snapshot → compile → apply → publish.
 //!
 //! Input: [`Event`]s from the API, health checks, neighbour watch and the sweeper. Output: the maps, and
-//! a [`Published`] snapshot per change. What must outlive the daemon goes through [`Keep`]. A change that
-//! does not fit is refused whole; the maps keep what they have.
+//! a [`Published`] snapshot per change. What must outlive the daemon goes through [`Keep`]. A service that cannot be
+//! had as it is wanted keeps what it has, is named in the snapshot, and is tried again; no other waits for it.
 
+mod event;
 #[cfg(test)]
 mod fake;
+mod grants;
+mod kept;
 mod maps;
 mod mirror;
 mod pace;
+mod problem;
 mod published;
 mod slots;
 mod sweep;
 mod sweep_nat;
+mod tables;
 mod tally;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_room;
 
+pub use event::{Event, ReconcileError};
+pub use kept::{Keep, Kept};
 pub use maps::Maps;
-pub use mirror::{ApplyError, Mirror, Written};
+pub use mirror::{Mirror, Written};
+pub use problem::Problem;
 pub use published::{Applied, Published};
-pub use slots::{NoRoom, QUARANTINE, SlotSpace};
+pub use slots::{NoRoom, SlotSpace};
 pub use sweep::{Sweep, Sweeper, start as start_sweeper};
 
+#[cfg(test)]
+use crate::compile;
 use crate::{
     clock,
-    compile::{Cache, CompileError, Compiled, Memory, Past, Settings, compile},
+    compile::{
+        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each, needs,
+    },
     dataplane::DataplaneError,
     model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, Steer},
 };
-use serde::{Deserialize, Serialize};
+use kept::{Keeper, boot_id};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::Duration,
 };
 use tokio::sync::{mpsc, oneshot, watch};
-
-/// Something that may change the maps.
-#[derive(Debug)]
-pub enum Event {
-    /// A new desired state.
-    Desired {
-        /// The state.
-        desired: Arc<Desired>,
-        /// Its revision.
-        revision: u64,
-        /// Told when it is in the maps, or why not.
-        applied: Option<oneshot::Sender<Result<Applied, ReconcileError>>>,
-    },
-    /// Would this state fit? Changes nothing.
-    Check {
-        /// The state.
-        desired: Arc<Desired>,
-        /// Told.
-        fits: oneshot::Sender<Result<(), ReconcileError>>,
-    },
-    /// A backend's verdict.
-    Health(BackendId, Health),
-    /// What a backend's replica says.
-    Replica(BackendId, Readiness),
-    /// How services are spread over regions and versions, all of them.
-    Steers(BTreeMap<Name, Arc<Steer>>),
-    /// All next hops.
-    Paths(Paths),
-    /// A sweep of the flow tables.
-    Swept(Arc<Sweep>),
-}
-
-/// Why a state is not in the maps.
-#[derive(Debug, thiserror::Error)]
-pub enum ReconcileError {
-    /// It cannot be compiled.
-    #[error(transparent)]
-    Compile(#[from] CompileError),
-    /// It cannot be written.
-    #[error(transparent)]
-    Apply(#[from] ApplyError),
-    /// A state that came at the same moment failed, and this one with it.
-    #[error("{0}")]
-    Together(String),
-}
-
-/// What must outlive the daemon, beside the desired state.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Kept {
-    /// The boot that the clock of `memory` belongs to.
-    pub boot_id: String,
-    /// Who has which index, and what the tables were made from lately.
-    pub memory: Memory,
-    /// See [`Published::retired_stats`].
-    pub retired_stats: BTreeMap<Name, [u64; 3]>,
-}
-
-/// Where [`Kept`] goes; called with its JSON after each change of it.
-pub type Keep = Box<dyn Fn(Vec<u8>) + Send>;
 
 /// The reconciler.
 pub struct Reconciler<M: Maps> {
@@ -116,8 +71,9 @@ pub struct Reconciler<M: Maps> {
     /// When each service (by index) was last seen in transition.
     unstable: BTreeMap<u32, Duration>,
     next_change: Option<Duration>,
-    keep: Keep,
-    kept: Vec<u8>,
+    /// Services that are not as they are wanted, and why.
+    problems: BTreeMap<Name, Problem>,
+    keeper: Keeper,
     publish: watch::Sender<Arc<Published>>,
 }
 
@@ -126,24 +82,21 @@ pub struct Reconciler<M: Maps> {
 const SETTLE: Duration = Duration::from_secs(1);
 /// After a failure, time to the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
+/// Time for which one step goes on giving regions to those that wait, before it looks at new events.
+const WAVES: Duration = Duration::from_millis(250);
 /// Events taken together at most, so that a flood of them delays no answer.
 const BURST: usize = 1_024;
-
-/// The boot that the clock counts from.
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|s| s.trim().to_owned())
-        .unwrap_or_default()
-}
 
 impl<M: Maps> Reconciler<M> {
     /// Takes over what the maps hold. `kept` is what the last daemon left, if anything.
     pub fn new(
-        maps: M,
+        mut maps: M,
         settings: Settings,
         kept: Option<&[u8]>,
         keep: Keep,
     ) -> Result<(Self, watch::Receiver<Arc<Published>>), DataplaneError> {
+        // The last daemon may have switched just now.
+        maps.grace_period();
         let mirror = Mirror::read(&maps)?;
         let kept = kept.and_then(|bytes| match serde_json::from_slice::<Kept>(bytes) {
             Ok(kept) if kept.boot_id == boot_id() => Some(kept),
@@ -175,8 +128,8 @@ impl<M: Maps> Reconciler<M> {
             sweep: Arc::default(),
             unstable: BTreeMap::new(),
             next_change: None,
-            keep,
-            kept: Vec::new(),
+            problems: BTreeMap::new(),
+            keeper: Keeper::new(keep),
             publish,
         };
         Ok((reconciler, published))
@@ -285,12 +238,9 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Whether a state would fit.
+    /// Whether a state would fit, whatever happens to it.
     fn check(&mut self, desired: &Desired) -> Result<(), ReconcileError> {
-        self.observed.now = clock::boot();
-        // With the live cache: what is tried is as a rule what comes next.
-        compile(desired, &self.observed, &self.memory, &self.settings, &mut self.cache)?;
-        Ok(())
+        Ok(admit(desired, &self.desired, &self.memory, &self.settings)?)
     }
 
     fn bring_up_to_date(
@@ -298,7 +248,13 @@ impl<M: Maps> Reconciler<M> {
         asked: Vec<oneshot::Sender<Result<Applied, ReconcileError>>>,
         began: Duration,
     ) {
-        let result = self.attempt(began);
+        let mut result = self.attempt(began);
+        // In waves: what was given back is there for those that wait.
+        while result.is_ok() && self.goes_on() && clock::boot().saturating_sub(began) < WAVES {
+            let written = result.as_ref().map(|applied| applied.written).unwrap_or_default();
+            result =
+                self.attempt(began).map(|applied| Applied { written: applied.written + written, ..applied });
+        }
         let (applied, error) = match result {
             Ok(applied) => (Some(applied), None),
             Err(error) => {
@@ -320,25 +276,92 @@ impl<M: Maps> Reconciler<M> {
             let _ = sender.send(answer);
         }
         // After the answers: indices and marks can be read back from the maps if this is cut short.
-        self.keep();
+        self.keeper.keep(&self.memory, &self.retired_stats);
         if let Some(text) = text {
             self.publish.send_modify(|published| Arc::make_mut(published).error = Some(text));
         }
     }
 
-    /// Compile, apply, keep, publish.
+    /// Whether somebody waits for a region, and there may be one now.
+    fn goes_on(&self) -> bool {
+        self.mirror.has_more() && self.problems.values().any(|p| matches!(p, Problem::NoRoom(_)))
+    }
+
+    /// Grants, compiles, applies, publishes.
     fn attempt(&mut self, began: Duration) -> Result<Applied, ReconcileError> {
         self.observed.now = clock::boot();
-        let compiled = compile(&self.desired, &self.observed, &self.memory, &self.settings, &mut self.cache)?;
+        if self.goes_on() {
+            self.mirror.wait(&mut self.maps);
+        }
+        let needs = needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
+        let grants = self.mirror.grant(&mut self.maps, needs)?;
+        let mut compiled = compile_each(
+            &self.desired,
+            &self.observed,
+            &self.memory,
+            &self.settings,
+            &mut self.cache,
+            &grants.waiting,
+        );
+        self.retain_left(&mut compiled);
         self.add_up_reused(&compiled);
-        let next_end = self.guard()?;
-        let written = self.mirror.apply(&mut self.maps, &compiled.plan, clock::boot)?;
-        self.maps.use_features(self.desired.features()).map_err(ApplyError::from)?;
+        let guard = self.guard();
+        let mut regions = BTreeMap::new();
+        for (id, region) in grants.regions {
+            match compiled.memory.services.get(&id).filter(|_| !compiled.left.contains(&id)) {
+                Some(memory) => drop(regions.insert(memory.index, region)),
+                None => self.mirror.take_back(region),
+            }
+        }
+        let (written, lacks) = self.mirror.apply(&mut self.maps, &compiled.plan, regions)?;
+        let features = self.maps.use_features(self.desired.features());
         let applied = Applied { revision: self.revision, written, took: clock::boot().saturating_sub(began) };
-        let Compiled { plan: _, memory, status, next_change_ms } = compiled;
+        self.problems = problem::all(&compiled, grants.lacks, &lacks);
+        self.finish(compiled, &lacks, &applied, *guard.as_ref().unwrap_or(&None));
+        // They concern all services alike, and keep none from its table.
+        guard?;
+        features?;
+        Ok(applied)
+    }
+
+    /// Services that could not be compiled, or wait without a table of their own, stay as they are.
+    fn retain_left(&self, compiled: &mut Compiled) {
+        if compiled.left.is_empty() {
+            return;
+        }
+        let live = self.mirror.plan();
+        for id in &compiled.left {
+            if let Some(memory) = compiled.memory.services.get(id) {
+                compiled.plan.retain(id, memory.index, &live);
+            }
+        }
+    }
+
+    /// Takes over what was compiled and written, and publishes it.
+    fn finish(
+        &mut self,
+        compiled: Compiled,
+        lacks: &BTreeMap<u32, NoRoom>,
+        applied: &Applied,
+        guard_end: Option<Duration>,
+    ) {
+        let Compiled { mut memory, status, next_change_ms, .. } = compiled;
+        for (id, service) in &mut memory.services {
+            // What its slots do not show has not happened, but who got an index has it.
+            if lacks.contains_key(&service.index)
+                && !self.mirror.shows(service.index, service)
+                && let Some(before) = self.memory.services.get(id)
+            {
+                let backends = service.backends.clone();
+                *service = Arc::new(ServiceMemory { backends, ..(**before).clone() });
+            }
+        }
         self.memory = memory;
         let next_change = next_change_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
-        self.next_change = [next_change, next_end].into_iter().flatten().min();
+        self.next_change = [next_change, guard_end].into_iter().flatten().min();
+        if self.goes_on() {
+            self.next_change = Some(clock::boot());
+        }
         let now = clock::boot();
         for service in &status {
             if service.transition_slots > 0 || service.exceptions {
@@ -348,6 +371,7 @@ impl<M: Maps> Reconciler<M> {
                 self.owners.insert(backend.index, service.name.clone());
             }
         }
+        let written = applied.written;
         if !written.is_nothing() {
             tracing::debug!(revision = self.revision, ?written, took = ?applied.took, "tables changed");
         }
@@ -365,14 +389,16 @@ impl<M: Maps> Reconciler<M> {
                 sweep: Arc::clone(&self.sweep),
                 retired_stats: self.retired_stats.clone(),
                 applied: last,
+                problems: self.problems.clone(),
+                slots_used: self.mirror.used(),
                 error: None,
             });
         });
-        Ok(applied)
     }
 
     /// Deny and allow lists; when on the boot's clock the next entry ends.
-    fn guard(&mut self) -> Result<Option<Duration>, ApplyError> {
+    fn guard(&mut self) -> Result<Option<Duration>, ReconcileError> {
+        check_guard(&self.desired, &self.settings)?;
         let now = clock::unix();
         let end_s = self.maps.apply_guard(&self.desired.guard, now.as_secs())?;
         // Seconds are whole, so it is over just after.
@@ -383,8 +409,7 @@ impl<M: Maps> Reconciler<M> {
 
     /// Before an index goes to another backend, its counters go to its old service's sums.
     fn add_up_reused(&mut self, compiled: &Compiled) {
-        let live = self.mirror.backends();
-        let fresh: Vec<u32> = compiled.plan.backends.keys().filter(|i| !live.contains(i)).copied().collect();
+        let fresh = self.mirror.fresh(&compiled.plan);
         for index in fresh {
             if let Some(service) = self.owners.remove(&index) {
                 published::add(
@@ -395,20 +420,21 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
+    /// Lets time go by for what is remembered.
+    #[cfg(test)]
+    pub fn age(&mut self, by: Duration) {
+        self.memory.shift(-(by.as_millis() as i64));
+        for service in self.memory.services.values_mut() {
+            Arc::make_mut(service).changed_ms = Arc::default();
+        }
+    }
+
     /// Takes a sweep in; true if indices or marks became free by it.
     fn swept(&mut self, sweep: Arc<Sweep>) -> bool {
         let before = self.memory.clone();
-        let settled = |index: &u32| self.unstable.get(index).is_none_or(|t| *t + SETTLE < sweep.began);
-        let quiet: Vec<u32> = self
-            .memory
-            .services
-            .values()
-            .map(|s| s.index)
-            .filter(|i| !sweep.services_tcp.contains(i) && settled(i))
-            .collect();
-        for index in quiet {
-            self.memory.untrack(index);
-        }
+        let unstable = &self.unstable;
+        let settled = |index: &u32| unstable.get(index).is_none_or(|t| *t + SETTLE < sweep.began);
+        self.memory.untrack_all(|index| !sweep.services_tcp.contains(&index) && settled(&index));
         let began_ms = sweep.began.as_millis() as i64;
         let services: BTreeSet<u32> = self
             .memory
@@ -435,19 +461,5 @@ impl<M: Maps> Reconciler<M> {
             self.publish.send_modify(|published| Arc::make_mut(published).sweep = sweep);
         }
         changed
-    }
-
-    /// Writes down what must outlive the daemon, if it has changed.
-    fn keep(&mut self) {
-        let kept = Kept {
-            boot_id: boot_id(),
-            memory: self.memory.clone(),
-            retired_stats: self.retired_stats.clone(),
-        };
-        let bytes = serde_json::to_vec(&kept).expect("its maps have keys that JSON can have");
-        if bytes != self.kept {
-            (self.keep)(bytes.clone());
-            self.kept = bytes;
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! What the reconciler tells the rest: one immutable snapshot per change.
 
-use super::{mirror::Written, sweep::Sweep};
+use super::{Problem, mirror::Written, sweep::Sweep};
 use crate::{
     compile::{BackendStatus, ServiceStatus},
     explain::Names,
@@ -39,6 +39,10 @@ pub struct Published {
     pub retired_stats: BTreeMap<Name, [u64; 3]>,
     /// The last application that wrote something.
     pub applied: Applied,
+    /// Services that are not as they are wanted, and why.
+    pub problems: BTreeMap<Name, Problem>,
+    /// Slots that are not free.
+    pub slots_used: u32,
     /// Why the last attempt failed, if it did: the maps then hold an older state.
     pub error: Option<String>,
 }

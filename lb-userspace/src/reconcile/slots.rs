@@ -1,9 +1,5 @@
-//! Which parts of the `SLOTS` map are free: regions for tables, with a quarantine after use.
-
-use std::time::Duration;
-
-/// Time for which a freed region is not written: a program that still reads it has long ended.
-pub const QUARANTINE: Duration = Duration::from_millis(500);
+//! Which parts of the `SLOTS` map are free: regions for tables. A region that was given back is not used again before
+//! all programs that may still read it have ended.
 
 /// A region: its first slot, and how many.
 type Region = (u32, u32);
@@ -13,28 +9,28 @@ type Region = (u32, u32);
 pub struct SlotSpace {
     /// Free, sorted, never touching one another.
     free: Vec<Region>,
-    /// Freed, with the time from which they may be used again.
-    quarantined: Vec<(Region, Duration)>,
+    /// Given back: programs may still read them.
+    left: Vec<Region>,
 }
 
 /// No region of this size is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no room for a table of {wanted} slots: the largest free region has {largest} ({free} free in all); give the service a smaller --table-size, or start lbd with a larger --max-slots"
+    "no room for a table of {wanted} slots: the largest free region has {largest} ({free} free in all); give a service a smaller --table-size, or start lbd with a larger --max-slots"
 )]
 pub struct NoRoom {
     /// Slots asked for.
     pub wanted: u32,
     /// Largest free region.
     pub largest: u32,
-    /// Free slots in all, quarantined ones not counted.
+    /// Free slots in all.
     pub free: u32,
 }
 
 impl SlotSpace {
     /// A map of `len` slots of which nothing is used.
     pub fn new(len: u32) -> Self {
-        Self { free: if len == 0 { vec![] } else { vec![(0, len)] }, quarantined: Vec::new() }
+        Self { free: if len == 0 { vec![] } else { vec![(0, len)] }, left: Vec::new() }
     }
 
     /// Marks a region as used, whatever it was; for tables found in the map.
@@ -49,14 +45,13 @@ impl SlotSpace {
         self.free = self.free.iter().copied().flat_map(cut).collect();
     }
 
-    /// Takes a region of `count` slots.
-    pub fn take(&mut self, count: u32, now: Duration) -> Result<u32, NoRoom> {
-        self.release_quarantined(now);
-        let Some(i) = self.free.iter().position(|(_, n)| *n >= count) else {
+    /// Takes a region of `count` slots: the first of the smallest that are large enough, so that large ones stay whole.
+    pub fn take(&mut self, count: u32) -> Result<u32, NoRoom> {
+        let fits = self.free.iter().enumerate().filter(|(_, (_, n))| *n >= count);
+        let Some((i, &(base, n))) = fits.min_by_key(|(i, (_, n))| (*n, *i)) else {
             let largest = self.free.iter().map(|r| r.1).max().unwrap_or(0);
-            return Err(NoRoom { wanted: count, largest, free: self.free.iter().map(|r| r.1).sum() });
+            return Err(NoRoom { wanted: count, largest, free: self.free() });
         };
-        let (base, n) = self.free[i];
         if n == count {
             self.free.remove(i);
         } else {
@@ -65,25 +60,55 @@ impl SlotSpace {
         Ok(base)
     }
 
-    /// Gives a region back; it may be taken again after the quarantine.
-    pub fn give_back(&mut self, base: u32, count: u32, now: Duration) {
+    /// Takes the region of `count` slots at `base`, which must be the beginning of a free one.
+    pub fn take_at(&mut self, base: u32, count: u32) -> Result<u32, NoRoom> {
+        match self.free.iter().position(|&(b, n)| b == base && n >= count) {
+            Some(i) if self.free[i].1 == count => drop(self.free.remove(i)),
+            Some(i) => self.free[i] = (base + count, self.free[i].1 - count),
+            None => return Err(NoRoom { wanted: count, largest: 0, free: self.free() }),
+        }
+        Ok(base)
+    }
+
+    /// Gives a region back; it may be taken again after [`SlotSpace::release`].
+    pub fn give_back(&mut self, base: u32, count: u32) {
         if count > 0 {
-            self.quarantined.push(((base, count), now + QUARANTINE));
+            self.left.push((base, count));
         }
     }
 
-    /// When the next region comes out of quarantine.
-    pub fn next_release(&self) -> Option<Duration> {
-        self.quarantined.iter().map(|q| q.1).min()
+    /// Gives a region back that no program has ever seen.
+    pub fn give_back_unused(&mut self, base: u32, count: u32) {
+        if count > 0 {
+            self.free.push((base, count));
+            self.merge();
+        }
     }
 
-    fn release_quarantined(&mut self, now: Duration) {
-        let (due, rest) = self.quarantined.drain(..).partition::<Vec<_>, _>(|q| q.1 <= now);
-        self.quarantined = rest;
-        if due.is_empty() {
-            return;
+    /// Free slots.
+    pub fn free(&self) -> u32 {
+        self.free.iter().map(|r| r.1).sum()
+    }
+
+    /// Slots that wait for programs to end.
+    pub fn left(&self) -> u32 {
+        self.left.iter().map(|r| r.1).sum()
+    }
+
+    /// Free regions, in order.
+    pub fn holes(&self) -> &[Region] {
+        &self.free
+    }
+
+    /// All programs that ran when the last region was given back have ended.
+    pub fn release(&mut self) {
+        if !self.left.is_empty() {
+            self.free.append(&mut self.left);
+            self.merge();
         }
-        self.free.extend(due.into_iter().map(|q| q.0));
+    }
+
+    fn merge(&mut self) {
         self.free.sort_unstable();
         let mut merged: Vec<Region> = Vec::with_capacity(self.free.len());
         for (base, n) in self.free.drain(..) {
@@ -101,25 +126,31 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const LATER: Duration = Duration::from_secs(10);
-
     #[test]
     fn a_freed_region_waits_and_merges() {
         let mut space = SlotSpace::new(100);
-        let a = space.take(60, Duration::ZERO).unwrap();
-        let b = space.take(40, Duration::ZERO).unwrap();
-        space.give_back(a, 60, Duration::ZERO);
-        assert_eq!(space.take(60, QUARANTINE / 2), Err(NoRoom { wanted: 60, largest: 0, free: 0 }));
-        space.give_back(b, 40, Duration::ZERO);
-        assert_eq!(space.take(100, LATER), Ok(0));
+        let a = space.take(60).unwrap();
+        let b = space.take(40).unwrap();
+        space.give_back(a, 60);
+        assert_eq!(space.take(60), Err(NoRoom { wanted: 60, largest: 0, free: 0 }));
+        space.give_back(b, 40);
+        space.release();
+        assert_eq!(space.take(100), Ok(0));
     }
 
     #[test]
     fn found_tables_are_left_alone() {
         let mut space = SlotSpace::new(1_000);
         space.reserve(100, 251);
-        assert_eq!(space.take(100, Duration::ZERO), Ok(0));
-        assert_eq!(space.take(251, Duration::ZERO), Ok(351));
+        assert_eq!(space.take(100), Ok(0));
+        assert_eq!(space.take(251), Ok(351));
+    }
+
+    #[test]
+    fn the_smallest_hole_is_taken_first() {
+        let mut space = SlotSpace::new(1_000);
+        space.reserve(600, 100);
+        assert_eq!((space.take(300), space.take(500)), (Ok(700), Ok(0)));
     }
 
     proptest! {
@@ -127,21 +158,25 @@ mod tests {
         fn regions_never_overlap_and_none_is_lost(sizes in proptest::collection::vec((1u32..50, any::<bool>()), 1..80)) {
             let mut space = SlotSpace::new(1_000);
             let mut held: Vec<(u32, u32)> = Vec::new();
-            let mut now = Duration::ZERO;
             for (size, give) in sizes {
-                now += QUARANTINE;
                 if give && !held.is_empty() {
                     let (base, n) = held.swap_remove(size as usize % held.len());
-                    space.give_back(base, n, now);
-                } else if let Ok(base) = space.take(size, now) {
+                    space.give_back(base, n);
+                    if size % 2 == 0 {
+                        space.release();
+                    }
+                } else if let Ok(base) = space.take(size) {
                     prop_assert!(held.iter().all(|(b, n)| base + size <= *b || b + n <= base));
                     held.push((base, size));
                 }
+                let used: u32 = held.iter().map(|(_, n)| n).sum();
+                prop_assert_eq!(used + space.free() + space.left(), 1_000);
             }
             for (base, n) in held {
-                space.give_back(base, n, now);
+                space.give_back(base, n);
             }
-            prop_assert_eq!(space.take(1_000, now + LATER), Ok(0));
+            space.release();
+            prop_assert_eq!(space.take(1_000), Ok(0));
         }
     }
 }

@@ -7,11 +7,11 @@ use crate::model::{
 use proptest::prelude::*;
 use std::sync::Mutex;
 
-fn name(s: &str) -> Name {
+pub(super) fn name(s: &str) -> Name {
     s.parse().unwrap()
 }
 
-fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
+pub(super) fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
     let backend = |(n, a, w): &(&str, &str, u32)| {
         (
             name(n),
@@ -60,7 +60,7 @@ fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
     }
 }
 
-fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
+pub(super) fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
     Arc::new(Desired {
         services: services.into_iter().map(|(n, s)| (name(n), s.into())).collect(),
         ..Desired::default()
@@ -68,24 +68,30 @@ fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
 }
 
 /// A reconciler over shared maps, and what it keeps.
-struct Bed {
-    maps: Shared,
+pub(super) struct Bed {
+    pub maps: Shared,
     kept: Arc<Mutex<Vec<u8>>>,
-    published: watch::Receiver<Arc<Published>>,
-    reconciler: Reconciler<Shared>,
+    pub published: watch::Receiver<Arc<Published>>,
+    pub reconciler: Reconciler<Shared>,
+    settings: Settings,
 }
 
 fn start(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>) -> Bed {
+    start_with(maps, kept, Settings::default())
+}
+
+/// The same with other settings.
+pub(super) fn start_with(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>, settings: Settings) -> Bed {
     let bytes = kept.lock().unwrap().clone();
     let keep = Arc::clone(kept);
     let (reconciler, published) = Reconciler::new(
         maps.clone(),
-        Settings::default(),
+        settings.clone(),
         (!bytes.is_empty()).then_some(&bytes),
         Box::new(move |b| *keep.lock().unwrap() = b),
     )
     .unwrap();
-    Bed { maps, kept: Arc::clone(kept), published, reconciler }
+    Bed { maps, kept: Arc::clone(kept), published, reconciler, settings }
 }
 
 fn bed() -> Bed {
@@ -94,10 +100,17 @@ fn bed() -> Bed {
 
 impl Bed {
     /// Applies a state; the answer is the API's.
-    fn set(&mut self, desired: &Arc<Desired>, revision: u64) -> Result<Applied, ReconcileError> {
+    pub fn set(&mut self, desired: &Arc<Desired>, revision: u64) -> Result<Applied, ReconcileError> {
         let (applied, mut answer) = oneshot::channel();
         let event = Event::Desired { desired: Arc::clone(desired), revision, applied: Some(applied) };
         self.reconciler.step(vec![event], clock::boot());
+        answer.try_recv().expect("answered within the step")
+    }
+
+    /// Whether the API would accept a state.
+    pub fn check(&mut self, desired: &Arc<Desired>) -> Result<(), ReconcileError> {
+        let (fits, mut answer) = oneshot::channel();
+        self.reconciler.step(vec![Event::Check { desired: Arc::clone(desired), fits }], clock::boot());
         answer.try_recv().expect("answered within the step")
     }
 
@@ -106,8 +119,8 @@ impl Bed {
     }
 
     /// The same maps under a new daemon.
-    fn restart(self) -> Self {
-        start(self.maps.clone(), &self.kept)
+    pub fn restart(self) -> Self {
+        start_with(self.maps.clone(), &self.kept, self.settings)
     }
 }
 
@@ -190,17 +203,33 @@ fn live_flows_are_the_load_of_least_flows() {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_whole() {
+fn what_does_not_fit_keeps_its_table_and_stops_nothing_else() {
     let mut bed = bed();
     bed.set(&two(), 1).unwrap();
-    let before = bed.writes();
     let mut large = (*two()).clone();
     large.service_mut(&name("web")).unwrap().table_size = Some(65_537);
-    let error = bed.set(&Arc::new(large), 2).unwrap_err();
-    assert!(matches!(error, ReconcileError::Apply(ApplyError::NoRoom(_))), "{error}");
-    assert_eq!(bed.writes(), before);
-    assert_eq!(bed.published.borrow().revision, 1);
-    assert!(bed.published.borrow().error.is_some());
+    large.service_mut(&name("web")).unwrap().backends.get_mut(&name("b")).unwrap().state =
+        BackendState::Draining;
+    large.services.insert(name("new"), service("10.0.0.3", Ports::One(80), &[("c", "10.1.0.3", 1)]).into());
+    bed.set(&Arc::new(large.clone()), 2).unwrap();
+    let published = bed.published.borrow().clone();
+    assert_eq!((published.revision, &published.error), (2, &None));
+    assert!(published.services.contains_key(&name("new")));
+    let problem = published.problems[&name("web")].to_string();
+    assert!(
+        published.problems.len() == 1 && problem.contains("no room for a table of 65788 slots"),
+        "{problem}"
+    );
+    let web = &published.services[&name("web")];
+    let share = |n: &str| web.backends.iter().find(|b| b.name == Some(name(n))).unwrap().slots;
+    assert_eq!((web.table_size, share("a"), share("b")), (251, 251, 0), "it is drained all the same");
+    // It is tried again, by itself; and what can be had ends it.
+    bed.reconciler.step(Vec::new(), clock::boot());
+    assert_eq!(bed.published.borrow().problems.len(), 1);
+    large.service_mut(&name("web")).unwrap().table_size = Some(4_093);
+    bed.set(&Arc::new(large), 3).unwrap();
+    assert!(bed.published.borrow().problems.is_empty());
+    assert_eq!(bed.published.borrow().services[&name("web")].table_size, 4_093);
 }
 
 #[test]
@@ -285,11 +314,8 @@ proptest! {
             if restart {
                 bed = bed.restart();
             }
-            let free = bed.set(&state, revision as u64 + 1);
-            if let Err(ReconcileError::Apply(ApplyError::NoRoom(_))) = free {
-                continue;
-            }
-            free.unwrap();
+            bed.set(&state, revision as u64 + 1).unwrap();
+            prop_assert!(bed.published.borrow().problems.is_empty());
             let keys = bed.maps.0.lock().unwrap().keys.len();
             let exact = state.services.values().filter(|s| matches!(s.port, Ports::One(_))).count();
             prop_assert_eq!(keys, exact);
