@@ -61,6 +61,7 @@ impl Control {
             revision: view.stored.revision.clone(),
             applied,
             interfaces: self.engine.interfaces(),
+            loaded: self.engine.loaded(),
             announcement: self.announcement(),
             host_drain: self.host_drain(),
             services: view.stored.desired.services.len(),
@@ -375,6 +376,7 @@ fn problems(status: &Status) -> Vec<String> {
     if status.interfaces.is_empty() {
         found.push("the program is attached to no interface".to_owned());
     }
+    found.extend(status.loaded.problems.iter().cloned());
     if let Some(drain) = &status.host_drain {
         let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
         found.push(format!("this host drains, by {}{by}", drain.author));

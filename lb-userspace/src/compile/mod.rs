@@ -20,6 +20,7 @@ mod table;
 
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use recall::Past;
+pub use service::needs;
 
 use crate::model::{BackendState, Desired, Health, Here, Name, Observed, Ports, Protocol, Readiness, Share};
 use ipnet::{Ipv4Net, Ipv6Net};

@@ -64,6 +64,8 @@ pub enum Event {
     Steers(BTreeMap<Name, Arc<Steer>>),
     /// All next hops.
     Paths(Paths),
+    /// Interfaces that the program is attached to, all of them: index and name.
+    Attached(BTreeMap<u32, String>),
     /// A sweep of the flow tables.
     Swept(Arc<Sweep>),
 }
@@ -270,6 +272,10 @@ impl<M: Maps> Reconciler<M> {
                 Event::Paths(paths) => {
                     changed |= self.observed.paths != paths;
                     self.observed.paths = paths;
+                }
+                Event::Attached(attached) => {
+                    changed |= self.settings.attached != attached;
+                    self.settings.attached = attached;
                 }
                 Event::Swept(sweep) => changed |= self.swept(sweep),
             }
