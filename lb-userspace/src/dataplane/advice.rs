@@ -68,10 +68,10 @@ impl Refusal<'_> {
             Cause::Queues
         } else {
             match self.errno {
-                libc::EOPNOTSUPP if said.is_empty() => Cause::NoXdp,
                 libc::ENOSPC | libc::ENOMEM => Cause::Queues,
                 libc::ERANGE | libc::E2BIG => Cause::Mtu,
                 libc::EINVAL | libc::EOPNOTSUPP if said.is_empty() && self.mtu > Some(1_500) => Cause::Mtu,
+                libc::EOPNOTSUPP if said.is_empty() => Cause::NoXdp,
                 _ => Cause::Other,
             }
         }
