@@ -8,6 +8,8 @@ use zerocopy::IntoBytes;
 /// Name of the sections whose programs are loaded with the flag, and without.
 const WITH: &[u8] = b"xdp.frags\0";
 const WITHOUT: &[u8] = b"xdp";
+/// Name of the section with types and texts of debug information.
+const BTF: &[u8] = b".BTF\0";
 
 /// Field offsets of ELF64, little endian: in the header, and in each section header.
 mod elf {
@@ -68,7 +70,19 @@ pub fn without_frags(object: &[u8]) -> Option<Object> {
     for at in frags {
         put(&mut bytes, at + elf::NAME, &place.to_le_bytes())?;
     }
+    // Debug information names sections in its own table, whose texts share nothing with one another.
+    for section in sections.iter().filter(|s| name_of(s).is_some_and(|n| n.starts_with(BTF))) {
+        cut_name(bytes.get_mut(section.offset..section.offset + section.size)?);
+    }
     Some(Object::copy(&bytes))
+}
+
+/// Ends the text "xdp.frags" behind "xdp", in a section of debug information.
+fn cut_name(btf: &mut [u8]) {
+    let is_name = |window: &[u8]| window[0] == 0 && window[1..] == *WITH;
+    if let Some(at) = btf.windows(WITH.len() + 1).position(is_name) {
+        btf[at + 1 + WITHOUT.len()] = 0;
+    }
 }
 
 /// A section: where its header lies, and what that says.
@@ -141,6 +155,16 @@ mod tests {
                 before.iter().map(|n| if n == "xdp.frags" { "xdp".to_owned() } else { n.clone() }).collect();
             assert_eq!(after, expected);
             assert!(without_frags(plain.bytes()).is_none(), "nothing is left to change");
+            let named = |bytes: &[u8]| bytes.windows(11).any(|w| w == b"\0xdp.frags\0");
+            let btf = |bytes: &[u8]| {
+                let sections = sections(bytes).expect("an ELF object");
+                let at = names(bytes).iter().position(|n| n == ".BTF").expect("it has debug information");
+                bytes[sections[at].offset..][..sections[at].size].to_vec()
+            };
+            assert!(
+                named(&btf(object)) && !named(&btf(plain.bytes())),
+                "debug information names the section"
+            );
             assert_eq!(plain.bytes().as_ptr().align_offset(8), 0);
         }
     }

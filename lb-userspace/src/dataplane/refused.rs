@@ -40,10 +40,12 @@ pub fn examine(program: &str, error: &ProgramError) -> Verdict {
 }
 
 /// The line that says why: the last one that is neither statistics nor a piece of the program.
-fn last_reason(log: &str) -> String {
+fn last_reason<'a>(log: &'a str) -> String {
     const STATISTICS: [&str; 5] =
         ["processed ", "verification time", "stack depth", "insns_processed", "max_states"];
-    let lines = log.lines().map(str::trim).filter(|line| !line.is_empty());
+    // Some reasons do not end their line.
+    let reason = |line: &'a str| line.split("verification time").next().unwrap_or(line).trim();
+    let lines = log.lines().map(reason).filter(|line| !line.is_empty());
     let is_reason = |line: &&str| {
         !STATISTICS.iter().any(|s| line.starts_with(s)) && !line.starts_with(|c: char| c.is_ascii_digit())
     };
@@ -93,6 +95,10 @@ mod tests {
                 "R3 unbounded memory access, make sure to bounds check any such access",
             ),
             ("processed 3 insns", "processed 3 insns"),
+            (
+                "nonzero insn_off 7523 for the first func info recordverification time 313 usec\nstack depth 0\n",
+                "nonzero insn_off 7523 for the first func info record",
+            ),
         ] {
             assert_eq!(last_reason(log), reason);
         }
