@@ -21,20 +21,10 @@ fn status(ingress: &Ingress) -> Result<Value> {
 
 /// Adds a virtual interface whose driver refuses XDP: it has fewer rx queues than its peer has tx queues.
 fn add_refusing(bed: &Bed, name: &str, peer: &str) -> Result<()> {
-    bed.ingress.ip(&[
-        "link",
-        "add",
-        name,
-        "numrxqueues",
-        "1",
-        "type",
-        "veth",
-        "peer",
-        "name",
-        peer,
-        "numtxqueues",
-        "4",
-    ])?;
+    // Both numbers have to be given, or the kernel uses one queue of each kind.
+    let ours = ["numrxqueues", "1", "numtxqueues", "1", "type", "veth"];
+    let theirs = ["numrxqueues", "4", "numtxqueues", "4"];
+    bed.ingress.ip(&[&["link", "add", name][..], &ours, &["peer", "name", peer], &theirs].concat())?;
     bed.ingress.ip(&["link", "set", name, "up"])?;
     bed.ingress.ip(&["link", "set", peer, "up"])?;
     Ok(())
