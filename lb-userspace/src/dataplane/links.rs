@@ -176,8 +176,11 @@ fn create(program: &impl AsFd, name: &str, ifindex: u32, mode: u32) -> Result<Ow
         match errno {
             libc::EPERM => DataplaneError::Denied { what: "attach the program" },
             libc::EBUSY | libc::EEXIST => DataplaneError::Busy { interface: name.to_owned() },
-            libc::ENODEV => index_of(name).err().unwrap_or(refusal(name, mode == SKB_MODE, None, errno)),
-            _ => refusal(name, mode == SKB_MODE, extack::reason(program, ifindex, mode), errno),
+            _ => match index_of(name) {
+                // It went meanwhile.
+                Err(gone) => gone,
+                Ok(_) => refusal(name, mode == SKB_MODE, extack::reason(program, ifindex, mode), errno),
+            },
         }
     })
 }
