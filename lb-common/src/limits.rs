@@ -47,3 +47,8 @@ pub const TABLE_SIZES: [u32; 8] = [251, 1_021, 4_093, 16_381, 65_537, 131_071, 2
 pub const SLOTS_PER_BACKEND: u32 = 100;
 /// Table size of a service that names none and is small enough for it.
 pub const TABLE_SIZE: u32 = 65_537;
+
+/// The oldest kernel that is supported on x86-64: major and minor version.
+pub const KERNEL_FLOOR: (u32, u32) = (5, 15);
+/// And on arm64, where programs with subprograms cannot jump to others before.
+pub const KERNEL_FLOOR_ARM64: (u32, u32) = (6, 0);

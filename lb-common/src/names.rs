@@ -129,6 +129,8 @@ pub mod stage {
     pub const NAT_ERROR: u32 = 8;
     /// Full address translation: fragments.
     pub const NAT_FRAGMENT: u32 = 9;
+    /// Nobody jumps here: user space tries at this place which programs the array takes.
+    pub const TRIAL: u32 = 14;
     /// The program of the ABI version before, while its flows are taken over.
     pub const PREDECESSOR: u32 = 15;
     /// Places in the map.

@@ -196,6 +196,20 @@ impl prometheus_client::collector::Collector for Scrape {
 }
 
 impl Scrape {
+    /// The programs as the kernel took them.
+    fn loaded(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let loaded = self.control.engine().loaded();
+        let waiting = loaded.waiting.iter().map(|w| ([("interface", w.name.as_str())], 1.0));
+        out.gauges("lb_interface_waiting", "Interfaces that are wanted and not attached yet", waiting)?;
+        let left_out = loaded.left_out.iter();
+        let left_out =
+            left_out.map(|l| ([("program", l.program.as_str()), ("feature", l.feature.as_str())], 1.0));
+        out.gauges("lb_program_left_out", "Programs that the kernel refused", left_out)?;
+        let kernel =
+            loaded.kernel.iter().map(|(name, has)| ([("feature", name.as_str())], f64::from(u8::from(*has))));
+        out.gauges("lb_kernel_feature", "What the kernel can do, as it was tried at the start", kernel)
+    }
+
     fn daemon(&self, out: &mut Encoder<'_>) -> fmt::Result {
         let engine: &dyn Engine = &**self.control.engine();
         let (snapshot, head) = (engine.snapshot(), self.control.head());
@@ -210,6 +224,7 @@ impl Scrape {
             "Interfaces that the program is attached to, and its XDP mode",
             interfaces,
         )?;
+        self.loaded(out)?;
         self.announcement(out)?;
         out.gauge(
             "lb_control_revision",

@@ -7,10 +7,10 @@
 use crate::{
     config::SettingsError,
     daemon::{args::Worker, xdp_log},
-    dataplane::{DataplaneError, DecapDataplane, DecapOptions, detach},
+    dataplane::{DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, pinned_vips},
     metrics,
     neighbour::netlink::address_in,
-    worker_route,
+    offloads, worker_route,
 };
 use anyhow::Context;
 use futures_util::TryStreamExt;
@@ -25,15 +25,17 @@ use sd_notify::NotifyState;
 use std::{
     collections::BTreeSet,
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Marks the addresses that we put on the loopback interface (IFA_PROTO, Linux 5.18), so that we take off
-/// only our own.
+/// Marks the addresses that we put on the loopback interface, for people (`ip address` shows it) and for a worker whose
+/// pins have gone. Kernels before 5.18 do not keep it (IFA_PROTO): which addresses are ours is in the pinned maps.
 const OURS: u8 = 0x6c;
+/// How often interfaces are looked for.
+const LOOK: Duration = Duration::from_secs(1);
 /// Index of the loopback interface: the first in every network namespace.
 const LOOPBACK: u32 = 1;
 /// Largest packet of a client whose path has the usual MTU.
@@ -71,6 +73,9 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
 
+    if args.fix_offloads {
+        args.iface.iter().for_each(|name| offloads::fix(name));
+    }
     let options = DecapOptions {
         interfaces: args.iface.clone(),
         allow_generic: args.allow_generic,
@@ -83,14 +88,17 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
     // dropped by rule, never by chance. Adopted maps already hold what the last daemon served.
     let mut decap = tokio::task::spawn_blocking(move || DecapDataplane::attach(&options)).await??;
     decap.set_addresses(&addresses.iter().map(to_address).collect())?;
-    decap.set_vips(&args.vip.iter().map(to_address).collect())?;
+    // What was served before stays in the maps until its address is off the host: if this start is killed, the next one
+    // still knows.
+    let (before, vips) = (decap.served()?, args.vip.iter().map(to_address).collect::<BTreeSet<_>>());
+    decap.set_vips(&before.union(&vips).copied().collect())?;
     if let Some(from) = decap.take_over()? {
         tracing::info!(from, to = lb_common::ABI_VERSION, "taken over from another ABI version");
     }
-    for i in &decap.interfaces {
-        tracing::info!(interface = i.name, mode = i.mode, adopted = decap.adopted, "attached");
-    }
-    put_vips(&handle, &args.vip).await?;
+    tell_of(&decap);
+    put_vips(&handle, &args.vip, &before.difference(&vips).map(to_ip).collect()).await?;
+    decap.set_vips(&vips)?;
+    tokio::spawn(attach_later(decap.interfaces.clone()));
     for warning in warnings(&handle, &args).await {
         tracing::warn!("{warning}");
     }
@@ -124,6 +132,32 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says how the programs came to run.
+fn tell_of(decap: &DecapDataplane) {
+    for one in &decap.left_out {
+        tracing::warn!(program = one.program, "left out: {}", one.reason);
+    }
+    for i in decap.interfaces.attached() {
+        let why = i.why_generic.unwrap_or_default();
+        tracing::info!(interface = i.name, mode = i.mode, why, adopted = decap.adopted, "attached");
+    }
+    for waiting in decap.interfaces.waiting() {
+        tracing::warn!(interface = waiting.name, "not attached, tried again each second: {}", waiting.reason);
+    }
+}
+
+/// Attaches to interfaces that come, or come back, while the worker runs.
+async fn attach_later(interfaces: Arc<Interfaces>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let interfaces = interfaces.clone();
+        let Ok(new) = tokio::task::spawn_blocking(move || interfaces.try_again()).await else { return };
+        for i in new {
+            tracing::info!(interface = i.name, mode = i.mode, "attached");
+        }
+    }
+}
+
 fn list<'a>(addresses: impl IntoIterator<Item = &'a IpAddr>) -> String {
     addresses.into_iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -144,6 +178,10 @@ fn to_address(ip: &IpAddr) -> Address {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
     }
+}
+
+fn to_ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
 }
 
 async fn addresses_of(handle: &Handle, ifindex: u32) -> anyhow::Result<Vec<AddressMessage>> {
@@ -170,8 +208,8 @@ async fn own_addresses(handle: &Handle, interfaces: &[String]) -> anyhow::Result
     Ok(found)
 }
 
-/// Puts VIPs on the loopback interface, and takes off those that an earlier start put there.
-async fn put_vips(handle: &Handle, vips: &[IpAddr]) -> anyhow::Result<()> {
+/// Puts VIPs on the loopback interface, and takes off those that an earlier start put there and are not served any more.
+async fn put_vips(handle: &Handle, vips: &[IpAddr], no_longer: &BTreeSet<IpAddr>) -> anyhow::Result<()> {
     let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
     handle.link().set(up).execute().await.context("cannot set the loopback interface up")?;
     for vip in vips {
@@ -186,8 +224,7 @@ async fn put_vips(handle: &Handle, vips: &[IpAddr]) -> anyhow::Result<()> {
         }
         request.execute().await.with_context(|| format!("cannot put {vip} on the loopback interface"))?;
     }
-    let keep: BTreeSet<IpAddr> = vips.iter().copied().collect();
-    take_off(handle, |ip, ours| ours && !keep.contains(&ip)).await
+    take_off(handle, |ip, _| no_longer.contains(&ip)).await
 }
 
 /// Takes addresses off the loopback interface; `which` sees each with whether it is marked as ours.
@@ -209,8 +246,14 @@ async fn take_off(handle: &Handle, which: impl Fn(IpAddr, bool) -> bool) -> anyh
 
 async fn stop_for_good(handle: &Handle, args: &Worker) -> anyhow::Result<()> {
     let pins = args.pin_path.clone();
-    tokio::task::spawn_blocking(move || detach(&pins)).await??;
-    take_off(handle, |ip, ours| ours || args.vip.contains(&ip)).await?;
+    let served = tokio::task::spawn_blocking(move || {
+        let served = pinned_vips(&pins)?;
+        detach(&pins).map(|()| served)
+    });
+    // Without maps to tell them, those that are marked are ours.
+    let served = served.await??.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
+    let is_ours = |ip: &IpAddr, is_marked: bool| served.as_ref().map_or(is_marked, |all| all.contains(ip));
+    take_off(handle, |ip, is_marked| is_ours(&ip, is_marked) || args.vip.contains(&ip)).await?;
     tracing::info!(pins = %args.pin_path.display(), "detached");
     Ok(())
 }

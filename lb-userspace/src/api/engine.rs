@@ -1,7 +1,7 @@
 //! What the API needs of the reconciler and the dataplane, as a trait, so that it is served and tested
 //! the same over live maps and over none.
 
-use super::types::{Applied, FlowInfo, Interface, Room};
+use super::types::{Applied, FlowInfo, Interface, Loaded, Room};
 use crate::{
     explain::{Explanation, Query},
     model::{BackendId, Desired, Name, NextHop},
@@ -155,6 +155,11 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Interfaces that the program is attached to.
     fn interfaces(&self) -> Vec<Interface>;
+
+    /// The programs as the kernel took them.
+    fn loaded(&self) -> Loaded {
+        Loaded::default()
+    }
 
     /// Reads all counters. Blocks.
     ///

@@ -128,7 +128,7 @@ impl Engine for MemoryEngine {
     }
 
     fn interfaces(&self) -> Vec<Interface> {
-        vec![Interface { name: "memory".into(), ifindex: 0, mode: "driver".into() }]
+        vec![Interface { name: "memory".into(), ifindex: 0, mode: "driver".into(), why_generic: None }]
     }
 
     fn counters(&self) -> Result<Counters, EngineError> {

@@ -11,7 +11,7 @@ use crate::{
     store::Revision,
 };
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::{collections::BTreeMap, net::SocketAddr};
 
 /// `GET /v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,6 +39,9 @@ pub struct Status {
     pub applied: Applied,
     /// Interfaces.
     pub interfaces: Vec<Interface>,
+    /// The programs as the kernel took them.
+    #[serde(default)]
+    pub loaded: Loaded,
     /// VIPs that this host announces; none if it never does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub announcement: Option<Announcement>,
@@ -112,6 +115,45 @@ pub struct Interface {
     pub ifindex: u32,
     /// XDP mode: `driver` or `generic`.
     pub mode: String,
+    /// Why the driver does not run the program, if lbd knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why_generic: Option<String>,
+}
+
+/// The programs as the kernel took them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loaded {
+    /// Whether they see packets whose data lies in several pieces (frags), as large MTUs need it.
+    pub frags: bool,
+    /// What the kernel can do, as it was tried at the start.
+    pub kernel: BTreeMap<String, bool>,
+    /// Programs that the kernel refused; the rest runs.
+    pub left_out: Vec<LeftOut>,
+    /// Interfaces that are wanted and not attached yet; they are tried again.
+    pub waiting: Vec<WaitingInterface>,
+    /// What is wrong with them, for people.
+    #[serde(skip)]
+    pub problems: Vec<String>,
+}
+
+/// A program that the kernel refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftOut {
+    /// The program.
+    pub program: String,
+    /// Feature, as in the setting `features`, that this host does without; the program's name if there is none.
+    pub feature: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// An interface that is wanted and not attached yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingInterface {
+    /// Name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// Backends by health and state.

@@ -62,6 +62,7 @@ impl Control {
             orphaned_services: self.orphaned(),
             applied,
             interfaces: self.engine.interfaces(),
+            loaded: self.engine.loaded(),
             announcement: self.announcement(),
             host_drain: self.host_drain(),
             services: view.stored.desired.services.len(),
@@ -415,6 +416,7 @@ fn problems(status: &Status) -> Vec<String> {
     if status.interfaces.is_empty() {
         found.push("the program is attached to no interface".to_owned());
     }
+    found.extend(status.loaded.problems.iter().cloned());
     if let Some(drain) = &status.host_drain {
         let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
         found.push(format!("this host drains, by {}{by}", drain.author));

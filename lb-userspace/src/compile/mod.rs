@@ -26,6 +26,7 @@ pub use error::CompileError;
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use recall::Past;
 pub use room::{Need, Waiting, admit, needs, room};
+pub use service::features_needed;
 pub use status::{BackendStatus, ServiceStatus};
 pub use table::Hashing;
 

@@ -280,6 +280,26 @@ impl Input<'_> {
 
 /// Refuses what the loaded program cannot do.
 pub(super) fn check_features(name: &Name, wanted: &Service, settings: &Settings) -> Result<(), CompileError> {
+    for (bit, what) in program_needs(wanted) {
+        if settings.features_off & bit != 0 {
+            let feature = features::NAMES.iter().find(|(_, b)| *b == bit).map_or("?", |(name, _)| name);
+            return Err(CompileError::FeatureOff { service: name.clone(), what, feature });
+        }
+    }
+    Ok(())
+}
+
+/// Features that a service cannot be served without, each with the setting that needs it.
+pub fn features_needed(wanted: &Service) -> Vec<(u32, String)> {
+    let mut needs = program_needs(wanted);
+    if !wanted.quic.is_empty() {
+        needs.push((features::QUIC, "quic".to_owned()));
+    }
+    needs
+}
+
+/// Those of [`features_needed`] that a state is refused for where lbd was started without them.
+fn program_needs(wanted: &Service) -> Vec<(u32, String)> {
     let needs = [
         (features::NAT, wanted.mode == ForwardingMode::Nat, "mode nat".to_owned()),
         (features::L2, wanted.mode == ForwardingMode::L2, "mode l2".to_owned()),
@@ -289,17 +309,8 @@ pub(super) fn check_features(name: &Name, wanted: &Service, settings: &Settings)
         // What is on by itself only does without.
         (features::SECOND_CHANCE, wanted.second_chance == Some(true), "second_chance".to_owned()),
     ];
-    for (bit, is_needed, what) in needs {
-        if is_needed && settings.features_off & bit != 0 {
-            let feature = features::NAMES.iter().find(|(_, b)| *b == bit).map_or("?", |(name, _)| name);
-            return Err(CompileError::FeatureOff {
-                service: name.clone(),
-                what: what.to_lowercase(),
-                feature,
-            });
-        }
-    }
-    Ok(())
+    let needed = needs.into_iter().filter(|(_, is_needed, _)| *is_needed);
+    needed.map(|(bit, _, what)| (bit, what.to_lowercase())).collect()
 }
 
 /// What a flow counts in a service's loads: where replicas report, a request's share of the capacity that the service

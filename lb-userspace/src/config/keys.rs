@@ -27,6 +27,7 @@ pub const LBD: &[&str] = &[
     "socket_group",
     "metrics",
     "allow_generic",
+    "fix_offloads",
     "chain",
     "ipip_source",
     "nat_source",

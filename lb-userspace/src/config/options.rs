@@ -128,6 +128,9 @@ pub struct Options {
     /// Attach in generic mode (slow) where the driver has no XDP support
     #[arg(long, env = "LBD_ALLOW_GENERIC", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub allow_generic: Option<bool>,
+    /// Switch off offloads of the NICs that do not go with XDP (LRO, VLAN tags taken off) before attaching [default: false]
+    #[arg(long, env = "LBD_FIX_OFFLOADS", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub fix_offloads: Option<bool>,
     /// Let other XDP programs run before and after ours: their places are 0 and 5 of STAGES in the pin path [default: false]
     #[arg(long, env = "LBD_CHAIN", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub chain: Option<bool>,
@@ -230,6 +233,8 @@ pub struct Settings {
     pub metrics_required: bool,
     /// Whether generic XDP will do.
     pub allow_generic: bool,
+    /// See [`Options::fix_offloads`].
+    pub fix_offloads: bool,
     /// See [`Options::chain`].
     pub chain: bool,
     /// Outer IPv4 sources of ipip.
@@ -362,6 +367,7 @@ impl Options {
             socket_group: self.socket_group.or(other.socket_group),
             metrics: self.metrics.or(other.metrics),
             allow_generic: self.allow_generic.or(other.allow_generic),
+            fix_offloads: self.fix_offloads.or(other.fix_offloads),
             chain: self.chain.or(other.chain),
             ipip_source: list(self.ipip_source, other.ipip_source),
             nat_source: list(self.nat_source, other.nat_source),
@@ -486,6 +492,7 @@ impl Options {
             metrics,
             metrics_required: self.metrics.is_some(),
             allow_generic: self.allow_generic.unwrap_or(false),
+            fix_offloads: self.fix_offloads.unwrap_or(false),
             chain: self.chain.unwrap_or(false),
             ipip_source_v4,
             ipip_source_v6,

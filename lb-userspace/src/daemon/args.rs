@@ -9,7 +9,9 @@ Exit codes:
   0  stopped as asked
   1  failed while running
   2  the command line or the configuration file is wrong
-  4  refused: no such interface, no privileges, another lbd is there, or the store or the pins do not fit
+  4  refused: no privileges, no XDP, another lbd is there, or the store or the pins do not fit
+  5  refused for now: none of the interfaces is there, or their drivers do not take the program as
+     they are set up (MTU, queues, offloads); started again later, lbd may succeed
 
 Every flag of `ingress` is also a key of [lbd] in the configuration file; flags win over the
 environment, the environment over the file.";
@@ -95,6 +97,9 @@ pub struct Worker {
     /// Attach in generic mode (slow) where the driver has no XDP support
     #[arg(long, env = "LBD_ALLOW_GENERIC", num_args = 0..=1, default_missing_value = "true", default_value = "false")]
     pub allow_generic: bool,
+    /// Switch off offloads of the NIC that do not go with XDP (LRO, VLAN tags taken off) before attaching
+    #[arg(long, env = "LBD_FIX_OFFLOADS", num_args = 0..=1, default_missing_value = "true", default_value = "false")]
+    pub fix_offloads: bool,
     /// How much is logged
     #[arg(long, value_name = "LEVEL", env = "LBD_LOG_LEVEL", default_value = "info")]
     pub log_level: LogLevel,

@@ -71,6 +71,9 @@ fn code(error: &anyhow::Error) -> u8 {
     let is = |check: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(check);
     if is(|e| e.is::<SettingsError>() || e.is::<ConfigError>()) {
         2
+    } else if error.chain().any(|e| e.downcast_ref::<DataplaneError>().is_some_and(DataplaneError::may_pass))
+    {
+        5
     } else if is(|e| {
         e.is::<DataplaneError>()
             || e.is::<AnnounceError>()

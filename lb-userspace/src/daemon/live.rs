@@ -1,10 +1,11 @@
 //! Reconciler and dataplane as the API sees them.
 
+use super::hardware::Hardware;
 use crate::{
     api::{
         Engine, EngineError,
         engine::{BackendState, Counters, FlowFilter, Problem, Removed, ServiceState, Snapshot},
-        types::{Applied, FlowInfo, Interface, Room},
+        types::{Applied, FlowInfo, Interface, Loaded, Room},
     },
     clock,
     dataplane::{HASH_MAPS, Limits, Reader},
@@ -28,7 +29,7 @@ pub struct Live {
     events: mpsc::Sender<Event>,
     published: watch::Receiver<Arc<Published>>,
     reader: Arc<Reader>,
-    interfaces: Vec<Interface>,
+    hardware: Arc<Hardware>,
     limits: Limits,
     /// The last snapshot, and what it was made from.
     last: Mutex<Option<(Arc<Published>, Arc<Snapshot>)>>,
@@ -40,10 +41,10 @@ impl Live {
         events: mpsc::Sender<Event>,
         published: watch::Receiver<Arc<Published>>,
         reader: Arc<Reader>,
-        interfaces: Vec<Interface>,
+        hardware: Arc<Hardware>,
         limits: Limits,
     ) -> Self {
-        Self { events, published, reader, interfaces, limits, last: Mutex::new(None) }
+        Self { events, published, reader, hardware, limits, last: Mutex::new(None) }
     }
 
     fn published(&self) -> Arc<Published> {
@@ -175,6 +176,8 @@ fn ip(address: lb_common::Address) -> IpAddr {
 impl Engine for Live {
     fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>> {
         Box::pin(async move {
+            self.hardware.check(&desired).map_err(|what| EngineError::Refused { what })?;
+            let desired = self.hardware.served(desired, false);
             let (fits, answer) = oneshot::channel();
             self.ask(Event::Check { desired, fits }, answer).await
         })
@@ -182,6 +185,7 @@ impl Engine for Live {
 
     fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
         Box::pin(async move {
+            let desired = self.hardware.served(desired, true);
             let (tell, answer) = oneshot::channel();
             let event = Event::Desired { desired, revision, applied: Some(tell) };
             Ok(applied(&self.ask(event, answer).await?, None))
@@ -202,7 +206,11 @@ impl Engine for Live {
     }
 
     fn interfaces(&self) -> Vec<Interface> {
-        self.interfaces.clone()
+        self.hardware.attached()
+    }
+
+    fn loaded(&self) -> Loaded {
+        self.hardware.loaded()
     }
 
     fn counters(&self) -> Result<Counters, EngineError> {

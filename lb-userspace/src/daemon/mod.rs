@@ -5,16 +5,20 @@
 
 pub mod args;
 pub mod command;
+mod hardware;
 mod live;
 pub mod logging;
 mod nat_ports;
 mod own_thread;
+mod processors;
 mod report;
 mod supervise;
 pub mod xdp_log;
 
+pub use hardware::TRUNCATED_RISES;
 pub use live::Live;
 
+use self::hardware::Hardware;
 use crate::{
     announce::{self, Announcer, OnStop},
     api::{
@@ -26,11 +30,12 @@ use crate::{
     clock,
     compile::{self, Past},
     config::{File, Options, Settings, SettingsError, export},
-    dataplane::{AttachOptions, Carried, Dataplane, Limits, ON_DEMAND, Takeover, loaded_features},
+    dataplane::{AttachOptions, Carried, Dataplane, Kernel, Limits, ON_DEMAND, Takeover, loaded_features},
     health::{Checker, Tunnel, prober_through},
     metrics,
     model::{Desired, Health, Here},
     neighbour::Resolver,
+    offloads,
     reconcile::{Event, Reconciler, start_sweeper},
     regions::Steering,
     replica::{Scores, Watcher},
@@ -82,18 +87,16 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     check_nat_ports(&settings)?;
     let (announcer, announcement) = settings.announce.as_deref().map(Announcer::open).transpose()?.unzip();
     let options = attach_options(&settings, features_at_start(&store.head(), &settings.pin_path));
-    let mut dataplane = tokio::task::spawn_blocking(move || Dataplane::attach(&options)).await??;
-    for i in &dataplane.interfaces {
-        if i.mode == "driver" {
-            tracing::info!(interface = i.name, mode = i.mode, adopted = dataplane.adopted, "attached");
-        } else {
-            tracing::warn!(
-                interface = i.name,
-                mode = i.mode,
-                "attached in generic mode: much slower than in the driver"
-            );
+    let fix_offloads = settings.fix_offloads;
+    let attach = move || {
+        if fix_offloads {
+            // Before the program is there: drivers set their rings up anew for either.
+            options.interfaces.iter().for_each(|name| offloads::fix(name));
         }
-    }
+        Dataplane::attach(&options)
+    };
+    let mut dataplane = tokio::task::spawn_blocking(attach).await??;
+    tell_of(&dataplane);
     xdp_log::start(dataplane.bpf_mut(), settings.xdp_log_level);
     let takeover = dataplane.takeover();
     let home = dataplane.home.clone();
@@ -118,13 +121,16 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let (reader, loads) = (dataplane.reader(), dataplane.loads());
     let signs = reader.clone();
-    let interfaces = interfaces(&dataplane);
+    let interfaces = dataplane.interfaces.clone();
+    let (frags, left_out) = (dataplane.frags, dataplane.left_out.clone());
+    let hardware = Arc::new(Hardware::new(interfaces.clone(), frags, left_out, reader.clone()));
     let limits = dataplane.limits;
     let (keep_out, kept) = watch::channel(Vec::new());
     let last_memory = local.load(MEMORY).await?;
-    let probed = interfaces.iter().map(|i| i.ifindex).collect();
-    let attached = interfaces.iter().map(|i| (i.ifindex, i.name.clone())).collect();
-    let compile_settings = compile_settings(&settings, limits, attached, here);
+    let attached = interfaces.attached().into_iter().map(|i| (i.ifindex, i.name)).collect();
+    let probed = move || interfaces.attached().into_iter().map(|i| i.ifindex).collect();
+    let lost = dataplane.left_out.iter().fold(0, |bits, one| bits | one.feature);
+    let compile_settings = compile_settings(&settings, limits, attached, here, lost);
     let keep = Box::new(move |bytes| drop(keep_out.send_replace(bytes)));
     let (mut reconciler, published) =
         Reconciler::new(dataplane, compile_settings, last_memory.as_deref(), keep)
@@ -144,7 +150,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let scores = Arc::new(Scores::new(loads, Arc::new(published.clone())));
     parts.add("load scores", ended_ok(scores.clone().run(replicas.clone(), published.clone())));
-    let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, interfaces, limits));
+    let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, hardware.clone(), limits));
     let control = Control::with_replicas(store.clone(), engine, book.clone(), replicas.clone());
     let report = HostReport {
         host: sharing.host.clone(),
@@ -210,6 +216,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
             std::future::pending::<anyhow::Result<()>>().await
         });
     }
+    parts.add("interfaces", ended_ok(hardware.run(events.clone())));
     let (stop_out, stopped) = watch::channel(false);
     parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
     if let Some(listener) = metrics {
@@ -390,11 +397,6 @@ fn check_nat_ports(settings: &Settings) -> anyhow::Result<()> {
     }
 }
 
-/// Processors of this host.
-fn processors() -> u32 {
-    std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX))
-}
-
 /// `used`: features that are loaded on demand, and used from the start.
 fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
     let log_level = xdp_log::number(settings.xdp_log_level);
@@ -409,12 +411,12 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
         nat_young: limit::nat_young(
             settings.max_nat_flows,
             u32::from(settings.ingress.nat_last.saturating_sub(settings.ingress.nat_first)) + 1,
-            processors(),
+            processors::online(),
         ),
         guard_entries: settings.max_guard_entries,
         ..Limits::default()
     };
-    let budgets = Budgets::of(limits.flows, limits.syns, limits.flows, processors());
+    let budgets = Budgets::of(limits.flows, limits.syns, limits.flows, processors::online());
     AttachOptions {
         interfaces: settings.iface.clone(),
         allow_generic: settings.allow_generic,
@@ -437,6 +439,7 @@ fn compile_settings(
     limits: Limits,
     attached: BTreeMap<u32, String>,
     here: Here,
+    lost: u32,
 ) -> compile::Settings {
     compile::Settings {
         here,
@@ -455,14 +458,33 @@ fn compile_settings(
             vips: limits.vips,
             guard_entries: limits.guard_entries,
         },
-        features_off: features::ALL & !settings.ingress.features,
+        features_off: features::ALL & !settings.ingress.features | lost,
     }
 }
 
-fn interfaces(dataplane: &Dataplane) -> Vec<types::Interface> {
-    let all = dataplane.interfaces.iter();
-    all.map(|i| types::Interface { name: i.name.clone(), ifindex: i.ifindex, mode: i.mode.to_owned() })
-        .collect()
+/// Says how the programs came to run.
+fn tell_of(dataplane: &Dataplane) {
+    let kernel = Kernel::get();
+    tracing::info!(frags = dataplane.frags, ?kernel, "programs loaded");
+    for one in &dataplane.left_out {
+        tracing::warn!(program = one.program, feature = one.feature_name(), "left out: {}", one.reason);
+    }
+    for i in dataplane.interfaces.attached() {
+        if i.mode == "driver" {
+            tracing::info!(interface = i.name, mode = i.mode, adopted = dataplane.adopted, "attached");
+        } else {
+            let why = i.why_generic.unwrap_or_default();
+            tracing::warn!(
+                interface = i.name,
+                mode = i.mode,
+                why,
+                "attached in generic mode: much slower than in the driver"
+            );
+        }
+    }
+    for waiting in dataplane.interfaces.waiting() {
+        tracing::warn!(interface = waiting.name, "not attached, tried again each second: {}", waiting.reason);
+    }
 }
 
 /// The reconciler compiles and writes maps without pause: on a thread of its own, it delays nobody else.

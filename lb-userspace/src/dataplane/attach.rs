@@ -6,20 +6,24 @@
 
 use super::{
     DataplaneError,
+    kernel::Kernel,
     layout::{Layout, write_own},
-    links::{self, Interface, Link},
+    links::{self, GENERIC, Interface, Link},
+    load::{Loaded, Switches, load},
     pins::{self, Home},
-    stages,
+    stages::{self, LeftOut},
     takeover::{Predecessor, Takeover},
+    variant::{self, ArrayPin, Situation},
 };
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf,
     maps::{Array, Map, MapData, MapError},
-    programs::{ProgramError, ProgramFd, Xdp},
+    programs::{ProgramFd, Xdp},
 };
 use lb_common::{ABI_VERSION, names};
 use std::{
     fs, io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
@@ -35,14 +39,16 @@ pub struct Request<'a> {
     pub chained: Option<&'static str>,
     /// Maps to pin.
     pub maps: &'a [&'static str],
-    /// Maps that all ABI versions share, and names of their pins.
+    /// Program arrays that all ABI versions share, and names of their pins.
     pub shared: &'a [(&'static str, &'static str)],
     /// Whether flows stand in its maps, which are to outlive a change of the ABI version.
     pub has_flows: bool,
     /// Map sizes that differ from the object's.
     pub sizes: &'a [(&'static str, u32)],
-    /// The settings global, as bytes.
-    pub settings: &'a [u8],
+    /// Features that are wanted, of `lb_common::settings::features`.
+    pub features: u32,
+    /// The settings global, as bytes, for what the kernel takes.
+    pub settings: &'a dyn Fn(Switches) -> Vec<u8>,
     /// aya-log's level.
     pub log_level: u8,
     /// Directory of the pins, on a BPF filesystem.
@@ -59,6 +65,12 @@ pub struct Attached {
     pub bpf: Ebpf,
     /// Where it runs, or will once the other ABI version's flows are taken over.
     pub interfaces: Vec<Interface>,
+    /// Interfaces that it does not run on yet, and why.
+    pub waiting: Vec<(String, DataplaneError)>,
+    /// Whether it is loaded with the frags flag.
+    pub frags: bool,
+    /// Programs that the kernel refused.
+    pub left_out: Vec<LeftOut>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
     /// Where its maps are pinned.
@@ -74,11 +86,21 @@ pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
     if request.object.is_empty() {
         return Err(DataplaneError::NoPrograms);
     }
-    let indices =
-        request.interfaces.iter().map(|name| links::index_of(name)).collect::<Result<Vec<_>, _>>()?;
+    let (mut present, mut waiting) = (Vec::new(), Vec::new());
+    for name in request.interfaces {
+        match links::index_of(name) {
+            Ok(ifindex) => present.push((name.as_str(), ifindex)),
+            Err(error) => waiting.push((name.clone(), error)),
+        }
+    }
+    if present.is_empty()
+        && let Some((_, error)) = waiting.pop()
+    {
+        return Err(error);
+    }
     let is_new = pins::make_directory(request.pin_path)?;
     let lock = pins::lock(request.pin_path)?;
-    let result = attach_locked(request, &indices, lock);
+    let result = attach_locked(request, &present, waiting, lock);
     if is_new && result.is_err() {
         // A first start that is refused leaves nothing behind; what it did not make is not empty.
         let _ = fs::remove_dir(request.pin_path);
@@ -86,15 +108,25 @@ pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
     result
 }
 
-fn attach_locked(request: &Request<'_>, indices: &[u32], lock: fs::File) -> Result<Attached, DataplaneError> {
+/// Interfaces that exist: names and indices.
+type Present<'a> = [(&'a str, u32)];
+
+fn attach_locked(
+    request: &Request<'_>,
+    present: &Present<'_>,
+    waiting: Vec<(String, DataplaneError)>,
+    lock: fs::File,
+) -> Result<Attached, DataplaneError> {
     let home = Home::ours(request.pin_path);
     let (adopted, others) = look_around(request, &home)?;
     // Before anything is made: what cannot be read is left alone.
     let predecessors = others.iter().map(|other| open(request, other)).collect::<Result<Vec<_>, _>>()?;
-    let result = load_beside(request, indices, &home, adopted, predecessors);
-    match result {
-        Ok((bpf, interfaces, takeover)) => {
-            Ok(Attached { bpf, interfaces, adopted, home: home.path, takeover, lock })
+    match load_beside(request, present, &home, adopted, predecessors) {
+        Ok(Started { loaded, interfaces, failed, takeover }) => {
+            let Loaded { bpf, frags, left_out, .. } = loaded;
+            let waiting = waiting.into_iter().chain(failed).collect();
+            let home = home.path;
+            Ok(Attached { bpf, interfaces, waiting, frags, left_out, adopted, home, takeover, lock })
         }
         Err(error) => {
             // A first start that failed leaves nothing behind; what ran before stays as it was.
@@ -109,24 +141,44 @@ fn attach_locked(request: &Request<'_>, indices: &[u32], lock: fs::File) -> Resu
 }
 
 /// Loads the program again, over the maps that are there, and replaces it under its links in one step each. If that
-/// fails the old one goes on. None while another ABI version's program still forwards.
-pub fn replace(request: &Request<'_>) -> Result<Option<Ebpf>, DataplaneError> {
+/// fails the old one goes on. None while another ABI version's program still forwards. `frags`: as it is loaded now.
+pub fn replace(request: &Request<'_>, frags: bool) -> Result<Option<Ebpf>, DataplaneError> {
     let home = Home::ours(request.pin_path);
     if home.programs().is_disjoint(&links::programs(request.pin_path)?) {
         return Ok(None);
     }
-    let mut bpf = load(request, &home)?;
+    let Loaded { mut bpf, .. } = load(request, &home, frags)?;
     pin_programs(request, &bpf, &home, true)?;
     stages::chain(&mut bpf, request.chained)?;
     for name in request.interfaces {
-        if let Some(link) = links::find(request.pin_path, name, links::index_of(name)?)? {
+        // One that has gone is attached to anew when it is back.
+        let Ok(ifindex) = links::index_of(name) else { continue };
+        if let Some(link) = links::find(request.pin_path, name, ifindex)? {
             link.update(&program_fd(&bpf, request.program)?)?;
         }
     }
     for name in programs_of(request) {
-        pins::replace(&program_fd(&bpf, name)?, &home.path.join(format!("program-{name}")))?;
+        pins::replace(&program_fd(&bpf, name)?, &program_path(&home, name))?;
     }
     Ok(Some(bpf))
+}
+
+/// Where a program of ours is pinned.
+fn program_path(home: &Home, name: &str) -> PathBuf {
+    home.path.join(format!("program-{name}"))
+}
+
+/// The program that runs under our links, for one more of them; None while another ABI version's does. Where all
+/// interfaces have gone, it is the one that was pinned last.
+pub fn running(pin_path: &Path, program: &str) -> Result<Option<OwnedFd>, DataplaneError> {
+    let home = Home::ours(pin_path);
+    let running = links::programs(pin_path)?;
+    if !running.is_empty() && home.programs().is_disjoint(&running) {
+        return Ok(None);
+    }
+    let path = program_path(&home, program);
+    let pin = |source| DataplaneError::Pin { what: "cannot open program", path: path.clone(), source };
+    super::sys::open(&path).map(Some).map_err(pin)
 }
 
 /// Whether there are objects of this ABI version to go on with, and those of others whose work is to be taken over.
@@ -166,50 +218,179 @@ fn open(request: &Request<'_>, other: &Home) -> Result<Predecessor, DataplaneErr
     Ok(Predecessor::new(other.clone(), layout))
 }
 
-type Loaded = (Ebpf, Vec<Interface>, Option<Takeover>);
+/// A start that has come through.
+struct Started {
+    loaded: Loaded,
+    interfaces: Vec<Interface>,
+    /// Interfaces whose drivers do not take the program.
+    failed: Vec<(String, DataplaneError)>,
+    takeover: Option<Takeover>,
+}
+
+/// How interfaces without a link of ours came out.
+enum New {
+    Done {
+        interfaces: Vec<Interface>,
+        failed: Vec<(String, DataplaneError)>,
+    },
+    /// One of them needs generic mode, and so all programs have to be loaded without frags.
+    WithoutFrags,
+}
 
 fn load_beside(
     request: &Request<'_>,
-    indices: &[u32],
+    present: &Present<'_>,
     home: &Home,
     adopted: bool,
     predecessors: Vec<Predecessor>,
-) -> Result<Loaded, DataplaneError> {
+) -> Result<Started, DataplaneError> {
     home.create()?;
-    let mut bpf = load(request, home)?;
-    if request.has_flows {
-        write_own(&mut bpf)?;
+    let mut found = Vec::new();
+    for (name, ifindex) in present {
+        found.push(links::find(request.pin_path, name, *ifindex)?);
     }
-    let found: Vec<Option<Link>> = request
-        .interfaces
-        .iter()
-        .zip(indices)
-        .map(|(name, ifindex)| links::find(request.pin_path, name, *ifindex))
-        .collect::<Result<_, _>>()?;
-    pin_programs(request, &bpf, home, adopted)?;
+    let situation = situation(request, present, &found, (home, &predecessors));
+    let missing: Vec<(&str, u32)> =
+        present.iter().zip(&found).filter(|(_, link)| link.is_none()).map(|(one, _)| *one).collect();
+    let has_links = found.iter().any(Option::is_some);
+    let load = |frags| -> Result<Loaded, DataplaneError> {
+        let mut loaded = load(request, home, frags)?;
+        if request.has_flows {
+            write_own(&mut loaded.bpf)?;
+        }
+        pin_programs(request, &loaded.bpf, home, adopted)?;
+        Ok(loaded)
+    };
+    let mut loaded = load(situation.choose())?;
+    let new = match attach_new(request, &loaded, &missing, has_links)? {
+        New::WithoutFrags => {
+            tracing::info!("loaded again without frags: an interface needs generic mode");
+            loaded.arrays.iter().for_each(ArrayPin::undo);
+            loaded = load(false)?;
+            attach_new(request, &loaded, &missing, has_links)?
+        }
+        done => done,
+    };
+    let New::Done { interfaces: new, failed } = new else {
+        unreachable!("without frags, generic mode needs nothing else")
+    };
+    let started = finish_start(request, home, adopted, (&mut loaded, predecessors), found, &new);
+    match started {
+        Ok((interfaces, takeover)) => Ok(Started { loaded, interfaces, failed, takeover }),
+        Err(error) => {
+            undo(request, &new, &loaded);
+            Err(error)
+        }
+    }
+}
+
+/// What a start that failed has attached and made beside what ran before.
+fn undo(request: &Request<'_>, new: &[Interface], loaded: &Loaded) {
+    for interface in new {
+        if let Err(error) = links::detach(request.pin_path, interface) {
+            tracing::warn!(%error, "what this start attached is left behind");
+        }
+    }
+    loaded.arrays.iter().for_each(ArrayPin::undo);
+}
+
+/// What the decision for or against frags depends on. What cannot be found out counts as not there.
+fn situation(
+    request: &Request<'_>,
+    present: &Present<'_>,
+    found: &[Option<Link>],
+    (home, predecessors): (&Home, &[Predecessor]),
+) -> Situation {
+    let told = |result: io::Result<Option<bool>>| {
+        result.unwrap_or_else(|error| {
+            tracing::warn!(%error, "whether a loaded program has frags cannot be found out");
+            None
+        })
+    };
+    let users = request.chained.and_then(|_| {
+        let arrays = request.shared.iter().map(|(_, pin)| request.pin_path.join(pin));
+        arrays.filter_map(|path| told(variant::of_users(&path))).next()
+    });
+    let homes = predecessors.iter().map(Predecessor::home).chain([home]);
+    let ids = links::programs(request.pin_path).unwrap_or_default();
+    let running = homes.filter_map(|home| home.program_of(&ids)).next();
+    let running = running.and_then(|program| told(variant::of_program(&program).map(Some)));
+    Situation {
+        kernel_has: Kernel::get().frags,
+        mtu: links::largest_mtu(present.iter().map(|(name, _)| *name)),
+        is_generic: found.iter().flatten().any(|link| link.interface.mode == GENERIC),
+        users,
+        running,
+    }
+}
+
+/// Attaches to interfaces that have no link of ours. Those whose drivers do not take the program are left for later, if
+/// there are others.
+fn attach_new(
+    request: &Request<'_>,
+    loaded: &Loaded,
+    missing: &Present<'_>,
+    has_links: bool,
+) -> Result<New, DataplaneError> {
+    let program = program_fd(&loaded.bpf, request.program)?;
+    let (mut interfaces, mut failed) = (Vec::new(), Vec::new());
+    for &(name, ifindex) in missing {
+        let allow_generic = request.allow_generic && !loaded.frags;
+        match links::attach(request.pin_path, &program, name, ifindex, allow_generic) {
+            Ok(interface) => interfaces.push(interface),
+            Err(DataplaneError::NotTaken { .. }) if request.allow_generic && loaded.frags => {
+                for interface in &interfaces {
+                    links::detach(request.pin_path, interface)?;
+                }
+                let users = request.shared.iter().map(|(_, pin)| request.pin_path.join(pin));
+                let users = users.filter(|path| request.chained.is_some() && path.exists());
+                if let Some(path) =
+                    users.into_iter().find(|path| matches!(variant::of_users(path), Ok(Some(_))))
+                {
+                    return Err(DataplaneError::GenericFrags { interface: name.to_owned(), path });
+                }
+                return Ok(New::WithoutFrags);
+            }
+            Err(error) if error.is_of_interface() => failed.push((name.to_owned(), error)),
+            Err(error) => {
+                undo(request, &interfaces, loaded);
+                return Err(error);
+            }
+        }
+    }
+    if interfaces.is_empty() && !has_links && !failed.is_empty() {
+        loaded.arrays.iter().for_each(ArrayPin::undo);
+        return Err(failed.remove(0).1);
+    }
+    Ok(New::Done { interfaces, failed })
+}
+
+/// From here on the program runs: under the links that are there, and with its place in users' array.
+fn finish_start(
+    request: &Request<'_>,
+    home: &Home,
+    adopted: bool,
+    (loaded, predecessors): (&mut Loaded, Vec<Predecessor>),
+    found: Vec<Option<Link>>,
+    new: &[Interface],
+) -> Result<(Vec<Interface>, Option<Takeover>), DataplaneError> {
     let waits = !predecessors.is_empty();
     if !waits {
-        stages::chain(&mut bpf, request.chained)?;
+        stages::chain(&mut loaded.bpf, request.chained)?;
     }
-    let (mut interfaces, mut pending) = (Vec::new(), Vec::new());
-    for ((name, ifindex), link) in request.interfaces.iter().zip(indices).zip(found) {
-        interfaces.push(match link {
-            Some(link) if waits => {
-                let interface = link.interface.clone();
-                pending.push(link);
-                interface
-            }
-            Some(link) => {
-                // The program changes under the link in one step; the old one runs until then.
-                link.update(&program_fd(&bpf, request.program)?)?;
-                link.interface
-            }
-            None => {
-                let program = program_mut(&mut bpf, request.program);
-                links::attach(request.pin_path, program, name, *ifindex, request.allow_generic)?
-            }
-        });
+    let program = program_fd(&loaded.bpf, request.program)?;
+    let (mut interfaces, mut pending) = (new.to_vec(), Vec::new());
+    for link in found.into_iter().flatten() {
+        interfaces.push(link.interface.clone());
+        if waits {
+            pending.push(link);
+        } else {
+            // The program changes under the link in one step; the old one runs until then.
+            link.update(&program)?;
+        }
     }
+    let order = |i: &Interface| request.interfaces.iter().position(|name| *name == i.name);
+    interfaces.sort_by_key(order);
     let mut takeover = Takeover {
         pin_path: request.pin_path.to_owned(),
         home: home.clone(),
@@ -217,62 +398,18 @@ fn load_beside(
         interfaces: request.interfaces.to_vec(),
         links: pending,
         programs: programs_of(request),
-        program: program_fd(&bpf, request.program)?,
-        chained: request.chained.map(|name| program_fd(&bpf, name)).transpose()?,
-        shared: request.shared.iter().map(|(_, pin)| request.pin_path.join(pin)).collect(),
+        program,
+        chained: request.chained.map(|name| program_fd(&loaded.bpf, name)).transpose()?,
+        arrays: std::mem::take(&mut loaded.arrays),
+        shared: loaded.shared,
         has_flows: request.has_flows,
         is_fresh: !adopted,
     };
     if waits {
-        return Ok((bpf, interfaces, Some(takeover)));
+        return Ok((interfaces, Some(takeover)));
     }
     takeover.settle()?;
-    Ok((bpf, interfaces, None))
-}
-
-fn load(request: &Request<'_>, home: &Home) -> Result<Ebpf, DataplaneError> {
-    let refuse = |source| DataplaneError::Load { program: request.program, source };
-    let mut loader = EbpfLoader::new();
-    loader.override_global(names::SETTINGS, request.settings, true).override_global(
-        names::LOG_LEVEL,
-        &request.log_level,
-        true,
-    );
-    for (map, size) in request.sizes {
-        loader.map_max_entries(map, *size);
-    }
-    for map in request.maps {
-        loader.map_pin_path(map, home.path.join(map));
-    }
-    for (map, pin) in request.shared {
-        loader.map_pin_path(map, request.pin_path.join(pin));
-    }
-    let mut bpf =
-        loader.load(request.object).map_err(|e| denied("create the maps", &e).unwrap_or(refuse(e.into())))?;
-    let program = program_mut(&mut bpf, request.program);
-    program.load().map_err(|source| refused(request.program, source))?;
-    stages::fill(&mut bpf, request.stages)?;
-    if let Some(name) = request.chained {
-        stages::load(&mut bpf, name)?;
-    }
-    Ok(bpf)
-}
-
-/// Why the kernel did not take a program.
-pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
-    denied("load the program", &source).unwrap_or(DataplaneError::Load { program, source: source.into() })
-}
-
-/// The error for a lack of privileges, if that is what it was.
-fn denied(what: &'static str, error: &(dyn std::error::Error + 'static)) -> Option<DataplaneError> {
-    let mut cause = Some(error);
-    while let Some(e) = cause {
-        if let Some(io) = e.downcast_ref::<io::Error>() {
-            return (io.raw_os_error() == Some(libc::EPERM)).then_some(DataplaneError::Denied { what });
-        }
-        cause = e.source();
-    }
-    None
+    Ok((interfaces, None))
 }
 
 /// A program that the object is known to have.
@@ -300,7 +437,7 @@ fn programs_of(request: &Request<'_>) -> Vec<&'static str> {
 /// still runs, its pins stay until the links have changed ([`Takeover::settle`]).
 fn pin_programs(request: &Request<'_>, bpf: &Ebpf, home: &Home, adopted: bool) -> Result<(), DataplaneError> {
     for name in programs_of(request) {
-        let path = home.path.join(format!("program-{name}"));
+        let path = program_path(home, name);
         let path = if adopted { pins::next(&path) } else { path };
         if path.exists() {
             pins::remove(&path)?;

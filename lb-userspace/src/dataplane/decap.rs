@@ -1,21 +1,28 @@
 //! The dataplane of a worker: the `decap` program and its two maps.
 
 use super::{
-    DataplaneError, Interface,
+    DataplaneError, Interfaces, LeftOut,
     attach::{self, Attached, Request, take},
+    load::Switches,
+    pins::Home,
     reader,
     takeover::Takeover,
 };
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapData, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, PerCpuArray},
 };
 use lb_common::{
     Address, Reason, names,
     reply::{ReplyHop, family},
-    settings::DecapSettings,
+    settings::{DecapSettings, features},
 };
-use std::{collections::BTreeSet, fs, path::PathBuf};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use zerocopy::IntoBytes;
 
 /// How to attach a worker's dataplane.
@@ -41,10 +48,13 @@ pub struct DecapDataplane {
     vips: HashMap<MapData, Address, u32>,
     reasons: PerCpuArray<MapData, u64>,
     reply_hops: Array<MapData, ReplyHop>,
-    /// Where the program runs.
-    pub interfaces: Vec<Interface>,
+    /// Where the program runs, and where it is yet to run.
+    pub interfaces: Arc<Interfaces>,
+    /// Programs that the kernel refused.
+    pub left_out: Vec<LeftOut>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
+    pin_path: PathBuf,
     takeover: Option<Takeover>,
     bpf: Ebpf,
     _lock: fs::File,
@@ -53,7 +63,10 @@ pub struct DecapDataplane {
 impl DecapDataplane {
     /// Loads and attaches, or takes over what an earlier daemon left running.
     pub fn attach(options: &DecapOptions) -> Result<Self, DataplaneError> {
-        let Attached { mut bpf, interfaces, adopted, takeover, lock, home: _ } = attach::attach(&Request {
+        let settings = |switches: Switches| {
+            DecapSettings { kernel: switches.kernel, ..options.settings }.as_bytes().to_vec()
+        };
+        let attached = attach::attach(&Request {
             object: crate::objects::DECAP,
             program: names::PROGRAM_DECAP,
             stages: if options.cookies { &names::stage::DECAP_PROGRAMS } else { &[] },
@@ -62,19 +75,31 @@ impl DecapDataplane {
             shared: &[],
             has_flows: false,
             sizes: &[],
-            settings: options.settings.as_bytes(),
+            features: features::ALL,
+            settings: &settings,
             log_level: options.log_level,
             pin_path: &options.pin_path,
             interfaces: &options.interfaces,
             allow_generic: options.allow_generic,
         })?;
+        let Attached { mut bpf, interfaces, waiting, frags, left_out, adopted, takeover, lock, home: _ } =
+            attached;
+        let interfaces = Interfaces::with(
+            names::PROGRAM_DECAP,
+            (options.pin_path.clone(), options.interfaces.clone(), options.allow_generic),
+            frags,
+            interfaces,
+            waiting,
+        );
         Ok(Self {
             addresses: take(&mut bpf, names::DECAP_ADDRESSES)?,
             vips: take(&mut bpf, names::DECAP_VIPS)?,
             reasons: take(&mut bpf, names::REASONS)?,
             reply_hops: take(&mut bpf, names::REPLY_HOPS)?,
-            interfaces,
+            interfaces: Arc::new(interfaces),
+            left_out,
             adopted,
+            pin_path: options.pin_path.clone(),
             takeover,
             bpf,
             _lock: lock,
@@ -93,6 +118,15 @@ impl DecapDataplane {
     /// Makes these the addresses at which encapsulated packets are accepted.
     pub fn set_addresses(&mut self, addresses: &BTreeSet<Address>) -> Result<(), DataplaneError> {
         set(&mut self.addresses, names::DECAP_ADDRESSES, addresses)
+    }
+
+    /// VIPs that are served here, by our maps and by those of another ABI version that still forwards: they outlive the
+    /// daemon, so that the next one knows which addresses of the host are ours.
+    pub fn served(&self) -> Result<BTreeSet<Address>, DataplaneError> {
+        let map = |source| DataplaneError::Map { map: names::DECAP_VIPS, source };
+        let mut served: BTreeSet<Address> = self.vips.keys().collect::<Result<_, _>>().map_err(map)?;
+        served.extend(pinned_vips(&self.pin_path)?.unwrap_or_default());
+        Ok(served)
     }
 
     /// Makes these the VIPs that are served here.
@@ -124,6 +158,26 @@ impl DecapDataplane {
     pub fn bpf_mut(&mut self) -> &mut Ebpf {
         &mut self.bpf
     }
+}
+
+/// VIPs in the maps of all ABI versions that are pinned in a directory; None if there are no such maps.
+pub fn pinned_vips(pin_path: &Path) -> Result<Option<BTreeSet<Address>>, DataplaneError> {
+    if !pin_path.exists() {
+        return Ok(None);
+    }
+    let mut found = None;
+    for home in Home::others(pin_path)?.into_iter().chain([Home::ours(pin_path)]) {
+        let path = home.path.join(names::DECAP_VIPS);
+        if !path.exists() {
+            continue;
+        }
+        let map = |source| DataplaneError::Map { map: names::DECAP_VIPS, source };
+        let data = MapData::from_pin(&path).map_err(map)?;
+        let vips: HashMap<MapData, Address, u32> = HashMap::try_from(Map::HashMap(data)).map_err(map)?;
+        let vips: BTreeSet<Address> = vips.keys().collect::<Result<_, _>>().map_err(map)?;
+        found.get_or_insert_with(BTreeSet::new).extend(vips);
+    }
+    Ok(found)
 }
 
 /// Adds what is missing, then removes what is too much: nothing that stays is ever absent.

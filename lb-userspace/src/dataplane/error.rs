@@ -14,11 +14,19 @@ pub enum DataplaneError {
     /// An interface is missing.
     #[error("interface {interface} does not exist; there are: {present}")]
     NoInterface { interface: String, present: String },
-    /// Its driver cannot run XDP.
+    /// Its driver does not take the program.
     #[error(
-        "interface {interface}: its driver has no native XDP ({source}); choose another interface, or allow the slower generic mode with --allow-generic"
+        "interface {interface} (driver {driver}): {why}; {advice}, or allow the slower generic mode with --allow-generic"
     )]
-    NoDriverMode { interface: String, source: io::Error },
+    NotTaken { interface: String, driver: String, why: String, advice: String, may_pass: bool },
+    /// Neither does generic mode.
+    #[error("interface {interface} (driver {driver}): {why}; {advice}")]
+    NotEvenGeneric { interface: String, driver: String, why: String, advice: String, may_pass: bool },
+    /// Generic mode would need another kind of programs than users' programs in the shared array are.
+    #[error(
+        "interface {interface}: generic mode cannot have programs with frags, and users' programs in {path} are such: load those without the flag (SEC(\"xdp\")), and start lbd again after `lbd detach`"
+    )]
+    GenericFrags { interface: String, path: PathBuf },
     /// Something else is attached.
     #[error(
         "interface {interface} already has an XDP program that is not ours (`ip link show dev {interface}` names it); stop the lbd or other daemon that holds it, or `ip link set dev {interface} xdp off`"
@@ -56,6 +64,9 @@ pub enum DataplaneError {
     /// The kernel refused the program.
     #[error("the kernel refused the {program} program: {source}")]
     Load { program: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
+    /// Its verifier did.
+    #[error("Linux {kernel} refused the program {program}: {reason}{}", log.as_ref().map(|p| format!("; its whole log: {}", p.display())).unwrap_or_default())]
+    Verifier { kernel: String, program: &'static str, reason: String, log: Option<PathBuf> },
     /// A map could not be opened or asked about.
     #[error("map {map}: {source}")]
     Map { map: &'static str, source: aya::maps::MapError },
@@ -74,4 +85,20 @@ pub enum DataplaneError {
     /// A pin could not be made or removed.
     #[error("{what} {path}: {source}")]
     Pin { what: &'static str, path: PathBuf, source: io::Error },
+}
+
+impl DataplaneError {
+    /// Whether it is about one interface, so that others may be used meanwhile.
+    pub fn is_of_interface(&self) -> bool {
+        matches!(self, Self::NoInterface { .. } | Self::NotTaken { .. } | Self::NotEvenGeneric { .. })
+    }
+
+    /// Whether the same start may succeed later without a change of lbd's settings.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::NoInterface { .. } => true,
+            Self::NotTaken { may_pass, .. } | Self::NotEvenGeneric { may_pass, .. } => *may_pass,
+            _ => false,
+        }
+    }
 }

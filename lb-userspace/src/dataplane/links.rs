@@ -1,13 +1,16 @@
 //! Links: which program runs on which interface. Pinned, so that they outlive the daemon.
+//!
+//! A link belongs to an interface's index; the name of its pin is for people, and follows when the interface is renamed.
 
-use super::{DataplaneError, pins, sys};
-use aya::programs::{ProgramError, Xdp, XdpMode, links::FdLink, xdp::XdpLinkId};
+use super::{DataplaneError, advice::Refusal, extack, kernel::BPF_XDP, pins, sys};
+use crate::ethtool::Ethtool;
 use serde::Serialize;
 use std::{
     collections::BTreeSet,
-    io,
-    os::fd::OwnedFd,
+    fs,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 /// An interface that the program runs on.
@@ -19,6 +22,8 @@ pub struct Interface {
     pub ifindex: u32,
     /// `driver` or `generic`.
     pub mode: &'static str,
+    /// Why it is not the driver that runs it, if lbd knows.
+    pub why_generic: Option<String>,
 }
 
 /// A pinned link that is attached.
@@ -30,17 +35,34 @@ pub struct Link {
 
 impl Link {
     /// Puts a program under it, in one step.
-    pub fn update(&self, program: &impl std::os::fd::AsFd) -> Result<(), DataplaneError> {
-        sys::update_link(&self.fd, program).map_err(|error| attach_error(&self.interface.name, error))
+    pub fn update(&self, program: &impl AsFd) -> Result<(), DataplaneError> {
+        sys::update_link(&self.fd, program).map_err(|error| {
+            let i = &self.interface;
+            match error.raw_os_error() {
+                Some(libc::EPERM) => DataplaneError::Denied { what: "replace the program" },
+                _ => refusal(&i.name, i.mode == GENERIC, None, error.raw_os_error().unwrap_or(libc::EIO)),
+            }
+        })
     }
 }
 
-/// Modes, and their names in reports and in the names of pinned links.
-const MODES: [(XdpMode, &str); 2] = [(XdpMode::Driver, "driver"), (XdpMode::Skb, "generic")];
+/// `XDP_FLAGS_SKB_MODE` and `XDP_FLAGS_DRV_MODE`.
+const SKB_MODE: u32 = 1 << 1;
+const DRV_MODE: u32 = 1 << 2;
+/// Modes, as in reports and in the names of pinned links.
+const DRIVER: &str = "driver";
+/// The mode that every interface has.
+pub const GENERIC: &str = "generic";
+/// How the names of pinned links begin.
+const PREFIX: &str = "link-";
+/// How long an interface may take to have its carrier again: some drivers set their rings up anew for a program.
+const CARRIER: Duration = Duration::from_secs(10);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Where an interface's link is pinned. A BPF filesystem has no dots in names.
 fn link_path(pin_path: &Path, interface: &str, mode: &str) -> PathBuf {
-    pin_path.join(format!("link-{mode}-{}", interface.replace('.', "-")))
+    pin_path.join(format!("{PREFIX}{mode}-{}", interface.replace('.', "-")))
 }
 
 /// Index of an interface.
@@ -55,112 +77,164 @@ pub fn index_of(name: &str) -> Result<u32, DataplaneError> {
     })
 }
 
-/// The pinned link of an interface, if it is still attached to it. One that is left over from an interface that has
-/// gone is removed.
-pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<Link>, DataplaneError> {
-    for (_, mode) in MODES {
-        let path = link_path(pin_path, name, mode);
-        if !path.exists() {
-            continue;
-        }
+/// A pinned link, attached or not.
+struct Pinned {
+    path: PathBuf,
+    mode: &'static str,
+    fd: OwnedFd,
+    info: sys::LinkInfo,
+}
+
+/// All pinned links.
+fn pinned(pin_path: &Path) -> Result<Vec<Pinned>, DataplaneError> {
+    let mut all = Vec::new();
+    for path in pins::entries(pin_path)? {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        let mode = if rest.starts_with(GENERIC) { GENERIC } else { DRIVER };
         let pin = |source| DataplaneError::Pin { what: "cannot open link", path: path.clone(), source };
         let fd = sys::open(&path).map_err(pin)?;
         let info = sys::link_info(&fd).map_err(pin)?;
-        if info.ifindex == ifindex {
-            let interface = Interface { name: name.to_owned(), ifindex, mode };
-            return Ok(Some(Link { interface, fd }));
-        }
-        pins::remove(&path)?;
+        all.push(Pinned { path, mode, fd, info });
     }
-    Ok(None)
+    Ok(all)
 }
 
-/// Attaches a program to an interface that has none of ours, and pins the link.
+/// The pinned link of an interface, if one is attached to it, whatever the interface was called when it was pinned: then
+/// its pin gets the new name.
+pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<Link>, DataplaneError> {
+    let Some(found) = pinned(pin_path)?.into_iter().find(|pin| pin.info.ifindex == ifindex) else {
+        return Ok(None);
+    };
+    let path = link_path(pin_path, name, found.mode);
+    if found.path != path {
+        make_way(&path)?;
+        rename(&found.path, &path)?;
+        tracing::info!(interface = name, was = %found.path.display(), "the interface was renamed; its link is ours");
+    }
+    let interface = Interface { name: name.to_owned(), ifindex, mode: found.mode, why_generic: None };
+    Ok(Some(Link { interface, fd: found.fd }))
+}
+
+/// Frees the path of a link's pin: one that is attached to another interface, which had this name before, gets a name of
+/// its own until that interface is looked for; a dead one is removed.
+fn make_way(path: &Path) -> Result<(), DataplaneError> {
+    if !path.exists() {
+        return Ok(());
+    }
+    let pin = |source| DataplaneError::Pin { what: "cannot open link", path: path.to_owned(), source };
+    let info = sys::link_info(&sys::open(path).map_err(pin)?).map_err(pin)?;
+    if info.ifindex == 0 {
+        return pins::remove(path);
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    rename(path, &path.with_file_name(format!("{name}~{}", info.ifindex)))
+}
+
+fn rename(from: &Path, to: &Path) -> Result<(), DataplaneError> {
+    fs::rename(from, to).map_err(|source| DataplaneError::Pin {
+        what: "cannot rename",
+        path: from.to_owned(),
+        source,
+    })
+}
+
+/// Attaches a program to an interface that has none of ours, and pins the link. Waits until the interface has its carrier
+/// again, if it had one.
 pub fn attach(
     pin_path: &Path,
-    program: &mut Xdp,
+    program: &impl AsFd,
     name: &str,
     ifindex: u32,
     allow_generic: bool,
 ) -> Result<Interface, DataplaneError> {
-    for (flag, mode) in MODES {
-        match program.attach_to_if_index(ifindex, flag) {
-            Ok(id) => {
-                pin(program, id, &link_path(pin_path, name, mode), name)?;
-                return Ok(Interface { name: name.to_owned(), ifindex, mode });
+    let had_carrier = has_carrier(name);
+    let mut why_generic = None;
+    let (link, mode) = match create(program, name, ifindex, DRV_MODE) {
+        Ok(link) => (link, DRIVER),
+        Err(error) if allow_generic && matches!(error, DataplaneError::NotTaken { .. }) => {
+            tracing::warn!(interface = name, "falling back to generic mode: {error}");
+            if let DataplaneError::NotTaken { driver, why, advice, .. } = error {
+                why_generic = Some(format!("driver {driver}: {why}; {advice}"));
             }
-            Err(e) if flag == XdpMode::Driver && allow_generic && is_unsupported(&e) => {}
-            Err(e) => return Err(program_error(name, e)),
+            (create(program, name, ifindex, SKB_MODE)?, GENERIC)
         }
+        Err(error) => return Err(error),
+    };
+    let path = link_path(pin_path, name, mode);
+    make_way(&path)?;
+    sys::pin(&link, &path).map_err(|source| DataplaneError::Pin { what: "cannot pin link", path, source })?;
+    if had_carrier {
+        wait_for_carrier(name);
     }
-    unreachable!("the last mode either attaches or is an error")
+    Ok(Interface { name: name.to_owned(), ifindex, mode, why_generic })
 }
 
-/// Whether the driver cannot do it, as against the request being wrong.
-fn is_unsupported(error: &ProgramError) -> bool {
-    matches!(errno(error), Some(libc::EOPNOTSUPP | libc::EINVAL))
-}
-
-fn pin(program: &mut Xdp, id: XdpLinkId, path: &Path, interface: &str) -> Result<(), DataplaneError> {
-    let link = program.take_link(id).map_err(|e| program_error(interface, e))?;
-    let link = FdLink::try_from(link).map_err(|_| DataplaneError::Attach {
-        interface: interface.to_owned(),
-        source: io::Error::other("this kernel has no XDP links (Linux 5.9 has)"),
-    })?;
-    link.pin(path).map(drop).map_err(|e| DataplaneError::Pin {
-        what: "cannot pin link",
-        path: path.to_owned(),
-        source: io::Error::other(e),
+fn create(program: &impl AsFd, name: &str, ifindex: u32, mode: u32) -> Result<OwnedFd, DataplaneError> {
+    sys::create_link(program, ifindex, BPF_XDP, mode).map_err(|error| {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        match errno {
+            libc::EPERM => DataplaneError::Denied { what: "attach the program" },
+            libc::EBUSY | libc::EEXIST => DataplaneError::Busy { interface: name.to_owned() },
+            _ => match index_of(name) {
+                // It went meanwhile.
+                Err(gone) => gone,
+                Ok(_) => refusal(name, mode == SKB_MODE, extack::reason(program, ifindex, mode), errno),
+            },
+        }
     })
 }
 
-fn errno(error: &ProgramError) -> Option<i32> {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(e) = cause {
-        if let Some(io) = e.downcast_ref::<io::Error>() {
-            return io.raw_os_error();
+/// The error for a program that was not taken.
+fn refusal(name: &str, is_generic: bool, sentence: Option<String>, errno: i32) -> DataplaneError {
+    let tool = Ethtool::open().ok();
+    let driver = tool.as_ref().and_then(|t| t.driver(name).ok()).unwrap_or_else(|| "unknown".to_owned());
+    let mtu = tool.and_then(|t| t.mtu(name).ok());
+    let refusal = Refusal { interface: name, driver: &driver, mtu, sentence: sentence.as_deref(), errno };
+    let (interface, why, advice) = (name.to_owned(), refusal.why(), refusal.advice());
+    let may_pass = refusal.may_pass();
+    if is_generic {
+        DataplaneError::NotEvenGeneric { interface, driver, why, advice, may_pass }
+    } else {
+        DataplaneError::NotTaken { interface, driver, why, advice, may_pass }
+    }
+}
+
+fn has_carrier(name: &str) -> bool {
+    Ethtool::open().and_then(|tool| tool.has_carrier(name)).unwrap_or(false)
+}
+
+/// One interface after the other: a host with two uplinks keeps one while the other's driver starts anew.
+fn wait_for_carrier(name: &str) {
+    let until = Instant::now() + CARRIER;
+    while !has_carrier(name) {
+        if Instant::now() > until {
+            tracing::warn!(interface = name, "no carrier since the program was attached, {CARRIER:?} ago");
+            return;
         }
-        cause = e.source();
-    }
-    match error {
-        ProgramError::SyscallError(e) => e.io_error.raw_os_error(),
-        _ => None,
+        std::thread::sleep(LOOK);
     }
 }
 
-fn program_error(interface: &str, error: ProgramError) -> DataplaneError {
-    let source = errno(&error).map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error);
-    attach_error(interface, source)
-}
-
-fn attach_error(interface: &str, source: io::Error) -> DataplaneError {
-    let interface = interface.to_owned();
-    match source.raw_os_error() {
-        Some(libc::EPERM) => DataplaneError::Denied { what: "attach the program" },
-        Some(libc::EBUSY | libc::EEXIST) => DataplaneError::Busy { interface },
-        Some(libc::EOPNOTSUPP) => DataplaneError::NoDriverMode { interface, source },
-        _ => DataplaneError::Attach { interface, source },
-    }
+/// Detaches from an interface, by removing its pin.
+pub fn detach(pin_path: &Path, interface: &Interface) -> Result<(), DataplaneError> {
+    pins::remove(&link_path(pin_path, &interface.name, interface.mode))
 }
 
 /// Detaches from interfaces that are no longer wanted.
-pub fn drop_others(pin_path: &Path, interfaces: &[String]) -> Result<(), DataplaneError> {
-    let wanted: BTreeSet<PathBuf> =
-        interfaces.iter().flat_map(|i| MODES.map(|(_, mode)| link_path(pin_path, i, mode))).collect();
-    for path in pins::entries(pin_path)? {
-        let is_link = path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link-"));
-        if is_link && !wanted.contains(&path) {
-            pins::remove(&path)?;
-        }
-    }
-    Ok(())
+pub fn drop_others(pin_path: &Path, wanted: &BTreeSet<u32>) -> Result<(), DataplaneError> {
+    let others = pinned(pin_path)?.into_iter().filter(|pin| !wanted.contains(&pin.info.ifindex));
+    others.map(|pin| pin.path).try_for_each(|path| pins::remove(&path))
 }
 
 /// Numbers of the programs under all pinned links.
 pub fn programs(pin_path: &Path) -> Result<BTreeSet<u32>, DataplaneError> {
-    let all = pins::entries(pin_path)?;
-    let links =
-        all.iter().filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("link-")));
-    let running = links.filter_map(|path| sys::link_info(&sys::open(path).ok()?).ok());
-    Ok(running.filter(|info| info.ifindex != 0).map(|info| info.program).collect())
+    let running = pinned(pin_path)?.into_iter().filter(|pin| pin.info.ifindex != 0);
+    Ok(running.map(|pin| pin.info.program).collect())
+}
+
+/// The largest MTU of interfaces; 0 if none can be asked.
+pub fn largest_mtu<'a>(names: impl Iterator<Item = &'a str>) -> u32 {
+    let Ok(tool) = Ethtool::open() else { return 0 };
+    names.filter_map(|name| tool.mtu(name).ok()).max().unwrap_or(0)
 }

@@ -3,39 +3,52 @@
 //! [`Dataplane`] is the one writer; [`Reader`] may be opened many times. Nothing here decides anything:
 //! `reconcile` says what to write and in which order. Errors say what an operator can do about them.
 
+mod advice;
 mod attach;
 mod batch;
 mod bindings;
+mod bond;
 mod carry;
 mod decap;
 mod error;
+mod extack;
 mod grace;
 mod guard;
+mod kernel;
 mod layout;
 mod links;
+mod load;
 mod loads;
 mod mapped;
 mod notes;
+mod object;
 mod pins;
 mod probes;
 mod reader;
+mod refused;
 mod slots;
 mod spared;
 mod stages;
 mod sys;
 mod takeover;
+mod variant;
+mod waiting;
 
 pub use carry::Carried;
-pub use decap::{DecapDataplane, DecapOptions};
+pub use decap::{DecapDataplane, DecapOptions, pinned_vips};
 pub use error::DataplaneError;
 pub use grace::grace_period;
-pub use links::Interface;
+pub use kernel::{Kernel, is_jitted};
+pub use links::{Interface, index_of};
 pub use loads::Loads;
 pub use notes::{Notes, Scan};
 pub use pins::detach;
 pub use probes::ProbeDataplane;
 pub use reader::{FLOW_TABLES, HASH_MAPS, Reader, flow_map};
+pub use stages::LeftOut;
 pub use takeover::{Identity, Takeover};
+pub use variant::PAGE_MTU;
+pub use waiting::{Interfaces, Waiting};
 
 use crate::model::Guard;
 use attach::{Attached, Request, take};
@@ -54,6 +67,7 @@ use lb_common::{
     slot::LINE,
 };
 use lb_ebpf::FlowTable;
+use load::Switches;
 use mapped::MappedArray;
 use reader::hash_map;
 use slots::MappedSlots;
@@ -148,8 +162,12 @@ pub struct Dataplane {
     guard: GuardWriter,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reader: Arc<Reader>,
-    /// Where the program runs.
-    pub interfaces: Vec<Interface>,
+    /// Where the program runs, and where it is yet to run.
+    pub interfaces: Arc<Interfaces>,
+    /// Whether it is loaded with the frags flag.
+    pub frags: bool,
+    /// Programs that the kernel refused.
+    pub left_out: Vec<LeftOut>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
     /// Where the maps are pinned.
@@ -170,8 +188,20 @@ impl Dataplane {
     /// Loads and attaches, or takes over what an earlier daemon left running.
     pub fn attach(options: &AttachOptions) -> Result<Self, DataplaneError> {
         let sizes = sizes(&options.limits);
-        let Attached { mut bpf, interfaces, adopted, home, takeover, lock } =
-            attach::attach(&request(options, &sizes))?;
+        let mut options = options.clone();
+        let settings = settings(&options);
+        let attached = attach::attach(&request(&options, &sizes, &settings))?;
+        let Attached { mut bpf, interfaces, waiting, frags, left_out, adopted, home, takeover, lock } =
+            attached;
+        let lost = left_out.iter().fold(0, |bits, one| bits | one.feature);
+        options.settings.features &= !lost;
+        let interfaces = Arc::new(Interfaces::new(
+            request(&options, &sizes, &settings).program,
+            &options,
+            frags,
+            interfaces,
+            waiting,
+        ));
         let reader = Arc::new(Reader::open(&home)?);
         let mut flows = |table| take(&mut bpf, flow_map(table));
         let flows = [flows(FlowTable::Flows)?, flows(FlowTable::UdpFlows)?];
@@ -213,6 +243,8 @@ impl Dataplane {
             backend_stats: take(&mut bpf, names::BACKEND_STATS)?,
             reader,
             interfaces,
+            frags,
+            left_out,
             adopted,
             home,
             limits,
@@ -220,7 +252,7 @@ impl Dataplane {
             takeover,
             bpf,
             may_have: options.may_have,
-            options: options.clone(),
+            options,
             _lock: lock,
         })
     }
@@ -250,8 +282,12 @@ impl Dataplane {
         }
         let mut options = self.options.clone();
         options.settings.features = running & !ON_DEMAND | wanted & self.may_have;
-        let sizes = sizes(&options.limits);
-        let Some(bpf) = attach::replace(&request(&options, &sizes))? else { return Ok(()) };
+        let (sizes, settings) = (sizes(&options.limits), settings(&options));
+        // Nothing is attached anywhere with the program before, and then forgotten.
+        let _held = self.interfaces.hold();
+        let Some(bpf) = attach::replace(&request(&options, &sizes, &settings), self.frags)? else {
+            return Ok(());
+        };
         self.bpf = bpf;
         self.options = options;
         // They go with the program; until now it did without.
@@ -416,7 +452,9 @@ impl Dataplane {
     pub fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
         let map = |source| DataplaneError::Map { map: names::EGRESS, source };
         if allowed {
-            match self.egress.insert(ifindex, ifindex, None, 0) {
+            // A program on a bond sees the interface below it that a packet came in by, and answers leave by the bond.
+            let out = bond::over(ifindex).unwrap_or(ifindex);
+            match self.egress.insert(ifindex, out, None, 0) {
                 Err(_) if nix::net::if_::if_indextoname(ifindex).is_err() => Ok(()),
                 Err(XdpMapError::MapError(source)) => Err(map(source)),
                 Err(XdpMapError::ChainedProgramNotSupported) => unreachable!("no program is chained"),
@@ -539,7 +577,20 @@ fn sizes(l: &Limits) -> Vec<(&'static str, u32)> {
     ]
 }
 
-fn request<'a>(options: &'a AttachOptions, sizes: &'a [(&'static str, u32)]) -> Request<'a> {
+/// The settings global, for what the kernel takes.
+fn settings(options: &AttachOptions) -> impl Fn(Switches) -> Vec<u8> + use<> {
+    let settings = options.settings;
+    move |switches| {
+        let Switches { kernel, features } = switches;
+        IngressSettings { kernel, features, ..settings }.as_bytes().to_vec()
+    }
+}
+
+fn request<'a>(
+    options: &'a AttachOptions,
+    sizes: &'a [(&'static str, u32)],
+    settings: &'a dyn Fn(Switches) -> Vec<u8>,
+) -> Request<'a> {
     let is_chained = options.settings.features & features::CHAIN != 0;
     Request {
         object: crate::objects::INGRESS,
@@ -550,7 +601,8 @@ fn request<'a>(options: &'a AttachOptions, sizes: &'a [(&'static str, u32)]) -> 
         shared: &names::SHARED,
         has_flows: true,
         sizes,
-        settings: options.settings.as_bytes(),
+        features: options.settings.features,
+        settings,
         log_level: options.log_level,
         pin_path: &options.pin_path,
         interfaces: &options.interfaces,

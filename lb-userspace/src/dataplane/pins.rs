@@ -15,7 +15,10 @@ use lb_common::{ABI_VERSION, names};
 use std::{
     collections::BTreeSet,
     fs, io,
-    os::{fd::AsRawFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 
@@ -78,12 +81,26 @@ impl Home {
         abi.get(&0, 0).map(Some).map_err(map)
     }
 
-    /// Numbers of the programs pinned here.
-    pub fn programs(&self) -> BTreeSet<u32> {
+    /// Programs pinned here, with their numbers.
+    fn opened(&self) -> Vec<(u32, OwnedFd)> {
         let all = entries(&self.path).unwrap_or_default();
         let programs = all.iter().filter(|p| file_name(p).starts_with("program-"));
         // One that cannot be opened is not one that runs for us.
-        programs.filter_map(|p| sys::program_id(&sys::open(p).ok()?).ok()).collect()
+        let opened = programs.filter_map(|p| {
+            let program = sys::open(p).ok()?;
+            Some((sys::program_id(&program).ok()?, program))
+        });
+        opened.collect()
+    }
+
+    /// Numbers of the programs pinned here.
+    pub fn programs(&self) -> BTreeSet<u32> {
+        self.opened().into_iter().map(|(id, _)| id).collect()
+    }
+
+    /// The program pinned here that has one of these numbers.
+    pub fn program_of(&self, ids: &BTreeSet<u32>) -> Option<OwnedFd> {
+        self.opened().into_iter().find(|(id, _)| ids.contains(id)).map(|(_, program)| program)
     }
 
     /// Removes what is pinned here, and nothing that another version shares.

@@ -3,21 +3,89 @@
 //! The maps are pinned with the others, which also keeps what is in them: a prog array is emptied when nobody
 //! holds or pins it any more. A new daemon puts its stages there before it replaces the program under the
 //! links, so that no program of ours meets an empty place. Another's places are never touched.
+//!
+//! A stage that the kernel refuses is left out, and the features that need it with it; the rest runs.
 
-use super::{
-    DataplaneError,
-    attach::{program_mut, refused},
-};
+use super::{DataplaneError, attach::program_mut, load::refused};
 use aya::{Ebpf, maps::ProgramArray, programs::ProgramFd};
-use lb_common::names;
+use lb_common::{
+    names,
+    settings::features::{self, FRAGMENTS, ICMP, NAT, QUIC},
+};
+use serde::Serialize;
 
-/// Loads the programs of `stages` (name, place) and puts them in their places.
-pub fn fill(bpf: &mut Ebpf, stages: &[(&'static str, u32)]) -> Result<(), DataplaneError> {
-    let mut programs = Vec::with_capacity(stages.len());
-    for (name, place) in stages {
-        programs.push((*place, load(bpf, name)?));
+/// A program that is not loaded because the kernel refused it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LeftOut {
+    /// The program.
+    pub program: &'static str,
+    /// Feature that goes with it; 0 if what it does is left to the host instead.
+    pub feature: u32,
+    /// Why, in one sentence.
+    pub reason: String,
+}
+
+impl LeftOut {
+    /// Name of the feature in settings; of the program, if no feature goes with it.
+    pub fn feature_name(&self) -> &'static str {
+        features::NAMES.iter().find(|(_, bit)| *bit == self.feature).map_or(self.program, |(name, _)| name)
     }
-    put(bpf, names::STAGES, &programs)
+}
+
+/// Features that a stage's program is needed for, and the one that goes without it.
+fn needed_for(program: &str) -> (u32, u32) {
+    match program {
+        "icmp" => (ICMP, ICMP),
+        "fragment" => (FRAGMENTS, FRAGMENTS),
+        "nat" | "nat_bind" | "nat_error" => (NAT, NAT),
+        // Without it, fragments of flows in mode nat go to the host.
+        "nat_fragment" => (NAT, 0),
+        "quic" => (QUIC, QUIC),
+        _ => (features::ALL, 0),
+    }
+}
+
+/// Programs that were loaded, with their places, and those that the kernel refused.
+#[derive(Default)]
+pub struct Stages {
+    programs: Vec<(u32, ProgramFd)>,
+    /// Refused.
+    pub left_out: Vec<LeftOut>,
+}
+
+impl Stages {
+    /// Loads those of `stages` (name, place) that the features need. An error that is not about a program is one.
+    pub fn load(
+        bpf: &mut Ebpf,
+        stages: &[(&'static str, u32)],
+        features: u32,
+    ) -> Result<Self, DataplaneError> {
+        let mut all = Self::default();
+        for (program, place) in stages {
+            let (needed, feature) = needed_for(program);
+            if needed & features == 0 {
+                continue;
+            }
+            match load(bpf, program) {
+                Ok(fd) => all.programs.push((*place, fd)),
+                Err(error @ DataplaneError::Verifier { .. }) => {
+                    all.left_out.push(LeftOut { program, feature, reason: error.to_string() });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Features that cannot be had.
+    pub fn lost(&self) -> u32 {
+        self.left_out.iter().fold(0, |bits, one| bits | one.feature)
+    }
+
+    /// Puts the programs in their places.
+    pub fn put(&self, bpf: &mut Ebpf) -> Result<(), DataplaneError> {
+        put(bpf, names::STAGES, &self.programs)
+    }
 }
 
 /// Makes `program` the one that users' programs go on to.
@@ -50,4 +118,27 @@ pub fn load(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, DataplaneEr
 fn handle(bpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, DataplaneError> {
     let fd = program_mut(bpf, name).fd().expect("loaded before").try_clone();
     fd.map_err(|source| DataplaneError::Load { program: name, source: source.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_stage_of_ours_is_needed_for_a_feature() {
+        for (program, _) in names::stage::INGRESS_PROGRAMS {
+            let (needed, feature) = needed_for(program);
+            assert_eq!(needed.count_ones(), 1, "{program}");
+            assert!(feature == needed || (feature == 0 && program == "nat_fragment"), "{program}");
+        }
+        let (needed, feature) = needed_for(names::stage::DECAP_PROGRAMS[0].0);
+        assert_eq!((needed, feature), (features::ALL, 0), "a worker has no features");
+    }
+
+    #[test]
+    fn what_is_left_out_has_the_name_of_its_feature() {
+        let left_out = |program, feature| LeftOut { program, feature, reason: String::new() };
+        assert_eq!(left_out("nat_bind", NAT).feature_name(), "nat");
+        assert_eq!(left_out("nat_fragment", 0).feature_name(), "nat_fragment");
+    }
 }

@@ -3,7 +3,7 @@
 //! Errors are the kernel's; callers say what they were doing.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     path::Path,
@@ -13,11 +13,14 @@ const MAP_CREATE: libc::c_long = 0;
 const MAP_LOOKUP_ELEM: libc::c_long = 1;
 const MAP_UPDATE_ELEM: libc::c_long = 2;
 const MAP_DELETE_ELEM: libc::c_long = 3;
+const PROG_LOAD: libc::c_long = 5;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
+const PROG_TEST_RUN: libc::c_long = 10;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
 const MAP_UPDATE_BATCH: libc::c_long = 26;
+const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 
 /// Update only where there is no entry.
@@ -81,6 +84,8 @@ pub struct LinkInfo {
 struct ProgramInfo {
     kind: u32,
     id: u32,
+    tag: [u8; 8],
+    jited_len: u32,
 }
 
 fn info<T: Default>(object: &impl AsFd) -> io::Result<T> {
@@ -106,6 +111,94 @@ pub fn link_info(link: &impl AsFd) -> io::Result<LinkInfo> {
 /// A program's number.
 pub fn program_id(program: &impl AsFd) -> io::Result<u32> {
     info::<ProgramInfo>(program).map(|info| info.id)
+}
+
+/// Loads a program given as instructions; for trials of what the kernel can do.
+pub fn load_program(kind: u32, attach_type: u32, flags: u32, code: &[u64]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        code: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+        name: [u8; 16],
+        ifindex: u32,
+        attach_type: u32,
+    }
+    const LICENSE: &CStr = c"Dual MIT/GPL";
+    let mut attr = Load {
+        kind,
+        count: code.len() as u32,
+        code: code.as_ptr() as u64,
+        license: LICENSE.as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags,
+        name: *b"lb_trial\0\0\0\0\0\0\0\0",
+        ifindex: 0,
+        attach_type,
+    };
+    // SAFETY: code and license live until the call returns.
+    let fd = unsafe { call(PROG_LOAD, &mut attr) }?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Runs a program once on a packet, and returns its return value.
+pub fn test_run(program: &impl AsFd, packet: &[u8]) -> io::Result<u32> {
+    #[repr(C)]
+    struct Run {
+        program: u32,
+        answer: u32,
+        len_in: u32,
+        len_out: u32,
+        data_in: u64,
+        data_out: u64,
+        repeat: u32,
+        duration: u32,
+    }
+    let mut attr = Run {
+        program: program.as_fd().as_raw_fd() as u32,
+        answer: 0,
+        len_in: packet.len() as u32,
+        len_out: 0,
+        data_in: packet.as_ptr() as u64,
+        data_out: 0,
+        repeat: 1,
+        duration: 0,
+    };
+    // SAFETY: the packet lives until the call returns; nothing is written but the attribute.
+    unsafe { call(PROG_TEST_RUN, &mut attr) }?;
+    Ok(attr.answer)
+}
+
+/// Attaches a program to an interface by a link, which detaches it when its last descriptor and pin have gone.
+pub fn create_link(program: &impl AsFd, ifindex: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Create {
+        program: u32,
+        ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    let program = program.as_fd().as_raw_fd() as u32;
+    let mut attr = Create { program, ifindex, attach_type, flags };
+    // SAFETY: no address is passed.
+    let fd = unsafe { call(LINK_CREATE, &mut attr) }?;
+    // SAFETY: the kernel has just given us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Whether a program is compiled.
+pub fn is_jitted(program: &impl AsFd) -> io::Result<bool> {
+    info::<ProgramInfo>(program).map(|info| info.jited_len > 0)
 }
 
 /// Puts a program under a link in one step: the one before runs until then.
@@ -188,7 +281,7 @@ struct Create {
     inner: u32,
 }
 
-fn create(mut attr: Create) -> io::Result<OwnedFd> {
+fn create_map(mut attr: Create) -> io::Result<OwnedFd> {
     // SAFETY: no address is passed.
     let fd = unsafe { call(MAP_CREATE, &mut attr) }?;
     // SAFETY: the kernel has just given us this descriptor.
@@ -206,10 +299,16 @@ impl MapOfMaps {
     pub fn new() -> io::Result<Self> {
         const ARRAY: u32 = 2;
         const ARRAY_OF_MAPS: u32 = 12;
-        let inner =
-            create(Create { kind: ARRAY, key_size: 4, value_size: 8, max_entries: 1, flags: 0, inner: 0 })?;
+        let inner = create_map(Create {
+            kind: ARRAY,
+            key_size: 4,
+            value_size: 8,
+            max_entries: 1,
+            flags: 0,
+            inner: 0,
+        })?;
         let number = inner.as_raw_fd() as u32;
-        let outer = create(Create {
+        let outer = create_map(Create {
             kind: ARRAY_OF_MAPS,
             key_size: 4,
             value_size: 4,
@@ -229,13 +328,26 @@ impl MapOfMaps {
     }
 }
 
+/// Makes a program array.
+pub fn program_array(entries: u32) -> io::Result<OwnedFd> {
+    const PROG_ARRAY: u32 = 3;
+    create_map(Create {
+        kind: PROG_ARRAY,
+        key_size: 4,
+        value_size: 4,
+        max_entries: entries,
+        flags: 0,
+        inner: 0,
+    })
+}
+
 /// Whether [`memory`] follows the number of entries, in maps that take room for each as it comes: tried on one.
 pub fn tells_entries() -> bool {
     const HASH: u32 = 1;
     const NO_PREALLOC: u32 = 1;
     let hash =
         Create { kind: HASH, key_size: 4, value_size: 8, max_entries: 8, flags: NO_PREALLOC, inner: 0 };
-    let Ok(map) = create(hash) else { return false };
+    let Ok(map) = create_map(hash) else { return false };
     let Some(bare) = memory(&map) else { return false };
     let is_written = update(&map, &[0; 4], &[0; 8], 0).is_ok();
     let one = memory(&map);

@@ -16,6 +16,7 @@ use super::{
     links::{self, Link},
     pins::{self, Home},
     sys,
+    variant::ArrayPin,
 };
 use aya::programs::ProgramFd;
 use lb_common::{Backend, ServiceKey, Vip, VipKey, backend::flags::USED, names};
@@ -74,6 +75,11 @@ impl Predecessor {
         Self { home, layout: None }
     }
 
+    /// Where its objects are.
+    pub fn home(&self) -> &Home {
+        &self.home
+    }
+
     /// Its version.
     pub fn abi(&self) -> u32 {
         self.home.abi
@@ -102,8 +108,10 @@ pub struct Takeover {
     pub(super) program: ProgramFd,
     /// The one that users' programs go on to.
     pub(super) chained: Option<ProgramFd>,
-    /// Pins of the maps that versions share.
-    pub(super) shared: Vec<PathBuf>,
+    /// Program arrays: those that versions share, then our own.
+    pub(super) arrays: Vec<ArrayPin>,
+    /// How many of them are shared.
+    pub(super) shared: usize,
     pub(super) has_flows: bool,
     /// Whether our home has nothing yet that forwards.
     pub(super) is_fresh: bool,
@@ -178,7 +186,9 @@ impl Takeover {
     /// The last steps of any start: programs that ran before are forgotten, interfaces that are no longer wanted too,
     /// and the version is written down.
     pub(super) fn settle(&mut self) -> Result<(), DataplaneError> {
-        links::drop_others(&self.pin_path, &self.interfaces)?;
+        let wanted = self.interfaces.iter().filter_map(|name| links::index_of(name).ok());
+        links::drop_others(&self.pin_path, &wanted.collect())?;
+        self.arrays.iter_mut().try_for_each(ArrayPin::settle)?;
         for name in &self.programs {
             let path = self.home.path.join(format!("program-{name}"));
             let next = pins::next(&path);
@@ -244,7 +254,8 @@ impl Takeover {
     }
 
     fn stages(&self) -> Result<OwnedFd, DataplaneError> {
-        open_stages(&self.home.path.join(names::STAGES))
+        let own = self.arrays.last().expect("there is always our own");
+        open_stages(&own.used)
     }
 
     fn empty_place(&self) -> Result<(), DataplaneError> {
@@ -254,8 +265,8 @@ impl Takeover {
     /// Lets users' programs go on to ours.
     fn chain(&self) -> Result<(), DataplaneError> {
         let Some(program) = &self.chained else { return Ok(()) };
-        for path in &self.shared {
-            put_program(&open_stages(path)?, names::stage::INGRESS, program).map_err(in_stages)?;
+        for array in &self.arrays[..self.shared] {
+            put_program(&open_stages(&array.used)?, names::stage::INGRESS, program).map_err(in_stages)?;
         }
         Ok(())
     }
@@ -263,8 +274,8 @@ impl Takeover {
     /// Version 2 kept its own stages in what is now the users' map.
     fn tidy_shared(&self) -> Result<(), DataplaneError> {
         use names::stage::{AFTER, BEFORE, COUNT, INGRESS};
-        for path in &self.shared {
-            let places = open_stages(path)?;
+        for array in &self.arrays[..self.shared] {
+            let places = open_stages(&array.used)?;
             for place in (0..COUNT).filter(|place| ![BEFORE, AFTER, INGRESS].contains(place)) {
                 sys::delete(&places, &place.to_ne_bytes()).map_err(in_stages)?;
             }

@@ -1,19 +1,22 @@
 //! The host itself: kernel, BPF file system, memory, privileges, clock.
 
 use super::Finding;
-use crate::api::types::Status;
+use crate::{api::types::Status, daemon::TRUNCATED_RISES, dataplane};
 use std::{fs, path::Path, process::Command};
 
-/// Oldest kernel that is supported, and the one that keeps neighbours resolved by itself.
-const KERNEL: (u32, u32) = (5, 15);
+use lb_common::limits::{KERNEL_FLOOR, KERNEL_FLOOR_ARM64};
+
+/// The first kernel that keeps neighbours resolved by itself.
 const BETTER_KERNEL: (u32, u32) = (5, 16);
+/// The oldest kernel that is supported on this architecture.
+const KERNEL: (u32, u32) = if cfg!(target_arch = "aarch64") { KERNEL_FLOOR_ARM64 } else { KERNEL_FLOOR };
 /// Available memory below which maps of the usual sizes, and a second set beside them during an upgrade, may not fit.
 const MEMORY_KIB: u64 = 768 * 1_024;
 
 /// What can be told without lbd.
 pub fn examine(pin_path: &Path) -> Vec<Finding> {
     let mut found = vec![kernel(&read("/proc/sys/kernel/osrelease"))];
-    found.push(jit(&read("/proc/sys/net/core/bpf_jit_enable")));
+    found.push(jit(dataplane::is_jitted().map_err(|e| e.raw_os_error())));
     found.push(file_system(pin_path));
     found.push(memory(&read("/proc/meminfo")));
     found.extend(clock());
@@ -46,15 +49,17 @@ fn kernel(release: &str) -> Finding {
     }
 }
 
-fn jit(enabled: &str) -> Finding {
-    match enabled.trim() {
-        "0" => Finding::fail(
+/// Whether programs are compiled: tried on one, as the kernel's setting is not to be seen in every network namespace.
+fn jit(is_jitted: Result<bool, Option<i32>>) -> Finding {
+    match is_jitted {
+        Ok(true) => Finding::ok("BPF JIT", "on"),
+        Ok(false) => Finding::fail(
             "BPF JIT",
             "off: programs are interpreted, many times slower",
-            "`sysctl -w net.core.bpf_jit_enable=1`",
+            "`sysctl -w net.core.bpf_jit_enable=1`, then start lbd again",
         ),
-        "" => Finding::warn("BPF JIT", "not to be seen from here", "run it as root (sudo)"),
-        _ => Finding::ok("BPF JIT", "on"),
+        Err(Some(libc::EPERM)) => Finding::warn("BPF JIT", "not looked at", "run it as root (sudo)"),
+        Err(_) => Finding::warn("BPF JIT", "no program can be loaded to see", "does the kernel have BPF?"),
     }
 }
 
@@ -115,6 +120,18 @@ pub fn daemon(status: &Status) -> Vec<Finding> {
         )
     });
     found.extend(privileges(&read(&format!("/proc/{}/status", status.pid))));
+    for one in &status.loaded.left_out {
+        let fix = "a newer kernel, or another lbd; services that need it are refused";
+        found.push(Finding::warn(
+            format!("feature {}", one.feature),
+            format!("left out: {}", one.reason),
+            fix,
+        ));
+    }
+    if status.problems.iter().any(|problem| problem == TRUNCATED_RISES) {
+        let fix = "see `lbctl status`, and `ethtool -g`, `ethtool --show-priv-flags` of the interfaces";
+        found.push(Finding::fail("headers", TRUNCATED_RISES, fix));
+    }
     if let Some(error) = &status.applied.error {
         found.push(Finding::fail("tables", error, "see `lbctl status` and the log of lbd"));
     }
@@ -183,6 +200,7 @@ mod tests {
     fn memory_and_jit() {
         assert_eq!(memory("MemAvailable:   2000000 kB\n").level, Level::Ok);
         assert_eq!(memory("MemAvailable:   200000 kB\n").level, Level::Warn);
-        assert_eq!([jit("1\n").level, jit("0").level, jit("").level], [Level::Ok, Level::Fail, Level::Warn]);
+        let all = [Ok(true), Ok(false), Err(Some(libc::EPERM)), Err(None)].map(|found| jit(found).level);
+        assert_eq!(all, [Level::Ok, Level::Fail, Level::Warn, Level::Warn]);
     }
 }

@@ -1,13 +1,16 @@
 //! The interfaces that the program runs on, and addresses that should not be this host's.
 
 use super::Finding;
-use crate::api::types::{Interface, ServiceInfo, Status};
+use crate::{
+    api::types::{Interface, ServiceInfo, Status},
+    offloads::{self, Trouble},
+};
 use futures_util::TryStreamExt;
 use rtnetlink::{
     Handle,
     packet_route::{address::AddressAttribute, link::LinkAttribute, link::State},
 };
-use std::{collections::BTreeSet, fs, net::IpAddr, process::Command};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 /// Index of the loopback interface: the first in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -21,6 +24,10 @@ pub async fn examine(status: &Status, services: &[ServiceInfo]) -> Vec<Finding> 
     let connection = tokio::spawn(connection);
     for interface in &status.interfaces {
         found.extend(one(&handle, interface).await);
+    }
+    for waiting in &status.loaded.waiting {
+        let fix = "lbd tries again each second";
+        found.push(Finding::fail(format!("interface {}", waiting.name), &waiting.reason, fix));
     }
     found.extend(vips(&handle, status, services).await);
     connection.abort();
@@ -49,39 +56,42 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
     found.push(if interface.mode == "driver" {
         Finding::ok(&about, "the program runs in the driver")
     } else {
-        let fix = "use a NIC whose driver has native XDP, or see why it refused: MTU, LRO, number of queues";
-        Finding::warn(&about, "the program runs in generic mode, at a fraction of the speed", fix)
+        let what = "the program runs in generic mode, at a fraction of the speed";
+        match &interface.why_generic {
+            Some(why) => Finding::warn(&about, what, why),
+            None => {
+                let fix =
+                    "use a NIC whose driver has native XDP; after `lbd detach`, a start says why it refuses";
+                Finding::warn(&about, what, fix)
+            }
+        }
     });
-    found.extend(offloads(&about, &interface.name));
+    // Generic mode sees packets after the host has put their tags back.
+    if interface.mode == "driver" {
+        found.extend(offloads(&about, &interface.name));
+    }
     found.extend(reverse_path(&about, &interface.name));
     found
 }
 
-/// Offloads that join packets before the program sees them.
-fn offloads(about: &str, name: &str) -> Option<Finding> {
-    let said = Command::new("ethtool").args(["-k", name]).output().ok().filter(|o| o.status.success());
-    let Some(said) = said else {
-        return Some(Finding::warn(about, "offloads not looked at", "install ethtool"));
-    };
-    joining(about, name, &String::from_utf8_lossy(&said.stdout))
+/// Offloads that do not go with XDP.
+fn offloads(about: &str, name: &str) -> Vec<Finding> {
+    match offloads::examine(name) {
+        None => vec![Finding::warn(about, "offloads not looked at", "see `ethtool -k` for lro and rxvlan")],
+        Some(troubles) if troubles.is_empty() => {
+            vec![Finding::ok(about, "no offload changes packets before the program")]
+        }
+        Some(troubles) => troubles.into_iter().map(|trouble| of_trouble(about, trouble)).collect(),
+    }
 }
 
-fn joining(about: &str, name: &str, features: &str) -> Option<Finding> {
-    let is_on = |feature: &str| {
-        let line = features.lines().find_map(|l| l.trim().strip_prefix(feature)?.strip_prefix(':'));
-        line.is_some_and(|rest| rest.trim().starts_with("on"))
-    };
-    let on: Vec<(&str, &str)> = [("large-receive-offload", "lro"), ("rx-gro-hw", "rx-gro-hw")]
-        .into_iter()
-        .filter(|(feature, _)| is_on(feature))
-        .collect();
-    if on.is_empty() {
-        return Some(Finding::ok(about, "no offload joins packets before the program"));
+fn of_trouble(about: &str, trouble: Trouble) -> Finding {
+    let fix = format!("{}, or `fix_offloads = true` in [lbd]", trouble.fix);
+    if trouble.is_certain {
+        Finding::fail(about, trouble.what, fix)
+    } else {
+        Finding::warn(about, trouble.what, fix)
     }
-    let names: Vec<&str> = on.iter().map(|(feature, _)| *feature).collect();
-    let flags: Vec<String> = on.iter().map(|(_, flag)| format!("{flag} off")).collect();
-    let what = format!("{} on: joined packets are too large to be sent on", names.join(" and "));
-    Some(Finding::fail(about, what, format!("`ethtool -K {name} {}`", flags.join(" "))))
 }
 
 /// Only packets that the program hands to the host are looked at by the kernel; strictness loses some of those.
@@ -126,12 +136,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn offloads_that_join_packets_are_named_with_their_switch() {
-        let text = "Features for eth0:\n\tgeneric-receive-offload: on\nlarge-receive-offload: on\nrx-gro-hw: off [fixed]\n";
-        let found = joining("interface eth0", "eth0", text).expect("something is said");
-        assert_eq!(found.level, Level::Fail);
-        assert_eq!(found.fix.as_deref(), Some("`ethtool -K eth0 lro off`"));
-        let text = "large-receive-offload: off [fixed]\nrx-gro-hw: off [fixed]\n";
-        assert_eq!(joining("", "eth0", text).map(|f| f.level), Some(Level::Ok));
+    fn offloads_fail_where_packets_are_wrong_for_certain() {
+        let trouble = |is_certain| Trouble {
+            feature: crate::ethtool::RX_VLAN,
+            what: "rx-vlan-offload is on".to_owned(),
+            fix: "`ethtool -K eth0 rxvlan off`".to_owned(),
+            is_certain,
+        };
+        let certain = of_trouble("interface eth0", trouble(true));
+        assert_eq!(certain.level, Level::Fail);
+        assert!(
+            certain
+                .fix
+                .is_some_and(|f| f.contains("ethtool -K eth0 rxvlan off") && f.contains("fix_offloads"))
+        );
+        assert_eq!(of_trouble("interface eth0", trouble(false)).level, Level::Warn);
     }
 }

@@ -13,7 +13,7 @@ mod tunnel;
 
 use crate::{
     api::types::{BackendInfo, ServiceInfo, Status},
-    model::{ForwardingMode, Health, Name, Service},
+    model::{ForwardingMode, Health, Name, Protocol, Service},
 };
 use lb_common::{backend::mode, mapped};
 use serde::Serialize;
@@ -102,6 +102,7 @@ pub async fn examine(plan: &Plan, said: Option<&Said>) -> Vec<Finding> {
 fn backends(said: &Said) -> Vec<Finding> {
     let mut found = Vec::new();
     let forwards = host::forwards();
+    let mut reachable: BTreeMap<&Name, usize> = BTreeMap::new();
     for backend in &said.backends {
         let about = format!("backend {}/{}", backend.service, backend.name);
         let is_local =
@@ -130,9 +131,17 @@ fn backends(said: &Said) -> Vec<Finding> {
                 let fix = format!("`lbctl backend show {} {}` has its probes", backend.service, backend.name);
                 found.push(Finding::warn(about, format!("unhealthy{why}"), fix));
             }
-            _ => found.push(Finding::ok(about, "reachable, as far as lbd knows")),
+            _ => *reachable.entry(&backend.service).or_default() += 1,
         }
     }
+    // One line for all that is well: there may be thousands.
+    found.extend(reachable.into_iter().map(|(service, count)| {
+        let all = said.backends.iter().filter(|b| b.service == *service).count();
+        Finding::ok(
+            format!("backends of {service}"),
+            format!("{count} of {all} are reachable, as far as lbd knows"),
+        )
+    }));
     if said.backends.is_empty() {
         found.push(Finding::ok("backends", "none"));
     }
@@ -225,6 +234,8 @@ fn segments(service: &Name, ways: &[Way], paths: &BTreeMap<IpAddr, mtu::Path>) -
 
 /// Packets of a client whose own links have the usual MTU.
 const USUAL_MTU: usize = 1_500;
+const TCP_HEADER: usize = 20;
+const UDP_HEADER: usize = 8;
 
 fn hint(about: String, least: usize, way: &Way) -> Finding {
     let (headers, family) = if way.spec.vip.is_ipv4() { (40, "-4") } else { (60, "-6") };
@@ -234,14 +245,24 @@ fn hint(about: String, least: usize, way: &Way) -> Finding {
         way.overhead, way.backend
     );
     if least >= USUAL_MTU {
-        return Finding::ok(about, format!("{what}: MSS {mss}"));
+        let mss = if way.spec.protocol == Protocol::Udp { String::new() } else { format!(": MSS {mss}") };
+        return Finding::ok(about, format!("{what}{mss}"));
     }
     let what = format!("{what}: larger ones are answered with ICMP too big");
-    let fix = format!(
-        "let the workers offer clients an MSS of {mss}: `ip {family} route change default via ROUTER advmss {mss}` on \
-         each (or TCP_MAXSEG {mss} on its listener); or raise the MTU between here and there to {}",
-        USUAL_MTU + way.overhead
+    let needed = USUAL_MTU + way.overhead;
+    let raise = format!(
+        "raise the MTU between here and there to {needed} (drivers that refuse it while a program is attached, igb for one: \
+         `lbd detach`, `ip link set dev IFACE mtu {needed}`, then start lbd)"
     );
+    let fix = if way.spec.protocol == Protocol::Udp {
+        let payload = least.saturating_sub(headers - TCP_HEADER + UDP_HEADER);
+        format!("{raise}; or let clients and servers send datagrams of at most {payload} bytes")
+    } else {
+        format!(
+            "let the workers offer clients an MSS of {mss}: `ip {family} route change default via ROUTER advmss {mss}` \
+             on each (or TCP_MAXSEG {mss} on its listener); or {raise}"
+        )
+    };
     Finding::warn(about, what, fix)
 }
 
@@ -293,6 +314,14 @@ mod tests {
         let v6 = way("2001:db8::1", "ipip", "fd00::1");
         assert!(found(&v6, 1_400).fix.is_some_and(|f| f.contains("advmss 1300")));
         assert_eq!(found(&v4, 1_520).level, Level::Ok);
+        let mut udp = v4.clone();
+        udp.spec.protocol = Protocol::Udp;
+        let fix = found(&udp, 1_400).fix.expect("it is short");
+        assert!(
+            !fix.contains("MSS") && fix.contains("at most 1352 bytes") && fix.contains("detach"),
+            "{fix}"
+        );
+        assert!(!found(&udp, 1_520).what.contains("MSS"));
         assert_eq!(found(&v4, 9_000).level, Level::Ok);
     }
 }

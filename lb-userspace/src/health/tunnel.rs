@@ -44,7 +44,7 @@ impl Through {
 /// Puts probes on the way of traffic.
 pub struct Tunnel {
     /// Interfaces on which traffic arrives: answers may too.
-    attached: Vec<u32>,
+    attached: Box<dyn Fn() -> Vec<u32> + Send + Sync>,
     /// Why it cannot, or what it takes; found out by the first probe that asks.
     ready: OnceCell<Result<Ready, String>>,
 }
@@ -61,15 +61,15 @@ struct Inner {
 
 impl Tunnel {
     /// Loads nothing yet.
-    pub fn new(attached: Vec<u32>) -> Self {
-        Self { attached, ready: OnceCell::new() }
+    pub fn new(attached: impl Fn() -> Vec<u32> + Send + Sync + 'static) -> Self {
+        Self { attached: Box::new(attached), ready: OnceCell::new() }
     }
 
     async fn ready(&self) -> Result<&Ready, String> {
         let ready = self.ready.get_or_init(|| async {
             let load = || -> Result<Ready, String> {
                 let mut dataplane = ProbeDataplane::load().map_err(|e| e.to_string())?;
-                for &ifindex in &self.attached {
+                for ifindex in (self.attached)() {
                     dataplane.attach(ifindex).map_err(|e| e.to_string())?;
                 }
                 let (kernel, _) = Kernel::open().map_err(|e| e.to_string())?;
@@ -94,7 +94,9 @@ impl Tunnel {
         // Routes change: the interface may be another than a second ago.
         let route = ready.kernel.route(backend).await?;
         let mut inner = ready.inner.lock().await;
-        inner.dataplane.attach(route.ifindex).map_err(|e| e.to_string())?;
+        for ifindex in (self.attached)().into_iter().chain([route.ifindex]) {
+            inner.dataplane.attach(ifindex).map_err(|e| e.to_string())?;
+        }
         if let Some(mark) = inner.marks.get(&through) {
             return Ok(*mark);
         }

@@ -36,6 +36,8 @@ pub enum Event {
     Steers(BTreeMap<Name, Arc<Steer>>),
     /// All next hops.
     Paths(Paths),
+    /// Interfaces that the program is attached to, all of them: index and name.
+    Attached(BTreeMap<u32, String>),
     /// A sweep of the flow tables.
     Swept(Arc<Sweep>),
 }

@@ -229,6 +229,10 @@ impl<M: Maps> Reconciler<M> {
                     changed |= self.observed.paths != paths;
                     self.observed.paths = paths;
                 }
+                Event::Attached(attached) => {
+                    changed |= self.settings.attached != attached;
+                    self.settings.attached = attached;
+                }
                 // Until somebody says what is to be, all that the maps hold is.
                 Event::Swept(sweep) => changed |= self.told && self.swept(sweep),
             }

@@ -357,6 +357,13 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
     };
     let interfaces: Vec<String> =
         s.interfaces.iter().map(|i| format!("{} ({} XDP)", i.name, i.mode)).collect();
+    let waiting = s.loaded.waiting.iter().map(|w| format!("{} (not attached)", w.name));
+    let interfaces: Vec<String> = interfaces.into_iter().chain(waiting).collect();
+    let generic =
+        s.interfaces.iter().filter_map(|i| Some(format!("{}: {}", i.name, i.why_generic.as_ref()?)));
+    let generic: Vec<String> = generic.collect();
+    let left_out = s.loaded.left_out.iter().map(|l| format!("{} ({})", l.feature, l.reason));
+    let left_out: Vec<String> = left_out.collect();
     let b = &s.backends;
     let applied = &s.applied;
     let took = units::micros(applied.took_us);
@@ -374,6 +381,12 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
             ),
         ),
     ];
+    if !left_out.is_empty() {
+        pairs.insert(1, ("left out", left_out.join("; ")));
+    }
+    if !generic.is_empty() {
+        pairs.insert(1, ("generic", generic.join("; ")));
+    }
     if let Some(announcement) = &s.announcement {
         pairs.insert(1, ("announces", super::host::summary(announcement)));
     }

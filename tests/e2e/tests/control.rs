@@ -58,51 +58,59 @@ fn a_start_that_cannot_work_is_refused_and_touches_nothing() -> Result<()> {
     let not_bpf = path(&bed.path("not-bpf"));
     let first_state = path(&bed.path("state"));
     let first_socket = path(&bed.path("lbd.sock"));
-    let cases: [(&str, &[&str], &[&str]); 7] = [
+    // Exit code, and what is said.
+    let cases: [(&str, &[&str], i32, &[&str]); 7] = [
         (
             "the same pins",
             &["--iface", "eth0", "--pin-path", &first_pins],
+            4,
             &["another lbd (pid ", "--pin-path"],
         ),
         (
             "the same interface",
             &["--iface", "eth0", "--pin-path", &other_pins],
+            4,
             &["interface eth0", "XDP program"],
         ),
         (
             "the same store",
             &["--iface", "eth0", "--pin-path", &other_pins, "--state-dir", &first_state],
+            4,
             &[".redb is in use", "--state-dir"],
         ),
         (
             "the same socket",
             &["--iface", "eth0", "--pin-path", &other_pins, "--socket", &first_socket],
+            4,
             &["served by another lbd", "--socket"],
         ),
         (
             "no such interface",
             &["--iface", "eth9", "--pin-path", &other_pins],
+            5,
             &["interface eth9 does not exist"],
         ),
         (
             "no driver support",
             &["--iface", "lo", "--pin-path", &other_pins],
+            4,
             &["interface lo", "no native XDP", "--allow-generic"],
         ),
         (
             "no bpf filesystem",
             &["--iface", "eth0", "--pin-path", &not_bpf],
+            4,
             &["not on a BPF filesystem", "mount"],
         ),
     ];
-    for (what, arguments, words) in cases {
+    for (what, arguments, code, words) in cases {
         let mut all = vec!["ingress"];
         // What a case names itself comes instead of our own.
         for pair in own.chunks(2).filter(|pair| !arguments.contains(&pair[0].as_str())) {
             all.extend(pair.iter().map(String::as_str));
         }
         all.extend(arguments);
-        ensure_refused(what, &lbd(&bed.ingress, &all)?, 4, words)?;
+        ensure_refused(what, &lbd(&bed.ingress, &all)?, code, words)?;
         ensure!(!bed.path("other.sock").exists(), "{what}: a socket is left behind");
     }
     check::ensure_none_failed(&check::request(&stage, stage.targets(WEB.port), 50)?)?;
@@ -317,5 +325,5 @@ fn a_worker_holds_its_vips_and_gives_back_only_its_own() -> Result<()> {
     );
     let output =
         lbd(&worker.namespace, &["worker", "--iface", "eth9", "--vip", "10.99.0.1", "--pin-path", &pins])?;
-    ensure_refused("no such interface", &output, 4, &["interface eth9 does not exist", "eth0"])
+    ensure_refused("no such interface", &output, 5, &["interface eth9 does not exist", "eth0"])
 }

@@ -61,11 +61,18 @@ impl Firewall {
         let stages = bpf(BPF_OBJ_GET, &Get { path: path.as_ptr() as u64, fd: 0, flags: 0 })
             .with_context(|| format!("cannot open {}", path.to_string_lossy()))?;
         let program = program(place, port, stages.as_raw_fd().cast_unsigned());
-        let program = load(&program, (BPF_PROG_TYPE_XDP, BPF_XDP, BPF_F_XDP_HAS_FRAGS))
-            .context("cannot load the firewall")?;
-        let value = program.as_raw_fd().cast_unsigned();
-        change(&stages, BPF_MAP_UPDATE_ELEM, place, Some(value)).context("cannot chain the firewall")?;
-        Ok(Self { stages, place, _program: program })
+        // All programs of an array are alike in the frags flag: which way is found out by trying.
+        let mut refused = None;
+        for flags in [0, BPF_F_XDP_HAS_FRAGS] {
+            let program =
+                load(&program, (BPF_PROG_TYPE_XDP, BPF_XDP, flags)).context("cannot load the firewall")?;
+            let value = program.as_raw_fd().cast_unsigned();
+            match change(&stages, BPF_MAP_UPDATE_ELEM, place, Some(value)) {
+                Ok(()) => return Ok(Self { stages, place, _program: program }),
+                Err(error) => refused = Some(error),
+            }
+        }
+        Err(refused.expect("it was tried")).context("cannot chain the firewall")
     }
 
     /// Takes it out of its place again.

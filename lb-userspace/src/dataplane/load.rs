@@ -1,0 +1,176 @@
+//! Loads an object with all that the kernel takes of it.
+//!
+//! A stage that it refuses is left out, and the feature that goes with it switched off in the other programs; of the first
+//! program, parts are left out until it is taken.
+
+use super::{
+    DataplaneError,
+    attach::Request,
+    kernel::Kernel,
+    object::{self, Object},
+    pins::Home,
+    refused::{self, Verdict},
+    stages::{self, LeftOut, Stages},
+    variant::ArrayPin,
+};
+use aya::{Ebpf, EbpfLoader, programs::ProgramError};
+use lb_common::{names, settings::features};
+use std::{collections::BTreeSet, io};
+
+/// What of the settings depends on the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Switches {
+    /// Bits of `lb_common::settings::kernel`.
+    pub kernel: u32,
+    /// Features that can be had.
+    pub features: u32,
+}
+
+/// A loaded object.
+pub struct Loaded {
+    /// The object.
+    pub bpf: Ebpf,
+    /// Whether with the frags flag.
+    pub frags: bool,
+    /// Programs that the kernel refused.
+    pub left_out: Vec<LeftOut>,
+    /// Its program arrays: those that the shared names stand for, then its own.
+    pub arrays: Vec<ArrayPin>,
+    /// How many of them are shared.
+    pub shared: usize,
+}
+
+/// Loads the object with all programs that the kernel takes: a feature whose program is refused is switched off in the
+/// others.
+pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, DataplaneError> {
+    let mut left_out: Vec<LeftOut> = Vec::new();
+    let mut features = request.features;
+    let shared = request.shared.iter().map(|(_, pin)| request.pin_path.join(pin));
+    let arrays = shared.chain([home.path.join(names::STAGES)]);
+    let arrays = arrays.map(|path| ArrayPin::of(path, frags)).collect::<Result<Vec<_>, _>>()?;
+    loop {
+        let mut bpf =
+            load_object(request, home, Switches { kernel: Kernel::get().bits(frags), features }, &arrays)?;
+        let stages = Stages::load(&mut bpf, request.stages, features)?;
+        let lost = stages.lost();
+        let known: BTreeSet<&str> = left_out.iter().map(|one| one.program).collect();
+        let more: Vec<LeftOut> =
+            stages.left_out.iter().filter(|one| !known.contains(one.program)).cloned().collect();
+        left_out.extend(more);
+        if lost & features != 0 {
+            features &= !lost;
+            continue;
+        }
+        if let Err(error) = stages::load(&mut bpf, request.program) {
+            let less = leave_out(request, home, (frags, &arrays), features, error)?;
+            features = less.iter().fold(features, |bits, one| bits & !one.feature);
+            left_out.extend(less);
+            continue;
+        }
+        if let Some(name) = request.chained {
+            stages::load(&mut bpf, name)?;
+        }
+        stages.put(&mut bpf)?;
+        return Ok(Loaded { bpf, frags, left_out, arrays, shared: request.shared.len() });
+    }
+}
+
+/// Parts of the first program that it can do without, those first that are longest.
+const PARTS: [u32; 9] = [
+    features::SECOND_CHANCE,
+    features::P2C,
+    features::RATE,
+    features::QUIC,
+    features::FRAGMENTS,
+    features::ICMP,
+    features::NAT,
+    features::L2,
+    features::LOCAL,
+];
+
+/// The kernel has refused the first program: the fewest of its parts, in order, without which it takes it. The error
+/// itself where none helps, or where it is about something else.
+fn leave_out(
+    request: &Request<'_>,
+    home: &Home,
+    (frags, arrays): (bool, &[ArrayPin]),
+    features: u32,
+    error: DataplaneError,
+) -> Result<Vec<LeftOut>, DataplaneError> {
+    let settings = |features| (request.settings)(Switches { kernel: Kernel::get().bits(frags), features });
+    let has_parts = settings(0) != settings(features);
+    if !has_parts || !matches!(error, DataplaneError::Verifier { .. }) {
+        return Err(error);
+    }
+    let (mut less, mut rest) = (Vec::new(), features);
+    for part in PARTS.into_iter().filter(|part| features & part != 0) {
+        rest &= !part;
+        less.push(LeftOut { program: request.program, feature: part, reason: error.to_string() });
+        let switches = Switches { kernel: Kernel::get().bits(frags), features: rest };
+        let mut bpf = load_object(request, home, switches, arrays)?;
+        match stages::load(&mut bpf, request.program) {
+            Ok(_) => return Ok(less),
+            Err(DataplaneError::Verifier { .. }) => {}
+            Err(other) => return Err(other),
+        }
+    }
+    Err(error)
+}
+
+/// Makes or opens the maps, and leaves the programs to be loaded. `arrays`: the shared ones in their order, then ours.
+fn load_object(
+    request: &Request<'_>,
+    home: &Home,
+    switches: Switches,
+    arrays: &[ArrayPin],
+) -> Result<Ebpf, DataplaneError> {
+    let refuse = |source| DataplaneError::Load { program: request.program, source };
+    let settings = (request.settings)(switches);
+    let object = if switches.kernel & lb_common::settings::kernel::FRAGS == 0 {
+        object::without_frags(request.object)
+    } else {
+        None
+    };
+    let object = object.as_ref().map_or(request.object, Object::bytes);
+    let mut loader = EbpfLoader::new();
+    loader.override_global(names::SETTINGS, settings.as_slice(), true).override_global(
+        names::LOG_LEVEL,
+        &request.log_level,
+        true,
+    );
+    for (map, size) in request.sizes {
+        loader.map_max_entries(map, *size);
+    }
+    for map in request.maps.iter().filter(|map| **map != names::STAGES) {
+        loader.map_pin_path(map, home.path.join(map));
+    }
+    let maps = request.shared.iter().map(|(map, _)| *map).chain([names::STAGES]);
+    for (map, array) in maps.zip(arrays) {
+        loader.map_pin_path(map, &array.used);
+    }
+    loader.load(object).map_err(|e| denied("create the maps", &e).unwrap_or(refuse(e.into())))
+}
+
+/// Why the kernel did not take a program.
+pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
+    if let Some(denied) = denied("load the program", &source) {
+        return denied;
+    }
+    if !matches!(source, ProgramError::LoadError { .. }) {
+        return DataplaneError::Load { program, source: source.into() };
+    }
+    let Verdict { reason, log } = refused::examine(program, &source);
+    DataplaneError::Verifier { kernel: refused::kernel_release(), program, reason, log }
+}
+
+/// The error for a lack of privileges, if that is what it was.
+fn denied(what: &'static str, error: &(dyn std::error::Error + 'static)) -> Option<DataplaneError> {
+    let mut cause = Some(error);
+    while let Some(e) = cause {
+        if let Some(io) = e.downcast_ref::<io::Error>() {
+            return (io.raw_os_error() == Some(libc::EPERM)).then_some(DataplaneError::Denied { what });
+        }
+        cause = e.source();
+    }
+    None
+}

@@ -1,0 +1,149 @@
+//! Interfaces that the program runs on, and those that it is yet to run on: not there when lbd started, gone since, or
+//! with a driver that did not take the program then. They are tried again while lbd runs.
+
+use super::{AttachOptions, DataplaneError, Interface, Kernel, PAGE_MTU, attach, links};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// An interface that the program does not run on yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    /// Name.
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// All interfaces that are wanted.
+pub struct Interfaces {
+    /// Program under the links.
+    program: &'static str,
+    pin_path: PathBuf,
+    wanted: Vec<String>,
+    allow_generic: bool,
+    /// Whether programs are loaded with the frags flag, which generic mode cannot have.
+    frags: bool,
+    state: Mutex<State>,
+    /// Held while programs are replaced or attached.
+    changes: Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    attached: BTreeMap<String, Interface>,
+    waiting: BTreeMap<String, String>,
+}
+
+impl Interfaces {
+    /// As a start has left them.
+    pub(super) fn new(
+        program: &'static str,
+        options: &AttachOptions,
+        frags: bool,
+        attached: Vec<Interface>,
+        waiting: Vec<(String, DataplaneError)>,
+    ) -> Self {
+        let how = (options.pin_path.clone(), options.interfaces.clone(), options.allow_generic);
+        Self::with(program, how, frags, attached, waiting)
+    }
+
+    /// As [`Self::new`], with pin path, names of interfaces and whether generic mode is allowed one by one.
+    pub(super) fn with(
+        program: &'static str,
+        (pin_path, wanted, allow_generic): (PathBuf, Vec<String>, bool),
+        frags: bool,
+        attached: Vec<Interface>,
+        waiting: Vec<(String, DataplaneError)>,
+    ) -> Self {
+        let state = State {
+            attached: attached.into_iter().map(|i| (i.name.clone(), i)).collect(),
+            waiting: waiting.into_iter().map(|(name, error)| (name, error.to_string())).collect(),
+        };
+        let (state, changes) = (Mutex::new(state), Mutex::default());
+        Self { program, pin_path, wanted, allow_generic, frags, state, changes }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps [`Self::try_again`] out while it is held.
+    pub fn hold(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the program runs, in the order of the settings.
+    pub fn attached(&self) -> Vec<Interface> {
+        let state = self.state();
+        self.wanted.iter().filter_map(|name| state.attached.get(name).cloned()).collect()
+    }
+
+    /// Where it does not run yet.
+    pub fn waiting(&self) -> Vec<Waiting> {
+        let state = self.state();
+        let all = self.wanted.iter().filter_map(|name| {
+            Some(Waiting { name: name.clone(), reason: state.waiting.get(name)?.clone() })
+        });
+        all.collect()
+    }
+
+    /// Tries those that the program does not run on, and those that have gone and come back. Returns what it now runs on
+    /// in addition. Blocks.
+    pub fn try_again(&self) -> Vec<Interface> {
+        let _held = self.hold();
+        let mut new = Vec::new();
+        for name in &self.wanted {
+            let known = self.state().attached.get(name).map(|i| i.ifindex);
+            let result = match links::index_of(name) {
+                Ok(ifindex) if known == Some(ifindex) => continue,
+                Ok(ifindex) => self.attach(name, ifindex),
+                Err(error) => Err(error),
+            };
+            let mut state = self.state();
+            match result {
+                Ok(Some(interface)) => {
+                    state.waiting.remove(name);
+                    state.attached.insert(name.clone(), interface.clone());
+                    new.push(interface);
+                }
+                // Another ABI version's program still forwards.
+                Ok(None) => {}
+                Err(error) => {
+                    state.attached.remove(name);
+                    let reason = self.with_cure(name, &error);
+                    if state.waiting.insert(name.clone(), reason.clone()).as_ref() != Some(&reason) {
+                        tracing::warn!(interface = name, "not attached, tried again each second: {reason}");
+                    }
+                }
+            }
+        }
+        new
+    }
+
+    /// An error, and what a restart would do about it.
+    fn with_cure(&self, name: &str, error: &DataplaneError) -> String {
+        let needs_frags =
+            !self.frags && Kernel::get().frags && links::largest_mtu([name].into_iter()) > PAGE_MTU;
+        match error {
+            DataplaneError::NotTaken { .. } if needs_frags => {
+                format!(
+                    "{error}; or restart lbd, which then loads its programs with frags (no packet is lost)"
+                )
+            }
+            _ => error.to_string(),
+        }
+    }
+
+    fn attach(&self, name: &str, ifindex: u32) -> Result<Option<Interface>, DataplaneError> {
+        let Some(program) = attach::running(&self.pin_path, self.program)? else { return Ok(None) };
+        if let Some(link) = links::find(&self.pin_path, name, ifindex)? {
+            link.update(&program)?;
+            return Ok(Some(link.interface));
+        }
+        let allow_generic = self.allow_generic && !self.frags;
+        links::attach(&self.pin_path, &program, name, ifindex, allow_generic).map(Some)
+    }
+}
