@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use socket2::{Domain, Socket, Type};
 
-use crate::netns::Namespace;
+use crate::{netns::Namespace, wait};
 
 const STEP: Duration = Duration::from_millis(50);
 
@@ -93,7 +93,7 @@ impl Flows {
                         if target.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
                     let socket = UdpSocket::bind(any)?;
                     socket.connect(target)?;
-                    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+                    socket.set_read_timeout(Some(wait::patience(Duration::from_secs(2))))?;
                     Ok(socket)
                 })
                 .collect::<io::Result<Vec<_>>>()
