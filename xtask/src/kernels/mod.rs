@@ -23,7 +23,7 @@ mod results;
 mod version;
 mod vm;
 
-use matrix::Work;
+use matrix::{Program, Work};
 use packages::{Kernel, Store, Tools, Unpacked};
 use results::{Check, Record};
 use version::Version;
@@ -47,6 +47,9 @@ pub struct Options {
     /// Suite kernels: only these drivers, such as veth or igb; repeatable.
     #[arg(long = "driver", value_name = "NAME")]
     drivers: Vec<String>,
+    /// Suite kernels: only these settings of the network, such as "mtu 9000"; repeatable.
+    #[arg(long = "setting", value_name = "NAME")]
+    settings: Vec<String>,
 }
 
 /// What the suite came to.
@@ -77,12 +80,12 @@ impl Summary {
 /// Builds, fetches, boots and checks.
 pub fn run(options: &Options, release: bool) -> Result<Summary> {
     let lines = lines(options)?;
-    let work = matrix::work(options.full, &options.drivers);
-    ensure!(!work.is_empty(), "--driver takes one of {}", matrix::driver_names().join(", "));
+    let work = matrix::work(options.full, &options.drivers, &options.settings);
+    ensure!(!work.is_empty(), "no such driver or setting: {}", matrix::names());
     let store = Store::open()?;
     let tools = store.tools()?;
     let all = store.kernels()?;
-    let program = build(release)?;
+    let programs = build(release)?;
     let mut summary = Summary::default();
     for line in lines {
         let Some(kernel) = pick(&all, &line) else {
@@ -92,7 +95,7 @@ pub fn run(options: &Options, release: bool) -> Result<Summary> {
         let kernel = store.unpack(kernel)?;
         println!("kernel {line}: {} ({})", kernel.kernel.release, kernel.kernel.version);
         for work in &work {
-            let checks = boot(&tools, &kernel, work, &program, &mut summary)?;
+            let checks = boot(&tools, &kernel, work, &programs, &mut summary)?;
             if options.full {
                 record(&tools, &line, &kernel.kernel, work, checks)?;
             }
@@ -125,25 +128,30 @@ fn boot(
     tools: &Tools,
     kernel: &Unpacked,
     work: &Work,
-    program: &Path,
+    programs: &[PathBuf; 2],
     summary: &mut Summary,
 ) -> Result<Vec<Check>> {
     println!("  {}", work.name());
     let directory = shell::workspace().join("target/kernels");
     let busy = vm::busy();
-    let script = work.script(&format!("{} --nocapture", program.display()), (PATIENCE * busy) as u32);
+    let path = &programs[work.driver.program as usize];
+    let script = work.script(path, (PATIENCE * busy) as u32);
     let machine = vm::Machine {
         tools,
         kernel,
         device: work.driver.device,
         queues: work.driver.queues,
         script: &script,
-        limit: matrix::LIMIT.mul_f32(busy),
+        limit: work.limit().mul_f32(busy),
         directory: &directory,
     };
     let mut checks = Vec::new();
     let on_line = |line: &str| {
-        if let Some((check, seconds)) = Check::parse(line) {
+        let found = match work.driver.program {
+            Program::Tour => Check::parse(line),
+            Program::Verifier => Check::parse_test(line).map(|check| (check, 0.0)),
+        };
+        if let Some((check, seconds)) = found {
             let result = if check.passed { "ok" } else { "FAILED" };
             println!("    {:<14} {result:<6} {seconds:>6.1} s  {}", check.name, check.detail);
             checks.push(check);
@@ -186,8 +194,10 @@ fn failed(name: &str, detail: String) -> Check {
 fn kernel_trouble(dmesg: &Path) -> Option<String> {
     let text = std::fs::read(dmesg).ok()?;
     let text = String::from_utf8_lossy(&text);
-    let words = ["BUG:", "Oops", "WARNING:", "general protection", "Call Trace", "rcu_sched self-detected"];
-    let line = text.lines().find(|line| words.iter().any(|word| line.contains(word)))?;
+    let words = ["BUG:", "Oops", "WARNING:", "general protection"];
+    // A processor that gets no time is the emulator's.
+    let is_trouble = |line: &&str| words.iter().any(|word| line.contains(word)) && !line.contains("lockup");
+    let line = text.lines().find(is_trouble)?;
     Some(format!("the kernel complains: {line}"))
 }
 
@@ -222,25 +232,27 @@ fn record(tools: &Tools, line: &str, kernel: &Kernel, work: &Work, checks: Vec<C
     report::write()
 }
 
-/// Builds the daemons, the other version to upgrade to, and the test program; where the last lies.
-fn build(release: bool) -> Result<PathBuf> {
+/// Builds the daemons, the other version to upgrade to, and the test programs; where those lie, as [`Program`] counts.
+fn build(release: bool) -> Result<[PathBuf; 2]> {
     let profile = if release { "release" } else { "dev" };
     for rest in [&["--features", "other-abi", "--bin", "lbd-other-abi"][..], &["--bins"]] {
         let mut build = cargo(&["build", "--profile", profile, "--package", "lb-userspace"]);
         let status = build.args(rest).status().context("cannot start cargo")?;
         ensure!(status.success(), "the build failed");
     }
+    Ok([build_test(profile, "e2e", "kernel")?, build_test(profile, "verifier", "budget")?])
+}
+
+fn build_test(profile: &str, suite: &str, name: &str) -> Result<PathBuf> {
     let mut build = cargo(&["test", "--no-run", "--profile", profile, "--message-format", "json"]);
-    build.args(["--manifest-path", "tests/e2e/Cargo.toml", "--test", "kernel"]);
+    build.args(["--manifest-path", &format!("tests/{suite}/Cargo.toml"), "--test", name]);
     let output = build.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
-    ensure!(output.status.success(), "the test program does not build");
+    ensure!(output.status.success(), "the test program {name} does not build");
     let said = String::from_utf8_lossy(&output.stdout);
-    let found =
-        said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find_map(|message| {
-            (message["target"]["name"] == "kernel")
-                .then(|| message["executable"].as_str().map(PathBuf::from))?
-        });
-    found.context("cargo names no test program `kernel`")
+    let messages = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let mut found = messages.filter(|message| message["target"]["name"] == name);
+    let path = found.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    path.with_context(|| format!("cargo names no test program {name}"))
 }
 
 fn cargo(arguments: &[&str]) -> Command {
@@ -267,7 +279,7 @@ mod tests {
         let asked = |kernel: &str| lines(&Options { kernels: vec![kernel.into()], ..Options::default() });
         assert!(asked("6.1").is_ok());
         assert!(asked("6.11").is_err_and(|error| error.to_string().contains("6.12")));
-        assert!(matrix::work(false, &["igbb".into()]).is_empty());
+        assert!(matrix::work(false, &["igbb".into()], &[]).is_empty());
     }
 
     #[test]

@@ -122,7 +122,7 @@ fn drivers(text: &mut String, records: &[Record]) -> std::fmt::Result {
     writeln!(text, "\n## Drivers\n")?;
     let heads: Vec<&str> = lines().collect();
     writeln!(text, "| driver, setting | {} |\n|---|{}", heads.join(" | "), "---|".repeat(heads.len()))?;
-    for work in matrix::work(true, &[]) {
+    for work in matrix::work(true, &[], &[]) {
         let cell = |line| match find(records, line, work.driver.name, work.setting.name) {
             Some(record) => sum(record),
             None => "not run".to_owned(),
@@ -132,7 +132,7 @@ fn drivers(text: &mut String, records: &[Record]) -> std::fmt::Result {
     }
     writeln!(
         text,
-        "\nEach cell says when it was run in `tests/kernels.json`. Not part of the matrix yet: VRFs, bonds of several ports."
+        "\n`verifier` is every program with every shipped setting, within budget. Each cell says when it was run in `tests/kernels.json`. Not part of the matrix yet: VRFs, bonds of several ports."
     )
 }
 

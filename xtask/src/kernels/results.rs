@@ -37,6 +37,17 @@ impl Check {
         let check = Self { name: name.to_owned(), passed: result == "ok", detail: detail.to_owned() };
         Some((check, seconds.parse().ok()?))
     }
+
+    /// A test as libtest reports it.
+    pub fn parse_test(line: &str) -> Option<Self> {
+        let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
+        let passed = match result {
+            "ok" => true,
+            "FAILED" => false,
+            _ => return None,
+        };
+        Some(Self { name: name.to_owned(), passed, detail: String::new() })
+    }
 }
 
 /// One boot.
@@ -137,6 +148,8 @@ mod tests {
         let (check, _) = Check::parse("CHECK\tstart\tFAILED\t60.0\trefused | why").expect("a check");
         assert_eq!((check.passed, check.detail.as_str()), (false, "refused | why"));
         assert_eq!(Check::parse("CHECK it"), None);
+        assert!(!Check::parse_test("test decap_with_every_setting ... FAILED").expect("a test").passed);
+        assert_eq!(Check::parse_test("test result: ok. 1 passed"), None);
     }
 
     #[test]
