@@ -85,6 +85,9 @@ struct Outcome {
 pub fn run(options: &Options) -> Result<()> {
     let suites =
         if options.suites.is_empty() { Suite::value_variants().to_vec() } else { options.suites.clone() };
+    if options.kernels.is_set() && !suites.contains(&Suite::Kernels) {
+        bail!("--full, --kernel, --driver and --setting are for the suite kernels, which was not named");
+    }
     setup::run(&setup::Options {
         bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
         packages: suites.iter().any(|suite| suite.needs_programs()),

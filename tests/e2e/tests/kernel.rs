@@ -211,8 +211,10 @@ impl Host {
         ensure!(small.iter().all(Option::is_some), "datagrams were lost: {small:?}");
         ensure!(answered.len() == WORKERS.len(), "only {answered:?} answered");
         if is_translated {
-            // Answers take links that are wider than the way on: workers learn that by ICMP.
-            flows.exchange_sized(DATAGRAM)?;
+            // Answers take links that are wider than the way on: workers learn that by ICMP, for which the first are
+            // lost. Answers of later datagrams come after that.
+            flows.send_sized(DATAGRAM)?;
+            flows.exchange()?;
         }
         let big = flows.exchange_sized(DATAGRAM)?;
         ensure!(
@@ -284,19 +286,16 @@ fn restart(host: &mut Host, open: &mut [Mirrored], signal: Signal) -> Result<()>
     host.carries(Host::targets(MODES[1].1)[1]).context("new connections after lbd is back")
 }
 
-/// Another version takes over, and this one again.
+/// Another version takes over. The way back is the suite `fault`'s: a start takes an emulated kernel a minute.
 fn upgrade(host: &mut Host, open: &mut [Mirrored]) -> Result<()> {
-    for name in ["lbd-other-abi", "lbd"] {
-        host.ingress.stop(Signal::SIGTERM)?;
-        host.ingress.start_again_as(&binary(name)?, &host.bed)?;
-        host.wait_answers()?;
-        host.wait_backends().with_context(|| format!("under {name}"))?;
-        ensure_all_stay(open, &format!("{name} runs"))?;
-        host.carries(Host::targets(MODES[4].1)[0])
-            .with_context(|| format!("new connections under {name}"))?;
-    }
-    let taken = host.ingress.process().output().matches("taken over from another ABI").count();
-    ensure!(taken == 2, "{taken} takeovers of 2: {}", host.ingress.process().output());
+    host.ingress.stop(Signal::SIGTERM)?;
+    host.ingress.start_again_as(&binary("lbd-other-abi")?, &host.bed)?;
+    host.wait_answers()?;
+    host.wait_backends()?;
+    ensure_all_stay(open, "the other version runs")?;
+    host.carries(Host::targets(MODES[4].1)[0]).context("new connections under the other version")?;
+    let said = host.ingress.process().output();
+    ensure!(said.contains("taken over from another ABI"), "nothing was taken over: {said}");
     Ok(())
 }
 

@@ -52,6 +52,13 @@ pub struct Options {
     settings: Vec<String>,
 }
 
+impl Options {
+    /// Whether something was asked of this suite alone.
+    pub fn is_set(&self) -> bool {
+        self.full || ![&self.kernels, &self.drivers, &self.settings].iter().all(|list| list.is_empty())
+    }
+}
+
 /// What the suite came to.
 #[derive(Debug, Default)]
 pub struct Summary {
@@ -135,7 +142,7 @@ fn boot(
     let directory = shell::workspace().join("target/kernels");
     let busy = vm::busy();
     let path = &programs[work.driver.program as usize];
-    let script = work.script(path, (PATIENCE * busy) as u32);
+    let script = work.script(path, (PATIENCE * busy.min(2.0)) as u32);
     let machine = vm::Machine {
         tools,
         kernel,

@@ -18,7 +18,7 @@ again from records that are there.
 
 One run boots a Debian kernel in QEMU (emulated, two processors, 2.5 GiB), starts `lbd ingress` and `lbd worker` with
 shipped defaults, and checks: TCP with compared content in modes ipip, gue, l2, nat and with `p2c`, IPv4 and IPv6; UDP
-whole and in three fragments; pings of VIPs; drain; `kill -9` and restart; upgrade to another ABI version and back.
+whole and in three fragments; pings of VIPs; drain; `kill -9` and restart; upgrade to another ABI version.
 Throughput is not measured: an emulator says nothing about it. NICs are QEMU's models of them, run by the kernel's
 real drivers.
 ";
