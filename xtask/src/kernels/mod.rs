@@ -92,7 +92,7 @@ pub fn run(options: &Options, release: bool) -> Result<Summary> {
     let store = Store::open()?;
     let tools = store.tools()?;
     let all = store.kernels()?;
-    let programs = build(release)?;
+    let programs = build(release, &work)?;
     let mut summary = Summary::default();
     for line in lines {
         let Some(kernel) = pick(&all, &line) else {
@@ -135,13 +135,14 @@ fn boot(
     tools: &Tools,
     kernel: &Unpacked,
     work: &Work,
-    programs: &[PathBuf; 2],
+    programs: &[(Program, PathBuf)],
     summary: &mut Summary,
 ) -> Result<Vec<Check>> {
     println!("  {}", work.name());
     let directory = shell::workspace().join("target/kernels");
     let busy = vm::busy();
-    let path = &programs[work.driver.program as usize];
+    let path = programs.iter().find(|(program, _)| *program == work.driver.program);
+    let (_, path) = path.context("every program that is needed was built")?;
     let script = work.script(path, (PATIENCE * busy.min(2.0)) as u32);
     let machine = vm::Machine {
         tools,
@@ -239,15 +240,23 @@ fn record(tools: &Tools, line: &str, kernel: &Kernel, work: &Work, checks: Vec<C
     report::write()
 }
 
-/// Builds the daemons, the other version to upgrade to, and the test programs; where those lie, as [`Program`] counts.
-fn build(release: bool) -> Result<[PathBuf; 2]> {
+/// Builds the daemons, the other version to upgrade to, and the test programs that `work` needs; where those lie.
+fn build(release: bool, work: &[Work]) -> Result<Vec<(Program, PathBuf)>> {
     let profile = if release { "release" } else { "dev" };
     for rest in [&["--features", "other-abi", "--bin", "lbd-other-abi"][..], &["--bins"]] {
         let mut build = cargo(&["build", "--profile", profile, "--package", "lb-userspace"]);
         let status = build.args(rest).status().context("cannot start cargo")?;
         ensure!(status.success(), "the build failed");
     }
-    Ok([build_test(profile, "e2e", "kernel")?, build_test(profile, "verifier", "budget")?])
+    let mut programs = Vec::new();
+    for (program, suite, name) in
+        [(Program::Tour, "e2e", "kernel"), (Program::Verifier, "verifier", "budget")]
+    {
+        if work.iter().any(|work| work.driver.program == program) {
+            programs.push((program, build_test(profile, suite, name)?));
+        }
+    }
+    Ok(programs)
 }
 
 fn build_test(profile: &str, suite: &str, name: &str) -> Result<PathBuf> {
