@@ -170,12 +170,13 @@ fn boot(
     match outcome {
         Ok(outcome) => {
             summary.hung += outcome.hung;
-            let trouble = if !outcome.is_complete {
-                Some(format!("the machine ended or was ended before it was through: {}", vm::tail(&log)))
-            } else if checks.is_empty() {
-                Some(format!("nothing was checked: {}", vm::tail(&log)))
-            } else {
-                kernel_trouble(&directory.join("out/dmesg"))
+            let trouble = match outcome.status {
+                None => Some(format!("it ended or was ended before it was through: {}", vm::tail(&log))),
+                Some(_) if checks.is_empty() => Some(format!("nothing was checked: {}", vm::tail(&log))),
+                Some(status) if status != 0 && checks.iter().all(|check| check.passed) => {
+                    Some(format!("the test program ended with {status}: {}", vm::tail(&log)))
+                }
+                Some(_) => kernel_trouble(&directory.join("out/dmesg")),
             };
             checks.extend(trouble.map(|detail| failed("machine", detail)));
             println!("    {:.0} s", outcome.took.as_secs_f32());
@@ -200,7 +201,7 @@ fn failed(name: &str, detail: String) -> Check {
 
 /// What the guest's kernel complains of, whatever the checks say.
 fn kernel_trouble(dmesg: &Path) -> Option<String> {
-    let text = std::fs::read(dmesg).ok()?;
+    let Ok(text) = std::fs::read(dmesg) else { return Some("the guest left no kernel log".into()) };
     let text = String::from_utf8_lossy(&text);
     let words = ["BUG:", "Oops", "WARNING:", "general protection"];
     // A processor that gets no time is the emulator's.

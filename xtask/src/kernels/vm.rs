@@ -56,8 +56,8 @@ pub struct Outcome {
     pub hung: u32,
     /// From the first boot to the end.
     pub took: Duration,
-    /// Whether the script came to its end.
-    pub is_complete: bool,
+    /// The script's exit status; None when it did not come to its end.
+    pub status: Option<i32>,
 }
 
 /// Boots the machine and waits for its end; `on_line` gets each line that the guest writes to its log.
@@ -75,8 +75,8 @@ pub fn run(machine: &Machine, mut on_line: impl FnMut(&str)) -> Result<Outcome> 
     loop {
         let mut qemu = Qemu::start(directory)?;
         if qemu.boots(&out)? {
-            let is_complete = qemu.watch(&out, machine.limit, &mut on_line)?;
-            return Ok(Outcome { hung, took: started.elapsed(), is_complete });
+            let status = qemu.watch(&out, machine.limit, &mut on_line)?;
+            return Ok(Outcome { hung, took: started.elapsed(), status });
         }
         drop(qemu);
         hung += 1;
@@ -121,9 +121,9 @@ fn init(machine: &Machine) -> Result<String> {
          echo /tools/modprobe > /proc/sys/kernel/modprobe\n\
          ip link set lo up; mount -t bpf b /sys/fs/bpf 2>/dev/null\n\
          mount -t debugfs d /sys/kernel/debug 2>/dev/null; mount -t tracefs t /sys/kernel/tracing 2>/dev/null\n\
-         mount -t cgroup2 c /sys/fs/cgroup 2>/dev/null; mount -t tmpfs t /tmp 2>/dev/null\n\
-         cd /run/out; sh /run/out/guest.sh > /run/out/log 2>&1; echo $? > /run/out/done\n\
-         dmesg > /run/out/dmesg; sync; echo o > /proc/sysrq-trigger; sleep 10\n",
+         mount -t cgroup2 c /sys/fs/cgroup 2>/dev/null\n\
+         cd /run/out; sh /run/out/guest.sh > /run/out/log 2>&1; status=$?\n\
+         dmesg > /run/out/dmesg; echo $status > /run/out/done; sync; echo o > /proc/sysrq-trigger; sleep 10\n",
         limit = machine.limit.as_secs() + 30,
         modules = modules.display(),
         libraries = machine.tools.libraries(),
@@ -216,21 +216,22 @@ impl Qemu {
         Ok(false)
     }
 
-    /// Hands on what the guest says until it ends or its time is over. Whether its script came to its end.
-    fn watch(&mut self, out: &Path, limit: Duration, on_line: &mut impl FnMut(&str)) -> Result<bool> {
+    /// Hands on what the guest says until it ends or its time is over. Its script's exit status, if that was reached.
+    fn watch(&mut self, out: &Path, limit: Duration, on_line: &mut impl FnMut(&str)) -> Result<Option<i32>> {
         let started = Instant::now();
         let mut seen = 0;
         loop {
             let has_ended = self.has_ended()?;
-            let is_done = out.join("done").exists();
+            let done = fs::read_to_string(out.join("done")).ok();
+            let status = done.and_then(|text| text.trim().parse().ok());
             let log = fs::read(out.join("log")).unwrap_or_default();
             let whole = log.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
             if whole > seen {
                 String::from_utf8_lossy(&log[seen..whole]).lines().for_each(&mut *on_line);
                 seen = whole;
             }
-            if is_done || has_ended || started.elapsed() > limit {
-                return Ok(is_done);
+            if status.is_some() || has_ended || started.elapsed() > limit {
+                return Ok(status);
             }
             thread::sleep(LOOK);
         }
