@@ -217,7 +217,7 @@ mod tests {
     fn no_record_tells_of_the_machine_that_ran_it() {
         let text = fs::read_to_string(results::file()).unwrap_or_default();
         let home = std::env::var("HOME").unwrap_or_default();
-        for word in ["http://", "https://", "/home/", "/work", "/root/", &format!("{home}/")] {
+        for word in ["://", &shell::workspace().display().to_string(), &format!("{home}/")] {
             assert!(word == "/" || !text.contains(word), "tests/kernels.json names {word}");
         }
     }
