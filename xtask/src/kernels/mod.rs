@@ -159,7 +159,8 @@ fn boot(
             Program::Tour => Check::parse(line),
             Program::Verifier => Check::parse_test(line).map(|check| (check, 0.0)),
         };
-        if let Some((check, seconds)) = found {
+        if let Some((mut check, seconds)) = found {
+            check.detail = anonymous(&check.detail);
             let result = if check.passed { "ok" } else { "FAILED" };
             println!("    {:<14} {result:<6} {seconds:>6.1} s  {}", check.name, check.detail);
             checks.push(check);
@@ -219,8 +220,13 @@ fn anonymous(detail: &str) -> String {
             text = text.replace(&home, "~");
         }
     }
-    let cut: String = text.chars().take(400).collect();
-    if cut.len() < text.len() { cut + " …" } else { cut }
+    // The beginning says what, the end why: a verifier's reasons come last.
+    let all: Vec<char> = text.chars().collect();
+    if all.len() <= 400 {
+        return text;
+    }
+    let part = |chars: &[char]| chars.iter().collect::<String>();
+    format!("{} … {}", part(&all[..200]), part(&all[all.len() - 195..]))
 }
 
 /// Keeps what came of it, at once: a full run takes hours.
