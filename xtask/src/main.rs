@@ -11,6 +11,7 @@ mod bench;
 mod demo;
 mod dist;
 mod inference;
+mod kernels;
 mod setup;
 mod shell;
 mod test;
@@ -36,6 +37,8 @@ enum Command {
     Bench(bench::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),
+    /// Write docs/compatibility.md again from the runs that tests/kernels.json has.
+    Compatibility,
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Compatibility => kernels::write_report(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

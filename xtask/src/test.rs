@@ -3,10 +3,9 @@
 //! skip that nobody expects make the exit code non-zero.
 
 use std::{
-    collections::BTreeSet,
     env, fs,
     io::{BufRead, BufReader},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -14,7 +13,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{inference, setup, shell};
+use crate::{inference, kernels, setup, shell};
+
+mod properties;
 
 /// Which suites to run.
 #[derive(clap::Args, Debug)]
@@ -28,6 +29,8 @@ pub struct Options {
     /// Test optimised builds, for suites that measure.
     #[arg(long)]
     release: bool,
+    #[command(flatten)]
+    kernels: kernels::Options,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -52,6 +55,8 @@ enum Suite {
     E2e,
     /// Broken parts under real traffic (root).
     Fault,
+    /// Other kernels and their drivers, in virtual machines (root; fetches QEMU and kernels once).
+    Kernels,
     /// The inference worker on a real model (fetches libtorch and the model once).
     Inference,
 }
@@ -60,16 +65,15 @@ enum Suite {
 const CRATES: [&str; 4] = ["lb-common", "lb-ebpf", "lb-userspace", "xtask"];
 
 /// Skips that CI lets pass, by the name that the test gives, each with why.
-const EXPECTED_SKIPS: [(&str, &str); 2] = [
+const EXPECTED_SKIPS: [(&str, &str); 4] = [
+    ("no-kernel-5.10", "its release is out of support, so that mirrors may drop it"),
+    ("no-kernel-6.18", "backports keep a line for some months only"),
     ("no-tcx", "kernels before 6.6 cannot attach the program that tags the client's frames"),
     (
         "no-previous-lbd",
         "LB_PREVIOUS_LBD names an lbd built from an earlier commit, where someone wants that tested",
     ),
 ];
-
-/// Cases for each property; proptest's own default, 256, is what unit runs use.
-const PROPERTY_CASES: u32 = 500;
 
 struct Outcome {
     suite: Suite,
@@ -81,6 +85,9 @@ struct Outcome {
 pub fn run(options: &Options) -> Result<()> {
     let suites =
         if options.suites.is_empty() { Suite::value_variants().to_vec() } else { options.suites.clone() };
+    if options.kernels.is_set() && !suites.contains(&Suite::Kernels) {
+        bail!("--full, --kernel, --driver and --setting are for the suite kernels, which was not named");
+    }
     setup::run(&setup::Options {
         bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
         packages: suites.iter().any(|suite| suite.needs_programs()),
@@ -122,6 +129,9 @@ fn run_suite(suite: Suite, options: &Options) -> Result<String> {
     if let Some(reason) = cannot.filter(|_| suite.needs_root()) {
         return skip(reason);
     }
+    if suite == Suite::Kernels {
+        return run_kernels(options);
+    }
     let skips = skip_file();
     let _ = fs::remove_file(&skips);
     let mut tally = Tally::default();
@@ -161,6 +171,24 @@ fn run_suite(suite: Suite, options: &Options) -> Result<String> {
     };
     let passed = tally.passed as usize + tally.again.len();
     Ok(if suite.runs_tests() { format!("{passed} passed{again}") } else { "ok".to_owned() })
+}
+
+fn run_kernels(options: &Options) -> Result<String> {
+    if let Some(reason) = kernels::unsuitable() {
+        return skip(&reason);
+    }
+    let summary = kernels::run(&options.kernels, options.release)?;
+    report_skips(&summary.skips.join("\n"))?;
+    if !summary.failed.is_empty() {
+        bail!("{}: {}", summary.line(), summary.failed.join("; "));
+    }
+    if summary.passed == 0 && !in_ci() {
+        return Ok(format!("SKIP: {}", summary.line()));
+    }
+    if summary.passed == 0 {
+        bail!("no kernel was run: {}", summary.line());
+    }
+    Ok(summary.line())
 }
 
 /// Runs the tests that failed a second time, each by its name: real traffic on a machine that others use
@@ -262,7 +290,7 @@ impl Suite {
     }
 
     fn needs_root(self) -> bool {
-        matches!(self, Self::Packet | Self::Verifier | Self::E2e | Self::Fault)
+        matches!(self, Self::Packet | Self::Verifier | Self::E2e | Self::Fault | Self::Kernels)
     }
 
     /// Whether it runs programs that set-up must find or install.
@@ -304,7 +332,7 @@ impl Suite {
                 "warnings",
             ])],
             Self::Unit => vec![test_crates(profile, &integration_tests(|name| !is_cli(name))?)],
-            Self::Property => property_commands(profile)?,
+            Self::Property => properties::commands(profile)?,
             Self::Cli => {
                 let names = integration_tests(is_cli)?;
                 let mut command = cargo(&["test", "--package", "lb-userspace"]);
@@ -335,6 +363,7 @@ impl Suite {
                 }
                 commands
             }
+            Self::Kernels => Vec::new(), // has no commands of cargo's: see `run_kernels`
             Self::Inference => inference_commands()?,
         })
     }
@@ -378,65 +407,6 @@ fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
     command
 }
 
-/// The properties once more, over many more cases than beside the other tests:
-/// every module and every integration test that has some.
-fn property_commands(profile: [&str; 2]) -> Result<Vec<Command>> {
-    let mut commands = Vec::new();
-    for name in CRATES {
-        let root = shell::workspace().join(name);
-        let modules = with_properties(&root.join("src"))?;
-        if !modules.is_empty() {
-            let mut command = cargo(&["test", "--package", name, "--lib"]);
-            command.args(profile).arg("--").args(modules.iter().map(|file| module_path(file)));
-            commands.push(command);
-        }
-        let files = with_properties(&root.join("tests"))?;
-        let targets: BTreeSet<String> = files.iter().filter_map(|file| target_of(file)).collect();
-        if !targets.is_empty() {
-            let mut command = cargo(&["test", "--package", name]);
-            command.args(profile).args(targets.iter().flat_map(|target| ["--test", target]));
-            commands.push(command);
-        }
-    }
-    for command in &mut commands {
-        command
-            .env("PROPTEST_CASES", env::var("PROPTEST_CASES").unwrap_or_else(|_| PROPERTY_CASES.to_string()));
-    }
-    Ok(commands)
-}
-
-/// Files under `directory` that state properties, relative to it.
-fn with_properties(directory: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let mut open = vec![directory.to_owned()];
-    while let Some(next) = open.pop() {
-        let Ok(entries) = fs::read_dir(&next) else { continue };
-        for entry in entries {
-            let path = entry.with_context(|| format!("cannot read {}", next.display()))?.path();
-            if path.is_dir() {
-                open.push(path);
-            } else if fs::read_to_string(&path).is_ok_and(|text| text.contains(concat!("proptest!", " {"))) {
-                found.push(path.strip_prefix(directory).unwrap_or(&path).to_owned());
-            }
-        }
-    }
-    found.sort();
-    Ok(found)
-}
-
-/// `compile/mod.rs` is `compile`, `maglev/tests.rs` is `maglev::tests`.
-fn module_path(file: &Path) -> String {
-    let path = file.with_extension("");
-    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).filter(|part| part != "mod").collect();
-    parts.join("::")
-}
-
-/// `native.rs` and `native/hostile.rs` belong to the test program `native`.
-fn target_of(file: &Path) -> Option<String> {
-    let first = Path::new(file.iter().next()?);
-    Some(first.file_stem()?.to_string_lossy().into_owned())
-}
-
 /// Builds as whoever we are, runs the test programs as root.
 fn run_as_root(command: &mut Command) {
     if !shell::is_root() {
@@ -470,14 +440,6 @@ mod tests {
         assert_eq!(parse_passed("test result: ok. 17 passed; 0 failed; 0 ignored"), 17);
         assert_eq!(parse_passed("test result: FAILED. 3 passed; 1 failed"), 3);
         assert_eq!(parse_passed("test wait::works ... ok"), 0);
-    }
-
-    #[test]
-    fn a_file_is_the_module_it_holds() {
-        assert_eq!(module_path(Path::new("maglev/tests.rs")), "maglev::tests");
-        assert_eq!(module_path(Path::new("compile/mod.rs")), "compile");
-        assert_eq!(target_of(Path::new("native/hostile.rs")).as_deref(), Some("native"));
-        assert_eq!(target_of(Path::new("native.rs")).as_deref(), Some("native"));
     }
 
     #[test]

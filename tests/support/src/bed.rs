@@ -21,7 +21,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 use crate::{
     netns::{self, Namespace},
-    program,
+    nics, program,
 };
 
 const PREFIX: &str = "lbt-";
@@ -36,6 +36,18 @@ pub const INGRESS_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 /// The ingress host's addresses towards the client.
 pub const INGRESS_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1);
 
+/// What the link between the client and the ingress host is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClientLink {
+    /// An interface at each end.
+    #[default]
+    Plain,
+    /// A VLAN device above the interface at each end, with the addresses.
+    Vlan,
+    /// The ingress host's interface is a bond with one port.
+    Bond,
+}
+
 /// What to build.
 #[derive(Clone, Copy, Debug)]
 pub struct Layout {
@@ -48,11 +60,19 @@ pub struct Layout {
     /// Whether the client's end has an XDP program, without which it does not
     /// receive what the ingress host sends by XDP_TX.
     pub client_xdp: bool,
+    /// What the client's link is made of.
+    pub client_link: ClientLink,
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { workers: 3, client_mtu: 1500, worker_mtu: 1600, client_xdp: true }
+        Self {
+            workers: 3,
+            client_mtu: 1500,
+            worker_mtu: 1600,
+            client_xdp: true,
+            client_link: ClientLink::Plain,
+        }
     }
 }
 
@@ -112,10 +132,10 @@ impl Bed {
         let client = Namespace::create(&format!("{PREFIX}{id}-client"))?;
         let ingress = Namespace::create(&format!("{PREFIX}{id}-ingress"))?;
         make_router(&ingress)?;
-        netns::connect((&client, "eth0"), (&ingress, "eth0"), layout.client_mtu)?;
+        let device = connect_client(&client, &ingress, &layout)?;
         for (namespace, v4, v6) in [(&client, CLIENT_V4, CLIENT_V6), (&ingress, INGRESS_V4, INGRESS_V6)] {
-            namespace.add_address("eth0", v4.into(), 24)?;
-            namespace.add_address("eth0", v6.into(), 64)?;
+            namespace.add_address(device, v4.into(), 24)?;
+            namespace.add_address(device, v6.into(), 64)?;
         }
         make_client(&client)?;
         let client_program =
@@ -191,6 +211,36 @@ impl Bed {
     /// What [`clean`] takes to remove this bed from elsewhere.
     pub fn id(&self) -> &str {
         &self.id
+    }
+}
+
+/// Makes the client's link, and names the device at both ends that has the addresses.
+fn connect_client(client: &Namespace, ingress: &Namespace, layout: &Layout) -> Result<&'static str> {
+    let mtu = layout.client_mtu;
+    match layout.client_link {
+        ClientLink::Plain => netns::connect((client, "eth0"), (ingress, "eth0"), mtu).map(|()| "eth0"),
+        ClientLink::Bond => {
+            netns::connect((client, "eth0"), (ingress, "port0"), mtu)?;
+            ingress.ip(&["link", "add", "eth0", "type", "bond", "mode", "active-backup", "miimon", "50"])?;
+            ingress.ip(&["link", "set", "port0", "down"])?;
+            ingress.ip(&["link", "set", "port0", "master", "eth0"])?;
+            ingress.ip(&["link", "set", "eth0", "mtu", &mtu.to_string(), "up"])?;
+            netns::wait_up(ingress, "eth0").map(|()| "eth0")
+        }
+        ClientLink::Vlan => {
+            netns::connect((client, "eth0"), (ingress, "eth0"), mtu)?;
+            for namespace in [client, ingress] {
+                // A veth end would carry the tag beside the frame, where an XDP program cannot see it.
+                if !nics::are_there() {
+                    namespace.run("ethtool", &["-K", "eth0", "txvlan", "off"])?;
+                }
+                let device = ["link", "add", "link", "eth0", "name", "eth0.7", "type", "vlan", "id", "7"];
+                namespace.ip(&device)?;
+                namespace.ip(&["link", "set", "eth0.7", "up"])?;
+                netns::wait_up(namespace, "eth0.7")?;
+            }
+            Ok("eth0.7")
+        }
     }
 }
 

@@ -177,8 +177,11 @@ impl Namespace {
     }
 
     /// Turns transmit checksum offload off: without it an XDP program sees only
-    /// the pseudo-header's sum and a redirected frame arrives broken.
+    /// the pseudo-header's sum and a redirected frame arrives broken. NICs complete it.
     pub fn disable_tx_offload(&self, interface: &str) -> Result<()> {
+        if crate::nics::are_there() {
+            return Ok(());
+        }
         self.run("ethtool", &["-K", interface, "tx", "off"]).map(drop)
     }
 
@@ -198,28 +201,32 @@ impl Drop for Namespace {
     }
 }
 
-/// Joins `left` and `right` by a veth pair with both ends up at `mtu`.
+/// Joins `left` and `right` by a veth pair, or where the machine has some for it by a pair of NICs (see
+/// [`crate::nics`]), with both ends up at `mtu`.
 pub fn connect(left: (&Namespace, &str), right: (&Namespace, &str), mtu: u32) -> Result<()> {
     let mtu = mtu.to_string();
-    run(Command::new("ip").args(["link", "add", left.1, "mtu", &mtu, "netns", left.0.name()]).args([
-        "type",
-        "veth",
-        "peer",
-        "name",
-        right.1,
-        "mtu",
-        &mtu,
-        "netns",
-        right.0.name(),
-    ]))?;
+    if crate::nics::are_there() {
+        crate::nics::connect(left, right, &mtu)?;
+    } else {
+        make_pair(left, right, &mtu)?;
+    }
     left.0.ip(&["link", "set", left.1, "up"])?;
     right.0.ip(&["link", "set", right.1, "up"])?;
-    for (namespace, interface) in [left, right] {
-        crate::wait::until(&format!("{interface} is up"), std::time::Duration::from_secs(5), || {
-            namespace.sys(interface, "operstate").is_ok_and(|state| state == "\"UP\"")
-        })?;
-    }
-    Ok(())
+    [left, right].into_iter().try_for_each(|(namespace, interface)| wait_up(namespace, interface))
+}
+
+/// Waits until `interface` has a carrier.
+pub fn wait_up(namespace: &Namespace, interface: &str) -> Result<()> {
+    crate::wait::until(&format!("{interface} is up"), std::time::Duration::from_secs(5), || {
+        namespace.sys(interface, "operstate").is_ok_and(|state| state == "\"UP\"")
+    })
+    .map(drop)
+}
+
+fn make_pair(left: (&Namespace, &str), right: (&Namespace, &str), mtu: &str) -> Result<()> {
+    let arguments = ["link", "add", left.1, "mtu", mtu, "netns", left.0.name(), "type", "veth", "peer"];
+    let peer = ["name", right.1, "mtu", mtu, "netns", right.0.name()];
+    run(Command::new("ip").args(arguments).args(peer)).map(drop)
 }
 
 /// Names of all namespaces that begin with `prefix`.

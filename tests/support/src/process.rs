@@ -16,6 +16,18 @@ use nix::{
 
 use crate::wait;
 
+/// Lets the kernel kill the program that `command` becomes when the calling thread ends.
+pub fn die_with_parent(command: &mut Command) {
+    // SAFETY: prctl with these arguments only sets a flag of the child and
+    // is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+}
+
 /// A running program; killed by its id when dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -33,14 +45,7 @@ impl Process {
             .append(true)
             .open(log)
             .with_context(|| format!("cannot open {}", log.display()))?;
-        // SAFETY: prctl with these arguments only sets a flag of the child and
-        // is async-signal-safe.
-        unsafe {
-            command.pre_exec(|| {
-                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                Ok(())
-            });
-        }
+        die_with_parent(&mut command);
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone().context("cannot duplicate a descriptor")?)

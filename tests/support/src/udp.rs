@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, anyhow};
 use socket2::{Domain, Socket, Type};
 
-use crate::netns::Namespace;
+use crate::{netns::Namespace, wait};
 
 const STEP: Duration = Duration::from_millis(50);
 
@@ -93,7 +93,7 @@ impl Flows {
                         if target.is_ipv4() { ([0; 4], 0).into() } else { ([0u16; 8], 0).into() };
                     let socket = UdpSocket::bind(any)?;
                     socket.connect(target)?;
-                    socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+                    socket.set_read_timeout(Some(wait::patience(Duration::from_secs(2))))?;
                     Ok(socket)
                 })
                 .collect::<io::Result<Vec<_>>>()
@@ -115,8 +115,8 @@ impl Flows {
         self.exchange_sized(0)
     }
 
-    /// The same with datagrams of at least `size` bytes.
-    pub fn exchange_sized(&mut self, size: usize) -> Result<Vec<Option<String>>> {
+    /// Sends a datagram of at least `size` bytes on each flow without waiting for answers. What was sent.
+    pub fn send_sized(&mut self, size: usize) -> Result<String> {
         self.sent += 1;
         let message = format!("{:0size$}", self.sent);
         for socket in &self.sockets {
@@ -125,6 +125,12 @@ impl Flows {
                 socket.send(message.as_bytes()).context("cannot send a datagram")?;
             }
         }
+        Ok(message)
+    }
+
+    /// [`Self::exchange`] with datagrams of at least `size` bytes.
+    pub fn exchange_sized(&mut self, size: usize) -> Result<Vec<Option<String>>> {
+        let message = self.send_sized(size)?;
         let mut answers = Vec::with_capacity(self.sockets.len());
         for socket in &self.sockets {
             answers.push(receive(socket, &message)?);
