@@ -23,7 +23,10 @@ pub fn page() -> String {
          are desired state, and take effect with `lbctl config apply FILE` or `systemctl reload lbd`.",
     );
     section(&mut out, &TOP);
-    out.push_str("\n## [lbd]\n");
+    out.push_str(
+        "\n## [lbd]\n\nSettings of the daemon. The `max_*` keys are sizes of maps and stay as they are while the maps are \
+         pinned: to change them, stop `lbd`, run `lbd detach` and start it again.\n",
+    );
     out.push_str(&table(&["key", "type", "default", "meaning", "flag, environment"], &daemon_rows()));
     for part in TABLES {
         section(&mut out, part);
