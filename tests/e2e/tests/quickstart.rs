@@ -15,7 +15,7 @@ set -e
 mount --make-rprivate /
 mount -t bpf bpf /sys/fs/bpf
 for d in /run/netns /run/lb /var/lib/lb /tmp/quickstart; do mkdir -p $d; mount -t tmpfs tmpfs $d; done
-trap 'kill $(jobs -p) 2> /dev/null' EXIT
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 ";
 
 /// The commands of the blocks marked `sh`, in their order.
@@ -47,7 +47,7 @@ fn the_quick_start_works_as_written() -> Result<()> {
     let text = fs::read_to_string(&guide).with_context(|| format!("cannot read {}", guide.display()))?;
     let script = format!("{PRIVATE}export PATH={}:$PATH\n{}", programs()?.display(), commands(&text));
     let mut command = Command::new("timeout");
-    command.args(["120", "unshare", "--mount", "bash", "-c", &script]).stdin(Stdio::null());
+    command.args(["240", "unshare", "--mount", "bash", "-c", &script]).stdin(Stdio::null());
     let output = command.output().context("cannot start unshare")?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
