@@ -104,10 +104,20 @@ pub fn page() -> String {
          may read; root and members of `socket_group` may also write. \
          `curl --unix-socket /run/lb/lbd.sock http://lbd/v1/status` shows the state.",
     );
+    let rights = rights();
+    let mut heads = vec!["method", "path", "query or body", "meaning"];
+    if !rights.is_empty() {
+        heads.insert(2, "needs");
+    }
     let rows = ROWS.iter().map(|(method, path, input, meaning)| {
-        vec![method.to_string(), code(path), cell(input), cell(meaning)]
+        let mut row = vec![method.to_string(), code(path), cell(input), cell(meaning)];
+        if !rights.is_empty() {
+            let right = rights.iter().find(|(m, p, _)| m.eq_ignore_ascii_case(method) && p == path);
+            row.insert(2, right.unwrap_or_else(|| panic!("the API has no {method} {path}")).2.clone());
+        }
+        row
     });
-    out.push_str(&table(&["method", "path", "query or body", "meaning"], &rows.collect::<Vec<_>>()));
+    out.push_str(&table(&heads, &rows.collect::<Vec<_>>()));
     out.push_str(
         "\nChanges of services, backends, regions, roll-outs and configuration take `dry_run=true` (only say what would \
          change), `expected=REVISION` (refuse if the newest revision is another) and `message=TEXT` (shown in the history). \
@@ -115,6 +125,33 @@ pub fn page() -> String {
          with a status of 4xx or 5xx.\n",
     );
     out
+}
+
+/// Method, path and right of each row `Route::new(METHOD, "PATH", RIGHT, …)` of the table that the router is built from;
+/// none while there is no such table. Every row must be described.
+fn rights() -> Vec<(String, String, String)> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/table.rs");
+    let source = fs::read_to_string(file).unwrap_or_default();
+    let rows = source.lines().filter_map(|line| line.trim().strip_prefix("Route::new("));
+    let rows: Vec<_> = rows
+        .map(|row| {
+            let mut parts = row.split(',').map(str::trim);
+            let mut next = || parts.next().unwrap_or_default().trim_matches('"').to_owned();
+            let (method, path) = (next(), next());
+            let right = match next().as_str() {
+                "Read" => "read",
+                "Try" => "write; read for a dry run",
+                "Write" => "write",
+                other => panic!("{method} {path} needs {other}, which tests/reference/api.rs does not know"),
+            };
+            (method, path, right.to_owned())
+        })
+        .collect();
+    for (method, path, _) in &rows {
+        let known = ROWS.iter().any(|row| row.0 == method && row.1 == path);
+        assert!(known, "describe {method} {path} in tests/reference/api.rs");
+    }
+    rows
 }
 
 /// Paths that the sources of the router name.
