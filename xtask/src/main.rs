@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod demo;
 mod dist;
+mod docs;
 mod inference;
 mod kernels;
 mod setup;
@@ -33,6 +34,8 @@ enum Command {
     Demo(demo::Options),
     /// Build the release: binaries, man pages, completions, service files.
     Dist(dist::Options),
+    /// Write docs/reference from the code; build all documents as one site.
+    Docs(docs::Options),
     /// Measure the balancer, or one part of it; `bench --help` lists what there is.
     Bench(bench::Options),
     /// Run the test suites, all or the named ones.
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
         Command::Setup(options) => setup::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Docs(options) => docs::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Compatibility => kernels::write_report(),

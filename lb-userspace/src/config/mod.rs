@@ -4,7 +4,7 @@
 //! [`File::read`]. Called by `lbd` at start and on SIGHUP, and by `lbctl config`.
 
 mod export;
-mod keys;
+pub mod keys;
 mod options;
 mod parse;
 mod shared;

@@ -34,6 +34,7 @@ const WANTED: &[Wanted] = &[
     one("etcdctl", &[&["etcd-client"]]),
     one("bird", &[&["bird2"]]),
     one("openssl", &[&["openssl"]]),
+    one("python3", &[&["python3"]]),
 ];
 
 /// Installs the packages of every program that is not there yet.

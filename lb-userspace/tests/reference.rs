@@ -1,0 +1,73 @@
+//! The pages of `docs/reference/`, made from the code: settings, command lines, metrics, drop reasons, API.
+//!
+//! Each test makes one page and compares it with the checked-in file. `cargo xtask docs` runs the same tests with
+//! `LB_WRITE_REFERENCE=1`, which writes the files instead. A key, metric or reason that the tables beside this file do
+//! not describe fails the test.
+
+#![allow(clippy::unwrap_used, reason = "a test file, helpers included")]
+
+mod reference {
+    pub mod api;
+    pub mod cli;
+    pub mod keys;
+    pub mod metrics;
+    pub mod reasons;
+    pub mod settings;
+    pub mod text;
+}
+
+use reference::{api, cli, metrics, reasons, settings};
+use std::{env, fs, path::Path};
+
+/// Compares a page with the checked-in file, or writes it.
+fn page(name: &str, text: &str) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("docs/reference");
+    let path = directory.join(name);
+    if env::var_os("LB_WRITE_REFERENCE").is_some_and(|value| value == "1") {
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(&path, text).unwrap();
+        return;
+    }
+    let checked_in = fs::read_to_string(&path).unwrap_or_default();
+    let line = checked_in.lines().zip(text.lines()).position(|(old, new)| old != new);
+    let line = line.unwrap_or_else(|| checked_in.lines().count().min(text.lines().count()));
+    assert!(
+        checked_in == text,
+        "docs/reference/{name} differs from the code, first in line {}:\n  file: {}\n  code: {}\n\
+         run `cargo xtask docs` and commit the result",
+        line + 1,
+        checked_in.lines().nth(line).unwrap_or("(end of file)"),
+        text.lines().nth(line).unwrap_or("(end of page)"),
+    );
+}
+
+#[test]
+fn settings_page() {
+    page("settings.md", &settings::page());
+}
+
+#[test]
+fn lbctl_page() {
+    page("lbctl.md", &cli::page(lb_userspace::cli::command(), cli::LBCTL));
+}
+
+#[test]
+fn lbd_page() {
+    use clap::CommandFactory;
+    page("lbd.md", &cli::page(lb_userspace::daemon::args::Cli::command(), cli::LBD));
+}
+
+#[test]
+fn metrics_page() {
+    page("metrics.md", &metrics::page());
+}
+
+#[test]
+fn reasons_page() {
+    page("drop-reasons.md", &reasons::page());
+}
+
+#[test]
+fn api_page() {
+    page("api.md", &api::page());
+}

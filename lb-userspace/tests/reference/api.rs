@@ -1,0 +1,198 @@
+//! The API's routes. The rows are asked of a live API, and compared with the paths that the router is built from.
+
+use super::text::{cell, code, head, table};
+use lb_userspace::{
+    api::{self, Control, memory::MemoryEngine},
+    client::{Client, ClientError},
+    health::Book,
+    store::RedbStore,
+};
+use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
+
+/// Method, path, query parameters or body, meaning.
+type Row = (&'static str, &'static str, &'static str, &'static str);
+
+const ROWS: &[Row] = &[
+    ("GET", "/v1/status", "", "Overall health, problems, interfaces, revision, room in the maps"),
+    ("GET", "/v1/services", "", "All services"),
+    ("GET", "/v1/services/{service}", "", "One service"),
+    ("POST", "/v1/services/{service}", "body: service", "Add a service"),
+    ("PATCH", "/v1/services/{service}", "body: JSON merge patch (RFC 7396)", "Change a service"),
+    ("DELETE", "/v1/services/{service}", "", "Remove a service"),
+    ("GET", "/v1/backends", "", "Backends of all services"),
+    ("GET", "/v1/services/{service}/backends", "", "Backends of one service"),
+    ("GET", "/v1/services/{service}/backends/{backend}", "", "One backend, with the history of its health"),
+    ("POST", "/v1/services/{service}/backends/{backend}", "body: backend", "Add a backend"),
+    (
+        "PATCH",
+        "/v1/services/{service}/backends/{backend}",
+        "body: JSON merge patch (RFC 7396)",
+        "Change a backend",
+    ),
+    ("DELETE", "/v1/services/{service}/backends/{backend}", "", "Remove a backend"),
+    ("POST", "/v1/services/{service}/backends/{backend}/drain", "", "Send no new flows to a backend"),
+    ("POST", "/v1/services/{service}/backends/{backend}/undrain", "", "Send new flows there again"),
+    (
+        "GET",
+        "/v1/replicas",
+        "`service`, `after`, `wait_ms`",
+        "Replica state; with `after=VERSION` the answer waits until there is news",
+    ),
+    ("GET", "/v1/stats", "", "Counters of backends and drop reasons"),
+    ("GET", "/v1/flows", "`service`, `backend`, `limit`", "Entries of the flow tables"),
+    (
+        "GET",
+        "/v1/explain",
+        "`source`, `destination`, `protocol`, `connection_id`",
+        "Where a packet goes, and each step of the decision",
+    ),
+    ("GET", "/v1/config", "", "The whole desired state, with its revision"),
+    ("PUT", "/v1/config", "body: `{\"revision\"?, \"desired\"}`", "Replace the desired state"),
+    ("GET", "/v1/history", "`before`, `limit`", "Revisions, newest first"),
+    ("POST", "/v1/rollback", "body: `{\"revision\"}`", "Make the state of an older revision the newest"),
+    ("GET", "/v1/store", "", "Members, regions and hosts of the store"),
+    ("GET", "/v1/store/backup", "", "All kept revisions as a file"),
+    ("POST", "/v1/store/restore", "body: a backup", "Restore a backup"),
+    ("POST", "/v1/store/migrate", "body: `{\"to\": URL}`", "Copy all revisions to another store"),
+    ("POST", "/v1/store/accept", "", "Accept that the store was set back"),
+    ("GET", "/v1/locks", "", "Locks"),
+    ("POST", "/v1/locks/{name}", "body: `{\"reason\", \"ttl_s\", \"token\"?}`", "Take or renew a lock"),
+    ("DELETE", "/v1/locks/{name}", "`token`, `force`", "Release a lock"),
+    ("GET", "/v1/host", "", "VIPs that this host announces, and its drain"),
+    ("POST", "/v1/host/drain", "body: `{\"reason\"}`", "Take this host out of service"),
+    ("POST", "/v1/host/undrain", "", "Put this host back into service"),
+    ("GET", "/v1/policy", "", "How services are spread over regions and versions"),
+    ("GET", "/v1/policy/{service}", "", "How one service is spread: inputs and decision"),
+    ("GET", "/v1/residency", "", "Backends and flows that break a residency rule"),
+    ("GET", "/v1/regions", "", "Regions: distance, health, state"),
+    ("POST", "/v1/regions/{region}", "", "Name a region"),
+    ("DELETE", "/v1/regions/{region}", "", "Remove a region"),
+    ("POST", "/v1/regions/{region}/drain", "", "Send no new flows to a region"),
+    ("POST", "/v1/regions/{region}/undrain", "", "Send new flows there again"),
+    ("GET", "/v1/rollouts", "", "Roll-outs of model versions"),
+    (
+        "POST",
+        "/v1/rollouts",
+        "body: `{\"model\", \"version\", \"permille\", \"services\"?}`",
+        "Start a roll-out",
+    ),
+    (
+        "POST",
+        "/v1/rollouts/{verb}",
+        "body: `{\"model\"?, \"service\"?, \"reason\"?}`",
+        "`promote`, `abort` or `clear` a roll-out",
+    ),
+    ("GET", "/v1/guard", "", "Sizes of the deny and allow lists"),
+    ("GET", "/v1/guard/check", "`address`", "Which entry decides about an address"),
+    ("GET", "/v1/guard/{list}", "`within`, `limit`", "Entries of the list `deny` or `allow`"),
+    ("POST", "/v1/guard/{list}", "body: changes of the list", "Add, remove, replace or flush entries"),
+];
+
+/// The page.
+pub fn page() -> String {
+    let rows: Vec<&str> = ROWS.iter().map(|row| row.1).collect();
+    let built = paths();
+    let missing: Vec<_> = built.iter().filter(|path| !rows.contains(&path.as_str())).collect();
+    assert!(missing.is_empty(), "describe {missing:?} in tests/reference/api.rs");
+    let gone: Vec<_> = rows.iter().filter(|path| !built.contains(**path)).collect();
+    assert!(gone.is_empty(), "the API has no {gone:?}: remove them from tests/reference/api.rs");
+    answered();
+
+    let mut out = head(
+        "API",
+        "HTTP and JSON on the Unix socket of `lbd`, `/run/lb/lbd.sock` (`socket` in `[lbd]`). Whoever may open the socket \
+         may read; root and members of `socket_group` may also write. \
+         `curl --unix-socket /run/lb/lbd.sock http://lbd/v1/status` shows the state.",
+    );
+    let rights = rights();
+    let mut heads = vec!["method", "path", "query or body", "meaning"];
+    if !rights.is_empty() {
+        heads.insert(2, "needs");
+    }
+    let rows = ROWS.iter().map(|(method, path, input, meaning)| {
+        let mut row = vec![method.to_string(), code(path), cell(input), cell(meaning)];
+        if !rights.is_empty() {
+            let right = rights.iter().find(|(m, p, _)| m.eq_ignore_ascii_case(method) && p == path);
+            row.insert(2, right.unwrap_or_else(|| panic!("the API has no {method} {path}")).2.clone());
+        }
+        row
+    });
+    out.push_str(&table(&heads, &rows.collect::<Vec<_>>()));
+    out.push_str(
+        "\nChanges of services, backends, regions, roll-outs and configuration take `dry_run=true` (only say what would \
+         change), `expected=REVISION` (refuse if the newest revision is another) and `message=TEXT` (shown in the history). \
+         They return when the maps are written.\n\nErrors are `{\"error\": {\"code\", \"message\", \"fix\"?, \"details\"?}}` \
+         with a status of 4xx or 5xx.\n",
+    );
+    out
+}
+
+/// Method, path and right of each row `Route::new(METHOD, "PATH", RIGHT, …)` of the table that the router is built from;
+/// none while there is no such table. Every row must be described.
+fn rights() -> Vec<(String, String, String)> {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/table.rs");
+    let source = fs::read_to_string(file).unwrap_or_default();
+    let rows = source.lines().filter_map(|line| line.trim().strip_prefix("Route::new("));
+    let rows: Vec<_> = rows
+        .map(|row| {
+            let mut parts = row.split(',').map(str::trim);
+            let mut next = || parts.next().unwrap_or_default().trim_matches('"').to_owned();
+            let (method, path) = (next(), next());
+            let right = match next().as_str() {
+                "Read" => "read",
+                "Try" => "write; read for a dry run",
+                "Write" => "write",
+                other => panic!("{method} {path} needs {other}, which tests/reference/api.rs does not know"),
+            };
+            (method, path, right.to_owned())
+        })
+        .collect();
+    for (method, path, _) in &rows {
+        let known = ROWS.iter().any(|row| row.0 == method && row.1 == path);
+        assert!(known, "describe {method} {path} in tests/reference/api.rs");
+    }
+    rows
+}
+
+/// Paths that the sources of the router name.
+fn paths() -> BTreeSet<String> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api");
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name().unwrap().to_string_lossy().contains("tests") {
+            continue;
+        }
+        for line in fs::read_to_string(path).unwrap().lines().filter(|l| l.to_lowercase().contains("route")) {
+            let literals = line.split('"').skip(1).step_by(2);
+            found.extend(literals.filter(|text| text.starts_with("/v1/")).map(str::to_owned));
+        }
+    }
+    assert!(found.len() > 20, "only {} paths were found in src/api", found.len());
+    found
+}
+
+/// Asks an API without a kernel for each row: the path must exist, and take the method.
+fn answered() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
+        let control = Control::new(store, Arc::new(MemoryEngine::new(5)), Arc::new(Book::default()));
+        let socket = directory.path().join("lbd.sock");
+        let (listener, writers) = api::bind(&socket, 0o660, None).unwrap();
+        tokio::spawn(control.clone().follow());
+        tokio::spawn(api::serve(listener, control, writers, std::future::pending()));
+        let client = Client::new(&socket).unwrap();
+        for (method, path, ..) in ROWS {
+            let list = if path.starts_with("/v1/guard") { "deny" } else { "none" };
+            let filled = path.replace("{list}", list).replace(['{', '}'], "");
+            let answer = client.send::<serde_json::Value>(method.parse().unwrap(), &filled, &(), None::<&()>);
+            if let Err(ClientError::Refused { info }) = answer.await {
+                let unknown = ["there is no /", &format!("{method} does not go with")];
+                let is_unknown = unknown.iter().any(|start| info.message.starts_with(*start));
+                assert!(!is_unknown, "{method} {path}: {}", info.message);
+            }
+        }
+    });
+}
