@@ -57,13 +57,13 @@ layout! {
     SourceKey: 20 / 4 { source @ 0, service @ 16 };
     Meter: 16 / 4 { second @ 0, count @ 4, until_s @ 8, floods @ 12 };
     Pressure: 64 / 4 { syns @ 0, flows @ 16, udp @ 32, full_s @ 48 };
-    IngressSettings: 36 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
-        nat_first @ 20, nat_last @ 22, syns_per_s @ 24, flows_per_s @ 28, udp_per_s @ 32 };
+    IngressSettings: 40 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
+        nat_first @ 20, nat_last @ 22, syns_per_s @ 24, flows_per_s @ 28, udp_per_s @ 32, kernel @ 36 };
     LastHop: 24 / 4 { macs @ 0, tags @ 12, ifindex @ 20 };
     ReplyKey: 40 / 4 { worker @ 0, source @ 16, port @ 32, source_port @ 34, protocol @ 36 };
     Young: 48 / 4 { key @ 0, client @ 40 };
     Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };
-    DecapSettings: 8 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7 };
+    DecapSettings: 12 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7, kernel @ 8 };
 }
 
 #[cfg(not(feature = "other-abi"))]

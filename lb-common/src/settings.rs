@@ -34,6 +34,8 @@ pub struct IngressSettings {
     pub flows_per_s: u32,
     /// The same of UDP flows.
     pub udp_per_s: u32,
+    /// What the running kernel can do, see [`kernel`]; code for what it cannot do is removed by the verifier.
+    pub kernel: u32,
 }
 
 /// Bits of [`IngressSettings::features`].
@@ -78,6 +80,24 @@ pub mod features {
     ];
 }
 
+/// Bits of [`IngressSettings::kernel`] and [`DecapSettings::kernel`]: what the loader found that the kernel can do.
+/// A helper that a kernel does not know may be called in code that the verifier never reaches.
+pub mod kernel {
+    /// Packets may have fragments (5.18: `BPF_F_XDP_HAS_FRAGS`, `bpf_xdp_get_buff_len`, `bpf_xdp_load_bytes`). Set it
+    /// only where the program is loaded with that flag; without it, a packet is what lies between `data` and `data_end`.
+    pub const FRAGS: u32 = 1 << 0;
+    /// `bpf_fib_lookup` takes `BPF_FIB_LOOKUP_SRC` (6.7, and late 6.6).
+    pub const FIB_SRC: u32 = 1 << 1;
+    /// `bpf_ktime_get_coarse_ns` (5.11).
+    pub const COARSE_CLOCK: u32 = 1 << 2;
+    /// `bpf_check_mtu` (5.12).
+    pub const CHECK_MTU: u32 = 1 << 3;
+    /// All of them: a kernel of 6.7 or later.
+    pub const ALL: u32 = (1 << 4) - 1;
+    /// What 5.10 can do: none of them.
+    pub const NONE: u32 = 0;
+}
+
 impl IngressSettings {
     /// Everything on, nothing metered.
     pub const DEFAULT: Self = Self {
@@ -94,6 +114,7 @@ impl IngressSettings {
         syns_per_s: u32::MAX,
         flows_per_s: u32::MAX,
         udp_per_s: u32::MAX,
+        kernel: kernel::ALL,
     };
 }
 
@@ -109,11 +130,14 @@ pub struct DecapSettings {
     pub ipv6: u8,
     /// Whether tags are looked through.
     pub vlan: u8,
+    /// What the running kernel can do, see [`kernel`].
+    pub kernel: u32,
 }
 
 impl DecapSettings {
     /// Everything on, GUE on its registered port.
-    pub const DEFAULT: Self = Self { abi_version: crate::ABI_VERSION, gue_port: GUE_PORT, ipv6: 1, vlan: 1 };
+    pub const DEFAULT: Self =
+        Self { abi_version: crate::ABI_VERSION, gue_port: GUE_PORT, ipv6: 1, vlan: 1, kernel: kernel::ALL };
 }
 
 /// First and last source port of mode `nat`, by default: below those that Linux gives to a host's own sockets

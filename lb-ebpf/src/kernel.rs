@@ -17,18 +17,26 @@ use aya_ebpf::{
     maps::{DevMapHash, PerCpuArray},
     programs::XdpContext,
 };
-use lb_common::{Reason, service::UDP};
+use lb_common::{Reason, service::UDP, settings::kernel};
 
 /// An XDP buffer.
 pub struct XdpFrame<'a> {
     ctx: &'a XdpContext,
+    /// Bits of [`kernel`]. A whole register: kernels before 5.16 forget constants of other sizes on the stack.
+    kernel: u64,
 }
 
 impl<'a> XdpFrame<'a> {
-    /// The frame of this run.
+    /// The frame of this run, on a kernel that can do this ([`kernel`]).
     #[inline(always)]
-    pub fn new(ctx: &'a XdpContext) -> Self {
-        Self { ctx }
+    pub fn new(ctx: &'a XdpContext, kernel: u32) -> Self {
+        Self { ctx, kernel: kernel as u64 }
+    }
+
+    /// Whether the kernel can do this. The verifier knows the answer, and removes what is not taken.
+    #[inline(always)]
+    fn can(&self, bit: u32) -> bool {
+        self.kernel & bit as u64 != 0
     }
 }
 
@@ -42,6 +50,9 @@ impl Frame for XdpFrame<'_> {
 
     #[inline(always)]
     fn total_len(&self) -> usize {
+        if !self.can(kernel::FRAGS) {
+            return self.packet().len();
+        }
         // SAFETY: the context is valid during the run.
         unsafe { helpers::generated::bpf_xdp_get_buff_len(self.ctx.ctx) as usize }
     }
@@ -69,7 +80,23 @@ impl Frame for XdpFrame<'_> {
 
     #[inline(always)]
     fn sum_of(&self, offset: usize, len: usize, memory: &mut Sum) -> Option<u32> {
-        let memory: *mut Sum = memory;
+        if self.can(kernel::FRAGS) {
+            self.sum_of_parts(offset, len, memory)
+        } else {
+            self.sum_of_linear(offset, len, memory)
+        }
+    }
+
+    #[inline(always)]
+    fn ifindex(&self) -> u32 {
+        self.ctx.ingress_ifindex() as u32
+    }
+}
+
+impl XdpFrame<'_> {
+    /// [`Frame::sum_of`] of a packet that may have fragments.
+    #[inline(always)]
+    fn sum_of_parts(&self, offset: usize, len: usize, memory: *mut Sum) -> Option<u32> {
         // SAFETY: a place in memory that this run owns; nothing is read.
         let bytes = unsafe { (&raw mut (*memory).bytes).cast::<u8>() };
         let load = |offset: u32, len: u32| {
@@ -118,15 +145,100 @@ impl Frame for XdpFrame<'_> {
         }
     }
 
+    /// [`Frame::sum_of`] of a packet that has no fragments, by helpers of 5.10.
     #[inline(always)]
-    fn ifindex(&self) -> u32 {
-        self.ctx.ingress_ifindex() as u32
+    fn sum_of_linear(&self, offset: usize, len: usize, memory: *mut Sum) -> Option<u32> {
+        // SAFETY: each access is to a field of memory that this run owns. Volatile for the reason in `sum_of_parts`.
+        unsafe {
+            (&raw mut (*memory).left).write_volatile(len as u32);
+            (&raw mut (*memory).offset).write_volatile(offset as u32);
+            (&raw mut (*memory).sum).write_volatile(0);
+            for _ in 0..SUM_CHUNKS {
+                if (&raw const (*memory).left).read_volatile() < SUM_CHUNK as u32 {
+                    break;
+                }
+                self.sum_piece::<SUM_CHUNK>(memory)?;
+            }
+            if (&raw const (*memory).left).read_volatile() >= SUM_CHUNK as u32 {
+                return None;
+            }
+        }
+        self.sum_bit::<256>(memory)?;
+        self.sum_bit::<128>(memory)?;
+        self.sum_bit::<64>(memory)?;
+        self.sum_bit::<32>(memory)?;
+        self.sum_bit::<16>(memory)?;
+        self.sum_bit::<8>(memory)?;
+        self.sum_bit::<4>(memory)?;
+        // SAFETY: as above.
+        let (left, offset, sum) = unsafe {
+            (
+                (&raw const (*memory).left).read_volatile() & 3,
+                (&raw const (*memory).offset).read_volatile() as usize & SUM_REACH,
+                (&raw const (*memory).sum).read_volatile(),
+            )
+        };
+        if left == 0 {
+            return Some(sum);
+        }
+        // The last word of the packet ends with them, as headers come before. Zeros take the place of what follows.
+        let place = self.linear::<4>((offset + left as usize).wrapping_sub(4) & SUM_REACH)?;
+        // SAFETY: `linear` checked the four bytes; unaligned packet access is one load on kernels that offer XDP.
+        let word = u32::from_le(unsafe { place.cast::<u32>().read() }) >> (8 * (4 - left));
+        // SAFETY: memory that this run owns, and a helper that reads four bytes of it.
+        let sum = unsafe {
+            let bytes = (&raw mut (*memory).bytes).cast::<u32>();
+            bytes.write_unaligned(word.to_le());
+            helpers::generated::bpf_csum_diff(core::ptr::null_mut(), 0, bytes, 4, sum)
+        };
+        Some(sum as u32)
+    }
+
+    /// Adds the next `N` bytes, if that bit of what is left is set.
+    #[inline(always)]
+    fn sum_bit<const N: usize>(&self, memory: *mut Sum) -> Option<()> {
+        // SAFETY: a field of memory that this run owns.
+        if unsafe { (&raw const (*memory).left).read_volatile() } & N as u32 == 0 {
+            return Some(());
+        }
+        self.sum_piece::<N>(memory)
+    }
+
+    /// Adds the next `N` bytes.
+    #[inline(always)]
+    fn sum_piece<const N: usize>(&self, memory: *mut Sum) -> Option<()> {
+        // SAFETY: fields of memory that this run owns; `linear` checked the bytes that the helper reads.
+        unsafe {
+            let offset = (&raw const (*memory).offset).read_volatile();
+            let place = self.linear::<N>(offset as usize & SUM_REACH)?;
+            let sum = (&raw const (*memory).sum).read_volatile();
+            let sum =
+                helpers::generated::bpf_csum_diff(core::ptr::null_mut(), 0, place.cast(), N as u32, sum);
+            (&raw mut (*memory).sum).write_volatile(sum as u32);
+            (&raw mut (*memory).offset).write_volatile(offset + N as u32);
+            let left = (&raw const (*memory).left).read_volatile();
+            (&raw mut (*memory).left).write_volatile(left - N as u32);
+        }
+        Some(())
+    }
+
+    /// `N` bytes at an offset that may be far behind the headers, up to [`SUM_REACH`].
+    #[inline(always)]
+    fn linear<const N: usize>(&self, offset: usize) -> Option<*mut u8> {
+        let place = self.ctx.data() + offset;
+        if place + N > self.ctx.data_end() { None } else { Some(place as *mut u8) }
     }
 }
+
+/// Farthest place that a sum reaches, as a mask: what the verifier wants to see of a variable offset.
+const SUM_REACH: usize = 0x7fff;
 
 impl Fib for XdpFrame<'_> {
     #[inline(always)]
     fn narrower(&self, ifindex: u32, len: u32) -> Option<u32> {
+        if !self.can(kernel::CHECK_MTU) {
+            return None;
+        }
         let mut mtu = len;
         // SAFETY: the context is valid during the run, and the helper reads and writes one word.
         let answer = unsafe { helpers::generated::bpf_check_mtu(self.ctx.as_ptr(), ifindex, &mut mtu, 0, 0) };
@@ -158,7 +270,8 @@ impl Fib for XdpFrame<'_> {
             params.__bindgen_anon_4.ipv4_dst = query.destination[3];
         }
         let chooses = query.source[3] == 0 && query.source[0] == 0;
-        let flags = if chooses { bindings::BPF_FIB_LOOKUP_SRC } else { 0 };
+        // A kernel that does not know the flag refuses the lookup; without it, no source is chosen.
+        let flags = if chooses && self.can(kernel::FIB_SRC) { bindings::BPF_FIB_LOOKUP_SRC } else { 0 };
         // SAFETY: context and parameters are valid, and the size is theirs.
         let answer = unsafe {
             helpers::generated::bpf_fib_lookup(

@@ -68,7 +68,7 @@ impl DecapTables for Maps {
 #[xdp(frags)]
 pub fn decap(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let mut frame = XdpFrame::new(&ctx);
+    let mut frame = XdpFrame::new(&ctx, settings.kernel);
     let (verdict, reason) = process(&mut frame, &Maps, &settings);
     debug!(&ctx, "reason {}", reason as u32);
     if matches!(reason, Reason::DecapIpip | Reason::DecapGue) && is_syn(&frame.packet()) {
@@ -87,7 +87,7 @@ pub fn decap(ctx: XdpContext) -> u32 {
 /// SYNs of clients; see [`stage::COOKIE`].
 #[xdp(frags)]
 pub fn cookie(ctx: XdpContext) -> u32 {
-    match cookie::process(&mut XdpFrame::new(&ctx), &Sockets(&ctx)) {
+    match cookie::process(&mut XdpFrame::new(&ctx, SETTINGS.load().kernel), &Sockets(&ctx)) {
         Verdict::Pass => xdp_action::XDP_PASS,
         Verdict::Transmit => xdp_action::XDP_TX,
         // SAFETY: no memory is passed.

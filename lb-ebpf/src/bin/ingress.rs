@@ -25,7 +25,7 @@ use lb_common::{
     nat::Young,
     note,
     quic::{QuicConfig, ServerIdKey},
-    settings::{IngressSettings, features},
+    settings::{IngressSettings, features, kernel},
     sign::{self, Sign, Signs},
     slot::{LINE, Line},
     stats::IcmpBudget,
@@ -404,8 +404,14 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn now_s(&self) -> u32 {
+        // SAFETY: the global lies in memory that is never written once the program is loaded.
+        let kernel =
+            unsafe { (&raw const (*(&raw const SETTINGS).cast::<IngressSettings>()).kernel).read_volatile() };
         // SAFETY: no arguments.
-        (unsafe { bpf_ktime_get_coarse_ns() } / 1_000_000_000) as u32
+        let now_ns = unsafe {
+            if kernel & kernel::COARSE_CLOCK != 0 { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() }
+        };
+        (now_ns / 1_000_000_000) as u32
     }
 
     #[inline(always)]
@@ -823,7 +829,7 @@ pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u
 #[inline(always)]
 pub fn ingress(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) = process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -852,7 +858,8 @@ impl QuicTables for Maps {
 #[xdp(frags)]
 pub fn quic(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = lb_ebpf::quic::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) =
+        lb_ebpf::quic::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -875,7 +882,7 @@ pub fn root(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn icmp(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -884,7 +891,8 @@ pub fn icmp(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn fragment(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) =
+        lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -893,7 +901,7 @@ pub fn fragment(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn nat(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) = nat::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -902,7 +910,7 @@ pub fn nat(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn nat_bind(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process_new(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) = nat::process_new(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -911,7 +919,7 @@ pub fn nat_bind(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn nat_error(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -920,7 +928,8 @@ pub fn nat_error(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn nat_fragment(ctx: XdpContext) -> u32 {
     let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process_fragment(&mut XdpFrame::new(&ctx), &Maps, &settings);
+    let (verdict, outcome) =
+        nat::process_fragment(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
     finish(&ctx, verdict, outcome)
 }
 

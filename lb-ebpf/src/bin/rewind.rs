@@ -21,7 +21,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use core::arch::asm;
-use lb_common::{Be16, ServiceKey, mapped, service::TCP};
+use lb_common::{Be16, ServiceKey, mapped, service::TCP, settings::kernel};
 use lb_ebpf::{
     Frame, Packet, csum,
     kernel::XdpFrame,
@@ -76,7 +76,7 @@ unsafe impl Bytes for Word {}
 /// Restores the frame, then runs the program under test.
 #[xdp(frags)]
 pub fn rewind(ctx: XdpContext) -> u32 {
-    match restore(&mut XdpFrame::new(&ctx)) {
+    match restore(&mut XdpFrame::new(&ctx, kernel::ALL)) {
         // SAFETY: nothing in this frame needs to be dropped.
         Some(()) => unsafe { JUMP.tail_call(&ctx, 0) },
         None => return xdp_action::XDP_ABORTED,
@@ -154,7 +154,11 @@ pub fn bare(_ctx: XdpContext) -> u32 {
 /// are computed.
 #[xdp(frags)]
 pub fn floor(ctx: XdpContext) -> u32 {
-    if encapsulate(&mut XdpFrame::new(&ctx)) { xdp_action::XDP_TX } else { xdp_action::XDP_ABORTED }
+    if encapsulate(&mut XdpFrame::new(&ctx, kernel::ALL)) {
+        xdp_action::XDP_TX
+    } else {
+        xdp_action::XDP_ABORTED
+    }
 }
 
 const SOURCE: u32 = 0x0a00_0001;
@@ -214,7 +218,7 @@ static BACKEND_STATS: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(PLAI
 /// Balances IPv4 TCP without options over its tables.
 #[xdp(frags)]
 pub fn plain(ctx: XdpContext) -> u32 {
-    match balance(&mut XdpFrame::new(&ctx)) {
+    match balance(&mut XdpFrame::new(&ctx, kernel::ALL)) {
         Some(true) => xdp_action::XDP_TX,
         Some(false) => xdp_action::XDP_ABORTED,
         None => xdp_action::XDP_PASS,

@@ -141,6 +141,11 @@ pub fn forward<F: Frame + Fib>(
         match frame.lookup(&query) {
             Ok(answer) => {
                 source = answer.source;
+                // Kernels before 6.7 choose no source. The VIP is this host's as well, and no router drops it as it
+                // does a packet from nowhere.
+                if source[3] == 0 && source[0] == 0 && headers.is_ipv6 == outer_is_ipv6 {
+                    source = headers.destination;
+                }
                 answer.hop
             }
             Err((Reason::TooBigAnswered, mtu)) => {

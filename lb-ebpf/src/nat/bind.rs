@@ -160,6 +160,8 @@ fn source_by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, backend: &Backend
         len: headers.ip_len,
     };
     match frame.lookup(&query) {
+        // Kernels before 6.7 choose no source; answers to a VIP would reach any host, so the daemon has to say it.
+        Ok(answer) if answer.source[3] == 0 && answer.source[0] == 0 => Err(Reason::NoRoute),
         Ok(answer) => Ok(address(answer.source)),
         // Whoever sends the packet on asks again, and tells the client.
         Err((Reason::TooBigAnswered, _)) => Err(Reason::TooBigDropped),

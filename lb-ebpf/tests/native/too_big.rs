@@ -6,9 +6,15 @@ use crate::{
     world::{self, CLIENT4, CLIENT6, TCP_SERVICE, VIP4, VIP6},
 };
 use etherparse::{Icmpv4Type, Icmpv6Type, NetSlice, SlicedPacket, TransportSlice, icmpv4, icmpv6};
-use lb_common::{Backend, Reason, Slot, backend::mode, mapped, settings::IngressSettings};
+use lb_common::{
+    Backend, Reason, Slot,
+    backend::{flags, mode},
+    mapped,
+    settings::IngressSettings,
+};
 use lb_ebpf::{
     Verdict,
+    forward::{FibAnswer, FibQuery, Hop},
     ingress::{Outcome, process},
     native::{HashTables, VecFrame},
 };
@@ -39,6 +45,32 @@ fn run(packet: &[u8], tables: &HashTables, settings: IngressSettings) -> (Verdic
     let mut frame = VecFrame::new(packet);
     let (verdict, outcome) = process(&mut frame, tables, &settings);
     (verdict, outcome, frame.bytes())
+}
+
+/// Before 6.7, the kernel's routes give a next hop and no source.
+#[test]
+fn where_the_kernel_chooses_no_source_the_outer_one_is_the_vip() {
+    fn fib(query: &FibQuery) -> Result<FibAnswer, (Reason, u32)> {
+        let hop = Hop { next_hop: (1, 2), egress_mac: (3, 4), vlan: 0, ifindex: 9, mtu: 0 };
+        Ok(FibAnswer { hop, source: query.source })
+    }
+    for (is_ipv6, mode) in [(false, mode::IPIP), (false, mode::GUE), (true, mode::IPIP), (true, mode::GUE)] {
+        let mut backend = Backend { source: [0; 16], ..backend(mode, is_ipv6, 0) };
+        if !is_ipv6 {
+            backend.source = mapped([0; 4]);
+        }
+        backend.flags &= !flags::RESOLVED;
+        let mut frame = VecFrame::new(&packet(is_ipv6, Vlan::None, 200).bytes()).with_fib(fib);
+        let (verdict, _) = process(&mut frame, &tables(backend), &IngressSettings::DEFAULT);
+        assert_eq!(verdict, Verdict::Redirect(9));
+        let bytes = frame.bytes();
+        if is_ipv6 {
+            assert_eq!(bytes[14 + 8..14 + 24], VIP6);
+        } else {
+            assert_eq!(bytes[14 + 12..14 + 16], VIP4[12..]);
+            assert_eq!(sum(&bytes[14..34]), 0xffff, "the header's checksum is of these addresses");
+        }
+    }
 }
 
 #[test]
