@@ -11,6 +11,9 @@ macro_rules! reasons {
         impl Reason {
             /// All of them, in the order of their counters.
             pub const ALL: &'static [Self] = &[$(Self::$name,)+];
+            /// The one with this counter.
+            #[inline(always)]
+            pub fn of(index: u32) -> Option<Self> { Self::ALL.get(index as usize).copied() }
             /// How many there are.
             pub const COUNT: u32 = Self::ALL.len() as u32;
 

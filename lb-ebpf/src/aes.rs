@@ -133,7 +133,7 @@ pub fn encrypt(keys: &[u32; 44], block: &mut [u32; 4]) {
     }
     for round in 1..10 {
         let [a, b, c, d] = *block;
-        let k = round * 4;
+        let k = bounded(round * 4);
         block[0] = column(&FORWARD, a, b, c, d) ^ keys[k];
         block[1] = column(&FORWARD, b, c, d, a) ^ keys[k + 1];
         block[2] = column(&FORWARD, c, d, a, b) ^ keys[k + 2];
@@ -154,7 +154,7 @@ pub fn decrypt(keys: &[u32; 44], block: &mut [u32; 4]) {
     }
     for round in 1..10 {
         let [a, b, c, d] = *block;
-        let k = 40 - round * 4;
+        let k = bounded(40 - round * 4);
         block[0] = column(&BACKWARD, a, d, c, b) ^ unmixed(keys[k]);
         block[1] = column(&BACKWARD, b, a, d, c) ^ unmixed(keys[k + 1]);
         block[2] = column(&BACKWARD, c, b, a, d) ^ unmixed(keys[k + 2]);
@@ -165,6 +165,13 @@ pub fn decrypt(keys: &[u32; 44], block: &mut [u32; 4]) {
     block[1] = last(&INVERSE, b, a, d, c) ^ keys[1];
     block[2] = last(&INVERSE, c, b, a, d) ^ keys[2];
     block[3] = last(&INVERSE, d, c, b, a) ^ keys[3];
+}
+
+/// Index of a round's first key, with a bound that the verifier sees: LLVM makes a pointer of it that moves from round to
+/// round, of which 7.2 forgets how far.
+#[inline(always)]
+fn bounded(k: usize) -> usize {
+    core::hint::black_box(k).min(40)
 }
 
 /// A round key for the inverse cipher.

@@ -279,16 +279,15 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     let known = known(tables, key, mark);
     // A SYN on a live flow follows it: the worker's stack knows what it means, and nobody can move
     // a flow by forging one.
-    if let Some(known) = known
+    if is_some(known)
         && known.flags & flow::flags::CLOSING == 0
         && is_up(backend_flags(tables, known.backend, key.service))
     {
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
-    let noted = tables.note(key, mark, now_s).filter(|note| is_within(SYN_TIMEOUT_S, *note, now_s));
-    if let Some(recent) = noted
-        && is_up(backend_flags(tables, recent.backend, key.service))
-    {
+    let recent = tables.note(key, mark, now_s).unwrap_or(NO_FLOW);
+    let is_noted = is_some(recent) && is_within(SYN_TIMEOUT_S, recent, now_s);
+    if is_noted && is_up(backend_flags(tables, recent.backend, key.service)) {
         if recent.created_s != headers.sequence {
             // Another attempt from the same port; where the first went is as good.
             record_syn(tables, headers, (key, mark), recent.backend, now_s);
@@ -296,10 +295,8 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
     // What is known of an earlier flow would be believed by the packet that completes this handshake.
-    let must_note = known.is_some()
-        || noted.is_some()
-        || !packet.is_maglev
-        || is_in_transition(packet.view, packet.place.slot);
+    let must_note =
+        is_some(known) || is_noted || !packet.is_maglev || is_in_transition(packet.view, packet.place.slot);
     if must_note && !tables.admits(key.service, FlowTable::Syns, now_s) {
         tables.count(Reason::FlowFlood);
         return unnoted(tables, packet, known);
@@ -307,7 +304,8 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     let choice = packet.place(tables, now_s)?;
     if must_note
         && record_syn(tables, headers, (key, mark), choice.backend, now_s)
-        && matches!(known, Some(known) if known.flags & flow::flags::CLOSING == 0)
+        && is_some(known)
+        && known.flags & flow::flags::CLOSING == 0
     {
         // Its backend is gone, but may be back before this handshake is complete.
         tables.touch(FlowTable::Flows, key, now_s, flow::flags::CLOSING);
@@ -317,13 +315,11 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
 
 /// Where a flow's later packets will be sent if nothing is written of its SYN: there the SYN must go, too.
 #[inline(always)]
-fn unnoted<T: Tables>(tables: &T, packet: &Packet<'_>, known: Option<Flow>) -> Result<Choice, Reason> {
+fn unnoted<T: Tables>(tables: &T, packet: &Packet<'_>, known: Flow) -> Result<Choice, Reason> {
     let (view, slot) = (packet.view, packet.place.slot);
     let stays = |backend| keeps(backend_flags(tables, backend, packet.service), view);
     let mut backend = previous(tables, view, packet.headers, slot);
-    if let Some(known) = known
-        && stays(known.backend)
-    {
+    if is_some(known) && stays(known.backend) {
         backend = known.backend;
     } else if backend == NO_BACKEND || !stays(backend) {
         backend = slot.primary_index();
@@ -370,7 +366,7 @@ fn choose_established<T: Tables>(
     let mark = tables.mark(headers, key.service);
     let known = known(tables, key, mark);
     let mut stays = false;
-    if let Some(known) = known {
+    if is_some(known) {
         let backend = backend_flags(tables, known.backend, key.service);
         stays = keeps(backend, view);
         if is_up(backend) && known.flags & flow::flags::CLOSING == 0 {
@@ -382,20 +378,21 @@ fn choose_established<T: Tables>(
     }
     // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
     // One whose numbers do not go on from the SYN's is another flow's packet: the SYN was forged.
-    if let Some(recent) = tables.note(key, mark, now_s)
+    let recent = tables.note(key, mark, now_s).unwrap_or(NO_FLOW);
+    if is_some(recent)
         && is_within(SYN_TIMEOUT_S, recent, now_s)
         && headers.sequence.wrapping_sub(recent.created_s) <= SYN_WINDOW
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
         // Nothing need be written where a stateless lookup gives the same.
-        let needs_entry = known.is_some() || !packet.is_at_home(recent.backend);
+        let needs_entry = is_some(known) || !packet.is_at_home(recent.backend);
         if needs_entry && record_flow(tables, (key, mark), recent.backend, now_s, end) {
             tables.forget_note(key, mark);
             tables.count(Reason::FlowPromoted);
         }
         return found(recent.backend, Why::RecentSyn);
     }
-    if let Some(known) = known {
+    if is_some(known) {
         if stays {
             if features & KEEP != 0 && known.flags & flow::flags::CLOSING != 0 && end == 0 {
                 // Anybody can forge a FIN or RST, as nothing here knows its sequence numbers: so the flow stays as long as
@@ -430,9 +427,8 @@ fn choose_udp<T: Tables>(
     key: &FlowKey,
 ) -> Result<Choice, Reason> {
     let now_s = tables.now_s();
-    if let Some(known) = tables.flow(FlowTable::UdpFlows, key)
-        && is_within(packet.view.udp_timeout_s, known, now_s)
-    {
+    let known = tables.flow(FlowTable::UdpFlows, key).unwrap_or(NO_FLOW);
+    if is_some(known) && is_within(packet.view.udp_timeout_s, known, now_s) {
         // A client that goes on asking a dead worker would hold the entry for ever: it moves.
         if is_up(backend_flags(tables, known.backend, key.service)) {
             if known.last_seen_s != now_s {
@@ -469,10 +465,19 @@ fn choose_udp<T: Tables>(
     primary(packet.place.slot, true, Why::NewFlow)
 }
 
+/// A flow that no table knows. Not an `Option`: of its contents LLVM leaves nothing on the stack where there are none, and
+/// yet reads them before it asks whether there are; kernels before 6.3 refuse that.
+const NO_FLOW: Flow = Flow { backend: NO_BACKEND, last_seen_s: 0, created_s: 0, flags: 0 };
+
+#[inline(always)]
+const fn is_some(flow: Flow) -> bool {
+    flow.backend != NO_BACKEND
+}
+
 /// What the table of TCP flows says of a flow, where it may say anything.
 #[inline(always)]
-fn known<T: Tables>(tables: &T, key: &FlowKey, mark: u64) -> Option<Flow> {
-    if tables.may_have_flow(mark) { tables.flow(FlowTable::Flows, key) } else { None }
+fn known<T: Tables>(tables: &T, key: &FlowKey, mark: u64) -> Flow {
+    if tables.may_have_flow(mark) { tables.flow(FlowTable::Flows, key).unwrap_or(NO_FLOW) } else { NO_FLOW }
 }
 
 /// Writes a TCP flow down.

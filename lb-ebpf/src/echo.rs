@@ -24,7 +24,7 @@ const TTL: u8 = 64;
 #[inline(always)]
 pub fn answer<F: Frame>(frame: &mut F, network: &Network) -> Option<()> {
     let mut packet = frame.packet();
-    let l3 = network.headers.l2_len;
+    let l3 = network.headers.l2_len();
     let macs: Macs = packet.read(0)?;
     let [a, b, c, d, e, f] = macs.words;
     // The request was to us: the answer goes back to the hop that it came from.

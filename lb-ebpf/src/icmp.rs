@@ -22,7 +22,7 @@ pub fn answer_too_big<F: Frame>(frame: &mut F, headers: &Headers, mtu: u32) -> R
         return Err(Reason::TooBigDropped);
     }
     // One call per length of the Ethernet header, so that all offsets are constants.
-    match headers.l2_len {
+    match headers.l2_len() {
         ETHERNET => turn::<F, ETHERNET, 0>(frame, headers, mtu),
         18 => turn::<F, 18, 2>(frame, headers, mtu),
         _ => turn::<F, { ETHERNET + 2 * VLAN_TAG }, 4>(frame, headers, mtu),

@@ -76,11 +76,11 @@ pub fn deliver<F: Frame + Fib, T: Tables>(
 /// The client's side of the flow whose packet a message quotes.
 #[inline(always)]
 fn quoted(packet: &Packet, network: &Network) -> Result<Headers, Reason> {
-    let at = network.l4 + size_of::<IcmpError>();
+    let at = network.l4() + size_of::<IcmpError>();
     let inner = if network.headers.is_ipv6 { parse_ipv6(packet, at) } else { parse_ipv4(packet, at) };
     let inner = inner.map_err(|_| Reason::IcmpBadQuote)?;
     // Its own header says how long the packet was; the quote may end earlier, but not before the ports.
-    if at + 8 > network.l4 + network.l4_len || inner.l4 + 8 > network.l4 + network.l4_len {
+    if at + 8 > network.l4() + network.l4_len || inner.l4() + 8 > network.l4() + network.l4_len {
         return Err(Reason::IcmpBadQuote);
     }
     // The worker sent it from the VIP that the error is for. Everything else is made up.
@@ -95,7 +95,7 @@ fn quoted(packet: &Packet, network: &Network) -> Result<Headers, Reason> {
     if inner.fragment.is_some_and(|part| part.offset != 0) {
         return Err(Reason::IcmpBadQuote);
     }
-    let ports: [u16; 2] = packet.read(inner.l4).ok_or(Reason::IcmpBadQuote)?;
+    let ports: [u16; 2] = packet.read(inner.l4()).ok_or(Reason::IcmpBadQuote)?;
     let mut flow = Headers {
         source: inner.headers.destination,
         destination: inner.headers.source,
@@ -106,8 +106,8 @@ fn quoted(packet: &Packet, network: &Network) -> Result<Headers, Reason> {
     if protocol == TCP {
         flow.tcp_flags = tcp::ACK;
         // Where the quote is long enough, it says which of its numbers the client had got to.
-        if inner.l4 + 20 <= network.l4 + network.l4_len
-            && let Some(header) = packet.read::<Tcp>(inner.l4)
+        if inner.l4() + 20 <= network.l4() + network.l4_len
+            && let Some(header) = packet.read::<Tcp>(inner.l4())
         {
             flow.sequence = u32::from_be(header.acknowledgement);
         }

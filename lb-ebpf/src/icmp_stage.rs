@@ -9,7 +9,7 @@ use crate::{
     guard,
     icmp_error::{deliver, is_error},
     ingress::{Outcome, refuse},
-    network::{ICMP, ICMPV6, Network, parse_network},
+    network::{ICMP, ICMPV6, Network},
     parse::{address, mapped},
     wire::{Echo, IcmpError, Ipv4, Ipv6},
 };
@@ -41,7 +41,8 @@ fn receive<F: Frame + Fib, T: Tables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> Result<(Verdict, Outcome), Reason> {
-    let network = parse_network(frame, settings)?;
+    let mut place = Network::default();
+    let network = &*tables.parse_network(frame, settings, &mut place)?;
     let protocol = if network.headers.is_ipv6 { ICMPV6 } else { ICMP };
     if network.fragment.is_some() {
         return Err(Reason::Fragment);
@@ -49,12 +50,12 @@ fn receive<F: Frame + Fib, T: Tables>(
     if network.headers.protocol != protocol || network.l4_len < size_of::<Echo>() {
         return Err(Reason::Icmp);
     }
-    let message: Echo = frame.packet().read(network.l4).ok_or(Reason::Truncated)?;
-    let about_flow = is_error(&network, message.kind);
+    let message: Echo = frame.packet().read(network.l4()).ok_or(Reason::Truncated)?;
+    let about_flow = is_error(network, message.kind);
     // Neighbour discovery and whatever else is for this host is most of what comes here.
     if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
         if about_flow {
-            note_unreachable(frame, tables, &network, message);
+            note_unreachable(frame, tables, network, message);
         }
         let translates = settings.features & features::NAT != 0;
         return Err(if about_flow && translates { Reason::NatError } else { Reason::NotVip });
@@ -65,10 +66,10 @@ fn receive<F: Frame + Fib, T: Tables>(
     }
     let request = if network.headers.is_ipv6 { echo::REQUEST_V6 } else { echo::REQUEST_V4 };
     if message.kind == request && message.code == 0 {
-        return Err(answer_echo(frame, tables, settings, &network));
+        return Err(answer_echo(frame, tables, settings, network));
     }
     if about_flow {
-        return deliver(frame, tables, settings, &network);
+        return deliver(frame, tables, settings, network);
     }
     Err(Reason::Icmp)
 }
@@ -84,7 +85,7 @@ fn note_unreachable<F: Frame, T: Tables>(frame: &F, tables: &T, network: &Networ
     // What a worker answers that does not decapsulate.
     const UNKNOWN_NEXT_HEADER: u8 = 1;
     let (kind, code) = (message.kind, message.code);
-    let (packet, at) = (frame.packet(), network.l4 + size_of::<IcmpError>());
+    let (packet, at) = (frame.packet(), network.l4() + size_of::<IcmpError>());
     let (source, destination) = if network.headers.is_ipv6 {
         if kind != UNREACHABLE_V6 && (kind, code) != (PARAMETER_PROBLEM_V6, UNKNOWN_NEXT_HEADER) {
             return;
@@ -113,7 +114,7 @@ fn answer_echo<F: Frame, T: Tables>(
     network: &Network,
 ) -> Reason {
     let header_len = if network.headers.is_ipv6 { 40 } else { 20 };
-    if settings.icmp_per_s == 0 || network.l4 != network.headers.l2_len + header_len {
+    if settings.icmp_per_s == 0 || network.l4() != network.headers.l2_len() + header_len {
         return Reason::Icmp;
     }
     if !network.headers.is_answerable() || !tables.take_icmp(settings.icmp_per_s, settings.icmp_burst) {

@@ -9,7 +9,7 @@ use crate::{
     guard,
     hash::flow_hash,
     icmp, nat,
-    parse::{Headers, parse},
+    parse::Headers,
     quick,
     service::lookup_service,
 };
@@ -51,8 +51,9 @@ pub fn process<F: Frame + Fib, T: Tables>(
     if let Some(done) = quick::process(frame, tables, settings) {
         return done;
     }
-    let headers = match parse(frame, settings) {
-        Ok(headers) => headers,
+    let mut place = Headers::default();
+    let headers = match tables.parse(frame, settings, &mut place) {
+        Ok(headers) => &*headers,
         // Counted by the program that takes it over.
         Err(Reason::Icmp) if settings.features & (features::ICMP | features::NAT) != 0 => {
             return (Verdict::Stage(stage::ICMP), Outcome::Not(Reason::Icmp));
@@ -62,10 +63,10 @@ pub fn process<F: Frame + Fib, T: Tables>(
         }
         Err(reason) => return refuse(tables, reason),
     };
-    if let Err(reason) = guard::check_early(tables, settings, &headers) {
+    if let Err(reason) = guard::check_early(tables, settings, headers) {
         return refuse(tables, reason);
     }
-    match balance(frame, tables, settings, &headers) {
+    match balance(frame, tables, settings, headers) {
         Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
         // Nobody's port is perhaps that of a translated flow.
         Err(Refusal::Reason(reason @ (Reason::NotVip | Reason::NoService)))
@@ -75,7 +76,7 @@ pub fn process<F: Frame + Fib, T: Tables>(
         }
         Err(Refusal::Reason(reason)) => refuse(tables, reason),
         Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, &headers, mtu)),
+        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
     }
 }
 
@@ -153,6 +154,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     // Known here already, so that why a backend was chosen is forgotten: the verifier walks the rest once for each reason
     // that it remembers.
     let is_young = core::hint::black_box(choice.is_new || choice.why == Why::TrackedYoung);
+    let is_new = core::hint::black_box(choice.is_new);
     let mut backend = backend_of(tables, choice.backend, service)?;
     if backend.flags & flags::RESOLVED == 0 {
         tables.count(Reason::FibLookup);
@@ -171,7 +173,7 @@ fn balance<F: Frame + Fib, T: Tables>(
         return Err(Reason::BrokenTable.into());
     }
     if settings.stats != 0 {
-        tables.account(choice.backend, headers.ip_len, choice.is_new);
+        tables.account(choice.backend, headers.ip_len, is_new);
     }
     Ok((verdict, service, choice.backend))
 }

@@ -7,7 +7,7 @@ use crate::{
     packet::{SUM_CHUNK, SUM_CHUNKS, Sum},
 };
 use aya_ebpf::{
-    EbpfContext,
+    EbpfContext, Global,
     bindings::{
         self, bpf_fib_lookup as FibLookup, bpf_sock, bpf_sock_tuple,
         bpf_sock_tuple__bindgen_ty_1__bindgen_ty_1, bpf_sock_tuple__bindgen_ty_1__bindgen_ty_2, xdp_action,
@@ -17,30 +17,45 @@ use aya_ebpf::{
     maps::{DevMapHash, PerCpuArray},
     programs::XdpContext,
 };
+use core::marker::PhantomData;
 use lb_common::{Reason, service::UDP, settings::kernel};
 
-/// An XDP buffer.
-pub struct XdpFrame<'a> {
-    ctx: &'a XdpContext,
-    /// Bits of [`kernel`]. A whole register: kernels before 5.16 forget constants of other sizes on the stack.
-    kernel: u64,
+/// A program's settings, as far as this module needs them.
+pub trait Settings {
+    /// Bits of [`kernel`], read where they are asked for: the verifier knows read-only globals, while kernels before 5.16
+    /// forget constants that lay on the stack.
+    fn kernel() -> u32;
 }
 
-impl<'a> XdpFrame<'a> {
-    /// The frame of this run, on a kernel that can do this ([`kernel`]).
+/// A global by a pointer that LLVM knows nothing of, so that it takes no initial value for the one that the loader sets.
+/// (`Global::load` copies it to the stack, where the verifier's older versions lose it and there is no room.)
+#[inline(always)]
+pub fn global<T>(global: &'static Global<T>) -> &'static T {
+    // SAFETY: `Global` is a transparent wrapper of an initialised T, which is never written once the program is loaded.
+    unsafe { &*core::hint::black_box(core::ptr::from_ref(global)).cast::<T>() }
+}
+
+/// An XDP buffer.
+pub struct XdpFrame<'a, S> {
+    ctx: &'a XdpContext,
+    settings: PhantomData<S>,
+}
+
+impl<'a, S: Settings> XdpFrame<'a, S> {
+    /// The frame of this run of a program with these settings.
     #[inline(always)]
-    pub fn new(ctx: &'a XdpContext, kernel: u32) -> Self {
-        Self { ctx, kernel: kernel as u64 }
+    pub fn new(ctx: &'a XdpContext) -> Self {
+        Self { ctx, settings: PhantomData }
     }
 
     /// Whether the kernel can do this. The verifier knows the answer, and removes what is not taken.
     #[inline(always)]
     fn can(&self, bit: u32) -> bool {
-        self.kernel & bit as u64 != 0
+        S::kernel() & bit != 0
     }
 }
 
-impl Frame for XdpFrame<'_> {
+impl<S: Settings> Frame for XdpFrame<'_, S> {
     #[inline(always)]
     fn packet(&self) -> Packet {
         // SAFETY: the kernel gives the bounds of the buffer, which this run owns; the verifier
@@ -91,9 +106,14 @@ impl Frame for XdpFrame<'_> {
     fn ifindex(&self) -> u32 {
         self.ctx.ingress_ifindex() as u32
     }
+
+    #[inline(always)]
+    fn context(&self) -> *mut core::ffi::c_void {
+        self.ctx.as_ptr()
+    }
 }
 
-impl XdpFrame<'_> {
+impl<S: Settings> XdpFrame<'_, S> {
     /// [`Frame::sum_of`] of a packet that may have fragments.
     #[inline(always)]
     fn sum_of_parts(&self, offset: usize, len: usize, memory: *mut Sum) -> Option<u32> {
@@ -132,10 +152,11 @@ impl XdpFrame<'_> {
             if left >= SUM_CHUNK as u32 {
                 return None;
             }
-            let left = left & (SUM_CHUNK as u32 - 1);
             if left == 0 {
                 return Some(sum);
             }
+            // Put together of one and a masked rest: to 6.1, what is not zero may still be.
+            let left = 1 + (core::hint::black_box(left - 1) & (SUM_CHUNK as u32 - 1));
             // The bytes behind the last are zeros to the sum.
             bytes.add((left & !3) as usize).cast::<u32>().write_unaligned(0);
             if !load((&raw const (*memory).offset).read_volatile(), left) {
@@ -233,7 +254,7 @@ impl XdpFrame<'_> {
 /// Farthest place that a sum reaches, as a mask: what the verifier wants to see of a variable offset.
 const SUM_REACH: usize = 0x7fff;
 
-impl Fib for XdpFrame<'_> {
+impl<S: Settings> Fib for XdpFrame<'_, S> {
     #[inline(always)]
     fn narrower(&self, ifindex: u32, len: u32) -> Option<u32> {
         if !self.can(kernel::CHECK_MTU) {
@@ -328,7 +349,7 @@ impl Fib for XdpFrame<'_> {
 #[map]
 static FIB: PerCpuArray<FibLookup> = PerCpuArray::with_max_entries(1, 0);
 
-impl Sockets for XdpFrame<'_> {
+impl<S: Settings> Sockets for XdpFrame<'_, S> {
     #[inline(always)]
     fn has_flow(&self, query: &SocketQuery) -> bool {
         // SAFETY: plain integers, for which zero is a value.
@@ -364,7 +385,7 @@ const THIS_NAMESPACE: u64 = u64::MAX;
 const ESTABLISHED: u32 = 1;
 const LISTEN: u32 = 10;
 
-impl XdpFrame<'_> {
+impl<S: Settings> XdpFrame<'_, S> {
     #[inline(always)]
     fn has_udp(&self, tuple: &mut bpf_sock_tuple, size: u32) -> bool {
         // SAFETY: context and tuple are valid, and the size is the tuple's.

@@ -202,4 +202,10 @@ pub trait Frame {
 
     /// Interface that it came in by.
     fn ifindex(&self) -> u32;
+
+    /// The kernel's context of this run, for functions of their own; null where there is none.
+    #[inline(always)]
+    fn context(&self) -> *mut core::ffi::c_void {
+        core::ptr::null_mut()
+    }
 }

@@ -79,6 +79,12 @@ pub struct Headers {
 }
 
 impl Headers {
+    /// [`Headers::l2_len`] with a bound that every verifier sees.
+    #[inline(always)]
+    pub fn l2_len(&self) -> usize {
+        self.l2_len & 0x1f
+    }
+
     /// Whether the packet opens a TCP connection.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {

@@ -12,7 +12,7 @@ use crate::{
     forward::{Fib, Refusal, forward},
     hash::flow_hash,
     ingress::{Outcome, backend_of, end, refuse},
-    network::{Network, parse_network},
+    network::Network,
     parse::parse_transport,
     service::lookup_service,
 };
@@ -32,6 +32,14 @@ pub trait QuicTables {
     fn quic_server(&self, key: &ServerIdKey) -> Option<u32>;
     /// Calls `f` with memory to work in, of any contents: ids do not fit the stack.
     fn with_work<R>(&self, f: impl FnOnce(&mut Work) -> R) -> Option<R>;
+    /// [`read_id`]. A function of its own in the kernel: verified once, and not for every way to get there.
+    #[inline(always)]
+    fn read_id(&self, service: u32, key: u32) -> Result<u32, Reason>
+    where
+        Self: Sized,
+    {
+        read_id(self, service, key)
+    }
 }
 
 /// Memory to read an id in. Sizes are powers of two: masked indices are within bounds for the verifier too.
@@ -87,11 +95,12 @@ pub fn process<F: Frame + Fib, T: Tables + QuicTables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut network = match parse_network(frame, settings) {
+    let mut place = Network::default();
+    let network = match tables.parse_network(frame, settings, &mut place) {
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    let result = balance(frame, tables, settings, &mut network);
+    let result = balance(frame, tables, settings, network);
     end(frame, tables, settings, &network.headers, result)
 }
 
@@ -105,7 +114,7 @@ fn balance<F: Frame + Fib, T: Tables + QuicTables>(
     if network.fragment.is_some() || network.headers.protocol != UDP {
         return Err(Reason::OtherProtocol.into());
     }
-    let (l4, l4_len) = (network.l4, network.l4_len);
+    let (l4, l4_len) = (network.l4(), network.l4_len);
     parse_transport(&frame.packet(), l4, l4_len, &mut network.headers)?;
     let headers = &network.headers;
     let (service, _) = lookup_service(tables, headers)?;
@@ -120,7 +129,8 @@ fn balance<F: Frame + Fib, T: Tables + QuicTables>(
         Err(reason) => {
             tables.count(reason);
             let choice = choose(tables, service, view, headers, hash)?;
-            (choice.backend, choice.is_new)
+            // The verifier walks the rest once, and not for each way to choose.
+            (choice.backend, core::hint::black_box(choice.is_new))
         }
     };
     let backend = backend_of(tables, index, service)?;
@@ -175,7 +185,8 @@ fn route<T: Tables + QuicTables>(
     if octet >> 5 == UNROUTABLE {
         return Err(Reason::QuicUnroutable);
     }
-    let config = tables.quic_config(config_key(service, octet >> 5)).ok_or(Reason::QuicUnroutable)?;
+    let key = config_key(service, octet >> 5);
+    let config = tables.quic_config(key).ok_or(Reason::QuicUnroutable)?;
     let (id_len, nonce_len) = (config.server_id_len as u32, config.nonce_len as u32);
     if room < (1 + id_len + nonce_len) as usize {
         return Err(Reason::QuicShortId);
@@ -185,9 +196,22 @@ fn route<T: Tables + QuicTables>(
         return Err(Reason::QuicTruncated);
     }
     let id: [u32; ID_MAX / 4] = packet.read(at).ok_or(Reason::QuicTruncated)?;
-    let backend = tables
+    tables.with_work(|work| work.id[..ID_MAX / 4].copy_from_slice(&id)).ok_or(Reason::BrokenTable)?;
+    let backend = tables.read_id(service, key)?;
+    match tables.backend(backend) {
+        // Its connections are gone with it; another backend's stateless reset tells the client.
+        Some(entry) if entry.flags & (USED | DOWN) == USED && entry.service == service => Ok(backend),
+        _ => Err(Reason::QuicUnknownId),
+    }
+}
+
+/// Backend that the connection id in the memory to work in names, by the config with this key.
+#[inline(always)]
+pub fn read_id<T: QuicTables>(tables: &T, service: u32, key: u32) -> Result<u32, Reason> {
+    let config = tables.quic_config(key).ok_or(Reason::QuicUnroutable)?;
+    let (id_len, nonce_len) = (config.server_id_len as u32, config.nonce_len as u32);
+    tables
         .with_work(|work| {
-            work.id[..ID_MAX / 4].copy_from_slice(&id);
             if config.keyed != 0 {
                 if id_len + nonce_len == 16 {
                     decrypt_block(config, work);
@@ -198,19 +222,34 @@ fn route<T: Tables + QuicTables>(
                     join(work, id_len + nonce_len);
                 }
             }
-            let bytes = work.bytes();
-            let mut key = [0; SERVER_ID_MAX];
             for i in 0..SERVER_ID_MAX {
-                key[i] = bytes[1 + i] & below(i, id_len);
+                work.key.0.id[i] = work.bytes()[1 + i] & below(i, id_len);
             }
-            work.key = Key(ServerIdKey { service, id: key, len: id_len as u8 });
+            (work.key.0.service, work.key.0.len) = (service, id_len as u8);
             tables.quic_server(&work.key.0).ok_or(Reason::QuicUnknownId)
         })
-        .ok_or(Reason::BrokenTable)??;
-    match tables.backend(backend) {
-        // Its connections are gone with it; another backend's stateless reset tells the client.
-        Some(entry) if entry.flags & (USED | DOWN) == USED && entry.service == service => Ok(backend),
-        _ => Err(Reason::QuicUnknownId),
+        .ok_or(Reason::BrokenTable)?
+}
+
+/// [`read_id`]'s result as one number, for functions that can return no more.
+#[inline(always)]
+pub fn encode(found: Result<u32, Reason>) -> u64 {
+    match found {
+        Ok(backend) => backend as u64,
+        Err(Reason::QuicUnroutable) => u64::MAX - 1,
+        Err(Reason::QuicUnknownId) => u64::MAX - 2,
+        Err(_) => u64::MAX,
+    }
+}
+
+/// The inverse of [`encode`].
+#[inline(always)]
+pub fn decode(word: u64) -> Result<u32, Reason> {
+    match word {
+        0..=0xffff_ffff => Ok(word as u32),
+        _ if word == u64::MAX - 1 => Err(Reason::QuicUnroutable),
+        _ if word == u64::MAX - 2 => Err(Reason::QuicUnknownId),
+        _ => Err(Reason::BrokenTable),
     }
 }
 

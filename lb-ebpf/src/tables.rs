@@ -1,9 +1,10 @@
 //! The maps as the packet code sees them. Implemented over BPF maps in the kernel, over hash maps in
 //! tests, and over the live maps, read-only, for `explain`.
 
-use crate::{parse::Headers, service::Match};
+use crate::{network::Network, parse::Headers, service::Match};
 use lb_common::{
-    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact, sign::Sign,
+    Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact,
+    settings::IngressSettings, sign::Sign,
 };
 
 /// The three flow tables.
@@ -46,6 +47,36 @@ pub trait Tables {
         Self: Sized,
     {
         crate::service::find(self, vip, port, protocol)
+    }
+    /// [`crate::network::parse_network`]. A function of its own in the kernel: each combination of tags and extension
+    /// headers is walked there, and not once more with all that follows. It has a place
+    /// for the result as well, which then does not lie on the stack.
+    #[inline(always)]
+    fn parse_network<'a, F: crate::Frame>(
+        &self,
+        frame: &F,
+        settings: &IngressSettings,
+        place: &'a mut Network,
+    ) -> Result<&'a mut Network, Reason>
+    where
+        Self: Sized,
+    {
+        crate::network::parse_network(frame, settings, place)?;
+        Ok(place)
+    }
+    /// [`crate::parse::parse`]; a function of its own likewise.
+    #[inline(always)]
+    fn parse<'a, F: crate::Frame>(
+        &self,
+        frame: &F,
+        settings: &IngressSettings,
+        place: &'a mut Headers,
+    ) -> Result<&'a mut Headers, Reason>
+    where
+        Self: Sized,
+    {
+        *place = crate::parse::parse(frame, settings)?;
+        Ok(place)
     }
     /// Live view of a service.
     fn service(&self, index: u32) -> Option<&ServiceView>;

@@ -18,13 +18,57 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// The verdict that a reason stands for.
+    /// The verdict that a reason stands for. By bits and not by a table: of a reason that is not a constant the verifier
+    /// knows no bound, and LLVM makes a table of a match.
     #[inline(always)]
     pub const fn of(reason: Reason) -> Self {
-        match reason.fate() {
-            Fate::Pass | Fate::Note => Self::Pass,
-            Fate::Drop => Self::Drop,
-            Fate::Answer => Self::Transmit,
+        if is_in(DROPPED, reason) {
+            Self::Drop
+        } else if is_in(ANSWERED, reason) {
+            Self::Transmit
+        } else {
+            Self::Pass
+        }
+    }
+}
+
+/// Reasons as bits.
+type Set = [u64; 2];
+
+const _: () = assert!(Reason::COUNT <= 128, "two words hold all reasons");
+const DROPPED: Set = of_fate(Fate::Drop);
+const ANSWERED: Set = of_fate(Fate::Answer);
+
+const fn of_fate(fate: Fate) -> Set {
+    let (mut set, mut i) = ([0; 2], 0);
+    while i < Reason::ALL.len() {
+        if Reason::ALL[i].fate() as u32 == fate as u32 {
+            set[i / 64] |= 1 << (i % 64);
+        }
+        i += 1;
+    }
+    set
+}
+
+#[inline(always)]
+const fn is_in(set: Set, reason: Reason) -> bool {
+    let i = reason as u32;
+    (if i < 64 { set[0] } else { set[1] }) >> (i & 63) & 1 != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_are_those_of_fates() {
+        for reason in Reason::ALL {
+            let verdict = match reason.fate() {
+                Fate::Pass | Fate::Note => Verdict::Pass,
+                Fate::Drop => Verdict::Drop,
+                Fate::Answer => Verdict::Transmit,
+            };
+            assert_eq!(Verdict::of(*reason), verdict, "{}", reason.label());
         }
     }
 }

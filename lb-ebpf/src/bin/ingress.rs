@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, xdp_action},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST, xdp_action, xdp_md},
     helpers::generated::{
         bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_ktime_get_coarse_ns, bpf_ktime_get_ns,
     },
@@ -38,13 +38,14 @@ use lb_ebpf::{
     guard::{self, GuardTables},
     icmp_stage,
     ingress::{Outcome, process},
-    kernel::{XdpFrame, action},
+    kernel::{Settings, XdpFrame, action, global},
     limit::{self, LimitTables},
     nat::{self, Added, NatTables, Way},
+    network::{self, Network},
     packet::Sum,
-    parse::Headers,
+    parse::{Headers, parse},
     place::{Place, decode, encode, lesser, place_new},
-    quic::{QuicTables, Work},
+    quic::{self, QuicTables, Work},
     service::{self, Match},
 };
 
@@ -88,6 +89,8 @@ static NAT_REPLIES: HashMap<ReplyKey, Reply> =
 static NAT_YOUNG: PerCpuArray<Young> = PerCpuArray::with_max_entries(limits::NAT_YOUNG, 0);
 #[map]
 static WAY: PerCpuArray<Way> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static NETWORK: PerCpuArray<Network> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 static SUM: PerCpuArray<Sum> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -149,6 +152,18 @@ fn note_state() -> Option<&'static note::State> {
     NOTES.get(note::STATE).map(|line| unsafe { &*core::ptr::from_ref(line).cast::<note::State>() })
 }
 
+/// The settings of this object.
+struct Own;
+
+impl Settings for Own {
+    #[inline(always)]
+    fn kernel() -> u32 {
+        global(&SETTINGS).kernel
+    }
+}
+
+type Xdp<'a> = XdpFrame<'a, Own>;
+
 /// The maps of this object.
 struct Maps;
 
@@ -197,6 +212,26 @@ impl Tables for Maps {
     #[inline(always)]
     fn find_service(&self, vip: [u64; 2], port: u16, protocol: u8) -> Result<(u32, Match), Reason> {
         service::decode(find_service(vip[0], vip[1], port as u32 | (protocol as u32) << 16))
+    }
+
+    #[inline(always)]
+    fn parse_network<'a, F: Frame>(
+        &self,
+        frame: &F,
+        _: &IngressSettings,
+        _: &'a mut Network,
+    ) -> Result<&'a mut Network, Reason> {
+        parsed(parse_frame(frame.context().cast()))
+    }
+
+    #[inline(always)]
+    fn parse<'a, F: Frame>(
+        &self,
+        frame: &F,
+        _: &IngressSettings,
+        _: &'a mut Headers,
+    ) -> Result<&'a mut Headers, Reason> {
+        parsed(parse_headers(frame.context().cast())).map(|network| &mut network.headers)
     }
 
     #[inline(always)]
@@ -404,12 +439,13 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn now_s(&self) -> u32 {
-        // SAFETY: the global lies in memory that is never written once the program is loaded.
-        let kernel =
-            unsafe { (&raw const (*(&raw const SETTINGS).cast::<IngressSettings>()).kernel).read_volatile() };
         // SAFETY: no arguments.
         let now_ns = unsafe {
-            if kernel & kernel::COARSE_CLOCK != 0 { bpf_ktime_get_coarse_ns() } else { bpf_ktime_get_ns() }
+            if global(&SETTINGS).kernel & kernel::COARSE_CLOCK != 0 {
+                bpf_ktime_get_coarse_ns()
+            } else {
+                bpf_ktime_get_ns()
+            }
         };
         (now_ns / 1_000_000_000) as u32
     }
@@ -567,7 +603,7 @@ pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
     let Some(pressure) = PRESSURE.get_ptr_mut(service) else { return 0 };
     // SAFETY: this CPU's own, and programs do not preempt each other.
     let pressure = unsafe { &mut *pressure };
-    let settings = SETTINGS.load();
+    let settings = global(&SETTINGS);
     let full_s = pressure.full_s[(table == UDP) as usize];
     if full_s != 0 && now_s.saturating_sub(full_s) < FULL_S {
         return 0;
@@ -578,6 +614,57 @@ pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
         _ => pressure.flows.trickle(now_s, settings.flows_per_s),
     };
     is_admitted as u32
+}
+
+/// What the next two functions found, in `NETWORK`, or the reason that their answer stands for.
+#[inline(always)]
+fn parsed(answer: u32) -> Result<&'static mut Network, Reason> {
+    // LLVM knows which reasons the functions give, and leaves out the table's bounds check, of which the verifier lives.
+    let answer = core::hint::black_box(answer);
+    if answer != PARSED {
+        return Err(Reason::of(answer).unwrap_or(Reason::Truncated));
+    }
+    let network = NETWORK.get_ptr_mut(0).ok_or(Reason::BrokenTable)?;
+    // SAFETY: this CPU's own, and programs do not preempt each other. It holds a whole one since the first packet, and
+    // held zeros before, which are one as well.
+    Ok(unsafe { &mut *network })
+}
+
+/// The answer of the next two functions where they refuse nothing.
+const PARSED: u32 = u32::MAX;
+
+/// [`network::parse_network`] into `NETWORK`. A global function: verified once, by itself. Of what lies in a map the
+/// verifier knows nothing, so the rest is walked once, and not for each form of headers.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn parse_frame(ctx: *mut xdp_md) -> u32 {
+    let ctx = XdpContext::new(ctx);
+    let place = match parsed(PARSED) {
+        Ok(place) => place,
+        Err(reason) => return reason as u32,
+    };
+    match network::parse_network(&Xdp::new(&ctx), global(&SETTINGS), place) {
+        Ok(()) => PARSED,
+        Err(reason) => reason as u32,
+    }
+}
+
+/// [`parse`] into `NETWORK`. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn parse_headers(ctx: *mut xdp_md) -> u32 {
+    let ctx = XdpContext::new(ctx);
+    let place = match parsed(PARSED) {
+        Ok(place) => place,
+        Err(reason) => return reason as u32,
+    };
+    match parse(&Xdp::new(&ctx), global(&SETTINGS)) {
+        Ok(headers) => {
+            place.headers = headers;
+            PARSED
+        }
+        Err(reason) => reason as u32,
+    }
 }
 
 /// Whether an address, as two words, is a VIP. A global function likewise.
@@ -828,8 +915,8 @@ pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u
 #[xdp(frags)]
 #[inline(always)]
 pub fn ingress(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) = process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -848,18 +935,30 @@ impl QuicTables for Maps {
     }
 
     #[inline(always)]
+    fn read_id(&self, service: u32, key: u32) -> Result<u32, Reason> {
+        quic::decode(read_quic_id(service, key))
+    }
+
+    #[inline(always)]
     fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
         // SAFETY: as above; one aligned word.
         unsafe { QUIC_SERVERS.get(key).copied() }
     }
 }
 
+/// [`quic::read_id`] of the id in `QUIC_WORK`. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn read_quic_id(service: u32, key: u32) -> u64 {
+    quic::encode(quic::read_id(&Maps, service, key))
+}
+
 /// Packets of QUIC services; see [`stage::QUIC`].
 #[xdp(frags)]
+#[inline(always)]
 pub fn quic(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) =
-        lb_ebpf::quic::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = lb_ebpf::quic::process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -881,8 +980,8 @@ pub fn root(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 pub fn icmp(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) = icmp_stage::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = icmp_stage::process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -890,9 +989,8 @@ pub fn icmp(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 pub fn fragment(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) =
-        lb_ebpf::fragment::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = lb_ebpf::fragment::process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -900,8 +998,8 @@ pub fn fragment(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 pub fn nat(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = nat::process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -909,8 +1007,8 @@ pub fn nat(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 pub fn nat_bind(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process_new(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = nat::process_new(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -918,8 +1016,8 @@ pub fn nat_bind(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 pub fn nat_error(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) = nat::process_error(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = nat::process_error(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -927,9 +1025,8 @@ pub fn nat_error(ctx: XdpContext) -> u32 {
 #[xdp(frags)]
 #[inline(always)]
 pub fn nat_fragment(ctx: XdpContext) -> u32 {
-    let settings = SETTINGS.load();
-    let (verdict, outcome) =
-        nat::process_fragment(&mut XdpFrame::new(&ctx, settings.kernel), &Maps, &settings);
+    let settings = global(&SETTINGS);
+    let (verdict, outcome) = nat::process_fragment(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -946,7 +1043,7 @@ fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
         unsafe { STAGES.tail_call(ctx, index) };
     }
     match action(verdict, &EGRESS) {
-        Ok(xdp_action::XDP_PASS) if SETTINGS.load().features & features::CHAIN != 0 => {
+        Ok(xdp_action::XDP_PASS) if global(&SETTINGS).features & features::CHAIN != 0 => {
             // SAFETY: as above.
             unsafe { CHAIN.tail_call(ctx, stage::AFTER) };
             xdp_action::XDP_PASS

@@ -24,10 +24,20 @@ use core::arch::asm;
 use lb_common::{Be16, ServiceKey, mapped, service::TCP, settings::kernel};
 use lb_ebpf::{
     Frame, Packet, csum,
-    kernel::XdpFrame,
+    kernel::{Settings, XdpFrame},
     packet::Bytes,
     wire::{Ipv4, Tcp},
 };
+
+/// This object is loaded on the developer's kernel only.
+struct All;
+
+impl Settings for All {
+    #[inline(always)]
+    fn kernel() -> u32 {
+        kernel::ALL
+    }
+}
 
 /// Length of the frame as the program under test should see it.
 #[unsafe(no_mangle)]
@@ -76,7 +86,7 @@ unsafe impl Bytes for Word {}
 /// Restores the frame, then runs the program under test.
 #[xdp(frags)]
 pub fn rewind(ctx: XdpContext) -> u32 {
-    match restore(&mut XdpFrame::new(&ctx, kernel::ALL)) {
+    match restore(&mut XdpFrame::<All>::new(&ctx)) {
         // SAFETY: nothing in this frame needs to be dropped.
         Some(()) => unsafe { JUMP.tail_call(&ctx, 0) },
         None => return xdp_action::XDP_ABORTED,
@@ -86,7 +96,7 @@ pub fn rewind(ctx: XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn restore(frame: &mut XdpFrame<'_>) -> Option<()> {
+fn restore(frame: &mut XdpFrame<'_, All>) -> Option<()> {
     let state = STATE.get_ptr_mut(0)?;
     // Waits until the program under test has done all that it began. Without this, one that takes less than the
     // restoring below would be done in its shade, and seem to cost next to nothing.
@@ -154,24 +164,20 @@ pub fn bare(_ctx: XdpContext) -> u32 {
 /// are computed.
 #[xdp(frags)]
 pub fn floor(ctx: XdpContext) -> u32 {
-    if encapsulate(&mut XdpFrame::new(&ctx, kernel::ALL)) {
-        xdp_action::XDP_TX
-    } else {
-        xdp_action::XDP_ABORTED
-    }
+    if encapsulate(&mut XdpFrame::<All>::new(&ctx)) { xdp_action::XDP_TX } else { xdp_action::XDP_ABORTED }
 }
 
 const SOURCE: u32 = 0x0a00_0001;
 
 #[inline(always)]
-fn encapsulate(frame: &mut XdpFrame<'_>) -> bool {
+fn encapsulate(frame: &mut XdpFrame<'_, All>) -> bool {
     let inner_len = frame.packet().len() - 14;
     push(frame, inner_len as u16, 0, 0x0a00_0002)
 }
 
 /// Puts an Ethernet and an IPv4 header in front of the IP packet.
 #[inline(always)]
-fn push(frame: &mut XdpFrame<'_>, inner_len: u16, tos: u8, destination: u32) -> bool {
+fn push(frame: &mut XdpFrame<'_, All>, inner_len: u16, tos: u8, destination: u32) -> bool {
     let total_len = inner_len + 20;
     if !frame.adjust_head(-20) {
         return false;
@@ -218,7 +224,7 @@ static BACKEND_STATS: PerCpuArray<[u64; 2]> = PerCpuArray::with_max_entries(PLAI
 /// Balances IPv4 TCP without options over its tables.
 #[xdp(frags)]
 pub fn plain(ctx: XdpContext) -> u32 {
-    match balance(&mut XdpFrame::new(&ctx, kernel::ALL)) {
+    match balance(&mut XdpFrame::<All>::new(&ctx)) {
         Some(true) => xdp_action::XDP_TX,
         Some(false) => xdp_action::XDP_ABORTED,
         None => xdp_action::XDP_PASS,
@@ -226,7 +232,7 @@ pub fn plain(ctx: XdpContext) -> u32 {
 }
 
 #[inline(always)]
-fn balance(frame: &mut XdpFrame<'_>) -> Option<bool> {
+fn balance(frame: &mut XdpFrame<'_, All>) -> Option<bool> {
     let packet = frame.packet();
     let kind: u16 = packet.read(12)?;
     if kind != 0x0800_u16.to_be() {

@@ -158,7 +158,7 @@ pub fn forward<F: Frame + Fib>(
         return Err(Refusal::TooBig(hop.mtu.saturating_sub(overhead as u32)));
     }
     let l2_len = if hop.vlan == 0 { ETHERNET } else { ETHERNET + VLAN_TAG };
-    if !frame.adjust_head(headers.l2_len as i32 - (l2_len + overhead) as i32) {
+    if !frame.adjust_head(headers.l2_len() as i32 - (l2_len + overhead) as i32) {
         return Err(Reason::NoHeadroom.into());
     }
     let is_ipv6 = if is_l2 { headers.is_ipv6 } else { outer_is_ipv6 };

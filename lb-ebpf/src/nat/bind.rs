@@ -12,7 +12,7 @@ use crate::{
     hash::{flow_hash, mix, slot_of},
     ingress::{Outcome, refuse},
     limit::is_limited,
-    network::parse_network,
+    network::Network,
     parse::{Headers, address, mapped, words},
     service::lookup_service,
 };
@@ -92,9 +92,10 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     settings: &IngressSettings,
     way: &mut Way,
 ) -> Result<(), Reason> {
-    let mut network = parse_network(frame, settings)?;
+    let mut place = Network::default();
+    let network = tables.parse_network(frame, settings, &mut place)?;
     way.is_part = network.fragment.is_some() as u32;
-    super::parse_ports(frame, &mut network)?;
+    super::parse_ports(frame, network)?;
     let headers = &network.headers;
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;

@@ -13,7 +13,7 @@ use crate::{
     Frame, Verdict,
     forward::{Refusal, filled_in},
     ingress::{Outcome, refuse},
-    network::{self, ICMP, ICMPV6, Network, parse_network},
+    network::{self, ICMP, ICMPV6, Network},
     parse::{Headers, words},
     service::lookup_service,
     wire::{Echo, Ipv4, Ipv6},
@@ -41,11 +41,11 @@ fn quoted<F: Frame>(frame: &F, outer: &Network) -> Option<Network> {
     let packet = frame.packet();
     let is_ipv6 = outer.headers.is_ipv6;
     let protocol = if is_ipv6 { ICMPV6 } else { ICMP };
-    let message: Echo = packet.read(outer.l4)?;
+    let message: Echo = packet.read(outer.l4())?;
     if outer.headers.protocol != protocol || outer.fragment.is_some() || !is_error(is_ipv6, message.kind) {
         return None;
     }
-    let at = outer.l4 + ICMP_HEADER;
+    let at = outer.l4() + ICMP_HEADER;
     let mut inner = if is_ipv6 {
         network::parse_ipv6(&packet, at).ok()?
     } else {
@@ -58,7 +58,7 @@ fn quoted<F: Frame>(frame: &F, outer: &Network) -> Option<Network> {
     {
         return None;
     }
-    let [source_port, port]: [u16; 2] = packet.read(inner.l4)?;
+    let [source_port, port]: [u16; 2] = packet.read(inner.l4())?;
     inner.headers.source_port = source_port;
     inner.headers.port = port;
     Some(inner)
@@ -80,8 +80,9 @@ pub fn process<F: Frame, T: NatTables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let result = match parse_network(frame, settings) {
-        Ok(outer) => translate(frame, tables, settings, &outer),
+    let mut place = Network::default();
+    let result = match tables.parse_network(frame, settings, &mut place) {
+        Ok(outer) => translate(frame, tables, settings, outer),
         Err(reason) => Err(reason.into()),
     };
     match result {
@@ -138,7 +139,7 @@ fn to_worker<F: Frame, T: NatTables>(
     }
     let hop = filled_in(backend);
     rewrite(frame, outer, inner, &to)?;
-    let verdict = go_by(frame, outer.headers.l2_len, outer.headers.is_ipv6, &as_last_hop(&hop))?;
+    let verdict = go_by(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &as_last_hop(&hop))?;
     tables.count(Reason::NatError);
     Ok((verdict, Outcome::Returned { service }))
 }
@@ -167,7 +168,7 @@ fn to_client<F: Frame, T: NatTables>(
         port: raw(flow.port),
     };
     rewrite(frame, outer, inner, &to)?;
-    let verdict = go_by(frame, outer.headers.l2_len, outer.headers.is_ipv6, &hop)?;
+    let verdict = go_by(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &hop)?;
     tables.count(Reason::NatError);
     Ok((verdict, Outcome::Returned { service: flow.service }))
 }
@@ -182,7 +183,7 @@ fn rewrite<F: Frame>(frame: &mut F, outer: &Network, inner: &Network, to: &Rewri
     let addresses = change_of_addresses(is_ipv6, quoted, (&to.source, &to.destination));
     // All that the message's checksum has to follow.
     let mut total = addresses;
-    let at = outer.l4 + ICMP_HEADER;
+    let at = outer.l4() + ICMP_HEADER;
     if is_ipv6 {
         let ip: Ipv6 = packet.read(at).ok_or(Reason::Truncated)?;
         if !packet.write(at, Ipv6 { source: to.source, destination: to.destination, ..ip }) {
@@ -199,12 +200,12 @@ fn rewrite<F: Frame>(frame: &mut F, outer: &Network, inner: &Network, to: &Rewri
     }
     let ports = change(inner.headers.source_port, to.source_port) + change(inner.headers.port, to.port);
     total += ports;
-    if !packet.write(inner.l4, [to.source_port, to.port]) {
+    if !packet.write(inner.l4(), [to.source_port, to.port]) {
         return Err(Reason::Truncated);
     }
     // The quoted checksum, if the quotation reaches that far and there is one.
-    let place = inner.l4 + if inner.headers.protocol == TCP { 16 } else { 6 };
-    let is_there = place + 2 <= outer.l4 + outer.l4_len;
+    let place = inner.l4() + if inner.headers.protocol == TCP { 16 } else { 6 };
+    let is_there = place + 2 <= outer.l4() + outer.l4_len;
     if let Some(check) =
         packet.read::<u16>(place).filter(|check| is_there && (*check != 0 || inner.headers.protocol == TCP))
     {
@@ -226,10 +227,10 @@ fn own_headers<F: Frame>(frame: &mut F, outer: &Network, to: &Rewrite, quoted: u
     let addresses = change_of_addresses(is_ipv6, old, (&source, &destination));
     super::rewrite::network_header(frame, outer, source, destination, addresses)?;
     let mut packet = frame.packet();
-    let message: Echo = packet.read(outer.l4).ok_or(Reason::Truncated)?;
+    let message: Echo = packet.read(outer.l4()).ok_or(Reason::Truncated)?;
     // ICMPv6 covers the addresses (RFC 4443 2.3).
     let change = if is_ipv6 { quoted + addresses } else { quoted };
-    if packet.write(outer.l4, Echo { check: adjusted(message.check, change), ..message }) {
+    if packet.write(outer.l4(), Echo { check: adjusted(message.check, change), ..message }) {
         Ok(())
     } else {
         Err(Reason::Truncated)

@@ -13,7 +13,7 @@ use crate::{
     forward::{Fib, Refusal},
     fragment::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
     ingress::{Outcome, conclude, refuse},
-    network::{Network, Part, parse_network},
+    network::{Network, Part},
 };
 use lb_common::{
     Reason,
@@ -29,11 +29,12 @@ pub fn process<F: Frame + Fib, T: NatTables + FragmentTable>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut network = match parse_network(frame, settings) {
+    let mut place = Network::default();
+    let network = match tables.parse_network(frame, settings, &mut place) {
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    let result = receive(frame, tables, settings, &mut network);
+    let result = receive(frame, tables, settings, network);
     conclude(frame, tables, settings, &network.headers, result)
 }
 
@@ -107,7 +108,7 @@ fn go<F: Frame + Fib, T: NatTables + FragmentTable>(
         remember(tables, network, part, way, outcome)?;
     }
     rewrite_part(frame, network, &way.to, is_first)?;
-    let verdict = go_by(frame, headers.l2_len, headers.is_ipv6, &way.hop)?;
+    let verdict = go_by(frame, headers.l2_len(), headers.is_ipv6, &way.hop)?;
     account(tables, settings, headers, way, outcome);
     tables.count(Reason::FragmentForwarded);
     Ok((verdict, outcome))

@@ -24,7 +24,7 @@ use crate::{
     choose::flow_key,
     forward::{Fib, FibQuery, Hop, Refusal, filled_in},
     ingress::{Outcome, conclude, refuse},
-    network::{Network, parse_network},
+    network::Network,
     parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
     service::lookup_service,
 };
@@ -81,11 +81,12 @@ pub fn process<F: Frame + Fib, T: NatTables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut network = match parse_network(frame, settings) {
+    let mut place = Network::default();
+    let network = match tables.parse_network(frame, settings, &mut place) {
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    let result = receive(frame, tables, settings, &mut network);
+    let result = receive(frame, tables, settings, network);
     conclude(frame, tables, settings, &network.headers, result)
 }
 
@@ -99,7 +100,7 @@ fn parse_ports<F: Frame>(frame: &F, network: &mut Network) -> Result<(), Reason>
         Some(_) => return Err(Reason::Fragment),
     };
     match network.headers.protocol {
-        TCP | UDP => parse_transport(&frame.packet(), network.l4, len, &mut network.headers),
+        TCP | UDP => parse_transport(&frame.packet(), network.l4(), len, &mut network.headers),
         _ => Err(Reason::OtherProtocol),
     }
 }
@@ -223,7 +224,7 @@ fn go<F: Frame + Fib, T: NatTables>(
     let headers = &network.headers;
     let outcome = lead(frame, tables, headers, way)?;
     rewrite(frame, tables, network, &way.to)?;
-    let verdict = go_by(frame, headers.l2_len, headers.is_ipv6, &way.hop)?;
+    let verdict = go_by(frame, headers.l2_len(), headers.is_ipv6, &way.hop)?;
     account(tables, settings, headers, way, outcome);
     Ok((verdict, outcome))
 }
@@ -509,10 +510,10 @@ fn last_hop<F: Frame>(frame: &F, headers: &Headers) -> Option<LastHop> {
     let packet = frame.packet();
     let [a, b, c, d, e, f]: [u16; 6] = packet.read(0)?;
     let (mut first, mut second) = ([0u16; 2], [0u16; 2]);
-    if headers.l2_len > ETHERNET {
+    if headers.l2_len() > ETHERNET {
         first = packet.read(12)?;
     }
-    if headers.l2_len > ETHERNET + VLAN_TAG {
+    if headers.l2_len() > ETHERNET + VLAN_TAG {
         second = packet.read(ETHERNET + 2)?;
     }
     let be = |w: u16| Be16::from_bytes(w.to_ne_bytes());

@@ -118,8 +118,8 @@ pub fn rewrite_part<F: Frame>(
 #[inline(always)]
 fn check_place(network: &Network) -> usize {
     match network.headers.protocol {
-        TCP => network.l4 + 16,
-        _ => network.l4 + 6,
+        TCP => network.l4() + 16,
+        _ => network.l4() + 6,
     }
 }
 
@@ -133,7 +133,7 @@ fn ports<F: Frame>(
 ) -> Result<Option<u16>, Reason> {
     let mut packet = frame.packet();
     let check: u16 = packet.read(place).ok_or(Reason::Truncated)?;
-    if !packet.write(network.l4, [to.source_port, to.port]) {
+    if !packet.write(network.l4(), [to.source_port, to.port]) {
         return Err(Reason::Truncated);
     }
     Ok((check != 0 || network.headers.protocol != UDP).then_some(check))
@@ -160,7 +160,7 @@ pub fn network_header<F: Frame>(
     addresses: u64,
 ) -> Result<(), Reason> {
     let mut packet = frame.packet();
-    let l3 = network.headers.l2_len;
+    let l3 = network.headers.l2_len();
     let written = if network.headers.is_ipv6 {
         let ip: Ipv6 = packet.read(l3).ok_or(Reason::Truncated)?;
         if ip.hop_limit <= 1 {
@@ -193,7 +193,7 @@ fn complete<F: Frame, T: NatTables>(
     if !frame.packet().write(place, 0u16) {
         return Err(Reason::Truncated);
     }
-    let sum = tables.sum(frame, network.l4, network.l4_len).ok_or(Reason::Truncated)?;
+    let sum = tables.sum(frame, network.l4(), network.l4_len).ok_or(Reason::Truncated)?;
     tables.count(Reason::NatCompleted);
     Ok(csum::finish(pseudo + sum as u64))
 }

@@ -115,6 +115,7 @@ pub struct HashTables {
     replies: RefCell<BTreeMap<ReplyKey, Reply>>,
     young: RefCell<HashMap<u32, Young>>,
     way: RefCell<Way>,
+    quic_work: RefCell<Work>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
@@ -147,6 +148,7 @@ impl Default for HashTables {
             nats: RefCell::default(),
             replies: RefCell::default(),
             young: RefCell::default(),
+            quic_work: RefCell::default(),
             way: RefCell::new(Way::EMPTY),
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
@@ -394,7 +396,7 @@ impl QuicTables for HashTables {
     }
 
     fn with_work<R>(&self, f: impl FnOnce(&mut Work) -> R) -> Option<R> {
-        Some(f(&mut Work::default()))
+        Some(f(&mut self.quic_work.borrow_mut()))
     }
 
     fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
