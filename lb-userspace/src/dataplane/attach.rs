@@ -17,7 +17,7 @@ use aya::{
     maps::{Array, Map, MapData, MapError},
     programs::{ProgramError, ProgramFd, Xdp},
 };
-use lb_common::{ABI_VERSION, names};
+use lb_common::{ABI_VERSION, Reason, names};
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -230,7 +230,19 @@ fn load_beside(
     Ok((bpf, interfaces, None))
 }
 
+/// Unpins the counters of a build that knew fewer reasons: new ones would not be counted. They begin anew.
+fn renew_reasons(home: &Home) -> Result<(), DataplaneError> {
+    let path = home.path.join(names::REASONS);
+    if !path.exists() {
+        return Ok(());
+    }
+    let map = |source| DataplaneError::Map { map: names::REASONS, source };
+    let pinned = MapData::from_pin(&path).and_then(|data| data.info()).map_err(map)?;
+    if pinned.max_entries() < Reason::COUNT { pins::remove(&path) } else { Ok(()) }
+}
+
 fn load(request: &Request<'_>, home: &Home) -> Result<Ebpf, DataplaneError> {
+    renew_reasons(home)?;
     let refuse = |source| DataplaneError::Load { program: request.program, source };
     let mut loader = EbpfLoader::new();
     loader.override_global(names::SETTINGS, request.settings, true).override_global(
