@@ -340,7 +340,7 @@ async fn health_metrics_and_replica_tell_the_state() {
 }
 
 #[tokio::test]
-async fn keys_are_checked_in_constant_places() {
+async fn a_key_opens_what_it_is_for_and_nothing_else() {
     let settings = Settings {
         api_keys: vec!["k1".into(), "k2".into()],
         admin_key: Some("boss".into()),

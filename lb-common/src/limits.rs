@@ -22,6 +22,8 @@ pub const FRAGMENTS: u32 = 65_536;
 pub const NAT_FLOWS: u32 = 262_144;
 /// Bindings of mode `nat` that one processor keeps whose clients have not shown themselves, by default.
 pub const NAT_YOUNG: u32 = 16_384;
+/// Addresses of a host that mode `nat` gives to packets to workers, one for each route to them at most.
+pub const NAT_SOURCES: u32 = 4_096;
 /// Entries of the deny and allow lists together, by default. They take memory only as they are made.
 pub const GUARD_ENTRIES: u32 = 1_048_576;
 /// Sources whose rate of new flows is known, over all services, by default.

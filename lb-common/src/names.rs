@@ -14,6 +14,8 @@ pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
 pub const EXACT: &str = "EXACT";
 /// `ARRAY<Line>`, memory-mapped: bits of addresses that may be VIPs; see [`crate::exact`]. Not pinned either.
 pub const VIP_FILTER: &str = "VIP_FILTER";
+/// `HASH<Address, u32>`: addresses that mode `nat` gives to packets to workers, but for pools. Not pinned either.
+pub const NAT_SOURCES: &str = "NAT_SOURCES";
 /// `HASH<VipKey, Vip>`: what else a VIP serves (port ranges, any port).
 pub const VIPS: &str = "VIPS";
 /// `ARRAY<Service>`, memory-mapped.

@@ -201,6 +201,13 @@ reasons! {
     FlowFlood = "flow_flood", Note;
     /// Service's residency: none of its regions takes flows, or the flow was established where it may not run
     Residency = "residency", Drop;
+
+    /// Source address from which no host sends: loopback, multicast, unspecified or reserved (RFC 1812 5.3.7, RFC 4291 2.5)
+    MartianSource = "martian_source", Drop;
+    /// Source address is a VIP, or one that mode nat gives to packets to workers: forged, or gone in a circle
+    OwnSource = "own_source", Drop;
+    /// Mode nat: packet of no known flow that neither begins one nor can belong to an established one (a reset, or without an acknowledgement)
+    NatStray = "nat_stray", Drop;
 }
 
 impl Reason {

@@ -16,6 +16,7 @@ use crate::{
     guard,
     hash::flow_hash,
     ingress::{Outcome, backend_of, end, refuse},
+    martian,
     network::{Network, Part},
     parse::{Headers, address, parse_transport},
     service::{lookup_service, vip_of},
@@ -80,6 +81,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
             Reason::NotVip.into()
         });
     }
+    martian::check(tables, &network.headers)?;
     guard::check(tables, settings, network.headers.source)?;
     let protocol = network.headers.protocol;
     // Behind a fragment header may come more of IPv6's own headers; the first part has been read beyond them.

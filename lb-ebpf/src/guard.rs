@@ -7,15 +7,12 @@
 //! `ingress` and its stages, where the feature is on; by the daemon's `explain`, and by tests.
 
 use lb_common::{
-    Reason, VipKey,
+    Reason,
     guard::{GuardKey, GuardState, LENGTHS, block, level, mask64, verdict},
     settings::{IngressSettings, features},
 };
 
-use crate::{
-    Tables,
-    parse::{Headers, address},
-};
+use crate::{Tables, parse::address};
 
 /// The maps of the lists.
 pub trait GuardTables {
@@ -36,20 +33,6 @@ pub fn check<T: Tables>(tables: &T, settings: &IngressSettings, source: [u32; 4]
         return Err(Reason::GuardDenied);
     }
     Ok(())
-}
-
-/// The same where it is not known yet whether the packet is for a VIP; what is for the host is not guarded. It comes
-/// early, as the verifier walks all that follows once for each state in which it gets here.
-#[inline(always)]
-pub fn check_early<T: Tables>(
-    tables: &T,
-    settings: &IngressSettings,
-    headers: &Headers,
-) -> Result<(), Reason> {
-    match check(tables, settings, headers.source) {
-        Err(_) if tables.vip(&VipKey { vip: headers.destination_address() }).is_none() => Ok(()),
-        result => result,
-    }
 }
 
 /// Whether packets of this source (network order, IPv4 mapped) are dropped.

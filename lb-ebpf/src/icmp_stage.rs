@@ -9,6 +9,7 @@ use crate::{
     guard,
     icmp_error::{deliver, is_error},
     ingress::{Outcome, refuse},
+    martian,
     network::{ICMP, ICMPV6, Network},
     parse::{address, mapped},
     wire::{Echo, IcmpError, Ipv4, Ipv6},
@@ -54,12 +55,14 @@ fn receive<F: Frame + Fib, T: Tables>(
     let about_flow = is_error(network, message.kind);
     // Neighbour discovery and whatever else is for this host is most of what comes here.
     if tables.vip(&VipKey { vip: network.headers.destination_address() }).is_none() {
-        if about_flow {
+        // An error from where nothing comes says nothing about a worker.
+        if about_flow && martian::check(tables, &network.headers).is_ok() {
             note_unreachable(frame, tables, network, message);
         }
         let translates = settings.features & features::NAT != 0;
         return Err(if about_flow && translates { Reason::NatError } else { Reason::NotVip });
     }
+    martian::check(tables, &network.headers)?;
     guard::check(tables, settings, network.headers.source)?;
     if settings.features & features::ICMP == 0 && !about_flow {
         return Err(Reason::Icmp);

@@ -8,10 +8,10 @@ use crate::{
     forward::{Fib, Refusal, forward},
     guard,
     hash::flow_hash,
-    icmp, nat,
+    icmp, martian, nat,
     parse::Headers,
     quick,
-    service::lookup_service,
+    service::{lookup_service, vip_of},
 };
 use lb_common::{
     Backend, Reason,
@@ -63,7 +63,7 @@ pub fn process<F: Frame + Fib, T: Tables>(
         }
         Err(reason) => return refuse(tables, reason),
     };
-    if let Err(reason) = guard::check_early(tables, settings, headers) {
+    if let Err(reason) = screen(tables, settings, headers) {
         return refuse(tables, reason);
     }
     match balance(frame, tables, settings, headers) {
@@ -78,6 +78,17 @@ pub fn process<F: Frame + Fib, T: Tables>(
         Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
         Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
     }
+}
+
+/// Drops what its source keeps from a VIP. It is not known yet whether the packet is for one, and what is for the host is
+/// not looked at. It comes early, as the verifier walks all that follows once for each state in which it gets here.
+#[inline(always)]
+fn screen<T: Tables>(tables: &T, settings: &IngressSettings, headers: &Headers) -> Result<(), Reason> {
+    let checked = martian::check(tables, headers);
+    let Err(reason) = checked.and_then(|()| guard::check(tables, settings, headers.source)) else {
+        return Ok(());
+    };
+    if tables.is_vip(vip_of(headers)) { Err(reason) } else { Ok(()) }
 }
 
 /// The end of a packet's way for a reason, counted.

@@ -28,6 +28,7 @@ pub mod ingress;
 #[cfg(feature = "bpf")]
 pub mod kernel;
 pub mod limit;
+pub mod martian;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]
 pub mod native;

@@ -136,6 +136,13 @@ pub fn words(address: Address) -> [u32; 4] {
     unsafe { core::mem::transmute::<Address, [u32; 4]>(address) }
 }
 
+/// Two words as one, in memory's order.
+#[inline(always)]
+pub const fn pair(first: u32, second: u32) -> u64 {
+    let (low, high) = if cfg!(target_endian = "big") { (second, first) } else { (first, second) };
+    (high as u64) << 32 | low as u64
+}
+
 /// An IPv4 address (network order) as mapped words.
 #[inline(always)]
 pub const fn mapped(v4: u32) -> [u32; 4] {

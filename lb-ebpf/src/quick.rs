@@ -13,7 +13,7 @@ use crate::{
     forward::{GUE_OVERHEAD, PROTOCOL_IPV4, PROTOCOL_IPV6},
     hash::{flow_hash_v4, flow_hash_v6, ports_word, slot_of},
     ingress::{Outcome, refuse},
-    nat,
+    martian, nat,
     packet::Window,
     parse::{ETH_IPV4, ETH_IPV6, ETHERNET, tcp},
     service::lookup_exact,
@@ -57,6 +57,18 @@ impl Common {
     const fn source_words(&self) -> [u32; 4] {
         let [a, b] = self.source;
         [a as u32, (a >> 32) as u32, b as u32, (b >> 32) as u32]
+    }
+}
+
+impl Common {
+    /// Whether no host sends from its source.
+    #[inline(always)]
+    const fn is_martian(&self) -> bool {
+        if self.is_ipv6 {
+            martian::is_martian_v6(self.source)
+        } else {
+            martian::is_martian_v4((self.source[1] >> 32) as u32)
+        }
     }
 }
 
@@ -199,6 +211,13 @@ fn balance<F: Frame, T: Tables>(
             refuse(tables, Reason::NotVip)
         });
     };
+    if common.is_martian() {
+        return Some(refuse(tables, Reason::MartianSource));
+    }
+    // Perhaps a VIP itself.
+    if tables.has_vip_bit(exact::filter_bit(common.source)) {
+        return None;
+    }
     if settings.features & features::GUARD != 0 && tables.is_denied(common.source_words()) {
         return Some(refuse(tables, Reason::GuardDenied));
     }

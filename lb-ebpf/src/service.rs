@@ -1,6 +1,9 @@
 //! Which service a packet belongs to: exact port, then port range, then any port.
 
-use crate::{Tables, parse::Headers};
+use crate::{
+    Tables,
+    parse::{Headers, pair},
+};
 use lb_common::{
     Address, Be16, Reason, ServiceKey, Vip, VipKey, exact,
     limits::RANGES_PER_VIP,
@@ -90,13 +93,6 @@ pub fn decode(word: u64) -> Result<(u32, Match), Reason> {
         _ => return Err(Reason::NotVip),
     };
     Ok((word as u32, how))
-}
-
-/// Two words as one, in memory's order.
-#[inline(always)]
-const fn pair(first: u32, second: u32) -> u64 {
-    let (low, high) = if cfg!(target_endian = "big") { (second, first) } else { (first, second) };
-    (high as u64) << 32 | low as u64
 }
 
 /// The same within a VIP, for ports that have no service of their own.

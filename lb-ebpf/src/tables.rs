@@ -32,12 +32,26 @@ pub trait Tables {
     fn is_no_vip(&self, _bit: u32) -> bool {
         false
     }
+    /// Whether an address has this bit set in the filter: [`Tables::is_no_vip`] for those who may miss a VIP for as long as
+    /// nobody has filled the filter.
+    #[inline(always)]
+    fn has_vip_bit(&self, _bit: u32) -> bool {
+        false
+    }
     /// What else this VIP serves.
     fn vip(&self, key: &VipKey) -> Option<&Vip>;
     /// Whether an address, as two words in memory's order, is a VIP. A function of its own in the kernel, as the next one.
     #[inline(always)]
     fn is_vip(&self, vip: [u64; 2]) -> bool {
         self.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()
+    }
+    /// [`crate::martian::fault`]; a function of its own likewise.
+    #[inline(always)]
+    fn source_fault(&self, source: [u32; 4]) -> Option<Reason>
+    where
+        Self: Sized,
+    {
+        crate::martian::fault(self, source)
     }
     /// [`crate::service::find`]. The kernel side has this as a function of its own, which the verifier looks at once
     /// instead of on every path, and whose keys lie on a stack of its own.

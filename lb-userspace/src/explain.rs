@@ -16,6 +16,7 @@ use lb_ebpf::{
     chain::others,
     choose::{Choice, Why, choose},
     hash::{flow_hash, slot_of},
+    nat,
     parse::{Headers, tcp, words},
     service::{Match, lookup_service},
 };
@@ -182,6 +183,10 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
         answers: Vec::new(),
         steps: Vec::new(),
     };
+    if let Some(reason) = live.source_fault(headers.source) {
+        explanation.steps.push(format!("dropped if it is for a VIP: {}", reason.describe()));
+        return explanation;
+    }
     let source = names.listed(explanation.query.source.ip());
     if live.is_denied(headers.source) {
         let entry = source.unwrap_or_else(|| "an entry that is being removed".to_owned());
@@ -339,7 +344,13 @@ impl Explanation {
     ) {
         live.recorded.set(false);
         let hash = flow_hash(view.seed, headers);
-        let choice = choose(live, index, view, headers, hash);
+        let choice = choose(live, index, view, headers, hash).and_then(|choice| {
+            let own = |b: &Backend| nat::is_in_pool(headers.source, b.source, b.source_bits.into());
+            match live.backend(choice.backend).filter(|b| b.mode == backend::mode::NAT) {
+                Some(backend) if own(backend) => Err(Reason::OwnSource),
+                _ => Ok(choice),
+            }
+        });
         let (backend, why) = match choice {
             Ok(Choice { backend, why, .. }) => (live.view_of(names, backend), describe(why).to_owned()),
             Err(reason) => (None, reason.describe().to_owned()),

@@ -240,3 +240,23 @@ fn a_command_runs_under_the_lock() {
     assert!(code == 1 && said.contains("upgrade"), "{said}");
     assert_eq!(lbctl(&socket, &["rollout", "status", "rollout"]).0, 0);
 }
+
+/// Standard error that nobody reads any more, as of `lbctl ... 2>&1 | head`, changes no exit code.
+#[test]
+fn a_closed_stderr_is_no_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    std::fs::write(path("bad.toml"), "[[service]]\nname = \"a\"\n").unwrap();
+    let missing = path("none.sock");
+    for (program, arguments, code) in [
+        (env!("CARGO_BIN_EXE_lbctl"), vec!["man".to_owned(), path("man")], 0),
+        (env!("CARGO_BIN_EXE_lbctl"), vec!["config".to_owned(), "check".to_owned(), path("bad.toml")], 1),
+        (env!("CARGO_BIN_EXE_lbctl"), vec!["--socket".to_owned(), missing, "status".to_owned()], 3),
+        (env!("CARGO_BIN_EXE_lbd"), vec!["ingress".to_owned(), "--config".to_owned(), path("none.toml")], 2),
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = std::process::Command::new(program).args(&arguments).stderr(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}");
+    }
+}

@@ -29,6 +29,7 @@ pub fn check(data: &[u8]) {
     let mut frame = VecFrame::new(data).with_fib(fib);
     let (verdict, outcome) = native::run(&mut frame, &tables, &IngressSettings::DEFAULT);
     let after = frame.bytes();
+    super::is_taken_for_what_it_is(&tables, data, outcome);
     match outcome {
         Outcome::Forwarded { backend, .. } => {
             let backend = tables.backends[&backend];

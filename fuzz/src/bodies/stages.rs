@@ -103,6 +103,7 @@ pub fn check_in(tables: &HashTables, data: &[u8]) {
     let mut frame = VecFrame::new(data).with_fib(ingress::fib);
     let (verdict, outcome) = native::run(&mut frame, tables, &IngressSettings::DEFAULT);
     let after = frame.bytes();
+    super::is_taken_for_what_it_is(tables, data, outcome);
     match outcome {
         Outcome::Not(reason) if reason != Reason::NatError && reason.fate() == Fate::Pass => {
             assert_eq!(verdict, Verdict::Pass);

@@ -40,6 +40,7 @@ use lb_ebpf::{
     ingress::{Outcome, process},
     kernel::{Settings, XdpFrame, action, global},
     limit::{self, LimitTables},
+    martian,
     nat::{self, Added, NatTables, Way},
     network::{self, Network},
     packet::Sum,
@@ -85,6 +86,8 @@ static NAT_FLOWS: HashMap<FlowKey, Nat> = HashMap::with_max_entries(limits::NAT_
 #[map]
 static NAT_REPLIES: HashMap<ReplyKey, Reply> =
     HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static NAT_SOURCES: HashMap<Address, u32> = HashMap::with_max_entries(limits::NAT_SOURCES, BPF_F_NO_PREALLOC);
 #[map]
 static NAT_YOUNG: PerCpuArray<Young> = PerCpuArray::with_max_entries(limits::NAT_YOUNG, 0);
 #[map]
@@ -196,6 +199,16 @@ impl Tables for Maps {
         // Which of the two is read first is all the same: a bit is set before its address becomes a VIP.
         let is_armed = word(&VIP_FILTER, exact::FILTER_ARMED).is_some_and(|word| word != 0);
         is_armed && word(&VIP_FILTER, bit / 32).is_some_and(|word| word >> (bit % 32) & 1 == 0)
+    }
+
+    #[inline(always)]
+    fn has_vip_bit(&self, bit: u32) -> bool {
+        word(&VIP_FILTER, bit / 32).is_some_and(|word| word >> (bit % 32) & 1 != 0)
+    }
+
+    #[inline(always)]
+    fn source_fault(&self, source: [u32; 4]) -> Option<Reason> {
+        martian::decode(source_fault(source[0], source[1], source[2], source[3]))
     }
 
     #[inline(always)]
@@ -674,6 +687,13 @@ pub extern "C" fn is_vip(first: u64, second: u64) -> u32 {
     Maps.vip(&VipKey { vip: zerocopy::transmute!([first, second]) }).is_some() as u32
 }
 
+/// [`martian::fault`]. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn source_fault(a: u32, b: u32, c: u32, d: u32) -> u32 {
+    martian::encode(martian::fault(&Maps, [a, b, c, d]))
+}
+
 /// [`service::find`] for a port (low half) and protocol. A global function likewise.
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -860,6 +880,12 @@ impl NatTables for Maps {
     #[inline(always)]
     fn remove_reply(&self, key: &ReplyKey) -> bool {
         NAT_REPLIES.remove(key).is_ok()
+    }
+
+    #[inline(always)]
+    fn is_translated(&self, source: &Address) -> bool {
+        // SAFETY: nothing is read of the entry.
+        unsafe { NAT_SOURCES.get(source).is_some() }
     }
 
     #[inline(always)]

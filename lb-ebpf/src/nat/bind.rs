@@ -13,7 +13,7 @@ use crate::{
     ingress::{Outcome, refuse},
     limit::is_limited,
     network::Network,
-    parse::{Headers, address, mapped, words},
+    parse::{Headers, address, mapped, tcp, words},
     service::lookup_service,
 };
 use lb_common::{
@@ -103,6 +103,9 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     if tables.is_taking_over() && !headers.is_syn() {
         return Err(Reason::TakenOver);
     }
+    if headers.protocol == TCP && !may_be_bound(headers.tcp_flags) {
+        return Err(Reason::NatStray);
+    }
     if headers.protocol == TCP && !headers.is_syn() {
         tables.count(Reason::NatUnknown);
         // It takes a binding like any other; SYNs and datagrams are counted where their worker is chosen.
@@ -137,6 +140,9 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
         // The daemon does not know the way yet.
         way.nat.source = source_by_fib(frame, headers, backend)?;
     }
+    if is_own_source(tables, headers, way) {
+        return Err(Reason::OwnSource);
+    }
     way.reply = Reply {
         flow: way.key,
         vip: headers.destination_address(),
@@ -146,6 +152,30 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     };
     way.reply_key = reply_key(&way.nat, headers.protocol);
     Ok(())
+}
+
+/// Whether a TCP packet with these flags, of a flow that has no binding, gets one: it begins a flow, or acknowledges
+/// something and so may belong to one whose binding is lost. That one's port is most likely the same again, as its hash
+/// is; else the worker's reset tells the client. A reset needs no answer, and no established flow sends the others.
+#[inline(always)]
+const fn may_be_bound(tcp_flags: u8) -> bool {
+    let kind = tcp_flags & (tcp::SYN | tcp::ACK | tcp::RST);
+    kind == tcp::ACK || kind == tcp::SYN && tcp_flags & tcp::FIN == 0
+}
+
+/// Whether an address is one of those that a worker's packets get as source: `pool` but for its low `bits`.
+#[inline(always)]
+pub fn is_in_pool(source: [u32; 4], pool: Address, bits: u32) -> bool {
+    address(varied(source, bits, u64::MAX)) == address(varied(words(pool), bits, u64::MAX))
+}
+
+/// Whether a packet comes from an address that this host gives to packets to workers: one of the pool, or one that some
+/// worker is asked from. So what has been translated for another service, whose worker is a VIP of ours, goes no further.
+#[inline(always)]
+fn is_own_source<T: NatTables>(tables: &T, headers: &Headers, way: &mut Way) -> bool {
+    // The key lies in a map: the stack has no room for it.
+    way.reply_key.source = headers.source_address();
+    is_in_pool(headers.source, way.nat.source, way.source_bits) || tables.is_translated(&way.reply_key.source)
 }
 
 /// The address of this host that the kernel's routes give packets to a backend.

@@ -13,6 +13,7 @@ use crate::{
     Frame, Verdict,
     forward::{Refusal, filled_in},
     ingress::{Outcome, refuse},
+    martian,
     network::{self, ICMP, ICMPV6, Network},
     parse::{Headers, words},
     service::lookup_service,
@@ -161,6 +162,8 @@ fn to_client<F: Frame, T: NatTables>(
     };
     let found = tables.reply(&key, |reply| (reply.flow, reply.vip, reply.hop));
     let (flow, vip, hop): (FlowKey, _, LastHop) = found.ok_or(Reason::NotVip)?;
+    // Errors for a VIP have been looked at on their way here; this one is for an address of the host's.
+    martian::check(tables, &outer.headers)?;
     let to = Rewrite {
         source: words(flow.source),
         destination: words(vip),

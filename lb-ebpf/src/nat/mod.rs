@@ -15,7 +15,7 @@ mod error;
 mod fragment;
 mod rewrite;
 
-pub use bind::{Added, process as process_new, reply_key};
+pub use bind::{Added, is_in_pool, process as process_new, reply_key};
 pub use error::process as process_error;
 pub use fragment::process as process_fragment;
 
@@ -55,6 +55,8 @@ pub trait NatTables: Tables {
     fn remove_nat(&self, key: &FlowKey) -> bool;
     /// Removes a worker's entry; false if there was none.
     fn remove_reply(&self, key: &ReplyKey) -> bool;
+    /// Whether this is an address, of no pool, that packets to some worker get as source.
+    fn is_translated(&self, source: &Address) -> bool;
     /// Calls `f` on a place of this processor's ring of new bindings, whose size is the map's.
     fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R>;
     /// One's complement sum (not folded) of `len` bytes of the frame from `offset` on.

@@ -266,6 +266,10 @@ impl Tables for HashTables {
         self.exact.as_ref().is_some_and(|(_, bits)| !bits.contains(&bit))
     }
 
+    fn has_vip_bit(&self, bit: u32) -> bool {
+        self.exact.as_ref().is_some_and(|(_, bits)| bits.contains(&bit))
+    }
+
     fn vip(&self, key: &VipKey) -> Option<&Vip> {
         self.vips.get(key)
     }
@@ -465,6 +469,12 @@ impl NatTables for HashTables {
 
     fn remove_reply(&self, key: &ReplyKey) -> bool {
         self.replies.borrow_mut().remove(key).is_some()
+    }
+
+    fn is_translated(&self, source: &Address) -> bool {
+        use lb_common::backend::{flags::USED, mode::NAT};
+        let is_single = |b: &Backend| b.flags & USED != 0 && b.mode == NAT && b.source_bits == 0;
+        self.backends.values().any(|b| is_single(b) && b.source == *source)
     }
 
     fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R> {

@@ -49,7 +49,12 @@ pub fn packet() -> impl Strategy<Value = Packet> {
                 let (client, vip): (Address, Address) = match family {
                     // An IPv4 source in an IPv6 packet.
                     0 => (CLIENT4, VIP6),
-                    1..10 => (CLIENT6, VIP6),
+                    // Sources that cannot be.
+                    1 => (VIP6, VIP6),
+                    2 => ([0; 16], VIP6),
+                    3..10 => (CLIENT6, VIP6),
+                    10 => (VIP4, VIP4),
+                    11 => (bodies::v4(127, 0, 0, 1), VIP4),
                     _ => (CLIENT4, VIP4),
                 };
                 Packet {

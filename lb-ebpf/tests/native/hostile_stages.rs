@@ -41,6 +41,8 @@ fn mutated_packets_of_clients_and_workers() {
     for reason in [
         Reason::NatReply,
         Reason::NatUnknown,
+        Reason::NatStray,
+        Reason::OwnSource,
         Reason::NatNoRoom,
         Reason::QuicRouted,
         Reason::QuicUnroutable,

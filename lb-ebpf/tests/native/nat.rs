@@ -335,6 +335,40 @@ fn an_established_flow_without_a_binding_is_bound_anew() {
     assert_eq!(tables.stats(1).flows, 0);
 }
 
+/// Bindings can be lost with their maps. The same ports are tried first again, so the flow goes on at its worker.
+#[test]
+fn a_flow_whose_binding_is_lost_gets_the_same_again() {
+    for is_ipv6 in [false, true] {
+        let (before, after) = (tables(is_ipv6), tables(is_ipv6));
+        for port in 1_000..1_200 {
+            let nat = send(&before, &request(is_ipv6, TCP, port, SYN));
+            for flags in [ACK, FIN] {
+                let now = send(&after, &request(is_ipv6, TCP, port, flags));
+                assert_eq!((now.worker, now.source_port), (nat.worker, nat.source_port));
+            }
+        }
+        assert_eq!(after.counts(), [(Reason::NatUnknown, 200)]);
+    }
+}
+
+/// What can belong to no flow without a binding makes none, and pushes none out.
+#[test]
+fn strays_push_nothing_out() {
+    let mut tables = tables(false);
+    tables.young_room = 8;
+    for port in 1_000..1_008 {
+        send(&tables, &request(false, TCP, port, SYN));
+    }
+    let bound = tables.nats();
+    for (port, flags) in
+        (2_000..2_900).zip([RST, 0x14, SYN_ACK, 0x06, 0x03, 0x01, 0, 0x08, 0x29].iter().cycle())
+    {
+        let (verdict, outcome, _) = run(&tables, &request(false, TCP, port, *flags).bytes(), 1);
+        assert_eq!((verdict, outcome), (Verdict::Drop, Outcome::Not(Reason::NatStray)), "{flags:#x}");
+    }
+    assert_eq!((tables.nats(), tables.counted(Reason::NatGaveWay)), (bound, 0));
+}
+
 /// State of a TCP flow after a handshake and these packets: true is the client's.
 fn after(tables: &HashTables, port: u16, packets: &[(bool, u8)]) -> Nat {
     let asked = |flags| request(false, TCP, port, flags);

@@ -143,31 +143,42 @@ fn plain_packet() -> impl Strategy<Value = Packet> {
         (any::<bool>(), any::<bool>(), any::<u16>(), prop_oneof![12 => Just(true), 1 => Just(false)]),
         (any::<u8>(), any::<u8>(), any::<bool>(), 0usize..1_600),
         prop_oneof![Just(0x02u8), Just(0x10), Just(0x12), Just(0x04), any::<u8>()],
-        prop_oneof![9 => Just(true), 1 => Just(false)],
+        (prop_oneof![9 => Just(true), 1 => Just(false)], 0u8..20),
     )
-        .prop_map(|((is_tcp, is_ipv6, source_port, is_vip), (tos, ttl, df, len), flags, is_port)| {
-            let client = if is_ipv6 { CLIENT6 } else { CLIENT4 };
-            let vip = match (is_vip, is_ipv6) {
-                (true, true) => VIP6,
-                (true, false) => VIP4,
-                (false, true) => CLIENT6,
-                (false, false) => CLIENT4,
-            };
-            let port = match (is_port, is_tcp) {
-                (true, true) => 80,
-                (true, false) => 53,
-                (false, _) => 20_000,
-            };
-            Packet {
-                vlan: Vlan::None,
-                flags,
-                tos,
-                ttl,
-                dont_fragment: df,
-                payload: vec![0x5a; len],
-                ..Packet::new(if is_tcp { TCP } else { UDP }, (client, source_port), (vip, port))
-            }
-        })
+        .prop_map(
+            |((is_tcp, is_ipv6, source_port, is_vip), (tos, ttl, df, len), flags, (is_port, source))| {
+                let client = match (source, is_ipv6) {
+                    (0, true) => VIP6,
+                    (0, false) => VIP4,
+                    (1, true) => [0; 16],
+                    (1, false) => lb_common::mapped([0, 0, 0, 0]),
+                    (2, true) => [0xff; 16],
+                    (2, false) => lb_common::mapped([240, 0, 0, 1]),
+                    (_, true) => CLIENT6,
+                    (_, false) => CLIENT4,
+                };
+                let vip = match (is_vip, is_ipv6) {
+                    (true, true) => VIP6,
+                    (true, false) => VIP4,
+                    (false, true) => CLIENT6,
+                    (false, false) => CLIENT4,
+                };
+                let port = match (is_port, is_tcp) {
+                    (true, true) => 80,
+                    (true, false) => 53,
+                    (false, _) => 20_000,
+                };
+                Packet {
+                    vlan: Vlan::None,
+                    flags,
+                    tos,
+                    ttl,
+                    dont_fragment: df,
+                    payload: vec![0x5a; len],
+                    ..Packet::new(if is_tcp { TCP } else { UDP }, (client, source_port), (vip, port))
+                }
+            },
+        )
 }
 
 proptest! {
@@ -205,6 +216,10 @@ fn common_packets_go_the_short_way() {
         (Packet::new(TCP, (CLIENT6, 1_000), (VIP6, 80)), true),
         // Nobody's address.
         (Packet::new(TCP, (CLIENT4, 1_000), (CLIENT4, 80)), true),
+        // From nobody, and from a VIP.
+        (Packet::new(TCP, (lb_common::mapped([127, 0, 0, 1]), 1_000), (VIP4, 80)), true),
+        (Packet::new(TCP, ([0; 16], 1_000), (VIP6, 80)), true),
+        (Packet::new(TCP, (VIP4, 1_000), (VIP4, 80)), false),
         // Its flows are remembered.
         (Packet { payload: vec![0; 64], ..Packet::new(UDP, (CLIENT4, 1_000), (VIP4, 53)) }, false),
         // A port that has no service.

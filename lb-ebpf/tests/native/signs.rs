@@ -82,6 +82,11 @@ fn other_messages_are_no_sign() {
         error(ROUTER6, &v6, 600, 4, 0, 0),
         error(ROUTER6, &v6, 36, 1, 0, 0),
         stranger,
+        // From where nobody sends.
+        error(mapped([127, 0, 0, 1]), &v4, 600, 3, 1, 0),
+        error(VIP4, &v4, 600, 3, 1, 0),
+        error([0; 16], &v6, 600, 1, 0, 0),
+        error(VIP6, &v6, 600, 1, 0, 0),
     ] {
         run(&tables, &frame);
     }

@@ -15,8 +15,10 @@ use lb_common::{
 use lb_ebpf::{
     Verdict,
     forward::{FibAnswer, FibQuery, Hop},
+    icmp::answer_too_big,
     ingress::{Outcome, process},
     native::{HashTables, VecFrame},
+    parse::parse,
 };
 
 fn tables(backend: Backend) -> HashTables {
@@ -164,7 +166,11 @@ fn nobody_is_answered_who_may_not_be() {
         let mut packet = packet(is_ipv6, Vlan::None, 1_490);
         packet.source.0 = sender;
         let (verdict, outcome, _) = run(&packet.bytes(), &tables, IngressSettings::DEFAULT);
-        assert_eq!((verdict, outcome), (Verdict::Drop, Outcome::Not(Reason::TooBigDropped)), "{sender:?}");
+        assert_eq!((verdict, outcome), (Verdict::Drop, Outcome::Not(Reason::MartianSource)), "{sender:?}");
+        // Nor by itself, for whoever else asks.
+        let mut frame = VecFrame::new(&packet.bytes());
+        let headers = parse(&frame, &IngressSettings::DEFAULT).unwrap();
+        assert_eq!(answer_too_big(&mut frame, &headers, 1_400), Err(Reason::TooBigDropped), "{sender:?}");
     }
 }
 

@@ -185,7 +185,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&list, false)?;
             } else if list.is_empty() {
-                eprintln!("no backends: add one with `lbctl backend add`");
+                say!("no backends: add one with `lbctl backend add`");
             } else {
                 observe::backends(&mut context.out, &list)?;
             }

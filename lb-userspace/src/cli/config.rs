@@ -83,7 +83,7 @@ pub fn check(out: &mut Out<'_>, check: &Check) -> Result<Exit, Failure> {
     } else {
         let count = problems.len();
         out.line(ConfigError::Problems { file, problems }.to_string())?;
-        eprintln!("{count} {}", if count == 1 { "mistake" } else { "mistakes" });
+        say!("{count} {}", if count == 1 { "mistake" } else { "mistakes" });
     }
     Ok(Exit::No)
 }

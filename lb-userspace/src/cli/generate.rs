@@ -43,6 +43,6 @@ pub fn man(man: &Man) -> Result<Exit, Failure> {
         fix: None,
         details: Vec::new(),
     })?;
-    eprintln!("man pages written to {}", directory.display());
+    say!("man pages written to {}", directory.display());
     Ok(Exit::Ok)
 }

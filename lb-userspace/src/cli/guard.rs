@@ -178,9 +178,9 @@ async fn entries(context: &mut Context<'_>, name: ListName, args: ListArgs) -> R
     render::entries(&mut context.out, &found)?;
     let shown = found.entries.len();
     if shown == 0 {
-        eprintln!("no such entry on the {} list", name.label());
+        say!("no such entry on the {} list", name.label());
     } else if shown < found.total && args.within.is_none() {
-        eprintln!("{shown} of {} entries: --limit shows more, --within fewer", found.total);
+        say!("{shown} of {} entries: --limit shows more, --within fewer", found.total);
     }
     Ok(Exit::Ok)
 }

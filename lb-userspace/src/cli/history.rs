@@ -33,7 +33,7 @@ pub async fn history(context: &mut Context<'_>, history: History) -> Result<Exit
     if context.out.json {
         context.out.json(&list, false)?;
     } else if list.revisions.is_empty() {
-        eprintln!("no revisions: nothing was ever configured");
+        say!("no revisions: nothing was ever configured");
     } else {
         observe::history(&mut context.out, &list.revisions)?;
     }

@@ -2,6 +2,12 @@
 //!
 //! Input: arguments and environment. Output: data on standard output, talk on standard error, and an exit
 //! code: [`Exit`]. A file per noun. Called by the binary.
+#![deny(clippy::print_stderr, reason = "eprintln! panics where nobody reads standard error: use say!")]
+
+/// Writes a line for people on standard error.
+macro_rules! say {
+    ($($arg:tt)*) => { $crate::cli::write_stderr(&format!("{}\n", format_args!($($arg)*))) };
+}
 
 mod backend;
 mod config;
@@ -195,7 +201,7 @@ impl Context<'_> {
             if change.dry_run {
                 render::change::differences(&mut self.out, &change.differences)?;
             }
-            eprintln!("{}", render::change::summary(what, &change));
+            say!("{}", render::change::summary(what, &change));
         }
         Ok(Exit::Ok)
     }
@@ -242,8 +248,13 @@ fn report(failure: &Failure) -> Exit {
     if let Some(fix) = fix {
         text.push_str(&format!("  {} {fix}\n", out.paint(Tone::Strong, "fix:")));
     }
-    let _ = io::stderr().write_all(text.as_bytes());
+    write_stderr(&text);
     exit
+}
+
+/// Writes to standard error. Whoever read it may be gone; what was asked for is done all the same.
+fn write_stderr(text: &str) {
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> {

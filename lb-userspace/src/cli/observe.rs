@@ -101,12 +101,12 @@ pub async fn flows(context: &mut Context<'_>, flows: Flows) -> Result<Exit, Fail
     if context.out.json {
         context.out.json(&list, false)?;
     } else if list.flows.is_empty() {
-        eprintln!("no tracked flows: a stateless lookup places all of them right");
+        say!("no tracked flows: a stateless lookup places all of them right");
     } else {
         observe::flows(&mut context.out, &list)?;
         if list.more {
             context.out.flush()?;
-            eprintln!("there are more: raise --limit");
+            say!("there are more: raise --limit");
         }
     }
     Ok(Exit::Ok)

@@ -41,7 +41,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&list, false)?;
             } else if list.replicas.is_empty() {
-                eprintln!("no replica state is asked for: `lbctl service set SERVICE --replica stream` does");
+                say!("no replica state is asked for: `lbctl service set SERVICE --replica stream` does");
             } else {
                 replica::list(&mut context.out, &list)?;
             }

@@ -185,7 +185,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&left, false)?;
             }
-            eprintln!("lock {name} released");
+            say!("lock {name} released");
             Ok(Exit::Ok)
         }
         Command::Status { name } => {
@@ -205,7 +205,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&locks, false)?;
             } else if locks.is_empty() {
-                eprintln!("no lock is held");
+                say!("no lock is held");
             } else {
                 render::locks(&mut context.out, &locks)?;
             }
@@ -239,7 +239,7 @@ async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure
     } else {
         context.out.line(&token)?;
     }
-    eprintln!("lock {name} is held for {} s; renew or release it with this token", lock.left_s);
+    say!("lock {name} is held for {} s; renew or release it with this token", lock.left_s);
     Ok(Exit::Ok)
 }
 
@@ -276,10 +276,10 @@ async fn run_with(
                     Ok(_) => last = tokio::time::Instant::now(),
                     // An lbd that restarts, or is cut off for a moment, has not lost the lock yet.
                     Err(error) if last.elapsed().as_secs() + every.as_secs() < request.ttl_s => {
-                        eprintln!("the lock is not renewed yet: {error}");
+                        say!("the lock is not renewed yet: {error}");
                     }
                     Err(error) => {
-                        eprintln!("the lock is lost, and the command is ended");
+                        say!("the lock is lost, and the command is ended");
                         let _ = child.kill().await;
                         return Err(error.into());
                     }

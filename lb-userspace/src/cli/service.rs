@@ -446,7 +446,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&list, false)?;
             } else if list.is_empty() {
-                eprintln!("no services: add one with `lbctl service add` or `lbctl config apply`");
+                say!("no services: add one with `lbctl service add` or `lbctl config apply`");
             } else {
                 observe::services(&mut context.out, &list)?;
             }

@@ -72,8 +72,8 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                 context.out.json(&filled, false)?;
             }
             let Filled { store, revisions, revision, .. } = &filled;
-            eprintln!("{revisions} revisions, up to {revision}, are in {store}");
-            eprintln!("this store takes no more changes: restart each lbd with --store {store}");
+            say!("{revisions} revisions, up to {revision}, are in {store}");
+            say!("this store takes no more changes: restart each lbd with --store {store}");
             Ok(Exit::Ok)
         }
         Command::Backup { file } => {
@@ -85,7 +85,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                 write_new(&file, &bytes).map_err(|e| cannot("write", &file, &e))?;
             }
             let newest = backup.revisions.last().map_or(0, |e| e.revision.number);
-            eprintln!("{} revisions, up to {newest}, are in {}", backup.revisions.len(), file.display());
+            say!("{} revisions, up to {newest}, are in {}", backup.revisions.len(), file.display());
             Ok(Exit::Ok)
         }
         Command::Restore { file, write } => {
@@ -163,13 +163,13 @@ fn restored(context: &mut Context<'_>, filled: &Filled) -> Result<Exit, Failure>
     }
     match &filled.change {
         None => {
-            eprintln!("{} revisions, up to {}, are in {}", filled.revisions, filled.revision, filled.store)
+            say!("{} revisions, up to {}, are in {}", filled.revisions, filled.revision, filled.store)
         }
         Some(change) => {
             if change.dry_run && !context.out.json {
                 crate::render::change::differences(&mut context.out, &change.differences)?;
             }
-            eprintln!("{}", crate::render::change::summary("restored", change));
+            say!("{}", crate::render::change::summary("restored", change));
         }
     }
     Ok(Exit::Ok)

@@ -15,7 +15,11 @@ use crate::{
     worker,
 };
 use clap::Parser;
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{self, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 /// Runs it; the exit code is as documented in the help.
 pub fn main() -> ExitCode {
@@ -30,7 +34,8 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", daemon::told(&error));
+            // Nobody may be there to read it; the exit code says it too.
+            let _ = writeln!(io::stderr(), "error: {}", daemon::told(&error));
             ExitCode::from(code(&error))
         }
     }

@@ -8,13 +8,13 @@ use super::{
     attach::Request,
     kernel::Kernel,
     object::{self, Object},
-    pins::Home,
+    pins::{self, Home},
     refused::{self, Verdict},
     stages::{self, LeftOut, Stages},
     variant::ArrayPin,
 };
-use aya::{Ebpf, EbpfLoader, programs::ProgramError};
-use lb_common::{names, settings::features};
+use aya::{Ebpf, EbpfLoader, maps::MapData, programs::ProgramError};
+use lb_common::{Reason, names, settings::features};
 use std::{collections::BTreeSet, io};
 
 /// What of the settings depends on the kernel.
@@ -117,6 +117,17 @@ fn leave_out(
     Err(error)
 }
 
+/// Unpins the counters of a build that knew fewer reasons: new ones would not be counted. They begin anew.
+fn renew_reasons(home: &Home) -> Result<(), DataplaneError> {
+    let path = home.path.join(names::REASONS);
+    if !path.exists() {
+        return Ok(());
+    }
+    let map = |source| DataplaneError::Map { map: names::REASONS, source };
+    let pinned = MapData::from_pin(&path).and_then(|data| data.info()).map_err(map)?;
+    if pinned.max_entries() < Reason::COUNT { pins::remove(&path) } else { Ok(()) }
+}
+
 /// Makes or opens the maps, and leaves the programs to be loaded. `arrays`: the shared ones in their order, then ours.
 fn load_object(
     request: &Request<'_>,
@@ -124,6 +135,7 @@ fn load_object(
     switches: Switches,
     arrays: &[ArrayPin],
 ) -> Result<Ebpf, DataplaneError> {
+    renew_reasons(home)?;
     let refuse = |source| DataplaneError::Load { program: request.program, source };
     let settings = (request.settings)(switches);
     let object = if switches.kernel & lb_common::settings::kernel::FRAGS == 0 {

@@ -22,6 +22,7 @@ mod loads;
 mod mapped;
 mod notes;
 mod object;
+mod own_sources;
 mod pins;
 mod probes;
 mod reader;
@@ -69,6 +70,7 @@ use lb_common::{
 use lb_ebpf::FlowTable;
 use load::Switches;
 use mapped::MappedArray;
+use own_sources::OwnSources;
 use reader::hash_map;
 use slots::MappedSlots;
 use spared::Spared;
@@ -151,6 +153,7 @@ pub struct Dataplane {
     service_index: HashMap<MapData, ServiceKey, u32>,
     vips: HashMap<MapData, VipKey, Vip>,
     spared: Spared,
+    own_sources: OwnSources,
     services: MappedArray<Service>,
     slots: MappedSlots,
     backends: MappedArray<Backend>,
@@ -226,11 +229,13 @@ impl Dataplane {
         let service_index: HashMap<MapData, ServiceKey, u32> = take(&mut bpf, names::SERVICE_INDEX)?;
         let vips: HashMap<MapData, VipKey, Vip> = take(&mut bpf, names::VIPS)?;
         let spared = spare(&mut bpf, &service_index, &vips)?;
+        let own_sources = OwnSources::new(take(&mut bpf, names::NAT_SOURCES)?, &backends)?;
         let identity = takeover.as_ref().and_then(Takeover::identity).map(|all| within(&limits, all));
         Ok(Self {
             service_index,
             vips,
             spared,
+            own_sources,
             services,
             slots,
             backends,
@@ -292,6 +297,7 @@ impl Dataplane {
         self.options = options;
         // They go with the program; until now it did without.
         self.spared = spare(&mut self.bpf, &self.service_index, &self.vips)?;
+        self.own_sources = OwnSources::new(take(&mut self.bpf, names::NAT_SOURCES)?, &self.backends)?;
         Ok(())
     }
 
@@ -389,6 +395,7 @@ impl Dataplane {
             let resolved = lb_common::backend::flags::RESOLVED;
             let unresolved = Backend { flags: new.flags & !resolved, ..*new };
             let old = self.backends.load(*index).ok_or(missing(names::BACKENDS, *index))?;
+            self.own_sources.change(&old, new)?;
             let first = if old.flags & resolved == 0 { &unresolved } else { new };
             stored(self.backends.store(*index, first), names::BACKENDS, *index)?;
             if first.flags != new.flags {
@@ -510,14 +517,15 @@ fn spare(
 ) -> Result<Spared, DataplaneError> {
     let map = |map| move |source| DataplaneError::Map { map, source };
     let mut spared = Spared::new(map_array(bpf, names::EXACT)?, map_array(bpf, names::VIP_FILTER)?);
-    for entry in service_index.iter() {
-        let (key, index) = entry.map_err(map(names::SERVICE_INDEX))?;
-        spared.set(&key, Some(index))?;
-    }
     for key in vips.keys() {
         spared.add_vip(key.map_err(map(names::VIPS))?.vip)?;
     }
     spared.arm()?;
+    // Last: packets to these ports are not asked the long way whether their source is a VIP.
+    for entry in service_index.iter() {
+        let (key, index) = entry.map_err(map(names::SERVICE_INDEX))?;
+        spared.set(&key, Some(index))?;
+    }
     Ok(spared)
 }
 

@@ -96,6 +96,11 @@ impl Tables for Live<'_> {
         self.vip.get_or_init(|| self.reader.vip(key)).as_ref()
     }
 
+    fn is_vip(&self, vip: [u64; 2]) -> bool {
+        // Asked of the source too, of which nothing is kept.
+        self.reader.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()
+    }
+
     fn service(&self, index: u32) -> Option<&ServiceView> {
         let live = || self.reader.service(index).map(|s| s.views[(s.active & 1) as usize]);
         self.view.get_or_init(live).as_ref()

@@ -10,8 +10,10 @@ use aya::{
     util::nr_cpus,
 };
 use lb_common::{
-    Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service, ServiceKey,
-    ServiceView, Slot, Vip, VipKey, exact,
+    Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service, ServiceKey,
+    ServiceView, Slot, Vip, VipKey,
+    backend::{self, mode},
+    exact,
     fragment::{Fragment, FragmentKey},
     names,
     quic::{QuicConfig, ServerIdKey},
@@ -225,8 +227,13 @@ impl Ingress {
         self.set_filter(bit / 32, 1 << (bit % 32));
     }
 
-    /// Writes a backend.
+    /// Writes a backend, and from where its packets come in mode `nat`, as `lbd` does.
     pub fn backend(&mut self, index: u32, backend: Backend) {
+        let is_used = backend.flags & backend::flags::USED != 0;
+        if is_used && backend.mode == mode::NAT && backend.source_bits == 0 {
+            let mut sources: HashMap<&mut MapData, Address, u32> = self.map(names::NAT_SOURCES);
+            sources.insert(backend.source, 1, 0).expect("room");
+        }
         let mut backends: Array<&mut MapData, Backend> = self.map(names::BACKENDS);
         backends.set(index, backend, 0).expect("in range");
     }
@@ -317,6 +324,7 @@ impl Ingress {
             let mut map: Array<&mut MapData, Line> = self.map(names::VIP_FILTER);
             map.set(place, Line::default(), 0).expect("in range");
         }
+        clear::<Address, u32>(self.map(names::NAT_SOURCES));
         clear::<u32, QuicConfig>(self.map(names::QUIC_CONFIGS));
         clear::<ServerIdKey, u32>(self.map(names::QUIC_SERVERS));
         self.forget_flows();

@@ -43,6 +43,10 @@ pub fn clients(ports: Ports) -> Vec<Vec<u8>> {
                 seeds.push(packet.bytes());
             }
         }
+        // From a VIP to itself: what a worker that answers anything would answer for ever.
+        for protocol in [TCP, UDP] {
+            seeds.push(Packet::new(protocol, (vip, ports.nat), (vip, ports.nat)).bytes());
+        }
         seeds.extend(fragments(client, vip, ports.nat));
         seeds.extend(errors(client, vip, ports));
     }

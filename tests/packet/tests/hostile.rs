@@ -69,6 +69,17 @@ fn ingress_seeds() -> Vec<Vec<u8>> {
             }
         }
     }
+    // From where nobody sends.
+    for (vip, source) in [
+        (families[0].1, families[0].1),
+        (families[0].1, mapped([127, 0, 0, 1])),
+        (families[1].1, families[1].1),
+        (families[1].1, [0; 16]),
+    ] {
+        for (protocol, port) in ports {
+            seeds.push(Packet::new(protocol, (source, 40_000), (vip, port)).bytes());
+        }
+    }
     // A few that take several buffers.
     let mut jumbo = Packet::new(TCP, (families[0].0, 40_000), (families[0].1, 80));
     jumbo.payload.resize(5_000, 1);
@@ -195,6 +206,9 @@ fn ingress_does_in_the_kernel_what_it_does_natively() {
     ];
     for reason in Reason::ALL.iter().take_while(|r| **r != Reason::DecapIpip).filter(|r| !rare.contains(r)) {
         assert_ne!(ingress.count(*reason), 0, "no packet was {reason:?}");
+    }
+    for reason in [Reason::MartianSource, Reason::OwnSource] {
+        assert_ne!(ingress.count(reason), 0, "no packet was {reason:?}");
     }
 }
 

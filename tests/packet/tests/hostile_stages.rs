@@ -77,6 +77,8 @@ fn stages_do_in_the_kernel_what_they_do_natively() {
     for reason in [
         Reason::NatReply,
         Reason::NatUnknown,
+        Reason::NatStray,
+        Reason::OwnSource,
         Reason::NatFragment,
         Reason::NatTtl,
         Reason::NatError,

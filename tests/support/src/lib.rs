@@ -25,6 +25,7 @@ pub mod pair;
 pub mod process;
 pub mod program;
 pub mod quic;
+pub mod raw;
 pub mod regions;
 pub mod replica;
 pub mod stage;

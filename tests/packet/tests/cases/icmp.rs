@@ -44,11 +44,11 @@ fn message(family: Family, kind: u8, code: u8, rest: &[u8]) -> Packet {
     Packet { payload: bytes, ..packet }
 }
 
-fn frame(packet: &Packet, family: Family) -> Vec<u8> {
+pub fn frame(packet: &Packet, family: Family) -> Vec<u8> {
     packet.around(numbers(family).0)
 }
 
-fn request(family: Family) -> Packet {
+pub fn request(family: Family) -> Packet {
     let rest = [&[0x12, 0x34, 0, 1][..], b"sixteen bytes of ", b"data, and more: odd"].concat();
     message(family, numbers(family).1, 0, &rest)
 }
@@ -83,21 +83,26 @@ fn other(family: Family, kind: u8, code: u8) -> Case {
 }
 
 /// A router on the way to the client.
-fn router(family: Family) -> Address {
+pub fn router(family: Family) -> Address {
     if family == V4 { mapped([203, 0, 113, 9]) } else { crate::case::v6(0xee, 9) }
 }
 
 /// The packet that a worker sent in answer to this one.
-fn reply_of(packet: &Packet) -> Packet {
+pub fn reply_of(packet: &Packet) -> Packet {
     Packet { source: packet.destination, destination: packet.source, payload: vec![7; 600], ..packet.clone() }
 }
 
 /// An error of a router about an IP packet, of which it quotes so many bytes: as a frame.
 fn error(family: Family, kind: u8, code: u8, about: &[u8], len: usize) -> Vec<u8> {
+    error_from(router(family), family, [kind, code], about, len)
+}
+
+/// The same from this address.
+pub fn error_from(source: Address, family: Family, kind: [u8; 2], about: &[u8], len: usize) -> Vec<u8> {
     let rest = [&[0, 0, 5, 0x78], &about[..len.min(about.len())]].concat();
     let to = tcp(family, ACK);
-    let mut packet = Packet { source: (router(family), 0), ..to };
-    packet.payload = [&[kind, code, 0, 0], &rest[..]].concat();
+    let mut packet = Packet { source: (source, 0), ..to };
+    packet.payload = [&kind[..], &[0, 0], &rest[..]].concat();
     let check = icmp_checksum(&packet, numbers(family).0, &packet.payload);
     packet.payload[2..4].copy_from_slice(&check);
     frame(&packet, family)
@@ -185,7 +190,7 @@ cases! {
     echo_to_a_group_is_not_answered: {
         let mut packet = request(V4);
         packet.source.0 = mapped([255, 255, 255, 255]);
-        sent(packet, V4).drops(Reason::EchoDropped)
+        sent(packet, V4).drops(Reason::MartianSource)
     };
     echo_of_an_unknown_code: other(V4, 8, 1).passes(Reason::Icmp);
     echo_cut_short: sent(Packet { payload: vec![8, 0, 0xf7, 0xff, 0, 0, 0], ..request(V4) }, V4).passes(Reason::Icmp);

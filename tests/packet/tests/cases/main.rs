@@ -12,6 +12,7 @@ mod headers;
 mod icmp;
 mod ipip;
 mod l2;
+mod martians;
 mod nat;
 mod placement;
 mod quic;

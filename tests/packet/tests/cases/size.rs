@@ -23,7 +23,7 @@ fn with_source(inner: Family, source: lb_common::Address) -> Case {
     let mut case = sent(inner, V4, IPIP, Vlan::None, 1_500);
     case.packet.source.0 = source;
     // Nothing is checked in it but that it has not become an answer.
-    case.drops(Reason::TooBigDropped)
+    case.drops(Reason::MartianSource)
 }
 
 const GROUP: lb_common::Address = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
