@@ -119,7 +119,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
         Command::Unretire { .. } => {
             let info: StoreInfo =
                 context.client.send(Method::POST, "/v1/store/unretire", &(), None::<&()>).await?;
-            eprintln!("this store takes changes again, from revision {} on", info.revision.number);
+            say!("this store takes changes again, from revision {} on", info.revision.number);
             status(context, &info)
         }
     }
