@@ -102,6 +102,12 @@ const ADVICE: &[(&str, &str)] = &[
         "residency",
         "`lbctl policy explain SERVICE`: the allowed regions, and the backends that are left there.",
     ),
+    ("martian_source", "Look for who sends from such addresses; routers should drop them (BCP 38)."),
+    (
+        "own_source",
+        "Look for a host that uses a VIP as its source, or for forged packets; no answer goes back to a VIP.",
+    ),
+    ("nat_stray", "Nothing, unless it grows fast: packets of flows that are over, or a scan."),
 ];
 
 /// The page.
