@@ -3,8 +3,9 @@
 
 /// Services, by default.
 pub const SERVICES: u32 = 4_096;
-/// Backends over all services, by default. A backend of two services counts twice.
-pub const BACKENDS: u32 = 16_384;
+/// Backends over all services, by default: ten for each of [`SERVICES`], and room for those that are removed but still have
+/// flows. A backend of two services counts twice.
+pub const BACKENDS: u32 = 49_152;
 /// Slots of all tables, live and being written, by default (8 bytes each).
 pub const SLOTS: u32 = 8 * 1024 * 1024;
 /// Tracked TCP flows (exceptions only), by default.

@@ -148,7 +148,7 @@ pub struct Options {
     /// Room for services [default: 4096]
     #[arg(long, value_name = "N", env = "LBD_MAX_SERVICES")]
     pub max_services: Option<u32>,
-    /// Room for backends over all services [default: 16384]
+    /// Room for backends over all services [default: 49152]
     #[arg(long, value_name = "N", env = "LBD_MAX_BACKENDS")]
     pub max_backends: Option<u32>,
     /// Room for Maglev slots, live and being written, 8 bytes each [default: 8388608]

@@ -85,7 +85,10 @@ impl ArrayPin {
     pub fn of(path: PathBuf, frags: bool) -> Result<Self, DataplaneError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
-            move |source| DataplaneError::Pin { what: "cannot try program array", path, source }
+            move |source: io::Error| match source.kind() {
+                io::ErrorKind::PermissionDenied => DataplaneError::Denied { what: "try a program array" },
+                _ => DataplaneError::Pin { what: "cannot try program array", path, source },
+            }
         };
         let like = kernel::trial_program(frags).map_err(failed(&path))?;
         let fits = |at: &Path| -> io::Result<bool> { kernel::fits(&sys::open(at)?, &like) };

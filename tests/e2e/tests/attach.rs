@@ -15,8 +15,11 @@ use test_support::{
 
 const PATIENCE: Duration = Duration::from_secs(15);
 
+/// What status says, whether it is healthy (exit code 0) or not (1).
 fn status(ingress: &Ingress) -> Result<Value> {
-    ingress.lbctl()?.json(&["status"])
+    let output = ingress.lbctl()?.output(&["status", "-o", "json"])?;
+    ensure!(matches!(output.status.code(), Some(0 | 1)), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).context("status is not JSON")
 }
 
 /// Adds a virtual interface whose driver refuses XDP: it has fewer rx queues than its peer has tx queues.
@@ -120,6 +123,8 @@ fn a_renamed_interface_keeps_its_link() -> Result<()> {
     let mut ingress = Ingress::start(&bed, &["--iface", "a0", "--iface", "a1"])?;
     let program =
         |name: &str| -> Result<bool> { Ok(bed.ingress.ip(&["link", "show", "dev", name])?.contains("xdp")) };
+    // The socket is there before the programs are; what answers on it comes after them.
+    status(&ingress)?;
     ensure!(program("a0")? && program("a1")?);
     ingress.stop(Signal::SIGTERM)?;
     // The names change places, so that each one's pin has the name of the other.
