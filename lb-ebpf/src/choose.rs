@@ -467,7 +467,14 @@ fn choose_udp<T: Tables>(
 
 /// A flow that no table knows. Not an `Option`: of its contents LLVM leaves nothing on the stack where there are none, and
 /// yet reads them before it asks whether there are; kernels before 6.3 refuse that.
-const NO_FLOW: Flow = Flow { backend: NO_BACKEND, last_seen_s: 0, created_s: 0, flags: 0 };
+const NO_FLOW: Flow = Flow {
+    backend: NO_BACKEND,
+    last_seen_s: 0,
+    created_s: 0,
+    flags: 0,
+    #[cfg(feature = "other-abi")]
+    other: 0,
+};
 
 #[inline(always)]
 const fn is_some(flow: Flow) -> bool {
