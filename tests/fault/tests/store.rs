@@ -279,7 +279,7 @@ fn an_empty_etcd_takes_no_service_away() -> Result<()> {
     let load = Running::start(&pair.bed.client, Load::new(vec![pair.target()]))?;
     pair.a.ingress.stop(Signal::SIGKILL)?;
     pair.b.ingress.stop(Signal::SIGKILL)?;
-    pair.cluster.etcdctl(&["del", "lb/", "--prefix"])?;
+    pair.cluster.etcdctl_in(&pair.bed.ingress, &["del", "lb/", "--prefix"])?;
     for state in ["state", "state-b"] {
         fs::remove_dir_all(pair.bed.path(state))?;
     }

@@ -104,9 +104,22 @@ impl Cluster {
         format!("etcd://{}/{prefix}", addresses.join(","))
     }
 
-    /// Runs `etcdctl ARGUMENTS` against the first member, from where the test is.
+    /// Runs `etcdctl ARGUMENTS` against the first member, which listens on the loopback interface.
     pub fn etcdctl(&self, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new("etcdctl");
+        ensure!(
+            self.members[0].address.contains("127.0.0.1"),
+            "{} is in a namespace: etcdctl_in",
+            self.members[0].address
+        );
+        self.run_etcdctl(Command::new("etcdctl"), arguments)
+    }
+
+    /// Runs `etcdctl ARGUMENTS` against the first member, from a namespace that reaches it.
+    pub fn etcdctl_in(&self, namespace: &Namespace, arguments: &[&str]) -> Result<String> {
+        self.run_etcdctl(namespace.command("etcdctl"), arguments)
+    }
+
+    fn run_etcdctl(&self, mut command: Command, arguments: &[&str]) -> Result<String> {
         command.env("ETCDCTL_API", "3").args(["--endpoints", &self.members[0].address]).args(arguments);
         crate::netns::run(&mut command)
     }
