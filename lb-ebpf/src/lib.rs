@@ -9,40 +9,22 @@
 #![cfg_attr(not(test), no_std)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-pub mod aes;
-pub mod chain;
-pub mod chance;
-pub mod choose;
-pub mod cookie;
-pub mod csum;
-pub mod decap;
-pub mod echo;
 pub mod forward;
-pub mod fragment;
 pub mod guard;
-pub mod hash;
 pub mod icmp;
-pub mod icmp_error;
-pub mod icmp_stage;
 pub mod ingress;
 #[cfg(feature = "bpf")]
 pub mod kernel;
-pub mod limit;
-pub mod martian;
 pub mod nat;
 #[cfg(not(target_arch = "bpf"))]
 pub mod native;
-pub mod network;
 pub mod packet;
-pub mod parse;
-pub mod place;
 pub mod quic;
-pub mod quick;
-pub mod service;
-pub mod tables;
-pub mod verdict;
-pub mod wire;
 
+pub mod second_chance;
+pub mod select;
+pub mod worker;
+
+pub use packet::verdict::Verdict;
 pub use packet::{Frame, Packet};
-pub use tables::{FlowTable, ReadOnly, Tables};
-pub use verdict::Verdict;
+pub use select::tables::{FlowTable, ReadOnly, Tables};

@@ -7,11 +7,13 @@ use lb_common::{
     quic::{QuicConfig, ServerIdKey},
 };
 use lb_userspace::{
+    apply::{
+        dataplane::DataplaneError,
+        reconcile::{Event, Maps, Reconciler},
+    },
     clock,
-    compile::{Cost, Settings},
-    dataplane::DataplaneError,
-    model::{self, Desired, Name},
-    reconcile::{Event, Maps, Reconciler},
+    desired::model::{self, Desired, Name},
+    plan::compile::{Cost, Settings},
 };
 use std::{
     collections::BTreeMap,

@@ -3,8 +3,8 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use lb_userspace::{
-    compile::{Cache, Memory, Settings, compile},
-    model::{Backend, Desired, Name, Observed, Service},
+    desired::model::{Backend, Desired, Name, Observed, Service},
+    plan::compile::{Cache, Memory, Settings, compile},
 };
 use std::{
     collections::BTreeSet,

@@ -2,7 +2,7 @@
 #![allow(missing_docs)]
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use lb_userspace::maglev::{Member, build};
+use lb_userspace::plan::maglev::{Member, build};
 
 fn members(count: u64, weighted: bool, down: u64) -> Vec<Member> {
     (0..count)

@@ -23,3 +23,8 @@ pub fn thread() -> Duration {
 pub fn unix() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
+
+/// Milliseconds since 1970 UTC.
+pub fn unix_ms() -> u64 {
+    unix().as_millis() as u64
+}

@@ -7,15 +7,19 @@
 #![allow(clippy::unwrap_used, reason = "a test file, helpers included")]
 
 use lb_userspace::{
-    api::{
+    desired::{
+        model::Here,
+        store::{Opener, RedbStore, Store, etcd::Access},
+    },
+    observed::{
+        health::{Book, Checker, prober},
+        regions::Steering,
+    },
+    serve::api::{
         self, Control,
         memory::MemoryEngine,
         store::{HostReport, Sharing},
     },
-    health::{Book, Checker, prober},
-    model::Here,
-    regions::Steering,
-    store::{Opener, RedbStore, Store, etcd::Access},
 };
 use std::{path::Path, sync::Arc};
 
@@ -40,7 +44,8 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let books = (book, control.replicas().clone());
             let steering = Steering::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
             control.steer_by(steering.shown());
-            let (steers, mut steered) = tokio::sync::mpsc::channel(100);
+            let (steers, mut steered) =
+                tokio::sync::mpsc::channel::<lb_userspace::apply::reconcile::Event>(100);
             tokio::spawn(async move { while steered.recv().await.is_some() {} });
             tokio::spawn(steering.run(control.clone(), steers));
             let named = |name: &str| name.to_owned();

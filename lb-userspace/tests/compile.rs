@@ -16,8 +16,8 @@ use lb_common::{
     slot::NO_BACKEND,
 };
 use lb_userspace::{
-    compile::{Cache, CompileError, Compiled, Cost, Memory, Settings, compile},
-    model::{BackendId, Desired, ForwardingMode, Health, NextHop, Observed, Scheduler, Service},
+    desired::model::{BackendId, Desired, ForwardingMode, Health, NextHop, Observed, Scheduler, Service},
+    plan::compile::{Cache, CompileError, Compiled, Cost, Memory, Settings, compile},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -106,7 +106,7 @@ fn a_backend_is_resolved_when_next_hop_and_source_are_known() {
 #[test]
 fn the_kernel_may_answer_with_any_interface_until_a_next_hop_is_known() {
     let mut host = Host::default();
-    host.observed.paths.links = (1..=400).collect();
+    host.observed.paths.links = (1..=400).map(|i| (i, format!("eth{i}"))).collect();
     host.observed.paths.next_hops.insert(address("10.1.0.1"), hop(399, None));
     let egress = host.at(1, &two()).plan.egress;
     assert_eq!(egress.len(), lb_common::limits::EGRESS as usize, "as many as fit");
@@ -123,7 +123,7 @@ fn the_source_prefix_is_for_ipip_and_its_own_family() {
         host.observed.paths.next_hops.insert(address(a), hop(3, None));
     }
     let plan = host.at(1, &desired).plan;
-    let entry = |plan: &lb_userspace::compile::Plan, v4: bool| {
+    let entry = |plan: &lb_userspace::plan::compile::Plan, v4: bool| {
         *plan.backends.values().find(|b| lb_common::is_mapped(&b.address) == v4).unwrap()
     };
     assert_eq!((entry(&plan, true).source, entry(&plan, true).source_bits), (mapped([172, 16, 0, 0]), 20));
@@ -132,7 +132,7 @@ fn the_source_prefix_is_for_ipip_and_its_own_family() {
     assert!(plan.backends.values().all(|b| b.flags & flags::RESOLVED != 0));
 
     let s = Arc::make_mut(desired.services.values_mut().next().unwrap());
-    s.mode = lb_userspace::model::ForwardingMode::Gue;
+    s.mode = lb_userspace::desired::model::ForwardingMode::Gue;
     let plan = host.at(2, &desired).plan;
     let gue = entry(&plan, true);
     assert_eq!((gue.mode, gue.port, gue.source_bits), (mode::GUE_CHAIN, Be16::new(6080), 0));
@@ -204,7 +204,7 @@ fn a_removed_service_keeps_its_indices_until_they_are_released() {
     let mut host = Host::default();
     host.at(1, &two());
     let none = host.at(2, &Desired::default());
-    assert_eq!(none.plan, lb_userspace::compile::Plan::default());
+    assert_eq!(none.plan, lb_userspace::plan::compile::Plan::default());
     let again = host.at(3, &two());
     assert_eq!(again.status[0].index, 1);
     assert_eq!(again.plan.backends.keys().copied().collect::<Vec<_>>(), [2, 3]);
@@ -248,7 +248,7 @@ fn what_is_down_is_marked_and_out_of_the_table_but_for_transitions() {
     let mut host = Host::default();
     let mut desired = two();
     let s = Arc::make_mut(desired.services.values_mut().next().unwrap());
-    s.health.kind = lb_userspace::model::HealthKind::Tcp;
+    s.health.kind = lb_userspace::desired::model::HealthKind::Tcp;
     let id = |b: &str| BackendId { service: "s".parse().unwrap(), backend: b.parse().unwrap() };
     host.observed.health = BTreeMap::from([(id("a"), Health::Healthy), (id("b"), Health::Healthy)]);
     host.at(1, &desired);
@@ -483,7 +483,7 @@ fn l2_reaches_no_further_than_the_segment() {
     let mut host = Host::default();
     let mut desired = service(&[("a", r#""address":"10.1.0.1""#), ("b", r#""address":"10.1.0.2""#)]);
     Arc::make_mut(desired.services.values_mut().next().unwrap()).mode =
-        lb_userspace::model::ForwardingMode::L2;
+        lb_userspace::desired::model::ForwardingMode::L2;
     // A source is not needed: nothing of ours is in the packet.
     host.observed.paths.next_hops.insert(address("10.1.0.1"), hop(3, None));
     let routed = NextHop { is_routed: true, ..hop(3, Some("10.0.0.1")) };
@@ -509,7 +509,7 @@ fn local_needs_no_next_hop() {
     let mut host = Host::default();
     let mut desired = service(&[("a", r#""address":"127.0.0.1""#)]);
     Arc::make_mut(desired.services.values_mut().next().unwrap()).mode =
-        lb_userspace::model::ForwardingMode::Local;
+        lb_userspace::desired::model::ForwardingMode::Local;
     assert!(desired.check().is_empty());
     let plan = host.at(1, &desired).plan;
     let entry = plan.backends.values().next().unwrap();

@@ -3,8 +3,8 @@
 
 use lb_common::backend::flags::{DOWN, DRAINING};
 use lb_userspace::{
-    compile::{Cache, Compiled, Memory, Settings, compile},
-    model::{BackendId, Desired, Health, Observed, Readiness},
+    desired::model::{BackendId, Desired, Health, Observed, Readiness},
+    plan::compile::{Cache, Compiled, Memory, Settings, compile},
 };
 use std::time::Duration;
 
@@ -113,7 +113,8 @@ fn the_next_step_is_announced_and_a_new_backend_starts_slowly_too() {
     // A drain is no start, and its end is one; a weight of 0 has none.
     let mut drained = desired.clone();
     let s = drained.service_mut(&"s".parse().unwrap()).unwrap();
-    s.backends.get_mut(&"b1".parse().unwrap()).unwrap().state = lb_userspace::model::BackendState::Draining;
+    s.backends.get_mut(&"b1".parse().unwrap()).unwrap().state =
+        lb_userspace::desired::model::BackendState::Draining;
     let compiled = host.at(200, &drained);
     assert_eq!(slots(&compiled, 1), 0);
     let compiled = host.at(300, &desired);

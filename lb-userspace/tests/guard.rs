@@ -5,12 +5,14 @@ use ipnet::IpNet;
 use lb_common::guard::{GuardKey, GuardState, block, verdict};
 use lb_ebpf::guard::{GuardTables, is_denied};
 use lb_userspace::{
-    compile::guard::{ALL_BLOCKS, Table, blocks_of, filter_bit, key_of, net_of},
-    model::{
-        Desired, Guard, ListName,
-        guard::{normal, parse},
+    desired::{
+        model::{
+            Desired, Guard, ListName,
+            guard::{normal, parse},
+        },
+        store::delta,
     },
-    store::delta,
+    plan::compile::guard::{ALL_BLOCKS, Table, blocks_of, filter_bit, key_of, net_of},
 };
 use proptest::prelude::*;
 use std::{
@@ -69,7 +71,7 @@ impl Maps {
             IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
             IpAddr::V6(v6) => v6.octets(),
         };
-        is_denied(self, lb_ebpf::parse::words(bytes))
+        is_denied(self, lb_ebpf::packet::parse::words(bytes))
     }
 }
 

@@ -9,15 +9,19 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Tables,
-    choose::{choose, flow_key},
-    hash::flow_hash,
     native::HashTables,
-    parse::{Headers, tcp, words},
-    service::lookup_service,
+    packet::parse::{Headers, tcp, words},
+    select::{
+        choose::{choose, flow_key},
+        hash::flow_hash,
+        service::lookup_service,
+    },
 };
 use lb_userspace::{
-    compile::{Cache, Memory, Plan, Settings, compile},
-    model::{BackendId, BackendState, Desired, Health, HealthCheck, HealthKind, Name, Observed, Service},
+    desired::model::{
+        BackendId, BackendState, Desired, Health, HealthCheck, HealthKind, Name, Observed, Service,
+    },
+    plan::compile::{Cache, Memory, Plan, Settings, compile},
 };
 use proptest::prelude::*;
 use std::{

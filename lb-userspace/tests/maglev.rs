@@ -2,8 +2,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_userspace::{
-    maglev::{Member, NONE, Table, Turn, build, build_again},
-    model::{Backend, Desired, Name, Service},
+    desired::model::{Backend, Desired, Name, Service},
+    plan::maglev::{Member, NONE, Table, Turn, build, build_again},
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};

@@ -6,8 +6,8 @@
 
 use futures_util::future::BoxFuture;
 use lb_userspace::{
-    health::{Book, Checker, prober},
-    store::{Local, Revision, StoreError, Stored},
+    desired::store::{Local, Revision, StoreError, Stored},
+    observed::health::{Book, Checker, prober},
 };
 use nix::time::{ClockId, clock_gettime};
 use std::{

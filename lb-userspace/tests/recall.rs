@@ -3,8 +3,8 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_userspace::{
-    compile::{Cache, Compiled, Memory, Past, Settings, compile},
-    model::{Backend, BackendState, Desired, Name, Observed, Service},
+    desired::model::{Backend, BackendState, Desired, Name, Observed, Service},
+    plan::compile::{Cache, Compiled, Memory, Past, Settings, compile},
 };
 use proptest::prelude::*;
 use std::{net::IpAddr, sync::Arc, time::Duration};

@@ -48,13 +48,13 @@ fn settings_page() {
 
 #[test]
 fn lbctl_page() {
-    page("lbctl.md", &cli::page(lb_userspace::cli::command(), cli::LBCTL));
+    page("lbctl.md", &cli::page(lb_userspace::lbctl::commands::command(), cli::LBCTL));
 }
 
 #[test]
 fn lbd_page() {
     use clap::CommandFactory;
-    page("lbd.md", &cli::page(lb_userspace::daemon::args::Cli::command(), cli::LBD));
+    page("lbd.md", &cli::page(lb_userspace::lbd::args::Cli::command(), cli::LBD));
 }
 
 #[test]

@@ -7,8 +7,8 @@ use lb_common::{
     slot::NO_BACKEND,
 };
 use lb_userspace::{
-    compile::{Cache, Compiled, Memory, Past, Settings, compile},
-    model::{BackendId, Canary, Desired, Health, Here, Name, Observed, Share, Steer},
+    desired::model::{BackendId, Canary, Desired, Health, Here, Name, Observed, Share, Steer},
+    plan::compile::{Cache, Compiled, Memory, Past, Settings, compile},
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -185,7 +185,7 @@ fn a_draining_region_takes_nothing_new_and_keeps_what_it_has() {
     let mut host = Host::new("eu");
     host.compile(&state);
     state.regions.extend(["eu", "uk", "us"].map(|r| (name(r), Default::default())));
-    state.regions.get_mut(&name("eu")).unwrap().state = lb_userspace::model::RegionState::Draining;
+    state.regions.get_mut(&name("eu")).unwrap().state = lb_userspace::desired::model::RegionState::Draining;
     let (slots, compiled) = host.compile(&state);
     assert_eq!(shares(&slots), [("uk-1", 1_000)].into());
     let eu = compiled.status[0].backends.iter().find(|b| b.name == Some(name("eu-1"))).unwrap();

@@ -7,8 +7,8 @@ use super::{decap, l2_len, v4, v6};
 use lb_common::{Address, Reason, settings::DecapSettings};
 use lb_ebpf::{
     Verdict,
-    decap::process,
     native::{HashTables, VecFrame},
+    worker::decap::process,
 };
 
 /// Addresses of the workers.
@@ -45,7 +45,7 @@ pub fn check(data: &[u8]) {
         visited.push(number);
         assert!(visited.len() <= 3, "{visited:?}");
         // One flow in four has a socket at each.
-        let sockets: fn(&lb_ebpf::chance::SocketQuery) -> bool = match number {
+        let sockets: fn(&lb_ebpf::second_chance::worker::SocketQuery) -> bool = match number {
             0 => |query| query.source_port & 3 == 0,
             1 => |query| query.source_port & 3 == 1,
             2 => |query| query.source_port & 3 == 2,

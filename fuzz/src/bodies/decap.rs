@@ -8,8 +8,8 @@ use super::{l2_len, sum, v4, v6};
 use lb_common::{Reason, reason::Fate, settings::DecapSettings};
 use lb_ebpf::{
     Verdict,
-    decap::process,
     native::{HashTables, VecFrame},
+    worker::decap::process,
 };
 
 /// A worker's tables.

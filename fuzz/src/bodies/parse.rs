@@ -8,7 +8,7 @@ use etherparse::{
 use lb_common::{Reason, is_mapped, mapped, settings::IngressSettings};
 use lb_ebpf::{
     native::VecFrame,
-    parse::{Headers, parse},
+    packet::parse::{Headers, parse},
 };
 
 const AUTHENTICATION: u8 = 51;

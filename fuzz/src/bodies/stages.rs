@@ -88,7 +88,7 @@ fn ids(tables: &mut HashTables, service: u32, backend: u32) {
     for (id, server_id_len, nonce_len, keyed) in
         [(0u8, 3u8, 4u8, 0u8), (1, 10, 5, 1), (2, 8, 8, 1), (3, 15, 4, 1)]
     {
-        let keys = lb_ebpf::aes::expand([id; 16]);
+        let keys = lb_ebpf::quic::aes::expand([id; 16]);
         let config = QuicConfig { server_id_len, nonce_len, keyed, pad: 0, keys };
         tables.quic_configs.insert(config_key(service, id), config);
     }

@@ -1,4 +1,4 @@
-//! XDP program of a worker: maps, and the entry point around `lb_ebpf::decap`.
+//! XDP program of a worker: maps, and the entry point around `lb_ebpf::worker::decap`.
 #![no_std]
 #![no_main]
 #![allow(missing_docs, reason = "the xdp attribute adds an undocumented function")]
@@ -20,9 +20,11 @@ use lb_common::{
 };
 use lb_ebpf::{
     Frame, Verdict,
-    cookie::{self, Cookie, Listeners, Syn, TCP_MAX, is_syn},
-    decap::{DecapTables, process},
     kernel::{Settings, XdpFrame, global},
+    worker::{
+        cookie::{self, Cookie, Listeners, Syn, TCP_MAX, is_syn},
+        decap::{DecapTables, process},
+    },
 };
 
 #[unsafe(no_mangle)]

@@ -32,22 +32,28 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Frame, Tables, Verdict,
-    chain::{NONE, others_of},
-    choose::Why,
-    fragment::FragmentTable,
     guard::{self, GuardTables},
-    icmp_stage,
+    guard::{
+        limit::{self, LimitTables},
+        martian,
+    },
+    icmp::dispatch,
+    ingress::fragment::FragmentTable,
     ingress::{Outcome, process},
     kernel::{Settings, XdpFrame, action, global},
-    limit::{self, LimitTables},
-    martian,
     nat::{self, Added, NatTables, Way},
-    network::{self, Network},
     packet::Sum,
-    parse::{Headers, parse},
-    place::{Place, decode, encode, lesser, place_new},
+    packet::{
+        network::{self, Network},
+        parse::{Headers, parse},
+    },
     quic::{self, QuicTables, Work},
-    service::{self, Match},
+    second_chance::header::{NONE, others_of},
+    select::{
+        choose::Why,
+        scheduler::{Place, decode, encode, lesser, place_new},
+        service::{self, Match},
+    },
 };
 
 #[unsafe(no_mangle)]
@@ -1007,7 +1013,7 @@ pub fn root(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn icmp(ctx: XdpContext) -> u32 {
     let settings = global(&SETTINGS);
-    let (verdict, outcome) = icmp_stage::process(&mut Xdp::new(&ctx), &Maps, settings);
+    let (verdict, outcome) = dispatch::process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 
@@ -1016,7 +1022,7 @@ pub fn icmp(ctx: XdpContext) -> u32 {
 #[inline(always)]
 pub fn fragment(ctx: XdpContext) -> u32 {
     let settings = global(&SETTINGS);
-    let (verdict, outcome) = lb_ebpf::fragment::process(&mut Xdp::new(&ctx), &Maps, settings);
+    let (verdict, outcome) = lb_ebpf::ingress::fragment::process(&mut Xdp::new(&ctx), &Maps, settings);
     finish(&ctx, verdict, outcome)
 }
 

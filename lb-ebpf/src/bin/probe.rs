@@ -25,9 +25,11 @@ use lb_common::{
     probe::{MARK, MARK_BITS, ProbeKey, ProbeWay},
 };
 use lb_ebpf::{
-    csum,
     forward::GUE_OVERHEAD,
-    wire::{Gue, Ipv4, Ipv6, Udp},
+    packet::{
+        csum,
+        wire::{Gue, Ipv4, Ipv6, Udp},
+    },
 };
 
 #[map]

@@ -23,10 +23,13 @@ use aya_ebpf::{
 use core::arch::asm;
 use lb_common::{Be16, ServiceKey, mapped, service::TCP, settings::kernel};
 use lb_ebpf::{
-    Frame, Packet, csum,
+    Frame, Packet,
     kernel::{Settings, XdpFrame},
     packet::Bytes,
-    wire::{Ipv4, Tcp},
+    packet::{
+        csum,
+        wire::{Ipv4, Tcp},
+    },
 };
 
 /// This object is loaded on the developer's kernel only.

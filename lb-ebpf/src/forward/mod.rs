@@ -9,8 +9,10 @@ pub use outer::{PROTOCOL_IPV4, PROTOCOL_IPV6, source as outer_source, varied};
 
 use crate::{
     Frame, Packet, Verdict,
-    parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
-    wire::Gue,
+    packet::{
+        parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
+        wire::Gue,
+    },
 };
 use lb_common::{Backend, Reason, backend::flags, backend::mode, is_mapped, settings::IngressSettings};
 
@@ -95,7 +97,9 @@ pub fn overhead(backend: &Backend) -> Option<usize> {
         mode::IPIP => Some(outer_len),
         mode::GUE => Some(outer_len + GUE_OVERHEAD),
         mode::L2 => Some(0),
-        mode::GUE_CHAIN => Some(outer_len + GUE_OVERHEAD + crate::chain::len(outer_len == 40)),
+        mode::GUE_CHAIN => {
+            Some(outer_len + GUE_OVERHEAD + crate::second_chance::header::len(outer_len == 40))
+        }
         _ => None,
     }
 }
@@ -130,7 +134,7 @@ pub fn forward<F: Frame + Fib>(
     } else {
         let query = FibQuery {
             source,
-            destination: crate::parse::words(backend.address),
+            destination: crate::packet::parse::words(backend.address),
             is_ipv6: outer_is_ipv6,
             // A router would look at the packet's own destination, and bring it back here.
             on_link: is_l2,

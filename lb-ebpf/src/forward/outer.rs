@@ -2,9 +2,13 @@
 
 use super::GUE_OVERHEAD;
 use crate::{
-    Packet, chain, csum,
-    parse::{Headers, words},
-    wire::{Gue, Ipv4, Ipv6, Udp},
+    Packet,
+    packet::{
+        csum,
+        parse::{Headers, words},
+        wire::{Gue, Ipv4, Ipv6, Udp},
+    },
+    second_chance::header,
 };
 use lb_common::{Backend, backend::mode, is_mapped, service::UDP, settings::IngressSettings};
 
@@ -57,7 +61,7 @@ pub fn write(
 ) -> bool {
     let inner_len = headers.ip_len as u16;
     let gue = mode::is_gue(backend.mode);
-    let chain = if backend.mode == mode::GUE_CHAIN { chain::len(!is_mapped(&backend.address)) } else { 0 };
+    let chain = if backend.mode == mode::GUE_CHAIN { header::len(!is_mapped(&backend.address)) } else { 0 };
     let payload = if gue { inner_len + (GUE_OVERHEAD + chain) as u16 } else { inner_len };
     let destination = words(backend.address);
     let ip_len = if is_mapped(&backend.address) {
@@ -139,13 +143,13 @@ fn write_gue(
         len: len.to_be(),
         check: 0,
     };
-    let chain = if backend.mode == mode::GUE_CHAIN { chain::len(!is_mapped(&backend.address)) } else { 0 };
+    let chain = if backend.mode == mode::GUE_CHAIN { header::len(!is_mapped(&backend.address)) } else { 0 };
     let gue = Gue { variant_control_len: (chain / 4) as u8, protocol: inner_protocol(headers), flags: 0 };
     if !packet.write(at, udp) || !packet.write(at + 8, gue) {
         return false;
     }
     // A chain without anybody in it, for callers that know of nobody.
-    let head = [chain::KIND.to_be(), u16::from_ne_bytes([chain::VERSION << 4, 0])];
+    let head = [header::KIND.to_be(), u16::from_ne_bytes([header::VERSION << 4, 0])];
     match chain {
         12 => packet.write(at + 12, head) && packet.write(at + 16, [0u32; 2]),
         36 => packet.write(at + 12, head) && packet.write(at + 16, [0u32; 8]),

@@ -7,14 +7,18 @@
 use super::{NatTables, Way};
 use crate::{
     Frame, Verdict,
-    choose::{choose_once, flow_key},
     forward::{Fib, FibQuery, varied},
-    hash::{flow_hash, mix, slot_of},
+    guard::limit::is_limited,
     ingress::{Outcome, refuse},
-    limit::is_limited,
-    network::Network,
-    parse::{Headers, address, mapped, tcp, words},
-    service::lookup_service,
+    packet::{
+        network::Network,
+        parse::{Headers, address, mapped, tcp, words},
+    },
+    select::{
+        choose::{choose_once, flow_key},
+        hash::{flow_hash, mix, slot_of},
+        service::lookup_service,
+    },
 };
 use lb_common::{
     Address, Backend, Be16, Nat, Reason, Reply, ReplyKey,

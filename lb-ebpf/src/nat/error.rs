@@ -12,12 +12,14 @@ use super::{
 use crate::{
     Frame, Verdict,
     forward::{Refusal, filled_in},
+    guard::martian,
     ingress::{Outcome, refuse},
-    martian,
-    network::{self, ICMP, ICMPV6, Network},
-    parse::{Headers, words},
-    service::lookup_service,
-    wire::{Echo, Ipv4, Ipv6},
+    packet::{
+        network::{self, ICMP, ICMPV6, Network},
+        parse::{Headers, words},
+        wire::{Echo, Ipv4, Ipv6},
+    },
+    select::service::lookup_service,
 };
 use lb_common::{
     Be16, FlowKey, LastHop, Reason, ReplyKey,

@@ -11,9 +11,9 @@ use super::{NatTables, Way, account, go_by, lead, rewrite::rewrite_part};
 use crate::{
     Frame, Verdict,
     forward::{Fib, Refusal},
-    fragment::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
+    ingress::fragment::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
     ingress::{Outcome, conclude, refuse},
-    network::{Network, Part},
+    packet::network::{Network, Part},
 };
 use lb_common::{
     Reason,

@@ -21,12 +21,13 @@ pub use fragment::process as process_fragment;
 
 use crate::{
     Frame, Packet, Tables, Verdict,
-    choose::flow_key,
     forward::{Fib, FibQuery, Hop, Refusal, filled_in},
     ingress::{Outcome, conclude, refuse},
-    network::Network,
-    parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
-    service::lookup_service,
+    packet::{
+        network::Network,
+        parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
+    },
+    select::{choose::flow_key, service::lookup_service},
 };
 use bind::worker;
 use lb_common::{

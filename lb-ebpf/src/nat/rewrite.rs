@@ -7,10 +7,13 @@
 
 use super::NatTables;
 use crate::{
-    Frame, csum,
-    network::Network,
-    parse::Headers,
-    wire::{Ipv4, Ipv6},
+    Frame,
+    packet::{
+        csum,
+        network::Network,
+        parse::Headers,
+        wire::{Ipv4, Ipv6},
+    },
 };
 use lb_common::{
     Reason,

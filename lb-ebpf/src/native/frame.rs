@@ -3,9 +3,9 @@
 use super::std::{boxed::Box, cell::RefCell, vec, vec::Vec};
 use crate::{
     Frame, Packet,
-    chance::{SocketQuery, Sockets},
     forward::{Fib, FibAnswer, FibQuery},
     packet::Sum,
+    second_chance::worker::{SocketQuery, Sockets},
 };
 use core::cell::UnsafeCell;
 use lb_common::Reason;
@@ -141,7 +141,7 @@ impl Frame for VecFrame {
     fn adjust_head(&mut self, delta: i32) -> bool {
         let Some(start) = self.start.checked_add_signed(delta as isize) else { return false };
         // As the kernel does: at least an Ethernet header stays in the linear part.
-        if start + crate::parse::ETHERNET > self.linear_end {
+        if start + crate::packet::parse::ETHERNET > self.linear_end {
             return false;
         }
         self.adjusts.push(Adjust::Head(delta));
@@ -151,7 +151,7 @@ impl Frame for VecFrame {
 
     fn adjust_tail(&mut self, delta: i32) -> bool {
         let Some(end) = self.end.checked_add_signed(delta as isize) else { return false };
-        if end > self.len || end < self.start + crate::parse::ETHERNET {
+        if end > self.len || end < self.start + crate::packet::parse::ETHERNET {
             return false;
         }
         self.adjusts.push(Adjust::Tail(delta));

@@ -2,7 +2,9 @@
 
 use super::{HashTables, VecFrame};
 use crate::{
-    Verdict, fragment, icmp_stage,
+    Verdict,
+    icmp::dispatch,
+    ingress::fragment,
     ingress::{self, Outcome},
     nat, quic,
 };
@@ -14,7 +16,7 @@ pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings
     // The kernel allows 33 jumps; nothing needs more than four.
     for _ in 0..5 {
         (verdict, outcome) = match verdict {
-            Verdict::Stage(stage::ICMP) => icmp_stage::process(frame, tables, settings),
+            Verdict::Stage(stage::ICMP) => dispatch::process(frame, tables, settings),
             Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),
             Verdict::Stage(stage::QUIC) => quic::process(frame, tables, settings),
             Verdict::Stage(stage::NAT) => nat::process(frame, tables, settings),

@@ -8,11 +8,11 @@ use super::std::{
 };
 use crate::{
     FlowTable, Frame, Tables,
-    decap::DecapTables,
-    fragment::FragmentTable,
+    ingress::fragment::FragmentTable,
     nat::{Added, NatTables, Way},
     packet::Sum,
     quic::{QuicTables, Work},
+    worker::decap::DecapTables,
 };
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, ServiceKey,

@@ -23,13 +23,12 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
-    chain::others,
-    chance::SocketQuery,
-    decap,
     forward::{FibAnswer, Hop},
-    hash::flow_hash,
     ingress,
     native::{HashTables, VecFrame},
+    second_chance::{header::others, worker::SocketQuery},
+    select::hash::flow_hash,
+    worker::decap,
 };
 use proptest::prelude::*;
 
@@ -263,8 +262,8 @@ fn a_worker_with_a_way_of_its_own_takes_it() {
         assert_eq!(verdict, expect);
         assert_eq!(frame.bytes()[..12], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
         let query = frame.queries()[0];
-        assert_eq!(query.destination, lb_ebpf::parse::words(worker(2, false)));
-        assert_eq!(query.source, lb_ebpf::parse::words(worker(1, false)));
+        assert_eq!(query.destination, lb_ebpf::packet::parse::words(worker(2, false)));
+        assert_eq!(query.source, lb_ebpf::packet::parse::words(worker(1, false)));
     }
 }
 
@@ -281,8 +280,8 @@ fn the_socket_is_asked_for_the_clients_flow() {
     tables.decap_addresses.insert(worker(1, false));
     tables.decap_vips.insert(VIP4);
     let is_it = |query: &SocketQuery| {
-        query.source == lb_ebpf::parse::words(CLIENT4)
-            && query.destination == lb_ebpf::parse::words(VIP4)
+        query.source == lb_ebpf::packet::parse::words(CLIENT4)
+            && query.destination == lb_ebpf::packet::parse::words(VIP4)
             && (query.source_port, query.port) == (4_711_u16.to_be(), 80_u16.to_be())
             && (query.protocol, query.is_ipv6) == (TCP, false)
     };

@@ -14,13 +14,15 @@ use lb_common::{
 use lb_ebpf::{
     FlowTable::{self, Flows, Syns, UdpFlows},
     Tables,
-    choose::{
-        Choice, KEEP,
-        Why::{self, *},
-        choose, choose_with,
-    },
-    hash::flow_hash,
     native::WhenFull,
+    select::{
+        choose::{
+            Choice, KEEP,
+            Why::{self, *},
+            choose, choose_with,
+        },
+        hash::flow_hash,
+    },
 };
 
 const STABLE: Slot = Slot { primary: 1, secondary: 2 };

@@ -14,9 +14,8 @@ use lb_common::{
 use lb_ebpf::{
     FlowTable::{Flows, Syns, UdpFlows},
     Tables,
-    choose::choose,
-    hash::flow_hash,
     native::HashTables,
+    select::{choose::choose, hash::flow_hash},
 };
 use proptest::prelude::*;
 

@@ -23,9 +23,11 @@ use lb_common::{
 use lb_ebpf::{
     FlowTable::{Flows, Syns},
     Tables,
-    choose::{Choice, choose},
-    hash::{flow_hash, slot_of},
     native::HashTables,
+    select::{
+        choose::{Choice, choose},
+        hash::{flow_hash, slot_of},
+    },
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, btree_map::Entry};

@@ -664,7 +664,10 @@ fn the_kernel_s_routes_give_a_source_where_the_daemon_has_none() {
         let hop = Hop { next_hop: (1, 2), egress_mac: (3, 4), vlan: 0, ifindex: INSIDE, mtu: 0 };
         let is_asked = query.source[3] == 0 && query.source[0] == 0;
         let own = if query.is_ipv6 { SOURCE6 } else { SOURCE4 };
-        Ok(FibAnswer { hop, source: if is_asked { lb_ebpf::parse::words(own) } else { query.source } })
+        Ok(FibAnswer {
+            hop,
+            source: if is_asked { lb_ebpf::packet::parse::words(own) } else { query.source },
+        })
     }
     for is_ipv6 in [false, true] {
         let mut tables = tables(is_ipv6);

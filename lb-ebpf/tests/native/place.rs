@@ -17,14 +17,16 @@ use lb_common::{
 use lb_ebpf::{
     FlowTable::{Flows, Syns, UdpFlows},
     Tables,
-    choose::{
-        Choice,
-        Why::{self, *},
-        choose, choose_with,
-    },
-    hash::{flow_hash, slot_of, source_hash},
     native::HashTables,
-    place::{LEAST_OF, decode, encode},
+    select::{
+        choose::{
+            Choice,
+            Why::{self, *},
+            choose, choose_with,
+        },
+        hash::{flow_hash, slot_of, source_hash},
+        scheduler::{LEAST_OF, decode, encode},
+    },
 };
 
 const SLOT: Slot = Slot { primary: 1, secondary: 2 };

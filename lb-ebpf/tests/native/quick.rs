@@ -17,8 +17,8 @@ use lb_common::{
 use lb_ebpf::{
     FlowTable, Verdict, ingress,
     ingress::Outcome,
+    ingress::fast_path,
     native::{HashTables, VecFrame},
-    quick,
 };
 use proptest::prelude::*;
 
@@ -54,7 +54,7 @@ fn both_ways(data: &[u8], world: impl Fn() -> HashTables, settings: &IngressSett
     assert_eq!(see(data, &quick_world, settings), long);
     quick_world = world();
     quick_world.spare_lookups();
-    quick::process(&mut VecFrame::new(data), &quick_world, settings).is_some()
+    fast_path::process(&mut VecFrame::new(data), &quick_world, settings).is_some()
 }
 
 fn settings() -> impl Strategy<Value = IngressSettings> {

@@ -18,7 +18,7 @@ use lb_ebpf::{
     icmp::answer_too_big,
     ingress::{Outcome, process},
     native::{HashTables, VecFrame},
-    parse::parse,
+    packet::parse::parse,
 };
 
 fn tables(backend: Backend) -> HashTables {

@@ -14,8 +14,9 @@ use lb_common::{
     settings::{DecapSettings, IngressSettings},
 };
 use lb_ebpf::{
-    Verdict, decap, ingress,
+    Verdict, ingress,
     native::{HashTables, VecFrame},
+    worker::decap,
 };
 use proptest::prelude::*;
 

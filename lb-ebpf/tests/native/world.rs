@@ -10,7 +10,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     native::{HashTables, VecFrame},
-    parse::{Headers, parse},
+    packet::parse::{Headers, parse},
 };
 use proptest::test_runner::Config as ProptestConfig;
 

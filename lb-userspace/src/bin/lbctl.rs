@@ -1,5 +1,5 @@
-//! `lbctl`: see `lb_userspace::cli`.
+//! `lbctl`: see `lb_userspace::lbctl::commands`.
 
 fn main() -> std::process::ExitCode {
-    lb_userspace::cli::main()
+    lb_userspace::lbctl::commands::main()
 }

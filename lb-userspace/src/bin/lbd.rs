@@ -1,5 +1,5 @@
-//! `lbd`: see `lb_userspace::daemon` and `lb_userspace::worker`.
+//! `lbd`: see `lb_userspace::lbd` and `lb_userspace::lbd::worker`.
 
 fn main() -> std::process::ExitCode {
-    lb_userspace::daemon::command::main()
+    lb_userspace::lbd::command::main()
 }

@@ -2,10 +2,10 @@
 
 use super::text::{cell, code, head, table};
 use lb_userspace::{
-    api::{self, Control, memory::MemoryEngine},
-    client::{Client, ClientError},
-    health::Book,
-    store::RedbStore,
+    desired::store::RedbStore,
+    lbctl::client::{Client, ClientError},
+    observed::health::Book,
+    serve::api::{self, Control, memory::MemoryEngine},
 };
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
 

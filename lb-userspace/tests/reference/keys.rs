@@ -16,7 +16,7 @@ pub struct Table {
     pub keys: &'static [Key],
 }
 
-use lb_userspace::config::keys;
+use lb_userspace::desired::config::keys;
 
 /// Keys outside of any table.
 pub const TOP: Table = Table {

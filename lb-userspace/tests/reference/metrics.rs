@@ -2,12 +2,16 @@
 
 use super::text::{cell, code, head, table};
 use lb_userspace::{
-    announce::Announcement,
-    api::{Control, Engine, host::Hosting, memory::MemoryEngine},
-    config::File,
-    health::Book,
-    metrics,
-    store::{Commit, RedbStore, Store},
+    apply::announce::Announcement,
+    desired::{
+        config::File,
+        store::{Commit, RedbStore, Store},
+    },
+    observed::health::Book,
+    serve::{
+        api::{Control, Engine, host::Hosting, memory::MemoryEngine},
+        metrics,
+    },
 };
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 use tokio::sync::watch;

@@ -6,9 +6,11 @@ use super::{
 };
 use clap::{Arg, CommandFactory, Parser};
 use lb_userspace::{
-    config::{Settings, keys},
-    daemon::args::{Cli, Command},
-    model::{Backend, HealthCheck, Region, RegionRules, ReplicaSource, Rollout, Service},
+    desired::{
+        config::{Settings, keys},
+        model::{Backend, HealthCheck, Region, RegionRules, ReplicaSource, Rollout, Service},
+    },
+    lbd::args::{Cli, Command},
 };
 use serde_json::{Value, json};
 

@@ -20,7 +20,7 @@ use lb_common::{
     settings::{DecapSettings, IngressSettings, features},
     slot::{LINE, Line},
 };
-use lb_userspace::dataplane::{Notes, loaded_features};
+use lb_userspace::apply::dataplane::{Notes, loaded_features};
 
 use crate::{objects, packet::rows::Listed};
 

@@ -31,7 +31,7 @@ impl Decap {
         let mut bpf = EbpfLoader::new()
             .override_global(names::SETTINGS, &settings, true)
             .override_global(names::LOG_LEVEL, &log_level, true)
-            .load(lb_userspace::objects::DECAP)
+            .load(lb_userspace::apply::objects::DECAP)
             .context("load the decap object")?;
         let program: &mut Xdp = bpf.program_mut(names::PROGRAM_DECAP).context("program")?.try_into()?;
         program.load().context("the verifier refused the decap program")?;

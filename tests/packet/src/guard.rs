@@ -9,7 +9,7 @@ use lb_common::{
     names,
     slot::{LINE, Line},
 };
-use lb_userspace::compile::guard::{ALL_BLOCKS, Table, key_of};
+use lb_userspace::plan::compile::guard::{ALL_BLOCKS, Table, key_of};
 
 impl Ingress {
     /// Lists just these prefixes: denied, or an exception.

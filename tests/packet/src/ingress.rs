@@ -22,7 +22,7 @@ use lb_common::{
     slot::{LINE, Line},
     stats::IcmpBudget,
 };
-use lb_userspace::dataplane::Notes;
+use lb_userspace::apply::dataplane::Notes;
 
 use crate::now_s;
 
@@ -110,7 +110,8 @@ impl Ingress {
         for table in [names::FLOWS, names::UDP_FLOWS] {
             loader.map_max_entries(table, flows);
         }
-        let mut bpf = loader.load(lb_userspace::objects::INGRESS).context("load the ingress object")?;
+        let mut bpf =
+            loader.load(lb_userspace::apply::objects::INGRESS).context("load the ingress object")?;
         let program: &mut Xdp = bpf.program_mut(names::PROGRAM_INGRESS).context("program")?.try_into()?;
         program.load().context("the verifier refused the ingress program")?;
         for (name, place) in names::stage::INGRESS_PROGRAMS {

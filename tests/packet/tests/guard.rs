@@ -9,7 +9,7 @@ use lb_common::{
     service::{TCP, UDP, flags, scheduler},
     settings::{IngressSettings, features},
 };
-use lb_userspace::{compile::guard::Table, model::guard::parse};
+use lb_userspace::{desired::model::guard::parse, plan::compile::guard::Table};
 use std::net::{IpAddr, Ipv6Addr};
 use test_packet::{Ingress, Packet, Pair, bed, now_s, xdp};
 

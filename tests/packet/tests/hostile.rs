@@ -251,7 +251,7 @@ fn decap_does_in_the_kernel_what_it_does_natively() {
     for packet in 1..=PACKETS {
         mutate(&mut random, &seeds, &mut frame);
         let mut native = VecFrame::new(&frame);
-        let (verdict, reason) = lb_ebpf::decap::process(&mut native, &tables, &settings);
+        let (verdict, reason) = lb_ebpf::worker::decap::process(&mut native, &tables, &settings);
         let run = decap.run(&frame).expect("the kernel runs it");
         assert_eq!(run.verdict, action(verdict), "{reason:?}: {}", hex(&frame));
         assert!(run.packet == native.bytes(), "{reason:?}: {} gave {}", hex(&frame), hex(&run.packet));

@@ -8,7 +8,7 @@ pub mod promises;
 use std::{future::Future, sync::Arc, time::UNIX_EPOCH};
 
 use anyhow::Result;
-use lb_userspace::{
+use lb_userspace::desired::{
     model::{Desired, generate},
     store::{Commit, Store},
 };

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_userspace::{
+use lb_userspace::desired::{
     model::{Desired, generate},
     store::{
         Claim, Retire, Store, StoreError, Stored,

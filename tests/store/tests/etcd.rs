@@ -6,7 +6,7 @@ use std::sync::{
 };
 
 use anyhow::Result;
-use lb_userspace::store::{
+use lb_userspace::desired::store::{
     Address, EtcdStore, LocalFile, Store,
     etcd::{Access, Options},
 };

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use lb_userspace::store::{
+use lb_userspace::desired::store::{
     Address, EtcdStore, LocalFile, Retire, Store, StoreError,
     etcd::{Access, Options},
 };
@@ -335,7 +335,7 @@ async fn a_migrated_store_is_the_same_store() -> Result<()> {
     ensure!(error.contains("is being copied to etcd://"), "{error}");
     let second = refusal(two.retire(Retire::Moving("file:///else".into())).await)?;
     ensure!(second.contains("is being copied to etcd://"), "{second}");
-    other.import(Some(id.clone()), lb_userspace::store::backup::revisions(&one).await?).await?;
+    other.import(Some(id.clone()), lb_userspace::desired::store::backup::revisions(&one).await?).await?;
     one.retire(Retire::Moved(to.cluster.url("lb"))).await?;
     let error = refusal(two.commit(commit(5, state(&[]))).await)?;
     ensure!(error.contains("migrated to etcd://") && error.contains("lbctl store unretire"), "{error}");

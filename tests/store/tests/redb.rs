@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use lb_userspace::store::{RedbStore, Store};
+use lb_userspace::desired::store::{RedbStore, Store};
 use tempfile::TempDir;
 use test_store::{Fixture, conformance};
 

@@ -55,7 +55,7 @@ impl ConnectionIdGenerator for Ids {
             let mut block: [u32; 4] = std::array::from_fn(|i| {
                 u32::from_be_bytes(id[1 + i * 4..5 + i * 4].try_into().expect("four"))
             });
-            lb_ebpf::aes::encrypt(&lb_ebpf::aes::expand(key), &mut block);
+            lb_ebpf::quic::aes::encrypt(&lb_ebpf::quic::aes::expand(key), &mut block);
             id.splice(1.., block.iter().flat_map(|word| word.to_be_bytes()));
         }
         ConnectionId::new(&id)

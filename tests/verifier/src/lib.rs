@@ -205,7 +205,7 @@ pub fn ingress(plan: &Plan) -> Result<Vec<Figures>> {
                 IngressSettings { ipv6, vlan, stats, icmp_per_s, kernel, ..IngressSettings::DEFAULT };
             let name = format!("ipv6={ipv6} vlan={vlan} stats={stats} icmp={icmp} log={log}");
             let object = Object {
-                bytes: lb_userspace::objects::INGRESS,
+                bytes: lb_userspace::apply::objects::INGRESS,
                 settings: Some(settings),
                 log,
                 has_frags: kernel & kernel::FRAGS != 0,
@@ -224,7 +224,7 @@ pub fn decap(plan: &Plan) -> Result<Vec<Figures>> {
         for log in LOG_LEVELS {
             let (ipv6, vlan) = (bits & 1, bits >> 1);
             let object = Object {
-                bytes: lb_userspace::objects::DECAP,
+                bytes: lb_userspace::apply::objects::DECAP,
                 settings: Some(DecapSettings { ipv6, vlan, kernel, ..DecapSettings::DEFAULT }),
                 log,
                 has_frags: kernel & kernel::FRAGS != 0,
@@ -246,7 +246,7 @@ pub fn decap(plan: &Plan) -> Result<Vec<Figures>> {
 /// Loads the programs that health probes pass; they have no settings.
 pub fn probe(plan: &Plan) -> Result<Vec<Figures>> {
     let object = Object::<DecapSettings> {
-        bytes: lb_userspace::objects::PROBE,
+        bytes: lb_userspace::apply::objects::PROBE,
         settings: None,
         log: 0,
         has_frags: true,

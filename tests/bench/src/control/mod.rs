@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use lb_userspace::maglev::{Member, build};
+use lb_userspace::plan::maglev::{Member, build};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 

@@ -7,7 +7,7 @@ mod simulate;
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result};
-use lb_userspace::model::Scheduler;
+use lb_userspace::desired::model::Scheduler;
 use serde::Serialize;
 use simulate::{AT_ONCE, Case, Delays, MEAN_S, Placer, SIGMA, simulate};
 

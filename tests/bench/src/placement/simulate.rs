@@ -12,14 +12,13 @@ use std::{
 
 use lb_common::{Load, ServiceView, load::FLOW, mapped, service::TCP};
 use lb_ebpf::{
-    choose::choose,
-    hash::flow_hash,
     native::HashTables,
-    parse::{Headers, tcp, words},
+    packet::parse::{Headers, tcp, words},
+    select::{choose::choose, hash::flow_hash},
 };
 use lb_userspace::{
-    compile::{Cache, Memory, Settings, compile},
-    model::{Desired, Observed, Scheduler},
+    desired::model::{Desired, Observed, Scheduler},
+    plan::compile::{Cache, Memory, Settings, compile},
 };
 
 /// Requests that a worker serves at once; more wait.
@@ -181,8 +180,8 @@ impl Host {
         let hash = flow_hash(self.view.seed, &headers);
         let backend =
             choose(&self.tables, SERVICE, &self.view, &headers, hash).expect("there are backends").backend;
-        let primary =
-            self.tables.slots[lb_ebpf::hash::slot_of(hash, self.view.slot_count) as usize].primary_index();
+        let primary = self.tables.slots[lb_ebpf::select::hash::slot_of(hash, self.view.slot_count) as usize]
+            .primary_index();
         (self.worker[&backend], backend != primary)
     }
 

@@ -28,7 +28,7 @@ fn config(ingress: &mut Ingress, id: u8, server_id_len: u8, nonce_len: u8, key: 
         nonce_len,
         keyed: u8::from(key != [0; 16]),
         pad: 0,
-        keys: lb_ebpf::aes::expand(key),
+        keys: lb_ebpf::quic::aes::expand(key),
     };
     ingress.quic_config(config_key(SERVICE, id), config);
 }

@@ -1,0 +1,177 @@
+//! Second chance, the ingress host's side: which other backends may have a packet's flow, and the private data of its
+//! GUE header that names them.
+//!
+//! Private data, right behind GUE's first four bytes, with the header's length to match (3 or 9 words):
+//!
+//! ```text
+//!  0               1               2               3
+//! +---------------+---------------+---------------+---------------+
+//! |  0x6c  'l'    |  0x62  'b'    | version | left|     hops      |
+//! +---------------+---------------+---------------+---------------+
+//! |  address to visit next (4 bytes, or 16 with an outer IPv6 header), zero if `left` is 0
+//! |  address to visit after that, zero if `left` is below 2
+//! ```
+//!
+//! `version` is the upper half of its byte, 1; `left` the lower, 0 to 2. `hops` counts workers that have sent the packet
+//! on; `hops` + `left` never exceed 2, so no packet visits more than three workers, whoever wrote it. GUE flags stay zero:
+//! fields that an extension flag announces would come before private data, and there are none.
+//!
+//! Called by `ingress` for backends in mode [`mode::GUE_CHAIN`], and by `explain`.
+
+use crate::{
+    Frame, Tables,
+    packet::{
+        parse::{ETHERNET, Headers, VLAN_TAG, words},
+        wire::{Chain4, Chain6},
+    },
+    select::{
+        hash::slot_of,
+        scheduler::{Place, second, slot_hash},
+    },
+};
+use lb_common::{
+    Backend, ServiceView, Slot, backend,
+    backend::{flags, mode},
+    is_mapped,
+    service::UDP,
+    slot::NO_BACKEND,
+};
+
+/// First two bytes of the private data.
+pub const KIND: u16 = 0x6c62;
+/// Version of its format.
+pub const VERSION: u8 = 1;
+/// Workers that a packet can be sent on to.
+pub const MOST: u8 = 2;
+
+/// Length of the private data, by the family of the outer header.
+#[inline(always)]
+pub const fn len(is_ipv6: bool) -> usize {
+    if is_ipv6 { size_of::<Chain6>() } else { size_of::<Chain4>() }
+}
+
+/// Backends that may have a flow which `chosen` lacks, in the order in which to ask them; [`NO_BACKEND`] for none.
+#[inline(always)]
+pub fn others<T: Tables>(
+    tables: &T,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+    chosen: u32,
+) -> [u32; 2] {
+    let number = slot_of(slot_hash(view, headers, hash), view.slot_count);
+    split(tables.others(service, view, number, chosen))
+}
+
+/// The same as one number, by the slot's: first in the low half.
+#[inline(always)]
+pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64 {
+    let at = view.slot_base.wrapping_add(number);
+    let (Some(primary), Some(secondary)) = (tables.primary(at), tables.secondary(at)) else { return NONE };
+    let slot = Slot { primary, secondary };
+    let previous = if slot.is_transition() { slot.secondary_index() } else { NO_BACKEND };
+    let Some(entry) = tables.backend(chosen) else { return NONE };
+    let is_ipv4 = is_mapped(&entry.address);
+    let usable = |index: u32| {
+        index != chosen
+            && matches!(tables.backend(index), Some(b) if b.flags & (flags::USED | flags::DOWN) == flags::USED
+                && b.service == service
+                && is_mapped(&b.address) == is_ipv4)
+    };
+    // Where new flows are placed, and where they were before the slot changed.
+    let primary = slot.primary_index();
+    let mut found = if usable(primary) { add(NONE, primary) } else { NONE };
+    let second = second(tables, view, Place { slot, number });
+    if second != primary && usable(second) {
+        found = add(found, second);
+    }
+    if previous != primary && previous != second && usable(previous) {
+        found = add(found, previous);
+    }
+    found
+}
+
+/// No backend, twice.
+pub const NONE: u64 = (NO_BACKEND as u64) << 32 | NO_BACKEND as u64;
+
+/// Puts an index into the first free half.
+#[inline(always)]
+const fn add(found: u64, index: u32) -> u64 {
+    if found as u32 == NO_BACKEND {
+        (NO_BACKEND as u64) << 32 | index as u64
+    } else if (found >> 32) as u32 == NO_BACKEND {
+        (index as u64) << 32 | (found as u32) as u64
+    } else {
+        found
+    }
+}
+
+#[inline(always)]
+const fn split(found: u64) -> [u32; 2] {
+    [found as u32, (found >> 32) as u32]
+}
+
+/// Whether a datagram is to visit the others before the chosen backend: those that have a connected socket for it
+/// keep it, and the chosen one, last of all, takes it without.
+#[inline(always)]
+pub fn asks_first(headers: &Headers, is_young: bool) -> bool {
+    headers.protocol == UDP && is_young
+}
+
+/// Writes the private data's content into a packet that `forward` has encapsulated for `backend`. False if it is
+/// not there, which cannot be.
+#[inline(always)]
+pub fn write<F: Frame, T: Tables>(frame: &mut F, tables: &T, backend: &Backend, others: [u32; 2]) -> bool {
+    let is_resolved = backend.flags & flags::RESOLVED != 0;
+    let has_tag = is_resolved && u16::from_ne_bytes(backend.vlan.to_bytes()) != 0;
+    // One call per length, so that all offsets are constants.
+    match (has_tag, is_mapped(&backend.address)) {
+        (false, true) => write_ipv4(frame, tables, ETHERNET + 20 + 12, others),
+        (true, true) => write_ipv4(frame, tables, ETHERNET + VLAN_TAG + 20 + 12, others),
+        (false, false) => write_ipv6(frame, tables, ETHERNET + 40 + 12, others),
+        (true, false) => write_ipv6(frame, tables, ETHERNET + VLAN_TAG + 40 + 12, others),
+    }
+}
+
+/// Addresses in the order of a chain, and how many.
+#[inline(always)]
+fn addresses<T: Tables>(tables: &T, others: [u32; 2]) -> ([Option<&Backend>; 2], u8) {
+    let of = |index| if index == NO_BACKEND { None } else { tables.backend(index) };
+    let first = of(others[0]);
+    let second = if first.is_some() { of(others[1]) } else { None };
+    ([first, second], first.is_some() as u8 + second.is_some() as u8)
+}
+
+#[inline(always)]
+fn write_ipv4<F: Frame, T: Tables>(frame: &mut F, tables: &T, at: usize, others: [u32; 2]) -> bool {
+    let ([first, second], left) = addresses(tables, others);
+    let last = |b: Option<&Backend>| b.map_or(0, |b| words(b.address)[3]);
+    let chain = Chain4 {
+        kind: KIND.to_be(),
+        version_left: VERSION << 4 | left,
+        hops: 0,
+        next: [last(first), last(second)],
+    };
+    frame.packet().write(at, chain)
+}
+
+#[inline(always)]
+fn write_ipv6<F: Frame, T: Tables>(frame: &mut F, tables: &T, at: usize, others: [u32; 2]) -> bool {
+    let ([first, second], left) = addresses(tables, others);
+    let mut packet = frame.packet();
+    let mut all = packet.write(at, KIND.to_be()) && packet.write(at + 2, [VERSION << 4 | left, 0]);
+    if let Some(first) = first {
+        all = all && packet.write(at + 4, words(first.address));
+    }
+    if let Some(second) = second {
+        all = all && packet.write(at + 20, words(second.address));
+    }
+    all
+}
+
+/// Whether a backend's packets carry a chain.
+#[inline(always)]
+pub const fn is_carried_to(backend: &Backend) -> bool {
+    backend.mode == mode::GUE_CHAIN && backend.flags & backend::flags::USED != 0
+}

@@ -1,0 +1,7 @@
+//! Service lookup, hash, choice of a backend, schedulers, and the trait over the maps.
+
+pub mod choose;
+pub mod hash;
+pub mod scheduler;
+pub mod service;
+pub mod tables;

@@ -1,0 +1,4 @@
+//! The worker: decapsulation and SYN cookies.
+
+pub mod cookie;
+pub mod decap;

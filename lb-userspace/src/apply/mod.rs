@@ -1,0 +1,8 @@
+//! The one loop that changes the kernel, and its edge: reconcile, dataplane, announce.
+
+pub mod announce;
+pub mod dataplane;
+pub mod ethtool;
+pub mod objects;
+pub mod offloads;
+pub mod reconcile;

@@ -1,0 +1,112 @@
+//! What must outlive the daemon, beside the desired state: written down after each change of it.
+//!
+//! A change concerns a few services among thousands, so each service's part is made once, and again only when its memory
+//! is another: with 4,096 services of 10 backends there are megabytes of it.
+
+use crate::{
+    desired::model::Name,
+    plan::compile::{Memory, ServiceId, ServiceMemory},
+};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, sync::Arc};
+
+/// What must outlive the daemon, beside the desired state.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The boot that the clock of `memory` belongs to.
+    pub boot_id: String,
+    /// Who has which index, and what the tables were made from lately.
+    pub memory: Memory,
+    /// See [`Published::retired_stats`].
+    pub retired_stats: BTreeMap<Name, [u64; 3]>,
+}
+
+/// Where [`Kept`] goes; called with its JSON after each change of it.
+pub type Keep = Box<dyn Fn(Vec<u8>) + Send>;
+
+/// The boot that the clock counts from.
+pub(super) fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|s| s.trim().to_owned())
+        .unwrap_or_default()
+}
+
+/// A service's memory, and its entry in the list of services as JSON.
+struct Part {
+    memory: Arc<ServiceMemory>,
+    json: Vec<u8>,
+}
+
+/// Writes it down.
+pub(super) struct Keeper {
+    keep: Keep,
+    parts: BTreeMap<ServiceId, Part>,
+    last: Vec<u8>,
+}
+
+impl Keeper {
+    pub(super) fn new(keep: Keep) -> Self {
+        Self { keep, parts: BTreeMap::new(), last: Vec::new() }
+    }
+
+    /// Writes down what is remembered, if it has changed.
+    pub(super) fn keep(&mut self, memory: &Memory, retired_stats: &BTreeMap<Name, [u64; 3]>) {
+        self.parts.retain(|id, _| memory.services.contains_key(id));
+        for (id, service) in &memory.services {
+            if self.parts.get(id).is_none_or(|part| !Arc::ptr_eq(&part.memory, service)) {
+                let part = Part { memory: Arc::clone(service), json: json(&(id, &**service)) };
+                self.parts.insert(*id, part);
+            }
+        }
+        let mut bytes = Vec::with_capacity(self.last.len() + 4_096);
+        bytes.extend_from_slice(br#"{"boot_id":"#);
+        bytes.extend(json(&boot_id()));
+        bytes.extend_from_slice(br#","memory":{"services":["#);
+        for (i, part) in self.parts.values().enumerate() {
+            bytes.extend_from_slice(if i == 0 { b"" } else { b"," });
+            bytes.extend_from_slice(&part.json);
+        }
+        bytes.extend_from_slice(br#"],"retired":"#);
+        bytes.extend(json(&memory.retired));
+        bytes.extend_from_slice(br#"},"retired_stats":"#);
+        bytes.extend(json(retired_stats));
+        bytes.push(b'}');
+        if bytes != self.last {
+            (self.keep)(bytes.clone());
+            self.last = bytes;
+        }
+    }
+}
+
+fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("its maps have keys that JSON can have")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[test]
+    fn what_is_written_in_parts_is_what_serde_writes() {
+        let written = Arc::new(Mutex::new(Vec::new()));
+        let keep = Arc::clone(&written);
+        let mut keeper = Keeper::new(Box::new(move |bytes| keep.lock().unwrap().push(bytes)));
+        let id = |port| ServiceId {
+            vip: "10.0.0.1".parse().unwrap(),
+            port: crate::desired::model::Ports::One(port),
+            protocol: crate::desired::model::Protocol::Tcp,
+        };
+        let mut kept = Kept { boot_id: boot_id(), ..Kept::default() };
+        for port in 0..3u16 {
+            keeper.keep(&kept.memory, &kept.retired_stats);
+            keeper.keep(&kept.memory, &kept.retired_stats);
+            assert_eq!(written.lock().unwrap().len(), usize::from(port) + 1, "once for each change");
+            assert_eq!(written.lock().unwrap().last().unwrap(), &serde_json::to_vec(&kept).unwrap());
+            kept.memory
+                .services
+                .insert(id(port), Arc::new(ServiceMemory { index: port.into(), ..Default::default() }));
+            kept.retired_stats.insert("web".parse().unwrap(), [port.into(); 3]);
+        }
+    }
+}

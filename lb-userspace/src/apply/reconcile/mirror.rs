@@ -1,0 +1,419 @@
+//! What the maps hold, kept beside them so that a change is a difference and not a rewrite; and the
+//! ordered writing of that difference.
+//!
+//! Adding goes backends → tables → services → keys, removing the other way round, so that a packet never
+//! meets a reference to something that is not there. What was written is recorded after each write; after a
+//! failure the mirror is read back from the maps.
+
+use super::{
+    maps::Maps,
+    slots::{NoRoom, SlotSpace},
+    tables::Live,
+};
+use crate::{
+    apply::dataplane::DataplaneError,
+    desired::model::Limits,
+    plan::compile::{Cost, Hashing, Plan, ServiceEntry, ServiceMemory, View},
+};
+use lb_common::{
+    Backend, ServiceKey, ServiceView, Vip, VipKey,
+    backend::flags::USED,
+    quic::{QuicConfig, ServerIdKey},
+    service::{NO_SERVICE, flags},
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+/// What one application wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Backends written or cleared.
+    pub backends: u32,
+    /// Services switched to another view.
+    pub services: u32,
+    /// Slots written.
+    pub slots: u32,
+    /// Keys and VIPs written or removed.
+    pub keys: u32,
+}
+
+impl std::ops::Add for Written {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            backends: self.backends + other.backends,
+            services: self.services + other.services,
+            slots: self.slots + other.slots,
+            keys: self.keys + other.keys,
+        }
+    }
+}
+
+impl Written {
+    /// Whether nothing was written.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The mirror.
+#[derive(Clone, Debug)]
+pub struct Mirror {
+    pub(super) services: BTreeMap<u32, Live>,
+    backends: BTreeMap<u32, Backend>,
+    costs: BTreeMap<u32, Cost>,
+    keys: BTreeMap<ServiceKey, u32>,
+    vips: BTreeMap<VipKey, Vip>,
+    egress: BTreeSet<u32>,
+    quic_configs: BTreeMap<u32, QuicConfig>,
+    quic_servers: BTreeMap<ServerIdKey, u32>,
+    pub(super) space: SlotSpace,
+    /// Grace periods that have gone by.
+    pub(super) graces: u64,
+    /// Whether somebody who waits may have more luck at once: regions were granted, or tables moved.
+    pub(super) is_granting: bool,
+}
+
+impl Mirror {
+    /// Reads the maps. No program may go by anything that is not live any more.
+    pub fn read(maps: &impl Maps) -> Result<Self, DataplaneError> {
+        let (service_count, slot_count, backend_count) = maps.sizes();
+        let mut space = SlotSpace::new(slot_count);
+        let mut services = BTreeMap::new();
+        for index in 0..service_count {
+            let Some(service) = maps.service(index).filter(|s| s.used != 0) else { continue };
+            let bank = service.active & 1;
+            let view = service.views[bank as usize];
+            let table = maps.slots(view.slot_base, view.region());
+            space.reserve(view.slot_base, view.region());
+            let entry = ServiceEntry { view: kept(&view), table: Arc::new(table), room: view.region() };
+            services.insert(index, Live { entry, base: view.slot_base, bank, switched: 0 });
+        }
+        let used = |i| Some((i, maps.backend(i).filter(|b| b.flags & USED != 0)?));
+        let backends: BTreeMap<u32, Backend> = (0..backend_count).filter_map(used).collect();
+        Ok(Self {
+            services,
+            costs: backends.keys().map(|&i| (i, maps.cost(i))).collect(),
+            backends,
+            keys: maps.keys()?.into_iter().collect(),
+            vips: maps.vips()?.into_iter().collect(),
+            // Cannot be listed; written once more, which does no harm.
+            egress: BTreeSet::new(),
+            quic_configs: maps.quic_configs()?.into_iter().collect(),
+            quic_servers: maps.quic_servers()?.into_iter().collect(),
+            space,
+            graces: 1,
+            is_granting: false,
+        })
+    }
+
+    /// Backends of a plan whose index is unused in the maps, or another's.
+    pub fn fresh(&self, plan: &Plan) -> Vec<u32> {
+        plan.backends.iter().filter(|(i, b)| self.is_another(**i, b)).map(|(i, _)| *i).collect()
+    }
+
+    fn is_another(&self, index: u32, new: &Backend) -> bool {
+        let old = self.backends.get(&index);
+        old.is_none_or(|old| (old.service, old.address) != (new.service, new.address))
+    }
+
+    /// Slots that tables own, or that programs may still read.
+    pub fn used(&self) -> u32 {
+        let owned: u32 = self.services.values().map(|live| live.entry.room).sum();
+        owned + self.space.left()
+    }
+
+    /// Whether those who wait for a region may have more luck at the next attempt.
+    pub fn has_more(&self) -> bool {
+        self.space.left() > 0 || self.is_granting
+    }
+
+    /// Whether the slots of a service are those that its memory says.
+    pub fn shows(&self, index: u32, memory: &ServiceMemory) -> bool {
+        let live = self.services.get(&index).map(|live| Hashing::of(&live.entry.view));
+        memory.epochs.last().is_some_and(|e| live == Some(Hashing::from(&*e.shape)))
+    }
+
+    /// Backends whose load is the number of their flows.
+    pub fn counted(&self) -> impl Iterator<Item = (&u32, &Cost)> {
+        self.costs.iter().filter(|(_, cost)| cost.source == lb_common::load::source::FLOWS)
+    }
+
+    /// What the maps hold, as a plan.
+    pub fn plan(&self) -> Plan {
+        Plan {
+            services: self.services.iter().map(|(i, live)| (*i, live.entry.clone())).collect(),
+            index: self.keys.clone(),
+            vips: self.vips.clone(),
+            backends: self.backends.clone(),
+            costs: self.costs.clone(),
+            egress: self.egress.clone(),
+            quic_configs: self.quic_configs.clone(),
+            quic_servers: self.quic_servers.clone(),
+        }
+    }
+
+    /// Makes the maps hold what is wanted, with regions granted to services (base and length). Services for which there
+    /// was no room keep what they had, or have what could be written in place; they are told.
+    pub fn apply(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        grants: BTreeMap<u32, (u32, u32)>,
+    ) -> Result<(Written, BTreeMap<u32, NoRoom>), DataplaneError> {
+        let mut written = Written::default();
+        match self.write(maps, wanted, grants, &mut written) {
+            Ok(lacks) => Ok((written, lacks)),
+            Err(error) => {
+                self.recover(maps);
+                Err(error)
+            }
+        }
+    }
+
+    /// After a failed write: what was written is in the maps; what was not will be found missing next time.
+    pub(super) fn recover(&mut self, maps: &mut impl Maps) {
+        // Regions that were given back are free in what is read.
+        maps.grace_period();
+        if let Ok(read) = Self::read(maps) {
+            *self = read;
+        }
+    }
+
+    /// Takes a granted region back from a service that does not come to use it.
+    pub fn take_back(&mut self, (base, room): (u32, u32)) {
+        self.space.give_back_unused(base, room);
+    }
+
+    fn write(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        mut grants: BTreeMap<u32, (u32, u32)>,
+        written: &mut Written,
+    ) -> Result<BTreeMap<u32, NoRoom>, DataplaneError> {
+        for ifindex in wanted.egress.difference(&self.egress.clone()) {
+            maps.set_egress(*ifindex, true)?;
+            self.egress.insert(*ifindex);
+        }
+        self.write_backends(maps, wanted, written)?;
+        self.write_quic(maps, wanted, written)?;
+        let mut lacks = BTreeMap::new();
+        for (index, entry) in &wanted.services {
+            let granted = grants.remove(index);
+            match self.write_service(maps, wanted, (*index, entry), granted, written)? {
+                Some(lack) => drop(lacks.insert(*index, lack)),
+                None => self.is_granting |= granted.is_some(),
+            }
+        }
+        self.write_keys(maps, wanted, written)?;
+        self.remove(maps, wanted, written)?;
+        Ok(lacks)
+    }
+
+    /// New and changed backends.
+    fn write_backends(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        written: &mut Written,
+    ) -> Result<(), DataplaneError> {
+        let changed: Vec<(u32, Backend)> = wanted
+            .backends
+            .iter()
+            .filter(|(index, backend)| self.backends.get(index) != Some(backend))
+            .map(|(index, backend)| (*index, *backend))
+            .collect();
+        for (index, _) in changed.iter().filter(|(index, new)| self.is_another(*index, new)) {
+            maps.clear_stats(*index)?;
+            maps.clear_load(*index)?;
+        }
+        for (index, cost) in &wanted.costs {
+            if self.costs.get(index) != Some(cost) {
+                maps.set_cost(*index, *cost)?;
+                self.costs.insert(*index, *cost);
+            }
+        }
+        if !changed.is_empty() {
+            maps.write_backends(&changed)?;
+            written.backends += changed.len() as u32;
+            self.backends.extend(changed);
+        }
+        Ok(())
+    }
+
+    /// New and changed QUIC configs and server ids, before a service is routed by them.
+    fn write_quic(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        written: &mut Written,
+    ) -> Result<(), DataplaneError> {
+        for (key, config) in &wanted.quic_configs {
+            if self.quic_configs.get(key) != Some(config) {
+                maps.set_quic_config(*key, Some(config))?;
+                self.quic_configs.insert(*key, *config);
+                written.keys += 1;
+            }
+        }
+        for (key, backend) in &wanted.quic_servers {
+            if self.quic_servers.get(key) != Some(backend) {
+                maps.set_quic_server(key, Some(*backend))?;
+                self.quic_servers.insert(*key, *backend);
+                written.keys += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// New and changed keys and VIPs.
+    fn write_keys(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        written: &mut Written,
+    ) -> Result<(), DataplaneError> {
+        let is_live = |index: u32| self.services.contains_key(&index);
+        let vips: Vec<(VipKey, Vip)> =
+            wanted.vips.iter().map(|(k, vip)| (*k, only_live(vip, is_live))).collect();
+        for (key, vip) in &vips {
+            if self.vips.get(key) != Some(vip) {
+                maps.set_vip(key, Some(vip))?;
+                self.vips.insert(*key, *vip);
+                written.keys += 1;
+            }
+        }
+        for (key, index) in wanted.index.iter().filter(|(_, index)| self.services.contains_key(index)) {
+            if self.keys.get(key) != Some(index) {
+                maps.set_key(key, Some(*index))?;
+                self.keys.insert(*key, *index);
+                written.keys += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// What is no longer wanted: keys, VIPs, services, backends, interfaces.
+    fn remove(
+        &mut self,
+        maps: &mut impl Maps,
+        wanted: &Plan,
+        written: &mut Written,
+    ) -> Result<(), DataplaneError> {
+        for key in gone(&self.keys, &wanted.index) {
+            maps.set_key(&key, None)?;
+            self.keys.remove(&key);
+            written.keys += 1;
+        }
+        for key in gone(&self.vips, &wanted.vips) {
+            maps.set_vip(&key, None)?;
+            self.vips.remove(&key);
+            written.keys += 1;
+        }
+        for index in gone(&self.services, &wanted.services) {
+            maps.set_used(index, false)?;
+            if let Some(live) = self.services.remove(&index) {
+                self.space.give_back(live.base, live.entry.room);
+            }
+            written.services += 1;
+        }
+        for key in gone(&self.quic_configs, &wanted.quic_configs) {
+            maps.set_quic_config(key, None)?;
+            self.quic_configs.remove(&key);
+            written.keys += 1;
+        }
+        for key in gone(&self.quic_servers, &wanted.quic_servers) {
+            maps.set_quic_server(&key, None)?;
+            self.quic_servers.remove(&key);
+            written.keys += 1;
+        }
+        let cleared: Vec<(u32, Backend)> =
+            gone(&self.backends, &wanted.backends).into_iter().map(|i| (i, Backend::default())).collect();
+        if !cleared.is_empty() {
+            maps.write_backends(&cleared)?;
+            written.backends += cleared.len() as u32;
+            for (index, _) in &cleared {
+                self.backends.remove(index);
+                self.costs.remove(index);
+            }
+        }
+        for ifindex in self.egress.clone().difference(&wanted.egress) {
+            maps.set_egress(*ifindex, false)?;
+            self.egress.remove(ifindex);
+        }
+        Ok(())
+    }
+}
+
+/// What of a VIP leads to services that are live.
+fn only_live(vip: &Vip, is_live: impl Fn(u32) -> bool) -> Vip {
+    let mut live = *vip;
+    for index in [&mut live.any_tcp, &mut live.any_udp] {
+        if *index != NO_SERVICE && !is_live(*index) {
+            *index = NO_SERVICE;
+        }
+    }
+    let used = (vip.range_count as usize).min(vip.ranges.len());
+    if vip.ranges[..used].iter().all(|range| is_live(range.service)) {
+        return live;
+    }
+    live.ranges = Vip::EMPTY.ranges;
+    let ranges = vip.ranges[..used].iter().filter(|range| is_live(range.service));
+    live.range_count = ranges.clone().count() as u32;
+    live.ranges.iter_mut().zip(ranges).for_each(|(place, range)| *place = *range);
+    live
+}
+
+/// What a plan keeps of a view.
+fn kept(view: &ServiceView) -> View {
+    View {
+        seed: view.seed,
+        flags: view.flags,
+        scheduler: view.scheduler,
+        protocol: view.protocol,
+        udp_timeout_s: view.udp_timeout_s,
+        slot_count: view.slot_count,
+        list_count: view.list_count,
+        old_count: view.old_count,
+        old_seed: view.old_seed,
+        load_cap: view.load_cap,
+        limits: Limits {
+            flags: view.flags & (flags::LIMIT_FLOWS | flags::LIMIT_SOURCES),
+            flow_ns: (view.flow_interval_ns, view.flow_tolerance_ns),
+            source_ns: (view.source_interval_ns, view.source_tolerance_ns),
+            source_bits: view.source_bits,
+        },
+    }
+}
+
+/// The view of a region at `base`.
+pub(super) fn full(view: &View, base: u32) -> ServiceView {
+    ServiceView {
+        seed: view.seed,
+        slot_base: base,
+        slot_count: view.slot_count,
+        list_count: view.list_count,
+        old_count: view.old_count,
+        old_seed: view.old_seed,
+        load_cap: view.load_cap,
+        flags: view.flags,
+        scheduler: view.scheduler,
+        protocol: view.protocol,
+        udp_timeout_s: view.udp_timeout_s,
+        flow_interval_ns: view.limits.flow_ns.0,
+        flow_tolerance_ns: view.limits.flow_ns.1,
+        source_interval_ns: view.limits.source_ns.0,
+        source_tolerance_ns: view.limits.source_ns.1,
+        source_bits: view.limits.source_bits,
+        ..ServiceView::default()
+    }
+}
+
+/// Keys of `have` that `want` lacks.
+fn gone<K: Ord + Copy, A, B>(have: &BTreeMap<K, A>, want: &BTreeMap<K, B>) -> Vec<K> {
+    have.keys().filter(|key| !want.contains_key(key)).copied().collect()
+}

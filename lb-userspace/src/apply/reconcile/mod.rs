@@ -1,0 +1,469 @@
+//! The one loop that changes the maps: events → snapshot → compile → apply → publish.
+//!
+//! Input: [`Event`]s from the API, health checks, neighbour watch and the sweeper. Output: the maps, and
+//! a [`Published`] snapshot per change. What must outlive the daemon goes through [`Keep`]. A service that cannot be
+//! had as it is wanted keeps what it has, is named in the snapshot, and is tried again; no other waits for it.
+
+mod event;
+#[cfg(test)]
+mod fake;
+mod grants;
+mod kept;
+mod maps;
+mod mirror;
+mod pace;
+mod problem;
+mod published;
+mod slots;
+mod sweep;
+mod sweep_nat;
+mod tables;
+mod tally;
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+mod tests_room;
+
+pub use event::{Event, ReconcileError};
+pub use kept::{Keep, Kept};
+pub use maps::Maps;
+pub use mirror::{Mirror, Written};
+pub use problem::Problem;
+pub use published::{Applied, Published};
+pub use slots::{NoRoom, SlotSpace};
+pub use sweep::{Sweep, Sweeper, start as start_sweeper};
+
+#[cfg(test)]
+use crate::plan::compile;
+use crate::{
+    apply::dataplane::DataplaneError,
+    clock,
+    desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, Steer},
+    plan::compile::{
+        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each, needs,
+    },
+};
+use kept::{Keeper, boot_id};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// The reconciler.
+pub struct Reconciler<M: Maps> {
+    maps: M,
+    settings: Settings,
+    desired: Arc<Desired>,
+    /// Whether `desired` is somebody's word and not just empty: until then nothing is written, or an
+    /// event that comes first after a restart (a sweep, a next hop) would remove every service.
+    told: bool,
+    revision: u64,
+    observed: Observed,
+    memory: Memory,
+    cache: Cache,
+    mirror: Mirror,
+    retired_stats: BTreeMap<Name, [u64; 3]>,
+    /// Counters to add to a service's sums when the index is used again: index → service.
+    owners: BTreeMap<u32, Name>,
+    sweep: Arc<Sweep>,
+    /// When each service (by index) was last seen in transition.
+    unstable: BTreeMap<u32, Duration>,
+    next_change: Option<Duration>,
+    /// Services that are not as they are wanted, and why.
+    problems: BTreeMap<Name, Problem>,
+    keeper: Keeper,
+    publish: watch::Sender<Arc<Published>>,
+}
+
+/// After a service became stable, a sweep must begin this much later to speak for it: entries
+/// may be written until the switch is seen by all processors.
+const SETTLE: Duration = Duration::from_secs(1);
+/// After a failure, time to the next attempt.
+const RETRY: Duration = Duration::from_secs(1);
+/// Time for which one step goes on giving regions to those that wait, before it looks at new events.
+const WAVES: Duration = Duration::from_millis(250);
+/// Events taken together at most, so that a flood of them delays no answer.
+const BURST: usize = 1_024;
+
+impl<M: Maps> Reconciler<M> {
+    /// Takes over what the maps hold. `kept` is what the last daemon left, if anything.
+    pub fn new(
+        mut maps: M,
+        settings: Settings,
+        kept: Option<&[u8]>,
+        keep: Keep,
+    ) -> Result<(Self, watch::Receiver<Arc<Published>>), DataplaneError> {
+        // The last daemon may have switched just now.
+        maps.grace_period();
+        let mirror = Mirror::read(&maps)?;
+        let kept = kept.and_then(|bytes| match serde_json::from_slice::<Kept>(bytes) {
+            Ok(kept) if kept.boot_id == boot_id() => Some(kept),
+            Ok(_) => None,
+            Err(error) => {
+                tracing::warn!(%error, "what the last lbd left cannot be read; the live maps are taken instead");
+                None
+            }
+        });
+        let Kept { mut memory, retired_stats, .. } = kept.unwrap_or_default();
+        let now_ms = clock::boot().as_millis() as i64;
+        match maps.predecessor() {
+            Some(predecessor) => memory.adopt_indices(&predecessor, now_ms),
+            None => memory.adopt(&mirror.plan(), now_ms),
+        }
+        let (publish, published) = watch::channel(Arc::default());
+        let reconciler = Self {
+            maps,
+            settings,
+            desired: Arc::default(),
+            told: false,
+            revision: 0,
+            observed: Observed::default(),
+            memory,
+            cache: Cache::default(),
+            mirror,
+            retired_stats,
+            owners: BTreeMap::new(),
+            sweep: Arc::default(),
+            unstable: BTreeMap::new(),
+            next_change: None,
+            problems: BTreeMap::new(),
+            keeper: Keeper::new(keep),
+            publish,
+        };
+        Ok((reconciler, published))
+    }
+
+    /// Services that the maps held at the start, ours or those of another ABI version that forwards.
+    pub fn adopted(&self) -> usize {
+        self.memory.services.len()
+    }
+
+    /// Gives verdicts, replicas' words, next hops and decisions that are known from before, without writing anything
+    /// yet.
+    pub fn prime(
+        &mut self,
+        health: BTreeMap<BackendId, Health>,
+        replicas: BTreeMap<BackendId, Readiness>,
+        paths: Paths,
+        steers: BTreeMap<Name, Arc<Steer>>,
+    ) {
+        self.observed.steers = steers;
+        self.observed.health = health;
+        self.observed.replicas = replicas;
+        self.observed.paths = paths;
+    }
+
+    /// Whether history could tell something about this state's services that memory does not.
+    pub fn wants_history(&self, desired: &Desired) -> bool {
+        self.memory.is_ignorant_of(desired)
+    }
+
+    /// Learns from the store's history what tables were made from lately, oldest first.
+    pub fn recall(&mut self, past: &[Past]) {
+        self.memory.recall(past, &self.settings, clock::boot().as_millis() as i64);
+    }
+
+    /// Runs until nobody can send events any more. The maps stay as they are.
+    pub async fn run(mut self, mut events: mpsc::Receiver<Event>) {
+        loop {
+            let first = match self.next_change {
+                None => events.recv().await,
+                Some(at) => {
+                    let wait = at.saturating_sub(clock::boot());
+                    match tokio::time::timeout(wait, events.recv()).await {
+                        Ok(event) => event,
+                        Err(_) => {
+                            self.step(Vec::new(), clock::boot());
+                            continue;
+                        }
+                    }
+                }
+            };
+            let Some(first) = first else { return };
+            let began = clock::boot();
+            let mut burst = vec![first];
+            while burst.len() < BURST
+                && let Ok(event) = events.try_recv()
+            {
+                burst.push(event);
+            }
+            self.step(burst, began);
+        }
+    }
+
+    /// Takes events in, and brings the maps up to date once.
+    pub fn step(&mut self, events: Vec<Event>, began: Duration) {
+        let mut asked = Vec::new();
+        let mut changed = events.is_empty();
+        for event in events {
+            match event {
+                Event::Desired { desired, revision, applied } => {
+                    changed = true;
+                    self.told = true;
+                    self.desired = desired;
+                    self.revision = revision;
+                    asked.extend(applied);
+                }
+                Event::Check { desired, fits } => {
+                    // Nobody may be waiting any more, which is fine.
+                    let _ = fits.send(self.check(&desired));
+                }
+                Event::Health(id, health) => {
+                    changed |= self.observed.health.insert(id, health) != Some(health);
+                }
+                Event::Replica(id, readiness) => {
+                    let replicas = &mut self.observed.replicas;
+                    let before = match readiness {
+                        Readiness::Unknown => replicas.remove(&id),
+                        _ => replicas.insert(id, readiness),
+                    };
+                    changed |= before.unwrap_or_default() != readiness;
+                }
+                Event::Steers(steers) => {
+                    changed |= self.observed.steers != steers;
+                    self.observed.steers = steers;
+                }
+                Event::Paths(paths) => {
+                    changed |= self.observed.paths != paths;
+                    self.observed.paths = paths;
+                }
+                Event::Attached(attached) => {
+                    changed |= self.settings.attached != attached;
+                    self.settings.attached = attached;
+                }
+                // Until somebody says what is to be, all that the maps hold is.
+                Event::Swept(sweep) => changed |= self.told && self.swept(sweep),
+            }
+        }
+        if changed && self.told {
+            self.bring_up_to_date(asked, began);
+        }
+    }
+
+    /// Whether a state would fit, whatever happens to it.
+    fn check(&mut self, desired: &Desired) -> Result<(), ReconcileError> {
+        Ok(admit(desired, &self.desired, &self.memory, &self.settings)?)
+    }
+
+    fn bring_up_to_date(
+        &mut self,
+        asked: Vec<oneshot::Sender<Result<Applied, ReconcileError>>>,
+        began: Duration,
+    ) {
+        let mut result = self.attempt(began);
+        // In waves: what was given back is there for those that wait.
+        while result.is_ok() && self.goes_on() && clock::boot().saturating_sub(began) < WAVES {
+            let written = result.as_ref().map(|applied| applied.written).unwrap_or_default();
+            result =
+                self.attempt(began).map(|applied| Applied { written: applied.written + written, ..applied });
+        }
+        let (applied, error) = match result {
+            Ok(applied) => (Some(applied), None),
+            Err(error) => {
+                tracing::error!(%error, revision = self.revision, "the tables stay as they are");
+                self.next_change = Some(clock::boot() + RETRY);
+                (None, Some(error))
+            }
+        };
+        let text = error.as_ref().map(ToString::to_string);
+        let mut error = error;
+        for sender in asked {
+            let answer = match (&applied, error.take()) {
+                (Some(applied), _) => Ok(applied.clone()),
+                (None, Some(error)) => Err(error),
+                // More than one asked in this burst: only one can have the error itself.
+                (None, None) => Err(ReconcileError::Together(text.clone().unwrap_or_default())),
+            };
+            // Nobody may be waiting any more, which is fine.
+            let _ = sender.send(answer);
+        }
+        // After the answers: indices and marks can be read back from the maps if this is cut short.
+        self.keeper.keep(&self.memory, &self.retired_stats);
+        if let Some(text) = text {
+            self.publish.send_modify(|published| Arc::make_mut(published).error = Some(text));
+        }
+    }
+
+    /// Whether somebody waits for a region, and there may be one now.
+    fn goes_on(&self) -> bool {
+        self.mirror.has_more() && self.problems.values().any(|p| matches!(p, Problem::NoRoom(_)))
+    }
+
+    /// Grants, compiles, applies, publishes.
+    fn attempt(&mut self, began: Duration) -> Result<Applied, ReconcileError> {
+        self.observed.now = clock::boot();
+        if self.goes_on() {
+            self.mirror.wait(&mut self.maps);
+        }
+        let needs = needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
+        let grants = self.mirror.grant(&mut self.maps, needs)?;
+        let mut compiled = compile_each(
+            &self.desired,
+            &self.observed,
+            &self.memory,
+            &self.settings,
+            &mut self.cache,
+            &grants.waiting,
+        );
+        self.retain_left(&mut compiled);
+        self.add_up_reused(&compiled);
+        let guard = self.guard();
+        let mut regions = BTreeMap::new();
+        for (id, region) in grants.regions {
+            match compiled.memory.services.get(&id).filter(|_| !compiled.left.contains(&id)) {
+                Some(memory) => drop(regions.insert(memory.index, region)),
+                None => self.mirror.take_back(region),
+            }
+        }
+        let (written, lacks) = self.mirror.apply(&mut self.maps, &compiled.plan, regions)?;
+        let features = self.maps.use_features(self.desired.features());
+        let applied = Applied { revision: self.revision, written, took: clock::boot().saturating_sub(began) };
+        self.problems = problem::all(&compiled, grants.lacks, &lacks);
+        self.finish(compiled, &lacks, &applied, *guard.as_ref().unwrap_or(&None));
+        // They concern all services alike, and keep none from its table.
+        guard?;
+        features?;
+        Ok(applied)
+    }
+
+    /// Services that could not be compiled, or wait without a table of their own, stay as they are.
+    fn retain_left(&self, compiled: &mut Compiled) {
+        if compiled.left.is_empty() {
+            return;
+        }
+        let live = self.mirror.plan();
+        for id in &compiled.left {
+            if let Some(memory) = compiled.memory.services.get(id) {
+                compiled.plan.retain(id, memory.index, &live);
+            }
+        }
+    }
+
+    /// Takes over what was compiled and written, and publishes it.
+    fn finish(
+        &mut self,
+        compiled: Compiled,
+        lacks: &BTreeMap<u32, NoRoom>,
+        applied: &Applied,
+        guard_end: Option<Duration>,
+    ) {
+        let Compiled { mut memory, status, next_change_ms, .. } = compiled;
+        for (id, service) in &mut memory.services {
+            // What its slots do not show has not happened, but who got an index has it.
+            if lacks.contains_key(&service.index)
+                && !self.mirror.shows(service.index, service)
+                && let Some(before) = self.memory.services.get(id)
+            {
+                let backends = service.backends.clone();
+                *service = Arc::new(ServiceMemory { backends, ..(**before).clone() });
+            }
+        }
+        self.memory = memory;
+        let next_change = next_change_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
+        self.next_change = [next_change, guard_end].into_iter().flatten().min();
+        if self.goes_on() {
+            self.next_change = Some(clock::boot());
+        }
+        let now = clock::boot();
+        for service in &status {
+            if service.transition_slots > 0 || service.exceptions {
+                self.unstable.insert(service.index, now);
+            }
+            for backend in &service.backends {
+                self.owners.insert(backend.index, service.name.clone());
+            }
+        }
+        let written = applied.written;
+        if !written.is_nothing() {
+            tracing::debug!(revision = self.revision, ?written, took = ?applied.took, "tables changed");
+        }
+        self.publish.send_modify(|published| {
+            let last = if written.is_nothing() && published.applied.revision == applied.revision {
+                published.applied.clone()
+            } else {
+                applied.clone()
+            };
+            *published = Arc::new(Published {
+                revision: self.revision,
+                desired: Arc::clone(&self.desired),
+                observed: Arc::new(self.observed.clone()),
+                services: status.into_iter().map(|s| (s.name.clone(), s)).collect(),
+                sweep: Arc::clone(&self.sweep),
+                retired_stats: self.retired_stats.clone(),
+                applied: last,
+                problems: self.problems.clone(),
+                slots_used: self.mirror.used(),
+                error: None,
+            });
+        });
+    }
+
+    /// Deny and allow lists; when on the boot's clock the next entry ends.
+    fn guard(&mut self) -> Result<Option<Duration>, ReconcileError> {
+        check_guard(&self.desired, &self.settings)?;
+        let now = clock::unix();
+        let end_s = self.maps.apply_guard(&self.desired.guard, now.as_secs())?;
+        // Seconds are whole, so it is over just after.
+        Ok(end_s.map(|end_s| {
+            clock::boot() + Duration::from_secs(end_s).saturating_sub(now) + Duration::from_millis(10)
+        }))
+    }
+
+    /// Before an index goes to another backend, its counters go to its old service's sums.
+    fn add_up_reused(&mut self, compiled: &Compiled) {
+        let fresh = self.mirror.fresh(&compiled.plan);
+        for index in fresh {
+            if let Some(service) = self.owners.remove(&index) {
+                published::add(
+                    self.retired_stats.entry(service).or_default(),
+                    self.maps.backend_stats(index),
+                );
+            }
+        }
+    }
+
+    /// Lets time go by for what is remembered.
+    #[cfg(test)]
+    pub fn age(&mut self, by: Duration) {
+        self.memory.shift(-(by.as_millis() as i64));
+        for service in self.memory.services.values_mut() {
+            Arc::make_mut(service).changed_ms = Arc::default();
+        }
+    }
+
+    /// Takes a sweep in; true if indices or marks became free by it.
+    fn swept(&mut self, sweep: Arc<Sweep>) -> bool {
+        let before = self.memory.clone();
+        let unstable = &self.unstable;
+        let settled = |index: &u32| unstable.get(index).is_none_or(|t| *t + SETTLE < sweep.began);
+        self.memory.untrack_all(|index| !sweep.services_tcp.contains(&index) && settled(&index));
+        let began_ms = sweep.began.as_millis() as i64;
+        let services: BTreeSet<u32> = self
+            .memory
+            .retired
+            .iter()
+            .filter(|r| r.since_ms < began_ms && !sweep.services.contains(&r.service))
+            .map(|r| r.service)
+            .collect();
+        let backends: BTreeSet<u32> = self
+            .memory
+            .drained(&self.desired, began_ms)
+            .into_iter()
+            .filter(|i| !sweep.backends.contains(i))
+            .collect();
+        self.memory.release(&services, &backends);
+        for (&index, _) in self.mirror.counted() {
+            self.maps.report_flows(index, sweep.flows.get(&index).copied().unwrap_or(0));
+        }
+        let flows_changed = self.sweep.flows != sweep.flows || self.sweep.floods != sweep.floods;
+        self.sweep = sweep;
+        let changed = self.memory != before;
+        if flows_changed && !changed {
+            let sweep = Arc::clone(&self.sweep);
+            self.publish.send_modify(|published| Arc::make_mut(published).sweep = sweep);
+        }
+        changed
+    }
+}

@@ -1,0 +1,115 @@
+//! What a sweep counts, by index: entries and live flows of each backend, which services have any.
+//!
+//! A sweep asks the same few services and backends about a million entries, so each is read from the maps once, and
+//! counted in place. What an entry's end depends on is never taken from here: see [`Tally::is_served`].
+
+use super::sweep::Sweep;
+use crate::apply::dataplane::Reader;
+use lb_common::backend::flags::{DOWN, DRAINING, USED};
+
+/// A service, as far as flows depend on it.
+#[derive(Clone, Copy, Default)]
+struct ServiceSeen {
+    /// Idle time of its UDP flows, once it was found to be there.
+    udp_timeout_s: Option<u32>,
+    has_tcp: bool,
+    has_any: bool,
+}
+
+/// A backend, likewise.
+#[derive(Clone, Copy, Default)]
+struct BackendSeen {
+    /// Its service, once it was found to be there.
+    service: Option<u32>,
+    /// What it is besides.
+    flags: u32,
+    is_named: bool,
+    flows: u64,
+}
+
+/// The counts, over live maps.
+pub struct Tally<'a> {
+    reader: &'a Reader,
+    services: Vec<ServiceSeen>,
+    backends: Vec<BackendSeen>,
+}
+
+/// The place of an index, made if need be. Indices come from the maps, whose sizes bound them.
+fn place<T: Clone + Default>(all: &mut Vec<T>, index: u32) -> &mut T {
+    let index = index as usize;
+    if index >= all.len() {
+        all.resize(index + 1, T::default());
+    }
+    &mut all[index]
+}
+
+impl<'a> Tally<'a> {
+    /// Nothing counted yet.
+    pub fn new(reader: &'a Reader) -> Self {
+        Self { reader, services: Vec::new(), backends: Vec::new() }
+    }
+
+    /// Idle time of UDP flows of a service that is there.
+    pub fn udp_timeout_s(&mut self, service: u32) -> Option<u32> {
+        let known = self.services.get(service as usize).and_then(|s| s.udp_timeout_s);
+        known.or_else(|| {
+            let entry = self.reader.service(service).filter(|s| s.used != 0)?;
+            let timeout_s = entry.views[(entry.active & 1) as usize].udp_timeout_s;
+            place(&mut self.services, service).udp_timeout_s = Some(timeout_s);
+            Some(timeout_s)
+        })
+    }
+
+    /// Whether a backend is one of a service that is there. That it is not is looked up each time: entries of one that
+    /// has come to be since are no ends.
+    pub fn is_served(&mut self, service: u32, backend: u32) -> bool {
+        self.read_backend(backend, service).is_some() && self.udp_timeout_s(service).is_some()
+    }
+
+    /// Whether a backend takes no new flows, or is none.
+    pub fn is_leaving(&mut self, service: u32, backend: u32) -> bool {
+        self.read_backend(backend, service).is_none_or(|flags| flags & (DRAINING | DOWN) != 0)
+    }
+
+    /// Flags of a backend of this service.
+    fn read_backend(&mut self, backend: u32, service: u32) -> Option<u32> {
+        if let Some(seen) = self.backends.get(backend as usize)
+            && seen.service == Some(service)
+        {
+            return Some(seen.flags);
+        }
+        let entry = self.reader.backend(backend)?;
+        if entry.flags & USED == 0 || entry.service != service {
+            return None;
+        }
+        let seen = place(&mut self.backends, backend);
+        (seen.service, seen.flags) = (Some(service), entry.flags);
+        Some(entry.flags)
+    }
+
+    /// Counts an entry that stays, of a service and a backend that are there.
+    pub fn count(&mut self, service: u32, backend: u32, is_tcp: bool, is_live: bool) {
+        let seen = place(&mut self.services, service);
+        seen.has_any = true;
+        seen.has_tcp |= is_tcp;
+        let seen = place(&mut self.backends, backend);
+        seen.is_named = true;
+        seen.flows += u64::from(is_live);
+    }
+
+    /// Adds it all to a sweep's result.
+    pub fn report(&self, sweep: &mut Sweep) {
+        for (service, seen) in (0..).zip(&self.services).filter(|(_, seen)| seen.has_any) {
+            sweep.services.insert(service);
+            if seen.has_tcp {
+                sweep.services_tcp.insert(service);
+            }
+        }
+        for (backend, seen) in (0..).zip(&self.backends).filter(|(_, seen)| seen.is_named) {
+            sweep.backends.insert(backend);
+            if seen.flows > 0 {
+                sweep.flows.insert(backend, seen.flows);
+            }
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Applying, adopting and failing, over maps in memory that check each single write.
+
+use super::{fake::*, *};
+use crate::desired::model::{
+    Backend, BackendState, ForwardingMode, HealthCheck, NextHop, OnDown, Ports, Protocol, Scheduler, Service,
+};
+use proptest::prelude::*;
+use std::sync::Mutex;
+
+pub(super) fn name(s: &str) -> Name {
+    s.parse().unwrap()
+}
+
+pub(super) fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) -> Service {
+    let backend = |(n, a, w): &(&str, &str, u32)| {
+        (
+            name(n),
+            Backend {
+                address: a.parse().unwrap(),
+                weight: *w,
+                state: BackendState::Up,
+                seat: None,
+                port: None,
+                server_id: None,
+                region: None,
+                zone: None,
+            },
+        )
+    };
+    Service {
+        vip: vip.parse().unwrap(),
+        port,
+        protocol: Protocol::Tcp,
+        mode: ForwardingMode::Ipip,
+        scheduler: Scheduler::Maglev,
+        load_cap: None,
+        new_flow_rate: None,
+        new_flow_burst: None,
+        source_rate: None,
+        source_burst: None,
+        source_prefix_v4: 32,
+        source_prefix_v6: 64,
+        second_chance: None,
+        table_size: Some(251),
+        seed: None,
+        drain_s: 300,
+        udp_stateless: false,
+        quic: Vec::new(),
+        udp_timeout_s: 60,
+        gue_port: 6080,
+        on_down: OnDown::Keep,
+        panic_percent: 0,
+        seating: Vec::new(),
+        replica: None,
+        regions: None,
+        rollout: None,
+        slow_start_s: 0,
+        health: HealthCheck::default(),
+        backends: backends.iter().map(backend).collect(),
+    }
+}
+
+pub(super) fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
+    Arc::new(Desired {
+        services: services.into_iter().map(|(n, s)| (name(n), s.into())).collect(),
+        ..Desired::default()
+    })
+}
+
+/// A reconciler over shared maps, and what it keeps.
+pub(super) struct Bed {
+    pub maps: Shared,
+    kept: Arc<Mutex<Vec<u8>>>,
+    pub published: watch::Receiver<Arc<Published>>,
+    pub reconciler: Reconciler<Shared>,
+    settings: Settings,
+}
+
+fn start(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>) -> Bed {
+    start_with(maps, kept, Settings::default())
+}
+
+/// The same with other settings.
+pub(super) fn start_with(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>, settings: Settings) -> Bed {
+    let bytes = kept.lock().unwrap().clone();
+    let keep = Arc::clone(kept);
+    let (reconciler, published) = Reconciler::new(
+        maps.clone(),
+        settings.clone(),
+        (!bytes.is_empty()).then_some(&bytes),
+        Box::new(move |b| *keep.lock().unwrap() = b),
+    )
+    .unwrap();
+    Bed { maps, kept: Arc::clone(kept), published, reconciler, settings }
+}
+
+fn bed() -> Bed {
+    start(Shared(Arc::new(Mutex::new(FakeMaps::new(16, 32_768, 64)))), &Arc::default())
+}
+
+impl Bed {
+    /// Applies a state; the answer is the API's.
+    pub fn set(&mut self, desired: &Arc<Desired>, revision: u64) -> Result<Applied, ReconcileError> {
+        let (applied, mut answer) = oneshot::channel();
+        let event = Event::Desired { desired: Arc::clone(desired), revision, applied: Some(applied) };
+        self.reconciler.step(vec![event], clock::boot());
+        answer.try_recv().expect("answered within the step")
+    }
+
+    /// Whether the API would accept a state.
+    pub fn check(&mut self, desired: &Arc<Desired>) -> Result<(), ReconcileError> {
+        let (fits, mut answer) = oneshot::channel();
+        self.reconciler.step(vec![Event::Check { desired: Arc::clone(desired), fits }], clock::boot());
+        answer.try_recv().expect("answered within the step")
+    }
+
+    fn writes(&self) -> u32 {
+        self.maps.0.lock().unwrap().writes
+    }
+
+    /// The same maps under a new daemon.
+    pub fn restart(self) -> Self {
+        start_with(self.maps.clone(), &self.kept, self.settings)
+    }
+}
+
+fn two() -> Arc<Desired> {
+    desired(vec![
+        ("web", service("10.0.0.1", Ports::One(80), &[("a", "10.1.0.1", 1), ("b", "10.1.0.2", 1)])),
+        ("all", service("10.0.0.2", Ports::Any, &[("a", "10.1.0.1", 3)])),
+    ])
+}
+
+#[test]
+fn a_restart_with_the_same_state_writes_nothing() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let mut more = (*two()).clone();
+    more.service_mut(&name("web")).unwrap().backends.remove(&name("a"));
+    bed.set(&Arc::new(more.clone()), 2).unwrap();
+    let before = bed.writes();
+    let mut bed = bed.restart();
+    let applied = bed.set(&Arc::new(more), 2).unwrap();
+    assert!(applied.written.is_nothing(), "{applied:?}");
+    assert_eq!(bed.writes(), before);
+}
+
+#[test]
+fn what_comes_before_the_first_state_writes_nothing() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let before = bed.writes();
+    let mut bed = bed.restart();
+    let hop = NextHop {
+        ifindex: 7,
+        vlan: 0,
+        egress_mac: [2; 6],
+        next_hop: [4; 6],
+        mtu: 1500,
+        source: None,
+        is_routed: false,
+    };
+    let early = vec![
+        Event::Paths(Paths {
+            next_hops: BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)]),
+            ..Paths::default()
+        }),
+        Event::Health(BackendId { service: name("web"), backend: name("a") }, Health::Unhealthy),
+        Event::Swept(Arc::default()),
+    ];
+    bed.reconciler.step(early, clock::boot());
+    bed.reconciler.step(Vec::new(), clock::boot());
+    assert_eq!(bed.writes(), before, "the services of the last daemon were touched");
+    // Nor is the last daemon's memory: the same state is a restart, not a first start.
+    let kept: Kept = serde_json::from_slice(&bed.kept.lock().unwrap()).unwrap();
+    assert_eq!(kept.memory.services.len(), 2);
+}
+
+#[test]
+fn an_unchanged_state_writes_nothing() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let before = bed.writes();
+    assert!(bed.set(&two(), 2).unwrap().written.is_nothing());
+    assert_eq!(bed.writes(), before);
+    assert_eq!(bed.published.borrow().revision, 2);
+}
+
+#[test]
+fn live_flows_are_the_load_of_least_flows() {
+    let mut bed = bed();
+    let mut state = (*two()).clone();
+    state.service_mut(&name("web")).unwrap().scheduler = Scheduler::Lc;
+    bed.set(&Arc::new(state), 1).unwrap();
+    let indices: Vec<u32> =
+        bed.published.borrow().services[&name("web")].backends.iter().map(|b| b.index).collect();
+    let sweep = Sweep { flows: BTreeMap::from([(indices[0], 7)]), ..Sweep::default() };
+    bed.reconciler.step(vec![Event::Swept(Arc::new(sweep))], clock::boot());
+    let maps = bed.maps.0.lock().unwrap();
+    let expect: BTreeMap<u32, u64> =
+        indices.iter().map(|&i| (i, if i == indices[0] { 7 } else { 0 })).collect();
+    assert_eq!(maps.flows, expect, "none is a report too, and other services are left alone");
+}
+
+#[test]
+fn what_does_not_fit_keeps_its_table_and_stops_nothing_else() {
+    let mut bed = bed();
+    bed.set(&two(), 1).unwrap();
+    let mut large = (*two()).clone();
+    large.service_mut(&name("web")).unwrap().table_size = Some(65_537);
+    large.service_mut(&name("web")).unwrap().backends.get_mut(&name("b")).unwrap().state =
+        BackendState::Draining;
+    large.services.insert(name("new"), service("10.0.0.3", Ports::One(80), &[("c", "10.1.0.3", 1)]).into());
+    bed.set(&Arc::new(large.clone()), 2).unwrap();
+    let published = bed.published.borrow().clone();
+    assert_eq!((published.revision, &published.error), (2, &None));
+    assert!(published.services.contains_key(&name("new")));
+    let problem = published.problems[&name("web")].to_string();
+    assert!(
+        published.problems.len() == 1 && problem.contains("no room for a table of 65788 slots"),
+        "{problem}"
+    );
+    let web = &published.services[&name("web")];
+    let share = |n: &str| web.backends.iter().find(|b| b.name == Some(name(n))).unwrap().slots;
+    assert_eq!((web.table_size, share("a"), share("b")), (251, 251, 0), "it is drained all the same");
+    // It is tried again, by itself; and what can be had ends it.
+    bed.reconciler.step(Vec::new(), clock::boot());
+    assert_eq!(bed.published.borrow().problems.len(), 1);
+    large.service_mut(&name("web")).unwrap().table_size = Some(4_093);
+    bed.set(&Arc::new(large), 3).unwrap();
+    assert!(bed.published.borrow().problems.is_empty());
+    assert_eq!(bed.published.borrow().services[&name("web")].table_size, 4_093);
+}
+
+#[test]
+fn after_a_failed_write_the_next_attempt_finishes() {
+    for fails_after in 0..20 {
+        let mut bed = bed();
+        bed.set(&two(), 1).unwrap();
+        let mut next = (*two()).clone();
+        next.services.remove(&name("all"));
+        next.services
+            .insert(name("new"), service("10.0.0.3", Ports::Range(1, 9), &[("c", "10.1.0.3", 1)]).into());
+        next.service_mut(&name("web")).unwrap().backends.remove(&name("b"));
+        let next = Arc::new(next);
+        bed.maps.0.lock().unwrap().fails_after.set(Some(fails_after));
+        let first = bed.set(&next, 2);
+        bed.maps.0.lock().unwrap().fails_after.set(None);
+        if first.is_err() {
+            assert!(bed.published.borrow().error.is_some());
+            bed.set(&next, 2).unwrap();
+        }
+        assert!(bed.published.borrow().error.is_none());
+        assert!(bed.set(&next, 2).unwrap().written.is_nothing(), "after {fails_after} writes");
+        assert_eq!(bed.maps.0.lock().unwrap().keys.len(), 1);
+    }
+}
+
+/// States of a few services and backends, with names and addresses that come and go.
+fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
+    let backends = proptest::collection::btree_map(0u8..6, (0u32..4, 0u8..3), 0..5);
+    let one = (0u8..3, 0u8..3, backends);
+    proptest::collection::btree_map(0u8..4, one, 0..4).prop_map(|services| {
+        let mut state = Desired::default();
+        for (i, (vip, port, backends)) in services {
+            let ports = match port {
+                0 => Ports::Any,
+                1 => Ports::Range(100, 200),
+                _ => Ports::One(80),
+            };
+            let mut s = service(&format!("10.0.0.{}", vip + 1), ports, &[]);
+            s.scheduler = [Scheduler::Maglev, Scheduler::P2c, Scheduler::Wrr, Scheduler::SourceHash]
+                [(i as usize + backends.len()) % 4];
+            s.seed = (backends.len() == 3).then_some(3);
+            for (b, (weight, st)) in backends {
+                let state = [BackendState::Up, BackendState::Draining, BackendState::Down][st as usize];
+                let address = format!("10.1.0.{}", b + 1).parse().unwrap();
+                s.backends.insert(
+                    name(&format!("b{b}")),
+                    Backend {
+                        address,
+                        weight,
+                        state,
+                        seat: None,
+                        port: None,
+                        server_id: None,
+                        region: None,
+                        zone: None,
+                    },
+                );
+            }
+            state.services.insert(name(&format!("s{i}")), s.into());
+        }
+        // Only states that the model allows reach the reconciler.
+        while let Some(bad) = state.check().first().map(|_| state.services.keys().next().cloned()) {
+            match bad {
+                Some(bad) => state.services.remove(&bad),
+                None => break,
+            };
+        }
+        Arc::new(state)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// From any state to any other, with restarts in between: the maps end as planned, and no single write
+    /// on the way leaves a packet with a dangling reference (the maps assert that).
+    #[test]
+    fn the_maps_end_as_wanted(states in proptest::collection::vec((any_desired(), any::<bool>()), 1..6)) {
+        let mut bed = bed();
+        for (revision, (state, restart)) in states.into_iter().enumerate() {
+            if restart {
+                bed = bed.restart();
+            }
+            bed.set(&state, revision as u64 + 1).unwrap();
+            prop_assert!(bed.published.borrow().problems.is_empty());
+            let keys = bed.maps.0.lock().unwrap().keys.len();
+            let exact = state.services.values().filter(|s| matches!(s.port, Ports::One(_))).count();
+            prop_assert_eq!(keys, exact);
+            prop_assert!(bed.set(&state, revision as u64 + 1).unwrap().written.is_nothing());
+        }
+    }
+}

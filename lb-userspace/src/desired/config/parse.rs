@@ -1,0 +1,318 @@
+//! Text to [`File`], collecting problems instead of stopping at the first.
+
+use super::{File, Options, Problem, keys, nearest};
+use crate::desired::model::{Backend, Desired, Name, Region, Service, Subject};
+use serde::de::DeserializeOwned;
+use std::{
+    collections::{BTreeMap, HashMap},
+    ops::Range,
+};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue, ValueDeserializer},
+};
+
+/// See [`File::parse`].
+pub fn parse(text: &str) -> Result<File, Vec<Problem>> {
+    let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
+    let (table, errors) = DeTable::parse_recoverable(text);
+    // Only the first: a missing bracket makes nonsense of all that follows.
+    if let Some(error) = errors.first() {
+        parser.problem(error.span(), error.message().to_owned());
+        return Err(parser.finish());
+    }
+    let file = parser.file(table.into_inner());
+    if parser.problems.is_empty() { Ok(file) } else { Err(parser.finish()) }
+}
+
+fn line_starts(text: &str) -> Vec<usize> {
+    std::iter::once(0).chain(text.match_indices('\n').map(|(i, _)| i + 1)).collect()
+}
+
+type Table<'i> = DeTable<'i>;
+type Span = Range<usize>;
+
+/// Where each service and backend stands, for the rules that are checked last.
+#[derive(Default)]
+struct Places {
+    services: HashMap<Name, Span>,
+    backends: HashMap<(Name, Name), Span>,
+    regions: HashMap<Name, Span>,
+}
+
+struct Parser<'t> {
+    text: &'t str,
+    lines: Vec<usize>,
+    problems: Vec<(Span, Problem)>,
+}
+
+impl Parser<'_> {
+    fn problem(&mut self, span: Option<Span>, what: String) {
+        let at = span.as_ref().map(|span| {
+            let offset = span.start.min(self.text.len());
+            let line = self.lines.partition_point(|&start| start <= offset);
+            let start = self.lines[line - 1];
+            (line, self.text[start..offset].chars().count() + 1)
+        });
+        self.problems.push((span.unwrap_or(0..0), Problem { at, what }));
+    }
+
+    fn finish(mut self) -> Vec<Problem> {
+        self.problems.sort_by_key(|(span, _)| span.start);
+        self.problems.into_iter().map(|(_, problem)| problem).collect()
+    }
+
+    fn file(&mut self, mut table: Table<'_>) -> File {
+        self.check_keys(&mut table, keys::TOP, "the file");
+        let mut file = File::default();
+        if let Some(revision) = table.remove("revision") {
+            match revision.get_ref() {
+                DeValue::Integer(number) => match number.as_str().parse() {
+                    Ok(number) => file.revision = Some(number),
+                    Err(_) => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+                },
+                _ => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+            }
+        }
+        if let Some(lbd) = table.remove("lbd")
+            && let Some((span, mut lbd)) = self.table(lbd, "[lbd]")
+        {
+            self.check_keys(&mut lbd, keys::LBD, "[lbd]");
+            file.options = self.read::<Options>(span, lbd, "[lbd]").unwrap_or_default();
+        }
+        let (services, regions) = (table.remove("service"), table.remove("region"));
+        if services.is_some() || regions.is_some() {
+            let mut places = Places::default();
+            let mut desired = Desired::default();
+            if let (None, Some(regions)) = (&services, &regions) {
+                self.problem(
+                    Some(regions.span()),
+                    "[[region]] without [[service]]: regions belong to the desired state, which a file has whole or not \
+                     at all"
+                        .to_owned(),
+                );
+            }
+            let regions = regions.map(|regions| self.array(regions, "region", "[[region]]"));
+            for region in regions.into_iter().flatten() {
+                self.region(region, &mut desired, &mut places);
+            }
+            let services = services.map(|services| self.array(services, "service", "[[service]]"));
+            for service in services.into_iter().flatten() {
+                self.service(service, &mut desired, &mut places);
+            }
+            // Rules are about whole states: with parts missing they would find what is not there.
+            if self.problems.is_empty() {
+                for invalid in desired.check() {
+                    let span = match invalid.subject() {
+                        Subject::Backend(service, backend) => {
+                            places.backends.get(&(service.clone(), backend.clone()))
+                        }
+                        Subject::Service(service) => places.services.get(service),
+                        Subject::Region(region) => places.regions.get(region),
+                        Subject::Lists => None,
+                    };
+                    self.problem(span.cloned(), invalid.to_string());
+                }
+            }
+            file.desired = Some(desired);
+        }
+        file
+    }
+
+    fn service(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, places: &mut Places) {
+        let Some((span, mut table)) = self.table(value, "[[service]]") else { return };
+        self.check_keys(&mut table, keys::SERVICE, "[[service]]");
+        let backends = table.remove("backend");
+        if let Some(health) = table.get_mut("health")
+            && let DeValue::Table(health) = health.get_mut()
+        {
+            self.check_keys(health, keys::HEALTH, "[service.health]");
+        }
+        if let Some(replica) = table.get_mut("replica")
+            && let DeValue::Table(replica) = replica.get_mut()
+        {
+            self.check_keys(replica, keys::REPLICA, "[service.replica]");
+            if let Some(metrics) = replica.get_mut("metrics")
+                && let DeValue::Table(metrics) = metrics.get_mut()
+            {
+                self.check_keys(metrics, keys::METRICS, "[service.replica.metrics]");
+            }
+        }
+        for (key, known, place) in
+            [("regions", keys::REGIONS, "[service.regions]"), ("rollout", keys::ROLLOUT, "[service.rollout]")]
+        {
+            if let Some(part) = table.get_mut(key)
+                && let DeValue::Table(part) = part.get_mut()
+            {
+                self.check_keys(part, known, place);
+            }
+        }
+        let name = self.name(&span, &mut table, "[[service]]");
+        let service = self.read::<Service>(span.clone(), table, "[[service]]");
+        let mut found = BTreeMap::new();
+        if let Some(backends) = backends {
+            for backend in self.array(backends, "backend", "[[service.backend]]") {
+                self.backend(backend, name.as_ref(), &mut found, places);
+            }
+        }
+        let (Some((name, name_span)), Some(mut service)) = (name, service) else { return };
+        service.backends = found;
+        if let Some(first) = places.services.insert(name.clone(), name_span.clone()) {
+            let line = self.line(&first);
+            self.problem(Some(name_span), format!("a second service {name}; the first is in line {line}"));
+        }
+        desired.services.insert(name, service.into());
+    }
+
+    fn region(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, places: &mut Places) {
+        let Some((span, mut table)) = self.table(value, "[[region]]") else { return };
+        self.check_keys(&mut table, keys::REGION, "[[region]]");
+        let name = self.name(&span, &mut table, "[[region]]");
+        let region = self.read::<Region>(span, table, "[[region]]");
+        let (Some((name, span)), Some(region)) = (name, region) else { return };
+        if let Some(first) = places.regions.insert(name.clone(), span.clone()) {
+            let line = self.line(&first);
+            self.problem(Some(span), format!("a second region {name}; the first is in line {line}"));
+        }
+        desired.regions.insert(name, region);
+    }
+
+    fn backend(
+        &mut self,
+        value: Spanned<DeValue<'_>>,
+        service: Option<&(Name, Span)>,
+        found: &mut BTreeMap<Name, Backend>,
+        places: &mut Places,
+    ) {
+        let Some((span, mut table)) = self.table(value, "[[service.backend]]") else { return };
+        self.check_keys(&mut table, keys::BACKEND, "[[service.backend]]");
+        let name = self.name(&span, &mut table, "[[service.backend]]");
+        let backend = self.read::<Backend>(span, table, "[[service.backend]]");
+        let (Some((name, span)), Some(backend)) = (name, backend) else { return };
+        if let Some((service, _)) = service {
+            let key = (service.clone(), name.clone());
+            if let Some(first) = places.backends.insert(key, span.clone()) {
+                let line = self.line(&first);
+                self.problem(
+                    Some(span),
+                    format!("a second backend {name} of service {service}; the first is in line {line}"),
+                );
+            }
+        }
+        found.insert(name, backend);
+    }
+
+    fn line(&self, span: &Span) -> usize {
+        self.lines.partition_point(|&start| start <= span.start)
+    }
+
+    /// Reports unknown keys and takes them out, so that the rest can still be read.
+    fn check_keys(&mut self, table: &mut Table<'_>, known: &[&'static str], place: &str) {
+        let unknown: Vec<_> =
+            table.keys().filter(|k| !known.contains(&k.get_ref().as_ref())).cloned().collect();
+        for key in unknown {
+            let word = key.get_ref().as_ref();
+            let hint = match nearest(word, known.iter().copied()) {
+                Some(near) => format!("did you mean {near}?"),
+                None => format!("known keys: {}", known.join(", ")),
+            };
+            self.problem(Some(key.span()), format!("unknown key {word} in {place}; {hint}"));
+            table.remove(&key);
+        }
+    }
+
+    fn table<'i>(&mut self, value: Spanned<DeValue<'i>>, place: &str) -> Option<(Span, Table<'i>)> {
+        let span = value.span();
+        match value.into_inner() {
+            DeValue::Table(table) => Some((span, table)),
+            other => {
+                let found = other.type_str();
+                self.problem(Some(span), format!("expected the table {place}, found {found}"));
+                None
+            }
+        }
+    }
+
+    fn array<'i>(
+        &mut self,
+        value: Spanned<DeValue<'i>>,
+        key: &str,
+        place: &str,
+    ) -> Vec<Spanned<DeValue<'i>>> {
+        let span = value.span();
+        match value.into_inner() {
+            DeValue::Array(array) => array.into_iter().collect(),
+            DeValue::Table(_) => {
+                self.problem(
+                    Some(span),
+                    format!("there can be several: write {place} instead of one bracket"),
+                );
+                Vec::new()
+            }
+            other => {
+                let found = other.type_str();
+                self.problem(Some(span), format!("{key} must be the tables {place}, found {found}"));
+                Vec::new()
+            }
+        }
+    }
+
+    /// Takes and checks the `name` of a table.
+    fn name(&mut self, span: &Span, table: &mut Table<'_>, place: &str) -> Option<(Name, Span)> {
+        let Some(value) = table.remove("name") else {
+            self.problem(Some(span.clone()), format!("{place} has no name: add name = \"...\""));
+            return None;
+        };
+        let span = value.span();
+        match value.get_ref().as_str() {
+            Some(text) => match text.parse::<Name>() {
+                Ok(name) => Some((name, span)),
+                Err(error) => {
+                    self.problem(Some(span), error.to_string());
+                    None
+                }
+            },
+            None => {
+                let found = value.get_ref().type_str();
+                self.problem(Some(span), format!("name must be a string, found {found}"));
+                None
+            }
+        }
+    }
+
+    /// Reads a table whose unknown keys are gone. Each wrong value is reported and taken out in turn, so
+    /// that all of them are found.
+    fn read<T: DeserializeOwned>(&mut self, span: Span, mut table: Table<'_>, place: &str) -> Option<T> {
+        let mut removed = Vec::new();
+        loop {
+            let whole = Spanned::new(span.clone(), DeValue::Table(table.clone()));
+            let error = match T::deserialize(ValueDeserializer::from(whole)) {
+                Ok(thing) => return removed.is_empty().then_some(thing),
+                Err(error) => error,
+            };
+            let message = error.message();
+            let missing = message.strip_prefix("missing field `").and_then(|m| m.strip_suffix('`'));
+            let at = error.span().unwrap_or_else(|| span.clone());
+            let bad = table.iter().find(|(_, v)| v.span().start <= at.start && at.end <= v.span().end);
+            let Some(key) = bad.map(|(k, _)| k.clone()).filter(|_| at != span) else {
+                match missing {
+                    // It was there, and was reported as wrong.
+                    Some(field) if removed.iter().any(|r| r == field) => {}
+                    Some(field) => self.problem(Some(at), format!("{place} has no {field}")),
+                    None => self.problem(Some(at), message.to_owned()),
+                }
+                return None;
+            };
+            let key_name = key.get_ref().as_ref().to_owned();
+            self.problem(
+                Some(at),
+                match missing {
+                    Some(field) => format!("{key_name} has no {field}"),
+                    None => format!("{key_name}: {message}"),
+                },
+            );
+            table.remove(&key);
+            removed.push(key_name);
+        }
+    }
+}

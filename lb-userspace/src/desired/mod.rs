@@ -1,0 +1,5 @@
+//! What the operator asked for: the model, the configuration file, the store.
+
+pub mod config;
+pub mod model;
+pub mod store;

@@ -1,0 +1,295 @@
+//! The rules that a service must keep by itself, whatever else there is.
+//!
+//! Input: a [`Service`]. Output: every rule that it breaks. Called by the check of the whole state.
+
+use super::{
+    Backend, ForwardingMode, HealthKind, HttpCheck, Name, Ports, Protocol, Scheduler, Service, Via,
+    check::Invalid, region_list,
+};
+use lb_common::limits::TABLE_SIZES;
+use std::{collections::BTreeMap, net::IpAddr};
+
+/// Largest load cap, in flows: scores have 32 bits.
+const MAX_LOAD_CAP: u32 = u32::MAX / lb_common::load::FLOW;
+
+/// A value as the configuration file spells it.
+fn word(value: &impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// Why an address can be neither a VIP nor a backend, if so.
+fn check_address(address: IpAddr) -> Option<String> {
+    if let IpAddr::V6(v6) = address
+        && let Some(v4) = v6.to_ipv4_mapped()
+    {
+        return Some(format!("{address} is an IPv4 address in IPv6 form: write {v4}"));
+    }
+    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
+    if address.is_unspecified() || address.is_multicast() || broadcast {
+        return Some(format!("{address} is no unicast address"));
+    }
+    if address.is_loopback() {
+        return Some(format!("{address} is a loopback address, which no packet from outside can reach"));
+    }
+    if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
+        return Some(format!("{address} is link-local: use a global or unique local address"));
+    }
+    None
+}
+
+impl Service {
+    /// Appends the rules that this service breaks by itself.
+    pub fn check(&self, name: &Name, found: &mut Vec<Invalid>) {
+        let mut setting = |what: String| found.push(Invalid::Setting { service: name.clone(), what });
+        if let Some(what) = check_address(self.vip) {
+            setting(format!("vip {what}"));
+        }
+        if let Some(size) = self.table_size
+            && !TABLE_SIZES.contains(&size)
+        {
+            setting(format!("table_size {size} is not one of {TABLE_SIZES:?}"));
+        }
+        if self.panic_percent > 100 {
+            setting(format!("panic_percent {} is above 100", self.panic_percent));
+        }
+        if self.slow_start_s > 86_400 {
+            setting(format!("slow_start_s {} is above 86400, a day", self.slow_start_s));
+        }
+        if self.udp_timeout_s == 0 {
+            setting("udp_timeout_s is 0: at least 1".to_owned());
+        }
+        if self.udp_stateless && self.protocol != Protocol::Udp {
+            setting("udp_stateless is for UDP services only".to_owned());
+        }
+        if self.udp_stateless && !matches!(self.scheduler, Scheduler::Maglev | Scheduler::SourceHash) {
+            setting(format!(
+                "udp_stateless remembers no flow, which scheduler {} must: take maglev or source-hash",
+                word(&self.scheduler)
+            ));
+        }
+        if self.load_cap.is_some() && (self.scheduler != Scheduler::SourceHash || self.udp_stateless) {
+            setting("load_cap is for scheduler source-hash only, and not with udp_stateless".to_owned());
+        }
+        if self.load_cap.is_some_and(|cap| cap == 0 || cap > MAX_LOAD_CAP) {
+            setting(format!("load_cap is out of range: 1 to {MAX_LOAD_CAP}"));
+        }
+        if self.second_chance == Some(true) && self.mode != ForwardingMode::Gue {
+            setting("second_chance needs mode gue".to_owned());
+        }
+        if self.second_chance == Some(true) && !self.scheduler.is_by_pair() {
+            setting(format!(
+                "second_chance cannot find what scheduler {} places anywhere: take maglev, p2c or source-hash",
+                word(&self.scheduler)
+            ));
+        }
+        if self.gue_port == 0 {
+            setting("gue_port is 0: 1 to 65535".to_owned());
+        }
+        if self.mode == ForwardingMode::Local && self.backends.len() > 1 {
+            setting("mode local hands packets to this host's own stack: one backend at most".to_owned());
+        }
+        self.check_quic(&mut setting);
+        self.check_limits(&mut setting);
+        self.check_health(&mut setting);
+        self.check_regions(&mut setting);
+        if let Some(replica) = &self.replica {
+            replica.check(matches!(self.port, Ports::One(_)), &mut setting);
+        }
+        if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
+            setting("all weights are 0: give at least one backend a weight".to_owned());
+        }
+        if let Some((seat, _)) = self.seating.iter().find(|turn| turn.0 >= super::MAX_SEATS) {
+            setting(format!("seating names seat {seat}, above {}", super::MAX_SEATS - 1));
+        }
+        if let Some((seat, weight)) = self.seating.iter().find(|turn| turn.1 > 65_535) {
+            setting(format!("seating gives seat {seat} weight {weight}, above 65535"));
+        }
+        let mut addresses = BTreeMap::new();
+        let mut server_ids = BTreeMap::new();
+        let mut seats = BTreeMap::new();
+        for (backend, b) in &self.backends {
+            let mut refuse = |what: String| {
+                found.push(Invalid::Backend { service: name.clone(), backend: backend.clone(), what });
+            };
+            self.check_backend(b, &mut refuse);
+            if let Some(other) = addresses.insert(b.address, backend) {
+                refuse(format!("address {} is already that of backend {other}", b.address));
+            }
+            if let Some(id) = &b.server_id
+                && let Some(other) = server_ids.insert(id, backend)
+            {
+                refuse(format!("server_id {id} is already that of backend {other}"));
+            }
+            if let Some(seat) = b.seat
+                && let Some(other) = seats.insert(seat, backend)
+            {
+                refuse(format!("seat {seat} is already that of backend {other}: leave one of them out"));
+            }
+        }
+    }
+
+    fn check_backend(&self, b: &Backend, refuse: &mut dyn FnMut(String)) {
+        if b.weight > 65_535 {
+            refuse(format!("weight {} is above 65535", b.weight));
+        }
+        if let Some(seat) = b.seat.filter(|&seat| seat >= super::MAX_SEATS) {
+            refuse(format!("seat {seat} is above {}", super::MAX_SEATS - 1));
+        }
+        if let Some(id) = &b.server_id
+            && !self.quic.iter().any(|config| usize::from(config.server_id_bytes) == id.as_bytes().len())
+        {
+            let len = id.as_bytes().len();
+            refuse(format!(
+                "server_id {id} has {len} bytes, and no config of the service's quic has such ids: \
+                 add one, as in `lbctl service set NAME --quic 0:{len}:8`"
+            ));
+        }
+        if self.mode == ForwardingMode::Local {
+            // An address of this host: its own, the VIP, or loopback.
+            if let Some(what) = check_address(b.address).filter(|_| !b.address.is_loopback()) {
+                refuse(format!("address {what}"));
+            }
+        } else if let Some(what) = check_address(b.address) {
+            refuse(format!("address {what}"));
+        } else if b.address == self.vip {
+            refuse(format!("address {} is the service's own VIP: give the worker's own address", b.address));
+        } else if self.vip.is_ipv6() && b.address.is_ipv4() && self.mode != ForwardingMode::L2 {
+            refuse(format!(
+                "address {} is IPv4, but the service is IPv6, and IPv6 is not carried in IPv4: give an IPv6 address",
+                b.address
+            ));
+        } else if self.vip.is_ipv4() && b.address.is_ipv6() && self.mode == ForwardingMode::Nat {
+            refuse(format!(
+                "address {} is IPv6, but the service is IPv4, and mode nat does not translate between them: give an IPv4 address",
+                b.address
+            ));
+        }
+        match b.port {
+            Some(0) => refuse("port is 0: 1 to 65535".to_owned()),
+            Some(_) if self.mode != ForwardingMode::Nat => {
+                refuse("port is for mode nat only: the other modes do not change ports".to_owned());
+            }
+            Some(_) if !matches!(self.port, Ports::One(_)) => {
+                refuse(format!("port needs a service with one port, and the service's is {}", self.port));
+            }
+            _ => {}
+        }
+    }
+
+    fn check_regions(&self, setting: &mut dyn FnMut(String)) {
+        if let Some(rules) = &self.regions {
+            rules.check(setting);
+            let allowed = rules.allowed.iter().flatten();
+            if rules.allowed.as_ref().is_some_and(|names| !names.is_empty())
+                && !self.backends.is_empty()
+                && !self.backends.values().any(|b| rules.allows(b))
+            {
+                setting(format!(
+                    "its residency ({}) leaves no backend: none of them says that it is there. Give a backend one of \
+                     these regions, or change regions.allowed",
+                    region_list(allowed)
+                ));
+            }
+        }
+        if let Some(rollout) = &self.rollout {
+            rollout.check(setting);
+            if self.replica.is_none() {
+                setting(
+                    "a rollout needs replica state, which says who runs which version: set replica"
+                        .to_owned(),
+                );
+            }
+            if matches!(self.scheduler, Scheduler::Rr | Scheduler::Lc) {
+                setting(format!(
+                    "a rollout's share is kept by weights, which scheduler {} does not go by: take maglev, wrr or random",
+                    word(&self.scheduler)
+                ));
+            }
+        }
+    }
+
+    fn check_quic(&self, setting: &mut dyn FnMut(String)) {
+        if !self.quic.is_empty() && self.protocol != Protocol::Udp {
+            setting("quic is for UDP services only".to_owned());
+        }
+        if !self.quic.is_empty() && self.mode == ForwardingMode::Nat {
+            setting(
+                "quic does not go with mode nat, which is bound to addresses: use another mode".to_owned(),
+            );
+        }
+        for (i, config) in self.quic.iter().enumerate() {
+            if self.quic[..i].iter().any(|earlier| earlier.id == config.id) {
+                setting(format!("quic has two configs {}: give each its own id", config.id));
+            }
+        }
+    }
+
+    fn check_health(&self, setting: &mut dyn FnMut(String)) {
+        let health = &self.health;
+        if health.kind == HealthKind::None {
+            return;
+        }
+        if health.port.is_none() && !matches!(self.port, Ports::One(_)) {
+            setting(format!("health needs a port: the service's own is {}", self.port));
+        }
+        if health.port == Some(0) {
+            setting("health: port is 0: 1 to 65535".to_owned());
+        }
+        if health.interval_ms < 10 || health.timeout_ms == 0 || health.rise == 0 || health.fall == 0 {
+            setting("health: interval_ms at least 10, timeout_ms, rise and fall at least 1".to_owned());
+        }
+        if health.via == Via::Tunnel {
+            let tunnels = [ForwardingMode::Ipip, ForwardingMode::Gue, ForwardingMode::L2];
+            if !tunnels.contains(&self.mode) {
+                setting("health: via tunnel goes with modes ipip, gue and l2: in others traffic goes to the backend's own address too, as via direct does".to_owned());
+            }
+            let other = self.backends.iter().find(|(_, b)| b.address.is_ipv4() != self.vip.is_ipv4());
+            if let Some((name, b)) = other {
+                setting(format!(
+                    "health: via tunnel needs backends of the VIP's family, and {name} is {}: use via direct",
+                    b.address
+                ));
+            }
+        }
+        if health.jitter_percent > 50 {
+            setting(format!("health: jitter_percent {} is above 50", health.jitter_percent));
+        }
+        let plain = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_graphic());
+        let (host, sni) = match &health.kind {
+            HealthKind::Http(http) => {
+                check_http(http, setting);
+                (&http.host, http.tls.as_ref())
+            }
+            HealthKind::Grpc(grpc) => (&grpc.host, grpc.tls.as_ref()),
+            other => (&None, other.tls()),
+        };
+        for name in host.iter().chain(sni.and_then(|tls| tls.sni.as_ref())) {
+            if !plain(name) {
+                setting(format!("health: host {name:?} is no host name"));
+            }
+        }
+    }
+}
+
+fn check_http(http: &HttpCheck, setting: &mut dyn FnMut(String)) {
+    let HttpCheck { path, status: (first, last), headers, body, .. } = http;
+    if !path.starts_with('/') || !path.bytes().all(|b| b.is_ascii_graphic()) {
+        setting(format!("health: path {path:?} must start with '/' and hold neither blanks nor controls"));
+    }
+    if !(100..=599).contains(first) || !(100..=599).contains(last) || first > last {
+        setting(format!("health: status [{first}, {last}] is no range within 100 to 599"));
+    }
+    for (name, value) in headers {
+        let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+        let ours = ["host", "connection", "content-length", "transfer-encoding", "user-agent"];
+        if name.is_empty() || !name.bytes().all(token) || ours.contains(&name.to_ascii_lowercase().as_str()) {
+            setting(format!("health: header {name:?} is no name of a header, or one that lbd sets itself"));
+        }
+        if !value.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
+            setting(format!("health: header {name}: {value:?} holds what no header may"));
+        }
+    }
+    if body.as_ref().is_some_and(|text| text.is_empty() || text.len() > 4_096) {
+        setting("health: body is 1 to 4096 bytes of text".to_owned());
+    }
+}

@@ -1,0 +1,247 @@
+//! A store's revisions in one file: versioned, and with a checksum.
+//!
+//! The first line is a JSON object that says what the rest is ([`Header`]); the rest is the [`Backup`] as
+//! JSON, each revision as the difference to the one before. Input: a store, or a file's bytes. Output: the
+//! bytes, or the revisions, or what is wrong with them. Called by the API and by `lbctl store`.
+
+use super::{Revision, Store, StoreError, Stored, delta};
+use crate::desired::model::Desired;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::sync::Arc;
+
+/// Version of the file's contents. Raised when an older lbd could no longer read it.
+pub const FORMAT: u64 = 1;
+
+/// First line of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`FORMAT`] of what wrote it.
+    pub lb_backup: u64,
+    /// Bytes that follow the line.
+    pub bytes: u64,
+    /// Their SHA-256, hexadecimal.
+    pub sha256: String,
+    /// Newest revision.
+    pub revision: u64,
+}
+
+/// All kept revisions of a store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backup {
+    /// Id of the store's data.
+    pub store: String,
+    /// When it was made, in milliseconds since 1970 UTC.
+    pub time_ms: u64,
+    /// Oldest first.
+    pub revisions: Vec<Entry>,
+}
+
+/// A revision of a backup.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// Which.
+    pub revision: Revision,
+    /// Difference to the state before (of the first: to the empty one), see [`delta`].
+    pub delta: Value,
+}
+
+fn unsound(file: &str, what: impl ToString) -> StoreError {
+    StoreError::Backup { file: file.to_owned(), what: what.to_string() }
+}
+
+impl Backup {
+    /// Reads all kept revisions, oldest first.
+    ///
+    /// # Errors
+    /// Reading failed.
+    pub async fn of(store: &dyn Store, time_ms: u64) -> Result<Self, StoreError> {
+        let mut before = Arc::<Desired>::default();
+        let mut entries = Vec::new();
+        let entry = |stored: Stored| -> Result<(), StoreError> {
+            let delta = delta::diff(&before, &stored.desired).map_err(|e| unsound("the backup", e))?;
+            entries.push(Entry { revision: stored.revision, delta });
+            before = stored.desired;
+            Ok(())
+        };
+        each_revision(store, entry).await?;
+        Ok(Self { store: store.about().await.id, time_ms, revisions: entries })
+    }
+
+    /// The file's bytes.
+    ///
+    /// # Errors
+    /// It has no JSON form, which does not happen.
+    pub fn to_bytes(&self) -> serde_json::Result<Vec<u8>> {
+        let body = serde_json::to_vec(self)?;
+        let header = Header {
+            lb_backup: FORMAT,
+            bytes: body.len() as u64,
+            sha256: sha256(&body),
+            revision: self.revisions.last().map_or(0, |e| e.revision.number),
+        };
+        let mut bytes = serde_json::to_vec(&header)?;
+        bytes.push(b'\n');
+        bytes.extend(body);
+        Ok(bytes)
+    }
+
+    /// Reads a file's bytes; `file` is its name, for errors.
+    ///
+    /// # Errors
+    /// It is no backup, a later version's, cut short or changed since.
+    pub fn parse(file: &str, bytes: &[u8]) -> Result<Self, StoreError> {
+        let line = bytes.iter().position(|b| *b == b'\n').unwrap_or(bytes.len());
+        let header: Value = serde_json::from_slice(&bytes[..line])
+            .map_err(|_| unsound(file, "its first line is not that of a backup"))?;
+        match header.get("lb_backup").and_then(Value::as_u64) {
+            None => return Err(unsound(file, "its first line is not that of a backup")),
+            Some(found) if found > FORMAT => {
+                return Err(StoreError::Newer { file: file.to_owned(), found, known: FORMAT });
+            }
+            Some(_) => {}
+        }
+        let header: Header =
+            serde_json::from_value(header).map_err(|e| unsound(file, format!("first line: {e}")))?;
+        let body = bytes.get(line + 1..).unwrap_or_default();
+        if body.len() as u64 != header.bytes {
+            let what = format!("{} bytes should follow the first line, and {} do", header.bytes, body.len());
+            return Err(unsound(file, what));
+        }
+        if sha256(body) != header.sha256 {
+            return Err(unsound(file, "its checksum does not fit: it was changed since"));
+        }
+        let backup: Self = serde_json::from_slice(body).map_err(|e| unsound(file, e))?;
+        backup.stored(file)?;
+        Ok(backup)
+    }
+
+    /// The revisions with their states, oldest first.
+    ///
+    /// # Errors
+    /// They do not follow each other, or a state is none.
+    pub fn stored(&self, file: &str) -> Result<Vec<Stored>, StoreError> {
+        let mut before = Arc::<Desired>::default();
+        let mut all: Vec<Stored> = Vec::with_capacity(self.revisions.len());
+        for Entry { revision, delta } in &self.revisions {
+            let number = revision.number;
+            if number == 0 || all.last().is_some_and(|last| last.revision.number + 1 != number) {
+                return Err(unsound(file, format!("revision {number} does not follow the one before")));
+            }
+            let desired =
+                delta::apply(&before, delta).map_err(|e| unsound(file, format!("revision {number}: {e}")))?;
+            before = Arc::new(desired);
+            all.push(Stored { revision: revision.clone(), desired: before.clone() });
+        }
+        if let Some(last) = all.last() {
+            let broken = last.desired.check();
+            if let Some(rule) = broken.first() {
+                return Err(unsound(file, format!("revision {}: {rule}", last.revision.number)));
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// All kept revisions with their states, oldest first. What one has in common with the one before is there once.
+///
+/// # Errors
+/// Reading failed.
+pub async fn revisions(store: &dyn Store) -> Result<Vec<Stored>, StoreError> {
+    let mut all = Vec::new();
+    each_revision(store, |stored| {
+        all.push(stored);
+        Ok(())
+    })
+    .await?;
+    Ok(all)
+}
+
+/// Reads one kept revision after the other, oldest first.
+async fn each_revision(
+    store: &dyn Store,
+    mut take: impl FnMut(Stored) -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
+    let newest = store.head().revision.number;
+    let mut numbers: Vec<u64> = Vec::new();
+    loop {
+        let page = store.history(numbers.last().copied().or(Some(newest + 1)), 500).await?;
+        if page.is_empty() {
+            break;
+        }
+        numbers.extend(page.iter().map(|r| r.number).filter(|n| *n > 0));
+        if page.len() < 500 {
+            break;
+        }
+    }
+    let mut before: Option<Arc<Desired>> = None;
+    for number in numbers.into_iter().rev() {
+        let Stored { revision, mut desired } = match store.get(number).await {
+            Ok(stored) => stored,
+            // Forgotten since the list was made.
+            Err(StoreError::NoRevision { .. }) if before.is_none() => continue,
+            Err(error) => return Err(error),
+        };
+        if let Some(before) = &before {
+            Arc::make_mut(&mut desired).share(before);
+        }
+        before = Some(desired.clone());
+        take(Stored { revision, desired })?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn backup() -> Backup {
+        let revision =
+            |number| Revision { number, author: "ann".into(), time_ms: number, message: "m".into() };
+        let web = json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp"});
+        let entries = vec![
+            Entry { revision: revision(3), delta: json!({"services": {"web": web}}) },
+            Entry { revision: revision(4), delta: json!({"services": {"web": {"port": 81}}}) },
+        ];
+        Backup { store: "0123".into(), time_ms: 7, revisions: entries }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let bytes = backup().to_bytes().unwrap();
+        let read = Backup::parse("f", &bytes).unwrap();
+        assert_eq!(read, backup());
+        let stored = read.stored("f").unwrap();
+        assert_eq!(stored.iter().map(|s| s.revision.number).collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(stored[1].desired.services.len(), 1);
+    }
+
+    #[test]
+    fn broken_and_newer_files_are_refused_by_name() {
+        let sound = backup().to_bytes().unwrap();
+        let refused = |bytes: &[u8], why: &str| {
+            let error = Backup::parse("lb.backup", bytes).unwrap_err().to_string();
+            assert!(error.contains("lb.backup") && error.contains(why), "{error}");
+        };
+        refused(b"", "first line");
+        refused(b"{\"services\": []}\n{}", "first line");
+        refused(&sound[..sound.len() - 10], "bytes should follow");
+        let mut changed = sound.clone();
+        let at = sound.len() - 20;
+        changed[at] ^= 1;
+        refused(&changed, "checksum");
+        let newer = String::from_utf8(sound).unwrap().replace("\"lb_backup\":1", "\"lb_backup\":9");
+        refused(newer.as_bytes(), "format 9, and this lbd knows formats up to 1");
+        let mut gap = backup();
+        gap.revisions[1].revision.number = 9;
+        refused(&gap.to_bytes().unwrap(), "revision 9 does not follow");
+    }
+}

@@ -1,0 +1,452 @@
+//! Following what others commit: read what is missing, watch for more, and notice when etcd is gone.
+//!
+//! A watch that broke, or whose place etcd has compacted away, is followed by a look at the head; only
+//! revisions that are missing are read, and if none is, nothing changes. So nothing flaps.
+
+use super::{
+    Arc, Identity, Inner, Known, READ, RECENT, StoreError, Stored, end_of,
+    keys::{FORMAT, Head, Parts, Record, Snapshot, is_absent, put},
+    locked,
+    proto::{KeyValue, SortOrder, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse},
+};
+use crate::{
+    clock,
+    desired::store::{delta, new_id},
+};
+use rand::Rng;
+use std::{collections::BTreeMap, convert::Infallible, time::Duration, time::Instant};
+
+/// How often the head is looked at beside the watch: the sign of life.
+const BEAT: Duration = Duration::from_secs(1);
+/// Pause after a failed round: shortest and longest. A jitter is added.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Revisions read at once.
+const PAGE: usize = 500;
+
+/// Why a round ended.
+enum End {
+    /// The watch is to be opened anew; nothing is wrong with etcd as a whole, as far as is known.
+    Again(String),
+    /// etcd does not answer, or its answer is not taken.
+    Failed(StoreError),
+}
+
+impl From<StoreError> for End {
+    fn from(error: StoreError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Follows until the store is dropped.
+pub(super) async fn run(inner: Arc<Inner>) {
+    let mut pause = PAUSE.0;
+    let mut tries = 0;
+    loop {
+        let began = Instant::now();
+        match inner.round().await {
+            Ok(never) => match never {},
+            Err(End::Again(why)) => tracing::debug!(why, "watch of the store opened anew"),
+            Err(End::Failed(error)) => inner.unlinked(&error),
+        }
+        if began.elapsed() > PAUSE.1 * 2 {
+            (pause, tries) = (PAUSE.0, 0);
+        }
+        // The first try after a break comes at once.
+        if tries > 0 {
+            let jitter = pause.mul_f64(rand::rng().random_range(0.0..0.5));
+            tokio::select! {
+                () = tokio::time::sleep(pause + jitter) => {}
+                () = inner.wake.notified() => {}
+            }
+            pause = (pause * 2).min(PAUSE.1);
+        }
+        tries += 1;
+    }
+}
+
+impl Inner {
+    /// The first look of a start.
+    pub(super) async fn first_look(&self, has_state: bool) -> Result<(), StoreError> {
+        let until = Instant::now() + if has_state { READ } else { super::FIRST };
+        loop {
+            let error = match self.look().await {
+                Ok(_) => {
+                    self.linked();
+                    return Ok(());
+                }
+                Err(error) => error,
+            };
+            match error {
+                StoreError::CutOff { what, store, .. } if Instant::now() >= until => {
+                    if !has_state {
+                        return Err(StoreError::Unreachable { store, what });
+                    }
+                    let error = self.cut_off(what);
+                    tracing::error!(%error, "starting with the last known state");
+                    self.unlinked(&error);
+                    return Ok(());
+                }
+                StoreError::CutOff { .. } => tokio::time::sleep(PAUSE.0).await,
+                StoreError::SetBack { .. } if has_state => {
+                    tracing::error!(%error, "starting with the last known state");
+                    self.unlinked(&error);
+                    return Ok(());
+                }
+                error => return Err(error),
+            }
+        }
+    }
+
+    /// Reads all that is new, and watches until something breaks.
+    async fn round(&self) -> Result<Infallible, End> {
+        let at = self.look().await?;
+        let member = self.client.member().to_owned();
+        let all = self.keys.key("");
+        let (key, range_end) = (all.clone(), end_of(&all));
+        let create = WatchCreateRequest { key, range_end, start_revision: at + 1 };
+        let request = WatchRequest { create: Some(create) };
+        let broken = |why: String| {
+            self.client.turn_away(&member);
+            End::Again(why)
+        };
+        let stream = self.client.stream("/etcdserverpb.Watch/Watch", request).await;
+        let mut stream = stream.map_err(|e| broken(e.to_string()))?;
+        self.linked();
+        let watch = async {
+            loop {
+                let message: Option<WatchResponse> =
+                    stream.message().await.map_err(|s| broken(s.to_string()))?;
+                let message = message.ok_or_else(|| broken("the watch ended".to_owned()))?;
+                if message.canceled && message.compact_revision == 0 {
+                    return Err(broken(message.cancel_reason));
+                }
+                self.watched(message).await?;
+            }
+        };
+        let beat = async {
+            let mut behind = false;
+            loop {
+                tokio::time::sleep(BEAT).await;
+                let (_, head) = self.read_head().await?;
+                self.link.send_modify(|link| link.contact_ms = clock::unix_ms());
+                if self.client.member() != member {
+                    return Err(End::Again(format!("{member} does not answer")));
+                }
+                let is_behind = head.number != self.head.borrow().revision.number;
+                if is_behind && behind {
+                    return Err(End::Again("the watch lags".to_owned()));
+                }
+                behind = is_behind;
+            }
+        };
+        tokio::select! {
+            end = watch => end,
+            end = beat => end,
+        }
+    }
+
+    /// Takes in what the watch says.
+    async fn watched(&self, message: WatchResponse) -> Result<(), End> {
+        if message.canceled {
+            let why = format!("what follows {} was compacted away", message.compact_revision);
+            return Err(End::Again(why));
+        }
+        let mut told = None;
+        for event in message.events {
+            let Some(kv) = event.kv else { continue };
+            let is_put = event.kind == 0;
+            if let Some(key) = self.keys.after("leased/", &kv.key) {
+                let told = told.get_or_insert_with(|| (**self.told.borrow()).clone());
+                match is_put {
+                    true => told.insert(key.to_owned(), kv.value),
+                    false => told.remove(key),
+                };
+            } else if self.keys.after("revisions/", &kv.key).is_some() && is_put {
+                let (number, record) = self.record(&kv)?;
+                let known = self.known();
+                if number <= known.stored.revision.number {
+                    continue;
+                }
+                if number != known.stored.revision.number + 1 || record.after != known.nonce {
+                    return Err(End::Again(format!("revision {number} does not follow what is known")));
+                }
+                let next = self.fold(&known, number, &record, kv.value.len()).await?;
+                self.advance(vec![next], false);
+            } else if self.keys.after("store", &kv.key) == Some("") {
+                return Err(End::Again("the store's identity was written".to_owned()));
+            }
+        }
+        if let Some(told) = told {
+            self.told.send_replace(Arc::new(told));
+        }
+        Ok(())
+    }
+
+    /// Reads whose data these are, and what is new. Returns etcd's revision at which all of this was so.
+    async fn look(&self) -> Result<i64, StoreError> {
+        self.identify().await?;
+        let at = self.catch_up().await?;
+        let begin = self.keys.key("leased/");
+        let leased = self.range(begin.clone(), end_of(&begin), SortOrder::None, 0).await;
+        let leased = leased.map_err(|e| self.call_failed(e))?;
+        let told: BTreeMap<String, Vec<u8>> = leased
+            .kvs
+            .into_iter()
+            .filter_map(|kv| Some((self.keys.after("leased/", &kv.key)?.to_owned(), kv.value)))
+            .collect();
+        if **self.told.borrow() != told {
+            self.told.send_replace(Arc::new(told));
+        }
+        Ok(at)
+    }
+
+    /// Whose data these are; an empty prefix becomes ours.
+    async fn identify(&self) -> Result<(), StoreError> {
+        let key = self.keys.key("store");
+        let expected = locked(&self.id).clone();
+        loop {
+            let found = self.range(key.clone(), Vec::new(), SortOrder::None, 1).await;
+            let found = found.map_err(|e| self.call_failed(e))?;
+            if let Some(kv) = found.kvs.first() {
+                let identity: Identity =
+                    serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("store: {e}")))?;
+                if identity.format > FORMAT {
+                    let (file, found) = (self.place.clone(), identity.format);
+                    return Err(StoreError::Newer { file, found, known: FORMAT });
+                }
+                if let Some(expected) = expected.filter(|id| *id != identity.id) {
+                    let store = self.place.clone();
+                    return Err(StoreError::Stranger { store, found: identity.id, expected });
+                }
+                *locked(&self.id) = Some(identity.id);
+                return Ok(());
+            }
+            let seen = self.head.borrow().revision.number;
+            if seen > 0 {
+                if !self.is_accepted(&Head::default()) {
+                    return Err(self.set_back(Head::default(), seen));
+                }
+                let known: Vec<Known> = locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
+                self.fill(expected.clone(), known).await?;
+                tracing::warn!(
+                    store = self.place,
+                    revision = seen,
+                    "an empty store was filled with what this host knew"
+                );
+                continue;
+            }
+            let identity = Identity { format: FORMAT, id: expected.clone().unwrap_or_else(new_id) };
+            let value = serde_json::to_vec(&identity).map_err(|e| self.failed(e))?;
+            let compare = vec![is_absent(key.clone())];
+            let success = vec![put(key.clone(), value, 0)];
+            let request = TxnRequest { compare, success, failure: Vec::new() };
+            let made: Result<TxnResponse, _> = self.client.call(super::TXN, &request, READ).await;
+            made.map_err(|e| self.call_failed(e))?;
+        }
+    }
+
+    /// The newest revision's place, and etcd's own revision at that time.
+    pub(super) async fn read_head(&self) -> Result<(i64, Head), StoreError> {
+        let found = self.range(self.keys.key("head"), Vec::new(), SortOrder::None, 1).await;
+        let found = found.map_err(|e| self.call_failed(e))?;
+        let at = found.header.as_ref().map_or(0, |h| h.revision);
+        let head = match found.kvs.first() {
+            None => Head::default(),
+            Some(kv) => String::from_utf8_lossy(&kv.value).parse().map_err(|e: String| self.corrupt(e))?,
+        };
+        Ok((at, head))
+    }
+
+    /// Takes in all revisions that are new.
+    pub(super) async fn catch_up(&self) -> Result<i64, StoreError> {
+        let before = self.known().stored.revision.number;
+        let (at, head) = self.read_head().await?;
+        let known = self.known();
+        let seen = known.stored.revision.number;
+        // While this was on its way, another task has learned of a newer one: only what was known before the question was
+        // asked must be in the answer.
+        if before <= head.number && head.number < seen {
+            return Ok(at);
+        }
+        if head == known.head() {
+            *locked(&self.accepted) = None;
+            return Ok(at);
+        }
+        if seen > 0 && head.number >= seen && !self.is_same(&known, &head).await? {
+            // A store that was migrated has the same revisions under other nonces.
+            if let Some(there) = self.rebuild(seen).await?.filter(|there| there.stored == known.stored) {
+                let mut recent = locked(&self.recent);
+                recent.clear();
+                recent.insert(seen, there);
+            }
+        }
+        let known = self.known();
+        let accept = self.is_accepted(&head);
+        let set_back = || self.set_back(head.clone(), seen);
+        let mut new = None;
+        if head == known.head() {
+            new = Some(Followed::New(Vec::new()));
+        } else if head.number > seen {
+            new = self.fold_all(&known, head.number).await?;
+        } else if !accept {
+            return Err(set_back());
+        }
+        let new = match new {
+            Some(Followed::New(new)) => new,
+            Some(Followed::OtherHistory) if !accept => return Err(set_back()),
+            // So many are missing that their records are gone.
+            Some(Followed::OtherHistory) | None if head.number == 0 => vec![Known::zero()],
+            Some(Followed::OtherHistory) | None => {
+                let gone = || self.corrupt(format!("revision {} cannot be put together", head.number));
+                vec![self.rebuild(head.number).await?.ok_or_else(gone)?]
+            }
+        };
+        self.advance(new, accept);
+        *locked(&self.accepted) = None;
+        Ok(at)
+    }
+
+    /// Whether a known revision is the one that the store has under its number; taken to be if it is gone.
+    async fn is_same(&self, known: &Known, head: &Head) -> Result<bool, StoreError> {
+        let number = known.stored.revision.number;
+        if number == head.number {
+            return Ok(known.nonce == head.nonce);
+        }
+        let found = self.range(self.keys.revision(number), Vec::new(), SortOrder::None, 1).await;
+        let found = found.map_err(|e| self.call_failed(e))?;
+        match found.kvs.first() {
+            None => Ok(true),
+            Some(kv) => Ok(self.record(kv)?.1.nonce == known.nonce),
+        }
+    }
+
+    /// All revisions after a known one up to `to`; none if some of them are no longer there.
+    async fn fold_all(&self, from: &Known, to: u64) -> Result<Option<Followed>, StoreError> {
+        let mut last = from.clone();
+        let mut all = Vec::new();
+        while last.stored.revision.number < to {
+            let next = last.stored.revision.number + 1;
+            let (key, end) = (self.keys.revision(next), self.keys.revision(to + 1));
+            let page = self.range(key, end, SortOrder::Ascend, PAGE).await;
+            let page = page.map_err(|e| self.call_failed(e))?;
+            if page.kvs.is_empty() {
+                return Ok(None);
+            }
+            for kv in &page.kvs {
+                let (number, record) = self.record(kv)?;
+                if number != last.stored.revision.number + 1 {
+                    return Ok(None);
+                }
+                if record.after != last.nonce && last.stored.revision.number > 0 {
+                    return Ok(Some(Followed::OtherHistory));
+                }
+                last = self.fold(&last, number, &record, kv.value.len()).await?;
+                all.push(last.clone());
+            }
+        }
+        Ok(Some(Followed::New(all)))
+    }
+
+    /// The state of revision `number`, from the snapshot before it; none if it cannot be had any more.
+    pub(super) async fn rebuild(&self, number: u64) -> Result<Option<Known>, StoreError> {
+        let (begin, end) = (self.keys.snapshot(0), self.keys.snapshot(number + 1));
+        let found = self.range(begin, end, SortOrder::Descend, 1).await.map_err(|e| self.call_failed(e))?;
+        let base = match found.kvs.first() {
+            None => Known::zero(),
+            Some(kv) => {
+                let parts: Parts =
+                    serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
+                let bytes = self.parts(&parts).await?;
+                let snapshot: Snapshot =
+                    serde_json::from_slice(&bytes).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
+                *locked(&self.weights) = (bytes.len(), 0);
+                let Snapshot { revision, nonce, desired } = snapshot;
+                Known { stored: Stored { revision, desired }, nonce }
+            }
+        };
+        if base.stored.revision.number == number {
+            return Ok(Some(base));
+        }
+        match self.fold_all(&base, number).await? {
+            Some(Followed::New(mut all)) => Ok(all.pop()),
+            Some(Followed::OtherHistory) => Err(self.corrupt("revisions do not follow each other")),
+            None => Ok(None),
+        }
+    }
+
+    /// A revision's number and record.
+    pub(super) fn record(&self, kv: &KeyValue) -> Result<(u64, Record), StoreError> {
+        let name = self.keys.after("revisions/", &kv.key).unwrap_or_default();
+        let number = name.parse().map_err(|_| self.corrupt(format!("revision {name:?} is no number")))?;
+        let record =
+            serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("revision {number}: {e}")))?;
+        Ok((number, record))
+    }
+
+    /// The state after a revision, from the one before.
+    async fn fold(
+        &self,
+        before: &Known,
+        number: u64,
+        record: &Record,
+        bytes: usize,
+    ) -> Result<Known, StoreError> {
+        let corrupt = |e: serde_json::Error| self.corrupt(format!("revision {number}: {e}"));
+        let large;
+        let delta = match (&record.delta, &record.parts) {
+            (Some(delta), _) => delta,
+            (None, Some(parts)) => {
+                let bytes = self.parts(parts).await?;
+                locked(&self.weights).1 += bytes.len();
+                large = serde_json::from_slice(&bytes).map_err(corrupt)?;
+                &large
+            }
+            (None, None) => return Err(self.corrupt(format!("revision {number} says nothing"))),
+        };
+        locked(&self.weights).1 += bytes;
+        let desired = Arc::new(delta::apply(&before.stored.desired, delta).map_err(corrupt)?);
+        let stored = Stored { revision: record.revision(number), desired };
+        Ok(Known { stored, nonce: record.nonce.clone() })
+    }
+
+    /// Puts something in pieces together.
+    async fn parts(&self, parts: &Parts) -> Result<Vec<u8>, StoreError> {
+        let mut bytes = Vec::new();
+        for i in 0..parts.count {
+            let key = self.keys.key(&format!("parts/{}/{i:06}", parts.nonce));
+            let found = self.range(key, Vec::new(), SortOrder::None, 1).await;
+            let found = found.map_err(|e| self.call_failed(e))?;
+            let part = found.kvs.first().ok_or_else(|| self.corrupt(format!("part {i} of {}", parts.nonce)));
+            bytes.extend_from_slice(&part?.value);
+        }
+        Ok(bytes)
+    }
+
+    /// Makes revisions known, if they are newer than what is; `anew` forgets what was.
+    pub(super) fn advance(&self, new: Vec<Known>, anew: bool) {
+        let mut recent = locked(&self.recent);
+        if anew {
+            recent.clear();
+        }
+        let before = recent.keys().next_back().copied();
+        for known in new {
+            recent.entry(known.stored.revision.number).or_insert(known);
+        }
+        while recent.len() > RECENT {
+            recent.pop_first();
+        }
+        if let Some((number, known)) = recent.last_key_value()
+            && Some(*number) != before
+        {
+            self.head.send_replace(known.stored.clone());
+        }
+    }
+}
+
+/// What comes after a known revision.
+enum Followed {
+    /// These.
+    New(Vec<Known>),
+    /// Others than those that this host has seen.
+    OtherHistory,
+}

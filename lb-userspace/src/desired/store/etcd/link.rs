@@ -1,0 +1,77 @@
+//! Whether etcd answers and its answers are taken, as others are shown it; and what somebody accepted.
+
+use super::{Inner, StoreError, keys::Head, locked};
+use crate::clock;
+
+impl Inner {
+    /// Whether somebody accepted this very head.
+    pub(super) fn is_accepted(&self, head: &Head) -> bool {
+        locked(&self.accepted).as_ref() == Some(head)
+    }
+
+    /// The store holds something older than revision `seen`; it may be accepted.
+    pub(super) fn set_back(&self, head: Head, seen: u64) -> StoreError {
+        let found = head.number;
+        *locked(&self.set_back) = Some(head);
+        StoreError::SetBack { store: self.place.clone(), found, seen }
+    }
+
+    /// etcd answers.
+    pub(super) fn linked(&self) {
+        let now = clock::unix_ms();
+        let mut was_cut = None;
+        *locked(&self.set_back) = None;
+        self.link.send_modify(|link| {
+            link.contact_ms = now;
+            if !link.connected {
+                was_cut = Some(now.saturating_sub(link.since_ms));
+                link.connected = true;
+                link.since_ms = now;
+                link.problem = None;
+                link.set_back = None;
+            }
+        });
+        if let Some(ms) = was_cut {
+            let revision = self.head.borrow().revision.number;
+            tracing::info!(store = self.place, revision, after_ms = ms, "connected to the store");
+            self.telling_changed.notify_one();
+        }
+    }
+
+    /// etcd does not answer, or not what it should.
+    pub(super) fn unlinked(&self, error: &StoreError) {
+        let problem = match error {
+            StoreError::CutOff { what, .. } => what.clone(),
+            other => other.to_string(),
+        };
+        let set_back = match error {
+            StoreError::SetBack { found, .. } => Some(*found),
+            _ => {
+                // What cannot be looked at now may be something else when it can.
+                *locked(&self.set_back) = None;
+                *locked(&self.accepted) = None;
+                None
+            }
+        };
+        let changed = self.link.send_if_modified(|link| {
+            let changed = link.connected || link.problem.as_ref() != Some(&problem);
+            link.set_back = set_back;
+            if link.connected {
+                link.since_ms = clock::unix_ms();
+            }
+            let was_connected = link.connected;
+            link.connected = false;
+            link.problem = Some(problem.clone());
+            changed && was_connected
+        });
+        if changed {
+            let revision = self.head.borrow().revision.number;
+            tracing::error!(
+                store = self.place,
+                problem,
+                revision,
+                "cut off from the store; forwarding goes on"
+            );
+        }
+    }
+}

@@ -1,0 +1,455 @@
+//! The store in an etcd cluster (3.4 and later), shared by the ingress hosts of all regions.
+//!
+//! etcd is the engine: it orders the commits (a compare-and-set on one key), keeps them, and tells every host
+//! of each. What is here is the layout ([`keys`]), the following of others' changes ([`follow`]), our own
+//! writes ([`write`]), and leases and locks ([`session`]). The last known state is kept on this host too:
+//! cut off from etcd, or started while it is away, a host goes on with that, serves reads, refuses writes,
+//! and says so. Called by the daemon.
+
+pub mod client;
+mod follow;
+mod keys;
+mod link;
+pub mod proto;
+mod retire;
+mod session;
+mod write;
+
+pub use client::Access;
+
+use self::{
+    client::{CallError, Client},
+    keys::{Head, Held, Identity, Keys, Known, end_of, range},
+    proto::{RangeResponse, SortOrder},
+};
+use super::{
+    About, Claim, Commit, Link, Local, Lock, Member, Retire, Revision, Store, StoreError, Stored, Told,
+};
+use crate::clock;
+use futures_util::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+};
+
+const RANGE: &str = "/etcdserverpb.KV/Range";
+const TXN: &str = "/etcdserverpb.KV/Txn";
+
+/// How long a read may take, all members tried.
+const READ: Duration = Duration::from_secs(4);
+/// How long a start without a last known state waits for etcd.
+const FIRST: Duration = Duration::from_secs(15);
+/// Revisions kept in memory: those that are asked for are as a rule the last ones.
+const RECENT: usize = 256;
+/// Key of the last known state in the local store.
+const CACHE: &str = "last-known-state";
+/// How long changes are gathered before the last known state is saved.
+const GATHER: Duration = Duration::from_millis(50);
+
+/// The last known state, as it is saved.
+#[derive(Serialize, Deserialize)]
+struct Cache {
+    id: String,
+    nonce: String,
+    revision: Revision,
+    desired: Arc<crate::desired::model::Desired>,
+}
+
+/// How to open a store.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where etcd is.
+    pub access: Access,
+    /// What all keys begin with.
+    pub prefix: String,
+    /// Revisions kept.
+    pub keep: u64,
+    /// Id that the data must have; if none, that of the last time, or whatever is found.
+    pub id: Option<String>,
+}
+
+/// Desired state in etcd.
+pub struct EtcdStore {
+    inner: Arc<Inner>,
+    /// Dropped with the store, and they end.
+    _tasks: JoinSet<()>,
+}
+
+struct Inner {
+    client: Client,
+    keys: Keys,
+    /// Addresses and prefix, for people.
+    place: String,
+    keep: u64,
+    /// Id that the data must have, once it is known.
+    id: Mutex<Option<String>>,
+    /// The latest revisions, the head last.
+    recent: Mutex<BTreeMap<u64, Known>>,
+    head: watch::Sender<Stored>,
+    link: watch::Sender<Link>,
+    told: watch::Sender<Told>,
+    /// What this host tells.
+    telling: Mutex<BTreeMap<String, Vec<u8>>>,
+    telling_changed: Notify,
+    /// What the store was found set back to, and is not taken unless somebody accepts it.
+    set_back: Mutex<Option<Head>>,
+    /// What somebody accepted: that head, and no other.
+    accepted: Mutex<Option<Head>>,
+    /// Lease of the mark that the data are being copied elsewhere, by this lbd.
+    moving: Mutex<Option<i64>>,
+    /// Ends a pause of the follower.
+    wake: Notify,
+    /// Commits of this host take turns.
+    writing: tokio::sync::Mutex<()>,
+    /// Size of the last snapshot that this host knows of, and of the changes since.
+    weights: Mutex<(usize, usize)>,
+    tidying: tokio::sync::Mutex<()>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl EtcdStore {
+    /// Reads the newest state, or takes the last known one if etcd does not answer, and follows it from then on.
+    ///
+    /// # Errors
+    /// The access is wrong, the data are another store's or a later version's, or etcd does not answer and
+    /// there is no last known state.
+    pub async fn open(options: Options, local: Arc<dyn Local>) -> Result<Self, StoreError> {
+        let Options { access, prefix, keep, id } = options;
+        let place = format!("{} (prefix {prefix})", access.members.join(", "));
+        let failed = |what: String| StoreError::Failed { file: place.clone(), what };
+        let client = tokio::task::spawn_blocking(move || Client::new(&access)).await;
+        let client = client.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
+        let cache: Option<Cache> = match local.load(CACHE).await? {
+            None => None,
+            Some(bytes) => match serde_json::from_slice(&bytes) {
+                Ok(cache) => Some(cache),
+                Err(error) => {
+                    tracing::warn!(%error, "the last known state cannot be read, and is not used");
+                    None
+                }
+            },
+        };
+        // Somebody who names another id wants to leave the old data behind.
+        let cache = cache.filter(|c| id.as_ref().is_none_or(|id| *id == c.id));
+        let (known_id, known) = match cache {
+            Some(Cache { id, nonce, revision, desired }) => {
+                (Some(id), Known { stored: Stored { revision, desired }, nonce })
+            }
+            None => (id, Known::zero()),
+        };
+        let has_state = known.stored.revision.number > 0;
+        let link = Link {
+            engine: "etcd".to_owned(),
+            place: place.clone(),
+            connected: false,
+            since_ms: clock::unix_ms(),
+            contact_ms: 0,
+            problem: None,
+            set_back: None,
+        };
+        let inner = Arc::new(Inner {
+            client,
+            keys: Keys::new(&prefix),
+            place,
+            keep: keep.max(2),
+            id: Mutex::new(known_id),
+            head: watch::Sender::new(known.stored.clone()),
+            recent: Mutex::new(BTreeMap::from([(known.stored.revision.number, known)])),
+            link: watch::Sender::new(link),
+            told: watch::Sender::default(),
+            telling: Mutex::default(),
+            telling_changed: Notify::new(),
+            set_back: Mutex::default(),
+            accepted: Mutex::default(),
+            moving: Mutex::default(),
+            wake: Notify::new(),
+            writing: tokio::sync::Mutex::default(),
+            weights: Mutex::default(),
+            tidying: tokio::sync::Mutex::default(),
+        });
+        inner.first_look(has_state).await?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(follow::run(inner.clone()));
+        tasks.spawn(session::run(inner.clone()));
+        tasks.spawn(save(inner.clone(), local));
+        Ok(Self { inner, _tasks: tasks })
+    }
+
+    /// Addresses and prefix, for people.
+    pub fn place(&self) -> &str {
+        &self.inner.place
+    }
+}
+
+/// Keeps the last known state on this host.
+async fn save(inner: Arc<Inner>, local: Arc<dyn Local>) {
+    let mut head = inner.head.subscribe();
+    loop {
+        head.borrow_and_update();
+        let known = inner.known();
+        let id = locked(&inner.id).clone();
+        if let Some(id) = id {
+            let Known { stored: Stored { revision, desired }, nonce } = known;
+            let cache = Cache { id, nonce, revision, desired };
+            let bytes = serde_json::to_vec(&cache).expect("a state has a JSON form");
+            if let Err(error) = local.save(CACHE, bytes).await {
+                tracing::error!(%error, "the last known state cannot be saved");
+            }
+        }
+        if head.changed().await.is_err() {
+            return;
+        }
+        tokio::time::sleep(GATHER).await;
+    }
+}
+
+impl Inner {
+    /// The newest revision that this host knows.
+    fn known(&self) -> Known {
+        let recent = locked(&self.recent);
+        recent.values().next_back().cloned().unwrap_or_else(Known::zero)
+    }
+
+    fn failed(&self, what: impl ToString) -> StoreError {
+        StoreError::Failed { file: self.place.clone(), what: what.to_string() }
+    }
+
+    fn corrupt(&self, what: impl ToString) -> StoreError {
+        StoreError::Corrupt { file: self.place.clone(), what: what.to_string() }
+    }
+
+    /// A failed call as an error of the store, where nothing was written.
+    fn call_failed(&self, error: CallError) -> StoreError {
+        match error {
+            CallError::Silent { what, .. } => self.cut_off(what),
+            CallError::Refused { what, .. } => self.failed(what),
+        }
+    }
+
+    fn cut_off(&self, what: String) -> StoreError {
+        let link = self.link.borrow().clone();
+        let for_s = if link.connected { 0 } else { clock::unix_ms().saturating_sub(link.since_ms) / 1_000 };
+        let revision = self.head.borrow().revision.number;
+        StoreError::CutOff { store: self.place.clone(), for_s, what, revision }
+    }
+
+    /// Refuses at once what would have to wait for a store that does not answer.
+    fn must_be_connected(&self) -> Result<(), StoreError> {
+        let link = self.link.borrow().clone();
+        if link.connected {
+            return Ok(());
+        }
+        Err(self.cut_off(link.problem.unwrap_or_else(|| "not connected yet".to_owned())))
+    }
+
+    /// Keys from `key` up to `end`, in pages.
+    async fn range(
+        &self,
+        key: Vec<u8>,
+        end: Vec<u8>,
+        order: SortOrder,
+        limit: usize,
+    ) -> Result<RangeResponse, CallError> {
+        let request = range(key, end, order, limit as i64);
+        self.client.call(RANGE, &request, READ).await
+    }
+
+    /// Oldest revision that is to be kept, when `newest` is the newest.
+    fn oldest(&self, newest: u64) -> u64 {
+        newest.saturating_sub(self.keep - 1)
+    }
+
+    async fn get(&self, number: u64) -> Result<Stored, StoreError> {
+        let newest = self.head.borrow().revision.number;
+        let oldest = self.oldest(newest);
+        // Revision 0 is empty by definition, but where later ones were forgotten it is history too.
+        if number > newest || (number < oldest && oldest > 1) {
+            return Err(StoreError::NoRevision { number, oldest: oldest.max(1).min(newest), newest });
+        }
+        if number == 0 {
+            return Ok(Known::zero().stored);
+        }
+        if let Some(known) = locked(&self.recent).get(&number) {
+            return Ok(known.stored.clone());
+        }
+        self.must_be_connected()?;
+        match self.rebuild(number).await? {
+            Some(known) => Ok(known.stored),
+            None => Err(StoreError::NoRevision { number, oldest: self.oldest_there().await?, newest }),
+        }
+    }
+
+    /// Oldest revision whose record is there.
+    async fn oldest_there(&self) -> Result<u64, StoreError> {
+        let begin = self.keys.key("revisions/");
+        let found = self.range(begin.clone(), end_of(&begin), SortOrder::Ascend, 1).await;
+        let found = found.map_err(|e| self.call_failed(e))?;
+        let first = found.kvs.first().and_then(|kv| self.keys.after("revisions/", &kv.key)?.parse().ok());
+        Ok(first.unwrap_or(0))
+    }
+
+    async fn history(&self, before: Option<u64>, limit: usize) -> Result<Vec<Revision>, StoreError> {
+        let newest = self.head.borrow().revision.number;
+        let end = before.unwrap_or(u64::MAX).min(newest + 1);
+        let begin = self.oldest(newest).max(1);
+        let (recent, complete) = {
+            let recent = locked(&self.recent);
+            let numbers = recent.range(begin..end.max(begin)).rev().take(limit);
+            let found: Vec<Revision> = numbers.map(|(_, known)| known.stored.revision.clone()).collect();
+            let wanted = limit.min(end.saturating_sub(begin) as usize);
+            let complete = found.len() == wanted && found.first().is_none_or(|r| r.number + 1 == end);
+            (found, complete)
+        };
+        // Cut off, what is remembered is better than nothing.
+        if complete || !self.link.borrow().connected {
+            return Ok(recent);
+        }
+        let (mut found, mut end) = (Vec::new(), self.keys.revision(end));
+        while found.len() < limit {
+            let page = (limit - found.len()).min(500);
+            let answer = self.range(self.keys.revision(begin), end.clone(), SortOrder::Descend, page).await;
+            let answer = answer.map_err(|e| self.call_failed(e))?;
+            for kv in &answer.kvs {
+                let (number, record) = self.record(kv)?;
+                found.push(record.revision(number));
+            }
+            match answer.kvs.last() {
+                Some(last) if answer.more => end = last.key.clone(),
+                _ => break,
+            }
+        }
+        Ok(found)
+    }
+
+    async fn about(&self) -> About {
+        let list: Result<proto::MemberListResponse, _> =
+            self.client.call("/etcdserverpb.Cluster/MemberList", &proto::Empty {}, READ).await;
+        let named = list.map(|l| l.members).unwrap_or_default();
+        let mut members: Vec<Member> = Vec::new();
+        let mut asked = Vec::new();
+        for (address, answer) in self.client.statuses().await {
+            let mut member = Member { address: address.clone(), ..Member::default() };
+            match answer {
+                Ok(status) => {
+                    let id = status.header.as_ref().map_or(0, |h| h.member_id);
+                    asked.push(id);
+                    member.name = named.iter().find(|m| m.id == id).map_or(String::new(), |m| m.name.clone());
+                    member.leader = status.leader == id && id != 0;
+                    member.healthy = status.leader != 0 && status.errors.is_empty();
+                    member.version = status.version;
+                    member.size_bytes = status.db_size.max(0) as u64;
+                    let no_leader = (status.leader == 0).then(|| "it sees no leader".to_owned());
+                    member.problem = status.errors.first().cloned().or(no_leader);
+                }
+                Err(error) => member.problem = Some(error.to_string()),
+            }
+            members.push(member);
+        }
+        let silent: Vec<String> =
+            members.iter().filter(|m| m.name.is_empty()).map(|m| m.address.clone()).collect();
+        for other in named.iter().filter(|m| !asked.contains(&m.id)) {
+            // A member that did not answer is in the list already, by an address that may be written otherwise.
+            let known = other.client_urls.iter().any(|url| silent.iter().any(|a| url.ends_with(a.as_str())));
+            if !known {
+                let address = other.client_urls.join(",");
+                let problem = Some("not among the addresses that this host asks".to_owned());
+                members.push(Member { name: other.name.clone(), address, problem, ..Member::default() });
+            }
+        }
+        let by_address = |m: &Member| m.address.clone();
+        members.sort_by_key(by_address);
+        let id = locked(&self.id).clone().unwrap_or_default();
+        About { engine: "etcd".to_owned(), place: self.place.clone(), id, members }
+    }
+}
+
+impl Store for EtcdStore {
+    fn watch(&self) -> watch::Receiver<Stored> {
+        self.inner.head.subscribe()
+    }
+
+    fn commit(&self, commit: Commit) -> BoxFuture<'_, Result<Stored, StoreError>> {
+        Box::pin(write::commit(&self.inner, commit))
+    }
+
+    fn get(&self, number: u64) -> BoxFuture<'_, Result<Stored, StoreError>> {
+        Box::pin(self.inner.get(number))
+    }
+
+    fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
+        Box::pin(self.inner.history(before, limit))
+    }
+
+    fn link(&self) -> watch::Receiver<Link> {
+        self.inner.link.subscribe()
+    }
+
+    fn about(&self) -> BoxFuture<'_, About> {
+        Box::pin(self.inner.about())
+    }
+
+    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(write::import(&self.inner, id, revisions))
+    }
+
+    fn retire(&self, how: Retire) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(retire::retire(&self.inner, how))
+    }
+
+    fn accept(&self, revision: u64) -> Result<(), StoreError> {
+        let set_back = locked(&self.inner.set_back).clone();
+        match set_back {
+            Some(head) if head.number == revision => {
+                *locked(&self.inner.accepted) = Some(head);
+                self.inner.wake.notify_one();
+                Ok(())
+            }
+            Some(head) => {
+                let why = format!("the store was set back to revision {}, not {revision}", head.number);
+                Err(StoreError::NothingToAccept { why })
+            }
+            None => {
+                let number = self.inner.head.borrow().revision.number;
+                let why = match self.inner.must_be_connected() {
+                    Ok(()) => format!("this host works by the store's revision {number}"),
+                    Err(error) => error.to_string(),
+                };
+                Err(StoreError::NothingToAccept { why })
+            }
+        }
+    }
+
+    fn tell(&self, key: &str, value: Option<Vec<u8>>) {
+        let mut telling = locked(&self.inner.telling);
+        match value {
+            Some(value) => telling.insert(key.to_owned(), value),
+            None => telling.remove(key),
+        };
+        self.inner.telling_changed.notify_one();
+    }
+
+    fn told(&self) -> watch::Receiver<Told> {
+        self.inner.told.subscribe()
+    }
+
+    fn lock(&self, claim: Claim) -> BoxFuture<'_, Result<Lock, StoreError>> {
+        Box::pin(session::lock(&self.inner, claim))
+    }
+
+    fn unlock(&self, name: String, token: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(session::unlock(&self.inner, name, token))
+    }
+
+    fn locks(&self) -> BoxFuture<'_, Result<Vec<Lock>, StoreError>> {
+        Box::pin(session::locks(&self.inner))
+    }
+}

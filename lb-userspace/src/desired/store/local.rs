@@ -1,0 +1,198 @@
+//! What belongs to this host alone, in a file of its own: saving it delays no commit. For a store in a
+//! file, also the locks and what "all hosts" tell, as this host is the only one.
+
+use super::{
+    Claim, Local, Lock, StoreError, Told,
+    redb::{failed, guarded, open},
+};
+use crate::clock;
+use futures_util::future::BoxFuture;
+use redb::{Database, ReadableDatabase, TableDefinition};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+use tokio::sync::{Mutex, watch};
+
+/// See [`Local`].
+const LOCAL: TableDefinition<&str, &[u8]> = TableDefinition::new("local");
+/// Key of the locks.
+const LOCKS: &str = "locks";
+
+/// `local.redb` of a directory. Clones share it.
+#[derive(Clone)]
+pub struct LocalFile {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    database: Database,
+    file: PathBuf,
+}
+
+impl LocalFile {
+    /// Opens or makes the file. Blocks.
+    ///
+    /// # Errors
+    /// It is in use, damaged, or cannot be written; it is left as it is.
+    pub fn open(directory: &Path) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
+        let file = directory.join("local.redb");
+        let database = guarded(&file, || {
+            let (database, _) = open(&file)?;
+            let table = || -> Result<(), redb::Error> {
+                let write = database.begin_write()?;
+                write.open_table(LOCAL)?;
+                Ok(write.commit()?)
+            };
+            table().map_err(|e| failed(&file, e))?;
+            Ok(database)
+        })
+        .map_err(|error| match error {
+            StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
+            other => other,
+        })?;
+        Ok(Self { inner: Arc::new(Inner { database, file }) })
+    }
+
+    /// Runs blocking work off the async threads.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, redb::Error> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let inner = self.inner.clone();
+        match tokio::task::spawn_blocking(move || work(&inner).map_err(|e| failed(&inner.file, e))).await {
+            Ok(result) => result,
+            Err(e) => {
+                Err(StoreError::Failed { file: self.inner.file.display().to_string(), what: e.to_string() })
+            }
+        }
+    }
+}
+
+impl Local for LocalFile {
+    fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>> {
+        Box::pin(self.blocking(move |inner| {
+            let table = inner.database.begin_read()?.open_table(LOCAL)?;
+            Ok(table.get(key)?.map(|v| v.value().to_vec()))
+        }))
+    }
+
+    fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(self.blocking(move |inner| {
+            let write = inner.database.begin_write()?;
+            write.open_table(LOCAL)?.insert(key, &*value)?;
+            Ok(write.commit()?)
+        }))
+    }
+}
+
+/// A lock as it is written down.
+#[derive(Clone, Serialize, Deserialize)]
+struct Held {
+    holder: String,
+    reason: String,
+    since_ms: u64,
+    until_ms: u64,
+    token: String,
+}
+
+impl Held {
+    fn lock(&self, name: &str, now_ms: u64, token: bool) -> Lock {
+        Lock {
+            name: name.to_owned(),
+            holder: self.holder.clone(),
+            reason: self.reason.clone(),
+            since_ms: self.since_ms,
+            left_s: self.until_ms.saturating_sub(now_ms).div_ceil(1_000),
+            token: token.then(|| self.token.clone()),
+        }
+    }
+}
+
+/// Locks and told values of a store that only one host has.
+pub(super) struct Alone {
+    local: LocalFile,
+    told: watch::Sender<Told>,
+    /// Held while the locks are read and written.
+    locks: Mutex<()>,
+}
+
+impl Alone {
+    pub fn new(local: LocalFile) -> Self {
+        Self { local, told: watch::Sender::default(), locks: Mutex::default() }
+    }
+
+    pub fn tell(&self, key: &str, value: Option<Vec<u8>>) {
+        self.told.send_modify(|told| {
+            let told = Arc::make_mut(told);
+            match value {
+                Some(value) => told.insert(key.to_owned(), value),
+                None => told.remove(key),
+            };
+        });
+    }
+
+    pub fn told(&self) -> watch::Receiver<Told> {
+        self.told.subscribe()
+    }
+
+    /// Locks that have not run out. The clock may have been set; a lock never lasts longer by that than it was
+    /// to last from its beginning.
+    async fn held(&self, now_ms: u64) -> Result<BTreeMap<String, Held>, StoreError> {
+        let bytes = self.local.load(LOCKS).await?.unwrap_or_default();
+        let mut held: BTreeMap<String, Held> = serde_json::from_slice(&bytes).unwrap_or_default();
+        held.retain(|_, h| (h.since_ms..h.until_ms).contains(&now_ms));
+        Ok(held)
+    }
+
+    async fn keep(&self, held: &BTreeMap<String, Held>) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(held).expect("texts and numbers have a JSON form");
+        self.local.save(LOCKS, bytes).await
+    }
+
+    pub async fn lock(&self, claim: Claim) -> Result<Lock, StoreError> {
+        let _turn = self.locks.lock().await;
+        let now = clock::unix_ms();
+        let mut held = self.held(now).await?;
+        let until_ms = now + claim.ttl.as_millis() as u64;
+        let new = match (held.get(&claim.name), &claim.token) {
+            // A renewal never shortens it: whoever proves that he holds it asks for less than he has.
+            (Some(old), Some(token)) if old.token == *token => {
+                Held { until_ms: until_ms.max(old.until_ms), ..old.clone() }
+            }
+            (_, Some(_)) => return Err(StoreError::NotHeld { name: claim.name }),
+            (Some(old), None) => {
+                let (holder, reason) = (old.holder.clone(), old.reason.clone());
+                let left_s = old.lock(&claim.name, now, false).left_s;
+                return Err(StoreError::Held { name: claim.name, holder, reason, left_s });
+            }
+            (None, None) => {
+                let token = format!("{:016x}", rand::random::<u64>());
+                Held { holder: claim.holder, reason: claim.reason, since_ms: now, until_ms, token }
+            }
+        };
+        let lock = new.lock(&claim.name, now, true);
+        held.insert(claim.name, new);
+        self.keep(&held).await?;
+        Ok(lock)
+    }
+
+    pub async fn unlock(&self, name: String, token: Option<String>) -> Result<(), StoreError> {
+        let _turn = self.locks.lock().await;
+        let mut held = self.held(clock::unix_ms()).await?;
+        let is_right = held.get(&name).is_some_and(|h| token.is_none_or(|token| token == h.token));
+        if !is_right {
+            return Err(StoreError::NotHeld { name });
+        }
+        held.remove(&name);
+        self.keep(&held).await
+    }
+
+    pub async fn locks(&self) -> Result<Vec<Lock>, StoreError> {
+        let now = clock::unix_ms();
+        Ok(self.held(now).await?.iter().map(|(name, h)| h.lock(name, now, false)).collect())
+    }
+}

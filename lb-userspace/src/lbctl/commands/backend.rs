@@ -1,0 +1,217 @@
+//! `lbctl backend`.
+
+use super::{Context, Exit, Failure, WriteFlags, words::word};
+use crate::{
+    desired::model::{BackendState, Name, NameError, QuicError, ServerId},
+    lbctl::render::observe,
+    serve::api::types::BackendInfo,
+};
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use serde_json::{Map, Value, json};
+use std::net::IpAddr;
+
+/// What to do with backends.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Add a backend to a service
+    #[command(after_help = "Example: lbctl backend add web w1 10.1.0.1 --weight 2")]
+    Add {
+        /// Service
+        service: Name,
+        /// Name, unique within the service
+        name: Name,
+        /// Worker's address
+        address: IpAddr,
+        /// Mode nat: port that the worker serves on [default: the service's]
+        #[arg(long)]
+        port: Option<u16>,
+        /// Share of new flows relative to the other backends'
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        weight: u32,
+        /// up, draining or down
+        #[arg(long, value_parser = word::<BackendState>, default_value = "up")]
+        state: BackendState,
+        /// Server id in the QUIC connection ids that the worker gives out
+        #[arg(long, value_name = "HEX")]
+        server_id: Option<ServerId>,
+        /// Region that it is in [default: that of each host that looks]
+        #[arg(long, value_name = "REGION")]
+        region: Option<Name>,
+        /// Zone within the region [default: that of each host that looks]
+        #[arg(long, value_name = "ZONE")]
+        zone: Option<Name>,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+    /// List backends of a service, or of all
+    #[command(visible_alias = "ls")]
+    List {
+        /// Service
+        service: Option<Name>,
+    },
+    /// Show one backend, with the history of its health
+    Show {
+        /// Service
+        service: Name,
+        /// Backend
+        name: Name,
+    },
+    /// Change settings of a backend; what is not named stays
+    Set {
+        /// Service
+        service: Name,
+        /// Backend
+        name: Name,
+        /// Worker's address
+        #[arg(long)]
+        address: Option<IpAddr>,
+        /// Mode nat: port that the worker serves on
+        #[arg(long)]
+        port: Option<u16>,
+        /// Share of new flows relative to the other backends'
+        #[arg(long, value_name = "N")]
+        weight: Option<u32>,
+        /// up, draining or down
+        #[arg(long, value_parser = word::<BackendState>)]
+        state: Option<BackendState>,
+        /// Server id in the QUIC connection ids that the worker gives out, or none
+        #[arg(long, value_name = "HEX|none", value_parser = server_id)]
+        server_id: Option<OptionalId>,
+        /// Region that it is in, or none
+        #[arg(long, value_name = "REGION|none", value_parser = optional_name)]
+        region: Option<OptionalName>,
+        /// Zone within the region, or none
+        #[arg(long, value_name = "ZONE|none", value_parser = optional_name)]
+        zone: Option<OptionalName>,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+    /// Send no new flows to a backend; established ones stay
+    Drain(One),
+    /// Send it new flows again
+    Undrain(One),
+    /// Remove a backend; its established flows stay for the drain time
+    #[command(visible_alias = "remove")]
+    Rm(One),
+}
+
+/// One backend to change.
+#[derive(Debug, Args)]
+pub struct One {
+    /// Service
+    service: Name,
+    /// Backend
+    name: Name,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// A server id, or none.
+#[derive(Clone, Debug)]
+pub struct OptionalId(Option<ServerId>);
+
+fn server_id(text: &str) -> Result<OptionalId, String> {
+    if text == "none" {
+        return Ok(OptionalId(None));
+    }
+    text.parse().map(|id| OptionalId(Some(id))).map_err(|e: QuicError| e.to_string())
+}
+
+/// A region or zone, or none.
+#[derive(Clone, Debug)]
+pub struct OptionalName(Option<Name>);
+
+fn optional_name(text: &str) -> Result<OptionalName, String> {
+    if text == "none" {
+        return Ok(OptionalName(None));
+    }
+    text.parse().map(|name| OptionalName(Some(name))).map_err(|e: NameError| e.to_string())
+}
+
+fn path(service: &Name, name: &Name) -> String {
+    format!("/v1/services/{service}/backends/{name}")
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Add { service, name, address, port, weight, state, server_id, region, zone, write } => {
+            let mut body = json!({ "address": address, "weight": weight, "state": state });
+            if let Some(id) = server_id {
+                body["server_id"] = json!(id);
+            }
+            if let Some(port) = port {
+                body["port"] = json!(port);
+            }
+            for (key, place) in [("region", region), ("zone", zone)] {
+                if let Some(place) = place {
+                    body[key] = json!(place);
+                }
+            }
+            let what = format!("backend {service}/{name} added");
+            context.write(&what, Method::POST, &path(&service, &name), &write.query(), Some(&body)).await
+        }
+        Command::Set { service, name, address, port, weight, state, server_id, region, zone, write } => {
+            let mut body = Map::new();
+            let mut set = |key: &str, value: Option<Value>| value.map(|v| body.insert(key.to_owned(), v));
+            set("address", address.map(|a| json!(a)));
+            set("port", port.map(|p| json!(p)));
+            set("weight", weight.map(|w| json!(w)));
+            set("state", state.map(|s| json!(s)));
+            set("server_id", server_id.map(|id| json!(id.0)));
+            set("region", region.map(|place| json!(place.0)));
+            set("zone", zone.map(|place| json!(place.0)));
+            if body.is_empty() {
+                let what =
+                    "nothing to set: give --weight, --address, --port, --state, --server-id, --region or --zone"
+                        .to_owned();
+                return Err(Failure::Usage { what });
+            }
+            let what = format!("backend {service}/{name} set");
+            context.write(&what, Method::PATCH, &path(&service, &name), &write.query(), Some(&body)).await
+        }
+        Command::Drain(one) => change(context, one, Method::POST, "/drain", "drains").await,
+        Command::Undrain(one) => {
+            change(context, one, Method::POST, "/undrain", "takes new flows again").await
+        }
+        Command::Rm(one) => change(context, one, Method::DELETE, "", "removed").await,
+        Command::List { service } => {
+            let path = match &service {
+                Some(service) => format!("/v1/services/{service}/backends"),
+                None => "/v1/backends".to_owned(),
+            };
+            let list: Vec<BackendInfo> = context.client.get(&path, &()).await?;
+            if context.out.json {
+                context.out.json(&list, false)?;
+            } else if list.is_empty() {
+                say!("no backends: add one with `lbctl backend add`");
+            } else {
+                observe::backends(&mut context.out, &list)?;
+            }
+            Ok(Exit::Ok)
+        }
+        Command::Show { service, name } => {
+            let backend: BackendInfo = context.client.get(&path(&service, &name), &()).await?;
+            if context.out.json {
+                context.out.json(&backend, false)?;
+            } else {
+                observe::backend(&mut context.out, &backend)?;
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}
+
+async fn change(
+    context: &mut Context<'_>,
+    one: One,
+    method: Method,
+    tail: &str,
+    what: &str,
+) -> Result<Exit, Failure> {
+    let One { service, name, write } = one;
+    let what = format!("backend {service}/{name} {what}");
+    let path = format!("{}{tail}", path(&service, &name));
+    context.write(&what, method, &path, &write.query(), None::<&()>).await
+}

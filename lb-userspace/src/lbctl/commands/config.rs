@@ -1,0 +1,157 @@
+//! `lbctl config`.
+
+use super::{Context, Exit, Failure, WriteFlags};
+use crate::{
+    desired::{
+        config::{ConfigError, File, export},
+        model::Desired,
+    },
+    lbctl::render::{self, Out},
+    serve::api::types::{Change, Config, WriteQuery},
+};
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use std::path::PathBuf;
+
+/// What to do with configuration files.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Look for mistakes in a file; needs no lbd (exit code 1 if there are any)
+    Check(Check),
+    /// Show what applying a file would change (exit code 1 if anything)
+    Diff {
+        /// File, - for standard input
+        file: PathBuf,
+    },
+    /// Make the services of a file the desired state, all at once and as one revision
+    Apply {
+        /// File, - for standard input
+        file: PathBuf,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+    /// Print the desired state as a file that `apply` takes
+    Export {
+        /// With the revision that it is, so that `apply` refuses the file when somebody has changed things since
+        #[arg(long)]
+        with_revision: bool,
+    },
+}
+
+/// `config check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// File, - for standard input
+    file: PathBuf,
+}
+
+/// Checks a file, without lbd.
+pub fn check(out: &mut Out<'_>, check: &Check) -> Result<Exit, Failure> {
+    let problems = match File::read(&check.file) {
+        Err(error @ ConfigError::Read { .. }) => {
+            return Err(refused(&error));
+        }
+        Err(ConfigError::Problems { file, problems }) => Some((file, problems)),
+        Ok(file) => {
+            match file.options.clone().resolve() {
+                Ok(_) => {
+                    let desired = file.desired.unwrap_or_default();
+                    let backends: usize = desired.services.values().map(|s| s.backends.len()).sum();
+                    let services = desired.services.len();
+                    if out.json {
+                        out.json(&serde_json::json!({ "problems": [], "services": services, "backends": backends }), false)?;
+                    } else {
+                        out.line(format!(
+                            "{}: ok ({services} services, {backends} backends)",
+                            check.file.display()
+                        ))?;
+                    }
+                    None
+                }
+                Err(error) => {
+                    let what = format!("[lbd] {error}");
+                    Some((
+                        check.file.display().to_string(),
+                        vec![crate::desired::config::Problem { at: None, what }],
+                    ))
+                }
+            }
+        }
+    };
+    let Some((file, problems)) = problems else { return Ok(Exit::Ok) };
+    if out.json {
+        let list: Vec<_> = problems
+            .iter()
+            .map(|p| serde_json::json!({ "line": p.at.map(|a| a.0), "column": p.at.map(|a| a.1), "what": p.what }))
+            .collect();
+        out.json(&serde_json::json!({ "problems": list }), false)?;
+    } else {
+        let count = problems.len();
+        out.line(ConfigError::Problems { file, problems }.to_string())?;
+        say!("{count} {}", if count == 1 { "mistake" } else { "mistakes" });
+    }
+    Ok(Exit::No)
+}
+
+fn refused(error: &ConfigError) -> Failure {
+    let text = error.to_string();
+    match error {
+        ConfigError::Read { .. } => Failure::Refused { what: text, fix: None, details: Vec::new() },
+        ConfigError::Problems { file, .. } => Failure::Refused {
+            what: format!("{file} has mistakes, and nothing was changed"),
+            fix: Some("mend them, and look again with `lbctl config check`".to_owned()),
+            details: text.lines().map(str::to_owned).collect(),
+        },
+    }
+}
+
+/// The services of a file, and the revision that they were made from, if it says.
+fn desired(file: &std::path::Path) -> Result<(Desired, Option<u64>), Failure> {
+    let read = File::read(file).map_err(|e| refused(&e))?;
+    let desired = read.desired.ok_or_else(|| Failure::Refused {
+        what: format!("{} has no [[service]]", file.display()),
+        fix: Some("to remove all services, write `service = []`".to_owned()),
+        details: Vec::new(),
+    })?;
+    Ok((desired, read.revision))
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Check(it) => check(&mut context.out, &it),
+        Command::Diff { file } => {
+            // What `apply` would do, by the same way.
+            let (desired, revision) = desired(&file)?;
+            let body = Config { revision, desired };
+            let query = WriteQuery { dry_run: true, ..WriteQuery::default() };
+            let change: Change = context.client.send(Method::PUT, "/v1/config", &query, Some(&body)).await?;
+            let found = change.differences;
+            if context.out.json {
+                context.out.json(&found, false)?;
+            } else {
+                render::change::differences(&mut context.out, &found)?;
+            }
+            Ok(if found.is_empty() { Exit::Ok } else { Exit::No })
+        }
+        Command::Apply { file, write } => {
+            let (desired, revision) = desired(&file)?;
+            let body = Config { revision, desired };
+            let mut query = write.query();
+            query.message.get_or_insert_with(|| format!("config apply {}", file.display()));
+            context.write("configuration applied", Method::PUT, "/v1/config", &query, Some(&body)).await
+        }
+        Command::Export { with_revision } => {
+            let config: Config = context.client.get("/v1/config", &()).await?;
+            if context.out.json {
+                context.out.json(&config, false)?;
+            } else {
+                if let Some(revision) = config.revision.filter(|_| with_revision) {
+                    context.out.line(format!("revision = {revision}\n"))?;
+                }
+                context.out.raw(export(&config.desired).as_bytes())?;
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}

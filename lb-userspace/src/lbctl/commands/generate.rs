@@ -1,0 +1,48 @@
+//! `lbctl completions` and `lbctl man`.
+
+use super::{Exit, Failure};
+use crate::lbctl::render::Out;
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+use std::path::PathBuf;
+
+/// `completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: lbctl completions bash > /etc/bash_completion.d/lbctl")]
+pub struct Completions {
+    /// Shell
+    shell: Shell,
+}
+
+/// `man`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: lbctl man /usr/local/share/man/man1")]
+pub struct Man {
+    /// Directory, made if it is missing
+    directory: PathBuf,
+}
+
+/// Prints a completion script.
+pub fn completions(out: &mut Out<'_>, completions: &Completions) -> Result<Exit, Failure> {
+    let mut script = Vec::new();
+    clap_complete::generate(completions.shell, &mut super::command(), "lbctl", &mut script);
+    out.raw(&script)?;
+    Ok(Exit::Ok)
+}
+
+/// Writes man pages: one for each command of lbctl and lbd.
+pub fn man(man: &Man) -> Result<Exit, Failure> {
+    let directory = &man.directory;
+    let write = || {
+        std::fs::create_dir_all(directory)?;
+        clap_mangen::generate_to(crate::lbd::args::Cli::command(), directory)?;
+        clap_mangen::generate_to(super::command(), directory)
+    };
+    write().map_err(|e| Failure::Refused {
+        what: format!("cannot write man pages into {}: {e}", directory.display()),
+        fix: None,
+        details: Vec::new(),
+    })?;
+    say!("man pages written to {}", directory.display());
+    Ok(Exit::Ok)
+}

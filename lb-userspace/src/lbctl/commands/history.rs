@@ -1,0 +1,48 @@
+//! `lbctl history` and `lbctl rollback`.
+
+use super::{Context, Exit, Failure, WriteFlags};
+use crate::{lbctl::render::observe, serve::api::types};
+use clap::Args;
+use reqwest::Method;
+
+/// `history`.
+#[derive(Debug, Args)]
+pub struct History {
+    /// How many
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    limit: usize,
+    /// Only those before this revision
+    #[arg(long, value_name = "REVISION")]
+    before: Option<u64>,
+}
+
+/// `rollback`.
+#[derive(Debug, Args)]
+pub struct Rollback {
+    /// Revision whose state is wanted back
+    revision: u64,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// Lists revisions.
+pub async fn history(context: &mut Context<'_>, history: History) -> Result<Exit, Failure> {
+    let mut query = vec![("limit", history.limit as u64)];
+    query.extend(history.before.map(|b| ("before", b)));
+    let list: types::History = context.client.get("/v1/history", &query).await?;
+    if context.out.json {
+        context.out.json(&list, false)?;
+    } else if list.revisions.is_empty() {
+        say!("no revisions: nothing was ever configured");
+    } else {
+        observe::history(&mut context.out, &list.revisions)?;
+    }
+    Ok(Exit::Ok)
+}
+
+/// Goes back.
+pub async fn rollback(context: &mut Context<'_>, rollback: Rollback) -> Result<Exit, Failure> {
+    let body = types::Rollback { revision: rollback.revision };
+    let what = format!("rolled back to revision {}", rollback.revision);
+    context.write(&what, Method::POST, "/v1/rollback", &rollback.write.query(), Some(&body)).await
+}

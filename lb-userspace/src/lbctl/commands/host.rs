@@ -1,0 +1,86 @@
+//! `lbctl host`.
+
+use super::{Context, Exit, Failure};
+use crate::{
+    lbctl::render::{host as render, units::parse_duration},
+    serve::api::host::{DrainRequest, HostInfo},
+};
+use clap::Subcommand;
+use reqwest::Method;
+use std::time::Duration;
+
+/// How often a waiting drain looks.
+const LOOK: Duration = Duration::from_millis(250);
+/// A host is quiet when no packet has come for this long.
+const QUIET_MS: u64 = 2_000;
+
+/// What to do with this host.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// VIPs that this host announces, and its drain
+    Show,
+    /// Take its VIPs off, so that routers send clients elsewhere; what still comes is forwarded
+    #[command(after_help = "Example: lbctl host drain --reason 'new kernel' --wait 60s && systemctl reboot")]
+    Drain {
+        /// What for
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        reason: String,
+        /// Wait until no packet has come for 2 s, at most this long (exit code 1 if packets still come)
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        wait: Option<Duration>,
+    },
+    /// Put them on again
+    Undrain,
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    let (info, exit) = match command {
+        Command::Show => (context.client.get("/v1/host", &()).await?, Exit::Ok),
+        Command::Undrain => {
+            let info: HostInfo =
+                context.client.send(Method::POST, "/v1/host/undrain", &(), None::<&()>).await?;
+            (info, Exit::Ok)
+        }
+        Command::Drain { reason, wait } => drain(context, reason, wait).await?,
+    };
+    if context.out.json {
+        context.out.json(&info, false)?;
+    } else {
+        render::host(&mut context.out, &info)?;
+    }
+    Ok(exit)
+}
+
+async fn drain(
+    context: &mut Context<'_>,
+    reason: String,
+    wait: Option<Duration>,
+) -> Result<(HostInfo, Exit), Failure> {
+    let body = DrainRequest { reason };
+    let mut info: HostInfo = context.client.send(Method::POST, "/v1/host/drain", &(), Some(&body)).await?;
+    let is_off = |info: &HostInfo| info.announcement.as_ref().is_none_or(|a| a.on().next().is_none());
+    let Some(wait) = wait else {
+        let exit = if is_off(&info) { Exit::Ok } else { Exit::No };
+        return Ok((info, exit));
+    };
+    let until = tokio::time::Instant::now() + wait;
+    loop {
+        let is_quiet = info.quiet_ms.is_some_and(|ms| ms >= QUIET_MS);
+        if info.drain.is_none() {
+            return Err(Failure::Refused {
+                what: "the drain was ended meanwhile".to_owned(),
+                fix: None,
+                details: Vec::new(),
+            });
+        }
+        if is_off(&info) && is_quiet {
+            return Ok((info, Exit::Ok));
+        }
+        if tokio::time::Instant::now() >= until {
+            return Ok((info, Exit::No));
+        }
+        tokio::time::sleep(LOOK).await;
+        info = context.client.get("/v1/host", &()).await?;
+    }
+}

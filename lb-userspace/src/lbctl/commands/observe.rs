@@ -1,0 +1,130 @@
+//! `lbctl status`, `stats`, `flows` and `explain`.
+
+use super::{Context, Exit, Failure};
+use crate::{
+    desired::model::{Name, Protocol},
+    lbctl::render::{observe, units::parse_duration},
+    serve::{api::types, explain::ConnectionId},
+};
+use clap::Args;
+use std::{net::SocketAddr, time::Duration};
+
+/// `stats`.
+#[derive(Debug, Args)]
+pub struct Stats {
+    /// Print again and again, with rates
+    #[arg(short, long)]
+    watch: bool,
+    /// Time between two prints
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "1s")]
+    interval: Duration,
+    /// End after so many prints
+    #[arg(long, value_name = "N", requires = "watch")]
+    count: Option<u64>,
+}
+
+/// `flows`.
+#[derive(Debug, Args)]
+pub struct Flows {
+    /// Only of this service
+    #[arg(long, value_name = "SERVICE")]
+    service: Option<Name>,
+    /// Only to this backend
+    #[arg(long, value_name = "BACKEND", requires = "service")]
+    backend: Option<Name>,
+    /// At most so many
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    limit: u64,
+}
+
+/// `explain`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: lbctl explain 192.0.2.7:40000 10.0.0.1:80 tcp")]
+pub struct Explain {
+    /// Client, as ADDRESS:PORT (IPv6 in brackets)
+    source: SocketAddr,
+    /// VIP, as ADDRESS:PORT
+    destination: SocketAddr,
+    /// tcp or udp
+    protocol: Protocol,
+    /// QUIC: connection id that the packet carries as its destination
+    #[arg(long, value_name = "HEX")]
+    connection_id: Option<ConnectionId>,
+}
+
+/// Says whether all is well.
+pub async fn status(context: &mut Context<'_>) -> Result<Exit, Failure> {
+    let status: types::Status = context.client.get("/v1/status", &()).await?;
+    if context.out.json {
+        context.out.json(&status, false)?;
+    } else {
+        observe::status(&mut context.out, &status)?;
+    }
+    Ok(if status.healthy { Exit::Ok } else { Exit::No })
+}
+
+/// Prints counters, once or again and again.
+pub async fn stats(context: &mut Context<'_>, stats: Stats) -> Result<Exit, Failure> {
+    let mut before: Option<types::Stats> = None;
+    let mut printed = 0;
+    loop {
+        let now: types::Stats = context.client.get("/v1/stats", &()).await?;
+        if context.out.json {
+            context.out.json(&now, stats.watch)?;
+        } else {
+            if stats.watch && context.out.colour {
+                // Home, and clear: a terminal, since only those have colour.
+                context.out.raw(b"\x1b[H\x1b[2J")?;
+            }
+            observe::stats(&mut context.out, &now, before.as_ref())?;
+        }
+        context.out.flush()?;
+        printed += 1;
+        if !stats.watch || stats.count.is_some_and(|count| printed >= count) {
+            return Ok(Exit::Ok);
+        }
+        before = Some(now);
+        tokio::select! {
+            () = tokio::time::sleep(stats.interval) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
+        }
+    }
+}
+
+/// Lists tracked flows.
+pub async fn flows(context: &mut Context<'_>, flows: Flows) -> Result<Exit, Failure> {
+    let mut query = vec![("limit", flows.limit.to_string())];
+    query.extend(flows.service.map(|s| ("service", s.to_string())));
+    query.extend(flows.backend.map(|b| ("backend", b.to_string())));
+    let list: types::Flows = context.client.get("/v1/flows", &query).await?;
+    if context.out.json {
+        context.out.json(&list, false)?;
+    } else if list.flows.is_empty() {
+        say!("no tracked flows: a stateless lookup places all of them right");
+    } else {
+        observe::flows(&mut context.out, &list)?;
+        if list.more {
+            context.out.flush()?;
+            say!("there are more: raise --limit");
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+/// Explains a packet's way.
+pub async fn explain(context: &mut Context<'_>, explain: Explain) -> Result<Exit, Failure> {
+    let mut query = vec![
+        ("source", explain.source.to_string()),
+        ("destination", explain.destination.to_string()),
+        ("protocol", explain.protocol.to_string()),
+    ];
+    query.extend(explain.connection_id.map(|id| ("connection_id", id.to_string())));
+    let found: types::Explanation = context.client.get("/v1/explain", &query).await?;
+    if context.out.json {
+        context.out.json(&found, false)?;
+    } else {
+        observe::explanation(&mut context.out, &found)?;
+    }
+    let forwarded = found.answers.iter().any(|a| a.backend.is_some());
+    Ok(if forwarded { Exit::Ok } else { Exit::No })
+}

@@ -1,0 +1,315 @@
+//! `lbctl rollout`: new versions of models, and the lock that lets one roll-out at a time touch the regions.
+
+use super::{Context, Exit, Failure, WriteFlags};
+use crate::{
+    desired::{
+        model::{Name, Rollout},
+        store::Lock,
+    },
+    lbctl::{
+        client::{ClientError, LOCK_TOKEN_VARIABLE},
+        render::{region as render_region, store as render, units::parse_duration},
+    },
+    observed::regions::RolloutShown,
+    serve::api::{
+        regions::{StartRollout, WhichRollout},
+        store::{LockRequest, Unlock},
+    },
+};
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use std::time::Duration;
+
+/// Pause between attempts to get a lock that somebody else holds.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What to do with roll-outs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Give replicas of a new version a share of the new flows, and watch how they do
+    #[command(after_help = "Example: lbctl rollout start --model llama-8b --version v2 --to 5%")]
+    Start(Start),
+    /// Give the new version everything
+    Promote(Which),
+    /// Give the new version nothing
+    Abort(Which),
+    /// Forget a roll-out: all replicas take flows by their weights again
+    Clear(Which),
+    /// Take the lock, or renew it; with a command, hold it for as long as that runs
+    #[command(
+        after_help = "Examples:\n  lbctl rollout lock --reason 'new kernel in eu' -- ./drain-and-upgrade eu\n  \
+        token=$(lbctl rollout lock --ttl 30m) && ./drain us; lbctl rollout unlock --token $token"
+    )]
+    Lock(LockArgs),
+    /// Release the lock
+    Unlock(UnlockArgs),
+    /// How roll-outs do, and who holds which lock (exit code 1 if the named one is held)
+    Status {
+        /// Lock [default: all]
+        name: Option<Name>,
+    },
+}
+
+/// `rollout start`.
+#[derive(Debug, Args)]
+pub struct Start {
+    /// Model, as replicas report it
+    #[arg(long, value_name = "MODEL")]
+    model: String,
+    /// Its new version, as replicas report it
+    #[arg(long, value_name = "VERSION")]
+    version: String,
+    /// Share of the new flows
+    #[arg(long, value_name = "PERCENT", value_parser = share)]
+    to: u16,
+    /// Service; may be repeated [default: all whose replicas report the model]
+    #[arg(long, value_name = "SERVICE")]
+    service: Vec<Name>,
+    /// Abort when more of its requests fail (and more than the old version's), 0 for never
+    #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = whole_percent)]
+    max_errors: u32,
+    /// Abort when its time to first token is more than so much of the old version's, 0 for never
+    #[arg(long, value_name = "PERCENT", default_value = "200", value_parser = whole_percent)]
+    max_latency: u32,
+    /// Requests that it takes to judge it
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    min_requests: u32,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// `rollout promote`, `abort` and `clear`.
+#[derive(Debug, Args)]
+pub struct Which {
+    /// Of this model [default: the only one]
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// On this service [default: all]
+    #[arg(long, value_name = "SERVICE")]
+    service: Option<Name>,
+    /// Why, for the record
+    #[arg(long, value_name = "TEXT")]
+    reason: Option<String>,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// `5%`, `2.5 %` or `5`, as thousandths.
+fn share(text: &str) -> Result<u16, String> {
+    let bad = || "give a percentage from 0.1 to 100, as 5% or 2.5%".to_owned();
+    let number: f64 = text.trim_end_matches('%').trim().parse().map_err(|_| bad())?;
+    let permille = (number * 10.0).round();
+    if !(1.0..=1_000.0).contains(&permille) || (permille - number * 10.0).abs() > 1e-6 {
+        return Err(bad());
+    }
+    Ok(permille as u16)
+}
+
+fn whole_percent(text: &str) -> Result<u32, String> {
+    text.trim_end_matches('%').trim().parse().map_err(|_| "give a whole percentage, as 5%".to_owned())
+}
+
+async fn change(context: &mut Context<'_>, verb: &str, done: &str, which: Which) -> Result<Exit, Failure> {
+    let Which { model, service, reason, write } = which;
+    let body = WhichRollout { model, service, reason };
+    let path = format!("/v1/rollouts/{verb}");
+    context.write(done, Method::POST, &path, &write.query(), Some(&body)).await
+}
+
+async fn start(context: &mut Context<'_>, args: Start) -> Result<Exit, Failure> {
+    let Start { model, version, to, service, max_errors, max_latency, min_requests, write } = args;
+    let too_much = |_| Failure::Usage { what: format!("--max-errors {max_errors}: 100 at most") };
+    let what = format!("version {version} of {model} gets {}", render_region::percent(to));
+    let rollout = Rollout {
+        model,
+        version,
+        permille: to,
+        state: crate::desired::model::RolloutState::Running,
+        since_ms: 0,
+        reason: String::new(),
+        most_errors_percent: max_errors.try_into().map_err(too_much)?,
+        most_latency_percent: max_latency,
+        least_requests: min_requests,
+    };
+    let body = StartRollout { services: service, rollout };
+    context.write(&what, Method::POST, "/v1/rollouts", &write.query(), Some(&body)).await
+}
+
+/// `rollout lock`.
+#[derive(Debug, Args)]
+pub struct LockArgs {
+    /// Lock
+    #[arg(default_value = "rollout")]
+    name: Name,
+    /// What for; others are told
+    #[arg(long, value_name = "TEXT", default_value = "no reason given")]
+    reason: String,
+    /// So long without renewal, and it is free again
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10m")]
+    ttl: Duration,
+    /// Wait so long for whoever holds it
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "0s")]
+    wait: Duration,
+    /// Renew the lock that was answered with this token
+    #[arg(long, value_name = "TOKEN", conflicts_with_all = ["wait", "command"])]
+    token: Option<String>,
+    /// Command to run while the lock is held; it is ended if the lock is lost. It finds the token in LBCTL_LOCK_TOKEN,
+    /// by which `lbctl region drain` and `lbctl rollout start` in it use the lock
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+/// `rollout unlock`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("whose").required(true)))]
+pub struct UnlockArgs {
+    /// Lock
+    #[arg(default_value = "rollout")]
+    name: Name,
+    /// What `rollout lock` printed
+    #[arg(long, value_name = "TOKEN", group = "whose")]
+    token: Option<String>,
+    /// Release it whoever holds it
+    #[arg(long, group = "whose")]
+    force: bool,
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Start(args) => start(context, args).await,
+        Command::Promote(which) => change(context, "promote", "the new version gets everything", which).await,
+        Command::Abort(which) => change(context, "abort", "the new version gets nothing", which).await,
+        Command::Clear(which) => change(context, "clear", "the roll-out is forgotten", which).await,
+        Command::Lock(args) => lock(context, args).await,
+        Command::Unlock(UnlockArgs { name, token, force }) => {
+            let path = format!("/v1/locks/{name}");
+            let query = Unlock { token, force };
+            let left: Vec<Lock> = context.client.send(Method::DELETE, &path, &query, None::<&()>).await?;
+            if context.out.json {
+                context.out.json(&left, false)?;
+            }
+            say!("lock {name} released");
+            Ok(Exit::Ok)
+        }
+        Command::Status { name } => {
+            let mut locks: Vec<Lock> = context.client.get("/v1/locks", &()).await?;
+            locks.retain(|lock| name.as_ref().is_none_or(|name| *name.as_str() == lock.name));
+            let rollouts: Vec<RolloutShown> = match name {
+                Some(_) => Vec::new(),
+                None => context.client.get("/v1/rollouts", &()).await?,
+            };
+            if context.out.json && name.is_none() {
+                context.out.json(&serde_json::json!({ "rollouts": rollouts, "locks": locks }), false)?;
+                return Ok(Exit::Ok);
+            }
+            if !rollouts.is_empty() {
+                render_region::rollouts(&mut context.out, &rollouts)?;
+            }
+            if context.out.json {
+                context.out.json(&locks, false)?;
+            } else if locks.is_empty() {
+                say!("no lock is held");
+            } else {
+                render::locks(&mut context.out, &locks)?;
+            }
+            Ok(if name.is_some() && !locks.is_empty() { Exit::No } else { Exit::Ok })
+        }
+    }
+}
+
+async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure> {
+    let LockArgs { name, reason, ttl, wait, token, command } = args;
+    let path = format!("/v1/locks/{name}");
+    let request = LockRequest { reason, ttl_s: ttl.as_secs(), token };
+    let until = tokio::time::Instant::now() + wait;
+    let lock = loop {
+        match context.client.send::<Lock>(Method::POST, &path, &(), Some(&request)).await {
+            Err(ClientError::Refused { info })
+                if info.code == "held" && tokio::time::Instant::now() + AGAIN <= until =>
+            {
+                tokio::time::sleep(AGAIN).await;
+            }
+            other => break other?,
+        }
+    };
+    let token = lock.token.clone().unwrap_or_default();
+    if !command.is_empty() {
+        let request = LockRequest { token: Some(token), ..request };
+        return run_with(context, &path, &request, &command).await;
+    }
+    if context.out.json {
+        context.out.json(&lock, false)?;
+    } else {
+        context.out.line(&token)?;
+    }
+    say!("lock {name} is held for {} s; renew or release it with this token", lock.left_s);
+    Ok(Exit::Ok)
+}
+
+/// Runs a command while renewing the lock, then releases it.
+async fn run_with(
+    context: &mut Context<'_>,
+    path: &str,
+    request: &LockRequest,
+    command: &[String],
+) -> Result<Exit, Failure> {
+    let cannot = |e: std::io::Error| Failure::Refused {
+        what: format!("cannot run {}: {e}", command[0]),
+        fix: None,
+        details: Vec::new(),
+    };
+    let mut started = tokio::process::Command::new(&command[0]);
+    started.args(&command[1..]).kill_on_drop(true);
+    // What the command asks of lbd is under this lock, not against it.
+    if let Some(token) = &request.token {
+        started.env(LOCK_TOKEN_VARIABLE, token);
+    }
+    let started = started.spawn();
+    let ended = match started {
+        Err(error) => Err(cannot(error)),
+        Ok(mut child) => {
+            let every = Duration::from_secs(request.ttl_s.div_ceil(3));
+            let mut last = tokio::time::Instant::now();
+            loop {
+                tokio::select! {
+                    status = child.wait() => break status.map_err(cannot),
+                    () = tokio::time::sleep(every) => {}
+                }
+                match context.client.send::<Lock>(Method::POST, path, &(), Some(request)).await {
+                    Ok(_) => last = tokio::time::Instant::now(),
+                    // An lbd that restarts, or is cut off for a moment, has not lost the lock yet.
+                    Err(error) if last.elapsed().as_secs() + every.as_secs() < request.ttl_s => {
+                        say!("the lock is not renewed yet: {error}");
+                    }
+                    Err(error) => {
+                        say!("the lock is lost, and the command is ended");
+                        let _ = child.kill().await;
+                        return Err(error.into());
+                    }
+                }
+            }
+        }
+    };
+    let query = Unlock { token: request.token.clone(), force: false };
+    let released = context.client.send::<Vec<Lock>>(Method::DELETE, path, &query, None::<&()>).await;
+    let status = ended?;
+    released?;
+    Ok(if status.success() { Exit::Ok } else { Exit::No })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_percentages_with_a_tenth_at_most() {
+        assert_eq!(
+            [share("5%"), share("2.5 %"), share("100"), share("0.1%")].map(Result::unwrap),
+            [50, 25, 1_000, 1]
+        );
+        for bad in ["", "0", "0.05%", "101%", "-5%", "five", "NaN", "inf"] {
+            assert!(share(bad).is_err(), "{bad}");
+        }
+    }
+}

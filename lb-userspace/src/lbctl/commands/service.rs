@@ -1,0 +1,467 @@
+//! `lbctl service`.
+
+use super::{
+    Context, Exit, Failure, WriteFlags,
+    words::{
+        Check, Optional, OptionalBool, OptionalRate, Residency, Source, Statuses, Vip, header, metric,
+        optional, optional_bool, optional_rate, quic, region_weight, regions, word,
+    },
+};
+use crate::{
+    desired::model::{
+        ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, RegionPolicy, Scheduler,
+        Selector, Via,
+    },
+    lbctl::render::{observe, units::parse_duration},
+    serve::api::types::{BackendInfo, ServiceInfo},
+};
+use clap::{Args, Subcommand};
+use reqwest::Method;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use std::{path::PathBuf, time::Duration};
+
+/// What to do with services.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Add a service
+    #[command(after_help = "Example: lbctl service add web --vip 10.0.0.1:80/tcp --health http:/healthz")]
+    Add(Add),
+    /// List services
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show one service with its backends
+    Show {
+        /// Service
+        name: Name,
+    },
+    /// Change settings of a service; what is not named stays
+    Set(Set),
+    /// Remove a service with its backends
+    #[command(visible_alias = "remove")]
+    Rm {
+        /// Service
+        name: Name,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+}
+
+/// `service add`.
+#[derive(Debug, Args)]
+pub struct Add {
+    /// Name, unique among services
+    name: Name,
+    /// Address that clients connect to; its port and protocol may follow, as in 10.0.0.1:80/tcp
+    #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
+    vip: Vip,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// `service set`.
+#[derive(Debug, Args)]
+pub struct Set {
+    /// Service
+    name: Name,
+    /// Address that clients connect to; its port and protocol may follow
+    #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
+    vip: Option<Vip>,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    write: WriteFlags,
+}
+
+/// Settings that both take.
+#[derive(Debug, Args)]
+struct Settings {
+    /// A port, a range (FIRST-LAST), or any
+    #[arg(long)]
+    port: Option<Ports>,
+    /// tcp or udp
+    #[arg(long)]
+    protocol: Option<Protocol>,
+    /// How packets reach backends: ipip, gue, l2, nat or local
+    #[arg(long, value_parser = word::<ForwardingMode>)]
+    mode: Option<ForwardingMode>,
+    /// How new flows are placed: maglev, p2c, rr, wrr, random, lc or source-hash
+    #[arg(long, value_parser = word::<Scheduler>)]
+    scheduler: Option<Scheduler>,
+    /// With source-hash: load in flows above which a new flow may go to the second choice, or none [default: none]
+    #[arg(long, value_name = "N|none", value_parser = optional)]
+    load_cap: Option<Optional>,
+    /// With gue: packets carry the other backends that may have their flow; true, false or auto [default: auto, for TCP]
+    #[arg(long, value_name = "BOOL|auto", value_parser = optional_bool)]
+    second_chance: Option<OptionalBool>,
+    /// New flows that the service takes (50, 50/s, 30/m, 100/h), or none for no limit [default: none]
+    #[arg(long, value_name = "RATE|none", value_parser = optional_rate)]
+    new_flow_rate: Option<OptionalRate>,
+    /// How many of them at once, or auto for those of a second [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    new_flow_burst: Option<Optional>,
+    /// New flows that one source may begin, or none for no limit [default: none]
+    #[arg(long, value_name = "RATE|none", value_parser = optional_rate)]
+    source_rate: Option<OptionalRate>,
+    /// How many of them at once, or auto for those of a second [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    source_burst: Option<Optional>,
+    /// Leading bits of an IPv4 address that make a source [default: 32]
+    #[arg(long, value_name = "BITS")]
+    source_prefix_v4: Option<u8>,
+    /// Leading bits of an IPv6 address that make a source [default: 64]
+    #[arg(long, value_name = "BITS")]
+    source_prefix_v6: Option<u8>,
+    /// none, tcp, tls, http, https, grpc or grpcs; KIND:PORT, http:PORT/PATH and grpc:PORT/SERVICE say more
+    #[arg(long, value_name = "CHECK")]
+    health: Option<Check>,
+    /// Host header of an http check, authority of a grpc check [default: the VIP]
+    #[arg(long, value_name = "HOST")]
+    health_host: Option<String>,
+    /// Statuses of an http check that mean healthy [default: 200-299]
+    #[arg(long, value_name = "FIRST-LAST")]
+    health_status: Option<Statuses>,
+    /// Header of an http check; may be repeated
+    #[arg(long, value_name = "NAME: VALUE", value_parser = header)]
+    health_header: Vec<(String, String)>,
+    /// Text that the body of an http check's answer must hold
+    #[arg(long, value_name = "TEXT")]
+    health_body: Option<String>,
+    /// Name that a tls, https or grpcs check asks for, and that the certificate must have [default: the host, or the VIP]
+    #[arg(long, value_name = "NAME")]
+    health_sni: Option<String>,
+    /// File of certificates that such a check trusts [default: the host's own]
+    #[arg(long, value_name = "FILE")]
+    health_ca: Option<PathBuf>,
+    /// Whether the certificate must be right at all [default: true]
+    #[arg(long, value_name = "BOOL")]
+    health_verify: Option<bool>,
+    /// File of the certificate that lbd shows
+    #[arg(long, value_name = "FILE", requires = "health_key")]
+    health_cert: Option<PathBuf>,
+    /// File of its key
+    #[arg(long, value_name = "FILE", requires = "health_cert")]
+    health_key: Option<PathBuf>,
+    /// Time between two checks of a backend [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    health_interval: Option<Duration>,
+    /// A check fails after this time [default: 500ms]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    health_timeout: Option<Duration>,
+    /// By how much the interval is varied, in percent [default: 10]
+    #[arg(long, value_name = "PERCENT")]
+    health_jitter: Option<u8>,
+    /// Successes in a row that make a backend healthy [default: 2]
+    #[arg(long, value_name = "N")]
+    rise: Option<u8>,
+    /// Failures in a row that make it unhealthy [default: 3]
+    #[arg(long, value_name = "N")]
+    fall: Option<u8>,
+    /// Way that checks take: direct, to the backend's own address, or tunnel, that of traffic [default: direct]
+    #[arg(long, value_name = "WAY", value_parser = word::<Via>)]
+    health_via: Option<Via>,
+    /// Whether a backend that keeps failing must pass more checks each time [default: true]
+    #[arg(long, value_name = "BOOL")]
+    health_damping: Option<bool>,
+    /// Whether signs of a backend's death, ICMP errors and refused connections, bring checks forward [default: true]
+    #[arg(long, value_name = "BOOL")]
+    health_signs: Option<bool>,
+    /// How long a backend that is new or healthy again takes to get its full share [default: 0s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    slow_start: Option<Duration>,
+    /// Where replica state comes from: none, stream, vllm, sglang, tgi, triton or custom; KIND:PORT and KIND:PORT/PATH name the place
+    #[arg(long, value_name = "SOURCE")]
+    replica: Option<Source>,
+    /// Time between two looks where there is no stream [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    replica_interval: Option<Duration>,
+    /// A look fails after this time [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    replica_timeout: Option<Duration>,
+    /// Requests that a replica runs at once, where it does not say so itself; or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    replica_capacity: Option<Optional>,
+    /// Name of a metric where it is not the usual one, as running=NAME or waiting=NAME{label="value"}; may be repeated
+    #[arg(long, value_name = "QUANTITY=METRIC", value_parser = metric)]
+    replica_metric: Vec<(Quantity, Selector)>,
+    /// Residency: the only regions that may ever see its packets, or any [default: any]
+    #[arg(long, value_name = "REGION,...|any", value_parser = regions)]
+    regions: Option<Residency>,
+    /// How it is spread over regions: active-active, active-passive or weighted [default: active-active]
+    #[arg(long, value_parser = word::<RegionPolicy>)]
+    region_policy: Option<RegionPolicy>,
+    /// With weighted: a region's share, as eu=3; may be repeated
+    #[arg(long, value_name = "REGION=N", value_parser = region_weight)]
+    region_weight: Vec<(Name, u32)>,
+    /// Share of the local capacity in use from which flows spill to other regions [default: 90]
+    #[arg(long, value_name = "PERCENT")]
+    spill_at: Option<u16>,
+    /// Share of it below which they come back [default: 70]
+    #[arg(long, value_name = "PERCENT")]
+    spill_until: Option<u16>,
+    /// Largest share of new flows that may be spilled [default: 50]
+    #[arg(long, value_name = "PERCENT")]
+    spill_most: Option<u16>,
+    /// How long a spill stands before it gets smaller [default: 10s]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    region_hold: Option<Duration>,
+    /// Whether the own zone comes first within the region [default: true]
+    #[arg(long, value_name = "BOOL")]
+    zone_first: Option<bool>,
+    /// Drain time: how long flows of a draining or removed backend are kept there [default: 5m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    drain: Option<Duration>,
+    /// Slots of the Maglev table, or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    table_size: Option<Optional>,
+    /// Seed of hash and tables, or auto [default: auto]
+    #[arg(long, value_name = "N|auto", value_parser = optional)]
+    seed: Option<Optional>,
+    /// Place each UDP packet by hash alone, true or false [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    udp_stateless: Option<bool>,
+    /// Idle time after which a UDP flow is forgotten [default: 2m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    udp_timeout: Option<Duration>,
+    /// Route UDP packets by QUIC connection id (QUIC-LB), read so: config id, bytes of server id and nonce, key if they
+    /// are encrypted; may be repeated; or off [default: off]
+    #[arg(long, value_name = "ID:BYTES:BYTES[:KEY]|off", value_parser = quic, value_delimiter = ',')]
+    quic: Vec<Option<QuicConfig>>,
+    /// Destination port of GUE packets [default: 6080]
+    #[arg(long, value_name = "PORT")]
+    gue_port: Option<u16>,
+    /// Established flows of a backend that is down: keep or reset [default: keep]
+    #[arg(long, value_parser = word::<OnDown>)]
+    on_down: Option<OnDown>,
+    /// Ignore health when less than this share of the weight is healthy, 0 for never [default: 0]
+    #[arg(long, value_name = "PERCENT")]
+    panic: Option<u8>,
+}
+
+/// What of the flags is about regions.
+fn regions_patch(s: &Settings) -> Result<Map<String, Value>, Failure> {
+    let mut patch = Map::new();
+    let mut set = |key: &str, value: Option<Value>| value.map(|v| patch.insert(key.to_owned(), v));
+    set("allowed", s.regions.as_ref().map(|r| json!(r.0)));
+    set("policy", s.region_policy.map(|p| json!(p)));
+    let weights: Map<String, Value> =
+        s.region_weight.iter().map(|(name, weight)| (name.to_string(), json!(weight))).collect();
+    set("weights", (!weights.is_empty()).then_some(Value::Object(weights)));
+    set("spill_at_percent", s.spill_at.map(|p| json!(p)));
+    set("spill_until_percent", s.spill_until.map(|p| json!(p)));
+    set("spill_most_percent", s.spill_most.map(|p| json!(p)));
+    set("hold_s", seconds(s.region_hold, "--region-hold")?.map(|s| json!(s)));
+    set("zone_first", s.zone_first.map(|b| json!(b)));
+    Ok(patch)
+}
+
+/// Flags about replica state as a merge patch: null for none, nothing if there is no such flag.
+fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
+    let mut replica = Patch::default();
+    let mut metrics = Map::new();
+    match &s.replica {
+        Some(Source(None)) => {
+            let others =
+                s.replica_interval.is_some() || s.replica_timeout.is_some() || s.replica_capacity.is_some();
+            if others || !s.replica_metric.is_empty() {
+                return Err(Failure::Usage {
+                    what: "--replica none takes no other --replica flags".to_owned(),
+                });
+            }
+            return Ok(Some(Value::Null));
+        }
+        Some(Source(Some((kind, port, path)))) => {
+            // A new source starts from its own defaults: what the old one had does not go with it.
+            replica.set("kind", Some(kind));
+            replica.set("port", Some(port));
+            replica.set("path", Some(path));
+            metrics.extend(Quantity::ALL.map(|q| (q.label().to_owned(), Value::Null)));
+        }
+        None => {}
+    }
+    replica.set("interval_ms", s.replica_interval.map(|t| t.as_millis() as u64));
+    replica.set("timeout_ms", s.replica_timeout.map(|t| t.as_millis() as u64));
+    replica.set("capacity", s.replica_capacity.map(|n| n.0));
+    metrics.extend(s.replica_metric.iter().map(|(q, selector)| (q.label().to_owned(), json!(selector))));
+    replica.set("metrics", Some(metrics).filter(|m| !m.is_empty()));
+    Ok(Some(replica.0).filter(|r| !r.is_empty()).map(Value::Object))
+}
+
+/// A merge patch in the making.
+#[derive(Default)]
+struct Patch(Map<String, Value>);
+
+impl Patch {
+    fn set(&mut self, key: &str, value: Option<impl Serialize>) {
+        if let Some(value) = value {
+            self.0.insert(key.to_owned(), json!(value));
+        }
+    }
+}
+
+fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
+    match time {
+        Some(time) if time.subsec_millis() != 0 => {
+            Err(Failure::Usage { what: format!("{flag} counts in whole seconds") })
+        }
+        other => Ok(other.map(|t| t.as_secs())),
+    }
+}
+
+/// Flags as a merge patch.
+fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure> {
+    let mut patch = Patch::default();
+    patch.set("vip", vip.map(|v| v.address));
+    let twice = |flag: &str| Failure::Usage { what: format!("{flag} and --vip both name it: give it once") };
+    let (vip_port, vip_protocol) = vip.map_or((None, None), |v| (v.port, v.protocol));
+    if vip_port.is_some() && s.port.is_some() {
+        return Err(twice("--port"));
+    }
+    if vip_protocol.is_some() && s.protocol.is_some() {
+        return Err(twice("--protocol"));
+    }
+    patch.set("port", s.port.or(vip_port));
+    patch.set("protocol", s.protocol.or(vip_protocol));
+    patch.set("mode", s.mode);
+    patch.set("scheduler", s.scheduler);
+    patch.set("load_cap", s.load_cap.map(|n| n.0));
+    patch.set("second_chance", s.second_chance.map(|b| b.0));
+    patch.set("drain_s", seconds(s.drain, "--drain")?);
+    patch.set("slow_start_s", seconds(s.slow_start, "--slow-start")?);
+    patch.set("table_size", s.table_size.map(|n| n.0));
+    patch.set("seed", s.seed.map(|n| n.0));
+    patch.set("udp_stateless", s.udp_stateless);
+    patch.set("udp_timeout_s", seconds(s.udp_timeout, "--udp-timeout")?);
+    patch
+        .set("quic", Some(&s.quic).filter(|q| !q.is_empty()).map(|q| q.iter().flatten().collect::<Vec<_>>()));
+    patch.set("gue_port", s.gue_port);
+    for (name, rate, burst) in
+        [("new_flow", s.new_flow_rate, s.new_flow_burst), ("source", s.source_rate, s.source_burst)]
+    {
+        patch.set(&format!("{name}_rate"), rate.map(|rate| rate.0));
+        // A limit that goes takes its burst along.
+        let burst = burst.or_else(|| rate.filter(|rate| rate.0.is_none()).map(|_| Optional(None)));
+        patch.set(&format!("{name}_burst"), burst.map(|n| n.0));
+    }
+    patch.set("source_prefix_v4", s.source_prefix_v4);
+    patch.set("source_prefix_v6", s.source_prefix_v6);
+    patch.set("on_down", s.on_down);
+    patch.set("panic_percent", s.panic);
+    let mut health = Patch::default();
+    if let Some(check) = &s.health {
+        // A new kind starts from its own defaults: what the old one had does not go with it.
+        health.set("kind", Some(check.kind));
+        health.set("port", Some(check.port));
+        health.set("path", Some(&check.path));
+        health.set("service", Some(&check.service));
+        for key in ["host", "status", "headers", "body", "sni", "ca", "verify", "client_cert", "client_key"] {
+            health.set(key, Some(Value::Null));
+        }
+    }
+    health.set("host", s.health_host.as_ref());
+    health.set("status", s.health_status.as_ref().map(|s| (s.0, s.1)));
+    let headers: Map<String, Value> = s.health_header.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+    health.set("headers", Some(headers).filter(|h| !h.is_empty()));
+    health.set("body", s.health_body.as_ref());
+    health.set("sni", s.health_sni.as_ref());
+    health.set("ca", s.health_ca.as_ref());
+    health.set("verify", s.health_verify);
+    health.set("client_cert", s.health_cert.as_ref());
+    health.set("client_key", s.health_key.as_ref());
+    health.set("via", s.health_via);
+    health.set("damping", s.health_damping);
+    health.set("signs", s.health_signs);
+    health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
+    health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
+    health.set("jitter_percent", s.health_jitter);
+    health.set("rise", s.rise);
+    health.set("fall", s.fall);
+    patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
+    patch.set("replica", replica_patch(s)?);
+    patch.set("regions", Some(regions_patch(s)?).filter(|r| !r.is_empty()));
+    Ok(patch.0)
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Add(add) => {
+            let mut body = patch(Some(&add.vip), &add.settings)?;
+            for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
+                if !body.contains_key(key) {
+                    let what =
+                        format!("the service needs a {key}: give {flag}, or --vip ADDRESS:PORT/PROTOCOL");
+                    return Err(Failure::Usage { what });
+                }
+            }
+            if let Some(Value::Object(health)) = body.get_mut("health") {
+                health.retain(|_, v| !v.is_null());
+                if !health.contains_key("kind") {
+                    let what =
+                        "health flags without a check: give --health tcp or --health http:/PATH".to_owned();
+                    return Err(Failure::Usage { what });
+                }
+            }
+            if let Some(Value::Object(replica)) = body.get_mut("replica") {
+                replica.retain(|_, v| !v.is_null());
+                if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
+                    metrics.retain(|_, v| !v.is_null());
+                }
+                if !replica.contains_key("kind") {
+                    let what =
+                        "--replica flags without a source: give --replica stream or another".to_owned();
+                    return Err(Failure::Usage { what });
+                }
+            }
+            if let Some(Value::Object(regions)) = body.get_mut("regions") {
+                regions.retain(|_, v| !v.is_null());
+            }
+            body.retain(|_, v| !v.is_null());
+            let name = add.name;
+            let path = format!("/v1/services/{name}");
+            context
+                .write(&format!("service {name} added"), Method::POST, &path, &add.write.query(), Some(&body))
+                .await
+        }
+        Command::Set(set) => {
+            let body = patch(set.vip.as_ref(), &set.settings)?;
+            if body.is_empty() {
+                return Err(Failure::Usage { what: "nothing to set: give at least one setting".to_owned() });
+            }
+            let name = set.name;
+            let path = format!("/v1/services/{name}");
+            context
+                .write(&format!("service {name} set"), Method::PATCH, &path, &set.write.query(), Some(&body))
+                .await
+        }
+        Command::Rm { name, write } => {
+            let path = format!("/v1/services/{name}");
+            let what = format!("service {name} removed");
+            context.write(&what, Method::DELETE, &path, &write.query(), None::<&()>).await
+        }
+        Command::List => {
+            let list: Vec<ServiceInfo> = context.client.get("/v1/services", &()).await?;
+            if context.out.json {
+                context.out.json(&list, false)?;
+            } else if list.is_empty() {
+                say!("no services: add one with `lbctl service add` or `lbctl config apply`");
+            } else {
+                observe::services(&mut context.out, &list)?;
+            }
+            Ok(Exit::Ok)
+        }
+        Command::Show { name } => {
+            let service: ServiceInfo = context.client.get(&format!("/v1/services/{name}"), &()).await?;
+            if context.out.json {
+                context.out.json(&service, false)?;
+            } else {
+                let path = format!("/v1/services/{name}/backends");
+                let backends: Vec<BackendInfo> = context.client.get(&path, &()).await?;
+                observe::service(&mut context.out, &service, &backends)?;
+            }
+            Ok(Exit::Ok)
+        }
+    }
+}

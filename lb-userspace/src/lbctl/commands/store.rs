@@ -1,0 +1,192 @@
+//! `lbctl store`.
+
+use super::{Context, Exit, Failure, WriteFlags};
+use crate::{
+    desired::store::backup::Backup,
+    lbctl::render::store as render,
+    serve::api::store::{Accept, Filled, Migrate, StoreInfo},
+};
+use clap::Subcommand;
+use reqwest::Method;
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+/// What to do with the store.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Engine, members, and how far each region is (exit code 1 if this host is cut off, or a member is not well)
+    Status,
+    /// Copy all revisions into another, empty store; this one then takes no more changes
+    #[command(after_help = "Example: lbctl store migrate --to etcd://10.0.0.1,10.0.0.2,10.0.0.3\n\
+        Then restart each lbd with --store and the same address.")]
+    Migrate {
+        /// file:///DIRECTORY, or etcd://HOST:PORT,HOST:PORT[/PREFIX] (etcds:// for TLS)
+        #[arg(long, value_name = "URL")]
+        to: String,
+    },
+    /// Write all kept revisions into a file
+    Backup {
+        /// File, - for standard output; must not be there yet
+        file: PathBuf,
+    },
+    /// Bring a backup back: all of its revisions if the store is empty, else its newest state as a new revision
+    Restore {
+        /// File, - for standard input
+        file: PathBuf,
+        #[command(flatten)]
+        write: WriteFlags,
+    },
+    /// Accept what the store holds: an empty store (removes the services that the maps still forward), or one that is
+    /// older than what this host has seen (an empty one is filled with what this host knows)
+    Accept {
+        /// Revision of the store, as `lbctl status` shows it; without it, says what there is to accept
+        revision: Option<u64>,
+    },
+    /// Take a migration back: the store that was migrated away takes changes again
+    #[command(
+        after_help = "Do this only if no lbd works with the other store: the two would differ from then on."
+    )]
+    Unretire {
+        /// Confirm that no lbd works with the other store
+        #[arg(long, required = true)]
+        yes: bool,
+    },
+}
+
+/// Runs one.
+pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+    match command {
+        Command::Status => {
+            let info: StoreInfo = context.client.get("/v1/store", &()).await?;
+            status(context, &info)
+        }
+        Command::Migrate { to } => {
+            let body = Migrate { to };
+            let client = context.client.patient();
+            let filled: Filled = client.send(Method::POST, "/v1/store/migrate", &(), Some(&body)).await?;
+            if context.out.json {
+                context.out.json(&filled, false)?;
+            }
+            let Filled { store, revisions, revision, .. } = &filled;
+            say!("{revisions} revisions, up to {revision}, are in {store}");
+            say!("this store takes no more changes: restart each lbd with --store {store}");
+            Ok(Exit::Ok)
+        }
+        Command::Backup { file } => {
+            let backup: Backup = context.client.patient().get("/v1/store/backup", &()).await?;
+            let bytes = backup.to_bytes().map_err(|e| Failure::Broken(e.to_string()))?;
+            if file == Path::new("-") {
+                context.out.raw(&bytes)?;
+            } else {
+                write_new(&file, &bytes).map_err(|e| cannot("write", &file, &e))?;
+            }
+            let newest = backup.revisions.last().map_or(0, |e| e.revision.number);
+            say!("{} revisions, up to {newest}, are in {}", backup.revisions.len(), file.display());
+            Ok(Exit::Ok)
+        }
+        Command::Restore { file, write } => {
+            let mut bytes = Vec::new();
+            let read = if file == Path::new("-") {
+                std::io::stdin().read_to_end(&mut bytes)
+            } else {
+                File::open(&file).and_then(|mut f| f.read_to_end(&mut bytes))
+            };
+            read.map_err(|e| cannot("read", &file, &e))?;
+            let refused = |e: crate::desired::store::StoreError| {
+                let fix = Some("`lbctl store backup` writes such files".to_owned());
+                Failure::Refused { what: e.to_string(), fix, details: Vec::new() }
+            };
+            let backup = Backup::parse(&file.display().to_string(), &bytes).map_err(refused)?;
+            let path = "/v1/store/restore";
+            let client = context.client.patient();
+            let filled: Filled = client.send(Method::POST, path, &write.query(), Some(&backup)).await?;
+            restored(context, &filled)
+        }
+        Command::Accept { revision: None } => {
+            let info: StoreInfo = context.client.get("/v1/store", &()).await?;
+            Err(to_accept(&info))
+        }
+        Command::Accept { revision: Some(revision) } => {
+            let body = Some(Accept { revision });
+            let info: StoreInfo =
+                context.client.send(Method::POST, "/v1/store/accept", &(), body.as_ref()).await?;
+            status(context, &info)
+        }
+        Command::Unretire { .. } => {
+            let info: StoreInfo =
+                context.client.send(Method::POST, "/v1/store/unretire", &(), None::<&()>).await?;
+            say!("this store takes changes again, from revision {} on", info.revision.number);
+            status(context, &info)
+        }
+    }
+}
+
+/// What there is to accept.
+fn to_accept(info: &StoreInfo) -> Failure {
+    let (what, fix) = match (info.orphaned_services, info.link.set_back) {
+        (0, None) => {
+            let why =
+                info.link.problem.as_deref().unwrap_or("this host works by the store's newest revision");
+            (format!("there is nothing to accept: {why}"), None)
+        }
+        (0, Some(found)) => {
+            let seen = info.revision.number;
+            let what = format!("the store is at revision {found}, and this host has seen {seen}");
+            (what, Some(format!("`lbctl store accept {found}` takes revision {found}")))
+        }
+        (services, _) => {
+            let what = format!("the store is empty, and the maps hold services ({services})");
+            (what, Some("`lbctl store accept 0` removes them".to_owned()))
+        }
+    };
+    Failure::Refused { what, fix, details: Vec::new() }
+}
+
+fn status(context: &mut Context<'_>, info: &StoreInfo) -> Result<Exit, Failure> {
+    if context.out.json {
+        context.out.json(info, false)?;
+    } else {
+        render::status(&mut context.out, info)?;
+    }
+    let well =
+        info.link.connected && info.orphaned_services == 0 && info.about.members.iter().all(|m| m.healthy);
+    Ok(if well { Exit::Ok } else { Exit::No })
+}
+
+fn restored(context: &mut Context<'_>, filled: &Filled) -> Result<Exit, Failure> {
+    if context.out.json {
+        context.out.json(filled, false)?;
+    }
+    match &filled.change {
+        None => {
+            say!("{} revisions, up to {}, are in {}", filled.revisions, filled.revision, filled.store)
+        }
+        Some(change) => {
+            if change.dry_run && !context.out.json {
+                crate::lbctl::render::change::differences(&mut context.out, &change.differences)?;
+            }
+            say!("{}", crate::lbctl::render::change::summary("restored", change));
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+fn cannot(what: &str, file: &Path, error: &std::io::Error) -> Failure {
+    let what = format!("cannot {what} {}: {error}", file.display());
+    Failure::Refused { what, fix: None, details: Vec::new() }
+}
+
+/// A new file for its owner alone: the state names addresses that not everybody need know.
+fn write_new(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut new = File::options().write(true).create_new(true).mode(0o600).open(file)?;
+    let written = new.write_all(bytes).and_then(|()| new.sync_all());
+    if written.is_err() {
+        // A piece of a backup is none.
+        let _ = std::fs::remove_file(file);
+    }
+    written
+}

@@ -1,0 +1,206 @@
+//! The host itself: kernel, BPF file system, memory, privileges, clock.
+
+use super::Finding;
+use crate::{apply::dataplane, lbd::TRUNCATED_RISES, serve::api::types::Status};
+use std::{fs, path::Path, process::Command};
+
+use lb_common::limits::{KERNEL_FLOOR, KERNEL_FLOOR_ARM64};
+
+/// The first kernel that keeps neighbours resolved by itself.
+const BETTER_KERNEL: (u32, u32) = (5, 16);
+/// The oldest kernel that is supported on this architecture.
+const KERNEL: (u32, u32) = if cfg!(target_arch = "aarch64") { KERNEL_FLOOR_ARM64 } else { KERNEL_FLOOR };
+/// Available memory below which maps of the usual sizes, and a second set beside them during an upgrade, may not fit.
+const MEMORY_KIB: u64 = 768 * 1_024;
+
+/// What can be told without lbd.
+pub fn examine(pin_path: &Path) -> Vec<Finding> {
+    let mut found = vec![kernel(&read("/proc/sys/kernel/osrelease"))];
+    found.push(jit(dataplane::is_jitted().map_err(|e| e.raw_os_error())));
+    found.push(file_system(pin_path));
+    found.push(memory(&read("/proc/meminfo")));
+    found.extend(clock());
+    found
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn kernel(release: &str) -> Finding {
+    let mut numbers = release.trim().split(['.', '-']).map_while(|n| n.parse().ok());
+    let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
+        return Finding::warn(
+            "kernel",
+            format!("unknown release {release:?}"),
+            "compare it with the documentation",
+        );
+    };
+    let what = format!("Linux {}", release.trim());
+    match (major, minor) {
+        version if version < KERNEL => {
+            Finding::fail("kernel", what, format!("{}.{} or later is needed", KERNEL.0, KERNEL.1))
+        }
+        version if version < BETTER_KERNEL => {
+            let fix = "keep neighbours fresh by pinging the workers, or use 5.16 or later";
+            Finding::warn("kernel", format!("{what}: resolved neighbours may go stale"), fix)
+        }
+        _ => Finding::ok("kernel", what),
+    }
+}
+
+/// Whether programs are compiled: tried on one, as the kernel's setting is not to be seen in every network namespace.
+fn jit(is_jitted: Result<bool, Option<i32>>) -> Finding {
+    match is_jitted {
+        Ok(true) => Finding::ok("BPF JIT", "on"),
+        Ok(false) => Finding::fail(
+            "BPF JIT",
+            "off: programs are interpreted, many times slower",
+            "`sysctl -w net.core.bpf_jit_enable=1`, then start lbd again",
+        ),
+        Err(Some(libc::EPERM)) => Finding::warn("BPF JIT", "not looked at", "run it as root (sudo)"),
+        Err(_) => Finding::warn("BPF JIT", "no program can be loaded to see", "does the kernel have BPF?"),
+    }
+}
+
+fn file_system(pin_path: &Path) -> Finding {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    let about = "BPF file system";
+    // A directory that only root may enter still tells what it is on.
+    let existing = pin_path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    match nix::sys::statfs::statfs(existing).map(|s| s.filesystem_type().0) {
+        Ok(BPF_FS_MAGIC) => Finding::ok(about, format!("mounted at {}", existing.display())),
+        _ => Finding::fail(
+            about,
+            format!("{} is not on one", pin_path.display()),
+            "`mount -t bpf bpf /sys/fs/bpf`, or give the directory of the pins with --pin-path",
+        ),
+    }
+}
+
+fn memory(meminfo: &str) -> Finding {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    match kib {
+        None => Finding::warn("memory", "not to be seen from here", "look at /proc/meminfo"),
+        Some(kib) if kib < MEMORY_KIB => Finding::warn(
+            "memory",
+            format!("{} MiB available", kib / 1_024),
+            "maps take some 300 MiB, and twice that during an upgrade: free some, or lower max_flows and max_slots",
+        ),
+        Some(kib) => Finding::ok("memory", format!("{} MiB available", kib / 1_024)),
+    }
+}
+
+/// Whether the clock is kept right; None where nobody can say.
+fn clock() -> Option<Finding> {
+    let said = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
+    match String::from_utf8_lossy(&said.ok().filter(|o| o.status.success())?.stdout).trim() {
+        "yes" => Some(Finding::ok("clock", "synchronized")),
+        "no" => Some(Finding::warn(
+            "clock",
+            "not synchronized: times of revisions and of roll-outs differ between hosts",
+            "`timedatectl set-ntp true`, or run chrony",
+        )),
+        _ => None,
+    }
+}
+
+/// What lbd says of itself, and its process.
+pub fn daemon(status: &Status) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let about = "lbd";
+    found.push(if status.version == env!("CARGO_PKG_VERSION") && status.abi == lb_common::ABI_VERSION {
+        Finding::ok(about, format!("runs, version {}, ABI {}", status.version, status.abi))
+    } else {
+        Finding::warn(
+            about,
+            format!("version {}, ABI {}; this lbctl is of another", status.version, status.abi),
+            "install both from one build, and restart lbd (no packet is lost)",
+        )
+    });
+    found.extend(privileges(&read(&format!("/proc/{}/status", status.pid))));
+    for one in &status.loaded.left_out {
+        let fix = "a newer kernel, or another lbd; services that need it are refused";
+        found.push(Finding::warn(
+            format!("feature {}", one.feature),
+            format!("left out: {}", one.reason),
+            fix,
+        ));
+    }
+    if status.problems.iter().any(|problem| problem == TRUNCATED_RISES) {
+        let fix = "see `lbctl status`, and `ethtool -g`, `ethtool --show-priv-flags` of the interfaces";
+        found.push(Finding::fail("headers", TRUNCATED_RISES, fix));
+    }
+    if let Some(error) = &status.applied.error {
+        found.push(Finding::fail("tables", error, "see `lbctl status` and the log of lbd"));
+    }
+    if !status.store.connected {
+        let fix = "see `lbctl store status`; until it is back, the last known state holds";
+        found.push(Finding::fail("store", "cut off", fix));
+    }
+    for room in status.room.iter().filter(|r| r.used * 10 > r.limit * 9) {
+        let what = format!("{} of {} used", room.used, room.limit);
+        let fix = "start lbd with a larger max_* after `lbd detach`";
+        found.push(Finding::warn(format!("room for {}", room.what), what, fix));
+    }
+    found
+}
+
+/// Whether a process may do what lbd does.
+fn privileges(status: &str) -> Option<Finding> {
+    const NEEDED: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    let held = u64::from_str_radix(line.trim(), 16).ok()?;
+    // Root's whole set has them; before 5.8 CAP_SYS_ADMIN stood for two.
+    let missing: Vec<&str> = NEEDED.iter().filter(|(bit, _)| held >> bit & 1 == 0).map(|(_, n)| *n).collect();
+    Some(if missing.is_empty() {
+        Finding::ok("privileges", "lbd has what it needs")
+    } else {
+        let fix = "grant them in lbd.service (AmbientCapabilities, CapabilityBoundingSet)";
+        Finding::fail("privileges", format!("lbd lacks {}", missing.join(", ")), fix)
+    })
+}
+
+/// Whether this host forwards packets of each family, which is asked with `true` for IPv4.
+pub fn forwards() -> impl Fn(bool) -> bool {
+    let (v4, v6) = (read("/proc/sys/net/ipv4/ip_forward"), read("/proc/sys/net/ipv6/conf/all/forwarding"));
+    move |is_ipv4| if is_ipv4 { v4.trim() != "0" } else { v6.trim() != "0" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    #[test]
+    fn kernels() {
+        for (release, level) in [
+            ("5.10.0-28-amd64", Level::Fail),
+            ("5.15.0", Level::Warn),
+            ("5.16.1", Level::Ok),
+            ("6.18.5+deb\n", Level::Ok),
+            ("odd", Level::Warn),
+        ] {
+            assert_eq!(kernel(release).level, level, "{release}");
+        }
+    }
+
+    #[test]
+    fn privileges_are_those_of_the_process() {
+        let status = |held: u64| format!("Name:\tlbd\nCapEff:\t{held:016x}\n");
+        let all = 1 << 12 | 1 << 38 | 1 << 39;
+        assert_eq!(privileges(&status(all)).map(|f| f.level), Some(Level::Ok));
+        let lacking = privileges(&status(all & !(1 << 39))).expect("it was read");
+        assert!(lacking.level == Level::Fail && lacking.what.contains("CAP_BPF"), "{lacking:?}");
+        assert_eq!(privileges(""), None);
+    }
+
+    #[test]
+    fn memory_and_jit() {
+        assert_eq!(memory("MemAvailable:   2000000 kB\n").level, Level::Ok);
+        assert_eq!(memory("MemAvailable:   200000 kB\n").level, Level::Warn);
+        let all = [Ok(true), Ok(false), Err(Some(libc::EPERM)), Err(None)].map(|found| jit(found).level);
+        assert_eq!(all, [Level::Ok, Level::Fail, Level::Warn, Level::Warn]);
+    }
+}

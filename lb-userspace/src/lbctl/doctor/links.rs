@@ -1,0 +1,155 @@
+//! The interfaces that the program runs on, and addresses that should not be this host's.
+
+use super::Finding;
+use crate::{
+    apply::offloads::{self, Trouble},
+    serve::api::types::{Interface, ServiceInfo, Status},
+};
+use futures_util::TryStreamExt;
+use rtnetlink::{
+    Handle,
+    packet_route::{address::AddressAttribute, link::LinkAttribute, link::State},
+};
+use std::{collections::BTreeSet, fs, net::IpAddr};
+
+/// Index of the loopback interface: the first in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// Looks at them.
+pub async fn examine(status: &Status, services: &[ServiceInfo]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let Ok((connection, handle, _)) = rtnetlink::new_connection() else {
+        return vec![Finding::warn("interfaces", "cannot open a netlink socket", "run it as root (sudo)")];
+    };
+    let connection = tokio::spawn(connection);
+    for interface in &status.interfaces {
+        found.extend(one(&handle, interface).await);
+    }
+    for waiting in &status.loaded.waiting {
+        let fix = "lbd tries again each second";
+        found.push(Finding::fail(format!("interface {}", waiting.name), &waiting.reason, fix));
+    }
+    found.extend(vips(&handle, status, services).await);
+    connection.abort();
+    found
+}
+
+async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
+    let about = format!("interface {}", interface.name);
+    let mut found = Vec::new();
+    let link = handle.link().get().match_index(interface.ifindex).execute().try_next().await;
+    let Ok(Some(link)) = link else {
+        let fix = "restart lbd once it is back, or take it out of `iface`";
+        return vec![Finding::fail(about, "gone", fix)];
+    };
+    let state = link
+        .attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::OperState(s) = a { Some(*s) } else { None });
+    match state {
+        Some(State::Up | State::Unknown) | None => {}
+        Some(state) => {
+            let fix = format!("`ip link set dev {} up`, and look at its cable or peer", interface.name);
+            found.push(Finding::fail(&about, format!("is {state:?}").to_lowercase(), fix));
+        }
+    }
+    found.push(if interface.mode == "driver" {
+        Finding::ok(&about, "the program runs in the driver")
+    } else {
+        let what = "the program runs in generic mode, at a fraction of the speed";
+        match &interface.why_generic {
+            Some(why) => Finding::warn(&about, what, why),
+            None => {
+                let fix =
+                    "use a NIC whose driver has native XDP; after `lbd detach`, a start says why it refuses";
+                Finding::warn(&about, what, fix)
+            }
+        }
+    });
+    // Generic mode sees packets after the host has put their tags back.
+    if interface.mode == "driver" {
+        found.extend(offloads(&about, &interface.name));
+    }
+    found.extend(reverse_path(&about, &interface.name));
+    found
+}
+
+/// Offloads that do not go with XDP.
+fn offloads(about: &str, name: &str) -> Vec<Finding> {
+    match offloads::examine(name) {
+        None => vec![Finding::warn(about, "offloads not looked at", "see `ethtool -k` for lro and rxvlan")],
+        Some(troubles) if troubles.is_empty() => {
+            vec![Finding::ok(about, "no offload changes packets before the program")]
+        }
+        Some(troubles) => troubles.into_iter().map(|trouble| of_trouble(about, trouble)).collect(),
+    }
+}
+
+fn of_trouble(about: &str, trouble: Trouble) -> Finding {
+    let fix = format!("{}, or `fix_offloads = true` in [lbd]", trouble.fix);
+    if trouble.is_certain {
+        Finding::fail(about, trouble.what, fix)
+    } else {
+        Finding::warn(about, trouble.what, fix)
+    }
+}
+
+/// Only packets that the program hands to the host are looked at by the kernel; strictness loses some of those.
+fn reverse_path(about: &str, name: &str) -> Option<Finding> {
+    let of = |scope: &str| {
+        let path = format!("/proc/sys/net/ipv4/conf/{scope}/rp_filter");
+        fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u8>().ok())
+    };
+    let strict = of("all")?.max(of(name)?) == 1;
+    strict.then(|| {
+        let what = "strict reverse path filtering: answers of workers that ask for this host by another way are lost";
+        let fix = format!("`sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{name}.rp_filter=2`");
+        Finding::warn(about, what, fix)
+    })
+}
+
+/// VIPs on an interface other than loopback: whoever asks on that link is answered by this host, and by it alone.
+async fn vips(handle: &Handle, status: &Status, services: &[ServiceInfo]) -> Vec<Finding> {
+    let wanted: BTreeSet<IpAddr> = services.iter().map(|s| s.spec.vip).collect();
+    let announced = status.announcement.is_some();
+    let mut found = Vec::new();
+    let mut addresses = handle.address().get().execute();
+    while let Ok(Some(message)) = addresses.try_next().await {
+        let address = message.attributes.iter().find_map(|a| match a {
+            AddressAttribute::Local(ip) | AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        });
+        let Some(vip) = address.filter(|ip| wanted.contains(ip)) else { continue };
+        if message.header.index != LOOPBACK && !announced {
+            let fix = "let routers lead to it through this host, or announce it; then `ip address del` takes it off";
+            let what =
+                "is an address of an interface of this host, whose stack answers what the program passes";
+            found.push(Finding::warn(format!("VIP {vip}"), what, fix));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Level;
+    use super::*;
+
+    #[test]
+    fn offloads_fail_where_packets_are_wrong_for_certain() {
+        let trouble = |is_certain| Trouble {
+            feature: crate::apply::ethtool::RX_VLAN,
+            what: "rx-vlan-offload is on".to_owned(),
+            fix: "`ethtool -K eth0 rxvlan off`".to_owned(),
+            is_certain,
+        };
+        let certain = of_trouble("interface eth0", trouble(true));
+        assert_eq!(certain.level, Level::Fail);
+        assert!(
+            certain
+                .fix
+                .is_some_and(|f| f.contains("ethtool -K eth0 rxvlan off") && f.contains("fix_offloads"))
+        );
+        assert_eq!(of_trouble("interface eth0", trouble(false)).level, Level::Warn);
+    }
+}

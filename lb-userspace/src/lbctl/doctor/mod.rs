@@ -1,0 +1,327 @@
+//! `lbctl doctor`: looks at this host, its interfaces, and the way to each worker, and says what is wrong and what
+//! mends it.
+//!
+//! Input: what lbd says of itself (none if it cannot be reached), and the host. Output: [`Finding`]s. Changes nothing;
+//! to the workers it sends pings and one connection attempt through each tunnel, for which it needs `CAP_NET_RAW`.
+//! Called by `cli`.
+
+mod host;
+mod links;
+mod mtu;
+mod packet;
+mod tunnel;
+
+use crate::{
+    desired::model::{ForwardingMode, Health, Name, Protocol, Service},
+    serve::api::types::{BackendInfo, ServiceInfo, Status},
+};
+use lb_common::{backend::mode, mapped};
+use serde::Serialize;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+};
+
+/// How good or bad something is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Works, and could be better; or could not be looked at.
+    Warn,
+    /// Something does not work.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// How it is.
+    pub level: Level,
+    /// What was looked at.
+    pub about: String,
+    /// What was found.
+    pub what: String,
+    /// What mends it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
+}
+
+impl Finding {
+    fn ok(about: impl Into<String>, what: impl Into<String>) -> Self {
+        Self { level: Level::Ok, about: about.into(), what: what.into(), fix: None }
+    }
+
+    fn warn(about: impl Into<String>, what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { level: Level::Warn, about: about.into(), what: what.into(), fix: Some(fix.into()) }
+    }
+
+    fn fail(about: impl Into<String>, what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { level: Level::Fail, ..Self::warn(about, what, fix) }
+    }
+}
+
+/// What lbd says.
+#[derive(Clone, Debug)]
+pub struct Said {
+    /// `GET /v1/status`.
+    pub status: Status,
+    /// `GET /v1/services`.
+    pub services: Vec<ServiceInfo>,
+    /// `GET /v1/backends`.
+    pub backends: Vec<BackendInfo>,
+}
+
+/// What to look at.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Directory of the pins.
+    pub pin_path: PathBuf,
+    /// Whether packets are sent to the workers.
+    pub probe: bool,
+}
+
+/// Looks at everything. Takes some seconds where workers do not answer.
+pub async fn examine(plan: &Plan, said: Option<&Said>) -> Vec<Finding> {
+    let mut found = host::examine(&plan.pin_path);
+    let Some(said) = said else { return found };
+    found.extend(host::daemon(&said.status));
+    found.extend(links::examine(&said.status, &said.services).await);
+    found.extend(backends(said));
+    if plan.probe {
+        let ways = ways(said);
+        let probed = tokio::task::spawn_blocking(move || probe(&ways)).await;
+        found.extend(probed.unwrap_or_default());
+    }
+    found
+}
+
+/// Backends as lbd sees them.
+fn backends(said: &Said) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let forwards = host::forwards();
+    let mut reachable: BTreeMap<&Name, usize> = BTreeMap::new();
+    for backend in &said.backends {
+        let about = format!("backend {}/{}", backend.service, backend.name);
+        let is_local =
+            said.services.iter().any(|s| s.name == backend.service && s.spec.mode == ForwardingMode::Local);
+        match (&backend.status.problem, &backend.status.next_hop) {
+            (Some(problem), _) => {
+                let fix = "see `ip route get` and `ip neigh` for its address; lbd follows both";
+                found.push(Finding::fail(&about, problem, fix));
+            }
+            (None, None) if !is_local => {
+                let fix = format!("`ping {}` from here, and look at `ip neigh`", backend.spec.address);
+                found.push(Finding::warn(
+                    &about,
+                    "its next hop is not known: each packet asks the kernel",
+                    fix,
+                ));
+                if !forwards(backend.spec.address.is_ipv4()) {
+                    let fix = "`sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1`";
+                    let what = "packets that ask the kernel are refused: this host does not forward";
+                    found.push(Finding::fail(about, what, fix));
+                }
+            }
+            _ if backend.status.health == Health::Unhealthy => {
+                let why =
+                    backend.status.last_probe.as_ref().map_or(String::new(), |p| format!(": {}", p.reason));
+                let fix = format!("`lbctl backend show {} {}` has its probes", backend.service, backend.name);
+                found.push(Finding::warn(about, format!("unhealthy{why}"), fix));
+            }
+            _ => *reachable.entry(&backend.service).or_default() += 1,
+        }
+    }
+    // One line for all that is well: there may be thousands.
+    found.extend(reachable.into_iter().map(|(service, count)| {
+        let all = said.backends.iter().filter(|b| b.service == *service).count();
+        Finding::ok(
+            format!("backends of {service}"),
+            format!("{count} of {all} are reachable, as far as lbd knows"),
+        )
+    }));
+    if said.backends.is_empty() {
+        found.push(Finding::ok("backends", "none"));
+    }
+    found
+}
+
+/// A worker as packets of one service reach it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Way {
+    service: Name,
+    spec: Service,
+    backend: Name,
+    address: IpAddr,
+    /// Largest packet that the first link takes, as far as known.
+    mtu: u16,
+    /// Bytes that this mode adds.
+    overhead: usize,
+}
+
+/// All ways that leave this host.
+fn ways(said: &Said) -> Vec<Way> {
+    let specs: BTreeMap<&Name, &Service> = said.services.iter().map(|s| (&s.name, &s.spec)).collect();
+    let way = |b: &BackendInfo| {
+        let spec = *specs.get(&b.service)?;
+        let overhead = overhead(spec, b.spec.address)?;
+        Some(Way {
+            service: b.service.clone(),
+            spec: spec.clone(),
+            backend: b.name.clone(),
+            address: b.spec.address,
+            mtu: b.status.next_hop.map_or(1_500, |hop| hop.mtu),
+            overhead,
+        })
+    };
+    said.backends.iter().filter_map(way).collect()
+}
+
+/// Bytes that a service's mode puts around a packet to this address; None if it leaves nothing for others to carry.
+fn overhead(service: &Service, address: IpAddr) -> Option<usize> {
+    let mode = match service.mode {
+        ForwardingMode::Ipip => mode::IPIP,
+        ForwardingMode::Gue if service.has_second_chance() => mode::GUE_CHAIN,
+        ForwardingMode::Gue => mode::GUE,
+        // A router's or the worker's own larger header is all that translation can add.
+        ForwardingMode::L2 | ForwardingMode::Nat => return Some(0),
+        ForwardingMode::Local => return None,
+    };
+    let address = match address {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    };
+    lb_ebpf::forward::overhead(&lb_common::Backend { address, mode, ..Default::default() })
+}
+
+/// Measures each worker's path, and tries each tunnel.
+fn probe(ways: &[Way]) -> Vec<Finding> {
+    let mut targets: BTreeMap<IpAddr, u16> = BTreeMap::new();
+    for way in ways {
+        let mtu = targets.entry(way.address).or_insert(way.mtu);
+        *mtu = way.mtu.max(*mtu);
+    }
+    let paths = match mtu::measure(&targets) {
+        Ok(paths) => paths,
+        Err(error) => {
+            let fix = "run it as root (sudo), or with CAP_NET_RAW";
+            return vec![Finding::warn("paths", format!("not measured: {error}"), fix)];
+        }
+    };
+    let mut found: Vec<Finding> = paths.iter().map(|(address, path)| mtu::finding(*address, *path)).collect();
+    let services: BTreeSet<&Name> = ways.iter().map(|way| &way.service).collect();
+    for service in services {
+        found.extend(segments(service, ways, &paths));
+    }
+    found.extend(tunnel::examine(ways));
+    found
+}
+
+/// What fits through to all of a service's workers, and what to tell clients of it.
+fn segments(service: &Name, ways: &[Way], paths: &BTreeMap<IpAddr, mtu::Path>) -> Option<Finding> {
+    let of_service = ways.iter().filter(|way| way.service == *service);
+    let inner = |way: &Way| match paths.get(&way.address)? {
+        mtu::Path::Takes(mtu) => Some(usize::from(*mtu).saturating_sub(way.overhead)),
+        mtu::Path::Silent => None,
+    };
+    let (least, way) =
+        of_service.filter_map(|way| Some((inner(way)?, way))).min_by_key(|(least, _)| *least)?;
+    let about = format!("service {service}");
+    Some(hint(about, least, way))
+}
+
+/// Packets of a client whose own links have the usual MTU.
+const USUAL_MTU: usize = 1_500;
+const TCP_HEADER: usize = 20;
+const UDP_HEADER: usize = 8;
+
+fn hint(about: String, least: usize, way: &Way) -> Finding {
+    let (headers, family) = if way.spec.vip.is_ipv4() { (40, "-4") } else { (60, "-6") };
+    let mss = least.saturating_sub(headers);
+    let what = format!(
+        "packets of up to {least} bytes reach its workers ({} bytes of headers added towards {})",
+        way.overhead, way.backend
+    );
+    if least >= USUAL_MTU {
+        let mss = if way.spec.protocol == Protocol::Udp { String::new() } else { format!(": MSS {mss}") };
+        return Finding::ok(about, format!("{what}{mss}"));
+    }
+    let what = format!("{what}: larger ones are answered with ICMP too big");
+    let needed = USUAL_MTU + way.overhead;
+    let raise = format!(
+        "raise the MTU between here and there to {needed} (drivers that refuse it while a program is attached, igb for one: \
+         `lbd detach`, `ip link set dev IFACE mtu {needed}`, then start lbd)"
+    );
+    let fix = if way.spec.protocol == Protocol::Udp {
+        let payload = least.saturating_sub(headers - TCP_HEADER + UDP_HEADER);
+        format!("{raise}; or let clients and servers send datagrams of at most {payload} bytes")
+    } else {
+        format!(
+            "let the workers offer clients an MSS of {mss}: `ip {family} route change default via ROUTER advmss {mss}` \
+             on each (or TCP_MAXSEG {mss} on its listener); or {raise}"
+        )
+    };
+    Finding::warn(about, what, fix)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn way(vip: &str, mode: &str, address: &str) -> Way {
+        let text = format!(
+            "[[service]]\nname = \"web\"\nvip = \"{vip}\"\nport = 80\nprotocol = \"tcp\"\nmode = \"{mode}\"\n\
+             [[service.backend]]\nname = \"w1\"\naddress = \"{address}\"\n"
+        );
+        let file = crate::desired::config::File::parse(&text).expect("it is sound");
+        let desired = file.desired.expect("it has services");
+        let (name, spec) = desired.services.iter().next().expect("one");
+        let address = address.parse().expect("an address");
+        let overhead = overhead(spec, address).expect("it leaves this host");
+        let backend = spec.backends.keys().next().expect("one").clone();
+        Way { service: name.clone(), spec: (**spec).clone(), backend, address, mtu: 1_500, overhead }
+    }
+
+    #[test]
+    fn what_fits_is_the_path_without_the_headers_of_the_mode() {
+        for (vip, mode, address, overhead) in [
+            ("192.0.2.1", "ipip", "10.0.0.1", 20),
+            ("192.0.2.1", "ipip", "fd00::1", 40),
+            ("2001:db8::1", "ipip", "fd00::1", 40),
+            ("192.0.2.1", "l2", "10.0.0.1", 0),
+            ("192.0.2.1", "nat", "10.0.0.1", 0),
+        ] {
+            assert_eq!(way(vip, mode, address).overhead, overhead, "{mode} to {address}");
+        }
+    }
+
+    #[test]
+    fn the_number_is_what_advmss_takes() {
+        let paths = |address: &str, mtu| {
+            BTreeMap::from([(address.parse().expect("an address"), mtu::Path::Takes(mtu))])
+        };
+        let found = |way: &Way, mtu| {
+            segments(&way.service, std::slice::from_ref(way), &paths(&way.address.to_string(), mtu))
+                .expect("it was measured")
+        };
+        let v4 = way("192.0.2.1", "ipip", "10.0.0.1");
+        let short = found(&v4, 1_400);
+        assert_eq!(short.level, Level::Warn);
+        assert!(short.fix.as_deref().is_some_and(|f| f.contains("advmss 1340")), "{short:?}");
+        assert!(short.fix.as_deref().is_some_and(|f| f.contains("to 1520")), "{short:?}");
+        let v6 = way("2001:db8::1", "ipip", "fd00::1");
+        assert!(found(&v6, 1_400).fix.is_some_and(|f| f.contains("advmss 1300")));
+        assert_eq!(found(&v4, 1_520).level, Level::Ok);
+        let mut udp = v4.clone();
+        udp.spec.protocol = Protocol::Udp;
+        let fix = found(&udp, 1_400).fix.expect("it is short");
+        assert!(
+            !fix.contains("MSS") && fix.contains("at most 1352 bytes") && fix.contains("detach"),
+            "{fix}"
+        );
+        assert!(!found(&udp, 1_520).what.contains("MSS"));
+        assert_eq!(found(&v4, 9_000).level, Level::Ok);
+    }
+}

@@ -1,0 +1,66 @@
+//! This host, and the VIPs that it announces.
+
+use super::{
+    Out, Tone,
+    observe::{ago, fields},
+    table::{Table, plain, toned},
+    units,
+};
+use crate::{
+    apply::announce::{Announcement, VipState},
+    serve::api::host::HostInfo,
+};
+use std::io;
+
+/// Whether a VIP is on the host, in words: `on lo`, `off (no backend takes new flows)`.
+pub fn vip_state(v: &VipState) -> String {
+    let interface = &v.interface;
+    match (&v.foreign, v.on, v.decision.is_on()) {
+        (Some(other), ..) => format!("on {other}, not by lbd, which leaves it alone"),
+        (None, true, true) => format!("on {interface}"),
+        (None, false, true) => "about to be put on".to_owned(),
+        (None, true, false) => format!("about to be taken off: {}", v.decision),
+        (None, false, false) => format!("off: {}", v.decision),
+    }
+}
+
+/// One line for `lbctl status`.
+pub fn summary(a: &Announcement) -> String {
+    let on = a.on().count();
+    format!("{on} of {} VIPs on {}", a.vips.len(), a.interface)
+}
+
+/// `lbctl host show`.
+///
+/// # Errors
+/// Writing failed.
+pub fn host(out: &mut Out<'_>, h: &HostInfo) -> io::Result<()> {
+    let mut pairs = vec![("host", format!("{} in {}, zone {}", h.host, h.region, h.zone))];
+    match &h.announcement {
+        None => pairs.push(("announces", "nothing: lbd was started without --announce".to_owned())),
+        Some(a) => {
+            pairs.push(("announces", summary(a)));
+            if let Some(problem) = &a.problem {
+                pairs.push(("problem", problem.clone()));
+            }
+        }
+    }
+    if let Some(drain) = &h.drain {
+        let reason = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
+        pairs.push(("drains", format!("since {} ago, by {}{reason}", ago(drain.since_ms), drain.author)));
+        if let (Some(rate), Some(quiet)) = (h.packets_per_s, h.quiet_ms) {
+            pairs
+                .push(("still comes", format!("{rate} packets/s, quiet for {}", units::span(quiet / 1_000))));
+        }
+    }
+    fields(out, &pairs)?;
+    let Some(a) = h.announcement.as_ref().filter(|a| !a.vips.is_empty()) else { return Ok(()) };
+    out.line("")?;
+    let mut table = Table::new(&["VIP", "ANNOUNCED", "SINCE", "WHY"], out.colour);
+    for v in &a.vips {
+        let on = if v.on { toned("on", Tone::Good) } else { toned("off", Tone::Bad) };
+        let why = if v.foreign.is_some() { vip_state(v) } else { v.decision.to_string() };
+        table.row([toned(v.vip, Tone::Strong), on, plain(ago(v.since_ms)), plain(why)]);
+    }
+    table.print(out)
+}

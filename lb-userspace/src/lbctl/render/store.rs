@@ -1,0 +1,133 @@
+//! The store, its members, the hosts that share it, and its locks.
+
+use super::{
+    Out, Tone,
+    observe::{ago, fields},
+    table::{Table, plain, toned},
+    units,
+};
+use crate::{
+    desired::store::Lock,
+    serve::api::store::{Lag, StoreInfo},
+};
+use std::io;
+
+fn lag(lag: &Lag) -> [(String, Option<Tone>); 3] {
+    let ms = |ms: u64| if lag.changes == 0 { plain("-") } else { plain(units::micros(ms * 1_000)) };
+    [ms(lag.last_ms), ms(lag.mean_ms), ms(lag.max_ms)]
+}
+
+fn behind(revisions: u64) -> (String, Option<Tone>) {
+    if revisions == 0 { plain("0") } else { toned(revisions, Tone::Warn) }
+}
+
+/// `lbctl store status`.
+///
+/// # Errors
+/// Writing failed.
+pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
+    let r = &s.revision;
+    let link = if s.link.connected {
+        format!("connected for {}", ago(s.link.since_ms))
+    } else {
+        format!(
+            "cut off for {}: {}",
+            ago(s.link.since_ms),
+            s.link.problem.as_deref().unwrap_or("not connected yet")
+        )
+    };
+    let by = if s.orphaned_services > 0 {
+        format!(
+            "empty, but the maps hold {} services, forwarded as before: see `lbctl status`",
+            s.orphaned_services
+        )
+    } else if r.number == 0 {
+        "empty".to_owned()
+    } else {
+        format!("by {}, {}", r.author, units::time(r.time_ms))
+    };
+    fields(
+        out,
+        &[
+            ("store", format!("{} at {}", s.about.engine, s.about.place)),
+            ("id", s.about.id.clone()),
+            ("this host", link),
+            ("revision", format!("{} {by}", r.number)),
+        ],
+    )?;
+    out.line("")?;
+    let mut table = Table::new(&["MEMBER", "ADDRESS", "ROLE", "VERSION", ">SIZE", "STATE"], out.colour);
+    for m in &s.about.members {
+        let state = match (&m.problem, m.healthy) {
+            (None, true) => toned("healthy", Tone::Good),
+            (Some(problem), _) => toned(problem, Tone::Bad),
+            (None, false) => toned("unhealthy", Tone::Bad),
+        };
+        let role = if m.leader { "leader" } else { "follower" };
+        table.row([
+            toned(if m.name.is_empty() { "?" } else { &m.name }, Tone::Strong),
+            plain(&m.address),
+            plain(if m.healthy { role } else { "-" }),
+            plain(&m.version),
+            plain(units::bytes(m.size_bytes)),
+            state,
+        ]);
+    }
+    table.print(out)?;
+    if s.hosts.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    let headings = ["REGION", ">HOSTS", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX"];
+    let mut table = Table::new(&headings, out.colour);
+    for region in &s.regions {
+        let [last, mean, max] = lag(&region.lag);
+        table.row([
+            toned(&region.region, Tone::Strong),
+            plain(region.hosts),
+            behind(region.behind),
+            last,
+            mean,
+            max,
+        ]);
+    }
+    table.print(out)?;
+    out.line("")?;
+    let headings =
+        ["HOST", "REGION", "ZONE", ">REVISION", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX", "TABLES", "SINCE"];
+    let mut table = Table::new(&headings, out.colour);
+    for host in &s.hosts {
+        let [last, mean, max] = lag(&host.lag);
+        table.row([
+            toned(&host.host, Tone::Strong),
+            plain(&host.region),
+            plain(&host.zone),
+            plain(host.revision),
+            behind(r.number.saturating_sub(host.revision)),
+            last,
+            mean,
+            max,
+            plain(&host.table_hash),
+            plain(ago(host.time_ms)),
+        ]);
+    }
+    table.print(out)
+}
+
+/// `lbctl rollout status`.
+///
+/// # Errors
+/// Writing failed.
+pub fn locks(out: &mut Out<'_>, list: &[Lock]) -> io::Result<()> {
+    let mut table = Table::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">RUNS OUT IN"], out.colour);
+    for lock in list {
+        table.row([
+            toned(&lock.name, Tone::Strong),
+            plain(&lock.holder),
+            plain(&lock.reason),
+            plain(ago(lock.since_ms)),
+            plain(units::span(lock.left_s)),
+        ]);
+    }
+    table.print(out)
+}

@@ -1,0 +1,313 @@
+//! `lbd worker`: takes encapsulated packets on a worker and hands them to its own stack.
+//!
+//! Input: interfaces, this worker's addresses, the VIPs that it serves. Output: the decap program attached,
+//! the VIPs on the loopback interface, and a warning for each setting of the host that would lose packets.
+//! Runs until told to stop; decapsulation goes on after it. Called by the binary.
+
+use crate::{
+    apply::{
+        dataplane::{DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, pinned_vips},
+        offloads,
+    },
+    desired::config::SettingsError,
+    lbd::{
+        worker_route,
+        {args::Worker, xdp_log},
+    },
+    observed::neighbour::netlink::address_in,
+    serve::metrics,
+};
+use anyhow::Context;
+use futures_util::TryStreamExt;
+use lb_common::{Address, mapped, settings::DecapSettings};
+use rtnetlink::{
+    Handle,
+    packet_route::address::{
+        AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressProtocol,
+    },
+};
+use sd_notify::NotifyState;
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv6Addr},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Marks the addresses that we put on the loopback interface, for people (`ip address` shows it) and for a worker whose
+/// pins have gone. Kernels before 5.18 do not keep it (IFA_PROTO): which addresses are ours is in the pinned maps.
+const OURS: u8 = 0x6c;
+/// How often interfaces are looked for.
+const LOOK: Duration = Duration::from_secs(1);
+/// Index of the loopback interface: the first in every network namespace.
+const LOOPBACK: u32 = 1;
+/// Largest packet of a client whose path has the usual MTU.
+const USUAL_MTU: u32 = 1_500;
+/// Largest encapsulation: IPv6, UDP and GUE.
+const OVERHEAD: u32 = 40 + 8 + 4;
+
+/// Runs until told to stop.
+///
+/// # Errors
+/// The start failed; nothing that ran before was touched.
+pub async fn run(args: Worker) -> anyhow::Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
+    tokio::spawn(connection);
+    if args.detach {
+        return stop_for_good(&handle, &args).await;
+    }
+    check_vips(&args.vip)?;
+    let metrics = match args.metrics.as_str() {
+        "off" => None,
+        text => Some(
+            text.parse().with_context(|| format!("--metrics {text:?} is neither ADDRESS:PORT nor off"))?,
+        ),
+    };
+    let metrics = metrics::bind(metrics, true).await?;
+    let addresses = if args.address.is_empty() {
+        own_addresses(&handle, &args.iface).await?
+    } else {
+        args.address.iter().copied().collect()
+    };
+    if addresses.is_empty() {
+        let what = format!("{} has none: give the worker's with --address", args.iface.join(", "));
+        return Err(SettingsError { setting: "address", what }.into());
+    }
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    if args.fix_offloads {
+        args.iface.iter().for_each(|name| offloads::fix(name));
+    }
+    let options = DecapOptions {
+        interfaces: args.iface.clone(),
+        allow_generic: args.allow_generic,
+        pin_path: args.pin_path.clone(),
+        settings: DecapSettings { gue_port: args.gue_port, ..DecapSettings::DEFAULT },
+        log_level: xdp_log::number(args.xdp_log_level),
+        cookies: args.syn_cookies,
+    };
+    // What it must know stands in its maps at once: a first packet after the attachment is let through or
+    // dropped by rule, never by chance. Adopted maps already hold what the last daemon served.
+    let mut decap = tokio::task::spawn_blocking(move || DecapDataplane::attach(&options)).await??;
+    decap.set_addresses(&addresses.iter().map(to_address).collect())?;
+    // What was served before stays in the maps until its address is off the host: if this start is killed, the next one
+    // still knows.
+    let (before, vips) = (decap.served()?, args.vip.iter().map(to_address).collect::<BTreeSet<_>>());
+    decap.set_vips(&before.union(&vips).copied().collect())?;
+    if let Some(from) = decap.take_over()? {
+        tracing::info!(from, to = lb_common::ABI_VERSION, "taken over from another ABI version");
+    }
+    tell_of(&decap);
+    put_vips(&handle, &args.vip, &before.difference(&vips).map(to_ip).collect()).await?;
+    decap.set_vips(&vips)?;
+    tokio::spawn(attach_later(decap.interfaces.clone()));
+    for warning in warnings(&handle, &args).await {
+        tracing::warn!("{warning}");
+    }
+    xdp_log::start(decap.bpf_mut(), args.xdp_log_level);
+    let decap = Arc::new(Mutex::new(decap));
+    if args.syn_cookies {
+        tokio::spawn(worker_route::follow(Arc::clone(&decap)));
+    }
+    if let Some(listener) = metrics {
+        let text =
+            move || metrics::worker_text(&decap.lock().unwrap_or_else(PoisonError::into_inner).reasons());
+        tokio::spawn(metrics::serve_text(listener, std::future::pending(), text));
+    } else {
+        // Keeps the pins' lock for as long as we live.
+        std::mem::forget(decap);
+    }
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tracing::info!(addresses = %list(&addresses), vips = %list(&args.vip), "ready");
+    let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            () = tokio::time::sleep(watchdog.unwrap_or(Duration::from_secs(3_600))) => {
+                let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+            }
+        }
+    }
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    tracing::info!("stopping; decapsulation goes on, and the VIPs stay");
+    Ok(())
+}
+
+/// Says how the programs came to run.
+fn tell_of(decap: &DecapDataplane) {
+    for one in &decap.left_out {
+        tracing::warn!(program = one.program, "left out: {}", one.reason);
+    }
+    for i in decap.interfaces.attached() {
+        let why = i.why_generic.unwrap_or_default();
+        tracing::info!(interface = i.name, mode = i.mode, why, adopted = decap.adopted, "attached");
+    }
+    for waiting in decap.interfaces.waiting() {
+        tracing::warn!(interface = waiting.name, "not attached, tried again each second: {}", waiting.reason);
+    }
+}
+
+/// Attaches to interfaces that come, or come back, while the worker runs.
+async fn attach_later(interfaces: Arc<Interfaces>) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let interfaces = interfaces.clone();
+        let Ok(new) = tokio::task::spawn_blocking(move || interfaces.try_again()).await else { return };
+        for i in new {
+            tracing::info!(interface = i.name, mode = i.mode, "attached");
+        }
+    }
+}
+
+fn list<'a>(addresses: impl IntoIterator<Item = &'a IpAddr>) -> String {
+    addresses.into_iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+fn check_vips(vips: &[IpAddr]) -> Result<(), SettingsError> {
+    let bad = vips.iter().find(|vip| vip.is_unspecified() || vip.is_multicast() || vip.is_loopback());
+    match bad {
+        Some(vip) => Err(SettingsError {
+            setting: "vip",
+            what: format!("{vip} is no address that clients could reach"),
+        }),
+        None => Ok(()),
+    }
+}
+
+fn to_address(ip: &IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn to_ip(address: &Address) -> IpAddr {
+    Ipv6Addr::from(*address).to_canonical()
+}
+
+async fn addresses_of(handle: &Handle, ifindex: u32) -> anyhow::Result<Vec<AddressMessage>> {
+    let request = handle.address().get().set_link_index_filter(ifindex);
+    request.execute().try_collect().await.context("cannot read the addresses of interfaces")
+}
+
+/// Global addresses of interfaces.
+async fn own_addresses(handle: &Handle, interfaces: &[String]) -> anyhow::Result<BTreeSet<IpAddr>> {
+    let mut found = BTreeSet::new();
+    for name in interfaces {
+        let Ok(ifindex) = nix::net::if_::if_nametoindex(name.as_str()) else {
+            let all = nix::net::if_::if_nameindex().context("cannot list interfaces")?;
+            let mut present: Vec<String> =
+                all.iter().map(|i| i.name().to_string_lossy().into_owned()).collect();
+            present.sort();
+            let (interface, present) = (name.clone(), present.join(", "));
+            return Err(DataplaneError::NoInterface { interface, present }.into());
+        };
+        let all = addresses_of(handle, ifindex).await?;
+        let link_local = |ip: &IpAddr| matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        found.extend(all.iter().filter_map(address_in).filter(|ip| !link_local(ip)));
+    }
+    Ok(found)
+}
+
+/// Puts VIPs on the loopback interface, and takes off those that an earlier start put there and are not served any more.
+async fn put_vips(handle: &Handle, vips: &[IpAddr], no_longer: &BTreeSet<IpAddr>) -> anyhow::Result<()> {
+    let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
+    handle.link().set(up).execute().await.context("cannot set the loopback interface up")?;
+    for vip in vips {
+        let length = if vip.is_ipv4() { 32 } else { 128 };
+        let mut request = handle.address().add(LOOPBACK, *vip, length).replace();
+        let message = request.message_mut();
+        message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(OURS)));
+        if vip.is_ipv6() {
+            // On the loopback interface there is nobody to ask, and a tentative address takes no packets.
+            message.header.flags |= AddressHeaderFlags::Nodad;
+            message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+        }
+        request.execute().await.with_context(|| format!("cannot put {vip} on the loopback interface"))?;
+    }
+    take_off(handle, |ip, _| no_longer.contains(&ip)).await
+}
+
+/// Takes addresses off the loopback interface; `which` sees each with whether it is marked as ours.
+async fn take_off(handle: &Handle, which: impl Fn(IpAddr, bool) -> bool) -> anyhow::Result<()> {
+    for message in addresses_of(handle, LOOPBACK).await? {
+        let Some(ip) = address_in(&message) else { continue };
+        let mark = AddressAttribute::Protocol(AddressProtocol::Other(OURS));
+        if which(ip, message.attributes.contains(&mark)) {
+            tracing::info!(vip = %ip, "taken off the loopback interface");
+            let request = handle.address().del(message);
+            request
+                .execute()
+                .await
+                .with_context(|| format!("cannot take {ip} off the loopback interface"))?;
+        }
+    }
+    Ok(())
+}
+
+async fn stop_for_good(handle: &Handle, args: &Worker) -> anyhow::Result<()> {
+    let pins = args.pin_path.clone();
+    let served = tokio::task::spawn_blocking(move || {
+        let served = pinned_vips(&pins)?;
+        detach(&pins).map(|()| served)
+    });
+    // Without maps to tell them, those that are marked are ours.
+    let served = served.await??.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
+    let is_ours = |ip: &IpAddr, is_marked: bool| served.as_ref().map_or(is_marked, |all| all.contains(ip));
+    take_off(handle, |ip, is_marked| is_ours(&ip, is_marked) || args.vip.contains(&ip)).await?;
+    tracing::info!(pins = %args.pin_path.display(), "detached");
+    Ok(())
+}
+
+/// A number under `/proc/sys/net/`.
+fn sysctl(path: &str) -> Option<u32> {
+    fs::read_to_string(format!("/proc/sys/net/{path}")).ok()?.trim().parse().ok()
+}
+
+/// What about this host would lose packets, each with the command that mends it.
+async fn warnings(handle: &Handle, args: &Worker) -> Vec<String> {
+    let mut found = Vec::new();
+    let (v4, v6) = (args.vip.iter().any(IpAddr::is_ipv4), args.vip.iter().any(IpAddr::is_ipv6));
+    for name in &args.iface {
+        let of = |scope: &str, key: &str| sysctl(&format!("ipv4/conf/{scope}/{key}")).unwrap_or(0);
+        let effective = |key: &str| of("all", key).max(of(name, key));
+        if v4 && effective("rp_filter") == 1 {
+            found.push(format!(
+                "strict reverse path filtering on {name} drops clients whose replies leave by another interface: \
+                 `sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{name}.rp_filter=2`"
+            ));
+        }
+        if v4 && effective("arp_ignore") == 0 {
+            found.push(format!(
+                "{name} answers ARP for the VIPs, which takes them from the balancer if both share a link: \
+                 `sysctl -w net.ipv4.conf.{name}.arp_ignore=1 net.ipv4.conf.{name}.arp_announce=2`"
+            ));
+        }
+        if v6 && sysctl(&format!("ipv6/conf/{name}/disable_ipv6")) == Some(1) {
+            found.push(format!(
+                "IPv6 is off on {name}, and packets for IPv6 VIPs are dropped: \
+                 `sysctl -w net.ipv6.conf.{name}.disable_ipv6=0`"
+            ));
+        }
+        if let Some(mtu) = mtu(handle, name).await
+            && mtu < USUAL_MTU + OVERHEAD
+        {
+            found.push(format!(
+                "{name} has MTU {mtu}: packets of {USUAL_MTU} bytes do not fit once encapsulated, so the balancer \
+                 tells clients to send smaller ones; with jumbo frames between balancer and workers they need not: \
+                 `ip link set dev {name} mtu 1600` or more, here and there"
+            ));
+        }
+    }
+    found
+}
+
+async fn mtu(handle: &Handle, name: &str) -> Option<u32> {
+    use rtnetlink::packet_route::link::LinkAttribute;
+    let message = handle.link().get().match_name(name.to_owned()).execute().try_next().await.ok()??;
+    message.attributes.iter().find_map(|a| if let LinkAttribute::Mtu(mtu) = a { Some(*mtu) } else { None })
+}

@@ -1,0 +1,24 @@
+//! Health checks: probes each backend, and says when its verdict changes, and why.
+//!
+//! Input: the watched desired state, and the verdicts of before a restart. Output: `(BackendId, Health)`
+//! events, and the [`Book`] that API and metrics read. Called by the daemon.
+//! [`signs`] brings probes forward. [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] keeps one task per backend.
+
+pub mod book;
+pub mod checker;
+pub mod grpc;
+pub mod http;
+pub mod probe;
+pub mod signs;
+pub mod tls;
+pub mod tunnel;
+pub mod verdict;
+
+#[cfg(test)]
+mod tests;
+
+pub use book::{Book, Entry, Probe, Transition};
+pub use checker::{Checker, Prober};
+pub use probe::{ProbeTarget, prober, prober_through};
+pub use signs::{Early, Heard, SignSource};
+pub use tunnel::{LoadPrograms, ProbePrograms, Through, Tunnel};

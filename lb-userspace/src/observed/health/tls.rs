@@ -1,0 +1,159 @@
+//! TLS for probes: configurations made from files, kept for a while, and made again, so that a new certificate is
+//! taken without a restart.
+
+use crate::desired::model::TlsCheck;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
+};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{net::TcpStream, time::Instant};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+/// How long files are not looked at again.
+const KEPT: Duration = Duration::from_secs(60);
+
+/// How a connection speaks: a check's settings and the protocols that it offers.
+type Key = (TlsCheck, &'static [&'static [u8]]);
+
+/// Configurations made lately.
+#[derive(Default)]
+pub struct TlsConfigs {
+    made: Mutex<HashMap<Key, (Instant, Arc<ClientConfig>)>>,
+}
+
+impl TlsConfigs {
+    /// Shakes hands over a connection with the server that must be `name`.
+    ///
+    /// # Errors
+    /// A file cannot be read, or the handshake failed.
+    pub async fn connect(
+        &self,
+        check: &TlsCheck,
+        protocols: &'static [&'static [u8]],
+        name: &str,
+        stream: TcpStream,
+    ) -> Result<TlsStream<TcpStream>, String> {
+        let config = self.config(check, protocols).await?;
+        let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())
+            .map_err(|_| format!("TLS: {name:?} is no name of a server: give sni"))?;
+        let connected = TlsConnector::from(config).connect(name, stream).await;
+        connected.map_err(|e| format!("TLS: {e}"))
+    }
+
+    async fn config(
+        &self,
+        check: &TlsCheck,
+        protocols: &'static [&'static [u8]],
+    ) -> Result<Arc<ClientConfig>, String> {
+        let key = (check.clone(), protocols);
+        let now = Instant::now();
+        let lock = || self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((at, config)) = lock().get(&key)
+            && now - *at < KEPT
+        {
+            return Ok(config.clone());
+        }
+        let wanted = key.clone();
+        // Reading files blocks.
+        let made = tokio::task::spawn_blocking(move || make(&wanted.0, wanted.1)).await;
+        let config = Arc::new(made.map_err(|e| e.to_string())??);
+        let mut all = lock();
+        all.retain(|_, (at, _)| now - *at < KEPT);
+        all.insert(key, (now, config.clone()));
+        Ok(config)
+    }
+}
+
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let read = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let all = read.map_err(|e| format!("TLS: {}: {e}", file.display()))?;
+    if all.is_empty() {
+        return Err(format!("TLS: {}: no certificate in it", file.display()));
+    }
+    Ok(all)
+}
+
+fn roots(check: &TlsCheck) -> Result<RootCertStore, String> {
+    let mut store = RootCertStore::empty();
+    let found = match &check.ca {
+        Some(file) => certificates(file)?,
+        None => rustls_native_certs::load_native_certs().certs,
+    };
+    store.add_parsable_certificates(found);
+    if store.is_empty() {
+        return Err("TLS: this host trusts no certificates: give ca, or verify = false".to_owned());
+    }
+    Ok(store)
+}
+
+fn make(check: &TlsCheck, protocols: &[&[u8]]) -> Result<ClientConfig, String> {
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| format!("TLS: {e}"))?;
+    let builder = if check.verify {
+        builder.with_root_certificates(roots(check)?)
+    } else {
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+    };
+    let mut config = match &check.client {
+        None => builder.with_no_client_auth(),
+        Some((certificate, key)) => {
+            let chain = certificates(certificate)?;
+            let key =
+                PrivateKeyDer::from_pem_file(key).map_err(|e| format!("TLS: {}: {e}", key.display()))?;
+            builder.with_client_auth_cert(chain, key).map_err(|e| format!("TLS: client certificate: {e}"))?
+        }
+    };
+    config.alpn_protocols = protocols.iter().map(|p| p.to_vec()).collect();
+    Ok(config)
+}
+
+/// Takes whoever answers, as `verify = false` asks; the handshake itself must still be sound.
+#[derive(Debug)]
+struct Anybody(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let known = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, certificate, signed, known)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let known = &self.0.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, certificate, signed, known)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}

@@ -1,0 +1,184 @@
+//! Rise and fall: when a run of probe results becomes a verdict. Pure.
+
+use crate::{
+    desired::model::{Health, HealthCheck},
+    plan::policy::damp::Damper,
+};
+use std::time::Duration;
+
+/// Verdict on one backend, and the run of equal results that leads to the next.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Verdict {
+    health: Health,
+    /// Successes in a row, or failures as a negative number.
+    run: i32,
+    falls: Damper,
+    /// Something else than a probe says that it is dead: the next probes come fast, until one tells.
+    suspected: bool,
+}
+
+/// Shortest wait between two probes.
+const SHORTEST: Duration = Duration::from_millis(10);
+/// Longest wait of one that is suspected.
+const LONGEST_SUSPENSE: Duration = Duration::from_secs(1);
+
+impl Verdict {
+    /// Starts from what was last known.
+    pub fn new(health: Health) -> Self {
+        Self { health, ..Self::default() }
+    }
+
+    /// What holds now.
+    pub fn health(&self) -> Health {
+        self.health
+    }
+
+    /// Successes in a row that make it healthy at `now`: `rise`, and more for one that keeps falling.
+    pub fn needed(&self, check: &HealthCheck, now: Duration) -> u32 {
+        let factor = if check.damping { self.falls.factor(now) } else { 1 };
+        u32::from(check.rise) * factor
+    }
+
+    /// There are signs that it is dead. Rise and fall hold as ever; only the waits between probes are short, until one
+    /// passes or the verdict falls.
+    pub fn suspect(&mut self) {
+        self.suspected = self.health == Health::Healthy;
+    }
+
+    /// Takes one probe's result, at `now` of a steady clock; the old verdict if it has just changed.
+    pub fn observe(&mut self, ok: bool, check: &HealthCheck, now: Duration) -> Option<Health> {
+        self.run = if ok { self.run.max(0).saturating_add(1) } else { self.run.min(0).saturating_sub(1) };
+        self.suspected &= !ok;
+        let next = if i64::from(self.run) >= i64::from(self.needed(check, now)) {
+            Health::Healthy
+        } else if -self.run >= i32::from(check.fall) {
+            Health::Unhealthy
+        } else {
+            return None;
+        };
+        if self.health == Health::Healthy && next == Health::Unhealthy {
+            self.falls.fall(now);
+        }
+        self.suspected &= next == self.health;
+        (next != self.health).then(|| std::mem::replace(&mut self.health, next))
+    }
+
+    /// Wait before the next probe. `random` in 0 to 1 spreads it by the check's jitter. Without a verdict
+    /// probes come ten times as fast, so that a new backend does not wait for its first flow; with suspicion too, so
+    /// that a dead one gets no more.
+    pub fn wait(&self, check: &HealthCheck, random: f64) -> Duration {
+        let interval = Duration::from_millis(check.interval_ms.into());
+        let interval = match self.health {
+            Health::Unknown => interval / 10,
+            _ if self.suspected => (interval / 10).min(LONGEST_SUSPENSE),
+            _ => interval,
+        };
+        let jitter = f64::from(check.jitter_percent.min(100)) / 100.0;
+        interval.mul_f64(1.0 + jitter * (2.0 * random.clamp(0.0, 1.0) - 1.0)).max(SHORTEST)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check() -> HealthCheck {
+        HealthCheck { rise: 2, fall: 3, interval_ms: 1_000, jitter_percent: 20, ..HealthCheck::default() }
+    }
+
+    /// Results as text (`+` success, `-` failure) and the verdict after each (`h`, `u`, `?`).
+    fn run(start: Health, results: &str) -> (String, usize) {
+        let (mut verdict, mut changes) = (Verdict::new(start), 0);
+        let after = results.chars().map(|c| {
+            let before = verdict.health();
+            if let Some(old) = verdict.observe(c == '+', &check(), Duration::ZERO) {
+                assert_eq!(old, before);
+                assert_ne!(verdict.health(), before);
+                changes += 1;
+            } else {
+                assert_eq!(verdict.health(), before);
+            }
+            match verdict.health() {
+                Health::Healthy => 'h',
+                Health::Unhealthy => 'u',
+                Health::Unknown => '?',
+            }
+        });
+        (after.collect(), changes)
+    }
+
+    #[test]
+    fn rise_and_fall_count_runs() {
+        for (start, results, expected, changes) in [
+            (Health::Unknown, "++", "?h", 1),
+            (Health::Unknown, "---", "??u", 1),
+            (Health::Unknown, "+-+-+--+--", "??????????", 0),
+            (Health::Unknown, "-++", "??h", 1),
+            (Health::Healthy, "--+--+---", "hhhhhhhhu", 1),
+            (Health::Healthy, "++++", "hhhh", 0),
+            (Health::Unhealthy, "+-+-++", "uuuuuh", 1),
+            (Health::Unhealthy, "----", "uuuu", 0),
+            (Health::Unhealthy, "++---++", "uhhhuuh", 3),
+        ] {
+            assert_eq!(run(start, results), (expected.to_owned(), changes), "{start:?} {results}");
+        }
+    }
+
+    #[test]
+    fn one_that_keeps_falling_must_pass_more_probes() {
+        let (mut verdict, mut now) = (Verdict::new(Health::Healthy), Duration::ZERO);
+        let mut rises = Vec::new();
+        for _ in 0..7 {
+            while verdict.health() == Health::Healthy {
+                now += Duration::from_secs(1);
+                verdict.observe(false, &check(), now);
+            }
+            let mut passed = 0;
+            while verdict.health() == Health::Unhealthy {
+                now += Duration::from_secs(1);
+                passed += 1;
+                verdict.observe(true, &check(), now);
+            }
+            rises.push(passed);
+        }
+        assert_eq!(rises, [2, 2, 4, 8, 16, 32, 32]);
+        assert_eq!(verdict.needed(&HealthCheck { damping: false, ..check() }, now), 2);
+        assert_eq!(verdict.needed(&check(), now + Duration::from_secs(1_500)), 2, "forgotten by then");
+    }
+
+    #[test]
+    fn suspicion_makes_waits_short_until_a_probe_tells() {
+        let wait = |v: &Verdict| v.wait(&check(), 0.5).as_millis();
+        let mut verdict = Verdict::new(Health::Healthy);
+        verdict.suspect();
+        assert_eq!(wait(&verdict), 100);
+        // Refuted.
+        verdict.observe(true, &check(), Duration::ZERO);
+        assert_eq!(wait(&verdict), 1_000);
+        // Confirmed: as many failures as ever, in a shorter time.
+        verdict.suspect();
+        for _ in 0..2 {
+            assert_eq!(verdict.observe(false, &check(), Duration::ZERO), None);
+            assert_eq!(wait(&verdict), 100);
+        }
+        assert_eq!(verdict.observe(false, &check(), Duration::ZERO), Some(Health::Healthy));
+        assert_eq!((verdict.health(), wait(&verdict)), (Health::Unhealthy, 1_000));
+        // The dead need not be suspected.
+        verdict.suspect();
+        assert_eq!(wait(&verdict), 1_000);
+        let slow = HealthCheck { interval_ms: 60_000, ..check() };
+        let mut verdict = Verdict::new(Health::Healthy);
+        verdict.suspect();
+        assert_eq!(verdict.wait(&slow, 0.5), LONGEST_SUSPENSE);
+    }
+
+    #[test]
+    fn waits_are_jittered_and_short_without_a_verdict() {
+        let ms = |v: Verdict, r| v.wait(&check(), r).as_millis();
+        let settled = Verdict::new(Health::Healthy);
+        assert_eq!([ms(settled, 0.0), ms(settled, 0.5), ms(settled, 1.0)], [800, 1_000, 1_200]);
+        assert_eq!(ms(Verdict::default(), 0.5), 100);
+        let fast = HealthCheck { interval_ms: 10, ..check() };
+        assert_eq!(Verdict::default().wait(&fast, 0.0), SHORTEST);
+    }
+}

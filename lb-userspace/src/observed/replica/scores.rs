@@ -1,0 +1,210 @@
+//! Load scores on their way to the dataplane: straight from a report into the array, without a compilation.
+//!
+//! Input: scores by backend as reports come; which index each backend has, as the reconciler publishes it.
+//! Output: writes to a [`LoadSink`]. A backend that gets an index after its report gets its score then; an
+//! index that goes to another backend is set to 0; a replica that has not been heard for long gets the
+//! median of its service.
+
+use super::Book;
+use crate::{
+    clock,
+    desired::model::{BackendId, Desired, ReplicaSource},
+    plan::policy::load,
+};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::sync::watch;
+
+/// Where scores go: the dataplane's array, one number per backend index, or a test's.
+pub trait LoadSink: Send + Sync {
+    /// Sets a backend's load score, and what one flow more adds to it: the dataplane counts that on top until the
+    /// next report. A cost of 0 says that nobody reports any more, and forgets the score. Costs no more than a few stores
+    /// to memory.
+    fn set(&self, backend_index: u32, score: u32, cost: u32);
+}
+
+/// Which index each backend has now, and what is desired.
+pub trait Places: Send + Sync {
+    /// A backend's index; none if it has none yet.
+    fn index(&self, id: &BackendId) -> Option<u32>;
+    /// Indices of all backends.
+    fn all(&self) -> Vec<(BackendId, u32)>;
+    /// What is applied.
+    fn desired(&self) -> Arc<Desired>;
+}
+
+/// How often old reports are looked for.
+const LOOK: Duration = Duration::from_secs(1);
+/// A report is old after so many intervals and timeouts without another.
+const OLD: u32 = 5;
+
+/// Age from which a report no longer speaks for its replica.
+pub fn old_after(source: &ReplicaSource) -> Duration {
+    Duration::from_millis(u64::from(source.interval_ms) + u64::from(source.timeout_ms)) * OLD
+}
+
+/// Takes scores to the dataplane.
+pub struct Scores {
+    sink: Arc<dyn LoadSink>,
+    places: Arc<dyn Places>,
+    /// What was last set, by index.
+    set: Mutex<BTreeMap<u32, (BackendId, u32)>>,
+}
+
+impl Scores {
+    /// From reports to `sink`, by the indices of `places`.
+    pub fn new(sink: Arc<dyn LoadSink>, places: Arc<dyn Places>) -> Self {
+        Self { sink, places, set: Mutex::default() }
+    }
+
+    /// A report came: its score counts from now on. Set even if it is as before: what the dataplane has added
+    /// meanwhile is in it.
+    pub fn report(&self, id: &BackendId, score: u32, cost: u32) {
+        if let Some(index) = self.places.index(id) {
+            let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
+            self.sink.set(index, score, cost);
+            set.insert(index, (id.clone(), score));
+        }
+    }
+
+    /// Gives every replica's index a score: who had none, who has another index, who has not been heard for long.
+    pub fn refresh(&self, book: &Book, now_ms: u64) {
+        let desired = self.places.desired();
+        let places: BTreeMap<u32, BackendId> = self.places.all().into_iter().map(|(id, i)| (i, id)).collect();
+        let mut wanted: BTreeMap<u32, (BackendId, Option<u32>, u32)> = BTreeMap::new();
+        let mut known: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
+        book.read(|entries| {
+            for (&index, id) in &places {
+                let source = desired.services.get(&id.service).and_then(|s| s.replica.as_ref());
+                let (Some(source), Some(entry)) = (source, entries.get(id)) else { continue };
+                let old_ms = old_after(source).as_millis() as u64;
+                let is_fresh = now_ms.saturating_sub(entry.report_ms) <= old_ms;
+                let score = entry.score.filter(|_| is_fresh);
+                if let Some(score) = score {
+                    known.entry(id.service.as_str()).or_default().push(score);
+                }
+                let capacity = entry.report.as_ref().map(|r| load::capacity(r, source.capacity));
+                let capacity = capacity.or(source.capacity).unwrap_or(load::USUAL_CAPACITY);
+                wanted.insert(index, (id.clone(), score, load::request_cost(capacity)));
+            }
+        });
+        let neutral: BTreeMap<String, u32> =
+            known.iter_mut().map(|(service, all)| ((*service).to_owned(), load::neutral(all))).collect();
+        let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
+        set.retain(|index, (id, _)| {
+            let stays = wanted.get(index).is_some_and(|(now, ..)| now == id);
+            if !stays {
+                self.sink.set(*index, 0, 0);
+            }
+            stays
+        });
+        for (index, (id, score, cost)) in wanted {
+            let before = set.get(&index).map(|(_, score)| *score);
+            // A report that came while this was worked out has set its own already.
+            let score = match (score, before) {
+                (Some(_), Some(_)) => continue,
+                (Some(score), None) => score,
+                (None, _) => neutral.get(id.service.as_str()).copied().unwrap_or(0),
+            };
+            if before != Some(score) {
+                self.sink.set(index, score, cost);
+                set.insert(index, (id, score));
+            }
+        }
+    }
+
+    /// Refreshes when the reconciler has published, and now and then, until it is gone.
+    pub async fn run(
+        self: Arc<Self>,
+        book: Arc<Book>,
+        mut published: watch::Receiver<Arc<impl Send + Sync>>,
+    ) {
+        loop {
+            self.refresh(&book, clock::unix_ms());
+            tokio::select! {
+                changed = published.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::{desired::model::Readiness, observed::replica::Entry};
+
+    /// Remembers what was set, in order.
+    #[derive(Default)]
+    pub struct Fake(pub Mutex<Vec<(u32, u32)>>);
+
+    impl LoadSink for Fake {
+        fn set(&self, backend_index: u32, score: u32, _cost: u32) {
+            self.0.lock().unwrap().push((backend_index, score));
+        }
+    }
+
+    impl Fake {
+        fn take(&self) -> Vec<(u32, u32)> {
+            std::mem::take(&mut self.0.lock().unwrap())
+        }
+    }
+
+    /// Backends of one service at given indices.
+    pub struct Fixed(pub Mutex<Vec<(BackendId, u32)>>, pub Arc<Desired>);
+
+    impl Places for Fixed {
+        fn index(&self, id: &BackendId) -> Option<u32> {
+            self.0.lock().unwrap().iter().find(|(found, _)| found == id).map(|(_, index)| *index)
+        }
+        fn all(&self) -> Vec<(BackendId, u32)> {
+            self.0.lock().unwrap().clone()
+        }
+        fn desired(&self) -> Arc<Desired> {
+            self.1.clone()
+        }
+    }
+
+    fn id(backend: &str) -> BackendId {
+        BackendId { service: "s".parse().unwrap(), backend: backend.parse().unwrap() }
+    }
+
+    #[test]
+    fn scores_follow_their_backends() {
+        let desired = serde_json::json!({"services": {"s": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp",
+            "replica": {"kind": "stream", "interval_ms": 100, "timeout_ms": 100}}}});
+        let desired: Arc<Desired> = Arc::new(serde_json::from_value(desired).unwrap());
+        let (fake, places) = (Arc::new(Fake::default()), Arc::new(Fixed(Mutex::default(), desired)));
+        let scores = Scores::new(fake.clone(), places.clone());
+        let book = Book::default();
+        let heard =
+            |score, report_ms| Entry { readiness: Readiness::Ready, score, report_ms, ..Entry::default() };
+        book.change(|all| {
+            all.insert(id("a"), heard(Some(10), 5_000));
+            all.insert(id("b"), heard(Some(30), 5_000));
+            all.insert(id("c"), heard(None, 0));
+        });
+        scores.report(&id("a"), 10, 1);
+        assert_eq!(fake.take(), [], "it has no index yet");
+        *places.0.lock().unwrap() = vec![(id("a"), 3), (id("b"), 4), (id("c"), 5)];
+        scores.refresh(&book, 5_100);
+        assert_eq!(fake.take(), [(3, 10), (4, 30), (5, 30)], "who is not known gets the median");
+        scores.report(&id("a"), 10, 1);
+        assert_eq!(fake.take(), [(3, 10)], "told again: the dataplane may have added to it");
+        scores.refresh(&book, 5_200);
+        assert_eq!(fake.take(), []);
+        book.change(|all| all.insert(id("b"), heard(Some(30), 1_000)));
+        scores.refresh(&book, 5_300);
+        assert_eq!(fake.take(), [(4, 10), (5, 10)], "b has not been heard for long");
+        *places.0.lock().unwrap() = vec![(id("b"), 3)];
+        scores.refresh(&book, 5_400);
+        assert_eq!(
+            fake.take(),
+            [(3, 0), (4, 0), (5, 0), (3, 0)],
+            "the index is another's, of whom nothing is known"
+        );
+    }
+}

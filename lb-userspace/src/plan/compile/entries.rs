@@ -1,0 +1,191 @@
+//! Map entries made from model values, and back.
+
+use super::{Plan, ServiceId, Settings, memory};
+use crate::{
+    desired::model::{ForwardingMode, NextHop, Ports, Protocol, Service},
+    plan::maglev::mix,
+};
+use lb_common::{
+    Address, Backend, Be16, PortRange, ServiceKey, Vip, VipKey,
+    backend::{flags, mode},
+    is_mapped, limits, mapped,
+    service::{NO_SERVICE, TCP, UDP},
+    settings::features,
+};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+/// The dataplane's form of an address.
+pub fn to_address(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// The inverse of [`to_address`].
+pub fn from_address(address: &Address) -> IpAddr {
+    if is_mapped(address) {
+        Ipv4Addr::new(address[12], address[13], address[14], address[15]).into()
+    } else {
+        Ipv6Addr::from(*address).into()
+    }
+}
+
+/// Key of a service's flow hash and seed of its tables: from the service's own seed, else from what
+/// packets know it by, so that every ingress host has the same.
+pub fn seed(service: &Service) -> [u64; 2] {
+    let mut state = 0x6c62_7365_6564_0001;
+    let mut absorb = |word: u64| state = mix(state ^ mix(word));
+    if let Some(seed) = service.seed {
+        absorb(seed);
+    } else {
+        let address = u128::from_be_bytes(to_address(service.vip));
+        absorb((address >> 64) as u64);
+        absorb(address as u64);
+        let (first, last) = match service.port {
+            Ports::One(port) => (port, port),
+            Ports::Range(first, last) => (first, last),
+            Ports::Any => (0, u16::MAX),
+        };
+        absorb(u64::from(service.protocol.number()) << 32 | u64::from(first) << 16 | u64::from(last));
+    }
+    [mix(state ^ 1), mix(state ^ 2)]
+}
+
+/// Slots of a service's table: its own setting, or the first size with a hundred per backend. The two
+/// smallest sizes are given only by name, and steps are wide, because a change of size moves flows.
+pub fn table_size(service: &Service) -> u32 {
+    if service.backends.is_empty() {
+        return 0;
+    }
+    let [.., small, usual, large, larger, largest] = limits::TABLE_SIZES;
+    let wanted = service.backends.len() as u64 * u64::from(limits::SLOTS_PER_BACKEND);
+    let fits = |&size: &u32| u64::from(size) >= wanted;
+    service
+        .table_size
+        .unwrap_or_else(|| [small, usual, large, larger, largest].into_iter().find(fits).unwrap_or(largest))
+}
+
+/// A backend's entry.
+pub fn backend(
+    address: IpAddr,
+    service: &Service,
+    service_index: u32,
+    next_hop: Option<&NextHop>,
+    state: u32,
+    settings: &Settings,
+) -> Backend {
+    let (mode, port) = match service.mode {
+        ForwardingMode::Ipip => (mode::IPIP, 0),
+        ForwardingMode::Gue if has_chain(service, settings) => (mode::GUE_CHAIN, service.gue_port),
+        ForwardingMode::Gue => (mode::GUE, service.gue_port),
+        ForwardingMode::L2 => (mode::L2, 0),
+        ForwardingMode::Local => (mode::LOCAL, 0),
+        ForwardingMode::Nat => (mode::NAT, worker_port(address, service)),
+    };
+    let prefix = match (mode, address) {
+        (mode::IPIP, IpAddr::V4(_)) => {
+            settings.ipip_source_v4.map(|n| (IpAddr::V4(n.network()), 32 - n.prefix_len()))
+        }
+        (mode::IPIP, IpAddr::V6(_)) => {
+            settings.ipip_source_v6.map(|n| (IpAddr::V6(n.network()), 128 - n.prefix_len()))
+        }
+        (mode::NAT, IpAddr::V4(_)) => {
+            settings.nat_source_v4.map(|n| (IpAddr::V4(n.network()), 32 - n.prefix_len()))
+        }
+        (mode::NAT, IpAddr::V6(_)) => {
+            settings.nat_source_v6.map(|n| (IpAddr::V6(n.network()), 128 - n.prefix_len()))
+        }
+        _ => None,
+    };
+    let of_route = || next_hop.and_then(|hop| hop.source).map(|source| (source, 0));
+    let source = prefix.or_else(of_route).filter(|(source, _)| source.is_ipv4() == address.is_ipv4());
+    let mut entry = Backend {
+        address: to_address(address),
+        flags: flags::USED | state,
+        mode,
+        port: Be16::new(port),
+        service: service_index,
+        ..Backend::default()
+    };
+    if let Some((source, bits)) = source {
+        entry.source = to_address(source);
+        entry.source_bits = bits.min(64);
+    }
+    if mode == mode::LOCAL {
+        entry.flags |= flags::RESOLVED;
+        return entry;
+    }
+    // Without a source the program must ask the kernel for one; by MAC it reaches no further than the segment.
+    let next_hop = next_hop.filter(|hop| mode != mode::L2 || !hop.is_routed);
+    if let (Some(hop), true) = (next_hop, source.is_some() || mode == mode::L2) {
+        entry.next_hop = hop.next_hop;
+        entry.mtu = hop.mtu;
+        entry.egress_mac = hop.egress_mac;
+        entry.vlan = Be16::new(hop.vlan);
+        entry.ifindex = hop.ifindex;
+        entry.flags |= flags::RESOLVED;
+    }
+    entry
+}
+
+/// The port that a worker serves on, 0 if it is the one that the client asked for.
+fn worker_port(address: IpAddr, service: &Service) -> u16 {
+    let backend = service.backends.values().find(|b| b.address == address);
+    backend.and_then(|b| b.port).unwrap_or(0)
+}
+
+/// Whether a service's packets carry other backends.
+pub fn has_chain(service: &Service, settings: &Settings) -> bool {
+    service.has_second_chance() && settings.features_off & features::SECOND_CHANCE == 0
+}
+
+/// Enters a service where packets find it.
+pub fn enter(id: &ServiceId, index: u32, plan: &mut Plan) {
+    let vip = to_address(id.vip);
+    let entry = plan.vips.entry(VipKey { vip }).or_insert(Vip::EMPTY);
+    match id.port {
+        Ports::One(port) => {
+            let key = ServiceKey { vip, port: Be16::new(port), protocol: id.protocol.number(), pad: 0 };
+            plan.index.insert(key, index);
+        }
+        Ports::Any if id.protocol == Protocol::Tcp => entry.any_tcp = index,
+        Ports::Any => entry.any_udp = index,
+        Ports::Range(first, last) => {
+            let range = PortRange { first, last, protocol: id.protocol.number().into(), service: index };
+            let used = entry.range_count as usize;
+            // The model allows no more ranges than fit.
+            if used < entry.ranges.len() {
+                let order = |r: &PortRange| (r.protocol, r.first);
+                let at = entry.ranges[..used].partition_point(|r| order(r) < order(&range));
+                entry.ranges.copy_within(at..used, at + 1);
+                entry.ranges[at] = range;
+                entry.range_count += 1;
+            }
+        }
+    }
+}
+
+/// The inverse of [`enter`] for a whole plan: which services packets can reach, by index.
+pub fn service_ids(plan: &Plan) -> BTreeMap<u32, ServiceId> {
+    let mut ids = BTreeMap::new();
+    for (key, &index) in &plan.index {
+        ids.insert(index, memory::id(from_address(&key.vip), Ports::One(key.port.get()), key.protocol));
+    }
+    for (key, vip) in &plan.vips {
+        let address = from_address(&key.vip);
+        for range in &vip.ranges[..(vip.range_count as usize).min(vip.ranges.len())] {
+            let ports = Ports::Range(range.first, range.last);
+            ids.insert(range.service, memory::id(address, ports, range.protocol as u8));
+        }
+        for (index, protocol) in [(vip.any_tcp, TCP), (vip.any_udp, UDP)] {
+            if index != NO_SERVICE {
+                ids.insert(index, memory::id(address, Ports::Any, protocol));
+            }
+        }
+    }
+    ids
+}

@@ -1,0 +1,441 @@
+//! What must outlive one compilation: who has which index, and what the tables were made from lately.
+//!
+//! Kept in a file by `reconcile`, so that a restart changes nothing. Indices can also be read back from the
+//! live maps ([`Memory::adopt`]), which are the truth about them.
+
+use super::{Limits, Plan, ServiceId, entries};
+use crate::{
+    desired::model::{Desired, Ports, Protocol},
+    plan::maglev,
+};
+use lb_common::{backend::mode, service, slot::Slot};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+/// Epochs remembered per service. Under flapping the shortest-lived are forgotten first.
+const MAX_EPOCHS: usize = 64;
+
+/// Everything remembered.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Services that exist.
+    #[serde(with = "pairs")]
+    pub services: BTreeMap<ServiceId, Arc<ServiceMemory>>,
+    /// Indices that may still stand in flow tables.
+    pub retired: Vec<Retired>,
+}
+
+/// Indices of a removed service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retired {
+    /// Its index in `SERVICES`.
+    pub service: u32,
+    /// Its backends' indices.
+    pub backends: Vec<u32>,
+    /// When it was removed.
+    pub since_ms: i64,
+}
+
+/// What is remembered about a service. Times are in ms of the clock since boot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceMemory {
+    /// Index in `SERVICES`.
+    pub index: u32,
+    /// Backends by address, removed ones included until they are forgotten.
+    pub backends: BTreeMap<IpAddr, BackendMemory>,
+    /// What the table was made from, oldest first: the epoch in force when the drain window began, and all since.
+    #[serde(with = "epochs")]
+    pub epochs: Vec<Epoch>,
+    /// Every backend has had a verdict once.
+    pub settled: bool,
+    /// The scheduler in force places flows elsewhere than on their slots' primaries.
+    #[serde(default)]
+    pub exceptions: bool,
+    /// When each slot last changed its primary (ms since boot), [`i64::MIN`] if not in the window. Derived from `epochs`.
+    #[serde(skip)]
+    pub changed_ms: Arc<Vec<i64>>,
+    /// Slots whose flows may be in the flow table, a bit each. Read back from the live table.
+    #[serde(skip)]
+    pub tracked: Arc<Vec<u64>>,
+}
+
+/// A backend's index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendMemory {
+    /// In `BACKENDS`.
+    pub index: u32,
+    /// When its slow start began, while it starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_ms: Option<i64>,
+    /// It could take flows and takes none, because others come first: it needs no slow start when its turn comes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stands_by: bool,
+    /// Residency forbids it; a removed one that it forbade is not let in again for its last flows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub forbidden: bool,
+    /// When it was removed from the desired state, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub removed_ms: Option<i64>,
+}
+
+/// A time with one table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    /// When it began.
+    pub from_ms: i64,
+    /// What its table is made from.
+    pub shape: Arc<Shape>,
+}
+
+/// All that a table depends on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// Key of the flow hash and seed of the table.
+    pub seed: [u64; 2],
+    /// Slots.
+    pub size: u32,
+    /// Seating, empty if the members came in the order of their seats.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub turns: Vec<maglev::Turn>,
+    /// Flows are hashed by the client's address alone.
+    #[serde(default)]
+    pub by_source: bool,
+    /// In address order.
+    pub members: Vec<ShapeMember>,
+}
+
+/// A member of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(from = "(IpAddr, u32, bool, u32)", into = "(IpAddr, u32, bool, u32)")]
+pub struct ShapeMember {
+    /// Backend's address.
+    pub address: IpAddr,
+    /// Weight, above 0.
+    pub weight: u32,
+    /// Takes new flows.
+    pub eligible: bool,
+    /// Seat in the table.
+    pub seat: u32,
+}
+
+impl From<(IpAddr, u32, bool, u32)> for ShapeMember {
+    fn from((address, weight, eligible, seat): (IpAddr, u32, bool, u32)) -> Self {
+        Self { address, weight, eligible, seat }
+    }
+}
+
+impl From<ShapeMember> for (IpAddr, u32, bool, u32) {
+    fn from(member: ShapeMember) -> Self {
+        (member.address, member.weight, member.eligible, member.seat)
+    }
+}
+
+impl Shape {
+    /// Whether flows fall on the same slots.
+    pub fn comparable(&self, other: &Self) -> bool {
+        self.seed == other.seed && self.size == other.size && self.by_source == other.by_source
+    }
+}
+
+impl ServiceMemory {
+    /// Forgets a table that had no slots: no flow was placed by it, and were it the base, flows of the drain window
+    /// would be looked for there.
+    pub fn forget_empty(&mut self, shape: &Shape) {
+        if shape.size != 0 {
+            self.epochs.retain(|e| e.shape.size != 0);
+        }
+    }
+
+    /// Notes the shape in force from `now_ms` on. True if it is a new one.
+    pub fn enter(&mut self, shape: &Arc<Shape>, now_ms: i64, drain_ms: i64) -> bool {
+        let is_new = self.epochs.last().is_none_or(|last| last.shape != *shape);
+        if is_new {
+            let known = self.epochs.iter().find(|e| e.shape == *shape).map(|e| e.shape.clone());
+            self.epochs.push(Epoch { from_ms: now_ms, shape: known.unwrap_or_else(|| shape.clone()) });
+            if self.epochs.len() > MAX_EPOCHS {
+                // The base, the first, and the newest stay.
+                let shortest = (1..self.epochs.len() - 1)
+                    .min_by_key(|&i| self.epochs[i + 1].from_ms - self.epochs[i].from_ms);
+                if let Some(i) = shortest {
+                    self.epochs.remove(i);
+                }
+            }
+        }
+        let old = self.epochs.iter().skip(1).take_while(|e| e.from_ms <= now_ms - drain_ms).count();
+        self.epochs.drain(..old);
+        is_new
+    }
+
+    /// The epoch in force when the drain window began, or the first there was.
+    pub fn base(&self) -> Option<&Epoch> {
+        self.epochs.first()
+    }
+}
+
+/// Indices that nothing uses, lowest first.
+pub struct FreeIndices {
+    services: Unused,
+    backends: Unused,
+}
+
+impl FreeIndices {
+    /// Takes one for a service.
+    pub fn service(&mut self) -> Option<u32> {
+        self.services.next()
+    }
+
+    /// Takes one for a backend.
+    pub fn backend(&mut self) -> Option<u32> {
+        self.backends.next()
+    }
+}
+
+/// What is left of `0..limit`. The used ones are sorted only when something is asked for: most changes
+/// need no new index.
+struct Unused {
+    used: Vec<u32>,
+    is_sorted: bool,
+    next: u32,
+    limit: u32,
+}
+
+impl Unused {
+    fn of(used: impl Iterator<Item = u32>, limit: u32) -> Self {
+        Self { used: used.collect(), is_sorted: false, next: 0, limit }
+    }
+}
+
+impl Iterator for Unused {
+    type Item = u32;
+
+    fn next(&mut self) -> Option<u32> {
+        if !self.is_sorted {
+            // Highest first, so that the lowest is taken from the end.
+            self.used.sort_unstable_by(|a, b| b.cmp(a));
+            self.is_sorted = true;
+        }
+        while self.next < self.limit {
+            let candidate = self.next;
+            self.next += 1;
+            let mut is_used = false;
+            while self.used.last().is_some_and(|&u| u <= candidate) {
+                is_used |= self.used.pop() == Some(candidate);
+            }
+            if !is_used {
+                return Some(candidate);
+            }
+        }
+        None
+    }
+}
+
+impl Memory {
+    /// Indices not in use. Computed once per compilation.
+    pub fn free_indices(&self, limits: &Limits) -> FreeIndices {
+        let retired = || self.retired.iter();
+        let services = self.services.values().map(|s| s.index).chain(retired().map(|r| r.service));
+        let backends = self.services.values().flat_map(|s| s.backends.values().map(|b| b.index));
+        let backends = backends.chain(retired().flat_map(|r| r.backends.iter().copied()));
+        FreeIndices {
+            services: Unused::of(services, limits.services),
+            backends: Unused::of(backends, limits.backends.min(lb_common::limits::MAX_BACKEND_INDEX)),
+        }
+    }
+
+    /// Retires services that are no longer desired.
+    pub fn retire_missing(&mut self, wanted: &BTreeSet<ServiceId>, now_ms: i64) {
+        let gone: Vec<ServiceId> = self.services.keys().filter(|id| !wanted.contains(id)).copied().collect();
+        for id in gone {
+            if let Some(service) = self.services.remove(&id) {
+                let backends = service.backends.values().map(|b| b.index).collect();
+                self.retired.push(Retired { service: service.index, backends, since_ms: now_ms });
+            }
+        }
+    }
+
+    /// Forgets retired services and removed backends whose indices stand in no flow table any more.
+    pub fn release(&mut self, services: &BTreeSet<u32>, backends: &BTreeSet<u32>) {
+        self.retired.retain(|r| !services.contains(&r.service));
+        for service in self.services.values_mut() {
+            let done = |b: &BackendMemory| b.removed_ms.is_some() && backends.contains(&b.index);
+            if service.backends.values().any(done) {
+                Arc::make_mut(service).backends.retain(|_, b| !done(b));
+            }
+        }
+    }
+
+    /// Removed backends whose drain time is over, by index.
+    pub fn drained(&self, desired: &Desired, now_ms: i64) -> BTreeSet<u32> {
+        let drain: BTreeMap<ServiceId, i64> =
+            desired.services.values().map(|s| (ServiceId::of(s), i64::from(s.drain_s) * 1_000)).collect();
+        self.services
+            .iter()
+            .flat_map(|(id, service)| {
+                let drain_ms = drain.get(id).copied().unwrap_or(0);
+                service
+                    .backends
+                    .values()
+                    .filter(move |b| b.removed_ms.is_some_and(|t| t + drain_ms <= now_ms))
+                    .map(|b| b.index)
+            })
+            .collect()
+    }
+
+    /// Clears the tracked mark of a service's stable slots: a scan that began after they became stable
+    /// found none of its flows. The marks of slots still in transition come back with the next compilation.
+    pub fn untrack(&mut self, service: u32) {
+        self.untrack_all(|index| index == service);
+    }
+
+    /// The same for all services of which `is_quiet` says so.
+    pub fn untrack_all(&mut self, is_quiet: impl Fn(u32) -> bool) {
+        for memory in self.services.values_mut().filter(|s| is_quiet(s.index)) {
+            if memory.tracked.iter().any(|&word| word != 0) {
+                Arc::make_mut(memory).tracked = Arc::new(vec![0; memory.tracked.len()]);
+            }
+        }
+    }
+
+    /// Takes from the live maps what they know better than a file: indices, and tracked slots.
+    /// What the maps do not have is forgotten; what the file does not know is learnt.
+    pub fn adopt(&mut self, live: &Plan, now_ms: i64) {
+        let known = std::mem::take(&mut self.services);
+        let live_ids = entries::service_ids(live);
+        for (&index, id) in &live_ids {
+            let mut memory = known.get(id).map(|m| (**m).clone()).unwrap_or_default();
+            if memory.index != index {
+                memory.epochs.clear();
+            }
+            memory.index = index;
+            let of_service = live.backends.iter().filter(|(_, b)| b.service == index);
+            memory.backends = of_service
+                .map(|(&backend, entry)| {
+                    let address = entries::from_address(&entry.address);
+                    let before = memory.backends.get(&address);
+                    let removed_ms = before.and_then(|b| b.removed_ms);
+                    (
+                        address,
+                        BackendMemory {
+                            index: backend,
+                            removed_ms,
+                            started_ms: None,
+                            stands_by: before.is_some_and(|b| b.stands_by),
+                            forbidden: entry.mode == mode::FORBIDDEN,
+                        },
+                    )
+                })
+                .collect();
+            let entry = live.services.get(&index);
+            memory.tracked = Arc::new(entry.map_or_else(Vec::new, |s| tracked(s.slots())));
+            memory.exceptions = entry.is_some_and(|s| s.view.flags & service::flags::TRACK_ALL != 0);
+            self.services.insert(*id, Arc::new(memory));
+        }
+        // An entry of a service that no packet can reach any more: a removal that was cut short.
+        let mut stray: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+        for (&index, entry) in live.backends.iter().filter(|(_, b)| !live_ids.contains_key(&b.service)) {
+            stray.entry(entry.service).or_default().push(index);
+        }
+        for &index in live.services.keys().filter(|i| !live_ids.contains_key(i)) {
+            stray.entry(index).or_default();
+        }
+        let retired: BTreeSet<u32> = self.retired.iter().map(|r| r.service).collect();
+        for (service, backends) in stray {
+            if !retired.contains(&service) {
+                self.retired.push(Retired { service, backends, since_ms: now_ms });
+            }
+        }
+        let live_indices: BTreeSet<u32> = live_ids.keys().copied().collect();
+        self.retired.retain(|r| !live_indices.contains(&r.service));
+    }
+
+    /// Takes indices from maps whose tables are not known: any flow may be an exception then.
+    pub fn adopt_indices(&mut self, live: &Plan, now_ms: i64) {
+        self.adopt(live, now_ms);
+        for service in self.services.values_mut() {
+            Arc::make_mut(service).exceptions = true;
+        }
+    }
+
+    /// Moves all times by `by_ms`: the clock since boot starts anew at each boot.
+    pub fn shift(&mut self, by_ms: i64) {
+        for retired in &mut self.retired {
+            retired.since_ms += by_ms;
+        }
+        for service in self.services.values_mut().map(Arc::make_mut) {
+            service.epochs.iter_mut().for_each(|e| e.from_ms += by_ms);
+            service.backends.values_mut().filter_map(|b| b.removed_ms.as_mut()).for_each(|t| *t += by_ms);
+        }
+    }
+}
+
+/// Tracked bits of a table.
+fn tracked(table: &[Slot]) -> Vec<u64> {
+    let mut bits = vec![0u64; table.len().div_ceil(64)];
+    for (i, _) in table.iter().enumerate().filter(|(_, s)| s.is_tracked()) {
+        bits[i / 64] |= 1 << (i % 64);
+    }
+    bits
+}
+
+/// Identity of a service from what the maps say about it.
+pub(super) fn id(vip: IpAddr, port: Ports, protocol: u8) -> ServiceId {
+    let protocol = if protocol == service::UDP { Protocol::Udp } else { Protocol::Tcp };
+    ServiceId { vip, port, protocol }
+}
+
+/// A map whose keys are no strings, as a list of pairs.
+mod pairs {
+    use super::{Arc, BTreeMap, ServiceId, ServiceMemory};
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    type Services = BTreeMap<ServiceId, Arc<ServiceMemory>>;
+
+    pub fn serialize<S: Serializer>(map: &Services, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(map.iter().map(|(id, service)| (id, &**service)))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Services, D::Error> {
+        let list = Vec::<(ServiceId, ServiceMemory)>::deserialize(from)?;
+        Ok(list.into_iter().map(|(id, service)| (id, Arc::new(service))).collect())
+    }
+}
+
+/// Epochs, each shape written once: flapping comes back to the same few.
+mod epochs {
+    use super::{Arc, Epoch, Shape};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Serialize, Deserialize)]
+    struct File<S> {
+        shapes: Vec<S>,
+        /// Beginning, and place in `shapes`.
+        from: Vec<(i64, usize)>,
+    }
+
+    pub fn serialize<S: Serializer>(epochs: &[Epoch], to: S) -> Result<S::Ok, S::Error> {
+        let mut file = File { shapes: Vec::<&Shape>::new(), from: Vec::new() };
+        for epoch in epochs {
+            let known = file.shapes.iter().position(|shape| **shape == *epoch.shape);
+            let at = known.unwrap_or_else(|| {
+                file.shapes.push(&epoch.shape);
+                file.shapes.len() - 1
+            });
+            file.from.push((epoch.from_ms, at));
+        }
+        file.serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Epoch>, D::Error> {
+        let file = File::<Shape>::deserialize(from)?;
+        let shapes: Vec<Arc<Shape>> = file.shapes.into_iter().map(Arc::new).collect();
+        let epoch = |(from_ms, at): (i64, usize)| {
+            let shape = shapes.get(at).ok_or_else(|| D::Error::custom("epoch without a shape"))?;
+            Ok(Epoch { from_ms, shape: shape.clone() })
+        };
+        file.from.into_iter().map(epoch).collect()
+    }
+}

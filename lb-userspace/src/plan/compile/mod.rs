@@ -1,0 +1,415 @@
+//! From desired state and observations to the contents of all maps.
+//!
+//! Input: [`Desired`], [`Observed`], the [`Memory`] of earlier compilations, [`Settings`]. Output: a
+//! [`Plan`] (every map's contents), the new memory, and a status of each service for people. Pure:
+//! the clock is `Observed::now`. Called by `reconcile`, which writes what differs from the live maps.
+//!
+//! What a packet already on its way may rely on: a flow that is in no flow table stays with its backend
+//! as long as that backend is there. [`service`] says how.
+
+mod behind;
+mod entries;
+mod error;
+pub mod guard;
+mod memory;
+mod quic;
+mod recall;
+mod room;
+mod service;
+mod slow;
+mod spread;
+mod status;
+mod table;
+
+pub use entries::{from_address, to_address};
+pub use error::CompileError;
+pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
+pub use recall::Past;
+pub use room::{Need, Waiting, admit, needs, room};
+pub use service::features_needed;
+pub use status::{BackendStatus, ServiceStatus};
+pub use table::Hashing;
+
+use crate::desired::model::{Desired, Here, Name, Observed, Ports, Protocol};
+use ipnet::{Ipv4Net, Ipv6Net};
+use lb_common::{
+    Backend, ServiceKey, Slot, Vip, VipKey, limits,
+    quic::{QuicConfig, ServerIdKey},
+    settings::features,
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+/// What a deployment settles once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Outer IPv4 source of ipip packets; its host bits vary by flow. The route's own source if none.
+    pub ipip_source_v4: Option<Ipv4Net>,
+    /// The same for IPv6.
+    pub ipip_source_v6: Option<Ipv6Net>,
+    /// Source addresses of translated IPv4 packets. The route's own source if none.
+    pub nat_source_v4: Option<Ipv4Net>,
+    /// The same for IPv6.
+    pub nat_source_v6: Option<Ipv6Net>,
+    /// Interfaces that the program is attached to: answers to translated packets must come in by one of them.
+    pub attached: BTreeMap<u32, String>,
+    /// Sizes of the maps.
+    pub limits: Limits,
+    /// Bits of [`lb_common::settings::features`] that the program was loaded without.
+    pub features_off: u32,
+    /// Where this host is.
+    pub here: Here,
+}
+
+/// Sizes of the maps, set when they are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Services.
+    pub services: u32,
+    /// Backends over all services, those that still drain included.
+    pub backends: u32,
+    /// Slots of all tables, and of the one being written.
+    pub slots: u32,
+    /// Tracked TCP flows.
+    pub flows: u32,
+    /// Recent SYN choices.
+    pub syns: u32,
+    /// Tracked UDP flows.
+    pub udp_flows: u32,
+    /// VIP addresses.
+    pub vips: u32,
+    /// Entries of the deny and allow lists together.
+    pub guard_entries: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            services: limits::SERVICES,
+            backends: limits::BACKENDS,
+            slots: limits::SLOTS,
+            flows: limits::FLOWS,
+            syns: limits::SYNS,
+            udp_flows: limits::UDP_FLOWS,
+            vips: limits::VIPS,
+            guard_entries: limits::GUARD_ENTRIES,
+        }
+    }
+}
+
+/// A service as packets know it. Its name may change; this is its identity in the dataplane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ServiceId {
+    /// VIP.
+    pub vip: IpAddr,
+    /// Ports.
+    pub port: Ports,
+    /// Protocol.
+    pub protocol: Protocol,
+}
+
+impl ServiceId {
+    /// Identity of a desired service.
+    pub fn of(service: &crate::desired::model::Service) -> Self {
+        Self { vip: service.vip, port: service.port, protocol: service.protocol }
+    }
+}
+
+impl fmt::Display for ServiceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} port {}", self.vip, self.protocol, self.port)
+    }
+}
+
+/// A service's view without what only the place of its table decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// Key of the flow hash.
+    pub seed: [u64; 2],
+    /// Bits of [`lb_common::service::flags`].
+    pub flags: u32,
+    /// One of [`lb_common::service::scheduler`].
+    pub scheduler: u8,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Idle time of UDP flows, in seconds.
+    pub udp_timeout_s: u32,
+    /// Slots of the table; 0 if the service has no backend at all.
+    pub slot_count: u32,
+    /// Entries of the list behind it.
+    pub list_count: u32,
+    /// Slots of the old table behind that.
+    pub old_count: u32,
+    /// Key of the old table's flow hash.
+    pub old_seed: [u64; 2],
+    /// See [`lb_common::ServiceView::load_cap`].
+    pub load_cap: u32,
+    /// Limits of new flows.
+    pub limits: crate::desired::model::Limits,
+}
+
+/// A service entry with its table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceEntry {
+    /// View.
+    pub view: View,
+    /// Table, and what stands behind it.
+    pub table: Arc<Vec<Slot>>,
+    /// Slots that it owns: those of the table, and some for a longer list.
+    pub room: u32,
+}
+
+impl ServiceEntry {
+    /// The table alone.
+    pub fn slots(&self) -> &[Slot] {
+        &self.table[..(self.view.slot_count as usize).min(self.table.len())]
+    }
+
+    /// Whether some flow that no flow table names may belong elsewhere than to its slot's primary.
+    pub fn in_transition(&self) -> bool {
+        self.view.old_count > 0 || self.slots().iter().any(|s| s.is_transition())
+    }
+}
+
+/// How a backend's load is counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Of a flow, see [`lb_common::Load::cost`].
+    pub flow: u32,
+    /// One of [`lb_common::load::source`].
+    pub source: u32,
+}
+
+/// Contents of all maps that the control plane writes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// `SERVICES` and `SLOTS`, by service index.
+    pub services: BTreeMap<u32, ServiceEntry>,
+    /// `SERVICE_INDEX`.
+    pub index: BTreeMap<ServiceKey, u32>,
+    /// `VIPS`.
+    pub vips: BTreeMap<VipKey, Vip>,
+    /// `BACKENDS`, by index.
+    pub backends: BTreeMap<u32, Backend>,
+    /// What of `LOADS` is compiled, by backend index.
+    pub costs: BTreeMap<u32, Cost>,
+    /// `EGRESS`: interfaces.
+    pub egress: BTreeSet<u32>,
+    /// `QUIC_CONFIGS`.
+    pub quic_configs: BTreeMap<u32, QuicConfig>,
+    /// `QUIC_SERVERS`.
+    pub quic_servers: BTreeMap<ServerIdKey, u32>,
+}
+
+/// Result of [`compile`].
+#[derive(Clone, Debug, Default)]
+pub struct Compiled {
+    /// Contents of the maps.
+    pub plan: Plan,
+    /// To be kept once the plan has been applied.
+    pub memory: Memory,
+    /// In name order.
+    pub status: Vec<Arc<ServiceStatus>>,
+    /// Clock in ms since boot at which time alone changes the plan next.
+    pub next_change_ms: Option<i64>,
+    /// Services that cannot be had as they are wanted, and why. Those that have a table keep it, or are compiled without
+    /// what there is no room for.
+    pub failed: BTreeMap<Name, CompileError>,
+    /// Services that are not in the plan, because they wait or failed: the maps' entries of them are to stay.
+    pub left: Vec<ServiceId>,
+}
+
+/// Work that need not be done again while a service's input stays the same.
+#[derive(Default)]
+pub struct Cache {
+    services: HashMap<ServiceId, service::Cached>,
+}
+
+/// Compiles everything, or says what of it cannot be had; nothing waits for room.
+///
+/// # Errors
+/// As [`admit`].
+pub fn compile(
+    desired: &Desired,
+    observed: &Observed,
+    memory: &Memory,
+    settings: &Settings,
+    cache: &mut Cache,
+) -> Result<Compiled, CompileError> {
+    admit(desired, &Desired::default(), memory, settings)?;
+    let mut compiled = compile_each(desired, observed, memory, settings, cache, &Waiting::default());
+    match compiled.failed.pop_first() {
+        None => Ok(compiled),
+        Some((_, error)) => Err(error),
+    }
+}
+
+/// Compiles each service by itself. One that cannot be compiled, or waits, is left out of the plan, and named.
+pub fn compile_each(
+    desired: &Desired,
+    observed: &Observed,
+    memory: &Memory,
+    settings: &Settings,
+    cache: &mut Cache,
+    waiting: &Waiting,
+) -> Compiled {
+    let now_ms = observed.now.as_millis() as i64;
+    let mut memory = memory.clone();
+    let ids: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
+    memory.retire_missing(&ids, now_ms);
+    cache.services.retain(|id, _| ids.contains(id));
+    let mut free = memory.free_indices(&settings.limits);
+    let mut vips: BTreeSet<IpAddr> = memory.services.keys().map(|id| id.vip).collect();
+
+    let mut all = Compiled::default();
+    let mut backends = Vec::new();
+    let mut health = observed.health.iter().peekable();
+    let mut replicas = observed.replicas.iter().peekable();
+    for (name, wanted) in &desired.services {
+        let id = ServiceId::of(wanted);
+        let input = service::Input {
+            name,
+            id,
+            wanted,
+            verdicts: service::seen(name, wanted, &mut health, &mut replicas),
+            steer: spread::steer(wanted, &settings.here, observed.steers.get(name)),
+            excluded: spread::excluded(wanted, &settings.here, &desired.regions),
+            next_hops: &observed.paths.next_hops,
+            links: &observed.paths.links,
+            now_ms,
+            settings,
+            held: waiting.to_change.get(&id).copied(),
+        };
+        let cached = cache.services.entry(id).or_default();
+        let compiled = match check_maps(&input, &all.plan, &mut vips) {
+            Ok(()) if waiting.to_come.contains(&id) => Ok(None),
+            Ok(()) => service::compile(&input, memory.services.get(&id), &mut free, cached).map(Some),
+            Err(error) => Err(error),
+        };
+        let compiled = match compiled {
+            Ok(Some(compiled)) => compiled,
+            Ok(None) => {
+                all.leave(id, cached);
+                continue;
+            }
+            Err(error) => {
+                all.failed.insert(name.clone(), error);
+                all.leave(id, cached);
+                continue;
+            }
+        };
+        if let Some(lack) = &compiled.lack {
+            all.failed.insert(name.clone(), lack.clone());
+        }
+        memory.services.insert(id, compiled.memory.clone());
+        backends.extend(compiled.backends.iter().copied());
+        quic::enter(wanted, &compiled.memory, &mut all.plan);
+        all.enter(&id, &compiled);
+    }
+    all.plan.allow_links(observed);
+    backends.sort_unstable_by_key(|&(index, _)| index);
+    all.plan.backends = backends.into_iter().collect();
+    all.memory = memory;
+    all
+}
+
+impl Compiled {
+    /// Takes a service in, but for its backends.
+    fn enter(&mut self, id: &ServiceId, compiled: &service::Output) {
+        let plan = &mut self.plan;
+        plan.costs.extend(compiled.costs.iter().copied());
+        plan.egress.extend(compiled.egress.iter().copied());
+        plan.services.insert(compiled.index, compiled.entry.clone());
+        entries::enter(id, compiled.index, plan);
+        self.next_change_ms = [self.next_change_ms, compiled.next_change_ms].into_iter().flatten().min();
+        self.status.push(compiled.status.clone());
+    }
+
+    /// Leaves a service as it is, with the status that it had.
+    fn leave(&mut self, id: ServiceId, cached: &service::Cached) {
+        self.left.push(id);
+        self.status.extend(cached.status().cloned());
+    }
+}
+
+impl Plan {
+    /// Until a next hop is known, the kernel's FIB may answer with any interface. The map has room for so many.
+    fn allow_links(&mut self, observed: &Observed) {
+        let limit = limits::EGRESS as usize;
+        while self.egress.len() > limit {
+            self.egress.pop_last();
+        }
+        let room = limit - self.egress.len();
+        let others: Vec<u32> =
+            observed.paths.links.keys().filter(|i| !self.egress.contains(i)).take(room).copied().collect();
+        self.egress.extend(others);
+    }
+
+    /// Takes over from the live maps what they hold of a service.
+    pub fn retain(&mut self, id: &ServiceId, index: u32, live: &Self) {
+        let Some(entry) = live.services.get(&index) else { return };
+        self.services.insert(index, entry.clone());
+        entries::enter(id, index, self);
+        for (&backend, entry) in live.backends.iter().filter(|(_, b)| b.service == index) {
+            self.backends.insert(backend, *entry);
+            self.costs.extend(live.costs.get(&backend).map(|cost| (backend, *cost)));
+            self.egress.extend(Some(entry.ifindex).filter(|i| live.egress.contains(i)));
+        }
+        let is_own = |key: u32| (0..8).any(|config| key == lb_common::quic::config_key(index, config));
+        self.quic_configs.extend(live.quic_configs.iter().filter(|(key, _)| is_own(**key)));
+        self.quic_servers.extend(live.quic_servers.iter().filter(|(key, _)| key.service == index));
+    }
+}
+
+/// Whether the maps that all services share have room for this one beside those before it and the VIPs in use.
+fn check_maps(
+    input: &service::Input<'_>,
+    plan: &Plan,
+    vips: &mut BTreeSet<IpAddr>,
+) -> Result<(), CompileError> {
+    let limit = input.settings.limits.vips as usize;
+    if vips.len() >= limit && !vips.contains(&input.id.vip) {
+        return Err(CompileError::TooMany {
+            what: "VIPs",
+            needed: vips.len() as u64 + 1,
+            limit: limit as u64,
+            first: input.id.vip.to_string(),
+            option: "--max-services",
+        });
+    }
+    vips.insert(input.id.vip);
+    let configs = plan.quic_configs.len() + input.wanted.quic.len();
+    if !input.wanted.quic.is_empty() && configs > limits::QUIC_CONFIGS as usize {
+        return Err(room::too_many_quic(configs as u64, input.name));
+    }
+    Ok(())
+}
+
+/// Refuses lists that do not fit, or that the program cannot have.
+/// # Errors
+/// As said.
+pub fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
+    if desired.guard.is_empty() {
+        return Ok(());
+    }
+    if settings.features_off & features::GUARD != 0 {
+        return Err(CompileError::GuardOff);
+    }
+    let (needed, limit) = (desired.guard.len(), settings.limits.guard_entries as usize);
+    if needed <= limit {
+        return Ok(());
+    }
+    let all = desired.guard.deny.iter().chain(desired.guard.allow.iter());
+    Err(CompileError::TooMany {
+        what: "entries of the deny and allow lists",
+        needed: needed as u64,
+        limit: limit as u64,
+        first: all.skip(limit).map(|(net, _)| net.to_string()).next().unwrap_or_default(),
+        option: "--max-guard-entries",
+    })
+}

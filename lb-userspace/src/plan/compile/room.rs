@@ -1,0 +1,218 @@
+//! How many slots services may come to need, and whether a state that somebody asks for can always be applied.
+//!
+//! All of it is worked out from settings and memory alone: no table is built, so that asking costs next to nothing,
+//! whatever is asked for. Called by `reconcile`. Pure.
+//!
+//! A service keeps room for the most that its table takes while its size, seed and hash stay the same: the table, the
+//! second choices behind it if its scheduler or second chance uses them, and the longest list of turns. Any change of
+//! health, weights, backends or marks is then written in place. A change of size, seed or hash is a new region with
+//! the old table behind it for the drain time. Those wait for each other, so the room for one is enough.
+
+use super::{CompileError, Memory, ServiceId, Settings, behind, entries, service, table::Hashing};
+use crate::desired::model::{Desired, Name, Scheduler, Service};
+use lb_common::limits;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Whether second choices stand behind the service's table.
+pub(super) fn has_pairs(wanted: &Service, settings: &Settings) -> bool {
+    let is_capped = wanted.scheduler == Scheduler::SourceHash && wanted.load_cap.is_some();
+    wanted.scheduler == Scheduler::P2c || is_capped || entries::has_chain(wanted, settings)
+}
+
+/// Slots that a service's table of this size takes at most, with all that stands behind it but an old table.
+pub fn room(wanted: &Service, settings: &Settings, size: u32) -> u32 {
+    if size == 0 {
+        return 0;
+    }
+    let pairs = if has_pairs(wanted, settings) { 2 } else { 1 };
+    size * pairs + behind::longest(wanted)
+}
+
+/// A service that needs a region of its own before it can have what it asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Service.
+    pub id: ServiceId,
+    /// Its name.
+    pub name: Name,
+    /// Slots of the region.
+    pub slots: u32,
+    /// Slots that it has now and will have in the end.
+    pub from_to: (u32, u32),
+    /// What decides now on which slot a flow falls; none if there is no table yet.
+    pub live: Option<Hashing>,
+}
+
+/// Services that need a region: new ones, and those with another size, seed or hash. `live` tells of a service's table
+/// by its index: what decides on which slot a flow falls, and how many slots it owns.
+pub fn needs(
+    desired: &Desired,
+    memory: &Memory,
+    settings: &Settings,
+    live: impl Fn(u32) -> Option<(Hashing, u32)>,
+) -> Vec<Need> {
+    let mut needs = Vec::new();
+    for (name, wanted) in &desired.services {
+        let id = ServiceId::of(wanted);
+        let known = memory.services.get(&id);
+        let there = known.and_then(|m| live(m.index)).filter(|(hashing, _)| hashing.size != 0);
+        let default = super::ServiceMemory::default();
+        let hashing = Hashing::wanted(wanted, known.map_or(&default, |m| &**m));
+        if hashing.size == 0 || there.is_some_and(|(live, _)| live == hashing) {
+            continue;
+        }
+        let old = match there {
+            None => 0,
+            Some((live, _)) => known.and_then(|m| m.base()).map_or(0, |e| e.shape.size).max(live.size),
+        };
+        let most = room(wanted, settings, hashing.size);
+        needs.push(Need {
+            id,
+            name: name.clone(),
+            slots: most.saturating_add(old),
+            from_to: (there.map_or(0, |(_, slots)| slots), most),
+            live: there.map(|(live, _)| live),
+        });
+    }
+    needs
+}
+
+/// Slots that a state needs: of all tables, and beside them for the largest change of one.
+struct Slots<'a> {
+    tables: u64,
+    spare: u64,
+    largest: Option<(&'a Name, u32)>,
+}
+
+fn slots<'a>(desired: &'a Desired, memory: &Memory, settings: &Settings) -> Slots<'a> {
+    let mut all = Slots { tables: 0, spare: 0, largest: None };
+    let default = super::ServiceMemory::default();
+    for (name, wanted) in &desired.services {
+        let known = memory.services.get(&ServiceId::of(wanted)).map_or(&default, |m| &**m);
+        let size = Hashing::wanted(wanted, known).size;
+        let most = u64::from(room(wanted, settings, size));
+        let old = known.epochs.iter().map(|e| e.shape.size).max().unwrap_or(0).max(size);
+        all.tables += most;
+        all.spare = all.spare.max(most + u64::from(old));
+        if all.largest.is_none_or(|(_, largest)| size > largest) {
+            all.largest = Some((name, size));
+        }
+    }
+    all
+}
+
+/// Whether `desired` can be applied, whatever happens to it later; `current` is what is in force. A state that needs
+/// no more slots than the one in force is not refused for want of them.
+///
+/// # Errors
+/// What does not fit, or what the program cannot do.
+pub fn admit(
+    desired: &Desired,
+    current: &Desired,
+    memory: &Memory,
+    settings: &Settings,
+) -> Result<(), CompileError> {
+    super::check_guard(desired, settings)?;
+    for (name, wanted) in &desired.services {
+        service::check_features(name, wanted, settings)?;
+    }
+    admit_indices(desired, memory, settings)?;
+    admit_vips(desired, settings)?;
+    admit_quic(desired)?;
+    let wanted = slots(desired, memory, settings);
+    let (needed, limit) = (wanted.tables + wanted.spare, u64::from(settings.limits.slots));
+    let Some((largest, largest_slots)) = wanted.largest.filter(|_| needed > limit) else { return Ok(()) };
+    let now = slots(current, memory, settings);
+    if needed <= now.tables + now.spare {
+        return Ok(());
+    }
+    Err(CompileError::TooManySlots {
+        needed,
+        spare: wanted.spare,
+        limit,
+        largest: largest.clone(),
+        largest_slots,
+    })
+}
+
+/// Indices of services and backends, those that may still stand in flow tables included.
+fn admit_indices(desired: &Desired, memory: &Memory, settings: &Settings) -> Result<(), CompileError> {
+    let wanted: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
+    let leaving = memory.services.iter().filter(|(id, _)| !wanted.contains(id));
+    let (mut services, mut backends) = leaving.fold((0, 0), |(s, b), (_, m)| (s + 1, b + m.backends.len()));
+    services += memory.retired.len();
+    backends += memory.retired.iter().map(|r| r.backends.len()).sum::<usize>();
+    let mut over: [Option<&Name>; 2] = [None; 2];
+    let most_backends = settings.limits.backends.min(limits::MAX_BACKEND_INDEX) as usize;
+    for (name, service) in &desired.services {
+        let known = memory.services.get(&ServiceId::of(service)).map(|m| &m.backends);
+        let addresses: BTreeSet<_> = service.backends.values().map(|b| b.address).collect();
+        services += 1;
+        backends += addresses.len();
+        backends += known.map_or(0, |known| known.keys().filter(|a| !addresses.contains(a)).count());
+        if services > settings.limits.services as usize {
+            over[0].get_or_insert(name);
+        }
+        if backends > most_backends {
+            over[1].get_or_insert(name);
+        }
+    }
+    let counts = [
+        ("services", services, settings.limits.services as usize, "--max-services"),
+        ("backends", backends, most_backends, "--max-backends"),
+    ];
+    for ((what, needed, limit, option), first) in counts.into_iter().zip(over) {
+        if let Some(first) = first {
+            let (needed, limit, first) = (needed as u64, limit as u64, first.to_string());
+            return Err(CompileError::TooMany { what, needed, limit, first, option });
+        }
+    }
+    Ok(())
+}
+
+fn admit_vips(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
+    let vips: BTreeSet<_> = desired.services.values().map(|s| s.vip).collect();
+    let limit = settings.limits.vips as usize;
+    match vips.iter().nth(limit) {
+        None => Ok(()),
+        Some(first) => Err(CompileError::TooMany {
+            what: "VIPs",
+            needed: vips.len() as u64,
+            limit: limit as u64,
+            first: first.to_string(),
+            option: "--max-services",
+        }),
+    }
+}
+
+fn admit_quic(desired: &Desired) -> Result<(), CompileError> {
+    let mut needed = 0;
+    let mut over = None;
+    for (name, service) in &desired.services {
+        needed += service.quic.len() as u64;
+        if needed > u64::from(limits::QUIC_CONFIGS) {
+            over.get_or_insert(name);
+        }
+    }
+    over.map_or(Ok(()), |first| Err(too_many_quic(needed, first)))
+}
+
+/// More configs of QUIC connection ids than the map holds.
+pub(super) fn too_many_quic(needed: u64, first: &Name) -> CompileError {
+    CompileError::TooMany {
+        what: "configs of QUIC connection ids",
+        needed,
+        limit: u64::from(limits::QUIC_CONFIGS),
+        first: first.to_string(),
+        option: "map of them (fixed when lbd is built)",
+    }
+}
+
+/// Services that do not get what they ask for yet, because there is no room for it.
+#[derive(Clone, Debug, Default)]
+pub struct Waiting {
+    /// Without a table: left out, or left as they are.
+    pub to_come: BTreeSet<ServiceId>,
+    /// With a table of another size, seed or hash, which they keep meanwhile.
+    pub to_change: BTreeMap<ServiceId, Hashing>,
+}

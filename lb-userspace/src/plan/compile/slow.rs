@@ -1,0 +1,82 @@
+//! Slow start: a backend that is new, or eligible again, gets its share in four steps, so that a cold cache or a model
+//! that still compiles is not met by all at once.
+//!
+//! A change of weight moves slots, and each moved slot is one more that must be tracked; so the share does not grow
+//! with every second but doubles: an eighth, a quarter and a half for a third of the time each, then all of it. That
+//! is four changes of the table instead of one, and together they move about what one would have moved. When the start
+//! is over, the table is the one that it would have been without.
+//!
+//! Input: the service, who is eligible and who was. Output: weights, and when they change next. Pure.
+
+use super::{ServiceMemory, Shape};
+use crate::desired::model::Service;
+use std::{collections::HashSet, net::IpAddr};
+
+/// Parts of a weight that are given out.
+pub(super) const PARTS: u32 = 8;
+/// Parts that a backend has in each third of its start.
+const STEPS: [u32; 3] = [1, 2, 4];
+
+/// Weights with the starts of now, in the order of the service's backends.
+pub(super) struct Start {
+    /// Weights for the table.
+    pub weights: Vec<u32>,
+    /// How many times as much a full weight counts in them.
+    pub scale: u32,
+    /// Percent of its own weight that a backend has, where it is still starting.
+    pub percent: Vec<Option<u8>>,
+    /// When the next step is due.
+    pub next_ms: Option<i64>,
+}
+
+/// Notes who begins now, and works out the weights. Nobody begins slowly with the service itself (`settled`: all had
+/// their first verdict before), nor under panic, when everybody is needed.
+pub(super) fn start(
+    wanted: &Service,
+    memory: &mut ServiceMemory,
+    eligible: &[bool],
+    (settled, panic): (bool, bool),
+    now_ms: i64,
+) -> Start {
+    let whole_ms = i64::from(wanted.slow_start_s) * 1_000;
+    let served = memory.epochs.last().map_or_else(HashSet::new, |e| serving(&e.shape));
+    let (mut parts, mut next_ms) = (Vec::with_capacity(eligible.len()), None::<i64>);
+    for (backend, &eligible) in wanted.backends.values().zip(eligible) {
+        let step = memory.backends.get_mut(&backend.address).and_then(|known| {
+            if whole_ms == 0 || panic || !eligible || backend.weight == 0 {
+                known.started_ms = None;
+            } else if settled && !known.stands_by && !served.contains(&backend.address) {
+                known.started_ms = Some(now_ms);
+            }
+            let step = step(known.started_ms?, whole_ms, now_ms);
+            if step.is_none() {
+                known.started_ms = None;
+            }
+            step
+        });
+        parts.push(step.map_or(PARTS, |(parts, _)| parts));
+        next_ms = [next_ms, step.map(|(_, at)| at)].into_iter().flatten().min();
+    }
+    // Without a start the weights are as they are, and so is the table.
+    let is_starting = next_ms.is_some();
+    let weight = |(weight, parts): (u32, &u32)| if is_starting { weight * parts } else { weight };
+    Start {
+        scale: if is_starting { PARTS } else { 1 },
+        weights: wanted.backends.values().map(|b| b.weight).zip(&parts).map(weight).collect(),
+        percent: parts.iter().map(|&p| (p < PARTS).then_some((p * 100 / PARTS) as u8)).collect(),
+        next_ms,
+    }
+}
+
+/// Who took new flows by a table.
+fn serving(shape: &Shape) -> HashSet<IpAddr> {
+    shape.members.iter().filter(|m| m.eligible).map(|m| m.address).collect()
+}
+
+/// Parts that a backend has now and when it gets more; none if it has all.
+fn step(started_ms: i64, whole_ms: i64, now_ms: i64) -> Option<(u32, i64)> {
+    let third = (whole_ms / STEPS.len() as i64).max(1);
+    let done = ((now_ms - started_ms) / third).max(0);
+    let parts = STEPS.get(usize::try_from(done).ok()?)?;
+    Some((*parts, started_ms + third * (done + 1)))
+}

@@ -1,0 +1,192 @@
+//! Which backends take new flows: health, state and the replica's own word made into eligibility, with the
+//! panic rule. And how loaded a replica is ([`load`]), how long one that flaps must stand ([`damp`]), which regions
+//! new flows go to ([`region`]), and whether a new version may stay ([`canary`]).
+//!
+//! Input: a service's backends with weight, state, verdict and readiness. Output: who is eligible, and why
+//! not. Pure; called by `compile`, and by `replica` for the load score.
+
+pub mod announce;
+pub mod audit;
+pub mod canary;
+pub mod damp;
+pub mod load;
+pub mod region;
+
+use crate::desired::model::{BackendState, Health, HealthKind, Readiness, Service};
+
+/// What is known of one backend, from probes and from its replica.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// The probes' verdict, or what stands for one.
+    pub health: Health,
+    /// What the replica says.
+    pub readiness: Readiness,
+}
+
+impl Seen {
+    /// Puts both together by what the service asks for. A replica that is lost is unhealthy. Where there are
+    /// no probes, the replica's report is the verdict; where there are, it only adds to it. Where neither is
+    /// asked for, every backend is healthy.
+    pub fn of(service: &Service, health: Health, readiness: Readiness) -> Self {
+        let probed = service.health.kind != HealthKind::None;
+        let readiness = if service.replica.is_some() { readiness } else { Readiness::Unknown };
+        let health = match (probed, readiness) {
+            (_, Readiness::Lost) => Health::Unhealthy,
+            (true, _) => health,
+            (false, Readiness::Unknown) if service.replica.is_some() => Health::Unknown,
+            (false, _) => Health::Healthy,
+        };
+        Self { health, readiness }
+    }
+}
+
+/// What the rule looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Share of new flows; 0 takes none.
+    pub weight: u32,
+    /// Administrative state.
+    pub state: BackendState,
+    /// Verdict; [`Health::Healthy`] for a service without a check.
+    pub health: Health,
+    /// The replica itself wants no new flows.
+    pub declines: bool,
+}
+
+/// The rule's answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Eligibility {
+    /// For each candidate: takes new flows.
+    pub eligible: Vec<bool>,
+    /// Health was ignored because too little of the weight is healthy.
+    pub panic: bool,
+    /// Every backend that could take flows has had a verdict once (see [`eligible`]).
+    pub settled: bool,
+}
+
+/// Decides who takes new flows.
+///
+/// A backend that neither the operator has switched off (weight above 0, state up) nor its replica (loading,
+/// draining or failed, by its own word) takes flows when it is healthy. One without a verdict takes them only as long as the service is not `settled`, that is
+/// until all have had their first verdict: at a cold start nothing is known and all serve, while a
+/// backend added later must pass its checks first. If nothing is healthy, those without a verdict serve.
+/// When less than `panic_percent` of the weight would serve, health is ignored rather than the rest
+/// drowned.
+pub fn eligible(candidates: &[Candidate], settled: bool, panic_percent: u8) -> Eligibility {
+    let wanted = |c: &Candidate| c.weight > 0 && c.state == BackendState::Up && !c.declines;
+    let weight_of = |flags: &[bool]| -> u64 {
+        candidates.iter().zip(flags).filter(|&(_, &f)| f).map(|(c, _)| u64::from(c.weight)).sum()
+    };
+    let all: Vec<bool> = candidates.iter().map(wanted).collect();
+    let has = |health| candidates.iter().any(|c| wanted(c) && c.health == health);
+    let unknown_serves = !settled || !has(Health::Healthy);
+    let mut eligible: Vec<bool> = candidates
+        .iter()
+        .map(|c| {
+            wanted(c)
+                && match c.health {
+                    Health::Healthy => true,
+                    Health::Unknown => unknown_serves,
+                    Health::Unhealthy => false,
+                }
+        })
+        .collect();
+    let panic = weight_of(&eligible) * 100 < u64::from(panic_percent) * weight_of(&all);
+    if panic {
+        eligible = all;
+    }
+    Eligibility { eligible, panic, settled: settled || !has(Health::Unknown) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use BackendState::{Down, Draining, Up};
+    use Health::{Healthy, Unhealthy, Unknown};
+
+    fn rule(candidates: &[(u32, BackendState, Health)], settled: bool, panic: u8) -> (Vec<bool>, bool, bool) {
+        let candidates: Vec<_> = candidates
+            .iter()
+            .map(|&(weight, state, health)| Candidate { weight, state, health, declines: false })
+            .collect();
+        let e = eligible(&candidates, settled, panic);
+        (e.eligible, e.panic, e.settled)
+    }
+
+    #[test]
+    fn state_weight_and_health_each_take_a_backend_out() {
+        let all = [
+            (1, Up, Healthy),
+            (0, Up, Healthy),
+            (1, Draining, Healthy),
+            (1, Down, Healthy),
+            (1, Up, Unhealthy),
+        ];
+        assert_eq!(rule(&all, true, 0), (vec![true, false, false, false, false], false, true));
+    }
+
+    #[test]
+    fn at_a_cold_start_all_serve_until_each_has_had_a_verdict() {
+        assert_eq!(rule(&[(1, Up, Unknown), (1, Up, Unknown)], false, 0), (vec![true, true], false, false));
+        assert_eq!(rule(&[(1, Up, Healthy), (1, Up, Unknown)], false, 0), (vec![true, true], false, false));
+        assert_eq!(rule(&[(1, Up, Healthy), (1, Up, Unhealthy)], false, 0), (vec![true, false], false, true));
+    }
+
+    #[test]
+    fn a_backend_added_later_must_pass_its_checks_first_unless_nothing_else_is_left() {
+        assert_eq!(rule(&[(1, Up, Healthy), (1, Up, Unknown)], true, 0), (vec![true, false], false, true));
+        assert_eq!(rule(&[(1, Up, Unhealthy), (1, Up, Unknown)], true, 0), (vec![false, true], false, true));
+    }
+
+    #[test]
+    fn panic_counts_weight_and_leaves_the_operators_word_alone() {
+        let most_down = [(1, Up, Healthy), (9, Up, Unhealthy), (5, Down, Unhealthy)];
+        assert_eq!(rule(&most_down, true, 10), (vec![true, false, false], false, true));
+        assert_eq!(rule(&most_down, true, 11), (vec![true, true, false], true, true));
+        assert_eq!(rule(&[(1, Up, Unhealthy)], true, 0).0, [false]);
+        assert_eq!(rule(&[(1, Up, Unhealthy)], true, 1), (vec![true], true, true));
+    }
+
+    #[test]
+    fn a_replica_that_declines_takes_nothing_even_under_panic() {
+        let candidate = |health, declines| Candidate { weight: 1, state: Up, health, declines };
+        let rule = |all: &[Candidate], panic| eligible(all, true, panic);
+        let e = rule(&[candidate(Healthy, true), candidate(Healthy, false)], 50);
+        assert_eq!(
+            (e.eligible, e.panic),
+            (vec![false, true], false),
+            "who declines does not count as missing"
+        );
+        let e = rule(&[candidate(Healthy, true), candidate(Unhealthy, false)], 50);
+        assert_eq!((e.eligible, e.panic), (vec![false, true], true));
+        assert_eq!(rule(&[candidate(Healthy, true)], 100).eligible, [false]);
+    }
+
+    #[test]
+    fn probes_and_reports_are_put_together_by_what_the_service_asks_for() {
+        let service = |health: &str, replica: &str| -> Service {
+            let json = format!(
+                r#"{{"vip":"10.0.0.1","port":80,"protocol":"tcp","health":{{"kind":"{health}"}}{replica}}}"#
+            );
+            serde_json::from_str(&json).unwrap()
+        };
+        let replica = r#","replica":{"kind":"stream"}"#;
+        for (kind, with, health, readiness, expected) in [
+            ("none", "", Unknown, Readiness::Unknown, Healthy),
+            ("none", "", Unknown, Readiness::Lost, Healthy),
+            ("tcp", "", Unhealthy, Readiness::Ready, Unhealthy),
+            ("none", replica, Healthy, Readiness::Unknown, Unknown),
+            ("none", replica, Healthy, Readiness::Ready, Healthy),
+            ("none", replica, Healthy, Readiness::Draining, Healthy),
+            ("none", replica, Healthy, Readiness::Lost, Unhealthy),
+            ("tcp", replica, Healthy, Readiness::Unknown, Healthy),
+            ("tcp", replica, Unknown, Readiness::Ready, Unknown),
+            ("tcp", replica, Unhealthy, Readiness::Ready, Unhealthy),
+            ("tcp", replica, Healthy, Readiness::Lost, Unhealthy),
+        ] {
+            let seen = Seen::of(&service(kind, with), health, readiness);
+            assert_eq!(seen.health, expected, "{kind} {with} {health:?} {readiness:?}");
+        }
+        assert_eq!(Seen::of(&service("tcp", ""), Healthy, Readiness::Draining).readiness, Readiness::Unknown);
+    }
+}

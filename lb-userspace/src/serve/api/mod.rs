@@ -1,0 +1,56 @@
+//! HTTP+JSON on a Unix socket: how `lbctl` and others look at the balancer and change it.
+//!
+//! Input: requests of local processes, known by their peer credentials. Output: JSON of [`types`]; errors
+//! as `{"error": {code, message, fix?, details?}}`. A write returns once the maps are written.
+//! [`Control`] does the work, whatever is behind it: a [`Store`](crate::desired::store::Store) and an [`Engine`].
+//! Called by the daemon; spoken by `client`.
+
+mod access;
+pub mod control;
+mod drains;
+pub mod engine;
+pub mod error;
+pub mod guard;
+pub mod host;
+mod listener;
+pub mod memory;
+mod peer;
+pub mod regions;
+mod routes;
+pub mod store;
+mod table;
+pub mod types;
+mod view;
+
+pub use access::{Author, LOCK_TOKEN};
+pub use control::Control;
+pub use engine::{Engine, EngineError};
+pub use error::ApiError;
+pub use listener::{SocketError, bind};
+pub use peer::Peer;
+pub use view::fate;
+
+use listener::Limited;
+use std::{future::Future, sync::Arc};
+use tokio::net::UnixListener;
+
+/// Serves the API on a bound socket until `stop` resolves; requests in progress are finished.
+///
+/// # Errors
+/// Accepting failed for good.
+pub async fn serve(
+    listener: UnixListener,
+    control: Arc<Control>,
+    writers: peer::Writers,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    let service = routes::router(control).into_make_service_with_connect_info::<Peer>();
+    axum::serve(Limited::new(listener, writers), service).with_graceful_shutdown(stop).await
+}
+
+pub use peer::Writers;
+
+#[cfg(test)]
+mod access_tests;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,408 @@
+//! Paths and methods.
+
+use super::{
+    ApiError, Control,
+    access::Trier,
+    engine::FlowFilter,
+    types::*,
+    view::{find_service, no_backend, no_service},
+};
+use crate::{
+    desired::{
+        model::{Backend, BackendState, Desired, Name, Protocol, Service},
+        store::delta,
+    },
+    serve::explain,
+};
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State},
+    http::{StatusCode, request::Parts},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::Value;
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+/// Largest body: the whole state of about 100,000 backends.
+const BODY_LIMIT: usize = 16 * 1024 * 1024;
+/// Flows listed unless told otherwise, and at most.
+const FLOWS: (usize, usize) = (100, 100_000);
+/// Revisions listed unless told otherwise, and at most.
+const REVISIONS: (usize, usize) = (20, 10_000);
+
+/// Longest wait for news of replicas.
+const REPLICAS_WAIT: Duration = Duration::from_secs(20);
+
+type Ctl = State<Arc<Control>>;
+pub(super) type Reply<T> = Result<Json<T>, ApiError>;
+
+/// All routes.
+pub fn router(control: Arc<Control>) -> Router {
+    super::access::router(super::table::table())
+        .fallback(|uri: axum::http::Uri| async move {
+            ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
+        })
+        .method_not_allowed_fallback(|method: axum::http::Method, uri: axum::http::Uri| async move {
+            let message = format!("{method} does not go with {}", uri.path());
+            ApiError { status: StatusCode::METHOD_NOT_ALLOWED, ..ApiError::bad_request(message) }
+        })
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .with_state(control)
+}
+
+/// Query parameters, with our errors.
+pub(super) struct Params<T>(pub T);
+
+impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
+        match Query::try_from_uri(&parts.uri) {
+            Ok(Query(query)) => Ok(Self(query)),
+            Err(error) => {
+                let source =
+                    std::error::Error::source(&error).map_or_else(|| error.to_string(), |s| s.to_string());
+                Err(ApiError::bad_request(format!("query of {}: {source}", parts.uri.path())))
+            }
+        }
+    }
+}
+
+/// A JSON body.
+pub(super) fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
+    serde_json::from_slice(bytes).map_err(|e| serde_error("body", &e))
+}
+
+/// What serde says, with the nearest known word if it met an unknown one.
+fn serde_error(place: &str, error: &serde_json::Error) -> ApiError {
+    let message = error.to_string();
+    let refused = ApiError::bad_request(format!("{place}: {message}"));
+    let words: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+    match words.split_first() {
+        Some((word, known)) if message.starts_with("unknown") => {
+            match crate::desired::config::nearest(word, known.iter().copied()) {
+                Some(near) => refused.fix(format!("did you mean {near}?")),
+                None => refused,
+            }
+        }
+        _ => refused,
+    }
+}
+
+pub(super) fn name(text: &str) -> Result<Name, ApiError> {
+    text.parse().map_err(|e: crate::desired::model::NameError| ApiError::bad_request(e.to_string()))
+}
+
+fn names(path: &(String, String)) -> Result<(Name, Name), ApiError> {
+    Ok((name(&path.0)?, name(&path.1)?))
+}
+
+/// Patches a thing through its JSON form, so that unknown keys and wrong types are refused.
+fn patched<T: serde::Serialize + DeserializeOwned>(
+    thing: &T,
+    patch: &Value,
+    place: &str,
+) -> Result<T, ApiError> {
+    if !patch.is_object() {
+        return Err(ApiError::bad_request("body: a JSON object with the settings to change is needed"));
+    }
+    let mut value = serde_json::to_value(thing).map_err(|e| serde_error(place, &e))?;
+    delta::merge(&mut value, patch.clone());
+    serde_json::from_value(value).map_err(|e| serde_error(place, &e))
+}
+
+fn service_mut<'a>(desired: &'a mut Desired, name: &Name) -> Result<&'a mut Service, ApiError> {
+    if !desired.services.contains_key(name) {
+        return Err(no_service(name, desired.services.keys()));
+    }
+    desired.service_mut(name).ok_or_else(|| ApiError::not_found(format!("there is no service {name}")))
+}
+
+fn backend_mut<'a>(
+    desired: &'a mut Desired,
+    service: &Name,
+    backend: &Name,
+) -> Result<&'a mut Backend, ApiError> {
+    let s = service_mut(desired, service)?;
+    if !s.backends.contains_key(backend) {
+        return Err(no_backend(service, backend, s));
+    }
+    s.backends.get_mut(backend).ok_or_else(|| ApiError::not_found(format!("there is no backend {backend}")))
+}
+
+pub(super) async fn status(State(control): Ctl) -> Reply<Status> {
+    let view = control.view().await?;
+    Ok(Json(control.status(&view)))
+}
+
+pub(super) async fn service_list(State(control): Ctl) -> Reply<Vec<ServiceInfo>> {
+    let view = control.view().await?;
+    Ok(Json(control.services(&view)))
+}
+
+pub(super) async fn service_show(State(control): Ctl, Path(service): Path<String>) -> Reply<ServiceInfo> {
+    let view = control.view().await?;
+    Ok(Json(control.service(&view, &name(&service)?)?))
+}
+
+pub(super) async fn service_add(
+    State(control): Ctl,
+    Path(service): Path<String>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+    bytes: Bytes,
+) -> Reply<Change> {
+    let (service, new) = (name(&service)?, body::<Service>(&bytes)?);
+    let change = |desired: &mut Desired| {
+        if desired.services.contains_key(&service) {
+            return Err(ApiError::exists(format!("there is a service {service} already"))
+                .fix(format!("change it with `lbctl service set {service}`, or choose another name")));
+        }
+        desired.services.insert(service.clone(), new.clone().into());
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+pub(super) async fn service_set(
+    State(control): Ctl,
+    Path(service): Path<String>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+    bytes: Bytes,
+) -> Reply<Change> {
+    let (service, patch) = (name(&service)?, body::<Value>(&bytes)?);
+    let change = |desired: &mut Desired| {
+        let s = service_mut(desired, &service)?;
+        *s = patched(s, &patch, &format!("service {service}"))?;
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+pub(super) async fn service_remove(
+    State(control): Ctl,
+    Path(service): Path<String>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+) -> Reply<Change> {
+    let service = name(&service)?;
+    let change = |desired: &mut Desired| {
+        service_mut(desired, &service)?;
+        desired.services.remove(&service);
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+pub(super) async fn backend_list_all(State(control): Ctl) -> Reply<Vec<BackendInfo>> {
+    let view = control.view().await?;
+    Ok(Json(control.backends(&view, None)?))
+}
+
+pub(super) async fn backend_list(
+    State(control): Ctl,
+    Path(service): Path<String>,
+) -> Reply<Vec<BackendInfo>> {
+    let view = control.view().await?;
+    Ok(Json(control.backends(&view, Some(&name(&service)?))?))
+}
+
+pub(super) async fn backend_show(
+    State(control): Ctl,
+    Path(path): Path<(String, String)>,
+) -> Reply<BackendInfo> {
+    let (service, backend) = names(&path)?;
+    let view = control.view().await?;
+    Ok(Json(control.backend(&view, &service, &backend)?))
+}
+
+pub(super) async fn backend_add(
+    State(control): Ctl,
+    Path(path): Path<(String, String)>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+    bytes: Bytes,
+) -> Reply<Change> {
+    let ((service, backend), new) = (names(&path)?, body::<Backend>(&bytes)?);
+    let change = |desired: &mut Desired| {
+        let s = service_mut(desired, &service)?;
+        if s.backends.contains_key(&backend) {
+            return Err(ApiError::exists(format!("service {service} has a backend {backend} already")).fix(
+                format!("change it with `lbctl backend set {service} {backend}`, or choose another name"),
+            ));
+        }
+        s.backends.insert(backend.clone(), new.clone());
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+pub(super) async fn backend_set(
+    State(control): Ctl,
+    Path(path): Path<(String, String)>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+    bytes: Bytes,
+) -> Reply<Change> {
+    let ((service, backend), patch) = (names(&path)?, body::<Value>(&bytes)?);
+    let change = |desired: &mut Desired| {
+        let b = backend_mut(desired, &service, &backend)?;
+        *b = patched(b, &patch, &format!("backend {service}/{backend}"))?;
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+pub(super) async fn backend_remove(
+    State(control): Ctl,
+    Path(path): Path<(String, String)>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+) -> Reply<Change> {
+    let (service, backend) = names(&path)?;
+    let change = |desired: &mut Desired| {
+        backend_mut(desired, &service, &backend)?;
+        service_mut(desired, &service)?.backends.remove(&backend);
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+pub(super) async fn backend_drain(
+    control: Ctl,
+    path: Path<(String, String)>,
+    query: Params<WriteQuery>,
+    writer: Trier,
+) -> Reply<Change> {
+    backend_state(control, path, query, writer, BackendState::Draining).await
+}
+
+pub(super) async fn backend_undrain(
+    control: Ctl,
+    path: Path<(String, String)>,
+    query: Params<WriteQuery>,
+    writer: Trier,
+) -> Reply<Change> {
+    backend_state(control, path, query, writer, BackendState::Up).await
+}
+
+async fn backend_state(
+    State(control): Ctl,
+    Path(path): Path<(String, String)>,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+    state: BackendState,
+) -> Reply<Change> {
+    let (service, backend) = names(&path)?;
+    let change = |desired: &mut Desired| {
+        backend_mut(desired, &service, &backend)?.state = state;
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ReplicasQuery {
+    service: Option<Name>,
+    after: Option<u64>,
+    wait_ms: Option<u64>,
+}
+
+pub(super) async fn replicas(State(control): Ctl, Params(query): Params<ReplicasQuery>) -> Reply<Replicas> {
+    let wait = query.wait_ms.map_or(REPLICAS_WAIT, Duration::from_millis).min(REPLICAS_WAIT);
+    Ok(Json(control.replicas_after(query.service.as_ref(), query.after, wait).await?))
+}
+
+pub(super) async fn stats(State(control): Ctl) -> Reply<Stats> {
+    Ok(Json(control.view().await?.stats_of_all()))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FlowsQuery {
+    service: Option<Name>,
+    backend: Option<Name>,
+    limit: Option<usize>,
+}
+
+pub(super) async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<Flows> {
+    let stored = control.head();
+    if let Some(service) = &query.service {
+        let s = find_service(&stored, service)?;
+        if let Some(backend) = &query.backend
+            && !s.backends.contains_key(backend)
+        {
+            return Err(no_backend(service, backend, s));
+        }
+    }
+    let limit = query.limit.unwrap_or(FLOWS.0).min(FLOWS.1);
+    Ok(Json(control.flows(FlowFilter { service: query.service, backend: query.backend, limit }).await?))
+}
+
+pub(super) async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
+    let Flow { source, destination, protocol, connection_id } = query;
+    if source.is_ipv4() != destination.is_ipv4() {
+        return Err(ApiError::bad_request(format!(
+            "source {source} and destination {destination} are of different families"
+        )));
+    }
+    Ok(Json(control.explain(explain::Query { source, destination, protocol, connection_id }).await?))
+}
+
+/// A flow to explain.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Flow {
+    source: SocketAddr,
+    destination: SocketAddr,
+    protocol: Protocol,
+    connection_id: Option<explain::ConnectionId>,
+}
+
+pub(super) async fn config_export(State(control): Ctl) -> Reply<Config> {
+    let head = control.head();
+    let Desired { services, regions, guard: _ } = (*head.desired).clone();
+    let desired = Desired { services, regions, guard: crate::desired::model::Guard::default() };
+    Ok(Json(Config { revision: Some(head.revision.number), desired }))
+}
+
+pub(super) async fn config_apply(
+    State(control): Ctl,
+    Params(mut query): Params<WriteQuery>,
+    Trier(author): Trier,
+    bytes: Bytes,
+) -> Reply<Change> {
+    let config: Config = body(&bytes)?;
+    query.expected = query.expected.or(config.revision);
+    let change = |desired: &mut Desired| {
+        let mut wanted = config.desired.clone();
+        wanted.keep_operations(desired);
+        *desired = wanted;
+        Ok(())
+    };
+    Ok(Json(control.write(&author, &query, change).await?))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HistoryQuery {
+    before: Option<u64>,
+    limit: Option<usize>,
+}
+
+pub(super) async fn history(State(control): Ctl, Params(query): Params<HistoryQuery>) -> Reply<History> {
+    let limit = query.limit.unwrap_or(REVISIONS.0).min(REVISIONS.1);
+    Ok(Json(History { revisions: control.store.history(query.before, limit).await? }))
+}
+
+pub(super) async fn rollback(
+    State(control): Ctl,
+    Params(query): Params<WriteQuery>,
+    Trier(author): Trier,
+    bytes: Bytes,
+) -> Reply<Change> {
+    let Rollback { revision } = body(&bytes)?;
+    Ok(Json(control.rollback(&author, &query, revision).await?))
+}

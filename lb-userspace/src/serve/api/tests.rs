@@ -1,0 +1,283 @@
+//! The API over a real socket and store, with an engine in memory.
+
+use super::{Control, Peer, memory::MemoryEngine, routes, types::*};
+use crate::{
+    desired::store::RedbStore,
+    lbctl::client::{Client, ClientError},
+    observed::health::Book,
+};
+use axum::extract::connect_info::MockConnectInfo;
+use reqwest::Method;
+use serde_json::{Value, json};
+use std::{sync::Arc, time::Duration};
+
+struct Bed {
+    _directory: tempfile::TempDir,
+    engine: Arc<MemoryEngine>,
+    control: Arc<Control>,
+    client: Client,
+}
+
+async fn bed(may_write: bool) -> Bed {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
+    let engine = Arc::new(MemoryEngine::new(1_000));
+    let control = Control::new(store, engine.clone(), Arc::new(Book::default()));
+    tokio::spawn(control.clone().follow());
+    let socket = directory.path().join("s");
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let peer = Peer { user: "ann".into(), may_write };
+    let router = routes::router(control.clone()).layer(MockConnectInfo(peer));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let client = Client::new(&socket).unwrap();
+    Bed { _directory: directory, engine, control, client }
+}
+
+impl Bed {
+    async fn send(&self, method: Method, path: &str, body: Value) -> Result<Value, ErrorInfo> {
+        let body = Some(body).filter(|b| !b.is_null());
+        match self.client.send(method, path, &(), body.as_ref()).await {
+            Ok(value) => Ok(value),
+            Err(ClientError::Refused { info }) => Err(info),
+            Err(other) => panic!("{path}: {other}"),
+        }
+    }
+
+    async fn error(&self, method: Method, path: &str, body: Value) -> (String, String, Option<String>) {
+        let info = self.send(method, path, body).await.expect_err(path);
+        (info.code, info.message, info.fix)
+    }
+
+    fn revision(&self) -> u64 {
+        self.control.head().revision.number
+    }
+}
+
+fn web() -> Value {
+    json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "backends": {"a": {"address": "10.1.0.1"}}})
+}
+
+#[tokio::test]
+async fn readers_may_look_and_try_but_not_change() {
+    let bed = bed(false).await;
+    bed.send(Method::GET, "/v1/status", Value::Null).await.unwrap();
+    let (code, message, fix) = bed.error(Method::POST, "/v1/services/web", web()).await;
+    assert_eq!(
+        (code.as_str(), message.as_str()),
+        ("forbidden", "user ann may look, but not change anything")
+    );
+    assert!(fix.unwrap().contains("socket_group"));
+    for (method, path) in [
+        (Method::PATCH, "/v1/services/web"),
+        (Method::DELETE, "/v1/services/web"),
+        (Method::POST, "/v1/services/web/backends/a"),
+        (Method::POST, "/v1/services/web/backends/a/drain"),
+        (Method::PUT, "/v1/config"),
+        (Method::POST, "/v1/rollback"),
+    ] {
+        assert_eq!(bed.error(method, path, json!({})).await.0, "forbidden", "{path}");
+    }
+    let tried = bed.send(Method::POST, "/v1/services/web?dry_run=true", web()).await.unwrap();
+    assert_eq!((tried["dry_run"].clone(), bed.revision()), (json!(true), 0));
+}
+
+#[tokio::test]
+async fn writes_are_applied_when_they_return() {
+    let bed = bed(true).await;
+    let change = bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    assert_eq!((&change["revision"], &change["applied"]["revision"]), (&json!(1), &json!(1)));
+    assert_eq!(bed.control.engine().snapshot().applied.revision, 1);
+    let patch = json!({"drain_s": 9, "health": {"kind": "http", "path": "/x"}, "backends": {"b": {"address": "10.1.0.2"}}});
+    bed.send(Method::PATCH, "/v1/services/web", patch).await.unwrap();
+    let shown: ServiceInfo = bed.client.get("/v1/services/web", &()).await.unwrap();
+    assert_eq!((shown.spec.drain_s, shown.spec.backends.len()), (9, 2));
+    bed.send(Method::PATCH, "/v1/services/web", json!({"health": null, "backends": {"b": null}}))
+        .await
+        .unwrap();
+    let shown: ServiceInfo = bed.client.get("/v1/services/web", &()).await.unwrap();
+    assert_eq!((shown.spec.health.kind.label(), shown.spec.backends.len()), ("none", 1));
+    // The same again changes nothing, and is no revision.
+    let again = bed.send(Method::PATCH, "/v1/services/web", json!({"drain_s": 9})).await.unwrap();
+    assert_eq!((again["revision"].clone(), again.get("applied")), (json!(3), None));
+    let history: History = bed.client.get("/v1/history", &()).await.unwrap();
+    assert!(history.revisions.iter().all(|r| r.author == "ann"));
+    assert_eq!(history.revisions[2].message, "+ service web");
+}
+
+#[tokio::test]
+async fn refusals_say_what_and_how_to_mend_it() {
+    let bed = bed(true).await;
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    let mut typo = web();
+    typo["drian_s"] = json!(5);
+    for (method, path, body, code, message, fix) in [
+        (
+            Method::POST,
+            "/v1/services/w2",
+            typo,
+            "bad_request",
+            "unknown field `drian_s`",
+            Some("did you mean drain_s?"),
+        ),
+        (
+            Method::PATCH,
+            "/v1/services/web",
+            json!({"mode": "gre"}),
+            "bad_request",
+            "unknown variant `gre`",
+            Some("did you mean gue?"),
+        ),
+        (Method::PATCH, "/v1/services/web", json!({"vip": null}), "bad_request", "missing field `vip`", None),
+        (Method::PATCH, "/v1/services/web", json!([1]), "bad_request", "a JSON object", None),
+        (
+            Method::PATCH,
+            "/v1/services/web",
+            json!({"health": {"kind": "tcp", "prot": 1}}),
+            "bad_request",
+            "unknown field `prot`",
+            Some("did you mean port?"),
+        ),
+        (
+            Method::PATCH,
+            "/v1/services/web",
+            json!({"table_size": 3}),
+            "invalid",
+            "table_size 3 is not one of",
+            None,
+        ),
+        (
+            Method::PATCH,
+            "/v1/services/wbe",
+            json!({"drain_s": 3}),
+            "not_found",
+            "no service wbe",
+            Some("did you mean web?"),
+        ),
+        (Method::GET, "/v1/services/a%20b", Value::Null, "bad_request", "name \"a b\" is not usable", None),
+        (
+            Method::GET,
+            "/v1/nothing",
+            Value::Null,
+            "not_found",
+            "there is no /v1/nothing",
+            Some("the API begins at /v1/status"),
+        ),
+        (
+            Method::DELETE,
+            "/v1/status",
+            Value::Null,
+            "bad_request",
+            "DELETE does not go with /v1/status",
+            None,
+        ),
+        (Method::GET, "/v1/history?limt=3", Value::Null, "bad_request", "unknown field `limt`", None),
+        (Method::POST, "/v1/services/x?expected=9", web(), "conflict", "at revision 1 by now, not 9", None),
+        (Method::POST, "/v1/rollback", json!({"revision": 44}), "not_found", "revision 44 is not kept", None),
+    ] {
+        let (got_code, got, got_fix) = bed.error(method, path, body).await;
+        assert_eq!(got_code, code, "{path}: {got}");
+        assert!(got.contains(message), "{path}: {got}");
+        assert_eq!(got_fix.as_deref(), fix, "{path}: {got}");
+    }
+    assert_eq!(bed.revision(), 1, "nothing of this changed anything");
+    let huge = json!({ "revision": 1, "desired": { "services": {}}, "x": "x".repeat(17 << 20) });
+    match bed.client.send::<Value>(Method::PUT, "/v1/config", &(), Some(&huge)).await {
+        Err(ClientError::Odd { what, .. }) => assert!(what.starts_with("413"), "{what}"),
+        Err(ClientError::Unreachable { .. }) => {} // The connection is closed before all of it is sent.
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(bed.revision(), 1);
+}
+
+#[tokio::test]
+async fn what_does_not_fit_is_refused_before_it_is_stored() {
+    let bed = bed(true).await;
+    let backends: serde_json::Map<_, _> = (0..1_001)
+        .map(|i| (format!("b{i}"), json!({ "address": format!("10.1.{}.{}", i / 250, i % 250 + 1) })))
+        .collect();
+    let mut big = web();
+    big["backends"] = backends.into();
+    let (code, message, _) = bed.error(Method::POST, "/v1/services/big", big).await;
+    assert_eq!(
+        (code.as_str(), message.as_str()),
+        ("no_room", "1001 backends do not fit: there is room for 1000")
+    );
+    assert_eq!(bed.revision(), 0);
+}
+
+#[tokio::test]
+async fn a_failed_application_is_told_and_tried_again() {
+    let bed = bed(true).await;
+    bed.engine.fail(Some("map SLOTS: no".into()));
+    let (code, message, fix) = bed.error(Method::POST, "/v1/services/web", web()).await;
+    assert_eq!(code, "not_applied");
+    assert_eq!(message, "revision 1 is stored, but cannot be applied: map SLOTS: no");
+    assert!(fix.unwrap().contains("lbctl rollback"));
+    let status: Status = bed.client.get("/v1/status", &()).await.unwrap();
+    assert!(
+        !status.healthy && status.problems[0].starts_with("revision 1 is not applied: map SLOTS"),
+        "{status:?}"
+    );
+    bed.engine.fail(None);
+    let healed = async {
+        loop {
+            let status: Status = bed.client.get("/v1/status", &()).await.unwrap();
+            if status.applied.revision == 1 && status.applied.error.is_none() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), healed).await.expect("tried again within seconds");
+}
+
+#[tokio::test]
+async fn writers_at_once_all_get_through() {
+    let bed = Arc::new(bed(true).await);
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    let writers = (0..20).map(|i| {
+        let bed = bed.clone();
+        tokio::spawn(async move {
+            let body = json!({ "address": format!("10.2.0.{}", i + 1) });
+            bed.send(Method::POST, &format!("/v1/services/web/backends/w{i}"), body).await.unwrap();
+        })
+    });
+    futures_util::future::join_all(writers).await.into_iter().for_each(|r| r.unwrap());
+    assert_eq!(
+        (bed.revision(), bed.control.head().desired.services.values().next().unwrap().backends.len()),
+        (21, 21)
+    );
+}
+
+#[tokio::test]
+async fn a_socket_left_behind_is_replaced_and_a_live_one_is_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run/lbd.sock");
+    let (listener, _) = super::bind(&path, 0o600, None).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    let error = super::bind(&path, 0o660, None).unwrap_err().to_string();
+    assert!(error.contains("served by another lbd"), "{error}");
+    drop(listener);
+    super::bind(&path, 0o660, None).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "precious").unwrap();
+    let error = super::bind(&path, 0o660, None).unwrap_err().to_string();
+    assert!(error.contains("exists and is no socket"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    let error =
+        super::bind(&directory.path().join("x"), 0o660, Some("no-such-group")).unwrap_err().to_string();
+    assert!(error.contains("groupadd no-such-group"), "{error}");
+}
+
+#[tokio::test]
+async fn rollback_brings_a_state_back() {
+    let bed = bed(true).await;
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    bed.send(Method::DELETE, "/v1/services/web", Value::Null).await.unwrap();
+    assert!(bed.control.head().desired.services.is_empty());
+    bed.send(Method::POST, "/v1/rollback", json!({"revision": 1})).await.unwrap();
+    let head = bed.control.head();
+    assert_eq!((head.revision.number, head.revision.message.as_str()), (3, "rollback to revision 1"));
+    assert_eq!(bed.control.store.get(1).await.unwrap().desired, head.desired);
+}

@@ -1,0 +1,491 @@
+//! Store, snapshot, counters and health put together into what is shown.
+
+use super::{
+    ApiError, Control,
+    engine::{Counters, Snapshot},
+    types::*,
+};
+use crate::{
+    clock,
+    desired::{
+        model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Readiness, Service},
+        store::Stored,
+    },
+    observed::{health::Entry, replica},
+};
+use lb_common::{BackendStats, Reason, reason::Fate};
+use std::{sync::Arc, time::Duration};
+
+/// Everything at one moment.
+pub struct View {
+    stored: Stored,
+    snapshot: Arc<Snapshot>,
+    counters: Counters,
+}
+
+pub(super) fn id(service: &Name, backend: &Name) -> BackendId {
+    BackendId { service: service.clone(), backend: backend.clone() }
+}
+
+impl Control {
+    /// Looks at everything.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub async fn view(&self) -> Result<View, ApiError> {
+        let (stored, snapshot) = (self.head(), self.engine.snapshot());
+        let counters = self.reading(|engine| engine.counters()).await?;
+        Ok(View { stored, snapshot, counters })
+    }
+
+    /// `GET /v1/status`.
+    pub fn status(&self, view: &View) -> Status {
+        let mut applied = view.snapshot.applied.clone();
+        if let Some((_, Err(error))) = self.outcome() {
+            applied.error.get_or_insert_with(|| error.to_string());
+        }
+        let mut status = Status {
+            healthy: false,
+            problems: Vec::new(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            abi: lb_common::ABI_VERSION,
+            pid: std::process::id(),
+            uptime_s: self.started.elapsed().as_secs(),
+            store: self.link(),
+            revision: view.stored.revision.clone(),
+            orphaned_services: self.orphaned(),
+            applied,
+            interfaces: self.engine.interfaces(),
+            loaded: self.engine.loaded(),
+            announcement: self.announcement(),
+            host_drain: self.host_drain(),
+            services: view.stored.desired.services.len(),
+            backends: BackendCounts::default(),
+            unhealthy: Vec::new(),
+            draining: Vec::new(),
+            replicas: Vec::new(),
+            no_backend: Vec::new(),
+            panic: Vec::new(),
+            flood: Vec::new(),
+            unresolved: Vec::new(),
+            reasons: view.reasons(),
+            room: view.snapshot.room.clone(),
+            not_up_to_date: view
+                .snapshot
+                .problems
+                .iter()
+                .map(|(service, problem)| NotUpToDate {
+                    service: service.clone(),
+                    reason: problem.reason.to_owned(),
+                    problem: problem.text.clone(),
+                })
+                .collect(),
+        };
+        for (name, service) in &view.stored.desired.services {
+            self.service_status(view, name, service, &mut status);
+        }
+        let now = crate::clock::boot();
+        for removed in &view.snapshot.removed {
+            let deadline_s = removed.until.saturating_sub(now).as_secs();
+            let drain = Drain { flows_left: removed.tracked_flows, deadline_s };
+            let backend = format!("{} (removed)", removed.address);
+            status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
+        }
+        let general = problems(&status);
+        status.problems.splice(0..0, general);
+        status.problems.extend(self.steered().problems());
+        status.problems.extend(not_as_wanted(&view.snapshot));
+        status.healthy = status.problems.is_empty();
+        status
+    }
+
+    fn service_status(&self, view: &View, name: &Name, service: &Service, status: &mut Status) {
+        for (backend, b) in &service.backends {
+            let id = id(name, backend);
+            let entry = self.book.get(&id).unwrap_or_default();
+            let counts = &mut status.backends;
+            counts.total += 1;
+            match entry.health {
+                Health::Healthy => counts.healthy += 1,
+                Health::Unhealthy => counts.unhealthy += 1,
+                Health::Unknown => counts.unknown += 1,
+            }
+            match b.state {
+                BackendState::Up => {}
+                BackendState::Draining => counts.draining += 1,
+                BackendState::Down => counts.down += 1,
+            }
+            // Whoever switched it off knows.
+            if entry.health == Health::Unhealthy && b.state == BackendState::Up {
+                let reason =
+                    entry.last.map(|p| p.reason).or_else(|| entry.history.back().map(|t| t.reason.clone()));
+                let (service, backend) = (name.clone(), backend.clone());
+                let reason = reason.unwrap_or_default();
+                status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
+            }
+            let applied = view.snapshot.backends.get(&id);
+            if let Some(entry) = self.replica(&id, service).filter(|e| e.readiness != Readiness::Ready) {
+                let (service, backend) = (name.clone(), backend.clone());
+                let (readiness, since_ms, reason) = (entry.readiness, entry.since_ms, reason(&entry));
+                let flows_left = applied.map_or(0, |a| a.tracked_flows);
+                status.replicas.push(NotReady { service, backend, readiness, since_ms, reason, flows_left });
+            }
+            if let Some(drain) = self.drain(view, &id, service) {
+                let (service, backend) = (name.clone(), backend.to_string());
+                status.draining.push(DrainingBackend { service, backend, drain });
+            }
+            if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
+                status.problems.push(format!("{id}: {problem}"));
+            }
+            if applied.is_some_and(|a| !a.resolved) {
+                status.unresolved.push(id);
+            }
+        }
+        let applied = view.snapshot.services.get(name);
+        if applied.is_some_and(|a| a.eligible == 0) {
+            status.no_backend.push(name.clone());
+        }
+        if applied.is_some_and(|a| a.panic) {
+            status.panic.push(name.clone());
+        }
+        if applied.is_some_and(|a| a.flood) {
+            status.flood.push(name.clone());
+        }
+    }
+
+    /// One service.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn service(&self, view: &View, name: &Name) -> Result<ServiceInfo, ApiError> {
+        let service = find_service(&view.stored, name)?;
+        Ok(self.service_info(view, name, service))
+    }
+
+    /// All services.
+    pub fn services(&self, view: &View) -> Vec<ServiceInfo> {
+        let all = view.stored.desired.services.iter();
+        all.map(|(name, service)| self.service_info(view, name, service)).collect()
+    }
+
+    fn service_info(&self, view: &View, name: &Name, service: &Service) -> ServiceInfo {
+        let mut info = view.service(name, service);
+        info.status.vip = self.announcement().and_then(|a| a.vip(service.vip).cloned());
+        info
+    }
+
+    /// Backends of one service, or of all.
+    ///
+    /// # Errors
+    /// There is no service of this name.
+    pub fn backends(&self, view: &View, service: Option<&Name>) -> Result<Vec<BackendInfo>, ApiError> {
+        let of = |name: &Name, s: &Service| -> Vec<BackendInfo> {
+            s.backends.iter().map(|(backend, b)| self.backend_info(view, name, s, backend, b)).collect()
+        };
+        match service {
+            Some(name) => Ok(of(name, find_service(&view.stored, name)?)),
+            None => Ok(view.stored.desired.services.iter().flat_map(|(name, s)| of(name, s)).collect()),
+        }
+    }
+
+    /// One backend, with the history of its health.
+    ///
+    /// # Errors
+    /// There is no such service or backend.
+    pub fn backend(&self, view: &View, service: &Name, backend: &Name) -> Result<BackendInfo, ApiError> {
+        let s = find_service(&view.stored, service)?;
+        let b = s.backends.get(backend).ok_or_else(|| no_backend(service, backend, s))?;
+        let mut info = self.backend_info(view, service, s, backend, b);
+        let id = id(service, backend);
+        if let Some(entry) = self.book.get(&id) {
+            info.status.history = entry.history.into();
+        }
+        info.status.replica = self.replica(&id, s);
+        Ok(info)
+    }
+
+    /// What is known of a backend's replica, if its service asks.
+    fn replica(&self, id: &BackendId, service: &Service) -> Option<replica::Entry> {
+        service.replica.as_ref().map(|_| self.replicas.get(id).unwrap_or_default())
+    }
+
+    /// `GET /v1/replicas`: of one service, or of all. With `after`, waits until there is something newer, at most
+    /// `wait`.
+    ///
+    /// # Errors
+    /// There is no service of this name.
+    pub async fn replicas_after(
+        &self,
+        service: Option<&Name>,
+        after: Option<u64>,
+        wait: Duration,
+    ) -> Result<Replicas, ApiError> {
+        let mut changes = self.replicas.changes();
+        if let Some(after) = after {
+            // Nothing new in time is an answer too.
+            let _ = tokio::time::timeout(wait, changes.wait_for(|&version| version > after)).await;
+        }
+        let version = *changes.borrow();
+        let (stored, now) = (self.head(), clock::unix_ms());
+        if let Some(name) = service {
+            find_service(&stored, name)?;
+        }
+        let asked = stored.desired.services.iter().filter(|(name, _)| service.is_none_or(|s| s == *name));
+        let replicas = asked.flat_map(|(name, s)| {
+            let source = s.replica.as_ref().map(|r| r.kind.label().to_owned());
+            let backends = s.backends.keys().filter_map(move |backend| {
+                let state = self.replica(&id(name, backend), s)?;
+                let age_ms = state.report.is_some().then(|| now.saturating_sub(state.report_ms));
+                let (service, backend) = (name.clone(), backend.clone());
+                Some(ReplicaInfo { service, backend, source: source.clone()?, age_ms, state })
+            });
+            backends.collect::<Vec<_>>()
+        });
+        Ok(Replicas { version, replicas: replicas.collect() })
+    }
+
+    /// Progress of a backend's drain, if it drains.
+    fn drain(&self, view: &View, id: &BackendId, service: &Service) -> Option<Drain> {
+        let since_ms = self.drains.since_ms(id)?;
+        let over_ms = since_ms + u64::from(service.drain_s) * 1_000;
+        let flows_left = view.snapshot.backends.get(id).map_or(0, |b| b.tracked_flows);
+        Some(Drain { flows_left, deadline_s: over_ms.saturating_sub(clock::unix_ms()).div_ceil(1_000) })
+    }
+
+    fn backend_info(
+        &self,
+        view: &View,
+        service: &Name,
+        s: &Service,
+        name: &Name,
+        b: &Backend,
+    ) -> BackendInfo {
+        let id = id(service, name);
+        let Entry { health, since_ms, last, damped, heard, .. } = self.book.get(&id).unwrap_or_default();
+        let applied = view.snapshot.backends.get(&id);
+        let stats = view.stats(&id);
+        let status = BackendStatus {
+            index: applied.map(|a| a.index),
+            health,
+            health_since_ms: since_ms,
+            slots: applied.map_or(0, |a| a.slots),
+            table_size: view.snapshot.services.get(service).map_or(0, |s| s.table_size),
+            packets: stats.packets,
+            bytes: stats.bytes,
+            flows: stats.flows,
+            drain: self.drain(view, &id, s),
+            next_hop: applied.and_then(|a| a.next_hop),
+            damped,
+            slow_start_percent: applied.and_then(|a| a.slow_start_percent),
+            problem: applied.and_then(|a| a.problem.clone()),
+            excluded: applied.and_then(|a| a.excluded.clone()),
+            last_probe: last.filter(|_| s.health.kind != HealthKind::None),
+            signs: Some(heard).filter(|h| h.unreachable + h.refused > 0),
+            replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
+            history: Vec::new(),
+        };
+        BackendInfo { service: service.clone(), name: name.clone(), spec: b.clone(), status }
+    }
+}
+
+impl View {
+    /// The desired state.
+    pub fn stored(&self) -> &Stored {
+        &self.stored
+    }
+
+    fn stats(&self, id: &BackendId) -> BackendStats {
+        self.counters.backends.get(id).copied().unwrap_or_default()
+    }
+
+    fn service(&self, name: &Name, spec: &Service) -> ServiceInfo {
+        let applied = self.snapshot.services.get(name);
+        let stats = self.counters.services.get(name).copied().unwrap_or_default();
+        let status = ServiceStatus {
+            index: applied.map(|a| a.index),
+            table_size: applied.map_or(0, |a| a.table_size),
+            eligible: applied.map_or(0, |a| a.eligible),
+            panic: applied.is_some_and(|a| a.panic),
+            transition_slots: applied.map_or(0, |a| a.transition_slots),
+            vip: None,
+            packets: stats.packets,
+            bytes: stats.bytes,
+            flows: stats.flows,
+        };
+        ServiceInfo { name: name.clone(), spec: spec.clone(), status }
+    }
+
+    /// `GET /v1/stats`.
+    pub fn stats_of_all(&self) -> Stats {
+        let backends = self.counters.backends.iter().map(|(id, s)| BackendCount {
+            service: id.service.clone(),
+            backend: id.backend.clone(),
+            packets: s.packets,
+            bytes: s.bytes,
+            flows: s.flows,
+        });
+        Stats { time_ms: clock::unix_ms(), backends: backends.collect(), reasons: self.reasons() }
+    }
+
+    /// Reasons that were counted.
+    fn reasons(&self) -> Vec<ReasonCount> {
+        let counted = Reason::ALL.iter().map(|&r| (r, self.counters.reason(r))).filter(|(_, n)| *n > 0);
+        counted
+            .map(|(r, packets)| ReasonCount {
+                reason: r.label().to_owned(),
+                fate: fate(r).to_owned(),
+                packets,
+                about: r.describe().trim().to_owned(),
+            })
+            .collect()
+    }
+}
+
+/// Why a replica is as it is, as far as is known.
+fn reason(entry: &replica::Entry) -> String {
+    match (&entry.trouble, entry.history.back()) {
+        (Some(trouble), _) if entry.readiness == Readiness::Unknown => trouble.what.clone(),
+        (_, Some(turn)) => turn.reason.clone(),
+        (Some(trouble), None) => trouble.what.clone(),
+        (None, None) => "no report yet".to_owned(),
+    }
+}
+
+/// Word for what becomes of a packet.
+pub fn fate(reason: Reason) -> &'static str {
+    match reason.fate() {
+        Fate::Pass => "pass",
+        Fate::Drop => "drop",
+        Fate::Answer => "answer",
+        Fate::Note => "note",
+    }
+}
+
+/// What is wrong when an empty store meets maps that serve, and what to do.
+pub(super) fn orphaned(services: usize) -> String {
+    let services = if services == 1 { "1 service".to_owned() } else { format!("{services} services") };
+    format!(
+        "the store is empty, but the maps hold {services}: forwarding goes on as before, and health and drains are \
+         not followed. Start lbd with the --store or --state-dir that it had, or bring the state back with \
+         `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
+         store is meant to be empty, `lbctl store accept 0` removes the services"
+    )
+}
+
+/// Services that could not be brought up to date: some by name, the others by number.
+fn not_as_wanted(snapshot: &Snapshot) -> Vec<String> {
+    const NAMED: usize = 10;
+    let all = &snapshot.problems;
+    let named = all
+        .iter()
+        .take(NAMED)
+        .map(|(name, problem)| format!("service {name} is not up to date: {}", problem.text));
+    let rest = all.len().saturating_sub(NAMED);
+    let more = (rest > 0)
+        .then(|| format!("{rest} more services are not up to date; `lbctl status -o json` names them"));
+    named.chain(more).collect()
+}
+
+fn problems(status: &Status) -> Vec<String> {
+    let mut found = Vec::new();
+    if status.orphaned_services > 0 {
+        found.push(orphaned(status.orphaned_services));
+    }
+    let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    if !status.store.connected {
+        let for_s = clock::unix_ms().saturating_sub(status.store.since_ms) / 1_000;
+        let why = status.store.problem.as_deref().unwrap_or("not connected yet");
+        let number = status.revision.number;
+        found.push(format!(
+            "cut off from the store for {for_s} s, forwarding by revision {number}, taking no changes: {why}"
+        ));
+    }
+    match &status.applied.error {
+        Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
+        None if status.applied.revision < status.revision.number => {
+            found.push(format!("revision {} is not applied yet", status.revision.number));
+        }
+        None => {}
+    }
+    if status.interfaces.is_empty() {
+        found.push("the program is attached to no interface".to_owned());
+    }
+    found.extend(status.loaded.problems.iter().cloned());
+    if let Some(drain) = &status.host_drain {
+        let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
+        found.push(format!("this host drains, by {}{by}", drain.author));
+    }
+    if let Some(announcement) = &status.announcement {
+        found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
+        let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
+        found.extend(stuck.filter_map(|v| {
+            let other = v.foreign.as_ref()?;
+            Some(format!(
+                "VIP {} should be off ({}), but is on {other}, not by lbd, which leaves it alone",
+                v.vip, v.decision
+            ))
+        }));
+    }
+    if !status.no_backend.is_empty() {
+        found.push(format!("no backend takes new flows of: {}", names(&status.no_backend)));
+    }
+    if !status.panic.is_empty() {
+        found.push(format!("too few are healthy, so health is ignored in: {}", names(&status.panic)));
+    }
+    if !status.flood.is_empty() {
+        found.push(format!(
+            "under flood, so that new flows are placed by hash alone: {}",
+            names(&status.flood)
+        ));
+    }
+    match status.unhealthy.len() {
+        0 => {}
+        1 => found.push("1 backend is unhealthy".to_owned()),
+        n => found.push(format!("{n} backends are unhealthy")),
+    }
+    let count =
+        |wanted: fn(Readiness) -> bool| status.replicas.iter().filter(|r| wanted(r.readiness)).count();
+    let plural = |n: usize, what: &str| {
+        if n == 1 { format!("1 replica {what}") } else { format!("{n} replicas {what}") }
+    };
+    for (n, what) in [
+        (count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
+        (count(|r| r == Readiness::Unknown), "not heard of"),
+    ] {
+        if n > 0 {
+            found.push(plural(n, what));
+        }
+    }
+    found
+}
+
+/// A desired service by name.
+///
+/// # Errors
+/// 404, with the nearest name.
+pub(super) fn find_service<'a>(stored: &'a Stored, name: &Name) -> Result<&'a Service, ApiError> {
+    stored
+        .desired
+        .services
+        .get(name)
+        .map(|s| &**s)
+        .ok_or_else(|| no_service(name, stored.desired.services.keys()))
+}
+
+/// 404 with the nearest name.
+pub(super) fn no_service<'a>(name: &Name, known: impl Iterator<Item = &'a Name>) -> ApiError {
+    let error = ApiError::not_found(format!("there is no service {name}"));
+    match crate::desired::config::nearest(name.as_str(), known.map(Name::as_str)) {
+        Some(near) => error.fix(format!("did you mean {near}?")),
+        None => error.fix("`lbctl service list` shows all"),
+    }
+}
+
+/// The same for a backend.
+pub(super) fn no_backend(service: &Name, backend: &Name, s: &Service) -> ApiError {
+    let error = ApiError::not_found(format!("service {service} has no backend {backend}"));
+    match crate::desired::config::nearest(backend.as_str(), s.backends.keys().map(Name::as_str)) {
+        Some(near) => error.fix(format!("did you mean {near}?")),
+        None => error.fix(format!("`lbctl backend list {service}` shows all")),
+    }
+}

@@ -1,0 +1,508 @@
+//! Why a flow goes where it goes: the packet code's own answer, over the live maps.
+//!
+//! Input: a [`Reader`], the flow, and the names of services and backends. Output: an [`Explanation`] with
+//! each step, for `lbctl explain` and for tests that hold it against where packets really went. Nothing is
+//! written: a lookup that would record a flow only says so.
+
+mod live;
+mod quic;
+
+pub use quic::ConnectionId;
+
+use crate::{
+    apply::{dataplane::Reader, reconcile::Published},
+    clock,
+    desired::model::Protocol,
+};
+use lb_common::{Address, Backend, Reason, ServiceView, backend, mapped, service::flags};
+use lb_ebpf::{
+    Tables, nat,
+    packet::parse::{Headers, tcp, words},
+    second_chance::header::others,
+    select::{
+        choose::{Choice, Why, choose},
+        hash::{flow_hash, slot_of},
+        service::{Match, lookup_service},
+    },
+};
+use live::Live;
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, SocketAddr};
+
+/// What was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Query {
+    /// Client.
+    pub source: SocketAddr,
+    /// VIP and port.
+    pub destination: SocketAddr,
+    /// Protocol.
+    pub protocol: Protocol,
+    /// QUIC: connection id that the packet carries as its destination.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connection_id: Option<ConnectionId>,
+}
+
+/// Names for the dataplane's indices.
+pub trait Names {
+    /// Name of a service.
+    fn service(&self, index: u32) -> Option<String>;
+    /// Name of a backend.
+    fn backend(&self, index: u32) -> Option<String>;
+    /// Entry of the deny and allow lists that decides about an address, in words.
+    fn listed(&self, _address: IpAddr) -> Option<String> {
+        None
+    }
+}
+
+impl Names for Published {
+    fn service(&self, index: u32) -> Option<String> {
+        self.services.values().find(|s| s.index == index).map(|s| s.name.to_string())
+    }
+
+    fn backend(&self, index: u32) -> Option<String> {
+        let backends = self.services.values().flat_map(|s| &s.backends);
+        let found = backends.into_iter().find(|b| b.index == index)?;
+        found.name.as_ref().map(ToString::to_string)
+    }
+
+    fn listed(&self, address: IpAddr) -> Option<String> {
+        let now_s = clock::unix().as_secs();
+        let (list, net, _) = self.desired.guard.decides(address.to_canonical(), now_s)?;
+        Some(format!("{} list has {net}", list.label()))
+    }
+}
+
+/// A backend, as the explanation shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendView {
+    /// Index in the dataplane.
+    pub index: u32,
+    /// Name, if it still has one.
+    pub name: Option<String>,
+    /// Address.
+    pub address: IpAddr,
+    /// `up`, `draining`, `down` or `removed`.
+    pub state: String,
+}
+
+/// Where packets to a backend leave, and in what.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forwarding {
+    /// Forwarding mode.
+    pub mode: String,
+    /// Outer source address.
+    pub outer_source: Option<IpAddr>,
+    /// Outer destination address.
+    pub outer_destination: IpAddr,
+    /// Mode nat: port that packets get as destination; None if it stays what it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Egress interface's index; None when the kernel's FIB decides.
+    pub ifindex: Option<u32>,
+    /// Next hop's MAC; None when the kernel's FIB decides.
+    pub next_hop: Option<String>,
+    /// VLAN tag on egress, 0 for none.
+    pub vlan: u16,
+    /// Largest IP packet of the client that fits, in bytes; None if not known.
+    pub mtu: Option<u32>,
+}
+
+/// The answer for one kind of packet of the flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// `connection id`, `syn`, `established` or `datagram`.
+    pub packet: String,
+    /// Chosen backend.
+    pub backend: Option<BackendView>,
+    /// Why it, or why none.
+    pub why: String,
+    /// Whether such a packet would be written to a flow table.
+    pub records: bool,
+    /// How it is forwarded.
+    pub forwarding: Option<Forwarding>,
+    /// Backends that the packet names: a worker without the flow sends it on to the next of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chain: Vec<BackendView>,
+}
+
+/// An entry of a flow table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Map.
+    pub table: String,
+    /// Backend that it names.
+    pub backend: String,
+    /// Seconds since a packet was seen.
+    pub idle_s: u32,
+    /// Whether the client has closed.
+    pub closing: bool,
+}
+
+/// A binding of mode nat.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Binding {
+    /// Backend.
+    pub backend: String,
+    /// Address and port that the client's packets get as source.
+    pub source: SocketAddr,
+    /// Address and port that they get as destination.
+    pub worker: SocketAddr,
+    /// Seconds since a packet of either side was seen.
+    pub idle_s: u32,
+}
+
+/// The whole explanation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// What was asked.
+    pub query: Query,
+    /// Service, if one matches.
+    pub service: Option<String>,
+    /// `exact`, `range` or `any`.
+    pub matched: Option<String>,
+    /// Flow hash, in hexadecimal.
+    pub hash: Option<String>,
+    /// Slot number in the service's table.
+    pub slot: Option<u32>,
+    /// Slots of the table.
+    pub slots: Option<u32>,
+    /// Primary of the slot.
+    pub primary: Option<BackendView>,
+    /// Secondary of the slot.
+    pub secondary: Option<BackendView>,
+    /// Whether the slot's primary changed within the drain time.
+    pub transition: bool,
+    /// Whether the slot's flows are looked up in the flow table.
+    pub tracked: bool,
+    /// What the flow tables know of the flow.
+    pub entries: Vec<Entry>,
+    /// Mode nat: the flow's binding, if it has one; its packets go by it, whatever else is said here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binding: Option<Binding>,
+    /// Answers: for TCP a SYN's and an established packet's.
+    pub answers: Vec<Answer>,
+    /// The same for people, a line a step.
+    pub steps: Vec<String>,
+}
+
+/// Explains a flow.
+pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation {
+    let live = Live::new(reader);
+    let headers = headers(&query, 0);
+    let mut explanation = Explanation {
+        query,
+        service: None,
+        matched: None,
+        hash: None,
+        slot: None,
+        slots: None,
+        primary: None,
+        secondary: None,
+        transition: false,
+        tracked: false,
+        entries: Vec::new(),
+        binding: None,
+        answers: Vec::new(),
+        steps: Vec::new(),
+    };
+    if let Some(reason) = live.source_fault(headers.source) {
+        explanation.steps.push(format!("dropped if it is for a VIP: {}", reason.describe()));
+        return explanation;
+    }
+    let source = names.listed(explanation.query.source.ip());
+    if live.is_denied(headers.source) {
+        let entry = source.unwrap_or_else(|| "an entry that is being removed".to_owned());
+        explanation
+            .steps
+            .push(format!("dropped if it is for a VIP: {}: {entry}", Reason::GuardDenied.describe()));
+        return explanation;
+    }
+    if let Some(entry) = source {
+        explanation.steps.push(format!("let through: {entry}"));
+    }
+    let (index, matched) = match lookup_service(&live, &headers) {
+        Ok(found) => found,
+        Err(reason) => {
+            explanation.steps.push(format!("not balanced: {}", reason.describe()));
+            return explanation;
+        }
+    };
+    let Some(view) = live.service(index) else {
+        explanation
+            .steps
+            .push(format!("service entry {index} is missing: {}", Reason::BrokenTable.describe()));
+        return explanation;
+    };
+    explanation.service(names, index, matched);
+    explanation.slot(&live, names, view, &headers);
+    explanation.entries(reader, &live, names, index, &headers);
+    if view.flags & flags::NAT != 0 {
+        explanation.binding(reader, &live, names, index, &headers);
+    }
+    if view.flags & flags::QUIC != 0 {
+        explanation.quic(&live, names, index, view, query.connection_id.as_ref());
+    } else if query.connection_id.is_some() {
+        explanation
+            .steps
+            .push("the connection id is not looked at: the service has no configs of QUIC-LB".to_owned());
+    }
+    let kinds: &[(&str, u8)] = match query.protocol {
+        Protocol::Tcp => &[("syn", tcp::SYN), ("established", tcp::ACK)],
+        Protocol::Udp => &[("datagram", 0)],
+    };
+    for (packet, tcp_flags) in kinds {
+        explanation.answer(&live, names, index, view, packet, &self::headers(&query, *tcp_flags));
+    }
+    explanation
+}
+
+impl Explanation {
+    fn service(&mut self, names: &impl Names, index: u32, matched: Match) {
+        let name = names.service(index).unwrap_or_else(|| format!("#{index}"));
+        let how = match matched {
+            Match::Exact => "exact",
+            Match::Range => "range",
+            Match::Any => "any",
+        };
+        self.steps.push(format!("service {name}, matched by {how} port"));
+        self.service = Some(name);
+        self.matched = Some(how.to_owned());
+    }
+
+    fn slot(&mut self, live: &Live<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
+        let hash = flow_hash(view.seed, headers);
+        self.hash = Some(format!("{hash:016x}"));
+        self.slots = Some(view.slot_count);
+        if view.slot_count == 0 {
+            self.steps.push("the service has no backends".to_owned());
+            return;
+        }
+        let number = slot_of(hash, view.slot_count);
+        self.slot = Some(number);
+        self.steps.push(format!("hash {hash:016x} → slot {number} of {}", view.slot_count));
+        let Some(slot) = live.reader.slot(view.slot_base + number) else { return };
+        self.primary = live.view_of(names, slot.primary_index());
+        self.secondary = live.view_of(names, slot.secondary_index());
+        self.transition = slot.is_transition();
+        self.tracked = slot.is_tracked() || view.flags & flags::TRACK_ALL != 0;
+        let label = |b: &Option<BackendView>| b.as_ref().map_or("none".to_owned(), BackendView::label);
+        self.steps.push(format!(
+            "pair: primary {}, {} {}{}",
+            label(&self.primary),
+            if self.transition { "previous primary" } else { "secondary" },
+            label(&self.secondary),
+            match (self.transition, self.tracked) {
+                (true, _) => "; in transition",
+                (false, true) => "; tracked",
+                (false, false) => "; stable",
+            }
+        ));
+    }
+
+    fn entries(
+        &mut self,
+        reader: &Reader,
+        live: &Live<'_>,
+        names: &impl Names,
+        index: u32,
+        headers: &Headers,
+    ) {
+        let key = lb_ebpf::select::choose::flow_key(index, headers);
+        for table in crate::apply::dataplane::FLOW_TABLES {
+            let Some(flow) = reader.flow(table, &key) else { continue };
+            let entry = Entry {
+                table: crate::apply::dataplane::flow_map(table).to_owned(),
+                backend: live.view_of(names, flow.backend).map_or("gone".to_owned(), |b| b.label()),
+                idle_s: live.now_s().saturating_sub(flow.last_seen_s),
+                closing: flow.flags & lb_common::flow::flags::CLOSING != 0,
+            };
+            self.steps.push(format!(
+                "{} has it: {}, idle for {} s{}",
+                entry.table,
+                entry.backend,
+                entry.idle_s,
+                if entry.closing { ", closing" } else { "" }
+            ));
+            self.entries.push(entry);
+        }
+    }
+
+    /// Mode nat: what the flow is called on the workers' side.
+    fn binding(
+        &mut self,
+        reader: &Reader,
+        live: &Live<'_>,
+        names: &impl Names,
+        index: u32,
+        headers: &Headers,
+    ) {
+        let Some(nat) = reader.nat(&lb_ebpf::select::choose::flow_key(index, headers)) else {
+            self.steps.push("no binding: a new flow gets one, on the backend below".to_owned());
+            return;
+        };
+        let reply = reader.reply(&lb_ebpf::nat::reply_key(&nat, headers.protocol));
+        let seen_s = reply.map_or(0, |r| r.last_seen_s).max(nat.last_seen_s);
+        let binding = Binding {
+            backend: live.view_of(names, nat.backend).map_or("gone".to_owned(), |b| b.label()),
+            source: SocketAddr::new(to_ip(nat.source), nat.source_port.get()),
+            worker: SocketAddr::new(to_ip(nat.worker), nat.port.get()),
+            idle_s: live.now_s().saturating_sub(seen_s),
+        };
+        self.steps.push(format!(
+            "bound as {} → {} on {}, idle for {} s: its packets go there",
+            binding.source, binding.worker, binding.backend, binding.idle_s
+        ));
+        self.binding = Some(binding);
+    }
+
+    fn answer(
+        &mut self,
+        live: &Live<'_>,
+        names: &impl Names,
+        index: u32,
+        view: &ServiceView,
+        packet: &str,
+        headers: &Headers,
+    ) {
+        live.recorded.set(false);
+        let hash = flow_hash(view.seed, headers);
+        let choice = choose(live, index, view, headers, hash).and_then(|choice| {
+            let own = |b: &Backend| nat::is_in_pool(headers.source, b.source, b.source_bits.into());
+            match live.backend(choice.backend).filter(|b| b.mode == backend::mode::NAT) {
+                Some(backend) if own(backend) => Err(Reason::OwnSource),
+                _ => Ok(choice),
+            }
+        });
+        let (backend, why) = match choice {
+            Ok(Choice { backend, why, .. }) => (live.view_of(names, backend), describe(why).to_owned()),
+            Err(reason) => (None, reason.describe().to_owned()),
+        };
+        let forwarding = choice.ok().and_then(|c| live.backend(c.backend)).map(|b| forwarding(b, hash));
+        let to = backend.as_ref().map_or("nowhere".to_owned(), BackendView::label);
+        self.steps.push(format!("{packet} → {to}: {why}"));
+        if let Some(f) = &forwarding
+            && self.answers.last().and_then(|a| a.forwarding.as_ref()) != Some(f)
+        {
+            self.steps.push(f.describe());
+        }
+        let chain: Vec<BackendView> = match choice.ok().map(|c| (c, live.backend(c.backend))) {
+            Some((choice, Some(entry))) if lb_ebpf::second_chance::header::is_carried_to(entry) => {
+                let others = others(live, index, view, headers, hash, choice.backend);
+                others.iter().filter_map(|&i| live.view_of(names, i)).collect()
+            }
+            _ => Vec::new(),
+        };
+        if !chain.is_empty() {
+            let next: Vec<String> = chain.iter().map(BackendView::label).collect();
+            let rule = if packet == "syn" {
+                "a SYN stays where it is placed"
+            } else {
+                "a worker that has no socket for it sends it on"
+            };
+            self.steps.push(format!("second chance: then {} ({rule})", next.join(", then ")));
+        }
+        let records = live.recorded.get();
+        self.answers.push(Answer { packet: packet.to_owned(), backend, why, records, forwarding, chain });
+    }
+}
+
+impl BackendView {
+    fn label(&self) -> String {
+        format!("{} ({}, {})", self.name.as_deref().unwrap_or("removed backend"), self.address, self.state)
+    }
+}
+
+impl Forwarding {
+    fn describe(&self) -> String {
+        if self.mode == "local" {
+            return "local: this host's own stack".to_owned();
+        }
+        let source = self.outer_source.map_or("source by the FIB".to_owned(), |s| s.to_string());
+        let hop = match (&self.next_hop, self.ifindex) {
+            (Some(mac), Some(ifindex)) => format!("next hop {mac} on interface {ifindex}"),
+            _ => "next hop by the kernel's FIB".to_owned(),
+        };
+        let vlan = if self.vlan == 0 { String::new() } else { format!(", VLAN {}", self.vlan) };
+        let mtu = self.mtu.map_or(String::new(), |m| format!(", packets up to {m} bytes"));
+        if self.mode == "nat" {
+            let port = self.port.map_or(String::new(), |port| format!(":{port}"));
+            return format!("nat {source} → {}{port}, {hop}{vlan}{mtu}", self.outer_destination);
+        }
+        if self.mode == "l2" {
+            return format!("l2 to {}, {hop}{vlan}{mtu}", self.outer_destination);
+        }
+        format!("{} {source} → {}, {hop}{vlan}{mtu}", self.mode, self.outer_destination)
+    }
+}
+
+fn describe(why: Why) -> &'static str {
+    match why {
+        Why::Primary => "the slot's primary",
+        Why::NewFlow => "a new flow takes the slot's primary",
+        Why::NotTracked => "in no flow table: the slot's primary",
+        Why::Tracked | Why::TrackedYoung => "the flow table names it",
+        Why::RecentSyn => "its SYN was placed there",
+        Why::LessLoaded => "a new flow takes the slot's secondary, which has less load than the primary",
+        Why::Turn => "a new flow takes whose turn it is: this one, or another of the service's backends",
+        Why::Random => "a new flow takes a backend drawn by lot: this one, or another of the service's",
+        Why::Least => "a new flow takes the backend with the fewest flows",
+        Why::Previous => "in no flow table, so from before the change: the slot's previous primary",
+    }
+}
+
+fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
+    let resolved = entry.flags & backend::flags::RESOLVED != 0 && entry.mode != backend::mode::LOCAL;
+    let has_source = matches!(entry.mode, backend::mode::IPIP | backend::mode::GUE | backend::mode::NAT);
+    let source = lb_ebpf::packet::parse::address(lb_ebpf::forward::outer_source(entry, hash));
+    let overhead = lb_ebpf::forward::overhead(entry).unwrap_or(0) as u32;
+    Forwarding {
+        mode: match entry.mode {
+            backend::mode::IPIP => "ipip",
+            backend::mode::GUE | backend::mode::GUE_CHAIN => "gue",
+            backend::mode::L2 => "l2",
+            backend::mode::NAT => "nat",
+            backend::mode::LOCAL => "local",
+            backend::mode::FORBIDDEN => "forbidden",
+            _ => "unknown",
+        }
+        .to_owned(),
+        outer_source: (has_source && entry.source != [0; 16]).then(|| to_ip(source)),
+        outer_destination: to_ip(entry.address),
+        port: (entry.mode == backend::mode::NAT && entry.port.get() != 0).then_some(entry.port.get()),
+        ifindex: resolved.then_some(entry.ifindex),
+        next_hop: resolved.then(|| entry.next_hop.map(|b| format!("{b:02x}")).join(":")),
+        vlan: if resolved { entry.vlan.get() & 0xfff } else { 0 },
+        mtu: (resolved && entry.mtu != 0).then(|| u32::from(entry.mtu).saturating_sub(overhead)),
+    }
+}
+
+/// An address of the dataplane as a standard one.
+pub fn to_ip(address: Address) -> IpAddr {
+    let v6 = std::net::Ipv6Addr::from(address);
+    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)
+}
+
+/// A standard address as one of the dataplane.
+pub fn from_ip(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => mapped(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+fn headers(query: &Query, tcp_flags: u8) -> Headers {
+    Headers {
+        source: words(from_ip(query.source.ip())),
+        destination: words(from_ip(query.destination.ip())),
+        source_port: query.source.port().to_be(),
+        port: query.destination.port().to_be(),
+        protocol: query.protocol.number(),
+        tcp_flags,
+        is_ipv6: query.destination.is_ipv6(),
+        dont_fragment: true,
+        l2_len: 14,
+        ip_len: 60,
+        ..Headers::default()
+    }
+}

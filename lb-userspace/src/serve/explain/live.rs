@@ -1,0 +1,184 @@
+//! The live maps, read-only, for one query.
+
+use super::{BackendView, Names, to_ip};
+use crate::apply::dataplane::Reader;
+use lb_common::{
+    Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, backend,
+    guard::{GuardKey, GuardState},
+    quic::{QuicConfig, ServerIdKey},
+    slot::NO_BACKEND,
+};
+use lb_ebpf::{
+    FlowTable, Tables,
+    guard::GuardTables,
+    quic::{QuicTables, Work},
+};
+use std::cell::{Cell, OnceCell, RefCell};
+
+/// The maps, and what the query has met of them.
+pub(super) struct Live<'a> {
+    pub(super) reader: &'a Reader,
+    vip: OnceCell<Option<Vip>>,
+    view: OnceCell<Option<ServiceView>>,
+    guard: OnceCell<Option<GuardState>>,
+    /// Backends that the query has met: a slot's pair and what the flow tables name.
+    backends: [OnceCell<(u32, Backend)>; 8],
+    /// Whether something would have been recorded.
+    pub(super) recorded: Cell<bool>,
+    quic: OnceCell<Option<QuicConfig>>,
+    /// What was read of a connection id.
+    pub(super) work: RefCell<Work>,
+}
+
+impl<'a> Live<'a> {
+    pub(super) fn new(reader: &'a Reader) -> Self {
+        Self {
+            reader,
+            vip: OnceCell::new(),
+            view: OnceCell::new(),
+            guard: OnceCell::new(),
+            backends: Default::default(),
+            recorded: Cell::new(false),
+            quic: OnceCell::new(),
+            work: RefCell::default(),
+        }
+    }
+
+    pub(super) fn view_of(&self, names: &impl Names, index: u32) -> Option<BackendView> {
+        if index == NO_BACKEND {
+            return None;
+        }
+        let entry = self.backend(index)?;
+        let f = entry.flags;
+        let state = match () {
+            () if f & backend::flags::USED == 0 => "removed",
+            () if f & backend::flags::DOWN != 0 => "down",
+            () if f & backend::flags::DRAINING != 0 => "draining",
+            () => "up",
+        };
+        Some(BackendView {
+            index,
+            name: names.backend(index),
+            address: to_ip(entry.address),
+            state: state.to_owned(),
+        })
+    }
+}
+
+impl GuardTables for Live<'_> {
+    fn guard_block(&self, word: u32) -> u32 {
+        self.reader.guard_word(true, word)
+    }
+
+    fn guard_filter(&self, word: u32) -> u32 {
+        self.reader.guard_word(false, word)
+    }
+
+    fn guard_state(&self) -> Option<&GuardState> {
+        self.guard.get_or_init(|| self.reader.guard_state()).as_ref()
+    }
+
+    fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
+        self.reader.guard_entry(key)
+    }
+}
+
+impl Tables for Live<'_> {
+    fn is_denied(&self, source: [u32; 4]) -> bool {
+        lb_ebpf::guard::is_denied(self, source)
+    }
+
+    fn service_index(&self, key: &ServiceKey) -> Option<u32> {
+        self.reader.service_index(key)
+    }
+
+    fn vip(&self, key: &VipKey) -> Option<&Vip> {
+        self.vip.get_or_init(|| self.reader.vip(key)).as_ref()
+    }
+
+    fn is_vip(&self, vip: [u64; 2]) -> bool {
+        // Asked of the source too, of which nothing is kept.
+        self.reader.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()
+    }
+
+    fn service(&self, index: u32) -> Option<&ServiceView> {
+        let live = || self.reader.service(index).map(|s| s.views[(s.active & 1) as usize]);
+        self.view.get_or_init(live).as_ref()
+    }
+
+    fn primary(&self, place: u32) -> Option<u32> {
+        self.reader.slot(place).map(|slot| slot.primary)
+    }
+
+    fn secondary(&self, place: u32) -> Option<u32> {
+        self.reader.slot(place).map(|slot| slot.secondary)
+    }
+
+    fn backend(&self, index: u32) -> Option<&Backend> {
+        for cell in &self.backends {
+            match cell.get() {
+                Some((i, entry)) if *i == index => return Some(entry),
+                Some(_) => {}
+                None => {
+                    return self.reader.backend(index).map(|entry| &cell.get_or_init(|| (index, entry)).1);
+                }
+            }
+        }
+        None
+    }
+
+    fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        let flow = self.reader.flow(table, key)?;
+        // Nobody says which sequence number the packet has; one that goes on from the SYN's is meant.
+        Some(if table == FlowTable::Syns { Flow { created_s: 0, ..flow } } else { flow })
+    }
+
+    fn record(&self, _: FlowTable, _: &FlowKey, _: &Flow) -> bool {
+        self.recorded.set(true);
+        true
+    }
+
+    fn touch(&self, _: FlowTable, _: &FlowKey, _: u32, _: u32) {}
+
+    fn forget(&self, _: FlowTable, _: &FlowKey) {}
+
+    fn load(&self, backend: u32, now_s: u32) -> u32 {
+        self.reader.load(backend).map_or(0, |l| lb_common::load::total(l.report, l.added, now_s))
+    }
+
+    fn charge(&self, _: u32, _: u32) {}
+
+    fn turn(&self, _: u32) -> u64 {
+        0
+    }
+
+    fn random(&self) -> u32 {
+        0
+    }
+
+    fn now_s(&self) -> u32 {
+        crate::clock::boot_s()
+    }
+
+    fn count(&self, _: Reason) {}
+
+    fn account(&self, _: u32, _: u32, _: bool) {}
+
+    fn take_icmp(&self, _: u32, _: u32) -> bool {
+        false
+    }
+}
+
+impl QuicTables for Live<'_> {
+    fn quic_config(&self, key: u32) -> Option<&QuicConfig> {
+        self.quic.get_or_init(|| self.reader.quic_config(key)).as_ref()
+    }
+
+    fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
+        self.reader.quic_server(key)
+    }
+
+    fn with_work<R>(&self, f: impl FnOnce(&mut Work) -> R) -> Option<R> {
+        Some(f(&mut self.work.borrow_mut()))
+    }
+}
