@@ -8,17 +8,17 @@
 
 use lb_userspace::{
     desired::{
-        model::Here,
+        model::Locality,
         store::{Opener, RedbStore, Store, etcd::Access},
     },
     observed::{
-        health::{Book, Checker, prober},
-        regions::Steering,
+        health::{Checker, HealthRegistry, prober},
+        regions::RegionController,
     },
     serve::api::{
         self, Control,
         memory::MemoryEngine,
-        store::{HostReport, Sharing},
+        store::{FleetMember, HostReport},
     },
 };
 use std::{path::Path, sync::Arc};
@@ -32,7 +32,7 @@ fn start(directory: &Path) -> std::path::PathBuf {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let store = Arc::new(RedbStore::open(&state, 100).unwrap());
-            let book = Arc::new(Book::default());
+            let book = Arc::new(HealthRegistry::default());
             let (verdicts, mut told) = tokio::sync::mpsc::channel(100);
             tokio::spawn(async move { while told.recv().await.is_some() {} });
             let checker = Checker::new(book.clone(), 10, prober(), verdicts);
@@ -40,9 +40,10 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let opener = Opener { local: store.local(), keep: 100, access: Access::default(), id: None };
             let local = store.local();
             let control = Control::new(store.clone(), Arc::new(MemoryEngine::new(5)), book.clone());
-            let here = Here { region: "eu".parse().unwrap(), zone: "a".parse().unwrap() };
+            let here = Locality { region: "eu".parse().unwrap(), zone: "a".parse().unwrap() };
             let books = (book, control.replicas().clone());
-            let steering = Steering::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
+            let steering =
+                RegionController::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
             control.steer_by(steering.shown());
             let (steers, mut steered) =
                 tokio::sync::mpsc::channel::<lb_userspace::apply::reconcile::Event>(100);
@@ -50,7 +51,12 @@ fn start(directory: &Path) -> std::path::PathBuf {
             tokio::spawn(steering.run(control.clone(), steers));
             let named = |name: &str| name.to_owned();
             let (host, region, zone) = (named("ingress-1"), named("eu"), named("a"));
-            control.share(Sharing { host: host.clone(), region: region.clone(), zone: zone.clone(), opener });
+            control.share(FleetMember {
+                host: host.clone(),
+                region: region.clone(),
+                zone: zone.clone(),
+                opener,
+            });
             control.tell(HostReport { host, region, zone, ..HostReport::default() });
             tokio::spawn(control.clone().follow());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();

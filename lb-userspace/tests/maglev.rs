@@ -3,7 +3,7 @@
 
 use lb_userspace::{
     desired::model::{Backend, Desired, Name, Service},
-    plan::maglev::{Member, NONE, Table, Turn, build, build_again},
+    plan::maglev::{Member, NONE, SeatChange, Table, build, build_again},
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,7 +92,7 @@ proptest! {
         seed: [u64; 2],
         changes in prop::collection::vec((any::<prop::sample::Index>(), 1u32..=1_000, 0..8), 1..20),
     ) {
-        let (mut members, mut history, mut known) = (members, Vec::<Turn>::new(), None);
+        let (mut members, mut history, mut known) = (members, Vec::<SeatChange>::new(), None);
         for (which, weight, kind) in changes {
             let at = which.index(members.len());
             match kind {
@@ -156,7 +156,7 @@ fn tables_with_a_history_are_what_they_have_always_been() {
     ];
     let sums = cases.map(|(count, weight, has_history)| {
         let mut members: Vec<Member> = (0..count).map(|i| member(i, weight(i))).collect();
-        let mut history: Vec<Turn> = Vec::new();
+        let mut history: Vec<SeatChange> = Vec::new();
         if has_history {
             history.extend(members.iter().map(|m| (m.seat, m.weight)));
             // Some leave, half of them come back, others change their weights or fail.

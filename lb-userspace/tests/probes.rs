@@ -7,7 +7,7 @@
 use futures_util::future::BoxFuture;
 use lb_userspace::{
     desired::store::{Local, Revision, StoreError, Stored},
-    observed::health::{Book, Checker, prober},
+    observed::health::{Checker, HealthRegistry, prober},
 };
 use nix::time::{ClockId, clock_gettime};
 use std::{
@@ -71,7 +71,7 @@ fn measure(backends: usize, kind: &'static str) -> (f64, f64) {
     let port = serve(kind == "http");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let book = Arc::new(Book::default());
+        let book = Arc::new(HealthRegistry::default());
         let (verdicts, mut told) = mpsc::channel(100_000);
         tokio::spawn(async move { while told.recv().await.is_some() {} });
         let checker = Checker::new(book.clone(), 512, prober(), verdicts);

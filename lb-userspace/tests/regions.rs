@@ -7,7 +7,7 @@ use lb_common::{
     slot::NO_BACKEND,
 };
 use lb_userspace::{
-    desired::model::{BackendId, Canary, Desired, Health, Here, Name, Observed, Share, Steer},
+    desired::model::{BackendId, Canary, Desired, Health, Locality, Name, Observed, RegionShares, Share},
     plan::compile::{Cache, Compiled, Memory, Past, Settings, compile},
 };
 use serde_json::{Value, json};
@@ -40,7 +40,7 @@ struct Host {
 
 impl Host {
     fn new(region: &str) -> Self {
-        let here = Here { region: name(region), zone: name("a") };
+        let here = Locality { region: name(region), zone: name("a") };
         let mut host = Self {
             settings: Settings { here, ..Settings::default() },
             observed: Observed::default(),
@@ -60,11 +60,11 @@ impl Host {
     }
 
     fn steer(&mut self, shares: &[(&str, u16)], new: &[&str]) {
-        let steer = Steer {
+        let steer = RegionShares {
             shares: shares.iter().map(|&(n, permille)| Share { name: name(n), permille }).collect(),
             order: ["eu", "uk", "us"].map(name).into(),
             canary: Some(Canary { permille: 0, backends: new.iter().map(|n| name(n)).collect() }),
-            ..Steer::default()
+            ..RegionShares::default()
         };
         self.observed.steers = BTreeMap::from([(name("s"), Arc::new(steer))]);
     }

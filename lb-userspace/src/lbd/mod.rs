@@ -34,21 +34,21 @@ use crate::{
     clock,
     desired::{
         config::{File, OnStop, Options, Settings, SettingsError, export},
-        model::{Desired, Health, Here},
+        model::{Desired, Health, Locality},
         store::{Local, LocalFile, Opener, Store, Stored, since},
     },
     observed::{
         health::{Checker, ProbePrograms, Tunnel, prober_through},
         neighbour::Resolver,
-        regions::Steering,
+        regions::RegionController,
         replica::{Scores, Watcher},
     },
     plan::compile::{self, Past},
     serve::{
         api::{
             self, Control,
-            host::Hosting,
-            store::{HostReport, Sharing},
+            host::HostState,
+            store::{FleetMember, HostReport},
             types,
         },
         metrics,
@@ -116,10 +116,10 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let book = Checker::restore(&*local).await;
     let replicas = Watcher::restore(&*local).await;
-    let here = Here { region: settings.region.clone(), zone: settings.zone.clone() };
+    let here = Locality { region: settings.region.clone(), zone: settings.zone.clone() };
     let who = (here.clone(), sharing.host.clone());
     let books = (book.clone(), replicas.clone());
-    let mut steering = Steering::new(who, store.clone(), local.clone(), books).await;
+    let mut steering = RegionController::new(who, store.clone(), local.clone(), books).await;
     let (events, inbox) = mpsc::channel(EVENTS);
     let mut parts = supervise::Parts::default();
 
@@ -173,7 +173,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         ..HostReport::default()
     };
     control.share(sharing);
-    let hosting = Hosting::restore(local.clone(), announcement).await?;
+    let hosting = HostState::restore(local.clone(), announcement).await?;
     control.announce(hosting.clone());
     control.steer_by(steering.shown());
     control.adopted(adopted);
@@ -197,7 +197,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
     let prober = prober_through(Some(Arc::new(Tunnel::new(Box::new(load_probe_programs), probed))));
-    let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out).with_signs(signs);
+    let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out).with_passive(signs);
     let (watched, locally) = (store.watch(), local.clone());
     parts.add("health checks", own_thread::own_thread("health", move || checker.run(watched, locally)));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
@@ -309,7 +309,7 @@ async fn take_over(takeover: Takeover) -> anyhow::Result<()> {
 }
 
 /// Opens what belongs to this host, and the store.
-async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<dyn Store>, Sharing)> {
+async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<dyn Store>, FleetMember)> {
     let state_dir = settings.state_dir.clone();
     let local = tokio::task::spawn_blocking(move || LocalFile::open(&state_dir)).await??;
     let opener = Opener {
@@ -334,7 +334,7 @@ async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<
             .map_or_else(|_| "default".to_owned(), |name| name.trim().to_owned()),
     };
     let (region, zone) = (settings.region.to_string(), settings.zone.to_string());
-    Ok((Arc::new(local), store, Sharing { host, region, zone, opener }))
+    Ok((Arc::new(local), store, FleetMember { host, region, zone, opener }))
 }
 
 /// States in force within the longest drain time of any service.
@@ -451,7 +451,7 @@ fn compile_settings(
     settings: &Settings,
     limits: Limits,
     attached: BTreeMap<u32, String>,
-    here: Here,
+    here: Locality,
     lost: u32,
 ) -> compile::Settings {
     compile::Settings {

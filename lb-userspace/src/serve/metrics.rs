@@ -504,7 +504,8 @@ impl Scrape {
                 })
             });
             out.counters("lb_health_probes", "Health probes since the start, by result", results)?;
-            let heard = all.iter().filter(|(_, e)| e.heard != crate::observed::health::Heard::default());
+            let heard =
+                all.iter().filter(|(_, e)| e.heard != crate::observed::health::PassiveReport::default());
             let signs = heard.clone().flat_map(|(id, e)| {
                 [("unreachable", e.heard.unreachable), ("refused", e.heard.refused)].map(|(sign, count)| {
                     let [service, backend] = labels(id);

@@ -4,7 +4,7 @@ use super::text::{cell, code, head, table};
 use lb_userspace::{
     desired::store::RedbStore,
     lbctl::client::{Client, ClientError},
-    observed::health::Book,
+    observed::health::HealthRegistry,
     serve::api::{self, Control, memory::MemoryEngine},
 };
 use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
@@ -184,7 +184,8 @@ fn answered() {
     runtime.block_on(async {
         let directory = tempfile::tempdir().unwrap();
         let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
-        let control = Control::new(store, Arc::new(MemoryEngine::new(5)), Arc::new(Book::default()));
+        let control =
+            Control::new(store, Arc::new(MemoryEngine::new(5)), Arc::new(HealthRegistry::default()));
         let socket = directory.path().join("lbd.sock");
         let (listener, writers) = api::bind(&socket, 0o660, None).unwrap();
         tokio::spawn(control.clone().follow());

@@ -7,9 +7,9 @@ use lb_userspace::{
         config::File,
         store::{Commit, RedbStore, Store},
     },
-    observed::health::Book,
+    observed::health::HealthRegistry,
     serve::{
-        api::{Control, Engine, host::Hosting, memory::MemoryEngine},
+        api::{Control, Engine, host::HostState, memory::MemoryEngine},
         metrics,
     },
 };
@@ -177,10 +177,10 @@ fn ingress_text() -> String {
         engine.apply(desired.clone(), 1).await.unwrap();
         let (author, message, time) = ("root".to_owned(), String::new(), SystemTime::UNIX_EPOCH);
         store.commit(Commit { expected: 0, desired, author, message, time }).await.unwrap();
-        let control = Control::new(store.clone(), engine, Arc::new(Book::default()));
+        let control = Control::new(store.clone(), engine, Arc::new(HealthRegistry::default()));
         let (_announcer, announced) =
             watch::channel(Announcement { interface: "lo".into(), ..Announcement::default() });
-        control.announce(Hosting::restore(Arc::new(store.local()), Some(announced)).await.unwrap());
+        control.announce(HostState::restore(Arc::new(store.local()), Some(announced)).await.unwrap());
         metrics::text(&control).unwrap()
     })
 }

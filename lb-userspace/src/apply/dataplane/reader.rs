@@ -4,7 +4,7 @@
 use super::{
     DataplaneError, batch, bindings::Bindings, mapped::MappedArray, notes::Notes, slots::MappedSlots,
 };
-use crate::{clock, observed::health::SignSource};
+use crate::{clock, observed::health::PassiveSource};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
@@ -267,7 +267,7 @@ pub(super) fn reasons(map: &PerCpuArray<MapData, u64>) -> Vec<(Reason, u64)> {
     Reason::ALL.iter().map(|r| (*r, count(r))).collect()
 }
 
-impl SignSource for Reader {
+impl PassiveSource for Reader {
     fn signs(&self, worker: &Address) -> Signs {
         self.signs.load(sign::place(worker)).unwrap_or_default()
     }

@@ -9,11 +9,10 @@
 //! of either version, finds by the links which of the two homes lives, and goes on from there.
 
 use super::{
-    DataplaneError, attach,
-    carry::{self, Carried, Changed},
-    grace_period,
+    DataplaneError, attach, grace_period,
     layout::Layout,
     links::{self, Link},
+    migrate::{self, Carried, Changed},
     pins::{self, Home},
     sys,
     variant::ArrayPin,
@@ -49,13 +48,13 @@ impl Identity {
     /// As maps with this layout have it; else why they cannot be read.
     pub fn read(home: &Path, layout: &Layout) -> Result<Self, String> {
         let mut identity = Self::default();
-        carry::for_each(home, names::SERVICE_INDEX, layout, |key, index: u32| {
+        migrate::for_each(home, names::SERVICE_INDEX, layout, |key, index: u32| {
             identity.index.insert(key, index);
         })?;
-        carry::for_each(home, names::VIPS, layout, |key, vip| {
+        migrate::for_each(home, names::VIPS, layout, |key, vip| {
             identity.vips.insert(key, vip);
         })?;
-        carry::for_each(home, names::BACKENDS, layout, |index: u32, backend: Backend| {
+        migrate::for_each(home, names::BACKENDS, layout, |index: u32, backend: Backend| {
             if backend.flags & USED != 0 {
                 identity.backends.insert(index, backend);
             }
@@ -206,7 +205,7 @@ impl Takeover {
     }
 
     /// One for each predecessor whose flows can be read; what cannot is noted.
-    fn copiers(&self, carried: &mut Carried) -> Result<Vec<carry::Copier>, DataplaneError> {
+    fn copiers(&self, carried: &mut Carried) -> Result<Vec<migrate::Copier>, DataplaneError> {
         let mut copiers = Vec::new();
         if !self.has_flows {
             return Ok(copiers);
@@ -218,7 +217,7 @@ impl Takeover {
             match (&predecessor.layout, predecessor.identity()) {
                 (Some(from), Ok(identity)) => {
                     let from = (predecessor.home.path.as_path(), from);
-                    copiers.push(carry::Copier::new(
+                    copiers.push(migrate::Copier::new(
                         from,
                         (&self.home.path, &layout),
                         &identity,

@@ -3,7 +3,7 @@
 use super::{Applied, Sweep};
 use crate::{
     apply::dataplane::DataplaneError,
-    desired::model::{BackendId, Desired, Health, Name, Paths, Readiness, Steer},
+    desired::model::{BackendId, Desired, Health, Name, Paths, Readiness, RegionShares},
     plan::compile::CompileError,
 };
 use std::{collections::BTreeMap, sync::Arc};
@@ -33,7 +33,7 @@ pub enum Event {
     /// What a backend's replica says.
     Replica(BackendId, Readiness),
     /// How services are spread over regions and versions, all of them.
-    Steers(BTreeMap<Name, Arc<Steer>>),
+    Steers(BTreeMap<Name, Arc<RegionShares>>),
     /// All next hops.
     Paths(Paths),
     /// Interfaces that the program is attached to, all of them: index and name.
@@ -42,8 +42,8 @@ pub enum Event {
     Swept(Arc<Sweep>),
 }
 
-impl From<BTreeMap<Name, Arc<Steer>>> for Event {
-    fn from(steers: BTreeMap<Name, Arc<Steer>>) -> Self {
+impl From<BTreeMap<Name, Arc<RegionShares>>> for Event {
+    fn from(steers: BTreeMap<Name, Arc<RegionShares>>) -> Self {
         Self::Steers(steers)
     }
 }

@@ -11,14 +11,14 @@ mod grants;
 mod kept;
 mod maps;
 mod mirror;
-mod pace;
 mod problem;
 mod published;
 mod slots;
 mod sweep;
+mod sweep_counts;
 mod sweep_nat;
+mod sweep_schedule;
 mod tables;
-mod tally;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
@@ -38,7 +38,7 @@ use crate::plan::compile;
 use crate::{
     apply::dataplane::DataplaneError,
     clock,
-    desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, Steer},
+    desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, RegionShares},
     plan::compile::{
         Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each, needs,
     },
@@ -147,7 +147,7 @@ impl<M: Maps> Reconciler<M> {
         health: BTreeMap<BackendId, Health>,
         replicas: BTreeMap<BackendId, Readiness>,
         paths: Paths,
-        steers: BTreeMap<Name, Arc<Steer>>,
+        steers: BTreeMap<Name, Arc<RegionShares>>,
     ) {
         self.observed.steers = steers;
         self.observed.health = health;

@@ -6,9 +6,9 @@
 
 use super::{
     Event,
-    pace::{self, PERIOD, Quiet, Signals},
+    sweep_counts::Tally,
     sweep_nat::sweep_bindings,
-    tally::Tally,
+    sweep_schedule::{self, PERIOD, Quiet, Signals},
 };
 use crate::{
     apply::dataplane::{DataplaneError, Reader},
@@ -183,9 +183,9 @@ impl Sweeper {
         let began = Instant::now();
         loop {
             // Where the cheaper pace is no longer wait, nobody need be asked.
-            let shortest = pace::pause(took, cost, true);
-            let is_urgent = shortest < pace::pause(took, cost, false) && self.is_urgent();
-            let rest = pace::pause(took, cost, is_urgent).saturating_sub(began.elapsed());
+            let shortest = sweep_schedule::pause(took, cost, true);
+            let is_urgent = shortest < sweep_schedule::pause(took, cost, false) && self.is_urgent();
+            let rest = sweep_schedule::pause(took, cost, is_urgent).saturating_sub(began.elapsed());
             if rest.is_zero() || events.is_closed() {
                 return;
             }

@@ -3,7 +3,7 @@
 //! Two walks, and nothing else per binding: the first gathers the clients' entries, the second finds the workers' among
 //! them. The kernel is asked about single entries only before they are removed.
 
-use super::tally::Tally;
+use super::sweep_counts::Tally;
 use crate::{
     apply::dataplane::{DataplaneError, Reader},
     clock,

@@ -34,8 +34,8 @@ pub use quic::{QuicConfig, QuicError, ServerId};
 pub(crate) use quic::{from_hex, to_hex};
 pub use rate::{Limits, Rate, RateError};
 pub use region::{
-    Canary, Here, Region, RegionPolicy, RegionRules, RegionState, Rollout, RolloutState, Share, Steer, WHOLE,
-    list as region_list,
+    Canary, Locality, Region, RegionPolicy, RegionRules, RegionShares, RegionState, Rollout, RolloutState,
+    Share, WHOLE, list as region_list,
 };
 pub use replica::{
     Answers, ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report,

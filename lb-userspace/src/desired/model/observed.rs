@@ -1,6 +1,6 @@
 //! What was seen, as against what is desired: health verdicts, replicas' readiness, and next hops.
 
-use super::{Name, Readiness, Steer};
+use super::{Name, Readiness, RegionShares};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -71,7 +71,7 @@ pub struct Observed {
     /// How the host sends.
     pub paths: Paths,
     /// How services are spread over regions and versions, where that was decided.
-    pub steers: BTreeMap<Name, Arc<Steer>>,
+    pub steers: BTreeMap<Name, Arc<RegionShares>>,
     /// Clock (since boot, `CLOCK_MONOTONIC`) of this observation.
     pub now: Duration,
 }

@@ -307,14 +307,14 @@ pub struct Share {
 
 /// Where a host is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Here {
+pub struct Locality {
     /// Region.
     pub region: Name,
     /// Zone within it.
     pub zone: Name,
 }
 
-impl Default for Here {
+impl Default for Locality {
     fn default() -> Self {
         let name: Name = "default".parse().expect("it is a word of letters");
         Self { region: name.clone(), zone: name }
@@ -324,7 +324,7 @@ impl Default for Here {
 /// What the policy has decided for a service on a host: how new flows are spread over regions, zones and versions.
 /// `compile` makes weights of it, of those backends that take flows at that moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Steer {
+pub struct RegionShares {
     /// Regions with a share.
     pub shares: Vec<Share>,
     /// Zones of the own region with a share of that; if empty, all by weight.

@@ -2,7 +2,7 @@
 //! file, also the locks and what "all hosts" tell, as this host is the only one.
 
 use super::{
-    Claim, Local, Lock, StoreError, Told,
+    Claim, HostValues, Local, Lock, StoreError,
     redb::{failed, guarded, open},
 };
 use crate::clock;
@@ -115,7 +115,7 @@ impl Held {
 /// Locks and told values of a store that only one host has.
 pub(super) struct Alone {
     local: LocalFile,
-    told: watch::Sender<Told>,
+    told: watch::Sender<HostValues>,
     /// Held while the locks are read and written.
     locks: Mutex<()>,
 }
@@ -135,7 +135,7 @@ impl Alone {
         });
     }
 
-    pub fn told(&self) -> watch::Receiver<Told> {
+    pub fn told(&self) -> watch::Receiver<HostValues> {
         self.told.subscribe()
     }
 

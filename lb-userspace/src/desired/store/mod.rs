@@ -184,7 +184,7 @@ pub enum Retire {
 }
 
 /// What hosts tell each other: small values by key (`hosts/NAME` and so on).
-pub type Told = Arc<BTreeMap<String, Vec<u8>>>;
+pub type HostValues = Arc<BTreeMap<String, Vec<u8>>>;
 
 /// Where the desired state lives.
 pub trait Store: Send + Sync {
@@ -248,7 +248,7 @@ pub trait Store: Send + Sync {
     fn tell(&self, key: &str, value: Option<Vec<u8>>);
 
     /// What all hosts tell, this one included, and each change of it.
-    fn told(&self) -> watch::Receiver<Told>;
+    fn told(&self) -> watch::Receiver<HostValues>;
 
     /// Takes a lock, or renews it.
     ///

@@ -4,8 +4,8 @@
 //! themselves are kept once per change. So a change of one service among thousands writes that one.
 
 use super::{
-    About, Claim, Commit, Link, Local, LocalFile, Lock, Member, Retire, Revision, Store, StoreError, Stored,
-    Told, delta, local::Alone,
+    About, Claim, Commit, HostValues, Link, Local, LocalFile, Lock, Member, Retire, Revision, Store,
+    StoreError, Stored, delta, local::Alone,
 };
 use crate::desired::model::{
     Desired, Name, Service,
@@ -602,7 +602,7 @@ impl Store for RedbStore {
         self.alone.tell(key, value);
     }
 
-    fn told(&self) -> watch::Receiver<Told> {
+    fn told(&self) -> watch::Receiver<HostValues> {
         self.alone.told()
     }
 

@@ -2,7 +2,7 @@
 
 use super::{Context, Exit, Failure};
 use crate::lbctl::{
-    doctor::{self, Finding, Level, Plan, Said},
+    doctor::{self, DaemonView, Finding, Level, Plan},
     render::Tone,
 };
 use clap::Args;
@@ -48,9 +48,9 @@ pub async fn run(context: &mut Context<'_>, doctor: Doctor) -> Result<Exit, Fail
     Ok(if worst == Level::Fail { Exit::No } else { Exit::Ok })
 }
 
-async fn ask(context: &Context<'_>) -> Result<Said, Failure> {
+async fn ask(context: &Context<'_>) -> Result<DaemonView, Failure> {
     let client = &context.client;
-    Ok(Said {
+    Ok(DaemonView {
         status: client.get("/v1/status", &()).await?,
         services: client.get("/v1/services", &()).await?,
         backends: client.get("/v1/backends", &()).await?,

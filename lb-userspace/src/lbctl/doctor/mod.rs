@@ -65,7 +65,7 @@ impl Finding {
 
 /// What lbd says.
 #[derive(Clone, Debug)]
-pub struct Said {
+pub struct DaemonView {
     /// `GET /v1/status`.
     pub status: Status,
     /// `GET /v1/services`.
@@ -84,7 +84,7 @@ pub struct Plan {
 }
 
 /// Looks at everything. Takes some seconds where workers do not answer.
-pub async fn examine(plan: &Plan, said: Option<&Said>) -> Vec<Finding> {
+pub async fn examine(plan: &Plan, said: Option<&DaemonView>) -> Vec<Finding> {
     let mut found = host::examine(&plan.pin_path);
     let Some(said) = said else { return found };
     found.extend(host::daemon(&said.status));
@@ -99,7 +99,7 @@ pub async fn examine(plan: &Plan, said: Option<&Said>) -> Vec<Finding> {
 }
 
 /// Backends as lbd sees them.
-fn backends(said: &Said) -> Vec<Finding> {
+fn backends(said: &DaemonView) -> Vec<Finding> {
     let mut found = Vec::new();
     let forwards = host::forwards();
     let mut reachable: BTreeMap<&Name, usize> = BTreeMap::new();
@@ -150,7 +150,7 @@ fn backends(said: &Said) -> Vec<Finding> {
 
 /// A worker as packets of one service reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct WorkerPath {
     service: Name,
     spec: Service,
     backend: Name,
@@ -162,12 +162,12 @@ pub struct Way {
 }
 
 /// All ways that leave this host.
-fn ways(said: &Said) -> Vec<Way> {
+fn ways(said: &DaemonView) -> Vec<WorkerPath> {
     let specs: BTreeMap<&Name, &Service> = said.services.iter().map(|s| (&s.name, &s.spec)).collect();
     let way = |b: &BackendInfo| {
         let spec = *specs.get(&b.service)?;
         let overhead = overhead(spec, b.spec.address)?;
-        Some(Way {
+        Some(WorkerPath {
             service: b.service.clone(),
             spec: spec.clone(),
             backend: b.name.clone(),
@@ -197,7 +197,7 @@ fn overhead(service: &Service, address: IpAddr) -> Option<usize> {
 }
 
 /// Measures each worker's path, and tries each tunnel.
-fn probe(ways: &[Way]) -> Vec<Finding> {
+fn probe(ways: &[WorkerPath]) -> Vec<Finding> {
     let mut targets: BTreeMap<IpAddr, u16> = BTreeMap::new();
     for way in ways {
         let mtu = targets.entry(way.address).or_insert(way.mtu);
@@ -220,9 +220,9 @@ fn probe(ways: &[Way]) -> Vec<Finding> {
 }
 
 /// What fits through to all of a service's workers, and what to tell clients of it.
-fn segments(service: &Name, ways: &[Way], paths: &BTreeMap<IpAddr, mtu::Path>) -> Option<Finding> {
+fn segments(service: &Name, ways: &[WorkerPath], paths: &BTreeMap<IpAddr, mtu::Path>) -> Option<Finding> {
     let of_service = ways.iter().filter(|way| way.service == *service);
-    let inner = |way: &Way| match paths.get(&way.address)? {
+    let inner = |way: &WorkerPath| match paths.get(&way.address)? {
         mtu::Path::Takes(mtu) => Some(usize::from(*mtu).saturating_sub(way.overhead)),
         mtu::Path::Silent => None,
     };
@@ -237,7 +237,7 @@ const USUAL_MTU: usize = 1_500;
 const TCP_HEADER: usize = 20;
 const UDP_HEADER: usize = 8;
 
-fn hint(about: String, least: usize, way: &Way) -> Finding {
+fn hint(about: String, least: usize, way: &WorkerPath) -> Finding {
     let (headers, family) = if way.spec.vip.is_ipv4() { (40, "-4") } else { (60, "-6") };
     let mss = least.saturating_sub(headers);
     let what = format!(
@@ -270,7 +270,7 @@ fn hint(about: String, least: usize, way: &Way) -> Finding {
 mod tests {
     use super::*;
 
-    fn way(vip: &str, mode: &str, address: &str) -> Way {
+    fn way(vip: &str, mode: &str, address: &str) -> WorkerPath {
         let text = format!(
             "[[service]]\nname = \"web\"\nvip = \"{vip}\"\nport = 80\nprotocol = \"tcp\"\nmode = \"{mode}\"\n\
              [[service.backend]]\nname = \"w1\"\naddress = \"{address}\"\n"
@@ -281,7 +281,7 @@ mod tests {
         let address = address.parse().expect("an address");
         let overhead = overhead(spec, address).expect("it leaves this host");
         let backend = spec.backends.keys().next().expect("one").clone();
-        Way { service: name.clone(), spec: (**spec).clone(), backend, address, mtu: 1_500, overhead }
+        WorkerPath { service: name.clone(), spec: (**spec).clone(), backend, address, mtu: 1_500, overhead }
     }
 
     #[test]
@@ -302,7 +302,7 @@ mod tests {
         let paths = |address: &str, mtu| {
             BTreeMap::from([(address.parse().expect("an address"), mtu::Path::Takes(mtu))])
         };
-        let found = |way: &Way, mtu| {
+        let found = |way: &WorkerPath, mtu| {
             segments(&way.service, std::slice::from_ref(way), &paths(&way.address.to_string(), mtu))
                 .expect("it was measured")
         };

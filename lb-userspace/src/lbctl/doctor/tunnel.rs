@@ -4,7 +4,7 @@
 //! The attempt is made from this host's address; the answer is reset by this host's stack, which knows of no connection.
 
 use super::{
-    Finding, Way,
+    Finding, WorkerPath,
     packet::{self, TCP, UDP},
 };
 use crate::desired::model::{ForwardingMode, Ports, Protocol};
@@ -19,7 +19,7 @@ const ACK: u8 = 0x10;
 const RST: u8 = 0x04;
 
 /// Tries those that can be tried: TCP to one port, in a tunnel between addresses of the VIP's family.
-pub fn examine(ways: &[Way]) -> Vec<Finding> {
+pub fn examine(ways: &[WorkerPath]) -> Vec<Finding> {
     let mut found = Vec::new();
     for (number, way) in ways.iter().enumerate() {
         let Some(port) = port(way) else { continue };
@@ -51,7 +51,7 @@ pub fn examine(ways: &[Way]) -> Vec<Finding> {
     found
 }
 
-fn port(way: &Way) -> Option<u16> {
+fn port(way: &WorkerPath) -> Option<u16> {
     let is_tunnel = matches!(way.spec.mode, ForwardingMode::Ipip | ForwardingMode::Gue);
     let is_one_family = way.spec.vip.is_ipv4() == way.address.is_ipv4();
     match way.spec.port {
@@ -67,7 +67,7 @@ enum Answer {
     Refuses,
 }
 
-fn attempt(way: &Way, port: u16, number: u16) -> io::Result<Option<Answer>> {
+fn attempt(way: &WorkerPath, port: u16, number: u16) -> io::Result<Option<Answer>> {
     let (vip, is_ipv4) = (way.spec.vip, way.address.is_ipv4());
     let own = packet::own_address(way.address)?;
     let (sender, listener) = (packet::sender(is_ipv4)?, packet::listener(is_ipv4, TCP)?);
@@ -107,7 +107,7 @@ fn read(tcp: &[u8], port: u16, own_port: u16) -> Option<Answer> {
 }
 
 /// The packet in the service's tunnel.
-fn wrapped(way: &Way, own: IpAddr, inner: &[u8]) -> Vec<u8> {
+fn wrapped(way: &WorkerPath, own: IpAddr, inner: &[u8]) -> Vec<u8> {
     let inner_protocol = if way.spec.vip.is_ipv4() { 4 } else { 41 };
     if way.spec.mode == ForwardingMode::Ipip {
         return packet::ip(inner_protocol, own, way.address, inner);

@@ -316,7 +316,7 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
 }
 
 /// What was heard of a backend, and what came of it.
-fn signs(heard: &crate::observed::health::Heard) -> String {
+fn signs(heard: &crate::observed::health::PassiveReport) -> String {
     let mut text = format!("{} unreachable, {} refused", heard.unreachable, heard.refused);
     if let Some(last) = &heard.last {
         let (times, refuted) = (heard.early, heard.refuted);

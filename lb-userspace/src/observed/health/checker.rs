@@ -1,8 +1,8 @@
 //! One task per checked backend, following the desired state.
 
 use super::{
-    Book, Early, Entry, Probe, ProbeTarget,
-    signs::{Hint, LOOK, SignSource, Suspicion},
+    EarlyProbe, Entry, HealthRegistry, Probe, ProbeTarget,
+    passive::{Hint, LOOK, PassiveSource, Suspicion},
     tunnel::to_address,
     verdict::Verdict,
 };
@@ -46,7 +46,7 @@ pub struct Checker {
     running: BTreeMap<BackendId, Running>,
     /// What `running` follows.
     followed: Arc<Desired>,
-    signs: Option<Arc<dyn SignSource>>,
+    signs: Option<Arc<dyn PassiveSource>>,
     /// Whether anybody wants them.
     heeds_signs: bool,
 }
@@ -62,7 +62,7 @@ struct Running {
 }
 
 struct Shared {
-    book: Arc<Book>,
+    book: Arc<HealthRegistry>,
     verdicts: mpsc::Sender<(BackendId, Health)>,
     permits: Semaphore,
     prober: Prober,
@@ -75,7 +75,7 @@ impl Checker {
     /// A checker with the verdicts of before the restart. At most `probes` are in flight at once.
     /// Verdicts are sent to `verdicts`: each change, and all known ones when a backend appears.
     pub fn new(
-        book: Arc<Book>,
+        book: Arc<HealthRegistry>,
         probes: usize,
         prober: Prober,
         verdicts: mpsc::Sender<(BackendId, Health)>,
@@ -100,20 +100,23 @@ impl Checker {
     }
 
     /// The same, with probes that are brought forward by what `signs` counts.
-    pub fn with_signs(self, signs: Arc<dyn SignSource>) -> Self {
+    pub fn with_passive(self, signs: Arc<dyn PassiveSource>) -> Self {
         Self { signs: Some(signs), ..self }
     }
 
     /// Reads the book of before the restart, or an empty one.
-    pub async fn restore(local: &dyn Local) -> Arc<Book> {
-        Arc::new(restored(local, KEY, "last health verdicts", Book::restore).await)
+    pub async fn restore(local: &dyn Local) -> Arc<HealthRegistry> {
+        Arc::new(restored(local, KEY, "last health verdicts", HealthRegistry::restore).await)
     }
 
     /// Writes the book down for the next start.
     ///
     /// # Errors
     /// The store cannot be written.
-    pub async fn save(book: &Book, local: &dyn Local) -> Result<(), crate::desired::store::StoreError> {
+    pub async fn save(
+        book: &HealthRegistry,
+        local: &dyn Local,
+    ) -> Result<(), crate::desired::store::StoreError> {
         local.save(KEY, book.save()).await
     }
 
@@ -286,7 +289,7 @@ impl Shared {
         self.book.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 entry.heard.early += 1;
-                entry.heard.last = Some(Early { time_ms: clock::unix_ms(), what: hint.to_string() });
+                entry.heard.last = Some(EarlyProbe { time_ms: clock::unix_ms(), what: hint.to_string() });
             }
         });
     }
@@ -502,7 +505,7 @@ mod tests {
         let check = r#"{"kind":"tcp","interval_ms":1000}"#;
         let state = watch::Sender::new(stored(200, check));
         let (tx, mut rx) = mpsc::channel(10_000);
-        let book = Arc::new(Book::default());
+        let book = Arc::new(HealthRegistry::default());
         let checker = Checker::new(book.clone(), 7, prober, tx);
         tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
         let mut healthy = 0;
@@ -515,7 +518,7 @@ mod tests {
         state.send_replace(stored(3, check));
         tokio::time::sleep(Duration::from_secs(5)).await;
         assert_eq!(book.read(|all| all.len()), 3);
-        let counts = |book: &Book| book.read(|all| all.values().map(|e| e.successes).sum::<u64>());
+        let counts = |book: &HealthRegistry| book.read(|all| all.values().map(|e| e.successes).sum::<u64>());
         let before = counts(&book);
         tokio::time::sleep(Duration::from_secs(10)).await;
         let probes = counts(&book) - before;
@@ -532,7 +535,7 @@ mod tests {
     #[derive(Default)]
     struct Counted(AtomicU32);
 
-    impl SignSource for Counted {
+    impl PassiveSource for Counted {
         fn signs(&self, _: &lb_common::Address) -> lb_common::sign::Signs {
             lb_common::sign::Signs { unreachable: self.0.load(Ordering::SeqCst), refused: 0 }
         }
@@ -542,7 +545,7 @@ mod tests {
     struct Slow {
         up: Arc<AtomicBool>,
         signs: Arc<Counted>,
-        book: Arc<Book>,
+        book: Arc<HealthRegistry>,
         verdicts: mpsc::Receiver<(BackendId, Health)>,
         _state: watch::Sender<Stored>,
     }
@@ -557,9 +560,9 @@ mod tests {
             });
             let check = format!(r#"{{"kind":"tcp","interval_ms":10000,"jitter_percent":0{more}}}"#);
             let (tx, verdicts) = mpsc::channel(100);
-            let (book, signs) = (Arc::new(Book::default()), Arc::new(Counted::default()));
+            let (book, signs) = (Arc::new(HealthRegistry::default()), Arc::new(Counted::default()));
             let state = watch::Sender::new(stored(1, &check));
-            let checker = Checker::new(book.clone(), 10, prober, tx).with_signs(signs.clone());
+            let checker = Checker::new(book.clone(), 10, prober, tx).with_passive(signs.clone());
             tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
             let mut slow = Self { up, signs, book, verdicts, _state: state };
             while next(&mut slow.verdicts).await.1 != Health::Healthy {}

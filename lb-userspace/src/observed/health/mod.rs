@@ -1,15 +1,15 @@
 //! Health checks: probes each backend, and says when its verdict changes, and why.
 //!
 //! Input: the watched desired state, and the verdicts of before a restart. Output: `(BackendId, Health)`
-//! events, and the [`Book`] that API and metrics read. Called by the daemon.
+//! events, and the [`HealthRegistry`] that API and metrics read. Called by the daemon.
 //! [`signs`] brings probes forward. [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] keeps one task per backend.
 
-pub mod book;
 pub mod checker;
 pub mod grpc;
 pub mod http;
+pub mod passive;
 pub mod probe;
-pub mod signs;
+pub mod registry;
 pub mod tls;
 pub mod tunnel;
 pub mod verdict;
@@ -17,8 +17,8 @@ pub mod verdict;
 #[cfg(test)]
 mod tests;
 
-pub use book::{Book, Entry, Probe, Transition};
 pub use checker::{Checker, Prober};
+pub use passive::{EarlyProbe, PassiveReport, PassiveSource};
 pub use probe::{ProbeTarget, prober, prober_through};
-pub use signs::{Early, Heard, SignSource};
+pub use registry::{Entry, HealthRegistry, Probe, Transition};
 pub use tunnel::{LoadPrograms, ProbePrograms, Through, Tunnel};

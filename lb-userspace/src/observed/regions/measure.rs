@@ -4,7 +4,7 @@
 //! neither a step of the host's clock nor one of the replica's makes anything look new or old.
 
 use crate::{
-    desired::model::{Backend, BackendId, BackendState, Health, Here, Name, Readiness, Service},
+    desired::model::{Backend, BackendId, BackendState, Health, Locality, Name, Readiness, Service},
     observed::{
         health,
         replica::{self, scores::old_after},
@@ -20,14 +20,14 @@ const ENOUGH: usize = 3;
 
 /// When each replica was last heard, by a steady clock.
 #[derive(Debug, Default)]
-pub struct Heard {
+pub struct ReportTimes {
     /// Reports counted then, and when the last of them came.
     last: BTreeMap<BackendId, (u64, u64)>,
 }
 
-impl Heard {
+impl ReportTimes {
     /// Looks who has reported since the last look.
-    pub fn look(&mut self, book: &replica::Book, now_ms: u64) {
+    pub fn look(&mut self, book: &replica::ReplicaRegistry, now_ms: u64) {
         book.read(|entries| {
             self.last.retain(|id, _| entries.contains_key(id));
             for (id, entry) in entries.iter().filter(|(_, e)| e.report.is_some()) {
@@ -73,8 +73,8 @@ pub struct Known {
 pub fn backends(
     name: &Name,
     service: &Service,
-    here: &Here,
-    (book, replicas, heard): (&health::Book, &replica::Book, &Heard),
+    here: &Locality,
+    (book, replicas, heard): (&health::HealthRegistry, &replica::ReplicaRegistry, &ReportTimes),
     now_ms: u64,
 ) -> Vec<Known> {
     let old_ms = service.replica.as_ref().map_or(0, |source| old_after(source).as_millis() as u64);

@@ -1,7 +1,7 @@
 //! Regions at run time: what is measured of them, what hosts tell each other of them, and what is decided.
 //!
 //! Input: desired state, health and replica books, round-trip times ([`rtt`]), what other hosts tell. Output: how each
-//! service is spread, as [`crate::apply::reconcile::Event::Steers`]; [`Steered`] for API and metrics; and a roll-out that
+//! service is spread, as [`crate::apply::reconcile::Event::Steers`]; [`RegionSnapshot`] for API and metrics; and a roll-out that
 //! is aborted when its new version does badly ([`rollouts`]). The decisions themselves are pure functions of
 //! [`crate::plan::policy::region`]. Called by the daemon.
 //!
@@ -9,17 +9,17 @@
 //! another worker. So the first of them by name decides, and tells; the others follow it. One that is cut off from
 //! the store decides for itself.
 
+mod controller;
 pub mod measure;
 pub mod rollouts;
 pub mod rtt;
-mod steering;
 #[cfg(test)]
 mod tests;
 
-pub use steering::{CommitDesired, Steering};
+pub use controller::{CommitDesired, RegionController};
 
 use crate::{
-    desired::model::{Name, RegionPolicy, RegionState, Rollout, Steer},
+    desired::model::{Name, RegionPolicy, RegionShares, RegionState, Rollout},
     plan::policy::{
         canary::Tally,
         region::{Agreed, Decision, Place, Vote},
@@ -33,7 +33,7 @@ pub const KEY: &str = "regions/";
 
 /// What a host tells the others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Said {
+pub struct PeerReport {
     /// Who.
     pub host: String,
     /// Its region.
@@ -48,7 +48,7 @@ pub struct Said {
     pub rtt_us: BTreeMap<Name, u32>,
     /// How services are spread, if it is the one that decides.
     #[serde(default)]
-    pub steers: BTreeMap<Name, Steer>,
+    pub steers: BTreeMap<Name, RegionShares>,
 }
 
 /// One service's decision with all that it was made of: `GET /v1/policy/NAME`.
@@ -74,7 +74,7 @@ pub struct Explained {
     /// What was decided here.
     pub decision: Decision,
     /// What holds.
-    pub steer: Steer,
+    pub steer: RegionShares,
     /// What was bounded, left out or taken from before, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
@@ -127,7 +127,7 @@ pub struct RegionShown {
 
 /// Everything that was decided, and by what.
 #[derive(Clone, Debug, Default)]
-pub struct Steered {
+pub struct RegionSnapshot {
     /// Revision of the desired state that this was decided on.
     pub revision: u64,
     /// By service; those that have nothing to do with regions or roll-outs are left out.
@@ -136,7 +136,7 @@ pub struct Steered {
     pub regions: Vec<RegionShown>,
 }
 
-impl Steered {
+impl RegionSnapshot {
     /// What an operator should look at.
     pub fn problems(&self) -> Vec<String> {
         let mut found: Vec<String> = Vec::new();

@@ -39,7 +39,7 @@ impl Rollouts {
         name: &Name,
         service: &Service,
         rollout: &Rollout,
-        book: &replica::Book,
+        book: &replica::ReplicaRegistry,
     ) -> (BTreeSet<Name>, RolloutShown, Verdict) {
         let of = (rollout.model.clone(), rollout.version.clone(), rollout.since_ms);
         let count = self.counts.entry(name.clone()).or_default();

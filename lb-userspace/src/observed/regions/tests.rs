@@ -2,7 +2,7 @@
 
 use super::{measure::*, *};
 use crate::{
-    desired::model::{BackendId, Here, Phase, Readiness, Report, Service},
+    desired::model::{BackendId, Locality, Phase, Readiness, Report, Service},
     observed::{
         health,
         replica::{self, Entry},
@@ -38,13 +38,13 @@ fn heard(report: Report, reports: u64) -> Entry {
 
 /// What is measured of eu at `now_ms`, and what was noted.
 fn eu(
-    replicas: &replica::Book,
-    heard: &mut Heard,
+    replicas: &replica::ReplicaRegistry,
+    heard: &mut ReportTimes,
     now_ms: u64,
 ) -> (crate::plan::policy::region::Place, Vec<String>) {
     heard.look(replicas, now_ms);
-    let here = Here { region: name("eu"), zone: name("a") };
-    let health = health::Book::default();
+    let here = Locality { region: name("eu"), zone: name("a") };
+    let health = health::HealthRegistry::default();
     let backends = backends(&name("s"), &service(), &here, (&health, replicas, heard), now_ms);
     let mut notes = Vec::new();
     let mut places = places(&backends, |b| Some(&b.region), &mut notes);
@@ -53,7 +53,7 @@ fn eu(
 
 #[test]
 fn capacity_is_bounded_and_old_news_are_named() {
-    let (book, mut known) = (replica::Book::default(), Heard::default());
+    let (book, mut known) = (replica::ReplicaRegistry::default(), ReportTimes::default());
     book.change(|all| {
         for (backend, running, capacity) in [("a", 4, 8), ("b", 2, 8), ("c", 0, 1_000_000)] {
             all.insert(id(backend), heard(report(running, capacity), 1));
@@ -81,7 +81,7 @@ fn capacity_is_bounded_and_old_news_are_named() {
 
 #[test]
 fn what_was_heard_before_a_restart_is_old_and_who_says_nothing_is_not_measured() {
-    let (book, mut known) = (replica::Book::default(), Heard::default());
+    let (book, mut known) = (replica::ReplicaRegistry::default(), ReportTimes::default());
     book.change(|all| {
         for backend in ["a", "b", "c"] {
             all.insert(id(backend), heard(report(8, 8), 0));
@@ -99,7 +99,7 @@ fn what_was_heard_before_a_restart_is_old_and_who_says_nothing_is_not_measured()
 
 #[test]
 fn a_new_version_is_found_and_counted_from_the_beginning_of_its_roll_out() {
-    let (book, mut rollouts) = (replica::Book::default(), rollouts::Rollouts::default());
+    let (book, mut rollouts) = (replica::ReplicaRegistry::default(), rollouts::Rollouts::default());
     let mut service = service();
     let rollout: Rollout =
         serde_json::from_value(json!({"model": "m", "version": "v2", "permille": 50, "since_ms": 1}))

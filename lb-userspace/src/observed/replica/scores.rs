@@ -5,7 +5,7 @@
 //! index that goes to another backend is set to 0; a replica that has not been heard for long gets the
 //! median of its service.
 
-use super::Book;
+use super::ReplicaRegistry;
 use crate::{
     clock,
     desired::model::{BackendId, Desired, ReplicaSource},
@@ -71,7 +71,7 @@ impl Scores {
     }
 
     /// Gives every replica's index a score: who had none, who has another index, who has not been heard for long.
-    pub fn refresh(&self, book: &Book, now_ms: u64) {
+    pub fn refresh(&self, book: &ReplicaRegistry, now_ms: u64) {
         let desired = self.places.desired();
         let places: BTreeMap<u32, BackendId> = self.places.all().into_iter().map(|(id, i)| (i, id)).collect();
         let mut wanted: BTreeMap<u32, (BackendId, Option<u32>, u32)> = BTreeMap::new();
@@ -119,7 +119,7 @@ impl Scores {
     /// Refreshes when the reconciler has published, and now and then, until it is gone.
     pub async fn run(
         self: Arc<Self>,
-        book: Arc<Book>,
+        book: Arc<ReplicaRegistry>,
         mut published: watch::Receiver<Arc<impl Send + Sync>>,
     ) {
         loop {
@@ -179,7 +179,7 @@ pub(super) mod tests {
         let desired: Arc<Desired> = Arc::new(serde_json::from_value(desired).unwrap());
         let (fake, places) = (Arc::new(Fake::default()), Arc::new(Fixed(Mutex::default(), desired)));
         let scores = Scores::new(fake.clone(), places.clone());
-        let book = Book::default();
+        let book = ReplicaRegistry::default();
         let heard =
             |score, report_ms| Entry { readiness: Readiness::Ready, score, report_ms, ..Entry::default() };
         book.change(|all| {

@@ -1,7 +1,7 @@
 //! The watcher against workers on the loopback interface that report well, badly, slowly, or die.
 
 use super::{
-    Book, Scores, Watcher,
+    ReplicaRegistry, Scores, Watcher,
     scores::tests::{Fake, Fixed},
 };
 use crate::{
@@ -118,7 +118,7 @@ impl Local for Memory {
 
 /// A watcher of one replica.
 struct Bed {
-    book: Arc<Book>,
+    book: Arc<ReplicaRegistry>,
     said: mpsc::Receiver<(BackendId, Readiness)>,
     fake: Arc<Fake>,
     state: watch::Sender<Stored>,

@@ -2,7 +2,7 @@
 //! there is none.
 
 use super::{
-    Book, Scores,
+    ReplicaRegistry, Scores,
     events::Events,
     exposition::PAGE_LIMIT,
     http::{self, Answer, Ask, FetchError},
@@ -44,7 +44,7 @@ pub(super) struct Plan {
 
 /// What all tasks share.
 pub(super) struct Shared {
-    pub book: Arc<Book>,
+    pub book: Arc<ReplicaRegistry>,
     pub said: mpsc::Sender<(BackendId, Readiness)>,
     pub scores: Arc<Scores>,
     pub prober: Prober,
@@ -209,7 +209,7 @@ impl Task {
             entry.trouble = None;
             if entry.readiness == Readiness::Lost && !held.is_zero() {
                 let what = format!("comes and goes: believed again in {} s if it stays", held.as_secs() + 1);
-                entry.trouble = Some(super::book::Trouble { time_ms: now, what });
+                entry.trouble = Some(super::registry::Trouble { time_ms: now, what });
                 return false;
             }
             entry.turn(readiness, now, &reason)
@@ -240,7 +240,7 @@ impl Task {
         let first = self.shared.book.edit(&self.id, |entry| {
             entry.refused += 1;
             let first = entry.trouble.as_ref().is_none_or(|t| t.what != what);
-            entry.trouble = Some(super::book::Trouble { time_ms: clock::unix_ms(), what: what.clone() });
+            entry.trouble = Some(super::registry::Trouble { time_ms: clock::unix_ms(), what: what.clone() });
             first
         });
         if first == Some(true) {
@@ -259,7 +259,7 @@ impl Task {
             entry.breaks += 1;
             if !matches!(error, FetchError::Report(_)) {
                 entry.trouble =
-                    Some(super::book::Trouble { time_ms: clock::unix_ms(), what: error.to_string() });
+                    Some(super::registry::Trouble { time_ms: clock::unix_ms(), what: error.to_string() });
             }
         });
     }

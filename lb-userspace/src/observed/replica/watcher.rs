@@ -1,7 +1,7 @@
 //! One task per replica, following the desired state.
 
 use super::{
-    Book, Entry, Scores,
+    Entry, ReplicaRegistry, Scores,
     http::Ask,
     watch::{Plan, Shared, watch},
 };
@@ -34,7 +34,7 @@ impl Watcher {
     /// With what was known before the restart. At most `looks` attempts are under way at once. Changes of
     /// readiness are sent to `said`, scores go to `scores` with each report.
     pub fn new(
-        book: Arc<Book>,
+        book: Arc<ReplicaRegistry>,
         looks: usize,
         prober: Prober,
         said: mpsc::Sender<(BackendId, Readiness)>,
@@ -46,15 +46,15 @@ impl Watcher {
     }
 
     /// Reads the book of before the restart, or an empty one.
-    pub async fn restore(local: &dyn Local) -> Arc<Book> {
-        Arc::new(restored(local, KEY, "what replicas last said", Book::restore).await)
+    pub async fn restore(local: &dyn Local) -> Arc<ReplicaRegistry> {
+        Arc::new(restored(local, KEY, "what replicas last said", ReplicaRegistry::restore).await)
     }
 
     /// Writes the book down for the next start.
     ///
     /// # Errors
     /// The store cannot be written.
-    pub async fn save(book: &Book, local: &dyn Local) -> Result<(), StoreError> {
+    pub async fn save(book: &ReplicaRegistry, local: &dyn Local) -> Result<(), StoreError> {
         local.save(KEY, book.save()).await
     }
 

@@ -100,7 +100,7 @@ pub struct Shape {
     pub size: u32,
     /// Seating, empty if the members came in the order of their seats.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub turns: Vec<maglev::Turn>,
+    pub turns: Vec<maglev::SeatChange>,
     /// Flows are hashed by the client's address alone.
     #[serde(default)]
     pub by_source: bool,

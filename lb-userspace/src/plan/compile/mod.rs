@@ -7,15 +7,15 @@
 //! What a packet already on its way may rely on: a flow that is in no flow table stays with its backend
 //! as long as that backend is there. [`service`] says how.
 
-mod behind;
 mod entries;
 mod error;
 pub mod guard;
 mod memory;
 mod quic;
-mod recall;
+mod replay_history;
 mod room;
 mod service;
+mod slot_layout;
 mod slow;
 mod spread;
 mod status;
@@ -24,13 +24,13 @@ mod table;
 pub use entries::{from_address, to_address};
 pub use error::CompileError;
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
-pub use recall::Past;
+pub use replay_history::Past;
 pub use room::{Need, Waiting, admit, needs, room};
 pub use service::features_needed;
 pub use status::{BackendStatus, ServiceStatus};
 pub use table::Hashing;
 
-use crate::desired::model::{Desired, Here, Name, Observed, Ports, Protocol};
+use crate::desired::model::{Desired, Locality, Name, Observed, Ports, Protocol};
 use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Backend, ServiceKey, Slot, Vip, VipKey, limits,
@@ -63,7 +63,7 @@ pub struct Settings {
     /// Bits of [`lb_common::settings::features`] that the program was loaded without.
     pub features_off: u32,
     /// Where this host is.
-    pub here: Here,
+    pub here: Locality,
 }
 
 /// Sizes of the maps, set when they are made.

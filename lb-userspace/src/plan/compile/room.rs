@@ -8,7 +8,7 @@
 //! health, weights, backends or marks is then written in place. A change of size, seed or hash is a new region with
 //! the old table behind it for the drain time. Those wait for each other, so the room for one is enough.
 
-use super::{CompileError, Memory, ServiceId, Settings, behind, entries, service, table::Hashing};
+use super::{CompileError, Memory, ServiceId, Settings, entries, service, slot_layout, table::Hashing};
 use crate::desired::model::{Desired, Name, Scheduler, Service};
 use lb_common::limits;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,7 @@ pub fn room(wanted: &Service, settings: &Settings, size: u32) -> u32 {
         return 0;
     }
     let pairs = if has_pairs(wanted, settings) { 2 } else { 1 };
-    size * pairs + behind::longest(wanted)
+    size * pairs + slot_layout::longest(wanted)
 }
 
 /// A service that needs a region of its own before it can have what it asks for.

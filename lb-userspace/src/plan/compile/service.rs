@@ -4,9 +4,9 @@
 
 use super::{
     BackendMemory, CompileError, Cost, ServiceEntry, ServiceId, ServiceMemory, ServiceStatus, Settings,
-    Shape, View, behind, entries,
+    Shape, View, entries,
     memory::FreeIndices,
-    slow,
+    slot_layout, slow,
     spread::{Excluded, steered},
     status::status,
     table::{Hashing, Tables, note_changes, region, replay, shape},
@@ -14,7 +14,7 @@ use super::{
 use crate::{
     desired::model::{
         self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
-        Scheduler, Service, Steer, region_list,
+        RegionShares, Scheduler, Service, region_list,
     },
     plan::policy::{self, Candidate, Seen},
 };
@@ -43,7 +43,7 @@ pub(super) struct Input<'a> {
     /// In the order of `wanted.backends`.
     pub verdicts: Vec<Seen>,
     /// How it is spread over regions and versions; none if all backends are alike.
-    pub steer: Option<Arc<Steer>>,
+    pub steer: Option<Arc<RegionShares>>,
     /// Why a backend may take no flow at all; empty if none is excluded.
     pub excluded: Vec<Option<Excluded>>,
     pub next_hops: &'a BTreeMap<IpAddr, NextHop>,
@@ -80,7 +80,7 @@ struct Last {
     name: Name,
     wanted: Arc<Service>,
     verdicts: Vec<Seen>,
-    steer: Option<Arc<Steer>>,
+    steer: Option<Arc<RegionShares>>,
     excluded: Vec<Option<Excluded>>,
     next_hops: Vec<Option<NextHop>>,
     held: Option<Hashing>,
@@ -242,7 +242,7 @@ fn compile_anew(
     let region = region(input, &mut memory, &shape, input.now_ms - drain_ms, reshaped, tables, &mut view);
 
     let (backends, egress) = backend_entries(input, &memory, rule.panic);
-    let room = (region.len() as u32 - view.list_count) + view.list_count.max(behind::longest(wanted));
+    let room = (region.len() as u32 - view.list_count) + view.list_count.max(slot_layout::longest(wanted));
     let entry = ServiceEntry { view, table: Arc::new(region), room };
     let mut status = status(input, &memory, &shape, (&rule, &start), &entry, &backends, drain_ms);
     status.exceptions = had_exceptions || memory.exceptions;
@@ -338,7 +338,7 @@ fn costs(wanted: &Service, memory: &ServiceMemory, steered: &[u32]) -> Vec<(u32,
         Scheduler::Lc => steered.to_vec(),
         _ => wanted.backends.values().map(|b| b.weight).collect(),
     };
-    let cost = |weight: u32| behind::cost(weight, weights.iter().copied());
+    let cost = |weight: u32| slot_layout::cost(weight, weights.iter().copied());
     let by_address: HashMap<IpAddr, u32> =
         wanted.backends.values().zip(&weights).map(|(b, &weight)| (b.address, cost(weight))).collect();
     memory

@@ -3,7 +3,7 @@
 //! Input: the service, and what `regions` decided. Output: reasons against a backend, and weights. Pure.
 
 use crate::{
-    desired::model::{Canary, Here, Name, Region, RegionState, Service, Steer},
+    desired::model::{Canary, Locality, Name, Region, RegionShares, RegionState, Service},
     plan::policy::{
         self,
         region::{Member, Weighted, weights as region_weights},
@@ -23,7 +23,7 @@ pub(super) enum Excluded {
 /// Who may take no flow, whatever is decided elsewhere; empty if everybody may.
 pub(super) fn excluded(
     wanted: &Service,
-    here: &Here,
+    here: &Locality,
     regions: &BTreeMap<Name, Region>,
 ) -> Vec<Option<Excluded>> {
     let drains = |name: &Name| regions.get(name).is_some_and(|r| r.state == RegionState::Draining);
@@ -37,7 +37,11 @@ pub(super) fn excluded(
 }
 
 /// How a service is spread: as was decided, or as goes without knowing anything.
-pub(super) fn steer(wanted: &Service, here: &Here, decided: Option<&Arc<Steer>>) -> Option<Arc<Steer>> {
+pub(super) fn steer(
+    wanted: &Service,
+    here: &Locality,
+    decided: Option<&Arc<RegionShares>>,
+) -> Option<Arc<RegionShares>> {
     if !wanted.is_regional() && wanted.rollout.is_none() {
         return None;
     }
@@ -47,8 +51,8 @@ pub(super) fn steer(wanted: &Service, here: &Here, decided: Option<&Arc<Steer>>)
 /// Weights by which the table gives each region, zone and version its share.
 pub(super) fn steered(
     wanted: &Service,
-    here: &Here,
-    steer: Option<&Steer>,
+    here: &Locality,
+    steer: Option<&RegionShares>,
     (weights, scale): (&[u32], u32),
     eligible: &[bool],
 ) -> Weighted {
@@ -57,7 +61,7 @@ pub(super) fn steered(
     };
     let newcomers = steer.canary.as_ref().map(|c| &c.backends);
     // The share is the desired state's; who runs the version was seen.
-    let steer = Steer {
+    let steer = RegionShares {
         canary: wanted
             .rollout
             .as_ref()

@@ -10,7 +10,7 @@
 //! flows there: only then is its primary the whole truth again.
 
 use super::{
-    Epoch, ServiceMemory, Shape, ShapeMember, View, behind, entries, room::has_pairs, service::Input,
+    Epoch, ServiceMemory, Shape, ShapeMember, View, entries, room::has_pairs, service::Input, slot_layout,
 };
 use crate::{
     desired::model::{Scheduler, Service},
@@ -208,16 +208,16 @@ pub(super) fn region(
     // Always, though only slots in transition need them: so a transition begins and ends in place.
     if has_pairs(input.wanted, input.settings) {
         view.flags |= flags::SECONDS;
-        slots.extend(current.secondary.iter().map(|&member| behind::only(of(&index, member))));
+        slots.extend(current.secondary.iter().map(|&member| slot_layout::only(of(&index, member))));
     }
-    let list = behind::list(input.wanted.scheduler, &shape.members, &index);
+    let list = slot_layout::list(input.wanted.scheduler, &shape.members, &index);
     view.list_count = list.len() as u32;
     slots.extend(list);
     if has_old {
         view.old_seed = base_shape.seed;
         view.old_count = base_shape.size;
         view.flags |= if base_shape.by_source { flags::OLD_HASH_SOURCE } else { 0 };
-        slots.extend(base.primary.iter().map(|&member| behind::only(of(&base_index, member))));
+        slots.extend(base.primary.iter().map(|&member| slot_layout::only(of(&base_index, member))));
     }
     slots
 }

@@ -19,13 +19,13 @@
 //! The result depends on the seed, the history, and each member's seat, weight and eligibility; not on
 //! order or address.
 
-mod classes;
-mod deal;
-mod debts;
-mod watch;
+mod build;
+mod candidates;
+mod surplus;
+mod weight_classes;
 
 use crate::desired::model::MAX_SEATS;
-use deal::Dealer;
+use build::Dealer;
 
 /// No member, in [`Table`].
 pub const NONE: u16 = u16::MAX;
@@ -50,7 +50,7 @@ pub struct Member {
 }
 
 /// A step of a table's history: a seat that is taken with a weight, or left (weight 0).
-pub type Turn = (u32, u32);
+pub type SeatChange = (u32, u32);
 
 /// A table: two members for each slot, as indices into the slice that it was built from, or [`NONE`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,7 +79,7 @@ pub struct Dealt {
     seed: [u64; 2],
     size: u32,
     seats: usize,
-    history: Vec<Turn>,
+    history: Vec<SeatChange>,
     dealer: Dealer,
 }
 
@@ -90,7 +90,7 @@ impl Dealt {
         seed: [u64; 2],
         size: u32,
         seats: usize,
-        history: Vec<Turn>,
+        history: Vec<SeatChange>,
     ) -> Dealer {
         if let Some(dealt) = known
             && (dealt.seed, dealt.size, dealt.seats) == (seed, size, seats)
@@ -108,7 +108,7 @@ impl Dealt {
 /// Builds the table of `size` slots (a prime). An empty history stands for the members in the order of their
 /// seats; a member whose seat it does not name comes after it. Members with weight 0 take no part; at most
 /// [`MAX_MEMBERS`] are looked at. Cost: about size × ln(seats) moves of the history, and a look at who might give at each.
-pub fn build(seed: [u64; 2], size: u32, history: &[Turn], members: &[Member]) -> Table {
+pub fn build(seed: [u64; 2], size: u32, history: &[SeatChange], members: &[Member]) -> Table {
     build_with(seed, size, history, members, |seats, history| {
         let mut dealer = Dealer::new(seed, size, seats);
         dealer.replay(&history);
@@ -121,7 +121,7 @@ pub fn build(seed: [u64; 2], size: u32, history: &[Turn], members: &[Member]) ->
 pub fn build_again(
     seed: [u64; 2],
     size: u32,
-    history: &[Turn],
+    history: &[SeatChange],
     members: &[Member],
     known: &mut Option<Dealt>,
 ) -> Table {
@@ -134,9 +134,9 @@ pub fn build_again(
 fn build_with(
     seed: [u64; 2],
     size: u32,
-    history: &[Turn],
+    history: &[SeatChange],
     members: &[Member],
-    deal: impl FnOnce(usize, Vec<Turn>) -> Dealer,
+    deal: impl FnOnce(usize, Vec<SeatChange>) -> Dealer,
 ) -> Table {
     let present = || members.iter().take(MAX_MEMBERS).enumerate().filter(|(_, m)| m.weight > 0);
     if !present().any(|(_, m)| m.eligible) || size == 0 {
@@ -167,7 +167,7 @@ fn build_with(
     let mut dealer = deal(seats, history);
     // Who takes comes before who gives, so that there is always somebody to give to. What is given goes into one
     // pool: one after another would move five times as much when one more of many fails.
-    let differing = |dealer: &Dealer, differs: fn(u32, u32) -> bool| -> Vec<Turn> {
+    let differing = |dealer: &Dealer, differs: fn(u32, u32) -> bool| -> Vec<SeatChange> {
         let turns = dealer.weights().iter().zip(&weights).zip(0..);
         turns.filter(|((old, new), _)| differs(**old, **new)).map(|((_, &new), seat)| (seat, new)).collect()
     };

@@ -3,10 +3,10 @@
 use super::{
     Control, Peer,
     access::Right,
-    host::{HostDrain, Hosting},
+    host::{HostDrain, HostState},
     memory::MemoryEngine,
     routes,
-    store::Sharing,
+    store::FleetMember,
     table::table,
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
         model::Desired,
         store::{Claim, Commit, Local, Opener, RedbStore, Retire, Store, backup, etcd::Access},
     },
-    observed::health::Book,
+    observed::health::HealthRegistry,
 };
 use axum::{extract::connect_info::MockConnectInfo, http::Method};
 use serde_json::{Value, json};
@@ -115,10 +115,10 @@ impl Bed {
         let directory = tempfile::tempdir().unwrap();
         let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
         let engine = Arc::new(MemoryEngine::new(1_000));
-        let control = Control::new(store.clone(), engine.clone(), Arc::new(Book::default()));
+        let control = Control::new(store.clone(), engine.clone(), Arc::new(HealthRegistry::default()));
         let opener = Opener { local: store.local(), keep: 100, access: Access::default(), id: None };
         let named = |name: &str| name.to_owned();
-        control.share(Sharing { host: named("h"), region: named("eu"), zone: named("a"), opener });
+        control.share(FleetMember { host: named("h"), region: named("eu"), zone: named("a"), opener });
         Self { directory, engine, control, store }
     }
 
@@ -129,7 +129,7 @@ impl Bed {
             let drain = HostDrain { author: "ann".into(), reason: String::new(), since_ms: 1 };
             self.store.local().save("host-drain", serde_json::to_vec(&drain).unwrap()).await.unwrap();
         }
-        let hosting = Hosting::restore(Arc::new(self.store.local()), Some(announced)).await.unwrap();
+        let hosting = HostState::restore(Arc::new(self.store.local()), Some(announced)).await.unwrap();
         self.control.announce(hosting);
         if before.is_null() {
             self.control.adopted(3);

@@ -5,8 +5,8 @@ use super::{
     access::Author,
     drains::Drains,
     engine::{EngineError, FlowFilter},
-    host::Hosting,
-    store::{HostReport, Sharing},
+    host::HostState,
+    store::{FleetMember, HostReport},
     types::{Applied, Change, Explanation, Flows, WriteQuery},
 };
 use crate::{
@@ -14,7 +14,7 @@ use crate::{
         model::{Desired, differences},
         store::{Commit, Link, Store, StoreError, Stored},
     },
-    observed::{health::Book, regions::CommitDesired, replica},
+    observed::{health::HealthRegistry, regions::CommitDesired, replica},
     serve::explain::Query,
 };
 use futures_util::future::BoxFuture;
@@ -36,16 +36,16 @@ type Outcome = Option<(u64, Result<Applied, EngineError>)>;
 pub struct Control {
     pub(super) store: Arc<dyn Store>,
     pub(super) engine: Arc<dyn Engine>,
-    pub(super) book: Arc<Book>,
-    pub(super) replicas: Arc<replica::Book>,
+    pub(super) book: Arc<HealthRegistry>,
+    pub(super) replicas: Arc<replica::ReplicaRegistry>,
     pub(super) started: Instant,
     pub(super) drains: Drains,
     /// This host among the others, once the daemon has said.
-    pub(super) sharing: OnceLock<Sharing>,
+    pub(super) sharing: OnceLock<FleetMember>,
     /// What this host announces, once the daemon has said.
-    pub(super) hosting: OnceLock<Arc<Hosting>>,
+    pub(super) hosting: OnceLock<Arc<HostState>>,
     /// What is decided about regions, once the daemon has said where that is to be seen.
-    pub(super) steered: OnceLock<watch::Receiver<Arc<crate::observed::regions::Steered>>>,
+    pub(super) steered: OnceLock<watch::Receiver<Arc<crate::observed::regions::RegionSnapshot>>>,
     /// What this host last told about itself.
     pub(super) report: watch::Sender<HostReport>,
     /// Held by whoever changes something; by one alone while the data move.
@@ -57,7 +57,7 @@ pub struct Control {
 
 impl Control {
     /// Nothing is applied before [`Control::follow`] runs.
-    pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<Book>) -> Arc<Self> {
+    pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<HealthRegistry>) -> Arc<Self> {
         Self::with_replicas(store, engine, book, Arc::default())
     }
 
@@ -65,8 +65,8 @@ impl Control {
     pub fn with_replicas(
         store: Arc<dyn Store>,
         engine: Arc<dyn Engine>,
-        book: Arc<Book>,
-        replicas: Arc<replica::Book>,
+        book: Arc<HealthRegistry>,
+        replicas: Arc<replica::ReplicaRegistry>,
     ) -> Arc<Self> {
         Arc::new(Self {
             store,
@@ -86,7 +86,7 @@ impl Control {
     }
 
     /// Says which host this is, and how to get at other stores.
-    pub fn share(&self, sharing: Sharing) {
+    pub fn share(&self, sharing: FleetMember) {
         // Said once, by the daemon.
         let _ = self.sharing.set(sharing);
     }
@@ -107,12 +107,12 @@ impl Control {
     }
 
     /// Verdicts.
-    pub fn book(&self) -> &Book {
+    pub fn book(&self) -> &HealthRegistry {
         &self.book
     }
 
     /// What replicas say.
-    pub fn replicas(&self) -> &Arc<replica::Book> {
+    pub fn replicas(&self) -> &Arc<replica::ReplicaRegistry> {
         &self.replicas
     }
 

@@ -83,7 +83,7 @@ struct Traffic {
 }
 
 /// What the daemon knows of this host's announcement.
-pub struct Hosting {
+pub struct HostState {
     announcement: Option<watch::Receiver<Announcement>>,
     drain: watch::Sender<Option<HostDrain>>,
     is_draining: watch::Sender<bool>,
@@ -91,7 +91,7 @@ pub struct Hosting {
     local: Arc<dyn Local>,
 }
 
-impl Hosting {
+impl HostState {
     /// With the drain that was in force when lbd last stopped.
     ///
     /// # Errors
@@ -138,7 +138,7 @@ impl Hosting {
 
 impl Control {
     /// Says what is known of this host's announcement.
-    pub fn announce(&self, hosting: Arc<Hosting>) {
+    pub fn announce(&self, hosting: Arc<HostState>) {
         // Said once, by the daemon.
         let _ = self.hosting.set(hosting);
     }
@@ -208,7 +208,7 @@ pub(super) async fn show(State(control): State<Arc<Control>>) -> Reply<HostInfo>
     Ok(Json(control.host_info()))
 }
 
-fn announcing(control: &Control) -> Result<&Arc<Hosting>, ApiError> {
+fn announcing(control: &Control) -> Result<&Arc<HostState>, ApiError> {
     control.hosting.get().filter(|h| h.announcement.is_some()).ok_or_else(|| ApiError {
         status: StatusCode::CONFLICT,
         code: "not_announcing",

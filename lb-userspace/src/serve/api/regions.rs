@@ -18,7 +18,7 @@ use crate::{
         model::{BackendId, Desired, Name, Region, RegionState, Rollout, RolloutState, nearest, region_list},
         store::{Claim, Lock, StoreError},
     },
-    observed::regions::{Explained, RegionShown, RolloutShown, Steered},
+    observed::regions::{Explained, RegionShown, RegionSnapshot, RolloutShown},
     plan::policy::audit::{Residency, Seen, audit},
 };
 use axum::{
@@ -90,18 +90,18 @@ fn going_on(desired: &Desired) -> Option<String> {
 
 impl Control {
     /// Says where decisions are to be seen.
-    pub fn steer_by(&self, steered: watch::Receiver<Arc<Steered>>) {
+    pub fn steer_by(&self, steered: watch::Receiver<Arc<RegionSnapshot>>) {
         // Said once, by the daemon.
         let _ = self.steered.set(steered);
     }
 
     /// What is decided; nothing where nobody decides.
-    pub fn steered(&self) -> Arc<Steered> {
+    pub fn steered(&self) -> Arc<RegionSnapshot> {
         self.steered.get().map(|watch| watch.borrow().clone()).unwrap_or_default()
     }
 
     /// What is decided about the newest state known here; what was decided before where that takes too long.
-    async fn decided(&self) -> Arc<Steered> {
+    async fn decided(&self) -> Arc<RegionSnapshot> {
         if let Some(mut watch) = self.steered.get().cloned() {
             let newest = self.head().revision.number;
             let _ = tokio::time::timeout(NEWS, watch.wait_for(|steered| steered.revision >= newest)).await;

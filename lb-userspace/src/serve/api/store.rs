@@ -33,7 +33,7 @@ const HOSTS: &str = "hosts/";
 const LOCK_TTL_S: (u64, u64) = (5, 86_400);
 
 /// This host among the others, and how to get at other stores.
-pub struct Sharing {
+pub struct FleetMember {
     /// Name.
     pub host: String,
     /// Region.

@@ -4,7 +4,7 @@ use super::{Control, Peer, memory::MemoryEngine, routes, types::*};
 use crate::{
     desired::store::RedbStore,
     lbctl::client::{Client, ClientError},
-    observed::health::Book,
+    observed::health::HealthRegistry,
 };
 use axum::extract::connect_info::MockConnectInfo;
 use reqwest::Method;
@@ -22,7 +22,7 @@ async fn bed(may_write: bool) -> Bed {
     let directory = tempfile::tempdir().unwrap();
     let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
     let engine = Arc::new(MemoryEngine::new(1_000));
-    let control = Control::new(store, engine.clone(), Arc::new(Book::default()));
+    let control = Control::new(store, engine.clone(), Arc::new(HealthRegistry::default()));
     tokio::spawn(control.clone().follow());
     let socket = directory.path().join("s");
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();

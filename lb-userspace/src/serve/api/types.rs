@@ -367,7 +367,7 @@ pub struct BackendStatus {
     pub last_probe: Option<health::Probe>,
     /// Signs that it may be dead, heard since the start; none if there were none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub signs: Option<health::Heard>,
+    pub signs: Option<health::PassiveReport>,
     /// What its replica says; none if the service does not ask. History only where one backend is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica: Option<replica::Entry>,

@@ -226,7 +226,7 @@ impl Client {
         let work = async {
             let token = self.token(index).await?;
             match self.unary(index, path, request.clone(), token).await {
-                Err(status) if is_stranger(&status) && self.user.is_some() => {
+                Err(status) if auth_expired(&status) && self.user.is_some() => {
                     *self.token.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     let token = self.token(index).await?;
                     self.unary(index, path, request, token).await.map_err(|s| told(&s))
@@ -328,7 +328,7 @@ fn with_metadata<T>(mut request: Request<T>, token: Option<MetadataValue<Ascii>>
     request
 }
 
-fn is_stranger(status: &Status) -> bool {
+fn auth_expired(status: &Status) -> bool {
     status.code() == Code::Unauthenticated || status.message().contains("invalid auth token")
 }
 

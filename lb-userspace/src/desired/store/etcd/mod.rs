@@ -23,7 +23,7 @@ use self::{
     proto::{RangeResponse, SortOrder},
 };
 use super::{
-    About, Claim, Commit, Link, Local, Lock, Member, Retire, Revision, Store, StoreError, Stored, Told,
+    About, Claim, Commit, HostValues, Link, Local, Lock, Member, Retire, Revision, Store, StoreError, Stored,
 };
 use crate::clock;
 use futures_util::future::BoxFuture;
@@ -93,7 +93,7 @@ struct Inner {
     recent: Mutex<BTreeMap<u64, Known>>,
     head: watch::Sender<Stored>,
     link: watch::Sender<Link>,
-    told: watch::Sender<Told>,
+    told: watch::Sender<HostValues>,
     /// What this host tells.
     telling: Mutex<BTreeMap<String, Vec<u8>>>,
     telling_changed: Notify,
@@ -437,7 +437,7 @@ impl Store for EtcdStore {
         self.inner.telling_changed.notify_one();
     }
 
-    fn told(&self) -> watch::Receiver<Told> {
+    fn told(&self) -> watch::Receiver<HostValues> {
         self.inner.told.subscribe()
     }
 

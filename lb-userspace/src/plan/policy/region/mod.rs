@@ -28,7 +28,7 @@ pub use votes::{Agreed, Vote, agreed};
 pub use weights::{Member, Weighted, weights};
 
 use crate::desired::model::{
-    Here, Name, RegionPolicy, RegionRules, Service, Share, Steer, WHOLE, region_list,
+    Locality, Name, RegionPolicy, RegionRules, RegionShares, Service, Share, WHOLE, region_list,
 };
 use serde::{Deserialize, Serialize};
 use spill::LocalFirst;
@@ -116,8 +116,8 @@ pub struct Decision {
 
 impl Decision {
     /// What `compile` needs of it.
-    pub fn steer(&self) -> Steer {
-        Steer {
+    pub fn steer(&self) -> RegionShares {
+        RegionShares {
             shares: self.shares.clone(),
             zones: self.zones.clone(),
             order: self.order.clone(),
@@ -304,7 +304,7 @@ fn zones(inputs: &Inputs<'_>, before: &Decision, next: &mut Decision) {
 }
 
 /// What goes for a service of which nothing was measured yet; none if it has nothing to do with regions.
-pub fn initial(service: &Service, here: &Here) -> Option<Steer> {
+pub fn initial(service: &Service, here: &Locality) -> Option<RegionShares> {
     if !service.is_regional() {
         return None;
     }

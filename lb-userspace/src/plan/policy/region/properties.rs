@@ -2,7 +2,7 @@
 //! better is there, constant input comes to rest, and a closed loop neither swings nor loses demand.
 
 use super::*;
-use crate::desired::model::{Here, RegionPolicy};
+use crate::desired::model::{Locality, RegionPolicy};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -174,7 +174,7 @@ proptest! {
     ) {
         let names: Vec<Name> = (0..5).map(name).collect();
         let share = |(i, &permille): (usize, &u16)| Share { name: name(i), permille };
-        let steer = Steer {
+        let steer = RegionShares {
             shares: shares.iter().enumerate().filter(|(_, p)| **p > 500).map(share).collect(),
             zones: zones.iter().enumerate().filter(|(_, p)| **p > 0).map(share).collect(),
             order: names[..2].to_vec(),
@@ -190,7 +190,7 @@ proptest! {
                 is_new: is_new && canary.is_some(),
             })
             .collect();
-        let here = Here { region: name(0), zone: name(0) };
+        let here = Locality { region: name(0), zone: name(0) };
         let got = weights(&list, &steer, &here, 5);
         let may = |m: &Member<'_>| m.eligible && m.weight > 0;
         prop_assert!(list.iter().zip(&got.takes).all(|(m, takes)| !takes || may(m)), "only who may takes flows");

@@ -229,7 +229,7 @@ fn a_service_of_which_nothing_is_known_stays_at_home() {
             "a": {"address": "10.1.0.1", "region": "eu"}, "b": {"address": "10.1.0.2", "region": "us"}}}))
         .unwrap()
     };
-    let here = |region: &str| Here { region: name(region), zone: name("z") };
+    let here = |region: &str| Locality { region: name(region), zone: name("z") };
     let all = service(serde_json::json!({}));
     assert_eq!(initial(&all, &here("us")).unwrap().shares, all_to(&name("us")));
     assert_eq!(initial(&all, &here("asia")).unwrap().shares, all_to(&name("eu")));
@@ -242,7 +242,7 @@ fn a_service_of_which_nothing_is_known_stays_at_home() {
 }
 
 /// What a table would give to each member.
-fn table(members: &[(&str, &str, u32, bool, bool)], steer: &Steer) -> (Vec<u32>, u32) {
+fn table(members: &[(&str, &str, u32, bool, bool)], steer: &RegionShares) -> (Vec<u32>, u32) {
     let names: Vec<(Name, Name)> = members.iter().map(|m| (name(m.0), name(m.1))).collect();
     let members: Vec<Member<'_>> = members
         .iter()
@@ -255,7 +255,7 @@ fn table(members: &[(&str, &str, u32, bool, bool)], steer: &Steer) -> (Vec<u32>,
             is_new,
         })
         .collect();
-    let here = Here { region: name("eu"), zone: name("a") };
+    let here = Locality { region: name("eu"), zone: name("a") };
     let got = weights(&members, steer, &here, 1);
     let sum: u64 = got.weights.iter().zip(&got.takes).filter(|(_, t)| **t).map(|(w, _)| u64::from(*w)).sum();
     let share = |(&w, &takes): (&u32, &bool)| {
@@ -264,12 +264,12 @@ fn table(members: &[(&str, &str, u32, bool, bool)], steer: &Steer) -> (Vec<u32>,
     (got.weights.iter().zip(&got.takes).map(share).collect(), got.scale)
 }
 
-fn steer(shares: &[(&str, u16)], new: Option<u16>) -> Steer {
-    Steer {
+fn steer(shares: &[(&str, u16)], new: Option<u16>) -> RegionShares {
+    RegionShares {
         shares: shares.iter().map(|&(n, permille)| Share { name: name(n), permille }).collect(),
         order: ["eu", "uk", "us"].map(name).into(),
         canary: new.map(|permille| crate::desired::model::Canary { permille, ..Default::default() }),
-        ..Steer::default()
+        ..RegionShares::default()
     }
 }
 
@@ -284,12 +284,12 @@ fn weights_give_each_region_its_share_whatever_its_size() {
     assert_eq!(table(&fleet, &steer(&[("eu", 1_000)], None)), (vec![250, 750, 0, 0], 1));
     let (shares, scale) = table(&fleet, &steer(&[("eu", 600), ("uk", 300), ("us", 100)], None));
     assert_eq!((shares, scale > 1_000), (vec![150, 450, 300, 100], true));
-    let zoned = Steer {
+    let zoned = RegionShares {
         zones: vec![Share { name: name("a"), permille: 500 }, Share { name: name("b"), permille: 500 }],
         ..steer(&[("eu", 800), ("uk", 200)], None)
     };
     assert_eq!(table(&fleet, &zoned).0, [400, 400, 200, 0]);
-    let gone = Steer { zones: vec![Share { name: name("c"), permille: 1_000 }], ..zoned };
+    let gone = RegionShares { zones: vec![Share { name: name("c"), permille: 1_000 }], ..zoned };
     assert_eq!(table(&fleet, &gone).0, [200, 600, 200, 0], "a zone that has nobody makes no difference");
 }
 
@@ -299,7 +299,7 @@ fn who_is_gone_is_stood_in_for() {
     let half = steer(&[("eu", 500), ("uk", 500)], None);
     assert_eq!(table(&fleet(false, true), &half).0, [0, 1_000, 0]);
     assert_eq!(table(&fleet(false, false), &half).0, [0, 0, 1_000]);
-    assert_eq!(table(&fleet(false, false), &Steer::default()).0, [0, 0, 1_000]);
+    assert_eq!(table(&fleet(false, false), &RegionShares::default()).0, [0, 0, 1_000]);
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! From shares to weights: so that a table that is dealt by weight gives each region, zone and version its share.
 //!
-//! Input: backends with weight, place and version, and a [`Steer`]. Output: weights, and who takes flows. Pure and
+//! Input: backends with weight, place and version, and a [`RegionShares`]. Output: weights, and who takes flows. Pure and
 //! exact on every host: the same shares give the same weights. Called by `compile`.
 
-use crate::desired::model::{Here, Name, Share, Steer, WHOLE};
+use crate::desired::model::{Locality, Name, RegionShares, Share, WHOLE};
 use std::collections::BTreeMap;
 
 /// Parts that a weight is divided into at most.
@@ -56,7 +56,12 @@ fn present<'a>(
 }
 
 /// Works out the weights. `heaviest` is the largest weight that the table's history knows.
-pub fn weights<'a>(members: &'a [Member<'a>], steer: &'a Steer, here: &'a Here, heaviest: u32) -> Weighted {
+pub fn weights<'a>(
+    members: &'a [Member<'a>],
+    steer: &'a RegionShares,
+    here: &'a Locality,
+    heaviest: u32,
+) -> Weighted {
     let mut sums: BTreeMap<(&'a Name, bool, &'a Name), u64> = BTreeMap::new();
     for m in members.iter().filter(|m| m.eligible && m.weight > 0) {
         *sums.entry((m.region, m.is_new, m.zone)).or_default() += u64::from(m.weight);
@@ -102,8 +107,8 @@ pub fn weights<'a>(members: &'a [Member<'a>], steer: &'a Steer, here: &'a Here, 
 /// Each group's part of all flows: regions first, in each the versions, in the own one its zones.
 fn groups<'a>(
     sums: &BTreeMap<(&'a Name, bool, &'a Name), u64>,
-    steer: &'a Steer,
-    here: &'a Here,
+    steer: &'a RegionShares,
+    here: &'a Locality,
 ) -> BTreeMap<Group<'a>, f64> {
     let has = |region: &Name, is_new: Option<bool>| {
         sums.keys().any(|(r, n, _)| *r == region && is_new.is_none_or(|is_new| *n == is_new))

@@ -1,6 +1,6 @@
 //! What is known of each backend's health: verdict, last probe, and the latest changes.
 
-use super::Heard;
+use super::PassiveReport;
 use crate::desired::model::{BackendId, Health};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -61,7 +61,7 @@ pub struct Entry {
     pub damped: Option<u32>,
     /// Signs that it may be dead, heard since the start.
     #[serde(default, skip)]
-    pub heard: Heard,
+    pub heard: PassiveReport,
     /// Address that the verdict is about.
     #[serde(default)]
     pub address: String,
@@ -69,11 +69,11 @@ pub struct Entry {
 
 /// All backends.
 #[derive(Debug, Default)]
-pub struct Book {
+pub struct HealthRegistry {
     entries: RwLock<BTreeMap<BackendId, Entry>>,
 }
 
-impl Book {
+impl HealthRegistry {
     /// What is known of one backend.
     pub fn get(&self, id: &BackendId) -> Option<Entry> {
         self.read(|entries| entries.get(id).cloned())
@@ -97,7 +97,7 @@ impl Book {
         serde_json::to_vec(&all).expect("entries are plain data")
     }
 
-    /// A book with what [`Book::save`] wrote.
+    /// A book with what [`HealthRegistry::save`] wrote.
     ///
     /// # Errors
     /// The bytes are not such.

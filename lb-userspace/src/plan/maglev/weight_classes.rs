@@ -1,7 +1,7 @@
 //! Seats of few different weights: many have the same weight and count of slots, so one surplus is worked out for all of
 //! these, and who gives is read off bitmaps. Called by [`super::watch`].
 
-use super::debts::{Debts, RANKS, Ranks, least, surplus};
+use super::surplus::{Debts, RANKS, Ranks, least, surplus};
 
 /// Seats per word of a bitmap.
 const WORD: usize = u64::BITS as usize;

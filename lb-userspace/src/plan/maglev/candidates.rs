@@ -4,8 +4,8 @@
 //! It saves work and decides nothing: whatever it does, those give that [`Debts::find`] names.
 
 use super::{
-    classes::Classes,
-    debts::{Debts, RANKS},
+    surplus::{Debts, RANKS},
+    weight_classes::Classes,
 };
 
 /// Different weights up to which seats are put into classes: as many as this, or as many as one per so many seats.

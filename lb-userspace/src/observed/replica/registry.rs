@@ -13,7 +13,7 @@ pub const HISTORY: usize = 32;
 
 /// A change of readiness.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Turn {
+pub struct ReplicaTransition {
     /// When, in milliseconds since 1970 UTC.
     pub time_ms: u64,
     /// Before.
@@ -66,7 +66,7 @@ pub struct Entry {
     pub trouble: Option<Trouble>,
     /// Latest changes of readiness, oldest first.
     #[serde(default)]
-    pub history: VecDeque<Turn>,
+    pub history: VecDeque<ReplicaTransition>,
     /// Address that all this is about.
     #[serde(default)]
     pub address: String,
@@ -83,25 +83,25 @@ impl Entry {
         if self.history.len() == HISTORY {
             self.history.pop_front();
         }
-        self.history.push_back(Turn { time_ms, from, to, reason: reason.to_owned() });
+        self.history.push_back(ReplicaTransition { time_ms, from, to, reason: reason.to_owned() });
         true
     }
 }
 
 /// All replicas, and a number that grows with each change.
 #[derive(Debug)]
-pub struct Book {
+pub struct ReplicaRegistry {
     entries: RwLock<BTreeMap<BackendId, Entry>>,
     changes: watch::Sender<u64>,
 }
 
-impl Default for Book {
+impl Default for ReplicaRegistry {
     fn default() -> Self {
         Self { entries: RwLock::default(), changes: watch::Sender::new(0) }
     }
 }
 
-impl Book {
+impl ReplicaRegistry {
     /// What is known of one replica.
     pub fn get(&self, id: &BackendId) -> Option<Entry> {
         self.read(|entries| entries.get(id).cloned())
@@ -139,7 +139,7 @@ impl Book {
         serde_json::to_vec(&all).expect("entries are plain data")
     }
 
-    /// A book with what [`Book::save`] wrote.
+    /// A book with what [`ReplicaRegistry::save`] wrote.
     ///
     /// # Errors
     /// The bytes are not such.

@@ -3,7 +3,7 @@
 //! After each turn every seat has its exact share, rounded up or down. Slots are dealt from one random
 //! permutation, so that everybody's lie spread over the table.
 
-use super::{NONE, Turn, debts::Debts, mix, scale, watch::Watch};
+use super::{NONE, SeatChange, candidates::Watch, mix, scale, surplus::Debts};
 
 /// Seats that come one at a time; of more, growing groups come together, so that the quotas of very many
 /// seats cost little.
@@ -52,11 +52,11 @@ impl Dealer {
     }
 
     /// Deals a whole history, from the first turn on.
-    pub fn replay(&mut self, history: &[Turn]) {
+    pub fn replay(&mut self, history: &[SeatChange]) {
         // Seats that come for the first time, at the beginning: nobody has left or changed yet.
         let mut seen = vec![false; self.weights.len()];
         let is_first =
-            |&&(seat, weight): &&Turn| weight > 0 && !std::mem::replace(&mut seen[seat as usize], true);
+            |&&(seat, weight): &&SeatChange| weight > 0 && !std::mem::replace(&mut seen[seat as usize], true);
         let count = history.iter().take_while(is_first).count();
         let (first, rest) = history.split_at(count);
         self.seat(first);
@@ -67,7 +67,7 @@ impl Dealer {
     }
 
     /// Deals to seats that come one after another to an empty table.
-    fn seat(&mut self, turns: &[Turn]) {
+    fn seat(&mut self, turns: &[SeatChange]) {
         let Some(&(_, weight)) = turns.first() else {
             self.slots = vec![Vec::new(); self.weights.len()];
             // Until somebody comes they are held by a seat of weight 0, which gives them all.
@@ -138,7 +138,7 @@ impl Dealer {
     }
 
     /// Deals to seats whose weights are now greater: each of the others gives what it has too much.
-    pub fn take(&mut self, turns: &[Turn]) {
+    pub fn take(&mut self, turns: &[SeatChange]) {
         turns.iter().for_each(|&(seat, weight)| self.weights[seat as usize] = weight);
         self.turn += 1;
         let rate = f64::from(self.size) / self.sum();
@@ -168,7 +168,7 @@ impl Dealer {
     }
 
     /// Deals the slots that seats have too many, now that their weights are less, to those who lack some.
-    pub fn give(&mut self, turns: &[Turn]) {
+    pub fn give(&mut self, turns: &[SeatChange]) {
         turns.iter().for_each(|&(seat, weight)| self.weights[seat as usize] = weight);
         self.turn += 1;
         let sum = self.sum();

@@ -11,7 +11,7 @@ use super::{
     table::{Hashing, shape},
 };
 use crate::{
-    desired::model::{Backend, Desired, Health, Here, Service},
+    desired::model::{Backend, Desired, Health, Locality, Service},
     plan::policy::{self, Candidate},
 };
 use std::{
@@ -93,7 +93,7 @@ fn in_order(past: &[Past], now_ms: i64) -> impl Iterator<Item = (i64, &Desired)>
 fn relive(
     memory: &mut ServiceMemory,
     then: &Service,
-    (desired, here): (&Desired, &Here),
+    (desired, here): (&Desired, &Locality),
     from_ms: i64,
     drain_ms: i64,
 ) {

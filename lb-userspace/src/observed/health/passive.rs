@@ -14,7 +14,7 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 /// Where signs are counted: the dataplane, outside tests.
-pub trait SignSource: Send + Sync {
+pub trait PassiveSource: Send + Sync {
     /// What was counted for a worker's address since whenever; wraps.
     fn signs(&self, worker: &Address) -> Signs;
 }
@@ -53,7 +53,7 @@ impl fmt::Display for Hint {
 
 /// Signs of one backend, and what came of them, since lbd started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Heard {
+pub struct PassiveReport {
     /// ICMP errors that say that packets did not reach its address.
     pub unreachable: u64,
     /// SYNs that it answered with a reset (mode `nat`).
@@ -64,12 +64,12 @@ pub struct Heard {
     pub refuted: u64,
     /// The latest hint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last: Option<Early>,
+    pub last: Option<EarlyProbe>,
 }
 
 /// A probe that was brought forward.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Early {
+pub struct EarlyProbe {
     /// When, in milliseconds since 1970 UTC.
     pub time_ms: u64,
     /// Why.

@@ -1,17 +1,18 @@
 //! The loop: look, decide, tell, and have it applied.
 
 use super::{
-    Explained, KEY, RegionShown, Said, Steered,
-    measure::{self, Heard, Known},
+    Explained, KEY, PeerReport, RegionShown, RegionSnapshot,
+    measure::{self, Known, ReportTimes},
     rollouts::Rollouts,
     rtt::{self, Targets, Times},
 };
 use crate::{
     desired::{
         model::{
-            Canary, Desired, Here, Name, RegionRules, RegionState, RolloutState, Service, Share, Steer, WHOLE,
+            Canary, Desired, Locality, Name, RegionRules, RegionShares, RegionState, RolloutState, Service,
+            Share, WHOLE,
         },
-        store::{Local, Store, Told},
+        store::{HostValues, Local, Store},
     },
     observed::{
         health::{self, ProbeTarget},
@@ -45,23 +46,23 @@ const TICK: (Duration, Duration) = (Duration::from_millis(100), Duration::from_m
 const ASKED: usize = 2;
 
 /// What decides how services are spread.
-pub struct Steering {
-    here: Here,
+pub struct RegionController {
+    here: Locality,
     host: String,
     store: Arc<dyn Store>,
     local: Arc<dyn Local>,
-    book: Arc<health::Book>,
-    replicas: Arc<replica::Book>,
+    book: Arc<health::HealthRegistry>,
+    replicas: Arc<replica::ReplicaRegistry>,
     began: Instant,
-    heard: Heard,
+    heard: ReportTimes,
     rollouts: Rollouts,
     before: BTreeMap<Name, Decision>,
-    steers: BTreeMap<Name, Arc<Steer>>,
-    said: Said,
-    told: watch::Receiver<Told>,
+    steers: BTreeMap<Name, Arc<RegionShares>>,
+    said: PeerReport,
+    told: watch::Receiver<HostValues>,
     times: (watch::Sender<Times>, watch::Receiver<Times>),
     targets: watch::Sender<Arc<Targets>>,
-    shown: watch::Sender<Arc<Steered>>,
+    shown: watch::Sender<Arc<RegionSnapshot>>,
     aborting: Arc<AtomicBool>,
 }
 
@@ -76,25 +77,25 @@ pub trait CommitDesired: Send + Sync + 'static {
 }
 
 /// One look at everything.
-struct Look {
-    steered: Steered,
+struct Evaluation {
+    steered: RegionSnapshot,
     aborts: Vec<(Name, String, String)>,
 }
 
-impl Steering {
+impl RegionController {
     /// On this host. What it decided before the restart is where it begins.
     pub async fn new(
-        (here, host): (Here, String),
+        (here, host): (Locality, String),
         store: Arc<dyn Store>,
         local: Arc<dyn Local>,
-        (book, replicas): (Arc<health::Book>, Arc<replica::Book>),
+        (book, replicas): (Arc<health::HealthRegistry>, Arc<replica::ReplicaRegistry>),
     ) -> Self {
         let saved = local.load(DECIDED).await.ok().flatten();
-        let steers: BTreeMap<Name, Steer> =
+        let steers: BTreeMap<Name, RegionShares> =
             saved.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
         let before = steers.iter().map(|(name, steer)| (name.clone(), resumed(steer, &here))).collect();
         let (region, zone) = (here.region.to_string(), here.zone.to_string());
-        let said = Said { host: host.clone(), region, zone, ..Said::default() };
+        let said = PeerReport { host: host.clone(), region, zone, ..PeerReport::default() };
         let told = store.told();
         Self {
             here,
@@ -104,7 +105,7 @@ impl Steering {
             book,
             replicas,
             began: Instant::now(),
-            heard: Heard::default(),
+            heard: ReportTimes::default(),
             rollouts: Rollouts::default(),
             before,
             steers: BTreeMap::new(),
@@ -118,19 +119,19 @@ impl Steering {
     }
 
     /// What is decided, and by what.
-    pub fn shown(&self) -> watch::Receiver<Arc<Steered>> {
+    pub fn shown(&self) -> watch::Receiver<Arc<RegionSnapshot>> {
         self.shown.subscribe()
     }
 
     /// Decides for this state with what is known, before anything is applied.
-    pub fn first(&mut self, desired: &Desired) -> BTreeMap<Name, Arc<Steer>> {
+    pub fn first(&mut self, desired: &Desired) -> BTreeMap<Name, Arc<RegionShares>> {
         let look = self.look(desired);
         self.shown.send_replace(Arc::new(look.steered));
         self.steers.clone()
     }
 
     /// Decides whenever there is news, until nobody wants it any more.
-    pub async fn run<E: From<BTreeMap<Name, Arc<Steer>>>>(
+    pub async fn run<E: From<BTreeMap<Name, Arc<RegionShares>>>>(
         mut self,
         control: Arc<impl CommitDesired>,
         events: mpsc::Sender<E>,
@@ -173,15 +174,15 @@ impl Steering {
     }
 
     /// What hosts tell, this one not counted; by host.
-    fn others(&self) -> Vec<Said> {
+    fn others(&self) -> Vec<PeerReport> {
         let told = self.told.borrow().clone();
         let all = told.iter().filter(|(key, _)| key.starts_with(KEY));
-        all.filter_map(|(_, value)| serde_json::from_slice::<Said>(value).ok())
+        all.filter_map(|(_, value)| serde_json::from_slice::<PeerReport>(value).ok())
             .filter(|said| said.host != self.host)
             .collect()
     }
 
-    fn look(&mut self, desired: &Desired) -> Look {
+    fn look(&mut self, desired: &Desired) -> Evaluation {
         let now_ms = self.began.elapsed().as_millis() as u64;
         self.heard.look(&self.replicas, now_ms);
         let others = if self.store.link().borrow().connected { self.others() } else { Vec::new() };
@@ -198,7 +199,7 @@ impl Steering {
         let leader = others.iter().filter(|s| s.region == self.said.region && s.zone == self.said.zone);
         let leader = leader.min_by(|a, b| a.host.cmp(&b.host)).filter(|s| s.host < self.host);
         let is_first = others.iter().all(|said| said.host > self.host);
-        let (mut steered, mut aborts) = (Steered::default(), Vec::new());
+        let (mut steered, mut aborts) = (RegionSnapshot::default(), Vec::new());
         let mut steers = BTreeMap::new();
         let mut decided = BTreeMap::new();
         for ((name, service), backends) in wanted.into_iter().zip(&known) {
@@ -218,7 +219,7 @@ impl Steering {
         }
         (self.steers, self.before) = (steers, decided);
         steered.regions = regions;
-        Look { steered, aborts }
+        Evaluation { steered, aborts }
     }
 
     /// One service: what is known, what is decided, and what holds.
@@ -227,7 +228,7 @@ impl Steering {
         name: &Name,
         service: &Service,
         backends: &[Known],
-        (regions, others, leader): (&[RegionShown], &[Said], Option<&Said>),
+        (regions, others, leader): (&[RegionShown], &[PeerReport], Option<&PeerReport>),
         now_ms: u64,
     ) -> (Explained, Decision, Option<String>) {
         let default = RegionRules::default();
@@ -261,7 +262,7 @@ impl Steering {
             decision.spill = resumed.spill;
             decision.zone_spill = resumed.zone_spill;
             decision.spill.changed_ms = if changed { now_ms } else { before.spill.changed_ms };
-            steer = Steer { canary: None, ..theirs.clone() };
+            steer = RegionShares { canary: None, ..theirs.clone() };
             decided_by.clone_from(&leader.host);
         }
         let mut abort = None;
@@ -291,7 +292,7 @@ impl Steering {
     }
 
     /// All regions that anybody names, with the votes on them.
-    fn regions(&self, desired: &Desired, others: &[Said], known: &[Vec<Known>]) -> Vec<RegionShown> {
+    fn regions(&self, desired: &Desired, others: &[PeerReport], known: &[Vec<Known>]) -> Vec<RegionShown> {
         let mut names: BTreeSet<Name> = desired.regions.keys().cloned().collect();
         names.insert(self.here.region.clone());
         names.extend(known.iter().flatten().map(|b| b.region.clone()));
@@ -354,11 +355,12 @@ impl Steering {
     }
 
     /// Tells the others, if there is something new.
-    fn say(&mut self, look: &Look) {
-        let own = |(name, e): (&Name, &Explained)| (name.clone(), Steer { canary: None, ..e.steer.clone() });
+    fn say(&mut self, look: &Evaluation) {
+        let own =
+            |(name, e): (&Name, &Explained)| (name.clone(), RegionShares { canary: None, ..e.steer.clone() });
         let led = |(_, e): &(&Name, &Explained)| e.decided_by == self.host;
         let steers = look.steered.services.iter().filter(led).map(own).collect();
-        let said = Said { steers, ..self.said.clone() };
+        let said = PeerReport { steers, ..self.said.clone() };
         let key = format!("{KEY}{}", self.host);
         let value = serde_json::to_vec(&said).expect("names and numbers have a JSON form");
         if self.told.borrow().get(&key) != Some(&value) {
@@ -369,7 +371,8 @@ impl Steering {
 
     /// Has what was decided ready for the next start.
     async fn save(&self) {
-        let plain: BTreeMap<&Name, &Steer> = self.steers.iter().map(|(name, s)| (name, &**s)).collect();
+        let plain: BTreeMap<&Name, &RegionShares> =
+            self.steers.iter().map(|(name, s)| (name, &**s)).collect();
         let bytes = serde_json::to_vec(&plain).expect("names and numbers have a JSON form");
         if let Err(error) = self.local.save(DECIDED, bytes).await {
             tracing::error!(%error, "what was decided for regions cannot be saved");
@@ -419,7 +422,7 @@ fn sees<'a>(known: impl Iterator<Item = &'a Known>) -> BTreeMap<Name, bool> {
 }
 
 /// Whether hosts of a region send flows of a service elsewhere.
-fn is_spilling(region: &Name, service: &Name, others: &[Said]) -> bool {
+fn is_spilling(region: &Name, service: &Name, others: &[PeerReport]) -> bool {
     let of_region = others.iter().filter(|said| said.region == region.as_str());
     of_region.filter_map(|said| said.steers.get(service)).any(|steer| {
         let here = steer.shares.iter().find(|s| s.name == *region).map_or(0, |s| s.permille);
@@ -429,7 +432,7 @@ fn is_spilling(region: &Name, service: &Name, others: &[Said]) -> bool {
 }
 
 /// A decision to go on from, of which only the outcome is known.
-fn resumed(steer: &Steer, here: &Here) -> Decision {
+fn resumed(steer: &RegionShares, here: &Locality) -> Decision {
     let away = |shares: &[Share], own: &Name| -> Vec<Share> {
         shares.iter().filter(|s| s.name != *own).cloned().collect()
     };
