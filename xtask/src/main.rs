@@ -13,6 +13,7 @@ mod dist;
 mod docs;
 mod inference;
 mod kernels;
+mod rooms;
 mod setup;
 mod shell;
 mod test;
@@ -40,6 +41,8 @@ enum Command {
     Bench(bench::Options),
     /// Run the test suites, all or the named ones.
     Test(test::Options),
+    /// Print which parts of the source import which, and fail if one imports upwards.
+    Rooms,
     /// Write docs/compatibility.md again from the runs that tests/kernels.json has.
     Compatibility,
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Docs(options) => docs::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Rooms => rooms::run(),
         Command::Compatibility => kernels::write_report(),
     };
     match result {

@@ -15,9 +15,11 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Verdict,
-    forward::{FibAnswer, FibQuery, Hop},
-    ingress::Outcome,
     native::{self, HashTables, VecFrame},
+    packet::{
+        fib::{FibAnswer, FibQuery, Hop},
+        verdict::Outcome,
+    },
 };
 
 /// MTU of the backends that have a limit.

@@ -8,7 +8,7 @@ pub mod parse;
 pub mod stages;
 
 use lb_common::{Address, VipKey, reason::Fate};
-use lb_ebpf::{ingress::Outcome, native::HashTables};
+use lb_ebpf::{native::HashTables, packet::verdict::Outcome};
 use std::net::Ipv6Addr;
 
 /// Folded one's complement sum (RFC 1071), computed the plain way.

@@ -13,8 +13,8 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
-    ingress::Outcome,
     native::{self, HashTables, VecFrame},
+    packet::verdict::Outcome,
 };
 
 /// Port of the services that are translated, of both protocols.

@@ -32,25 +32,26 @@ use lb_common::{
 };
 use lb_ebpf::{
     FlowTable, Frame, Tables, Verdict,
-    guard::{self, GuardTables},
     guard::{
+        self, GuardTables,
         limit::{self, LimitTables},
         martian,
     },
     icmp::dispatch,
-    ingress::fragment::FragmentTable,
-    ingress::{Outcome, process},
+    ingress::process,
     kernel::{Settings, XdpFrame, action, global},
     nat::{self, Added, NatTables, Way},
-    packet::Sum,
     packet::{
+        Sum,
         network::{self, Network},
         parse::{Headers, parse},
+        verdict::Outcome,
     },
     quic::{self, QuicTables, Work},
-    second_chance::header::{NONE, others_of},
     select::{
         choose::Why,
+        fragments::FragmentTable,
+        others::{NONE, others_of},
         scheduler::{Place, decode, encode, lesser, place_new},
         service::{self, Match},
     },

@@ -10,7 +10,9 @@ pub use outer::{PROTOCOL_IPV4, PROTOCOL_IPV6, source as outer_source, varied};
 use crate::{
     Frame, Packet, Verdict,
     packet::{
+        fib::{Fib, FibQuery, Hop},
         parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
+        verdict::Refusal,
         wire::Gue,
     },
 };
@@ -18,75 +20,6 @@ use lb_common::{Backend, Reason, backend::flags, backend::mode, is_mapped, setti
 
 /// UDP and GUE headers.
 pub const GUE_OVERHEAD: usize = 8 + size_of::<Gue>();
-
-/// How to reach a backend.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Hop {
-    /// Next hop's MAC: first four bytes, last two.
-    pub next_hop: (u32, u16),
-    /// Egress interface's MAC, likewise.
-    pub egress_mac: (u32, u16),
-    /// VLAN tag to push (network order), 0 for none.
-    pub vlan: u16,
-    /// Egress interface.
-    pub ifindex: u32,
-    /// Largest IP packet, 0 if not known.
-    pub mtu: u32,
-}
-
-/// What the kernel's FIB is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FibQuery {
-    /// Outer source, network order, IPv4 as mapped; zero if the FIB is to choose it.
-    pub source: [u32; 4],
-    /// Outer destination, likewise.
-    pub destination: [u32; 4],
-    /// Whether the outer header is IPv6.
-    pub is_ipv6: bool,
-    /// Whether a router will not do as the next hop: [`Reason::NotOnLink`] then.
-    pub on_link: bool,
-    /// DSCP and ECN.
-    pub tos: u8,
-    /// Protocol of the outer header.
-    pub protocol: u8,
-    /// Length of the encapsulated packet.
-    pub len: u32,
-}
-
-/// What it answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FibAnswer {
-    /// The way.
-    pub hop: Hop,
-    /// Outer source, if it was to choose one.
-    pub source: [u32; 4],
-}
-
-/// Lookups in the host's own FIB.
-pub trait Fib {
-    /// The way to a destination; [`Reason::TooBigAnswered`] with the MTU when the packet does not fit.
-    fn lookup(&self, query: &FibQuery) -> Result<FibAnswer, (Reason, u32)>;
-    /// An interface's MTU, if it is smaller than an IP packet of `len` bytes.
-    fn narrower(&self, ifindex: u32, len: u32) -> Option<u32>;
-}
-
-/// Why a packet cannot go on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    /// For this reason.
-    Reason(Reason),
-    /// The stage at this place of `STAGES` takes it over.
-    Stage(u32),
-    /// It would fit with this many bytes, its own IP header included.
-    TooBig(u32),
-}
-
-impl From<Reason> for Refusal {
-    #[inline(always)]
-    fn from(reason: Reason) -> Self {
-        Self::Reason(reason)
-    }
-}
 
 /// Bytes that the forwarding mode adds to a packet of this backend; None for modes that send it no further
 /// from here (`local`, and `nat`, which has a stage of its own).

@@ -5,17 +5,16 @@
 
 use crate::{
     Frame, Tables, Verdict,
-    forward::Fib,
-    guard,
-    guard::martian,
+    guard::{self, martian},
     icmp::{
         echo,
         error::{deliver, is_error},
     },
-    ingress::{Outcome, refuse},
     packet::{
+        fib::Fib,
         network::{ICMP, ICMPV6, Network},
         parse::{address, mapped},
+        verdict::{Outcome, refuse},
         wire::{Echo, IcmpError, Ipv4, Ipv6},
     },
 };

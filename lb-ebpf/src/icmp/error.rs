@@ -8,15 +8,20 @@
 
 use crate::{
     Frame, ReadOnly, Tables, Verdict,
-    forward::{Fib, Refusal, forward},
-    ingress::{Outcome, backend_of},
-    packet::Packet,
+    forward::forward,
     packet::{
+        Packet,
+        fib::Fib,
         network::{Network, parse_ipv4, parse_ipv6},
         parse::{Headers, tcp},
+        verdict::{Outcome, Refusal},
         wire::{IcmpError, Tcp},
     },
-    select::{choose::choose, hash::flow_hash, service::lookup_service},
+    select::{
+        choose::{backend_of, choose},
+        hash::flow_hash,
+        service::lookup_service,
+    },
 };
 use lb_common::{
     Reason,

@@ -12,12 +12,11 @@ use crate::{
     Frame, Tables, Verdict,
     forward::{GUE_OVERHEAD, PROTOCOL_IPV4, PROTOCOL_IPV6},
     guard::martian,
-    ingress::{Outcome, refuse},
     nat,
-    packet::Window,
     packet::{
-        csum,
+        Window, csum,
         parse::{ETH_IPV4, ETH_IPV6, ETHERNET, tcp},
+        verdict::{Outcome, refuse},
     },
     select::{
         hash::{flow_hash_v4, flow_hash_v6, ports_word, slot_of},

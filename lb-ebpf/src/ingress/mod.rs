@@ -7,45 +7,31 @@ pub mod fragment;
 
 use crate::{
     Frame, Tables, Verdict,
-    forward::{Fib, Refusal, forward},
-    guard,
-    guard::martian,
-    icmp, nat,
-    packet::parse::Headers,
+    forward::forward,
+    guard::{self, martian},
+    icmp::too_big::too_big,
+    nat,
+    packet::{
+        fib::Fib,
+        parse::Headers,
+        verdict::{Outcome, Refusal, refuse},
+    },
     second_chance::header,
     select::{
-        choose::{KEEP, Why, choose_with},
+        choose::{KEEP, Why, backend_of, choose_with},
         hash::flow_hash,
+        others,
         service::{lookup_service, vip_of},
     },
 };
 use lb_common::{
-    Backend, Reason,
+    Reason,
     backend::flags,
     names::stage,
     service,
     settings::{IngressSettings, features},
     slot::NO_BACKEND,
 };
-
-/// What was found out about a packet on its way, for the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Forwarded to this backend (index) of this service (index).
-    Forwarded {
-        /// Service.
-        service: u32,
-        /// Backend.
-        backend: u32,
-    },
-    /// A worker's packet, sent on to a client of this service (index).
-    Returned {
-        /// Service.
-        service: u32,
-    },
-    /// Not forwarded, for this reason.
-    Not(Reason),
-}
 
 /// Decides a packet's fate and carries it out on the frame.
 #[inline(always)]
@@ -97,59 +83,6 @@ fn screen<T: Tables>(tables: &T, settings: &IngressSettings, headers: &Headers) 
     if tables.is_vip(vip_of(headers)) { Err(reason) } else { Ok(()) }
 }
 
-/// The end of a packet's way for a reason, counted.
-#[inline(always)]
-pub fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
-    tables.count(reason);
-    let verdict =
-        if reason == Reason::TakenOver { Verdict::Stage(stage::PREDECESSOR) } else { Verdict::of(reason) };
-    (verdict, Outcome::Not(reason))
-}
-
-/// The end of a packet's way in a stage after which there is none.
-#[inline(always)]
-pub fn end<F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    settings: &IngressSettings,
-    headers: &Headers,
-    result: Result<(Verdict, u32, u32), Refusal>,
-) -> (Verdict, Outcome) {
-    match result {
-        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::Stage(_)) => refuse(tables, Reason::StageMissing),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
-    }
-}
-
-/// What becomes of a packet by what a stage of translation decided; a new flow goes on to the stage that binds it.
-#[inline(always)]
-pub fn conclude<F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    settings: &IngressSettings,
-    headers: &Headers,
-    result: Result<(Verdict, Outcome), Refusal>,
-) -> (Verdict, Outcome) {
-    match result {
-        Ok(done) => done,
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
-    }
-}
-
-/// A chosen backend's entry. Another service's: this run was halted while its table was written anew.
-#[inline(always)]
-pub fn backend_of<T: Tables>(tables: &T, index: u32, service: u32) -> Result<&Backend, Reason> {
-    let backend = tables.backend(index).ok_or(Reason::BrokenTable)?;
-    if backend.flags & flags::USED == 0 || backend.service != service {
-        return Err(Reason::BrokenTable);
-    }
-    Ok(backend)
-}
-
 /// Service, backend, forwarding, counters.
 #[inline(always)]
 fn balance<F: Frame + Fib, T: Tables>(
@@ -179,7 +112,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     let has_chain = settings.features & features::SECOND_CHANCE != 0 && header::is_carried_to(backend);
     let mut others = [NO_BACKEND; 2];
     if has_chain {
-        others = header::others(tables, service, view, headers, hash, choice.backend);
+        others = others::others(tables, service, view, headers, hash, choice.backend);
         if others[0] != NO_BACKEND && header::asks_first(headers, is_young) {
             backend = tables.backend(others[0]).ok_or(Reason::BrokenTable)?;
             others = [choice.backend, NO_BACKEND];
@@ -193,22 +126,4 @@ fn balance<F: Frame + Fib, T: Tables>(
         tables.account(choice.backend, headers.ip_len, is_new);
     }
     Ok((verdict, service, choice.backend))
-}
-
-/// Answers a packet that is too big, within the budget.
-#[inline(always)]
-pub fn too_big<F: Frame, T: Tables>(
-    frame: &mut F,
-    tables: &T,
-    settings: &IngressSettings,
-    headers: &Headers,
-    mtu: u32,
-) -> Reason {
-    if settings.icmp_per_s == 0 || !tables.take_icmp(settings.icmp_per_s, settings.icmp_burst) {
-        return Reason::TooBigDropped;
-    }
-    match icmp::answer_too_big(frame, headers, mtu) {
-        Ok(()) => Reason::TooBigAnswered,
-        Err(reason) => reason,
-    }
 }

@@ -2,8 +2,10 @@
 
 use crate::{
     Frame, Packet, Verdict,
-    forward::{Fib, FibAnswer, FibQuery, Hop},
-    packet::{SUM_CHUNK, SUM_CHUNKS, Sum},
+    packet::{
+        SUM_CHUNK, SUM_CHUNKS, Sum,
+        fib::{Fib, FibAnswer, FibQuery, Hop},
+    },
     second_chance::worker::{SocketQuery, Sockets},
 };
 use aya_ebpf::{

@@ -7,12 +7,13 @@
 use super::{NatTables, Way};
 use crate::{
     Frame, Verdict,
-    forward::{Fib, FibQuery, varied},
+    forward::varied,
     guard::limit::is_limited,
-    ingress::{Outcome, refuse},
     packet::{
+        fib::{Fib, FibQuery},
         network::Network,
         parse::{Headers, address, mapped, tcp, words},
+        verdict::{Outcome, refuse},
     },
     select::{
         choose::{choose_once, flow_key},

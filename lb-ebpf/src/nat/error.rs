@@ -11,12 +11,12 @@ use super::{
 };
 use crate::{
     Frame, Verdict,
-    forward::{Refusal, filled_in},
+    forward::filled_in,
     guard::martian,
-    ingress::{Outcome, refuse},
     packet::{
         network::{self, ICMP, ICMPV6, Network},
         parse::{Headers, words},
+        verdict::{Outcome, Refusal, refuse},
         wire::{Echo, Ipv4, Ipv6},
     },
     select::service::lookup_service,

@@ -10,10 +10,13 @@
 use super::{NatTables, Way, account, go_by, lead, rewrite::rewrite_part};
 use crate::{
     Frame, Verdict,
-    forward::{Fib, Refusal},
-    ingress::fragment::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
-    ingress::{Outcome, conclude, refuse},
-    packet::network::{Network, Part},
+    icmp::too_big::conclude,
+    packet::{
+        fib::Fib,
+        network::{Network, Part},
+        verdict::{Outcome, Refusal, refuse},
+    },
+    select::fragments::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
 };
 use lb_common::{
     Reason,

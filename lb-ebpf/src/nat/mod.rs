@@ -21,11 +21,13 @@ pub use fragment::process as process_fragment;
 
 use crate::{
     Frame, Packet, Tables, Verdict,
-    forward::{Fib, FibQuery, Hop, Refusal, filled_in},
-    ingress::{Outcome, conclude, refuse},
+    forward::filled_in,
+    icmp::too_big::conclude,
     packet::{
+        fib::{Fib, FibQuery, Hop},
         network::Network,
         parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
+        verdict::{Outcome, Refusal, refuse},
     },
     select::{choose::flow_key, service::lookup_service},
 };

@@ -3,8 +3,10 @@
 use super::std::{boxed::Box, cell::RefCell, vec, vec::Vec};
 use crate::{
     Frame, Packet,
-    forward::{Fib, FibAnswer, FibQuery},
-    packet::Sum,
+    packet::{
+        Sum,
+        fib::{Fib, FibAnswer, FibQuery},
+    },
     second_chance::worker::{SocketQuery, Sockets},
 };
 use core::cell::UnsafeCell;

@@ -4,9 +4,10 @@ use super::{HashTables, VecFrame};
 use crate::{
     Verdict,
     icmp::dispatch,
-    ingress::fragment,
-    ingress::{self, Outcome},
-    nat, quic,
+    ingress::{self, fragment},
+    nat,
+    packet::verdict::Outcome,
+    quic,
 };
 use lb_common::{names::stage, settings::IngressSettings};
 

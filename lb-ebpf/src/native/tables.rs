@@ -8,10 +8,10 @@ use super::std::{
 };
 use crate::{
     FlowTable, Frame, Tables,
-    ingress::fragment::FragmentTable,
     nat::{Added, NatTables, Way},
     packet::Sum,
     quic::{QuicTables, Work},
+    select::fragments::FragmentTable,
     worker::decap::DecapTables,
 };
 use lb_common::{

@@ -4,6 +4,7 @@
 //! also what the kernel's verifier wants to see. [`Frame`] owns the window and can move its ends.
 
 pub mod csum;
+pub mod fib;
 pub mod network;
 pub mod parse;
 pub mod verdict;

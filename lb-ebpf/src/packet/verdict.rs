@@ -1,6 +1,7 @@
 //! What a program decides about a packet.
 
-use lb_common::{Reason, reason::Fate};
+use crate::Tables;
+use lb_common::{Reason, names::stage, reason::Fate};
 
 /// The end of a packet's way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +31,52 @@ impl Verdict {
             Self::Pass
         }
     }
+}
+
+/// What was found out about a packet on its way, for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Forwarded to this backend (index) of this service (index).
+    Forwarded {
+        /// Service.
+        service: u32,
+        /// Backend.
+        backend: u32,
+    },
+    /// A worker's packet, sent on to a client of this service (index).
+    Returned {
+        /// Service.
+        service: u32,
+    },
+    /// Not forwarded, for this reason.
+    Not(Reason),
+}
+
+/// Why a packet cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// For this reason.
+    Reason(Reason),
+    /// The stage at this place of `STAGES` takes it over.
+    Stage(u32),
+    /// It would fit with this many bytes, its own IP header included.
+    TooBig(u32),
+}
+
+impl From<Reason> for Refusal {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self::Reason(reason)
+    }
+}
+
+/// The end of a packet's way for a reason, counted.
+#[inline(always)]
+pub fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
+    tables.count(reason);
+    let verdict =
+        if reason == Reason::TakenOver { Verdict::Stage(stage::PREDECESSOR) } else { Verdict::of(reason) };
+    (verdict, Outcome::Not(reason))
 }
 
 /// Reasons as bits.

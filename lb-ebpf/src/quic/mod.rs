@@ -10,10 +10,19 @@ pub mod aes;
 
 use crate::{
     Frame, Packet, Tables, Verdict,
-    forward::{Fib, Refusal, forward},
-    ingress::{Outcome, backend_of, end, refuse},
-    packet::{network::Network, parse::parse_transport},
-    select::{choose::choose, hash::flow_hash, service::lookup_service},
+    forward::forward,
+    icmp::too_big::end,
+    packet::{
+        fib::Fib,
+        network::Network,
+        parse::parse_transport,
+        verdict::{Outcome, Refusal, refuse},
+    },
+    select::{
+        choose::{backend_of, choose},
+        hash::flow_hash,
+        service::lookup_service,
+    },
 };
 use lb_common::{
     Reason,

@@ -10,9 +10,9 @@
 
 use crate::{
     Frame, Packet, Verdict,
-    forward::{Fib, FibQuery, Hop},
     packet::{
         csum,
+        fib::{Fib, FibQuery, Hop},
         parse::{ETHERNET, address, mapped, tcp},
         wire::{Chain4, Chain6, Ipv4, Ipv6, Macs, Tcp, Udp},
     },

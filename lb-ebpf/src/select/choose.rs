@@ -31,7 +31,7 @@ use crate::{
     },
 };
 use lb_common::{
-    Be16, Flow, FlowKey, Reason, ServiceView, Slot, backend,
+    Backend, Be16, Flow, FlowKey, Reason, ServiceView, Slot, backend,
     flow::{self, SYN_TIMEOUT_S, SYN_WINDOW},
     service::{UDP, flags, scheduler},
     settings::features,
@@ -520,4 +520,14 @@ fn counted<T: Tables>(tables: &T, written: bool) -> bool {
         tables.count(Reason::FlowNotRecorded);
     }
     written
+}
+
+/// A chosen backend's entry. Another service's: this run was halted while its table was written anew.
+#[inline(always)]
+pub fn backend_of<T: Tables>(tables: &T, index: u32, service: u32) -> Result<&Backend, Reason> {
+    let backend = tables.backend(index).ok_or(Reason::BrokenTable)?;
+    if backend.flags & backend::flags::USED == 0 || backend.service != service {
+        return Err(Reason::BrokenTable);
+    }
+    Ok(backend)
 }

@@ -1,7 +1,9 @@
 //! Service lookup, hash, choice of a backend, schedulers, and the trait over the maps.
 
 pub mod choose;
+pub mod fragments;
 pub mod hash;
+pub mod others;
 pub mod scheduler;
 pub mod service;
 pub mod tables;

@@ -166,13 +166,13 @@ pub trait Tables {
     {
         crate::select::scheduler::lesser(self, service, at, best, now_s)
     }
-    /// [`crate::second_chance::header::others_of`]; a function of its own likewise.
+    /// [`crate::select::others::others_of`]; a function of its own likewise.
     #[inline(always)]
     fn others(&self, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64
     where
         Self: Sized,
     {
-        crate::second_chance::header::others_of(self, service, view, number, chosen)
+        crate::select::others::others_of(self, service, view, number, chosen)
     }
     /// Whether the program of another ABI version still knows flows that these tables do not.
     #[inline(always)]

@@ -8,9 +8,10 @@
 
 use crate::{
     Frame, Packet, Verdict,
-    forward::{Fib, GUE_OVERHEAD},
+    forward::GUE_OVERHEAD,
     packet::{
         csum,
+        fib::Fib,
         parse::{ETH_IPV4, ETH_IPV6, ETHERNET, VLAN_TAG, address, mapped, parse_ethernet},
         wire::{Gue, Ipv4, Ipv6, Macs, Udp},
     },

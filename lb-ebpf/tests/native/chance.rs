@@ -22,12 +22,11 @@ use lb_common::{
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
 use lb_ebpf::{
-    Verdict,
-    forward::{FibAnswer, Hop},
-    ingress,
+    Verdict, ingress,
     native::{HashTables, VecFrame},
-    second_chance::{header::others, worker::SocketQuery},
-    select::hash::flow_hash,
+    packet::fib::{FibAnswer, Hop},
+    second_chance::worker::SocketQuery,
+    select::{hash::flow_hash, others::others},
     worker::decap,
 };
 use proptest::prelude::*;

@@ -16,9 +16,11 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
-    forward::{FibAnswer, FibQuery, Hop},
-    ingress::Outcome,
     native::{self, HashTables, VecFrame},
+    packet::{
+        fib::{FibAnswer, FibQuery, Hop},
+        verdict::Outcome,
+    },
 };
 use proptest::prelude::*;
 use std::collections::BTreeSet;

@@ -15,10 +15,10 @@ use lb_common::{
     slot::{NO_BACKEND, TRACKED},
 };
 use lb_ebpf::{
-    FlowTable, Verdict, ingress,
-    ingress::Outcome,
-    ingress::fast_path,
+    FlowTable, Verdict,
+    ingress::{self, fast_path},
     native::{HashTables, VecFrame},
+    packet::verdict::Outcome,
 };
 use proptest::prelude::*;
 

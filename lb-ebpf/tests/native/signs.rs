@@ -13,8 +13,8 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
-    ingress::Outcome,
     native::{self, HashTables, VecFrame},
+    packet::verdict::Outcome,
 };
 
 const WORKER4: Address = mapped([10, 1, 0, 7]);

@@ -14,11 +14,14 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
-    forward::{FibAnswer, FibQuery, Hop},
-    icmp::answer_too_big,
-    ingress::{Outcome, process},
+    icmp::too_big::answer_too_big,
+    ingress::process,
     native::{HashTables, VecFrame},
-    packet::parse::parse,
+    packet::{
+        fib::{FibAnswer, FibQuery, Hop},
+        parse::parse,
+        verdict::Outcome,
+    },
 };
 
 fn tables(backend: Backend) -> HashTables {

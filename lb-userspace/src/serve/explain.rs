@@ -18,10 +18,10 @@ use lb_common::{Address, Backend, Reason, ServiceView, backend, mapped, service:
 use lb_ebpf::{
     Tables, nat,
     packet::parse::{Headers, tcp, words},
-    second_chance::header::others,
     select::{
         choose::{Choice, Why, choose},
         hash::{flow_hash, slot_of},
+        others::others,
         service::{Match, lookup_service},
     },
 };

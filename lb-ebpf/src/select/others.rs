@@ -1,0 +1,72 @@
+//! Other backends that may hold a flow which its chosen backend does not know.
+//!
+//! Called for backends in mode `GUE_CHAIN` and by `explain`; the second-chance header names them.
+
+use super::{
+    hash::slot_of,
+    scheduler::{Place, second, slot_hash},
+};
+use crate::{Tables, packet::parse::Headers};
+use lb_common::{ServiceView, Slot, backend::flags, is_mapped, slot::NO_BACKEND};
+
+/// Backends that may have a flow which `chosen` lacks, in the order in which to ask them; [`NO_BACKEND`] for none.
+#[inline(always)]
+pub fn others<T: Tables>(
+    tables: &T,
+    service: u32,
+    view: &ServiceView,
+    headers: &Headers,
+    hash: u64,
+    chosen: u32,
+) -> [u32; 2] {
+    let number = slot_of(slot_hash(view, headers, hash), view.slot_count);
+    split(tables.others(service, view, number, chosen))
+}
+
+/// The same as one number, by the slot's: first in the low half.
+#[inline(always)]
+pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64 {
+    let at = view.slot_base.wrapping_add(number);
+    let (Some(primary), Some(secondary)) = (tables.primary(at), tables.secondary(at)) else { return NONE };
+    let slot = Slot { primary, secondary };
+    let previous = if slot.is_transition() { slot.secondary_index() } else { NO_BACKEND };
+    let Some(entry) = tables.backend(chosen) else { return NONE };
+    let is_ipv4 = is_mapped(&entry.address);
+    let usable = |index: u32| {
+        index != chosen
+            && matches!(tables.backend(index), Some(b) if b.flags & (flags::USED | flags::DOWN) == flags::USED
+                && b.service == service
+                && is_mapped(&b.address) == is_ipv4)
+    };
+    // Where new flows are placed, and where they were before the slot changed.
+    let primary = slot.primary_index();
+    let mut found = if usable(primary) { add(NONE, primary) } else { NONE };
+    let second = second(tables, view, Place { slot, number });
+    if second != primary && usable(second) {
+        found = add(found, second);
+    }
+    if previous != primary && previous != second && usable(previous) {
+        found = add(found, previous);
+    }
+    found
+}
+
+/// No backend, twice.
+pub const NONE: u64 = (NO_BACKEND as u64) << 32 | NO_BACKEND as u64;
+
+/// Puts an index into the first free half.
+#[inline(always)]
+const fn add(found: u64, index: u32) -> u64 {
+    if found as u32 == NO_BACKEND {
+        (NO_BACKEND as u64) << 32 | index as u64
+    } else if (found >> 32) as u32 == NO_BACKEND {
+        (index as u64) << 32 | (found as u32) as u64
+    } else {
+        found
+    }
+}
+
+#[inline(always)]
+const fn split(found: u64) -> [u32; 2] {
+    [found as u32, (found >> 32) as u32]
+}
