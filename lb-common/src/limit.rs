@@ -2,6 +2,10 @@
 //!
 //! A limit is a bucket in the form of the generic cell rate algorithm (ITU-T I.371): one word, the time at which the
 //! bucket would be full again. So a bucket that nobody has ever seen is a full one, and nothing has to be refilled.
+//!
+//! A meter that is above its limit says no until five seconds after the rate has halved, so that a flow's SYN and its
+//! repetition get the same answer. Flows that a transition has to record are instead admitted up to the limit in
+//! every second: a live flow sends more than one packet, a forged one does not come again.
 
 use crate::{Address, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};

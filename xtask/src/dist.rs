@@ -94,7 +94,10 @@ fn copy_files(root: &Path) -> Result<()> {
     copy_all(&workspace.join("deploy"), &examples, "env")?;
     copy_all(&workspace.join("deploy"), &examples, "conf")?;
     copy_all(&workspace.join("docs"), &documents, "md")?;
-    copy_all(&workspace.join("docs/reference"), &make(root, "share/doc/lb/reference")?, "md")?;
+    for folder in ["operate", "reference"] {
+        let target = make(root, &format!("share/doc/lb/{folder}"))?;
+        copy_all(&workspace.join("docs").join(folder), &target, "md")?;
+    }
     for file in ["README.md", "ARCHITECTURE.md", "LICENSE-MIT", "LICENSE-APACHE"] {
         let from = workspace.join(file);
         if from.is_file() {

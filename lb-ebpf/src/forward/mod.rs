@@ -2,6 +2,11 @@
 //!
 //! Input: frame, [`Headers`], [`Backend`], flow hash. Output: a [`Verdict`] or the [`Reason`] against it.
 //! Outer headers follow RFC 2003 and RFC 2473 (ipip), draft-ietf-intarea-gue (gue) and RFC 6040 (ECN).
+//!
+//! The next hop stands in the backend's entry (one cache line), which lbd keeps filled from the kernel's routes and
+//! neighbours. `bpf_fib_lookup` is used, and counted as `fib_lookup`, only where the entry has no next hop. DSCP and
+//! ECN are copied into the outer header. An IPv6 service takes IPv6 backends only: an IPv4 tunnel that cannot carry
+//! 1,280 bytes would break IPv6's minimum MTU.
 
 mod outer;
 

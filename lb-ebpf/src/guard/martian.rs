@@ -12,6 +12,14 @@
 //!
 //! Input: [`Tables`], a source address. Output: the [`Reason`] to drop its packets, if there is one. Called for packets
 //! to a VIP by `quick`, `ingress` and its stages; by the daemon's `explain`, and by tests.
+//!
+//! VIPs as sources are dropped in every mode. With `nat` a datagram between two VIPs goes back and forth between
+//! ingress host and worker. With `ipip`, `gue` and `l2` it does so too if the worker lacks the second VIP, and inside
+//! the worker if the worker has it (an IPv6 stack accepts a packet from an address of its own; Linux drops such a
+//! packet in IPv4 only). The fast path compares a word that it loads anyway, and one bit of `VIP_FILTER`: only a
+//! source whose bit is set, a VIP or one address in 65,536 per VIP, takes the full path. Modes other than `nat` do
+//! not check translated addresses: an answer to such an address ends in this host's stack, and the host's own
+//! connections to a VIP work.
 
 use crate::{
     Tables,

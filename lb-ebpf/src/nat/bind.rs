@@ -3,6 +3,16 @@
 //! Ports are tried in an order that the flow's own hash gives: the same client port gets the same one again, which a
 //! worker whose stack still remembers the last connection knows how to handle. A port whose flow is over is taken,
 //! so that new flows find room even while nobody sweeps.
+//!
+//! A packet gets a binding only if it can begin a flow (a SYN, a datagram) or has ACK set: the latter may belong to
+//! an established flow whose binding is lost (maps that could not be taken over, an early drop). The first port tried
+//! follows from the flow's hash, so such a flow most likely gets its former port and goes on; otherwise the worker's
+//! reset tells the client. Resets, and segments that no established flow sends, are dropped (`nat_stray`). Each
+//! processor puts its new bindings into a ring (`NAT_YOUNG`). The binding that a newer one displaces is removed
+//! unless its client has shown itself ([`lb_common::nat::is_proven`]), so a flood has a bounded number of bindings
+//! and each handshake the time of one round. Where all of a worker's ports that are tried are taken, the oldest such
+//! binding among them gives up its port. A rate limit would not do: it cannot tell a rush from a flood, and refuses
+//! clients as readily as forged packets.
 
 use super::{NatTables, Way};
 use crate::{

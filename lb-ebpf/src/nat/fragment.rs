@@ -6,6 +6,8 @@
 //! what is for this host itself, whose stack they are handed to (`nat_fragment`).
 //!
 //! Reached by tail call from `fragment`, and from `nat_bind` with the first part of a new flow.
+//!
+//! The first part carries the checksum of the whole packet, which is adjusted as for a whole packet.
 
 use super::{NatTables, Way, account, go_by, lead, rewrite::rewrite_part};
 use crate::{

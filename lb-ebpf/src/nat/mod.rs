@@ -9,6 +9,13 @@
 //! a flow and goes back; [`process_error`] for ICMP errors; [`process_fragment`] for packets in parts. Reached by tail call from `ingress` with the frame as
 //! it came in; called natively by tests and fuzzers.
 //! Behaviour follows RFC 4787 (UDP), RFC 5382 (TCP) and RFC 5508 (ICMP).
+//!
+//! Anybody can forge a FIN or RST, and nothing here follows sequence numbers as conntrack does. So data from the same
+//! side takes the mark back (after a true end there is none), and a client's RST alone shortens an established flow's
+//! idle time to four minutes, not to seconds: a worker silently drops a RST that does not nearly fit (RFC 5961).
+//! Answers leave by the last hop of the client's packets (MACs, tags, interface), because the client's router is
+//! often not a neighbour that this host's kernel knows; a packet from another hop updates the entry. The interface's
+//! MTU is checked (`bpf_check_mtu`), and the worker is told.
 
 mod bind;
 mod error;

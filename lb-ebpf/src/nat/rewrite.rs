@@ -4,6 +4,9 @@
 //! card then completes it, a virtual interface does not. Such a packet would be right for this host's stack, which
 //! knows, and wrong for whoever it is redirected to, who does not. So where the field holds just that sum, the
 //! checksum is completed here: the one case in which the payload is read.
+//!
+//! `XDP_REDIRECT` loses the information that a checksum is incomplete, hence the completion. If the field held a
+//! whole checksum that equals the pseudo-header's sum by chance, the result would be the same.
 
 use super::NatTables;
 use crate::{

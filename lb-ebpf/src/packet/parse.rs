@@ -2,6 +2,9 @@
 //!
 //! Input: a [`Frame`]. Output: [`Headers`], or the [`Reason`] for which the packet is none of ours.
 //! Sources: RFC 791, RFC 8200, RFC 9293, RFC 768, IEEE 802.1Q.
+//!
+//! Understood are Ethernet, 802.1Q and QinQ; IPv4 with options; IPv6 with hop-by-hop, routing, destination and
+//! fragment headers; TCP and UDP. Any other packet goes to the host's stack and is counted.
 
 use crate::{
     packet::{Frame, Packet},

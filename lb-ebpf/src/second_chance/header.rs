@@ -17,6 +17,11 @@
 //! fields that an extension flag announces would come before private data, and there are none.
 //!
 //! Called by `ingress` for backends in mode [`mode::GUE_CHAIN`], and by `explain`.
+//!
+//! Overhead and MTU follow from the backend's mode. Senders that know no other backend (fragments, ICMP errors) write
+//! an empty header. While a UDP flow is young, its packets visit the other half of the pair first: to an ingress host
+//! a new flow and one that another host placed look the same, and only a connected socket can tell; the chosen
+//! backend comes last and takes the packet without a socket.
 
 use crate::{
     Frame, Tables,

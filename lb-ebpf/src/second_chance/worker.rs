@@ -7,6 +7,10 @@
 //!
 //! The packet keeps its length: outer destination, source (this worker), TTL and the chain are rewritten.
 //! Called by `decap`.
+//!
+//! A header whose next address is this worker, or the worker that sent the packet on, is a loop. Only packets for a
+//! VIP that this worker serves are sent on. A listener counts only if it is shown a good SYN cookie: otherwise the
+//! service's listener on every worker would take every packet.
 
 use crate::{
     Frame, Packet, Verdict,

@@ -8,6 +8,9 @@
 //! A cookie carries the MSS and nothing else: no window scaling, no SACK (RFC 4987, 3.6).
 //!
 //! Reached by tail call from `decap` with the inner packet; called natively by tests.
+//!
+//! The answer leaves by the next hop that `lbd worker` keeps in `REPLY_HOPS`: a worker does not forward, so
+//! `bpf_fib_lookup` would refuse.
 
 use crate::{
     Frame, Packet, Verdict,

@@ -1,5 +1,7 @@
 //! What this host tells the others: which revision its maps show, the hash of its tables, and how long
 //! changes take to get there.
+//!
+//! The hash covers the addresses that slots send new flows to, because indices differ between hosts.
 
 use crate::{
     apply::reconcile::Published,

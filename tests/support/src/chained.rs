@@ -29,7 +29,7 @@ const TAIL_CALL: u32 = 12;
 const DROP: u32 = 1;
 const PASS: u32 = 2;
 
-/// Places as docs/operator.md gives them.
+/// Places as docs/operate/chain.md gives them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// Before ours.

@@ -4,6 +4,10 @@
 //! Input: the reconciler's snapshots, the drain of this host, and the addresses that the kernel says there are
 //! (rtnetlink, watched). Output: addresses (/32, /128) of one interface, marked as ours; and an [`Announcement`]
 //! for API, metrics and the other hosts. The rule is [`crate::plan::policy::announce`]. Called by the daemon.
+//!
+//! Our addresses carry a mark in the kernel (`IFA_PROTO`), so no memory of lbd can be wrong after a crash or with
+//! another lbd. The drain of a host is kept in the local file and not in the desired state: it works while the store
+//! is away, and no rollback ends it.
 
 pub mod addresses;
 

@@ -1,4 +1,6 @@
 //! Bonds: an XDP program attached to a bond runs on the interfaces below it, and sees their indices.
+//!
+//! `EGRESS` maps such an interface to its bond, so that answers of mode `nat` leave by the bond.
 
 use std::{fs, path::Path};
 

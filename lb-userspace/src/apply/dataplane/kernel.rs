@@ -1,5 +1,8 @@
 //! What the running kernel can do, found out by trying and never guessed from its version: distributions add features
 //! to old versions, and administrators switch some off.
+//!
+//! The results go into the read-only setting `kernel` of each program, so that the verifier removes code that uses
+//! what the kernel lacks.
 
 use super::sys;
 use lb_common::names::stage::TRIAL;

@@ -3,6 +3,9 @@
 //! Each home has a map [`names::LAYOUT`] with a [`Layout`] as JSON. A reader goes by the names of maps, records and
 //! fields ([`lb_common::describe`]), so it reads versions that were made before it, and after. Version 2 had no such
 //! map; its layout is here.
+//!
+//! A field that the reader has and the other version lacks is zero where that is sound
+//! ([`lb_common::describe::MAY_LACK`]); otherwise the flows of that map count as lost.
 
 use super::{DataplaneError, pins::Home, sys};
 use aya::{Ebpf, maps::Array};

@@ -2,6 +2,9 @@
 //!
 //! aya takes the flag from the section's name ("xdp.frags"), which is fixed when the object is built. So the programs are
 //! built with it, and to go without, the name is cut to "xdp" in a copy of the object.
+//!
+//! When the decision about frags changes, the new programs get program arrays of their own (pinned as `STAGES-next`),
+//! because the running programs need theirs until the links have changed; then the pins are renamed.
 
 use zerocopy::IntoBytes;
 

@@ -7,6 +7,10 @@
 //!
 //! Whoever is killed at any point leaves programs under the links that forward, with maps of their own; the next start,
 //! of either version, finds by the links which of the two homes lives, and goes on from there.
+//!
+//! Services and backends keep their indices; tables are compiled anew from desired state and memory, with all slots
+//! marked as tracked until a sweep finds no flows. SYNs are copied first of all, and while the old program is asked,
+//! only SYNs take ports for new bindings.
 
 use super::{
     DataplaneError, attach, grace_period,

@@ -3,6 +3,9 @@
 //! Pure. `api::Control` gives seats to each state before it is stored; `compile` reads them; `lbctl config diff`
 //! compares states that have them. A state without (from an older store) is read as if it had been
 //! given them in name order.
+//!
+//! A backend that comes after one of its weight has left takes that one's place, so replacements add no history.
+//! After 1,024 turns more than backends the history begins anew.
 
 use super::{Backend, Desired, Name, Service};
 use std::{

@@ -3,6 +3,9 @@
 //! Hosts must agree about the size of a table. Older versions give a service that names none 16,381 slots and more, so
 //! a smaller default must not be left to each host: `api::Control` writes the size into new services, as if an operator
 //! had asked for it, which every version understands. Services that were made without one stay so. Pure.
+//!
+//! A new field for this rule would not do: older hosts refuse unknown fields (`deny_unknown_fields`) and would follow
+//! no change at all. A step of size moves no established flow, because the old table is kept for the drain window.
 
 use super::{Desired, Service};
 use lb_common::limits;

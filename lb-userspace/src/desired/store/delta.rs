@@ -3,6 +3,9 @@
 //!
 //! Input: two states, or one and a difference. Output: the difference (RFC 7396, JSON Merge Patch), or the
 //! other state. Pure. Called by the etcd store and by backups.
+//!
+//! No field can be forgotten: services and lists are stored one by one, and everything else of a state by `rest`,
+//! which takes [`Desired`] apart without `..`.
 
 use crate::desired::model::{
     Desired, Name, Service,

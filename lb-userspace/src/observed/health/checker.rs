@@ -1,4 +1,7 @@
 //! One task per checked backend, following the desired state.
+//!
+//! All probes share one thread, and begin on a grid of a hundredth of the interval (20 ms at most): on the shared
+//! runtime each timer woke a processor, and a second one that looked for work.
 
 use super::{
     EarlyProbe, Entry, HealthRegistry, Probe, ProbeTarget,

@@ -2,6 +2,11 @@
 //!
 //! Input: a backend's address and how traffic gets there. Output: the mark for the probe's socket, once everything is
 //! in place for it. Called for each such probe; set up by the daemon.
+//!
+//! Answers are told apart by the host's port, so such a socket binds a port of its own. No policy rule, route or
+//! `accept_local` is needed; a socket connected to the VIP would need all three once the host announces the VIP,
+//! because the address is local then. A host that cannot load the programs probes directly and says so: it must not
+//! find dead what it cannot look through.
 
 use crate::{
     desired::model::{ForwardingMode, Service, Via},

@@ -8,6 +8,9 @@
 //! Hosts of one region and zone must spread alike, or a flow that routers move from one to the other would be sent to
 //! another worker. So the first of them by name decides, and tells; the others follow it. One that is cut off from
 //! the store decides for itself.
+//!
+//! What was decided is kept in the local store, so a restart moves nothing. What a host tells is under its lease, so
+//! when it dies the next one decides.
 
 mod controller;
 pub mod measure;

@@ -1,6 +1,8 @@
 //! Roll-outs: who runs the new version, and what both versions have answered since it began.
 //!
 //! Input: the replica book. Output: the backends of the new version, tallies, and a verdict. Called by `steering`.
+//!
+//! The first host of all by name writes an abort, once.
 
 use super::RolloutShown;
 use crate::{

@@ -4,6 +4,9 @@
 //! Input: the states in force since the drain window began, with their times. Output: a [`Memory`] with their
 //! epochs, and with indices for the backends that had been there. Verdicts and replicas' reports are in no history:
 //! all are taken to have been healthy, at full weight, so a transition that a verdict alone began is not known. Pure; called by `reconcile`.
+//!
+//! With regions, a new host relives the past of its own region: local first, as without measurements. What a spill
+//! had moved elsewhere is in no history; with `gue` the second chance finds such flows.
 
 use super::{
     BackendMemory, Memory, ServiceId, ServiceMemory, Settings,

@@ -7,6 +7,9 @@
 //! is over, the table is the one that it would have been without.
 //!
 //! Input: the service, who is eligible and who was. Output: weights, and when they change next. Pure.
+//!
+//! A backend that could take flows and gets none because other regions or versions come first is not new when its
+//! turn comes.
 
 use super::{ServiceMemory, Shape};
 use crate::desired::model::Service;

@@ -8,6 +8,9 @@
 //!
 //! A slot is *tracked* from its first change on until a scan of the flow tables finds none of the service's
 //! flows there: only then is its primary the whole truth again.
+//!
+//! When a scheduler that places flows anywhere is replaced, all slots are tracked until a sweep finds none of its
+//! flows.
 
 use super::{
     Epoch, ServiceMemory, Shape, ShapeMember, View, entries, room::has_pairs, service::Input, slot_layout,

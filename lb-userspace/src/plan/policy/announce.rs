@@ -3,6 +3,10 @@
 //! Input: for each service its VIP, how many backends take its new flows, and whether one of them is known to
 //! be good; which VIPs are on the host now, and whether the host drains. Output: a decision for each VIP.
 //! Pure; called by `announce`.
+//!
+//! A VIP is on if any of its services is served: BGP knows addresses, not ports. Adding a VIP needs a backend that is
+//! known to be good, keeping it does not: at a cold start backends without a verdict serve, but a host that knows no
+//! good worker must not draw clients from hosts that do.
 
 use serde::{Deserialize, Serialize};
 use std::{

@@ -2,6 +2,10 @@
 //!
 //! Input: the rows of [`super::table`], and who is at the other end of the socket. Output: a router. What a request
 //! needs stands in its row alone; no handler and no query decides about it. Called by `serve`.
+//!
+//! Only `Control::write` handles dry runs, and checks the author's right once more. Every request that is not a read
+//! runs in a task of its own: the server drops a handler whose caller leaves, and no change may stop between two
+//! awaits for that.
 
 use super::{ApiError, Control, Peer};
 use axum::{

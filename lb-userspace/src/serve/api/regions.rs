@@ -3,6 +3,9 @@
 //! Input: requests, and what `regions` has decided. Output: JSON of its types. Called by `routes`. What drains a
 //! region or brings a new version takes the lock `rollout` for it by itself, and refuses that lock to others until
 //! it is over: two regions are never taken away at once, by whomever.
+//!
+//! Drains and roll-outs are desired state: a commit is compare-and-set, and a state with two draining regions is
+//! invalid.
 
 use super::{
     ApiError, Control,

@@ -1,4 +1,9 @@
 //! What this host writes: commits, imports, and the snapshots that let old revisions be forgotten.
+//!
+//! A commit that is sent twice counts once: if a member dies with the request, the next member is asked; the head has
+//! changed then, and the nonce in the record shows whose commit that was. Only when no member answers is the outcome
+//! unknown. The nonce in the head also tells histories of the same length apart, and a head that is older than, or
+//! another than, what a host has seen is not followed.
 
 use super::{
     Arc, CallError, Commit, Inner, Known, Revision, StoreError, Stored, TXN, end_of,

@@ -13,6 +13,12 @@
 //! * **No loops.** A packet that was spilled goes straight to a worker of the other region, and no ingress host sees it
 //!   again. What could go round is the decision: so nobody spills to a region that spills itself.
 //! * **Residency** is not decided here but enforced by `compile`, whatever is decided here.
+//!
+//! Decisions are shares in steps, so noise in measured capacity changes no share and no table. Demand follows from
+//! the load and the share that is away; it bounds how much is moved, and the local load alone decides the direction.
+//! Several regions may use the same free capacity: each takes a part of it, up to the middle between the thresholds,
+//! and returns a part when it was too much. Property tests assert that constant input comes to rest, and that a
+//! closed loop of up to four regions with a lag of up to three seconds does.
 
 mod spill;
 mod votes;

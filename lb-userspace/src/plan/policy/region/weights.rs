@@ -2,6 +2,9 @@
 //!
 //! Input: backends with weight, place and version, and a [`RegionShares`]. Output: weights, and who takes flows. Pure and
 //! exact on every host: the same shares give the same weights. Called by `compile`.
+//!
+//! A spill moves its own share of the slots and about a tenth of that more; when it ends every slot is back where it
+//! was.
 
 use crate::desired::model::{Locality, Name, RegionShares, Share, WHOLE};
 use std::collections::BTreeMap;
