@@ -93,11 +93,11 @@ impl Default for Key {
 }
 
 /// A packet's ids begin with this bit where its header is long.
-const LONG: u8 = 0x80;
+pub(crate) const LONG: u8 = 0x80;
 /// Config id that no config has: not routable.
 const UNROUTABLE: u8 = 7;
 /// Bytes that are read of a connection id: its first, server id and nonce.
-const ID_MAX: usize = 20;
+pub(crate) const ID_MAX: usize = 20;
 
 /// Decides a packet's fate and carries it out on the frame.
 #[inline(always)]
@@ -162,7 +162,7 @@ fn byte(packet: &Packet, at: usize) -> Option<u8> {
 
 /// Backend that a datagram's connection id names.
 #[inline(always)]
-fn route<T: Tables + QuicTables>(
+pub(crate) fn route<T: Tables + QuicTables>(
     packet: &Packet,
     tables: &T,
     service: u32,
@@ -262,20 +262,6 @@ pub fn decode(word: u64) -> Result<u32, Reason> {
         _ if word == u64::MAX - 2 => Err(Reason::QuicUnknownId),
         _ => Err(Reason::BrokenTable),
     }
-}
-
-/// Backend that a connection id of a service names, or why it names none: for those who have the id and no packet.
-#[cfg(not(target_arch = "bpf"))]
-pub fn route_id<T: Tables + QuicTables>(tables: &T, service: u32, id: &[u8]) -> Result<u32, Reason> {
-    // A byte before the datagram, and a long header, which says how long the id is.
-    let mut bytes = [0; 7 + 255 + ID_MAX];
-    let Some(place) = bytes.get_mut(7..7 + id.len()).filter(|_| id.len() < 256) else {
-        return Err(Reason::QuicTruncated);
-    };
-    place.copy_from_slice(id);
-    (bytes[1], bytes[6]) = (LONG, id.len() as u8);
-    let frame = crate::native::VecFrame::new(&bytes);
-    route(&frame.packet(), tables, service, 1, bytes.len() - 1)
 }
 
 /// All ones where `i` is below `n`, else zero; without a branch, of which the verifier would walk both ways.

@@ -3,7 +3,7 @@
 use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::Live};
 use crate::desired::model::{from_hex, to_hex};
 use lb_common::{Reason, ServiceView, quic::TOGETHER_MAX};
-use lb_ebpf::{Tables, quic::route_id, select::hash::flow_hash};
+use lb_ebpf::{Tables, native::route_id, select::hash::flow_hash};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
