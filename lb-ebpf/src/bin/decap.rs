@@ -20,7 +20,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     Frame, Verdict,
-    kernel::{Settings, XdpFrame, global},
+    kernel::global,
     worker::{
         cookie::{self, Cookie, Listeners, Syn, TCP_MAX, is_syn},
         decap::{DecapTables, process},
@@ -43,17 +43,7 @@ static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 #[map]
 static ABI: Array<u32> = Array::with_max_entries(1, 0);
 
-/// The settings of this object.
-struct Own;
-
-impl Settings for Own {
-    #[inline(always)]
-    fn kernel() -> u32 {
-        global(&SETTINGS).kernel
-    }
-}
-
-type Xdp<'a> = XdpFrame<'a, Own>;
+lb_ebpf::settings_of!(SETTINGS);
 
 /// The maps of this object.
 struct Maps;

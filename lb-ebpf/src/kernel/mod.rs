@@ -458,6 +458,25 @@ pub fn action(verdict: Verdict, egress: &DevMapHash) -> Result<u32, Reason> {
     }
 }
 
+/// The type of an XDP frame of this object, whose settings are this global.
+#[macro_export]
+macro_rules! settings_of {
+    ($settings:ident) => {
+        /// The settings of this object.
+        pub struct Own;
+
+        impl $crate::kernel::Settings for Own {
+            #[inline(always)]
+            fn kernel() -> u32 {
+                $crate::kernel::global(&$settings).kernel
+            }
+        }
+
+        /// A frame of this object.
+        type Xdp<'a> = $crate::kernel::XdpFrame<'a, Own>;
+    };
+}
+
 /// What every object ends with: its licence, and the panic handler that the language asks for.
 #[macro_export]
 macro_rules! object {

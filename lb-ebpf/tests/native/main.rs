@@ -6,18 +6,19 @@ mod bodies;
 #[path = "../../../tests/packet/src/build.rs"]
 #[allow(dead_code, reason = "the packet tests use the rest")]
 mod build;
-mod chance;
 mod choose;
+mod fast_path;
 mod flood;
 mod hostile;
 mod hostile_stages;
 mod keep;
 mod nat;
-mod place;
-mod quick;
+mod passive;
+mod scheduler;
+mod second_chance;
 #[path = "../../../tests/packet/src/seeds.rs"]
 mod seeds;
-mod signs;
+mod syn_cache;
 mod too_big;
 mod worker;
 mod world;

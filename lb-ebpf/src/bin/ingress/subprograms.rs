@@ -1,0 +1,233 @@
+//! Global functions of the ingress object: the verifier walks each of them once, by itself, and carries nothing that
+//! it learned there on to the callers.
+
+use crate::{
+    Xdp,
+    maps::{NETWORK, PRESSURE, PRIMARIES, SECONDARIES, SERVICES, SETTINGS},
+    tables::{Line, Maps, note_state, view_at, word},
+};
+use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
+use lb_common::{Reason, Slot, VipKey, limit::FULL_S, note};
+use lb_ebpf::{
+    FlowTable, Tables,
+    guard::{self, limit, martian},
+    kernel::global,
+    packet::{
+        network::{self, Network},
+        parse::parse,
+    },
+    quic,
+    select::{
+        others::{NONE, others_of},
+        scheduler::{Place, encode, lesser, place_new},
+        service, syn_cache,
+    },
+};
+
+/// [`guard::is_denied`]. A global function: verified once, by itself, and what it found out about the source is not
+/// carried on.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn guard_source(a: u32, b: u32, c: u32, d: u32) -> u32 {
+    guard::is_denied(&Maps, [a, b, c, d]) as u32
+}
+
+/// [`limit::admit`] for the view whose table begins at `slot_base`: 0 if the flow may begin, 1 if its source has had its
+/// share, 2 if the service has. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) -> u32 {
+    let Some(entry) = SERVICES.get(service) else { return 0 };
+    let view = view_at(entry, slot_base);
+    let source = [(high >> 32) as u32, high as u32, (low >> 32) as u32, low as u32];
+    match limit::admit(&Maps, service, view, source) {
+        None => 0,
+        Some(Reason::RateSource) => 1,
+        Some(_) => 2,
+    }
+}
+
+/// Whether a table may take one more flow of a service. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
+    const SYNS: u32 = FlowTable::Syns as u32;
+    const UDP: u32 = FlowTable::UdpFlows as u32;
+    let Some(pressure) = PRESSURE.get_ptr_mut(service) else { return 0 };
+    // SAFETY: this CPU's own, and programs do not preempt each other.
+    let pressure = unsafe { &mut *pressure };
+    let settings = global(&SETTINGS);
+    let full_s = pressure.full_s[(table == UDP) as usize];
+    if full_s != 0 && now_s.saturating_sub(full_s) < FULL_S {
+        return 0;
+    }
+    let is_admitted = match table {
+        SYNS => pressure.syns.admit(now_s, settings.syns_per_s),
+        UDP => pressure.udp.admit(now_s, settings.udp_per_s),
+        _ => pressure.flows.trickle(now_s, settings.flows_per_s),
+    };
+    is_admitted as u32
+}
+
+/// What the next two functions found, in `NETWORK`, or the reason that their answer stands for.
+#[inline(always)]
+pub fn parsed(answer: u32) -> Result<&'static mut Network, Reason> {
+    // LLVM knows which reasons the functions give, and leaves out the table's bounds check, of which the verifier lives.
+    let answer = core::hint::black_box(answer);
+    if answer != PARSED {
+        return Err(Reason::of(answer).unwrap_or(Reason::Truncated));
+    }
+    let network = NETWORK.get_ptr_mut(0).ok_or(Reason::BrokenTable)?;
+    // SAFETY: this CPU's own, and programs do not preempt each other. It holds a whole one since the first packet, and
+    // held zeros before, which are one as well.
+    Ok(unsafe { &mut *network })
+}
+
+/// The answer of the next two functions where they refuse nothing.
+const PARSED: u32 = u32::MAX;
+
+/// [`network::parse_network`] into `NETWORK`. A global function: verified once, by itself. Of what lies in a map the
+/// verifier knows nothing, so the rest is walked once, and not for each form of headers.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn parse_frame(ctx: *mut xdp_md) -> u32 {
+    let ctx = XdpContext::new(ctx);
+    let place = match parsed(PARSED) {
+        Ok(place) => place,
+        Err(reason) => return reason as u32,
+    };
+    match network::parse_network(&Xdp::new(&ctx), global(&SETTINGS), place) {
+        Ok(()) => PARSED,
+        Err(reason) => reason as u32,
+    }
+}
+
+/// [`parse`] into `NETWORK`. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn parse_headers(ctx: *mut xdp_md) -> u32 {
+    let ctx = XdpContext::new(ctx);
+    let place = match parsed(PARSED) {
+        Ok(place) => place,
+        Err(reason) => return reason as u32,
+    };
+    match parse(&Xdp::new(&ctx), global(&SETTINGS)) {
+        Ok(headers) => {
+            place.headers = headers;
+            PARSED
+        }
+        Err(reason) => reason as u32,
+    }
+}
+
+/// Whether an address, as two words, is a VIP. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn is_vip(first: u64, second: u64) -> u32 {
+    Maps.vip(&VipKey { vip: zerocopy::transmute!([first, second]) }).is_some() as u32
+}
+
+/// [`martian::fault`]. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn source_fault(a: u32, b: u32, c: u32, d: u32) -> u32 {
+    martian::encode(martian::fault(&Maps, [a, b, c, d]))
+}
+
+/// [`service::find`] for a port (low half) and protocol. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn find_service(first: u64, second: u64, port_protocol: u32) -> u64 {
+    let (port, protocol) = (port_protocol as u16, (port_protocol >> 16) as u8);
+    service::encode(service::find(&Maps, [first, second], port, protocol))
+}
+
+/// [`note::mark`] under this host's key. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn flow_mark(first: u64, second: u64, third: u64) -> u64 {
+    note::mark(note_state().map_or([0; 2], |state| state.key), [first, second, third])
+}
+
+/// [`place_new`] for the view whose table begins at `slot_base`. A global function: verified once, by itself.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u32) -> u64 {
+    let Some(entry) = SERVICES.get(service) else { return u64::MAX };
+    let view = view_at(entry, slot_base);
+    let at = slot_base.wrapping_add(number);
+    let (Some(primary), Some(secondary)) = (word(&PRIMARIES, at), word(&SECONDARIES, at)) else {
+        return u64::MAX;
+    };
+    encode(place_new(&Maps, service, view, Place { slot: Slot { primary, secondary }, number }, now_s))
+}
+
+/// [`others_of`] for the view whose table begins at `slot_base`. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn others_in(service: u32, slot_base: u32, number: u32, chosen: u32) -> u64 {
+    let Some(entry) = SERVICES.get(service) else { return NONE };
+    let view = view_at(entry, slot_base);
+    others_of(&Maps, service, view, number, chosen)
+}
+
+/// [`lesser`]. A global function too: its caller is a loop.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u64 {
+    lesser(&Maps, service, at, best, now_s)
+}
+
+/// [`quic::read_id`] of the id in `QUIC_WORK`. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn read_quic_id(service: u32, key: u32) -> u64 {
+    quic::encode(quic::read_id(&Maps, service, key))
+}
+
+/// Sets a flow's bit in the flow filter: [`syn_cache::expect`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn expect_flow(mark: u64) -> u32 {
+    let (Some(state), Some(line)) = (note_state(), Line::of(mark)) else { return 0 };
+    // SAFETY: the entry stays mapped during the run; lbd stores the word in one piece.
+    syn_cache::expect(&line, unsafe { core::ptr::read_volatile(&state.generation) }, mark);
+    1
+}
+
+/// Whether the table of flows may hold a flow: [`syn_cache::may_hold`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn may_have_flow(mark: u64) -> u32 {
+    if note_state().is_none_or(|state| state.armed == 0) {
+        return 1;
+    }
+    let Some(line) = Line::of(mark) else { return 1 };
+    syn_cache::may_hold(&line, mark) as u32
+}
+
+/// Where a recent SYN was placed: [`syn_cache::find`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn noted_syn(mark: u64, now_s: u32) -> u64 {
+    let Some(line) = Line::of(mark) else { return syn_cache::NOT_FOUND };
+    syn_cache::find(&line, mark, now_s)
+}
+
+/// Writes where a SYN is placed: [`syn_cache::insert`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn note_syn(mark: u64, backend: u32, sequence: u32, now_s: u32) -> u32 {
+    let Some(line) = Line::of(mark) else { return 0 };
+    syn_cache::insert(&line, mark, backend, sequence, now_s);
+    1
+}
+
+/// Removes a SYN's entry: [`syn_cache::forget`].
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn forget_syn(mark: u64) -> u32 {
+    let Some(line) = Line::of(mark) else { return 0 };
+    syn_cache::forget(&line, mark);
+    1
+}
