@@ -33,7 +33,7 @@ use crate::{
     dataplane::{AttachOptions, Carried, Dataplane, Kernel, Limits, ON_DEMAND, Takeover, loaded_features},
     health::{Checker, Tunnel, prober_through},
     metrics,
-    model::{Desired, Health, Here},
+    model::{BackendId, Desired, Health, Here},
     neighbour::Resolver,
     offloads,
     reconcile::{Event, Reconciler, start_sweeper},
@@ -187,7 +187,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out).with_signs(signs);
     let (watched, locally) = (store.watch(), local.clone());
     parts.add("health checks", own_thread::own_thread("health", move || checker.run(watched, locally)));
-    parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
+    parts.add("verdicts", forward(verdicts, events.clone(), verdict));
     let (said_out, said) = mpsc::channel(EVENTS);
     let watcher = Watcher::new(replicas, settings.probes, prober, said_out, scores);
     parts.add("replica state", ended_ok(watcher.run(store.watch(), local.clone())));
@@ -545,6 +545,10 @@ async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Ve
     {
         tracing::error!(%error, "the reconciler's memory cannot be saved");
     }
+}
+
+fn verdict((id, health): (BackendId, Health)) -> Event {
+    Event::Health { id, health, at: clock::boot() }
 }
 
 /// When a file's services become the desired state.
