@@ -83,7 +83,7 @@ impl Tunnel {
         };
         self
     }
-    fn is_martian(self) -> Case {
+    fn drops_martian(self) -> Case {
         self.drops(Reason::MartianSource)
     }
     fn marked(mut self, inside: u8, outside: u8, delivered: u8) -> Self {
@@ -370,36 +370,36 @@ cases! {
     vlan_off: ipip(tcp(V4, ACK), V4).vlan(Vlan::One).case().on(no_vlan()).passes(Reason::VlanOff);
     vlan_off_untagged_works: ipip(tcp(V4, ACK), V4).arrives().on(no_vlan());
     source_of_a_client: ipip(Packet { source: (CLIENT4, 1), ..tcp(V4, ACK) }, V6).arrives();
-    source_loopback_ipip_v4: ipip(tcp(V4, ACK), V6).from("127.0.0.1").is_martian();
-    source_loopback_gue_v4: gue(tcp(V4, ACK), V4).from("127.0.0.1").is_martian();
-    source_loopback_last_ipip_v4: ipip(tcp(V4, ACK), V4).from("127.255.255.255").is_martian();
-    source_loopback_last_gue_v4: gue(tcp(V4, ACK), V6).from("127.255.255.255").is_martian();
-    source_unspecified_ipip_v4: ipip(tcp(V4, ACK), V6).from("0.0.0.0").is_martian();
-    source_unspecified_gue_v4: gue(tcp(V4, ACK), V4).from("0.0.0.0").is_martian();
-    source_this_network_ipip_v4: ipip(tcp(V4, ACK), V4).from("0.1.2.3").is_martian();
-    source_this_network_gue_v4: gue(tcp(V4, ACK), V6).from("0.1.2.3").is_martian();
-    source_multicast_ipip_v4: ipip(tcp(V4, ACK), V6).from("224.0.0.1").is_martian();
-    source_multicast_gue_v4: gue(tcp(V4, ACK), V4).from("224.0.0.1").is_martian();
-    source_multicast_last_ipip_v4: ipip(tcp(V4, ACK), V4).from("239.255.255.255").is_martian();
-    source_multicast_last_gue_v4: gue(tcp(V4, ACK), V6).from("239.255.255.255").is_martian();
-    source_reserved_ipip_v4: ipip(tcp(V4, ACK), V6).from("240.0.0.1").is_martian();
-    source_reserved_gue_v4: gue(tcp(V4, ACK), V4).from("240.0.0.1").is_martian();
-    source_broadcast_ipip_v4: ipip(tcp(V4, ACK), V4).from("255.255.255.255").is_martian();
-    source_broadcast_gue_v4: gue(tcp(V4, ACK), V6).from("255.255.255.255").is_martian();
-    source_loopback_ipip_v6: ipip(tcp(V6, ACK), V6).from("::1").is_martian();
-    source_loopback_gue_v6: gue(tcp(V6, ACK), V4).from("::1").is_martian();
-    source_unspecified_ipip_v6: ipip(tcp(V6, ACK), V4).from("::").is_martian();
-    source_unspecified_gue_v6: gue(tcp(V6, ACK), V6).from("::").is_martian();
-    source_compatible_ipip_v6: ipip(tcp(V6, ACK), V6).from("::192.0.2.9").is_martian();
-    source_compatible_gue_v6: gue(tcp(V6, ACK), V4).from("::192.0.2.9").is_martian();
-    source_multicast_ipip_v6: ipip(tcp(V6, ACK), V4).from("ff02::1").is_martian();
-    source_multicast_gue_v6: gue(tcp(V6, ACK), V6).from("ff02::1").is_martian();
-    source_multicast_global_ipip_v6: ipip(tcp(V6, ACK), V6).from("ff0e::1:2").is_martian();
-    source_multicast_global_gue_v6: gue(tcp(V6, ACK), V4).from("ff0e::1:2").is_martian();
-    source_mapped_loopback_ipip_v6: ipip(tcp(V6, ACK), V4).from("::ffff:127.0.0.1").is_martian();
-    source_mapped_loopback_gue_v6: gue(tcp(V6, ACK), V6).from("::ffff:127.0.0.1").is_martian();
-    source_mapped_ipip_v6: ipip(tcp(V6, ACK), V6).from("::ffff:192.0.2.9").is_martian();
-    source_mapped_gue_v6: gue(tcp(V6, ACK), V4).from("::ffff:192.0.2.9").is_martian();
+    source_loopback_ipip_v4: ipip(tcp(V4, ACK), V6).from("127.0.0.1").drops_martian();
+    source_loopback_gue_v4: gue(tcp(V4, ACK), V4).from("127.0.0.1").drops_martian();
+    source_loopback_last_ipip_v4: ipip(tcp(V4, ACK), V4).from("127.255.255.255").drops_martian();
+    source_loopback_last_gue_v4: gue(tcp(V4, ACK), V6).from("127.255.255.255").drops_martian();
+    source_unspecified_ipip_v4: ipip(tcp(V4, ACK), V6).from("0.0.0.0").drops_martian();
+    source_unspecified_gue_v4: gue(tcp(V4, ACK), V4).from("0.0.0.0").drops_martian();
+    source_this_network_ipip_v4: ipip(tcp(V4, ACK), V4).from("0.1.2.3").drops_martian();
+    source_this_network_gue_v4: gue(tcp(V4, ACK), V6).from("0.1.2.3").drops_martian();
+    source_multicast_ipip_v4: ipip(tcp(V4, ACK), V6).from("224.0.0.1").drops_martian();
+    source_multicast_gue_v4: gue(tcp(V4, ACK), V4).from("224.0.0.1").drops_martian();
+    source_multicast_last_ipip_v4: ipip(tcp(V4, ACK), V4).from("239.255.255.255").drops_martian();
+    source_multicast_last_gue_v4: gue(tcp(V4, ACK), V6).from("239.255.255.255").drops_martian();
+    source_reserved_ipip_v4: ipip(tcp(V4, ACK), V6).from("240.0.0.1").drops_martian();
+    source_reserved_gue_v4: gue(tcp(V4, ACK), V4).from("240.0.0.1").drops_martian();
+    source_broadcast_ipip_v4: ipip(tcp(V4, ACK), V4).from("255.255.255.255").drops_martian();
+    source_broadcast_gue_v4: gue(tcp(V4, ACK), V6).from("255.255.255.255").drops_martian();
+    source_loopback_ipip_v6: ipip(tcp(V6, ACK), V6).from("::1").drops_martian();
+    source_loopback_gue_v6: gue(tcp(V6, ACK), V4).from("::1").drops_martian();
+    source_unspecified_ipip_v6: ipip(tcp(V6, ACK), V4).from("::").drops_martian();
+    source_unspecified_gue_v6: gue(tcp(V6, ACK), V6).from("::").drops_martian();
+    source_compatible_ipip_v6: ipip(tcp(V6, ACK), V6).from("::192.0.2.9").drops_martian();
+    source_compatible_gue_v6: gue(tcp(V6, ACK), V4).from("::192.0.2.9").drops_martian();
+    source_multicast_ipip_v6: ipip(tcp(V6, ACK), V4).from("ff02::1").drops_martian();
+    source_multicast_gue_v6: gue(tcp(V6, ACK), V6).from("ff02::1").drops_martian();
+    source_multicast_global_ipip_v6: ipip(tcp(V6, ACK), V6).from("ff0e::1:2").drops_martian();
+    source_multicast_global_gue_v6: gue(tcp(V6, ACK), V4).from("ff0e::1:2").drops_martian();
+    source_mapped_loopback_ipip_v6: ipip(tcp(V6, ACK), V4).from("::ffff:127.0.0.1").drops_martian();
+    source_mapped_loopback_gue_v6: gue(tcp(V6, ACK), V6).from("::ffff:127.0.0.1").drops_martian();
+    source_mapped_ipip_v6: ipip(tcp(V6, ACK), V6).from("::ffff:192.0.2.9").drops_martian();
+    source_mapped_gue_v6: gue(tcp(V6, ACK), V4).from("::ffff:192.0.2.9").drops_martian();
     source_its_own_vip_ipip_v4: own(ipip(tcp(V4, ACK), V4), VIP4).drops(Reason::OwnSource);
     source_another_vip_ipip_v4: own(ipip(udp(V4), V6), OTHER4).drops(Reason::OwnSource);
     source_its_own_vip_ipip_v6: own(ipip(tcp(V6, ACK), V6), VIP6).drops(Reason::OwnSource);
