@@ -1,11 +1,11 @@
 //! A worker's whole way.
 //!
 //! Promises: what is passed undelivered is unchanged; what is delivered is the inner packet with one
-//! hop less, a right checksum if it had one, and nothing else changed; each packet has exactly one
-//! reason.
+//! hop less, a right checksum if it had one, and nothing else changed; what is delivered or sent on can have been sent;
+//! each packet has exactly one reason.
 
 use super::{l2_len, sum, v4, v6};
-use lb_common::{Reason, reason::Fate, settings::DecapSettings};
+use lb_common::{Reason, Vip, VipKey, reason::Fate, settings::DecapSettings};
 use lb_ebpf::{
     Verdict,
     native::{HashTables, VecFrame},
@@ -16,7 +16,11 @@ use lb_ebpf::{
 pub fn world() -> HashTables {
     let mut tables = HashTables::default();
     tables.decap_addresses.extend([v4(10, 1, 0, 1), v6(1, 1)]);
-    tables.decap_vips.extend([v4(192, 0, 2, 1), v6(0, 1)]);
+    for vip in [v4(192, 0, 2, 1), v6(0, 1)] {
+        tables.decap_vips.insert(vip);
+        // For `cannot_be`; a worker does not look there.
+        tables.vips.insert(VipKey { vip }, Vip::EMPTY);
+    }
     tables
 }
 
@@ -35,10 +39,12 @@ pub fn check(data: &[u8]) {
         (Reason::DecapIpip | Reason::DecapGue, _) => {
             assert_eq!(verdict, Verdict::Pass);
             delivered(data, &after);
+            assert!(!super::cannot_be(&tables, &after), "delivered, though nobody can have sent it");
         }
         (Reason::ChanceSentOn, _) => {
             assert_eq!(verdict, Verdict::Transmit, "without a FIB it goes back to the router");
-            sent_on(data, &after);
+            let inner = sent_on(data, &after);
+            assert!(!super::cannot_be(&tables, &inner), "sent on, though nobody can have sent it");
         }
         (_, Fate::Pass) => {
             assert_eq!(verdict, Verdict::Pass);
@@ -50,8 +56,8 @@ pub fn check(data: &[u8]) {
 }
 
 /// Sent on: as long as before, one hop older, from this worker, and with one address less to visit. Only then may
-/// it go round no more than the format allows.
-fn sent_on(before: &[u8], after: &[u8]) {
+/// it go round no more than the format allows. Returns what is inside, as a frame.
+fn sent_on(before: &[u8], after: &[u8]) -> Vec<u8> {
     assert_eq!(before.len(), after.len());
     let l2_len = l2_len(before);
     assert_eq!((&before[..6], &before[6..12]), (&after[6..12], &after[..6]), "back to whoever brought it");
@@ -72,6 +78,8 @@ fn sent_on(before: &[u8], after: &[u8]) {
     if size == 4 && sum(&old[..header_len]) == 0xffff {
         assert_eq!(sum(&new[..header_len]), 0xffff, "outer checksum");
     }
+    let kind = if new[end] >> 4 == 6 { [0x86, 0xdd] } else { [8, 0] };
+    [&[0; 12][..], &kind, &new[end..]].concat()
 }
 
 fn delivered(before: &[u8], after: &[u8]) {

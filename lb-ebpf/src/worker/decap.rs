@@ -2,17 +2,19 @@
 //! VIP on `lo` and answers the client directly (DSR).
 //!
 //! Strict: the outer destination must be one of this worker's addresses, the inner one a VIP served
-//! here. What carries the backends that may have its flow instead goes on to those if it has no socket here (`chance`).
+//! here, and the inner source an address from which a host can have sent: whoever can reach a worker past the ingress hosts
+//! can write any inner header, and the stack answers a VIP of its own on its loopback, without end. What carries the backends that may have its flow instead goes on to those if it has no socket here (`chance`).
 //! As a router would, it decrements the inner TTL and carries a congestion mark over (RFC 6040).
 //! Called by `bin/decap.rs` in the kernel and by tests and fuzzers natively.
 
 use crate::{
     Frame, Packet, Verdict,
     forward::GUE_OVERHEAD,
+    guard::martian,
     packet::{
         csum,
         fib::Fib,
-        parse::{ETH_IPV4, ETH_IPV6, ETHERNET, VLAN_TAG, address, mapped, parse_ethernet},
+        parse::{self, ETH_IPV4, ETH_IPV6, ETHERNET, VLAN_TAG, address, mapped, pair, parse_ethernet},
         wire::{Gue, Ipv4, Ipv6, Macs, Udp},
     },
     second_chance::{
@@ -176,7 +178,7 @@ fn check_inner<T: DecapTables>(
     protocol: u8,
     inner: usize,
 ) -> Result<(), Reason> {
-    let (is_whole, vip) = if protocol == PROTOCOL_IPV4 {
+    let (is_whole, vip, source) = if protocol == PROTOCOL_IPV4 {
         let ip: Ipv4 = packet.read(inner).ok_or(Reason::DecapBadInner)?;
         let header_len = ((ip.version_len & 0x0f) as usize) * 4;
         let len = u16::from_be(ip.total_len) as usize;
@@ -184,17 +186,36 @@ fn check_inner<T: DecapTables>(
             && header_len >= 20
             && len >= header_len
             && len <= inner_room(outer, inner);
-        (is_whole, mapped(ip.destination))
+        (is_whole, mapped(ip.destination), mapped(ip.source))
     } else {
         let ip: Ipv6 = packet.read(inner).ok_or(Reason::DecapBadInner)?;
         let len = u16::from_be(ip.payload_len) as usize + 40;
         let is_whole = u32::from_be(ip.version_class_label) >> 28 == 6 && len <= inner_room(outer, inner);
-        (is_whole, ip.destination)
+        (is_whole, ip.destination, ip.source)
     };
     if !is_whole {
         return Err(Reason::DecapBadInner);
     }
-    if tables.is_served(&address(vip)) { Ok(()) } else { Err(Reason::DecapNotVip) }
+    if !tables.is_served(&address(vip)) {
+        return Err(Reason::DecapNotVip);
+    }
+    check_source(tables, source, protocol == PROTOCOL_IPV6)
+}
+
+/// Drops what no client can have sent ([`martian`]), and what a VIP served here cannot have sent to itself or another.
+/// Clients on this worker's own network, other workers, and private addresses are like any other.
+#[inline(always)]
+fn check_source<T: DecapTables>(tables: &T, source: [u32; 4], is_ipv6: bool) -> Result<(), Reason> {
+    let is_martian = if is_ipv6 {
+        let words = [pair(source[0], source[1]), pair(source[2], source[3])];
+        martian::is_martian_v6(words) | parse::is_mapped(&source)
+    } else {
+        martian::is_martian_v4(source[3])
+    };
+    if is_martian {
+        return Err(Reason::MartianSource);
+    }
+    if tables.is_served(&address(source)) { Err(Reason::OwnSource) } else { Ok(()) }
 }
 
 #[inline(always)]
@@ -310,6 +331,7 @@ fn receive_ipv4<T: DecapTables>(
     if !tables.is_served(&address(mapped(ip.destination))) {
         return Err(Reason::DecapNotVip);
     }
+    check_source(tables, mapped(ip.source), false)?;
     if ip.ttl <= 1 {
         return Err(Reason::DecapTtl);
     }
@@ -337,6 +359,7 @@ fn receive_ipv6<T: DecapTables>(
     if !tables.is_served(&address(ip.destination)) {
         return Err(Reason::DecapNotVip);
     }
+    check_source(tables, ip.source, true)?;
     if ip.hop_limit <= 1 {
         return Err(Reason::DecapTtl);
     }

@@ -239,6 +239,22 @@ fn what_is_forged_is_named_and_goes_nowhere() {
     let vip = 14 + 20 + 24 + 16;
     bytes[vip] = 9;
     assert_eq!(receive(1, &bytes, false).1, Reason::DecapNotVip);
+    // Nor for what nobody can have sent: it is not sent on either.
+    for (source, expect) in [
+        ([127, 0, 0, 1], Reason::MartianSource),
+        ([0, 0, 0, 0], Reason::MartianSource),
+        ([224, 0, 0, 1], Reason::MartianSource),
+        ([255, 255, 255, 255], Reason::MartianSource),
+    ] {
+        let mut bytes = forged(1, 0, 1, a, zero);
+        bytes[vip - 4..vip].copy_from_slice(&source);
+        let (verdict, reason, counts, after) = receive(1, &bytes, false);
+        assert_eq!((verdict, reason, counts), (Verdict::Drop, expect, vec![(expect, 1)]));
+        assert_eq!(after, bytes, "unchanged");
+    }
+    let mut bytes = forged(1, 0, 1, a, zero);
+    bytes.copy_within(vip..vip + 4, vip - 4);
+    assert_eq!(receive(1, &bytes, false).1, Reason::OwnSource);
     // A length that fits no chain, and one cut short.
     let mut bytes = forged(1, 0, 1, a, zero);
     bytes[14 + 28] = 4;

@@ -91,6 +91,7 @@ fn plus(a: BackendStats, b: BackendStats) -> BackendStats {
 fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
     let mut snapshot =
         Snapshot { applied: applied(&published.applied, published.error.clone()), ..Snapshot::default() };
+    snapshot.verdict_lags = published.verdict_lags.clone();
     let mut backends = 0;
     for (name, s) in &published.services {
         let flood = published.sweep.floods.get(&s.index).copied().unwrap_or_default();

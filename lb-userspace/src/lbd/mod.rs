@@ -34,7 +34,7 @@ use crate::{
     clock,
     desired::{
         config::{File, OnStop, Options, Settings, SettingsError, export},
-        model::{Desired, Health, Locality},
+        model::{BackendId, Desired, Health, Locality},
         store::{Local, LocalFile, Opener, Store, Stored, since},
     },
     observed::{
@@ -200,7 +200,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let checker = Checker::new(book, settings.probes, prober.clone(), verdicts_out).with_passive(signs);
     let (watched, locally) = (store.watch(), local.clone());
     parts.add("health checks", own_thread::own_thread("health", move || checker.run(watched, locally)));
-    parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
+    parts.add("verdicts", forward(verdicts, events.clone(), verdict));
     let (said_out, said) = mpsc::channel(EVENTS);
     let watcher = Watcher::new(replicas, settings.probes, prober, said_out, scores);
     parts.add("replica state", ended_ok(watcher.run(store.watch(), local.clone())));
@@ -558,6 +558,10 @@ async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Ve
     {
         tracing::error!(%error, "the reconciler's memory cannot be saved");
     }
+}
+
+fn verdict((id, health): (BackendId, Health)) -> Event {
+    Event::Health { id, health, at: clock::boot() }
 }
 
 /// When a file's services become the desired state.

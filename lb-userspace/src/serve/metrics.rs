@@ -4,6 +4,7 @@
 //! address. Served over HTTP at `/metrics`. Called by the daemon and by `lbd worker`.
 
 use crate::{
+    apply::reconcile::Lags,
     clock,
     desired::model::Health,
     serve::api::{Control, Engine},
@@ -170,6 +171,11 @@ impl Encoder<'_> {
         Ok(())
     }
 
+    fn histogram(&mut self, name: &str, help: &str, lags: &Lags) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
+        family.encode_histogram::<NoLabelSet>(lags.sum_s(), lags.count(), &lags.classes(), None)
+    }
+
     fn gauge(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
         self.0.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
     }
@@ -242,6 +248,11 @@ impl Scrape {
             "lb_control_apply_duration_seconds",
             "From the last change's arrival to the maps written",
             took,
+        )?;
+        out.histogram(
+            "lb_control_verdict_lag_seconds",
+            "From a health verdict to the maps that show it",
+            &snapshot.verdict_lags,
         )?;
         let room = |value: fn(&crate::serve::api::types::Room) -> u64| {
             let all = snapshot.room.iter();

@@ -35,6 +35,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_control_applied_revision", &[]),
     ("lb_control_apply_failed", &[]),
     ("lb_control_apply_duration_seconds", &[]),
+    ("lb_control_verdict_lag_seconds", &["le"]),
     ("lb_map_entries", &["map"]),
     ("lb_map_limit_entries", &["map"]),
     ("lb_guard_entries", &["list"]),
@@ -132,7 +133,9 @@ fn families(text: &str) -> Vec<Family> {
     let mut found: Vec<Family> = Vec::new();
     let mut kinds = BTreeMap::new();
     for line in text.lines() {
-        let plain = |name: &str| name.strip_suffix("_total").unwrap_or(name).to_owned();
+        let ends = ["_total", "_bucket"];
+        let plain =
+            |name: &str| ends.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name).to_owned();
         if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
             let help = help.trim_end_matches('.').to_owned();
             found.push(Family { name: plain(name), kind: String::new(), help, labels: None });

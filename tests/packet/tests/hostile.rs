@@ -263,6 +263,9 @@ fn decap_does_in_the_kernel_what_it_does_natively() {
         }
     }
     println!("{:?}", tables.counts());
+    for reason in [Reason::MartianSource, Reason::OwnSource] {
+        assert_ne!(decap.count(reason), 0, "no packet was {reason:?}");
+    }
     let of_decap = Reason::ALL.iter().skip_while(|r| **r != Reason::DecapIpip);
     for reason in of_decap.take_while(|r| **r != Reason::GuardDenied) {
         // No socket is here, and no listener to give a cookie: see `chance` among the native tests, and `cookie`.

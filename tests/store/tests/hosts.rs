@@ -188,11 +188,168 @@ async fn a_store_that_was_set_back_is_not_followed_unless_told_to() -> Result<()
     ensure!(one.head().revision.number == 2);
     let error = refusal(one.commit(commit(2, state(&[]))).await)?;
     ensure!(error.contains("lbctl store accept 1"), "{error}");
+    // Accepted is what was shown, whether it is taken before or after it is replaced; what replaces it is not.
+    one.accept(1)?;
+    bed.cluster.etcdctl(&["put", "lb/head", "1 1111111111111111"])?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    ensure!(!connected(&one), "another head than the accepted one was taken");
+    ensure!(one.link().borrow().set_back == Some(1), "the new head is not shown");
     bed.cluster.etcdctl(&["put", "lb/head", &format!("2 {nonce}")])?;
     eventually("it is connected", || connected(&one)).await?;
     let refused = refusal(one.accept(1))?;
     ensure!(refused.contains("nothing to accept"), "what is over can be accepted: {refused}");
     one.commit(commit(2, state(&[]))).await?;
+    Ok(())
+}
+
+impl Bed {
+    fn record(&self, number: u64) -> Result<serde_json::Value> {
+        let key = format!("lb/revisions/{number:020}");
+        let value = self.cluster.etcdctl(&["get", "--print-value-only", &key])?;
+        serde_json::from_str(value.trim()).with_context(|| format!("{key}: {value:?}"))
+    }
+
+    fn put(&self, key: &str, value: &str) -> Result<()> {
+        self.cluster.etcdctl(&["put", &format!("lb/{key}"), value]).map(drop)
+    }
+
+    /// The head that names a revision's own record.
+    fn head_of(&self, number: u64) -> Result<String> {
+        let record = self.record(number)?;
+        Ok(format!("{number} {}", record["nonce"].as_str().context("a nonce")?))
+    }
+}
+
+/// Nothing but the head changes: connected hosts notice, do not follow, and say what they found.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_that_changes_by_itself_is_noticed() -> Result<()> {
+    let bed = bed(1)?;
+    let (one, two) = (bed.host("one").await?, bed.host("two").await?);
+    for i in 0..3 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    eventually("two follows", || two.head().revision.number == 3).await?;
+    let (right, last) = (bed.head_of(3)?, one.head());
+    let cases = [
+        (bed.head_of(2)?, Some(2)),
+        ("3 ffffffffffffffff".to_owned(), Some(3)),
+        ("1 ffffffffffffffff".to_owned(), Some(1)),
+        // It names no record: nothing that could be accepted.
+        ("4 ffffffffffffffff".to_owned(), None),
+        ("9 ffffffffffffffff".to_owned(), None),
+        ("nonsense".to_owned(), None),
+    ];
+    for (head, set_back) in cases {
+        bed.put("head", &head)?;
+        let took = eventually(&head, || !connected(&one) && !connected(&two)).await?;
+        println!("{head}: noticed after {took:?}");
+        for host in [&one, &two] {
+            ensure!(host.link().borrow().set_back == set_back, "{head}: {:?}", host.link().borrow());
+            ensure!(host.head() == last, "{head} is followed");
+        }
+        bed.put("head", &right)?;
+        eventually("both are connected", || connected(&one) && connected(&two)).await?;
+    }
+    bed.cluster.etcdctl(&["del", "lb/head"])?;
+    eventually("no head", || !connected(&one) && !connected(&two)).await?;
+    ensure!(one.link().borrow().set_back == Some(0) && one.head() == last && two.head() == last);
+    bed.put("head", &right)?;
+    eventually("both are connected", || connected(&one) && connected(&two)).await?;
+    two.commit(commit(3, state(&[]))).await?;
+    eventually("one follows", || one.head() == two.head()).await.map(drop)
+}
+
+/// An accepted head is followed; another one that replaces it then is not, though nothing else changes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_replaces_an_accepted_head_must_be_accepted_anew() -> Result<()> {
+    let bed = bed(1)?;
+    let one = bed.host("one").await?;
+    for i in 0..3 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    let at = |n: u64| one.head().revision.number == n && connected(&one);
+    for number in [2, 1] {
+        bed.put("head", &bed.head_of(number)?)?;
+        eventually("it notices", || one.link().borrow().set_back == Some(number)).await?;
+        one.accept(number)?;
+        eventually("it follows, as it was told to", || at(number)).await?;
+    }
+    bed.put("head", "1 1111111111111111")?;
+    eventually("it notices", || one.link().borrow().set_back == Some(1)).await?;
+    // What it accepts names no record of that nonce.
+    one.accept(1)?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    ensure!(!connected(&one), "a head without its record was taken");
+    bed.put("head", &bed.head_of(1)?)?;
+    eventually("it is connected", || at(1)).await?;
+    // Set forward again: that is history which this host has not seen.
+    bed.put("head", &bed.head_of(3)?)?;
+    eventually("it follows", || at(3)).await.map(drop)
+}
+
+/// Records without a head are no revisions yet: an import that is going on, or was cut short.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_that_no_head_names_are_not_followed() -> Result<()> {
+    let bed = bed(1)?;
+    let (one, two) = (bed.host("one").await?, bed.host("two").await?);
+    let linked_since = |host: &EtcdStore| host.link().borrow().since_ms;
+    let since = (linked_since(&one), linked_since(&two));
+    for i in 0..2 {
+        one.commit(commit(i, state(&[("a", i as u16 + 1, &[1])]))).await?;
+    }
+    eventually("two follows", || two.head() == one.head()).await?;
+    let mut record = bed.record(2)?;
+    record["after"] = record["nonce"].clone();
+    record["nonce"] = "eeeeeeeeeeeeeeee".into();
+    bed.put("revisions/00000000000000000003", &record.to_string())?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    for host in [&one, &two] {
+        ensure!(host.head().revision.number == 2 && connected(host), "{:?}", host.link().borrow());
+    }
+    let committed = two.commit(commit(2, state(&[("b", 3, &[1])]))).await?;
+    eventually("one follows", || one.head() == committed).await?;
+    // Whoever writes its record to an older place changes history, and what is remembered of it is read anew.
+    let mut record = bed.record(2)?;
+    record["author"] = "somebody else".into();
+    record["nonce"] = "dddddddddddddddd".into();
+    bed.put("revisions/00000000000000000002", &record.to_string())?;
+    bed.put("head", &bed.head_of(3)?)?;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    ensure!(one.history(None, 10).await?.iter().any(|r| r.author == "somebody else"), "an old memory");
+    ensure!((linked_since(&one), linked_since(&two)) == since, "a flap");
+    Ok(())
+}
+
+/// Each commit writes the head with its record, and hosts that commit at once pass each other's: none takes that for a head
+/// that was set back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hosts_that_commit_at_once_stay_connected() -> Result<()> {
+    let bed = bed(1)?;
+    let hosts = [bed.host("one").await?, bed.host("two").await?, bed.host("three").await?];
+    let since = hosts.each_ref().map(|host| host.link().borrow().since_ms);
+    let each = |host: usize| {
+        let store = &hosts[host];
+        async move {
+            let mut done = 0;
+            while done < 100 {
+                let number = store.head().revision.number;
+                match store
+                    .commit(commit(number, state(&[("a", number as u16 + 1, &[host as u32 + 1])])))
+                    .await
+                {
+                    Ok(_) => done += 1,
+                    Err(StoreError::Conflict { .. }) => {}
+                    Err(error) => bail!("{error}"),
+                }
+            }
+            Ok(())
+        }
+    };
+    let (first, second) = tokio::join!(each(0), each(1));
+    first.and(second)?;
+    eventually("all have all", || hosts.iter().all(|host| host.head().revision.number == 200)).await?;
+    ensure!(hosts.iter().all(|host| host.head() == hosts[0].head()));
+    ensure!(hosts.each_ref().map(|host| host.link().borrow().since_ms) == since, "a flap");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use crate::{
     desired::model::{BackendId, Desired, Health, Name, Paths, Readiness, RegionShares},
     plan::compile::CompileError,
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use tokio::sync::oneshot;
 
 /// Something that may change the maps.
@@ -29,7 +29,14 @@ pub enum Event {
         fits: oneshot::Sender<Result<(), ReconcileError>>,
     },
     /// A backend's verdict.
-    Health(BackendId, Health),
+    Health {
+        /// Whose.
+        id: BackendId,
+        /// The verdict.
+        health: Health,
+        /// When it was told, on the boot's clock.
+        at: Duration,
+    },
     /// What a backend's replica says.
     Replica(BackendId, Readiness),
     /// How services are spread over regions and versions, all of them.

@@ -9,6 +9,7 @@ mod event;
 mod fake;
 mod grants;
 mod kept;
+mod lag;
 mod maps;
 mod mirror;
 mod problem;
@@ -26,6 +27,7 @@ mod tests_room;
 
 pub use event::{Event, ReconcileError};
 pub use kept::{Keep, Kept};
+pub use lag::Lags;
 pub use maps::Maps;
 pub use mirror::{Mirror, Written};
 pub use problem::Problem;
@@ -74,6 +76,7 @@ pub struct Reconciler<M: Maps> {
     /// Services that are not as they are wanted, and why.
     problems: BTreeMap<Name, Problem>,
     keeper: Keeper,
+    verdicts: lag::Waiting,
     publish: watch::Sender<Arc<Published>>,
 }
 
@@ -130,6 +133,7 @@ impl<M: Maps> Reconciler<M> {
             next_change: None,
             problems: BTreeMap::new(),
             keeper: Keeper::new(keep),
+            verdicts: lag::Waiting::default(),
             publish,
         };
         Ok((reconciler, published))
@@ -210,8 +214,11 @@ impl<M: Maps> Reconciler<M> {
                     // Nobody may be waiting any more, which is fine.
                     let _ = fits.send(self.check(&desired));
                 }
-                Event::Health(id, health) => {
-                    changed |= self.observed.health.insert(id, health) != Some(health);
+                Event::Health { id, health, at } => {
+                    if self.observed.health.insert(id, health) != Some(health) {
+                        changed = true;
+                        self.verdicts.add(at);
+                    }
                 }
                 Event::Replica(id, readiness) => {
                     let replicas = &mut self.observed.replicas;
@@ -379,6 +386,7 @@ impl<M: Maps> Reconciler<M> {
         if !written.is_nothing() {
             tracing::debug!(revision = self.revision, ?written, took = ?applied.took, "tables changed");
         }
+        let verdict_lags = self.verdicts.written(now);
         self.publish.send_modify(|published| {
             let last = if written.is_nothing() && published.applied.revision == applied.revision {
                 published.applied.clone()
@@ -395,6 +403,7 @@ impl<M: Maps> Reconciler<M> {
                 applied: last,
                 problems: self.problems.clone(),
                 slots_used: self.mirror.used(),
+                verdict_lags,
                 error: None,
             });
         });

@@ -1,6 +1,6 @@
 //! What the reconciler tells the rest: one immutable snapshot per change.
 
-use super::{Problem, mirror::Written, sweep::Sweep};
+use super::{Lags, Problem, mirror::Written, sweep::Sweep};
 use crate::{
     desired::model::{BackendId, Desired, Name, Observed},
     observed::replica::Places,
@@ -42,6 +42,8 @@ pub struct Published {
     pub applied: Applied,
     /// Services that are not as they are wanted, and why.
     pub problems: BTreeMap<Name, Problem>,
+    /// How long verdicts took to the maps, since lbd started.
+    pub verdict_lags: Lags,
     /// Slots that are not free.
     pub slots_used: u32,
     /// Why the last attempt failed, if it did: the maps then hold an older state.

@@ -165,7 +165,11 @@ fn what_comes_before_the_first_state_writes_nothing() {
             next_hops: BTreeMap::from([("10.1.0.1".parse().unwrap(), hop)]),
             ..Paths::default()
         }),
-        Event::Health(BackendId { service: name("web"), backend: name("a") }, Health::Unhealthy),
+        Event::Health {
+            id: BackendId { service: name("web"), backend: name("a") },
+            health: Health::Unhealthy,
+            at: Duration::ZERO,
+        },
         Event::Swept(Arc::default()),
     ];
     bed.reconciler.step(early, clock::boot());

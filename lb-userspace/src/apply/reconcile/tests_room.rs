@@ -39,7 +39,8 @@ fn sharing(count: usize, own: u32, change: impl Fn(&mut Service)) -> Arc<Desired
 }
 
 fn shared_dies(service: &Name) -> Event {
-    Event::Health(BackendId { service: service.clone(), backend: name("shared") }, Health::Unhealthy)
+    let id = BackendId { service: service.clone(), backend: name("shared") };
+    Event::Health { id, health: Health::Unhealthy, at: Duration::ZERO }
 }
 
 /// Slots of a service by which new flows go to `address`.

@@ -116,6 +116,29 @@ proptest::proptest! {
     }
 }
 
+proptest::proptest! {
+    /// Hosts that share no store, and get their state from each other's exports, agree about every table that an earlier
+    /// version made, whatever the other host had before.
+    #[test]
+    fn an_export_of_services_without_sizes_makes_the_same_tables_elsewhere(
+        state in crate::desired::model::generate::desired(),
+        before in crate::desired::model::generate::desired(),
+    ) {
+        let mut wanted = state;
+        for service in wanted.services.values_mut() {
+            std::sync::Arc::make_mut(service).table_size = None;
+        }
+        let mut named = wanted.clone();
+        named.name_sizes();
+        let text = export(&named);
+        let mut found = File::parse(&text).unwrap().desired.unwrap_or_default();
+        found.assign_sizes(&before);
+        for (name, service) in &wanted.services {
+            proptest::prop_assert_eq!(found.services[name].slots(), service.slots(), "{}: {}", name, text);
+        }
+    }
+}
+
 #[test]
 fn a_file_without_services_is_not_one_with_none() {
     assert!(File::parse("[lbd]\niface = [\"e\"]").unwrap().desired.is_none());

@@ -20,7 +20,30 @@ pub fn by_need(backends: usize) -> u32 {
     sizes.into_iter().find(fits).unwrap_or(largest)
 }
 
+/// Slots of a service with so many backends that names no size: it was made by an earlier version, whose rule this is. The
+/// three smallest sizes were given only by name.
+pub fn by_absence(backends: usize) -> u32 {
+    let [.., least, _, _, _, _] = limits::TABLE_SIZES;
+    by_need(backends).max(least)
+}
+
+impl Service {
+    /// Slots of its table as long as it has backends.
+    pub fn slots(&self) -> u32 {
+        self.table_size.unwrap_or_else(|| by_absence(self.backends.len()))
+    }
+}
+
 impl Desired {
+    /// Names the sizes that follow from their absence, for a place where absence means another one: a file that is applied
+    /// lets the host choose. No table changes by it.
+    pub fn name_sizes(&mut self) {
+        for service in self.services.values_mut().filter(|service| service.table_size.is_none()) {
+            let slots = service.slots();
+            Arc::make_mut(service).table_size = Some(slots);
+        }
+    }
+
     /// Gives each new service without a size one, and a larger one to each whose table was large enough in `old` and
     /// is not for the backends that it has now. None becomes smaller, unless its size is taken back (a file that names
     /// none does that): what comes and goes would change tables each time.
@@ -69,7 +92,8 @@ mod tests {
         service.table_size = table_size;
         for i in 0..backends {
             let backend: Backend =
-                serde_json::from_str(&format!(r#"{{"address":"10.1.0.{i}"}}"#)).expect("one");
+                serde_json::from_str(&format!(r#"{{"address":"10.1.{}.{}"}}"#, i / 250, i % 250))
+                    .expect("one");
             service.backends.insert(name(&format!("b{i}")), backend);
         }
         let mut desired = Desired::default();
@@ -110,6 +134,30 @@ mod tests {
         assert_eq!(assigned(&state(3, None), state(4, None)), None);
         let old = state(3, None);
         assert_eq!(assigned(&old, old.clone()), None);
+    }
+
+    #[test]
+    fn an_absent_size_is_that_of_earlier_versions() {
+        let sizes = [0, 1, 10, 11, 163, 164, 655, 656, 1_310, 1_311, 1_000_000].map(by_absence);
+        let expected =
+            [16_381, 16_381, 16_381, 16_381, 16_381, 65_537, 65_537, 131_071, 131_071, 262_139, 524_287];
+        assert_eq!(sizes, expected);
+    }
+
+    /// Named, it is the same for any number of backends, on a host that has the service already and on one that has not.
+    #[test]
+    fn naming_an_absent_size_changes_no_table() {
+        for backends in [0, 1, 10, 11, 40, 41, 163, 164, 700] {
+            let old = state(backends, None);
+            let mut named = old.clone();
+            named.name_sizes();
+            for there in
+                [old.clone(), Desired::default(), state(3, Some(1_021)), state(backends, Some(16_381))]
+            {
+                let size = assigned(&there, named.clone());
+                assert_eq!(size, Some(old.services[&name("s")].slots()), "{backends}");
+            }
+        }
     }
 
     /// What a file without sizes makes, it leaves alone when it is applied again.

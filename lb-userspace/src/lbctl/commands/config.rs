@@ -142,7 +142,9 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             context.write("configuration applied", Method::PUT, "/v1/config", &query, Some(&body)).await
         }
         Command::Export { with_revision } => {
-            let config: Config = context.client.get("/v1/config", &()).await?;
+            let mut config: Config = context.client.get("/v1/config", &()).await?;
+            // An lbd of an earlier version leaves them out.
+            config.desired.name_sizes();
             if context.out.json {
                 context.out.json(&config, false)?;
             } else {

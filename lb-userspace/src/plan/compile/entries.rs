@@ -8,7 +8,7 @@ use crate::{
 use lb_common::{
     Address, Backend, Be16, PortRange, ServiceKey, Vip, VipKey,
     backend::{flags, mode},
-    is_mapped, limits, mapped,
+    is_mapped, mapped,
     service::{NO_SERVICE, TCP, UDP},
     settings::features,
 };
@@ -55,18 +55,9 @@ pub fn seed(service: &Service) -> [u64; 2] {
     [mix(state ^ 1), mix(state ^ 2)]
 }
 
-/// Slots of a service's table: its own setting, or the first size with a hundred per backend. The two
-/// smallest sizes are given only by name, and steps are wide, because a change of size moves flows.
+/// Slots of a service's table; none without backends.
 pub fn table_size(service: &Service) -> u32 {
-    if service.backends.is_empty() {
-        return 0;
-    }
-    let [.., small, usual, large, larger, largest] = limits::TABLE_SIZES;
-    let wanted = service.backends.len() as u64 * u64::from(limits::SLOTS_PER_BACKEND);
-    let fits = |&size: &u32| u64::from(size) >= wanted;
-    service
-        .table_size
-        .unwrap_or_else(|| [small, usual, large, larger, largest].into_iter().find(fits).unwrap_or(largest))
+    if service.backends.is_empty() { 0 } else { service.slots() }
 }
 
 /// A backend's entry.

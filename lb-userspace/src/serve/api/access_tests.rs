@@ -149,6 +149,10 @@ impl Bed {
             self.store.retire(Retire::Moved("file:///there".into())).await.unwrap();
         }
         tokio::spawn(self.control.clone().follow());
+        if !before.is_null() {
+            // Or an application of what is prepared would be taken for the request's.
+            self.control.first_applied().await;
+        }
     }
 
     async fn commit(&self, desired: Desired) {

@@ -29,6 +29,15 @@ const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Shortest and longest wait before a failed application is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
+/// Where the sizes of tables come from when a state is written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sizes {
+    /// Chosen for what is new, and for what has become too large for its own.
+    Chosen,
+    /// Those of the state, which was a whole one before: what names no size in it has the one of earlier versions.
+    Kept,
+}
+
 /// Outcome of the last application: the revision that was tried, and how it went.
 type Outcome = Option<(u64, Result<Applied, EngineError>)>;
 
@@ -239,6 +248,33 @@ impl Control {
         &self,
         author: &Author,
         query: &WriteQuery,
+        change: impl FnMut(&mut Desired) -> Result<(), ApiError>,
+    ) -> Result<Change, ApiError> {
+        self.write_sized(author, query, Sizes::Chosen, change).await
+    }
+
+    /// Makes a state that was stored before the desired one, as it was.
+    ///
+    /// # Errors
+    /// As [`Control::write`].
+    pub(super) async fn bring_back(
+        &self,
+        author: &Author,
+        query: &WriteQuery,
+        state: &Desired,
+    ) -> Result<Change, ApiError> {
+        let change = |desired: &mut Desired| {
+            *desired = state.clone();
+            Ok(())
+        };
+        self.write_sized(author, query, Sizes::Kept, change).await
+    }
+
+    async fn write_sized(
+        &self,
+        author: &Author,
+        query: &WriteQuery,
+        sizes: Sizes,
         mut change: impl FnMut(&mut Desired) -> Result<(), ApiError>,
     ) -> Result<Change, ApiError> {
         if !query.dry_run {
@@ -255,7 +291,9 @@ impl Control {
             let mut desired = (*head.desired).clone();
             change(&mut desired)?;
             desired.assign_seats(&head.desired);
-            desired.assign_sizes(&head.desired);
+            if sizes == Sizes::Chosen {
+                desired.assign_sizes(&head.desired);
+            }
             desired.share(&head.desired);
             let desired = Arc::new(desired);
             let differences = differences(&head.desired, &desired);
@@ -304,11 +342,7 @@ impl Control {
         let old = self.store.get(to).await?;
         let message = query.message.clone().unwrap_or_else(|| format!("rollback to revision {to}"));
         let query = WriteQuery { message: Some(message), ..query.clone() };
-        self.write(author, &query, |desired| {
-            *desired = (*old.desired).clone();
-            Ok(())
-        })
-        .await
+        self.bring_back(author, &query, &old.desired).await
     }
 
     /// Tracked flows.

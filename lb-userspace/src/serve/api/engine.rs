@@ -3,6 +3,7 @@
 
 use super::types::{Applied, FlowInfo, Interface, Loaded, Room};
 use crate::{
+    apply::reconcile::Lags,
     desired::model::{BackendId, Desired, Name, NextHop},
     serve::explain::{Explanation, Query},
 };
@@ -40,6 +41,8 @@ pub struct Snapshot {
     pub removed: Vec<Removed>,
     /// How full the maps are.
     pub room: Vec<Room>,
+    /// How long verdicts took to the maps.
+    pub verdict_lags: Lags,
     /// Services that are not as they are wanted, and why. They keep the table that they have, and are tried again.
     pub problems: BTreeMap<Name, Problem>,
 }

@@ -364,7 +364,9 @@ pub(super) struct Flow {
 pub(super) async fn config_export(State(control): Ctl) -> Reply<Config> {
     let head = control.head();
     let Desired { services, regions, guard: _ } = (*head.desired).clone();
-    let desired = Desired { services, regions, guard: crate::desired::model::Guard::default() };
+    let mut desired = Desired { services, regions, guard: crate::desired::model::Guard::default() };
+    // Where the export is applied, a service without a size would get a new one.
+    desired.name_sizes();
     Ok(Json(Config { revision: Some(head.revision.number), desired }))
 }
 

@@ -347,12 +347,7 @@ impl Control {
         }
         let message = format!("restore of revision {} of store {}", last.revision.number, from.store);
         let query = WriteQuery { message: Some(query.message.clone().unwrap_or(message)), ..query.clone() };
-        let change = self
-            .write(author, &query, |desired| {
-                *desired = (*last.desired).clone();
-                Ok(())
-            })
-            .await?;
+        let change = self.bring_back(author, &query, &last.desired).await?;
         Ok(Filled { store, revisions: 1, revision: change.revision, change: Some(Box::new(change)) })
     }
 }

@@ -2,7 +2,10 @@
 
 use super::{Control, Peer, memory::MemoryEngine, routes, types::*};
 use crate::{
-    desired::store::RedbStore,
+    desired::{
+        model::Desired,
+        store::{Commit, RedbStore},
+    },
     lbctl::client::{Client, ClientError},
     observed::health::HealthRegistry,
 };
@@ -268,6 +271,64 @@ async fn a_socket_left_behind_is_replaced_and_a_live_one_is_not() {
     let error =
         super::bind(&directory.path().join("x"), 0o660, Some("no-such-group")).unwrap_err().to_string();
     assert!(error.contains("groupadd no-such-group"), "{error}");
+}
+
+/// A service that an earlier version stored has no size, and the table of that version: wherever its state is brought back,
+/// it stays so, and where it is carried as a configuration the size goes with it.
+#[tokio::test]
+async fn services_of_earlier_versions_keep_their_tables_on_every_way_back() {
+    const OLD: u32 = 16_381;
+    let bed = bed(true).await;
+    let mut stored: Desired = serde_json::from_value(json!({"services": {"web": web()}})).unwrap();
+    stored.assign_seats(&Desired::default());
+    let commit = Commit {
+        expected: 0,
+        desired: stored.into(),
+        author: "an earlier version".into(),
+        message: "new".into(),
+        time: std::time::SystemTime::now(),
+    };
+    let old = bed.control.store.commit(commit).await.unwrap();
+    bed.control.applied(1).await.unwrap();
+    let size = || {
+        let head = bed.control.head().desired;
+        head.services.values().next().map(|s| (s.table_size, s.slots()))
+    };
+    let backup = bed.send(Method::GET, "/v1/store/backup", Value::Null).await.unwrap();
+    let exported = bed.send(Method::GET, "/v1/config", Value::Null).await.unwrap();
+    assert_eq!(exported["desired"]["services"]["web"]["table_size"], json!(OLD));
+
+    for change in ["resize", "remove"] {
+        let ways = [
+            ("/v1/rollback", json!({"revision": old.revision.number})),
+            ("/v1/store/restore", backup.clone()),
+        ];
+        for (way, body) in ways {
+            match change {
+                "resize" => {
+                    bed.send(Method::PATCH, "/v1/services/web", json!({"table_size": 251})).await.unwrap();
+                    assert_eq!(size(), Some((Some(251), 251)));
+                }
+                _ => {
+                    bed.send(Method::DELETE, "/v1/services/web", Value::Null).await.unwrap();
+                }
+            }
+            bed.send(Method::POST, way, body).await.unwrap();
+            assert_eq!(size(), Some((None, OLD)), "{change}, {way}");
+            assert_eq!(bed.control.head().desired, old.desired, "{change}, {way}");
+        }
+    }
+    // On another host, and on this one after it was removed.
+    bed.send(Method::DELETE, "/v1/services/web", Value::Null).await.unwrap();
+    let config = json!({"desired": exported["desired"]});
+    bed.send(Method::PUT, "/v1/config", config.clone()).await.unwrap();
+    assert_eq!(size(), Some((Some(OLD), OLD)));
+    let again = bed.send(Method::PUT, "/v1/config", config).await.unwrap();
+    assert_eq!(again["differences"], json!([]));
+    // What is new gets the size that it needs.
+    bed.send(Method::DELETE, "/v1/services/web", Value::Null).await.unwrap();
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    assert_eq!(size(), Some((Some(1_021), 1_021)));
 }
 
 #[tokio::test]

@@ -6,11 +6,17 @@ use crate::case::{
     VIP4, VIP6, cases, sized, tcp, udp, v6,
 };
 use lb_common::{Address, Reason, mapped, service::UDP, settings::DecapSettings};
-use std::sync::{Mutex, PoisonError};
+use std::{
+    net::IpAddr,
+    sync::{Mutex, PoisonError},
+};
 use test_packet::{Decap, HOST_MAC, PEER_MAC, Packet, Vlan, bed, checksum, xdp};
 
 const OURS4: Address = mapped([10, 1, 0, 1]);
 const OURS6: Address = v6(1, 1);
+/// A second VIP that is served here.
+const OTHER4: Address = mapped([203, 0, 113, 200]);
+const OTHER6: Address = v6(0x99, 9);
 const GUE_PORT: u16 = 6080;
 
 /// A case: what arrives, and what must come of it.
@@ -68,6 +74,17 @@ impl Tunnel {
     fn to(mut self, address: Address) -> Self {
         self.outer.destination.0 = address;
         self
+    }
+    /// With this inner source.
+    fn from(mut self, source: &str) -> Self {
+        self.inner.source.0 = match source.parse().expect("an address") {
+            IpAddr::V4(v4) => mapped(v4.octets()),
+            IpAddr::V6(v6) => v6.octets(),
+        };
+        self
+    }
+    fn drops_martian(self) -> Case {
+        self.drops(Reason::MartianSource)
     }
     fn marked(mut self, inside: u8, outside: u8, delivered: u8) -> Self {
         self.inner.tos = 0xb8 | inside;
@@ -151,7 +168,8 @@ impl Case {
             match programs.iter().find(|(settings, _)| *settings == self.settings) {
                 Some((_, program)) => *program,
                 None => {
-                    let decap = Decap::load(self.settings, &[OURS4, OURS6], &[VIP4, VIP6]).expect("loads");
+                    let decap = Decap::load(self.settings, &[OURS4, OURS6], &[VIP4, VIP6, OTHER4, OTHER6])
+                        .expect("loads");
                     let program: &'static Mutex<Decap> = Box::leak(Box::new(Mutex::new(decap)));
                     programs.push((self.settings, program));
                     program
@@ -167,6 +185,12 @@ impl Case {
             assert_eq!(run.packet, self.frame, "the frame afterwards");
         }
     }
+}
+
+/// From a VIP of this worker.
+fn own(mut tunnel: Tunnel, vip: Address) -> Tunnel {
+    tunnel.inner.source.0 = vip;
+    tunnel
 }
 
 fn extension() -> Packet {
@@ -345,5 +369,70 @@ cases! {
     ipv6_off_inner_works: ipip(tcp(V6, ACK), V4).arrives().on(no_ipv6());
     vlan_off: ipip(tcp(V4, ACK), V4).vlan(Vlan::One).case().on(no_vlan()).passes(Reason::VlanOff);
     vlan_off_untagged_works: ipip(tcp(V4, ACK), V4).arrives().on(no_vlan());
-    source_does_not_matter: ipip(Packet { source: (CLIENT4, 1), ..tcp(V4, ACK) }, V6).arrives();
+    source_of_a_client: ipip(Packet { source: (CLIENT4, 1), ..tcp(V4, ACK) }, V6).arrives();
+    source_loopback_ipip_v4: ipip(tcp(V4, ACK), V6).from("127.0.0.1").drops_martian();
+    source_loopback_gue_v4: gue(tcp(V4, ACK), V4).from("127.0.0.1").drops_martian();
+    source_loopback_last_ipip_v4: ipip(tcp(V4, ACK), V4).from("127.255.255.255").drops_martian();
+    source_loopback_last_gue_v4: gue(tcp(V4, ACK), V6).from("127.255.255.255").drops_martian();
+    source_unspecified_ipip_v4: ipip(tcp(V4, ACK), V6).from("0.0.0.0").drops_martian();
+    source_unspecified_gue_v4: gue(tcp(V4, ACK), V4).from("0.0.0.0").drops_martian();
+    source_this_network_ipip_v4: ipip(tcp(V4, ACK), V4).from("0.1.2.3").drops_martian();
+    source_this_network_gue_v4: gue(tcp(V4, ACK), V6).from("0.1.2.3").drops_martian();
+    source_multicast_ipip_v4: ipip(tcp(V4, ACK), V6).from("224.0.0.1").drops_martian();
+    source_multicast_gue_v4: gue(tcp(V4, ACK), V4).from("224.0.0.1").drops_martian();
+    source_multicast_last_ipip_v4: ipip(tcp(V4, ACK), V4).from("239.255.255.255").drops_martian();
+    source_multicast_last_gue_v4: gue(tcp(V4, ACK), V6).from("239.255.255.255").drops_martian();
+    source_reserved_ipip_v4: ipip(tcp(V4, ACK), V6).from("240.0.0.1").drops_martian();
+    source_reserved_gue_v4: gue(tcp(V4, ACK), V4).from("240.0.0.1").drops_martian();
+    source_broadcast_ipip_v4: ipip(tcp(V4, ACK), V4).from("255.255.255.255").drops_martian();
+    source_broadcast_gue_v4: gue(tcp(V4, ACK), V6).from("255.255.255.255").drops_martian();
+    source_loopback_ipip_v6: ipip(tcp(V6, ACK), V6).from("::1").drops_martian();
+    source_loopback_gue_v6: gue(tcp(V6, ACK), V4).from("::1").drops_martian();
+    source_unspecified_ipip_v6: ipip(tcp(V6, ACK), V4).from("::").drops_martian();
+    source_unspecified_gue_v6: gue(tcp(V6, ACK), V6).from("::").drops_martian();
+    source_compatible_ipip_v6: ipip(tcp(V6, ACK), V6).from("::192.0.2.9").drops_martian();
+    source_compatible_gue_v6: gue(tcp(V6, ACK), V4).from("::192.0.2.9").drops_martian();
+    source_multicast_ipip_v6: ipip(tcp(V6, ACK), V4).from("ff02::1").drops_martian();
+    source_multicast_gue_v6: gue(tcp(V6, ACK), V6).from("ff02::1").drops_martian();
+    source_multicast_global_ipip_v6: ipip(tcp(V6, ACK), V6).from("ff0e::1:2").drops_martian();
+    source_multicast_global_gue_v6: gue(tcp(V6, ACK), V4).from("ff0e::1:2").drops_martian();
+    source_mapped_loopback_ipip_v6: ipip(tcp(V6, ACK), V4).from("::ffff:127.0.0.1").drops_martian();
+    source_mapped_loopback_gue_v6: gue(tcp(V6, ACK), V6).from("::ffff:127.0.0.1").drops_martian();
+    source_mapped_ipip_v6: ipip(tcp(V6, ACK), V6).from("::ffff:192.0.2.9").drops_martian();
+    source_mapped_gue_v6: gue(tcp(V6, ACK), V4).from("::ffff:192.0.2.9").drops_martian();
+    source_its_own_vip_ipip_v4: own(ipip(tcp(V4, ACK), V4), VIP4).drops(Reason::OwnSource);
+    source_another_vip_ipip_v4: own(ipip(udp(V4), V6), OTHER4).drops(Reason::OwnSource);
+    source_its_own_vip_ipip_v6: own(ipip(tcp(V6, ACK), V6), VIP6).drops(Reason::OwnSource);
+    source_another_vip_ipip_v6: own(ipip(udp(V6), V4), OTHER6).drops(Reason::OwnSource);
+    source_its_own_vip_gue_v4: own(gue(tcp(V4, ACK), V4), VIP4).drops(Reason::OwnSource);
+    source_another_vip_gue_v4: own(gue(udp(V4), V6), OTHER4).drops(Reason::OwnSource);
+    source_its_own_vip_gue_v6: own(gue(tcp(V6, ACK), V6), VIP6).drops(Reason::OwnSource);
+    source_another_vip_gue_v6: own(gue(udp(V6), V4), OTHER6).drops(Reason::OwnSource);
+    source_below_loopback_ipip_v4: ipip(tcp(V4, ACK), V4).from("126.255.255.255").arrives();
+    source_below_loopback_gue_v4: gue(tcp(V4, ACK), V4).from("126.255.255.255").arrives();
+    source_above_loopback_ipip_v4: ipip(tcp(V4, ACK), V4).from("128.0.0.0").arrives();
+    source_above_loopback_gue_v4: gue(tcp(V4, ACK), V4).from("128.0.0.0").arrives();
+    source_below_multicast_ipip_v4: ipip(tcp(V4, ACK), V4).from("223.255.255.255").arrives();
+    source_below_multicast_gue_v4: gue(tcp(V4, ACK), V4).from("223.255.255.255").arrives();
+    source_private_ipip_v4: ipip(tcp(V4, ACK), V4).from("10.1.0.77").arrives();
+    source_private_gue_v4: gue(tcp(V4, ACK), V4).from("10.1.0.77").arrives();
+    source_of_this_worker_ipip_v4: ipip(tcp(V4, ACK), V4).from("10.1.0.1").arrives();
+    source_of_this_worker_gue_v4: gue(tcp(V4, ACK), V4).from("10.1.0.1").arrives();
+    source_link_local_ipip_v4: ipip(tcp(V4, ACK), V4).from("169.254.1.1").arrives();
+    source_link_local_gue_v4: gue(tcp(V4, ACK), V4).from("169.254.1.1").arrives();
+    source_shared_ipip_v4: ipip(tcp(V4, ACK), V4).from("100.64.0.1").arrives();
+    source_shared_gue_v4: gue(tcp(V4, ACK), V4).from("100.64.0.1").arrives();
+    source_link_local_ipip_v6: ipip(tcp(V6, ACK), V6).from("fe80::9").arrives();
+    source_link_local_gue_v6: gue(tcp(V6, ACK), V6).from("fe80::9").arrives();
+    source_unique_local_ipip_v6: ipip(tcp(V6, ACK), V6).from("fd00::9").arrives();
+    source_unique_local_gue_v6: gue(tcp(V6, ACK), V6).from("fd00::9").arrives();
+    source_translated_ipip_v6: ipip(tcp(V6, ACK), V6).from("64:ff9b::c000:209").arrives();
+    source_translated_gue_v6: gue(tcp(V6, ACK), V6).from("64:ff9b::c000:209").arrives();
+    source_above_compatible_ipip_v6: ipip(tcp(V6, ACK), V6).from("::1:0:1").arrives();
+    source_above_compatible_gue_v6: gue(tcp(V6, ACK), V6).from("::1:0:1").arrives();
+    source_below_multicast_ipip_v6: ipip(tcp(V6, ACK), V6).from("feff::1").arrives();
+    source_below_multicast_gue_v6: gue(tcp(V6, ACK), V6).from("feff::1").arrives();
+    source_martian_to_no_vip: ipip(Packet { destination: (mapped([192, 0, 2, 9]), 80), ..tcp(V4, ACK) }, V4).from("127.0.0.1").drops(Reason::DecapNotVip);
+    source_martian_not_ours: ipip(tcp(V4, ACK), V4).to(mapped([10, 1, 0, 2])).from("127.0.0.1").passes(Reason::DecapNotOurs);
+    source_martian_outside_does_not_matter: { let mut tunnel = ipip(tcp(V4, ACK), V4); tunnel.outer.source.0 = mapped([127, 0, 0, 1]); tunnel.arrives() };
 }

@@ -11,6 +11,7 @@ use super::{
     keys::{FORMAT, Head, Parts, Record, Snapshot, is_absent, put},
     locked,
     proto::{KeyValue, SortOrder, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse},
+    watched::Seen,
 };
 use crate::{
     clock,
@@ -27,7 +28,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const PAGE: usize = 500;
 
 /// Why a round ended.
-enum End {
+pub(super) enum End {
     /// The watch is to be opened anew; nothing is wrong with etcd as a whole, as far as is known.
     Again(String),
     /// etcd does not answer, or its answer is not taken.
@@ -116,6 +117,7 @@ impl Inner {
         let mut stream = stream.map_err(|e| broken(e.to_string()))?;
         self.linked();
         let watch = async {
+            let mut seen = Seen { at, records: BTreeMap::new() };
             loop {
                 let message: Option<WatchResponse> =
                     stream.message().await.map_err(|s| broken(s.to_string()))?;
@@ -123,19 +125,20 @@ impl Inner {
                 if message.canceled && message.compact_revision == 0 {
                     return Err(broken(message.cancel_reason));
                 }
-                self.watched(message).await?;
+                self.watched(message, &mut seen).await?;
             }
         };
         let beat = async {
             let mut behind = false;
             loop {
                 tokio::time::sleep(BEAT).await;
+                let before = self.known().stored.revision.number;
                 let (_, head) = self.read_head().await?;
                 self.link.send_modify(|link| link.contact_ms = clock::unix_ms());
                 if self.client.member() != member {
                     return Err(End::Again(format!("{member} does not answer")));
                 }
-                let is_behind = head.number != self.head.borrow().revision.number;
+                let is_behind = !self.is_in_step(before, &head);
                 if is_behind && behind {
                     return Err(End::Again("the watch lags".to_owned()));
                 }
@@ -146,43 +149,6 @@ impl Inner {
             end = watch => end,
             end = beat => end,
         }
-    }
-
-    /// Takes in what the watch says.
-    async fn watched(&self, message: WatchResponse) -> Result<(), End> {
-        if message.canceled {
-            let why = format!("what follows {} was compacted away", message.compact_revision);
-            return Err(End::Again(why));
-        }
-        let mut told = None;
-        for event in message.events {
-            let Some(kv) = event.kv else { continue };
-            let is_put = event.kind == 0;
-            if let Some(key) = self.keys.after("leased/", &kv.key) {
-                let told = told.get_or_insert_with(|| (**self.told.borrow()).clone());
-                match is_put {
-                    true => told.insert(key.to_owned(), kv.value),
-                    false => told.remove(key),
-                };
-            } else if self.keys.after("revisions/", &kv.key).is_some() && is_put {
-                let (number, record) = self.record(&kv)?;
-                let known = self.known();
-                if number <= known.stored.revision.number {
-                    continue;
-                }
-                if number != known.stored.revision.number + 1 || record.after != known.nonce {
-                    return Err(End::Again(format!("revision {number} does not follow what is known")));
-                }
-                let next = self.fold(&known, number, &record, kv.value.len()).await?;
-                self.advance(vec![next], false);
-            } else if self.keys.after("store", &kv.key) == Some("") {
-                return Err(End::Again("the store's identity was written".to_owned()));
-            }
-        }
-        if let Some(told) = told {
-            self.told.send_replace(Arc::new(told));
-        }
-        Ok(())
     }
 
     /// Reads whose data these are, and what is new. Returns etcd's revision at which all of this was so.
@@ -255,9 +221,13 @@ impl Inner {
         let at = found.header.as_ref().map_or(0, |h| h.revision);
         let head = match found.kvs.first() {
             None => Head::default(),
-            Some(kv) => String::from_utf8_lossy(&kv.value).parse().map_err(|e: String| self.corrupt(e))?,
+            Some(kv) => self.parse_head(kv)?,
         };
         Ok((at, head))
+    }
+
+    pub(super) fn parse_head(&self, kv: &KeyValue) -> Result<Head, StoreError> {
+        String::from_utf8_lossy(&kv.value).parse().map_err(|e: String| self.corrupt(e))
     }
 
     /// Takes in all revisions that are new.
@@ -304,6 +274,11 @@ impl Inner {
                 vec![self.rebuild(head.number).await?.ok_or_else(gone)?]
             }
         };
+        // The number alone does not make it the revision that the head means, and that somebody may have accepted.
+        if let Some(last) = new.last().filter(|last| last.head() != head) {
+            let Head { number, nonce } = last.head();
+            return Err(self.corrupt(format!("the head is {head}, and revision {number} is {nonce}")));
+        }
         self.advance(new, accept);
         *locked(&self.accepted) = None;
         Ok(at)
@@ -387,7 +362,7 @@ impl Inner {
     }
 
     /// The state after a revision, from the one before.
-    async fn fold(
+    pub(super) async fn fold(
         &self,
         before: &Known,
         number: u64,

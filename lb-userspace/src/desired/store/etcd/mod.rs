@@ -13,6 +13,7 @@ mod link;
 pub mod proto;
 mod retire;
 mod session;
+mod watched;
 mod write;
 
 pub use client::Access;

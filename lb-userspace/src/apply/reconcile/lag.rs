@@ -1,0 +1,89 @@
+//! How long verdicts take to the maps, for everybody who wonders how long a dead worker still gets new flows.
+
+use std::{mem, time::Duration};
+
+/// Upper ends of the classes; what takes longer is in one more.
+const ENDS: [Duration; 9] = [
+    Duration::from_millis(5),
+    Duration::from_millis(10),
+    Duration::from_millis(25),
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(5),
+];
+
+/// Verdicts that changed something, by the time from the verdict to the last write for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lags {
+    counts: [u64; ENDS.len() + 1],
+    sum: Duration,
+}
+
+impl Lags {
+    fn add(&mut self, lag: Duration) {
+        let class = ENDS.iter().position(|end| lag <= *end).unwrap_or(ENDS.len());
+        self.counts[class] += 1;
+        self.sum += lag;
+    }
+
+    /// All times together, in seconds.
+    pub fn sum_s(&self) -> f64 {
+        self.sum.as_secs_f64()
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Upper end of each class in seconds, and how many are in it alone; the last has none.
+    pub fn classes(&self) -> Vec<(f64, u64)> {
+        let ends = ENDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
+        ends.zip(self.counts).collect()
+    }
+}
+
+/// Verdicts on their way to the maps.
+#[derive(Debug, Default)]
+pub(super) struct Waiting {
+    since: Vec<Duration>,
+    lags: Lags,
+}
+
+impl Waiting {
+    /// A verdict of this time is to be written.
+    pub(super) fn add(&mut self, at: Duration) {
+        self.since.push(at);
+    }
+
+    /// Everything that waits has been written.
+    pub(super) fn written(&mut self, now: Duration) -> Lags {
+        for at in mem::take(&mut self.since) {
+            self.lags.add(now.saturating_sub(at));
+        }
+        self.lags.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn verdicts_count_when_they_are_written() {
+        let mut waiting = Waiting::default();
+        let ms = Duration::from_millis;
+        waiting.add(ms(1_000));
+        waiting.add(ms(1_400));
+        let lags = waiting.written(ms(1_500));
+        assert_eq!((lags.count(), lags.sum_s()), (2, 0.6));
+        let filled = |lags: &Lags| lags.classes().into_iter().filter(|(_, n)| *n > 0).collect::<Vec<_>>();
+        assert_eq!(filled(&lags), [(0.1, 1), (0.5, 1)], "an end belongs to its class");
+        assert_eq!(waiting.written(ms(9_000)), lags, "each once");
+        waiting.add(ms(9_000));
+        assert_eq!(filled(&waiting.written(ms(20_000))), [(0.1, 1), (0.5, 1), (f64::INFINITY, 1)]);
+    }
+}
