@@ -46,7 +46,8 @@ pub const fn len(is_ipv6: bool) -> usize {
     if is_ipv6 { size_of::<Chain6>() } else { size_of::<Chain4>() }
 }
 
-/// Backends that may have a flow which `chosen` lacks, in the order in which to ask them; [`NO_BACKEND`] for none.
+/// Backends that may have a flow which `chosen` lacks, as [`list`] of the order in which to ask them; [`NO_BACKEND`] for
+/// none.
 #[inline(always)]
 pub fn others<T: Tables>(
     tables: &T,
@@ -55,12 +56,12 @@ pub fn others<T: Tables>(
     headers: &Headers,
     hash: u64,
     chosen: u32,
-) -> [u32; 2] {
+) -> u64 {
     let number = slot_of(slot_hash(view, headers, hash), view.slot_count);
-    split(tables.others(service, view, number, chosen))
+    tables.others(service, view, number, chosen)
 }
 
-/// The same as one number, by the slot's: first in the low half.
+/// [`others`] by the number of the flow's slot.
 #[inline(always)]
 pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64 {
     let at = view.slot_base.wrapping_add(number);
@@ -89,7 +90,13 @@ pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number
 }
 
 /// No backend, twice.
-pub const NONE: u64 = (NO_BACKEND as u64) << 32 | NO_BACKEND as u64;
+pub const NONE: u64 = list(NO_BACKEND, NO_BACKEND);
+
+/// Two backends as one number: the first in the low half.
+#[inline(always)]
+pub const fn list(first: u32, second: u32) -> u64 {
+    (second as u64) << 32 | first as u64
+}
 
 /// Puts an index into the first free half.
 #[inline(always)]
@@ -103,8 +110,9 @@ const fn add(found: u64, index: u32) -> u64 {
     }
 }
 
+/// The inverse of [`list`].
 #[inline(always)]
-const fn split(found: u64) -> [u32; 2] {
+pub const fn split(found: u64) -> [u32; 2] {
     [found as u32, (found >> 32) as u32]
 }
 
@@ -118,7 +126,8 @@ pub fn asks_first(headers: &Headers, is_young: bool) -> bool {
 /// Writes the private data's content into a packet that `forward` has encapsulated for `backend`. False if it is
 /// not there, which cannot be.
 #[inline(always)]
-pub fn write<F: Frame, T: Tables>(frame: &mut F, tables: &T, backend: &Backend, others: [u32; 2]) -> bool {
+pub fn write<F: Frame, T: Tables>(frame: &mut F, tables: &T, backend: &Backend, others: u64) -> bool {
+    let others = split(others);
     let is_resolved = backend.flags & flags::RESOLVED != 0;
     let has_tag = is_resolved && u16::from_ne_bytes(backend.vlan.to_bytes()) != 0;
     // One call per length, so that all offsets are constants.

@@ -13,7 +13,7 @@ use crate::{dataplane::Reader, model::Protocol};
 use lb_common::{Address, Backend, Reason, ServiceView, backend, mapped, service::flags};
 use lb_ebpf::{
     Tables,
-    chain::others,
+    chain::{others, split},
     choose::{Choice, Why, choose},
     hash::{flow_hash, slot_of},
     nat,
@@ -365,7 +365,7 @@ impl Explanation {
         }
         let chain: Vec<BackendView> = match choice.ok().map(|c| (c, live.backend(c.backend))) {
             Some((choice, Some(entry))) if lb_ebpf::chain::is_carried_to(entry) => {
-                let others = others(live, index, view, headers, hash, choice.backend);
+                let others = split(others(live, index, view, headers, hash, choice.backend));
                 others.iter().filter_map(|&i| live.view_of(names, i)).collect()
             }
             _ => Vec::new(),

@@ -23,7 +23,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
-    chain::others,
+    chain::{others, split},
     chance::SocketQuery,
     decap,
     forward::{FibAnswer, Hop},
@@ -160,7 +160,7 @@ fn who_can_not_have_it_is_not_asked() {
         change(&mut tables);
         let view = tables.services[&TCP_SERVICE];
         let headers = crate::world::headers(&tcp(ACK, 7, false));
-        others(&tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers), chosen)
+        split(others(&tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers), chosen))
     };
     const NO: u32 = NO_BACKEND;
     assert_eq!(ask(&|_| {}, 1), [2, NO]);
