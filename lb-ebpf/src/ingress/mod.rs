@@ -101,29 +101,38 @@ fn balance<F: Frame + Fib, T: Tables>(
     }
     let hash = flow_hash(view.seed, headers);
     let choice = choose_with(tables, settings.features | KEEP, service, view, headers, hash)?;
-    // Known here already, so that why a backend was chosen is forgotten: the verifier walks the rest once for each reason
-    // that it remembers.
-    let is_young = core::hint::black_box(choice.is_new || choice.why == Why::TrackedYoung);
-    let is_new = core::hint::black_box(choice.is_new);
-    let mut backend = backend_of(tables, choice.backend, service)?;
+    let is_young = choice.is_new || choice.why == Why::TrackedYoung;
+    let chosen = hide(choice.backend as u64 | (choice.is_new as u64) << 32 | (is_young as u64) << 33, hash);
+    let (index, is_new, is_young) = (chosen as u32, chosen >> 32 & 1 != 0, chosen >> 33 & 1 != 0);
+    let mut backend = backend_of(tables, index, service)?;
     if backend.flags & flags::RESOLVED == 0 {
         tables.count(Reason::FibLookup);
     }
-    let has_chain = settings.features & features::SECOND_CHANCE != 0 && header::is_carried_to(backend);
-    let mut others = [NO_BACKEND; 2];
-    if has_chain {
-        others = others::others(tables, service, view, headers, hash, choice.backend);
-        if others[0] != NO_BACKEND && header::asks_first(headers, is_young) {
-            backend = tables.backend(others[0]).ok_or(Reason::BrokenTable)?;
-            others = [choice.backend, NO_BACKEND];
+    let has_feature = settings.features & features::SECOND_CHANCE != 0;
+    let (mut has_chain, mut others) = (false, hash);
+    if has_feature && header::is_carried_to(backend) {
+        (has_chain, others) = (true, others::others(tables, service, view, headers, hash, index));
+        let first = others as u32;
+        if first != NO_BACKEND && header::asks_first(headers, is_young) {
+            backend = tables.backend(first).ok_or(Reason::BrokenTable)?;
+            others = others::list(index, NO_BACKEND);
         }
     }
+    let (has_chain, others) = (hide(has_chain as u64, hash), hide(others, hash));
     let verdict = forward(frame, settings, headers, backend, hash)?;
-    if has_chain && !header::write(frame, tables, backend, others) {
+    if has_feature && has_chain != 0 && !header::write(frame, tables, backend, others) {
         return Err(Reason::BrokenTable.into());
     }
     if settings.stats != 0 {
-        tables.account(choice.backend, headers.ip_len, is_new);
+        tables.account(index, headers.ip_len, is_new);
     }
-    Ok((verdict, service, choice.backend))
+    Ok((verdict, service, index))
+}
+
+/// `value`, of which the verifier and the compiler no longer know anything. The verifier walks the code after a join
+/// once for each combination of values that it knows there; with hidden values it walks that code once. `unknown` is any
+/// number that the verifier does not know.
+#[inline(always)]
+fn hide(value: u64, unknown: u64) -> u64 {
+    core::hint::black_box(value.wrapping_add(unknown)).wrapping_sub(unknown)
 }

@@ -29,6 +29,7 @@ use crate::{
         parse::{ETHERNET, Headers, VLAN_TAG, words},
         wire::{Chain4, Chain6},
     },
+    select::others::split,
 };
 use lb_common::{
     Backend,
@@ -61,7 +62,8 @@ pub fn asks_first(headers: &Headers, is_young: bool) -> bool {
 /// Writes the private data's content into a packet that `forward` has encapsulated for `backend`. False if it is
 /// not there, which cannot be.
 #[inline(always)]
-pub fn write<F: Frame, T: Tables>(frame: &mut F, tables: &T, backend: &Backend, others: [u32; 2]) -> bool {
+pub fn write<F: Frame, T: Tables>(frame: &mut F, tables: &T, backend: &Backend, others: u64) -> bool {
+    let others = split(others);
     let is_resolved = backend.flags & flags::RESOLVED != 0;
     let has_tag = is_resolved && u16::from_ne_bytes(backend.vlan.to_bytes()) != 0;
     // One call per length, so that all offsets are constants.

@@ -9,7 +9,8 @@ use super::{
 use crate::{Tables, packet::parse::Headers};
 use lb_common::{ServiceView, Slot, backend::flags, is_mapped, slot::NO_BACKEND};
 
-/// Backends that may have a flow which `chosen` lacks, in the order in which to ask them; [`NO_BACKEND`] for none.
+/// Backends that may have a flow which `chosen` lacks, as a [`list`] in the order in which to ask them;
+/// [`NO_BACKEND`] for none.
 #[inline(always)]
 pub fn others<T: Tables>(
     tables: &T,
@@ -18,12 +19,12 @@ pub fn others<T: Tables>(
     headers: &Headers,
     hash: u64,
     chosen: u32,
-) -> [u32; 2] {
+) -> u64 {
     let number = slot_of(slot_hash(view, headers, hash), view.slot_count);
-    split(tables.others(service, view, number, chosen))
+    tables.others(service, view, number, chosen)
 }
 
-/// The same as one number, by the slot's: first in the low half.
+/// [`others`] by the number of the flow's slot.
 #[inline(always)]
 pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64 {
     let at = view.slot_base.wrapping_add(number);
@@ -52,7 +53,13 @@ pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number
 }
 
 /// No backend, twice.
-pub const NONE: u64 = (NO_BACKEND as u64) << 32 | NO_BACKEND as u64;
+pub const NONE: u64 = list(NO_BACKEND, NO_BACKEND);
+
+/// Two backends as one number: the first in the low half.
+#[inline(always)]
+pub const fn list(first: u32, second: u32) -> u64 {
+    (second as u64) << 32 | first as u64
+}
 
 /// Puts an index into the first free half.
 #[inline(always)]
@@ -66,7 +73,8 @@ const fn add(found: u64, index: u32) -> u64 {
     }
 }
 
+/// The inverse of [`list`].
 #[inline(always)]
-const fn split(found: u64) -> [u32; 2] {
+pub const fn split(found: u64) -> [u32; 2] {
     [found as u32, (found >> 32) as u32]
 }

@@ -26,7 +26,10 @@ use lb_ebpf::{
     native::{HashTables, VecFrame},
     packet::fib::{FibAnswer, Hop},
     second_chance::worker::SocketQuery,
-    select::{hash::flow_hash, others::others},
+    select::{
+        hash::flow_hash,
+        others::{others, split},
+    },
     worker::decap,
 };
 use proptest::prelude::*;
@@ -158,7 +161,7 @@ fn who_can_not_have_it_is_not_asked() {
         change(&mut tables);
         let view = tables.services[&TCP_SERVICE];
         let headers = crate::world::headers(&tcp(ACK, 7, false));
-        others(&tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers), chosen)
+        split(others(&tables, TCP_SERVICE, &view, &headers, flow_hash(view.seed, &headers), chosen))
     };
     const NO: u32 = NO_BACKEND;
     assert_eq!(ask(&|_| {}, 1), [2, NO]);

@@ -21,7 +21,7 @@ use lb_ebpf::{
     select::{
         choose::{Choice, Why, choose},
         hash::{flow_hash, slot_of},
-        others::others,
+        others::{others, split},
         service::{Match, lookup_service},
     },
 };
@@ -388,7 +388,7 @@ impl Explanation {
         }
         let chain: Vec<BackendView> = match choice.ok().map(|c| (c, live.backend(c.backend))) {
             Some((choice, Some(entry))) if lb_ebpf::second_chance::header::is_carried_to(entry) => {
-                let others = others(live, index, view, headers, hash, choice.backend);
+                let others = split(others(live, index, view, headers, hash, choice.backend));
                 others.iter().filter_map(|&i| live.view_of(names, i)).collect()
             }
             _ => Vec::new(),

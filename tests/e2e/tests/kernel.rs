@@ -37,9 +37,6 @@ const DATAGRAMS: [(&str, u16, &str); 3] = [
 ];
 /// What the verifier may walk for a program: half of the kernel's limit.
 const INSTRUCTIONS: u32 = 500_000;
-/// And for `ingress`, of which verifiers before 6.3 walk far more than later ones (693,102 on 6.1, which is more than it
-/// should be).
-const INGRESS_BEFORE_6_3: u32 = 765_000;
 const WORKERS: [&str; 2] = ["w1", "w2"];
 /// Connections of a check.
 const CONNECTIONS: usize = 16;
@@ -305,7 +302,7 @@ fn upgrade(host: &mut Host, open: &mut [Mirrored]) -> Result<()> {
 /// What the verifier walked for each program that was loaded since `before`; half of what the kernel allows is kept
 /// free. Kernels before 5.16 do not count.
 fn programs(before: u32) -> Result<String> {
-    let (mut figures, mut over) = (BTreeMap::new(), Vec::new());
+    let mut figures = BTreeMap::new();
     for info in loaded_programs() {
         let info = info.context("the kernel lists its programs")?;
         let name = info.name_as_str().unwrap_or_default().to_owned();
@@ -317,20 +314,10 @@ fn programs(before: u32) -> Result<String> {
         *most = count.max(*most);
     }
     ensure!(figures.contains_key("ingress"), "lbd runs without its program: {figures:?}");
-    let is_early = kernel_version()? < (6, 3);
-    let most = |name: &str| if is_early && name == "ingress" { INGRESS_BEFORE_6_3 } else { INSTRUCTIONS };
-    over.extend(figures.iter().filter(|(name, count)| **count > most(name)));
+    let over: Vec<_> = figures.iter().filter(|(_, count)| **count > INSTRUCTIONS).collect();
     ensure!(over.is_empty(), "over {INSTRUCTIONS} instructions for the verifier: {over:?} of {figures:?}");
     let figures: Vec<String> = figures.iter().map(|(name, count)| format!("{name} {count}")).collect();
     Ok(figures.join(", "))
-}
-
-/// Major and minor version of the kernel that runs.
-fn kernel_version() -> Result<(u32, u32)> {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let mut parts = release.split(['.', '-']);
-    let mut number = || parts.next().and_then(|part| part.parse().ok());
-    number().zip(number()).with_context(|| format!("{release:?} is not a kernel's release"))
 }
 
 /// Everything, as far as the kernel lets it start.

@@ -7,6 +7,9 @@
 //!   also says what the programs are told that the kernel can do.
 //! * `LB_VERIFIER_SETTINGS=default`: only the settings that users get, with and without logging.
 //! * `LB_VERIFIER_ONLY=NAME,...`: only these programs.
+//! * `LB_VERIFIER_INGRESS=FILE`: this object instead of the ingress host's object that lbd carries, to compare two.
+//! * `LB_VERIFIER_WRITE=FILE`: where `budget.txt` goes with budgets by what was measured, in this kernel's column
+//!   (`--test-threads=1`; several kernels one after the other with the same file).
 //! * `LB_VERIFIER_LOG=DIR`: where the verifier's log of a refused program goes (in full; minutes under emulation).
 
 mod budget;
@@ -83,6 +86,15 @@ impl Plan {
     fn takes(&self, program: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|name| name == program)
     }
+}
+
+/// Writes budgets by these figures, if `LB_VERIFIER_WRITE` says where; whether it does.
+pub fn write(budgets: &Budgets, column: &str, figures: &[Figures]) -> Result<bool> {
+    let Some(path) = env::var_os("LB_VERIFIER_WRITE").map(std::path::PathBuf::from) else { return Ok(false) };
+    let text = if path.exists() { std::fs::read_to_string(&path)? } else { BUDGETS.to_owned() };
+    std::fs::write(&path, budgets.rewrite(&text, column, figures))
+        .with_context(|| format!("cannot write LB_VERIFIER_WRITE={}", path.display()))?;
+    Ok(true)
 }
 
 /// One object with one combination of settings.
@@ -189,9 +201,20 @@ pub fn without_frags(object: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// The object that `LB_VERIFIER_INGRESS` names.
+fn other_object() -> Result<Option<Vec<u8>>> {
+    let Some(path) = env::var_os("LB_VERIFIER_INGRESS").map(std::path::PathBuf::from) else {
+        return Ok(None);
+    };
+    std::fs::read(&path)
+        .map(Some)
+        .with_context(|| format!("cannot read LB_VERIFIER_INGRESS={}", path.display()))
+}
+
 /// Loads the programs of an ingress host with each combination of settings.
 pub fn ingress(plan: &Plan) -> Result<Vec<Figures>> {
     let mut all = Vec::new();
+    let other = other_object()?;
     let kernel = plan.kernel();
     let programs =
         [names::PROGRAM_INGRESS].into_iter().chain(names::stage::INGRESS_PROGRAMS.map(|(name, _)| name));
@@ -205,7 +228,7 @@ pub fn ingress(plan: &Plan) -> Result<Vec<Figures>> {
                 IngressSettings { ipv6, vlan, stats, icmp_per_s, kernel, ..IngressSettings::DEFAULT };
             let name = format!("ipv6={ipv6} vlan={vlan} stats={stats} icmp={icmp} log={log}");
             let object = Object {
-                bytes: lb_userspace::apply::objects::INGRESS,
+                bytes: other.as_deref().unwrap_or(lb_userspace::apply::objects::INGRESS),
                 settings: Some(settings),
                 log,
                 has_frags: kernel & kernel::FRAGS != 0,

@@ -1,5 +1,6 @@
 //! What can go wrong with programs and maps, said so that an operator knows what to do.
 
+use lb_common::limits::KERNEL_FLOOR;
 use std::{io, path::PathBuf};
 
 /// Why a program or a map could not be used.
@@ -65,7 +66,7 @@ pub enum DataplaneError {
     #[error("the kernel refused the {program} program: {source}")]
     Load { program: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
     /// Its verifier did.
-    #[error("Linux {kernel} refused the program {program}: {reason}{}", log.as_ref().map(|p| format!("; its whole log: {}", p.display())).unwrap_or_default())]
+    #[error("Linux {kernel} refused the program {program}: {reason}{}{}", floor(kernel), log.as_ref().map(|p| format!("; its whole log: {}", p.display())).unwrap_or_default())]
     Verifier { kernel: String, program: &'static str, reason: String, log: Option<PathBuf> },
     /// A map could not be opened or asked about.
     #[error("map {map}: {source}")]
@@ -100,5 +101,32 @@ impl DataplaneError {
             Self::NotTaken { may_pass, .. } | Self::NotEvenGeneric { may_pass, .. } => *may_pass,
             _ => false,
         }
+    }
+}
+
+/// What to say of a kernel that is too old.
+fn floor(release: &str) -> String {
+    let (major, minor) = KERNEL_FLOOR;
+    match super::kernel_version(release) {
+        Some(version) if version < KERNEL_FLOOR => format!("; lbd needs Linux {major}.{minor} or later"),
+        _ => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_by_an_old_kernel_names_the_oldest_supported_one() {
+        let message = |kernel: &str| {
+            let (kernel, reason) = (kernel.to_owned(), "invalid read from stack".to_owned());
+            DataplaneError::Verifier { kernel, program: "nat", reason, log: None }.to_string()
+        };
+        assert_eq!(
+            message("5.10.0-28-amd64"),
+            "Linux 5.10.0-28-amd64 refused the program nat: invalid read from stack; lbd needs Linux 6.1 or later"
+        );
+        assert_eq!(message("6.1.0"), "Linux 6.1.0 refused the program nat: invalid read from stack");
     }
 }

@@ -13,6 +13,12 @@ use std::{
     sync::OnceLock,
 };
 
+/// Major and minor version in a kernel's release, such as `6.1.0-56-amd64`; None if there is none. For messages.
+pub fn kernel_version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.trim().split(['.', '-', '+']).map_while(|number| number.parse().ok());
+    numbers.next().zip(numbers.next())
+}
+
 /// `BPF_PROG_TYPE_SCHED_CLS`.
 const SCHED_CLS: u32 = 3;
 /// `BPF_PROG_TYPE_XDP`.

@@ -39,7 +39,7 @@ mod writer;
 pub use decap::{DecapDataplane, DecapOptions, pinned_vips};
 pub use error::DataplaneError;
 pub use grace::grace_period;
-pub use kernel::{Kernel, is_jitted};
+pub use kernel::{Kernel, is_jitted, kernel_version};
 pub use links::{Interface, index_of};
 pub use loads::Loads;
 pub use migrate::Carried;

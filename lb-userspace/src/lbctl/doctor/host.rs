@@ -4,12 +4,8 @@ use super::Finding;
 use crate::{apply::dataplane, lbd::TRUNCATED_RISES, serve::api::types::Status};
 use std::{fs, path::Path, process::Command};
 
-use lb_common::limits::{KERNEL_FLOOR, KERNEL_FLOOR_ARM64};
+use lb_common::limits::KERNEL_FLOOR;
 
-/// The first kernel that keeps neighbours resolved by itself.
-const BETTER_KERNEL: (u32, u32) = (5, 16);
-/// The oldest kernel that is supported on this architecture.
-const KERNEL: (u32, u32) = if cfg!(target_arch = "aarch64") { KERNEL_FLOOR_ARM64 } else { KERNEL_FLOOR };
 /// Available memory below which maps of the usual sizes, and a second set beside them during an upgrade, may not fit.
 const MEMORY_KIB: u64 = 768 * 1_024;
 
@@ -28,8 +24,7 @@ fn read(path: &str) -> String {
 }
 
 fn kernel(release: &str) -> Finding {
-    let mut numbers = release.trim().split(['.', '-']).map_while(|n| n.parse().ok());
-    let (Some(major), Some(minor)) = (numbers.next(), numbers.next()) else {
+    let Some(version) = dataplane::kernel_version(release) else {
         return Finding::warn(
             "kernel",
             format!("unknown release {release:?}"),
@@ -37,16 +32,12 @@ fn kernel(release: &str) -> Finding {
         );
     };
     let what = format!("Linux {}", release.trim());
-    match (major, minor) {
-        version if version < KERNEL => {
-            Finding::fail("kernel", what, format!("{}.{} or later is needed", KERNEL.0, KERNEL.1))
-        }
-        version if version < BETTER_KERNEL => {
-            let fix = "keep neighbours fresh by pinging the workers, or use 5.16 or later";
-            Finding::warn("kernel", format!("{what}: resolved neighbours may go stale"), fix)
-        }
-        _ => Finding::ok("kernel", what),
+    if version < KERNEL_FLOOR {
+        let (major, minor) = KERNEL_FLOOR;
+        let fix = format!("use Linux {major}.{minor} or later: older kernels are not supported");
+        return Finding::fail("kernel", what, fix);
     }
+    Finding::ok("kernel", what)
 }
 
 /// Whether programs are compiled: tried on one, as the kernel's setting is not to be seen in every network namespace.
@@ -177,8 +168,10 @@ mod tests {
     fn kernels() {
         for (release, level) in [
             ("5.10.0-28-amd64", Level::Fail),
-            ("5.15.0", Level::Warn),
-            ("5.16.1", Level::Ok),
+            ("5.15.0", Level::Fail),
+            ("6.0.19", Level::Fail),
+            ("6.1.0-56-amd64", Level::Ok),
+            ("7.3", Level::Ok),
             ("6.18.5+deb\n", Level::Ok),
             ("odd", Level::Warn),
         ] {
