@@ -15,7 +15,7 @@ use crate::{
 };
 use std::{io, net::IpAddr};
 
-/// `10.0.0.1:80`, `[fd00::1]:any`.
+/// Formats a VIP with its ports: `10.0.0.1:80`, `[fd00::1]:any`.
 fn vip(service: &Service) -> String {
     match service.vip {
         IpAddr::V4(v4) => format!("{v4}:{}", service.port),
@@ -43,6 +43,7 @@ fn state_tone(state: BackendState) -> (String, Option<Tone>) {
     }
 }
 
+/// Time since a moment in milliseconds since 1970; `-` if there is none (0).
 pub(super) fn ago(ms: u64) -> String {
     let now = clock::unix_ms();
     if ms == 0 { "-".to_owned() } else { units::span(now.saturating_sub(ms) / 1_000) }
@@ -51,13 +52,13 @@ pub(super) fn ago(ms: u64) -> String {
 fn drain(drain: &Drain) -> String {
     let flows = format!("{} flows left", drain.flows_left);
     if drain.deadline_s == 0 {
-        format!("{flows}, time over")
+        format!("{flows}, drain time is over")
     } else {
-        format!("{flows}, {} to go", units::span(drain.deadline_s))
+        format!("{flows}, ends in {}", units::span(drain.deadline_s))
     }
 }
 
-/// A table of services.
+/// Prints a table of services.
 ///
 /// # Errors
 /// Writing failed.
@@ -91,7 +92,7 @@ pub fn services(out: &mut Out<'_>, list: &[ServiceInfo]) -> io::Result<()> {
     table.print(out)
 }
 
-/// One service, in full.
+/// Prints one service in full.
 ///
 /// # Errors
 /// Writing failed.
@@ -105,7 +106,7 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
                 HealthKind::Http(http) => {
                     let (a, b) = http.status;
                     let body =
-                        http.body.as_ref().map_or(String::new(), |text| format!(", body holds {text:?}"));
+                        http.body.as_ref().map_or(String::new(), |text| format!(", body contains {text:?}"));
                     format!("{} {} (status {a} to {b}{body})", kind.label(), http.path)
                 }
                 HealthKind::Grpc(grpc) if !grpc.service.is_empty() => {
@@ -136,19 +137,19 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         pairs.insert(2, ("announced", super::host::vip_state(vip)));
     }
     if s.spec.has_second_chance() {
-        pairs.push(("second chance", "packets carry the other backends that may have their flow".to_owned()));
+        pairs.push(("second chance", "packets name the other backends that may have their flow".to_owned()));
     }
     if s.spec.slow_start_s > 0 {
         pairs.push(("slow start", units::span(s.spec.slow_start_s.into())));
     }
     if let Some(rate) = s.spec.new_flow_rate {
         let burst = rate.burst(s.spec.new_flow_burst);
-        pairs.push(("new flows up to", format!("{rate}, {burst} at once")));
+        pairs.push(("new flow limit", format!("{rate}, burst {burst}")));
     }
     if let Some(rate) = s.spec.source_rate {
         let (burst, v4, v6) =
             (rate.burst(s.spec.source_burst), s.spec.source_prefix_v4, s.spec.source_prefix_v6);
-        pairs.push(("of each source", format!("{rate}, {burst} at once; a source is a /{v4} or a /{v6}")));
+        pairs.push(("source limit", format!("{rate}, burst {burst}; a source is a /{v4} or a /{v6}")));
     }
     if let Some(source) = &s.spec.replica {
         pairs.push(("replica state", replica_source(source)));
@@ -157,7 +158,7 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         pairs.push(("regions", super::region::rules(rules)));
     }
     if s.spec.panic_percent > 0 {
-        let holds = if s.status.panic { ", holds now" } else { "" };
+        let holds = if s.status.panic { ", active now" } else { "" };
         pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_percent)));
     }
     fields(out, &pairs)?;
@@ -165,7 +166,7 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     self::backends(out, backends)
 }
 
-/// A service's scheduler, as the configuration spells it, with its cap.
+/// Formats a service's scheduler as the configuration spells it, with its load cap.
 fn scheduler(spec: &Service) -> String {
     let word = serde_json::to_value(spec.scheduler).ok().and_then(|v| v.as_str().map(str::to_owned));
     let cap = spec.load_cap.map_or_else(String::new, |cap| format!(", up to {cap} flows of load"));
@@ -183,7 +184,7 @@ fn replica_source(source: &ReplicaSource) -> String {
     text
 }
 
-/// `name: value` lines, aligned.
+/// Prints aligned `name: value` lines.
 pub(super) fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
     for (name, value) in pairs {
@@ -193,7 +194,7 @@ pub(super) fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<
     Ok(())
 }
 
-/// A table of backends.
+/// Prints a table of backends.
 ///
 /// # Errors
 /// Writing failed.
@@ -208,7 +209,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
         let note = match (&b.status.drain, &b.status.last_probe, readiness) {
             _ if b.status.excluded.is_some() => b.status.excluded.clone().unwrap_or_default(),
             (Some(progress), ..) => drain(progress),
-            (None, _, Some(said)) if said.declines() => format!("replica {said}, by its own word"),
+            (None, _, Some(readiness)) if readiness.declines() => format!("replica reports {readiness}"),
             (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
             (None, _, Some(Readiness::Lost)) => "replica lost".to_owned(),
             _ => String::new(),
@@ -232,7 +233,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
     table.print(out)
 }
 
-/// One backend, in full.
+/// Prints one backend in full.
 ///
 /// # Errors
 /// Writing failed.
@@ -250,18 +251,18 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         ),
     ];
     if let Some(needed) = s.damped {
-        pairs.push(("flapping", format!("it needs {needed} passed probes in a row to be healthy again")));
+        pairs.push(("flapping", format!("needs {needed} consecutive successful probes to be healthy again")));
     }
     if let Some(percent) = s.slow_start_percent {
-        pairs.push(("slow start", format!("{percent} % of its weight so far")));
+        pairs.push(("slow start", format!("at {percent} % of its weight")));
     }
     if let Some(probe) = &s.last_probe {
         let word = if probe.ok { "passed" } else { "failed" };
         let took = units::micros(probe.took_us);
         pairs.push(("last probe", format!("{word} {} ago: {} ({took})", ago(probe.time_ms), probe.reason)));
     }
-    if let Some(heard) = &s.signs {
-        pairs.push(("signs", signs(heard)));
+    if let Some(report) = &s.signs {
+        pairs.push(("passive checks", passive(report)));
     }
     if let Some(progress) = &s.drain {
         pairs.push(("drain", drain(progress)));
@@ -291,7 +292,7 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
                 let vlan = if hop.vlan > 0 { format!(", VLAN {}", hop.vlan) } else { String::new() };
                 format!("{} by interface {}{vlan}, MTU {}", mac(hop.next_hop), hop.ifindex, hop.mtu)
             }
-            None => "not resolved: the kernel's routes are asked for each packet".to_owned(),
+            None => "not resolved: each packet is routed by a kernel lookup".to_owned(),
         },
     ));
     fields(out, &pairs)?;
@@ -315,13 +316,13 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     Ok(())
 }
 
-/// What was heard of a backend, and what came of it.
-fn signs(heard: &crate::observed::health::PassiveReport) -> String {
-    let mut text = format!("{} unreachable, {} refused", heard.unreachable, heard.refused);
-    if let Some(last) = &heard.last {
-        let (times, refuted) = (heard.early, heard.refuted);
+/// Formats the passive health checks of a backend: failures seen in traffic, and the early probes they triggered.
+fn passive(report: &crate::observed::health::PassiveReport) -> String {
+    let mut text = format!("{} unreachable, {} refused", report.unreachable, report.refused);
+    if let Some(last) = &report.last {
+        let (times, refuted) = (report.early, report.refuted);
         text += &format!(
-            "; probed early {times} times ({refuted} for nothing), last {} ago: {}",
+            "; {times} early probes ({refuted} found it healthy), last {} ago: {}",
             ago(last.time_ms),
             last.what
         );
@@ -329,13 +330,13 @@ fn signs(heard: &crate::observed::health::PassiveReport) -> String {
     text
 }
 
-/// Engine, place, and whether it answers.
+/// Formats the store's engine, its location, and whether lbd is connected to it.
 fn store(link: &crate::desired::store::Link) -> String {
-    let word = if link.connected { "connected" } else { "cut off" };
+    let word = if link.connected { "connected" } else { "disconnected" };
     format!("{} at {}, {word} for {}", link.engine, link.place, ago(link.since_ms))
 }
 
-/// `lbctl status`.
+/// Prints `lbctl status`.
 ///
 /// # Errors
 /// Writing failed.
@@ -354,7 +355,7 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
     }
     let r = &s.revision;
     let by = if r.number == 0 {
-        "empty, nothing was ever configured".to_owned()
+        "empty, nothing has been configured yet".to_owned()
     } else {
         format!("by {}, {}: {}", r.author, units::time(r.time_ms), r.message)
     };
@@ -450,7 +451,7 @@ fn reasons<'a>(
     table.print(out)
 }
 
-/// `lbctl stats`; with an earlier reading, rates since then.
+/// Prints `lbctl stats`; with an earlier reading, also rates since then.
 ///
 /// # Errors
 /// Writing failed.
@@ -486,7 +487,7 @@ pub fn stats(out: &mut Out<'_>, now: &Stats, before: Option<&Stats>) -> io::Resu
     reasons(out, "REASON", now.reasons.iter())
 }
 
-/// `lbctl flows`.
+/// Prints `lbctl flows`.
 ///
 /// # Errors
 /// Writing failed.
@@ -508,7 +509,7 @@ pub fn flows(out: &mut Out<'_>, list: &Flows) -> io::Result<()> {
     table.print(out)
 }
 
-/// `lbctl explain`.
+/// Prints `lbctl explain`.
 ///
 /// # Errors
 /// Writing failed.
@@ -522,7 +523,7 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
                 let name = b.name.as_deref().unwrap_or("a removed backend");
                 out.paint(Tone::Good, &format!("{} goes to {name} ({})", answer.packet, b.address))
             }
-            None => out.paint(Tone::Bad, &format!("{} goes nowhere: {}", answer.packet, answer.why)),
+            None => out.paint(Tone::Bad, &format!("{} is not forwarded: {}", answer.packet, answer.why)),
         };
         out.line(format!("=> {line}"))?;
     }
@@ -532,7 +533,7 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
     Ok(())
 }
 
-/// `lbctl history`.
+/// Prints `lbctl history`.
 ///
 /// # Errors
 /// Writing failed.

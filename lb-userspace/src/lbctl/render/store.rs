@@ -1,4 +1,4 @@
-//! The store, its members, the hosts that share it, and its locks.
+//! Output about the store: its members, the hosts that share it, and its locks.
 
 use super::{
     Out, Tone,
@@ -17,11 +17,11 @@ fn lag(lag: &Lag) -> [(String, Option<Tone>); 3] {
     [ms(lag.last_ms), ms(lag.mean_ms), ms(lag.max_ms)]
 }
 
-fn behind(revisions: u64) -> (String, Option<Tone>) {
+fn revisions_behind(revisions: u64) -> (String, Option<Tone>) {
     if revisions == 0 { plain("0") } else { toned(revisions, Tone::Warn) }
 }
 
-/// `lbctl store status`.
+/// Prints `lbctl store status`.
 ///
 /// # Errors
 /// Writing failed.
@@ -31,14 +31,14 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
         format!("connected for {}", ago(s.link.since_ms))
     } else {
         format!(
-            "cut off for {}: {}",
+            "disconnected for {}: {}",
             ago(s.link.since_ms),
             s.link.problem.as_deref().unwrap_or("not connected yet")
         )
     };
     let by = if s.orphaned_services > 0 {
         format!(
-            "empty, but the maps hold {} services, forwarded as before: see `lbctl status`",
+            "empty, but the maps hold {} services and forward them as before: see `lbctl status`",
             s.orphaned_services
         )
     } else if r.number == 0 {
@@ -85,7 +85,7 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
         table.row([
             toned(&region.region, Tone::Strong),
             plain(region.hosts),
-            behind(region.behind),
+            revisions_behind(region.behind),
             last,
             mean,
             max,
@@ -103,7 +103,7 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             plain(&host.region),
             plain(&host.zone),
             plain(host.revision),
-            behind(r.number.saturating_sub(host.revision)),
+            revisions_behind(r.number.saturating_sub(host.revision)),
             last,
             mean,
             max,
@@ -114,12 +114,12 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     table.print(out)
 }
 
-/// `lbctl rollout status`.
+/// Prints the locks of `lbctl rollout status`.
 ///
 /// # Errors
 /// Writing failed.
 pub fn locks(out: &mut Out<'_>, list: &[Lock]) -> io::Result<()> {
-    let mut table = Table::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">RUNS OUT IN"], out.colour);
+    let mut table = Table::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">EXPIRES IN"], out.colour);
     for lock in list {
         table.row([
             toned(&lock.name, Tone::Strong),
