@@ -1,4 +1,4 @@
-//! Reconciler and dataplane as the API sees them.
+//! The API's engine over the live reconciler and dataplane.
 
 use super::hardware::Hardware;
 use crate::{
@@ -28,19 +28,19 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// An engine over live maps.
+/// [`Engine`] over live maps.
 pub struct Live {
     events: mpsc::Sender<Event>,
     published: watch::Receiver<Arc<Published>>,
     reader: Arc<Reader>,
     hardware: Arc<Hardware>,
     limits: Limits,
-    /// The last snapshot, and what it was made from.
+    /// The last snapshot, and the state that it was made from.
     last: Mutex<Option<(Arc<Published>, Arc<Snapshot>)>>,
 }
 
 impl Live {
-    /// Over a reconciler's channels and a reader of its maps.
+    /// Creates an engine over a reconciler's channels and a reader of its maps.
     pub fn new(
         events: mpsc::Sender<Event>,
         published: watch::Receiver<Arc<Published>>,
@@ -55,12 +55,14 @@ impl Live {
         self.published.borrow().clone()
     }
 
-    async fn ask<T>(
+    /// Sends an event to the reconciler and waits for its answer.
+    async fn request<T>(
         &self,
         event: Event,
         answer: oneshot::Receiver<Result<T, ReconcileError>>,
     ) -> Result<T, EngineError> {
-        let gone = || EngineError::Failed { what: "the reconciler has ended; see the log of lbd".to_owned() };
+        let gone =
+            || EngineError::Failed { what: "the reconciler has stopped: see the log of lbd".to_owned() };
         self.events.send(event).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?.map_err(|error| match error {
             ReconcileError::Compile(_) => EngineError::Refused { what: error.to_string() },
@@ -150,8 +152,8 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
     snapshot
 }
 
-/// A service's residency and how its table is spread, for people.
-fn regions_of(published: &Published, name: &Name) -> Vec<String> {
+/// Describes a service's residency and the regions of its table, for `lbctl explain`.
+fn region_steps(published: &Published, name: &Name) -> Vec<String> {
     let (Some(wanted), Some(service)) = (published.desired.services.get(name), published.services.get(name))
     else {
         return Vec::new();
@@ -162,13 +164,16 @@ fn regions_of(published: &Published, name: &Name) -> Vec<String> {
         let all = wanted.backends.len();
         let names = region_list(allowed);
         let refused =
-            if service.eligible == 0 { ": none of them takes flows, so all are refused" } else { "" };
-        steps.push(format!("residency: only {names}, where {inside} of {all} backends are{refused}"));
+            if service.eligible == 0 { ": none of them takes flows, so new flows are refused" } else { "" };
+        steps.push(format!("residency: only {names}, with {inside} of {all} backends{refused}"));
     }
     if !service.regions.is_empty() {
         let shares = service.regions.iter().map(|s| format!("{} {} ‰", s.name, s.permille));
         let shares: Vec<String> = shares.collect();
-        steps.push(format!("regions: {}; `lbctl policy explain {name}` says why", shares.join(", ")));
+        steps.push(format!(
+            "regions: {}; see `lbctl policy explain {name}` for the reason",
+            shares.join(", ")
+        ));
     }
     steps
 }
@@ -183,7 +188,7 @@ impl Engine for Live {
             self.hardware.check(&desired).map_err(|what| EngineError::Refused { what })?;
             let desired = self.hardware.served(desired, false);
             let (fits, answer) = oneshot::channel();
-            self.ask(Event::Check { desired, fits }, answer).await
+            self.request(Event::Check { desired, fits }, answer).await
         })
     }
 
@@ -192,7 +197,7 @@ impl Engine for Live {
             let desired = self.hardware.served(desired, true);
             let (tell, answer) = oneshot::channel();
             let event = Event::Desired { desired, revision, applied: Some(tell) };
-            Ok(applied(&self.ask(event, answer).await?, None))
+            Ok(applied(&self.request(event, answer).await?, None))
         })
     }
 
@@ -316,7 +321,7 @@ impl Engine for Live {
         let mut explanation = explain(&self.reader, &*published, query);
         let name = explanation.service.as_ref().and_then(|name| name.parse::<Name>().ok());
         if let Some(name) = name {
-            explanation.steps.extend(regions_of(&published, &name));
+            explanation.steps.extend(region_steps(&published, &name));
         }
         Ok(explanation)
     }

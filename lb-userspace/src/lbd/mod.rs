@@ -1,7 +1,7 @@
-//! `lbd ingress`: store, dataplane, reconciler, health, replicas, neighbours, API and metrics, wired together.
+//! `lbd ingress`: wires store, dataplane, reconciler, health checks, replicas, neighbours, API and metrics together.
 //!
 //! Input: [`Settings`], and a configuration file if there is one. Output: a running daemon, until SIGTERM
-//! or SIGINT; the dataplane goes on forwarding after it. Called by the binary.
+//! or SIGINT; the dataplane continues to forward afterwards. Called by the binary.
 
 pub mod args;
 pub mod command;
@@ -70,25 +70,26 @@ use tokio::sync::{mpsc, watch};
 
 /// Key of the reconciler's memory in the local store.
 const MEMORY: &str = "reconciler";
-/// Key of the services that the configuration file last had.
-const FILE: &str = "config-file";
-/// How long a start waits for next hops, so that the first tables have them.
-const FIRST_HOPS: Duration = Duration::from_secs(2);
-/// How long a start without memory looks for it in the store's history, and how many revisions at most.
-const FIRST_HISTORY: Duration = Duration::from_secs(3);
-const HISTORY: usize = 256;
-/// How long requests in progress may take when lbd stops.
+/// Key of the configuration file's services as they were last loaded.
+const FILE_SERVICES: &str = "config-file";
+/// How long the start waits for next hops, so that the first tables have them.
+const FIRST_HOPS_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a start without saved memory reads the store's history.
+const HISTORY_TIMEOUT: Duration = Duration::from_secs(3);
+/// Maximum number of revisions that such a start reads.
+const HISTORY_REVISIONS: usize = 256;
+/// How long requests in progress may still take when lbd stops.
 const GRACE: Duration = Duration::from_secs(3);
-/// How long changes of the reconciler's memory are gathered before it is saved. If lbd is killed meanwhile,
-/// the maps themselves tell what it would.
-const GATHER: Duration = Duration::from_millis(50);
-/// Events that wait for the reconciler.
+/// Delay before a change of the reconciler's memory is saved, to batch changes. If lbd is killed in between, the next
+/// start reads the same facts from the maps.
+const SAVE_DELAY: Duration = Duration::from_millis(50);
+/// Capacity of the event queues.
 const EVENTS: usize = 16_384;
 
-/// Runs until told to stop.
+/// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// The start failed, in which case nothing that ran before was touched, or a part of lbd ended.
+/// The start failed, in which case nothing that ran before was changed, or a part of lbd ended.
 pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>) -> anyhow::Result<()> {
     let mut stop = supervise::Signals::new().context("cannot listen for signals")?;
     let (local, store, sharing) = open_store(&settings).await?;
@@ -103,13 +104,13 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let fix_offloads = settings.fix_offloads;
     let attach = move || {
         if fix_offloads {
-            // Before the program is there: drivers set their rings up anew for either.
+            // Before the program is attached: drivers recreate their rings for either change.
             options.interfaces.iter().for_each(|name| offloads::fix(name));
         }
         Dataplane::attach(&options)
     };
     let mut dataplane = tokio::task::spawn_blocking(attach).await??;
-    tell_of(&dataplane);
+    log_programs(&dataplane);
     xdp_log::start(dataplane.bpf_mut(), settings.xdp_log_level);
     let takeover = dataplane.takeover();
     let home = dataplane.home.clone();
@@ -123,11 +124,11 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let (events, inbox) = mpsc::channel(EVENTS);
     let mut parts = supervise::Parts::default();
 
-    // Next hops first, so that adopted ones are not unlearned for a moment.
+    // Next hops first, so that adopted next hops are not lost for a moment.
     let (hops_out, mut hops) = mpsc::channel(1);
     let resolver = Resolver::open().context("cannot watch routes and neighbours")?;
     parts.add("neighbour watch", resolver.run(store.watch(), hops_out));
-    let first_hops = match tokio::time::timeout(FIRST_HOPS, hops.recv()).await {
+    let first_hops = match tokio::time::timeout(FIRST_HOPS_TIMEOUT, hops.recv()).await {
         Ok(Some(hops)) => hops,
         Ok(None) | Err(_) => Default::default(),
     };
@@ -154,7 +155,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     });
     reconciler.prime(verdicts, replicas.readiness(), first_hops, steering.first(&store.head().desired));
     if reconciler.wants_history(&store.head().desired) {
-        reconciler.recall(&history(&*store).await);
+        reconciler.recall(&recent_history(&*store).await);
     }
     let adopted = reconciler.adopted();
     let reconciler = spawn_reconciler(reconciler, inbox)?;
@@ -162,7 +163,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     parts.add("next hops", forward(hops, events.clone(), Event::Paths));
 
     let scores = Arc::new(Scores::new(loads, Arc::new(published.clone())));
-    parts.add("load scores", ended_ok(scores.clone().run(replicas.clone(), published.clone())));
+    parts.add("load scores", infallible(scores.clone().run(replicas.clone(), published.clone())));
     let engine = Arc::new(Live::new(events.clone(), published.clone(), reader, hardware.clone(), limits));
     let control = Control::with_replicas(store.clone(), engine, book.clone(), replicas.clone());
     let report = HostReport {
@@ -177,7 +178,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     control.announce(hosting.clone());
     control.steer_by(steering.shown());
     control.adopted(adopted);
-    parts.add("desired state", ended_ok(control.clone().follow()));
+    parts.add("desired state", infallible(control.clone().follow()));
     if control.orphaned() == 0 {
         let head = control.head();
         control.applied(head.revision.number).await.context("cannot apply the stored state")?;
@@ -188,12 +189,12 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
             first.first_applied().await;
             announcer.run(published, is_draining).await
         });
-        parts.add("this host's drain", ended_ok(control.clone().follow_drain()));
+        parts.add("this host's drain", infallible(control.clone().follow_drain()));
     }
 
     parts.add("report to the other hosts", report::run(control.clone(), store.clone(), report, published));
 
-    parts.add("regions", ended_ok(steering.run(control.clone(), events.clone())));
+    parts.add("regions", infallible(steering.run(control.clone(), events.clone())));
 
     let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
     let prober = prober_through(Some(Arc::new(Tunnel::new(Box::new(load_probe_programs), probed))));
@@ -201,35 +202,38 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let (watched, locally) = (store.watch(), local.clone());
     parts.add("health checks", own_thread::own_thread("health", move || checker.run(watched, locally)));
     parts.add("verdicts", forward(verdicts, events.clone(), |(id, health)| Event::Health(id, health)));
-    let (said_out, said) = mpsc::channel(EVENTS);
-    let watcher = Watcher::new(replicas, settings.probes, prober, said_out, scores);
-    parts.add("replica state", ended_ok(watcher.run(store.watch(), local.clone())));
-    parts.add("readiness", forward(said, events.clone(), |(id, readiness)| Event::Replica(id, readiness)));
+    let (readiness_out, readiness) = mpsc::channel(EVENTS);
+    let watcher = Watcher::new(replicas, settings.probes, prober, readiness_out, scores);
+    parts.add("replica state", infallible(watcher.run(store.watch(), local.clone())));
+    parts.add(
+        "readiness",
+        forward(readiness, events.clone(), |(id, readiness)| Event::Replica(id, readiness)),
+    );
 
-    let File { options: said, desired, .. } = file.unwrap_or_default();
+    let File { options: file_options, desired, .. } = file.unwrap_or_default();
     if let (Some(path), Some(desired)) = (&config, desired) {
         let loaded = load_services(&control, &*local, path, desired, Load::IfChanged).await;
-        // A store that is away must not keep a host from forwarding.
+        // An unreachable store must not prevent a host from forwarding.
         match loaded {
             Err(error) if !control.link().connected => {
-                tracing::error!("the file's services are not loaded: {}", told(&error));
+                tracing::error!("cannot load the services of the configuration file: {}", describe(&error));
             }
             other => other?,
         }
     }
-    let go_on = take_over_and_sweep(takeover, home, events.clone());
+    let finish_start = take_over_and_sweep(takeover, home, events.clone());
     if control.orphaned() == 0 {
-        go_on.await?;
+        finish_start.await?;
     } else {
-        // Another version's program forwards by tables that ours does not have before something is applied.
+        // A program of another ABI version forwards with its own tables until the first state is applied.
         let first = control.clone();
         parts.add("first state", async move {
             first.first_applied().await;
-            go_on.await?;
+            finish_start.await?;
             std::future::pending::<anyhow::Result<()>>().await
         });
     }
-    parts.add("interfaces", ended_ok(hardware.run(events.clone())));
+    parts.add("interfaces", infallible(hardware.run(events.clone())));
     let (stop_out, stopped) = watch::channel(false);
     parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
     if let Some(listener) = metrics {
@@ -241,20 +245,20 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
 
     let failed = loop {
         match stop.next(&mut parts).await {
-            supervise::Happened::Reload => reload(&control, &*local, config.as_deref(), &said).await,
-            supervise::Happened::Stop(signal) => {
-                tracing::info!(signal, "stopping; the dataplane goes on forwarding");
+            supervise::Incident::Reload => reload(&control, &*local, config.as_deref(), &file_options).await,
+            supervise::Incident::Stop(signal) => {
+                tracing::info!(signal, "stopping: the dataplane continues to forward");
                 break None;
             }
-            supervise::Happened::Failed(error) => break Some(error),
-            supervise::Happened::Watchdog => {
+            supervise::Incident::Failed(error) => break Some(error),
+            supervise::Incident::Watchdog => {
                 if !reconciler.is_finished() {
                     notify(&[NotifyState::Watchdog]);
                 }
             }
         }
         if reconciler.is_finished() {
-            break Some(anyhow::anyhow!("the reconciler ended; see the log above"));
+            break Some(anyhow::anyhow!("the reconciler ended: see the log above"));
         }
     };
     notify(&[NotifyState::Stopping]);
@@ -266,11 +270,11 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     flush(&*local, &control, &kept).await;
     match failed {
         None => Ok(()),
-        Some(error) => Err(error.context("lbd ends; the dataplane goes on forwarding")),
+        Some(error) => Err(error.context("lbd is stopping, and the dataplane continues to forward")),
     }
 }
 
-/// What follows when the tables are written.
+/// Completes the start once the tables are written: takes over from another ABI version, then starts the sweeper.
 async fn take_over_and_sweep(
     takeover: Option<Takeover>,
     home: PathBuf,
@@ -279,17 +283,17 @@ async fn take_over_and_sweep(
     if let Some(takeover) = takeover {
         take_over(takeover).await?;
     }
-    // Not before all flows are there: it tells which slots have none.
+    // Only after all flows are migrated, because the sweeper reports slots without flows.
     start_sweeper(home, events).context("cannot start the sweeper")
 }
 
-/// Features to load at the start: those of the stored state; all, if the store is empty but something is pinned, which
-/// may use them.
+/// Returns the features to load at the start: those that the stored state uses; all, if the store is empty but pinned
+/// programs may use them.
 fn features_at_start(head: &Stored, pin_path: &Path) -> u32 {
     if head.revision.number == 0 && pin_path.exists() { ON_DEMAND } else { head.desired.features() }
 }
 
-/// Lets our program run where another ABI version's does, now that the tables are written.
+/// Replaces the program of another ABI version by ours, now that the tables are written.
 async fn take_over(takeover: Takeover) -> anyhow::Result<()> {
     let (from, to, began) = (takeover.abi(), lb_common::ABI_VERSION, std::time::Instant::now());
     let carried = tokio::task::spawn_blocking(move || takeover.finish())
@@ -302,13 +306,13 @@ async fn take_over(takeover: Takeover) -> anyhow::Result<()> {
             map,
             abi,
             what,
-            "its flows are lost: they are placed as those of a host that comes anew"
+            "cannot migrate its flows: they are assigned like flows of a new host"
         );
     }
     Ok(())
 }
 
-/// Opens what belongs to this host, and the store.
+/// Opens this host's local store, and the store of the desired state.
 async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<dyn Store>, FleetMember)> {
     let state_dir = settings.state_dir.clone();
     let local = tokio::task::spawn_blocking(move || LocalFile::open(&state_dir)).await??;
@@ -337,25 +341,25 @@ async fn open_store(settings: &Settings) -> anyhow::Result<(Arc<LocalFile>, Arc<
     Ok((Arc::new(local), store, FleetMember { host, region, zone, opener }))
 }
 
-/// States in force within the longest drain time of any service.
-async fn history(store: &dyn Store) -> Vec<Past> {
+/// Reads the states that were in force within the longest drain time of any service.
+async fn recent_history(store: &dyn Store) -> Vec<Past> {
     let head = store.head();
     let drain_s = head.desired.services.values().map(|s| s.drain_s).max().unwrap_or(0);
     let (now_ms, boot_ms) = (clock::unix_ms(), clock::boot().as_millis() as i64);
     let since_ms = now_ms.saturating_sub(u64::from(drain_s) * 1_000);
-    let found = tokio::time::timeout(FIRST_HISTORY, since(store, since_ms, HISTORY));
+    let found = tokio::time::timeout(HISTORY_TIMEOUT, since(store, since_ms, HISTORY_REVISIONS));
     let found = match found.await {
         Ok(Ok(found)) => found,
         Ok(Err(error)) => {
-            tracing::warn!(%error, "transitions that are going on are not known");
+            tracing::warn!(%error, "cannot read the history: transitions in progress are unknown");
             vec![head]
         }
         Err(_) => {
-            tracing::warn!("reading the history takes too long: transitions that are going on are not known");
+            tracing::warn!("reading the history takes too long: transitions in progress are unknown");
             vec![head]
         }
     };
-    tracing::info!(revisions = found.len(), "what tables were made from lately is taken from the history");
+    tracing::info!(revisions = found.len(), "restoring transitions from the history");
     let past = |stored: Stored| Past {
         from_ms: boot_ms - (now_ms as i64 - stored.revision.time_ms as i64),
         desired: stored.desired,
@@ -363,8 +367,8 @@ async fn history(store: &dyn Store) -> Vec<Past> {
     found.into_iter().map(past).collect()
 }
 
-/// An error with its causes, without those that the messages before have told already.
-pub fn told(error: &anyhow::Error) -> String {
+/// Describes an error with its causes, without causes that the text already contains.
+pub fn describe(error: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in error.chain().map(ToString::to_string) {
         if text.is_empty() {
@@ -376,7 +380,7 @@ pub fn told(error: &anyhow::Error) -> String {
     text
 }
 
-/// The API's socket; gone with the daemon, however that ends.
+/// Removes the API's socket when dropped.
 struct SocketFile(PathBuf);
 
 impl Drop for SocketFile {
@@ -385,17 +389,17 @@ impl Drop for SocketFile {
     }
 }
 
-/// Tells the service manager, if there is one.
+/// Notifies the service manager, if there is one.
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        tracing::debug!(%error, "the service manager cannot be told");
+        tracing::debug!(%error, "cannot notify the service manager");
     }
 }
 
-/// Ports that someone chose must be good ones; the usual ones are only warned of.
+/// Checks the ports of mode nat: a conflict is an error if the user chose the ports, a warning if they are the default.
 fn check_nat_ports(settings: &Settings) -> anyhow::Result<()> {
     use lb_common::settings::features;
-    // A pool's addresses are not those of this host's own connections.
+    // With a pool, translated flows do not share addresses with this host's own connections.
     let has_pool = settings.nat_source_v4.is_some() && settings.nat_source_v6.is_some();
     if has_pool || settings.ingress.features & features::NAT == 0 {
         return Ok(());
@@ -403,17 +407,17 @@ fn check_nat_ports(settings: &Settings) -> anyhow::Result<()> {
     match nat_ports::problem(settings.ingress.nat_first, settings.ingress.nat_last) {
         Some(what) if settings.nat_ports_required => Err(SettingsError { setting: "nat_ports", what }.into()),
         Some(what) => {
-            tracing::warn!(what, "mode nat");
+            tracing::warn!("nat_ports: {what}");
             Ok(())
         }
         None => Ok(()),
     }
 }
 
-/// `used`: features that are loaded on demand, and used from the start.
+/// Builds the options of the attachment. `used`: on-demand features that are in use from the start.
 fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
-    let log_level = xdp_log::number(settings.xdp_log_level);
-    // A program that logs is not loaded anew.
+    let log_level = xdp_log::level_number(settings.xdp_log_level);
+    // A program that logs is not reloaded, so it needs all features.
     let used = if log_level == 0 { used } else { ON_DEMAND };
     let limits = Limits {
         services: settings.max_services,
@@ -475,12 +479,17 @@ fn compile_settings(
     }
 }
 
-/// Says how the programs came to run.
-fn tell_of(dataplane: &Dataplane) {
+/// Logs which programs are attached where, and which are not available.
+fn log_programs(dataplane: &Dataplane) {
     let kernel = Kernel::get();
     tracing::info!(frags = dataplane.frags, ?kernel, "programs loaded");
     for one in &dataplane.left_out {
-        tracing::warn!(program = one.program, feature = one.feature_name(), "left out: {}", one.reason);
+        tracing::warn!(
+            program = one.program,
+            feature = one.feature_name(),
+            "program not available: {}",
+            one.reason
+        );
     }
     for i in dataplane.interfaces.attached() {
         if i.mode == "driver" {
@@ -491,16 +500,16 @@ fn tell_of(dataplane: &Dataplane) {
                 interface = i.name,
                 mode = i.mode,
                 why,
-                "attached in generic mode: much slower than in the driver"
+                "attached in generic mode, which is much slower than driver mode"
             );
         }
     }
     for waiting in dataplane.interfaces.waiting() {
-        tracing::warn!(interface = waiting.name, "not attached, tried again each second: {}", waiting.reason);
+        tracing::warn!(interface = waiting.name, "not attached, retrying every second: {}", waiting.reason);
     }
 }
 
-/// The reconciler compiles and writes maps without pause: on a thread of its own, it delays nobody else.
+/// Runs the reconciler on its own thread, because it compiles and writes maps without yielding.
 fn spawn_reconciler(
     reconciler: Reconciler<Dataplane>,
     inbox: mpsc::Receiver<Event>,
@@ -510,62 +519,65 @@ fn spawn_reconciler(
     std::thread::Builder::new().name("reconcile".to_owned()).spawn(run).context("cannot start the reconciler")
 }
 
-/// Passes what comes in on as events, until nobody takes them.
+/// Forwards received values as events, until the receiver of events is gone.
 async fn forward<T>(
     mut from: mpsc::Receiver<T>,
     to: mpsc::Sender<Event>,
     event: impl Fn(T) -> Event,
 ) -> anyhow::Result<()> {
-    while let Some(thing) = from.recv().await {
-        if to.send(event(thing)).await.is_err() {
+    while let Some(value) = from.recv().await {
+        if to.send(event(value)).await.is_err() {
             break;
         }
     }
     Ok(())
 }
 
+/// Saves the reconciler's memory after each change.
 async fn save_memory(mut kept: watch::Receiver<Vec<u8>>, store: Arc<LocalFile>) -> anyhow::Result<()> {
     while kept.changed().await.is_ok() {
-        tokio::time::sleep(GATHER).await;
+        tokio::time::sleep(SAVE_DELAY).await;
         let bytes = kept.borrow_and_update().clone();
         if let Err(error) = store.save(MEMORY, bytes).await {
-            tracing::error!(%error, "the reconciler's memory cannot be saved");
+            tracing::error!(%error, "cannot save the reconciler's memory");
         }
     }
     Ok(())
 }
 
-async fn ended_ok(part: impl Future<Output = ()>) -> anyhow::Result<()> {
+/// Turns a part that cannot fail into one that supervision accepts.
+async fn infallible(part: impl Future<Output = ()>) -> anyhow::Result<()> {
     part.await;
     Ok(())
 }
 
+/// Waits until the flag is set or its sender is gone.
 async fn until(mut flag: watch::Receiver<bool>) {
     let _ = flag.wait_for(|stop| *stop).await;
 }
 
-/// Writes down what would otherwise be saved in a moment.
+/// Saves state that is otherwise saved with a delay.
 async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Vec<u8>>) {
     if let Err(error) = Checker::save(control.book(), local).await {
-        tracing::error!(%error, "health verdicts cannot be saved");
+        tracing::error!(%error, "cannot save the health verdicts");
     }
     if let Err(error) = Watcher::save(control.replicas(), local).await {
-        tracing::error!(%error, "what replicas said cannot be saved");
+        tracing::error!(%error, "cannot save the replica state");
     }
     let memory = memory.borrow().clone();
     if !memory.is_empty()
         && let Err(error) = local.save(MEMORY, memory).await
     {
-        tracing::error!(%error, "the reconciler's memory cannot be saved");
+        tracing::error!(%error, "cannot save the reconciler's memory");
     }
 }
 
 /// When a file's services become the desired state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Load {
-    /// If they are not those that the file had when it was last loaded: what `lbctl` changed since stays.
+    /// If they differ from those that were last loaded from the file, so that changes made by `lbctl` since then stay.
     IfChanged,
-    /// In any case: the operator asked.
+    /// Always, because the operator asked for it.
     Always,
 }
 
@@ -577,8 +589,8 @@ async fn load_services(
     load: Load,
 ) -> anyhow::Result<()> {
     let text = export(&desired).into_bytes();
-    if load == Load::IfChanged && local.load(FILE).await?.as_ref() == Some(&text) {
-        tracing::info!(file = %path.display(), "its services were loaded before; the store's state holds");
+    if load == Load::IfChanged && local.load(FILE_SERVICES).await?.as_ref() == Some(&text) {
+        tracing::info!(file = %path.display(), "services of the file are unchanged since they were last loaded: keeping the store's state");
         return Ok(());
     }
     let message = format!("services of {}", path.display());
@@ -591,26 +603,26 @@ async fn load_services(
         Ok(())
     });
     let change = change.await.with_context(|| format!("cannot apply the services of {}", path.display()))?;
-    local.save(FILE, text).await?;
+    local.save(FILE_SERVICES, text).await?;
     let (revision, changes) = (change.revision, change.differences.len());
     tracing::info!(file = %path.display(), revision, changes, "services loaded");
     Ok(())
 }
 
-/// SIGHUP: reads the file again. If it is wrong, says so, and changes nothing.
-async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>, said: &Options) {
+/// Handles SIGHUP: reads the configuration file again. If the file is invalid, logs the error and changes nothing.
+async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>, started_with: &Options) {
     let usec = NotifyState::monotonic_usec_now();
     match usec {
         Ok(usec) => notify(&[NotifyState::Reloading, usec]),
         Err(_) => notify(&[NotifyState::Reloading]),
     }
     let result = async {
-        let path = config.context("there is no --config file to read again")?;
+        let path = config.context("lbd was started without --config: no file to reload")?;
         let owned = path.to_owned();
         let file = tokio::task::spawn_blocking(move || File::read(&owned)).await??;
         file.options.clone().resolve()?;
-        if file.options != *said {
-            tracing::warn!("[lbd] has changed: that takes a restart of lbd (which loses no packet)");
+        if file.options != *started_with {
+            tracing::warn!("[lbd] has changed: restart lbd to apply it (no packet is lost)");
         }
         match file.desired {
             Some(desired) => load_services(control, local, path, desired, Load::Always).await,
@@ -618,8 +630,10 @@ async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>, sai
         }
     };
     match result.await {
-        Ok(()) => tracing::info!("configuration read again"),
-        Err(error) => tracing::error!("configuration not changed: {}", told(&error)),
+        Ok(()) => tracing::info!("configuration reloaded"),
+        Err(error) => {
+            tracing::error!("cannot reload the configuration, nothing was changed: {}", describe(&error))
+        }
     }
     notify(&[NotifyState::Ready]);
 }
