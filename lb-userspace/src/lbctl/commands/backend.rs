@@ -3,7 +3,7 @@
 use super::{Context, Exit, Failure, WriteFlags, words::word};
 use crate::{
     desired::model::{BackendState, Name, NameError, QuicError, ServerId},
-    lbctl::render::observe,
+    lbctl::render::backend as render,
     serve::api::types::BackendInfo,
 };
 use clap::{Args, Subcommand};
@@ -187,7 +187,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             } else if list.is_empty() {
                 say!("no backends: add one with `lbctl backend add`");
             } else {
-                observe::backends(&mut context.out, &list)?;
+                render::backends(&mut context.out, &list)?;
             }
             Ok(Exit::Ok)
         }
@@ -196,7 +196,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&backend, false)?;
             } else {
-                observe::backend(&mut context.out, &backend)?;
+                render::backend(&mut context.out, &backend)?;
             }
             Ok(Exit::Ok)
         }

@@ -12,7 +12,7 @@ use crate::{
         ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, RegionPolicy, Scheduler,
         Selector, Via,
     },
-    lbctl::render::{observe, units::parse_duration},
+    lbctl::render::{service as render, units::parse_duration},
     serve::api::types::{BackendInfo, ServiceInfo},
 };
 use clap::{Args, Subcommand};
@@ -312,6 +312,40 @@ fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
     }
 }
 
+/// Builds the merge patch of the flags about health checks.
+fn health_patch(s: &Settings) -> Map<String, Value> {
+    let mut health = Patch::default();
+    if let Some(check) = &s.health {
+        // A new kind starts from its own defaults, without the settings of the old kind.
+        health.set("kind", Some(check.kind));
+        health.set("port", Some(check.port));
+        health.set("path", Some(&check.path));
+        health.set("service", Some(&check.service));
+        for key in ["host", "status", "headers", "body", "sni", "ca", "verify", "client_cert", "client_key"] {
+            health.set(key, Some(Value::Null));
+        }
+    }
+    health.set("host", s.health_host.as_ref());
+    health.set("status", s.health_status.as_ref().map(|s| (s.0, s.1)));
+    let headers: Map<String, Value> = s.health_header.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
+    health.set("headers", Some(headers).filter(|h| !h.is_empty()));
+    health.set("body", s.health_body.as_ref());
+    health.set("sni", s.health_sni.as_ref());
+    health.set("ca", s.health_ca.as_ref());
+    health.set("verify", s.health_verify);
+    health.set("client_cert", s.health_cert.as_ref());
+    health.set("client_key", s.health_key.as_ref());
+    health.set("via", s.health_via);
+    health.set("damping", s.health_damping);
+    health.set("signs", s.health_signs);
+    health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
+    health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
+    health.set("jitter_percent", s.health_jitter);
+    health.set("rise", s.rise);
+    health.set("fall", s.fall);
+    health.0
+}
+
 /// Builds the merge patch of all flags.
 fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure> {
     let mut patch = Patch::default();
@@ -353,76 +387,51 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     patch.set("source_prefix_v6", s.source_prefix_v6);
     patch.set("on_down", s.on_down);
     patch.set("panic_percent", s.panic);
-    let mut health = Patch::default();
-    if let Some(check) = &s.health {
-        // A new kind starts from its own defaults, without the settings of the old kind.
-        health.set("kind", Some(check.kind));
-        health.set("port", Some(check.port));
-        health.set("path", Some(&check.path));
-        health.set("service", Some(&check.service));
-        for key in ["host", "status", "headers", "body", "sni", "ca", "verify", "client_cert", "client_key"] {
-            health.set(key, Some(Value::Null));
-        }
-    }
-    health.set("host", s.health_host.as_ref());
-    health.set("status", s.health_status.as_ref().map(|s| (s.0, s.1)));
-    let headers: Map<String, Value> = s.health_header.iter().map(|(n, v)| (n.clone(), json!(v))).collect();
-    health.set("headers", Some(headers).filter(|h| !h.is_empty()));
-    health.set("body", s.health_body.as_ref());
-    health.set("sni", s.health_sni.as_ref());
-    health.set("ca", s.health_ca.as_ref());
-    health.set("verify", s.health_verify);
-    health.set("client_cert", s.health_cert.as_ref());
-    health.set("client_key", s.health_key.as_ref());
-    health.set("via", s.health_via);
-    health.set("damping", s.health_damping);
-    health.set("signs", s.health_signs);
-    health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
-    health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
-    health.set("jitter_percent", s.health_jitter);
-    health.set("rise", s.rise);
-    health.set("fall", s.fall);
-    patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
+    patch.set("health", Some(health_patch(s)).filter(|h| !h.is_empty()));
     patch.set("replica", replica_patch(s)?);
     patch.set("regions", Some(regions_patch(s)?).filter(|r| !r.is_empty()));
     Ok(patch.0)
+}
+
+/// Builds the body of `service add`, without unset values.
+fn new_service(add: &Add) -> Result<Map<String, Value>, Failure> {
+    let mut body = patch(Some(&add.vip), &add.settings)?;
+    for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
+        if !body.contains_key(key) {
+            let what = format!("the service needs a {key}: give {flag}, or --vip ADDRESS:PORT/PROTOCOL");
+            return Err(Failure::Usage { what });
+        }
+    }
+    if let Some(Value::Object(health)) = body.get_mut("health") {
+        health.retain(|_, v| !v.is_null());
+        if !health.contains_key("kind") {
+            let what = "--health-* flags need a check: give --health tcp or --health http:/PATH, for example"
+                .to_owned();
+            return Err(Failure::Usage { what });
+        }
+    }
+    if let Some(Value::Object(replica)) = body.get_mut("replica") {
+        replica.retain(|_, v| !v.is_null());
+        if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
+            metrics.retain(|_, v| !v.is_null());
+        }
+        if !replica.contains_key("kind") {
+            let what = "--replica-* flags need a source: give --replica stream, for example".to_owned();
+            return Err(Failure::Usage { what });
+        }
+    }
+    if let Some(Value::Object(regions)) = body.get_mut("regions") {
+        regions.retain(|_, v| !v.is_null());
+    }
+    body.retain(|_, v| !v.is_null());
+    Ok(body)
 }
 
 /// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Add(add) => {
-            let mut body = patch(Some(&add.vip), &add.settings)?;
-            for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
-                if !body.contains_key(key) {
-                    let what =
-                        format!("the service needs a {key}: give {flag}, or --vip ADDRESS:PORT/PROTOCOL");
-                    return Err(Failure::Usage { what });
-                }
-            }
-            if let Some(Value::Object(health)) = body.get_mut("health") {
-                health.retain(|_, v| !v.is_null());
-                if !health.contains_key("kind") {
-                    let what =
-                        "--health-* flags need a check: give --health tcp or --health http:/PATH, for example".to_owned();
-                    return Err(Failure::Usage { what });
-                }
-            }
-            if let Some(Value::Object(replica)) = body.get_mut("replica") {
-                replica.retain(|_, v| !v.is_null());
-                if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
-                    metrics.retain(|_, v| !v.is_null());
-                }
-                if !replica.contains_key("kind") {
-                    let what =
-                        "--replica-* flags need a source: give --replica stream, for example".to_owned();
-                    return Err(Failure::Usage { what });
-                }
-            }
-            if let Some(Value::Object(regions)) = body.get_mut("regions") {
-                regions.retain(|_, v| !v.is_null());
-            }
-            body.retain(|_, v| !v.is_null());
+            let body = new_service(&add)?;
             let name = add.name;
             let path = format!("/v1/services/{name}");
             context
@@ -452,7 +461,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             } else if list.is_empty() {
                 say!("no services: add one with `lbctl service add` or `lbctl config apply`");
             } else {
-                observe::services(&mut context.out, &list)?;
+                render::services(&mut context.out, &list)?;
             }
             Ok(Exit::Ok)
         }
@@ -463,7 +472,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             } else {
                 let path = format!("/v1/services/{name}/backends");
                 let backends: Vec<BackendInfo> = context.client.get(&path, &()).await?;
-                observe::service(&mut context.out, &service, &backends)?;
+                render::service(&mut context.out, &service, &backends)?;
             }
             Ok(Exit::Ok)
         }

@@ -1,8 +1,7 @@
 //! Output of `lbctl guard`.
 
 use super::{
-    Out, Tone,
-    observe::fields,
+    Out, Tone, fields,
     table::{Table, plain},
     units,
 };

@@ -1,8 +1,7 @@
 //! Output of `lbctl host`: this host, and the VIPs that it announces.
 
 use super::{
-    Out, Tone,
-    observe::{ago, fields},
+    Out, Tone, ago, fields,
     table::{Table, plain, toned},
     units,
 };

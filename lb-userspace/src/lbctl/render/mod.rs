@@ -2,16 +2,19 @@
 //!
 //! Input: the types of `api::types`. Output: text on a writer. No other side effects. Called by `commands`.
 
+pub mod backend;
 pub mod change;
 pub mod guard;
 pub mod host;
 pub mod observe;
 pub mod region;
 pub mod replica;
+pub mod service;
 pub mod store;
 pub mod table;
 pub mod units;
 
+use crate::clock;
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
@@ -100,4 +103,20 @@ impl<'a> Out<'a> {
     pub fn flush(&mut self) -> io::Result<()> {
         self.writer.flush()
     }
+}
+
+/// Time since a moment in milliseconds since 1970; `-` if there is none (0).
+fn ago(ms: u64) -> String {
+    let now = clock::unix_ms();
+    if ms == 0 { "-".to_owned() } else { units::span(now.saturating_sub(ms) / 1_000) }
+}
+
+/// Prints aligned `name: value` lines.
+fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
+    let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
+    for (name, value) in pairs {
+        let label = format!("{:<width$}", format!("{name}:"));
+        out.line(format!("{} {value}", out.paint(Tone::Strong, &label)))?;
+    }
+    Ok(())
 }

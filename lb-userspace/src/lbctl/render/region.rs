@@ -1,8 +1,7 @@
 //! Output about regions, policy decisions, residency and rollouts.
 
 use super::{
-    Out, Tone,
-    observe::{ago, fields},
+    Out, Tone, ago, fields,
     table::{Table, plain, toned},
     units,
 };

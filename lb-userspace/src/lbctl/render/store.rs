@@ -1,8 +1,7 @@
 //! Output about the store: its members, the hosts that share it, and its locks.
 
 use super::{
-    Out, Tone,
-    observe::{ago, fields},
+    Out, Tone, ago, fields,
     table::{Table, plain, toned},
     units,
 };
@@ -56,6 +55,17 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
         ],
     )?;
     out.line("")?;
+    members(out, s)?;
+    if s.hosts.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    regions(out, s)?;
+    out.line("")?;
+    hosts(out, s)
+}
+
+fn members(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let mut table = Table::new(&["MEMBER", "ADDRESS", "ROLE", "VERSION", ">SIZE", "STATE"], out.colour);
     for m in &s.about.members {
         let state = match (&m.problem, m.healthy) {
@@ -73,11 +83,10 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             state,
         ]);
     }
-    table.print(out)?;
-    if s.hosts.is_empty() {
-        return Ok(());
-    }
-    out.line("")?;
+    table.print(out)
+}
+
+fn regions(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let headings = ["REGION", ">HOSTS", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX"];
     let mut table = Table::new(&headings, out.colour);
     for region in &s.regions {
@@ -91,8 +100,10 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             max,
         ]);
     }
-    table.print(out)?;
-    out.line("")?;
+    table.print(out)
+}
+
+fn hosts(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let headings =
         ["HOST", "REGION", "ZONE", ">REVISION", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX", "TABLES", "SINCE"];
     let mut table = Table::new(&headings, out.colour);
@@ -103,7 +114,7 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             plain(&host.region),
             plain(&host.zone),
             plain(host.revision),
-            revisions_behind(r.number.saturating_sub(host.revision)),
+            revisions_behind(s.revision.number.saturating_sub(host.revision)),
             last,
             mean,
             max,
