@@ -178,6 +178,23 @@ fn region_steps(published: &Published, name: &Name) -> Vec<String> {
     steps
 }
 
+/// Whether a filter selects a flow of this service to this backend.
+fn selects(filter: &FlowFilter, service: Option<&Name>, backend: Option<&Name>) -> bool {
+    filter.service.as_ref().is_none_or(|s| service == Some(s))
+        && filter.backend.as_ref().is_none_or(|b| backend == Some(b))
+}
+
+/// Names the service of a flow, which may not exist any more.
+fn service_name(service: Option<&Name>) -> String {
+    service.map_or_else(|| "gone".to_owned(), Name::to_string)
+}
+
+/// Names the backend of a flow, which may be removed or not exist any more.
+fn backend_name(backend: Option<&Name>, address: Option<IpAddr>) -> String {
+    let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
+    backend.map_or_else(removed, Name::to_string)
+}
+
 fn ip(address: lb_common::Address) -> IpAddr {
     Ipv6Addr::from(address).to_canonical()
 }
@@ -260,22 +277,19 @@ impl Engine for Live {
                 let service = services.get(&key.service).copied();
                 let (backend, address) =
                     backends.get(&flow.backend).map_or((None, None), |b| (b.0, Some(b.1)));
-                let wanted = filter.service.as_ref().is_none_or(|s| service == Some(s))
-                    && filter.backend.as_ref().is_none_or(|b| backend == Some(b));
-                if !wanted {
+                if !selects(filter, service, backend) {
                     return;
                 }
                 if found.len() == filter.limit {
                     more = true;
                     return;
                 }
-                let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
                 found.push(FlowInfo {
                     table: label.to_owned(),
                     client: SocketAddr::new(ip(key.source), key.source_port.get()),
                     port: key.port.get(),
-                    service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
-                    backend: backend.map_or_else(removed, Name::to_string),
+                    service: service_name(service),
+                    backend: backend_name(backend, address),
                     age_s: now_s.saturating_sub(flow.created_s),
                     idle_s: now_s.saturating_sub(flow.last_seen_s),
                     closing: flow.flags & CLOSING != 0,
@@ -289,9 +303,7 @@ impl Engine for Live {
         let each = |key: lb_common::FlowKey, nat: lb_common::Nat| {
             let service = services.get(&key.service).copied();
             let (backend, address) = backends.get(&nat.backend).map_or((None, None), |b| (b.0, Some(b.1)));
-            let wanted = filter.service.as_ref().is_none_or(|s| service == Some(s))
-                && filter.backend.as_ref().is_none_or(|b| backend == Some(b));
-            if !wanted {
+            if !selects(filter, service, backend) {
                 return;
             }
             if found.len() == filter.limit {
@@ -300,13 +312,12 @@ impl Engine for Live {
             }
             let answers = |p| self.reader.reply(&lb_ebpf::nat::reply_key(&nat, p)).filter(|r| r.flow == key);
             let reply = answers(lb_common::service::TCP).or_else(|| answers(lb_common::service::UDP));
-            let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
             found.push(FlowInfo {
                 table: "nat".to_owned(),
                 client: SocketAddr::new(ip(key.source), key.source_port.get()),
                 port: key.port.get(),
-                service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
-                backend: backend.map_or_else(removed, Name::to_string),
+                service: service_name(service),
+                backend: backend_name(backend, address),
                 age_s: now_s.saturating_sub(nat.created_s),
                 idle_s: now_s.saturating_sub(reply.map_or(0, |r| r.last_seen_s).max(nat.last_seen_s)),
                 closing: reply.is_some_and(|r| lb_common::nat::is_over(r.flags)),

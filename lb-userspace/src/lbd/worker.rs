@@ -34,7 +34,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Address protocol (IFA_PROTO) of the addresses that we add to the loopback interface: `ip address` shows it, and it
 /// identifies them if the pins are gone. Kernels before 5.18 do not store it; the pinned maps also list our addresses.
@@ -59,15 +59,52 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
         return detach_worker(&handle, &args).await;
     }
     check_vips(&args.vip)?;
-    let metrics = match args.metrics.as_str() {
+    let metrics = bind_metrics(&args.metrics).await?;
+    let addresses = worker_addresses(&handle, &args).await?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let mut decap = attach(&handle, &args, &addresses).await?;
+    tokio::spawn(attach_later(decap.interfaces.clone()));
+    for warning in warnings(&handle, &args).await {
+        tracing::warn!("{warning}");
+    }
+    xdp_log::start(decap.bpf_mut(), args.xdp_log_level);
+    let decap = Arc::new(Mutex::new(decap));
+    if args.syn_cookies {
+        tokio::spawn(worker_route::keep_updated(Arc::clone(&decap)));
+    }
+    if let Some(listener) = metrics {
+        let text =
+            move || metrics::worker_text(&decap.lock().unwrap_or_else(PoisonError::into_inner).reasons());
+        tokio::spawn(metrics::serve_text(listener, std::future::pending(), text));
+    } else {
+        // Keeps the lock of the pins until the process ends.
+        std::mem::forget(decap);
+    }
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tracing::info!(addresses = %list(&addresses), vips = %list(&args.vip), "ready");
+    wait_for_stop(&mut terminate, &mut interrupt).await;
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    tracing::info!("stopping: decapsulation continues, and the VIPs stay assigned");
+    Ok(())
+}
+
+/// Binds the address of metrics, if it is not `off`.
+async fn bind_metrics(address: &str) -> anyhow::Result<Option<tokio::net::TcpListener>> {
+    let address = match address {
         "off" => None,
         text => Some(
             text.parse().with_context(|| format!("--metrics {text:?} is neither ADDRESS:PORT nor off"))?,
         ),
     };
-    let metrics = metrics::bind(metrics, true).await?;
+    Ok(metrics::bind(address, true).await?)
+}
+
+/// Returns the addresses at which encapsulated packets arrive.
+async fn worker_addresses(handle: &Handle, args: &Worker) -> anyhow::Result<BTreeSet<IpAddr>> {
     let addresses = if args.address.is_empty() {
-        own_addresses(&handle, &args.iface).await?
+        own_addresses(handle, &args.iface).await?
     } else {
         args.address.iter().copied().collect()
     };
@@ -76,9 +113,15 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
             format!("{} has no address: give the worker's address with --address", args.iface.join(", "));
         return Err(SettingsError { setting: "address", what }.into());
     }
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(addresses)
+}
 
+/// Attaches the program, fills its maps, and assigns the VIPs.
+async fn attach(
+    handle: &Handle,
+    args: &Worker,
+    addresses: &BTreeSet<IpAddr>,
+) -> anyhow::Result<DecapDataplane> {
     if args.fix_offloads {
         args.iface.iter().for_each(|name| offloads::fix(name));
     }
@@ -102,27 +145,13 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
         tracing::info!(from, to = lb_common::ABI_VERSION, "taken over from another ABI version");
     }
     log_programs(&decap);
-    assign_vips(&handle, &args.vip, &before.difference(&vips).map(to_ip).collect()).await?;
+    assign_vips(handle, &args.vip, &before.difference(&vips).map(to_ip).collect()).await?;
     decap.set_vips(&vips)?;
-    tokio::spawn(attach_later(decap.interfaces.clone()));
-    for warning in warnings(&handle, &args).await {
-        tracing::warn!("{warning}");
-    }
-    xdp_log::start(decap.bpf_mut(), args.xdp_log_level);
-    let decap = Arc::new(Mutex::new(decap));
-    if args.syn_cookies {
-        tokio::spawn(worker_route::keep_updated(Arc::clone(&decap)));
-    }
-    if let Some(listener) = metrics {
-        let text =
-            move || metrics::worker_text(&decap.lock().unwrap_or_else(PoisonError::into_inner).reasons());
-        tokio::spawn(metrics::serve_text(listener, std::future::pending(), text));
-    } else {
-        // Keeps the lock of the pins until the process ends.
-        std::mem::forget(decap);
-    }
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
-    tracing::info!(addresses = %list(&addresses), vips = %list(&args.vip), "ready");
+    Ok(decap)
+}
+
+/// Waits for SIGTERM or SIGINT, and notifies the service manager's watchdog meanwhile.
+async fn wait_for_stop(terminate: &mut Signal, interrupt: &mut Signal) {
     let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
     loop {
         tokio::select! {
@@ -133,9 +162,6 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
             }
         }
     }
-    let _ = sd_notify::notify(&[NotifyState::Stopping]);
-    tracing::info!("stopping: decapsulation continues, and the VIPs stay assigned");
-    Ok(())
 }
 
 /// Logs which programs are attached where, and which are not available.
