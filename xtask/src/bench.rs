@@ -1,8 +1,8 @@
-//! `cargo xtask bench`: builds the measuring program and the daemon with optimisations, lets criterion
-//! measure the parts of the control plane, and runs the rest as root.
+//! `cargo xtask bench`: builds the benchmark program and the daemon with optimisations, runs the criterion
+//! benchmarks of the control plane, and runs the other benchmarks as root.
 //!
-//! The measuring code needs aya and the loaded programs, which xtask must not: it has a package of
-//! its own, `tests/bench`, whose command line this one is.
+//! The benchmark code needs aya and the loaded programs, on which xtask must not depend, so it has its own
+//! package, `tests/bench`, whose command line this command passes through.
 
 use std::{path::PathBuf, process::Command};
 
@@ -10,17 +10,17 @@ use anyhow::{Context, Result, bail};
 
 use crate::{setup, shell};
 
-/// What to measure: handed on to the measuring program, `--help` included.
+/// What to measure; passed on to the benchmark program, including `--help`.
 #[derive(clap::Args, Debug)]
 #[command(disable_help_flag = true)]
 pub struct Options {
-    /// packet, side-by-side, placement, control or inference; everything of the balancer, with a report, when none is named.
+    /// packet, side-by-side, placement, control or inference [default: all but inference, with a report].
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
 
 impl Options {
-    /// Whether the daemon and criterion's results take part.
+    /// Whether the run needs the daemon and criterion's results.
     fn has_control(&self) -> bool {
         match self.arguments.first() {
             Some(first) => first == "control" || (first.starts_with('-') && !self.has("--help")),
@@ -33,9 +33,9 @@ impl Options {
     }
 }
 
-/// Measures. An error if something could not be built or did not succeed.
+/// Runs the benchmarks. Fails if something cannot be built or a benchmark fails.
 pub fn run(options: &Options) -> Result<()> {
-    // The inference worker needs libtorch, and no root: it is measured by a program of its own.
+    // The inference worker needs libtorch but not root, so it has its own benchmark program.
     if let Some((first, rest)) = options.arguments.split_first()
         && first == "inference"
     {
@@ -47,19 +47,19 @@ pub fn run(options: &Options) -> Result<()> {
     if options.has_control() {
         build.args(["--package", "lb-userspace", "--bins"]);
     }
-    shell::with_progress("building the measuring program", &mut build)?;
+    shell::with_progress("building the benchmark program", &mut build)?;
     if options.has_control() {
         let mut bench = cargo(&["bench", "--package", "lb-userspace", "--bench", "*", "--"]);
         if options.has("--quick") {
-            // Only those about which something is claimed.
+            // Only benchmarks behind a published claim.
             bench.args(["--quick", "65537x1000|compile"]);
         } else {
             bench.args(["--warm-up-time", "1", "--measurement-time", "2"]);
         }
-        shell::with_progress("measuring the parts of the control plane", &mut bench)?;
+        shell::with_progress("running the benchmarks of the control plane", &mut bench)?;
     }
     let program = target.join("release/test-bench");
-    // A simulation touches nothing.
+    // The placement simulation does not need root.
     let is_placement = options.arguments.first().is_some_and(|first| first == "placement");
     let mut command = if is_placement { Command::new("env") } else { shell::as_root("env") };
     command.arg(format!("LB_CRITERION={}", target.join("criterion").display())).arg(&program);
@@ -69,7 +69,7 @@ pub fn run(options: &Options) -> Result<()> {
         .status()
         .with_context(|| format!("cannot start {}", program.display()))?;
     if !status.success() {
-        bail!("measuring ended with {status}");
+        bail!("the benchmark program failed: {status}");
     }
     Ok(())
 }
@@ -80,7 +80,7 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-/// Where cargo puts what it builds.
+/// Returns cargo's target directory.
 fn target_directory() -> PathBuf {
     let workspace = shell::workspace();
     std::env::var_os("CARGO_TARGET_DIR")

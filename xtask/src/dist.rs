@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: what a release consists of, under target/dist, and the
-//! same as one archive: binaries, man pages, completions, service files.
+//! `cargo xtask dist`: builds a release under target/dist, as a directory and as an
+//! archive: binaries, man pages, completions, service files.
 
 use std::{
     env, fs,
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{setup, shell};
 
 const BINARIES: [&str; 2] = ["lbd", "lbctl"];
-/// Shell, and the file name that it looks for.
+/// Shells, with the file names under which they look for completions.
 const COMPLETIONS: [(&str, &str); 3] = [("bash", "lbctl"), ("zsh", "_lbctl"), ("fish", "lbctl.fish")];
 
 /// How to build the release.
@@ -23,7 +23,7 @@ pub struct Options {
     symbols: bool,
 }
 
-/// Builds everything anew and says where it is.
+/// Rebuilds the release and prints its paths.
 pub fn run(options: &Options) -> Result<()> {
     setup::run(&setup::Options { bpf: true, ..setup::Options::default() })?;
     let dist = shell::workspace().join("target/dist");
@@ -46,14 +46,14 @@ pub fn run(options: &Options) -> Result<()> {
 
 fn build_binaries(root: &Path, symbols: bool) -> Result<()> {
     let skips = env::var_os("LB_SKIP_BPF").is_some_and(|value| value == "1");
-    ensure!(!skips, "LB_SKIP_BPF=1 is set: lbd would be built without its XDP programs");
+    ensure!(!skips, "LB_SKIP_BPF=1 is set, which builds lbd without its XDP programs: unset it");
     let workspace = shell::workspace();
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(&workspace).args(["build", "--release", "--package", "lb-userspace", "--bins"]);
     let status = cargo.status().context("cannot start cargo")?;
     ensure!(status.success(), "the build failed");
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace.join("target"), PathBuf::from);
-    let directory = make(root, "bin")?;
+    let directory = make_directory(root, "bin")?;
     for binary in BINARIES {
         let (from, to) = (target.join("release").join(binary), directory.join(binary));
         fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
@@ -62,20 +62,20 @@ fn build_binaries(root: &Path, symbols: bool) -> Result<()> {
         }
     }
     let version = run_quietly(Command::new(directory.join("lbd")).arg("--version"))?;
-    ensure!(version.starts_with("lbd "), "lbd --version said {version:?}");
+    ensure!(version.starts_with("lbd "), "unexpected output of lbd --version: {version:?}");
     Ok(())
 }
 
 fn write_manuals(root: &Path) -> Result<()> {
-    let directory = make(root, "share/man/man1")?;
+    let directory = make_directory(root, "share/man/man1")?;
     run_quietly(Command::new(root.join("bin/lbctl")).arg("man").arg(&directory))?;
-    ensure!(directory.join("lbctl.1").is_file(), "`lbctl man` wrote no lbctl.1");
+    ensure!(directory.join("lbctl.1").is_file(), "`lbctl man` did not write lbctl.1");
     Ok(())
 }
 
 fn write_completions(root: &Path) -> Result<()> {
     for (shell, file) in COMPLETIONS {
-        let directory = make(root, &format!("share/completions/{shell}"))?;
+        let directory = make_directory(root, &format!("share/completions/{shell}"))?;
         let script = run_quietly(Command::new(root.join("bin/lbctl")).args(["completions", shell]))?;
         let path = directory.join(file);
         fs::write(&path, script).with_context(|| format!("cannot write {}", path.display()))?;
@@ -83,19 +83,19 @@ fn write_completions(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Service files, documents and licences, as far as the repository has them.
+/// Copies service files, documents and licences; skips those that do not exist.
 fn copy_files(root: &Path) -> Result<()> {
     let workspace = shell::workspace();
-    let units = make(root, "lib/systemd/system")?;
-    let documents = make(root, "share/doc/lb")?;
-    let examples = make(root, "share/doc/lb/examples")?;
+    let units = make_directory(root, "lib/systemd/system")?;
+    let documents = make_directory(root, "share/doc/lb")?;
+    let examples = make_directory(root, "share/doc/lb/examples")?;
     copy_all(&workspace.join("deploy"), &units, "service")?;
     copy_all(&workspace.join("deploy"), &examples, "toml")?;
     copy_all(&workspace.join("deploy"), &examples, "env")?;
     copy_all(&workspace.join("deploy"), &examples, "conf")?;
     copy_all(&workspace.join("docs"), &documents, "md")?;
     for folder in ["operate", "reference"] {
-        let target = make(root, &format!("share/doc/lb/{folder}"))?;
+        let target = make_directory(root, &format!("share/doc/lb/{folder}"))?;
         copy_all(&workspace.join("docs").join(folder), &target, "md")?;
     }
     for file in ["README.md", "ARCHITECTURE.md", "LICENSE-MIT", "LICENSE-APACHE"] {
@@ -119,7 +119,7 @@ fn copy_all(from: &Path, to: &Path, extension: &str) -> Result<()> {
     Ok(())
 }
 
-fn make(root: &Path, name: &str) -> Result<PathBuf> {
+fn make_directory(root: &Path, name: &str) -> Result<PathBuf> {
     let directory = root.join(name);
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     Ok(directory)

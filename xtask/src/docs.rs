@@ -1,8 +1,8 @@
-//! `cargo xtask docs`: the reference pages from the code, and all documents as one site.
+//! `cargo xtask docs`: generates the reference pages from the code, and builds the documentation site.
 //!
 //! `docs/reference/` is written by the tests of `lb-userspace/tests/reference.rs`, which otherwise compare it with
-//! the code. The site is made by mdBook from copies under `target/book`, so that links from one document to another
-//! are the same in the repository and on the site.
+//! the code. mdBook builds the site from copies under `target/book`, so that links between documents work both in the
+//! repository and on the site.
 
 use std::{
     env, fs,
@@ -17,10 +17,10 @@ use crate::{setup, shell};
 /// Version of mdBook that the site is built with.
 const MDBOOK: &str = "0.4.52";
 
-/// What to make.
+/// What to generate.
 #[derive(clap::Args, Debug)]
 pub struct Options {
-    /// Also build all documents as one site under target/book/html; installs mdBook under target/tools first.
+    /// Also build the documentation site under target/book/html; installs mdBook under target/tools if needed.
     #[arg(long)]
     build: bool,
     /// Build the site and open it in a browser.
@@ -28,7 +28,7 @@ pub struct Options {
     open: bool,
 }
 
-/// Writes the reference pages and, if asked to, the site.
+/// Writes the reference pages and, if requested, builds the site.
 pub fn run(options: &Options) -> Result<()> {
     setup::run(&setup::Options { bpf: true, ..setup::Options::default() })?;
     write_reference()?;
@@ -47,7 +47,7 @@ fn write_reference() -> Result<()> {
     command.current_dir(shell::workspace()).env("LB_WRITE_REFERENCE", "1");
     command.args(["test", "--quiet", "--package", "lb-userspace", "--test", "reference"]);
     let status = command.status().context("cannot start cargo")?;
-    ensure!(status.success(), "the reference pages were not written: see the messages above");
+    ensure!(status.success(), "cannot write the reference pages: see the messages above");
     println!("{}", shell::workspace().join("docs/reference").display());
     Ok(())
 }
@@ -67,7 +67,7 @@ fn build_site(open: bool) -> Result<()> {
     Ok(())
 }
 
-/// mdBook, installed if it is missing.
+/// Returns the path of mdBook, which is installed if it is missing.
 fn mdbook() -> Result<PathBuf> {
     let root = shell::workspace().join("target/tools").join(format!("mdbook-{MDBOOK}"));
     let program = root.join("bin/mdbook");
@@ -75,12 +75,12 @@ fn mdbook() -> Result<PathBuf> {
         let mut install = cargo();
         install.args(["install", "mdbook", "--version", MDBOOK, "--locked", "--no-default-features"]);
         install.args(["--features", "search", "--root"]).arg(&root);
-        shell::with_progress(&format!("install mdBook {MDBOOK}"), &mut install)?;
+        shell::with_progress(&format!("installing mdBook {MDBOOK}"), &mut install)?;
     }
     Ok(program)
 }
 
-/// Copies what the site consists of: documents, and the files that they link to.
+/// Copies the sources of the site: documents, and the files that they link to.
 fn stage(workspace: &Path, book: &Path) -> Result<()> {
     if book.exists() {
         fs::remove_dir_all(book).with_context(|| format!("cannot remove {}", book.display()))?;
@@ -94,7 +94,7 @@ fn stage(workspace: &Path, book: &Path) -> Result<()> {
     }
     let moved = source.join("docs/SUMMARY.md");
     let summary = fs::read_to_string(&moved).with_context(|| format!("cannot read {}", moved.display()))?;
-    fs::write(source.join("SUMMARY.md"), from_above(&summary)).context("cannot write SUMMARY.md")?;
+    fs::write(source.join("SUMMARY.md"), relocate_links(&summary)).context("cannot write SUMMARY.md")?;
     fs::remove_file(moved).context("cannot remove the copied SUMMARY.md")?;
     fs::rename(source.join("docs/book.toml"), book.join("book.toml")).context("cannot move book.toml")
 }
@@ -113,8 +113,8 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The links of docs/SUMMARY.md as seen from the directory above it.
-fn from_above(summary: &str) -> String {
+/// Rewrites the links of docs/SUMMARY.md for the directory above it.
+fn relocate_links(summary: &str) -> String {
     summary.replace("](", "](docs/").replace("](docs/../", "](")
 }
 
@@ -123,7 +123,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// README, ARCHITECTURE and everything under docs/.
+    /// Returns README, ARCHITECTURE and all documents under docs/.
     fn documents() -> Vec<PathBuf> {
         let mut found =
             vec![shell::workspace().join("README.md"), shell::workspace().join("ARCHITECTURE.md")];
@@ -142,7 +142,7 @@ mod tests {
         found
     }
 
-    /// A document's lines outside of code blocks, with code spans blanked, and their numbers.
+    /// Returns the lines outside code blocks with their numbers, with code spans blanked.
     fn prose(text: &str) -> Vec<(usize, String)> {
         let mut is_code = false;
         let mut lines = Vec::new();
@@ -158,12 +158,12 @@ mod tests {
         lines
     }
 
-    /// Targets of the links `[text](target)` in a line.
+    /// Returns the targets of the links `[text](target)` in a line.
     fn targets(line: &str) -> Vec<&str> {
         line.split("](").skip(1).filter_map(|rest| rest.split(')').next()).collect()
     }
 
-    /// Anchors of a document's headings, as GitHub and mdBook make them.
+    /// Returns the anchors of a document's headings, as GitHub and mdBook derive them.
     fn anchors(text: &str) -> BTreeSet<String> {
         let mut is_code = false;
         let mut found = BTreeSet::new();
@@ -192,7 +192,7 @@ mod tests {
         let (path, anchor) = target.split_once('#').map_or((target, None), |(p, a)| (p, Some(a)));
         let file = match path {
             "" => document.to_owned(),
-            path => document.parent().expect("a document lies somewhere").join(path),
+            path => document.parent().expect("a document has a parent directory").join(path),
         };
         if !file.exists() {
             return Some(format!("{path} does not exist"));
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn every_link_in_the_documents_leads_somewhere() {
+    fn every_link_in_the_documents_works() {
         let (mut wrong, mut links) = (Vec::new(), 0);
         for document in documents() {
             let text = fs::read_to_string(&document).unwrap();
@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn the_site_is_staged_with_working_links() {
-        assert_eq!(from_above("- [a](a.md)\n- [b](../B.md)"), "- [a](docs/a.md)\n- [b](B.md)");
+        assert_eq!(relocate_links("- [a](a.md)\n- [b](../B.md)"), "- [a](docs/a.md)\n- [b](B.md)");
         let directory = env::temp_dir().join(format!("lb-book-{}", std::process::id()));
         stage(&shell::workspace(), &directory).unwrap();
         let summary = fs::read_to_string(directory.join("src/SUMMARY.md")).unwrap();

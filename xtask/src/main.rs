@@ -1,7 +1,7 @@
-//! `cargo xtask`: the one entry for people. Set-up, demo, tests, release files.
+//! `cargo xtask`: the entry point for developers. Set-up, demo, tests, release files.
 //!
-//! In: a command line. Out: what the command promises, or a non-zero exit code
-//! and one line that says what to do. Each command has a file of its own.
+//! Input: a command line. Output: what the command promises, or a non-zero exit code
+//! and an error that says what to do. Each command has its own file.
 
 use std::process::ExitCode;
 
@@ -29,26 +29,26 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install what is missing on this machine; a second run changes nothing.
+    /// Install what this machine lacks for builds and tests; a second run changes nothing.
     Setup(setup::Options),
-    /// Show the balancer at work: real clients, real workers, everything changing.
+    /// Run a demo of the load balancer with real clients and workers, under changes and failures.
     Demo(demo::Options),
     /// Build the release: binaries, man pages, completions, service files.
     Dist(dist::Options),
-    /// Write docs/reference from the code; build all documents as one site.
+    /// Generate docs/reference from the code, and optionally build the documentation site.
     Docs(docs::Options),
-    /// Measure the balancer, or one part of it; `bench --help` lists what there is.
+    /// Run benchmarks of the load balancer or of one part; `bench --help` lists the parts.
     Bench(bench::Options),
-    /// Run the test suites, all or the named ones.
+    /// Run all test suites, or the named ones.
     Test(test::Options),
-    /// Print which parts of the source import which, and fail if one imports upwards.
+    /// Print which parts of the source import which; fail if an import points upwards.
     Rooms,
-    /// Write docs/compatibility.md again from the runs that tests/kernels.json has.
+    /// Regenerate docs/compatibility.md from the recorded runs in tests/kernels.json.
     Compatibility,
 }
 
 fn main() -> ExitCode {
-    // Started again as a worker of the demo, it is that until it is killed.
+    // The demo starts this program as its workers, which serve until they are killed.
     if let Err(error) = test_support::replica::serve() {
         eprintln!("error: {error:#}");
         return ExitCode::FAILURE;

@@ -1,5 +1,5 @@
-//! Running other programs: as root where that is needed, with progress shown
-//! and their output kept for the moment they fail.
+//! Runs other programs: as root if needed, with progress, and with their
+//! output kept for error messages.
 
 use std::{
     ffi::OsStr,
@@ -17,12 +17,12 @@ pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_path_buf()
 }
 
-/// Whether this process may do everything.
+/// Whether this process runs as root.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// A command that runs as root: through sudo when we are not root already.
+/// Returns a command that runs as root, through sudo if this process is not root.
 pub fn as_root(program: impl AsRef<OsStr>) -> Command {
     if is_root() {
         return Command::new(program);
@@ -32,8 +32,8 @@ pub fn as_root(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// The directories searched for programs: PATH and the administrator's own,
-/// which an ordinary user's PATH often lacks.
+/// Finds a program in PATH and in the administrator's directories, which an
+/// ordinary user's PATH often lacks.
 pub fn which(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
@@ -42,8 +42,8 @@ pub fn which(program: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
-/// Runs `command` under a line that says what is going on, and returns what it
-/// printed. When it fails, the error carries the end of its output.
+/// Runs `command` with a progress line, and returns its standard output. On
+/// failure, the error contains the end of its output.
 pub fn with_progress(what: &str, command: &mut Command) -> Result<String> {
     let started = Instant::now();
     let bar = if std::io::stderr().is_terminal() {
@@ -64,21 +64,21 @@ pub fn with_progress(what: &str, command: &mut Command) -> Result<String> {
         .with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()));
     bar.finish_and_clear();
     let output = output?;
-    let mut said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
     if !output.status.success() {
-        said.push_str(&String::from_utf8_lossy(&output.stderr));
-        bail!("{what}: {}\n{}", output.status, tail(&said, 15));
+        text.push_str(&String::from_utf8_lossy(&output.stderr));
+        bail!("{what}: {}\n{}", output.status, tail(&text, 15));
     }
     eprintln!("  {what}: done in {:.1} s", started.elapsed().as_secs_f32());
-    Ok(said)
+    Ok(text)
 }
 
-/// What `command` prints, or None when it fails or is not there.
+/// Returns the standard output of a program, or None if it fails or does not exist.
 pub fn quiet(program: impl AsRef<OsStr>, arguments: &[&str]) -> Option<String> {
     with_output(&mut Command::new(program), arguments)
 }
 
-/// [`quiet`] for a command that is already in the making.
+/// Returns the standard output of a prepared command, or None if it fails or does not exist.
 pub fn with_output(command: &mut Command, arguments: &[&str]) -> Option<String> {
     let output = command.args(arguments).stdin(Stdio::inherit()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())

@@ -1,6 +1,6 @@
-//! `cargo xtask test [SUITE…]`: sets up what the suites need, runs each, and
-//! ends with a table. A failed suite, a suite that ran no test, and in CI a
-//! skip that nobody expects make the exit code non-zero.
+//! `cargo xtask test [SUITE…]`: sets up what the suites need, runs them, and
+//! prints a summary table. The exit code is non-zero if a suite fails or runs
+//! no test and, in CI, if there is an unexpected skip.
 
 use std::{
     env, fs,
@@ -20,13 +20,13 @@ mod properties;
 /// Which suites to run.
 #[derive(clap::Args, Debug)]
 pub struct Options {
-    /// The suites; all of them when none is named.
+    /// Suites to run [default: all].
     #[arg(value_enum)]
     suites: Vec<Suite>,
-    /// Only tests whose name contains this.
+    /// Run only tests whose names contain this text.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
-    /// Test optimised builds, for suites that measure.
+    /// Test optimised builds, for suites that measure performance.
     #[arg(long)]
     release: bool,
     #[command(flatten)]
@@ -35,63 +35,62 @@ pub struct Options {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Suite {
-    /// Formatting.
+    /// Check the formatting.
     Fmt,
-    /// Lints, as errors.
+    /// Run clippy, with warnings as errors.
     Clippy,
-    /// Tests beside the code, and integration tests that need no root.
+    /// Unit tests, and integration tests that do not need root.
     Unit,
-    /// Properties over generated input.
+    /// Property tests over generated input.
     Property,
-    /// The binaries' command lines.
+    /// Command lines of the binaries.
     Cli,
-    /// What a store promises, on each engine, and what hosts go through with an etcd that fails.
+    /// Guarantees of the store on each engine, and hosts with a failing etcd.
     Store,
-    /// Packet in, packet out on the loaded programs (root).
+    /// Single packets through the loaded programs (root).
     Packet,
-    /// Every shipped setting loads, within its instruction budget (root).
+    /// Load every shipped setting within its instruction budget (root).
     Verifier,
     /// Real traffic in network namespaces (root).
     E2e,
-    /// Broken parts under real traffic (root).
+    /// Failures under real traffic (root).
     Fault,
-    /// Other kernels and their drivers, in virtual machines (root; fetches QEMU and kernels once).
+    /// Other kernels and drivers in virtual machines (root; downloads QEMU and kernels once).
     Kernels,
-    /// The inference worker on a real model (fetches libtorch and the model once).
+    /// The inference worker with a real model (downloads libtorch and the model once).
     Inference,
 }
 
 /// Crates that build and test without root, libtorch or network.
 const CRATES: [&str; 4] = ["lb-common", "lb-ebpf", "lb-userspace", "xtask"];
 
-/// Skips that CI lets pass, by the name that the test gives, each with why.
+/// Skips that CI accepts, by the name that the test gives, each with the reason.
 const EXPECTED_SKIPS: [(&str, &str); 4] = [
-    ("no-kernel-5.10", "its release is out of support, so that mirrors may drop it"),
-    ("no-kernel-6.18", "backports keep a line for some months only"),
+    ("no-kernel-5.10", "its release is out of support, so mirrors may drop it"),
+    ("no-kernel-6.18", "backports keep a kernel line only for some months"),
     ("no-tcx", "kernels before 6.6 cannot attach the program that tags the client's frames"),
-    (
-        "no-previous-lbd",
-        "LB_PREVIOUS_LBD names an lbd built from an earlier commit, where someone wants that tested",
-    ),
+    ("no-previous-lbd", "runs only if LB_PREVIOUS_LBD names an lbd that was built from an earlier commit"),
 ];
 
-/// Flaky tests that a run may have. More are no pauses of a busy machine any more.
+/// Flaky tests that a run may have; more cannot be explained by pauses of a busy machine.
 const FLAKY_MAX: usize = 2;
 
 struct Outcome {
     suite: Suite,
     took: Duration,
     result: Result<String>,
-    /// Tests that passed at the second try only.
+    /// Tests that failed at first and passed when repeated.
     flaky: Vec<String>,
 }
 
-/// Runs the suites. An error names those that failed.
+/// Runs the suites. An error names the failed suites.
 pub fn run(options: &Options) -> Result<()> {
     let suites =
         if options.suites.is_empty() { Suite::value_variants().to_vec() } else { options.suites.clone() };
     if options.kernels.is_set() && !suites.contains(&Suite::Kernels) {
-        bail!("--full, --kernel, --driver and --setting are for the suite kernels, which was not named");
+        bail!(
+            "--full, --kernel, --driver and --setting apply to the suite kernels only: name it, as in `cargo xtask test kernels`"
+        );
     }
     setup::run(&setup::Options {
         bpf: suites.iter().any(|suite| *suite != Suite::Fmt),
@@ -116,14 +115,14 @@ fn summarise(outcomes: &[Outcome]) -> Result<()> {
     println!("\n{:<10} {:>8}  result", "suite", "time");
     for outcome in outcomes {
         let result = match &outcome.result {
-            Ok(said) => said.clone(),
+            Ok(summary) => summary.clone(),
             Err(error) => format!("FAILED: {}", error.to_string().lines().next().unwrap_or_default()),
         };
         println!("{:<10} {:>6.1} s  {result}", outcome.suite.name(), outcome.took.as_secs_f32());
     }
     let flaky: Vec<&str> = outcomes.iter().flat_map(|outcome| &outcome.flaky).map(String::as_str).collect();
     for test in &flaky {
-        println!("flaky: {test} failed, and passed when it was run again");
+        println!("flaky: {test} failed, then passed when repeated");
     }
     let failed: Vec<String> =
         outcomes.iter().filter(|outcome| outcome.result.is_err()).map(|o| o.suite.name()).collect();
@@ -131,15 +130,15 @@ fn summarise(outcomes: &[Outcome]) -> Result<()> {
         bail!("failed: {}", failed.join(", "));
     }
     if flaky.len() > FLAKY_MAX {
-        bail!("{} tests are flaky, and {FLAKY_MAX} may be: {}", flaky.len(), flaky.join(", "));
+        bail!("{} tests are flaky, but at most {FLAKY_MAX} may be: {}", flaky.len(), flaky.join(", "));
     }
     Ok(())
 }
 
 fn run_suite(suite: Suite, options: &Options, flaky: &mut Vec<String>) -> Result<String> {
-    let wants = suite.needs_root() || suite == Suite::Inference;
-    let cannot = if wants { lacks_namespaces() } else { None };
-    if let Some(reason) = cannot.filter(|_| suite.needs_root()) {
+    let uses_namespaces = suite.needs_root() || suite == Suite::Inference;
+    let obstacle = if uses_namespaces { namespaces_unavailable() } else { None };
+    if let Some(reason) = obstacle.filter(|_| suite.needs_root()) {
         return skip(reason);
     }
     if suite == Suite::Kernels {
@@ -150,8 +149,8 @@ fn run_suite(suite: Suite, options: &Options, flaky: &mut Vec<String>) -> Result
     let mut passed = 0;
     let filter = options.filter.as_deref();
     let mut commands = suite.commands(options.release)?;
-    if let Some(reason) = cannot.filter(|_| suite == Suite::Inference) {
-        // The worker alone needs none.
+    if let Some(reason) = obstacle.filter(|_| suite == Suite::Inference) {
+        // The tests of the worker alone need no namespaces.
         skip(reason)?;
         commands.truncate(INFERENCE_ALONE);
     }
@@ -168,10 +167,10 @@ fn run_suite(suite: Suite, options: &Options, flaky: &mut Vec<String>) -> Result
         if result.status.success() {
             continue;
         }
-        if !tests || !suite.meets_the_clock() || result.failed.is_empty() {
+        if !tests || !suite.is_timing_sensitive() || result.failed.is_empty() {
             bail!("{}", result.status);
         }
-        flaky.extend(once_more(&command, &result.failed)?);
+        flaky.extend(repeat_failed(&command, &result.failed)?);
     }
     if suite.runs_tests() && passed == 0 && filter.is_none() {
         bail!("no test ran");
@@ -197,15 +196,15 @@ fn run_kernels(options: &Options) -> Result<String> {
         return Ok(format!("SKIP: {}", summary.line()));
     }
     if summary.passed == 0 {
-        bail!("no kernel was run: {}", summary.line());
+        bail!("no kernel was tested: {}", summary.line());
     }
     Ok(summary.line())
 }
 
-/// Runs the tests that failed a second time, each by its name: real traffic on a machine that others use
-/// too meets a pause now and then. The summary names them as flaky; a second failure is one, and so are too many of them.
-fn once_more(command: &Command, failed: &[String]) -> Result<Vec<String>> {
-    println!("\nfailed at the first try, run once more: {}", failed.join(", "));
+/// Repeats failed tests once, each by its name, because real traffic on a shared machine may meet a pause. The summary
+/// reports them as flaky; a second failure fails the run, and so do too many flaky tests.
+fn repeat_failed(command: &Command, failed: &[String]) -> Result<Vec<String>> {
+    println!("\nrepeating failed tests: {}", failed.join(", "));
     for name in failed {
         let mut again = Command::new(command.get_program());
         again.current_dir(shell::workspace()).args(command.get_args()).args([name.as_str(), "--exact"]);
@@ -218,13 +217,13 @@ fn once_more(command: &Command, failed: &[String]) -> Result<Vec<String>> {
     Ok(failed.to_vec())
 }
 
-/// Why suites with networks of their own cannot run here.
-fn lacks_namespaces() -> Option<&'static str> {
+/// Returns why network namespaces cannot be created here, if so.
+fn namespaces_unavailable() -> Option<&'static str> {
     if !shell::is_root() && shell::which("sudo").is_none() {
-        return Some("needs root, and there is no sudo");
+        return Some("needs root, and sudo is not installed");
     }
     let may = shell::with_output(&mut shell::as_root("unshare"), &["--net", "true"]).is_some();
-    (!may).then_some("may not make network namespaces here (CAP_SYS_ADMIN is missing)")
+    (!may).then_some("cannot create network namespaces here (CAP_SYS_ADMIN is missing)")
 }
 
 fn skip(reason: &str) -> Result<String> {
@@ -235,13 +234,13 @@ fn skip(reason: &str) -> Result<String> {
     Ok(format!("SKIP: {reason}"))
 }
 
-/// Each line: the skip's name, a tab, the test and the reason.
+/// Prints skips, one per line: the skip's name, a tab, the test and the reason. Fails in CI if one is unexpected.
 fn report_skips(lines: &str) -> Result<()> {
     for line in lines.lines() {
         println!("SKIP {line}");
         let name = line.split('\t').next().unwrap_or_default();
         if in_ci() && !EXPECTED_SKIPS.iter().any(|(expected, _)| *expected == name) {
-            bail!("a skip that CI does not expect: {line}");
+            bail!("unexpected skip in CI: {line}");
         }
     }
     Ok(())
@@ -251,36 +250,36 @@ fn in_ci() -> bool {
     env::var("CI").is_ok_and(|value| value == "true" || value == "1")
 }
 
-/// Where tests note that they were skipped; `test_support::skip` writes it.
+/// The file to which `test_support::skip` appends skipped tests.
 fn skip_file() -> PathBuf {
     shell::workspace().join("target/skipped.log")
 }
 
-/// What one command came to.
-struct Streamed {
+/// Result of one test command.
+struct CommandResult {
     status: ExitStatus,
     passed: u32,
     failed: Vec<String>,
 }
 
-/// Runs `command` with its output shown as it comes, and counts passed tests.
-fn stream(command: &mut Command) -> Result<Streamed> {
+/// Runs `command`, streams its output, and collects passed and failed tests.
+fn stream(command: &mut Command) -> Result<CommandResult> {
     let name = format!("{command:?}");
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {name}"))?;
     let output = child.stdout.take().expect("standard output was piped");
     let (mut passed, mut failed) = (0, Vec::new());
     for line in BufReader::new(output).lines() {
-        let line = line.context("cannot read the output")?;
+        let line = line.context("cannot read the output of the tests")?;
         println!("{line}");
         passed += parse_passed(&line);
         let name = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"));
         failed.extend(name.map(str::to_owned));
     }
-    let status = child.wait().context("cannot wait")?;
-    Ok(Streamed { status, passed, failed })
+    let status = child.wait().context("cannot wait for the tests")?;
+    Ok(CommandResult { status, passed, failed })
 }
 
-/// The count in cargo test's closing line.
+/// Parses the number of passed tests from cargo test's closing line.
 fn parse_passed(line: &str) -> u32 {
     line.strip_prefix("test result: ")
         .and_then(|rest| rest.split_once(". ")?.1.split(' ').next()?.parse().ok())
@@ -301,8 +300,8 @@ impl Suite {
         self.needs_root() || matches!(self, Self::Store | Self::Inference)
     }
 
-    /// Whether its tests depend on how soon things happen.
-    fn meets_the_clock(self) -> bool {
+    /// Whether its tests depend on timing.
+    fn is_timing_sensitive(self) -> bool {
         matches!(self, Self::Store | Self::E2e | Self::Fault | Self::Inference)
     }
 
@@ -310,11 +309,11 @@ impl Suite {
         !matches!(self, Self::Fmt | Self::Clippy)
     }
 
-    /// Tests with real traffic take turns: they would be each other's load.
+    /// Returns arguments of the test runner: tests with real traffic run one at a time, so as not to disturb each other.
     fn runner_arguments(self) -> &'static [&'static str] {
         match self {
             Self::E2e | Self::Fault => &["--test-threads=1"],
-            // Each brings etcd members of its own.
+            // Each test starts its own etcd members.
             Self::Store => &["--test-threads=2"],
             _ => &[],
         }
@@ -358,7 +357,7 @@ impl Suite {
                 build.args(profile);
                 let mut commands = vec![build, command];
                 if self == Self::Fault {
-                    // What upgrades go to and come from.
+                    // The other version of upgrade tests.
                     let other = ["--features", "other-abi", "--bin", "lbd-other-abi"];
                     let mut build = cargo(&["build", "--package", "lb-userspace"]);
                     build.args(other).args(profile);
@@ -366,7 +365,7 @@ impl Suite {
                 }
                 commands
             }
-            Self::Kernels => Vec::new(), // has no commands of cargo's: see `run_kernels`
+            Self::Kernels => Vec::new(), // has no cargo commands: see `run_kernels`
             Self::Inference => inference_commands()?,
         })
     }
@@ -382,23 +381,24 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-/// The first of [`inference_commands`] need no network of their own.
+/// Number of leading [`inference_commands`] that do not need network namespaces.
 const INFERENCE_ALONE: usize = 2;
 
-/// The worker alone, then behind the balancer. Always optimised: unoptimised kernels take minutes, and libtorch's bindings would be built twice.
+/// Returns the tests of the worker alone, then behind the load balancer. Always optimised: unoptimised kernels take
+/// minutes, and libtorch's bindings would be built twice.
 fn inference_commands() -> Result<Vec<Command>> {
     let package = ["--release", "--package", "inference-worker"];
-    let mut behind = cargo(&["test", "--manifest-path", "tests/e2e/Cargo.toml", "--test", "inference"]);
-    run_as_root(&mut behind);
-    behind.env("LB_INFERENCE_WORKER", inference::build_worker()?);
-    behind.env("LB_INFERENCE_MODEL", inference::model::ensure()?);
-    behind.args(["--", "--ignored", "--test-threads=1"]);
+    let mut behind_lb = cargo(&["test", "--manifest-path", "tests/e2e/Cargo.toml", "--test", "inference"]);
+    run_as_root(&mut behind_lb);
+    behind_lb.env("LB_INFERENCE_WORKER", inference::build_worker()?);
+    behind_lb.env("LB_INFERENCE_MODEL", inference::model::ensure()?);
+    behind_lb.args(["--", "--ignored", "--test-threads=1"]);
     let balancer = cargo(&["build", "--package", "lb-userspace", "--bins"]);
     let mut clippy = inference::cargo(&[&["clippy"], &package[..], &["--all-targets"]].concat())?;
     clippy.args(["--", "-D", "warnings"]);
     let mut test = inference::cargo(&[&["test", "--no-fail-fast"], &package[..]].concat())?;
     test.env("LB_TEST_PYTHON", inference::python::ensure(inference::python::TEST)?);
-    Ok(vec![clippy, test, balancer, behind])
+    Ok(vec![clippy, test, balancer, behind_lb])
 }
 
 fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
@@ -410,14 +410,14 @@ fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
     command
 }
 
-/// Builds as whoever we are, runs the test programs as root.
+/// Makes cargo run the test programs as root, while it builds as the current user.
 fn run_as_root(command: &mut Command) {
     if !shell::is_root() {
         command.args(["--config", r#"target.'cfg(all())'.runner="sudo --preserve-env --""#]);
     }
 }
 
-/// The crates' `tests/NAME.rs` whose name is `wanted`.
+/// Returns the names of the crates' `tests/NAME.rs` that are `wanted`.
 fn integration_tests(wanted: impl Fn(&str) -> bool) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for directory in CRATES.map(|name| shell::workspace().join(name).join("tests")) {
@@ -458,7 +458,7 @@ mod tests {
         };
         assert!(run(&[0, 0]).is_ok() && run(&[2]).is_ok() && run(&[1, 1]).is_ok());
         let error = run(&[1, 2]).expect_err("three are too many").to_string();
-        assert_eq!(error, "3 tests are flaky, and 2 may be: t0, t0, t1");
+        assert_eq!(error, "3 tests are flaky, but at most 2 may be: t0, t0, t1");
     }
 
     #[test]
@@ -470,11 +470,11 @@ mod tests {
         };
         let failed = ["slow".to_owned()];
         let passes = shell("test $1,$2 = slow,--exact && echo 'test result: ok. 1 passed; 0 failed'");
-        assert_eq!(once_more(&passes, &failed).expect("it passes"), failed);
+        assert_eq!(repeat_failed(&passes, &failed).expect("it passes"), failed);
         for script in
             ["echo 'test result: ok. 0 passed; 0 failed'", "echo 'test result: FAILED. 0 passed'; exit 1"]
         {
-            assert!(once_more(&shell(script), &failed).is_err(), "{script}");
+            assert!(repeat_failed(&shell(script), &failed).is_err(), "{script}");
         }
     }
 

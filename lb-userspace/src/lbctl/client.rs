@@ -1,6 +1,6 @@
-//! The API's other end: what `lbctl` asks `lbd`.
+//! The HTTP client of `lbctl`, which talks to lbd's API over its Unix socket.
 //!
-//! Input: the socket's path. Output: the types of `api::types`, or why not. Called by `cli`.
+//! Input: the path of the socket. Output: the types of `api::types`, or a [`ClientError`]. Called by `commands`.
 
 use crate::serve::api::{
     LOCK_TOKEN,
@@ -18,45 +18,47 @@ use std::{
     time::Duration,
 };
 
-/// A write may wait for the maps; this is longer than lbd itself waits.
+/// Timeout of a request. A write may wait for the maps; this is longer than lbd itself waits.
 const TIMEOUT: Duration = Duration::from_secs(45);
 
-/// Why there is no answer, or not the one that was hoped for.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody there.
-    #[error("cannot reach lbd on {socket}: {why}")]
+    /// Nobody answers on the socket.
+    #[error("cannot reach lbd on {socket}: {cause}")]
     Unreachable {
-        /// Socket.
+        /// Path of the socket.
         socket: String,
-        /// Why.
-        why: String,
-        /// What to do.
+        /// Innermost cause.
+        cause: String,
+        /// What to do about it.
         fix: &'static str,
     },
-    /// lbd said no.
+    /// lbd refused the request.
     #[error("{}", info.message)]
     Refused {
-        /// What it said.
+        /// Error as lbd reported it.
         info: ErrorInfo,
     },
-    /// It did not say what it should.
-    #[error("lbd on {socket} answered {what}: is it of another version than this lbctl?")]
-    Odd {
-        /// Socket.
+    /// The response cannot be understood.
+    #[error(
+        "unexpected response from lbd on {socket}: {what}; does lbd have another version than this lbctl?"
+    )]
+    UnexpectedResponse {
+        /// Path of the socket.
         socket: String,
-        /// What came.
+        /// The response, shortened.
         what: String,
     },
 }
 
-/// For what takes as long as it takes: a backup, a migration. Whoever waits can leave.
-const PATIENCE: Duration = Duration::from_secs(86_400);
+/// Timeout of requests without a useful bound, such as a backup or a migration; the user can interrupt them.
+const LONG_TIMEOUT: Duration = Duration::from_secs(86_400);
 
-/// Variable with the token of a lock that the caller holds; `lbctl rollout lock -- COMMAND` sets it for the command.
+/// Environment variable with the token of a lock that the caller holds; `lbctl rollout lock -- COMMAND` sets it.
 pub const LOCK_TOKEN_VARIABLE: &str = "LBCTL_LOCK_TOKEN";
 
-/// A connection to lbd, made when it is first needed.
+/// A client of lbd, which connects at the first request.
 #[derive(Clone, Debug)]
 pub struct Client {
     http: reqwest::Client,
@@ -65,27 +67,27 @@ pub struct Client {
 }
 
 impl Client {
-    /// For the lbd on this socket.
+    /// Creates a client of the lbd on this socket.
     ///
     /// # Errors
     /// The HTTP library cannot be set up.
     pub fn new(socket: &Path) -> reqwest::Result<Self> {
         let http = reqwest::Client::builder().unix_socket(socket).no_proxy();
         let token = std::env::var(LOCK_TOKEN_VARIABLE).ok();
-        // A token that no header can carry is none that lbd gave out.
+        // lbd gives out only tokens that fit into a header.
         let token = token.and_then(|token| HeaderValue::from_str(&token).ok());
         let headers = token.map(|token| (HeaderName::from_static(LOCK_TOKEN), token));
         let http = http.default_headers(headers.into_iter().collect()).build()?;
         Ok(Self { http, socket: socket.to_owned(), timeout: TIMEOUT })
     }
 
-    /// The same lbd, waited for as long as it takes.
+    /// Returns a client of the same lbd whose requests may take a day.
     #[must_use]
-    pub fn patient(&self) -> Self {
-        Self { timeout: PATIENCE, ..self.clone() }
+    pub fn with_long_timeout(&self) -> Self {
+        Self { timeout: LONG_TIMEOUT, ..self.clone() }
     }
 
-    /// Reads.
+    /// Sends a GET request.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -97,7 +99,7 @@ impl Client {
         self.send(Method::GET, path, query, None::<&()>).await
     }
 
-    /// Asks, with a body if there is one.
+    /// Sends a request, with a JSON body if one is given.
     ///
     /// # Errors
     /// See [`ClientError`].
@@ -116,15 +118,18 @@ impl Client {
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
         let status = response.status();
         let bytes = response.bytes().await.map_err(|e| self.unreachable(&e))?;
-        let odd = |what: String| ClientError::Odd { socket: self.socket.display().to_string(), what };
+        let unexpected = |what: String| ClientError::UnexpectedResponse {
+            socket: self.socket.display().to_string(),
+            what,
+        };
         if status.is_success() {
-            return serde_json::from_slice(&bytes).map_err(|e| odd(format!("something unexpected ({e})")));
+            return serde_json::from_slice(&bytes).map_err(|e| unexpected(e.to_string()));
         }
         match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(body) => Err(ClientError::Refused { info: body.error }),
             Err(_) => {
                 let text: String = String::from_utf8_lossy(&bytes).chars().take(200).collect();
-                Err(odd(format!("{status} {text}")))
+                Err(unexpected(format!("{status} {text}")))
             }
         }
     }
@@ -132,9 +137,9 @@ impl Client {
     fn unreachable(&self, error: &reqwest::Error) -> ClientError {
         let mut cause: Option<&(dyn Error + 'static)> = Some(error);
         let mut kind = None;
-        let mut why = error.to_string();
+        let mut message = error.to_string();
         while let Some(e) = cause {
-            why = e.to_string();
+            message = e.to_string();
             if let Some(io) = e.downcast_ref::<std::io::Error>() {
                 kind = Some(io.kind());
             }
@@ -142,12 +147,12 @@ impl Client {
         }
         let fix = match kind {
             Some(ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-                "is it running (`systemctl status lbd`)? give its socket with --socket or LBD_SOCKET"
+                "check that lbd runs (`systemctl status lbd`), or give its socket with --socket or LBD_SOCKET"
             }
-            Some(ErrorKind::PermissionDenied) => "use sudo, or join the socket's group",
-            _ if error.is_timeout() => "lbd does not answer in time; see its log",
-            _ => "see the log of lbd",
+            Some(ErrorKind::PermissionDenied) => "run lbctl with sudo, or as a member of the socket's group",
+            _ if error.is_timeout() => "lbd did not answer in time: see its log",
+            _ => "see the log of lbd (`journalctl -u lbd`)",
         };
-        ClientError::Unreachable { socket: self.socket.display().to_string(), why, fix }
+        ClientError::Unreachable { socket: self.socket.display().to_string(), cause: message, fix }
     }
 }

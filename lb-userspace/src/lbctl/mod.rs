@@ -1,4 +1,4 @@
-//! The CLI: commands, its HTTP client, how things look on a terminal, and doctor.
+//! The CLI: its commands, HTTP client, terminal output, and doctor.
 
 pub mod client;
 pub mod commands;

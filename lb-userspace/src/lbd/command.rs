@@ -1,4 +1,4 @@
-//! The command `lbd`: reads its arguments and runs `ingress`, `worker` or `detach`. Called by the binaries.
+//! The command `lbd`: parses its arguments and runs `ingress`, `worker` or `detach`. Called by the binaries.
 
 use crate::{
     apply::{
@@ -11,7 +11,7 @@ use crate::{
     },
     lbd::{
         args::{Cli, Command, Ingress},
-        logging, run, told, worker,
+        describe, logging, run, worker,
     },
     serve::{api::SocketError, metrics::MetricsError},
 };
@@ -22,7 +22,7 @@ use std::{
     process::ExitCode,
 };
 
-/// Runs it; the exit code is as documented in the help.
+/// Runs the command; the exit codes are documented in the help.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Ingress(ingress) => start(*ingress),
@@ -35,30 +35,30 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nobody may be there to read it; the exit code says it too.
-            let _ = writeln!(io::stderr(), "error: {}", told(&error));
-            ExitCode::from(code(&error))
+            // Standard error may be closed; the exit code tells of the failure too.
+            let _ = writeln!(io::stderr(), "error: {}", describe(&error));
+            ExitCode::from(exit_code(&error))
         }
     }
 }
 
 fn start(ingress: Ingress) -> anyhow::Result<()> {
     let file = ingress.config.as_deref().map(File::read).transpose()?;
-    let said = file.as_ref().map(|f| f.options.clone()).unwrap_or_default();
-    let settings = ingress.options.or(said).resolve()?;
+    let from_file = file.as_ref().map(|f| f.options.clone()).unwrap_or_default();
+    let settings = ingress.options.or(from_file).resolve()?;
     if ingress.detach {
         return on_runtime(detach(settings.pin_path));
     }
     if settings.iface.is_empty() {
-        let what =
-            "none given: name at least one with --iface, LBD_IFACE or iface = [...] in [lbd]".to_owned();
+        let what = "no interface given: set at least one with --iface, LBD_IFACE or iface = [...] in [lbd]"
+            .to_owned();
         return Err(SettingsError { setting: "iface", what }.into());
     }
     logging::init(settings.log_level, settings.log_format);
     on_runtime(run(settings, ingress.config, file))
 }
 
-/// VIPs first, so that no router sends what nobody forwards.
+/// Withdraws the VIPs, then removes the programs: routers must stop sending before forwarding stops.
 async fn detach(pin_path: PathBuf) -> anyhow::Result<()> {
     announce::withdraw().await?;
     Ok(tokio::task::spawn_blocking(move || dataplane::detach(&pin_path)).await??)
@@ -67,13 +67,13 @@ async fn detach(pin_path: PathBuf) -> anyhow::Result<()> {
 fn on_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let result = runtime.block_on(work);
-    // Work that blocks, such as a read of a map, is not waited for.
+    // Does not wait for blocking work, such as reading a map.
     runtime.shutdown_background();
     result
 }
 
-/// Exit code, as documented in the help.
-fn code(error: &anyhow::Error) -> u8 {
+/// Returns the exit code of an error, as documented in the help.
+fn exit_code(error: &anyhow::Error) -> u8 {
     let is = |check: fn(&(dyn std::error::Error + 'static)) -> bool| error.chain().any(check);
     if is(|e| e.is::<SettingsError>() || e.is::<ConfigError>()) {
         2

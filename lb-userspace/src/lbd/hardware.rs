@@ -1,6 +1,6 @@
-//! The host under the programs: which of them the kernel took, interfaces that come and go, and drivers that hand over
-//! packets the programs cannot work with. Input: the dataplane's [`Interfaces`] and counters. Output: what status says
-//! of it, and an event when the program has been attached to one more interface.
+//! Monitors the host under the programs: programs that the kernel refused, interfaces that appear and disappear, and
+//! drivers that deliver packets the programs cannot parse. Input: the dataplane's [`Interfaces`] and counters. Output: the
+//! problems that status reports, and an event when the program has been attached to another interface.
 
 use crate::{
     apply::{
@@ -21,14 +21,14 @@ use std::{
 };
 use tokio::{sync::mpsc, time::Instant};
 
-/// How often interfaces are looked for.
-const LOOK: Duration = Duration::from_secs(1);
-/// How often counters and offloads are looked at.
-const SAMPLE: Duration = Duration::from_secs(5);
-/// Packets without their headers in the linear part, in one sample, that no sender of broken packets explains.
-const TRUNCATED: u64 = 50;
+/// How often to look for missing interfaces.
+const ATTACH_INTERVAL: Duration = Duration::from_secs(1);
+/// How often to sample counters and offloads.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(5);
+/// Packets per sample without headers in the linear part that malformed packets alone do not explain.
+const TRUNCATED_MIN: u64 = 50;
 
-/// The host under the programs.
+/// Monitor of programs, interfaces and drivers.
 pub struct Hardware {
     interfaces: Arc<Interfaces>,
     frags: bool,
@@ -36,17 +36,18 @@ pub struct Hardware {
     reader: Arc<Reader>,
     /// Services that need a program which the kernel refused, and why they are not served.
     refused: Mutex<BTreeMap<Name, String>>,
-    seen: Mutex<Seen>,
+    last_sample: Mutex<Sample>,
 }
 
-/// What was seen last.
+/// Results of the last sample.
 #[derive(Default)]
-struct Seen {
+struct Sample {
     truncated: Alarm,
     problems: Vec<String>,
 }
 
-/// Whether a counter keeps rising: by [`TRUNCATED`] in each of two samples; until one in which it does not rise at all.
+/// Detects a counter that keeps rising: on after two consecutive samples with a rise of [`TRUNCATED_MIN`], off after a
+/// sample without a rise.
 #[derive(Default)]
 struct Alarm {
     last: Option<u64>,
@@ -55,28 +56,28 @@ struct Alarm {
 }
 
 impl Alarm {
-    /// Takes the next sample in.
+    /// Adds the next sample.
     fn sample(&mut self, count: u64) {
         let rise = self.last.map_or(0, |last| count.saturating_sub(last));
         self.last = Some(count);
-        self.high = if rise >= TRUNCATED { self.high + 1 } else { 0 };
+        self.high = if rise >= TRUNCATED_MIN { self.high + 1 } else { 0 };
         self.is_on = self.high >= 2 || (self.is_on && rise > 0);
     }
 }
 
 impl Hardware {
-    /// Of a dataplane that has just been attached.
+    /// Creates the monitor of a dataplane that has just been attached.
     pub fn new(
         interfaces: Arc<Interfaces>,
         frags: bool,
         left_out: Vec<LeftOut>,
         reader: Arc<Reader>,
     ) -> Self {
-        let (refused, seen) = (Mutex::default(), Mutex::default());
-        Self { interfaces, frags, left_out, reader, refused, seen }
+        let (refused, last_sample) = (Mutex::default(), Mutex::default());
+        Self { interfaces, frags, left_out, reader, refused, last_sample }
     }
 
-    /// Where the program runs.
+    /// Returns the interfaces that the program is attached to.
     pub fn attached(&self) -> Vec<types::Interface> {
         let one = |i: crate::apply::dataplane::Interface| types::Interface {
             name: i.name,
@@ -87,7 +88,7 @@ impl Hardware {
         self.interfaces.attached().into_iter().map(one).collect()
     }
 
-    /// What the API says of the programs.
+    /// Returns the state of the programs for the API.
     pub fn loaded(&self) -> Loaded {
         let waiting = self.interfaces.waiting();
         let mut problems: Vec<String> =
@@ -95,7 +96,8 @@ impl Hardware {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         problems.extend(refused.iter().map(|(name, why)| format!("service {name} is not served: {why}")));
         drop(refused);
-        problems.extend(self.seen.lock().unwrap_or_else(PoisonError::into_inner).problems.iter().cloned());
+        problems
+            .extend(self.last_sample.lock().unwrap_or_else(PoisonError::into_inner).problems.iter().cloned());
         let left_out = self.left_out.iter().map(|one| types::LeftOut {
             program: one.program.to_owned(),
             feature: one.feature_name().to_owned(),
@@ -114,21 +116,21 @@ impl Hardware {
         }
     }
 
-    /// Why a service cannot be served here, if its programs were refused.
+    /// Returns why a service cannot be served here, if it needs a program that the kernel refused.
     fn refusal(&self, service: &crate::desired::model::Service) -> Option<String> {
         let needs = compile::features_needed(service);
-        let (what, lost) = needs.iter().find_map(|(bit, what)| {
-            let lost = self.left_out.iter().find(|one| one.feature & bit != 0)?;
-            Some((what, lost))
+        let (what, missing) = needs.iter().find_map(|(bit, what)| {
+            let missing = self.left_out.iter().find(|one| one.feature & bit != 0)?;
+            Some((what, missing))
         })?;
         Some(format!(
-            "{what} needs the program {}, which this host does not have: {}",
-            lost.program, lost.reason
+            "{what} needs the program {}, which this host could not load: {}",
+            missing.program, missing.reason
         ))
     }
 
-    /// Why a state is refused: a service in it needs what the kernel refused. One that is so already, by another host's
-    /// word or from before, does not stand in the way of other changes.
+    /// Refuses a state in which a service needs a program that the kernel refused. Services that are refused already, set
+    /// by another host or before, do not block other changes.
     pub fn check(&self, desired: &Desired) -> Result<(), String> {
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         let mut new = desired.services.iter().filter(|(name, _)| !refused.contains_key(*name));
@@ -138,7 +140,7 @@ impl Hardware {
         }
     }
 
-    /// The part of a state that can be served here. `remember`: whether status is to tell of the rest.
+    /// Returns the part of a state that can be served here. `remember`: whether status reports the rest.
     pub fn served(&self, desired: Arc<Desired>, remember: bool) -> Arc<Desired> {
         if self.left_out.is_empty() {
             return desired;
@@ -159,22 +161,22 @@ impl Hardware {
         served
     }
 
-    /// Attaches where it can be attached later, and looks at what may go wrong, until nobody takes events.
+    /// Attaches to interfaces that appear later, and samples problems, until the receiver of events is gone.
     pub async fn run(self: Arc<Self>, events: mpsc::Sender<Event>) {
         let mut next_sample = Instant::now();
         loop {
             let sample = Instant::now() >= next_sample;
             if sample {
-                next_sample += SAMPLE;
+                next_sample += SAMPLE_INTERVAL;
             }
             let this = self.clone();
-            let look = move || {
+            let check = move || {
                 if sample {
                     this.sample();
                 }
                 this.interfaces.try_again()
             };
-            let Ok(new) = tokio::task::spawn_blocking(look).await else { return };
+            let Ok(new) = tokio::task::spawn_blocking(check).await else { return };
             for i in &new {
                 tracing::info!(interface = i.name, mode = i.mode, "attached");
             }
@@ -185,7 +187,7 @@ impl Hardware {
                     return;
                 }
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(ATTACH_INTERVAL).await;
         }
     }
 
@@ -193,12 +195,12 @@ impl Hardware {
         let reasons = self.reader.reasons();
         let truncated = reasons.iter().find(|(r, _)| *r == Reason::Truncated).map_or(0, |(_, n)| *n);
         let mut problems = self.interface_problems();
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.truncated.sample(truncated);
-        if seen.truncated.is_on {
+        let mut last = self.last_sample.lock().unwrap_or_else(PoisonError::into_inner);
+        last.truncated.sample(truncated);
+        if last.truncated.is_on {
             problems.push(TRUNCATED_RISES.to_owned());
         }
-        seen.problems = problems;
+        last.problems = problems;
     }
 
     fn interface_problems(&self) -> Vec<String> {
@@ -208,8 +210,8 @@ impl Hardware {
             if i.mode != "driver" {
                 if self.frags {
                     problems.push(format!(
-                        "interface {}: programs with frags in generic mode, with which Linux 6.3 and later may panic: take \
-                         users' programs with frags out of STAGES and restart lbd",
+                        "interface {}: programs with frags run in generic mode, in which Linux 6.3 and later may panic: remove \
+                         your programs with frags from STAGES and restart lbd",
                         i.name
                     ));
                 }
@@ -218,8 +220,8 @@ impl Hardware {
             let mtu = tool.mtu(&i.name).unwrap_or(0);
             if !self.frags && mtu > PAGE_MTU {
                 problems.push(format!(
-                    "interface {} has MTU {mtu}, and programs without frags take {PAGE_MTU} on every driver: restart lbd, \
-                     which then loads them with frags (no packet is lost)",
+                    "interface {} has MTU {mtu}, but programs without frags support at most {PAGE_MTU} on every driver: restart \
+                     lbd, which then loads them with frags (no packet is lost)",
                     i.name
                 ));
             }
@@ -230,10 +232,10 @@ impl Hardware {
     }
 }
 
-/// What is said while the alarm is on.
-pub const TRUNCATED_RISES: &str = "a driver hands over packets without headers in their linear part (header split, or a striding \
-     receive queue at a large MTU), and the program passes them to the host unbalanced: counter `truncated` rises. Switch \
-     it off: `ethtool -G IFACE tcp-data-split off`, `ethtool --set-priv-flags IFACE rx_striding_rq off`; or use an MTU of \
+/// Problem that is reported while the alarm of truncated packets is on.
+pub const TRUNCATED_RISES: &str = "a driver delivers packets without headers in their linear part (header split, or a striding \
+     receive queue at a large MTU), and the program passes them to the host unbalanced: counter `truncated` rises. Disable \
+     this: `ethtool -G IFACE tcp-data-split off`, `ethtool --set-priv-flags IFACE rx_striding_rq off`; or use an MTU of \
      at most 3046";
 
 #[cfg(test)]
@@ -241,17 +243,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_alarm_is_about_a_counter_that_keeps_rising() {
+    fn the_alarm_is_on_while_a_counter_keeps_rising() {
         let mut alarm = Alarm::default();
         let mut feed = |count| {
             alarm.sample(count);
             alarm.is_on
         };
-        assert!(!feed(1_000_000), "what was counted before says nothing");
-        assert!(!feed(1_000_000 + TRUNCATED), "once may be somebody's broken packets");
-        assert!(feed(1_000_000 + 2 * TRUNCATED));
-        assert!(feed(1_000_001 + 2 * TRUNCATED), "still rising");
-        assert!(!feed(1_000_001 + 2 * TRUNCATED), "it has stopped");
-        assert!(!feed(1_000_002 + 3 * TRUNCATED));
+        assert!(!feed(1_000_000), "the first reading is no rise");
+        assert!(!feed(1_000_000 + TRUNCATED_MIN), "one rise may be malformed packets");
+        assert!(feed(1_000_000 + 2 * TRUNCATED_MIN));
+        assert!(feed(1_000_001 + 2 * TRUNCATED_MIN), "still rising");
+        assert!(!feed(1_000_001 + 2 * TRUNCATED_MIN), "stopped");
+        assert!(!feed(1_000_002 + 3 * TRUNCATED_MIN));
     }
 }

@@ -1,4 +1,4 @@
-//! Reconciler and dataplane as the API sees them.
+//! The API's engine over the live reconciler and dataplane.
 
 use super::hardware::Hardware;
 use crate::{
@@ -28,19 +28,19 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// An engine over live maps.
+/// [`Engine`] over live maps.
 pub struct Live {
     events: mpsc::Sender<Event>,
     published: watch::Receiver<Arc<Published>>,
     reader: Arc<Reader>,
     hardware: Arc<Hardware>,
     limits: Limits,
-    /// The last snapshot, and what it was made from.
+    /// The last snapshot, and the state that it was made from.
     last: Mutex<Option<(Arc<Published>, Arc<Snapshot>)>>,
 }
 
 impl Live {
-    /// Over a reconciler's channels and a reader of its maps.
+    /// Creates an engine over a reconciler's channels and a reader of its maps.
     pub fn new(
         events: mpsc::Sender<Event>,
         published: watch::Receiver<Arc<Published>>,
@@ -55,12 +55,14 @@ impl Live {
         self.published.borrow().clone()
     }
 
-    async fn ask<T>(
+    /// Sends an event to the reconciler and waits for its answer.
+    async fn request<T>(
         &self,
         event: Event,
         answer: oneshot::Receiver<Result<T, ReconcileError>>,
     ) -> Result<T, EngineError> {
-        let gone = || EngineError::Failed { what: "the reconciler has ended; see the log of lbd".to_owned() };
+        let gone =
+            || EngineError::Failed { what: "the reconciler has stopped: see the log of lbd".to_owned() };
         self.events.send(event).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?.map_err(|error| match error {
             ReconcileError::Compile(_) => EngineError::Refused { what: error.to_string() },
@@ -151,8 +153,8 @@ fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
     snapshot
 }
 
-/// A service's residency and how its table is spread, for people.
-fn regions_of(published: &Published, name: &Name) -> Vec<String> {
+/// Describes a service's residency and the regions of its table, for `lbctl explain`.
+fn region_steps(published: &Published, name: &Name) -> Vec<String> {
     let (Some(wanted), Some(service)) = (published.desired.services.get(name), published.services.get(name))
     else {
         return Vec::new();
@@ -163,15 +165,35 @@ fn regions_of(published: &Published, name: &Name) -> Vec<String> {
         let all = wanted.backends.len();
         let names = region_list(allowed);
         let refused =
-            if service.eligible == 0 { ": none of them takes flows, so all are refused" } else { "" };
-        steps.push(format!("residency: only {names}, where {inside} of {all} backends are{refused}"));
+            if service.eligible == 0 { ": none of them takes flows, so new flows are refused" } else { "" };
+        steps.push(format!("residency: only {names}, with {inside} of {all} backends{refused}"));
     }
     if !service.regions.is_empty() {
         let shares = service.regions.iter().map(|s| format!("{} {} ‰", s.name, s.permille));
         let shares: Vec<String> = shares.collect();
-        steps.push(format!("regions: {}; `lbctl policy explain {name}` says why", shares.join(", ")));
+        steps.push(format!(
+            "regions: {}; see `lbctl policy explain {name}` for the reason",
+            shares.join(", ")
+        ));
     }
     steps
+}
+
+/// Whether a filter selects a flow of this service to this backend.
+fn selects(filter: &FlowFilter, service: Option<&Name>, backend: Option<&Name>) -> bool {
+    filter.service.as_ref().is_none_or(|s| service == Some(s))
+        && filter.backend.as_ref().is_none_or(|b| backend == Some(b))
+}
+
+/// Names the service of a flow, which may not exist any more.
+fn service_name(service: Option<&Name>) -> String {
+    service.map_or_else(|| "gone".to_owned(), Name::to_string)
+}
+
+/// Names the backend of a flow, which may be removed or not exist any more.
+fn backend_name(backend: Option<&Name>, address: Option<IpAddr>) -> String {
+    let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
+    backend.map_or_else(removed, Name::to_string)
 }
 
 fn ip(address: lb_common::Address) -> IpAddr {
@@ -184,7 +206,7 @@ impl Engine for Live {
             self.hardware.check(&desired).map_err(|what| EngineError::Refused { what })?;
             let desired = self.hardware.served(desired, false);
             let (fits, answer) = oneshot::channel();
-            self.ask(Event::Check { desired, fits }, answer).await
+            self.request(Event::Check { desired, fits }, answer).await
         })
     }
 
@@ -193,7 +215,7 @@ impl Engine for Live {
             let desired = self.hardware.served(desired, true);
             let (tell, answer) = oneshot::channel();
             let event = Event::Desired { desired, revision, applied: Some(tell) };
-            Ok(applied(&self.ask(event, answer).await?, None))
+            Ok(applied(&self.request(event, answer).await?, None))
         })
     }
 
@@ -256,22 +278,19 @@ impl Engine for Live {
                 let service = services.get(&key.service).copied();
                 let (backend, address) =
                     backends.get(&flow.backend).map_or((None, None), |b| (b.0, Some(b.1)));
-                let wanted = filter.service.as_ref().is_none_or(|s| service == Some(s))
-                    && filter.backend.as_ref().is_none_or(|b| backend == Some(b));
-                if !wanted {
+                if !selects(filter, service, backend) {
                     return;
                 }
                 if found.len() == filter.limit {
                     more = true;
                     return;
                 }
-                let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
                 found.push(FlowInfo {
                     table: label.to_owned(),
                     client: SocketAddr::new(ip(key.source), key.source_port.get()),
                     port: key.port.get(),
-                    service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
-                    backend: backend.map_or_else(removed, Name::to_string),
+                    service: service_name(service),
+                    backend: backend_name(backend, address),
                     age_s: now_s.saturating_sub(flow.created_s),
                     idle_s: now_s.saturating_sub(flow.last_seen_s),
                     closing: flow.flags & CLOSING != 0,
@@ -285,9 +304,7 @@ impl Engine for Live {
         let each = |key: lb_common::FlowKey, nat: lb_common::Nat| {
             let service = services.get(&key.service).copied();
             let (backend, address) = backends.get(&nat.backend).map_or((None, None), |b| (b.0, Some(b.1)));
-            let wanted = filter.service.as_ref().is_none_or(|s| service == Some(s))
-                && filter.backend.as_ref().is_none_or(|b| backend == Some(b));
-            if !wanted {
+            if !selects(filter, service, backend) {
                 return;
             }
             if found.len() == filter.limit {
@@ -296,13 +313,12 @@ impl Engine for Live {
             }
             let answers = |p| self.reader.reply(&lb_ebpf::nat::reply_key(&nat, p)).filter(|r| r.flow == key);
             let reply = answers(lb_common::service::TCP).or_else(|| answers(lb_common::service::UDP));
-            let removed = || address.map_or_else(|| "gone".to_owned(), |a| format!("{a} (removed)"));
             found.push(FlowInfo {
                 table: "nat".to_owned(),
                 client: SocketAddr::new(ip(key.source), key.source_port.get()),
                 port: key.port.get(),
-                service: service.map_or_else(|| "gone".to_owned(), Name::to_string),
-                backend: backend.map_or_else(removed, Name::to_string),
+                service: service_name(service),
+                backend: backend_name(backend, address),
                 age_s: now_s.saturating_sub(nat.created_s),
                 idle_s: now_s.saturating_sub(reply.map_or(0, |r| r.last_seen_s).max(nat.last_seen_s)),
                 closing: reply.is_some_and(|r| lb_common::nat::is_over(r.flags)),
@@ -317,7 +333,7 @@ impl Engine for Live {
         let mut explanation = explain(&self.reader, &*published, query);
         let name = explanation.service.as_ref().and_then(|name| name.parse::<Name>().ok());
         if let Some(name) = name {
-            explanation.steps.extend(regions_of(&published, &name));
+            explanation.steps.extend(region_steps(&published, &name));
         }
         Ok(explanation)
     }

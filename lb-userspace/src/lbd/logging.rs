@@ -1,17 +1,17 @@
-//! Log lines: text for people, JSON for programs, both on standard error.
+//! Logging to standard error, as text or JSON.
 
 use crate::desired::config::{LogFormat, LogLevel};
 use std::io::IsTerminal;
 use tracing_subscriber::{EnvFilter, fmt};
 
-/// Sets up logging for the process. Our own modules at this level, libraries at `warn` at most.
+/// Sets up logging for the process: our own modules at `level`, libraries at most at `warn`.
 pub fn init(level: LogLevel, format: LogFormat) {
     let ours = level.label();
     let others = level.min(LogLevel::Warn).label();
     let filter =
         EnvFilter::new(format!("{others},lb_userspace={ours},lbd={ours},ingress={ours},decap={ours}"));
     let builder = fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // The journal stamps lines itself.
+    // The journal adds timestamps itself.
     let journal = std::env::var_os("JOURNAL_STREAM").is_some();
     let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
     // A second call, in tests, changes nothing.

@@ -1,12 +1,12 @@
-//! Whether the kernel may give the source ports of mode `nat` to sockets of this host.
+//! Checks whether the kernel may give the source ports of mode `nat` to sockets of this host.
 //!
-//! A socket of this host that is connected to a worker's service port, from a port that a translated flow has at the same
-//! worker, would lose its answers to that flow. Input: the kernel's settings. Output: what to do about it, if anything.
-//! Called at the start of `lbd ingress`.
+//! A socket of this host that is connected to a worker's service port, from a port that a translated flow uses towards the
+//! same worker, would lose its responses to that flow. Input: the kernel's settings. Output: the problem and its fix, if
+//! there is one. Called at the start of `lbd ingress`.
 
 use std::fs;
 
-/// Ports of `range` that the kernel gives to sockets and that are not reserved, as the least and the greatest of them.
+/// Returns the lowest and the highest port of `range` that the kernel gives to sockets and that are not reserved.
 fn shared(range: (u16, u16), local: &str, reserved: &str) -> Option<(u16, u16)> {
     let mut bounds = local.split_whitespace().filter_map(|n| n.parse::<u16>().ok());
     let (first, last) = (bounds.next()?, bounds.next()?);
@@ -24,7 +24,7 @@ fn shared(range: (u16, u16), local: &str, reserved: &str) -> Option<(u16, u16)> 
     Some((least, both.next_back().unwrap_or(least)))
 }
 
-/// What is wrong with these ports on this host, and the command that mends it.
+/// Describes the problem with these ports on this host, and the command that fixes it.
 pub fn problem(first: u16, last: u16) -> Option<String> {
     let read = |name: &str| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}")).unwrap_or_default();
     let reserved = read("ip_local_reserved_ports");
@@ -32,8 +32,8 @@ pub fn problem(first: u16, last: u16) -> Option<String> {
     let old = reserved.trim();
     let separator = if old.is_empty() { "" } else { "," };
     Some(format!(
-        "ports {low} to {high} of nat_ports {first}-{last} may also be given to this host's own connections, which \
-         would lose answers of workers: `sysctl -w net.ipv4.ip_local_reserved_ports={old}{separator}{low}-{high}`, \
+        "the kernel may use ports {low} to {high} of nat_ports {first}-{last} for this host's own connections too, \
+         which would lose responses of workers: run `sysctl -w net.ipv4.ip_local_reserved_ports={old}{separator}{low}-{high}`, \
          or choose other nat_ports"
     ))
 }

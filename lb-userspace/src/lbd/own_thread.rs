@@ -1,11 +1,11 @@
-//! Work that wakes often and asks little each time, on a thread with a runtime of its own: on the shared one each wake-up
-//! would also wake a second thread, which looks for work to take over and finds none.
+//! Runs work that wakes up often but does little each time on a thread with its own runtime. On the shared runtime each
+//! wake-up would also wake a second thread, which searches for work to steal and finds none.
 
 use anyhow::Context;
 use std::future::Future;
 use tokio::{runtime::Builder, sync::oneshot};
 
-/// Runs what `make` makes on a thread of this name until it ends, or nobody waits for it any more.
+/// Runs the future that `make` creates on a thread with this name until the future ends or the caller stops waiting.
 ///
 /// # Errors
 /// The thread cannot be started, or panicked.
@@ -22,7 +22,7 @@ pub async fn own_thread<F: Future<Output = ()>>(
                 () = waiting.closed() => false,
             }
         });
-        // Work that blocks is not waited for.
+        // Does not wait for blocking work.
         runtime.shutdown_background();
         if is_done {
             let _ = waiting.send(());
@@ -32,7 +32,7 @@ pub async fn own_thread<F: Future<Output = ()>>(
         .name(name.to_owned())
         .spawn(run)
         .with_context(|| format!("cannot start the thread {name}"))?;
-    ended.await.with_context(|| format!("the thread {name} has panicked; see the log above"))
+    ended.await.with_context(|| format!("the thread {name} panicked: see the log above"))
 }
 
 #[cfg(test)]
@@ -41,7 +41,7 @@ mod tests {
     use std::{sync::mpsc, time::Duration};
 
     #[tokio::test]
-    async fn it_ends_with_its_work_and_with_whoever_waits() {
+    async fn the_thread_ends_with_its_work_or_its_caller() {
         let (tell, told) = mpsc::channel();
         own_thread("short", move || async move {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -61,7 +61,7 @@ mod tests {
         let gone = tokio::task::spawn_blocking(move || is_gone.recv_timeout(Duration::from_secs(10)));
         assert_eq!(gone.await.unwrap(), Err(mpsc::RecvTimeoutError::Disconnected));
 
-        let error = own_thread("bad", || async { panic!("as the test wants it") }).await.unwrap_err();
-        assert!(error.to_string().contains("thread bad has panicked"), "{error}");
+        let error = own_thread("bad", || async { panic!("expected by the test") }).await.unwrap_err();
+        assert!(error.to_string().contains("thread bad panicked"), "{error}");
     }
 }

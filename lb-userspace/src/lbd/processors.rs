@@ -1,6 +1,6 @@
-//! How many processors packets arrive on.
+//! Counts the processors that packets arrive on.
 
-/// Processors of this host that are online: packets arrive on all of them, whichever lbd itself may use.
+/// Returns the number of online processors of this host: packets arrive on all of them, whatever lbd's own CPU mask is.
 pub fn online() -> u32 {
     let online = std::fs::read_to_string("/sys/devices/system/cpu/online").ok();
     let configured = || match nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN) {
@@ -10,7 +10,7 @@ pub fn online() -> u32 {
     online.and_then(|list| count_in(&list)).or_else(configured).unwrap_or(1).max(1)
 }
 
-/// How many numbers a list like `0-3,8` has.
+/// Counts the numbers in a list such as `0-3,8`.
 fn count_in(list: &str) -> Option<u32> {
     let range = |part: &str| {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -35,7 +35,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mask_of_ours_does_not_change_the_count() {
+    fn the_cpu_mask_of_lbd_does_not_change_the_count() {
         let all = online();
         let mask = || {
             let mut one = nix::sched::CpuSet::new();

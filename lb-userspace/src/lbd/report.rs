@@ -1,5 +1,5 @@
-//! What this host tells the others: which revision its maps show, the hash of its tables, and how long
-//! changes take to get there.
+//! Reports this host's state to the other hosts: the revision in its maps, the hash of its tables, and how long
+//! changes take to reach its maps.
 //!
 //! The hash covers the addresses that slots send new flows to, because indices differ between hosts.
 
@@ -15,15 +15,15 @@ use crate::{
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{sync::watch, time::Instant};
 
-/// Changes that the lag is counted over.
-const CHANGES: usize = 100;
-/// Shortest time between two reports.
-const REST: Duration = Duration::from_millis(100);
+/// Number of recent changes that the lag is computed over.
+const LAG_CHANGES: usize = 100;
+/// Minimum time between two reports.
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Reports each change of the maps, until there is none to come.
+/// Reports each change of the maps, until the reconciler ends.
 ///
 /// # Errors
-/// None.
+/// Never fails; the type is that of a supervised part.
 pub async fn run(
     control: Arc<Control>,
     store: Arc<dyn Store>,
@@ -33,7 +33,7 @@ pub async fn run(
     let mut lags: VecDeque<u64> = VecDeque::new();
     let mut report = base;
     let mut due = None;
-    let mut rest = Instant::now();
+    let mut earliest = Instant::now();
     published.mark_changed();
     let mut announcement = control.announcement_watch();
     loop {
@@ -45,10 +45,10 @@ pub async fn run(
         };
         tokio::select! {
             changed = published.changed() => if changed.is_err() { return Ok(()) },
-            goes_on = announced => if !goes_on { announcement = None },
-            () = tokio::time::sleep_until(due.unwrap_or(rest)), if due.is_some() => {
+            is_open = announced => if !is_open { announcement = None },
+            () = tokio::time::sleep_until(due.unwrap_or(earliest)), if due.is_some() => {
                 control.tell(report.clone());
-                (due, rest) = (None, Instant::now() + REST);
+                (due, earliest) = (None, Instant::now() + MIN_INTERVAL);
                 continue;
             }
         }
@@ -56,23 +56,23 @@ pub async fn run(
         let (revision, table_hash) = (now.revision, format!("{:016x}", now.table_hash()));
         let vips = control.announcement().map(|a| a.on().collect());
         let draining = control.host_drain().is_some();
-        let told = (report.revision, &report.table_hash, &report.vips, report.draining);
-        if (revision, &table_hash, &vips, draining) == told {
+        let reported = (report.revision, &report.table_hash, &report.vips, report.draining);
+        if (revision, &table_hash, &vips, draining) == reported {
             continue;
         }
         let time_ms = clock::unix_ms();
-        // What was there at the start did not come just now.
+        // The revision at the start is not a new change.
         if report.time_ms > 0
             && revision > report.revision
             && let Ok(stored) = store.get(revision).await
         {
-            if lags.len() == CHANGES {
+            if lags.len() == LAG_CHANGES {
                 lags.pop_front();
             }
             lags.push_back(time_ms.saturating_sub(stored.revision.time_ms));
         }
         report = HostReport { revision, table_hash, time_ms, vips, draining, lag: lag(&lags), ..report };
-        due = due.or(Some(rest));
+        due = due.or(Some(earliest));
     }
 }
 

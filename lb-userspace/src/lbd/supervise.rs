@@ -1,4 +1,4 @@
-//! The parts of a daemon, and the signals it gets: if one part ends, the whole does.
+//! Supervises the parts of a daemon and its signals: if one part ends, the daemon ends.
 
 use std::{collections::HashMap, fmt::Display, future::Future, io, time::Duration};
 use tokio::{
@@ -7,7 +7,7 @@ use tokio::{
     time::{Instant, Interval, interval_at, timeout},
 };
 
-/// Tasks with names.
+/// The tasks of a daemon, with names.
 #[derive(Default)]
 pub struct Parts {
     tasks: JoinSet<Result<(), String>>,
@@ -15,7 +15,7 @@ pub struct Parts {
 }
 
 impl Parts {
-    /// Starts one.
+    /// Starts a task.
     pub fn add<E: Display>(
         &mut self,
         name: &'static str,
@@ -25,18 +25,18 @@ impl Parts {
         self.names.insert(task.id(), name);
     }
 
-    /// The first that ends, and how.
-    async fn ended(&mut self) -> anyhow::Error {
+    /// Waits for the first task to end, and describes how it ended.
+    async fn first_failure(&mut self) -> anyhow::Error {
         let (id, how) = match self.tasks.join_next_with_id().await {
             None => return std::future::pending().await,
             Some(Ok((id, Ok(())))) => (id, "ended".to_owned()),
             Some(Ok((id, Err(error)))) => (id, error),
             Some(Err(error)) => (error.id(), error.to_string()),
         };
-        anyhow::anyhow!("{}: {how}", self.names.get(&id).copied().unwrap_or("a part"))
+        anyhow::anyhow!("{}: {how}", self.names.get(&id).copied().unwrap_or("unknown part"))
     }
 
-    /// Waits for one to end by itself, then stops the rest.
+    /// Waits up to `grace` for the named task to end, then aborts all other tasks.
     pub async fn finish(&mut self, name: &'static str, grace: Duration) {
         let wait = async {
             while let Some(result) = self.tasks.join_next_with_id().await {
@@ -47,25 +47,25 @@ impl Parts {
             }
         };
         if timeout(grace, wait).await.is_err() {
-            tracing::warn!("requests in progress took too long, and are cut off");
+            tracing::warn!("aborting requests in progress: they did not end in time");
         }
         self.tasks.shutdown().await;
     }
 }
 
-/// What a daemon reacts to.
-pub enum Happened {
-    /// SIGHUP.
+/// An event that a daemon reacts to.
+pub enum Incident {
+    /// SIGHUP was received.
     Reload,
-    /// SIGTERM or SIGINT.
+    /// The named signal, SIGTERM or SIGINT, was received.
     Stop(&'static str),
-    /// A part has ended.
+    /// A part ended.
     Failed(anyhow::Error),
-    /// The service manager wants to hear that all is well.
+    /// It is time to notify the service manager's watchdog.
     Watchdog,
 }
 
-/// Signals and the watchdog's clock.
+/// Signal handlers, and the interval of the watchdog.
 pub struct Signals {
     hangup: Signal,
     terminate: Signal,
@@ -74,7 +74,7 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// From now on signals come here.
+    /// Registers the signal handlers.
     pub fn new() -> io::Result<Self> {
         // Half the time that the service manager allows.
         let period = sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|p| !p.is_zero());
@@ -86,8 +86,8 @@ impl Signals {
         })
     }
 
-    /// What happens next.
-    pub async fn next(&mut self, parts: &mut Parts) -> Happened {
+    /// Waits for the next event.
+    pub async fn next(&mut self, parts: &mut Parts) -> Incident {
         let watchdog = async {
             match &mut self.watchdog {
                 Some(interval) => interval.tick().await,
@@ -95,11 +95,11 @@ impl Signals {
             }
         };
         tokio::select! {
-            _ = self.hangup.recv() => Happened::Reload,
-            _ = self.terminate.recv() => Happened::Stop("SIGTERM"),
-            _ = self.interrupt.recv() => Happened::Stop("SIGINT"),
-            error = parts.ended() => Happened::Failed(error),
-            _ = watchdog => Happened::Watchdog,
+            _ = self.hangup.recv() => Incident::Reload,
+            _ = self.terminate.recv() => Incident::Stop("SIGTERM"),
+            _ = self.interrupt.recv() => Incident::Stop("SIGINT"),
+            error = parts.first_failure() => Incident::Failed(error),
+            _ = watchdog => Incident::Watchdog,
         }
     }
 }

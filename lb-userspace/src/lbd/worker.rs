@@ -1,8 +1,8 @@
-//! `lbd worker`: takes encapsulated packets on a worker and hands them to its own stack.
+//! `lbd worker`: decapsulates packets on a worker and passes them to its network stack.
 //!
-//! Input: interfaces, this worker's addresses, the VIPs that it serves. Output: the decap program attached,
-//! the VIPs on the loopback interface, and a warning for each setting of the host that would lose packets.
-//! Runs until told to stop; decapsulation goes on after it. Called by the binary.
+//! Input: interfaces, this worker's addresses, the VIPs that it serves. Output: the attached decap program, the VIPs on
+//! the loopback interface, and a warning for each host setting that would drop packets. Runs until SIGTERM or SIGINT;
+//! decapsulation continues afterwards. Called by the binary.
 
 use crate::{
     apply::{
@@ -34,13 +34,13 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Marks the addresses that we put on the loopback interface, for people (`ip address` shows it) and for a worker whose
-/// pins have gone. Kernels before 5.18 do not keep it (IFA_PROTO): which addresses are ours is in the pinned maps.
-const OURS: u8 = 0x6c;
-/// How often interfaces are looked for.
-const LOOK: Duration = Duration::from_secs(1);
+/// Address protocol (IFA_PROTO) of the addresses that we add to the loopback interface: `ip address` shows it, and it
+/// identifies them if the pins are gone. Kernels before 5.18 do not store it; the pinned maps also list our addresses.
+const OWN_PROTOCOL: u8 = 0x6c;
+/// How often to look for missing interfaces.
+const ATTACH_INTERVAL: Duration = Duration::from_secs(1);
 /// Index of the loopback interface: the first in every network namespace.
 const LOOPBACK: u32 = 1;
 /// Largest packet of a client whose path has the usual MTU.
@@ -48,7 +48,7 @@ const USUAL_MTU: u32 = 1_500;
 /// Largest encapsulation: IPv6, UDP and GUE.
 const OVERHEAD: u32 = 40 + 8 + 4;
 
-/// Runs until told to stop.
+/// Runs until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// The start failed; nothing that ran before was touched.
@@ -56,28 +56,72 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
     tokio::spawn(connection);
     if args.detach {
-        return stop_for_good(&handle, &args).await;
+        return detach_worker(&handle, &args).await;
     }
     check_vips(&args.vip)?;
-    let metrics = match args.metrics.as_str() {
+    let metrics = bind_metrics(&args.metrics).await?;
+    let addresses = worker_addresses(&handle, &args).await?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+
+    let mut decap = attach(&handle, &args, &addresses).await?;
+    tokio::spawn(attach_later(decap.interfaces.clone()));
+    for warning in warnings(&handle, &args).await {
+        tracing::warn!("{warning}");
+    }
+    xdp_log::start(decap.bpf_mut(), args.xdp_log_level);
+    let decap = Arc::new(Mutex::new(decap));
+    if args.syn_cookies {
+        tokio::spawn(worker_route::keep_updated(Arc::clone(&decap)));
+    }
+    if let Some(listener) = metrics {
+        let text =
+            move || metrics::worker_text(&decap.lock().unwrap_or_else(PoisonError::into_inner).reasons());
+        tokio::spawn(metrics::serve_text(listener, std::future::pending(), text));
+    } else {
+        // Keeps the lock of the pins until the process ends.
+        std::mem::forget(decap);
+    }
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    tracing::info!(addresses = %list(&addresses), vips = %list(&args.vip), "ready");
+    wait_for_stop(&mut terminate, &mut interrupt).await;
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    tracing::info!("stopping: decapsulation continues, and the VIPs stay assigned");
+    Ok(())
+}
+
+/// Binds the address of metrics, if it is not `off`.
+async fn bind_metrics(address: &str) -> anyhow::Result<Option<tokio::net::TcpListener>> {
+    let address = match address {
         "off" => None,
         text => Some(
             text.parse().with_context(|| format!("--metrics {text:?} is neither ADDRESS:PORT nor off"))?,
         ),
     };
-    let metrics = metrics::bind(metrics, true).await?;
+    Ok(metrics::bind(address, true).await?)
+}
+
+/// Returns the addresses at which encapsulated packets arrive.
+async fn worker_addresses(handle: &Handle, args: &Worker) -> anyhow::Result<BTreeSet<IpAddr>> {
     let addresses = if args.address.is_empty() {
-        own_addresses(&handle, &args.iface).await?
+        own_addresses(handle, &args.iface).await?
     } else {
         args.address.iter().copied().collect()
     };
     if addresses.is_empty() {
-        let what = format!("{} has none: give the worker's with --address", args.iface.join(", "));
+        let what =
+            format!("{} has no address: give the worker's address with --address", args.iface.join(", "));
         return Err(SettingsError { setting: "address", what }.into());
     }
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(addresses)
+}
 
+/// Attaches the program, fills its maps, and assigns the VIPs.
+async fn attach(
+    handle: &Handle,
+    args: &Worker,
+    addresses: &BTreeSet<IpAddr>,
+) -> anyhow::Result<DecapDataplane> {
     if args.fix_offloads {
         args.iface.iter().for_each(|name| offloads::fix(name));
     }
@@ -86,42 +130,28 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
         allow_generic: args.allow_generic,
         pin_path: args.pin_path.clone(),
         settings: DecapSettings { gue_port: args.gue_port, ..DecapSettings::DEFAULT },
-        log_level: xdp_log::number(args.xdp_log_level),
+        log_level: xdp_log::level_number(args.xdp_log_level),
         cookies: args.syn_cookies,
     };
-    // What it must know stands in its maps at once: a first packet after the attachment is let through or
-    // dropped by rule, never by chance. Adopted maps already hold what the last daemon served.
+    // The maps are filled right after the attachment, so that the first packets are passed or dropped by rule. Adopted
+    // maps already hold what the last daemon served.
     let mut decap = tokio::task::spawn_blocking(move || DecapDataplane::attach(&options)).await??;
     decap.set_addresses(&addresses.iter().map(to_address).collect())?;
-    // What was served before stays in the maps until its address is off the host: if this start is killed, the next one
-    // still knows.
+    // VIPs that were served before stay in the maps until their addresses are removed: if this start is killed, the next
+    // start still knows them.
     let (before, vips) = (decap.served()?, args.vip.iter().map(to_address).collect::<BTreeSet<_>>());
     decap.set_vips(&before.union(&vips).copied().collect())?;
     if let Some(from) = decap.take_over()? {
         tracing::info!(from, to = lb_common::ABI_VERSION, "taken over from another ABI version");
     }
-    tell_of(&decap);
-    put_vips(&handle, &args.vip, &before.difference(&vips).map(to_ip).collect()).await?;
+    log_programs(&decap);
+    assign_vips(handle, &args.vip, &before.difference(&vips).map(to_ip).collect()).await?;
     decap.set_vips(&vips)?;
-    tokio::spawn(attach_later(decap.interfaces.clone()));
-    for warning in warnings(&handle, &args).await {
-        tracing::warn!("{warning}");
-    }
-    xdp_log::start(decap.bpf_mut(), args.xdp_log_level);
-    let decap = Arc::new(Mutex::new(decap));
-    if args.syn_cookies {
-        tokio::spawn(worker_route::follow(Arc::clone(&decap)));
-    }
-    if let Some(listener) = metrics {
-        let text =
-            move || metrics::worker_text(&decap.lock().unwrap_or_else(PoisonError::into_inner).reasons());
-        tokio::spawn(metrics::serve_text(listener, std::future::pending(), text));
-    } else {
-        // Keeps the pins' lock for as long as we live.
-        std::mem::forget(decap);
-    }
-    let _ = sd_notify::notify(&[NotifyState::Ready]);
-    tracing::info!(addresses = %list(&addresses), vips = %list(&args.vip), "ready");
+    Ok(decap)
+}
+
+/// Waits for SIGTERM or SIGINT, and notifies the service manager's watchdog meanwhile.
+async fn wait_for_stop(terminate: &mut Signal, interrupt: &mut Signal) {
     let watchdog = sd_notify::watchdog_enabled().map(|limit| limit / 2);
     loop {
         tokio::select! {
@@ -132,29 +162,26 @@ pub async fn run(args: Worker) -> anyhow::Result<()> {
             }
         }
     }
-    let _ = sd_notify::notify(&[NotifyState::Stopping]);
-    tracing::info!("stopping; decapsulation goes on, and the VIPs stay");
-    Ok(())
 }
 
-/// Says how the programs came to run.
-fn tell_of(decap: &DecapDataplane) {
+/// Logs which programs are attached where, and which are not available.
+fn log_programs(decap: &DecapDataplane) {
     for one in &decap.left_out {
-        tracing::warn!(program = one.program, "left out: {}", one.reason);
+        tracing::warn!(program = one.program, "program not available: {}", one.reason);
     }
     for i in decap.interfaces.attached() {
         let why = i.why_generic.unwrap_or_default();
         tracing::info!(interface = i.name, mode = i.mode, why, adopted = decap.adopted, "attached");
     }
     for waiting in decap.interfaces.waiting() {
-        tracing::warn!(interface = waiting.name, "not attached, tried again each second: {}", waiting.reason);
+        tracing::warn!(interface = waiting.name, "not attached, retrying every second: {}", waiting.reason);
     }
 }
 
-/// Attaches to interfaces that come, or come back, while the worker runs.
+/// Attaches to interfaces that appear or reappear while the worker runs.
 async fn attach_later(interfaces: Arc<Interfaces>) {
     loop {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(ATTACH_INTERVAL).await;
         let interfaces = interfaces.clone();
         let Ok(new) = tokio::task::spawn_blocking(move || interfaces.try_again()).await else { return };
         for i in new {
@@ -172,7 +199,9 @@ fn check_vips(vips: &[IpAddr]) -> Result<(), SettingsError> {
     match bad {
         Some(vip) => Err(SettingsError {
             setting: "vip",
-            what: format!("{vip} is no address that clients could reach"),
+            what: format!(
+                "{vip} is not an address that clients can reach: give a unicast address other than loopback"
+            ),
         }),
         None => Ok(()),
     }
@@ -194,7 +223,7 @@ async fn addresses_of(handle: &Handle, ifindex: u32) -> anyhow::Result<Vec<Addre
     request.execute().try_collect().await.context("cannot read the addresses of interfaces")
 }
 
-/// Global addresses of interfaces.
+/// Returns the addresses of interfaces, without link-local ones.
 async fn own_addresses(handle: &Handle, interfaces: &[String]) -> anyhow::Result<BTreeSet<IpAddr>> {
     let mut found = BTreeSet::new();
     for name in interfaces {
@@ -213,62 +242,63 @@ async fn own_addresses(handle: &Handle, interfaces: &[String]) -> anyhow::Result
     Ok(found)
 }
 
-/// Puts VIPs on the loopback interface, and takes off those that an earlier start put there and are not served any more.
-async fn put_vips(handle: &Handle, vips: &[IpAddr], no_longer: &BTreeSet<IpAddr>) -> anyhow::Result<()> {
+/// Assigns VIPs to the loopback interface, and removes the `obsolete` ones that an earlier start assigned.
+async fn assign_vips(handle: &Handle, vips: &[IpAddr], obsolete: &BTreeSet<IpAddr>) -> anyhow::Result<()> {
     let up = rtnetlink::LinkUnspec::new_with_index(LOOPBACK).up().build();
     handle.link().set(up).execute().await.context("cannot set the loopback interface up")?;
     for vip in vips {
         let length = if vip.is_ipv4() { 32 } else { 128 };
         let mut request = handle.address().add(LOOPBACK, *vip, length).replace();
         let message = request.message_mut();
-        message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(OURS)));
+        message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(OWN_PROTOCOL)));
         if vip.is_ipv6() {
-            // On the loopback interface there is nobody to ask, and a tentative address takes no packets.
+            // The loopback interface needs no duplicate detection, and a tentative address receives no packets.
             message.header.flags |= AddressHeaderFlags::Nodad;
             message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
-        request.execute().await.with_context(|| format!("cannot put {vip} on the loopback interface"))?;
+        request.execute().await.with_context(|| format!("cannot assign {vip} to the loopback interface"))?;
     }
-    take_off(handle, |ip, _| no_longer.contains(&ip)).await
+    remove_addresses(handle, |ip, _| obsolete.contains(&ip)).await
 }
 
-/// Takes addresses off the loopback interface; `which` sees each with whether it is marked as ours.
-async fn take_off(handle: &Handle, which: impl Fn(IpAddr, bool) -> bool) -> anyhow::Result<()> {
+/// Removes addresses from the loopback interface. `which` selects them, given whether an address is marked as ours.
+async fn remove_addresses(handle: &Handle, which: impl Fn(IpAddr, bool) -> bool) -> anyhow::Result<()> {
     for message in addresses_of(handle, LOOPBACK).await? {
         let Some(ip) = address_in(&message) else { continue };
-        let mark = AddressAttribute::Protocol(AddressProtocol::Other(OURS));
+        let mark = AddressAttribute::Protocol(AddressProtocol::Other(OWN_PROTOCOL));
         if which(ip, message.attributes.contains(&mark)) {
-            tracing::info!(vip = %ip, "taken off the loopback interface");
+            tracing::info!(vip = %ip, "removed from the loopback interface");
             let request = handle.address().del(message);
             request
                 .execute()
                 .await
-                .with_context(|| format!("cannot take {ip} off the loopback interface"))?;
+                .with_context(|| format!("cannot remove {ip} from the loopback interface"))?;
         }
     }
     Ok(())
 }
 
-async fn stop_for_good(handle: &Handle, args: &Worker) -> anyhow::Result<()> {
+/// Removes the programs, the pins, and the VIPs that this worker added.
+async fn detach_worker(handle: &Handle, args: &Worker) -> anyhow::Result<()> {
     let pins = args.pin_path.clone();
     let served = tokio::task::spawn_blocking(move || {
         let served = pinned_vips(&pins)?;
         detach(&pins).map(|()| served)
     });
-    // Without maps to tell them, those that are marked are ours.
+    // Without maps, the marked addresses are ours.
     let served = served.await??.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
     let is_ours = |ip: &IpAddr, is_marked: bool| served.as_ref().map_or(is_marked, |all| all.contains(ip));
-    take_off(handle, |ip, is_marked| is_ours(&ip, is_marked) || args.vip.contains(&ip)).await?;
+    remove_addresses(handle, |ip, is_marked| is_ours(&ip, is_marked) || args.vip.contains(&ip)).await?;
     tracing::info!(pins = %args.pin_path.display(), "detached");
     Ok(())
 }
 
-/// A number under `/proc/sys/net/`.
+/// Reads a number under `/proc/sys/net/`.
 fn sysctl(path: &str) -> Option<u32> {
     fs::read_to_string(format!("/proc/sys/net/{path}")).ok()?.trim().parse().ok()
 }
 
-/// What about this host would lose packets, each with the command that mends it.
+/// Returns a warning, with the command that fixes it, for each host setting that would drop packets.
 async fn warnings(handle: &Handle, args: &Worker) -> Vec<String> {
     let mut found = Vec::new();
     let (v4, v6) = (args.vip.iter().any(IpAddr::is_ipv4), args.vip.iter().any(IpAddr::is_ipv6));
@@ -283,13 +313,13 @@ async fn warnings(handle: &Handle, args: &Worker) -> Vec<String> {
         }
         if v4 && effective("arp_ignore") == 0 {
             found.push(format!(
-                "{name} answers ARP for the VIPs, which takes them from the balancer if both share a link: \
+                "{name} answers ARP for the VIPs, which diverts them from the load balancer if both share a link: \
                  `sysctl -w net.ipv4.conf.{name}.arp_ignore=1 net.ipv4.conf.{name}.arp_announce=2`"
             ));
         }
         if v6 && sysctl(&format!("ipv6/conf/{name}/disable_ipv6")) == Some(1) {
             found.push(format!(
-                "IPv6 is off on {name}, and packets for IPv6 VIPs are dropped: \
+                "IPv6 is disabled on {name}, so packets for IPv6 VIPs are dropped: \
                  `sysctl -w net.ipv6.conf.{name}.disable_ipv6=0`"
             ));
         }
@@ -297,9 +327,9 @@ async fn warnings(handle: &Handle, args: &Worker) -> Vec<String> {
             && mtu < USUAL_MTU + OVERHEAD
         {
             found.push(format!(
-                "{name} has MTU {mtu}: packets of {USUAL_MTU} bytes do not fit once encapsulated, so the balancer \
-                 tells clients to send smaller ones; with jumbo frames between balancer and workers they need not: \
-                 `ip link set dev {name} mtu 1600` or more, here and there"
+                "{name} has MTU {mtu}: encapsulated packets of {USUAL_MTU} bytes do not fit, so the load balancer tells \
+                 clients to send smaller ones; to avoid this, raise the MTU on workers and load balancer: \
+                 `ip link set dev {name} mtu 1600` or more"
             ));
         }
     }

@@ -176,7 +176,7 @@ fn a_worker_that_says_so_gets_no_new_flow() -> Result<()> {
         ensure!(shown.contains(line), "{line} is not in\n{shown}");
     }
     let list = bench.stage.lbctl.run(&["backend", "list", "llm"])?;
-    ensure!(list.contains("replica draining, by its own word"), "{list}");
+    ensure!(list.contains("replica reports draining"), "{list}");
 
     // All at once: nobody takes flows, and nobody is made to.
     for index in 0..2 {

@@ -1,9 +1,9 @@
-//! The demo's second part: LLM workers with a real model behind the same
+//! The demo's second part: LLM workers with a real model behind the same load
 //! balancer. A chat streams through the VIP, completions load it, a worker is
-//! killed under that load, and one is drained under a running stream.
+//! killed under load, and one is drained during a stream.
 //!
-//! In: a stage whose nginx part is over, and what the set-up fetched and built.
-//! Out: phases in the account.
+//! Input: a stage whose nginx part has ended, and what the set-up fetched and built.
+//! Output: phases of the report.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -30,26 +30,26 @@ use test_support::{
 use super::report::{Phase, Report};
 use crate::inference::{self, model, python};
 
-/// A busy machine is slow; nothing here waits for longer.
+/// Timeout of every wait, long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// How long a loaded phase lasts at least.
+/// Minimum duration of a phase under load.
 const WATCH: Duration = Duration::from_secs(5);
-/// Below this, two workers instead of three.
-const ROOMY_KIB: u64 = 3 << 20;
+/// Available memory below which two workers run instead of three.
+const THREE_WORKERS_KIB: u64 = 3 << 20;
 const LOAD: Load = Load { clients: 6, tokens: 24, attempts: 500 };
 const QUESTION: &str = "What is gravity? Answer in two sentences.";
 
-/// What the set-up found or built. A run through sudo is given it: root's cache
-/// is another one.
+/// What the set-up found or built; passed to a run through sudo, because root
+/// has another cache.
 #[derive(Clone, Debug)]
 pub struct Tools {
     /// The worker and the model.
     pub program: Program,
-    /// A Python with OpenAI's client, where the set-up has made one.
+    /// A Python with OpenAI's client, if the set-up has created one.
     pub python: Option<PathBuf>,
 }
 
-/// Builds the worker, and fetches libtorch and the model the first time.
+/// Builds the worker; fetches libtorch and the model if they are missing.
 pub fn prepare() -> Result<Tools> {
     let worker = inference::build_worker()?;
     Ok(Tools {
@@ -58,12 +58,12 @@ pub fn prepare() -> Result<Tools> {
     })
 }
 
-/// The workers that run, by index.
+/// Running workers, by index.
 type Workers = BTreeMap<usize, Process>;
 
-/// Plays the LLM phases. The workers that it returns end when dropped.
+/// Runs the LLM phases. The returned workers end when dropped.
 pub fn run_all(stage: &Stage, tools: &Tools, report: &mut Report) -> Result<Workers> {
-    let count = if memory_available()? < ROOMY_KIB { 2 } else { 3 };
+    let count = if memory_available()? < THREE_WORKERS_KIB { 2 } else { 3 };
     println!(
         "\n{count} LLM workers (SmolLM2-135M-Instruct, one thread each) join, behind port {}:",
         llm::PORT
@@ -83,7 +83,7 @@ fn memory_available() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let number = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    number.context("/proc/meminfo does not say what memory is available")
+    number.context("/proc/meminfo has no valid MemAvailable")
 }
 
 fn start(stage: &Stage, tools: &Tools, backends: &[usize], report: &mut Report) -> Result<Workers> {
@@ -97,7 +97,7 @@ fn start(stage: &Stage, tools: &Tools, backends: &[usize], report: &mut Report) 
     }
     let mut phase = phase_of_single("llm: workers start", began.elapsed(), &account);
     phase.notes.push(format!(
-        "all in use after {:.1} s; while weights loaded, /ready said 503 to {unready} looks, and lbd used none before 200",
+        "all in use after {:.1} s; /ready answered {unready} polls with 503 during loading, and lbd used no worker before 200",
         took.as_secs_f32()
     ));
     report.add(phase);
@@ -108,7 +108,7 @@ fn ask(stage: &Stage, ask: Ask) -> Result<Completion> {
     block_on(&stage.bed.client, move || async move { Ok(llm::complete(&ask, |_| ()).await) })
 }
 
-/// One answer by each client that people use, its text shown as it comes.
+/// Streams one answer with each common client and prints its text as it arrives.
 fn chat(stage: &Stage, tools: &Tools, report: &mut Report) -> Result<()> {
     let [v4, v6] = llm::targets()[..] else { bail!("a VIP of each family was expected") };
     let url = format!("http://{v4}/v1/chat/completions");
@@ -142,13 +142,13 @@ fn chat(stage: &Stage, tools: &Tools, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Speaks curl's language: the worker's header, then the events; before them,
-/// when the request begins, as Python itself takes long to.
+/// Python client that prints what curl does: the worker's header, then the events;
+/// before them the begin of the request, because Python starts slowly.
 const OPENAI: &str = r#"
 import sys, openai
 url, model, question = sys.argv[1:]
 client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
-client.chat.completions  # loaded late, and no part of the answer's time
+client.chat.completions  # loaded lazily; not part of the measured time
 print("begin: now", flush=True)
 stream = client.chat.completions.create(model=model, stream=True, max_tokens=64, temperature=0,
     messages=[{"role": "user", "content": question}])
@@ -158,7 +158,7 @@ for chunk in stream:
 print("data: [DONE]", flush=True)
 "#;
 
-/// Runs a client that prints headers and events, and shows the text as it comes.
+/// Runs a client that prints headers and events, and prints the text as it arrives.
 fn follow(command: &mut Command) -> Result<Completion> {
     let name = command.get_program().to_string_lossy().into_owned();
     let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {name}"))?;
@@ -184,7 +184,7 @@ fn follow(command: &mut Command) -> Result<Completion> {
             completion.tokens += 1;
             completion.text.push_str(text);
             print!("{}", text.replace('\n', "\n       "));
-            // To a closed pipe the rest of the demo can go on.
+            // The demo continues even if its output is closed.
             let _ = std::io::stdout().flush();
         }
     }
@@ -192,12 +192,12 @@ fn follow(command: &mut Command) -> Result<Completion> {
     let status = child.wait().context("cannot wait")?;
     if !status.success() || !is_done || completion.tokens == 0 {
         completion.failure =
-            Some(format!("{name}: {status}, {} tokens, whole: {is_done}", completion.tokens));
+            Some(format!("{name}: {status}, {} tokens, complete: {is_done}", completion.tokens));
     }
     Ok(completion)
 }
 
-/// What the load did while `during` ran.
+/// What the load observed while `during` ran.
 struct Seen {
     account: Account,
     tokens: usize,
@@ -216,7 +216,7 @@ fn watch<T>(load: &Running, during: impl FnOnce() -> Result<T>) -> Result<(T, Se
 impl Seen {
     fn phase(&self, name: &str) -> Phase {
         let mut phase = phase(name, self.took, &self.account, self.tokens);
-        tell(&mut phase, self.account.failures());
+        note_failures(&mut phase, self.account.failures());
         phase
     }
 }
@@ -231,7 +231,7 @@ fn phase(name: &str, took: Duration, account: &Account, tokens: usize) -> Phase 
         seconds: took.as_secs_f64(),
         requests: account.completions.len(),
         failed: account.failures().count(),
-        // A stream that broke after it began has left its worker.
+        // A stream that broke after its begin lost its worker.
         moved: account.failures().filter(|failed| failed.tokens > 0).count(),
         retried: account.answered().filter(|completion| completion.refused > 0).count(),
         by_worker: account.by_worker(),
@@ -249,8 +249,8 @@ fn phase(name: &str, took: Duration, account: &Account, tokens: usize) -> Phase 
     phase
 }
 
-/// What went wrong first, in words.
-fn tell<'a>(phase: &mut Phase, failures: impl IntoIterator<Item = &'a Completion>) {
+/// Notes the first failures.
+fn note_failures<'a>(phase: &mut Phase, failures: impl IntoIterator<Item = &'a Completion>) {
     let shown = failures.into_iter().take(3);
     phase.notes.extend(shown.map(|one| {
         format!(
@@ -261,14 +261,14 @@ fn tell<'a>(phase: &mut Phase, failures: impl IntoIterator<Item = &'a Completion
     }));
 }
 
-/// A phase of requests one after the other: speed is that of a request.
+/// Creates a phase of sequential requests, with the speed of a single request.
 fn phase_of_single(name: &str, took: Duration, account: &Account) -> Phase {
     let completions = &account.completions;
     let busy = completions.iter().map(|completion| completion.took).sum();
     let tokens = completions.iter().map(|completion| completion.tokens).sum();
     let mut phase = phase(name, busy, account, tokens);
     phase.seconds = took.as_secs_f64();
-    tell(&mut phase, account.failures());
+    note_failures(&mut phase, account.failures());
     phase
 }
 
@@ -276,8 +276,8 @@ fn ended(load: &Running) -> usize {
     load.look(|account| account.completions.len())
 }
 
-/// Waits until the load has gone on for a while, and `more` completions have ended.
-fn go_on(load: &Running, more: usize) -> Result<()> {
+/// Waits until the load has run for a while and `more` completions have ended.
+fn wait_for_completions(load: &Running, more: usize) -> Result<()> {
     let (before, began) = (ended(load), Instant::now());
     let what = format!("{more} more completions have ended");
     wait::until(&what, PATIENCE, || ended(load) >= before + more && began.elapsed() >= WATCH).map(drop)
@@ -285,7 +285,7 @@ fn go_on(load: &Running, more: usize) -> Result<()> {
 
 fn concurrent(load: &Running, count: usize, report: &mut Report) -> Result<()> {
     let ((), seen) = watch(load, || {
-        go_on(load, 3 * LOAD.clients)?;
+        wait_for_completions(load, 3 * LOAD.clients)?;
         let all = || load.look(|account| account.by_worker().len() == count);
         wait::until("every LLM worker has served", PATIENCE, all).map(drop)
     })?;
@@ -309,19 +309,19 @@ fn kill(
         let process = workers.remove(&index).with_context(|| format!("no LLM worker on {name}"))?;
         let open = load.hold(|| llm::kill(worker, process))?;
         let detected = llm::wait_in_use(stage, index, false)?;
-        go_on(load, 2 * LOAD.clients)?;
+        wait_for_completions(load, 2 * LOAD.clients)?;
         Ok((open, detected))
     })?;
     let mut phase = phase(&format!("llm: kill {name}"), seen.took, &seen.account, seen.tokens);
     let is_open = |failed: &&Completion| failed.local.is_some_and(|end: SocketAddr| open.contains(&end));
-    let (lost, strangers): (Vec<_>, Vec<_>) = seen.account.failures().partition(is_open);
-    tell(&mut phase, strangers.iter().copied());
-    phase.failed = strangers.len();
-    phase.moved = strangers.iter().filter(|stranger| stranger.tokens > 0).count();
+    let (lost, others): (Vec<_>, Vec<_>) = seen.account.failures().partition(is_open);
+    note_failures(&mut phase, others.iter().copied());
+    phase.failed = others.len();
+    phase.moved = others.iter().filter(|other| other.tokens > 0).count();
     phase.failed_open_to_killed = lost.len();
     phase.detect_ms = Some(u64::try_from(detected.as_millis()).unwrap_or(u64::MAX));
     phase.notes.push(format!(
-        "found dead after {} ms; {} requests were open to it and broke, the others went on",
+        "failure detected after {} ms; {} requests open to it broke, all others continued",
         detected.as_millis(),
         lost.len()
     ));
@@ -331,7 +331,7 @@ fn kill(
         let began = Instant::now();
         workers.extend(llm::start_workers(stage, &tools.program, &[index])?.0);
         let took = began.elapsed();
-        go_on(load, LOAD.clients)?;
+        wait_for_completions(load, LOAD.clients)?;
         Ok(took)
     })?;
     let mut phase = seen.phase(&format!("llm: {name} returns"));
@@ -356,7 +356,7 @@ fn drain(stage: &Stage, load: &Running, workers: &mut Workers, report: &mut Repo
         ensure!(!stream.is_finished(), "the stream ended before the drain began");
         wait::until("the drained worker's stream ends", PATIENCE, || stream.is_finished())?;
         let stream = stream.join().map_err(|_| anyhow!("the stream's client panicked"))?;
-        go_on(load, LOAD.clients)?;
+        wait_for_completions(load, LOAD.clients)?;
         let served: HashSet<_> = load.look(|account| account.by_worker().into_keys().collect());
         Ok((stream, index, drained, served))
     })?;
@@ -368,11 +368,11 @@ fn drain(stage: &Stage, load: &Running, workers: &mut Workers, report: &mut Repo
     let late = late.count();
     account.completions.push(stream.clone());
     let mut phase = phase(&format!("llm: drain {name}"), seen.took, &account, seen.tokens + stream.tokens);
-    tell(&mut phase, account.failures());
+    note_failures(&mut phase, account.failures());
     phase.failed += late;
     phase.notes.push(format!(
-        "its running stream ended {} ({} tokens in {:.1} s); {late} new connections reached it, {} served on",
-        if stream.failure.is_none() { "whole" } else { "BROKEN" },
+        "its running stream ended {} ({} tokens in {:.1} s); {late} new connections reached it, {} others kept serving",
+        if stream.failure.is_none() { "complete" } else { "BROKEN" },
         stream.tokens,
         stream.took.as_secs_f32(),
         served.iter().filter(|served| **served != name).count()
@@ -380,7 +380,7 @@ fn drain(stage: &Stage, load: &Running, workers: &mut Workers, report: &mut Repo
     let process = workers.get_mut(&index).with_context(|| format!("no LLM worker on {name}"))?;
     let status = process.stop(Signal::SIGTERM, PATIENCE)?;
     ensure!(status.success(), "{name} ended with {status} after SIGTERM:\n{}", process.output());
-    phase.notes.push("SIGTERM then ended it with status 0".to_owned());
+    phase.notes.push("it then ended with status 0 on SIGTERM".to_owned());
     workers.remove(&index);
     report.add(phase);
     Ok(())

@@ -1,5 +1,5 @@
-//! `cargo xtask demo`: the balancer at work, with real clients and real workers,
-//! while everything around it changes. Ends with an account of every request.
+//! `cargo xtask demo`: runs the load balancer with real clients and workers while
+//! everything around it changes, and reports the result of every request.
 
 use std::{
     path::PathBuf,
@@ -26,41 +26,41 @@ mod traffic;
 /// How to run the demo.
 #[derive(clap::Args, Debug)]
 pub struct Options {
-    /// Write the account to FILE as JSON too.
+    /// Also write the results to FILE as JSON.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
-    /// Two regions instead, with BGP and etcd: overload, a worker, an ingress host, a region, etcd.
+    /// Run two regions with BGP and etcd: overload, and failures of a worker, an ingress host, a region and etcd.
     #[arg(long)]
     regions: bool,
-    /// Leave everything running afterwards, until Ctrl-C.
+    /// Keep everything running afterwards, until Ctrl-C.
     #[arg(long)]
     keep: bool,
-    /// How many workers to begin with; one more joins during the demo.
+    /// Number of workers at the start; one more joins during the demo.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(3..=20))]
     workers: u8,
-    /// The forwarding mode.
+    /// Forwarding mode.
     #[arg(long, default_value = "ipip", value_parser = ["ipip", "gue"])]
     mode: String,
-    /// Leave out the LLM workers, and with them libtorch and the model.
+    /// Run without LLM workers, which need libtorch and a model.
     #[arg(long)]
     without_inference: bool,
-    /// The built inference worker, from the part that did the set-up.
+    /// Path of the inference worker, passed by the unprivileged part.
     #[arg(long, hide = true, requires = "llm_model")]
     llm_worker: Option<PathBuf>,
-    /// The model.
+    /// Path of the model.
     #[arg(long, hide = true)]
     llm_model: Option<PathBuf>,
-    /// A Python with OpenAI's client.
+    /// Path of a Python with OpenAI's client.
     #[arg(long, hide = true)]
     llm_python: Option<PathBuf>,
-    /// Set-up and build are done: the part that runs as root.
+    /// Skip set-up and build: this is the part that runs as root.
     #[arg(long, hide = true)]
     prepared: bool,
 }
 
-/// Sets up, builds, runs, tells, and cleans up.
+/// Sets up, builds, runs the demo, reports, and cleans up.
 pub fn run(options: &Options) -> Result<()> {
-    // The account must be writable before minutes are spent on it; and it is the caller's, whoever runs the rest.
+    // Fails early if the file cannot be written, and creates it as the calling user even if the rest runs as root.
     if let Some(path) = &options.report {
         std::fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -84,7 +84,7 @@ impl Options {
         !self.without_inference && !self.regions
     }
 
-    /// What the part before sudo has handed over.
+    /// Returns the tools that the unprivileged part passed.
     fn tools(&self) -> Option<inference::Tools> {
         let program = Program { worker: self.llm_worker.clone()?, model: self.llm_model.clone()? };
         Some(inference::Tools { program, python: self.llm_python.clone() })
@@ -102,10 +102,10 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-/// This very command again, as root and past the build.
+/// Runs this command again as root, without the build.
 fn run_as_root(tools: Option<&inference::Tools>) -> Result<()> {
     if shell::which("sudo").is_none() {
-        bail!("the demo makes network namespaces: run it as root, or install sudo");
+        bail!("the demo creates network namespaces: run it as root, or install sudo");
     }
     let own = std::env::current_exe().context("cannot find the running program")?;
     let mut command = shell::as_root(own);
@@ -119,13 +119,13 @@ fn run_as_root(tools: Option<&inference::Tools>) -> Result<()> {
     }
     let status = command.status().context("cannot start sudo")?;
     if !status.success() {
-        bail!("the demo ended with {status}");
+        bail!("the demo failed: {status}");
     }
     Ok(())
 }
 
-/// SIGINT and SIGTERM are taken by a thread that removes the beds of this
-/// process and ends it; everywhere else they are blocked.
+/// Starts a thread that handles SIGINT and SIGTERM by removing the test beds and
+/// ending the process; other threads block these signals.
 fn clean_up_on_signal() -> Result<()> {
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
@@ -165,7 +165,10 @@ fn play_regions(options: &Options) -> Result<()> {
 
 fn play(options: &Options, tools: Option<&inference::Tools>) -> Result<()> {
     let mode = if options.mode == "gue" { "gue" } else { "ipip" };
-    println!("\nA client, an ingress host and {} workers, each in a network of its own:", options.workers);
+    println!(
+        "\nA client, an ingress host and {} workers, each in its own network namespace:",
+        options.workers
+    );
     println!("  client ── eth0 [lbd ingress: XDP] w1 ── eth0 [lbd worker: XDP] nginx");
     println!("                                    w2 ── … ; replies go straight to the client");
     let mut stage = Stage::start(Plan {
@@ -183,10 +186,10 @@ fn play(options: &Options, tools: Option<&inference::Tools>) -> Result<()> {
     report.conclude();
     if let Some(path) = &options.report {
         report.write(path)?;
-        println!("account written to {}", path.display());
+        println!("results written to {}", path.display());
     }
     if options.keep {
-        invite(&stage, workers.is_some());
+        print_commands(&stage, workers.is_some());
         // The signal thread ends the process.
         loop {
             thread::park();
@@ -196,12 +199,12 @@ fn play(options: &Options, tools: Option<&inference::Tools>) -> Result<()> {
     drop(stage);
     println!("cleaned up");
     if !report.ok {
-        bail!("the demo lost something that could live: see the phases marked ✗");
+        bail!("requests or connections were lost that should have survived: see the phases marked ✗");
     }
     Ok(())
 }
 
-fn invite(stage: &Stage, has_llm: bool) {
+fn print_commands(stage: &Stage, has_llm: bool) {
     let client = stage.bed.client.path();
     println!("\nEverything stays up until Ctrl-C. In another terminal, as root:");
     for (what, command) in [

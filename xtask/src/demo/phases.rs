@@ -1,4 +1,4 @@
-//! The demo's phases: what is done while the clients are at work.
+//! The demo's phases: what happens while the clients are running.
 
 use std::{
     thread,
@@ -11,11 +11,11 @@ use test_support::{http::Connection, nginx, stage::Stage, wait};
 
 use super::{report::Report, traffic::Traffic};
 
-/// How long a phase watches at least.
+/// Minimum time that a phase observes the clients.
 const WATCH: Duration = Duration::from_secs(3);
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Plays all phases on a stage that has just been set up.
+/// Runs all phases on a stage that has just been set up.
 pub fn run_all(stage: &mut Stage, report: &mut Report) -> Result<()> {
     let mut traffic = Traffic::start(stage)?;
     baseline(&mut traffic, report)?;
@@ -46,23 +46,23 @@ fn add(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report) -> Result<
     phase
         .notes
         .push(format!("`lbctl backend add web {name} {address}`: in use after {} ms", took.as_millis()));
-    ensure!(phase.by_worker.contains_key(&name), "{name} was added and got no request");
+    ensure!(phase.by_worker.contains_key(&name), "{name} was added but received no request");
     report.add(phase);
     Ok(())
 }
 
-/// A download of several seconds must outlive the drain of its worker.
+/// Drains a worker during a download of several seconds, which must complete.
 fn drain(stage: &Stage, traffic: &mut Traffic, report: &mut Report) -> Result<()> {
     let target = stage.targets(nginx::PORT)[0];
     let newest = stage.bed.workers.last().context("there is a worker")?.name.clone();
     let (sender, receiver) = std::sync::mpsc::channel();
     let download = stage.bed.client.spawn_async(move || async move {
-        // From a worker that has kept connections too, which the newest one has not.
+        // From a worker that also has kept connections, which the newest one does not.
         let begin = async {
             loop {
                 let mut connection = Connection::open(target).await?;
                 let (answer, length) = connection.begin("/download/1").await?;
-                let worker = answer.worker.context("no X-Worker")?;
+                let worker = answer.worker.context("the response has no X-Worker header")?;
                 if worker != newest {
                     return Ok::<_, anyhow::Error>((connection, worker, length));
                 }
@@ -93,8 +93,8 @@ fn drain(stage: &Stage, traffic: &mut Traffic, report: &mut Report) -> Result<()
     let kept = seen.kept.requests.iter().filter(|request| request.worker.as_ref() == Some(&name)).count();
     phase
         .notes
-        .push(format!("`lbctl backend drain web {name}`: its open download ended whole ({length} bytes)"));
-    phase.notes.push(format!("{late} new connections reached it, {kept} requests on its open ones"));
+        .push(format!("`lbctl backend drain web {name}`: its open download completed ({length} bytes)"));
+    phase.notes.push(format!("{late} new connections reached it, {kept} requests on its open connections"));
     phase.failed += late;
     report.add(phase);
     stage.change_backend("undrain", index)
@@ -104,7 +104,7 @@ fn kill(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report) -> Result
     let index = 1;
     let name = stage.bed.workers[index].name.clone();
     let (detected, seen) = traffic.watch(|| {
-        // Dropping the guard is kill -9.
+        // Dropping the guard sends SIGKILL.
         stage.hosts[index].http = None;
         let detected = stage.wait_health(index, false)?;
         watch()?;
@@ -113,7 +113,7 @@ fn kill(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report) -> Result
     let mut phase = seen.phase(&format!("kill {name}"), Some(&name));
     phase.detect_ms = Some(u64::try_from(detected.as_millis()).unwrap_or(u64::MAX));
     phase.notes.push(format!(
-        "found dead after {} ms; {} connections were open to it",
+        "failure detected after {} ms; {} connections were open to it",
         detected.as_millis(),
         phase.failed_open_to_killed
     ));
@@ -149,7 +149,7 @@ fn restart(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report, signal
     })?;
     let mut phase = seen.phase(name, None);
     phase.notes.push(format!(
-        "away for {:.1} s while the kernel forwarded; back in {} ms",
+        "lbd was stopped for {:.1} s while the kernel forwarded, and started in {} ms",
         away.as_secs_f32(),
         took.as_millis()
     ));
@@ -157,13 +157,13 @@ fn restart(stage: &mut Stage, traffic: &mut Traffic, report: &mut Report, signal
     Ok(())
 }
 
-/// The clients' time, which is what a phase is made of.
+/// Lets the clients run for a while.
 fn watch() -> Result<()> {
     thread::sleep(WATCH);
     Ok(())
 }
 
-/// The index of the worker called `name`.
+/// Returns the index of the worker called `name`.
 pub fn position(stage: &Stage, name: &str) -> Result<usize> {
     let position = stage.bed.workers.iter().position(|worker| worker.name == name);
     position.with_context(|| format!("no worker is called {name:?}"))

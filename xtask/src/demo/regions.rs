@@ -1,5 +1,5 @@
-//! `cargo xtask demo --regions`: two regions live through one failure after the other. What happens is
-//! `test_support::story`; here it is told.
+//! `cargo xtask demo --regions`: runs `test_support::story`, in which two regions go through several failures, and
+//! prints what happens.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -13,7 +13,7 @@ struct Report {
     steps: Vec<Step>,
 }
 
-/// Runs all of it; returns the fleet, so that it can be kept.
+/// Runs the story; returns it so that the fleet can be kept running.
 pub fn play(report: Option<&Path>) -> Result<Story> {
     println!(
         "
@@ -24,11 +24,11 @@ Two regions, each with a router, two ingress hosts (lbd, BIRD) and two workers; 
          e1 e2 ── router       router ── w1 w2   ingress hosts: VIPs on lo while they are served
          ea eb ──┘  └─ m0   m1 ─┘   └── wa wb    workers: four requests of 20 ms at once, state by event stream
   chat   10.99.0.1:8000, all workers, the own region first
-  bound  10.99.0.2:8000, may run in the east only
+  bound  10.99.0.2:8000, restricted to the east
   lines  10.99.0.1:9000, 200 connections that stay open
-The workers are light ones that queue and report as an LLM server does: four real ones would not fit two processors."
+The workers simulate an LLM server's queue and reports: four real ones would need more than two processors."
     );
-    // Run again as a worker, this program is one before it looks at its arguments.
+    // The story starts this program as its workers, before it parses arguments.
     let mut story = Story::start("replica")?;
     println!("\n$ lbctl backend list chat                       (on e1)");
     println!("{}", story.world().regions[0].hosts[0].lbctl.run(&["backend", "list", "chat"])?);
@@ -36,13 +36,13 @@ The workers are light ones that queue and report as an LLM server does: four rea
     println!("{}", story.world().regions[0].hosts[0].lbctl.run(&["host", "show"])?);
     println!(
         "  {:<30} {:>8} {:>8} {:>6} {:>9} {:>8} {:>6}  requests by worker",
-        "what happens", "noticed", "requests", "failed", "under way", "longest", "broken"
+        "step", "detected", "requests", "failed", "in flight", "longest", "broken"
     );
-    let steps = story.run(tell)?;
+    let steps = story.run(print_step)?;
     let ok = steps.iter().all(Step::is_clean);
     let sum = |count: fn(&Step) -> usize| steps.iter().map(count).sum::<usize>();
     println!(
-        "\n{} requests, {} failed, {} under way to what died; {} connections broke whose worker could be reached",
+        "\n{} requests, {} failed, {} in flight to what failed; {} connections broke although their worker was reachable",
         sum(|s| s.requests),
         sum(|s| s.failed),
         sum(|s| s.failed_under_way),
@@ -51,15 +51,15 @@ The workers are light ones that queue and report as an LLM server does: four rea
     if let Some(path) = report {
         let text = serde_json::to_string_pretty(&Report { ok, steps }).context("cannot write JSON")?;
         fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-        println!("account written to {}", path.display());
+        println!("results written to {}", path.display());
     }
     if !ok {
-        bail!("something was lost that could live: see the steps marked ✗");
+        bail!("requests or connections were lost that should have survived: see the steps marked ✗");
     }
     Ok(story)
 }
 
-fn tell(step: &Step) {
+fn print_step(step: &Step) {
     let detect = step.detect_ms.map_or_else(|| "-".to_owned(), |ms| format!("{ms} ms"));
     let longest = if step.longest_ms == 0 { "-".to_owned() } else { format!("{} ms", step.longest_ms) };
     println!(
@@ -74,14 +74,17 @@ fn tell(step: &Step) {
         step.broken,
         shares(&step.by_worker)
     );
-    let served = if step.bound.is_empty() { "nobody".to_owned() } else { shares(&step.bound) };
+    let served = if step.bound.is_empty() { "no worker".to_owned() } else { shares(&step.bound) };
     println!("      bound to the east: served by {served}; {} not served", step.bound_failed);
     if step.on_dead > 0 {
-        println!("      {} long-lived connections were on workers that died or were cut off", step.on_dead);
+        println!(
+            "      {} long-lived connections were on workers that failed or were unreachable",
+            step.on_dead
+        );
     }
     if step.moved > 0 {
         println!(
-            "      {} long-lived connections were moved to the other region's hosts, and broke",
+            "      {} long-lived connections were moved to the other region's hosts and broke",
             step.moved
         );
     }

@@ -1,5 +1,4 @@
-//! What the demo found, phase by phase: as a table for people, as JSON for
-//! programs.
+//! Results of the demo by phase, as a table and as JSON.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -7,35 +6,35 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use test_support::http::Account;
 
-/// One phase.
+/// Results of one phase.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Phase {
-    /// What happened in it.
+    /// What happened in the phase.
     pub name: String,
     /// Length in seconds.
     pub seconds: f64,
     /// HTTP requests that ended in it.
     pub requests: usize,
-    /// Requests that failed, those on connections open to a killed worker aside.
+    /// Requests that failed, except those on connections to a killed worker.
     pub failed: usize,
     /// Requests on connections that were open to the worker as it was killed.
     pub failed_open_to_killed: usize,
-    /// Requests whose connection was refused at first, and that a new
-    /// connection served: the dead worker's share until it was found dead.
+    /// Requests whose connection was refused at first and that a retry served:
+    /// the killed worker's share until its failure was detected.
     pub retried: usize,
-    /// From the kill until lbd knew, in milliseconds.
+    /// Time from the kill until lbd detected it, in milliseconds.
     pub detect_ms: Option<u64>,
-    /// Open TCP connections and UDP flows that left a worker that lives.
+    /// Open TCP connections and UDP flows that left a live worker.
     pub moved: usize,
-    /// UDP datagrams without an answer, those to a killed worker aside.
+    /// UDP datagrams without a reply, except those to a killed worker.
     pub udp_lost: usize,
     /// Answered requests by worker.
     pub by_worker: BTreeMap<String, usize>,
-    /// Median of the answered requests' time, in microseconds.
+    /// Median duration of answered requests, in microseconds.
     pub p50_us: u64,
-    /// 99th percentile of the same.
+    /// 99th percentile of the duration of answered requests, in microseconds.
     pub p99_us: u64,
-    /// Of LLM phases: tokens that came.
+    /// In LLM phases: number of received tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<usize>,
     /// Tokens per second, over all clients.
@@ -44,15 +43,15 @@ pub struct Phase {
     /// Median of the time to the first token, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttft_p50_ms: Option<f64>,
-    /// 99th percentile of the same.
+    /// 99th percentile of the time to the first token, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttft_p99_ms: Option<f64>,
-    /// What else is worth knowing, in words.
+    /// Further notes.
     pub notes: Vec<String>,
 }
 
 impl Phase {
-    /// A phase over the requests of `account`.
+    /// Creates a phase from the requests of `account`.
     pub fn new(name: &str, seconds: f64, account: &Account) -> Self {
         Self {
             name: name.to_owned(),
@@ -67,7 +66,7 @@ impl Phase {
         }
     }
 
-    /// Whether nothing was lost that could live.
+    /// Whether nothing was lost that should have survived.
     pub fn is_clean(&self) -> bool {
         self.requests > 0 && self.failed == 0 && self.moved == 0 && self.udp_lost == 0
     }
@@ -77,12 +76,12 @@ fn micros(duration: std::time::Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// The whole account.
+/// Results of all phases.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Whether every phase was clean.
     pub ok: bool,
-    /// In order.
+    /// Phases, in order.
     pub phases: Vec<Phase>,
 }
 
@@ -129,7 +128,7 @@ impl Report {
         );
     }
 
-    /// Writes the account to `path` as JSON.
+    /// Writes the results to `path` as JSON.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string_pretty(self).context("cannot write the report as JSON")?;
         fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))

@@ -1,5 +1,5 @@
-//! The clients of the demo: new HTTP connections, kept ones, and UDP flows, on
-//! both families at once, watched for what fails and what moves.
+//! The clients of the demo: new HTTP connections, kept ones, and UDP flows, over
+//! IPv4 and IPv6, observed for failures and moves.
 
 use std::{
     collections::BTreeMap,
@@ -18,24 +18,24 @@ use super::report::Phase;
 
 const UDP_FLOWS: usize = 60;
 
-/// All clients, at work until dropped.
+/// All clients, running until dropped.
 pub struct Traffic {
     fresh: Running,
     kept: Running,
     udp: Vec<Flows>,
-    /// Who answered each UDP flow last.
+    /// Worker that last answered each UDP flow.
     udp_workers: Vec<Vec<Option<String>>>,
 }
 
-/// What the clients saw in a stretch of time.
+/// What the clients observed in a period.
 pub struct Seen {
     /// Requests that opened a connection each.
     pub fresh: Account,
     /// Requests on connections that stay open.
     pub kept: Account,
-    /// Flows that another worker answers than before, by the earlier worker.
+    /// Flows that are now answered by another worker, by the earlier worker.
     pub udp_moved: BTreeMap<String, usize>,
-    /// Flows without an answer, by the worker that had answered before.
+    /// Flows without a reply, by the worker that answered before.
     pub udp_lost: BTreeMap<String, usize>,
     started: Instant,
 }
@@ -64,7 +64,7 @@ impl Traffic {
         })
     }
 
-    /// Lets the clients work through `during`, and says what they saw meanwhile.
+    /// Runs `during`, and returns what the clients observed meanwhile.
     pub fn watch<T>(&mut self, during: impl FnOnce() -> Result<T>) -> Result<(T, Seen)> {
         self.fresh.take();
         self.kept.take();
@@ -96,8 +96,8 @@ impl Traffic {
 }
 
 impl Seen {
-    /// The phase `name`; `killed` is the worker whose open connections and flows
-    /// may break in it.
+    /// Creates the phase `name`; `killed` is the worker whose open connections and
+    /// flows may break in it.
     pub fn phase(&self, name: &str, killed: Option<&str>) -> Phase {
         let mut all = self.fresh.clone();
         all.requests.extend(self.kept.requests.iter().cloned());
@@ -106,7 +106,7 @@ impl Seen {
         let open = all.failures().filter(|request| of_killed(request.worker.as_deref())).count();
         phase.failed_open_to_killed = open;
         phase.failed -= open;
-        // A kept connection can only leave its worker by breaking.
+        // A kept connection that leaves its worker breaks.
         phase.moved = self.kept.failures().filter(|request| !of_killed(request.worker.as_deref())).count();
         let others = |counts: &BTreeMap<String, usize>| {
             counts

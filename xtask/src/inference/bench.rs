@@ -1,8 +1,7 @@
-//! `cargo xtask bench inference`: the worker side by side with transformers and llama.cpp, in one run on one
-//! machine.
+//! `cargo xtask bench inference`: compares the worker with transformers and llama.cpp in one run on one machine.
 //!
-//! In: the default model. Out: a table, and with `--json FILE` the same as JSON. Rounds of all alternate,
-//! so that a busy moment hits each; each figure is the best of its rounds.
+//! Input: the default model. Output: a table, and with `--json FILE` the same as JSON. The engines' rounds alternate,
+//! so that a busy moment affects all of them; each figure is the best of its rounds.
 
 use std::{collections::BTreeMap, fs, path::PathBuf, process::Command};
 
@@ -17,34 +16,34 @@ use crate::shell;
 #[derive(Parser, Debug)]
 #[command(name = "cargo xtask bench inference")]
 struct Options {
-    /// Rounds of each engine.
+    /// Number of rounds per engine.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Write the figures here as JSON.
+    /// Write the figures to FILE as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Leave transformers out (it needs a download of 2.7 GB), and llama.cpp.
+    /// Skip transformers (which needs a download of 2.7 GB) and llama.cpp.
     #[arg(long)]
     no_reference: bool,
 }
 
-/// Goals by figure: the worker's over transformers', at least.
+/// Goals by figure: minimum ratio of the worker's figure to that of transformers.
 const GOALS: [(&str, f64); 3] = [("decode_1", 2.5), ("decode_8", 2.0), ("prefill_512", 1.0)];
-/// llama.cpp on the same file with 2 threads, as measured once on an AVX2 machine: where its package cannot be
-/// had. A mark, not a comparison.
+/// Figures of llama.cpp with the same file and 2 threads, measured once on an AVX2 machine; shown if its package cannot
+/// be installed. For orientation only.
 const LLAMA_CPP: [(&str, f64); 4] =
     [("decode_1", 138.0), ("decode_4", 154.0), ("decode_8", 172.0), ("prefill_512", 206.0)];
 
 type Figures = BTreeMap<String, f64>;
 
-/// Runs it with the arguments after `inference`.
+/// Runs the benchmark with the arguments after `inference`.
 pub fn run(arguments: &[String]) -> Result<()> {
     let options =
         Options::parse_from(std::iter::once("inference".to_owned()).chain(arguments.iter().cloned()));
     let worker = build_worker()?;
     let mut build =
         super::cargo(&["build", "--release", "--package", "inference-worker", "--example", "measure"])?;
-    shell::with_progress("building the measuring program", &mut build)?;
+    shell::with_progress("building the benchmark program", &mut build)?;
     let measure = worker.with_file_name("examples").join("measure");
     let model = model::ensure()?;
     let peers = if options.no_reference { Vec::new() } else { peers()? };
@@ -81,19 +80,19 @@ pub fn run(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The engines to compare with: name, Python and script of each.
+/// Returns the engines to compare with: name, Python and script of each.
 fn peers() -> Result<Vec<(&'static str, PathBuf, PathBuf)>> {
     let script = |file: &str| shell::workspace().join("inference-worker/tests/reference").join(file);
     let mut peers =
         vec![("transformers_f32", python::ensure(python::REFERENCE)?, script("measure_transformers.py"))];
     match python::ensure(python::LLAMA_CPP) {
         Ok(python) => peers.push(("llama_cpp", python, script("measure_llama_cpp.py"))),
-        Err(error) => eprintln!("llama.cpp's package cannot be had, its figures are older ones: {error:#}"),
+        Err(error) => eprintln!("cannot install llama.cpp, showing earlier figures instead: {error:#}"),
     }
     Ok(peers)
 }
 
-/// A run's figures: a JSON object on its last line.
+/// Runs a command and parses its figures, a JSON object on the last line.
 fn measured(command: &mut Command) -> Result<Figures> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.output().with_context(|| format!("cannot start {name}"))?;
@@ -101,7 +100,7 @@ fn measured(command: &mut Command) -> Result<Figures> {
         bail!("{name}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    // What is said of an engine: its version.
+    // Comment lines report the engine's version.
     text.lines().filter_map(|line| line.strip_prefix("# ")).for_each(|line| eprintln!("  {line}"));
     let last = text
         .lines()
@@ -110,7 +109,7 @@ fn measured(command: &mut Command) -> Result<Figures> {
     serde_json::from_str(last).with_context(|| format!("{name} printed {last}"))
 }
 
-/// Times (`…_ms`, `…_ratio`) count when small, speeds when large.
+/// Keeps the better value of each figure: the smaller of times (`…_ms`, `…_ratio`), the larger of speeds.
 fn keep_best(best: &mut Figures, new: Figures) {
     for (name, value) in new {
         let small = name.ends_with("_ms") || name.ends_with("_ratio");
@@ -119,8 +118,8 @@ fn keep_best(best: &mut Figures, new: Figures) {
     }
 }
 
-/// The worker's speeds over the others', where both have one.
-fn ratios(engines: &BTreeMap<&str, Figures>) {
+/// Prints the ratios of the worker's speeds to those of the other engines.
+fn print_ratios(engines: &BTreeMap<&str, Figures>) {
     let Some(worker) = engines.get("worker") else { return };
     println!(
         "\n{:<28}{}",
@@ -154,7 +153,7 @@ fn report(engines: &BTreeMap<&str, Figures>) -> Vec<Value> {
         }
         println!();
     }
-    ratios(engines);
+    print_ratios(engines);
     let mut verdicts = Vec::new();
     let mut verdict = |what: String, value: f64, goal: f64, met: bool| {
         println!("{} {what}: {value:.2}, goal {goal}", if met { "met   " } else { "MISSED" });

@@ -1,8 +1,8 @@
-//! libtorch 2.11 for building and running the worker.
+//! Provides libtorch 2.11 for building and running the worker.
 //!
-//! In this order: `LIBTORCH` if set; a full Python torch 2.11 where there is one (it has CUDA); else the CPU
-//! part of PyPI's wheel, which is 498 MB instead of 2.7 GB: of CUDA, `libtorch_cpu.so` needs only two small
-//! libraries, which have wheels of their own; else, without Python, torch-sys' own download.
+//! In this order: `LIBTORCH` if set; a full Python torch 2.11 if installed (it has CUDA); else the CPU part of
+//! PyPI's wheel, which is 498 MB instead of 2.7 GB: of CUDA, `libtorch_cpu.so` needs only two small libraries,
+//! which have their own wheels; else, without Python, torch-sys' own download.
 
 use std::{
     env, fs,
@@ -34,7 +34,8 @@ const WHEELS: [Wheel; 3] = [
     },
 ];
 
-/// What goes where. The real `libtorch.so` would drag `libtorch_cuda.so` in, so its name leads to the CPU part.
+/// Python code that selects the files. The real `libtorch.so` requires `libtorch_cuda.so`, so that name links to the
+/// CPU part.
 const PICK: &str = r#"
 import os
 LIBRARIES = ("libtorch_cpu.so", "libc10.so", "libgomp.so.1", "libcudart.so.13", "libcupti.so.13")
@@ -47,7 +48,7 @@ def pick(entry):
 def finish(part):
     missing = [name for name in LIBRARIES if not os.path.exists(os.path.join(part, "lib", name))]
     if missing:
-        raise SystemExit(f"the wheels lack {', '.join(missing)}")
+        raise SystemExit(f"the wheels do not contain {', '.join(missing)}")
     os.symlink("libtorch_cpu.so", os.path.join(part, "lib", "libtorch.so"))
     with open(os.path.join(part, "build-version"), "w") as f:
         f.write("2.11.0")
@@ -56,16 +57,16 @@ def finish(part):
 /// A libtorch to build with.
 #[derive(Debug)]
 pub enum Libtorch {
-    /// A folder with `include` and `lib`.
+    /// A directory with `include` and `lib`.
     Folder(PathBuf),
-    /// The Python package, with CUDA if it was built so; its folder.
+    /// The directory of the Python package, which has CUDA if it was built with it.
     Python(PathBuf),
-    /// torch-sys fetches it while it is built.
+    /// torch-sys downloads libtorch during the build.
     Download,
 }
 
 impl Libtorch {
-    /// Variables for cargo.
+    /// Returns environment variables for cargo.
     pub fn variables(&self) -> Vec<(&'static str, PathBuf)> {
         match self {
             Self::Folder(folder) => vec![("LIBTORCH", folder.clone())],
@@ -74,7 +75,7 @@ impl Libtorch {
         }
     }
 
-    /// Further arguments for cargo.
+    /// Returns additional arguments for cargo.
     pub fn features(&self) -> &'static [&'static str] {
         match self {
             Self::Download => &["--features", "inference-worker/download-libtorch"],
@@ -89,7 +90,7 @@ pub fn ensure() -> Result<Libtorch> {
         let folder = PathBuf::from(folder);
         if !has_libraries(&folder) {
             bail!(
-                "LIBTORCH is {}, but there is no lib/libtorch_cpu.so in it: correct or unset it",
+                "LIBTORCH is {}, which does not contain lib/libtorch_cpu.so: correct or unset LIBTORCH",
                 folder.display()
             );
         }
@@ -103,14 +104,14 @@ pub fn ensure() -> Result<Libtorch> {
         return Ok(Libtorch::Folder(folder));
     }
     if cfg!(not(all(target_arch = "x86_64", target_os = "linux"))) || python::system().is_err() {
-        eprintln!("  no Python with pip for x86-64 Linux here: libtorch will be downloaded by the build");
+        eprintln!("  no Python with pip for x86-64 Linux: the build will download libtorch");
         return Ok(Libtorch::Download);
     }
     unpack("libtorch for the CPU (544 MB to download)", &WHEELS, &folder, PICK)?;
     Ok(Libtorch::Folder(folder))
 }
 
-/// `ensure`, told as one line for the set-up.
+/// Calls [`ensure`] and returns a line for the set-up.
 pub fn install() -> Result<String> {
     Ok(match ensure()? {
         Libtorch::Folder(folder) => format!("libtorch {VERSION} in {}", folder.display()),
@@ -123,7 +124,7 @@ fn has_libraries(folder: &Path) -> bool {
     fs::metadata(folder.join("lib/libtorch_cpu.so")).is_ok()
 }
 
-/// The folder of a complete Python torch of our version. Found without importing it, which takes seconds.
+/// Finds the directory of a complete Python torch of our version, without importing it, which takes seconds.
 fn full_python_torch() -> Option<PathBuf> {
     const FIND: &str = "import importlib.util as u, os; s = u.find_spec('torch'); print(os.path.dirname(s.origin) if s else '')";
     let python = python::system().ok()?;

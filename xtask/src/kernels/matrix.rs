@@ -1,18 +1,18 @@
-//! What is run on what: lines of kernels, drivers, and settings of the network.
+//! The test matrix: kernel lines, drivers, and network settings.
 
 use std::{path::Path, time::Duration};
 
-/// Lines of kernels, oldest first. The newest that the package lists have comes after them.
+/// Kernel lines, oldest first. The newest kernel of the package lists is tested after them.
 pub const LINES: [&str; 4] = ["5.10", "6.1", "6.12", "6.18"];
-/// How the newest is asked for.
+/// Name of the newest kernel of the package lists.
 pub const NEWEST: &str = "newest";
-/// What runs without `--full`: the oldest and the newest that most people have.
+/// Kernel lines that run without `--full`: the oldest and the newest in common use.
 pub const USUAL: [&str; 2] = ["6.1", NEWEST];
 
 /// What the guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Program {
-    /// Everything once (tests/e2e).
+    /// Each feature once (tests/e2e).
     Tour,
     /// Each program with each shipped setting through the verifier (tests/verifier).
     Verifier,
@@ -21,17 +21,17 @@ pub enum Program {
 /// A kind of link between hosts.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Driver {
-    /// How it is asked for, and what the results call it.
+    /// Name on the command line and in the results.
     pub name: &'static str,
-    /// The QEMU device; None: veth pairs.
+    /// QEMU device; None for veth pairs.
     pub device: Option<&'static str>,
     /// Queue pairs of the device's taps.
     pub queues: u32,
-    /// The kernel's module.
+    /// Kernel module.
     pub module: &'static str,
-    /// The driver has no XDP of its own in any kernel.
+    /// Whether the driver has no native XDP in any kernel.
     pub is_generic: bool,
-    /// What runs.
+    /// Program that runs.
     pub program: Program,
 }
 
@@ -39,14 +39,14 @@ const fn nic(name: &'static str, device: &'static str, module: &'static str) -> 
     Driver { name, device: Some(device), queues: 1, module, is_generic: false, program: Program::Tour }
 }
 
-const fn nic_less(name: &'static str, program: Program) -> Driver {
+const fn without_nic(name: &'static str, program: Program) -> Driver {
     Driver { name, device: None, queues: 1, module: "veth", is_generic: false, program }
 }
 
 /// Every driver, and the verifier alone.
 pub const DRIVERS: [Driver; 7] = [
-    nic_less("veth", Program::Tour),
-    nic_less("verifier", Program::Verifier),
+    without_nic("veth", Program::Tour),
+    without_nic("verifier", Program::Verifier),
     nic("virtio-net", "virtio-net-pci", "virtio_net"),
     Driver {
         name: "virtio-net-mq",
@@ -61,18 +61,18 @@ pub const DRIVERS: [Driver; 7] = [
     Driver { is_generic: true, ..nic("e1000e", "e1000e", "e1000e") },
 ];
 
-/// A setting of the network: variables for the test program, and commands for the guest.
+/// A network setting: variables for the test program, and commands for the guest.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Setting {
-    /// What the results call it.
+    /// Name in the results.
     pub name: &'static str,
     variables: &'static [(&'static str, &'static str)],
     commands: &'static str,
-    /// Whether it means something on veth pairs too.
+    /// Whether it also applies to veth pairs.
     for_veth: bool,
 }
 
-/// Every setting; the first is what comes by itself.
+/// All settings; the first one is the default.
 pub const SETTINGS: [Setting; 5] = [
     Setting { name: "as it comes", variables: &[], commands: "", for_veth: true },
     Setting {
@@ -102,17 +102,17 @@ pub const SETTINGS: [Setting; 5] = [
     },
 ];
 
-/// One boot's work.
+/// The driver and the setting of one boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Work {
-    /// The links.
+    /// Driver of the links.
     pub driver: &'static Driver,
-    /// Their setting.
+    /// Network setting.
     pub setting: &'static Setting,
 }
 
 impl Work {
-    /// `igb, mtu 9000`.
+    /// Returns the name, such as `igb, mtu 9000`.
     pub fn name(&self) -> String {
         if *self.setting == SETTINGS[0] {
             self.driver.name.to_owned()
@@ -121,7 +121,7 @@ impl Work {
         }
     }
 
-    /// The longest that it may take on an idle machine.
+    /// Returns the time limit on an idle machine.
     pub fn limit(&self) -> Duration {
         match self.driver.program {
             Program::Tour => Duration::from_secs(1_200),
@@ -129,7 +129,7 @@ impl Work {
         }
     }
 
-    /// What the guest runs: the test program at `path`, told about the links.
+    /// Returns the guest's script: it describes the links in variables and runs the test program at `path`.
     pub fn script(&self, path: &Path, patience: u32) -> String {
         let mut script = format!("for m in veth {}; do modprobe $m || exit 3; done\n", self.driver.module);
         script += self.setting.commands;
@@ -151,7 +151,7 @@ impl Work {
     }
 }
 
-/// All work, or what runs everywhere.
+/// Returns the boots to run: all, or those that run by default.
 pub fn work(is_full: bool, drivers: &[String], settings: &[String]) -> Vec<Work> {
     let mut all = Vec::new();
     for driver in &DRIVERS {
@@ -174,7 +174,7 @@ pub fn work(is_full: bool, drivers: &[String], settings: &[String]) -> Vec<Work>
     all
 }
 
-/// Names of drivers and of settings, for messages.
+/// Lists the names of drivers and settings, for messages.
 pub fn names() -> String {
     let drivers: Vec<&str> = DRIVERS.iter().map(|driver| driver.name).collect();
     let settings: Vec<&str> = SETTINGS.iter().map(|setting| setting.name).collect();
@@ -197,7 +197,7 @@ mod tests {
         let full = names(true, &[], &[]);
         assert!(full.contains(&"igb, offloads off".to_owned()), "{full:?}");
         assert!(!full.contains(&"veth, offloads off".to_owned()), "{full:?}");
-        // The verifier knows no settings of networks, and veth one less.
+        // The verifier has no network settings, and veth has one fewer.
         assert_eq!(full.len(), (DRIVERS.len() - 1) * SETTINGS.len());
     }
 

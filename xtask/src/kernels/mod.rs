@@ -1,8 +1,8 @@
-//! The suite `kernels`: other kernels and their drivers, in virtual machines.
+//! The suite `kernels`: tests other kernels and their drivers in virtual machines.
 //!
-//! In: which kernels and drivers. Out: a line for each check, and with `--full` records in `tests/kernels.json` and
-//! docs/compatibility.md. Kernels and QEMU come as Debian packages into a cache; the machines run the host's own
-//! files, read-only, so that what is tested is what was just built.
+//! Input: kernels and drivers. Output: a line for each check and, with `--full`, records in `tests/kernels.json` and
+//! docs/compatibility.md. Kernels and QEMU come as Debian packages from a cache; the machines run the host's own files,
+//! mounted read-only, so that they test what was just built.
 
 use std::{
     env,
@@ -31,44 +31,44 @@ use version::Version;
 pub use packages::unsuitable;
 pub use report::write as write_report;
 
-/// How much longer things may take in the emulator, on an idle machine.
+/// Factor by which timeouts grow in the emulator, on an idle machine.
 const PATIENCE: f32 = 12.0;
 
-/// Which kernels and drivers.
+/// Which kernels and drivers to test.
 #[derive(clap::Args, Clone, Debug, Default)]
 #[group(skip)]
 pub struct Options {
-    /// Suite kernels: every kernel with every driver and setting (hours); the results are recorded.
+    /// Suite kernels: test every kernel with every driver and setting (takes hours) and record the results.
     #[arg(long)]
     full: bool,
-    /// Suite kernels: only these lines of kernels, such as 6.1 or newest; repeatable.
+    /// Suite kernels: test only this kernel line, such as 6.1 or newest; may be repeated.
     #[arg(long = "kernel", value_name = "LINE")]
     kernels: Vec<String>,
-    /// Suite kernels: only these drivers, such as veth or igb; repeatable.
+    /// Suite kernels: test only this driver, such as veth or igb; may be repeated.
     #[arg(long = "driver", value_name = "NAME")]
     drivers: Vec<String>,
-    /// Suite kernels: only these settings of the network, such as "mtu 9000"; repeatable.
+    /// Suite kernels: test only this network setting, such as "mtu 9000"; may be repeated.
     #[arg(long = "setting", value_name = "NAME")]
     settings: Vec<String>,
 }
 
 impl Options {
-    /// Whether something was asked of this suite alone.
+    /// Whether any option of this suite is set.
     pub fn is_set(&self) -> bool {
         self.full || ![&self.kernels, &self.drivers, &self.settings].iter().all(|list| list.is_empty())
     }
 }
 
-/// What the suite came to.
+/// Result of the suite.
 #[derive(Debug, Default)]
 pub struct Summary {
     /// Checks that passed.
     pub passed: usize,
     /// Checks that failed, by name.
     pub failed: Vec<String>,
-    /// What could not be run: a name that CI may expect, a tab, the reason.
+    /// Skips: a name that CI may expect, a tab, the reason.
     pub skips: Vec<String>,
-    /// Boots that hung before init and were begun again.
+    /// Boots that hung before init and were repeated.
     hung: u32,
 }
 
@@ -78,24 +78,24 @@ impl Summary {
         let mut line =
             format!("{} passed, {} failed, {} skipped", self.passed, self.failed.len(), self.skips.len());
         if self.hung > 0 {
-            line += &format!(" ({} boots hung in the emulator and were begun again)", self.hung);
+            line += &format!(" ({} boots hung in the emulator and were repeated)", self.hung);
         }
         line
     }
 }
 
-/// Builds, fetches, boots and checks.
+/// Builds the programs, fetches the kernels, boots them and collects the checks.
 pub fn run(options: &Options, release: bool) -> Result<Summary> {
     let lines = lines(options)?;
     let work = matrix::work(options.full, &options.drivers, &options.settings);
-    ensure!(!work.is_empty(), "no such driver or setting: {}", matrix::names());
+    ensure!(!work.is_empty(), "unknown driver or setting: {}", matrix::names());
     let store = Store::open()?;
     let tools = store.tools()?;
     let all = store.kernels()?;
     let programs = build(release, &work)?;
     let mut summary = Summary::default();
     for line in lines {
-        let Some(kernel) = pick(&all, &line) else {
+        let Some(kernel) = newest_of(&all, &line) else {
             summary.skips.push(format!("no-kernel-{line}\tkernels: the package lists have no kernel {line}"));
             continue;
         };
@@ -115,7 +115,7 @@ pub fn run(options: &Options, release: bool) -> Result<Summary> {
 fn lines(options: &Options) -> Result<Vec<String>> {
     let known: Vec<&str> = matrix::LINES.into_iter().chain([matrix::NEWEST]).collect();
     if let Some(unknown) = options.kernels.iter().find(|line| !known.contains(&line.as_str())) {
-        bail!("--kernel {unknown}: it takes one of {}", known.join(", "));
+        bail!("--kernel {unknown} is unknown: give one of {}", known.join(", "));
     }
     let lines = match (&options.kernels[..], options.full) {
         ([], true) => known,
@@ -125,12 +125,12 @@ fn lines(options: &Options) -> Result<Vec<String>> {
     Ok(lines.into_iter().map(str::to_owned).collect())
 }
 
-/// The newest of a line. `all` is in the order of versions.
-fn pick<'a>(all: &'a [Kernel], line: &str) -> Option<&'a Kernel> {
+/// Returns the newest kernel of a line. `all` is sorted by version.
+fn newest_of<'a>(all: &'a [Kernel], line: &str) -> Option<&'a Kernel> {
     all.iter().rfind(|kernel| line == matrix::NEWEST || Version::parse(&kernel.version).is_of(line))
 }
 
-/// Boots once, and prints and counts what comes of it.
+/// Boots a machine, and prints and counts its checks.
 fn boot(
     tools: &Tools,
     kernel: &Unpacked,
@@ -140,17 +140,17 @@ fn boot(
 ) -> Result<Vec<Check>> {
     println!("  {}", work.name());
     let directory = shell::workspace().join("target/kernels");
-    let busy = vm::busy();
+    let slowness = vm::load_factor();
     let path = programs.iter().find(|(program, _)| *program == work.driver.program);
-    let (_, path) = path.context("every program that is needed was built")?;
-    let script = work.script(path, (PATIENCE * busy.min(2.0)) as u32);
+    let (_, path) = path.context("a test program was not built")?;
+    let script = work.script(path, (PATIENCE * slowness.min(2.0)) as u32);
     let machine = vm::Machine {
         tools,
         kernel,
         device: work.driver.device,
         queues: work.driver.queues,
         script: &script,
-        limit: work.limit().mul_f32(busy),
+        limit: work.limit().mul_f32(slowness),
         directory: &directory,
     };
     let mut checks = Vec::new();
@@ -160,7 +160,7 @@ fn boot(
             Program::Verifier => Check::parse_test(line).map(|check| (check, 0.0)),
         };
         if let Some((mut check, seconds)) = found {
-            check.detail = anonymous(&check.detail);
+            check.detail = anonymise(&check.detail);
             let result = if check.passed { "ok" } else { "FAILED" };
             println!("    {:<14} {result:<6} {seconds:>6.1} s  {}", check.name, check.detail);
             checks.push(check);
@@ -171,21 +171,26 @@ fn boot(
     match outcome {
         Ok(outcome) => {
             summary.hung += outcome.hung;
-            let trouble = match outcome.status {
-                None => Some(format!("it ended or was ended before it was through: {}", vm::tail(&log))),
-                Some(_) if checks.is_empty() => Some(format!("nothing was checked: {}", vm::tail(&log))),
+            let problem = match outcome.status {
+                None => Some(format!(
+                    "the machine ended or was stopped before the test program ended: {}",
+                    vm::tail(&log)
+                )),
+                Some(_) if checks.is_empty() => {
+                    Some(format!("the test program reported no checks: {}", vm::tail(&log)))
+                }
                 Some(status) if status != 0 && checks.iter().all(|check| check.passed) => {
                     Some(format!("the test program ended with {status}: {}", vm::tail(&log)))
                 }
-                Some(_) => kernel_trouble(&directory.join("out/dmesg")),
+                Some(_) => kernel_problem(&directory.join("out/dmesg")),
             };
-            checks.extend(trouble.map(|detail| failed("machine", detail)));
+            checks.extend(problem.map(|detail| failed("machine", detail)));
             println!("    {:.0} s", outcome.took.as_secs_f32());
         }
         Err(error) => checks.push(failed("boot", format!("{error:#}"))),
     }
     for check in &mut checks {
-        check.detail = anonymous(&check.detail);
+        check.detail = anonymise(&check.detail);
         if check.passed {
             summary.passed += 1;
         } else {
@@ -200,19 +205,19 @@ fn failed(name: &str, detail: String) -> Check {
     Check { name: name.to_owned(), passed: false, detail: detail.replace('\n', " | ") }
 }
 
-/// What the guest's kernel complains of, whatever the checks say.
-fn kernel_trouble(dmesg: &Path) -> Option<String> {
+/// Returns the first problem in the guest's kernel log.
+fn kernel_problem(dmesg: &Path) -> Option<String> {
     let Ok(text) = std::fs::read(dmesg) else { return Some("the guest left no kernel log".into()) };
     let text = String::from_utf8_lossy(&text);
     let words = ["BUG:", "Oops", "WARNING:", "general protection"];
-    // A processor that gets no time is the emulator's.
-    let is_trouble = |line: &&str| words.iter().any(|word| line.contains(word)) && !line.contains("lockup");
-    let line = text.lines().find(is_trouble)?;
-    Some(format!("the kernel complains: {line}"))
+    // Lockup warnings come from the emulator, which gives a processor no time.
+    let is_problem = |line: &&str| words.iter().any(|word| line.contains(word)) && !line.contains("lockup");
+    let line = text.lines().find(is_problem)?;
+    Some(format!("the kernel reports: {line}"))
 }
 
-/// Without this machine's folders, and not too long.
-fn anonymous(detail: &str) -> String {
+/// Removes this machine's paths from a text, and shortens it.
+fn anonymise(detail: &str) -> String {
     let mut text = detail.replace(&shell::workspace().display().to_string(), ".");
     if let Some(home) = env::var_os("HOME") {
         let home = home.to_string_lossy().into_owned();
@@ -220,7 +225,7 @@ fn anonymous(detail: &str) -> String {
             text = text.replace(&home, "~");
         }
     }
-    // The beginning says what, the end why: a verifier's reasons come last.
+    // The beginning says what failed, the end why: a verifier's reasons come last.
     let all: Vec<char> = text.chars().collect();
     if all.len() <= 400 {
         return text;
@@ -229,7 +234,7 @@ fn anonymous(detail: &str) -> String {
     format!("{} … {}", part(&all[..200]), part(&all[all.len() - 195..]))
 }
 
-/// Keeps what came of it, at once: a full run takes hours.
+/// Records the result of a boot at once, because a full run takes hours.
 fn record(tools: &Tools, line: &str, kernel: &Kernel, work: &Work, checks: Vec<Check>) -> Result<()> {
     let mut records = results::read()?;
     let record = Record {
@@ -247,7 +252,8 @@ fn record(tools: &Tools, line: &str, kernel: &Kernel, work: &Work, checks: Vec<C
     report::write()
 }
 
-/// Builds the daemons, the other version to upgrade to, and the test programs that `work` needs; where those lie.
+/// Builds the daemons, the other version to upgrade to, and the test programs that `work` needs; returns the paths of
+/// the test programs.
 fn build(release: bool, work: &[Work]) -> Result<Vec<(Program, PathBuf)>> {
     let profile = if release { "release" } else { "dev" };
     for rest in [&["--features", "other-abi", "--bin", "lbd-other-abi"][..], &["--bins"]] {
@@ -271,11 +277,11 @@ fn build_test(profile: &str, suite: &str, name: &str) -> Result<PathBuf> {
     build.args(["--manifest-path", &format!("tests/{suite}/Cargo.toml"), "--test", name]);
     let output = build.stderr(Stdio::inherit()).output().context("cannot start cargo")?;
     ensure!(output.status.success(), "the test program {name} does not build");
-    let said = String::from_utf8_lossy(&output.stdout);
-    let messages = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let output = String::from_utf8_lossy(&output.stdout);
+    let messages = output.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut found = messages.filter(|message| message["target"]["name"] == name);
     let path = found.find_map(|message| message["executable"].as_str().map(PathBuf::from));
-    path.with_context(|| format!("cargo names no test program {name}"))
+    path.with_context(|| format!("cargo did not report the path of the test program {name}"))
 }
 
 fn cargo(arguments: &[&str]) -> Command {
@@ -306,9 +312,9 @@ mod tests {
     }
 
     #[test]
-    fn details_do_not_tell_of_this_machine() {
+    fn details_do_not_reveal_paths_of_this_machine() {
         let path = shell::workspace().join("target/debug/lbd");
-        assert_eq!(anonymous(&format!("{} said no", path.display())), "./target/debug/lbd said no");
-        assert!(anonymous(&"x".repeat(1_000)).chars().count() < 410);
+        assert_eq!(anonymise(&format!("{} said no", path.display())), "./target/debug/lbd said no");
+        assert!(anonymise(&"x".repeat(1_000)).chars().count() < 410);
     }
 }

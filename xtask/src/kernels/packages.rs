@@ -1,6 +1,6 @@
-//! QEMU and kernels as Debian packages, unpacked into a cache. Nothing is installed: apt works with sources, package
-//! lists and a cache of its own, which name the mirror that the machine's own apt uses, and checks signatures and
-//! checksums as ever.
+//! Fetches QEMU and kernels as Debian packages and unpacks them into a cache. Nothing is installed: apt runs with
+//! separate sources, package lists and cache, from the mirror that the machine's apt uses, and checks signatures and
+//! checksums as usual.
 
 use std::{
     fs,
@@ -17,37 +17,37 @@ use crate::shell;
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const LISTS_FRESH: Duration = Duration::from_secs(24 * 3600);
 
-/// Suites that have, or had, kernels of another line than the machine's own release. What a mirror does not have
-/// any more is left out.
+/// Suites that have or had kernels of other lines than the machine's release. Suites that the mirror no longer has are
+/// skipped.
 const KERNEL_SUITES: [&str; 6] =
     ["bullseye", "bookworm", "bookworm-backports", "trixie", "trixie-backports", "sid"];
-/// What QEMU and the initramfs are made of; each is fetched even where it is installed.
+/// Packages for QEMU and the initramfs; they are fetched even if they are installed.
 const TOOLS: [&str; 6] =
     ["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios", "busybox-static", "kmod"];
 
-/// A kernel as the package lists have it.
+/// A kernel in the package lists.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
-    /// What `uname -r` will say.
+    /// Release, as `uname -r` prints it.
     pub release: String,
-    /// Its package's version.
+    /// Version of the package.
     pub version: String,
-    /// Its packages: one, or since 6.19 an image, a base and modules.
+    /// Packages: one, or since 6.19 an image, a base and modules.
     packages: Vec<String>,
 }
 
-/// A kernel that lies in the cache.
+/// An unpacked kernel in the cache.
 #[derive(Clone, Debug)]
 pub struct Unpacked {
-    /// Which one.
+    /// The kernel.
     pub kernel: Kernel,
-    /// The compressed image.
+    /// Path of the compressed image.
     pub image: PathBuf,
-    /// A root whose `lib/modules` has its modules.
+    /// Directory whose `lib/modules` has the kernel's modules.
     pub root: PathBuf,
 }
 
-/// The unpacked tools: QEMU, busybox, kmod, and those of their libraries that the machine lacks.
+/// The unpacked tools: QEMU, busybox, kmod, and the libraries that the machine lacks.
 #[derive(Clone, Debug)]
 pub struct Tools {
     root: PathBuf,
@@ -56,18 +56,18 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// A path below the tools' root.
+    /// Returns a path below the tools' root.
     pub fn path(&self, name: &str) -> PathBuf {
         self.root.join(name)
     }
 
-    /// Where the unpacked libraries lie.
+    /// Returns the search path of the unpacked libraries.
     pub fn libraries(&self) -> String {
         let directories = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
         directories.map(|name| self.path(name).display().to_string()).join(":")
     }
 
-    /// kmod under the name of one of its tools.
+    /// Returns a command that runs kmod as one of its tools.
     pub fn kmod(&self, tool: &str) -> Result<Command> {
         let directory = self.path("kmod-links");
         fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
@@ -81,12 +81,12 @@ impl Tools {
         Ok(command)
     }
 
-    /// The program itself.
+    /// Returns the path of the kmod program.
     pub fn kmod_program(&self) -> Result<PathBuf> {
         first_file(&[self.path("usr/bin/kmod"), self.path("bin/kmod")])
     }
 
-    /// A busybox that needs no libraries.
+    /// Returns the path of a statically linked busybox.
     pub fn busybox(&self) -> Result<PathBuf> {
         first_file(&[self.path("usr/bin/busybox"), self.path("bin/busybox")])
     }
@@ -94,10 +94,10 @@ impl Tools {
 
 fn first_file(candidates: &[PathBuf]) -> Result<PathBuf> {
     let found = candidates.iter().find(|path| path.is_file());
-    found.cloned().with_context(|| format!("the package has no {}", candidates[0].display()))
+    found.cloned().with_context(|| format!("the package does not contain {}", candidates[0].display()))
 }
 
-/// Where the machine's apt gets its packages: the release's code name, the archive, the security archive.
+/// The sources of the machine's apt: the release's code name, the archive, the security archive.
 #[derive(Debug)]
 struct Mirror {
     codename: String,
@@ -105,18 +105,21 @@ struct Mirror {
     security: Option<String>,
 }
 
-/// Why kernels cannot be had on this machine at all.
+/// Returns why kernels cannot be fetched on this machine, if so.
 pub fn unsuitable() -> Option<String> {
     if std::env::consts::ARCH != "x86_64" {
-        return Some(format!("kernels are fetched for x86-64 only, this is {}", std::env::consts::ARCH));
+        return Some(format!(
+            "kernels are available for x86-64 only, but this machine is {}",
+            std::env::consts::ARCH
+        ));
     }
     if ["apt-get", "apt-cache", "dpkg-deb"].iter().any(|program| shell::which(program).is_none()) {
-        return Some("kernels are fetched as Debian packages, and this machine has no apt".into());
+        return Some("kernels are fetched as Debian packages, but this machine has no apt".into());
     }
     match os_release("ID") {
         Some(id) if id == "debian" => None,
         id => Some(format!(
-            "kernels are fetched as Debian packages, and this machine is {}",
+            "kernels are fetched as Debian packages, but this machine runs {}",
             id.as_deref().unwrap_or("unknown")
         )),
     }
@@ -130,7 +133,7 @@ fn os_release(key: &str) -> Option<String> {
 
 impl Mirror {
     fn of_this_machine() -> Result<Self> {
-        let codename = os_release("VERSION_CODENAME").context("/etc/os-release names no release")?;
+        let codename = os_release("VERSION_CODENAME").context("/etc/os-release has no VERSION_CODENAME")?;
         let targets = shell::quiet(
             "apt-get",
             &["indextargets", "--format", "$(RELEASE) $(REPO_URI)", "Created-By: Packages"],
@@ -142,7 +145,7 @@ impl Mirror {
     }
 }
 
-/// The address in lines of release and address.
+/// Finds the address of a release in lines of release and address.
 fn mirror_of(targets: &str, release: &str) -> Option<String> {
     targets.lines().find_map(|line| {
         let (name, uri) = line.split_once(' ')?;
@@ -150,7 +153,7 @@ fn mirror_of(targets: &str, release: &str) -> Option<String> {
     })
 }
 
-/// apt with lists and a cache of its own.
+/// An apt with separate package lists and cache.
 #[derive(Debug)]
 pub struct Apt {
     home: PathBuf,
@@ -203,8 +206,8 @@ impl Apt {
         command
     }
 
-    /// Fetches the package lists when they are older than a day. A list that cannot be had is said and left out:
-    /// what needs it is missed by name later.
+    /// Fetches the package lists if they are older than a day. Reports and skips lists that cannot be fetched: later
+    /// errors name the packages that are missing.
     fn refresh(&self, what: &str) -> Result<()> {
         let is_fresh = fs::metadata(self.stamp())
             .and_then(|metadata| metadata.modified())
@@ -214,15 +217,15 @@ impl Apt {
         }
         let mut update = self.command("apt-get");
         match shell::with_progress(&format!("fetching the package lists of {what}"), update.arg("update")) {
-            Ok(_) => fs::write(self.stamp(), "").context("cannot note when the lists were fetched"),
+            Ok(_) => fs::write(self.stamp(), "").context("cannot record when the package lists were fetched"),
             Err(error) => {
-                eprintln!("  some package lists could not be had: {error:#}");
+                eprintln!("  cannot fetch some package lists: {error:#}");
                 Ok(())
             }
         }
     }
 
-    /// Fetches `packages` (NAME=VERSION) and unpacks them into `folder`, which appears whole or not at all.
+    /// Fetches `packages` (NAME=VERSION) and atomically creates `folder` with their contents.
     fn unpack(&self, what: &str, packages: &[String], folder: &Path) -> Result<()> {
         let part = folder.with_extension("part");
         let _ = fs::remove_dir_all(&part);
@@ -246,9 +249,9 @@ impl Apt {
         fs::rename(&part, folder).with_context(|| format!("cannot rename {}", part.display()))
     }
 
-    /// The file that `apt-get download NAME=VERSION` has made.
+    /// Finds the file that `apt-get download NAME=VERSION` created.
     fn downloaded(&self, package: &str) -> Result<PathBuf> {
-        let (name, version) = package.split_once('=').context("a package is named NAME=VERSION")?;
+        let (name, version) = package.split_once('=').context("a package is not in the form NAME=VERSION")?;
         let start = format!("{name}_{}_", version.replace(':', "%3a"));
         let entries = fs::read_dir(&self.downloads)
             .with_context(|| format!("cannot read {}", self.downloads.display()))?;
@@ -258,11 +261,11 @@ impl Apt {
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 name.starts_with(&start) && name.ends_with(".deb")
             })
-            .with_context(|| format!("apt-get downloaded no {start}….deb"))
+            .with_context(|| format!("apt-get did not download {start}….deb"))
     }
 }
 
-/// Where everything lies, and the two sets of package lists: this release's for the tools, several for kernels.
+/// The cache, and two sets of package lists: those of this release for the tools, several for kernels.
 #[derive(Debug)]
 pub struct Store {
     cache: PathBuf,
@@ -272,7 +275,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the cache, and refreshes the package lists in it.
+    /// Opens the cache and refreshes its package lists.
     pub fn open() -> Result<Self> {
         let mirror = Mirror::of_this_machine()?;
         let cache = cache()?;
@@ -303,14 +306,16 @@ impl Store {
         Ok(store)
     }
 
-    /// Fetches QEMU and what an initramfs is made with.
+    /// Fetches QEMU and the tools that build an initramfs.
     pub fn tools(&self) -> Result<Tools> {
         let backports = format!("{}-backports", self.codename);
         let packages = self.missing_packages(&["-t", &backports]).or_else(|_| self.missing_packages(&[]))?;
         let qemu = packages.iter().find(|package| package.starts_with("qemu-system-x86="));
         let version = match qemu.and_then(|package| package.split_once('=')) {
             Some((_, version)) => version.to_owned(),
-            None => bail!("apt would not fetch qemu-system-x86: is it installed with broken dependencies?"),
+            None => bail!(
+                "apt does not offer qemu-system-x86: check for broken dependencies with `apt-get check`"
+            ),
         };
         let folder = self.cache.join(format!("tools-{}", version.replace([':', '~', '+'], "_")));
         if !folder.is_dir() {
@@ -319,23 +324,23 @@ impl Store {
         Ok(Tools { root: folder, version })
     }
 
-    /// The packages that this machine would have to install for the tools.
+    /// Returns the packages that this machine would have to install for the tools.
     fn missing_packages(&self, options: &[&str]) -> Result<Vec<String>> {
         let mut simulate = self.own.command("apt-get");
         simulate.args(["-s", "-y", "--no-install-recommends", "--reinstall"]).args(options);
         simulate.arg("install").args(TOOLS);
         let output = simulate.output().context("cannot start apt-get")?;
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let simulation = String::from_utf8_lossy(&output.stdout).into_owned();
         ensure!(
             output.status.success(),
             "apt cannot find {}: {}",
             TOOLS.join(", "),
             String::from_utf8_lossy(&output.stderr).trim()
         );
-        Ok(parse_simulation(&said))
+        Ok(parse_simulation(&simulation))
     }
 
-    /// Every kernel that the package lists have.
+    /// Returns every kernel in the package lists.
     pub fn kernels(&self) -> Result<Vec<Kernel>> {
         let mut search = self.others.command("apt-cache");
         search.args(["search", "--names-only", "^linux-image-[0-9]+[.][0-9]+[.][0-9].*-amd64$"]);
@@ -351,20 +356,22 @@ impl Store {
         }
         let mut show = self.others.command("apt-cache");
         show.arg("show").args(&names);
-        let stanzas = shell::with_output(&mut show, &[]).context("apt-cache shows no kernel")?;
+        let stanzas =
+            shell::with_output(&mut show, &[]).context("apt-cache cannot show the kernel packages")?;
         Ok(parse_kernels(&stanzas))
     }
 
-    /// Fetches a kernel, unless the cache has it.
+    /// Fetches a kernel unless it is in the cache.
     pub fn unpack(&self, kernel: &Kernel) -> Result<Unpacked> {
         let root = self.cache.join("kernels").join(format!("{}_{}", kernel.release, kernel.version));
-        fs::create_dir_all(root.parent().expect("it lies in a folder")).context("cannot create the cache")?;
+        fs::create_dir_all(root.parent().expect("the path has a parent directory"))
+            .context("cannot create the cache")?;
         if !root.is_dir() {
             let packages: Vec<String> =
                 kernel.packages.iter().map(|name| format!("{name}={}", kernel.version)).collect();
             self.others.unpack(&format!("kernel {}", kernel.release), &packages, &root)?;
         }
-        // kmod looks below lib, and packages of a merged /usr have none.
+        // kmod searches lib, which packages of a merged /usr do not have.
         if !root.join("lib").exists() {
             std::os::unix::fs::symlink("usr/lib", root.join("lib")).context("cannot link lib")?;
         }
@@ -375,21 +382,22 @@ impl Store {
     }
 }
 
-/// `$LB_CACHE_DIR/kernels`, else `$XDG_CACHE_HOME/lb-kernels`, else `~/.cache/lb-kernels`.
+/// Returns the cache directory: `$LB_CACHE_DIR/kernels`, else `$XDG_CACHE_HOME/lb-kernels`, else `~/.cache/lb-kernels`.
 fn cache() -> Result<PathBuf> {
     let var = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let directory = var("LB_CACHE_DIR")
         .map(|directory| directory.join("kernels"))
         .or_else(|| Some(var("XDG_CACHE_HOME")?.join("lb-kernels")))
         .or_else(|| Some(var("HOME")?.join(".cache/lb-kernels")))
-        .context("none of LB_CACHE_DIR, XDG_CACHE_HOME and HOME is set: set one, for the downloads")?;
+        .context("none of LB_CACHE_DIR, XDG_CACHE_HOME and HOME is set: set one of them to choose the cache directory")?;
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
     Ok(directory)
 }
 
-/// `Inst NAME [OLD] (VERSION SUITE [ARCH])`, as `apt-get -s install` prints.
-fn parse_simulation(said: &str) -> Vec<String> {
-    said.lines()
+/// Parses the lines `Inst NAME [OLD] (VERSION SUITE [ARCH])` that `apt-get -s install` prints.
+fn parse_simulation(output: &str) -> Vec<String> {
+    output
+        .lines()
         .filter_map(|line| {
             let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
             let version = rest.split_once('(')?.1.split(' ').next()?;
@@ -398,12 +406,12 @@ fn parse_simulation(said: &str) -> Vec<String> {
         .collect()
 }
 
-/// Not one for clouds, with real-time scheduling, unsigned, or with debugging symbols.
+/// Whether a kernel package is a plain one: not cloud, real-time, unsigned, or with debugging symbols.
 fn is_plain(name: &str) -> bool {
     !["-cloud-", "-rt-", "-unsigned", "-dbg", "-16k-"].iter().any(|part| name.contains(part))
 }
 
-/// Kernels from the stanzas of `apt-cache show`, each version once, release candidates left out.
+/// Parses kernels from the stanzas of `apt-cache show`: each version once, without release candidates.
 fn parse_kernels(stanzas: &str) -> Vec<Kernel> {
     let mut all: Vec<Kernel> = Vec::new();
     for stanza in stanzas.split("\n\n") {

@@ -1,4 +1,4 @@
-//! docs/compatibility.md, made of the records of runs.
+//! Generates docs/compatibility.md from the records of runs.
 
 use std::{collections::BTreeMap, fmt::Write as _, fs, path::PathBuf};
 
@@ -23,7 +23,7 @@ Throughput is not measured: an emulator says nothing about it. NICs are QEMU's m
 real drivers.
 ";
 
-/// Where it lies.
+/// Path of the document.
 fn file() -> PathBuf {
     shell::workspace().join("docs/compatibility.md")
 }
@@ -34,7 +34,7 @@ pub fn write() -> Result<()> {
     fs::write(&file, render(&results::read()?)).with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// The document.
+/// Renders the document.
 fn render(records: &[Record]) -> String {
     let mut text = HEAD.to_owned();
     kernels(&mut text, records).expect("writing to a string cannot fail");
@@ -52,12 +52,12 @@ fn find<'a>(records: &'a [Record], line: &str, driver: &str, setting: &str) -> O
     records.iter().find(|r| r.line == line && r.driver == driver && r.setting == setting)
 }
 
-/// On veth pairs as they come.
-fn usual<'a>(records: &'a [Record], line: &str) -> Option<&'a Record> {
+/// Returns the record of veth pairs with the default setting.
+fn default_record<'a>(records: &'a [Record], line: &str) -> Option<&'a Record> {
     find(records, line, matrix::DRIVERS[0].name, SETTINGS[0].name)
 }
 
-fn sum(record: &Record) -> String {
+fn summary(record: &Record) -> String {
     let passed = record.checks.iter().filter(|check| check.passed).count();
     match record.checks.len() - passed {
         0 => format!("all {passed}"),
@@ -72,12 +72,12 @@ fn kernels(text: &mut String, records: &[Record]) -> std::fmt::Result {
         "\n## Kernels\n\n| line | package | checks | commit | date | emulator |\n|---|---|---|---|---|---|"
     )?;
     for line in lines() {
-        match usual(records, line) {
+        match default_record(records, line) {
             Some(r) => writeln!(
                 text,
                 "| {line} | {} | {} | {} | {} | {} |",
                 r.kernel,
-                sum(r),
+                summary(r),
                 r.commit,
                 r.date,
                 r.emulator
@@ -93,7 +93,7 @@ fn kernels(text: &mut String, records: &[Record]) -> std::fmt::Result {
     )
 }
 
-/// `ingress 254000, nat 301000`, as the check `programs` measures.
+/// Parses the figures of the check `programs`, such as `ingress 254000, nat 301000`.
 fn figures(record: &Record) -> BTreeMap<&str, &str> {
     let check = record.checks.iter().find(|check| check.name == "programs" && check.passed);
     let pairs = check.map(|check| check.detail.split(", ")).into_iter().flatten();
@@ -102,7 +102,7 @@ fn figures(record: &Record) -> BTreeMap<&str, &str> {
 
 fn programs(text: &mut String, records: &[Record]) -> std::fmt::Result {
     let run: Vec<(&str, BTreeMap<&str, &str>)> =
-        lines().filter_map(|line| Some((line, figures(usual(records, line)?)))).collect();
+        lines().filter_map(|line| Some((line, figures(default_record(records, line)?)))).collect();
     let mut names: Vec<&str> = run.iter().flat_map(|(_, figures)| figures.keys().copied()).collect();
     names.sort_unstable();
     names.dedup();
@@ -129,7 +129,7 @@ fn drivers(text: &mut String, records: &[Record]) -> std::fmt::Result {
     writeln!(text, "| driver, setting | {} |\n|---|{}", heads.join(" | "), "---|".repeat(heads.len()))?;
     for work in matrix::work(true, &[], &[]) {
         let cell = |line| match find(records, line, work.driver.name, work.setting.name) {
-            Some(record) => sum(record),
+            Some(record) => summary(record),
             None => "not run".to_owned(),
         };
         let cells: Vec<String> = lines().map(cell).collect();
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_and_what_was_not_run_are_said() {
+    fn failures_and_missing_runs_are_listed() {
         let records = [
             record("6.1", &[("start", false, "refused: `R1` unbounded")]),
             record("6.12", &[("programs", true, "ingress 254000, nat 3"), ("ping", true, "")]),
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn no_record_tells_of_the_machine_that_ran_it() {
+    fn no_record_reveals_the_machine_that_ran_it() {
         let text = fs::read_to_string(results::file()).unwrap_or_default();
         let home = std::env::var("HOME").unwrap_or_default();
         for word in ["://", &shell::workspace().display().to_string(), &format!("{home}/")] {

@@ -1,12 +1,7 @@
-//! What was run, when, on what: one record for each boot, kept in `tests/kernels.json`, from which
-//! docs/compatibility.md is made. A new run of the same takes the old one's place.
+//! Records of boots: what was run, when, and on what. They are kept in `tests/kernels.json`, from which
+//! docs/compatibility.md is generated. A new run replaces the record of the same line, driver and setting.
 
-use std::{
-    fs,
-    path::PathBuf,
-    process::Command,
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::{fs, path::PathBuf, process::Command, time::SystemTime};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -16,17 +11,17 @@ use crate::shell;
 /// One check in one boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Check {
-    /// `gue v6`.
+    /// Name, such as `gue v6`.
     pub name: String,
     /// Whether it passed.
     pub passed: bool,
-    /// Why not, or what was measured.
+    /// Why it failed, or what was measured.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub detail: String,
 }
 
 impl Check {
-    /// `CHECK`, name, `ok` or `FAILED`, seconds, detail; tabs between. And the seconds.
+    /// Parses a line of `CHECK`, name, `ok` or `FAILED`, seconds and detail, separated by tabs; also returns the seconds.
     pub fn parse(line: &str) -> Option<(Self, f32)> {
         let parts: Vec<&str> = line.split('\t').collect();
         // libtest writes `test NAME ... ` before a test's first line.
@@ -38,7 +33,7 @@ impl Check {
         Some((check, seconds.parse().ok()?))
     }
 
-    /// A test as libtest reports it.
+    /// Parses a test's result line as libtest prints it.
     pub fn parse_test(line: &str) -> Option<Self> {
         let (name, result) = line.strip_prefix("test ")?.split_once(" ... ")?;
         let passed = match result {
@@ -50,48 +45,48 @@ impl Check {
     }
 }
 
-/// One boot.
+/// Record of one boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Which kernels this stands for: `6.1`, `newest`.
+    /// Kernel line: `6.1`, `newest`.
     pub line: String,
-    /// The kernel package's version.
+    /// Version of the kernel package.
     pub kernel: String,
-    /// The driver.
+    /// Driver.
     pub driver: String,
-    /// The network's setting.
+    /// Network setting.
     pub setting: String,
-    /// The commit that was run.
+    /// Commit that was tested.
     pub commit: String,
-    /// The day, UTC.
+    /// Date, UTC.
     pub date: String,
-    /// What ran the machine.
+    /// Emulator and its version.
     pub emulator: String,
-    /// In the order in which they ran.
+    /// Checks, in the order in which they ran.
     pub checks: Vec<Check>,
 }
 
 impl Record {
-    fn is_same_place(&self, other: &Self) -> bool {
+    fn replaces(&self, other: &Self) -> bool {
         (&self.line, &self.driver, &self.setting) == (&other.line, &other.driver, &other.setting)
     }
 }
 
-/// Where the records lie.
+/// Path of the records.
 pub fn file() -> PathBuf {
     shell::workspace().join("tests/kernels.json")
 }
 
-/// Every record that is checked in.
+/// Reads all records.
 pub fn read() -> Result<Vec<Record>> {
     let file = file();
     let Ok(text) = fs::read_to_string(&file) else { return Ok(Vec::new()) };
-    serde_json::from_str(&text).with_context(|| format!("{} does not hold records of runs", file.display()))
+    serde_json::from_str(&text).with_context(|| format!("cannot parse the records in {}", file.display()))
 }
 
-/// Puts `new` in its place among the others.
+/// Adds a record, or replaces the one of the same line, driver and setting.
 pub fn add(records: &mut Vec<Record>, new: Record) {
-    match records.iter_mut().find(|record| record.is_same_place(&new)) {
+    match records.iter_mut().find(|record| record.replaces(&new)) {
         Some(old) => *old = new,
         None => records.push(new),
     }
@@ -99,12 +94,12 @@ pub fn add(records: &mut Vec<Record>, new: Record) {
 
 /// Writes all records.
 pub fn write(records: &[Record]) -> Result<()> {
-    let text = serde_json::to_string_pretty(records).context("records can be written")? + "\n";
+    let text = serde_json::to_string_pretty(records).context("cannot write the records as JSON")? + "\n";
     let file = file();
     fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// The commit of the working tree, marked where something is not committed.
+/// Returns the commit of the working tree, marked as dirty if there are uncommitted changes.
 pub fn commit() -> String {
     let mut git = Command::new("git");
     git.current_dir(shell::workspace()).args([
@@ -117,23 +112,10 @@ pub fn commit() -> String {
     shell::with_output(&mut git, &[]).map_or_else(|| "unknown".to_owned(), |text| text.trim().to_owned())
 }
 
-/// Today, UTC.
+/// Returns today's date, UTC.
 pub fn today() -> String {
-    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let (year, month, day) = civil(elapsed.as_secs() / 86_400);
-    format!("{year:04}-{month:02}-{day:02}")
-}
-
-/// The date of a day since 1970-01-01, by years that begin in March.
-fn civil(days: u64) -> (u64, u64, u64) {
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let shifted_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (era * 400 + year + u64::from(month <= 2), month, day)
+    let now = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
+    now.split('T').next().unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -170,9 +152,8 @@ mod tests {
     }
 
     #[test]
-    fn days_have_dates() {
-        assert_eq!(civil(0), (1970, 1, 1));
-        assert_eq!(civil(20_785), (2026, 11, 28));
-        assert_eq!(civil(19_782), (2024, 2, 29));
+    fn today_is_a_date() {
+        let today = today();
+        assert!(today.len() == 10 && today.split('-').count() == 3, "{today}");
     }
 }

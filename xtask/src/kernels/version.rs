@@ -1,17 +1,17 @@
-//! Versions of kernels: the order of Debian's package versions, as far as kernels go, and their lines.
+//! Kernel versions: the order of Debian's package versions of kernels, and kernel lines.
 
-/// The numbers of a package version: upstream's three, then the packaging's.
+/// The numbers of a package version: the three upstream numbers, then those of the packaging.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(Vec<u32>);
 
 impl Version {
-    /// `7.3.4-1~bpo13+1` is 7, 3, 4, 1, 13, 1.
+    /// Parses a version: `7.3.4-1~bpo13+1` is 7, 3, 4, 1, 13, 1.
     pub fn parse(text: &str) -> Self {
         let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|part| !part.is_empty());
         Self(numbers.map(|part| part.parse().unwrap_or(u32::MAX)).collect())
     }
 
-    /// `6.1.192-2` belongs to the line 6.1, and not to 6.12.
+    /// Whether the version belongs to a line: `6.1.192-2` belongs to 6.1, not to 6.12.
     pub fn is_of(&self, line: &str) -> bool {
         let line = Self::parse(line);
         self.0.starts_with(&line.0)

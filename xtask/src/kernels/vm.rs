@@ -1,7 +1,7 @@
-//! One virtual machine: booted, watched, ended by its process id.
+//! Boots a virtual machine, monitors it, and ends it by its process ID.
 //!
-//! QEMU emulates (TCG): nothing of the host's processor is needed, and throughput means nothing. Its NICs are taps
-//! with virtio-net headers in a network namespace that ends with it, joined in pairs by bridges.
+//! QEMU emulates the processor (TCG): no virtualisation support is needed, and throughput is meaningless. Its NICs are
+//! taps with virtio-net headers, joined in pairs by bridges, in a network namespace that ends with QEMU.
 
 use std::{
     fs::{self, File},
@@ -19,48 +19,48 @@ use super::{
 };
 use crate::shell;
 
-/// The guest says so by then, or it never will: in one boot of 25 the emulator loses a timer of the second
-/// processor before init. [`busy`] times as long on a busy machine.
-const BOOT: Duration = Duration::from_secs(60);
-/// Boots altogether.
+/// Time limit of a boot. In one boot of 25 the emulator loses a timer of the second processor before init and hangs.
+/// Multiplied by [`load_factor`] on a busy machine.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Maximum number of boots.
 const BOOTS: u32 = 2;
-const LOOK: Duration = Duration::from_millis(200);
+const POLL_INTERVAL: Duration = Duration::from_millis(200);
 /// Pairs of NICs: the client's link and two workers'.
 const PAIRS: usize = 3;
 const MEMORY_MIB: u32 = 2_560;
 const PROCESSORS: u32 = 2;
 
-/// What to run.
+/// A machine to boot.
 #[derive(Debug)]
 pub struct Machine<'a> {
-    /// The emulator.
+    /// Tools, including the emulator.
     pub tools: &'a Tools,
-    /// What boots.
+    /// Kernel to boot.
     pub kernel: &'a Unpacked,
-    /// A QEMU device with its options; None: no NICs.
+    /// QEMU device with its options; None for no NICs.
     pub device: Option<&'a str>,
     /// Queue pairs of each NIC.
     pub queues: u32,
-    /// The shell script that the guest runs, as root.
+    /// Shell script that the guest runs as root.
     pub script: &'a str,
-    /// How long it may take, the boot left aside.
+    /// Time limit of the script, without the boot.
     pub limit: Duration,
-    /// Where its files go.
+    /// Directory for the machine's files.
     pub directory: &'a Path,
 }
 
-/// How it went.
+/// Result of a machine.
 #[derive(Debug)]
 pub struct Outcome {
     /// Boots that hung before init.
     pub hung: u32,
-    /// From the first boot to the end.
+    /// Time from the first boot to the end.
     pub took: Duration,
-    /// The script's exit status; None when it did not come to its end.
+    /// Exit status of the script; None if it did not end.
     pub status: Option<i32>,
 }
 
-/// Boots the machine and waits for its end; `on_line` gets each line that the guest writes to its log.
+/// Boots the machine and waits for its end; passes each line of the guest's log to `on_line`.
 pub fn run(machine: &Machine, mut on_line: impl FnMut(&str)) -> Result<Outcome> {
     let started = Instant::now();
     let directory = machine.directory;
@@ -74,21 +74,24 @@ pub fn run(machine: &Machine, mut on_line: impl FnMut(&str)) -> Result<Outcome> 
     let mut hung = 0;
     loop {
         let mut qemu = Qemu::start(directory)?;
-        if qemu.boots(&out)? {
+        if qemu.wait_for_boot(&out)? {
             let status = qemu.watch(&out, machine.limit, &mut on_line)?;
             return Ok(Outcome { hung, took: started.elapsed(), status });
         }
         drop(qemu);
         hung += 1;
-        println!("    boot {hung} did not reach init within {} s", BOOT.mul_f32(busy()).as_secs());
+        println!(
+            "    boot {hung} did not reach init within {} s",
+            BOOT_TIMEOUT.mul_f32(load_factor()).as_secs()
+        );
         if hung == BOOTS {
             bail!("{hung} boots hung:\n{}", tail(&directory.join("console")));
         }
     }
 }
 
-/// How many times as long things take here as on an idle machine, by its load.
-pub fn busy() -> f32 {
+/// Returns the factor by which this machine is slower than when idle, estimated from its load.
+pub fn load_factor() -> f32 {
     let load = fs::read_to_string("/proc/loadavg").ok();
     let load: f32 = load.and_then(|text| text.split(' ').next()?.parse().ok()).unwrap_or(1.0);
     let processors = thread::available_parallelism().map_or(1, |count| count.get()) as f32;
@@ -99,14 +102,14 @@ fn write(file: &Path, text: &str) -> Result<()> {
     fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// The end of a file, for messages.
+/// Returns the last lines of a file, for messages.
 pub fn tail(file: &Path) -> String {
     let text = fs::read(file).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(12)..].join("\n")
 }
 
-/// What the guest runs first: the kernel's own modules, file systems, and an end to it all in any case.
+/// Returns the guest's first script: it mounts modules and file systems, runs the test, and always powers off.
 fn init(machine: &Machine) -> Result<String> {
     let modules =
         machine.kernel.root.join("lib/modules").canonicalize().context("the kernel has no modules")?;
@@ -131,7 +134,7 @@ fn init(machine: &Machine) -> Result<String> {
     ))
 }
 
-/// Makes the taps and becomes QEMU. Runs in a network namespace of its own, which goes when QEMU goes.
+/// Returns the script that creates the taps and then execs QEMU. It runs in a network namespace that ends with QEMU.
 fn launch(machine: &Machine) -> String {
     let mut script = String::from("set -e\nip link set lo up\n");
     let mut nics = String::new();
@@ -175,7 +178,7 @@ fn launch(machine: &Machine) -> String {
     script
 }
 
-/// The emulator's process; ended when dropped, and by the kernel should this program end first.
+/// The process of QEMU; killed when dropped, or by the kernel if this program ends first.
 struct Qemu {
     child: Child,
     errors: PathBuf,
@@ -189,7 +192,7 @@ impl Qemu {
         let errors = directory.join("qemu.log");
         let file = File::create(&errors).with_context(|| format!("cannot create {}", errors.display()))?;
         let mut command: Command = shell::as_root("unshare");
-        // Other work on the machine goes first.
+        // Lower priority than other work on the machine.
         command.args(["--net", "--", "nice", "-n", "5", "sh"]).arg(directory.join("launch.sh"));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
         test_support::process::die_with_parent(&mut command);
@@ -201,22 +204,22 @@ impl Qemu {
         Ok(self.child.try_wait().context("cannot wait for QEMU")?.is_some())
     }
 
-    /// Whether the guest's first script runs in time.
-    fn boots(&mut self, out: &Path) -> Result<bool> {
+    /// Waits for the guest's first script to run; false if it does not within the time limit.
+    fn wait_for_boot(&mut self, out: &Path) -> Result<bool> {
         let started = Instant::now();
-        while started.elapsed() < BOOT.mul_f32(busy()) {
+        while started.elapsed() < BOOT_TIMEOUT.mul_f32(load_factor()) {
             if out.join("started").exists() {
                 return Ok(true);
             }
             if self.has_ended()? {
                 bail!("QEMU ended before the kernel was up: {}", tail(&self.errors));
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
         Ok(false)
     }
 
-    /// Hands on what the guest says until it ends or its time is over. Its script's exit status, if that was reached.
+    /// Passes on the guest's log until the guest ends or the time is over; returns the script's exit status, if it ended.
     fn watch(&mut self, out: &Path, limit: Duration, on_line: &mut impl FnMut(&str)) -> Result<Option<i32>> {
         let started = Instant::now();
         let mut seen = 0;
@@ -233,24 +236,24 @@ impl Qemu {
             if status.is_some() || has_ended || started.elapsed() > limit {
                 return Ok(status);
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
     }
 }
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        // A guest that is through powers itself off.
+        // A guest whose script has ended powers itself off.
         for _ in 0..15 {
             if self.child.try_wait().is_ok_and(|status| status.is_some()) {
                 return;
             }
-            thread::sleep(LOOK);
+            thread::sleep(POLL_INTERVAL);
         }
         if shell::is_root() {
             let _ = self.child.kill();
         } else {
-            // sudo hands signals on.
+            // sudo forwards signals.
             let _ = shell::quiet("sudo", &["kill", &self.child.id().to_string()]);
         }
         let _ = self.child.wait();

@@ -1,5 +1,5 @@
-//! Debian's and Ubuntu's package manager: what it offers, and installing it
-//! without starting a daemon or removing anything.
+//! Debian's and Ubuntu's package manager: checks which packages are available, and
+//! installs them without starting daemons or removing packages.
 
 use std::{fs, time::Duration};
 
@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 
 use crate::shell;
 
-/// Whether this machine has apt at all.
-pub fn is_there() -> bool {
+/// Whether this machine has apt.
+pub fn is_available() -> bool {
     shell::which("apt-get").is_some()
 }
 
@@ -21,7 +21,7 @@ pub fn offers(package: &str) -> bool {
     })
 }
 
-/// Fetches the package lists when they are older than a day.
+/// Fetches the package lists if they are older than a day.
 pub fn refresh() -> Result<()> {
     let is_fresh = fs::metadata("/var/lib/apt/lists/partial")
         .and_then(|metadata| metadata.modified())
@@ -37,19 +37,19 @@ pub fn refresh() -> Result<()> {
     shell::with_progress("fetching the package lists", &mut command).map(drop)
 }
 
-/// Installs `packages`. Services that come with them are not started: a
-/// `policy-rc.d` that says no stands there meanwhile, and one that the machine
-/// had is put back. Never removes a package to make room.
+/// Installs `packages` without starting their services: a `policy-rc.d` that
+/// refuses is in place meanwhile, and the machine's own one is restored
+/// afterwards. Never removes a package.
 pub fn install(packages: &[&str]) -> Result<()> {
-    if !is_there() {
-        bail!("no apt here: install by hand what provides {}", packages.join(", "));
+    if !is_available() {
+        bail!("apt is not available: install these packages by hand: {}", packages.join(", "));
     }
     let mut command = shell::as_root("sh");
     command.arg("-c").arg(INSTALL).arg("install").args(packages);
     shell::with_progress(&format!("installing {}", packages.join(", ")), &mut command).map(drop)
 }
 
-/// The marker lets a later run clear away what a killed one left behind.
+/// Script of [`install`]. The marker lets a later run clean up after a killed one.
 const INSTALL: &str = r#"
 set -e
 policy=/usr/sbin/policy-rc.d

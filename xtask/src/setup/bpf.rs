@@ -1,6 +1,6 @@
-//! Installs a BPF tool chain: the distribution's compiler for it where there is
-//! one (Debian's rustc-web), otherwise nightly with the standard library's
-//! source; and bpf-linker to match the compiler's LLVM.
+//! Installs a BPF toolchain: the distribution's compiler if it has one (Debian's
+//! rustc-web), otherwise nightly with the standard library's source; and a
+//! bpf-linker that matches the compiler's LLVM.
 
 use std::{env, fs, path::Path, process::Command};
 
@@ -17,12 +17,12 @@ const LINKER_VERSION: &str = "0.13.0";
 const LINKER_LLVM: std::ops::RangeInclusive<u32> = 21..=23;
 const LINKER_RELEASES: &str = "https://github.com/aya-rs/bpf-linker/releases/download";
 
-/// Installs what is missing and proves the result by linking a program.
+/// Installs what is missing and verifies the result by linking a program.
 pub fn install() -> Result<String> {
     if bpf::find_compiler().is_none() {
         install_compiler()?;
     }
-    let (cargo, rustc, _) = bpf::find_compiler().context("the compiler was installed, yet is not found")?;
+    let (cargo, rustc, _) = bpf::find_compiler().context("the compiler was installed but cannot be found")?;
     if bpf::find_linker().is_none() {
         install_linker(&cargo, &rustc)?;
     }
@@ -38,14 +38,14 @@ pub fn install() -> Result<String> {
 
 fn install_compiler() -> Result<()> {
     const PACKAGED: [&str; 3] = ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf"];
-    if apt::is_there() {
+    if apt::is_available() {
         apt::refresh()?;
         if PACKAGED.iter().all(|package| apt::offers(package)) {
             match apt::install(&PACKAGED) {
                 Ok(()) => return Ok(()),
                 // It conflicts with the plain rustc package, which we leave alone.
                 Err(error) => {
-                    eprintln!("  the packaged compiler could not be had, trying rustup ({error:#})")
+                    eprintln!("  cannot install the packaged compiler, trying rustup ({error:#})")
                 }
             }
         }
@@ -56,13 +56,13 @@ fn install_compiler() -> Result<()> {
 fn install_nightly() -> Result<()> {
     if shell::which("rustup").is_none() {
         bail!(
-            "no packaged Rust compiler for BPF and no rustup: install rustup (https://rustup.rs), run this again"
+            "no packaged Rust compiler for BPF and no rustup: install rustup (https://rustup.rs), then run this again"
         );
     }
-    if apt::is_there() {
+    if apt::is_available() {
         apt::refresh()?;
     }
-    // A nightly whose LLVM the distribution has too: the linker can be built.
+    // A nightly whose LLVM the distribution packages, so that the linker can be built.
     let name = bpf::NIGHTLIES
         .iter()
         .find(|(_, llvm)| llvm.is_none_or(|llvm| apt::offers(&format!("llvm-{llvm}-dev"))))
@@ -76,7 +76,7 @@ fn install_linker(cargo: &Path, rustc: &Path) -> Result<()> {
     let llvm = llvm_version(rustc)?;
     let packages = [format!("llvm-{llvm}-dev"), format!("libpolly-{llvm}-dev"), "g++".into()];
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
-    if LINKER_LLVM.contains(&llvm) && apt::is_there() {
+    if LINKER_LLVM.contains(&llvm) && apt::is_available() {
         apt::refresh()?;
         if packages.iter().all(|package| apt::offers(package)) {
             apt::install(&packages)?;
@@ -84,7 +84,7 @@ fn install_linker(cargo: &Path, rustc: &Path) -> Result<()> {
         }
     }
     download_linker()
-        .with_context(|| format!("no llvm-{llvm}-dev package to build bpf-linker with, and no download"))
+        .with_context(|| format!("cannot build bpf-linker (no llvm-{llvm}-dev package) nor download it"))
 }
 
 fn build_linker(cargo: &Path, rustc: &Path, llvm: u32) -> Result<()> {
@@ -101,7 +101,7 @@ fn build_linker(cargo: &Path, rustc: &Path, llvm: u32) -> Result<()> {
     shell::with_progress("building bpf-linker (a few minutes)", &mut command).map(drop)
 }
 
-/// The project's own static build, for machines without a recent LLVM.
+/// Downloads the static build of the bpf-linker project, for machines without a recent LLVM.
 fn download_linker() -> Result<()> {
     apt::install(&["zstd", "curl", "ca-certificates"])?;
     let home = env::var_os("CARGO_HOME")
@@ -119,29 +119,29 @@ fn download_linker() -> Result<()> {
     shell::with_progress("downloading bpf-linker", &mut command).map(drop)
 }
 
-/// The major version of the LLVM inside `rustc`.
+/// Returns the major version of the LLVM inside `rustc`.
 fn llvm_version(rustc: &Path) -> Result<u32> {
-    let said = shell::quiet(rustc, &["-vV"]).with_context(|| format!("cannot run {}", rustc.display()))?;
-    parse_llvm(&said).with_context(|| format!("{} does not name its LLVM version", rustc.display()))
+    let version = shell::quiet(rustc, &["-vV"]).with_context(|| format!("cannot run {}", rustc.display()))?;
+    parse_llvm(&version).with_context(|| format!("{} -vV does not print its LLVM version", rustc.display()))
 }
 
-fn parse_llvm(said: &str) -> Option<u32> {
-    said.lines().find_map(|line| line.strip_prefix("LLVM version: ")?.split('.').next()?.parse().ok())
+fn parse_llvm(version: &str) -> Option<u32> {
+    version.lines().find_map(|line| line.strip_prefix("LLVM version: ")?.split('.').next()?.parse().ok())
 }
 
-/// Compiles and links the smallest XDP program there is.
+/// Compiles and links a minimal XDP program.
 fn probe(toolchain: &Toolchain) -> Result<()> {
     const PROGRAM: &str = r#"#![no_std] #![no_main]
 #[unsafe(no_mangle)] #[unsafe(link_section = "xdp")] pub extern "C" fn pass(_: *mut u8) -> u32 { 2 }
 #[panic_handler] fn panic(_: &core::panic::PanicInfo) -> ! { loop {} }
 "#;
     if toolchain.build_std {
-        return Ok(()); // rustc alone cannot: it would need cargo to build core.
+        return Ok(()); // Needs cargo to build core; rustc alone cannot.
     }
     let directory = shell::workspace().join("target/bpf-probe");
-    // The proof holds as long as the same two files are in place.
-    let (proof, proven) = (directory.join("proven"), fingerprint(toolchain)?);
-    if fs::read_to_string(&proof).is_ok_and(|last| last == proven) {
+    // The last result is valid while the compiler and the linker are unchanged.
+    let (stamp, current) = (directory.join("proven"), fingerprint(toolchain)?);
+    if fs::read_to_string(&stamp).is_ok_and(|last| last == current) {
         return Ok(());
     }
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
@@ -158,12 +158,12 @@ fn probe(toolchain: &Toolchain) -> Result<()> {
         .output()
         .with_context(|| format!("cannot run {}", toolchain.rustc.display()))?;
     if !output.status.success() {
-        bail!("the BPF tool chain cannot build a program:\n{}", String::from_utf8_lossy(&output.stderr));
+        bail!("the BPF toolchain cannot build a program:\n{}", String::from_utf8_lossy(&output.stderr));
     }
-    fs::write(&proof, proven).with_context(|| format!("cannot write {}", proof.display()))
+    fs::write(&stamp, current).with_context(|| format!("cannot write {}", stamp.display()))
 }
 
-/// Which compiler and linker these are: places and times of change.
+/// Identifies compiler and linker by their paths and modification times.
 fn fingerprint(toolchain: &Toolchain) -> Result<String> {
     let mut lines = String::new();
     for file in [&toolchain.rustc, &toolchain.linker] {

@@ -1,6 +1,6 @@
-//! `cargo xtask setup`: brings a fresh Debian or Ubuntu to where everything
-//! builds and every suite runs. Each part looks first and installs only what is
-//! missing, so that a second run takes a moment.
+//! `cargo xtask setup`: prepares a fresh Debian or Ubuntu so that everything
+//! builds and every suite runs. Each part installs only what is missing, so
+//! that a second run takes a moment.
 
 use std::time::Instant;
 
@@ -10,22 +10,22 @@ mod apt;
 mod bpf;
 mod packages;
 
-/// Which parts to set up; without any, all that the balancer needs.
+/// Which parts to set up; if none is given, all that the load balancer needs.
 #[derive(clap::Args, Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// The BPF tool chain, for building the XDP programs.
+    /// Set up the BPF toolchain, which builds the XDP programs.
     #[arg(long)]
     pub bpf: bool,
-    /// The programs that the demo and the tests run: nginx, iperf3, ethtool, …
+    /// Install the programs that the demo and the tests run: nginx, iperf3, ethtool, …
     #[arg(long)]
     pub packages: bool,
-    /// libtorch and a model, for the inference worker.
+    /// Download libtorch and a model, for the inference worker.
     #[arg(long)]
     pub inference: bool,
 }
 
 impl Options {
-    /// Everything that the balancer, its demo and its tests need.
+    /// Everything that the load balancer, its demo and its tests need.
     pub const BALANCER: Self = Self { bpf: true, packages: true, inference: false };
 
     fn is_empty(self) -> bool {
@@ -33,8 +33,8 @@ impl Options {
     }
 }
 
-/// Sets up the chosen parts. The error names every part that failed and its
-/// remedy; parts after a failed one are still done.
+/// Sets up the chosen parts, also after a part has failed. The error names
+/// every failed part.
 pub fn run(options: &Options) -> Result<()> {
     let options = if options.is_empty() { Options::BALANCER } else { *options };
     let started = Instant::now();
@@ -52,11 +52,11 @@ pub fn run(options: &Options) -> Result<()> {
         }
     };
     part(options.packages, "programs", packages::install);
-    part(options.bpf, "BPF tool chain", bpf::install);
+    part(options.bpf, "BPF toolchain", bpf::install);
     part(options.inference, "libtorch", crate::inference::libtorch::install);
     part(options.inference, "model", crate::inference::model::install);
     if !failed.is_empty() {
-        bail!("set-up is incomplete: {}", failed.join(", "));
+        bail!("set-up is incomplete, see the errors above: {}", failed.join(", "));
     }
     eprintln!("set-up: complete in {:.1} s", started.elapsed().as_secs_f32());
     Ok(())

@@ -1,11 +1,11 @@
-//! The ready-made programs that the demo and the tests run.
+//! Installs the programs that the demo and the tests run.
 
 use anyhow::{Result, bail};
 
 use super::apt;
 use crate::shell;
 
-/// A program, and the packages that bring it: the first set on offer is taken.
+/// A program, and the sets of packages that provide it, of which the first available one is installed.
 struct Wanted {
     program: &'static str,
     packages: &'static [&'static [&'static str]],
@@ -26,7 +26,7 @@ const WANTED: &[Wanted] = &[
     one("wrk", &[&["wrk"]]),
     one("bpftool", &[&["bpftool"], &["linux-tools-common", "linux-tools-generic"]]),
     one("haproxy", &[&["haproxy"]]),
-    // A path is as good as a program's name.
+    // A path works like a program's name.
     one("/usr/lib/nginx/modules/ngx_stream_module.so", &[&["libnginx-mod-stream"]]),
     one("nft", &[&["nftables"]]),
     one("nsenter", &[&["util-linux"]]),
@@ -37,15 +37,18 @@ const WANTED: &[Wanted] = &[
     one("python3", &[&["python3"]]),
 ];
 
-/// Installs the packages of every program that is not there yet.
+/// Installs the packages of every missing program.
 pub fn install() -> Result<String> {
     let missing = missing();
     if missing.is_empty() {
         return Ok(format!("all {} found", WANTED.len()));
     }
-    if !apt::is_there() {
+    if !apt::is_available() {
         let names: Vec<&str> = missing.iter().map(|wanted| wanted.program).collect();
-        bail!("{} not found and no apt here: install them with your package manager", names.join(", "));
+        bail!(
+            "{} not found, and apt is not available: install them with your package manager",
+            names.join(", ")
+        );
     }
     apt::refresh()?;
     let mut packages = Vec::new();
@@ -60,11 +63,11 @@ pub fn install() -> Result<String> {
         apt::install(&packages)?;
     }
     if !unknown.is_empty() {
-        bail!("no package on offer for {}: add a package source that has it", unknown.join(", "));
+        bail!("no package provides {}: add a package source that does", unknown.join(", "));
     }
     match self::missing().as_slice() {
         [] => Ok(format!("installed {}", packages.join(", "))),
-        [first, ..] => bail!("{} is still not found although {packages:?} were installed", first.program),
+        [first, ..] => bail!("{} is still missing after installing {packages:?}", first.program),
     }
 }
 

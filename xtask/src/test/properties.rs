@@ -1,4 +1,4 @@
-//! The suite `property`: finds what states properties, and runs it over many more cases than beside other tests.
+//! The suite `property`: finds property tests and runs them over many more cases than the unit suite does.
 
 use std::{
     collections::BTreeSet,
@@ -12,11 +12,10 @@ use anyhow::{Context, Result};
 use super::{CRATES, cargo};
 use crate::shell;
 
-/// Cases for each property; proptest's own default, 256, is what unit runs use.
+/// Cases per property; the unit suite uses proptest's default of 256.
 const PROPERTY_CASES: u32 = 500;
 
-/// The properties once more, over many more cases than beside the other tests:
-/// every module and every integration test that has some.
+/// Returns the commands that run every module and every integration test with properties.
 pub fn commands(profile: [&str; 2]) -> Result<Vec<Command>> {
     let mut commands = Vec::new();
     for name in CRATES {
@@ -42,7 +41,7 @@ pub fn commands(profile: [&str; 2]) -> Result<Vec<Command>> {
     Ok(commands)
 }
 
-/// Files under `directory` that state properties, relative to it.
+/// Returns the files under `directory` that contain properties, relative to it.
 fn with_properties(directory: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut open = vec![directory.to_owned()];
@@ -61,14 +60,14 @@ fn with_properties(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// `compile/mod.rs` is `compile`, `maglev/tests.rs` is `maglev::tests`.
+/// Returns the module path of a file: `compile/mod.rs` is `compile`, `maglev/tests.rs` is `maglev::tests`.
 fn module_path(file: &Path) -> String {
     let path = file.with_extension("");
     let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).filter(|part| part != "mod").collect();
     parts.join("::")
 }
 
-/// `native.rs` and `native/hostile.rs` belong to the test program `native`.
+/// Returns the test program of a file: `native` for `native.rs` and `native/hostile.rs`.
 fn target_of(file: &Path) -> Option<String> {
     let first = Path::new(file.iter().next()?);
     Some(first.file_stem()?.to_string_lossy().into_owned())

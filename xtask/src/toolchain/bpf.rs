@@ -1,11 +1,11 @@
-//! Finds a BPF tool chain and builds the XDP programs with it.
+//! Finds a BPF toolchain and builds the XDP programs with it.
 //!
-//! In: the machine's compilers, `lb-ebpf`. Out: one object file per program.
+//! Input: the machine's compilers, `lb-ebpf`. Output: one object file per program.
 //! Called by `cargo xtask` (set-up, `dist`) and, through `#[path]`, by
-//! `lb-userspace/build.rs`; so nothing but `std` is used here.
+//! `lb-userspace/build.rs`, so it depends on `std` only.
 //!
-//! Order of search: a rustc that ships `core` for the BPF target; a tool chain
-//! with the standard library's source, where cargo builds `core` itself. Both
+//! Order of search: a rustc that ships `core` for the BPF target; a toolchain
+//! with the standard library's source, with which cargo builds `core`. Both
 //! link with `bpf-linker`.
 
 use std::{
@@ -21,9 +21,9 @@ pub const TARGET: &str =
 /// The programs of `lb-ebpf`, by the names of its binaries.
 pub const PROGRAMS: [&str; 3] = ["ingress", "decap", "probe"];
 
-/// Nightly tool chains that can build `core` from source, best first. The dated
-/// ones carry an LLVM (the number) that distributions package; set-up installs one
-/// of them where it can.
+/// Nightly toolchains that can build `core` from source, best first. The dated
+/// ones contain an LLVM (the number) that distributions package, so set-up
+/// prefers them.
 pub const NIGHTLIES: [(&str, Option<u32>); 3] =
     [("nightly-2026-05-19", Some(22)), ("nightly-2025-12-01", Some(21)), ("nightly", None)];
 
@@ -42,12 +42,12 @@ pub struct Toolchain {
     pub features: &'static str,
 }
 
-/// What keeps the programs from being built. Each says its remedy.
+/// Why the programs cannot be built. Each message says what to do.
 #[derive(Debug)]
 pub enum Error {
     /// No compiler knows the BPF target.
     NoCompiler,
-    /// A compiler is there, `bpf-linker` is not.
+    /// There is a compiler but no `bpf-linker`.
     NoLinker,
     /// cargo could not be started.
     Start {
@@ -58,7 +58,7 @@ pub enum Error {
     },
     /// cargo ran and failed.
     Failed {
-        /// Everything cargo and rustc said.
+        /// Output of cargo and rustc.
         output: String,
     },
 }
@@ -76,17 +76,17 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// The first tool chain that can build the programs.
+/// Finds the first toolchain that can build the programs.
 pub fn find() -> Result<Toolchain, Error> {
     let (cargo, rustc, build_std) = find_compiler().ok_or(Error::NoCompiler)?;
     let linker = find_linker().ok_or(Error::NoLinker)?;
     Ok(Toolchain { cargo, rustc, build_std, linker, features: "bpf" })
 }
 
-/// (cargo, rustc, whether `core` has to be built) of the first usable compiler.
+/// Finds the first usable compiler: cargo, rustc, and whether `core` must be built.
 pub fn find_compiler() -> Option<(PathBuf, PathBuf, bool)> {
     let mut installed = on_path("rustc");
-    // A distribution's compiler stays reachable when rustup's shims come first.
+    // Finds the distribution's compiler even if rustup's shims come first in PATH.
     let packaged = PathBuf::from("/usr/bin/rustc");
     if packaged.is_file() && !installed.contains(&packaged) {
         installed.push(packaged);
@@ -101,7 +101,7 @@ pub fn find_compiler() -> Option<(PathBuf, PathBuf, bool)> {
         }
     }
     let nightlies = NIGHTLIES.iter().filter_map(|(name, _)| {
-        // Asking for a tool chain must not install it.
+        // The query must not install the toolchain.
         let mut rustup = Command::new("rustup");
         sysroot(rustup.args(["run", name, "rustc"]).env("RUSTUP_AUTO_INSTALL", "0"))
     });
@@ -115,7 +115,7 @@ pub fn find_compiler() -> Option<(PathBuf, PathBuf, bool)> {
     None
 }
 
-/// `bpf-linker` on PATH, or where `cargo install` puts it.
+/// Finds `bpf-linker` in PATH, or where `cargo install` puts it.
 pub fn find_linker() -> Option<PathBuf> {
     let cargo_bin = env::var_os("CARGO_HOME")
         .map(PathBuf::from)
@@ -126,14 +126,15 @@ pub fn find_linker() -> Option<PathBuf> {
 }
 
 impl Toolchain {
-    /// Builds every program into `target_dir` and returns the objects in the
-    /// order of [`PROGRAMS`], with the warnings that the compiler gave.
-    /// `workspace` is the repository's root.
+    /// Builds all programs in `target_dir` and returns the objects in the order
+    /// of [`PROGRAMS`], with the compiler's warnings. `workspace` is the
+    /// repository's root.
     pub fn build(&self, workspace: &Path, target_dir: &Path) -> Result<(Vec<PathBuf>, Vec<String>), Error> {
         self.build_these(&PROGRAMS, workspace, target_dir)
     }
 
-    /// The same for these binaries of `lb-ebpf`.
+    /// Builds the named binaries of `lb-ebpf` in `target_dir` and returns their
+    /// objects, with the compiler's warnings.
     pub fn build_these(
         &self,
         programs: &[&str],
@@ -144,13 +145,13 @@ impl Toolchain {
             .command(programs, workspace, target_dir)
             .output()
             .map_err(|source| Error::Start { cargo: self.cargo.clone(), source })?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let messages = String::from_utf8_lossy(&output.stderr).into_owned();
         if !output.status.success() {
-            return Err(Error::Failed { output: said });
+            return Err(Error::Failed { output: messages });
         }
         let release = target_dir.join(TARGET).join("release");
         let objects = programs.iter().map(|name| release.join(name)).collect();
-        Ok((objects, warnings(&said)))
+        Ok((objects, warnings(&messages)))
     }
 
     fn command(&self, programs: &[&str], workspace: &Path, target_dir: &Path) -> Command {
@@ -170,11 +171,11 @@ impl Toolchain {
         if self.build_std {
             command.args(["-Z", "build-std=core"]);
         }
-        // What an outer cargo tells its build scripts must not reach this one:
-        // its compiler, its flags, its target directory (it holds that lock).
+        // Variables that an outer cargo sets for build scripts must not reach this
+        // cargo: compiler, flags, target directory (whose lock the outer one holds).
         for (name, _) in env::vars_os() {
             let name = name.to_string_lossy().into_owned();
-            if is_of_outer_build(&name) {
+            if belongs_to_outer_build(&name) {
                 command.env_remove(name);
             }
         }
@@ -188,24 +189,25 @@ impl Toolchain {
         command
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
             .env("RUSTC", &self.rustc)
-            // The BPF target is not a stable one, whatever compiler builds for it.
+            // The BPF target is unstable, so a stable compiler needs this.
             .env("RUSTC_BOOTSTRAP", "1");
         command
     }
 }
 
-/// Variables that describe the build in progress rather than the user's wishes
-/// for downloads and places.
-fn is_of_outer_build(name: &str) -> bool {
+/// Whether a variable describes the outer build, and not the user's settings
+/// for downloads and directories.
+fn belongs_to_outer_build(name: &str) -> bool {
     const KEPT: [&str; 5] = ["CARGO_HOME", "CARGO_NET_", "CARGO_HTTP_", "CARGO_REGISTR", "CARGO_SOURCE_"];
-    let described = name.starts_with("CARGO") || name.starts_with("RUST") || name.starts_with("DEP_");
+    let has_prefix = name.starts_with("CARGO") || name.starts_with("RUST") || name.starts_with("DEP_");
     let build_script = ["TARGET", "HOST", "PROFILE", "OPT_LEVEL", "DEBUG", "NUM_JOBS", "OUT_DIR"];
     let kept = KEPT.iter().any(|kept| name.starts_with(kept)) || name == "RUSTUP_HOME";
-    (described && !kept) || build_script.contains(&name)
+    (has_prefix && !kept) || build_script.contains(&name)
 }
 
-fn warnings(said: &str) -> Vec<String> {
-    let mut lines = said.lines().peekable();
+/// Returns the warnings in a compiler's messages, with their locations.
+fn warnings(messages: &str) -> Vec<String> {
+    let mut lines = messages.lines().peekable();
     let mut found = Vec::new();
     while let Some(line) = lines.next() {
         if !line.starts_with("warning:") || line.contains("generated") {
@@ -217,7 +219,7 @@ fn warnings(said: &str) -> Vec<String> {
     found
 }
 
-/// The host's architecture by the name that aya's `bpf_target_arch` uses.
+/// Returns the host's architecture under its name in aya's `bpf_target_arch`.
 fn bpf_target_arch() -> &'static str {
     match env::consts::ARCH {
         arch if arch.starts_with("riscv64") => "riscv64",

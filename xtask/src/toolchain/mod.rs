@@ -1,4 +1,4 @@
-//! The tool chains beyond stable Rust that the build needs.
+//! Toolchains beyond stable Rust that the build needs.
 
 #[allow(dead_code, reason = "shared with lb-userspace/build.rs, which uses the rest")]
 pub mod bpf;

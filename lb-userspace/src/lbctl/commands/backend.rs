@@ -3,7 +3,7 @@
 use super::{Context, Exit, Failure, WriteFlags, words::word};
 use crate::{
     desired::model::{BackendState, Name, NameError, QuicError, ServerId},
-    lbctl::render::observe,
+    lbctl::render::backend as render,
     serve::api::types::BackendInfo,
 };
 use clap::{Args, Subcommand};
@@ -11,103 +11,103 @@ use reqwest::Method;
 use serde_json::{Map, Value, json};
 use std::net::IpAddr;
 
-/// What to do with backends.
+/// Subcommands of `lbctl backend`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Add a backend to a service
     #[command(after_help = "Example: lbctl backend add web w1 10.1.0.1 --weight 2")]
     Add {
-        /// Service
+        /// Name of the service
         service: Name,
-        /// Name, unique within the service
+        /// Name of the backend, unique within the service
         name: Name,
-        /// Worker's address
+        /// Address of the worker
         address: IpAddr,
-        /// Mode nat: port that the worker serves on [default: the service's]
+        /// With mode nat: port that the worker listens on [default: the service's]
         #[arg(long)]
         port: Option<u16>,
-        /// Share of new flows relative to the other backends'
+        /// Weight: share of new flows, relative to the other backends
         #[arg(long, value_name = "N", default_value_t = 1)]
         weight: u32,
-        /// up, draining or down
+        /// Administrative state: up, draining or down
         #[arg(long, value_parser = word::<BackendState>, default_value = "up")]
         state: BackendState,
-        /// Server id in the QUIC connection ids that the worker gives out
+        /// QUIC-LB server ID that the worker encodes in its connection IDs
         #[arg(long, value_name = "HEX")]
         server_id: Option<ServerId>,
-        /// Region that it is in [default: that of each host that looks]
+        /// Region of the backend [default: the region of each lbd host]
         #[arg(long, value_name = "REGION")]
         region: Option<Name>,
-        /// Zone within the region [default: that of each host that looks]
+        /// Zone of the backend within its region [default: the zone of each lbd host]
         #[arg(long, value_name = "ZONE")]
         zone: Option<Name>,
         #[command(flatten)]
         write: WriteFlags,
     },
-    /// List backends of a service, or of all
+    /// List the backends of one service or of all services
     #[command(visible_alias = "ls")]
     List {
-        /// Service
+        /// Name of the service
         service: Option<Name>,
     },
-    /// Show one backend, with the history of its health
+    /// Show one backend with its health history
     Show {
-        /// Service
+        /// Name of the service
         service: Name,
-        /// Backend
+        /// Name of the backend
         name: Name,
     },
-    /// Change settings of a backend; what is not named stays
+    /// Change settings of a backend; settings not given keep their values
     Set {
-        /// Service
+        /// Name of the service
         service: Name,
-        /// Backend
+        /// Name of the backend
         name: Name,
-        /// Worker's address
+        /// Address of the worker
         #[arg(long)]
         address: Option<IpAddr>,
-        /// Mode nat: port that the worker serves on
+        /// With mode nat: port that the worker listens on
         #[arg(long)]
         port: Option<u16>,
-        /// Share of new flows relative to the other backends'
+        /// Weight: share of new flows, relative to the other backends
         #[arg(long, value_name = "N")]
         weight: Option<u32>,
-        /// up, draining or down
+        /// Administrative state: up, draining or down
         #[arg(long, value_parser = word::<BackendState>)]
         state: Option<BackendState>,
-        /// Server id in the QUIC connection ids that the worker gives out, or none
+        /// QUIC-LB server ID that the worker encodes in its connection IDs, or none
         #[arg(long, value_name = "HEX|none", value_parser = server_id)]
         server_id: Option<OptionalId>,
-        /// Region that it is in, or none
+        /// Region of the backend, or none
         #[arg(long, value_name = "REGION|none", value_parser = optional_name)]
         region: Option<OptionalName>,
-        /// Zone within the region, or none
+        /// Zone of the backend within its region, or none
         #[arg(long, value_name = "ZONE|none", value_parser = optional_name)]
         zone: Option<OptionalName>,
         #[command(flatten)]
         write: WriteFlags,
     },
-    /// Send no new flows to a backend; established ones stay
+    /// Stop sending new flows to a backend; established flows continue
     Drain(One),
-    /// Send it new flows again
+    /// Send new flows to a drained backend again
     Undrain(One),
-    /// Remove a backend; its established flows stay for the drain time
+    /// Remove a backend; its established flows continue for the drain time
     #[command(visible_alias = "remove")]
     Rm(One),
 }
 
-/// One backend to change.
+/// Arguments of `drain`, `undrain` and `rm`.
 #[derive(Debug, Args)]
 pub struct One {
-    /// Service
+    /// Name of the service
     service: Name,
-    /// Backend
+    /// Name of the backend
     name: Name,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// A server id, or none.
+/// A server ID, or `none`.
 #[derive(Clone, Debug)]
 pub struct OptionalId(Option<ServerId>);
 
@@ -118,7 +118,7 @@ fn server_id(text: &str) -> Result<OptionalId, String> {
     text.parse().map(|id| OptionalId(Some(id))).map_err(|e: QuicError| e.to_string())
 }
 
-/// A region or zone, or none.
+/// The name of a region or zone, or `none`.
 #[derive(Clone, Debug)]
 pub struct OptionalName(Option<Name>);
 
@@ -133,7 +133,7 @@ fn path(service: &Name, name: &Name) -> String {
     format!("/v1/services/{service}/backends/{name}")
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Add { service, name, address, port, weight, state, server_id, region, zone, write } => {
@@ -187,7 +187,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             } else if list.is_empty() {
                 say!("no backends: add one with `lbctl backend add`");
             } else {
-                observe::backends(&mut context.out, &list)?;
+                render::backends(&mut context.out, &list)?;
             }
             Ok(Exit::Ok)
         }
@@ -196,7 +196,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             if context.out.json {
                 context.out.json(&backend, false)?;
             } else {
-                observe::backend(&mut context.out, &backend)?;
+                render::backend(&mut context.out, &backend)?;
             }
             Ok(Exit::Ok)
         }

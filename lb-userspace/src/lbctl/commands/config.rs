@@ -13,39 +13,39 @@ use clap::{Args, Subcommand};
 use reqwest::Method;
 use std::path::PathBuf;
 
-/// What to do with configuration files.
+/// Subcommands of `lbctl config`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Look for mistakes in a file; needs no lbd (exit code 1 if there are any)
+    /// Check a file for mistakes, without contacting lbd (exit code 1 if it has any)
     Check(Check),
-    /// Show what applying a file would change (exit code 1 if anything)
+    /// Show what applying a file would change (exit code 1 if anything would)
     Diff {
-        /// File, - for standard input
+        /// File, or - for standard input
         file: PathBuf,
     },
-    /// Make the services of a file the desired state, all at once and as one revision
+    /// Replace the desired state with the services of a file, atomically and as one revision
     Apply {
-        /// File, - for standard input
+        /// File, or - for standard input
         file: PathBuf,
         #[command(flatten)]
         write: WriteFlags,
     },
-    /// Print the desired state as a file that `apply` takes
+    /// Print the desired state as a file for `config apply`
     Export {
-        /// With the revision that it is, so that `apply` refuses the file when somebody has changed things since
+        /// Include the revision, so that `config apply` refuses the file if the state has changed since
         #[arg(long)]
         with_revision: bool,
     },
 }
 
-/// `config check`.
+/// Arguments of `config check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// File, - for standard input
+    /// File, or - for standard input
     file: PathBuf,
 }
 
-/// Checks a file, without lbd.
+/// Checks a file, without contacting lbd.
 pub fn check(out: &mut Out<'_>, check: &Check) -> Result<Exit, Failure> {
     let problems = match File::read(&check.file) {
         Err(error @ ConfigError::Read { .. }) => {
@@ -98,14 +98,14 @@ fn refused(error: &ConfigError) -> Failure {
     match error {
         ConfigError::Read { .. } => Failure::Refused { what: text, fix: None, details: Vec::new() },
         ConfigError::Problems { file, .. } => Failure::Refused {
-            what: format!("{file} has mistakes, and nothing was changed"),
-            fix: Some("mend them, and look again with `lbctl config check`".to_owned()),
+            what: format!("{file} has mistakes; nothing was changed"),
+            fix: Some("correct them, then run `lbctl config check` again".to_owned()),
             details: text.lines().map(str::to_owned).collect(),
         },
     }
 }
 
-/// The services of a file, and the revision that they were made from, if it says.
+/// Reads the services of a file, and the revision that they are based on if the file names one.
 fn desired(file: &std::path::Path) -> Result<(Desired, Option<u64>), Failure> {
     let read = File::read(file).map_err(|e| refused(&e))?;
     let desired = read.desired.ok_or_else(|| Failure::Refused {
@@ -116,12 +116,12 @@ fn desired(file: &std::path::Path) -> Result<(Desired, Option<u64>), Failure> {
     Ok((desired, read.revision))
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
-        Command::Check(it) => check(&mut context.out, &it),
+        Command::Check(args) => check(&mut context.out, &args),
         Command::Diff { file } => {
-            // What `apply` would do, by the same way.
+            // The dry run of `config apply`, so that both report the same differences.
             let (desired, revision) = desired(&file)?;
             let body = Config { revision, desired };
             let query = WriteQuery { dry_run: true, ..WriteQuery::default() };

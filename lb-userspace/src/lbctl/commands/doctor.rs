@@ -8,11 +8,13 @@ use crate::lbctl::{
 use clap::Args;
 use std::path::PathBuf;
 
-/// `doctor`.
+/// Arguments of `lbctl doctor`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example: sudo lbctl doctor\n\nExit code 1 if something fails; warnings leave it 0.")]
+#[command(
+    after_help = "Example: sudo lbctl doctor\n\nExit code 1 if a check fails; warnings alone leave it 0."
+)]
 pub struct Doctor {
-    /// Directory of lbd's pins
+    /// Directory in which lbd pins its BPF programs and maps
     #[arg(
         long,
         value_name = "DIR",
@@ -21,21 +23,21 @@ pub struct Doctor {
         default_value = "/sys/fs/bpf/lb"
     )]
     pin_path: PathBuf,
-    /// Send nothing to the workers
+    /// Do not send packets to the workers
     #[arg(long)]
     no_probes: bool,
 }
 
-/// Looks at everything and says what is wrong.
+/// Runs all checks and prints the findings.
 pub async fn run(context: &mut Context<'_>, doctor: Doctor) -> Result<Exit, Failure> {
-    let said = match ask(context).await {
-        Ok(said) => Ok(said),
+    let view = match fetch_view(context).await {
+        Ok(view) => Ok(view),
         Err(Failure::Client(error)) => Err(error),
         Err(other) => return Err(other),
     };
     let plan = Plan { pin_path: doctor.pin_path, probe: !doctor.no_probes };
-    let mut found = doctor::examine(&plan, said.as_ref().ok()).await;
-    if let Err(error) = said {
+    let mut found = doctor::examine(&plan, view.as_ref().ok()).await;
+    if let Err(error) = view {
         found.push(Finding {
             level: Level::Fail,
             about: "lbd".to_owned(),
@@ -48,7 +50,7 @@ pub async fn run(context: &mut Context<'_>, doctor: Doctor) -> Result<Exit, Fail
     Ok(if worst == Level::Fail { Exit::No } else { Exit::Ok })
 }
 
-async fn ask(context: &Context<'_>) -> Result<DaemonView, Failure> {
+async fn fetch_view(context: &Context<'_>) -> Result<DaemonView, Failure> {
     let client = &context.client;
     Ok(DaemonView {
         status: client.get("/v1/status", &()).await?,

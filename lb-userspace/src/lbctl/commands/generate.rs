@@ -6,19 +6,19 @@ use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 use std::path::PathBuf;
 
-/// `completions`.
+/// Arguments of `lbctl completions`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: lbctl completions bash > /etc/bash_completion.d/lbctl")]
 pub struct Completions {
-    /// Shell
+    /// Shell that will load the script
     shell: Shell,
 }
 
-/// `man`.
+/// Arguments of `lbctl man`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: lbctl man /usr/local/share/man/man1")]
 pub struct Man {
-    /// Directory, made if it is missing
+    /// Directory for the pages; created if it does not exist
     directory: PathBuf,
 }
 
@@ -30,7 +30,7 @@ pub fn completions(out: &mut Out<'_>, completions: &Completions) -> Result<Exit,
     Ok(Exit::Ok)
 }
 
-/// Writes man pages: one for each command of lbctl and lbd.
+/// Writes one man page for each command of lbctl and lbd.
 pub fn man(man: &Man) -> Result<Exit, Failure> {
     let directory = &man.directory;
     let write = || {
@@ -39,7 +39,7 @@ pub fn man(man: &Man) -> Result<Exit, Failure> {
         clap_mangen::generate_to(super::command(), directory)
     };
     write().map_err(|e| Failure::Refused {
-        what: format!("cannot write man pages into {}: {e}", directory.display()),
+        what: format!("cannot write man pages to {}: {e}", directory.display()),
         fix: None,
         details: Vec::new(),
     })?;

@@ -12,37 +12,37 @@ use reqwest::Method;
 use serde_json::json;
 use std::{collections::BTreeSet, io::Read, net::IpAddr, path::PathBuf, time::Duration};
 
-/// Wrong lines of a file that are named.
-const WRONG: usize = 20;
+/// Largest number of invalid lines of a file that an error lists.
+const LISTED_LINES: usize = 20;
 
-/// What to do with the lists.
+/// Subcommands of `lbctl guard`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// How many entries there are, and what they have dropped
+    /// Show the number of entries, and how many packets they have dropped
     Show,
-    /// Sources whose packets to services are dropped
+    /// Manage the deny list: sources whose packets to services are dropped
     #[command(subcommand)]
     Deny(Verb),
-    /// Exceptions: of all entries that hold an address the longest decides, and of equal ones the exception
+    /// Manage the allow list: exceptions; the longest matching prefix decides, and allow wins a tie
     #[command(subcommand)]
     Allow(Verb),
-    /// Which entry decides about an address (exit code 1 if it is denied)
+    /// Show which entry decides about an address (exit code 1 if it is denied)
     Check {
-        /// Address
+        /// Source address
         address: IpAddr,
     },
 }
 
-/// What to do with one of them.
+/// Subcommands of `lbctl guard deny` and `lbctl guard allow`.
 #[derive(Debug, Subcommand)]
 pub enum Verb {
-    /// Add addresses and prefixes
+    /// Add entries to the list
     Add(Add),
-    /// Remove entries, as they were added
+    /// Remove entries, written as they were added
     Rm(Rm),
-    /// Entries
+    /// List entries
     List(ListArgs),
-    /// Replace the list by what a file holds: one address or prefix a line, # begins a comment
+    /// Replace the list with the entries of a file: one address or prefix per line, comments after #
     Load(Load),
     /// Remove all entries
     Flush {
@@ -51,56 +51,56 @@ pub enum Verb {
     },
 }
 
-/// `guard LIST add`.
+/// Arguments of `lbctl guard LIST add`.
 #[derive(Debug, Args)]
 pub struct Add {
-    /// Addresses and prefixes
+    /// Addresses or prefixes
     #[arg(required = true, value_name = "PREFIX", value_parser = parse)]
     prefixes: Vec<IpNet>,
-    /// So long, and then no more [default: for good]
+    /// Time after which the entries expire [default: never]
     #[arg(long = "for", value_name = "TIME", value_parser = parse_duration)]
     time: Option<Duration>,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// `guard LIST rm`.
+/// Arguments of `lbctl guard LIST rm`.
 #[derive(Debug, Args)]
 pub struct Rm {
-    /// Addresses and prefixes
+    /// Addresses or prefixes
     #[arg(required = true, value_name = "PREFIX", value_parser = parse)]
     prefixes: Vec<IpNet>,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// `guard LIST list`.
+/// Arguments of `lbctl guard LIST list`.
 #[derive(Debug, Args)]
 pub struct ListArgs {
-    /// Only entries within this prefix, or that hold it
+    /// List only entries that lie within this prefix or contain it
     #[arg(long, value_name = "PREFIX", value_parser = parse)]
     within: Option<IpNet>,
-    /// So many at most
+    /// Maximum number of entries to list
     #[arg(long, value_name = "N", default_value_t = 1_000)]
     limit: usize,
 }
 
-/// `guard LIST load`.
+/// Arguments of `lbctl guard LIST load`.
 #[derive(Debug, Args)]
 pub struct Load {
     /// File, or - for standard input
     file: PathBuf,
-    /// Keep what is listed already
+    /// Keep the entries that are already on the list
     #[arg(long)]
     keep: bool,
-    /// So long, and then no more [default: for good]
+    /// Time after which the entries expire [default: never]
     #[arg(long = "for", value_name = "TIME", value_parser = parse_duration)]
     time: Option<Duration>,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Show => {
@@ -161,7 +161,7 @@ fn count(n: usize) -> String {
 fn seconds(time: Option<Duration>) -> Result<Option<u64>, Failure> {
     match time {
         Some(time) if time.as_secs() == 0 || time.subsec_nanos() != 0 => {
-            Err(Failure::Usage { what: "--for counts in whole seconds, at least one".to_owned() })
+            Err(Failure::Usage { what: "--for takes whole seconds, at least 1s".to_owned() })
         }
         other => Ok(other.map(|time| time.as_secs())),
     }
@@ -178,14 +178,14 @@ async fn entries(context: &mut Context<'_>, name: ListName, args: ListArgs) -> R
     render::entries(&mut context.out, &found)?;
     let shown = found.entries.len();
     if shown == 0 {
-        say!("no such entry on the {} list", name.label());
+        say!("no matching entry on the {} list", name.label());
     } else if shown < found.total && args.within.is_none() {
-        say!("{shown} of {} entries: --limit shows more, --within fewer", found.total);
+        say!("{shown} of {} entries shown: raise --limit, or narrow the list with --within", found.total);
     }
     Ok(Exit::Ok)
 }
 
-/// Reads a file's prefixes. Either all lines are right, or the wrong ones are named and nothing comes of it.
+/// Reads the prefixes of a file. If a line is invalid, returns an error that lists the invalid lines.
 fn read(file: &std::path::Path) -> Result<BTreeSet<IpNet>, Failure> {
     let name = file.display().to_string();
     let refuse = |what: String, fix: Option<&str>, details| Failure::Refused {
@@ -203,18 +203,18 @@ fn read(file: &std::path::Path) -> Result<BTreeSet<IpNet>, Failure> {
     prefixes(&text).map_err(|(count, details)| {
         let lines = if count == 1 { "1 line is".to_owned() } else { format!("{count} lines are") };
         refuse(
-            format!("{name}: {lines} wrong; nothing has changed"),
-            Some("mend the lines, or begin them with # to leave them out"),
+            format!("{name}: {lines} invalid; nothing was changed"),
+            Some("correct the lines, or begin them with # to skip them"),
             details,
         )
     })
 }
 
-/// The prefixes of a text; else how many lines are wrong, and the first of them.
+/// Parses the prefixes of a text; on error, returns the number of invalid lines and messages about the first of them.
 fn prefixes(text: &str) -> Result<BTreeSet<IpNet>, (usize, Vec<String>)> {
-    let (mut nets, mut count, mut wrong) = (BTreeSet::new(), 0, Vec::new());
+    let (mut nets, mut count, mut invalid) = (BTreeSet::new(), 0, Vec::new());
     for (i, line) in text.lines().enumerate() {
-        // Lists in the wild have comments behind ; too.
+        // Published lists, such as Spamhaus DROP, begin comments with ; too.
         let entry = line.split(['#', ';']).next().unwrap_or_default().trim();
         if entry.is_empty() {
             continue;
@@ -223,13 +223,13 @@ fn prefixes(text: &str) -> Result<BTreeSet<IpNet>, (usize, Vec<String>)> {
             Ok(net) => drop(nets.insert(net)),
             Err(what) => {
                 count += 1;
-                if wrong.len() < WRONG {
-                    wrong.push(format!("line {}: {what}", i + 1));
+                if invalid.len() < LISTED_LINES {
+                    invalid.push(format!("line {}: {what}", i + 1));
                 }
             }
         }
     }
-    if count == 0 { Ok(nets) } else { Err((count, wrong)) }
+    if count == 0 { Ok(nets) } else { Err((count, invalid)) }
 }
 
 #[cfg(test)]
@@ -249,6 +249,6 @@ mod tests {
         );
         assert!(wrong[1].starts_with("line 2: \"ok\""), "{wrong:?}");
         let (count, wrong) = prefixes(&"x\n".repeat(1_000)).unwrap_err();
-        assert_eq!((count, wrong.len()), (1_000, WRONG));
+        assert_eq!((count, wrong.len()), (1_000, LISTED_LINES));
     }
 }

@@ -5,21 +5,21 @@ use crate::{lbctl::render::observe, serve::api::types};
 use clap::Args;
 use reqwest::Method;
 
-/// `history`.
+/// Arguments of `lbctl history`.
 #[derive(Debug, Args)]
 pub struct History {
-    /// How many
+    /// Maximum number of revisions to list
     #[arg(long, value_name = "N", default_value_t = 20)]
     limit: usize,
-    /// Only those before this revision
+    /// List only revisions before this one
     #[arg(long, value_name = "REVISION")]
     before: Option<u64>,
 }
 
-/// `rollback`.
+/// Arguments of `lbctl rollback`.
 #[derive(Debug, Args)]
 pub struct Rollback {
-    /// Revision whose state is wanted back
+    /// Revision whose state is restored
     revision: u64,
     #[command(flatten)]
     write: WriteFlags,
@@ -33,14 +33,14 @@ pub async fn history(context: &mut Context<'_>, history: History) -> Result<Exit
     if context.out.json {
         context.out.json(&list, false)?;
     } else if list.revisions.is_empty() {
-        say!("no revisions: nothing was ever configured");
+        say!("no revisions: nothing has been configured yet");
     } else {
         observe::history(&mut context.out, &list.revisions)?;
     }
     Ok(Exit::Ok)
 }
 
-/// Goes back.
+/// Restores the state of an earlier revision.
 pub async fn rollback(context: &mut Context<'_>, rollback: Rollback) -> Result<Exit, Failure> {
     let body = types::Rollback { revision: rollback.revision };
     let what = format!("rolled back to revision {}", rollback.revision);

@@ -9,31 +9,31 @@ use clap::Subcommand;
 use reqwest::Method;
 use std::time::Duration;
 
-/// How often a waiting drain looks.
-const LOOK: Duration = Duration::from_millis(250);
-/// A host is quiet when no packet has come for this long.
+/// Time between two polls of a drain that waits.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
+/// A host is quiet when no packet has arrived for this long.
 const QUIET_MS: u64 = 2_000;
 
-/// What to do with this host.
+/// Subcommands of `lbctl host`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// VIPs that this host announces, and its drain
+    /// Show the VIPs that this host announces, and its drain
     Show,
-    /// Take its VIPs off, so that routers send clients elsewhere; what still comes is forwarded
+    /// Withdraw this host's VIPs, so that routers send clients elsewhere; packets that still arrive are forwarded
     #[command(after_help = "Example: lbctl host drain --reason 'new kernel' --wait 60s && systemctl reboot")]
     Drain {
-        /// What for
+        /// Reason for the drain
         #[arg(long, value_name = "TEXT", default_value = "")]
         reason: String,
-        /// Wait until no packet has come for 2 s, at most this long (exit code 1 if packets still come)
+        /// Wait up to this time until no packet has arrived for 2 s (exit code 1 if packets still arrive)
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         wait: Option<Duration>,
     },
-    /// Put them on again
+    /// Announce this host's VIPs again
     Undrain,
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     let (info, exit) = match command {
         Command::Show => (context.client.get("/v1/host", &()).await?, Exit::Ok),
@@ -69,7 +69,7 @@ async fn drain(
         let is_quiet = info.quiet_ms.is_some_and(|ms| ms >= QUIET_MS);
         if info.drain.is_none() {
             return Err(Failure::Refused {
-                what: "the drain was ended meanwhile".to_owned(),
+                what: "the drain was ended while this command waited for it".to_owned(),
                 fix: None,
                 details: Vec::new(),
             });
@@ -80,7 +80,7 @@ async fn drain(
         if tokio::time::Instant::now() >= until {
             return Ok((info, Exit::No));
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(POLL_INTERVAL).await;
         info = context.client.get("/v1/host", &()).await?;
     }
 }

@@ -1,10 +1,10 @@
-//! `lbctl`: one definition feeds parser, help, completions and man pages.
+//! `lbctl`: one clap definition feeds the parser, the help, the completions and the man pages.
 //!
-//! Input: arguments and environment. Output: data on standard output, talk on standard error, and an exit
-//! code: [`Exit`]. A file per noun. Called by the binary.
-#![deny(clippy::print_stderr, reason = "eprintln! panics where nobody reads standard error: use say!")]
+//! Input: arguments and environment. Output: data on standard output, messages on standard error, and an exit
+//! code ([`Exit`]). One file per noun. Called by the binary.
+#![deny(clippy::print_stderr, reason = "eprintln! panics if standard error is closed: use say!")]
 
-/// Writes a line for people on standard error.
+/// Writes a line for the user to standard error.
 macro_rules! say {
     ($($arg:tt)*) => { $crate::lbctl::commands::write_stderr(&format!("{}\n", format_args!($($arg)*))) };
 }
@@ -43,114 +43,114 @@ use std::{
 /// Exit codes, as documented in the help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// Done; yes; healthy.
+    /// Success; the answer is yes; healthy.
     Ok = 0,
-    /// The answer is no, or unhealthy.
+    /// The answer is no; unhealthy.
     No = 1,
-    /// The command line is wrong (clap's code too).
+    /// The command line is invalid (clap uses the same code).
     Usage = 2,
-    /// No lbd there.
+    /// lbd cannot be reached.
     Unreachable = 3,
-    /// lbd, or a check before asking it, refused.
+    /// lbd refused the request, or a check in lbctl did.
     Refused = 4,
 }
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0  done; the answer is yes; all is healthy
+  0  success; the answer is yes; everything is healthy
   1  the answer is no: unhealthy, not forwarded, the file has mistakes, or states differ
-  2  the command line is wrong
+  2  the command line is invalid
   3  lbd cannot be reached
-  4  refused: the request breaks a rule, does not fit, or may not be made";
+  4  refused: the request breaks a rule, exceeds a limit, or is not permitted";
 
-/// Manage an XDP load balancer: its services, their backends, and where flows go
+/// Manage a running XDP load balancer: services, their backends, and where flows go
 #[derive(Debug, Parser)]
 #[command(name = "lbctl", version, after_help = EXIT_CODES, max_term_width = 100, disable_help_subcommand = true)]
 pub struct Cli {
-    /// Unix socket of lbd
+    /// Path of lbd's Unix socket
     #[arg(long, global = true, value_name = "PATH", env = "LBD_SOCKET", hide_env_values = true, default_value = crate::DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// How to print
+    /// Output format
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
     output: Output,
     #[command(subcommand)]
     noun: Noun,
 }
 
-/// How to print.
+/// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people
+    /// Aligned columns, for people
     Table,
-    /// For programs
+    /// JSON, for programs
     Json,
 }
 
 #[derive(Debug, Subcommand)]
 enum Noun {
-    /// Services: what clients connect to
+    /// Manage services: the virtual addresses that clients connect to
     #[command(subcommand, visible_alias = "services")]
     Service(Box<service::Command>),
-    /// Backends: where a service's flows go
+    /// Manage backends: the workers that serve a service
     #[command(subcommand, visible_alias = "backends")]
     Backend(backend::Command),
-    /// Replicas: what the process behind each backend says of itself, and how loaded it is
+    /// Show replicas: the readiness and load that the process behind each backend reports
     #[command(subcommand, visible_alias = "replicas")]
     Replica(replica::Command),
-    /// Whether all is as it should be, and what is not (exit code 1)
+    /// Show whether the load balancer is healthy, and each problem (exit code 1 if unhealthy)
     Status,
-    /// Look at this host and the way to each worker: what is wrong, what mends it, and the MSS that fits
+    /// Check this host and the path to each worker: problems, their fixes, and the MSS that fits
     Doctor(doctor::Doctor),
-    /// Counters of backends and of the dataplane
+    /// Show counters of backends and of the dataplane
     Stats(observe::Stats),
-    /// Tracked flows: those that a stateless lookup would misplace, and UDP
+    /// List tracked flows: UDP and NAT flows, and TCP flows that a stateless lookup would misplace
     Flows(observe::Flows),
-    /// Where a packet goes, and each step of why
+    /// Explain where a packet goes, step by step
     Explain(observe::Explain),
-    /// Deny and allow lists of clients
+    /// Manage the deny and allow lists of client addresses
     #[command(subcommand)]
     Guard(guard::Command),
-    /// The desired state as one TOML file
+    /// Check, compare, apply or export the desired state as one TOML file
     #[command(subcommand)]
     Config(config::Command),
-    /// Revisions of the desired state, newest first
+    /// List revisions of the desired state, newest first
     History(history::History),
-    /// Make the state of an older revision the newest
+    /// Restore the state of an earlier revision as a new revision
     Rollback(history::Rollback),
-    /// Where the desired state is kept: how it is, backups, moving it elsewhere
+    /// Manage the store of the desired state: status, backup, restore, migration
     #[command(subcommand)]
     Store(store::Command),
-    /// This host among the others: the VIPs that it announces, and taking it out of service
+    /// Show the VIPs that this host announces, or take the host out of service
     #[command(subcommand)]
     Host(host::Command),
-    /// Regions: where backends are, how far away, and whether they take flows
+    /// Manage regions: list their distance, health and ready backends; declare or drain them
     #[command(subcommand, visible_alias = "regions")]
     Region(region::Command),
-    /// How a service is spread over regions and versions, and why
+    /// Explain how a service is spread over regions and versions
     #[command(subcommand)]
     Policy(region::Policy),
-    /// What is against the rules
+    /// Report what violates the rules
     #[command(subcommand)]
     Audit(region::Audit),
-    /// New versions of models, a share at a time; and the lock that lets one roll-out at a time touch the regions
+    /// Roll out new model versions gradually, and manage the lock that admits one rollout at a time
     #[command(subcommand)]
     Rollout(rollout::Command),
     /// Print a completion script for a shell
     Completions(generate::Completions),
-    /// Write man pages into a directory
+    /// Write man pages to a directory
     Man(generate::Man),
 }
 
 /// Flags of every command that changes something.
 #[derive(Debug, Default, Args)]
 struct WriteFlags {
-    /// Only print what would change
+    /// Print what would change, without changing it
     #[arg(long)]
     dry_run: bool,
-    /// What the change is for, shown in the history
+    /// Reason for the change, shown in the history
     #[arg(short, long, value_name = "TEXT")]
     message: Option<String>,
-    /// Refuse if the newest revision is another
+    /// Refuse the change unless this is the newest revision
     #[arg(long, value_name = "REVISION")]
     if_revision: Option<u64>,
 }
@@ -161,33 +161,33 @@ impl WriteFlags {
     }
 }
 
-/// Why a command did not do what it was asked to.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// Refused before lbd was asked.
+    /// Refused by lbctl itself, before it contacted lbd.
     #[error("{what}")]
     Refused { what: String, fix: Option<String>, details: Vec<String> },
-    /// The command line is wrong in a way that clap cannot see.
+    /// The command line is invalid in a way that clap cannot detect.
     #[error("{what}")]
     Usage { what: String },
     /// Writing the output failed.
-    #[error("cannot write: {0}")]
+    #[error("cannot write the output: {0}")]
     Output(#[from] io::Error),
-    /// This program cannot do what it should.
+    /// lbctl itself cannot work: no runtime, no HTTP client.
     #[error("{0}")]
-    Broken(String),
+    Internal(String),
 }
 
-/// What every command gets.
+/// What every command receives: the connection to lbd, and the output.
 struct Context<'a> {
     client: Client,
     out: Out<'a>,
 }
 
 impl Context<'_> {
-    /// Asks for a change and says what it did.
+    /// Sends a change to lbd and reports its result.
     async fn write(
         &mut self,
         what: &str,
@@ -217,16 +217,16 @@ pub fn main() -> ExitCode {
     let exit = run(cli, &mut stdout, colour).and_then(|exit| Ok(stdout.flush().map(|()| exit)?));
     let code = match exit {
         Ok(exit) => exit as u8,
-        // Whoever read our output has seen enough.
+        // The reader closed the pipe because it has seen enough, as `head` does.
         Err(Failure::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => Exit::Ok as u8,
         Err(failure) => report(&failure) as u8,
     };
-    // What is left in the buffer has no reader, or was flushed.
+    // The buffer was flushed, or its reader is gone; dropping it would try to write again.
     std::mem::forget(stdout);
     ExitCode::from(code)
 }
 
-/// Prints an error with its fix, and gives its exit code.
+/// Prints an error with its fix, and returns its exit code.
 fn report(failure: &Failure) -> Exit {
     let colour = render::wants_colour(&io::stderr());
     let mut sink = io::sink();
@@ -239,10 +239,10 @@ fn report(failure: &Failure) -> Exit {
         Failure::Client(ClientError::Refused { info }) => {
             (Exit::Refused, info.fix.clone(), &info.details[..])
         }
-        Failure::Client(ClientError::Odd { .. }) => (Exit::Unreachable, None, &[][..]),
+        Failure::Client(ClientError::UnexpectedResponse { .. }) => (Exit::Unreachable, None, &[][..]),
         Failure::Refused { fix, details, .. } => (Exit::Refused, fix.clone(), &details[..]),
         Failure::Usage { .. } => (Exit::Usage, None, &[][..]),
-        Failure::Output(_) | Failure::Broken(_) => (Exit::No, None, &[][..]),
+        Failure::Output(_) | Failure::Internal(_) => (Exit::No, None, &[][..]),
     };
     for detail in details {
         text.push_str(&format!("  {detail}\n"));
@@ -254,14 +254,14 @@ fn report(failure: &Failure) -> Exit {
     exit
 }
 
-/// Writes to standard error. Whoever read it may be gone; what was asked for is done all the same.
+/// Writes to standard error and ignores failures: the command's result does not depend on a reader.
 fn write_stderr(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
 fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> {
     let mut out = Out::new(writer, colour, cli.output == Output::Json);
-    // These need neither lbd nor a runtime.
+    // These commands need neither lbd nor a runtime.
     match &cli.noun {
         Noun::Config(config::Command::Check(check)) => return config::check(&mut out, check),
         Noun::Completions(completions) => return generate::completions(&mut out, completions),
@@ -269,8 +269,9 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
         _ => {}
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|e| Failure::Broken(format!("cannot start: {e}")))?;
-    let client = Client::new(&cli.socket).map_err(|e| Failure::Broken(format!("cannot set up HTTP: {e}")))?;
+    let runtime = runtime.map_err(|e| Failure::Internal(format!("cannot start the async runtime: {e}")))?;
+    let client = Client::new(&cli.socket)
+        .map_err(|e| Failure::Internal(format!("cannot set up the HTTP client: {e}")))?;
     let mut context = Context { client, out };
     runtime.block_on(async {
         match cli.noun {

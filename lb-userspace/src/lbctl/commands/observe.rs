@@ -9,50 +9,50 @@ use crate::{
 use clap::Args;
 use std::{net::SocketAddr, time::Duration};
 
-/// `stats`.
+/// Arguments of `lbctl stats`.
 #[derive(Debug, Args)]
 pub struct Stats {
-    /// Print again and again, with rates
+    /// Print repeatedly, with rates
     #[arg(short, long)]
     watch: bool,
-    /// Time between two prints
+    /// With --watch: time between two prints
     #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "1s")]
     interval: Duration,
-    /// End after so many prints
+    /// With --watch: stop after this many prints
     #[arg(long, value_name = "N", requires = "watch")]
     count: Option<u64>,
 }
 
-/// `flows`.
+/// Arguments of `lbctl flows`.
 #[derive(Debug, Args)]
 pub struct Flows {
-    /// Only of this service
+    /// List only flows of this service
     #[arg(long, value_name = "SERVICE")]
     service: Option<Name>,
-    /// Only to this backend
+    /// List only flows to this backend
     #[arg(long, value_name = "BACKEND", requires = "service")]
     backend: Option<Name>,
-    /// At most so many
+    /// Maximum number of flows to list
     #[arg(long, value_name = "N", default_value_t = 100)]
     limit: u64,
 }
 
-/// `explain`.
+/// Arguments of `lbctl explain`.
 #[derive(Debug, Args)]
 #[command(after_help = "Example: lbctl explain 192.0.2.7:40000 10.0.0.1:80 tcp")]
 pub struct Explain {
-    /// Client, as ADDRESS:PORT (IPv6 in brackets)
+    /// Address of the client, as ADDRESS:PORT (IPv6 in brackets)
     source: SocketAddr,
-    /// VIP, as ADDRESS:PORT
+    /// Address of the service (VIP), as ADDRESS:PORT (IPv6 in brackets)
     destination: SocketAddr,
-    /// tcp or udp
+    /// Protocol: tcp or udp
     protocol: Protocol,
-    /// QUIC: connection id that the packet carries as its destination
+    /// With QUIC: destination connection ID of the packet
     #[arg(long, value_name = "HEX")]
     connection_id: Option<ConnectionId>,
 }
 
-/// Says whether all is well.
+/// Prints lbd's status.
 pub async fn status(context: &mut Context<'_>) -> Result<Exit, Failure> {
     let status: types::Status = context.client.get("/v1/status", &()).await?;
     if context.out.json {
@@ -63,7 +63,7 @@ pub async fn status(context: &mut Context<'_>) -> Result<Exit, Failure> {
     Ok(if status.healthy { Exit::Ok } else { Exit::No })
 }
 
-/// Prints counters, once or again and again.
+/// Prints counters, once or repeatedly.
 pub async fn stats(context: &mut Context<'_>, stats: Stats) -> Result<Exit, Failure> {
     let mut before: Option<types::Stats> = None;
     let mut printed = 0;
@@ -73,7 +73,7 @@ pub async fn stats(context: &mut Context<'_>, stats: Stats) -> Result<Exit, Fail
             context.out.json(&now, stats.watch)?;
         } else {
             if stats.watch && context.out.colour {
-                // Home, and clear: a terminal, since only those have colour.
+                // Cursor home, clear screen: colour is only on where the output is a terminal.
                 context.out.raw(b"\x1b[H\x1b[2J")?;
             }
             observe::stats(&mut context.out, &now, before.as_ref())?;
@@ -100,18 +100,18 @@ pub async fn flows(context: &mut Context<'_>, flows: Flows) -> Result<Exit, Fail
     if context.out.json {
         context.out.json(&list, false)?;
     } else if list.flows.is_empty() {
-        say!("no tracked flows: a stateless lookup places all of them right");
+        say!("no tracked flows: the stateless lookup is right for all flows");
     } else {
         observe::flows(&mut context.out, &list)?;
         if list.more {
             context.out.flush()?;
-            say!("there are more: raise --limit");
+            say!("more flows exist: raise --limit");
         }
     }
     Ok(Exit::Ok)
 }
 
-/// Explains a packet's way.
+/// Explains where a packet goes.
 pub async fn explain(context: &mut Context<'_>, explain: Explain) -> Result<Exit, Failure> {
     let mut query = vec![
         ("source", explain.source.to_string()),

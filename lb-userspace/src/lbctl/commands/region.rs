@@ -8,46 +8,46 @@ use crate::{
 use clap::{Args, Subcommand};
 use reqwest::Method;
 
-/// What to do with regions.
+/// Subcommands of `lbctl region`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List regions: how far away, who sees them up, how many backends take flows there
+    /// List regions: round-trip time, which hosts see them up, and how many backends take flows
     #[command(visible_aliases = ["ls", "status"])]
     List,
-    /// Declare a region; once one is, names of others are refused as mistakes
+    /// Declare a region; once any region is declared, undeclared names are refused as mistakes
     Add(One),
-    /// Send no new flows to any backend of a region; established ones stay. One region at a time
+    /// Stop sending new flows to a region's backends; established flows continue. One region at a time
     Drain(One),
-    /// Send it new flows again
+    /// Send new flows to a drained region again
     Undrain(One),
-    /// Take back a declaration
+    /// Remove the declaration of a region
     #[command(visible_alias = "remove")]
     Rm(One),
 }
 
-/// One region to change.
+/// Arguments of `add`, `drain`, `undrain` and `rm`.
 #[derive(Debug, Args)]
 pub struct One {
-    /// Region
+    /// Name of the region
     name: Name,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// What to do with policy.
+/// Subcommands of `lbctl policy`.
 #[derive(Debug, Subcommand)]
 pub enum Policy {
-    /// How a service is spread over regions, zones and versions: every input, and the decision
+    /// Show how a service is spread over regions, zones and versions: every input, and the decision
     Explain {
-        /// Service
+        /// Name of the service
         service: Name,
     },
 }
 
-/// What to audit.
+/// Subcommands of `lbctl audit`.
 #[derive(Debug, Subcommand)]
 pub enum Audit {
-    /// Each service's residency, where its backends are, and whether something violates it or nothing is left (exit code 1)
+    /// List each service's residency, its backends' regions, and findings: a violation, or no backend left (exit code 1)
     Residency,
 }
 

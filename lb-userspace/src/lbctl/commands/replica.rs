@@ -4,44 +4,51 @@ use super::{Context, Exit, Failure};
 use crate::{desired::model::Name, lbctl::render::replica, serve::api::types::Replicas};
 use clap::{Args, Subcommand};
 
-/// What to do with replicas.
+/// Subcommands of `lbctl replica`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List replicas: their own word, their load, and when they last reported
+    /// List replicas: the state they report, their load, and the age of their last report
     #[command(visible_alias = "ls")]
     List {
-        /// Only of this service
+        /// List only replicas of this service
         service: Option<Name>,
     },
-    /// Print them again with each change
+    /// Print the list again after each change
     Watch(Watch),
 }
 
-/// `replica watch`.
+/// Arguments of `lbctl replica watch`.
 #[derive(Debug, Args)]
 pub struct Watch {
-    /// Only of this service
+    /// List only replicas of this service
     service: Option<Name>,
-    /// End after so many prints
+    /// Stop after this many prints
     #[arg(long, value_name = "N")]
     count: Option<u64>,
 }
 
-async fn ask(context: &Context<'_>, service: Option<&Name>, after: Option<u64>) -> Result<Replicas, Failure> {
+/// Fetches the replicas; with `after`, waits until lbd's version is newer than that.
+async fn fetch(
+    context: &Context<'_>,
+    service: Option<&Name>,
+    after: Option<u64>,
+) -> Result<Replicas, Failure> {
     let mut query: Vec<(&str, String)> = service.map(|s| ("service", s.to_string())).into_iter().collect();
     query.extend(after.map(|version| ("after", version.to_string())));
     Ok(context.client.get("/v1/replicas", &query).await?)
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::List { service } => {
-            let list = ask(context, service.as_ref(), None).await?;
+            let list = fetch(context, service.as_ref(), None).await?;
             if context.out.json {
                 context.out.json(&list, false)?;
             } else if list.replicas.is_empty() {
-                say!("no replica state is asked for: `lbctl service set SERVICE --replica stream` does");
+                say!(
+                    "no service reads replica state: set a source with `lbctl service set SERVICE --replica stream`"
+                );
             } else {
                 replica::list(&mut context.out, &list)?;
             }
@@ -51,7 +58,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             let (mut after, mut printed) = (None, 0);
             loop {
                 let list = tokio::select! {
-                    list = ask(context, service.as_ref(), after) => list?,
+                    list = fetch(context, service.as_ref(), after) => list?,
                     _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
                 };
                 if after == Some(list.version) {
@@ -62,7 +69,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                     context.out.json(&list, true)?;
                 } else {
                     if context.out.colour {
-                        // Home, and clear: a terminal, since only those have colour.
+                        // Cursor home, clear screen: colour is only on where the output is a terminal.
                         context.out.raw(b"\x1b[H\x1b[2J")?;
                     }
                     replica::list(&mut context.out, &list)?;

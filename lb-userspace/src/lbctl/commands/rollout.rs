@@ -1,4 +1,4 @@
-//! `lbctl rollout`: new versions of models, and the lock that lets one roll-out at a time touch the regions.
+//! `lbctl rollout`: new versions of models, and the lock that admits one rollout at a time.
 
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
@@ -20,22 +20,22 @@ use clap::{Args, Subcommand};
 use reqwest::Method;
 use std::time::Duration;
 
-/// Pause between attempts to get a lock that somebody else holds.
-const AGAIN: Duration = Duration::from_secs(1);
+/// Pause between attempts to take a lock that somebody else holds.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What to do with roll-outs.
+/// Subcommands of `lbctl rollout`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Give replicas of a new version a share of the new flows, and watch how they do
+    /// Send a share of the new flows to replicas of a new version, and abort if they do badly
     #[command(after_help = "Example: lbctl rollout start --model llama-8b --version v2 --to 5%")]
     Start(Start),
-    /// Give the new version everything
+    /// Send all new flows to the new version
     Promote(Which),
-    /// Give the new version nothing
+    /// Send no new flows to the new version
     Abort(Which),
-    /// Forget a roll-out: all replicas take flows by their weights again
+    /// Remove a rollout: all replicas take flows by their weights again
     Clear(Which),
-    /// Take the lock, or renew it; with a command, hold it for as long as that runs
+    /// Take or renew the lock; with a command, hold the lock while the command runs
     #[command(
         after_help = "Examples:\n  lbctl rollout lock --reason 'new kernel in eu' -- ./drain-and-upgrade eu\n  \
         token=$(lbctl rollout lock --ttl 30m) && ./drain us; lbctl rollout unlock --token $token"
@@ -43,60 +43,60 @@ pub enum Command {
     Lock(LockArgs),
     /// Release the lock
     Unlock(UnlockArgs),
-    /// How roll-outs do, and who holds which lock (exit code 1 if the named one is held)
+    /// Show rollouts and held locks (exit code 1 if the named lock is held)
     Status {
-        /// Lock [default: all]
+        /// Name of a lock [default: all]
         name: Option<Name>,
     },
 }
 
-/// `rollout start`.
+/// Arguments of `lbctl rollout start`.
 #[derive(Debug, Args)]
 pub struct Start {
-    /// Model, as replicas report it
+    /// Name of the model, as replicas report it
     #[arg(long, value_name = "MODEL")]
     model: String,
-    /// Its new version, as replicas report it
+    /// New version of the model, as replicas report it
     #[arg(long, value_name = "VERSION")]
     version: String,
-    /// Share of the new flows
+    /// Share of the new flows that the new version gets, in percent
     #[arg(long, value_name = "PERCENT", value_parser = share)]
     to: u16,
-    /// Service; may be repeated [default: all whose replicas report the model]
+    /// Name of a service; may be repeated [default: all whose replicas report the model]
     #[arg(long, value_name = "SERVICE")]
     service: Vec<Name>,
-    /// Abort when more of its requests fail (and more than the old version's), 0 for never
+    /// Abort if more of the new version's requests fail, and more than the old version's; 0 for never
     #[arg(long, value_name = "PERCENT", default_value = "5", value_parser = whole_percent)]
     max_errors: u32,
-    /// Abort when its time to first token is more than so much of the old version's, 0 for never
+    /// Abort if the new version's time to first token exceeds this percentage of the old version's; 0 for never
     #[arg(long, value_name = "PERCENT", default_value = "200", value_parser = whole_percent)]
     max_latency: u32,
-    /// Requests that it takes to judge it
+    /// Requests that the new version must have served before it is judged
     #[arg(long, value_name = "N", default_value_t = 20)]
     min_requests: u32,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// `rollout promote`, `abort` and `clear`.
+/// Arguments of `lbctl rollout promote`, `abort` and `clear`.
 #[derive(Debug, Args)]
 pub struct Which {
-    /// Of this model [default: the only one]
+    /// Name of the model [default: the only one with a rollout]
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
-    /// On this service [default: all]
+    /// Name of a service [default: all]
     #[arg(long, value_name = "SERVICE")]
     service: Option<Name>,
-    /// Why, for the record
+    /// Reason, kept with the rollout
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
     #[command(flatten)]
     write: WriteFlags,
 }
 
-/// `5%`, `2.5 %` or `5`, as thousandths.
+/// Parses `5%`, `2.5 %` or `5` to thousandths.
 fn share(text: &str) -> Result<u16, String> {
-    let bad = || "give a percentage from 0.1 to 100, as 5% or 2.5%".to_owned();
+    let bad = || "give a percentage from 0.1 to 100, such as 5% or 2.5%".to_owned();
     let number: f64 = text.trim_end_matches('%').trim().parse().map_err(|_| bad())?;
     let permille = (number * 10.0).round();
     if !(1.0..=1_000.0).contains(&permille) || (permille - number * 10.0).abs() > 1e-6 {
@@ -106,7 +106,7 @@ fn share(text: &str) -> Result<u16, String> {
 }
 
 fn whole_percent(text: &str) -> Result<u32, String> {
-    text.trim_end_matches('%').trim().parse().map_err(|_| "give a whole percentage, as 5%".to_owned())
+    text.trim_end_matches('%').trim().parse().map_err(|_| "give a whole percentage, such as 5%".to_owned())
 }
 
 async fn change(context: &mut Context<'_>, verb: &str, done: &str, which: Which) -> Result<Exit, Failure> {
@@ -118,7 +118,7 @@ async fn change(context: &mut Context<'_>, verb: &str, done: &str, which: Which)
 
 async fn start(context: &mut Context<'_>, args: Start) -> Result<Exit, Failure> {
     let Start { model, version, to, service, max_errors, max_latency, min_requests, write } = args;
-    let too_much = |_| Failure::Usage { what: format!("--max-errors {max_errors}: 100 at most") };
+    let too_much = |_| Failure::Usage { what: format!("--max-errors {max_errors} is above 100") };
     let what = format!("version {version} of {model} gets {}", render_region::percent(to));
     let rollout = Rollout {
         model,
@@ -135,52 +135,54 @@ async fn start(context: &mut Context<'_>, args: Start) -> Result<Exit, Failure> 
     context.write(&what, Method::POST, "/v1/rollouts", &write.query(), Some(&body)).await
 }
 
-/// `rollout lock`.
+/// Arguments of `lbctl rollout lock`.
 #[derive(Debug, Args)]
 pub struct LockArgs {
-    /// Lock
+    /// Name of the lock
     #[arg(default_value = "rollout")]
     name: Name,
-    /// What for; others are told
+    /// Reason for the lock, shown to others
     #[arg(long, value_name = "TEXT", default_value = "no reason given")]
     reason: String,
-    /// So long without renewal, and it is free again
+    /// Time after which the lock expires unless it is renewed
     #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "10m")]
     ttl: Duration,
-    /// Wait so long for whoever holds it
+    /// Time to wait for the current holder to release the lock
     #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "0s")]
     wait: Duration,
-    /// Renew the lock that was answered with this token
+    /// Renew the lock that this token was printed for
     #[arg(long, value_name = "TOKEN", conflicts_with_all = ["wait", "command"])]
     token: Option<String>,
-    /// Command to run while the lock is held; it is ended if the lock is lost. It finds the token in LBCTL_LOCK_TOKEN,
-    /// by which `lbctl region drain` and `lbctl rollout start` in it use the lock
+    /// Command to run while the lock is held; it is killed if the lock is lost. It finds the token in LBCTL_LOCK_TOKEN,
+    /// so that `lbctl region drain` and `lbctl rollout start` in the command use the lock
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
 
-/// `rollout unlock`.
+/// Arguments of `lbctl rollout unlock`.
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("whose").required(true)))]
 pub struct UnlockArgs {
-    /// Lock
+    /// Name of the lock
     #[arg(default_value = "rollout")]
     name: Name,
-    /// What `rollout lock` printed
+    /// Token that `rollout lock` printed
     #[arg(long, value_name = "TOKEN", group = "whose")]
     token: Option<String>,
-    /// Release it whoever holds it
+    /// Release the lock even if somebody else holds it
     #[arg(long, group = "whose")]
     force: bool,
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Start(args) => start(context, args).await,
-        Command::Promote(which) => change(context, "promote", "the new version gets everything", which).await,
-        Command::Abort(which) => change(context, "abort", "the new version gets nothing", which).await,
-        Command::Clear(which) => change(context, "clear", "the roll-out is forgotten", which).await,
+        Command::Promote(which) => {
+            change(context, "promote", "the new version gets all new flows", which).await
+        }
+        Command::Abort(which) => change(context, "abort", "the new version gets no new flows", which).await,
+        Command::Clear(which) => change(context, "clear", "rollout cleared", which).await,
         Command::Lock(args) => lock(context, args).await,
         Command::Unlock(UnlockArgs { name, token, force }) => {
             let path = format!("/v1/locks/{name}");
@@ -226,9 +228,9 @@ async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure
     let lock = loop {
         match context.client.send::<Lock>(Method::POST, &path, &(), Some(&request)).await {
             Err(ClientError::Refused { info })
-                if info.code == "held" && tokio::time::Instant::now() + AGAIN <= until =>
+                if info.code == "held" && tokio::time::Instant::now() + RETRY_INTERVAL <= until =>
             {
-                tokio::time::sleep(AGAIN).await;
+                tokio::time::sleep(RETRY_INTERVAL).await;
             }
             other => break other?,
         }
@@ -236,19 +238,19 @@ async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure
     let token = lock.token.clone().unwrap_or_default();
     if !command.is_empty() {
         let request = LockRequest { token: Some(token), ..request };
-        return run_with(context, &path, &request, &command).await;
+        return run_locked(context, &path, &request, &command).await;
     }
     if context.out.json {
         context.out.json(&lock, false)?;
     } else {
         context.out.line(&token)?;
     }
-    say!("lock {name} is held for {} s; renew or release it with this token", lock.left_s);
+    say!("lock {name} is held for {} s: renew or release it with the token", lock.left_s);
     Ok(Exit::Ok)
 }
 
 /// Runs a command while renewing the lock, then releases it.
-async fn run_with(
+async fn run_locked(
     context: &mut Context<'_>,
     path: &str,
     request: &LockRequest,
@@ -261,7 +263,7 @@ async fn run_with(
     };
     let mut started = tokio::process::Command::new(&command[0]);
     started.args(&command[1..]).kill_on_drop(true);
-    // What the command asks of lbd is under this lock, not against it.
+    // Requests that the command sends to lbd use this lock instead of conflicting with it.
     if let Some(token) = &request.token {
         started.env(LOCK_TOKEN_VARIABLE, token);
     }
@@ -278,12 +280,12 @@ async fn run_with(
                 }
                 match context.client.send::<Lock>(Method::POST, path, &(), Some(request)).await {
                     Ok(_) => last = tokio::time::Instant::now(),
-                    // An lbd that restarts, or is cut off for a moment, has not lost the lock yet.
+                    // The lock has not expired yet if lbd restarts or is disconnected for a moment.
                     Err(error) if last.elapsed().as_secs() + every.as_secs() < request.ttl_s => {
-                        say!("the lock is not renewed yet: {error}");
+                        say!("cannot renew the lock yet, trying again: {error}");
                     }
                     Err(error) => {
-                        say!("the lock is lost, and the command is ended");
+                        say!("the lock is lost: killing the command");
                         let _ = child.kill().await;
                         return Err(error.into());
                     }

@@ -12,7 +12,7 @@ use crate::{
         ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, RegionPolicy, Scheduler,
         Selector, Via,
     },
-    lbctl::render::{observe, units::parse_duration},
+    lbctl::render::{service as render, units::parse_duration},
     serve::api::types::{BackendInfo, ServiceInfo},
 };
 use clap::{Args, Subcommand};
@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::{path::PathBuf, time::Duration};
 
-/// What to do with services.
+/// Subcommands of `lbctl service`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Add a service
@@ -30,29 +30,29 @@ pub enum Command {
     /// List services
     #[command(visible_alias = "ls")]
     List,
-    /// Show one service with its backends
+    /// Show one service and its backends
     Show {
-        /// Service
+        /// Name of the service
         name: Name,
     },
-    /// Change settings of a service; what is not named stays
+    /// Change settings of a service; settings not given keep their values
     Set(Set),
-    /// Remove a service with its backends
+    /// Remove a service and its backends
     #[command(visible_alias = "remove")]
     Rm {
-        /// Service
+        /// Name of the service
         name: Name,
         #[command(flatten)]
         write: WriteFlags,
     },
 }
 
-/// `service add`.
+/// Arguments of `lbctl service add`.
 #[derive(Debug, Args)]
 pub struct Add {
-    /// Name, unique among services
+    /// Name of the service, unique among services
     name: Name,
-    /// Address that clients connect to; its port and protocol may follow, as in 10.0.0.1:80/tcp
+    /// Virtual address that clients connect to, optionally with port and protocol, such as 10.0.0.1:80/tcp
     #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
     vip: Vip,
     #[command(flatten)]
@@ -61,12 +61,12 @@ pub struct Add {
     write: WriteFlags,
 }
 
-/// `service set`.
+/// Arguments of `lbctl service set`.
 #[derive(Debug, Args)]
 pub struct Set {
-    /// Service
+    /// Name of the service
     name: Name,
-    /// Address that clients connect to; its port and protocol may follow
+    /// Virtual address that clients connect to, optionally with port and protocol
     #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
     vip: Option<Vip>,
     #[command(flatten)]
@@ -75,172 +75,174 @@ pub struct Set {
     write: WriteFlags,
 }
 
-/// Settings that both take.
+/// Settings that `service add` and `service set` take.
 #[derive(Debug, Args)]
 struct Settings {
-    /// A port, a range (FIRST-LAST), or any
+    /// Port, range of ports (FIRST-LAST), or any
     #[arg(long)]
     port: Option<Ports>,
-    /// tcp or udp
+    /// Protocol: tcp or udp
     #[arg(long)]
     protocol: Option<Protocol>,
-    /// How packets reach backends: ipip, gue, l2, nat or local
+    /// How packets are forwarded to backends: ipip, gue, l2, nat or local [default: ipip]
     #[arg(long, value_parser = word::<ForwardingMode>)]
     mode: Option<ForwardingMode>,
-    /// How new flows are placed: maglev, p2c, rr, wrr, random, lc or source-hash
+    /// How new flows are assigned to backends: maglev, p2c, rr, wrr, random, lc or source-hash [default: maglev]
     #[arg(long, value_parser = word::<Scheduler>)]
     scheduler: Option<Scheduler>,
-    /// With source-hash: load in flows above which a new flow may go to the second choice, or none [default: none]
+    /// With source-hash: load, in flows, above which a new flow may go to the second choice; or none [default: none]
     #[arg(long, value_name = "N|none", value_parser = optional)]
     load_cap: Option<Optional>,
-    /// With gue: packets carry the other backends that may have their flow; true, false or auto [default: auto, for TCP]
+    /// With gue: name in each packet the other backends that may have its flow: true, false or auto [default: auto, for TCP]
     #[arg(long, value_name = "BOOL|auto", value_parser = optional_bool)]
     second_chance: Option<OptionalBool>,
-    /// New flows that the service takes (50, 50/s, 30/m, 100/h), or none for no limit [default: none]
+    /// Limit of new flows of the service, such as 50, 50/s, 30/m or 100/h; or none [default: none]
     #[arg(long, value_name = "RATE|none", value_parser = optional_rate)]
     new_flow_rate: Option<OptionalRate>,
-    /// How many of them at once, or auto for those of a second [default: auto]
+    /// New flows of the service accepted at once; auto for one second of --new-flow-rate [default: auto]
     #[arg(long, value_name = "N|auto", value_parser = optional)]
     new_flow_burst: Option<Optional>,
-    /// New flows that one source may begin, or none for no limit [default: none]
+    /// Limit of new flows of each source, such as 50/s; or none [default: none]
     #[arg(long, value_name = "RATE|none", value_parser = optional_rate)]
     source_rate: Option<OptionalRate>,
-    /// How many of them at once, or auto for those of a second [default: auto]
+    /// New flows of a source accepted at once; auto for one second of --source-rate [default: auto]
     #[arg(long, value_name = "N|auto", value_parser = optional)]
     source_burst: Option<Optional>,
-    /// Leading bits of an IPv4 address that make a source [default: 32]
+    /// Prefix length, in bits, that identifies an IPv4 source [default: 32]
     #[arg(long, value_name = "BITS")]
     source_prefix_v4: Option<u8>,
-    /// Leading bits of an IPv6 address that make a source [default: 64]
+    /// Prefix length, in bits, that identifies an IPv6 source [default: 64]
     #[arg(long, value_name = "BITS")]
     source_prefix_v6: Option<u8>,
-    /// none, tcp, tls, http, https, grpc or grpcs; KIND:PORT, http:PORT/PATH and grpc:PORT/SERVICE say more
+    /// Health check: none, tcp, tls, http, https, grpc or grpcs, or with details KIND:PORT, http:PORT/PATH or
+    /// grpc:PORT/SERVICE [default: none]
     #[arg(long, value_name = "CHECK")]
     health: Option<Check>,
-    /// Host header of an http check, authority of a grpc check [default: the VIP]
+    /// Host header of an http check, or authority of a grpc check [default: the VIP]
     #[arg(long, value_name = "HOST")]
     health_host: Option<String>,
-    /// Statuses of an http check that mean healthy [default: 200-299]
+    /// HTTP statuses that count as healthy [default: 200-299]
     #[arg(long, value_name = "FIRST-LAST")]
     health_status: Option<Statuses>,
-    /// Header of an http check; may be repeated
+    /// Additional header of an http check; may be repeated
     #[arg(long, value_name = "NAME: VALUE", value_parser = header)]
     health_header: Vec<(String, String)>,
-    /// Text that the body of an http check's answer must hold
+    /// Text that the body of an http check's response must contain
     #[arg(long, value_name = "TEXT")]
     health_body: Option<String>,
-    /// Name that a tls, https or grpcs check asks for, and that the certificate must have [default: the host, or the VIP]
+    /// Server name that a tls, https or grpcs check sends and expects in the certificate [default: the host, or the VIP]
     #[arg(long, value_name = "NAME")]
     health_sni: Option<String>,
-    /// File of certificates that such a check trusts [default: the host's own]
+    /// File with the CA certificates that tls, https and grpcs checks trust [default: the host's own]
     #[arg(long, value_name = "FILE")]
     health_ca: Option<PathBuf>,
-    /// Whether the certificate must be right at all [default: true]
+    /// Verify the server's certificate in tls, https and grpcs checks [default: true]
     #[arg(long, value_name = "BOOL")]
     health_verify: Option<bool>,
-    /// File of the certificate that lbd shows
+    /// File with the client certificate that lbd presents in tls, https and grpcs checks
     #[arg(long, value_name = "FILE", requires = "health_key")]
     health_cert: Option<PathBuf>,
-    /// File of its key
+    /// File with the private key of --health-cert
     #[arg(long, value_name = "FILE", requires = "health_cert")]
     health_key: Option<PathBuf>,
     /// Time between two checks of a backend [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_interval: Option<Duration>,
-    /// A check fails after this time [default: 500ms]
+    /// Time after which a check fails [default: 500ms]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_timeout: Option<Duration>,
-    /// By how much the interval is varied, in percent [default: 10]
+    /// Random variation of the interval, in percent [default: 10]
     #[arg(long, value_name = "PERCENT")]
     health_jitter: Option<u8>,
-    /// Successes in a row that make a backend healthy [default: 2]
+    /// Consecutive successes after which a backend is healthy [default: 2]
     #[arg(long, value_name = "N")]
     rise: Option<u8>,
-    /// Failures in a row that make it unhealthy [default: 3]
+    /// Consecutive failures after which a backend is unhealthy [default: 3]
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
-    /// Way that checks take: direct, to the backend's own address, or tunnel, that of traffic [default: direct]
-    #[arg(long, value_name = "WAY", value_parser = word::<Via>)]
+    /// Path of checks: direct to the backend's own address, or through the tunnel that traffic takes [default: direct]
+    #[arg(long, value_name = "direct|tunnel", value_parser = word::<Via>)]
     health_via: Option<Via>,
-    /// Whether a backend that keeps failing must pass more checks each time [default: true]
+    /// Require more successes each time that a flapping backend recovers [default: true]
     #[arg(long, value_name = "BOOL")]
     health_damping: Option<bool>,
-    /// Whether signs of a backend's death, ICMP errors and refused connections, bring checks forward [default: true]
+    /// Passive checks: ICMP errors and refused connections in traffic trigger an early check [default: true]
     #[arg(long, value_name = "BOOL")]
     health_signs: Option<bool>,
-    /// How long a backend that is new or healthy again takes to get its full share [default: 0s]
+    /// Time over which a new or recovered backend ramps up to its full share [default: 0s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     slow_start: Option<Duration>,
-    /// Where replica state comes from: none, stream, vllm, sglang, tgi, triton or custom; KIND:PORT and KIND:PORT/PATH name the place
+    /// Source of replica state: none, stream, vllm, sglang, tgi, triton or custom, or with details KIND:PORT or
+    /// KIND:PORT/PATH [default: none]
     #[arg(long, value_name = "SOURCE")]
     replica: Option<Source>,
-    /// Time between two looks where there is no stream [default: 1s]
+    /// Time between two polls of a source without a stream [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     replica_interval: Option<Duration>,
-    /// A look fails after this time [default: 1s]
+    /// Time after which a poll fails [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     replica_timeout: Option<Duration>,
-    /// Requests that a replica runs at once, where it does not say so itself; or auto [default: auto]
+    /// Requests that a replica runs at once, if it does not report this; or auto [default: auto]
     #[arg(long, value_name = "N|auto", value_parser = optional)]
     replica_capacity: Option<Optional>,
-    /// Name of a metric where it is not the usual one, as running=NAME or waiting=NAME{label="value"}; may be repeated
+    /// Metric to read instead of the usual one, such as running=NAME or waiting=NAME{label="value"}; may be repeated
     #[arg(long, value_name = "QUANTITY=METRIC", value_parser = metric)]
     replica_metric: Vec<(Quantity, Selector)>,
-    /// Residency: the only regions that may ever see its packets, or any [default: any]
+    /// Residency: the only regions that may receive the service's packets, or any [default: any]
     #[arg(long, value_name = "REGION,...|any", value_parser = regions)]
     regions: Option<Residency>,
-    /// How it is spread over regions: active-active, active-passive or weighted [default: active-active]
+    /// How flows are spread over regions: active-active, active-passive or weighted [default: active-active]
     #[arg(long, value_parser = word::<RegionPolicy>)]
     region_policy: Option<RegionPolicy>,
-    /// With weighted: a region's share, as eu=3; may be repeated
+    /// With weighted: relative share of a region, such as eu=3; may be repeated
     #[arg(long, value_name = "REGION=N", value_parser = region_weight)]
     region_weight: Vec<(Name, u32)>,
-    /// Share of the local capacity in use from which flows spill to other regions [default: 90]
+    /// Use of the local capacity, in percent, from which new flows spill to other regions [default: 90]
     #[arg(long, value_name = "PERCENT")]
     spill_at: Option<u16>,
-    /// Share of it below which they come back [default: 70]
+    /// Use of the local capacity, in percent, below which flows stop spilling [default: 70]
     #[arg(long, value_name = "PERCENT")]
     spill_until: Option<u16>,
-    /// Largest share of new flows that may be spilled [default: 50]
+    /// Largest share of new flows, in percent, that may spill [default: 50]
     #[arg(long, value_name = "PERCENT")]
     spill_most: Option<u16>,
-    /// How long a spill stands before it gets smaller [default: 10s]
+    /// Time for which a spill is held before it is reduced [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     region_hold: Option<Duration>,
-    /// Whether the own zone comes first within the region [default: true]
+    /// Prefer backends in the host's own zone within the region [default: true]
     #[arg(long, value_name = "BOOL")]
     zone_first: Option<bool>,
-    /// Drain time: how long flows of a draining or removed backend are kept there [default: 5m]
+    /// Drain time: how long established flows stay on a draining or removed backend [default: 5m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     drain: Option<Duration>,
     /// Slots of the Maglev table, or auto [default: auto]
     #[arg(long, value_name = "N|auto", value_parser = optional)]
     table_size: Option<Optional>,
-    /// Seed of hash and tables, or auto [default: auto]
+    /// Seed of the flow hash and the tables, or auto [default: auto]
     #[arg(long, value_name = "N|auto", value_parser = optional)]
     seed: Option<Optional>,
-    /// Place each UDP packet by hash alone, true or false [default: false]
+    /// Assign each UDP packet by hash alone, without tracking flows [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     udp_stateless: Option<bool>,
-    /// Idle time after which a UDP flow is forgotten [default: 2m]
+    /// Idle time after which a UDP flow expires [default: 2m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     udp_timeout: Option<Duration>,
-    /// Route UDP packets by QUIC connection id (QUIC-LB), read so: config id, bytes of server id and nonce, key if they
-    /// are encrypted; may be repeated; or off [default: off]
+    /// Route UDP packets by QUIC connection ID (QUIC-LB): config ID, length of server ID and of nonce in bytes, and the
+    /// key if they are encrypted; may be repeated; or off [default: off]
     #[arg(long, value_name = "ID:BYTES:BYTES[:KEY]|off", value_parser = quic, value_delimiter = ',')]
     quic: Vec<Option<QuicConfig>>,
-    /// Destination port of GUE packets [default: 6080]
+    /// UDP destination port of GUE packets [default: 6080]
     #[arg(long, value_name = "PORT")]
     gue_port: Option<u16>,
-    /// Established flows of a backend that is down: keep or reset [default: keep]
+    /// What happens to established flows of a backend that is down: keep or reset [default: keep]
     #[arg(long, value_parser = word::<OnDown>)]
     on_down: Option<OnDown>,
-    /// Ignore health when less than this share of the weight is healthy, 0 for never [default: 0]
+    /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 0]
     #[arg(long, value_name = "PERCENT")]
     panic: Option<u8>,
 }
 
-/// What of the flags is about regions.
+/// Builds the merge patch of the flags about regions.
 fn regions_patch(s: &Settings) -> Result<Map<String, Value>, Failure> {
     let mut patch = Map::new();
     let mut set = |key: &str, value: Option<Value>| value.map(|v| patch.insert(key.to_owned(), v));
@@ -257,7 +259,7 @@ fn regions_patch(s: &Settings) -> Result<Map<String, Value>, Failure> {
     Ok(patch)
 }
 
-/// Flags about replica state as a merge patch: null for none, nothing if there is no such flag.
+/// Builds the merge patch of the flags about replica state: null for `--replica none`, None without such flags.
 fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
     let mut replica = Patch::default();
     let mut metrics = Map::new();
@@ -267,13 +269,13 @@ fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
                 s.replica_interval.is_some() || s.replica_timeout.is_some() || s.replica_capacity.is_some();
             if others || !s.replica_metric.is_empty() {
                 return Err(Failure::Usage {
-                    what: "--replica none takes no other --replica flags".to_owned(),
+                    what: "--replica none cannot be combined with other --replica-* flags".to_owned(),
                 });
             }
             return Ok(Some(Value::Null));
         }
         Some(Source(Some((kind, port, path)))) => {
-            // A new source starts from its own defaults: what the old one had does not go with it.
+            // A new source starts from its own defaults, without the settings of the old source.
             replica.set("kind", Some(kind));
             replica.set("port", Some(port));
             replica.set("path", Some(path));
@@ -289,7 +291,7 @@ fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
     Ok(Some(replica.0).filter(|r| !r.is_empty()).map(Value::Object))
 }
 
-/// A merge patch in the making.
+/// A JSON merge patch under construction.
 #[derive(Default)]
 struct Patch(Map<String, Value>);
 
@@ -304,54 +306,17 @@ impl Patch {
 fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
     match time {
         Some(time) if time.subsec_millis() != 0 => {
-            Err(Failure::Usage { what: format!("{flag} counts in whole seconds") })
+            Err(Failure::Usage { what: format!("{flag} takes whole seconds, not {time:?}") })
         }
         other => Ok(other.map(|t| t.as_secs())),
     }
 }
 
-/// Flags as a merge patch.
-fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure> {
-    let mut patch = Patch::default();
-    patch.set("vip", vip.map(|v| v.address));
-    let twice = |flag: &str| Failure::Usage { what: format!("{flag} and --vip both name it: give it once") };
-    let (vip_port, vip_protocol) = vip.map_or((None, None), |v| (v.port, v.protocol));
-    if vip_port.is_some() && s.port.is_some() {
-        return Err(twice("--port"));
-    }
-    if vip_protocol.is_some() && s.protocol.is_some() {
-        return Err(twice("--protocol"));
-    }
-    patch.set("port", s.port.or(vip_port));
-    patch.set("protocol", s.protocol.or(vip_protocol));
-    patch.set("mode", s.mode);
-    patch.set("scheduler", s.scheduler);
-    patch.set("load_cap", s.load_cap.map(|n| n.0));
-    patch.set("second_chance", s.second_chance.map(|b| b.0));
-    patch.set("drain_s", seconds(s.drain, "--drain")?);
-    patch.set("slow_start_s", seconds(s.slow_start, "--slow-start")?);
-    patch.set("table_size", s.table_size.map(|n| n.0));
-    patch.set("seed", s.seed.map(|n| n.0));
-    patch.set("udp_stateless", s.udp_stateless);
-    patch.set("udp_timeout_s", seconds(s.udp_timeout, "--udp-timeout")?);
-    patch
-        .set("quic", Some(&s.quic).filter(|q| !q.is_empty()).map(|q| q.iter().flatten().collect::<Vec<_>>()));
-    patch.set("gue_port", s.gue_port);
-    for (name, rate, burst) in
-        [("new_flow", s.new_flow_rate, s.new_flow_burst), ("source", s.source_rate, s.source_burst)]
-    {
-        patch.set(&format!("{name}_rate"), rate.map(|rate| rate.0));
-        // A limit that goes takes its burst along.
-        let burst = burst.or_else(|| rate.filter(|rate| rate.0.is_none()).map(|_| Optional(None)));
-        patch.set(&format!("{name}_burst"), burst.map(|n| n.0));
-    }
-    patch.set("source_prefix_v4", s.source_prefix_v4);
-    patch.set("source_prefix_v6", s.source_prefix_v6);
-    patch.set("on_down", s.on_down);
-    patch.set("panic_percent", s.panic);
+/// Builds the merge patch of the flags about health checks.
+fn health_patch(s: &Settings) -> Map<String, Value> {
     let mut health = Patch::default();
     if let Some(check) = &s.health {
-        // A new kind starts from its own defaults: what the old one had does not go with it.
+        // A new kind starts from its own defaults, without the settings of the old kind.
         health.set("kind", Some(check.kind));
         health.set("port", Some(check.port));
         health.set("path", Some(&check.path));
@@ -378,47 +343,95 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
     health.set("jitter_percent", s.health_jitter);
     health.set("rise", s.rise);
     health.set("fall", s.fall);
-    patch.set("health", Some(health.0).filter(|h| !h.is_empty()));
+    health.0
+}
+
+/// Builds the merge patch of all flags.
+fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure> {
+    let mut patch = Patch::default();
+    patch.set("vip", vip.map(|v| v.address));
+    let twice = |flag: &str| Failure::Usage {
+        what: format!("{flag} conflicts with the value in --vip: give only one"),
+    };
+    let (vip_port, vip_protocol) = vip.map_or((None, None), |v| (v.port, v.protocol));
+    if vip_port.is_some() && s.port.is_some() {
+        return Err(twice("--port"));
+    }
+    if vip_protocol.is_some() && s.protocol.is_some() {
+        return Err(twice("--protocol"));
+    }
+    patch.set("port", s.port.or(vip_port));
+    patch.set("protocol", s.protocol.or(vip_protocol));
+    patch.set("mode", s.mode);
+    patch.set("scheduler", s.scheduler);
+    patch.set("load_cap", s.load_cap.map(|n| n.0));
+    patch.set("second_chance", s.second_chance.map(|b| b.0));
+    patch.set("drain_s", seconds(s.drain, "--drain")?);
+    patch.set("slow_start_s", seconds(s.slow_start, "--slow-start")?);
+    patch.set("table_size", s.table_size.map(|n| n.0));
+    patch.set("seed", s.seed.map(|n| n.0));
+    patch.set("udp_stateless", s.udp_stateless);
+    patch.set("udp_timeout_s", seconds(s.udp_timeout, "--udp-timeout")?);
+    patch
+        .set("quic", Some(&s.quic).filter(|q| !q.is_empty()).map(|q| q.iter().flatten().collect::<Vec<_>>()));
+    patch.set("gue_port", s.gue_port);
+    for (name, rate, burst) in
+        [("new_flow", s.new_flow_rate, s.new_flow_burst), ("source", s.source_rate, s.source_burst)]
+    {
+        patch.set(&format!("{name}_rate"), rate.map(|rate| rate.0));
+        // Removing a limit removes its burst too.
+        let burst = burst.or_else(|| rate.filter(|rate| rate.0.is_none()).map(|_| Optional(None)));
+        patch.set(&format!("{name}_burst"), burst.map(|n| n.0));
+    }
+    patch.set("source_prefix_v4", s.source_prefix_v4);
+    patch.set("source_prefix_v6", s.source_prefix_v6);
+    patch.set("on_down", s.on_down);
+    patch.set("panic_percent", s.panic);
+    patch.set("health", Some(health_patch(s)).filter(|h| !h.is_empty()));
     patch.set("replica", replica_patch(s)?);
     patch.set("regions", Some(regions_patch(s)?).filter(|r| !r.is_empty()));
     Ok(patch.0)
 }
 
-/// Runs one.
+/// Builds the body of `service add`, without unset values.
+fn new_service(add: &Add) -> Result<Map<String, Value>, Failure> {
+    let mut body = patch(Some(&add.vip), &add.settings)?;
+    for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
+        if !body.contains_key(key) {
+            let what = format!("the service needs a {key}: give {flag}, or --vip ADDRESS:PORT/PROTOCOL");
+            return Err(Failure::Usage { what });
+        }
+    }
+    if let Some(Value::Object(health)) = body.get_mut("health") {
+        health.retain(|_, v| !v.is_null());
+        if !health.contains_key("kind") {
+            let what = "--health-* flags need a check: give --health tcp or --health http:/PATH, for example"
+                .to_owned();
+            return Err(Failure::Usage { what });
+        }
+    }
+    if let Some(Value::Object(replica)) = body.get_mut("replica") {
+        replica.retain(|_, v| !v.is_null());
+        if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
+            metrics.retain(|_, v| !v.is_null());
+        }
+        if !replica.contains_key("kind") {
+            let what = "--replica-* flags need a source: give --replica stream, for example".to_owned();
+            return Err(Failure::Usage { what });
+        }
+    }
+    if let Some(Value::Object(regions)) = body.get_mut("regions") {
+        regions.retain(|_, v| !v.is_null());
+    }
+    body.retain(|_, v| !v.is_null());
+    Ok(body)
+}
+
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Add(add) => {
-            let mut body = patch(Some(&add.vip), &add.settings)?;
-            for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
-                if !body.contains_key(key) {
-                    let what =
-                        format!("the service needs a {key}: give {flag}, or --vip ADDRESS:PORT/PROTOCOL");
-                    return Err(Failure::Usage { what });
-                }
-            }
-            if let Some(Value::Object(health)) = body.get_mut("health") {
-                health.retain(|_, v| !v.is_null());
-                if !health.contains_key("kind") {
-                    let what =
-                        "health flags without a check: give --health tcp or --health http:/PATH".to_owned();
-                    return Err(Failure::Usage { what });
-                }
-            }
-            if let Some(Value::Object(replica)) = body.get_mut("replica") {
-                replica.retain(|_, v| !v.is_null());
-                if let Some(Value::Object(metrics)) = replica.get_mut("metrics") {
-                    metrics.retain(|_, v| !v.is_null());
-                }
-                if !replica.contains_key("kind") {
-                    let what =
-                        "--replica flags without a source: give --replica stream or another".to_owned();
-                    return Err(Failure::Usage { what });
-                }
-            }
-            if let Some(Value::Object(regions)) = body.get_mut("regions") {
-                regions.retain(|_, v| !v.is_null());
-            }
-            body.retain(|_, v| !v.is_null());
+            let body = new_service(&add)?;
             let name = add.name;
             let path = format!("/v1/services/{name}");
             context
@@ -448,7 +461,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             } else if list.is_empty() {
                 say!("no services: add one with `lbctl service add` or `lbctl config apply`");
             } else {
-                observe::services(&mut context.out, &list)?;
+                render::services(&mut context.out, &list)?;
             }
             Ok(Exit::Ok)
         }
@@ -459,7 +472,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             } else {
                 let path = format!("/v1/services/{name}/backends");
                 let backends: Vec<BackendInfo> = context.client.get(&path, &()).await?;
-                observe::service(&mut context.out, &service, &backends)?;
+                render::service(&mut context.out, &service, &backends)?;
             }
             Ok(Exit::Ok)
         }

@@ -15,49 +15,47 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What to do with the store.
+/// Subcommands of `lbctl store`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Engine, members, and how far each region is (exit code 1 if this host is cut off, or a member is not well)
+    /// Show the store, its members, and the lag of each region (exit code 1 if disconnected or a member is unhealthy)
     Status,
-    /// Copy all revisions into another, empty store; this one then takes no more changes
+    /// Copy all revisions to another, empty store; this store then refuses changes
     #[command(after_help = "Example: lbctl store migrate --to etcd://10.0.0.1,10.0.0.2,10.0.0.3\n\
-        Then restart each lbd with --store and the same address.")]
+        Then restart each lbd with the same URL as --store.")]
     Migrate {
-        /// file:///DIRECTORY, or etcd://HOST:PORT,HOST:PORT[/PREFIX] (etcds:// for TLS)
+        /// Destination: file:///DIRECTORY, or etcd://HOST:PORT,HOST:PORT[/PREFIX] (etcds:// for TLS)
         #[arg(long, value_name = "URL")]
         to: String,
     },
-    /// Write all kept revisions into a file
+    /// Write all kept revisions to a new file
     Backup {
-        /// File, - for standard output; must not be there yet
+        /// File to create, or - for standard output; must not exist yet
         file: PathBuf,
     },
-    /// Bring a backup back: all of its revisions if the store is empty, else its newest state as a new revision
+    /// Restore a backup: all its revisions if the store is empty, otherwise its newest state as a new revision
     Restore {
-        /// File, - for standard input
+        /// File, or - for standard input
         file: PathBuf,
         #[command(flatten)]
         write: WriteFlags,
     },
-    /// Accept what the store holds: an empty store (removes the services that the maps still forward), or one that is
-    /// older than what this host has seen (an empty one is filled with what this host knows)
+    /// Accept a store that is empty (removes the services that the maps still forward), or that is older than what this
+    /// host has seen (an empty one is filled with what this host knows)
     Accept {
-        /// Revision of the store, as `lbctl status` shows it; without it, says what there is to accept
+        /// Revision of the store, as `lbctl status` shows it; without it, print what can be accepted
         revision: Option<u64>,
     },
-    /// Take a migration back: the store that was migrated away takes changes again
-    #[command(
-        after_help = "Do this only if no lbd works with the other store: the two would differ from then on."
-    )]
+    /// Undo a migration: the store that was migrated away accepts changes again
+    #[command(after_help = "Do this only if no lbd uses the other store: the two stores would diverge.")]
     Unretire {
-        /// Confirm that no lbd works with the other store
+        /// Confirm that no lbd uses the other store
         #[arg(long, required = true)]
         yes: bool,
     },
 }
 
-/// Runs one.
+/// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Status => {
@@ -66,26 +64,26 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
         }
         Command::Migrate { to } => {
             let body = Migrate { to };
-            let client = context.client.patient();
+            let client = context.client.with_long_timeout();
             let filled: Filled = client.send(Method::POST, "/v1/store/migrate", &(), Some(&body)).await?;
             if context.out.json {
                 context.out.json(&filled, false)?;
             }
             let Filled { store, revisions, revision, .. } = &filled;
-            say!("{revisions} revisions, up to {revision}, are in {store}");
-            say!("this store takes no more changes: restart each lbd with --store {store}");
+            say!("{revisions} revisions, up to {revision}, copied to {store}");
+            say!("this store now refuses changes: restart each lbd with --store {store}");
             Ok(Exit::Ok)
         }
         Command::Backup { file } => {
-            let backup: Backup = context.client.patient().get("/v1/store/backup", &()).await?;
-            let bytes = backup.to_bytes().map_err(|e| Failure::Broken(e.to_string()))?;
+            let backup: Backup = context.client.with_long_timeout().get("/v1/store/backup", &()).await?;
+            let bytes = backup.to_bytes().map_err(|e| Failure::Internal(e.to_string()))?;
             if file == Path::new("-") {
                 context.out.raw(&bytes)?;
             } else {
                 write_new(&file, &bytes).map_err(|e| cannot("write", &file, &e))?;
             }
             let newest = backup.revisions.last().map_or(0, |e| e.revision.number);
-            say!("{} revisions, up to {newest}, are in {}", backup.revisions.len(), file.display());
+            say!("{} revisions, up to {newest}, written to {}", backup.revisions.len(), file.display());
             Ok(Exit::Ok)
         }
         Command::Restore { file, write } => {
@@ -97,18 +95,18 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             };
             read.map_err(|e| cannot("read", &file, &e))?;
             let refused = |e: crate::desired::store::StoreError| {
-                let fix = Some("`lbctl store backup` writes such files".to_owned());
+                let fix = Some("give a file that `lbctl store backup` wrote".to_owned());
                 Failure::Refused { what: e.to_string(), fix, details: Vec::new() }
             };
             let backup = Backup::parse(&file.display().to_string(), &bytes).map_err(refused)?;
             let path = "/v1/store/restore";
-            let client = context.client.patient();
+            let client = context.client.with_long_timeout();
             let filled: Filled = client.send(Method::POST, path, &write.query(), Some(&backup)).await?;
-            restored(context, &filled)
+            report_restored(context, &filled)
         }
         Command::Accept { revision: None } => {
             let info: StoreInfo = context.client.get("/v1/store", &()).await?;
-            Err(to_accept(&info))
+            Err(describe_acceptable(&info))
         }
         Command::Accept { revision: Some(revision) } => {
             let body = Some(Accept { revision });
@@ -119,28 +117,27 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
         Command::Unretire { .. } => {
             let info: StoreInfo =
                 context.client.send(Method::POST, "/v1/store/unretire", &(), None::<&()>).await?;
-            say!("this store takes changes again, from revision {} on", info.revision.number);
+            say!("this store accepts changes again, from revision {} on", info.revision.number);
             status(context, &info)
         }
     }
 }
 
-/// What there is to accept.
-fn to_accept(info: &StoreInfo) -> Failure {
+/// Says what `store accept` could accept; never a success, since nothing was accepted.
+fn describe_acceptable(info: &StoreInfo) -> Failure {
     let (what, fix) = match (info.orphaned_services, info.link.set_back) {
         (0, None) => {
-            let why =
-                info.link.problem.as_deref().unwrap_or("this host works by the store's newest revision");
+            let why = info.link.problem.as_deref().unwrap_or("this host uses the store's newest revision");
             (format!("there is nothing to accept: {why}"), None)
         }
         (0, Some(found)) => {
             let seen = info.revision.number;
-            let what = format!("the store is at revision {found}, and this host has seen {seen}");
-            (what, Some(format!("`lbctl store accept {found}` takes revision {found}")))
+            let what = format!("the store is at revision {found}, but this host has seen {seen}");
+            (what, Some(format!("run `lbctl store accept {found}` to use revision {found}")))
         }
         (services, _) => {
-            let what = format!("the store is empty, and the maps hold services ({services})");
-            (what, Some("`lbctl store accept 0` removes them".to_owned()))
+            let what = format!("the store is empty, but the maps hold services ({services})");
+            (what, Some("run `lbctl store accept 0` to remove them".to_owned()))
         }
     };
     Failure::Refused { what, fix, details: Vec::new() }
@@ -152,18 +149,18 @@ fn status(context: &mut Context<'_>, info: &StoreInfo) -> Result<Exit, Failure> 
     } else {
         render::status(&mut context.out, info)?;
     }
-    let well =
+    let is_healthy =
         info.link.connected && info.orphaned_services == 0 && info.about.members.iter().all(|m| m.healthy);
-    Ok(if well { Exit::Ok } else { Exit::No })
+    Ok(if is_healthy { Exit::Ok } else { Exit::No })
 }
 
-fn restored(context: &mut Context<'_>, filled: &Filled) -> Result<Exit, Failure> {
+fn report_restored(context: &mut Context<'_>, filled: &Filled) -> Result<Exit, Failure> {
     if context.out.json {
         context.out.json(filled, false)?;
     }
     match &filled.change {
         None => {
-            say!("{} revisions, up to {}, are in {}", filled.revisions, filled.revision, filled.store)
+            say!("{} revisions, up to {}, restored to {}", filled.revisions, filled.revision, filled.store)
         }
         Some(change) => {
             if change.dry_run && !context.out.json {
@@ -180,12 +177,12 @@ fn cannot(what: &str, file: &Path, error: &std::io::Error) -> Failure {
     Failure::Refused { what, fix: None, details: Vec::new() }
 }
 
-/// A new file for its owner alone: the state names addresses that not everybody need know.
+/// Creates a file that only its owner can read, because the state contains addresses.
 fn write_new(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut new = File::options().write(true).create_new(true).mode(0o600).open(file)?;
     let written = new.write_all(bytes).and_then(|()| new.sync_all());
     if written.is_err() {
-        // A piece of a backup is none.
+        // A partial backup is useless.
         let _ = std::fs::remove_file(file);
     }
     written

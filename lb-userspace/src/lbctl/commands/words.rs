@@ -1,7 +1,6 @@
-//! What flags are written as: addresses with ports, checks, sources of replica state, rates.
+//! Parsers of flag values: addresses with ports, health checks, sources of replica state, rates.
 //!
-//! Input: the text behind a flag. Output: its value, or what it should have been. Called by clap, for `service` and
-//! others.
+//! Input: the value of a flag. Output: the parsed value, or a message that says what is accepted. Called by clap.
 
 use crate::desired::model::{
     Name, Ports, Protocol, Quantity, QuicConfig, QuicError, Rate, RateError, Selector, SelectorError,
@@ -11,28 +10,28 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use std::{net::IpAddr, str::FromStr};
 
-/// Parses one of a type's words, as the configuration file spells them.
+/// Parses a variant of an enum, spelt as in the configuration file.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|e| e.to_string())
 }
 
-/// A config of QUIC-LB, or none.
+/// Parses a QUIC-LB configuration, or `off`.
 pub(super) fn quic(text: &str) -> Result<Option<QuicConfig>, String> {
     if text == "off" { Ok(None) } else { text.parse().map(Some).map_err(|e: QuicError| e.to_string()) }
 }
 
-/// A number, or none.
+/// A number, or `auto` or `none`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Optional(pub(super) Option<u64>);
 
 pub(super) fn optional(text: &str) -> Result<Optional, String> {
     match text {
         "auto" | "none" => Ok(Optional(None)),
-        _ => text.parse().map(|n| Optional(Some(n))).map_err(|_| "give a number, or auto".to_owned()),
+        _ => text.parse().map(|n| Optional(Some(n))).map_err(|_| "give a number, or auto or none".to_owned()),
     }
 }
 
-/// A rate, or none.
+/// A rate, or `none`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OptionalRate(pub(super) Option<Rate>);
 
@@ -43,7 +42,7 @@ pub(super) fn optional_rate(text: &str) -> Result<OptionalRate, String> {
     }
 }
 
-/// True, false, or neither.
+/// `true`, `false` or `auto`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OptionalBool(pub(super) Option<bool>);
 
@@ -54,7 +53,7 @@ pub(super) fn optional_bool(text: &str) -> Result<OptionalBool, String> {
     }
 }
 
-/// `ADDRESS[:PORT[/PROTOCOL]]`; IPv6 with a port in brackets.
+/// A virtual address, `ADDRESS[:PORT[/PROTOCOL]]`; IPv6 with a port in brackets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Vip {
     pub(super) address: IpAddr,
@@ -68,8 +67,11 @@ impl FromStr for Vip {
         if let Ok(address) = text.parse() {
             return Ok(Self { address, port: None, protocol: None });
         }
-        let bad =
-            || format!("{text:?} is no address, ADDRESS:PORT or ADDRESS:PORT/PROTOCOL (IPv6 in brackets)");
+        let bad = || {
+            format!(
+                "{text:?} is not ADDRESS, ADDRESS:PORT or ADDRESS:PORT/PROTOCOL (with a port, IPv6 in brackets)"
+            )
+        };
         let (rest, protocol) = match text.rsplit_once('/') {
             Some((rest, protocol)) => (rest, Some(protocol.parse::<Protocol>().map_err(|e| e.to_string())?)),
             None => (text, None),
@@ -85,7 +87,7 @@ impl FromStr for Vip {
     }
 }
 
-/// `none`, `KIND[:PORT]`, `http[s][:[PORT][/PATH]]`, `grpc[s][:[PORT][/SERVICE]]`.
+/// A health check: `none`, `KIND[:PORT]`, `http[s][:[PORT][/PATH]]`, `grpc[s][:[PORT][/SERVICE]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Check {
     pub(super) kind: &'static str,
@@ -98,7 +100,7 @@ impl FromStr for Check {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         let bad = || {
-            "give none, tcp, tls, http, https, grpc or grpcs, with :PORT, :/PATH or :PORT/PATH behind it"
+            "give none, tcp, tls, http, https, grpc or grpcs, optionally followed by :PORT, :/PATH or :PORT/PATH"
                 .to_owned()
         };
         let (kind, rest) = text.split_once(':').map_or((text, None), |(kind, rest)| (kind, Some(rest)));
@@ -125,13 +127,13 @@ impl FromStr for Check {
     }
 }
 
-/// `NAME: VALUE`.
+/// Parses `NAME: VALUE`.
 pub(super) fn header(text: &str) -> Result<(String, String), String> {
-    let (name, value) = text.split_once(':').ok_or_else(|| "give NAME: VALUE".to_owned())?;
+    let (name, value) = text.split_once(':').ok_or_else(|| "give NAME: VALUE, with a colon".to_owned())?;
     Ok((name.trim().to_owned(), value.trim().to_owned()))
 }
 
-/// `none`, or `KIND[:[PORT][/PATH]]`.
+/// A source of replica state: `none`, or `KIND[:[PORT][/PATH]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Source(pub(super) Option<(SourceKind, Option<u16>, Option<String>)>);
 
@@ -139,7 +141,7 @@ impl FromStr for Source {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         let bad = || {
-            "give none, or stream, vllm, sglang, tgi, triton or custom with :PORT, :/PATH or :PORT/PATH behind it"
+            "give none, or stream, vllm, sglang, tgi, triton or custom optionally followed by :PORT, :/PATH or :PORT/PATH"
                 .to_owned()
         };
         if text == "none" {
@@ -159,7 +161,7 @@ impl FromStr for Source {
     }
 }
 
-/// Regions, or any.
+/// Names of regions, or `any`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Residency(pub(super) Option<Vec<Name>>);
 
@@ -171,14 +173,14 @@ pub(super) fn regions(text: &str) -> Result<Residency, String> {
     Ok(Residency(Some(names.collect::<Result<_, _>>()?)))
 }
 
-/// `REGION=N`.
+/// Parses `REGION=N`.
 pub(super) fn region_weight(text: &str) -> Result<(Name, u32), String> {
-    let bad = || "give REGION=N, as eu=3".to_owned();
+    let bad = || "give REGION=N, such as eu=3".to_owned();
     let (name, weight) = text.split_once('=').ok_or_else(bad)?;
     Ok((name.trim().parse().map_err(|_| bad())?, weight.trim().parse().map_err(|_| bad())?))
 }
 
-/// `QUANTITY=METRIC`.
+/// Parses `QUANTITY=METRIC`.
 pub(super) fn metric(text: &str) -> Result<(Quantity, Selector), String> {
     let (quantity, selector) =
         text.split_once('=').ok_or_else(|| "give QUANTITY=METRIC, such as running=busy_slots".to_owned())?;
@@ -186,7 +188,7 @@ pub(super) fn metric(text: &str) -> Result<(Quantity, Selector), String> {
     Ok((word(quantity)?, selector))
 }
 
-/// `200` or `200-299`.
+/// An HTTP status or a range of them: `200`, `200-299`.
 #[derive(Clone, Debug)]
 pub(super) struct Statuses(pub(super) u16, pub(super) u16);
 
@@ -196,7 +198,7 @@ impl FromStr for Statuses {
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         match (first.parse(), last.parse()) {
             (Ok(first), Ok(last)) => Ok(Self(first, last)),
-            _ => Err("give a status, or FIRST-LAST".to_owned()),
+            _ => Err("give a status or a range, such as 200 or 200-299".to_owned()),
         }
     }
 }

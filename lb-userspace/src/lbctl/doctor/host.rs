@@ -1,4 +1,4 @@
-//! The host itself: kernel, BPF file system, memory, privileges, clock.
+//! Checks of the host itself: kernel, BPF file system, memory, privileges, clock.
 
 use super::Finding;
 use crate::{apply::dataplane, lbd::TRUNCATED_RISES, serve::api::types::Status};
@@ -9,7 +9,7 @@ use lb_common::limits::KERNEL_FLOOR;
 /// Available memory below which maps of the usual sizes, and a second set beside them during an upgrade, may not fit.
 const MEMORY_KIB: u64 = 768 * 1_024;
 
-/// What can be told without lbd.
+/// Runs the checks that do not need lbd.
 pub fn examine(pin_path: &Path) -> Vec<Finding> {
     let mut found = vec![kernel(&read("/proc/sys/kernel/osrelease"))];
     found.push(jit(dataplane::is_jitted().map_err(|e| e.raw_os_error())));
@@ -28,7 +28,7 @@ fn kernel(release: &str) -> Finding {
         return Finding::warn(
             "kernel",
             format!("unknown release {release:?}"),
-            "compare it with the documentation",
+            "compare the kernel with docs/compatibility.md",
         );
     };
     let what = format!("Linux {}", release.trim());
@@ -40,31 +40,38 @@ fn kernel(release: &str) -> Finding {
     Finding::ok("kernel", what)
 }
 
-/// Whether programs are compiled: tried on one, as the kernel's setting is not to be seen in every network namespace.
+/// Checks whether programs are JIT-compiled. `is_jitted` comes from loading a program, because the kernel's setting is
+/// not visible in every network namespace.
 fn jit(is_jitted: Result<bool, Option<i32>>) -> Finding {
     match is_jitted {
         Ok(true) => Finding::ok("BPF JIT", "on"),
         Ok(false) => Finding::fail(
             "BPF JIT",
             "off: programs are interpreted, many times slower",
-            "`sysctl -w net.core.bpf_jit_enable=1`, then start lbd again",
+            "`sysctl -w net.core.bpf_jit_enable=1`, then restart lbd",
         ),
-        Err(Some(libc::EPERM)) => Finding::warn("BPF JIT", "not looked at", "run it as root (sudo)"),
-        Err(_) => Finding::warn("BPF JIT", "no program can be loaded to see", "does the kernel have BPF?"),
+        Err(Some(libc::EPERM)) => {
+            Finding::warn("BPF JIT", "not checked", "run `lbctl doctor` as root (sudo)")
+        }
+        Err(_) => Finding::warn(
+            "BPF JIT",
+            "not checked: no test program can be loaded",
+            "check that the kernel has BPF",
+        ),
     }
 }
 
 fn file_system(pin_path: &Path) -> Finding {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
     let about = "BPF file system";
-    // A directory that only root may enter still tells what it is on.
+    // statfs also works for a directory that only root may enter.
     let existing = pin_path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
     match nix::sys::statfs::statfs(existing).map(|s| s.filesystem_type().0) {
         Ok(BPF_FS_MAGIC) => Finding::ok(about, format!("mounted at {}", existing.display())),
         _ => Finding::fail(
             about,
-            format!("{} is not on one", pin_path.display()),
-            "`mount -t bpf bpf /sys/fs/bpf`, or give the directory of the pins with --pin-path",
+            format!("{} is not on a BPF file system", pin_path.display()),
+            "`mount -t bpf bpf /sys/fs/bpf`, or give lbd's pin directory with --pin-path",
         ),
     }
 }
@@ -73,87 +80,87 @@ fn memory(meminfo: &str) -> Finding {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     match kib {
-        None => Finding::warn("memory", "not to be seen from here", "look at /proc/meminfo"),
+        None => Finding::warn("memory", "cannot read the available memory", "check /proc/meminfo"),
         Some(kib) if kib < MEMORY_KIB => Finding::warn(
             "memory",
             format!("{} MiB available", kib / 1_024),
-            "maps take some 300 MiB, and twice that during an upgrade: free some, or lower max_flows and max_slots",
+            "maps take about 300 MiB, and twice that during an upgrade: free memory, or lower max_flows and max_slots",
         ),
         Some(kib) => Finding::ok("memory", format!("{} MiB available", kib / 1_024)),
     }
 }
 
-/// Whether the clock is kept right; None where nobody can say.
+/// Checks whether the clock is synchronized; None if systemd cannot tell.
 fn clock() -> Option<Finding> {
-    let said = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
-    match String::from_utf8_lossy(&said.ok().filter(|o| o.status.success())?.stdout).trim() {
+    let output = Command::new("timedatectl").args(["show", "--property=NTPSynchronized", "--value"]).output();
+    match String::from_utf8_lossy(&output.ok().filter(|o| o.status.success())?.stdout).trim() {
         "yes" => Some(Finding::ok("clock", "synchronized")),
         "no" => Some(Finding::warn(
             "clock",
-            "not synchronized: times of revisions and of roll-outs differ between hosts",
+            "not synchronized: times of revisions and rollouts differ between hosts",
             "`timedatectl set-ntp true`, or run chrony",
         )),
         _ => None,
     }
 }
 
-/// What lbd says of itself, and its process.
+/// Checks lbd's own reports, and the capabilities of its process.
 pub fn daemon(status: &Status) -> Vec<Finding> {
     let mut found = Vec::new();
     let about = "lbd";
     found.push(if status.version == env!("CARGO_PKG_VERSION") && status.abi == lb_common::ABI_VERSION {
-        Finding::ok(about, format!("runs, version {}, ABI {}", status.version, status.abi))
+        Finding::ok(about, format!("running, version {}, ABI {}", status.version, status.abi))
     } else {
         Finding::warn(
             about,
-            format!("version {}, ABI {}; this lbctl is of another", status.version, status.abi),
-            "install both from one build, and restart lbd (no packet is lost)",
+            format!("version {}, ABI {}, which is not that of this lbctl", status.version, status.abi),
+            "install both from one build and restart lbd (no packet is lost)",
         )
     });
     found.extend(privileges(&read(&format!("/proc/{}/status", status.pid))));
     for one in &status.loaded.left_out {
-        let fix = "a newer kernel, or another lbd; services that need it are refused";
+        let fix = "install a newer kernel or another lbd; services that need the feature are refused";
         found.push(Finding::warn(
             format!("feature {}", one.feature),
-            format!("left out: {}", one.reason),
+            format!("not available: {}", one.reason),
             fix,
         ));
     }
     if status.problems.iter().any(|problem| problem == TRUNCATED_RISES) {
-        let fix = "see `lbctl status`, and `ethtool -g`, `ethtool --show-priv-flags` of the interfaces";
+        let fix = "check `lbctl status`, and `ethtool -g` and `ethtool --show-priv-flags` of the interfaces";
         found.push(Finding::fail("headers", TRUNCATED_RISES, fix));
     }
     if let Some(error) = &status.applied.error {
-        found.push(Finding::fail("tables", error, "see `lbctl status` and the log of lbd"));
+        found.push(Finding::fail("tables", error, "check `lbctl status` and the log of lbd"));
     }
     if !status.store.connected {
-        let fix = "see `lbctl store status`; until it is back, the last known state holds";
-        found.push(Finding::fail("store", "cut off", fix));
+        let fix = "check `lbctl store status`; until the store is back, lbd uses the last known state";
+        found.push(Finding::fail("store", "disconnected", fix));
     }
     for room in status.room.iter().filter(|r| r.used * 10 > r.limit * 9) {
         let what = format!("{} of {} used", room.used, room.limit);
-        let fix = "start lbd with a larger max_* after `lbd detach`";
-        found.push(Finding::warn(format!("room for {}", room.what), what, fix));
+        let fix = "run `lbd detach`, then start lbd with a larger max_* setting";
+        found.push(Finding::warn(format!("capacity for {}", room.what), what, fix));
     }
     found
 }
 
-/// Whether a process may do what lbd does.
+/// Checks the capabilities that lbd needs, given its /proc/PID/status.
 fn privileges(status: &str) -> Option<Finding> {
     const NEEDED: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (38, "CAP_PERFMON"), (39, "CAP_BPF")];
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
     let held = u64::from_str_radix(line.trim(), 16).ok()?;
-    // Root's whole set has them; before 5.8 CAP_SYS_ADMIN stood for two.
+    // Root has all of them. Kernels before 5.8 have CAP_SYS_ADMIN in place of the last two.
     let missing: Vec<&str> = NEEDED.iter().filter(|(bit, _)| held >> bit & 1 == 0).map(|(_, n)| *n).collect();
     Some(if missing.is_empty() {
-        Finding::ok("privileges", "lbd has what it needs")
+        Finding::ok("privileges", "lbd has the capabilities it needs")
     } else {
-        let fix = "grant them in lbd.service (AmbientCapabilities, CapabilityBoundingSet)";
+        let fix = "grant it in lbd.service (AmbientCapabilities, CapabilityBoundingSet)";
         Finding::fail("privileges", format!("lbd lacks {}", missing.join(", ")), fix)
     })
 }
 
-/// Whether this host forwards packets of each family, which is asked with `true` for IPv4.
+/// Returns a function that tells whether this host forwards packets of a family (`true`: IPv4).
 pub fn forwards() -> impl Fn(bool) -> bool {
     let (v4, v6) = (read("/proc/sys/net/ipv4/ip_forward"), read("/proc/sys/net/ipv6/conf/all/forwarding"));
     move |is_ipv4| if is_ipv4 { v4.trim() != "0" } else { v6.trim() != "0" }

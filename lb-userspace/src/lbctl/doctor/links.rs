@@ -1,4 +1,4 @@
-//! The interfaces that the program runs on, and addresses that should not be this host's.
+//! Checks of the interfaces that the program runs on, and of VIPs that are addresses of this host.
 
 use super::Finding;
 use crate::{
@@ -15,18 +15,22 @@ use std::{collections::BTreeSet, fs, net::IpAddr};
 /// Index of the loopback interface: the first in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// Looks at them.
+/// Checks each interface, and the VIPs.
 pub async fn examine(status: &Status, services: &[ServiceInfo]) -> Vec<Finding> {
     let mut found = Vec::new();
     let Ok((connection, handle, _)) = rtnetlink::new_connection() else {
-        return vec![Finding::warn("interfaces", "cannot open a netlink socket", "run it as root (sudo)")];
+        return vec![Finding::warn(
+            "interfaces",
+            "cannot open a netlink socket",
+            "run `lbctl doctor` as root (sudo)",
+        )];
     };
     let connection = tokio::spawn(connection);
     for interface in &status.interfaces {
         found.extend(one(&handle, interface).await);
     }
     for waiting in &status.loaded.waiting {
-        let fix = "lbd tries again each second";
+        let fix = "lbd tries again every second";
         found.push(Finding::fail(format!("interface {}", waiting.name), &waiting.reason, fix));
     }
     found.extend(vips(&handle, status, services).await);
@@ -39,8 +43,8 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
     let mut found = Vec::new();
     let link = handle.link().get().match_index(interface.ifindex).execute().try_next().await;
     let Ok(Some(link)) = link else {
-        let fix = "restart lbd once it is back, or take it out of `iface`";
-        return vec![Finding::fail(about, "gone", fix)];
+        let fix = "restart lbd once the interface is back, or remove it from `iface`";
+        return vec![Finding::fail(about, "does not exist", fix)];
     };
     let state = link
         .attributes
@@ -49,7 +53,7 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
     match state {
         Some(State::Up | State::Unknown) | None => {}
         Some(state) => {
-            let fix = format!("`ip link set dev {} up`, and look at its cable or peer", interface.name);
+            let fix = format!("`ip link set dev {} up`, and check its cable or peer", interface.name);
             found.push(Finding::fail(&about, format!("is {state:?}").to_lowercase(), fix));
         }
     }
@@ -61,12 +65,12 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
             Some(why) => Finding::warn(&about, what, why),
             None => {
                 let fix =
-                    "use a NIC whose driver has native XDP; after `lbd detach`, a start says why it refuses";
+                    "use a NIC whose driver supports native XDP; after `lbd detach`, the log of the next start says why it is not used";
                 Finding::warn(&about, what, fix)
             }
         }
     });
-    // Generic mode sees packets after the host has put their tags back.
+    // In generic mode the kernel has already restored VLAN tags.
     if interface.mode == "driver" {
         found.extend(offloads(&about, &interface.name));
     }
@@ -74,19 +78,19 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
     found
 }
 
-/// Offloads that do not go with XDP.
+/// Checks for offloads that are incompatible with XDP.
 fn offloads(about: &str, name: &str) -> Vec<Finding> {
     match offloads::examine(name) {
-        None => vec![Finding::warn(about, "offloads not looked at", "see `ethtool -k` for lro and rxvlan")],
+        None => vec![Finding::warn(about, "offloads not checked", "check `ethtool -k` for lro and rxvlan")],
         Some(troubles) if troubles.is_empty() => {
             vec![Finding::ok(about, "no offload changes packets before the program")]
         }
-        Some(troubles) => troubles.into_iter().map(|trouble| of_trouble(about, trouble)).collect(),
+        Some(troubles) => troubles.into_iter().map(|trouble| offload_finding(about, trouble)).collect(),
     }
 }
 
-fn of_trouble(about: &str, trouble: Trouble) -> Finding {
-    let fix = format!("{}, or `fix_offloads = true` in [lbd]", trouble.fix);
+fn offload_finding(about: &str, trouble: Trouble) -> Finding {
+    let fix = format!("{}, or set `fix_offloads = true` in [lbd]", trouble.fix);
     if trouble.is_certain {
         Finding::fail(about, trouble.what, fix)
     } else {
@@ -94,7 +98,7 @@ fn of_trouble(about: &str, trouble: Trouble) -> Finding {
     }
 }
 
-/// Only packets that the program hands to the host are looked at by the kernel; strictness loses some of those.
+/// Checks reverse path filtering, which applies to packets that the program passes to the host and can drop some.
 fn reverse_path(about: &str, name: &str) -> Option<Finding> {
     let of = |scope: &str| {
         let path = format!("/proc/sys/net/ipv4/conf/{scope}/rp_filter");
@@ -102,13 +106,13 @@ fn reverse_path(about: &str, name: &str) -> Option<Finding> {
     };
     let strict = of("all")?.max(of(name)?) == 1;
     strict.then(|| {
-        let what = "strict reverse path filtering: answers of workers that ask for this host by another way are lost";
+        let what = "strict reverse path filtering: responses of workers that arrive on another interface are dropped";
         let fix = format!("`sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{name}.rp_filter=2`");
         Finding::warn(about, what, fix)
     })
 }
 
-/// VIPs on an interface other than loopback: whoever asks on that link is answered by this host, and by it alone.
+/// Checks for VIPs on an interface other than loopback: on that link this host alone answers ARP and NDP for them.
 async fn vips(handle: &Handle, status: &Status, services: &[ServiceInfo]) -> Vec<Finding> {
     let wanted: BTreeSet<IpAddr> = services.iter().map(|s| s.spec.vip).collect();
     let announced = status.announcement.is_some();
@@ -121,9 +125,8 @@ async fn vips(handle: &Handle, status: &Status, services: &[ServiceInfo]) -> Vec
         });
         let Some(vip) = address.filter(|ip| wanted.contains(ip)) else { continue };
         if message.header.index != LOOPBACK && !announced {
-            let fix = "let routers lead to it through this host, or announce it; then `ip address del` takes it off";
-            let what =
-                "is an address of an interface of this host, whose stack answers what the program passes";
+            let fix = "route the VIP through this host, or use --announce; then remove the address with `ip address del`";
+            let what = "is an address of an interface of this host, so its stack answers packets that the program passes";
             found.push(Finding::warn(format!("VIP {vip}"), what, fix));
         }
     }
@@ -143,13 +146,13 @@ mod tests {
             fix: "`ethtool -K eth0 rxvlan off`".to_owned(),
             is_certain,
         };
-        let certain = of_trouble("interface eth0", trouble(true));
+        let certain = offload_finding("interface eth0", trouble(true));
         assert_eq!(certain.level, Level::Fail);
         assert!(
             certain
                 .fix
                 .is_some_and(|f| f.contains("ethtool -K eth0 rxvlan off") && f.contains("fix_offloads"))
         );
-        assert_eq!(of_trouble("interface eth0", trouble(false)).level, Level::Warn);
+        assert_eq!(offload_finding("interface eth0", trouble(false)).level, Level::Warn);
     }
 }

@@ -1,9 +1,8 @@
-//! `lbctl doctor`: looks at this host, its interfaces, and the way to each worker, and says what is wrong and what
-//! mends it.
+//! `lbctl doctor`: checks this host, its interfaces, and the path to each worker, and suggests fixes.
 //!
-//! Input: what lbd says of itself (none if it cannot be reached), and the host. Output: [`Finding`]s. Changes nothing;
-//! to the workers it sends pings and one connection attempt through each tunnel, for which it needs `CAP_NET_RAW`.
-//! Called by `cli`.
+//! Input: lbd's own reports (none if it cannot be reached), and the host. Output: [`Finding`]s. Changes nothing; sends
+//! pings to the workers and one connection attempt through each tunnel, for which it needs `CAP_NET_RAW`.
+//! Called by `commands`.
 
 mod host;
 mod links;
@@ -23,28 +22,28 @@ use std::{
     path::PathBuf,
 };
 
-/// How good or bad something is.
+/// Severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Works, and could be better; or could not be looked at.
+    /// Works but could be better, or could not be checked.
     Warn,
     /// Something does not work.
     Fail,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// How it is.
+    /// Severity.
     pub level: Level,
-    /// What was looked at.
+    /// What was checked.
     pub about: String,
     /// What was found.
     pub what: String,
-    /// What mends it.
+    /// How to fix the problem.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
 }
@@ -63,7 +62,7 @@ impl Finding {
     }
 }
 
-/// What lbd says.
+/// lbd's state, as its API reports it.
 #[derive(Clone, Debug)]
 pub struct DaemonView {
     /// `GET /v1/status`.
@@ -74,97 +73,98 @@ pub struct DaemonView {
     pub backends: Vec<BackendInfo>,
 }
 
-/// What to look at.
+/// What to check.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Directory of the pins.
+    /// Directory in which lbd pins its programs and maps.
     pub pin_path: PathBuf,
-    /// Whether packets are sent to the workers.
+    /// Whether to send packets to the workers.
     pub probe: bool,
 }
 
-/// Looks at everything. Takes some seconds where workers do not answer.
-pub async fn examine(plan: &Plan, said: Option<&DaemonView>) -> Vec<Finding> {
+/// Runs all checks. Takes some seconds if workers do not answer.
+pub async fn examine(plan: &Plan, view: Option<&DaemonView>) -> Vec<Finding> {
     let mut found = host::examine(&plan.pin_path);
-    let Some(said) = said else { return found };
-    found.extend(host::daemon(&said.status));
-    found.extend(links::examine(&said.status, &said.services).await);
-    found.extend(backends(said));
+    let Some(view) = view else { return found };
+    found.extend(host::daemon(&view.status));
+    found.extend(links::examine(&view.status, &view.services).await);
+    found.extend(backends(view));
     if plan.probe {
-        let ways = ways(said);
-        let probed = tokio::task::spawn_blocking(move || probe(&ways)).await;
+        let paths = worker_paths(view);
+        let probed = tokio::task::spawn_blocking(move || probe(&paths)).await;
         found.extend(probed.unwrap_or_default());
     }
     found
 }
 
-/// Backends as lbd sees them.
-fn backends(said: &DaemonView) -> Vec<Finding> {
+/// Checks the backends as lbd sees them.
+fn backends(view: &DaemonView) -> Vec<Finding> {
     let mut found = Vec::new();
     let forwards = host::forwards();
     let mut reachable: BTreeMap<&Name, usize> = BTreeMap::new();
-    for backend in &said.backends {
+    for backend in &view.backends {
         let about = format!("backend {}/{}", backend.service, backend.name);
         let is_local =
-            said.services.iter().any(|s| s.name == backend.service && s.spec.mode == ForwardingMode::Local);
+            view.services.iter().any(|s| s.name == backend.service && s.spec.mode == ForwardingMode::Local);
         match (&backend.status.problem, &backend.status.next_hop) {
             (Some(problem), _) => {
-                let fix = "see `ip route get` and `ip neigh` for its address; lbd follows both";
+                let fix = "check `ip route get` and `ip neigh` for its address: lbd follows both";
                 found.push(Finding::fail(&about, problem, fix));
             }
             (None, None) if !is_local => {
-                let fix = format!("`ping {}` from here, and look at `ip neigh`", backend.spec.address);
+                let fix = format!("run `ping {}` on this host, and check `ip neigh`", backend.spec.address);
                 found.push(Finding::warn(
                     &about,
-                    "its next hop is not known: each packet asks the kernel",
+                    "its next hop is not resolved: each packet needs a kernel route lookup",
                     fix,
                 ));
                 if !forwards(backend.spec.address.is_ipv4()) {
                     let fix = "`sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1`";
-                    let what = "packets that ask the kernel are refused: this host does not forward";
+                    let what = "the kernel route lookup refuses packets: forwarding is off on this host";
                     found.push(Finding::fail(about, what, fix));
                 }
             }
             _ if backend.status.health == Health::Unhealthy => {
                 let why =
                     backend.status.last_probe.as_ref().map_or(String::new(), |p| format!(": {}", p.reason));
-                let fix = format!("`lbctl backend show {} {}` has its probes", backend.service, backend.name);
+                let fix =
+                    format!("`lbctl backend show {} {}` shows its probes", backend.service, backend.name);
                 found.push(Finding::warn(about, format!("unhealthy{why}"), fix));
             }
             _ => *reachable.entry(&backend.service).or_default() += 1,
         }
     }
-    // One line for all that is well: there may be thousands.
+    // One line for all backends without a problem: there may be thousands.
     found.extend(reachable.into_iter().map(|(service, count)| {
-        let all = said.backends.iter().filter(|b| b.service == *service).count();
+        let all = view.backends.iter().filter(|b| b.service == *service).count();
         Finding::ok(
             format!("backends of {service}"),
             format!("{count} of {all} are reachable, as far as lbd knows"),
         )
     }));
-    if said.backends.is_empty() {
+    if view.backends.is_empty() {
         found.push(Finding::ok("backends", "none"));
     }
     found
 }
 
-/// A worker as packets of one service reach it.
+/// The path of one service's packets to a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerPath {
     service: Name,
     spec: Service,
     backend: Name,
     address: IpAddr,
-    /// Largest packet that the first link takes, as far as known.
+    /// MTU of the first link; 1,500 if it is not known.
     mtu: u16,
-    /// Bytes that this mode adds.
+    /// Bytes that the forwarding mode adds to a packet.
     overhead: usize,
 }
 
-/// All ways that leave this host.
-fn ways(said: &DaemonView) -> Vec<WorkerPath> {
-    let specs: BTreeMap<&Name, &Service> = said.services.iter().map(|s| (&s.name, &s.spec)).collect();
-    let way = |b: &BackendInfo| {
+/// Returns the paths that leave this host.
+fn worker_paths(view: &DaemonView) -> Vec<WorkerPath> {
+    let specs: BTreeMap<&Name, &Service> = view.services.iter().map(|s| (&s.name, &s.spec)).collect();
+    let path = |b: &BackendInfo| {
         let spec = *specs.get(&b.service)?;
         let overhead = overhead(spec, b.spec.address)?;
         Some(WorkerPath {
@@ -176,16 +176,16 @@ fn ways(said: &DaemonView) -> Vec<WorkerPath> {
             overhead,
         })
     };
-    said.backends.iter().filter_map(way).collect()
+    view.backends.iter().filter_map(path).collect()
 }
 
-/// Bytes that a service's mode puts around a packet to this address; None if it leaves nothing for others to carry.
+/// Bytes that a service's mode adds to a packet to this address; None if packets do not leave this host.
 fn overhead(service: &Service, address: IpAddr) -> Option<usize> {
     let mode = match service.mode {
         ForwardingMode::Ipip => mode::IPIP,
         ForwardingMode::Gue if service.has_second_chance() => mode::GUE_CHAIN,
         ForwardingMode::Gue => mode::GUE,
-        // A router's or the worker's own larger header is all that translation can add.
+        // L2 forwarding and NAT add no header; translation between families adds at most the larger IP header.
         ForwardingMode::L2 | ForwardingMode::Nat => return Some(0),
         ForwardingMode::Local => return None,
     };
@@ -197,70 +197,74 @@ fn overhead(service: &Service, address: IpAddr) -> Option<usize> {
 }
 
 /// Measures each worker's path, and tries each tunnel.
-fn probe(ways: &[WorkerPath]) -> Vec<Finding> {
+fn probe(workers: &[WorkerPath]) -> Vec<Finding> {
     let mut targets: BTreeMap<IpAddr, u16> = BTreeMap::new();
-    for way in ways {
-        let mtu = targets.entry(way.address).or_insert(way.mtu);
-        *mtu = way.mtu.max(*mtu);
+    for worker in workers {
+        let mtu = targets.entry(worker.address).or_insert(worker.mtu);
+        *mtu = worker.mtu.max(*mtu);
     }
     let paths = match mtu::measure(&targets) {
         Ok(paths) => paths,
         Err(error) => {
-            let fix = "run it as root (sudo), or with CAP_NET_RAW";
+            let fix = "run `lbctl doctor` as root (sudo), or with CAP_NET_RAW";
             return vec![Finding::warn("paths", format!("not measured: {error}"), fix)];
         }
     };
     let mut found: Vec<Finding> = paths.iter().map(|(address, path)| mtu::finding(*address, *path)).collect();
-    let services: BTreeSet<&Name> = ways.iter().map(|way| &way.service).collect();
+    let services: BTreeSet<&Name> = workers.iter().map(|worker| &worker.service).collect();
     for service in services {
-        found.extend(segments(service, ways, &paths));
+        found.extend(largest_packet(service, workers, &paths));
     }
-    found.extend(tunnel::examine(ways));
+    found.extend(tunnel::examine(workers));
     found
 }
 
-/// What fits through to all of a service's workers, and what to tell clients of it.
-fn segments(service: &Name, ways: &[WorkerPath], paths: &BTreeMap<IpAddr, mtu::Path>) -> Option<Finding> {
-    let of_service = ways.iter().filter(|way| way.service == *service);
-    let inner = |way: &WorkerPath| match paths.get(&way.address)? {
-        mtu::Path::Takes(mtu) => Some(usize::from(*mtu).saturating_sub(way.overhead)),
+/// Reports the largest packet that reaches all workers of a service, and the MSS that fits.
+fn largest_packet(
+    service: &Name,
+    workers: &[WorkerPath],
+    paths: &BTreeMap<IpAddr, mtu::Path>,
+) -> Option<Finding> {
+    let of_service = workers.iter().filter(|worker| worker.service == *service);
+    let inner = |worker: &WorkerPath| match paths.get(&worker.address)? {
+        mtu::Path::Takes(mtu) => Some(usize::from(*mtu).saturating_sub(worker.overhead)),
         mtu::Path::Silent => None,
     };
-    let (least, way) =
-        of_service.filter_map(|way| Some((inner(way)?, way))).min_by_key(|(least, _)| *least)?;
+    let (least, worker) =
+        of_service.filter_map(|worker| Some((inner(worker)?, worker))).min_by_key(|(least, _)| *least)?;
     let about = format!("service {service}");
-    Some(hint(about, least, way))
+    Some(mss_finding(about, least, worker))
 }
 
-/// Packets of a client whose own links have the usual MTU.
+/// Largest packet of a client whose own links have the usual MTU.
 const USUAL_MTU: usize = 1_500;
 const TCP_HEADER: usize = 20;
 const UDP_HEADER: usize = 8;
 
-fn hint(about: String, least: usize, way: &WorkerPath) -> Finding {
-    let (headers, family) = if way.spec.vip.is_ipv4() { (40, "-4") } else { (60, "-6") };
+fn mss_finding(about: String, least: usize, worker: &WorkerPath) -> Finding {
+    let (headers, family) = if worker.spec.vip.is_ipv4() { (40, "-4") } else { (60, "-6") };
     let mss = least.saturating_sub(headers);
     let what = format!(
-        "packets of up to {least} bytes reach its workers ({} bytes of headers added towards {})",
-        way.overhead, way.backend
+        "packets of up to {least} bytes reach its workers ({} bytes of headers are added for {})",
+        worker.overhead, worker.backend
     );
     if least >= USUAL_MTU {
-        let mss = if way.spec.protocol == Protocol::Udp { String::new() } else { format!(": MSS {mss}") };
+        let mss = if worker.spec.protocol == Protocol::Udp { String::new() } else { format!(": MSS {mss}") };
         return Finding::ok(about, format!("{what}{mss}"));
     }
-    let what = format!("{what}: larger ones are answered with ICMP too big");
-    let needed = USUAL_MTU + way.overhead;
+    let what = format!("{what}; larger packets are answered with ICMP \"too big\"");
+    let needed = USUAL_MTU + worker.overhead;
     let raise = format!(
-        "raise the MTU between here and there to {needed} (drivers that refuse it while a program is attached, igb for one: \
-         `lbd detach`, `ip link set dev IFACE mtu {needed}`, then start lbd)"
+        "raise the MTU between this host and the workers to {needed} (if the driver refuses this while a program is attached, \
+         as igb does: `lbd detach`, `ip link set dev IFACE mtu {needed}`, then start lbd)"
     );
-    let fix = if way.spec.protocol == Protocol::Udp {
+    let fix = if worker.spec.protocol == Protocol::Udp {
         let payload = least.saturating_sub(headers - TCP_HEADER + UDP_HEADER);
-        format!("{raise}; or let clients and servers send datagrams of at most {payload} bytes")
+        format!("{raise}; or have clients and servers send datagrams of at most {payload} bytes")
     } else {
         format!(
-            "let the workers offer clients an MSS of {mss}: `ip {family} route change default via ROUTER advmss {mss}` \
-             on each (or TCP_MAXSEG {mss} on its listener); or {raise}"
+            "have each worker offer clients an MSS of {mss}: `ip {family} route change default via ROUTER advmss {mss}` \
+             (or TCP_MAXSEG {mss} on its listener); or {raise}"
         )
     };
     Finding::warn(about, what, fix)
@@ -270,7 +274,7 @@ fn hint(about: String, least: usize, way: &WorkerPath) -> Finding {
 mod tests {
     use super::*;
 
-    fn way(vip: &str, mode: &str, address: &str) -> WorkerPath {
+    fn worker(vip: &str, mode: &str, address: &str) -> WorkerPath {
         let text = format!(
             "[[service]]\nname = \"web\"\nvip = \"{vip}\"\nport = 80\nprotocol = \"tcp\"\nmode = \"{mode}\"\n\
              [[service.backend]]\nname = \"w1\"\naddress = \"{address}\"\n"
@@ -293,7 +297,7 @@ mod tests {
             ("192.0.2.1", "l2", "10.0.0.1", 0),
             ("192.0.2.1", "nat", "10.0.0.1", 0),
         ] {
-            assert_eq!(way(vip, mode, address).overhead, overhead, "{mode} to {address}");
+            assert_eq!(worker(vip, mode, address).overhead, overhead, "{mode} to {address}");
         }
     }
 
@@ -302,16 +306,20 @@ mod tests {
         let paths = |address: &str, mtu| {
             BTreeMap::from([(address.parse().expect("an address"), mtu::Path::Takes(mtu))])
         };
-        let found = |way: &WorkerPath, mtu| {
-            segments(&way.service, std::slice::from_ref(way), &paths(&way.address.to_string(), mtu))
-                .expect("it was measured")
+        let found = |worker: &WorkerPath, mtu| {
+            largest_packet(
+                &worker.service,
+                std::slice::from_ref(worker),
+                &paths(&worker.address.to_string(), mtu),
+            )
+            .expect("it was measured")
         };
-        let v4 = way("192.0.2.1", "ipip", "10.0.0.1");
+        let v4 = worker("192.0.2.1", "ipip", "10.0.0.1");
         let short = found(&v4, 1_400);
         assert_eq!(short.level, Level::Warn);
         assert!(short.fix.as_deref().is_some_and(|f| f.contains("advmss 1340")), "{short:?}");
         assert!(short.fix.as_deref().is_some_and(|f| f.contains("to 1520")), "{short:?}");
-        let v6 = way("2001:db8::1", "ipip", "fd00::1");
+        let v6 = worker("2001:db8::1", "ipip", "fd00::1");
         assert!(found(&v6, 1_400).fix.is_some_and(|f| f.contains("advmss 1300")));
         assert_eq!(found(&v4, 1_520).level, Level::Ok);
         let mut udp = v4.clone();

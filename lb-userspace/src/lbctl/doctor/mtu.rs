@@ -1,6 +1,6 @@
-//! Measures how large a packet may be on the way to a worker: pings that must not be fragmented, of sizes between the
-//! least that every path takes and what the first link does, halving the rest each time. A router's ICMP error is
-//! believed for the next size to try, and its silence (a black hole) is found out all the same.
+//! Measures the path MTU to a worker: a binary search with pings that must not be fragmented, between the minimum MTU of
+//! every path and the MTU of the first link. A router's ICMP error suggests the next size to try; the search also
+//! succeeds if routers are silent (a black hole).
 
 use super::{
     Finding,
@@ -9,32 +9,32 @@ use super::{
 use socket2::Socket;
 use std::{collections::BTreeMap, io, net::IpAddr, time::Duration};
 
-/// How long an answer may take.
+/// How long a reply may take.
 const PATIENCE: Duration = Duration::from_millis(300);
-/// How often a size is tried.
+/// Pings per size.
 const TRIES: u16 = 2;
-/// Workers measured at once.
-const AT_ONCE: usize = 32;
+/// Workers measured concurrently.
+const CONCURRENCY: usize = 32;
 
-/// What a path takes.
+/// The result of measuring a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// IP packets of so many bytes.
+    /// The path carries IP packets of up to this many bytes.
     Takes(u16),
-    /// Nobody answers even small ones.
+    /// Not even small pings are answered.
     Silent,
 }
 
-/// Smallest packets that any path must take (RFC 791 has hosts take 576; RFC 8200).
-fn least(address: IpAddr) -> u16 {
+/// Packet size that every path must carry (RFC 791: hosts accept 576; RFC 8200).
+fn minimum_mtu(address: IpAddr) -> u16 {
     if address.is_ipv4() { 576 } else { 1_280 }
 }
 
-/// Measures the paths to these addresses, whose first links take so much.
+/// Measures the paths to these addresses, given the MTU of their first links.
 pub fn measure(targets: &BTreeMap<IpAddr, u16>) -> io::Result<BTreeMap<IpAddr, Path>> {
     let all: Vec<(IpAddr, u16)> = targets.iter().map(|(address, mtu)| (*address, *mtu)).collect();
     let mut paths = BTreeMap::new();
-    for some in all.chunks(AT_ONCE) {
+    for some in all.chunks(CONCURRENCY) {
         let results: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = some
                 .iter()
@@ -47,7 +47,7 @@ pub fn measure(targets: &BTreeMap<IpAddr, u16>) -> io::Result<BTreeMap<IpAddr, P
             match path {
                 Ok(path) => drop(paths.insert(address, path)),
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Err(error),
-                // No route, for one: that is said elsewhere.
+                // For example no route, which another check reports.
                 Err(_) => drop(paths.insert(address, Path::Silent)),
             }
         }
@@ -55,27 +55,27 @@ pub fn measure(targets: &BTreeMap<IpAddr, u16>) -> io::Result<BTreeMap<IpAddr, P
     Ok(paths)
 }
 
-/// What came of one size.
+/// The result of trying one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Arrived,
-    /// Somebody says what would fit, if not just that this does not.
+    /// A router or this host refuses the size, and may say which size fits.
     TooBig(Option<u16>),
     Lost,
 }
 
 fn path(address: IpAddr, link_mtu: u16, number: u16) -> io::Result<Path> {
     let mut pinger = Pinger::new(address, number)?;
-    search(least(address), link_mtu, |size| pinger.try_size(size))
+    search(minimum_mtu(address), link_mtu, |size| pinger.try_size(size))
 }
 
 /// Finds the largest size that arrives.
 fn search(least: u16, most: u16, mut attempt: impl FnMut(u16) -> io::Result<Outcome>) -> io::Result<Path> {
     let most = most.max(least);
-    // What somebody said that fits, and is still to be tried.
-    let mut said = match attempt(most)? {
+    // A size that a router suggested and that is still to be tried.
+    let mut suggested = match attempt(most)? {
         Outcome::Arrived => return Ok(Path::Takes(most)),
-        Outcome::TooBig(said) => said,
+        Outcome::TooBig(size) => size,
         Outcome::Lost => None,
     };
     if attempt(least)? != Outcome::Arrived {
@@ -83,17 +83,17 @@ fn search(least: u16, most: u16, mut attempt: impl FnMut(u16) -> io::Result<Outc
     }
     let (mut fits, mut too_big) = (least, most);
     while too_big - fits > 1 {
-        let word = said.take().filter(|size| (fits + 1..too_big).contains(size));
-        let size = word.unwrap_or(fits + (too_big - fits) / 2);
+        let suggestion = suggested.take().filter(|size| (fits + 1..too_big).contains(size));
+        let size = suggestion.unwrap_or(fits + (too_big - fits) / 2);
         match attempt(size)? {
             Outcome::Arrived => {
                 fits = size;
-                // If the word is true, one more is too much.
-                said = word.map(|size| size + 1);
+                // If the suggestion is exact, one more byte does not fit.
+                suggested = suggestion.map(|size| size + 1);
             }
             outcome => {
                 too_big = size;
-                said = if let Outcome::TooBig(said) = outcome { said } else { None };
+                suggested = if let Outcome::TooBig(size) = outcome { size } else { None };
             }
         }
     }
@@ -131,15 +131,15 @@ impl Pinger {
             let (protocol, kind, header) = if is_ipv4 { (ICMP, 8, 20) } else { (ICMPV6, 128, 40) };
             let mut echo = vec![kind, 0, 0, 0, ident[0], ident[1], sequence[0], sequence[1]];
             echo.resize(usize::from(size).saturating_sub(header).max(8), 0);
-            packet::finish(&mut echo, 2, protocol, self.own, self.address);
+            packet::write_checksum(&mut echo, 2, protocol, self.own, self.address);
             let whole = packet::ip(protocol, self.own, self.address, &echo);
             if !packet::send(&self.sender, &whole, self.address)? {
                 return Ok(Outcome::TooBig(None));
             }
-            let heard = packet::hear(&self.listener, is_ipv4, PATIENCE, |_, icmp| {
-                if is_ipv4 { heard_v4(icmp, &echo[4..8]) } else { heard_v6(icmp, &echo[4..8]) }
+            let reply = packet::receive(&self.listener, is_ipv4, PATIENCE, |_, icmp| {
+                if is_ipv4 { parse_icmp(icmp, &echo[4..8]) } else { parse_icmpv6(icmp, &echo[4..8]) }
             })?;
-            if let Some(outcome) = heard {
+            if let Some(outcome) = reply {
                 return Ok(outcome);
             }
         }
@@ -147,8 +147,8 @@ impl Pinger {
     }
 }
 
-/// What an ICMP message says of the echo request with these words of ident and sequence.
-fn heard_v4(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
+/// Parses an ICMP message about the echo request with this identifier and sequence number.
+fn parse_icmp(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
     match icmp.get(..2)? {
         [0, 0] if icmp.get(4..8)? == echo => Some(Outcome::Arrived),
         [3, 4] => {
@@ -162,8 +162,8 @@ fn heard_v4(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
     }
 }
 
-/// The same for ICMPv6.
-fn heard_v6(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
+/// Parses an ICMPv6 message about the echo request with this identifier and sequence number.
+fn parse_icmpv6(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
     match icmp.first()? {
         129 if icmp.get(4..8)? == echo => Some(Outcome::Arrived),
         2 => {
@@ -175,15 +175,15 @@ fn heard_v6(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
     }
 }
 
-/// What to say of a path.
+/// Reports a measured path.
 pub fn finding(address: IpAddr, path: Path) -> Finding {
     let about = format!("path to {address}");
     match path {
-        Path::Takes(mtu) => Finding::ok(about, format!("takes packets of {mtu} bytes")),
+        Path::Takes(mtu) => Finding::ok(about, format!("carries packets of up to {mtu} bytes")),
         Path::Silent => Finding::warn(
             about,
             "not measured: pings are not answered",
-            "let the worker answer pings of this host (its firewall, net.ipv4.icmp_echo_ignore_all), or measure by hand",
+            "allow pings from this host on the worker (firewall, net.ipv4.icmp_echo_ignore_all), or measure by hand",
         ),
     }
 }
@@ -192,14 +192,14 @@ pub fn finding(address: IpAddr, path: Path) -> Finding {
 mod tests {
     use super::*;
 
-    /// A path that takes `mtu`, and whose routers say so or are silent.
-    fn over(mtu: u16, tells: bool, link: u16) -> (Path, usize) {
+    /// Searches a path of MTU `mtu`, whose routers report it or are silent.
+    fn search_over(mtu: u16, reports: bool, link: u16) -> (Path, usize) {
         let mut count = 0;
         let path = search(576, link, |size| {
             count += 1;
             Ok(match size <= mtu {
                 true => Outcome::Arrived,
-                false if tells => Outcome::TooBig(Some(mtu)),
+                false if reports => Outcome::TooBig(Some(mtu)),
                 false => Outcome::Lost,
             })
         });
@@ -209,14 +209,14 @@ mod tests {
     #[test]
     fn every_mtu_is_found_to_the_byte() {
         for mtu in (576..=1_500).chain([9_000]) {
-            for tells in [false, true] {
-                let (path, count) = over(mtu, tells, 9_000);
-                assert_eq!(path, Path::Takes(mtu), "tells: {tells}");
-                assert!(count <= 17, "{mtu} (tells: {tells}) took {count}");
+            for reports in [false, true] {
+                let (path, count) = search_over(mtu, reports, 9_000);
+                assert_eq!(path, Path::Takes(mtu), "reports: {reports}");
+                assert!(count <= 17, "{mtu} (reports: {reports}) took {count}");
             }
         }
-        assert_eq!(over(1_500, false, 1_500), (Path::Takes(1_500), 1));
-        assert!(over(1_400, true, 1_500).1 <= 4, "a router's word saves the search");
+        assert_eq!(search_over(1_500, false, 1_500), (Path::Takes(1_500), 1));
+        assert!(search_over(1_400, true, 1_500).1 <= 4, "a router's report shortens the search");
     }
 
     #[test]

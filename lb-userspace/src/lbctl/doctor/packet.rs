@@ -1,5 +1,5 @@
-//! Packets of the doctor's own, and raw sockets to send them by: IP headers are written here, so that nothing is
-//! fragmented on the way out.
+//! Packets that doctor sends, and the raw sockets to send them. IP headers are written here, so that the kernel does not
+//! fragment the packets.
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::{
@@ -8,16 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// ICMP for IPv4 and for IPv6.
+/// Protocol number of ICMP for IPv4.
 pub const ICMP: u8 = 1;
-/// See [`ICMP`].
+/// Protocol number of ICMPv6.
 pub const ICMPV6: u8 = 58;
-/// Protocol numbers.
+/// Protocol number of TCP.
 pub const TCP: u8 = 6;
-/// See [`TCP`].
+/// Protocol number of UDP.
 pub const UDP: u8 = 17;
 
-/// Folded one's complement sum (RFC 1071).
+/// Computes the folded one's complement sum (RFC 1071).
 fn sum(bytes: &[u8]) -> u16 {
     let mut sum: u32 = bytes
         .chunks(2)
@@ -29,7 +29,7 @@ fn sum(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// The bytes of an address.
+/// Returns the bytes of an address.
 fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
@@ -37,8 +37,8 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// Writes the checksum of a transport's packet at `at`.
-pub fn finish(payload: &mut [u8], at: usize, protocol: u8, source: IpAddr, destination: IpAddr) {
+/// Writes the checksum of a transport packet at offset `at`.
+pub fn write_checksum(payload: &mut [u8], at: usize, protocol: u8, source: IpAddr, destination: IpAddr) {
     let pseudo = if protocol == ICMP {
         Vec::new()
     } else {
@@ -50,7 +50,7 @@ pub fn finish(payload: &mut [u8], at: usize, protocol: u8, source: IpAddr, desti
     payload[at..at + 2].copy_from_slice(&check.to_be_bytes());
 }
 
-/// An IP packet that must not be fragmented.
+/// Builds an IP packet that must not be fragmented.
 pub fn ip(protocol: u8, source: IpAddr, destination: IpAddr, payload: &[u8]) -> Vec<u8> {
     let mut packet = match destination {
         IpAddr::V4(_) => {
@@ -74,7 +74,7 @@ pub fn ip(protocol: u8, source: IpAddr, destination: IpAddr, payload: &[u8]) -> 
     packet
 }
 
-/// An address of this host that packets to `to` leave with.
+/// Returns the source address of this host's packets to `to`.
 pub fn own_address(to: IpAddr) -> io::Result<IpAddr> {
     let any: IpAddr = if to.is_ipv4() { [0; 4].into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
@@ -82,7 +82,7 @@ pub fn own_address(to: IpAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// Sends whole IP packets of one family.
+/// Opens a socket that sends whole IP packets of one family.
 pub fn sender(is_ipv4: bool) -> io::Result<Socket> {
     const RAW: i32 = 255;
     let domain = if is_ipv4 { Domain::IPV4 } else { Domain::IPV6 };
@@ -95,7 +95,7 @@ pub fn sender(is_ipv4: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Sends one; false if it is larger than its interface takes.
+/// Sends a packet; false if it is larger than the interface's MTU.
 pub fn send(socket: &Socket, packet: &[u8], to: IpAddr) -> io::Result<bool> {
     match socket.send_to(packet, &SockAddr::from(SocketAddr::new(to, 0))) {
         Ok(_) => Ok(true),
@@ -104,15 +104,16 @@ pub fn send(socket: &Socket, packet: &[u8], to: IpAddr) -> io::Result<bool> {
     }
 }
 
-/// Hears packets of one protocol: with their IP header (IPv4), or from the transport's on (IPv6).
+/// Opens a socket that receives packets of one protocol: with their IP header (IPv4), or from the transport header on
+/// (IPv6).
 pub fn listener(is_ipv4: bool, protocol: u8) -> io::Result<Socket> {
     let domain = if is_ipv4 { Domain::IPV4 } else { Domain::IPV6 };
     Socket::new(domain, Type::RAW, Some(Protocol::from(i32::from(protocol))))
 }
 
-/// Gives what comes in to `each` until that knows enough or time is over: the sender (IPv4 only), and the transport's
-/// packet.
-pub fn hear<T>(
+/// Passes received packets to `each` until it returns a value or the time is over: the sender (IPv4 only), and the
+/// transport packet.
+pub fn receive<T>(
     mut socket: &Socket,
     is_ipv4: bool,
     wait: Duration,
@@ -155,13 +156,13 @@ mod tests {
     fn checksums_add_up() {
         let (a, b) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
         let mut echo = vec![8, 0, 0, 0, 1, 2, 3, 4, 5];
-        finish(&mut echo, 2, ICMP, a, b);
+        write_checksum(&mut echo, 2, ICMP, a, b);
         assert_eq!(sum(&echo), 0xffff);
         let packet = ip(ICMP, a, b, &echo);
         assert_eq!((sum(&packet[..20]), packet.len()), (0xffff, 29));
         let (a, b): (IpAddr, IpAddr) = (Ipv6Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into());
         let mut echo = vec![128, 0, 0, 0, 1, 2, 3, 4];
-        finish(&mut echo, 2, ICMPV6, a, b);
+        write_checksum(&mut echo, 2, ICMPV6, a, b);
         let pseudo = [&octets(a)[..], &octets(b), &[0, 0, 0, 8], &[0, 0, 0, 58], &echo].concat();
         assert_eq!(sum(&pseudo), 0xffff);
         assert_eq!(ip(ICMPV6, a, b, &echo).len(), 48);

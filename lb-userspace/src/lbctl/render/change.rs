@@ -1,4 +1,4 @@
-//! What a write changed, or would.
+//! Output of writes: the differences that a change made or would make.
 
 use super::{Out, Tone};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 use serde_json::{Map, Value};
 use std::io;
 
-/// Differences, a line per setting: `+` new, `-` gone, `~` set.
+/// Prints differences, one line per setting: `+` added, `-` removed, `~` changed.
 ///
 /// # Errors
 /// Writing failed.
@@ -16,10 +16,10 @@ pub fn differences(out: &mut Out<'_>, list: &[Difference]) -> io::Result<()> {
     for difference in list {
         match difference {
             Difference::Add { service, backend, to } => {
-                whole(out, ("+", Tone::Good), service, backend.as_ref(), to)?;
+                service_or_backend(out, ("+", Tone::Good), service, backend.as_ref(), to)?;
             }
             Difference::Remove { service, backend, from } => {
-                whole(out, ("-", Tone::Bad), service, backend.as_ref(), from)?;
+                service_or_backend(out, ("-", Tone::Bad), service, backend.as_ref(), from)?;
             }
             Difference::Set { .. } | Difference::Region { .. } | Difference::List { .. } => {
                 let text = format!("~ {difference}");
@@ -30,16 +30,16 @@ pub fn differences(out: &mut Out<'_>, list: &[Difference]) -> io::Result<()> {
     Ok(())
 }
 
-/// A thing that comes or goes, with its settings.
-fn whole(
+/// Prints an added or removed service or backend with its settings.
+fn service_or_backend(
     out: &mut Out<'_>,
     (sign, tone): (&str, Tone),
     service: &Name,
     backend: Option<&Name>,
-    thing: &Value,
+    spec: &Value,
 ) -> io::Result<()> {
     let empty = Map::new();
-    let fields = thing.as_object().unwrap_or(&empty);
+    let fields = spec.as_object().unwrap_or(&empty);
     let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     let backend_line = |fields: &Map<String, Value>| {
         let get = |key| fields.get(key).map(text).unwrap_or_default();
@@ -61,7 +61,7 @@ fn whole(
     Ok(())
 }
 
-/// One line about a write, for standard error.
+/// Summarises a write on one line, for standard error.
 pub fn summary(what: &str, change: &Change) -> String {
     if change.dry_run {
         return match change.differences.len() {

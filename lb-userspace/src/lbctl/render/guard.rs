@@ -1,19 +1,18 @@
-//! Deny and allow lists.
+//! Output of `lbctl guard`.
 
 use super::{
-    Out, Tone,
-    observe::fields,
+    Out, Tone, fields,
     table::{Table, plain},
     units,
 };
 use crate::serve::api::guard::{Decision, Entries, EntryInfo, GuardInfo};
 use std::io;
 
-fn left(entry: &EntryInfo) -> String {
-    entry.left_s.map_or_else(|| "for good".to_owned(), units::span)
+fn expiry(entry: &EntryInfo) -> String {
+    entry.left_s.map_or_else(|| "never".to_owned(), units::span)
 }
 
-/// `lbctl guard show`.
+/// Prints `lbctl guard show`.
 ///
 /// # Errors
 /// Writing failed.
@@ -23,39 +22,39 @@ pub fn show(out: &mut Out<'_>, info: &GuardInfo) -> io::Result<()> {
         &[
             ("deny", format!("{} entries", info.deny)),
             ("allow", format!("{} entries", info.allow)),
-            ("room", format!("{} entries", info.limit)),
+            ("capacity", format!("{} entries", info.limit)),
             ("denied", format!("{} packets", info.dropped)),
-            ("above a source's rate", format!("{} new flows", info.rate_source)),
-            ("above a service's rate", format!("{} new flows", info.rate_service)),
-            ("placed by hash in a flood", format!("{} new flows", info.flood)),
+            ("above source limits", format!("{} new flows", info.rate_source)),
+            ("above service limits", format!("{} new flows", info.rate_service)),
+            ("by hash during floods", format!("{} new flows", info.flood)),
         ],
     )
 }
 
-/// `lbctl guard LIST list`.
+/// Prints `lbctl guard LIST list`.
 ///
 /// # Errors
 /// Writing failed.
 pub fn entries(out: &mut Out<'_>, found: &Entries) -> io::Result<()> {
-    let mut table = Table::new(&["PREFIX", "STANDS"], out.colour);
+    let mut table = Table::new(&["PREFIX", "EXPIRES IN"], out.colour);
     for entry in &found.entries {
-        table.row([plain(entry.prefix), plain(left(entry))]);
+        table.row([plain(entry.prefix), plain(expiry(entry))]);
     }
     table.print(out)
 }
 
-/// `lbctl guard check`.
+/// Prints `lbctl guard check`.
 ///
 /// # Errors
 /// Writing failed.
 pub fn decision(out: &mut Out<'_>, decision: &Decision) -> io::Result<()> {
     let text = match (decision.list, &decision.entry) {
         (Some(list), Some(entry)) => {
-            format!("{} list has {} ({})", list.label(), entry.prefix, left(entry))
+            format!("{} on the {} list, expires: {}", entry.prefix, list.label(), expiry(entry))
         }
         _ => "on no list".to_owned(),
     };
     let verdict =
-        if decision.denied { out.paint(Tone::Bad, "denied") } else { out.paint(Tone::Good, "let through") };
+        if decision.denied { out.paint(Tone::Bad, "denied") } else { out.paint(Tone::Good, "allowed") };
     out.line(format!("{}: {verdict}: {text}", decision.address))
 }

@@ -1,8 +1,7 @@
-//! This host, and the VIPs that it announces.
+//! Output of `lbctl host`: this host, and the VIPs that it announces.
 
 use super::{
-    Out, Tone,
-    observe::{ago, fields},
+    Out, Tone, ago, fields,
     table::{Table, plain, toned},
     units,
 };
@@ -12,25 +11,25 @@ use crate::{
 };
 use std::io;
 
-/// Whether a VIP is on the host, in words: `on lo`, `off (no backend takes new flows)`.
+/// Describes whether the host has a VIP: `on lo`, `off: no backend takes new flows`.
 pub fn vip_state(v: &VipState) -> String {
     let interface = &v.interface;
     match (&v.foreign, v.on, v.decision.is_on()) {
         (Some(other), ..) => format!("on {other}, not by lbd, which leaves it alone"),
         (None, true, true) => format!("on {interface}"),
-        (None, false, true) => "about to be put on".to_owned(),
-        (None, true, false) => format!("about to be taken off: {}", v.decision),
+        (None, false, true) => "about to be added".to_owned(),
+        (None, true, false) => format!("about to be removed: {}", v.decision),
         (None, false, false) => format!("off: {}", v.decision),
     }
 }
 
-/// One line for `lbctl status`.
+/// Summarises the announcement on one line, for `lbctl status`.
 pub fn summary(a: &Announcement) -> String {
     let on = a.on().count();
     format!("{on} of {} VIPs on {}", a.vips.len(), a.interface)
 }
 
-/// `lbctl host show`.
+/// Prints `lbctl host show`.
 ///
 /// # Errors
 /// Writing failed.
@@ -47,10 +46,9 @@ pub fn host(out: &mut Out<'_>, h: &HostInfo) -> io::Result<()> {
     }
     if let Some(drain) = &h.drain {
         let reason = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
-        pairs.push(("drains", format!("since {} ago, by {}{reason}", ago(drain.since_ms), drain.author)));
+        pairs.push(("draining", format!("for {}, by {}{reason}", ago(drain.since_ms), drain.author)));
         if let (Some(rate), Some(quiet)) = (h.packets_per_s, h.quiet_ms) {
-            pairs
-                .push(("still comes", format!("{rate} packets/s, quiet for {}", units::span(quiet / 1_000))));
+            pairs.push(("arriving", format!("{rate} packets/s, quiet for {}", units::span(quiet / 1_000))));
         }
     }
     fields(out, &pairs)?;

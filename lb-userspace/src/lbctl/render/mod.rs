@@ -1,21 +1,24 @@
-//! How things look on a terminal: aligned tables, units for people, colour where it is wanted.
+//! Terminal output: aligned tables, readable units, colour where it is wanted.
 //!
-//! Input: the types of `api::types`. Output: text on a writer. Pure but for that. Called by `cli`.
+//! Input: the types of `api::types`. Output: text on a writer. No other side effects. Called by `commands`.
 
+pub mod backend;
 pub mod change;
 pub mod guard;
 pub mod host;
 pub mod observe;
 pub mod region;
 pub mod replica;
+pub mod service;
 pub mod store;
 pub mod table;
 pub mod units;
 
+use crate::clock;
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
-/// Where output goes, and how.
+/// The destination and the format of output.
 pub struct Out<'a> {
     writer: &'a mut dyn Write,
     /// Whether to use colour.
@@ -24,22 +27,23 @@ pub struct Out<'a> {
     pub json: bool,
 }
 
-/// A colour with a meaning.
+/// The meaning of a text, shown as a colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tone {
-    /// As it should be.
+    /// Healthy or expected.
     Good,
-    /// Passing, or worth a look.
+    /// Temporary, or worth attention.
     Warn,
-    /// Not as it should be.
+    /// Broken or unhealthy.
     Bad,
     /// Less important.
     Dim,
-    /// A heading.
+    /// A heading or a name.
     Strong,
 }
 
 impl Tone {
+    /// The SGR parameter of the tone.
     fn code(self) -> &'static str {
         match self {
             Self::Good => "32",
@@ -51,50 +55,68 @@ impl Tone {
     }
 }
 
-/// Whether colour is wanted on standard output: a terminal, and NO_COLOR not set (no-color.org).
+/// Whether a stream should have colour: it is a terminal, and NO_COLOR is not set (no-color.org).
 pub fn wants_colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
 impl<'a> Out<'a> {
-    /// Output to a writer.
+    /// Creates an output to a writer.
     pub fn new(writer: &'a mut dyn Write, colour: bool, json: bool) -> Self {
         Self { writer, colour, json }
     }
 
-    /// A line.
+    /// Writes a line.
     ///
     /// # Errors
-    /// Writing failed, perhaps since the reader has gone.
+    /// Writing failed, for example because the reader closed the pipe.
     pub fn line(&mut self, text: impl AsRef<str>) -> io::Result<()> {
         writeln!(self.writer, "{}", text.as_ref())
     }
 
-    /// Text as it is.
+    /// Writes bytes unchanged.
     ///
     /// # Errors
-    /// As [`Out::line`].
+    /// Writing failed.
     pub fn raw(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.writer.write_all(bytes)
     }
 
-    /// A value as JSON: indented, or on one line in a stream of values.
+    /// Writes a value as JSON: indented, or on one line if `stream` is set.
     ///
     /// # Errors
-    /// As [`Out::line`].
+    /// Writing failed.
     pub fn json(&mut self, value: &impl Serialize, stream: bool) -> io::Result<()> {
         let text = if stream { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
         self.line(text.map_err(io::Error::other)?)
     }
 
-    /// Text in a tone, if colour is wanted.
+    /// Returns the text in the colour of a tone, if colour is on.
     pub fn paint(&self, tone: Tone, text: &str) -> String {
         if self.colour { format!("\x1b[{}m{text}\x1b[0m", tone.code()) } else { text.to_owned() }
     }
 
+    /// Flushes the writer.
+    ///
     /// # Errors
-    /// As [`Out::line`].
+    /// Writing failed.
     pub fn flush(&mut self) -> io::Result<()> {
         self.writer.flush()
     }
+}
+
+/// Time since a moment in milliseconds since 1970; `-` if there is none (0).
+fn ago(ms: u64) -> String {
+    let now = clock::unix_ms();
+    if ms == 0 { "-".to_owned() } else { units::span(now.saturating_sub(ms) / 1_000) }
+}
+
+/// Prints aligned `name: value` lines.
+fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
+    let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
+    for (name, value) in pairs {
+        let label = format!("{:<width$}", format!("{name}:"));
+        out.line(format!("{} {value}", out.paint(Tone::Strong, &label)))?;
+    }
+    Ok(())
 }

@@ -1,8 +1,7 @@
-//! Regions, policy decisions, residency and roll-outs as text.
+//! Output about regions, policy decisions, residency and rollouts.
 
 use super::{
-    Out, Tone,
-    observe::{ago, fields},
+    Out, Tone, ago, fields,
     table::{Table, plain, toned},
     units,
 };
@@ -18,7 +17,7 @@ use crate::{
 };
 use std::io;
 
-/// `5 %`, `2.5 %`.
+/// Formats thousandths as a percentage: `5 %`, `2.5 %`.
 pub fn percent(permille: u16) -> String {
     match permille % 10 {
         0 => format!("{} %", permille / 10),
@@ -26,13 +25,13 @@ pub fn percent(permille: u16) -> String {
     }
 }
 
-/// `eu 70 %, us 30 %`.
+/// Formats shares: `eu 70 %, us 30 %`.
 fn shares(shares: &[Share]) -> String {
     let one = |s: &Share| format!("{} {}", s.name, percent(s.permille));
     shares.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
-/// A service's rules on one line.
+/// Formats the region rules of a service on one line.
 pub fn rules(rules: &RegionRules) -> String {
     let mut text = rules.policy.label().to_owned();
     match &rules.allowed {
@@ -41,7 +40,7 @@ pub fn rules(rules: &RegionRules) -> String {
     }
     match rules.policy {
         RegionPolicy::ActiveActive => text.push_str(&format!(
-            ", spill from {} % of the local capacity on, until {} %, {} % at most",
+            ", spill from {} % of the local capacity until below {} %, at most {} %",
             rules.spill_at_percent, rules.spill_until_percent, rules.spill_most_percent
         )),
         RegionPolicy::Weighted => {
@@ -54,7 +53,7 @@ pub fn rules(rules: &RegionRules) -> String {
     text
 }
 
-/// `lbctl region list`.
+/// Prints `lbctl region list`.
 ///
 /// # Errors
 /// Writing failed.
@@ -70,7 +69,7 @@ pub fn regions(out: &mut Out<'_>, list: &Regions) -> io::Result<()> {
         let seen = match r.agreed {
             Agreed::Up if r.votes.is_empty() => toned("-", Tone::Dim),
             Agreed::Up => toned("up", Tone::Good),
-            Agreed::Hint => toned("hint of down", Tone::Warn),
+            Agreed::Hint => toned("maybe down", Tone::Warn),
             Agreed::Down => toned("down", Tone::Bad),
         };
         let vote = |v: &crate::plan::policy::region::Vote| {
@@ -99,10 +98,10 @@ fn places(out: &mut Out<'_>, heading: &str, list: &[Place], weights: &[Share]) -
         let free = p.capacity.map(|c| i128::from(c) - i128::from(p.load));
         let notes: Vec<&str> = [
             (!p.is_allowed, "not allowed (residency)"),
-            (p.is_draining, "drains"),
-            (p.is_down, "down, as vantage points agree"),
-            (p.is_spilling, "spills itself, and takes none"),
-            (p.is_stale, "old news"),
+            (p.is_draining, "draining"),
+            (p.is_down, "down, as other hosts agree"),
+            (p.is_spilling, "spills its own flows, so takes none"),
+            (p.is_stale, "stale report"),
         ]
         .into_iter()
         .filter_map(|(holds, note)| holds.then_some(note))
@@ -122,41 +121,41 @@ fn places(out: &mut Out<'_>, heading: &str, list: &[Place], weights: &[Share]) -
     table.print(out)
 }
 
-/// `lbctl policy explain`: every input and the decision.
+/// Prints `lbctl policy explain`: every input and the decision.
 ///
 /// # Errors
 /// Writing failed.
 pub fn explained(out: &mut Out<'_>, e: &Explained) -> io::Result<()> {
     let allowed =
         e.allowed.as_ref().map_or_else(|| "anywhere".to_owned(), |a| format!("only {}", region_list(a)));
-    let holds =
-        if e.steer.shares.is_empty() { "nothing: refused".to_owned() } else { shares(&e.steer.shares) };
+    let decision =
+        if e.steer.shares.is_empty() { "new flows are refused".to_owned() } else { shares(&e.steer.shares) };
     let demand = e.decision.spill.demand;
     let mut pairs = vec![
         ("service", e.service.to_string()),
         ("here", format!("region {}, zone {}", e.region, e.zone)),
         ("policy", e.policy.label().to_owned()),
         ("residency", allowed),
-        ("decision", holds),
+        ("decision", decision),
         ("why", e.decision.reason.clone()),
         ("decided by", e.decided_by.clone()),
         (
-            "stands in",
-            if e.steer.order.is_empty() { "nobody".to_owned() } else { region_list(&e.steer.order) },
+            "fallback order",
+            if e.steer.order.is_empty() { "none".to_owned() } else { region_list(&e.steer.order) },
         ),
     ];
     if demand > 0 {
-        pairs.insert(6, ("demand", format!("{demand} requests would be here without a spill")));
+        pairs.insert(6, ("demand", format!("{demand} requests would be in this region without the spill")));
     }
     if !e.steer.zones.is_empty() {
         pairs.push(("zones", shares(&e.steer.zones)));
     }
     if let Some(rollout) = &e.rollout {
-        pairs.push(("roll-out", rollout_text(rollout)));
-        let newcomers = e.steer.canary.iter().flat_map(|c| &c.backends);
+        pairs.push(("rollout", rollout_text(rollout)));
+        let canaries = e.steer.canary.iter().flat_map(|c| &c.backends);
         pairs.push((
-            "runs it",
-            match region_list(newcomers) {
+            "new version on",
+            match region_list(canaries) {
                 names if names.is_empty() => "no backend".to_owned(),
                 names => names,
             },
@@ -173,7 +172,7 @@ pub fn explained(out: &mut Out<'_>, e: &Explained) -> io::Result<()> {
     Ok(())
 }
 
-/// `lbctl audit residency`.
+/// Prints `lbctl audit residency`.
 ///
 /// # Errors
 /// Writing failed.
@@ -219,7 +218,7 @@ fn tally(t: &Tally) -> String {
     format!("{} replicas, {} requests, {:.1} % failed{latency}", t.replicas, t.finished, t.errors_percent())
 }
 
-/// `lbctl rollout status`.
+/// Prints the rollouts of `lbctl rollout status`.
 ///
 /// # Errors
 /// Writing failed.

@@ -1,4 +1,4 @@
-//! Replicas as text.
+//! Output about replicas.
 
 use super::{
     Out, Tone,
@@ -13,7 +13,7 @@ use crate::{
 };
 use std::io;
 
-/// A readiness with its tone.
+/// Returns a readiness with its tone.
 pub fn readiness(readiness: Readiness) -> (String, Option<Tone>) {
     let tone = match readiness {
         Readiness::Ready => Tone::Good,
@@ -27,12 +27,12 @@ fn or_dash<T>(value: Option<T>, text: impl Fn(T) -> String) -> (String, Option<T
     plain(value.map_or_else(|| "-".to_owned(), text))
 }
 
-/// A load score as a share of the replica's capacity.
+/// Formats a load score as a share of the replica's capacity.
 pub fn load_share(score: u32) -> String {
     format!("{:.1}%", f64::from(score) * 100.0 / f64::from(load::FULL))
 }
 
-/// A table of replicas.
+/// Prints a table of replicas.
 ///
 /// # Errors
 /// Writing failed.
@@ -79,7 +79,7 @@ pub fn list(out: &mut Out<'_>, list: &Replicas) -> io::Result<()> {
     table.print(out)
 }
 
-/// A replica in lines of name and value, for `backend show`.
+/// Formats a replica as pairs of name and value, for `backend show`.
 pub fn lines(entry: &Entry) -> Vec<(&'static str, String)> {
     let mut lines = Vec::new();
     let state = entry.readiness.label();
@@ -100,28 +100,30 @@ pub fn lines(entry: &Entry) -> Vec<(&'static str, String)> {
         let version = report.version.as_ref().map_or(String::new(), |v| format!(" version {v}"));
         lines.push(("model", format!("{model}{version}")));
     }
-    let counts =
-        format!("{} good, {} refused, {} breaks or failed looks", entry.reports, entry.refused, entry.breaks);
+    let counts = format!(
+        "{} accepted, {} rejected, {} interrupted streams or failed polls",
+        entry.reports, entry.refused, entry.breaks
+    );
     lines.push(("reports", counts));
     if let Some(trouble) = &entry.trouble {
-        lines.push(("trouble", trouble.what.clone()));
+        lines.push(("last error", trouble.what.clone()));
     }
     lines
 }
 
-/// A table of changes.
+/// Prints a table of readiness changes.
 ///
 /// # Errors
 /// Writing failed.
 pub fn history(out: &mut Out<'_>, entry: &Entry) -> io::Result<()> {
-    let mut table = Table::new(&["TIME", "REPLICA WAS", "IS", "REASON"], out.colour);
+    let mut table = Table::new(&["TIME", "REPLICA FROM", "TO", "REASON"], out.colour);
     for t in &entry.history {
         table.row([plain(units::time(t.time_ms)), readiness(t.from), readiness(t.to), plain(&t.reason)]);
     }
     table.print(out)
 }
 
-/// A table of those that do not serve, for `status`.
+/// Prints a table of the replicas that do not serve, for `lbctl status`.
 ///
 /// # Errors
 /// Writing failed.

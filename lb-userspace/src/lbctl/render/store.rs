@@ -1,8 +1,7 @@
-//! The store, its members, the hosts that share it, and its locks.
+//! Output about the store: its members, the hosts that share it, and its locks.
 
 use super::{
-    Out, Tone,
-    observe::{ago, fields},
+    Out, Tone, ago, fields,
     table::{Table, plain, toned},
     units,
 };
@@ -17,11 +16,11 @@ fn lag(lag: &Lag) -> [(String, Option<Tone>); 3] {
     [ms(lag.last_ms), ms(lag.mean_ms), ms(lag.max_ms)]
 }
 
-fn behind(revisions: u64) -> (String, Option<Tone>) {
+fn revisions_behind(revisions: u64) -> (String, Option<Tone>) {
     if revisions == 0 { plain("0") } else { toned(revisions, Tone::Warn) }
 }
 
-/// `lbctl store status`.
+/// Prints `lbctl store status`.
 ///
 /// # Errors
 /// Writing failed.
@@ -31,14 +30,14 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
         format!("connected for {}", ago(s.link.since_ms))
     } else {
         format!(
-            "cut off for {}: {}",
+            "disconnected for {}: {}",
             ago(s.link.since_ms),
             s.link.problem.as_deref().unwrap_or("not connected yet")
         )
     };
     let by = if s.orphaned_services > 0 {
         format!(
-            "empty, but the maps hold {} services, forwarded as before: see `lbctl status`",
+            "empty, but the maps hold {} services and forward them as before: see `lbctl status`",
             s.orphaned_services
         )
     } else if r.number == 0 {
@@ -56,6 +55,17 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
         ],
     )?;
     out.line("")?;
+    members(out, s)?;
+    if s.hosts.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    regions(out, s)?;
+    out.line("")?;
+    hosts(out, s)
+}
+
+fn members(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let mut table = Table::new(&["MEMBER", "ADDRESS", "ROLE", "VERSION", ">SIZE", "STATE"], out.colour);
     for m in &s.about.members {
         let state = match (&m.problem, m.healthy) {
@@ -73,11 +83,10 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             state,
         ]);
     }
-    table.print(out)?;
-    if s.hosts.is_empty() {
-        return Ok(());
-    }
-    out.line("")?;
+    table.print(out)
+}
+
+fn regions(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let headings = ["REGION", ">HOSTS", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX"];
     let mut table = Table::new(&headings, out.colour);
     for region in &s.regions {
@@ -85,14 +94,16 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
         table.row([
             toned(&region.region, Tone::Strong),
             plain(region.hosts),
-            behind(region.behind),
+            revisions_behind(region.behind),
             last,
             mean,
             max,
         ]);
     }
-    table.print(out)?;
-    out.line("")?;
+    table.print(out)
+}
+
+fn hosts(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let headings =
         ["HOST", "REGION", "ZONE", ">REVISION", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX", "TABLES", "SINCE"];
     let mut table = Table::new(&headings, out.colour);
@@ -103,7 +114,7 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
             plain(&host.region),
             plain(&host.zone),
             plain(host.revision),
-            behind(r.number.saturating_sub(host.revision)),
+            revisions_behind(s.revision.number.saturating_sub(host.revision)),
             last,
             mean,
             max,
@@ -114,12 +125,12 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     table.print(out)
 }
 
-/// `lbctl rollout status`.
+/// Prints the locks of `lbctl rollout status`.
 ///
 /// # Errors
 /// Writing failed.
 pub fn locks(out: &mut Out<'_>, list: &[Lock]) -> io::Result<()> {
-    let mut table = Table::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">RUNS OUT IN"], out.colour);
+    let mut table = Table::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">EXPIRES IN"], out.colour);
     for lock in list {
         table.row([
             toned(&lock.name, Tone::Strong),

@@ -1,4 +1,4 @@
-//! Tables: columns aligned by blanks, no lines, like the tools that operators know.
+//! Tables: columns aligned by spaces, without lines, as kubectl prints them.
 
 use super::{Out, Tone};
 use comfy_table::{
@@ -6,15 +6,14 @@ use comfy_table::{
 };
 use std::io;
 
-/// A table in the making.
+/// A table under construction.
 pub struct Table {
     inner: Inner,
     columns: usize,
 }
 
-/// A column's heading; those that start with `>` are aligned to the right.
 impl Table {
-    /// With these headings.
+    /// Creates a table with these headings; columns whose heading starts with `>` are aligned to the right.
     pub fn new(headings: &[&str], colour: bool) -> Self {
         let mut inner = Inner::new();
         inner.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled);
@@ -52,7 +51,7 @@ impl Table {
         self.inner.add_row(cells.take(self.columns));
     }
 
-    /// Writes it.
+    /// Writes the table.
     ///
     /// # Errors
     /// Writing failed.
@@ -64,12 +63,12 @@ impl Table {
     }
 }
 
-/// A cell without a tone.
+/// Creates a cell without a tone.
 pub fn plain(text: impl ToString) -> (String, Option<Tone>) {
     (text.to_string(), None)
 }
 
-/// A cell with one.
+/// Creates a cell with a tone.
 pub fn toned(text: impl ToString, tone: Tone) -> (String, Option<Tone>) {
     (text.to_string(), Some(tone))
 }

@@ -1,18 +1,18 @@
-//! Numbers for people.
+//! Numbers, times and durations as people read them.
 
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
-/// Bytes with a binary prefix: `512 B`, `1.4 MiB`.
+/// Formats bytes with a binary prefix: `512 B`, `1.4 MiB`.
 pub fn bytes(n: u64) -> String {
     scaled(n as f64, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB", "PiB"])
 }
 
-/// Bits per second: `12.3 Mbit/s`.
+/// Formats bytes per second as bits per second: `12.3 Mbit/s`.
 pub fn bit_rate(bytes_per_s: f64) -> String {
     scaled(bytes_per_s * 8.0, 1000.0, &["bit/s", "kbit/s", "Mbit/s", "Gbit/s", "Tbit/s"])
 }
 
-/// Events per second: `950`, `12.3k`.
+/// Formats events per second: `950`, `12.3k`.
 pub fn rate(per_s: f64) -> String {
     scaled(per_s, 1000.0, &["", "k", "M", "G"]).trim_end().replace(' ', "")
 }
@@ -26,7 +26,7 @@ fn scaled(mut value: f64, base: f64, units: &[&str]) -> String {
     if unit == 0 { format!("{value:.0} {}", units[0]) } else { format!("{value:.1} {}", units[unit]) }
 }
 
-/// A time span with its two largest units: `3m12s`, `2d4h`, `45s`.
+/// Formats a time span by its two largest units: `3m12s`, `2d4h`, `45s`.
 pub fn span(seconds: u64) -> String {
     let (d, h, m, s) = (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60);
     match (d, h, m) {
@@ -37,7 +37,7 @@ pub fn span(seconds: u64) -> String {
     }
 }
 
-/// Microseconds: `850 µs`, `1.2 ms`, `3.1 s`.
+/// Formats microseconds: `850 µs`, `1.2 ms`, `3.1 s`.
 pub fn micros(us: u64) -> String {
     match us {
         0..1_000 => format!("{us} µs"),
@@ -46,32 +46,22 @@ pub fn micros(us: u64) -> String {
     }
 }
 
-/// A part of a whole in percent: `33.3%`; nothing of nothing is `-`.
+/// Formats a part of a whole in percent: `33.3%`; `-` if the whole is 0.
 pub fn share(part: u32, whole: u32) -> String {
     if whole == 0 { "-".to_owned() } else { format!("{:.1}%", f64::from(part) * 100.0 / f64::from(whole)) }
 }
 
-/// A moment in milliseconds since 1970 as `2026-11-21 03:59:53Z`.
+/// Formats a moment in milliseconds since 1970: `2026-11-21 03:59:53Z`.
 pub fn time(ms: u64) -> String {
-    let seconds = ms / 1_000;
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Civil date from days, after Howard Hinnant's "chrono-compatible low-level date algorithms".
-    let z = days + 719_468;
-    let era = z / 146_097;
-    let doe = z - era * 146_097;
-    let yoe = (doe - doe / 1_460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let day = doy - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    let year = yoe + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}Z", second / 3_600, second / 60 % 60, second % 60)
+    // humantime ends at the year 9999.
+    let time = UNIX_EPOCH + Duration::from_millis(ms.min(253_402_300_799_999));
+    humantime::format_rfc3339_seconds(time).to_string().replace('T', " ")
 }
 
-/// A duration as flags take it: `500ms`, `2s`, `5m`, `1h`.
+/// Parses a duration as flags take it: `500ms`, `2s`, `5m`, `1h`.
 ///
 /// # Errors
-/// It is none, in words for the user.
+/// The text is not a duration; the message says what is accepted.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);

@@ -185,7 +185,7 @@ async fn refusals_say_what_and_how_to_mend_it() {
     assert_eq!(bed.revision(), 1, "nothing of this changed anything");
     let huge = json!({ "revision": 1, "desired": { "services": {}}, "x": "x".repeat(17 << 20) });
     match bed.client.send::<Value>(Method::PUT, "/v1/config", &(), Some(&huge)).await {
-        Err(ClientError::Odd { what, .. }) => assert!(what.starts_with("413"), "{what}"),
+        Err(ClientError::UnexpectedResponse { what, .. }) => assert!(what.starts_with("413"), "{what}"),
         Err(ClientError::Unreachable { .. }) => {} // The connection is closed before all of it is sent.
         other => panic!("{other:?}"),
     }

@@ -1,0 +1,176 @@
+//! Output of `lbctl backend`.
+
+use super::{
+    Out, Tone, ago, fields,
+    table::{Table, plain, toned},
+    units,
+};
+use crate::{
+    desired::model::{BackendState, Health, Readiness},
+    serve::api::types::{BackendInfo, BackendStatus, Drain},
+};
+use std::io;
+
+fn health_tone(health: Health) -> (String, Option<Tone>) {
+    match health {
+        Health::Healthy => toned("healthy", Tone::Good),
+        Health::Unhealthy => toned("unhealthy", Tone::Bad),
+        Health::Unknown => toned("unknown", Tone::Warn),
+    }
+}
+
+fn state_tone(state: BackendState) -> (String, Option<Tone>) {
+    match state {
+        BackendState::Up => plain("up"),
+        BackendState::Draining => toned("draining", Tone::Warn),
+        BackendState::Down => toned("down", Tone::Dim),
+    }
+}
+
+/// Formats the progress of a drain.
+pub(super) fn drain(drain: &Drain) -> String {
+    let flows = format!("{} flows left", drain.flows_left);
+    if drain.deadline_s == 0 {
+        format!("{flows}, drain time is over")
+    } else {
+        format!("{flows}, ends in {}", units::span(drain.deadline_s))
+    }
+}
+
+/// Prints a table of backends.
+///
+/// # Errors
+/// Writing failed.
+pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
+    let headings = [
+        "SERVICE", "NAME", "ADDRESS", ">WEIGHT", "STATE", "HEALTH", ">SLOTS", ">SHARE", ">FLOWS", ">PACKETS",
+        ">BYTES", "SINCE", "NOTE",
+    ];
+    let mut table = Table::new(&headings, out.colour);
+    for b in list {
+        let readiness = b.status.replica.as_ref().map(|r| r.readiness);
+        let note = match (&b.status.drain, &b.status.last_probe, readiness) {
+            _ if b.status.excluded.is_some() => b.status.excluded.clone().unwrap_or_default(),
+            (Some(progress), ..) => drain(progress),
+            (None, _, Some(readiness)) if readiness.declines() => format!("replica reports {readiness}"),
+            (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
+            (None, _, Some(Readiness::Lost)) => "replica lost".to_owned(),
+            _ => String::new(),
+        };
+        table.row([
+            plain(&b.service),
+            toned(&b.name, Tone::Strong),
+            plain(b.spec.address),
+            plain(b.spec.weight),
+            state_tone(b.spec.state),
+            health_tone(b.status.health),
+            plain(b.status.slots),
+            plain(units::share(b.status.slots, b.status.table_size)),
+            plain(b.status.flows),
+            plain(b.status.packets),
+            plain(units::bytes(b.status.bytes)),
+            plain(ago(b.status.health_since_ms)),
+            plain(note),
+        ]);
+    }
+    table.print(out)
+}
+
+/// Prints one backend in full.
+///
+/// # Errors
+/// Writing failed.
+pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
+    let s = &b.status;
+    let health = health_tone(s.health).0;
+    let mut pairs = vec![
+        ("backend", format!("{}/{}", b.service, b.name)),
+        ("address", b.spec.address.to_string()),
+        ("weight", b.spec.weight.to_string()),
+        ("state", state_tone(b.spec.state).0),
+        (
+            "health",
+            if s.health_since_ms > 0 { format!("{health} for {}", ago(s.health_since_ms)) } else { health },
+        ),
+    ];
+    if let Some(needed) = s.damped {
+        pairs.push(("flapping", format!("needs {needed} consecutive successful probes to be healthy again")));
+    }
+    if let Some(percent) = s.slow_start_percent {
+        pairs.push(("slow start", format!("at {percent} % of its weight")));
+    }
+    if let Some(probe) = &s.last_probe {
+        let word = if probe.ok { "passed" } else { "failed" };
+        let took = units::micros(probe.took_us);
+        pairs.push(("last probe", format!("{word} {} ago: {} ({took})", ago(probe.time_ms), probe.reason)));
+    }
+    if let Some(report) = &s.signs {
+        pairs.push(("passive checks", passive(report)));
+    }
+    if let Some(progress) = &s.drain {
+        pairs.push(("drain", drain(progress)));
+    }
+    pairs.extend(s.replica.iter().flat_map(super::replica::lines));
+    pairs.push((
+        "slots",
+        format!("{} of {} ({})", s.slots, s.table_size, units::share(s.slots, s.table_size)),
+    ));
+    pairs.push(("forwarded", format!("{} packets, {}", s.packets, units::bytes(s.bytes))));
+    pairs.push(("new flows", s.flows.to_string()));
+    if let Some(problem) = &s.problem {
+        pairs.push(("problem", problem.clone()));
+    }
+    if let Some(region) = &b.spec.region {
+        let zone = b.spec.zone.as_ref().map_or_else(String::new, |zone| format!(", zone {zone}"));
+        pairs.push(("region", format!("{region}{zone}")));
+    }
+    if let Some(why) = &s.excluded {
+        pairs.push(("excluded", why.clone()));
+    }
+    pairs.push(("next hop", next_hop(s)));
+    fields(out, &pairs)?;
+    if !s.history.is_empty() {
+        out.line("")?;
+        health_history(out, s)?;
+    }
+    if let Some(replica) = s.replica.as_ref().filter(|r| !r.history.is_empty()) {
+        out.line("")?;
+        super::replica::history(out, replica)?;
+    }
+    Ok(())
+}
+
+/// Formats the next hop towards a backend.
+fn next_hop(s: &BackendStatus) -> String {
+    let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
+    match &s.next_hop {
+        Some(hop) => {
+            let vlan = if hop.vlan > 0 { format!(", VLAN {}", hop.vlan) } else { String::new() };
+            format!("{} by interface {}{vlan}, MTU {}", mac(hop.next_hop), hop.ifindex, hop.mtu)
+        }
+        None => "not resolved: each packet is routed by a kernel lookup".to_owned(),
+    }
+}
+
+/// Prints the changes of a backend's health.
+fn health_history(out: &mut Out<'_>, s: &BackendStatus) -> io::Result<()> {
+    let mut table = Table::new(&["TIME", "FROM", "TO", "REASON"], out.colour);
+    for t in &s.history {
+        table.row([plain(units::time(t.time_ms)), health_tone(t.from), health_tone(t.to), plain(&t.reason)]);
+    }
+    table.print(out)
+}
+
+/// Formats the passive health checks of a backend: failures seen in traffic, and the early probes they triggered.
+fn passive(report: &crate::observed::health::PassiveReport) -> String {
+    let mut text = format!("{} unreachable, {} refused", report.unreachable, report.refused);
+    if let Some(last) = &report.last {
+        let (times, refuted) = (report.early, report.refuted);
+        text += &format!(
+            "; {times} early probes ({refuted} found it healthy), last {} ago: {}",
+            ago(last.time_ms),
+            last.what
+        );
+    }
+    text
+}
