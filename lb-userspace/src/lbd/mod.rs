@@ -25,7 +25,7 @@ use crate::{
     apply::{
         announce::{self, Announcer},
         dataplane::{
-            AttachOptions, Carried, Dataplane, Kernel, Limits, ON_DEMAND, ProbeDataplane, Takeover,
+            AttachOptions, Dataplane, Kernel, Limits, Migrated, ON_DEMAND, ProbeDataplane, Takeover,
             loaded_features,
         },
         offloads,
@@ -292,11 +292,11 @@ fn features_at_start(head: &Stored, pin_path: &Path) -> u32 {
 /// Lets our program run where another ABI version's does, now that the tables are written.
 async fn take_over(takeover: Takeover) -> anyhow::Result<()> {
     let (from, to, began) = (takeover.abi(), lb_common::ABI_VERSION, std::time::Instant::now());
-    let carried = tokio::task::spawn_blocking(move || takeover.finish())
+    let migrated = tokio::task::spawn_blocking(move || takeover.finish())
         .await?
         .with_context(|| format!("cannot take over from ABI version {from} with {to}"))?;
-    let Carried { entries, strangers, no_room, lost } = carried;
-    tracing::info!(from, to, ?entries, strangers, no_room, took = ?began.elapsed(), "taken over from another ABI version");
+    let Migrated { entries, reassigned, no_room, lost } = migrated;
+    tracing::info!(from, to, ?entries, reassigned, no_room, took = ?began.elapsed(), "taken over from another ABI version");
     for (map, abi, what) in lost {
         tracing::warn!(
             map,

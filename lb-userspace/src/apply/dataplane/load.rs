@@ -1,7 +1,7 @@
-//! Loads an object with all that the kernel takes of it.
+//! Loads an object with all programs that the kernel accepts.
 //!
-//! A stage that it refuses is left out, and the feature that goes with it switched off in the other programs; of the first
-//! program, parts are left out until it is taken.
+//! A stage that the kernel refuses is left out, and its feature is switched off in the other programs. Of the first
+//! program, parts are left out until the kernel accepts it.
 
 use super::{
     DataplaneError,
@@ -17,12 +17,12 @@ use aya::{Ebpf, EbpfLoader, maps::MapData, programs::ProgramError};
 use lb_common::{Reason, names, settings::features};
 use std::{collections::BTreeSet, io};
 
-/// What of the settings depends on the kernel.
+/// Settings that depend on the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Switches {
     /// Bits of `lb_common::settings::kernel`.
     pub kernel: u32,
-    /// Features that can be had.
+    /// Features that are available.
     pub features: u32,
 }
 
@@ -30,17 +30,17 @@ pub struct Switches {
 pub struct Loaded {
     /// The object.
     pub bpf: Ebpf,
-    /// Whether with the frags flag.
+    /// Whether it is loaded with the frags flag.
     pub frags: bool,
     /// Programs that the kernel refused.
     pub left_out: Vec<LeftOut>,
-    /// Its program arrays: those that the shared names stand for, then its own.
+    /// Program arrays of the object: the shared ones, then its own.
     pub arrays: Vec<ArrayPin>,
-    /// How many of them are shared.
+    /// Number of shared arrays.
     pub shared: usize,
 }
 
-/// Loads the object with all programs that the kernel takes: a feature whose program is refused is switched off in the
+/// Loads the object with all programs that the kernel accepts: the feature of a refused program is switched off in the
 /// others.
 pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, DataplaneError> {
     let mut left_out: Vec<LeftOut> = Vec::new();
@@ -75,7 +75,7 @@ pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, D
     }
 }
 
-/// Parts of the first program that it can do without, those first that are longest.
+/// Optional parts of the first program, the longest first.
 const PARTS: [u32; 9] = [
     features::SECOND_CHANCE,
     features::P2C,
@@ -88,8 +88,8 @@ const PARTS: [u32; 9] = [
     features::LOCAL,
 ];
 
-/// The kernel has refused the first program: the fewest of its parts, in order, without which it takes it. The error
-/// itself where none helps, or where it is about something else.
+/// Finds the fewest parts, in order, without which the kernel accepts the first program that it has refused. Returns the
+/// error itself where no part helps, or where it has another cause.
 fn leave_out(
     request: &Request<'_>,
     home: &Home,
@@ -117,7 +117,7 @@ fn leave_out(
     Err(error)
 }
 
-/// Unpins the counters of a build that knew fewer reasons: new ones would not be counted. They begin anew.
+/// Unpins the counters of a build with fewer reasons, which have no room for the new ones; counting restarts at zero.
 fn renew_reasons(home: &Home) -> Result<(), DataplaneError> {
     let path = home.path.join(names::REASONS);
     if !path.exists() {
@@ -128,7 +128,7 @@ fn renew_reasons(home: &Home) -> Result<(), DataplaneError> {
     if pinned.max_entries() < Reason::COUNT { pins::remove(&path) } else { Ok(()) }
 }
 
-/// Makes or opens the maps, and leaves the programs to be loaded. `arrays`: the shared ones in their order, then ours.
+/// Creates or opens the maps; the programs are not loaded yet. `arrays`: the shared ones in their order, then ours.
 fn load_object(
     request: &Request<'_>,
     home: &Home,
@@ -163,7 +163,7 @@ fn load_object(
     loader.load(object).map_err(|e| denied("create the maps", &e).unwrap_or(refuse(e.into())))
 }
 
-/// Why the kernel did not take a program.
+/// Builds the error for a program that the kernel refused.
 pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
     if let Some(denied) = denied("load the program", &source) {
         return denied;
@@ -175,7 +175,7 @@ pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
     DataplaneError::Verifier { kernel: refused::kernel_release(), program, reason, log }
 }
 
-/// The error for a lack of privileges, if that is what it was.
+/// The error for missing privileges, if that is the cause.
 fn denied(what: &'static str, error: &(dyn std::error::Error + 'static)) -> Option<DataplaneError> {
     let mut cause = Some(error);
     while let Some(e) = cause {

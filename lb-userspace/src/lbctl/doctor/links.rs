@@ -2,7 +2,7 @@
 
 use super::Finding;
 use crate::{
-    apply::offloads::{self, Trouble},
+    apply::offloads::{self, OffloadProblem},
     serve::api::types::{Interface, ServiceInfo, Status},
 };
 use futures_util::TryStreamExt;
@@ -78,19 +78,21 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
 fn offloads(about: &str, name: &str) -> Vec<Finding> {
     match offloads::examine(name) {
         None => vec![Finding::warn(about, "offloads not looked at", "see `ethtool -k` for lro and rxvlan")],
-        Some(troubles) if troubles.is_empty() => {
+        Some(offload_problems) if offload_problems.is_empty() => {
             vec![Finding::ok(about, "no offload changes packets before the program")]
         }
-        Some(troubles) => troubles.into_iter().map(|trouble| of_trouble(about, trouble)).collect(),
+        Some(offload_problems) => {
+            offload_problems.into_iter().map(|problem| of_offload_problem(about, problem)).collect()
+        }
     }
 }
 
-fn of_trouble(about: &str, trouble: Trouble) -> Finding {
-    let fix = format!("{}, or `fix_offloads = true` in [lbd]", trouble.fix);
-    if trouble.is_certain {
-        Finding::fail(about, trouble.what, fix)
+fn of_offload_problem(about: &str, problem: OffloadProblem) -> Finding {
+    let fix = format!("{}, or `fix_offloads = true` in [lbd]", problem.fix);
+    if problem.is_certain {
+        Finding::fail(about, problem.what, fix)
     } else {
-        Finding::warn(about, trouble.what, fix)
+        Finding::warn(about, problem.what, fix)
     }
 }
 
@@ -137,19 +139,19 @@ mod tests {
 
     #[test]
     fn offloads_fail_where_packets_are_wrong_for_certain() {
-        let trouble = |is_certain| Trouble {
+        let problem = |is_certain| OffloadProblem {
             feature: crate::apply::ethtool::RX_VLAN,
             what: "rx-vlan-offload is on".to_owned(),
             fix: "`ethtool -K eth0 rxvlan off`".to_owned(),
             is_certain,
         };
-        let certain = of_trouble("interface eth0", trouble(true));
+        let certain = of_offload_problem("interface eth0", problem(true));
         assert_eq!(certain.level, Level::Fail);
         assert!(
             certain
                 .fix
                 .is_some_and(|f| f.contains("ethtool -K eth0 rxvlan off") && f.contains("fix_offloads"))
         );
-        assert_eq!(of_trouble("interface eth0", trouble(false)).level, Level::Warn);
+        assert_eq!(of_offload_problem("interface eth0", problem(false)).level, Level::Warn);
     }
 }
