@@ -1,4 +1,4 @@
-//! Text to [`File`], collecting problems instead of stopping at the first.
+//! Parses a [`File`], collecting problems instead of stopping at the first.
 
 use super::{File, Options, Problem, keys, nearest};
 use crate::desired::model::{Backend, Desired, Name, Region, Service, Subject};
@@ -12,11 +12,11 @@ use toml::{
     de::{DeTable, DeValue, ValueDeserializer},
 };
 
-/// See [`File::parse`].
+/// Implements [`File::parse`].
 pub fn parse(text: &str) -> Result<File, Vec<Problem>> {
     let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
     let (table, errors) = DeTable::parse_recoverable(text);
-    // Only the first: a missing bracket makes nonsense of all that follows.
+    // Only the first: after a missing bracket, further errors are meaningless.
     if let Some(error) = errors.first() {
         parser.problem(error.span(), error.message().to_owned());
         return Err(parser.finish());
@@ -32,7 +32,7 @@ fn line_starts(text: &str) -> Vec<usize> {
 type Table<'i> = DeTable<'i>;
 type Span = Range<usize>;
 
-/// Where each service and backend stands, for the rules that are checked last.
+/// Positions of services, backends and regions, for the rules that are checked last.
 #[derive(Default)]
 struct Places {
     services: HashMap<Name, Span>,
@@ -69,9 +69,9 @@ impl Parser<'_> {
             match revision.get_ref() {
                 DeValue::Integer(number) => match number.as_str().parse() {
                     Ok(number) => file.revision = Some(number),
-                    Err(_) => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+                    Err(_) => self.problem(Some(revision.span()), "revision must be a number".to_owned()),
                 },
-                _ => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+                _ => self.problem(Some(revision.span()), "revision must be a number".to_owned()),
             }
         }
         if let Some(lbd) = table.remove("lbd")
@@ -87,8 +87,8 @@ impl Parser<'_> {
             if let (None, Some(regions)) = (&services, &regions) {
                 self.problem(
                     Some(regions.span()),
-                    "[[region]] without [[service]]: regions belong to the desired state, which a file has whole or not \
-                     at all"
+                    "[[region]] without [[service]]: regions belong to the desired state, which a file must contain completely or \
+                     not at all; add service = [] for no services"
                         .to_owned(),
                 );
             }
@@ -100,7 +100,7 @@ impl Parser<'_> {
             for service in services.into_iter().flatten() {
                 self.service(service, &mut desired, &mut places);
             }
-            // Rules are about whole states: with parts missing they would find what is not there.
+            // The rules are for complete states: with parts missing they would report wrong problems.
             if self.problems.is_empty() {
                 for invalid in desired.check() {
                     let span = match invalid.subject() {
@@ -206,7 +206,7 @@ impl Parser<'_> {
         self.lines.partition_point(|&start| start <= span.start)
     }
 
-    /// Reports unknown keys and takes them out, so that the rest can still be read.
+    /// Reports unknown keys and removes them, so that the rest can still be read.
     fn check_keys(&mut self, table: &mut Table<'_>, known: &[&'static str], place: &str) {
         let unknown: Vec<_> =
             table.keys().filter(|k| !known.contains(&k.get_ref().as_ref())).cloned().collect();
@@ -245,7 +245,7 @@ impl Parser<'_> {
             DeValue::Table(_) => {
                 self.problem(
                     Some(span),
-                    format!("there can be several: write {place} instead of one bracket"),
+                    format!("several are possible: write {place} instead of single brackets"),
                 );
                 Vec::new()
             }
@@ -257,7 +257,7 @@ impl Parser<'_> {
         }
     }
 
-    /// Takes and checks the `name` of a table.
+    /// Removes and parses the `name` of a table.
     fn name(&mut self, span: &Span, table: &mut Table<'_>, place: &str) -> Option<(Name, Span)> {
         let Some(value) = table.remove("name") else {
             self.problem(Some(span.clone()), format!("{place} has no name: add name = \"...\""));
@@ -280,7 +280,7 @@ impl Parser<'_> {
         }
     }
 
-    /// Reads a table whose unknown keys are gone. Each wrong value is reported and taken out in turn, so
+    /// Deserializes a table without unknown keys. Each wrong value is reported and removed in turn, so
     /// that all of them are found.
     fn read<T: DeserializeOwned>(&mut self, span: Span, mut table: Table<'_>, place: &str) -> Option<T> {
         let mut removed = Vec::new();
@@ -296,7 +296,7 @@ impl Parser<'_> {
             let bad = table.iter().find(|(_, v)| v.span().start <= at.start && at.end <= v.span().end);
             let Some(key) = bad.map(|(k, _)| k.clone()).filter(|_| at != span) else {
                 match missing {
-                    // It was there, and was reported as wrong.
+                    // The field was present, and was reported as wrong.
                     Some(field) if removed.iter().any(|r| r == field) => {}
                     Some(field) => self.problem(Some(at), format!("{place} has no {field}")),
                     None => self.problem(Some(at), message.to_owned()),
