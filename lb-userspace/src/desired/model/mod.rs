@@ -1,5 +1,5 @@
-//! Desired state: what the operator asked for. Pure data with its own validity rules; it is what the
-//! store keeps, what the API and the configuration file speak, and what `compile` starts from.
+//! Desired state: what the operator wants. Pure data with its own validity rules; it is what the
+//! store keeps, what the API and the configuration file contain, and the input of `compile`.
 
 mod check;
 mod check_service;

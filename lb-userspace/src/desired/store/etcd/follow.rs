@@ -1,7 +1,7 @@
-//! Following what others commit: read what is missing, watch for more, and notice when etcd is gone.
+//! Follows commits of other hosts: reads missing revisions, watches for new ones, and notices when etcd is unreachable.
 //!
-//! A watch that broke, or whose place etcd has compacted away, is followed by a look at the head; only
-//! revisions that are missing are read, and if none is, nothing changes. So nothing flaps.
+//! After a watch that broke, or whose position etcd has compacted away, the head is read again; only missing revisions
+//! are read, and if none is missing, nothing changes. A broken watch therefore causes no flapping.
 
 use super::{
     Arc, Identity, Inner, Known, READ, RECENT, StoreError, Stored, end_of,
@@ -16,18 +16,18 @@ use crate::{
 use rand::Rng;
 use std::{collections::BTreeMap, convert::Infallible, time::Duration, time::Instant};
 
-/// How often the head is looked at beside the watch: the sign of life.
+/// Interval at which the head is read in addition to the watch, as a sign of life.
 const BEAT: Duration = Duration::from_secs(1);
-/// Pause after a failed round: shortest and longest. A jitter is added.
+/// Shortest and longest pause after a failed round. A jitter is added.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Revisions read at once.
+/// Revisions per read.
 const PAGE: usize = 500;
 
 /// Why a round ended.
 enum End {
-    /// The watch is to be opened anew; nothing is wrong with etcd as a whole, as far as is known.
+    /// The watch must be opened again; etcd as a whole is not known to have failed.
     Again(String),
-    /// etcd does not answer, or its answer is not taken.
+    /// etcd does not answer, or its answer is refused.
     Failed(StoreError),
 }
 
@@ -37,7 +37,7 @@ impl From<StoreError> for End {
     }
 }
 
-/// Follows until the store is dropped.
+/// Follows the store until it is dropped.
 pub(super) async fn run(inner: Arc<Inner>) {
     let mut pause = PAUSE.0;
     let mut tries = 0;
@@ -45,13 +45,13 @@ pub(super) async fn run(inner: Arc<Inner>) {
         let began = Instant::now();
         match inner.round().await {
             Ok(never) => match never {},
-            Err(End::Again(why)) => tracing::debug!(why, "watch of the store opened anew"),
-            Err(End::Failed(error)) => inner.unlinked(&error),
+            Err(End::Again(why)) => tracing::debug!(why, "opening the watch of the store again"),
+            Err(End::Failed(error)) => inner.set_disconnected(&error),
         }
         if began.elapsed() > PAUSE.1 * 2 {
             (pause, tries) = (PAUSE.0, 0);
         }
-        // The first try after a break comes at once.
+        // No pause before the first try after a break.
         if tries > 0 {
             let jitter = pause.mul_f64(rand::rng().random_range(0.0..0.5));
             tokio::select! {
@@ -65,13 +65,13 @@ pub(super) async fn run(inner: Arc<Inner>) {
 }
 
 impl Inner {
-    /// The first look of a start.
-    pub(super) async fn first_look(&self, has_state: bool) -> Result<(), StoreError> {
+    /// First read of a start: retries for a while, and falls back to the last known state.
+    pub(super) async fn read_at_start(&self, has_state: bool) -> Result<(), StoreError> {
         let until = Instant::now() + if has_state { READ } else { super::FIRST };
         loop {
-            let error = match self.look().await {
+            let error = match self.read_all().await {
                 Ok(_) => {
-                    self.linked();
+                    self.set_connected();
                     return Ok(());
                 }
                 Err(error) => error,
@@ -83,13 +83,13 @@ impl Inner {
                     }
                     let error = self.cut_off(what);
                     tracing::error!(%error, "starting with the last known state");
-                    self.unlinked(&error);
+                    self.set_disconnected(&error);
                     return Ok(());
                 }
                 StoreError::CutOff { .. } => tokio::time::sleep(PAUSE.0).await,
                 StoreError::SetBack { .. } if has_state => {
                     tracing::error!(%error, "starting with the last known state");
-                    self.unlinked(&error);
+                    self.set_disconnected(&error);
                     return Ok(());
                 }
                 error => return Err(error),
@@ -97,21 +97,21 @@ impl Inner {
         }
     }
 
-    /// Reads all that is new, and watches until something breaks.
+    /// Reads everything that is new, and watches until an error.
     async fn round(&self) -> Result<Infallible, End> {
-        let at = self.look().await?;
+        let at = self.read_all().await?;
         let member = self.client.member().to_owned();
         let all = self.keys.key("");
         let (key, range_end) = (all.clone(), end_of(&all));
         let create = WatchCreateRequest { key, range_end, start_revision: at + 1 };
         let request = WatchRequest { create: Some(create) };
         let broken = |why: String| {
-            self.client.turn_away(&member);
+            self.client.prefer_another(&member);
             End::Again(why)
         };
         let stream = self.client.stream("/etcdserverpb.Watch/Watch", request).await;
         let mut stream = stream.map_err(|e| broken(e.to_string()))?;
-        self.linked();
+        self.set_connected();
         let watch = async {
             loop {
                 let message: Option<WatchResponse> =
@@ -120,7 +120,7 @@ impl Inner {
                 if message.canceled && message.compact_revision == 0 {
                     return Err(broken(message.cancel_reason));
                 }
-                self.watched(message).await?;
+                self.apply_watch(message).await?;
             }
         };
         let beat = async {
@@ -145,21 +145,21 @@ impl Inner {
         }
     }
 
-    /// Takes in what the watch says.
-    async fn watched(&self, message: WatchResponse) -> Result<(), End> {
+    /// Applies a message of the watch.
+    async fn apply_watch(&self, message: WatchResponse) -> Result<(), End> {
         if message.canceled {
-            let why = format!("what follows {} was compacted away", message.compact_revision);
+            let why = format!("the revisions after {} were compacted away", message.compact_revision);
             return Err(End::Again(why));
         }
-        let mut told = None;
+        let mut values = None;
         for event in message.events {
             let Some(kv) = event.kv else { continue };
             let is_put = event.kind == 0;
             if let Some(key) = self.keys.after("leased/", &kv.key) {
-                let told = told.get_or_insert_with(|| (**self.told.borrow()).clone());
+                let values = values.get_or_insert_with(|| (**self.host_values.borrow()).clone());
                 match is_put {
-                    true => told.insert(key.to_owned(), kv.value),
-                    false => told.remove(key),
+                    true => values.insert(key.to_owned(), kv.value),
+                    false => values.remove(key),
                 };
             } else if self.keys.after("revisions/", &kv.key).is_some() && is_put {
                 let (number, record) = self.record(&kv)?;
@@ -168,7 +168,7 @@ impl Inner {
                     continue;
                 }
                 if number != known.stored.revision.number + 1 || record.after != known.nonce {
-                    return Err(End::Again(format!("revision {number} does not follow what is known")));
+                    return Err(End::Again(format!("revision {number} does not follow the last known one")));
                 }
                 let next = self.fold(&known, number, &record, kv.value.len()).await?;
                 self.advance(vec![next], false);
@@ -176,31 +176,31 @@ impl Inner {
                 return Err(End::Again("the store's identity was written".to_owned()));
             }
         }
-        if let Some(told) = told {
-            self.told.send_replace(Arc::new(told));
+        if let Some(values) = values {
+            self.host_values.send_replace(Arc::new(values));
         }
         Ok(())
     }
 
-    /// Reads whose data these are, and what is new. Returns etcd's revision at which all of this was so.
-    async fn look(&self) -> Result<i64, StoreError> {
+    /// Reads the identity of the store and everything that is new. Returns etcd's revision of this reading.
+    async fn read_all(&self) -> Result<i64, StoreError> {
         self.identify().await?;
         let at = self.catch_up().await?;
         let begin = self.keys.key("leased/");
         let leased = self.range(begin.clone(), end_of(&begin), SortOrder::None, 0).await;
         let leased = leased.map_err(|e| self.call_failed(e))?;
-        let told: BTreeMap<String, Vec<u8>> = leased
+        let values: BTreeMap<String, Vec<u8>> = leased
             .kvs
             .into_iter()
             .filter_map(|kv| Some((self.keys.after("leased/", &kv.key)?.to_owned(), kv.value)))
             .collect();
-        if **self.told.borrow() != told {
-            self.told.send_replace(Arc::new(told));
+        if **self.host_values.borrow() != values {
+            self.host_values.send_replace(Arc::new(values));
         }
         Ok(at)
     }
 
-    /// Whose data these are; an empty prefix becomes ours.
+    /// Reads and checks the identity of the store; an empty prefix gets ours.
     async fn identify(&self) -> Result<(), StoreError> {
         let key = self.keys.key("store");
         let expected = locked(&self.id).clone();
@@ -231,7 +231,7 @@ impl Inner {
                 tracing::warn!(
                     store = self.place,
                     revision = seen,
-                    "an empty store was filled with what this host knew"
+                    "filled an empty store with the data of this host"
                 );
                 continue;
             }
@@ -245,7 +245,7 @@ impl Inner {
         }
     }
 
-    /// The newest revision's place, and etcd's own revision at that time.
+    /// Reads the newest revision's number and nonce, and etcd's own revision at that time.
     pub(super) async fn read_head(&self) -> Result<(i64, Head), StoreError> {
         let found = self.range(self.keys.key("head"), Vec::new(), SortOrder::None, 1).await;
         let found = found.map_err(|e| self.call_failed(e))?;
@@ -257,14 +257,14 @@ impl Inner {
         Ok((at, head))
     }
 
-    /// Takes in all revisions that are new.
+    /// Applies all new revisions.
     pub(super) async fn catch_up(&self) -> Result<i64, StoreError> {
         let before = self.known().stored.revision.number;
         let (at, head) = self.read_head().await?;
         let known = self.known();
         let seen = known.stored.revision.number;
-        // While this was on its way, another task has learned of a newer one: only what was known before the question was
-        // asked must be in the answer.
+        // Meanwhile, another task may have learned of a newer revision: the answer must contain only what was known before
+        // the request.
         if before <= head.number && head.number < seen {
             return Ok(at);
         }
@@ -294,10 +294,10 @@ impl Inner {
         let new = match new {
             Some(Followed::New(new)) => new,
             Some(Followed::OtherHistory) if !accept => return Err(set_back()),
-            // So many are missing that their records are gone.
+            // So many revisions are missing that their records are gone.
             Some(Followed::OtherHistory) | None if head.number == 0 => vec![Known::zero()],
             Some(Followed::OtherHistory) | None => {
-                let gone = || self.corrupt(format!("revision {} cannot be put together", head.number));
+                let gone = || self.corrupt(format!("revision {} cannot be rebuilt", head.number));
                 vec![self.rebuild(head.number).await?.ok_or_else(gone)?]
             }
         };
@@ -306,7 +306,7 @@ impl Inner {
         Ok(at)
     }
 
-    /// Whether a known revision is the one that the store has under its number; taken to be if it is gone.
+    /// Whether the store has a known revision under its number; assumed if its record is gone.
     async fn is_same(&self, known: &Known, head: &Head) -> Result<bool, StoreError> {
         let number = known.stored.revision.number;
         if number == head.number {
@@ -320,7 +320,7 @@ impl Inner {
         }
     }
 
-    /// All revisions after a known one up to `to`; none if some of them are no longer there.
+    /// Reads all revisions after a known one up to `to`; none if some of them are gone.
     async fn fold_all(&self, from: &Known, to: u64) -> Result<Option<Followed>, StoreError> {
         let mut last = from.clone();
         let mut all = Vec::new();
@@ -347,7 +347,7 @@ impl Inner {
         Ok(Some(Followed::New(all)))
     }
 
-    /// The state of revision `number`, from the snapshot before it; none if it cannot be had any more.
+    /// Rebuilds the state of revision `number` from the preceding snapshot; none if records are gone.
     pub(super) async fn rebuild(&self, number: u64) -> Result<Option<Known>, StoreError> {
         let (begin, end) = (self.keys.snapshot(0), self.keys.snapshot(number + 1));
         let found = self.range(begin, end, SortOrder::Descend, 1).await.map_err(|e| self.call_failed(e))?;
@@ -369,21 +369,21 @@ impl Inner {
         }
         match self.fold_all(&base, number).await? {
             Some(Followed::New(mut all)) => Ok(all.pop()),
-            Some(Followed::OtherHistory) => Err(self.corrupt("revisions do not follow each other")),
+            Some(Followed::OtherHistory) => Err(self.corrupt("the revisions are not consecutive")),
             None => Ok(None),
         }
     }
 
-    /// A revision's number and record.
+    /// Parses the number and record of a revision.
     pub(super) fn record(&self, kv: &KeyValue) -> Result<(u64, Record), StoreError> {
         let name = self.keys.after("revisions/", &kv.key).unwrap_or_default();
-        let number = name.parse().map_err(|_| self.corrupt(format!("revision {name:?} is no number")))?;
+        let number = name.parse().map_err(|_| self.corrupt(format!("revision {name:?} is not a number")))?;
         let record =
             serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("revision {number}: {e}")))?;
         Ok((number, record))
     }
 
-    /// The state after a revision, from the one before.
+    /// Applies a revision to the previous state.
     async fn fold(
         &self,
         before: &Known,
@@ -401,7 +401,7 @@ impl Inner {
                 large = serde_json::from_slice(&bytes).map_err(corrupt)?;
                 &large
             }
-            (None, None) => return Err(self.corrupt(format!("revision {number} says nothing"))),
+            (None, None) => return Err(self.corrupt(format!("revision {number} has no contents"))),
         };
         locked(&self.weights).1 += bytes;
         let desired = Arc::new(delta::apply(&before.stored.desired, delta).map_err(corrupt)?);
@@ -409,20 +409,23 @@ impl Inner {
         Ok(Known { stored, nonce: record.nonce.clone() })
     }
 
-    /// Puts something in pieces together.
+    /// Reads a value that is stored in parts.
     async fn parts(&self, parts: &Parts) -> Result<Vec<u8>, StoreError> {
         let mut bytes = Vec::new();
         for i in 0..parts.count {
             let key = self.keys.key(&format!("parts/{}/{i:06}", parts.nonce));
             let found = self.range(key, Vec::new(), SortOrder::None, 1).await;
             let found = found.map_err(|e| self.call_failed(e))?;
-            let part = found.kvs.first().ok_or_else(|| self.corrupt(format!("part {i} of {}", parts.nonce)));
+            let part = found
+                .kvs
+                .first()
+                .ok_or_else(|| self.corrupt(format!("part {i} of {} is missing", parts.nonce)));
             bytes.extend_from_slice(&part?.value);
         }
         Ok(bytes)
     }
 
-    /// Makes revisions known, if they are newer than what is; `anew` forgets what was.
+    /// Adds newer revisions to the known ones; `anew` removes the known ones first.
     pub(super) fn advance(&self, new: Vec<Known>, anew: bool) {
         let mut recent = locked(&self.recent);
         if anew {
@@ -443,10 +446,10 @@ impl Inner {
     }
 }
 
-/// What comes after a known revision.
+/// Revisions after a known one.
 enum Followed {
-    /// These.
+    /// The revisions, in order.
     New(Vec<Known>),
-    /// Others than those that this host has seen.
+    /// Other revisions than those that this host has seen.
     OtherHistory,
 }
