@@ -162,7 +162,7 @@ fn rights() -> Vec<(String, String, String)> {
 
 /// Paths that the sources of the router name.
 fn paths() -> BTreeSet<String> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/serve/api");
     let mut found = BTreeSet::new();
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
