@@ -25,7 +25,7 @@ use crate::{
     apply::{
         announce::{self, Announcer},
         dataplane::{
-            AttachOptions, Dataplane, Kernel, Limits, Migrated, ON_DEMAND, ProbeDataplane, Takeover,
+            AttachOptions, Dataplane, Kernel, MapLimits, Migrated, ON_DEMAND, ProbeDataplane, Takeover,
             loaded_features,
         },
         offloads,
@@ -415,7 +415,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
     let log_level = xdp_log::number(settings.xdp_log_level);
     // A program that logs is not loaded anew.
     let used = if log_level == 0 { used } else { ON_DEMAND };
-    let limits = Limits {
+    let limits = MapLimits {
         services: settings.max_services,
         backends: settings.max_backends,
         slots: settings.max_slots,
@@ -427,7 +427,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
             processors::online(),
         ),
         guard_entries: settings.max_guard_entries,
-        ..Limits::default()
+        ..MapLimits::default()
     };
     let budgets = Budgets::of(limits.flows, limits.syns, limits.flows, processors::online());
     AttachOptions {
@@ -449,7 +449,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
 
 fn compile_settings(
     settings: &Settings,
-    limits: Limits,
+    limits: MapLimits,
     attached: BTreeMap<u32, String>,
     here: Locality,
     lost: u32,

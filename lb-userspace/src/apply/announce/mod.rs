@@ -8,7 +8,10 @@
 pub mod addresses;
 
 use crate::{
-    apply::{dataplane::DataplaneError, reconcile::Published},
+    apply::{
+        dataplane::{DataplaneError, index_of},
+        reconcile::Published,
+    },
     clock,
     desired::model::Health,
     plan::{
@@ -125,17 +128,6 @@ pub struct Announcer {
     /// When each VIP was last removed.
     off: BTreeMap<IpAddr, Instant>,
     changes: u64,
-}
-
-fn index_of(interface: &str) -> Result<u32, DataplaneError> {
-    nix::net::if_::if_nametoindex(interface).map_err(|_| {
-        let all = nix::net::if_::if_nameindex();
-        let mut present: Vec<String> = all
-            .map(|all| all.iter().map(|i| i.name().to_string_lossy().into_owned()).collect())
-            .unwrap_or_default();
-        present.sort();
-        DataplaneError::NoInterface { interface: interface.to_owned(), present: present.join(", ") }
-    })
 }
 
 /// Whether the kernel keeps marks: Linux before 5.18 ignores them silently.

@@ -8,10 +8,10 @@ use super::{
     DataplaneError,
     kernel::Kernel,
     layout::{Layout, write_own},
-    links::{self, GENERIC, Interface, Link},
-    load::{Loaded, Switches, load},
+    links::{self, GENERIC, Interface, XdpLink},
+    load::{LoadedObject, Switches, load},
     pins::{self, Home},
-    stages::{self, LeftOut},
+    stages::{self, RefusedProgram},
     takeover::{Predecessor, Takeover},
     variant::{self, ArrayPin, Situation},
 };
@@ -70,7 +70,7 @@ pub struct Attached {
     /// Whether it is loaded with the frags flag.
     pub frags: bool,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
     /// Directory in which its maps are pinned.
@@ -123,7 +123,7 @@ fn attach_locked(
     let predecessors = others.iter().map(|other| open(request, other)).collect::<Result<Vec<_>, _>>()?;
     match load_and_attach(request, present, &home, adopted, predecessors) {
         Ok(Started { loaded, interfaces, failed, takeover }) => {
-            let Loaded { bpf, frags, left_out, .. } = loaded;
+            let LoadedObject { bpf, frags, left_out, .. } = loaded;
             let waiting = waiting.into_iter().chain(failed).collect();
             let home = home.path;
             Ok(Attached { bpf, interfaces, waiting, frags, left_out, adopted, home, takeover, lock })
@@ -147,7 +147,7 @@ pub fn replace(request: &Request<'_>, frags: bool) -> Result<Option<Ebpf>, Datap
     if home.programs().is_disjoint(&links::programs(request.pin_path)?) {
         return Ok(None);
     }
-    let Loaded { mut bpf, .. } = load(request, &home, frags)?;
+    let LoadedObject { mut bpf, .. } = load(request, &home, frags)?;
     pin_programs(request, &bpf, &home, true)?;
     stages::chain(&mut bpf, request.chained)?;
     for name in request.interfaces {
@@ -220,7 +220,7 @@ fn open(request: &Request<'_>, other: &Home) -> Result<Predecessor, DataplaneErr
 
 /// Result of a successful start.
 struct Started {
-    loaded: Loaded,
+    loaded: LoadedObject,
     interfaces: Vec<Interface>,
     /// Interfaces whose drivers refuse the program.
     failed: Vec<(String, DataplaneError)>,
@@ -253,7 +253,7 @@ fn load_and_attach(
     let missing: Vec<(&str, u32)> =
         present.iter().zip(&found).filter(|(_, link)| link.is_none()).map(|(one, _)| *one).collect();
     let has_links = found.iter().any(Option::is_some);
-    let load = |frags| -> Result<Loaded, DataplaneError> {
+    let load = |frags| -> Result<LoadedObject, DataplaneError> {
         let mut loaded = load(request, home, frags)?;
         if request.has_flows {
             write_own(&mut loaded.bpf)?;
@@ -287,7 +287,7 @@ fn load_and_attach(
 }
 
 /// Undoes what a failed start has attached and created.
-fn undo(request: &Request<'_>, new: &[Interface], loaded: &Loaded) {
+fn undo(request: &Request<'_>, new: &[Interface], loaded: &LoadedObject) {
     for interface in new {
         if let Err(error) = links::detach(request.pin_path, interface) {
             tracing::warn!(%error, "cannot detach after a failed start; the link is left behind");
@@ -300,7 +300,7 @@ fn undo(request: &Request<'_>, new: &[Interface], loaded: &Loaded) {
 fn situation(
     request: &Request<'_>,
     present: &Present<'_>,
-    found: &[Option<Link>],
+    found: &[Option<XdpLink>],
     (home, predecessors): (&Home, &[Predecessor]),
 ) -> Situation {
     let or_unknown = |result: io::Result<Option<bool>>| {
@@ -330,7 +330,7 @@ fn situation(
 /// there are others.
 fn attach_new(
     request: &Request<'_>,
-    loaded: &Loaded,
+    loaded: &LoadedObject,
     missing: &Present<'_>,
     has_links: bool,
 ) -> Result<New, DataplaneError> {
@@ -372,8 +372,8 @@ fn finish_start(
     request: &Request<'_>,
     home: &Home,
     adopted: bool,
-    (loaded, predecessors): (&mut Loaded, Vec<Predecessor>),
-    found: Vec<Option<Link>>,
+    (loaded, predecessors): (&mut LoadedObject, Vec<Predecessor>),
+    found: Vec<Option<XdpLink>>,
     new: &[Interface],
 ) -> Result<(Vec<Interface>, Option<Takeover>), DataplaneError> {
     let must_wait = !predecessors.is_empty();

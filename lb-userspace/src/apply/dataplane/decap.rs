@@ -1,7 +1,7 @@
 //! The dataplane of a worker: the `decap` program and its maps.
 
 use super::{
-    DataplaneError, Interfaces, LeftOut,
+    DataplaneError, Interfaces, RefusedProgram,
     attach::{self, Attached, Request, take},
     load::Switches,
     pins::Home,
@@ -51,7 +51,7 @@ pub struct DecapDataplane {
     /// Interfaces that the program runs on, and those that wait for it.
     pub interfaces: Arc<Interfaces>,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
     pin_path: PathBuf,

@@ -15,20 +15,20 @@ use std::collections::BTreeMap;
 pub struct Layout {
     /// ABI version.
     pub abi: u32,
-    records: BTreeMap<String, Record>,
+    records: BTreeMap<String, RecordLayout>,
     /// Records of keys and values.
     maps: BTreeMap<String, (String, String)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
+struct RecordLayout {
     size: usize,
-    fields: BTreeMap<String, Field>,
+    fields: BTreeMap<String, FieldLayout>,
 }
 
 /// Offset and size in bytes, and the record that the field is or is an array of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Field(usize, usize, Option<String>);
+struct FieldLayout(usize, usize, Option<String>);
 
 /// Maximum size of records in bytes, and maximum nesting.
 const MAX_RECORD: usize = 1_024;
@@ -38,9 +38,9 @@ impl Layout {
     /// Layout of this version.
     pub fn ours() -> Self {
         let field =
-            |f: &describe::Field| (f.name.to_owned(), Field(f.offset, f.size, f.of.map(str::to_owned)));
+            |f: &describe::Field| (f.name.to_owned(), FieldLayout(f.offset, f.size, f.of.map(str::to_owned)));
         let record = |r: &describe::Record| {
-            (r.name.to_owned(), Record { size: r.size, fields: r.fields.iter().map(field).collect() })
+            (r.name.to_owned(), RecordLayout { size: r.size, fields: r.fields.iter().map(field).collect() })
         };
         let map = |m: &describe::MapOf| (m.name.to_owned(), (m.key.to_owned(), m.value.to_owned()));
         Self {
@@ -75,7 +75,7 @@ impl Layout {
     /// Checks that every field lies within its record.
     fn check(&self) -> Result<(), String> {
         for (name, record) in &self.records {
-            let fits = |Field(offset, size, _): &Field| {
+            let fits = |FieldLayout(offset, size, _): &FieldLayout| {
                 offset.checked_add(*size).is_some_and(|end| end <= record.size)
             };
             if record.size > MAX_RECORD || !record.fields.values().all(fits) {
@@ -85,7 +85,7 @@ impl Layout {
         Ok(())
     }
 
-    fn record(&self, name: &str) -> Result<&Record, String> {
+    fn record(&self, name: &str) -> Result<&RecordLayout, String> {
         self.records.get(name).ok_or_else(|| format!("record {name} is not described"))
     }
 
@@ -137,8 +137,8 @@ impl Copies {
             return Err(format!("record {from_name} is nested too deep"));
         }
         let (old, new) = (from.record(from_name)?, to.record(to_name)?);
-        for (name, Field(to_offset, to_size, to_of)) in &new.fields {
-            let Some(Field(from_offset, from_size, from_of)) = old.fields.get(name) else {
+        for (name, FieldLayout(to_offset, to_size, to_of)) in &new.fields {
+            let Some(FieldLayout(from_offset, from_size, from_of)) = old.fields.get(name) else {
                 if describe::OPTIONAL_FIELDS.contains(&(to_name, name)) {
                     continue;
                 }
@@ -248,20 +248,20 @@ mod tests {
         // Reversed, with room in front.
         for name in ["Vip", "PortRange"] {
             let record = other.records.get_mut(name).expect("it is described");
-            for Field(offset, size, _) in record.fields.values_mut() {
+            for FieldLayout(offset, size, _) in record.fields.values_mut() {
                 *offset = record.size - *offset - *size + 8;
             }
             record.size += 8;
         }
         let range = other.records["PortRange"].size;
         let vip = other.records.get_mut("Vip").expect("it is described");
-        let Field(offset, size, _) = vip.fields.get_mut("ranges").expect("it is described");
+        let FieldLayout(offset, size, _) = vip.fields.get_mut("ranges").expect("it is described");
         (*offset, *size) = (vip.size, 16 * range);
         vip.size += 16 * range;
         let there = Conversion::new(names::VIPS, &ours, &other).expect("there");
         // A field that only the other layout has is left out on the way back.
         let vip = other.records.get_mut("Vip").expect("it is described");
-        vip.fields.insert("news".to_owned(), Field(0, 8, None));
+        vip.fields.insert("news".to_owned(), FieldLayout(0, 8, None));
         let back = Conversion::new(names::VIPS, &other, &ours).expect("back");
         let error = Conversion::new(names::VIPS, &ours, &other).expect_err("no layout has this field");
         assert!(error.contains("Vip has no field news"), "{error}");
@@ -288,7 +288,7 @@ mod tests {
         assert!(error.contains("Flow has no field backend"), "{error}");
         let mut other = ours.clone();
         let flow = other.records.get_mut("Flow").expect("it is described");
-        flow.fields.insert("backend".to_owned(), Field(0, 2, None));
+        flow.fields.insert("backend".to_owned(), FieldLayout(0, 2, None));
         let error = Conversion::new(names::FLOWS, &other, &ours).expect_err("another type");
         assert!(error.contains("Flow.backend has another type"), "{error}");
         assert_eq!(size_of::<Flow>(), ours.sizes(names::FLOWS).map_or(0, |(_, value)| value));
@@ -298,7 +298,7 @@ mod tests {
     fn a_layout_that_lies_is_refused() {
         let mut lying = Layout::ours();
         let flow = lying.records.get_mut("Flow").expect("it is described");
-        flow.fields.insert("backend".to_owned(), Field(usize::MAX, 4, None));
+        flow.fields.insert("backend".to_owned(), FieldLayout(usize::MAX, 4, None));
         assert!(lying.check().is_err());
     }
 }

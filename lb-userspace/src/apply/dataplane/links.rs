@@ -27,13 +27,13 @@ pub struct Interface {
 }
 
 /// A pinned link that is attached.
-pub struct Link {
+pub struct XdpLink {
     /// Interface and mode of the link.
     pub interface: Interface,
     fd: OwnedFd,
 }
 
-impl Link {
+impl XdpLink {
     /// Replaces the program under the link in one step.
     pub fn update(&self, program: &impl AsFd) -> Result<(), DataplaneError> {
         sys::update_link(&self.fd, program).map_err(|error| {
@@ -102,7 +102,7 @@ fn pinned(pin_path: &Path) -> Result<Vec<Pinned>, DataplaneError> {
 
 /// Finds the pinned link that is attached to an interface. If the interface was renamed since, the pin is renamed
 /// too.
-pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<Link>, DataplaneError> {
+pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<XdpLink>, DataplaneError> {
     let Some(found) = pinned(pin_path)?.into_iter().find(|pin| pin.info.ifindex == ifindex) else {
         return Ok(None);
     };
@@ -113,7 +113,7 @@ pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<Link>, D
         tracing::info!(interface = name, was = %found.path.display(), "renamed the pinned link of a renamed interface");
     }
     let interface = Interface { name: name.to_owned(), ifindex, mode: found.mode, why_generic: None };
-    Ok(Some(Link { interface, fd: found.fd }))
+    Ok(Some(XdpLink { interface, fd: found.fd }))
 }
 
 /// Frees the path of a link's pin: a link to another interface, which had this name before, gets a temporary name until

@@ -9,8 +9,8 @@ use super::{
     kernel::Kernel,
     object::{self, Object},
     pins::{self, Home},
-    refused::{self, Verdict},
-    stages::{self, LeftOut, Stages},
+    refused::{self, VerifierVerdict},
+    stages::{self, RefusedProgram, Stages},
     variant::ArrayPin,
 };
 use aya::{Ebpf, EbpfLoader, maps::MapData, programs::ProgramError};
@@ -27,13 +27,13 @@ pub struct Switches {
 }
 
 /// A loaded object.
-pub struct Loaded {
+pub struct LoadedObject {
     /// The object.
     pub bpf: Ebpf,
     /// Whether it is loaded with the frags flag.
     pub frags: bool,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
     /// Program arrays of the object: the shared ones, then its own.
     pub arrays: Vec<ArrayPin>,
     /// Number of shared arrays.
@@ -42,8 +42,8 @@ pub struct Loaded {
 
 /// Loads the object with all programs that the kernel accepts: the feature of a refused program is switched off in the
 /// others.
-pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, DataplaneError> {
-    let mut left_out: Vec<LeftOut> = Vec::new();
+pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<LoadedObject, DataplaneError> {
+    let mut left_out: Vec<RefusedProgram> = Vec::new();
     let mut features = request.features;
     let shared = request.shared.iter().map(|(_, pin)| request.pin_path.join(pin));
     let arrays = shared.chain([home.path.join(names::STAGES)]);
@@ -54,7 +54,7 @@ pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, D
         let stages = Stages::load(&mut bpf, request.stages, features)?;
         let lost = stages.lost();
         let known: BTreeSet<&str> = left_out.iter().map(|one| one.program).collect();
-        let more: Vec<LeftOut> =
+        let more: Vec<RefusedProgram> =
             stages.left_out.iter().filter(|one| !known.contains(one.program)).cloned().collect();
         left_out.extend(more);
         if lost & features != 0 {
@@ -71,7 +71,7 @@ pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, D
             stages::load(&mut bpf, name)?;
         }
         stages.put(&mut bpf)?;
-        return Ok(Loaded { bpf, frags, left_out, arrays, shared: request.shared.len() });
+        return Ok(LoadedObject { bpf, frags, left_out, arrays, shared: request.shared.len() });
     }
 }
 
@@ -96,7 +96,7 @@ fn leave_out(
     (frags, arrays): (bool, &[ArrayPin]),
     features: u32,
     error: DataplaneError,
-) -> Result<Vec<LeftOut>, DataplaneError> {
+) -> Result<Vec<RefusedProgram>, DataplaneError> {
     let settings = |features| (request.settings)(Switches { kernel: Kernel::get().bits(frags), features });
     let has_parts = settings(0) != settings(features);
     if !has_parts || !matches!(error, DataplaneError::Verifier { .. }) {
@@ -105,7 +105,7 @@ fn leave_out(
     let (mut less, mut rest) = (Vec::new(), features);
     for part in PARTS.into_iter().filter(|part| features & part != 0) {
         rest &= !part;
-        less.push(LeftOut { program: request.program, feature: part, reason: error.to_string() });
+        less.push(RefusedProgram { program: request.program, feature: part, reason: error.to_string() });
         let switches = Switches { kernel: Kernel::get().bits(frags), features: rest };
         let mut bpf = load_object(request, home, switches, arrays)?;
         match stages::load(&mut bpf, request.program) {
@@ -171,7 +171,7 @@ pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
     if !matches!(source, ProgramError::LoadError { .. }) {
         return DataplaneError::Load { program, source: source.into() };
     }
-    let Verdict { reason, log } = refused::examine(program, &source);
+    let VerifierVerdict { reason, log } = refused::examine(program, &source);
     DataplaneError::Verifier { kernel: refused::kernel_release(), program, reason, log }
 }
 

@@ -8,7 +8,7 @@ use super::{
     layout::{Conversion, Layout},
     notes::Notes,
     sys,
-    takeover::Identity,
+    takeover::IndexAssignment,
 };
 use crate::clock;
 use lb_common::{
@@ -92,7 +92,7 @@ pub fn for_each<K: FromBytes, V: FromBytes>(
 }
 
 /// Common interface of the values that describe flows.
-trait Entry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
+trait FlowEntry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
     type Key: FromBytes + IntoBytes + Immutable + Copy;
     /// Index of the entry's service.
     fn service(key: &Self::Key, value: &Self) -> u32;
@@ -117,7 +117,7 @@ fn later<E: PartialEq + Copy>(
     }
 }
 
-impl Entry for Flow {
+impl FlowEntry for Flow {
     type Key = FlowKey;
 
     fn service(key: &FlowKey, _: &Self) -> u32 {
@@ -142,7 +142,7 @@ impl Entry for Flow {
     }
 }
 
-impl Entry for Nat {
+impl FlowEntry for Nat {
     type Key = FlowKey;
 
     fn service(key: &FlowKey, _: &Self) -> u32 {
@@ -165,7 +165,7 @@ impl Entry for Nat {
     }
 }
 
-impl Entry for Reply {
+impl FlowEntry for Reply {
     type Key = ReplyKey;
 
     fn service(_: &ReplyKey, value: &Self) -> u32 {
@@ -193,7 +193,7 @@ impl Entry for Reply {
 }
 
 /// A map with flows, in both versions.
-struct Table {
+struct TablePair {
     name: &'static str,
     conversion: Conversion,
     from: OwnedFd,
@@ -201,7 +201,7 @@ struct Table {
 }
 
 /// SYN cache, in both versions.
-struct Syns {
+struct SynCachePair {
     conversion: Conversion,
     from: OwnedFd,
     /// Whether the other version has a SYN cache like ours, instead of a table by flow as before version 5.
@@ -209,7 +209,7 @@ struct Syns {
     to: Notes,
 }
 
-impl Syns {
+impl SynCachePair {
     /// Opens both; none if theirs cannot be read, which is recorded. Notes identify their flow only by a mark, so ours use
     /// the same key from now on.
     fn open(
@@ -276,10 +276,10 @@ pub struct Copier {
     /// Services and backends that are the same in both versions.
     services: BTreeSet<u32>,
     backends: BTreeSet<u32>,
-    syns: Option<Syns>,
-    flows: Vec<Table>,
-    nats: Option<Table>,
-    replies: Option<Table>,
+    syns: Option<SynCachePair>,
+    flows: Vec<TablePair>,
+    nats: Option<TablePair>,
+    replies: Option<TablePair>,
 }
 
 impl Copier {
@@ -287,19 +287,19 @@ impl Copier {
     pub fn new(
         (from, from_layout): (&Path, &Layout),
         (to, to_layout): (&Path, &Layout),
-        theirs: &Identity,
-        ours: &Identity,
+        theirs: &IndexAssignment,
+        ours: &IndexAssignment,
         migrated: &mut Migrated,
     ) -> Result<Self, DataplaneError> {
-        let syns = Syns::open((from, from_layout), (to, to_layout), migrated)?;
-        let mut table = |name: &'static str| -> Result<Option<Table>, DataplaneError> {
+        let syns = SynCachePair::open((from, from_layout), (to, to_layout), migrated)?;
+        let mut table = |name: &'static str| -> Result<Option<TablePair>, DataplaneError> {
             let own_sizes = to_layout.sizes(name);
             let own = own_sizes.and_then(|sizes| open(to, name, sizes));
             let to = own.map_err(|what| DataplaneError::Own { path: to.to_owned(), what })?;
             let from = Conversion::new(name, from_layout, to_layout)
                 .and_then(|conversion| Ok((open(from, name, conversion.source_sizes())?, conversion)));
             match from {
-                Ok((from, conversion)) => Ok(Some(Table { name, conversion, from, to })),
+                Ok((from, conversion)) => Ok(Some(TablePair { name, conversion, from, to })),
                 Err(what) => {
                     migrated.lose(name, from_layout.abi, what);
                     Ok(None)
@@ -349,9 +349,9 @@ impl Copier {
         Ok(())
     }
 
-    fn copy<E: Entry>(
+    fn copy<E: FlowEntry>(
         &self,
-        table: &Table,
+        table: &TablePair,
         since_s: u32,
         migrated: &mut Migrated,
     ) -> Result<(), DataplaneError> {
@@ -384,7 +384,7 @@ impl Copier {
 }
 
 /// Updates one of our entries; true if there was none.
-fn put<E: Entry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
+fn put<E: FlowEntry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
     let (key, mut known) = (key.as_bytes(), *value);
     if sys::lookup(map, key, known.as_mut_bytes())? {
         if let Some(merged) = value.merged(&known) {
@@ -397,10 +397,10 @@ fn put<E: Entry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
 }
 
 /// Identity of a service in packets: VIP, first and last port, protocol.
-type Service = (Address, u16, u16, u8);
+type ServiceIdentity = (Address, u16, u16, u8);
 
 /// Service of each index.
-fn services(identity: &Identity) -> BTreeMap<u32, Service> {
+fn services(identity: &IndexAssignment) -> BTreeMap<u32, ServiceIdentity> {
     let mut all = BTreeMap::new();
     for (ServiceKey { vip, port, protocol, .. }, &index) in &identity.index {
         all.insert(index, (*vip, port.get(), port.get(), *protocol));

@@ -45,14 +45,14 @@ pub use links::{Interface, index_of};
 pub use loads::Loads;
 pub use migrate::Migrated;
 pub use notes::{Notes, Scan};
-pub use options::{AttachOptions, Limits, ON_DEMAND, loaded_features};
+pub use options::{AttachOptions, MapLimits, ON_DEMAND, loaded_features};
 pub use pins::detach;
 pub use probes::ProbeDataplane;
 pub use reader::{FLOW_TABLES, HASH_MAPS, Reader, flow_map};
-pub use stages::LeftOut;
-pub use takeover::{Identity, Takeover};
+pub use stages::RefusedProgram;
+pub use takeover::{IndexAssignment, Takeover};
 pub use variant::PAGE_MTU;
-pub use waiting::{Interfaces, Waiting};
+pub use waiting::{Interfaces, WaitingInterface};
 
 use crate::desired::model::Guard;
 use attach::{Attached, take};
@@ -99,14 +99,14 @@ pub struct Dataplane {
     /// Whether the program is loaded with the frags flag.
     pub frags: bool,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
     /// Directory in which the maps are pinned.
     pub home: PathBuf,
     /// Actual sizes of the maps; they may differ from the requested ones where maps were taken over.
-    pub limits: Limits,
-    identity: Option<Identity>,
+    pub limits: MapLimits,
+    identity: Option<IndexAssignment>,
     takeover: Option<Takeover>,
     bpf: Ebpf,
     /// Options of the attachment, with the features of the running program.
@@ -148,7 +148,7 @@ impl Dataplane {
             map_array(&mut bpf, names::GUARD_STATE)?,
             reader::pinned(&home, names::GUARD_ENTRIES)?,
         );
-        let limits = Limits {
+        let limits = MapLimits {
             guard_entries: guard.capacity()?,
             services: services.len(),
             slots: slots.len(),
@@ -192,7 +192,7 @@ impl Dataplane {
     }
 
     /// Indices in the maps of another ABI version that forwards, where our maps are still empty.
-    pub fn predecessor(&self) -> Option<&Identity> {
+    pub fn predecessor(&self) -> Option<&IndexAssignment> {
         self.identity.as_ref()
     }
 

@@ -11,7 +11,7 @@ use zerocopy::IntoBytes;
 
 /// Sizes of the maps, which stay fixed while the maps are pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct MapLimits {
     /// Services.
     pub services: u32,
     /// Backends over all services.
@@ -34,7 +34,7 @@ pub struct Limits {
     pub vips: u32,
 }
 
-impl Default for Limits {
+impl Default for MapLimits {
     fn default() -> Self {
         Self {
             services: limits::SERVICES,
@@ -71,7 +71,7 @@ pub struct AttachOptions {
     /// Directory of the pins, on a BPF filesystem.
     pub pin_path: PathBuf,
     /// Map sizes.
-    pub limits: Limits,
+    pub limits: MapLimits,
     /// Settings of the program; its features include those of [`ON_DEMAND`] that are used from the start.
     pub settings: IngressSettings,
     /// Features of [`ON_DEMAND`] that may be used later.
@@ -81,7 +81,7 @@ pub struct AttachOptions {
 }
 
 /// Sizes of the maps whose size is configurable.
-pub(super) fn sizes(l: &Limits) -> Vec<(&'static str, u32)> {
+pub(super) fn sizes(l: &MapLimits) -> Vec<(&'static str, u32)> {
     vec![
         (names::SERVICE_INDEX, l.services),
         (names::SERVICES, l.services),

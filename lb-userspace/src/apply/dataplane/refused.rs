@@ -12,7 +12,7 @@ use std::{
 const SHOWN: usize = 300;
 
 /// The verifier's verdict on a program.
-pub struct Verdict {
+pub struct VerifierVerdict {
     /// The reason, in one line.
     pub reason: String,
     /// Path of the log file.
@@ -20,21 +20,21 @@ pub struct Verdict {
 }
 
 /// Extracts the reason from the verifier's log, and saves the log.
-pub fn examine(program: &str, error: &ProgramError) -> Verdict {
+pub fn examine(program: &str, error: &ProgramError) -> VerifierVerdict {
     let ProgramError::LoadError { io_error, verifier_log } = error else {
-        return Verdict { reason: error.to_string(), log: None };
+        return VerifierVerdict { reason: error.to_string(), log: None };
     };
     let log = verifier_log.to_string();
     let log = log.trim();
     if log.is_empty() {
-        return Verdict { reason: io_error.to_string(), log: None };
+        return VerifierVerdict { reason: io_error.to_string(), log: None };
     }
     let reason = format!("{} ({io_error})", last_reason(log));
     match write(program, log) {
-        Ok(path) => Verdict { reason, log: Some(path) },
+        Ok(path) => VerifierVerdict { reason, log: Some(path) },
         Err(error) => {
             tracing::warn!(%error, program, "cannot save the verifier's log");
-            Verdict { reason, log: None }
+            VerifierVerdict { reason, log: None }
         }
     }
 }

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 /// A program that is not loaded because the kernel refused it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct LeftOut {
+pub struct RefusedProgram {
     /// Name of the program.
     pub program: &'static str,
     /// Feature that is switched off without it; 0 if the host's stack does its work instead.
@@ -25,7 +25,7 @@ pub struct LeftOut {
     pub reason: String,
 }
 
-impl LeftOut {
+impl RefusedProgram {
     /// Name of the feature in settings, or name of the program if no feature is switched off.
     pub fn feature_name(&self) -> &'static str {
         features::NAMES.iter().find(|(_, bit)| *bit == self.feature).map_or(self.program, |(name, _)| name)
@@ -50,7 +50,7 @@ fn needed_for(program: &str) -> (u32, u32) {
 pub struct Stages {
     programs: Vec<(u32, ProgramFd)>,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
 }
 
 impl Stages {
@@ -69,7 +69,7 @@ impl Stages {
             match load(bpf, program) {
                 Ok(fd) => all.programs.push((*place, fd)),
                 Err(error @ DataplaneError::Verifier { .. }) => {
-                    all.left_out.push(LeftOut { program, feature, reason: error.to_string() });
+                    all.left_out.push(RefusedProgram { program, feature, reason: error.to_string() });
                 }
                 Err(error) => return Err(error),
             }
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_has_the_name_of_its_feature() {
-        let left_out = |program, feature| LeftOut { program, feature, reason: String::new() };
+        let left_out = |program, feature| RefusedProgram { program, feature, reason: String::new() };
         assert_eq!(left_out("nat_bind", NAT).feature_name(), "nat");
         assert_eq!(left_out("nat_fragment", 0).feature_name(), "nat_fragment");
     }

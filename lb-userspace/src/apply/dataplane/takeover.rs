@@ -10,9 +10,9 @@
 //! start, of either version, determines by the links which of the two homes is live, and continues from there.
 
 use super::{
-    DataplaneError, Limits, attach, grace_period,
+    DataplaneError, MapLimits, attach, grace_period,
     layout::Layout,
-    links::{self, Link},
+    links::{self, XdpLink},
     migrate::{self, Changed, Migrated},
     pins::{self, Home},
     sys,
@@ -36,7 +36,7 @@ pub struct Predecessor {
 
 /// Indices of services and backends in a set of maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity {
+pub struct IndexAssignment {
     /// `SERVICE_INDEX`.
     pub index: BTreeMap<ServiceKey, u32>,
     /// `VIPS`.
@@ -45,7 +45,7 @@ pub struct Identity {
     pub backends: BTreeMap<u32, Backend>,
 }
 
-impl Identity {
+impl IndexAssignment {
     /// Reads maps with this layout; an error says why they cannot be read.
     pub fn read(home: &Path, layout: &Layout) -> Result<Self, String> {
         let mut identity = Self::default();
@@ -64,7 +64,7 @@ impl Identity {
     }
 
     /// Drops indices beyond the size of our maps; their owners get new ones.
-    pub fn within(self, limits: &Limits) -> Self {
+    pub fn within(self, limits: &MapLimits) -> Self {
         let fits = |index: &mut u32| {
             if *index >= limits.services {
                 *index = NO_SERVICE;
@@ -116,9 +116,9 @@ impl Predecessor {
     }
 
     /// Indices of its services and backends; an error says why they cannot be read.
-    pub fn identity(&self) -> Result<Identity, String> {
+    pub fn identity(&self) -> Result<IndexAssignment, String> {
         let layout = self.layout.as_ref().ok_or("its maps hold no flows")?;
-        Identity::read(&self.home.path, layout)
+        IndexAssignment::read(&self.home.path, layout)
     }
 }
 
@@ -131,7 +131,7 @@ pub struct Takeover {
     /// Names of the configured interfaces.
     pub(super) interfaces: Vec<String>,
     /// Links under which another version's program runs.
-    pub(super) links: Vec<Link>,
+    pub(super) links: Vec<XdpLink>,
     /// Programs to pin.
     pub(super) programs: Vec<&'static str>,
     /// Program to run.
@@ -154,7 +154,7 @@ impl Takeover {
     }
 
     /// Indices of the predecessor, where the tables are still to be compiled.
-    pub fn identity(&self) -> Option<Identity> {
+    pub fn identity(&self) -> Option<IndexAssignment> {
         let running = self.predecessors.last().filter(|p| self.is_fresh && p.layout.is_some())?;
         match running.identity() {
             Ok(identity) => Some(identity),
@@ -242,7 +242,7 @@ impl Takeover {
             return Ok(copiers);
         }
         let layout = Layout::ours();
-        let own = Identity::read(&self.home.path, &layout)
+        let own = IndexAssignment::read(&self.home.path, &layout)
             .map_err(|what| DataplaneError::Own { path: self.home.path.clone(), what })?;
         for predecessor in &self.predecessors {
             match (&predecessor.layout, predecessor.identity()) {

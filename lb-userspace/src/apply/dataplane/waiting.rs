@@ -10,7 +10,7 @@ use std::{
 
 /// An interface that the program does not run on yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
+pub struct WaitingInterface {
     /// Name.
     pub name: String,
     /// Reason, with advice.
@@ -26,13 +26,13 @@ pub struct Interfaces {
     allow_generic: bool,
     /// Whether programs are loaded with the frags flag, which generic mode does not support.
     frags: bool,
-    state: Mutex<State>,
+    state: Mutex<AttachState>,
     /// Held while programs are replaced or attached.
     changes: Mutex<()>,
 }
 
 #[derive(Default)]
-struct State {
+struct AttachState {
     attached: BTreeMap<String, Interface>,
     waiting: BTreeMap<String, String>,
 }
@@ -58,7 +58,7 @@ impl Interfaces {
         attached: Vec<Interface>,
         waiting: Vec<(String, DataplaneError)>,
     ) -> Self {
-        let state = State {
+        let state = AttachState {
             attached: attached.into_iter().map(|i| (i.name.clone(), i)).collect(),
             waiting: waiting.into_iter().map(|(name, error)| (name, error.to_string())).collect(),
         };
@@ -66,7 +66,7 @@ impl Interfaces {
         Self { program, pin_path, wanted, allow_generic, frags, state, changes }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, AttachState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -82,10 +82,10 @@ impl Interfaces {
     }
 
     /// Interfaces that the program does not run on yet.
-    pub fn waiting(&self) -> Vec<Waiting> {
+    pub fn waiting(&self) -> Vec<WaitingInterface> {
         let state = self.state();
         let all = self.wanted.iter().filter_map(|name| {
-            Some(Waiting { name: name.clone(), reason: state.waiting.get(name)?.clone() })
+            Some(WaitingInterface { name: name.clone(), reason: state.waiting.get(name)?.clone() })
         });
         all.collect()
     }

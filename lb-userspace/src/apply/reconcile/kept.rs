@@ -32,7 +32,7 @@ pub(super) fn boot_id() -> String {
 }
 
 /// Memory of a service, and its JSON entry in the list of services.
-struct Part {
+struct SavedService {
     memory: Arc<ServiceMemory>,
     json: Vec<u8>,
 }
@@ -40,7 +40,7 @@ struct Part {
 /// Saves [`Kept`] incrementally.
 pub(super) struct Keeper {
     keep: Keep,
-    parts: BTreeMap<ServiceId, Part>,
+    parts: BTreeMap<ServiceId, SavedService>,
     last: Vec<u8>,
 }
 
@@ -54,7 +54,7 @@ impl Keeper {
         self.parts.retain(|id, _| memory.services.contains_key(id));
         for (id, service) in &memory.services {
             if self.parts.get(id).is_none_or(|part| !Arc::ptr_eq(&part.memory, service)) {
-                let part = Part { memory: Arc::clone(service), json: json(&(id, &**service)) };
+                let part = SavedService { memory: Arc::clone(service), json: json(&(id, &**service)) };
                 self.parts.insert(*id, part);
             }
         }

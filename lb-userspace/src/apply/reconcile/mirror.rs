@@ -8,11 +8,11 @@
 use super::{
     maps::Maps,
     slots::{NoRoom, SlotSpace},
-    tables::Live,
+    tables::LiveService,
 };
 use crate::{
     apply::dataplane::DataplaneError,
-    desired::model::Limits,
+    desired::model::RateLimits,
     plan::compile::{Cost, Hashing, Plan, ServiceEntry, ServiceMemory, View},
 };
 use lb_common::{
@@ -63,7 +63,7 @@ impl Written {
 /// Copy of the maps' contents.
 #[derive(Clone, Debug)]
 pub struct Mirror {
-    pub(super) services: BTreeMap<u32, Live>,
+    pub(super) services: BTreeMap<u32, LiveService>,
     backends: BTreeMap<u32, Backend>,
     costs: BTreeMap<u32, Cost>,
     keys: BTreeMap<ServiceKey, u32>,
@@ -91,7 +91,7 @@ impl Mirror {
             let table = maps.slots(view.slot_base, view.region());
             space.reserve(view.slot_base, view.region());
             let entry = ServiceEntry { view: plan_view(&view), table: Arc::new(table), room: view.region() };
-            services.insert(index, Live { entry, base: view.slot_base, bank, switched: 0 });
+            services.insert(index, LiveService { entry, base: view.slot_base, bank, switched: 0 });
         }
         let used = |i| Some((i, maps.backend(i).filter(|b| b.flags & USED != 0)?));
         let backends: BTreeMap<u32, Backend> = (0..backend_count).filter_map(used).collect();
@@ -383,7 +383,7 @@ fn plan_view(view: &ServiceView) -> View {
         old_count: view.old_count,
         old_seed: view.old_seed,
         load_cap: view.load_cap,
-        limits: Limits {
+        limits: RateLimits {
             flags: view.flags & (flags::LIMIT_FLOWS | flags::LIMIT_SOURCES),
             flow_ns: (view.flow_interval_ns, view.flow_tolerance_ns),
             source_ns: (view.source_interval_ns, view.source_tolerance_ns),

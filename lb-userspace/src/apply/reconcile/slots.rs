@@ -2,15 +2,15 @@
 //! all programs that may still read it have ended.
 
 /// A region: its first slot, and its number of slots.
-type Region = (u32, u32);
+type SlotRegion = (u32, u32);
 
 /// Free regions of a map of slots.
 #[derive(Clone, Debug)]
 pub struct SlotSpace {
     /// Free regions, sorted, merged where they touch.
-    free: Vec<Region>,
+    free: Vec<SlotRegion>,
     /// Regions given back that programs may still read.
-    left: Vec<Region>,
+    left: Vec<SlotRegion>,
 }
 
 /// No region of this size is free.
@@ -36,7 +36,7 @@ impl SlotSpace {
     /// Marks a region as used, whether or not it was free; for tables found in the map.
     pub fn reserve(&mut self, base: u32, count: u32) {
         let (base, end) = (u64::from(base), u64::from(base) + u64::from(count));
-        let cut = |(b, n): Region| {
+        let cut = |(b, n): SlotRegion| {
             let (b, e) = (u64::from(b), u64::from(b) + u64::from(n));
             let before = (b, e.min(base));
             let after = (b.max(end), e);
@@ -96,7 +96,7 @@ impl SlotSpace {
     }
 
     /// Free regions, in order.
-    pub fn holes(&self) -> &[Region] {
+    pub fn holes(&self) -> &[SlotRegion] {
         &self.free
     }
 
@@ -110,7 +110,7 @@ impl SlotSpace {
 
     fn merge(&mut self) {
         self.free.sort_unstable();
-        let mut merged: Vec<Region> = Vec::with_capacity(self.free.len());
+        let mut merged: Vec<SlotRegion> = Vec::with_capacity(self.free.len());
         for (base, n) in self.free.drain(..) {
             match merged.last_mut() {
                 Some(last) if last.0 + last.1 == base => last.1 += n,

@@ -8,7 +8,7 @@ use super::{
     Event,
     sweep_counts::SweepCounts,
     sweep_nat::sweep_bindings,
-    sweep_schedule::{self, EmptyTables, PERIOD, Signals},
+    sweep_schedule::{self, EmptyTables, MeterSignals, PERIOD},
 };
 use crate::{
     apply::dataplane::{DataplaneError, Reader},
@@ -129,7 +129,7 @@ impl Sweeper {
         let reader = &self.reader;
         let mut result = Sweep { began: clock::boot(), ..Sweep::default() };
         let now_s = clock::boot_s();
-        let mut signals = Signals::default();
+        let mut signals = MeterSignals::default();
         for service in reader.used_services() {
             let pressure = reader.pressure(service)?;
             signals.add(service, &pressure);

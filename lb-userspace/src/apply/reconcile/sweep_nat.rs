@@ -31,7 +31,7 @@ pub struct BindingCounts {
 }
 
 /// Fields of a client's entry that the sweep needs.
-struct Client {
+struct ClientEntry {
     flow: FlowKey,
     backend: u32,
     created_s: u32,
@@ -39,16 +39,16 @@ struct Client {
     has_answers: bool,
 }
 
-/// Clients' entries, indexed by the fields that both entries of a binding have in common.
-struct Clients {
-    all: Vec<Client>,
-    /// By [`Clients::name`], whose seed is secret: two bindings share a name only by chance, which costs one of
+/// Entries of clients, indexed by the fields that both entries of a binding have in common.
+struct ClientEntries {
+    all: Vec<ClientEntry>,
+    /// By [`ClientEntries::name`], whose seed is secret: two bindings share a name only by chance, which costs one of
     /// them an additional lookup, or a delay until the next sweep.
     by_name: HashMap<u64, u32, RandomState>,
     names: RandomState,
 }
 
-impl Clients {
+impl ClientEntries {
     fn read(reader: &Reader, expected: usize) -> Result<Self, DataplaneError> {
         let by_name = HashMap::with_capacity_and_hasher(expected, RandomState::default());
         let mut clients = Self { all: Vec::with_capacity(expected), by_name, names: RandomState::default() };
@@ -57,7 +57,7 @@ impl Clients {
             let name = clients.name(&flow, &lb_ebpf::nat::reply_key(&nat, 0));
             clients.by_name.insert(name, clients.all.len() as u32);
             let Nat { backend, created_s, last_seen_s, .. } = nat;
-            clients.all.push(Client { flow, backend, created_s, last_seen_s, has_answers: false });
+            clients.all.push(ClientEntry { flow, backend, created_s, last_seen_s, has_answers: false });
         })?;
         Ok(clients)
     }
@@ -74,7 +74,7 @@ impl Clients {
     }
 
     /// The client's entry of the binding that a reply entry belongs to.
-    fn find(&mut self, answers: &ReplyKey, reply: &Reply) -> Option<&mut Client> {
+    fn find(&mut self, answers: &ReplyKey, reply: &Reply) -> Option<&mut ClientEntry> {
         let name = self.name(&reply.flow, answers);
         self.by_name.get(&name).map(|&i| &mut self.all[i as usize])
     }
@@ -100,7 +100,7 @@ pub fn sweep_bindings(
     expected: u64,
     counts: &mut SweepCounts<'_>,
 ) -> Result<BindingCounts, DataplaneError> {
-    let mut clients = Clients::read(reader, expected as usize)?;
+    let mut clients = ClientEntries::read(reader, expected as usize)?;
     let mut found = BindingCounts { entries: clients.all.len() as u64, ..BindingCounts::default() };
     let now_s = clock::boot_s();
     let (mut done, mut remnants) = (Vec::new(), Vec::new());
@@ -127,10 +127,10 @@ pub fn sweep_bindings(
     for key in remnants {
         found.removed += u64::from(remove_remnant(reader, &key)?);
     }
-    // Clients' entries whose reply entry is missing: the next packet of the flow makes a new binding.
+    // Entries of clients whose reply entry is missing: the next packet of the flow makes a new binding.
     let is_remnant =
-        |client: &&Client| !client.has_answers && now_s.saturating_sub(client.created_s) > REMNANT_S;
-    for Client { flow, .. } in clients.all.iter().filter(is_remnant) {
+        |client: &&ClientEntry| !client.has_answers && now_s.saturating_sub(client.created_s) > REMNANT_S;
+    for ClientEntry { flow, .. } in clients.all.iter().filter(is_remnant) {
         // The flow may have another binding by now, made after the walk of the reply entries.
         let is_whole = reader.nat(flow).is_none_or(|nat| {
             now_s.saturating_sub(nat.created_s) <= REMNANT_S || has_answers(reader, flow, &nat)

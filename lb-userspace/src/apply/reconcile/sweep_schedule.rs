@@ -25,14 +25,14 @@ type Reading = (u32, u32);
 
 /// Readings of the meters of all services, by service and CPU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Signals {
+pub struct MeterSignals {
     services: Vec<u32>,
     syns: Vec<Reading>,
     flows: Vec<Reading>,
     udp: Vec<Reading>,
 }
 
-impl Signals {
+impl MeterSignals {
     /// Adds the meters of a service.
     pub fn add(&mut self, service: u32, pressure: &[Pressure]) {
         let reading = |meter: &Meter| (meter.second, meter.count);
@@ -67,7 +67,7 @@ pub struct Walk {
 #[derive(Debug, Default)]
 pub struct EmptyTables {
     /// The last reading.
-    signals: Option<Signals>,
+    signals: Option<MeterSignals>,
     /// Tables to which nothing was written for a period, and which a walk after that found empty.
     empty: [bool; 3],
     /// Tables to which nothing was written between the last two readings.
@@ -79,7 +79,7 @@ pub struct EmptyTables {
 
 impl EmptyTables {
     /// Decides what to walk now. Readings are at least [`PERIOD`] apart, so a request seen in one has been written by the next.
-    pub fn next(&mut self, signals: Signals, memory: Option<[u64; 2]>, now: Duration) -> Walk {
+    pub fn next(&mut self, signals: MeterSignals, memory: Option<[u64; 2]>, now: Duration) -> Walk {
         let before = self.signals.replace(signals);
         let signals = self.signals.as_ref().expect("it has just been stored");
         let still = |table| before.as_ref().is_some_and(|before| signals.is_still(before, table));
@@ -127,9 +127,9 @@ mod tests {
     use FlowTable::{Flows, Syns, UdpFlows};
 
     /// One service on two CPUs; the second CPU's meters have these counts.
-    fn signals(syns: u32, flows: u32, udp: u32) -> Signals {
+    fn signals(syns: u32, flows: u32, udp: u32) -> MeterSignals {
         let meter = |count| Meter { second: 7, count, ..Meter::default() };
-        let mut signals = Signals::default();
+        let mut signals = MeterSignals::default();
         let idle = Pressure::default();
         let busy = Pressure { syns: meter(syns), flows: meter(flows), udp: meter(udp), ..idle };
         signals.add(3, &[idle, busy]);
@@ -143,7 +143,7 @@ mod tests {
     /// Runs a sweep that finds these numbers of entries in the tables, and returns what it walked.
     fn sweep(
         empty_tables: &mut EmptyTables,
-        signals: Signals,
+        signals: MeterSignals,
         entries: [u64; 3],
         now: Duration,
     ) -> [bool; 3] {
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn other_meters_mean_that_something_may_be_there() {
-        for other in [Signals::default(), signals(1, 1, 0), {
+        for other in [MeterSignals::default(), signals(1, 1, 0), {
             let mut two = signals(1, 1, 1);
             two.add(4, &[Pressure::default()]);
             two
@@ -230,7 +230,7 @@ mod tests {
     fn bindings_are_counted_by_the_kernel() {
         let mut empty_tables = EmptyTables::default();
         let mut next = |memory, found, after| {
-            let walk = empty_tables.next(Signals::default(), memory, at(0));
+            let walk = empty_tables.next(MeterSignals::default(), memory, at(0));
             if walk.bindings {
                 empty_tables.walked_bindings(found, memory, after);
             }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 /// A live service.
 #[derive(Clone, Debug)]
-pub(super) struct Live {
+pub(super) struct LiveService {
     pub entry: ServiceEntry,
     /// First slot of its region; the entry's room is the length of the region.
     pub base: u32,
@@ -29,10 +29,10 @@ pub(super) struct Live {
 }
 
 /// Part of a region: kind, first slot, end.
-type Part = (u8, u32, u32);
+type RegionPart = (u8, u32, u32);
 
 /// Parts of the region of a view.
-fn parts(view: &View) -> [Part; 4] {
+fn parts(view: &View) -> [RegionPart; 4] {
     let seconds = if view.flags & flags::SECONDS != 0 { view.slot_count } else { 0 };
     let mut at = 0;
     [(0, view.slot_count), (1, seconds), (2, view.list_count), (3, view.old_count)].map(|(kind, count)| {
@@ -45,8 +45,8 @@ fn parts(view: &View) -> [Part; 4] {
 /// Whether `new` can be written over the live `old`: flows map to the same slots, and no word changes its meaning for
 /// programs that still use the old view.
 fn fits_in_place(old: &ServiceEntry, new: &ServiceEntry) -> bool {
-    let overlap = |a: &Part, b: &Part| a.1.max(b.1) < a.2.min(b.2);
-    let agree = |a: &Part, b: &Part| !overlap(a, b) || (a.0, a.1) == (b.0, b.1);
+    let overlap = |a: &RegionPart, b: &RegionPart| a.1.max(b.1) < a.2.min(b.2);
+    let agree = |a: &RegionPart, b: &RegionPart| !overlap(a, b) || (a.0, a.1) == (b.0, b.1);
     let old_table = |view: &View| (view.old_count, view.old_seed, view.flags & flags::OLD_HASH_SOURCE);
     Hashing::of(&old.view) == Hashing::of(&new.view)
         && (new.view.old_count == 0 || old_table(&new.view) == old_table(&old.view))
@@ -127,7 +127,8 @@ impl Mirror {
         entry: &ServiceEntry,
         written: &mut Written,
     ) -> Result<(), DataplaneError> {
-        let grows = |live: &Live| entry.table.len() > live.entry.table.len() && live.switched == self.graces;
+        let grows =
+            |live: &LiveService| entry.table.len() > live.entry.table.len() && live.switched == self.graces;
         if self.services.get(&index).is_some_and(grows) {
             // The place behind the table may have held an old table until just before.
             self.wait(maps);
@@ -228,7 +229,7 @@ impl Mirror {
         let here = self.services.get(&index).filter(|live| live.base == base && live.entry.room > 0);
         let room = here.map_or(entry.room, |live| live.entry.room);
         let entry = ServiceEntry { room, ..entry.clone() };
-        self.services.insert(index, Live { entry, base, bank, switched: self.graces });
+        self.services.insert(index, LiveService { entry, base, bank, switched: self.graces });
         written.services += 1;
         Ok(())
     }
@@ -241,7 +242,7 @@ pub(super) fn same_table(a: &ServiceEntry, b: &ServiceEntry) -> bool {
 
 /// The slots of `wanted` in the live layout, because there is no room for another: backends that take no new flows
 /// leave the table nevertheless. Backends behind the table that no longer exist are removed.
-fn in_live_layout(live: &Live, wanted: &ServiceEntry, plan: &Plan) -> ServiceEntry {
+fn in_live_layout(live: &LiveService, wanted: &ServiceEntry, plan: &Plan) -> ServiceEntry {
     let size = wanted.view.slot_count as usize;
     let mut table = (*live.entry.table).clone();
     table[..size].copy_from_slice(&wanted.table[..size]);

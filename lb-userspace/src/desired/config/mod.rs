@@ -1,6 +1,6 @@
 //! The configuration file: `[lbd]` (the daemon's own settings) and `[[service]]` (desired state).
 //!
-//! Input: text. Output: a [`File`], or every [`Problem`] in it with line, column and fix. Pure apart from
+//! Input: text. Output: a [`File`], or every [`ConfigProblem`] in it with line, column and fix. Pure apart from
 //! [`File::read`]. Called by `lbd` at start and on SIGHUP, and by `lbctl config`.
 
 mod export;
@@ -32,7 +32,7 @@ pub struct File {
 
 /// One mistake in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct ConfigProblem {
     /// Line and column, both from 1, if known.
     pub at: Option<(usize, usize)>,
     /// What is wrong, and what would be right.
@@ -57,14 +57,14 @@ pub enum ConfigError {
         /// Path of the file, or `standard input`.
         file: String,
         /// All mistakes found, in file order.
-        problems: Vec<Problem>,
+        problems: Vec<ConfigProblem>,
     },
 }
 
 /// Prints each problem as a line `file:line:column: what`.
 struct Listing<'a> {
     file: &'a str,
-    problems: &'a [Problem],
+    problems: &'a [ConfigProblem],
 }
 
 impl fmt::Display for Listing<'_> {
@@ -104,7 +104,7 @@ impl File {
     /// # Errors
     /// Problems in file order: the first syntax error; if there is none, all wrong keys and types; if there are none,
     /// all violations of the rules for a desired state.
-    pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+    pub fn parse(text: &str) -> Result<Self, Vec<ConfigProblem>> {
         parse::parse(text)
     }
 }

@@ -3,7 +3,7 @@
 use super::{
     LogFormat, LogLevel, OnStop, Options,
     options::Defaults,
-    shared::{Shared, host_name, place_name},
+    shared::{StoreOptions, host_name, place_name},
 };
 use crate::desired::{
     model::Name,
@@ -121,7 +121,7 @@ impl Options {
         let (ipip_source_v4, ipip_source_v6) = one_per_family("ipip_source", &self.ipip_source)?;
         self.check_limits()?;
         let state_dir = self.state_dir.clone().unwrap_or_else(Defaults::state_dir);
-        let shared = Shared {
+        let store_options = StoreOptions {
             url: self.store.clone(),
             ca: self.store_ca.clone(),
             cert: self.store_cert.clone(),
@@ -130,7 +130,7 @@ impl Options {
             password_file: self.store_password_file.clone(),
             id: self.store_id.clone(),
         };
-        let (store, store_access, store_id) = shared.resolve(&state_dir)?;
+        let (store, store_access, store_id) = store_options.resolve(&state_dir)?;
         let host = self.host.clone().map(|host| host_name("host", host)).transpose()?;
         let region = place_name("region", &self.region.clone().unwrap_or_else(Defaults::region))?;
         let zone = place_name("zone", &self.zone.clone().unwrap_or_else(Defaults::zone))?;

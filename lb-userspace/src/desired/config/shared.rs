@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 const NAME_LIMIT: usize = 63;
 
 /// Settings of the store as given.
-pub(super) struct Shared {
+pub(super) struct StoreOptions {
     pub url: Option<String>,
     pub ca: Option<PathBuf>,
     pub cert: Option<PathBuf>,
@@ -21,7 +21,7 @@ pub(super) struct Shared {
     pub id: Option<String>,
 }
 
-impl Shared {
+impl StoreOptions {
     /// Address of the store, access to it, and the id that it must have.
     pub fn resolve(self, state_dir: &Path) -> Result<(Address, Access, Option<String>), SettingsError> {
         let refuse = |setting, what: &str| SettingsError { setting, what: what.to_owned() };

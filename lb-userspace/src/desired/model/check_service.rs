@@ -290,9 +290,10 @@ impl Service {
             HealthKind::Grpc(grpc) => (&grpc.host, grpc.tls.as_ref()),
             other => (&None, other.tls()),
         };
-        for name in host.iter().chain(sni.and_then(|tls| tls.sni.as_ref())) {
+        let sni = sni.and_then(|tls| tls.sni.as_ref());
+        for (key, name) in host.iter().map(|name| ("host", name)).chain(sni.map(|name| ("sni", name))) {
             if !plain(name) {
-                setting(format!("health: host {name:?} is not a valid host name"));
+                setting(format!("health: {key} {name:?} is not a valid host name"));
             }
         }
     }

@@ -32,7 +32,7 @@ pub use observed::{BackendId, Health, NextHop, Observed, Paths};
 pub use ports::{Ports, PortsError, Protocol};
 pub use quic::{QuicConfig, QuicError, ServerId};
 pub(crate) use quic::{from_hex, to_hex};
-pub use rate::{Limits, Rate, RateError};
+pub use rate::{Rate, RateError, RateLimits};
 pub use region::{
     Canary, Locality, Region, RegionPolicy, RegionRules, RegionShares, RegionState, Rollout, RolloutState,
     Share, WHOLE, list as region_list,

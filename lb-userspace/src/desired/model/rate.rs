@@ -77,7 +77,7 @@ impl Rate {
 
 /// Rate limits of a service in the dataplane's form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
+pub struct RateLimits {
     /// Bits of [`lb_common::service::flags`].
     pub flags: u32,
     /// Interval and tolerance of the service, in nanoseconds.
@@ -90,8 +90,8 @@ pub struct Limits {
 
 impl Service {
     /// Converts the rate limits of the service.
-    pub fn limits(&self) -> Limits {
-        let mut limits = Limits::default();
+    pub fn limits(&self) -> RateLimits {
+        let mut limits = RateLimits::default();
         if let Some(rate) = self.new_flow_rate {
             limits.flags |= flags::LIMIT_FLOWS;
             limits.flow_ns = rate.intervals(self.new_flow_burst);

@@ -36,13 +36,13 @@ pub struct Backup {
     /// Time of the backup, in milliseconds since 1970 UTC.
     pub time_ms: u64,
     /// Revisions, oldest first.
-    pub revisions: Vec<Entry>,
+    pub revisions: Vec<BackupEntry>,
 }
 
 /// A revision of a backup.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entry {
+pub struct BackupEntry {
     /// Number, author, time and message.
     pub revision: Revision,
     /// Difference to the previous state (for the first revision, to the empty state), see [`delta`].
@@ -63,7 +63,7 @@ impl Backup {
         let mut entries = Vec::new();
         let entry = |stored: Stored| -> Result<(), StoreError> {
             let delta = delta::diff(&before, &stored.desired).map_err(|e| invalid("the backup", e))?;
-            entries.push(Entry { revision: stored.revision, delta });
+            entries.push(BackupEntry { revision: stored.revision, delta });
             before = stored.desired;
             Ok(())
         };
@@ -126,7 +126,7 @@ impl Backup {
     pub fn stored(&self, file: &str) -> Result<Vec<Stored>, StoreError> {
         let mut before = Arc::<Desired>::default();
         let mut all: Vec<Stored> = Vec::with_capacity(self.revisions.len());
-        for Entry { revision, delta } in &self.revisions {
+        for BackupEntry { revision, delta } in &self.revisions {
             let number = revision.number;
             if number == 0 || all.last().is_some_and(|last| last.revision.number + 1 != number) {
                 return Err(invalid(file, format!("revision {number} does not follow the previous one")));
@@ -208,8 +208,8 @@ mod tests {
             |number| Revision { number, author: "ann".into(), time_ms: number, message: "m".into() };
         let web = json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp"});
         let entries = vec![
-            Entry { revision: revision(3), delta: json!({"services": {"web": web}}) },
-            Entry { revision: revision(4), delta: json!({"services": {"web": {"port": 81}}}) },
+            BackupEntry { revision: revision(3), delta: json!({"services": {"web": web}}) },
+            BackupEntry { revision: revision(4), delta: json!({"services": {"web": {"port": 81}}}) },
         ];
         Backup { store: "0123".into(), time_ms: 7, revisions: entries }
     }

@@ -80,7 +80,7 @@ pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
         new
     };
     if let Some(guard) = guard {
-        let lists: BTreeMap<ListName, Parts> = serde_json::from_value(guard)?;
+        let lists: BTreeMap<ListName, ListParts> = serde_json::from_value(guard)?;
         for (name, parts) in lists {
             list_apply(new.guard.list_mut(name), parts);
         }
@@ -104,7 +104,7 @@ pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
 }
 
 /// Parts of a list: of each the entries that are set, or removed if none; the whole part is removed if none.
-type Parts = BTreeMap<String, Option<BTreeMap<IpNet, Option<u64>>>>;
+type ListParts = BTreeMap<String, Option<BTreeMap<IpNet, Option<u64>>>>;
 
 /// Computes the difference between two lists.
 fn list_diff(old: &List, new: &List) -> Map<String, Value> {
@@ -132,7 +132,7 @@ fn list_diff(old: &List, new: &List) -> Map<String, Value> {
     parts
 }
 
-fn list_apply(list: &mut List, parts: Parts) {
+fn list_apply(list: &mut List, parts: ListParts) {
     for (name, entries) in parts {
         let Some(entries) = entries else {
             list.0.remove(&name);

@@ -24,10 +24,10 @@ const LOCKS: &str = "locks";
 /// `local.redb` in a directory. Clones share it.
 #[derive(Clone)]
 pub struct LocalFile {
-    inner: Arc<Inner>,
+    inner: Arc<LocalInner>,
 }
 
-struct Inner {
+struct LocalInner {
     database: Database,
     file: PathBuf,
 }
@@ -54,13 +54,13 @@ impl LocalFile {
             StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
             other => other,
         })?;
-        Ok(Self { inner: Arc::new(Inner { database, file }) })
+        Ok(Self { inner: Arc::new(LocalInner { database, file }) })
     }
 
     /// Runs blocking work off the async threads.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Inner) -> Result<T, redb::Error> + Send + 'static,
+        work: impl FnOnce(&LocalInner) -> Result<T, redb::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
         match tokio::task::spawn_blocking(move || work(&inner).map_err(|e| failed(&inner.file, e))).await {
@@ -91,7 +91,7 @@ impl Local for LocalFile {
 
 /// Stored form of a lock.
 #[derive(Clone, Serialize, Deserialize)]
-struct Held {
+struct StoredLock {
     holder: String,
     reason: String,
     since_ms: u64,
@@ -99,7 +99,7 @@ struct Held {
     token: String,
 }
 
-impl Held {
+impl StoredLock {
     fn lock(&self, name: &str, now_ms: u64, token: bool) -> Lock {
         Lock {
             name: name.to_owned(),
@@ -141,14 +141,14 @@ impl Alone {
 
     /// Locks that have not expired. If the clock was set, a lock never lasts longer than its full time from its
     /// beginning.
-    async fn held(&self, now_ms: u64) -> Result<BTreeMap<String, Held>, StoreError> {
+    async fn held(&self, now_ms: u64) -> Result<BTreeMap<String, StoredLock>, StoreError> {
         let bytes = self.local.load(LOCKS).await?.unwrap_or_default();
-        let mut held: BTreeMap<String, Held> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let mut held: BTreeMap<String, StoredLock> = serde_json::from_slice(&bytes).unwrap_or_default();
         held.retain(|_, h| (h.since_ms..h.until_ms).contains(&now_ms));
         Ok(held)
     }
 
-    async fn keep(&self, held: &BTreeMap<String, Held>) -> Result<(), StoreError> {
+    async fn keep(&self, held: &BTreeMap<String, StoredLock>) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(held).expect("texts and numbers have a JSON form");
         self.local.save(LOCKS, bytes).await
     }
@@ -161,7 +161,7 @@ impl Alone {
         let new = match (held.get(&claim.name), &claim.token) {
             // A renewal never shortens the lock.
             (Some(old), Some(token)) if old.token == *token => {
-                Held { until_ms: until_ms.max(old.until_ms), ..old.clone() }
+                StoredLock { until_ms: until_ms.max(old.until_ms), ..old.clone() }
             }
             (_, Some(_)) => return Err(StoreError::NotHeld { name: claim.name }),
             (Some(old), None) => {
@@ -171,7 +171,7 @@ impl Alone {
             }
             (None, None) => {
                 let token = format!("{:016x}", rand::random::<u64>());
-                Held { holder: claim.holder, reason: claim.reason, since_ms: now, until_ms, token }
+                StoredLock { holder: claim.holder, reason: claim.reason, since_ms: now, until_ms, token }
             }
         };
         let lock = new.lock(&claim.name, now, true);

@@ -11,7 +11,8 @@ use super::{
 };
 use crate::desired::model::{Desired, guard::ListName};
 use file::{
-    LISTS, META, NOTES, REVISIONS, Record, SERVICES, notes, part_key, prepare, read_head, read_revision,
+    LISTS, META, NOTES, REVISIONS, RevisionRecord, SERVICES, notes, part_key, prepare, read_head,
+    read_revision,
 };
 pub(super) use file::{failed, guarded, open};
 use futures_util::future::BoxFuture;
@@ -31,12 +32,12 @@ pub const FORMAT: u64 = 1;
 /// Desired state in one redb file, local data in another. Clones share them.
 #[derive(Clone)]
 pub struct RedbStore {
-    inner: Arc<Inner>,
+    inner: Arc<RedbInner>,
     alone: Arc<Alone>,
     local: LocalFile,
 }
 
-struct Inner {
+struct RedbInner {
     database: Database,
     file: PathBuf,
     id: Mutex<String>,
@@ -84,7 +85,7 @@ impl RedbStore {
             problem: None,
             set_back: None,
         };
-        let inner = Inner {
+        let inner = RedbInner {
             database,
             file,
             id: Mutex::new(id),
@@ -117,7 +118,7 @@ impl RedbStore {
     /// Runs blocking work off the async threads.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Inner) -> Result<T, StoreError> + Send + 'static,
+        work: impl FnOnce(&RedbInner) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
         match tokio::task::spawn_blocking(move || work(&inner)).await {
@@ -129,7 +130,7 @@ impl RedbStore {
     }
 }
 
-impl Inner {
+impl RedbInner {
     fn failed(&self, error: impl Into<redb::Error>) -> StoreError {
         failed(&self.file, error)
     }
@@ -146,7 +147,7 @@ impl Inner {
         &self,
         table: &impl ReadableTable<u64, &'static [u8]>,
         number: u64,
-    ) -> Result<Option<Record>, StoreError> {
+    ) -> Result<Option<RevisionRecord>, StoreError> {
         let Some(bytes) = table.get(number).map_err(|e| self.failed(e))? else { return Ok(None) };
         serde_json::from_slice(bytes.value()).map(Some).map_err(|e| StoreError::Corrupt {
             file: self.file.display().to_string(),
@@ -224,7 +225,7 @@ impl Inner {
             }
         }
         let rest = delta::rest(desired).map_err(|e| self.json_failed(&e))?;
-        let record = Record { author, time_ms: revision.time_ms, message, services, lists, rest };
+        let record = RevisionRecord { author, time_ms: revision.time_ms, message, services, lists, rest };
         revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
         self.prune(&mut revisions, &mut table, &mut list_table, number)?;
         let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
@@ -305,7 +306,8 @@ impl Inner {
             if oldest + self.keep > newest {
                 return Ok(());
             }
-            let of = |record: Option<Record>| record.map(|r| (r.services, r.lists)).unwrap_or_default();
+            let of =
+                |record: Option<RevisionRecord>| record.map(|r| (r.services, r.lists)).unwrap_or_default();
             let (old, old_lists) = of(self.record(revisions, oldest)?);
             let (next, next_lists) = of(self.record(revisions, oldest + 1)?);
             for (key, since) in old_lists {
@@ -340,10 +342,11 @@ impl Inner {
         for entry in range.rev().take(limit) {
             let (number, bytes) = entry.map_err(|e| self.failed(e))?;
             let number = number.value();
-            let record: Record = serde_json::from_slice(bytes.value()).map_err(|e| StoreError::Corrupt {
-                file: self.file.display().to_string(),
-                what: format!("revision {number}: {e}"),
-            })?;
+            let record: RevisionRecord =
+                serde_json::from_slice(bytes.value()).map_err(|e| StoreError::Corrupt {
+                    file: self.file.display().to_string(),
+                    what: format!("revision {number}: {e}"),
+                })?;
             found.push(record.revision(number));
         }
         Ok(found)

@@ -4,8 +4,8 @@
 //! are read, and if none is missing, nothing changes. A broken watch therefore causes no flapping.
 
 use super::{
-    Arc, Identity, Inner, Known, READ, RECENT, StoreError, Stored, end_of,
-    keys::{FORMAT, Head, Parts, Record, Snapshot, is_absent, put},
+    Arc, EtcdInner, KnownRevision, READ, RECENT, StoreError, StoreIdentity, Stored, end_of,
+    keys::{FORMAT, Head, Parts, RevisionRecord, Snapshot, is_absent, put},
     locked,
     proto::{KeyValue, SortOrder, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse},
 };
@@ -38,7 +38,7 @@ impl From<StoreError> for End {
 }
 
 /// Follows the store until it is dropped.
-pub(super) async fn run(inner: Arc<Inner>) {
+pub(super) async fn run(inner: Arc<EtcdInner>) {
     let mut pause = PAUSE.0;
     let mut tries = 0;
     loop {
@@ -64,7 +64,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
     }
 }
 
-impl Inner {
+impl EtcdInner {
     /// First read of a start: retries for a while, and falls back to the last known state.
     pub(super) async fn read_at_start(&self, has_state: bool) -> Result<(), StoreError> {
         let until = Instant::now() + if has_state { READ } else { super::FIRST };
@@ -208,7 +208,7 @@ impl Inner {
             let found = self.range(key.clone(), Vec::new(), SortOrder::None, 1).await;
             let found = found.map_err(|e| self.call_failed(e))?;
             if let Some(kv) = found.kvs.first() {
-                let identity: Identity =
+                let identity: StoreIdentity =
                     serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("store: {e}")))?;
                 if identity.format > FORMAT {
                     let (file, found) = (self.place.clone(), identity.format);
@@ -226,7 +226,8 @@ impl Inner {
                 if !self.is_accepted(&Head::default()) {
                     return Err(self.set_back(Head::default(), seen));
                 }
-                let known: Vec<Known> = locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
+                let known: Vec<KnownRevision> =
+                    locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
                 self.fill(expected.clone(), known).await?;
                 tracing::warn!(
                     store = self.place,
@@ -235,7 +236,7 @@ impl Inner {
                 );
                 continue;
             }
-            let identity = Identity { format: FORMAT, id: expected.clone().unwrap_or_else(new_id) };
+            let identity = StoreIdentity { format: FORMAT, id: expected.clone().unwrap_or_else(new_id) };
             let value = serde_json::to_vec(&identity).map_err(|e| self.failed(e))?;
             let compare = vec![is_absent(key.clone())];
             let success = vec![put(key.clone(), value, 0)];
@@ -295,7 +296,7 @@ impl Inner {
             Some(Followed::New(new)) => new,
             Some(Followed::OtherHistory) if !accept => return Err(set_back()),
             // So many revisions are missing that their records are gone.
-            Some(Followed::OtherHistory) | None if head.number == 0 => vec![Known::zero()],
+            Some(Followed::OtherHistory) | None if head.number == 0 => vec![KnownRevision::zero()],
             Some(Followed::OtherHistory) | None => {
                 let gone = || self.corrupt(format!("revision {} cannot be rebuilt", head.number));
                 vec![self.rebuild(head.number).await?.ok_or_else(gone)?]
@@ -307,7 +308,7 @@ impl Inner {
     }
 
     /// Whether the store has a known revision under its number; assumed if its record is gone.
-    async fn is_same(&self, known: &Known, head: &Head) -> Result<bool, StoreError> {
+    async fn is_same(&self, known: &KnownRevision, head: &Head) -> Result<bool, StoreError> {
         let number = known.stored.revision.number;
         if number == head.number {
             return Ok(known.nonce == head.nonce);
@@ -321,7 +322,7 @@ impl Inner {
     }
 
     /// Reads all revisions after a known one up to `to`; none if some of them are gone.
-    async fn fold_all(&self, from: &Known, to: u64) -> Result<Option<Followed>, StoreError> {
+    async fn fold_all(&self, from: &KnownRevision, to: u64) -> Result<Option<Followed>, StoreError> {
         let mut last = from.clone();
         let mut all = Vec::new();
         while last.stored.revision.number < to {
@@ -348,11 +349,11 @@ impl Inner {
     }
 
     /// Rebuilds the state of revision `number` from the preceding snapshot; none if records are gone.
-    pub(super) async fn rebuild(&self, number: u64) -> Result<Option<Known>, StoreError> {
+    pub(super) async fn rebuild(&self, number: u64) -> Result<Option<KnownRevision>, StoreError> {
         let (begin, end) = (self.keys.snapshot(0), self.keys.snapshot(number + 1));
         let found = self.range(begin, end, SortOrder::Descend, 1).await.map_err(|e| self.call_failed(e))?;
         let base = match found.kvs.first() {
-            None => Known::zero(),
+            None => KnownRevision::zero(),
             Some(kv) => {
                 let parts: Parts =
                     serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
@@ -361,7 +362,7 @@ impl Inner {
                     serde_json::from_slice(&bytes).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
                 *locked(&self.weights) = (bytes.len(), 0);
                 let Snapshot { revision, nonce, desired } = snapshot;
-                Known { stored: Stored { revision, desired }, nonce }
+                KnownRevision { stored: Stored { revision, desired }, nonce }
             }
         };
         if base.stored.revision.number == number {
@@ -375,7 +376,7 @@ impl Inner {
     }
 
     /// Parses the number and record of a revision.
-    pub(super) fn record(&self, kv: &KeyValue) -> Result<(u64, Record), StoreError> {
+    pub(super) fn record(&self, kv: &KeyValue) -> Result<(u64, RevisionRecord), StoreError> {
         let name = self.keys.after("revisions/", &kv.key).unwrap_or_default();
         let number = name.parse().map_err(|_| self.corrupt(format!("revision {name:?} is not a number")))?;
         let record =
@@ -386,11 +387,11 @@ impl Inner {
     /// Applies a revision to the previous state.
     async fn fold(
         &self,
-        before: &Known,
+        before: &KnownRevision,
         number: u64,
-        record: &Record,
+        record: &RevisionRecord,
         bytes: usize,
-    ) -> Result<Known, StoreError> {
+    ) -> Result<KnownRevision, StoreError> {
         let corrupt = |e: serde_json::Error| self.corrupt(format!("revision {number}: {e}"));
         let large;
         let delta = match (&record.delta, &record.parts) {
@@ -406,7 +407,7 @@ impl Inner {
         locked(&self.weights).1 += bytes;
         let desired = Arc::new(delta::apply(&before.stored.desired, delta).map_err(corrupt)?);
         let stored = Stored { revision: record.revision(number), desired };
-        Ok(Known { stored, nonce: record.nonce.clone() })
+        Ok(KnownRevision { stored, nonce: record.nonce.clone() })
     }
 
     /// Reads a value that is stored in parts.
@@ -425,10 +426,10 @@ impl Inner {
         Ok(bytes)
     }
 
-    /// Adds newer revisions to the known ones; `anew` removes the known ones first.
-    pub(super) fn advance(&self, new: Vec<Known>, anew: bool) {
+    /// Adds newer revisions to the known ones; `replace` removes the known ones first.
+    pub(super) fn advance(&self, new: Vec<KnownRevision>, replace: bool) {
         let mut recent = locked(&self.recent);
-        if anew {
+        if replace {
             recent.clear();
         }
         let before = recent.keys().next_back().copied();
@@ -449,7 +450,7 @@ impl Inner {
 /// Revisions after a known one.
 enum Followed {
     /// The revisions, in order.
-    New(Vec<Known>),
+    New(Vec<KnownRevision>),
     /// Other revisions than those that this host has seen.
     OtherHistory,
 }

@@ -4,14 +4,14 @@
 //!
 //! | key | value |
 //! |---|---|
-//! | `store` | [`Identity`]: id of the data |
+//! | `store` | [`StoreIdentity`]: id of the data |
 //! | `head` | [`Head`]: the newest revision; the only key that every commit compares and changes |
-//! | `revisions/N` | [`Record`]: change of revision N |
+//! | `revisions/N` | [`RevisionRecord`]: change of revision N |
 //! | `snapshots/N` | [`Parts`] of a [`Snapshot`]: the complete state at N |
 //! | `parts/NONCE/I` | a part of a value that is too large for one request |
 //! | `moved` | address that the data were migrated to, if any |
 //! | `leased/KEY` | a value that a host publishes, under its lease |
-//! | `locks/NAME` | [`Held`], under a lease of its own |
+//! | `locks/NAME` | [`LockValue`], under a lease of its own |
 //!
 //! Revisions are written once and never changed, so reads are consistent during writes.
 
@@ -74,7 +74,7 @@ pub fn end_of(key: &[u8]) -> Vec<u8> {
 
 /// Identity of the data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub struct StoreIdentity {
     /// [`FORMAT`] of the writer.
     pub format: u64,
     /// Id, 16 hexadecimal digits.
@@ -109,7 +109,7 @@ impl FromStr for Head {
 
 /// Record of a revision.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
+pub struct RevisionRecord {
     /// Author of the change.
     pub author: String,
     /// Time of the change, in milliseconds since 1970 UTC.
@@ -128,7 +128,7 @@ pub struct Record {
     pub parts: Option<Parts>,
 }
 
-impl Record {
+impl RevisionRecord {
     /// Converts the record.
     pub fn revision(&self, number: u64) -> Revision {
         let (author, message) = (self.author.clone(), self.message.clone());
@@ -158,7 +158,7 @@ pub struct Snapshot {
 
 /// Stored form of a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Held {
+pub struct LockValue {
     /// Holder of the lock.
     pub holder: String,
     /// Reason for the lock.
@@ -169,14 +169,14 @@ pub struct Held {
 
 /// A revision with its nonce.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct KnownRevision {
     /// Revision and state.
     pub stored: Stored,
     /// Nonce of the revision's record.
     pub nonce: String,
 }
 
-impl Known {
+impl KnownRevision {
     /// Returns the revision's entry in `head`.
     pub fn head(&self) -> Head {
         Head { number: self.stored.revision.number, nonce: self.nonce.clone() }

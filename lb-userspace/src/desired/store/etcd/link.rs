@@ -1,9 +1,9 @@
 //! State of the connection to etcd, as it is published; and acceptance by an operator.
 
-use super::{Inner, StoreError, keys::Head, locked};
+use super::{EtcdInner, StoreError, keys::Head, locked};
 use crate::clock;
 
-impl Inner {
+impl EtcdInner {
     /// Whether an operator accepted exactly this head.
     pub(super) fn is_accepted(&self, head: &Head) -> bool {
         locked(&self.accepted).as_ref() == Some(head)

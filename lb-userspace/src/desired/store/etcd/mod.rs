@@ -19,7 +19,7 @@ pub use client::Access;
 
 use self::{
     client::{CallError, Client},
-    keys::{Head, Held, Identity, Keys, Known, end_of, range},
+    keys::{Head, Keys, KnownRevision, LockValue, StoreIdentity, end_of, range},
     proto::{RangeResponse, SortOrder},
 };
 use super::{
@@ -48,13 +48,13 @@ const FIRST: Duration = Duration::from_secs(15);
 /// Revisions kept in memory: usually only the last ones are requested.
 const RECENT: usize = 256;
 /// Key of the last known state in the local store.
-const CACHE: &str = "last-known-state";
+const SAVED_STATE: &str = "last-known-state";
 /// Time for which changes are gathered before the last known state is saved.
 const GATHER: Duration = Duration::from_millis(50);
 
 /// Saved form of the last known state.
 #[derive(Serialize, Deserialize)]
-struct Cache {
+struct SavedState {
     id: String,
     nonce: String,
     revision: Revision,
@@ -76,12 +76,12 @@ pub struct Options {
 
 /// Desired state in etcd.
 pub struct EtcdStore {
-    inner: Arc<Inner>,
+    inner: Arc<EtcdInner>,
     /// Background tasks, which end when the store is dropped.
     _tasks: JoinSet<()>,
 }
 
-struct Inner {
+struct EtcdInner {
     client: Client,
     keys: Keys,
     /// Addresses and prefix, for messages.
@@ -90,7 +90,7 @@ struct Inner {
     /// Id that the data must have, once known.
     id: Mutex<Option<String>>,
     /// The latest revisions, the head last.
-    recent: Mutex<BTreeMap<u64, Known>>,
+    recent: Mutex<BTreeMap<u64, KnownRevision>>,
     head: watch::Sender<Stored>,
     link: watch::Sender<Link>,
     host_values: watch::Sender<HostValues>,
@@ -128,7 +128,7 @@ impl EtcdStore {
         let failed = |what: String| StoreError::Failed { file: place.clone(), what };
         let client = tokio::task::spawn_blocking(move || Client::new(&access)).await;
         let client = client.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
-        let cache: Option<Cache> = match local.load(CACHE).await? {
+        let cache: Option<SavedState> = match local.load(SAVED_STATE).await? {
             None => None,
             Some(bytes) => match serde_json::from_slice(&bytes) {
                 Ok(cache) => Some(cache),
@@ -141,10 +141,10 @@ impl EtcdStore {
         // An operator who gives another id wants to leave the old data behind.
         let cache = cache.filter(|c| id.as_ref().is_none_or(|id| *id == c.id));
         let (known_id, known) = match cache {
-            Some(Cache { id, nonce, revision, desired }) => {
-                (Some(id), Known { stored: Stored { revision, desired }, nonce })
+            Some(SavedState { id, nonce, revision, desired }) => {
+                (Some(id), KnownRevision { stored: Stored { revision, desired }, nonce })
             }
-            None => (id, Known::zero()),
+            None => (id, KnownRevision::zero()),
         };
         let has_state = known.stored.revision.number > 0;
         let link = Link {
@@ -156,7 +156,7 @@ impl EtcdStore {
             problem: None,
             set_back: None,
         };
-        let inner = Arc::new(Inner {
+        let inner = Arc::new(EtcdInner {
             client,
             keys: Keys::new(&prefix),
             place,
@@ -191,17 +191,17 @@ impl EtcdStore {
 }
 
 /// Saves the last known state on this host after each change.
-async fn save(inner: Arc<Inner>, local: Arc<dyn Local>) {
+async fn save(inner: Arc<EtcdInner>, local: Arc<dyn Local>) {
     let mut head = inner.head.subscribe();
     loop {
         head.borrow_and_update();
         let known = inner.known();
         let id = locked(&inner.id).clone();
         if let Some(id) = id {
-            let Known { stored: Stored { revision, desired }, nonce } = known;
-            let cache = Cache { id, nonce, revision, desired };
+            let KnownRevision { stored: Stored { revision, desired }, nonce } = known;
+            let cache = SavedState { id, nonce, revision, desired };
             let bytes = serde_json::to_vec(&cache).expect("a state has a JSON form");
-            if let Err(error) = local.save(CACHE, bytes).await {
+            if let Err(error) = local.save(SAVED_STATE, bytes).await {
                 tracing::error!(%error, "cannot save the last known state");
             }
         }
@@ -212,11 +212,11 @@ async fn save(inner: Arc<Inner>, local: Arc<dyn Local>) {
     }
 }
 
-impl Inner {
+impl EtcdInner {
     /// Returns the newest revision that this host knows.
-    fn known(&self) -> Known {
+    fn known(&self) -> KnownRevision {
         let recent = locked(&self.recent);
-        recent.values().next_back().cloned().unwrap_or_else(Known::zero)
+        recent.values().next_back().cloned().unwrap_or_else(KnownRevision::zero)
     }
 
     fn failed(&self, what: impl ToString) -> StoreError {
@@ -276,7 +276,7 @@ impl Inner {
             return Err(StoreError::NoRevision { number, oldest: oldest.max(1).min(newest), newest });
         }
         if number == 0 {
-            return Ok(Known::zero().stored);
+            return Ok(KnownRevision::zero().stored);
         }
         if let Some(known) = locked(&self.recent).get(&number) {
             return Ok(known.stored.clone());

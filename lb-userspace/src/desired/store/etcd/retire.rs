@@ -4,7 +4,7 @@
 //! lbd keeps alive, so that an lbd that dies meanwhile leaves a store that accepts changes again.
 
 use super::{
-    Inner, Retire, StoreError, TXN,
+    EtcdInner, Retire, StoreError, TXN,
     keys::{delete, get, is_absent, is_leased, put},
     locked,
     proto::{Compare, KeyValue, OpResponse, RequestOp, TxnRequest, TxnResponse},
@@ -19,7 +19,7 @@ const MOVING_TTL: Duration = Duration::from_secs(15);
 const CALL: Duration = Duration::from_secs(6);
 
 /// Error for commits while `moved` has this value.
-pub(super) fn refusal(inner: &Inner, value: &[u8]) -> StoreError {
+pub(super) fn refusal(inner: &EtcdInner, value: &[u8]) -> StoreError {
     let (store, text) = (inner.place.clone(), String::from_utf8_lossy(value));
     match text.strip_prefix(MOVING) {
         Some(to) => StoreError::Moving { store, to: to.to_owned() },
@@ -28,7 +28,7 @@ pub(super) fn refusal(inner: &Inner, value: &[u8]) -> StoreError {
 }
 
 /// Implements [`super::Store::retire`].
-pub(super) async fn retire(inner: &Arc<Inner>, how: Retire) -> Result<(), StoreError> {
+pub(super) async fn retire(inner: &Arc<EtcdInner>, how: Retire) -> Result<(), StoreError> {
     inner.ensure_connected()?;
     match how {
         Retire::Moving(to) => begin(inner, &to).await,
@@ -39,7 +39,7 @@ pub(super) async fn retire(inner: &Arc<Inner>, how: Retire) -> Result<(), StoreE
 
 /// Runs a transaction on the key `moved`; returns the present value if the condition did not hold.
 async fn try_change(
-    inner: &Inner,
+    inner: &EtcdInner,
     when: Compare,
     change: RequestOp,
 ) -> Result<Result<(), KeyValue>, StoreError> {
@@ -57,7 +57,7 @@ async fn try_change(
     Ok(Err(found.unwrap_or_default()))
 }
 
-async fn begin(inner: &Arc<Inner>, to: &str) -> Result<(), StoreError> {
+async fn begin(inner: &Arc<EtcdInner>, to: &str) -> Result<(), StoreError> {
     let lease = inner.grant(MOVING_TTL).await.map_err(|e| inner.call_failed(e))?;
     let key = inner.keys.key("moved");
     let mark = put(key.clone(), format!("{MOVING}{to}").into_bytes(), lease);
@@ -82,7 +82,7 @@ async fn begin(inner: &Arc<Inner>, to: &str) -> Result<(), StoreError> {
 }
 
 /// Renews the lease of the mark while this lbd copies.
-async fn keep_alive(inner: std::sync::Weak<Inner>, lease: i64) {
+async fn keep_alive(inner: std::sync::Weak<EtcdInner>, lease: i64) {
     loop {
         tokio::time::sleep(MOVING_TTL / 5).await;
         let Some(inner) = inner.upgrade().filter(|inner| *locked(&inner.moving) == Some(lease)) else {
@@ -95,7 +95,7 @@ async fn keep_alive(inner: std::sync::Weak<Inner>, lease: i64) {
     }
 }
 
-async fn finish(inner: &Inner, to: String) -> Result<(), StoreError> {
+async fn finish(inner: &EtcdInner, to: String) -> Result<(), StoreError> {
     let key = inner.keys.key("moved");
     let lease = locked(&inner.moving).take();
     // Only if it is still under the lease of the copy; otherwise there may have been commits meanwhile.
@@ -116,7 +116,7 @@ async fn finish(inner: &Inner, to: String) -> Result<(), StoreError> {
     }
 }
 
-async fn undo(inner: &Inner) -> Result<(), StoreError> {
+async fn undo(inner: &EtcdInner) -> Result<(), StoreError> {
     let key = inner.keys.key("moved");
     let lease = locked(&inner.moving).take();
     let request = TxnRequest { success: vec![delete(key, Vec::new())], ..TxnRequest::default() };

@@ -1,7 +1,7 @@
 //! Leases: the values that this host publishes last as long as its lease, a lock as long as its own lease.
 
 use super::{
-    Arc, CallError, Claim, Held, Inner, Lock, SortOrder, StoreError, TXN,
+    Arc, CallError, Claim, EtcdInner, Lock, LockValue, SortOrder, StoreError, TXN,
     client::ATTEMPT,
     end_of,
     keys::{delete, get, is_absent, is_leased, put},
@@ -27,7 +27,7 @@ const LOCK_TTL: Duration = Duration::from_secs(5);
 const CALL: Duration = Duration::from_secs(4);
 
 /// Keeps the lease and publishes values, until the store is dropped; the lease ends then, or soon after.
-pub(super) async fn run(inner: Arc<Inner>) {
+pub(super) async fn run(inner: Arc<EtcdInner>) {
     let mut link = inner.link.subscribe();
     loop {
         if link.wait_for(|link| link.connected).await.is_err() {
@@ -42,7 +42,7 @@ pub(super) async fn run(inner: Arc<Inner>) {
     }
 }
 
-impl Inner {
+impl EtcdInner {
     pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, CallError> {
         let request = LeaseGrantRequest { ttl: ttl.as_secs().max(1) as i64, id: 0 };
         let answer: LeaseGrantResponse = self.client.call(GRANT, &request, CALL).await?;
@@ -117,7 +117,7 @@ impl Inner {
 }
 
 /// Takes a lock, or renews it.
-pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError> {
+pub(super) async fn lock(inner: &EtcdInner, claim: Claim) -> Result<Lock, StoreError> {
     inner.ensure_connected()?;
     let key = inner.keys.key(&format!("locks/{}", claim.name));
     if let Some(token) = &claim.token {
@@ -126,7 +126,7 @@ pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError
         let found = inner.range(key, Vec::new(), SortOrder::None, 1).await;
         let found = found.map_err(|e| inner.call_failed(e))?;
         let kv = found.kvs.first().filter(|kv| kv.lease == lease).ok_or_else(gone)?;
-        let held: Held = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
+        let held: LockValue = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
         if !inner.renew(lease).await.map_err(|e| inner.call_failed(e))? {
             return Err(gone());
         }
@@ -134,7 +134,7 @@ pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError
         return Ok(lock_from(&claim.name, held, left_s, Some(token.clone())));
     }
     let lease = inner.grant(claim.ttl.max(LOCK_TTL)).await.map_err(|e| inner.call_failed(e))?;
-    let held = Held { holder: claim.holder, reason: claim.reason, since_ms: clock::unix_ms() };
+    let held = LockValue { holder: claim.holder, reason: claim.reason, since_ms: clock::unix_ms() };
     let value = serde_json::to_vec(&held).map_err(|e| inner.failed(e))?;
     let request = TxnRequest {
         compare: vec![is_absent(key.clone())],
@@ -166,14 +166,14 @@ pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError
         Some(kv) => inner.time_left(kv.lease).await?.unwrap_or(0),
         None => 0,
     };
-    let other: Option<Held> = other.and_then(|kv| serde_json::from_slice(&kv.value).ok());
+    let other: Option<LockValue> = other.and_then(|kv| serde_json::from_slice(&kv.value).ok());
     let (holder, reason) =
-        other.map_or_else(|| ("nobody any more".into(), String::new()), |h| (h.holder, h.reason));
+        other.map_or_else(|| ("an unknown holder".into(), String::new()), |h| (h.holder, h.reason));
     Err(StoreError::Held { name: claim.name, holder, reason, left_s })
 }
 
 /// Releases a lock.
-pub(super) async fn unlock(inner: &Inner, name: String, token: Option<String>) -> Result<(), StoreError> {
+pub(super) async fn unlock(inner: &EtcdInner, name: String, token: Option<String>) -> Result<(), StoreError> {
     inner.ensure_connected()?;
     let key = inner.keys.key(&format!("locks/{name}"));
     let compare = match &token {
@@ -200,7 +200,7 @@ pub(super) async fn unlock(inner: &Inner, name: String, token: Option<String>) -
 }
 
 /// Lists the locks that are held.
-pub(super) async fn locks(inner: &Inner) -> Result<Vec<Lock>, StoreError> {
+pub(super) async fn locks(inner: &EtcdInner) -> Result<Vec<Lock>, StoreError> {
     inner.ensure_connected()?;
     let begin = inner.keys.key("locks/");
     let found = inner.range(begin.clone(), end_of(&begin), SortOrder::Ascend, 0).await;
@@ -208,7 +208,7 @@ pub(super) async fn locks(inner: &Inner) -> Result<Vec<Lock>, StoreError> {
     let mut locks = Vec::new();
     for kv in found.kvs {
         let name = inner.keys.after("locks/", &kv.key).unwrap_or_default().to_owned();
-        let held: Held = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
+        let held: LockValue = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
         if let Some(left_s) = inner.time_left(kv.lease).await? {
             locks.push(lock_from(&name, held, left_s, None));
         }
@@ -216,7 +216,7 @@ pub(super) async fn locks(inner: &Inner) -> Result<Vec<Lock>, StoreError> {
     Ok(locks)
 }
 
-fn lock_from(name: &str, held: Held, left_s: u64, token: Option<String>) -> Lock {
-    let Held { holder, reason, since_ms } = held;
+fn lock_from(name: &str, held: LockValue, left_s: u64, token: Option<String>) -> Lock {
+    let LockValue { holder, reason, since_ms } = held;
     Lock { name: name.to_owned(), holder, reason, since_ms, left_s, token }
 }

@@ -1,8 +1,8 @@
 //! Writes of this host: commits, imports, and the snapshots after which old revisions can be removed.
 
 use super::{
-    Arc, CallError, Commit, Inner, Known, Revision, StoreError, Stored, TXN, end_of,
-    keys::{Head, Parts, Record, Snapshot, delete, get, is_absent, is_value, put},
+    Arc, CallError, Commit, EtcdInner, KnownRevision, Revision, StoreError, Stored, TXN, end_of,
+    keys::{Head, Parts, RevisionRecord, Snapshot, delete, get, is_absent, is_value, put},
     locked,
     proto::{Compare, OpResponse, RequestOp, SortOrder, TxnRequest, TxnResponse},
 };
@@ -19,7 +19,7 @@ const OPS: usize = 100;
 const SNAPSHOT_AFTER: usize = 64 * 1024;
 
 /// Makes a commit the newest revision.
-pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored, StoreError> {
+pub(super) async fn commit(inner: &Arc<EtcdInner>, commit: Commit) -> Result<Stored, StoreError> {
     inner.ensure_connected()?;
     let _turn = inner.writing.lock().await;
     let before = inner.known();
@@ -30,7 +30,7 @@ pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored,
     let number = found + 1;
     let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
     let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
-    let known = Known { stored: Stored { revision, desired: commit.desired }, nonce: new_id() };
+    let known = KnownRevision { stored: Stored { revision, desired: commit.desired }, nonce: new_id() };
     let (value, large) = inner.encode(&before, &known)?;
     if let Some((parts, bytes)) = &large {
         // No host reads the parts before the commit refers to them.
@@ -58,7 +58,7 @@ pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored,
 
 /// Fills an empty store.
 pub(super) async fn import(
-    inner: &Arc<Inner>,
+    inner: &Arc<EtcdInner>,
     id: Option<String>,
     all: Vec<Stored>,
 ) -> Result<(), StoreError> {
@@ -68,15 +68,20 @@ pub(super) async fn import(
     if count > 0 {
         return Err(StoreError::NotEmpty { store: inner.place.clone(), count });
     }
-    let last =
-        inner.fill(id, all.into_iter().map(|stored| Known { stored, nonce: new_id() }).collect()).await?;
+    let last = inner
+        .fill(id, all.into_iter().map(|stored| KnownRevision { stored, nonce: new_id() }).collect())
+        .await?;
     inner.advance(vec![last], false);
     Ok(())
 }
 
-impl Inner {
+impl EtcdInner {
     /// Fills a store that has no head, and returns the newest revision.
-    pub(super) async fn fill(&self, id: Option<String>, all: Vec<Known>) -> Result<Known, StoreError> {
+    pub(super) async fn fill(
+        &self,
+        id: Option<String>,
+        all: Vec<KnownRevision>,
+    ) -> Result<KnownRevision, StoreError> {
         let inner = self;
         // No host reads the rest until the head is written; remains of an interrupted import are removed first.
         let empty = [is_absent(inner.keys.key("head"))];
@@ -85,7 +90,7 @@ impl Inner {
             delete(begin.clone(), end_of(&begin))
         });
         inner.guarded(&empty, remains.into()).await?;
-        let mut before = Known::zero();
+        let mut before = KnownRevision::zero();
         let (mut ops, mut size) = (Vec::new(), 0);
         for known in all {
             let number = known.stored.revision.number;
@@ -106,7 +111,7 @@ impl Inner {
             before = known;
         }
         if let Some(id) = id {
-            let identity = super::Identity { format: super::keys::FORMAT, id: id.clone() };
+            let identity = super::StoreIdentity { format: super::keys::FORMAT, id: id.clone() };
             let value = serde_json::to_vec(&identity).map_err(|e| inner.failed(e))?;
             ops.push(put(inner.keys.key("store"), value, 0));
             *locked(&inner.id) = Some(id);
@@ -120,7 +125,7 @@ impl Inner {
 }
 
 /// After a commit: takes a snapshot if it is due, and removes old revisions.
-async fn tidy(inner: Arc<Inner>) {
+async fn tidy(inner: Arc<EtcdInner>) {
     // Another task is doing it already.
     let Ok(_turn) = inner.tidying.try_lock() else { return };
     let known = inner.known();
@@ -146,16 +151,16 @@ async fn tidy(inner: Arc<Inner>) {
     }
 }
 
-impl Inner {
+impl EtcdInner {
     /// Encodes a revision's record, with a large difference apart from it.
     fn encode(
         &self,
-        before: &Known,
-        known: &Known,
+        before: &KnownRevision,
+        known: &KnownRevision,
     ) -> Result<(Vec<u8>, Option<(Parts, Vec<u8>)>), StoreError> {
         let (revision, old, new) = (&known.stored.revision, &before.stored.desired, &known.stored.desired);
         let delta = delta::diff(old, new).map_err(|e| self.failed(e))?;
-        let mut record = Record {
+        let mut record = RevisionRecord {
             author: revision.author.clone(),
             time_ms: revision.time_ms,
             message: revision.message.clone(),
@@ -178,7 +183,12 @@ impl Inner {
     }
 
     /// Compare-and-set of the head. Finds out whether etcd executed a request without answering.
-    async fn swap(&self, before: &Known, known: &Known, value: Vec<u8>) -> Result<(), StoreError> {
+    async fn swap(
+        &self,
+        before: &KnownRevision,
+        known: &KnownRevision,
+        value: Vec<u8>,
+    ) -> Result<(), StoreError> {
         let number = known.stored.revision.number;
         let (head, revision, moved) =
             (self.keys.key("head"), self.keys.revision(number), self.keys.key("moved"));
@@ -188,7 +198,7 @@ impl Inner {
             _ => is_value(head.clone(), before.head().to_string().into_bytes()),
         };
         let id = locked(&self.id).clone().unwrap_or_default();
-        let ours = super::Identity { format: super::keys::FORMAT, id: id.clone() };
+        let ours = super::StoreIdentity { format: super::keys::FORMAT, id: id.clone() };
         let ours = serde_json::to_vec(&ours).map_err(|e| self.failed(e))?;
         let request = TxnRequest {
             compare: vec![old, is_absent(moved.clone()), is_value(identity.clone(), ours)],
@@ -245,8 +255,8 @@ impl Inner {
     }
 
     /// Writes the parts of a snapshot; the returned operation publishes it.
-    async fn snapshot(&self, known: &Known, when: &[Compare]) -> Result<RequestOp, StoreError> {
-        let Known { stored: Stored { revision, desired }, nonce } = known.clone();
+    async fn snapshot(&self, known: &KnownRevision, when: &[Compare]) -> Result<RequestOp, StoreError> {
+        let KnownRevision { stored: Stored { revision, desired }, nonce } = known.clone();
         let number = revision.number;
         let bytes = serde_json::to_vec(&Snapshot { revision, nonce, desired }).map_err(|e| self.failed(e))?;
         let count = bytes.len().div_ceil(PIECE) as u32;

@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 /// Keys `format` and `head`.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
-/// Revision number → [`Record`] as JSON.
+/// Revision number → [`RevisionRecord`] as JSON.
 pub(super) const REVISIONS: TableDefinition<u64, &[u8]> = TableDefinition::new("revisions");
 /// Service name and the revision of its last change → service as JSON.
 pub(super) const SERVICES: TableDefinition<(&str, u64), &[u8]> = TableDefinition::new("services");
@@ -26,7 +26,7 @@ pub(super) const NOTES: TableDefinition<&str, &str> = TableDefinition::new("note
 
 /// Stored form of a revision.
 #[derive(Serialize, Deserialize)]
-pub(super) struct Record {
+pub(super) struct RevisionRecord {
     pub author: String,
     pub time_ms: u64,
     pub message: String,
@@ -45,7 +45,7 @@ pub(super) fn part_key(list: ListName, part: &str) -> String {
     format!("{}/{part}", list.label())
 }
 
-impl Record {
+impl RevisionRecord {
     pub fn revision(&self, number: u64) -> Revision {
         let (author, message) = (self.author.clone(), self.message.clone());
         Revision { number, author, time_ms: self.time_ms, message }
@@ -172,7 +172,7 @@ pub(super) fn read_revision(
     let corrupt = |what: String| StoreError::Corrupt { file: file.display().to_string(), what };
     let revisions = read.open_table(REVISIONS).map_err(|e| failed(file, e))?;
     let Some(bytes) = revisions.get(number).map_err(|e| failed(file, e))? else { return Ok(None) };
-    let record: Record =
+    let record: RevisionRecord =
         serde_json::from_slice(bytes.value()).map_err(|e| corrupt(format!("revision {number}: {e}")))?;
     let table = read.open_table(SERVICES).map_err(|e| failed(file, e))?;
     let mut desired: Desired = serde_json::from_value(Value::Object(record.rest.clone()))
