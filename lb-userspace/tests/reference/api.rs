@@ -136,7 +136,7 @@ pub fn page() -> String {
 /// Method, path and right of each row `Route::new(METHOD, "PATH", RIGHT, …)` of the table that the router is built from;
 /// none while there is no such table. Every row must be described.
 fn rights() -> Vec<(String, String, String)> {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/table.rs");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/serve/api/table.rs");
     let source = fs::read_to_string(file).unwrap_or_default();
     let rows = source.lines().filter_map(|line| line.trim().strip_prefix("Route::new("));
     let rows: Vec<_> = rows
