@@ -1,4 +1,4 @@
-//! Backends: where a packet goes and how, in one cache line.
+//! Backends: destination and forwarding data of one backend, in one cache line.
 
 use crate::{Address, Be16, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -7,30 +7,30 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub mod flags {
     /// The entry belongs to a backend.
     pub const USED: u32 = 1 << 0;
-    /// Takes no new flow (its slots are compiled away; this is for flows that name it).
+    /// Takes no new flow: its slots are compiled away, and the flag is for flows that still name it.
     pub const DRAINING: u32 = 1 << 1;
-    /// Health or the operator says that it is down.
+    /// Down by health check or by the operator.
     pub const DOWN: u32 = 1 << 2;
-    /// The next hop below is valid; otherwise the program asks the kernel's FIB.
+    /// The next hop fields are valid; otherwise the program asks the kernel's FIB.
     pub const RESOLVED: u32 = 1 << 3;
 }
 
 /// Forwarding modes, as [`Backend::mode`] holds them.
 pub mod mode {
-    /// None: the service's residency forbids this backend, and packets for it are dropped
+    /// No mode: the service's residency forbids this backend, and packets for it are dropped
     /// ([`crate::Reason::Residency`]).
     pub const FORBIDDEN: u8 = 0;
     /// IP in IP: 4in4, 6in6, 4in6, 6in4 (RFC 2003, RFC 2473, RFC 4213).
     pub const IPIP: u8 = 1;
     /// Generic UDP encapsulation, variant 0 (draft-ietf-intarea-gue).
     pub const GUE: u8 = 2;
-    /// MAC rewrite.
+    /// Rewrite of the destination MAC address.
     pub const L2: u8 = 3;
     /// Full address translation.
     pub const NAT: u8 = 4;
-    /// Handed to this host's own stack.
+    /// Delivery to this host's own stack.
     pub const LOCAL: u8 = 5;
-    /// GUE whose private data names the backends that may have the flow instead.
+    /// GUE whose private data names the other backends that may have the flow.
     pub const GUE_CHAIN: u8 = 6;
 
     /// Whether packets travel in GUE.
@@ -40,10 +40,10 @@ pub mod mode {
     }
 }
 
-/// A backend of one service. A worker that serves two services has two of them, so that
-/// one counter update per packet serves both the service and the backend.
+/// A backend of one service. A worker that serves two services has two entries, so that
+/// one counter update per packet counts for both the service and the backend.
 ///
-/// Changed in place: clear [`flags::RESOLVED`], wait for a grace period, write the rest, set it again.
+/// To change an entry in place: clear [`flags::RESOLVED`], wait for a grace period, write the rest, set the flag again.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Backend {
@@ -69,7 +69,7 @@ pub struct Backend {
     pub source_bits: u8,
     /// Destination port of GUE, or the worker's port in nat mode.
     pub port: Be16,
-    /// Index in `SERVICES` of the service that it belongs to.
+    /// Index in `SERVICES` of the service of this backend.
     pub service: u32,
 }
 

@@ -1,7 +1,7 @@
-//! What map types look like, field by field, so that another version of this crate can read maps that it did not make.
+//! Layout of the map types, field by field, so that another version of this crate can read maps that it did not make.
 //!
-//! `lbd` writes this beside the maps ([`crate::names::LAYOUT`]). A reader goes by names: a field keeps its name for as
-//! long as it keeps its meaning and its form, and gets another when either changes.
+//! `lbd` writes it beside the maps ([`crate::names::LAYOUT`]). A reader finds fields by name: a field keeps its name
+//! while its meaning and form stay the same, and gets another name when either changes.
 
 use crate::{
     backend::Backend,
@@ -16,31 +16,31 @@ use core::mem::offset_of;
 /// A field of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// Its name.
+    /// Name of the field.
     pub name: &'static str,
-    /// Where it begins, in bytes.
+    /// Offset in the record, in bytes.
     pub offset: usize,
-    /// Its bytes.
+    /// Size in bytes.
     pub size: usize,
-    /// The record that it is, or is an array of.
+    /// Name of the record that the field is, or is an array of; none for plain numbers.
     pub of: Option<&'static str>,
 }
 
 /// A key or a value of a map, or a part of one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Its name.
+    /// Name of the record.
     pub name: &'static str,
-    /// Its bytes.
+    /// Size in bytes.
     pub size: usize,
-    /// All of its fields.
+    /// All fields.
     pub fields: &'static [Field],
 }
 
-/// A map that is read by another version.
+/// A map that another version reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapOf {
-    /// Its name.
+    /// Name of the map.
     pub name: &'static str,
     /// Record of its keys.
     pub key: &'static str,
@@ -96,7 +96,7 @@ describe! {
     Reply { flow: FlowKey, vip, hop: LastHop, last_seen_s, flags };
 }
 
-/// Maps that another version reads: who has which index, and the flows.
+/// Maps that another version reads: the index of each service and backend, and the flows.
 pub const MAPS: &[MapOf] = &[
     MapOf { name: names::SERVICE_INDEX, key: "ServiceKey", value: "u32" },
     MapOf { name: names::VIPS, key: "VipKey", value: "Vip" },
@@ -108,9 +108,9 @@ pub const MAPS: &[MapOf] = &[
     MapOf { name: names::NAT_REPLIES, key: "ReplyKey", value: "Reply" },
 ];
 
-/// Fields (record, field) for which zero does where another version has none: what a flow cannot be followed without
-/// is not among them.
-pub const MAY_LACK: &[(&str, &str)] = &[
+/// Fields (record, field) that are read as zero when the other version lacks them. A field that is needed to follow a
+/// flow is not in this list.
+pub const OPTIONAL_FIELDS: &[(&str, &str)] = &[
     ("ServiceKey", "pad"),
     ("Vip", "pad"),
     ("Backend", "source"),

@@ -1,9 +1,9 @@
-//! Fragmented packets: where the first part of each went.
+//! Fragmented packets: the backend of the first fragment of each.
 
 use crate::{Address, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// What the parts of a packet have in common (RFC 791, RFC 8200 4.5).
+/// Fields that all fragments of a packet have in common (RFC 791, RFC 8200 4.5).
 #[repr(C)]
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -15,38 +15,38 @@ pub struct FragmentKey {
     pub destination: Address,
     /// Identification as on the wire, 16 bits of IPv4 or 32 of IPv6.
     pub id: u32,
-    /// Protocol (IPv4), or 0: IPv6 tells packets apart without it.
+    /// Protocol (IPv4), or 0: in IPv6 the protocol does not tell packets apart.
     pub protocol: u32,
 }
 
-/// Parts of a packet that are told apart. Of a longer packet (above 12,000 bytes in parts of 1,500) the
-/// rest are only compared with these.
+/// Number of fragments of a packet that are recorded. Further fragments of a longer packet (above 12,000 bytes in
+/// fragments of 1,500) are only compared with these.
 pub const PARTS: usize = 8;
 
-/// Seconds after its first part for which the others are expected. Linux's `ipfrag_time`; RFC 8200 has 60.
+/// Seconds after the first fragment within which the others are expected. Linux's `ipfrag_time`; RFC 8200 has 60.
 pub const FRAGMENT_TIMEOUT_S: u32 = 30;
 
 /// Bits of [`Fragment::flags`].
 pub mod flags {
-    /// Parts overlapped: the rest is dropped too (RFC 5722).
+    /// Fragments overlapped: the rest of the packet is dropped too (RFC 5722).
     pub const OVERLAP: u32 = 1 << 0;
     /// The packet is for this host, not for a service.
     pub const HOST: u32 = 1 << 1;
-    /// Mode nat: the parts go by their flow's binding, and [`super::Fragment::hash`] says which flow that is.
+    /// Mode nat: fragments follow the binding of their flow, which [`super::Fragment::hash`] identifies.
     pub const NAT: u32 = 1 << 2;
 }
 
-/// Where a packet's parts go.
+/// Destination of a packet's fragments.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Fragment {
-    /// The flow's hash, for what varies by flow in outer headers; with [`flags::NAT`] its ports and protocol.
+    /// Flow hash, for outer header fields that vary by flow; with [`flags::NAT`] the flow's ports and protocol.
     pub hash: u64,
     /// Index in `BACKENDS`.
     pub backend: u32,
     /// Index in `SERVICES`.
     pub service: u32,
-    /// Boot clock of the first part, in seconds.
+    /// Boot clock when the first fragment was seen, in seconds.
     pub seen_s: u32,
     /// See [`flags`].
     pub flags: u32,
@@ -54,7 +54,7 @@ pub struct Fragment {
     pub count: u32,
     /// Zero.
     pub pad: u32,
-    /// First and last of the units of 8 bytes that each part covers.
+    /// First and last unit of 8 bytes that each fragment covers.
     pub parts: [[u16; 2]; PARTS],
 }
 

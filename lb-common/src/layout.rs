@@ -1,4 +1,4 @@
-//! Compile-time proof that both targets lay the map types out alike.
+//! Compile-time proof that both targets lay out the map types alike.
 
 use crate::{
     backend::Backend,

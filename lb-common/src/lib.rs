@@ -1,11 +1,14 @@
 //! Types that cross the kernel line: map keys and values, their limits, map and program names,
 //! verdict reasons, and [`ABI_VERSION`].
 //!
-//! Input: nothing. Output: plain `repr(C)` types without padding, the same on both targets
+//! Input: nothing. Output: plain `repr(C)` types without padding, with the same layout on both targets
 //! (`layout` asserts it at compile time). Called by `lb-ebpf` (kernel side, and natively in tests)
 //! and by `lb-userspace` (which writes the maps).
 #![no_std]
-#![cfg_attr(feature = "other-abi", allow(unused_imports, reason = "for the types left out"))]
+#![cfg_attr(
+    feature = "other-abi",
+    allow(unused_imports, reason = "some types are replaced by the other ABI's")
+)]
 
 pub mod backend;
 pub mod describe;
@@ -41,13 +44,13 @@ pub use service::{PortRange, Service, ServiceKey, ServiceView, Vip, VipKey};
 pub use slot::Slot;
 pub use stats::BackendStats;
 
-/// Version of everything in this crate that a loaded program and a daemon must agree on.
-/// Raise it with any change of a map's key, value, flags or meaning. Other versions read flows by [`describe`]: a
+/// Version of everything in this crate on which a loaded program and a daemon must agree.
+/// Increase it with any change of a map's key, value, flags or meaning. Other versions read flows by [`describe`]: a
 /// field whose meaning changes gets another name.
 pub const ABI_VERSION: u32 = if cfg!(feature = "other-abi") { VERSION + 1_000 } else { VERSION };
 const VERSION: u32 = 5;
 
-/// An address as the dataplane keeps it: IPv6 in network order, IPv4 as `::ffff:a.b.c.d` (RFC 4291).
+/// An address in maps: IPv6 in network order, IPv4 as `::ffff:a.b.c.d` (RFC 4291).
 pub type Address = [u8; 16];
 
 /// A 16-bit number in network byte order.
@@ -59,7 +62,7 @@ pub const fn mapped(v4: [u8; 4]) -> Address {
     [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3]]
 }
 
-/// Whether `address` is an IPv4-mapped one.
+/// Whether `address` is an IPv4-mapped address.
 #[inline(always)]
 pub const fn is_mapped(address: &Address) -> bool {
     let mut i = 0;

@@ -1,7 +1,7 @@
-//! Limits of new flows, and how the flow tables are kept from floods.
+//! Rate limits of new flows, and write budgets that protect the flow tables from floods.
 //!
 //! A limit is a bucket in the form of the generic cell rate algorithm (ITU-T I.371): one word, the time at which the
-//! bucket would be full again. So a bucket that nobody has ever seen is a full one, and nothing has to be refilled.
+//! bucket would be full again. A bucket that has never been used is therefore full, and no timer refills buckets.
 //!
 //! A meter that is above its limit says no until five seconds after the rate has halved, so that a flow's SYN and its
 //! repetition get the same answer. Flows that a transition has to record are instead admitted up to the limit in
@@ -10,9 +10,9 @@
 use crate::{Address, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Takes one flow from a bucket: its word after that, or none if it is empty.
+/// Takes one flow from a bucket: the bucket's new word, or none if the bucket is empty.
 ///
-/// `interval_ns` is the time in which one flow is earned, `tolerance_ns` that of all but one of the largest burst.
+/// `interval_ns` is the time in which one flow is earned, `tolerance_ns` the time for all but one of the largest burst.
 #[inline(always)]
 pub const fn take(full_at_ns: u64, now_ns: u64, interval_ns: u64, tolerance_ns: u64) -> Option<u64> {
     if full_at_ns > now_ns.saturating_add(tolerance_ns) {
@@ -28,32 +28,32 @@ pub const fn take(full_at_ns: u64, now_ns: u64, interval_ns: u64, tolerance_ns: 
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 pub struct SourceKey {
-    /// The prefix that counts as one source.
+    /// Prefix that counts as one source.
     pub source: Address,
     /// Index in `SERVICES`.
     pub service: u32,
 }
 
-/// Counts what is written to a flow table for one service, by one processor, second by second. Above its limit it says
-/// no, and goes on saying so until [`HOLD_S`] after the last second in which as much as half of it was asked for.
+/// Rate meter of the writes to a flow table for one service, by one CPU, per second. Above its limit it refuses writes,
+/// and keeps refusing until [`HOLD_S`] after the last second in which more than half of the limit was requested.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Meter {
-    /// The second that is being counted.
+    /// Second that is being counted.
     pub second: u32,
-    /// How often something was asked for in it.
+    /// Number of requests in this second.
     pub count: u32,
-    /// Until this second it says no.
+    /// Requests are refused before this second.
     pub until_s: u32,
-    /// How often it has begun to.
+    /// Number of floods so far.
     pub floods: u32,
 }
 
-/// See [`Meter`].
+/// Seconds for which a [`Meter`] refuses after the last second above half of its limit.
 pub const HOLD_S: u32 = 5;
 
 impl Meter {
-    /// Whether one more may be written.
+    /// Counts a request, and tells whether one more entry may be written.
     #[inline(always)]
     pub const fn admit(&mut self, now_s: u32, per_s: u32) -> bool {
         self.step(now_s);
@@ -68,7 +68,7 @@ impl Meter {
         !is_flood
     }
 
-    /// The same without holding: as much as the limit is let through in every second.
+    /// Counts a request without holding: requests up to the limit are admitted in every second.
     #[inline(always)]
     pub const fn trickle(&mut self, now_s: u32, per_s: u32) -> bool {
         self.step(now_s);
@@ -82,10 +82,10 @@ impl Meter {
         false
     }
 
-    /// Whether it says no just now.
+    /// Whether requests are being refused.
     #[inline(always)]
     pub const fn is_flood(&self, now_s: u32) -> bool {
-        // Boot clocks have not run for so long that this would wrap; zero is the meter that was never used.
+        // The boot clock does not run long enough to wrap; zero is the meter that was never used.
         self.until_s > now_s
     }
 
@@ -99,13 +99,13 @@ impl Meter {
     }
 }
 
-/// What is written for one service, by one processor.
+/// Write budgets of one service on one CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Pressure {
-    /// SYNs that are noted.
+    /// SYNs that are cached.
     pub syns: Meter,
-    /// Flows of which a transition says where they are.
+    /// TCP flows written because of a transition.
     pub flows: Meter,
     /// UDP flows.
     pub udp: Meter,
@@ -115,13 +115,13 @@ pub struct Pressure {
     pub pad: [u32; 2],
 }
 
-/// For so long after a table had no room nothing is begun that would need some.
+/// Seconds after a full table within which nothing is started that would need room in it.
 pub const FULL_S: u32 = 30;
 
-/// How much may be written for one service, by one processor, in a second.
+/// Limits of the entries that may be written for one service, by one CPU, per second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budgets {
-    /// SYNs that are noted; as many may become entries of the table of TCP flows.
+    /// SYNs that are cached; as many may become entries of the table of TCP flows.
     pub syns: u32,
     /// TCP flows from before a transition.
     pub flows: u32,
@@ -129,9 +129,9 @@ pub struct Budgets {
     pub udp: u32,
 }
 
-/// Bindings of mode `nat` that one processor keeps whose clients have not shown themselves ([`crate::nat::is_proven`]):
-/// an eighth of the table, and no more than an address has ports; of more than four processors each has four times its
-/// share, as in [`Budgets::of`].
+/// Number of unconfirmed bindings of mode `nat` that one CPU keeps ([`crate::nat::is_proven`]): an eighth of the table,
+/// and at most the number of ports of one address. With more than four CPUs each has four times its share, as in
+/// [`Budgets::of`].
 pub const fn nat_young(nat_flows: u32, ports: u32, processors: u32) -> u32 {
     let shares = if processors > 4 { processors / 4 } else { 1 };
     let most = if nat_flows / 8 < ports { nat_flows / 8 } else { ports };
@@ -139,11 +139,11 @@ pub const fn nat_young(nat_flows: u32, ports: u32, processors: u32) -> u32 {
 }
 
 impl Budgets {
-    /// Those of tables with room for so many entries, on so many processors: one service that is flooded takes a minute
-    /// to fill a table, and leaves a note of a SYN there for some four seconds.
+    /// Budgets for tables with room for these numbers of entries, on this number of CPUs: a flood of one service takes a
+    /// minute to fill a table, and leaves a SYN in the cache for about four seconds.
     ///
-    /// Up to four processors each may have all of it, as a flood (or a rush) may come by one queue; of more, each has
-    /// four times its share.
+    /// With up to four CPUs each gets the whole budget, because a flood (or a rush) may arrive on one queue; with more, each
+    /// gets four times its share.
     pub const fn of(flows: u32, syns: u32, udp_flows: u32, processors: u32) -> Self {
         let shares = if processors > 4 { processors / 4 } else { 1 };
         const fn part(of: u32, parts: u32) -> u32 {
@@ -164,7 +164,7 @@ map_value!(SourceKey, Meter, Pressure);
 mod tests {
     use super::*;
 
-    /// Flows that are let through by calls at these times.
+    /// Number of flows admitted by requests at these times.
     fn taken(times: impl IntoIterator<Item = u64>, interval: u64, burst: u64) -> usize {
         let mut word = 0;
         let step = |now: u64| {
@@ -180,9 +180,9 @@ mod tests {
         let start = 1_000_000;
         assert_eq!(taken([start; 100], 10, 7), 7);
         assert_eq!(taken((0..1_000).map(|i| start + i), 10, 7), 7 + 99);
-        // At exactly the rate nothing is refused.
+        // At exactly the rate no request is refused.
         assert_eq!(taken((0..1_000).map(|i| start + i * 10), 10, 1), 1_000);
-        // Nothing is saved up beyond the burst.
+        // Credit does not accumulate beyond the burst.
         assert_eq!(taken([start].into_iter().chain([start + 1_000_000; 100]), 10, 7), 8);
     }
 
@@ -200,7 +200,7 @@ mod tests {
         assert_eq!(second(&mut meter, 1_000, 100), 100);
         assert_eq!(second(&mut meter, 1_001, 1_000), 100);
         assert!(meter.is_flood(1_001) && meter.floods == 1);
-        // Fewer than the limit, but more than half of it: it goes on.
+        // Below the limit, but above half of it: the hold continues.
         for now in 1_002..1_020 {
             assert_eq!(second(&mut meter, now, 80), 0, "{now}");
         }

@@ -1,54 +1,54 @@
 //! Limits and defaults of the maps. Each default can be changed when the programs are loaded;
 //! the bounds are fixed by the types.
 
-/// Services, by default.
+/// Default number of services.
 pub const SERVICES: u32 = 4_096;
-/// Backends over all services, by default: ten for each of [`SERVICES`], and room for those that are removed but still have
-/// flows. A backend of two services counts twice.
+/// Default number of backends over all services: ten for each of [`SERVICES`], and room for removed backends that still
+/// have flows. A backend of two services counts twice.
 pub const BACKENDS: u32 = 49_152;
-/// Slots of all tables, live and being written, by default (8 bytes each).
+/// Default number of slots of all tables, live ones and those being written (8 bytes each).
 pub const SLOTS: u32 = 8 * 1024 * 1024;
-/// Tracked TCP flows (exceptions only), by default.
+/// Default number of tracked TCP flows (exceptions only).
 pub const FLOWS: u32 = 1_048_576;
-/// Recent SYN choices that a stateless lookup would not repeat; a power of two. As many as a second-level cache holds beside
-/// the tables: with twice as many a SYN that is placed by load costs a tenth more.
+/// Cached SYN choices that a stateless lookup would not repeat; a power of two. As many as a second-level CPU cache holds
+/// beside the tables: with twice as many, a SYN that is placed by load costs a tenth more.
 pub const SYNS: u32 = 65_536;
-/// Tracked UDP flows, by default.
+/// Default number of tracked UDP flows.
 pub const UDP_FLOWS: u32 = 1_048_576;
-/// Configs of QUIC connection ids, over all services.
+/// Number of QUIC connection id configs over all services.
 pub const QUIC_CONFIGS: u32 = 1_024;
-/// Fragmented packets of which parts are expected, by default.
+/// Default number of fragmented packets with fragments outstanding.
 pub const FRAGMENTS: u32 = 65_536;
-/// Bindings of mode `nat`, by default. They take memory only as they are made.
+/// Default number of bindings of mode `nat`. Memory is taken as they are made.
 pub const NAT_FLOWS: u32 = 262_144;
-/// Bindings of mode `nat` that one processor keeps whose clients have not shown themselves, by default.
+/// Default number of unconfirmed bindings of mode `nat` per CPU: their clients have not acknowledged an answer.
 pub const NAT_YOUNG: u32 = 16_384;
-/// Addresses of a host that mode `nat` gives to packets to workers, one for each route to them at most.
+/// Number of source addresses of packets to workers in mode `nat`: at most one per route to a worker.
 pub const NAT_SOURCES: u32 = 4_096;
-/// Entries of the deny and allow lists together, by default. They take memory only as they are made.
+/// Default number of entries of the deny and allow lists together. Memory is taken as they are made.
 pub const GUARD_ENTRIES: u32 = 1_048_576;
-/// Sources whose rate of new flows is known, over all services, by default.
+/// Default number of sources whose rate of new flows is tracked, over all services.
 pub const SOURCES: u32 = 131_072;
-/// VIP addresses, by default.
+/// Default number of VIP addresses.
 pub const VIPS: u32 = 4_096;
-/// Egress interfaces.
+/// Number of egress interfaces.
 pub const EGRESS: u32 = 256;
-/// Encapsulated health probes whose answers are waited for.
+/// Number of encapsulated health probes that await an answer.
 pub const PROBES: u32 = 65_536;
-/// Addresses on which one worker accepts encapsulated packets, and VIPs that it serves.
+/// Number of addresses on which one worker accepts encapsulated packets, and of VIPs that it serves.
 pub const DECAP_ADDRESSES: u32 = 4_096;
 
-/// Port ranges that one VIP can have, TCP and UDP together.
+/// Maximum number of port ranges of one VIP, TCP and UDP together.
 pub const RANGES_PER_VIP: usize = 16;
-/// Highest backend index (24 bits: the rest of a slot's word is flags).
+/// Highest backend index (24 bits; the other bits of a slot's word are flags).
 pub const MAX_BACKEND_INDEX: u32 = (1 << 24) - 2;
 
-/// Table sizes on offer (primes). A service gets the first that is at least
-/// [`SLOTS_PER_BACKEND`] times its backend count, unless it names one.
+/// Available table sizes (primes). A service gets the first that is at least
+/// [`SLOTS_PER_BACKEND`] times its number of backends, unless it sets a size.
 pub const TABLE_SIZES: [u32; 8] = [251, 1_021, 4_093, 16_381, 65_537, 131_071, 262_139, 524_287];
 /// Slots per backend that keep shares within about 1 % of the weights.
 pub const SLOTS_PER_BACKEND: u32 = 100;
-/// Table size of a service that names none and is small enough for it.
+/// Table size of a service that sets none and has few enough backends for it.
 pub const TABLE_SIZE: u32 = 65_537;
 
 /// The oldest supported kernel, as major and minor version: the oldest on which every program loads and the whole tour of

@@ -1,30 +1,30 @@
-//! How loaded a backend is: what its replica reported, and what the dataplane has placed since.
+//! Load of a backend: the last report of its replica, and the flows that the dataplane has placed since.
 //!
-//! Two words, each written by one side and read by both, so that nobody waits: `lbd` stores a report with its number,
-//! ingress programs add the cost of each flow that they place to a sum that names the report it counts from. A sum
-//! that counts from an older report is as good as none. Without reports the sum fades by the clock, so that it says how
-//! much was placed lately.
+//! Two words, each written by one side and read by both, so that no lock is needed: `lbd` stores a report with its
+//! number; ingress programs add the cost of each flow that they place to a sum that names the report it counts from. A
+//! sum that counts from an older report is ignored. Without reports the sum decays with the clock, so that it says how
+//! much was placed recently.
 
 use crate::map_value;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// A flow's cost where a backend has the mean weight of its service: scores are in this unit.
+/// Cost of a flow on a backend with the mean weight of its service; the unit of scores.
 pub const FLOW: u32 = 1_024;
 
-/// Seconds in which a sum fades to its half. A flow counts for about as long as an answer of a language model
+/// Seconds in which a sum decays to half. A flow counts for about as long as an answer of a language model
 /// takes (a mean of 4 s is a half-life of 2.8 s); the clock of the packet path ticks in seconds.
 pub const HALF_LIFE_S: u32 = 3;
-/// The same where there are reports: the next one ends the sum, and only should none come, for minutes, it fades. Before
-/// that every flow counts whole, as it will in the report.
+/// Half-life in seconds while there are reports: the next report resets the sum, which decays only if no report comes for
+/// minutes. Until then every flow counts in full, as it will in the report.
 pub const REPORTED_HALF_LIFE_S: u32 = 60;
 
-/// Where scores come from, as [`Load::source`] holds it.
+/// Sources of scores, as in [`Load::source`].
 pub mod source {
-    /// From the replica's reports.
+    /// Reports of the replica.
     pub const REPORTS: u32 = 0;
-    /// From the daemon's count of live flows.
+    /// The daemon's count of live flows.
     pub const FLOWS: u32 = 1;
-    /// From reports that say what a flow costs, too: shares of a replica's capacity.
+    /// Reports that also give the cost of a flow: shares of a replica's capacity.
     pub const CAPACITY: u32 = 2;
 }
 
@@ -32,20 +32,20 @@ pub mod source {
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Load {
-    /// Written by `lbd` in one piece: score in units of [`FLOW`] (low half), number of the report (high half).
+    /// Written by `lbd` in one store: score in units of [`FLOW`] (low half), number of the report (high half).
     pub report: u64,
-    /// Written by the dataplane in one piece: cost added since (bits 0–31), half-life that it was counted in
-    /// (32–47), number of the report that it counts from (48–63).
+    /// Written by the dataplane in one store: cost added since the report (bits 0–31), number of the half-life in which it
+    /// was counted (32–47), number of the report that it counts from (48–63).
     pub added: u64,
-    /// Cost of a flow here, in the unit of the score; written by `lbd`.
+    /// Cost of a flow on this backend, in the unit of the score; written by `lbd`.
     pub cost: u32,
-    /// Who writes the score, see [`source`].
+    /// Source of the score, see [`source`].
     pub source: u32,
     /// Zero.
     pub reserved: u64,
 }
 
-/// The number after this one; 0 is for "none so far".
+/// Number of the report after this one; 0 means "none so far".
 pub const fn next(number: u32) -> u32 {
     match number.wrapping_add(1) & 0xffff {
         0 => 1,
@@ -53,13 +53,13 @@ pub const fn next(number: u32) -> u32 {
     }
 }
 
-/// A report as its word.
+/// Packs a report into its word.
 #[inline(always)]
 pub const fn report(score: u32, number: u32) -> u64 {
     (number as u64) << 32 | score as u64
 }
 
-/// What a sum must name to count for this report now: report's number, half-life.
+/// Tag that a sum must carry to count for this report now: number of the report, number of the half-life.
 #[inline(always)]
 const fn tag(report: u64, now_s: u32) -> u32 {
     let number = (report >> 32) as u32;
@@ -67,11 +67,11 @@ const fn tag(report: u64, now_s: u32) -> u32 {
     number << 16 | (now_s / half_life_s) & 0xffff
 }
 
-/// What has been added for this report, faded to now.
+/// Cost added since this report, decayed to now.
 #[inline(always)]
 pub const fn added(report: u64, added: u64, now_s: u32) -> u32 {
     let (tag, then) = (tag(report, now_s), (added >> 32) as u32);
-    // Low halves: half-lives. A clock that another processor has seen tick already is not long ago.
+    // Low halves: half-lives. Another CPU may have seen the clock tick already, so a slightly negative age counts as 0.
     let age = (tag as u16).wrapping_sub(then as u16);
     if tag >> 16 != then >> 16 {
         0
@@ -84,13 +84,13 @@ pub const fn added(report: u64, added: u64, now_s: u32) -> u32 {
     }
 }
 
-/// Load by both words.
+/// Load from both words.
 #[inline(always)]
 pub const fn total(report: u64, sum: u64, now_s: u32) -> u32 {
     (report as u32).saturating_add(added(report, sum, now_s))
 }
 
-/// The sum with a flow's cost added, counting for this report.
+/// The sum with the cost of a flow added, counting from this report.
 #[inline(always)]
 pub const fn charged(report: u64, sum: u64, now_s: u32, cost: u32) -> u64 {
     (tag(report, now_s) as u64) << 32 | added(report, sum, now_s).saturating_add(cost) as u64
@@ -124,7 +124,7 @@ mod tests {
         );
         let later = charged(0, sum, NOW_S + HALF_LIFE_S, FLOW);
         assert_eq!(added(0, later, NOW_S + HALF_LIFE_S), 5 * FLOW);
-        // Read by a processor whose coarse clock has not ticked yet.
+        // A CPU whose coarse clock has not ticked yet reads the sum.
         assert_eq!(added(0, later, NOW_S), 5 * FLOW);
     }
 

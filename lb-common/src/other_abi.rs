@@ -1,10 +1,10 @@
-//! Flow tables as another version might have them: other orders, and a longer value. A program and an `lbd` built with
-//! this are what upgrades are tested against; nothing that is shipped has it.
+//! Flow tables as another version might define them: other field orders, and a longer value. Upgrade tests use a program
+//! and an `lbd` built with this feature; no shipped build has it.
 
 use crate::{Address, Be16, LastHop};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// See the shipped type for the fields, here and below.
+/// See the shipped type for the fields of each type in this module.
 #[repr(C)]
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -21,7 +21,7 @@ pub struct FlowKey {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[allow(missing_docs, reason = "as in the shipped type")]
 pub struct Flow {
-    /// Something that the shipped type does not know.
+    /// A field that the shipped type does not have.
     pub other: u64,
     pub flags: u32,
     pub created_s: u32,

@@ -1,14 +1,14 @@
-//! Health probes that take the way of traffic: what the programs on an ingress host's interfaces know of them.
+//! Health probes that take the path of traffic: data for the programs on an ingress host's interfaces.
 
 use crate::{Address, Be16, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Marks (`SO_MARK`) of probes: these upper bits, and a number below.
+/// Upper bits of the marks (`SO_MARK`) of probes; the lower bits hold a number.
 pub const MARK: u32 = 0x6c62_0000;
-/// Bits of the number.
+/// Number of lower bits of a mark, which hold the number.
 pub const MARK_BITS: u32 = 16;
 
-/// What becomes of a probe with a mark: its destination, a backend, is where the outer packet goes.
+/// Encapsulation of a probe with a mark: its destination, a backend, becomes the outer destination.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct ProbeWay {
@@ -22,7 +22,7 @@ pub struct ProbeWay {
     pub pad: u8,
 }
 
-/// By what an answer is known: it comes from the VIP itself.
+/// Key of an answer to a probe: it comes from the VIP itself.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct ProbeKey {
@@ -30,7 +30,7 @@ pub struct ProbeKey {
     pub vip: Address,
     /// This host's address.
     pub local: Address,
-    /// Port asked.
+    /// Port that is probed.
     pub port: Be16,
     /// This host's port.
     pub local_port: Be16,

@@ -1,31 +1,31 @@
-//! QUIC-LB: how a connection id names the backend that gave it out (draft-ietf-quic-load-balancers-21).
+//! QUIC-LB: how a connection id names the backend that issued it (draft-ietf-quic-load-balancers-21).
 
 use crate::map_value;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Longest server id, in bytes.
 pub const SERVER_ID_MAX: usize = 15;
-/// Config ids that a service can have at once: three bits, of which all ones means "not routable".
+/// Number of config ids that a service can have at once: three bits, of which all ones means "not routable".
 pub const CONFIGS: u32 = 7;
 /// Shortest nonce, in bytes.
 pub const NONCE_MIN: u8 = 4;
-/// Longest server id and nonce together, in bytes: a connection id has 20, and its first says which config.
+/// Longest server id and nonce together, in bytes: a connection id has 20, and the first holds the config id.
 pub const TOGETHER_MAX: u8 = 19;
-/// Words of the round keys of AES-128.
+/// Number of words of the round keys of AES-128.
 pub const ROUND_KEYS: usize = 44;
 
-/// Key of a config: service's index × 8 + config id.
+/// Key of a config: index of the service × 8 + config id.
 pub const fn config_key(service: u32, id: u8) -> u32 {
     service << 3 | id as u32
 }
 
-/// How connection ids of one config are read.
+/// Format of the connection ids of one config.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct QuicConfig {
-    /// Bytes of the server id, 1 to 15.
+    /// Length of the server id in bytes, 1 to 15.
     pub server_id_len: u8,
-    /// Bytes of the nonce.
+    /// Length of the nonce in bytes.
     pub nonce_len: u8,
     /// 1: encrypted with the keys below.
     pub keyed: u8,
@@ -43,9 +43,9 @@ pub struct QuicConfig {
 pub struct ServerIdKey {
     /// Index in `SERVICES`.
     pub service: u32,
-    /// The id, zero behind its end.
+    /// The id, padded with zeros.
     pub id: [u8; SERVER_ID_MAX],
-    /// Its length.
+    /// Length of the id in bytes.
     pub len: u8,
 }
 

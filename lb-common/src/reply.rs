@@ -1,28 +1,28 @@
-//! A worker's way back to clients, for answers that its XDP program gives itself.
+//! Next hop of a worker towards clients, for answers that its XDP program sends itself.
 
 use crate::map_value;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// Places in the map of ways.
+/// Indices of the map of next hops.
 pub mod family {
-    /// Of IPv4.
+    /// IPv4.
     pub const V4: u32 = 0;
-    /// Of IPv6.
+    /// IPv6.
     pub const V6: u32 = 1;
-    /// Number of places.
+    /// Number of entries.
     pub const COUNT: u32 = 2;
 }
 
-/// How packets to clients leave a worker: by its default route. Written in one piece where it matters: an entry
-/// whose `ifindex` is 0 is not used.
+/// How packets to clients leave a worker: by its default route. An entry whose `ifindex` is 0 is not used; `ifindex` is
+/// written in one store.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct ReplyHop {
-    /// Gateway's MAC.
+    /// MAC address of the gateway.
     pub next_hop: [u8; 6],
     /// Zero.
     pub pad: [u8; 2],
-    /// Interface's MAC.
+    /// MAC address of the interface.
     pub egress_mac: [u8; 6],
     /// Zero.
     pub pad2: [u8; 2],

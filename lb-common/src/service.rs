@@ -1,4 +1,4 @@
-//! Services: how a packet finds one, and all that choosing a backend for it needs.
+//! Services: their lookup keys, and the data for choosing a backend.
 
 use crate::{Address, Be16, limits::RANGES_PER_VIP, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -8,7 +8,7 @@ pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
 
-/// No service at this place.
+/// Index that stands for "no service".
 pub const NO_SERVICE: u32 = u32::MAX;
 
 /// Key of an exact-port service.
@@ -51,13 +51,13 @@ pub struct PortRange {
     pub service: u32,
 }
 
-/// What a VIP serves beside its exact ports, and the mark that it is a VIP at all.
+/// Services of a VIP for port ranges and any port. Its presence marks the address as a VIP.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Vip {
-    /// Service for any other TCP port, or [`NO_SERVICE`].
+    /// Service for all other TCP ports, or [`NO_SERVICE`].
     pub any_tcp: u32,
-    /// Service for any other UDP port, or [`NO_SERVICE`].
+    /// Service for all other UDP ports, or [`NO_SERVICE`].
     pub any_udp: u32,
     /// Used entries of `ranges`.
     pub range_count: u32,
@@ -78,17 +78,17 @@ impl Vip {
     };
 }
 
-/// Schedulers, as [`ServiceView::scheduler`] holds them.
+/// Schedulers, as in [`ServiceView::scheduler`].
 pub mod scheduler {
     /// The slot's primary.
     pub const MAGLEV: u8 = 0;
-    /// The less loaded of the slot's pair.
+    /// The less loaded of the slot's pair of backends.
     pub const P2C: u8 = 1;
-    /// The next of the list (of weighted turns: `rr` and `wrr` differ in the list only).
+    /// The next backend of the list; `rr` and `wrr` differ in the list only.
     pub const TURNS: u8 = 2;
     /// A random slot's primary.
     pub const RANDOM: u8 = 3;
-    /// The one of the list with the least load, which the daemon reports as its live flows.
+    /// The backend of the list with the least load, which the daemon reports as its live flows.
     pub const LEAST: u8 = 4;
     /// The primary, unless its load is above the service's cap and the secondary's is lower.
     pub const CAPPED: u8 = 5;
@@ -96,37 +96,37 @@ pub mod scheduler {
 
 /// Bits of [`ServiceView::flags`].
 pub mod flags {
-    /// Any flow may be an exception: look the flow table up even where the slot is not marked.
+    /// Any flow may be an exception: look up the flow table even where the slot is not marked.
     pub const TRACK_ALL: u32 = 1 << 0;
-    /// UDP packets are placed by hash alone; no UDP flow is remembered.
+    /// UDP packets are placed by hash alone; UDP flows are not tracked.
     pub const UDP_STATELESS: u32 = 1 << 1;
     /// An established flow whose backend is down moves to the slot's primary (whose reset tells the
-    /// client at once); otherwise it stays, in case the verdict was wrong.
+    /// client at once); otherwise it stays, in case the health check was wrong.
     pub const RESET_ON_DOWN: u32 = 1 << 2;
-    /// Slots are found by the client's address alone.
+    /// Slots are selected by the client's address alone.
     pub const HASH_SOURCE: u32 = 1 << 3;
-    /// The same held for the table before, see [`super::ServiceView::old_count`].
+    /// Slots of the old table are selected by the client's address alone, see [`super::ServiceView::old_count`].
     pub const OLD_HASH_SOURCE: u32 = 1 << 4;
-    /// Flows are written to the flow table even where the stateless answer is theirs, so that they can be counted.
+    /// Flows are written to the flow table even where the stateless answer is right, so that they can be counted.
     pub const COUNT_FLOWS: u32 = 1 << 5;
     /// The table is followed by as many slots whose primaries are the second choices of slots in transition.
     pub const SECONDS: u32 = 1 << 6;
-    /// GUE packets carry the backends that may have the flow instead.
+    /// GUE packets carry the other backends that may have the flow.
     pub const SECOND_CHANCE: u32 = 1 << 7;
     /// Packets go to the stage that translates addresses.
     pub const NAT: u32 = 1 << 8;
-    /// The service has a limit of new flows.
+    /// The service has a rate limit of new flows.
     pub const LIMIT_FLOWS: u32 = 1 << 17;
-    /// Each of its clients has.
+    /// Each source has a rate limit of new flows.
     pub const LIMIT_SOURCES: u32 = 1 << 18;
-    /// Nobody in the regions that the service may run in takes flows: what has nowhere to go is refused by
+    /// No allowed region of the service takes flows: packets without a backend are dropped with
     /// [`crate::Reason::Residency`].
     pub const REFUSED_BY_RESIDENCY: u32 = 1 << 19;
-    /// Packets are routed by their QUIC connection id where it names a backend.
+    /// Packets are routed by QUIC connection id where it names a backend.
     pub const QUIC: u32 = 1 << 16;
 }
 
-/// One version of a service. The half of the pair that is not live is where the next is written.
+/// One version of a service. The next version is written to the view that is not live.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct ServiceView {
@@ -134,7 +134,7 @@ pub struct ServiceView {
     pub seed: [u64; 2],
     /// First slot of the table in `PRIMARIES` and `SECONDARIES`.
     pub slot_base: u32,
-    /// Slots of the table; 0: the service has no backend at all.
+    /// Number of slots of the table; 0: the service has no backend at all.
     pub slot_count: u32,
     /// See [`flags`].
     pub flags: u32,
@@ -144,63 +144,64 @@ pub struct ServiceView {
     pub protocol: u8,
     /// Zero.
     pub pad: [u8; 2],
-    /// Idle time after which a UDP flow is forgotten, in seconds.
+    /// Idle time after which a UDP flow is removed, in seconds.
     pub udp_timeout_s: u32,
-    /// Revision of the desired state that this view was compiled from (low 32 bits), for people.
+    /// Revision of the desired state that this view was compiled from (low 32 bits), for diagnosis.
     pub revision: u32,
     /// Key of the flow hash of the old table.
     pub old_seed: [u64; 2],
-    /// Slots of the old table: where flows are that no flow table names while a new seed, size or hash is younger than
-    /// the drain time; 0: there is none. Then every slot is in transition, and secondaries are second choices as ever.
+    /// Number of slots of the old table, which places flows that are in no flow table while a new seed, size or hash is
+    /// younger than the drain time; 0: there is no old table. While there is one, every slot is in transition, and
+    /// secondaries remain second choices.
     pub old_count: u32,
-    /// Entries of the list of backends of schedulers that go by turn.
+    /// Number of entries in the list of backends, for schedulers that use a list.
     pub list_count: u32,
-    /// Load above which [`scheduler::CAPPED`] looks at the secondary.
+    /// Load above which [`scheduler::CAPPED`] considers the secondary.
     pub load_cap: u32,
     /// Zero.
     pub pad2: u32,
     /// Time in which the service earns a new flow, see [`crate::limit::take`].
     pub flow_interval_ns: u64,
-    /// Time of all but one of its largest burst.
+    /// Time for all but one flow of the service's largest burst.
     pub flow_tolerance_ns: u64,
-    /// The same for each source.
+    /// Time in which one source earns a new flow.
     pub source_interval_ns: u64,
-    /// The same for each source.
+    /// Time for all but one flow of one source's largest burst.
     pub source_tolerance_ns: u64,
-    /// How many leading bits of a client's address, IPv4 and IPv6, make a source.
+    /// Number of leading bits of a client's address, IPv4 and IPv6, that make up a source.
     pub source_bits: [u32; 2],
     /// Zero.
     pub reserved: [u64; 1],
 }
 
 impl ServiceView {
-    /// Place of the second choices, where the view has them ([`flags::SECONDS`]).
+    /// First slot of the second choices, where the view has them ([`flags::SECONDS`]).
     #[inline(always)]
     pub const fn seconds_base(&self) -> u32 {
         self.slot_base.wrapping_add(self.slot_count)
     }
 
-    /// Place of the list.
+    /// First slot of the list.
     #[inline(always)]
     pub const fn list_base(&self) -> u32 {
         let seconds = if self.flags & flags::SECONDS != 0 { self.slot_count } else { 0 };
         self.seconds_base().wrapping_add(seconds)
     }
 
-    /// Place of the old table.
+    /// First slot of the old table.
     #[inline(always)]
     pub const fn old_base(&self) -> u32 {
         self.list_base().wrapping_add(self.list_count)
     }
 
-    /// Slots that the view owns from `slot_base` on: table, second choices, list, old table.
+    /// Number of slots of the view from `slot_base` on: table, second choices, list, old table.
     #[inline(always)]
     pub const fn region(&self) -> u32 {
         self.old_base().wrapping_add(self.old_count).wrapping_sub(self.slot_base)
     }
 }
 
-/// A service. `active` picks the live view, so one aligned store changes all of it at once.
+/// A service. `active` selects the live view, so one aligned store changes all of it at once.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Service {
@@ -210,7 +211,7 @@ pub struct Service {
     pub used: u32,
     /// The two views.
     pub views: [ServiceView; 2],
-    /// Zero; keeps entries on their own cache lines, and of each view what every packet reads on one.
+    /// Zero; keeps entries on separate cache lines, and the fields of each view that every packet reads on one line.
     pub reserved: [u64; 1],
 }
 

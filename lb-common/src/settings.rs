@@ -1,5 +1,5 @@
-//! Settings that a deployment makes once: a read-only global of each program, set at load time,
-//! so that the verifier removes what is switched off.
+//! Settings fixed at load time: a read-only global of each program,
+//! so that the verifier removes code that is switched off.
 
 use crate::map_value;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -10,39 +10,39 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub struct IngressSettings {
     /// [`crate::ABI_VERSION`] that the loader was built with.
     pub abi_version: u32,
-    /// Whether IPv6 packets are looked at (0: passed to the host).
+    /// Whether IPv6 packets are balanced (0: passed to the host).
     pub ipv6: u8,
-    /// Whether IEEE 802.1Q and 802.1ad tags are looked through.
+    /// Whether packets with IEEE 802.1Q and 802.1ad tags are parsed.
     pub vlan: u8,
     /// TTL or hop limit of outer headers.
     pub outer_ttl: u8,
-    /// Whether counters of bytes and packets are kept.
+    /// Whether bytes and packets are counted.
     pub stats: u8,
     /// Generated ICMP messages per second and CPU; 0: none.
     pub icmp_per_s: u32,
     /// Largest number of messages in a burst.
     pub icmp_burst: u32,
-    /// Parts of the program that this deployment may need, see [`features`]; what is off is compiled away.
+    /// Parts of the program in use, see [`features`]; the verifier removes the others.
     pub features: u32,
     /// First source port of mode `nat`.
     pub nat_first: u16,
-    /// Last one.
+    /// Last source port of mode `nat`.
     pub nat_last: u16,
-    /// SYNs that are noted for one service, by one processor, in a second; see [`crate::limit::Budgets`].
+    /// SYNs that may be cached for one service, by one CPU, per second; see [`crate::limit::Budgets`].
     pub syns_per_s: u32,
-    /// The same of TCP flows from before a transition.
+    /// TCP flows from before a transition that may be written for one service, by one CPU, per second.
     pub flows_per_s: u32,
-    /// The same of UDP flows.
+    /// UDP flows that may be written for one service, by one CPU, per second.
     pub udp_per_s: u32,
-    /// What the running kernel can do, see [`kernel`]; code for what it cannot do is removed by the verifier.
+    /// Abilities of the running kernel, see [`kernel`]; the verifier removes code for others.
     pub kernel: u32,
 }
 
 /// Bits of [`IngressSettings::features`].
 pub mod features {
-    /// Schedulers that choose by load or by turn, and what they track.
+    /// Schedulers that choose by load or in turn, and what they track.
     pub const P2C: u32 = 1 << 0;
-    /// GUE packets carry the backends that may have the flow instead.
+    /// GUE packets carry the other backends that may have the flow.
     pub const SECOND_CHANCE: u32 = 1 << 1;
     /// Forwarding mode `nat`.
     pub const NAT: u32 = 1 << 2;
@@ -54,17 +54,17 @@ pub mod features {
     pub const GUARD: u32 = 1 << 5;
     /// Limits of the rate of new flows.
     pub const RATE: u32 = 1 << 6;
-    /// Echo, and errors about flows.
+    /// ICMP: echo, and errors about flows.
     pub const ICMP: u32 = 1 << 7;
-    /// Fragments follow their first.
+    /// Fragments follow the first fragment of their packet.
     pub const FRAGMENTS: u32 = 1 << 8;
     /// QUIC is routed by connection id.
     pub const QUIC: u32 = 1 << 9;
-    /// Users' programs before and after.
+    /// Users' programs before and after ours.
     pub const CHAIN: u32 = 1 << 10;
-    /// All of them.
+    /// All features.
     pub const ALL: u32 = (1 << 11) - 1;
-    /// Their names in settings.
+    /// Names of the features in settings.
     pub const NAMES: [(&str, u32); 11] = [
         ("p2c", P2C),
         ("second-chance", SECOND_CHANCE),
@@ -80,8 +80,8 @@ pub mod features {
     ];
 }
 
-/// Bits of [`IngressSettings::kernel`] and [`DecapSettings::kernel`]: what the loader found that the kernel can do.
-/// A helper that a kernel does not know may be called in code that the verifier never reaches.
+/// Bits of [`IngressSettings::kernel`] and [`DecapSettings::kernel`]: abilities of the kernel that the loader found.
+/// A helper that a kernel lacks may be called in code that the verifier never reaches.
 pub mod kernel {
     /// Packets may have fragments (5.18: `BPF_F_XDP_HAS_FRAGS`, `bpf_xdp_get_buff_len`, `bpf_xdp_load_bytes`). Set it
     /// only where the program is loaded with that flag; without it, a packet is what lies between `data` and `data_end`.
@@ -92,14 +92,14 @@ pub mod kernel {
     pub const COARSE_CLOCK: u32 = 1 << 2;
     /// `bpf_check_mtu` (5.12).
     pub const CHECK_MTU: u32 = 1 << 3;
-    /// All of them: a kernel of 6.7 or later.
+    /// All abilities: a kernel of 6.7 or later.
     pub const ALL: u32 = (1 << 4) - 1;
-    /// What 5.10 can do: none of them.
+    /// No abilities: a kernel of 5.10.
     pub const NONE: u32 = 0;
 }
 
 impl IngressSettings {
-    /// Everything on, nothing metered.
+    /// All features on, no write budgets.
     pub const DEFAULT: Self = Self {
         abi_version: crate::ABI_VERSION,
         ipv6: 1,
@@ -126,25 +126,25 @@ pub struct DecapSettings {
     pub abi_version: u32,
     /// UDP port on which GUE arrives, host byte order.
     pub gue_port: u16,
-    /// Whether IPv6 outer headers are looked at.
+    /// Whether packets with IPv6 outer headers are decapsulated.
     pub ipv6: u8,
-    /// Whether tags are looked through.
+    /// Whether packets with VLAN tags are parsed.
     pub vlan: u8,
     /// What the running kernel can do, see [`kernel`].
     pub kernel: u32,
 }
 
 impl DecapSettings {
-    /// Everything on, GUE on its registered port.
+    /// All features on, GUE on its registered port.
     pub const DEFAULT: Self =
         Self { abi_version: crate::ABI_VERSION, gue_port: GUE_PORT, ipv6: 1, vlan: 1, kernel: kernel::ALL };
 }
 
-/// First and last source port of mode `nat`, by default: below those that Linux gives to a host's own sockets
-/// (32,768 to 60,999), and above those that services usually have.
+/// Default range of source ports of mode `nat`: below the ephemeral ports of Linux (32,768 to 60,999), and above the
+/// usual ports of services.
 pub const NAT_PORTS: (u16, u16) = (10_240, 32_767);
 
-/// GUE's registered UDP port (IANA).
+/// Registered UDP port of GUE (IANA).
 pub const GUE_PORT: u16 = 6080;
 
 map_value!(IngressSettings, DecapSettings);

@@ -1,6 +1,6 @@
 //! Slots: one entry of a service's Maglev table, holding a pair of backends.
 //!
-//! The halves of the pairs lie in two maps: most packets read the primary only, and so touch half as
+//! The halves of the pairs are in two maps: most packets read the primary only, and so touch half as
 //! much memory. Both maps hold [`Line`]s, because an array map would round a word up to 8 bytes.
 
 use crate::map_value;
@@ -8,20 +8,20 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Bits of a slot's words that hold a backend's index.
 pub const BACKEND_MASK: u32 = (1 << 24) - 1;
-/// "No backend": an index that no backend has.
+/// Index that stands for "no backend".
 pub const NO_BACKEND: u32 = BACKEND_MASK;
-/// In `primary`: flows of this slot may stand in the flow table, so look them up.
+/// In `primary`: the flow table may contain flows of this slot, so look them up.
 pub const TRACKED: u32 = 1 << 31;
 /// In `secondary`: the slot is in transition; the secondary is its previous primary.
 pub const TRANSITION: u32 = 1 << 31;
 
-/// A pair of backends. A table is written whole before a service points to it.
+/// A pair of backends. A table is written completely before a service points to it.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Slot {
-    /// Primary's index, and [`TRACKED`].
+    /// Index of the primary, and [`TRACKED`].
     pub primary: u32,
-    /// Secondary's index, and [`TRANSITION`].
+    /// Index of the secondary, and [`TRANSITION`].
     pub secondary: u32,
 }
 
@@ -41,7 +41,7 @@ impl Slot {
         self.secondary & BACKEND_MASK
     }
 
-    /// Whether flows of this slot may stand in the flow table.
+    /// Whether the flow table may contain flows of this slot.
     #[inline(always)]
     pub const fn is_tracked(self) -> bool {
         self.primary & TRACKED != 0
@@ -54,7 +54,7 @@ impl Slot {
     }
 }
 
-/// Words of a [`Line`].
+/// Number of words of a [`Line`].
 pub const LINE: u32 = 16;
 
 /// A cache line of primaries or of secondaries: slot `place` is word `place % LINE` of entry `place / LINE`.

@@ -3,7 +3,7 @@
 use crate::map_value;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// What went to one backend.
+/// Traffic to one backend.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct BackendStats {
@@ -11,11 +11,11 @@ pub struct BackendStats {
     pub packets: u64,
     /// Bytes forwarded: IP length as received, before encapsulation.
     pub bytes: u64,
-    /// New flows placed: TCP SYNs (a repeated one counts again), first packets of tracked UDP flows.
+    /// New flows placed: TCP SYNs (retransmissions count too), first packets of tracked UDP flows.
     pub flows: u64,
 }
 
-/// Rate limit of generated ICMP on one CPU: a bucket refilled by the clock.
+/// Rate limit of generated ICMP on one CPU: a token bucket refilled by the clock.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct IcmpBudget {
@@ -26,7 +26,7 @@ pub struct IcmpBudget {
 }
 
 impl IcmpBudget {
-    /// Takes a message; false when none is left. At most `per_s` a second, `burst` at once.
+    /// Takes a token; false when none is left. At most `per_s` messages per second, `burst` at once.
     #[inline(always)]
     pub fn take(&mut self, now_ns: u64, per_s: u32, burst: u32) -> bool {
         let ns_per_message = 1_000_000_000 / if per_s == 0 { 1 } else { per_s as u64 };

@@ -207,7 +207,7 @@ fn a_backup_is_written_once_and_brought_back() {
     let bytes = std::fs::read(&file).unwrap();
     std::fs::write(&file, &bytes[..bytes.len() - 7]).unwrap();
     let (code, said) = lbctl(&two, &["store", "restore", &file]);
-    assert!(code == 4 && said.contains("lb.backup is no sound backup"), "{said}");
+    assert!(code == 4 && said.contains("lb.backup is not a valid backup"), "{said}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a network interface says of itself by ioctl: driver, MTU, carrier, offloads. No tool needs to be installed.
+//! Properties of a network interface by ioctl: driver, MTU, carrier, offloads. No tool needs to be installed.
 //!
 //! Every call works in the network namespace of the calling thread.
 
@@ -16,26 +16,26 @@ const GET_FEATURES: u32 = 0x3a;
 const SET_FEATURES: u32 = 0x3b;
 /// `ETH_SS_FEATURES`.
 const FEATURE_NAMES: u32 = 4;
-/// Bytes of a name.
+/// Length of an offload's name in bytes.
 const NAME: usize = 32;
 
 /// Large receive offload, as the kernel calls it (`ethtool -k`: large-receive-offload).
 pub const LRO: &str = "rx-lro";
-/// VLAN tags taken off by the NIC (`ethtool -k`: rx-vlan-offload).
+/// VLAN tag stripping by the NIC (`ethtool -k`: rx-vlan-offload).
 pub const RX_VLAN: &str = "rx-vlan-hw-parse";
-/// Packets joined by the NIC so that they can be parted again.
+/// Hardware GRO: the NIC joins packets, and software can split them again.
 pub const RX_GRO_HW: &str = "rx-gro-hw";
 
 /// An offload of an interface.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Feature {
-    /// Whether it is on.
+    /// Whether the offload is on.
     pub is_on: bool,
-    /// Whether nobody can change it.
+    /// Whether the driver does not allow a change.
     pub is_fixed: bool,
 }
 
-/// What the ioctls go through.
+/// Socket for the ioctls.
 #[derive(Debug)]
 pub struct Ethtool(OwnedFd);
 
@@ -43,7 +43,7 @@ impl Ethtool {
     /// Opens a socket for the ioctls.
     ///
     /// # Errors
-    /// There are no sockets to be had.
+    /// The socket cannot be opened.
     pub fn open() -> io::Result<Self> {
         // SAFETY: no address is passed.
         let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
@@ -54,7 +54,7 @@ impl Ethtool {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Runs an ioctl on an interface, whose request has this union's value.
+    /// Runs an ioctl on an interface; `value` is the value of the request's union.
     fn ioctl(
         &self,
         interface: &str,
@@ -75,28 +75,28 @@ impl Ethtool {
         Ok(query)
     }
 
-    /// An ethtool command, whose buffer begins with its number.
+    /// Runs an ethtool command; the buffer begins with its number.
     fn command(&self, interface: &str, buffer: &mut [u32]) -> io::Result<()> {
         let value = libc::__c_anonymous_ifr_ifru { ifru_data: buffer.as_mut_ptr().cast() };
         self.ioctl(interface, SIOCETHTOOL, value).map(drop)
     }
 
-    /// Name of the driver.
+    /// Returns the name of the driver.
     ///
     /// # Errors
-    /// There is no such interface, or it does not say.
+    /// The interface does not exist, or its driver does not report a name.
     pub fn driver(&self, interface: &str) -> io::Result<String> {
-        // struct ethtool_drvinfo: 196 bytes, the name behind the command.
+        // struct ethtool_drvinfo: 196 bytes, the name follows the command.
         let mut buffer = [0u32; 49];
         buffer[0] = GET_DRIVER;
         self.command(interface, &mut buffer)?;
         Ok(text(&buffer[1..9]))
     }
 
-    /// MTU.
+    /// Returns the MTU.
     ///
     /// # Errors
-    /// There is no such interface.
+    /// The interface does not exist.
     pub fn mtu(&self, interface: &str) -> io::Result<u32> {
         let value = libc::__c_anonymous_ifr_ifru { ifru_mtu: 0 };
         let answer = self.ioctl(interface, libc::SIOCGIFMTU as _, value)?;
@@ -104,10 +104,10 @@ impl Ethtool {
         Ok(unsafe { answer.ifr_ifru.ifru_mtu }.cast_unsigned())
     }
 
-    /// Whether the link is up: set up, and with a carrier.
+    /// Whether the link is up and has a carrier.
     ///
     /// # Errors
-    /// There is no such interface.
+    /// The interface does not exist.
     pub fn has_carrier(&self, interface: &str) -> io::Result<bool> {
         let value = libc::__c_anonymous_ifr_ifru { ifru_flags: 0 };
         let answer = self.ioctl(interface, libc::SIOCGIFFLAGS as _, value)?;
@@ -116,7 +116,7 @@ impl Ethtool {
         Ok(flags & libc::IFF_RUNNING != 0)
     }
 
-    /// Names of all offloads, by number.
+    /// Returns the names of all offloads, by number.
     fn feature_names(&self, interface: &str) -> io::Result<Vec<String>> {
         // struct ethtool_sset_info: command, reserved, a mask of 64 bits, and the number for its one bit.
         let mut info = [GET_SET_INFO, 0, 1 << FEATURE_NAMES, 0, 0];
@@ -129,10 +129,10 @@ impl Ethtool {
         Ok(strings[3..].chunks_exact(NAME / 4).map(text).collect())
     }
 
-    /// All offloads by the kernel's names.
+    /// Returns all offloads by the kernel's names.
     ///
     /// # Errors
-    /// There is no such interface, or it does not say.
+    /// The interface does not exist, or its driver does not report offloads.
     pub fn features(&self, interface: &str) -> io::Result<BTreeMap<String, Feature>> {
         let names = self.feature_names(interface)?;
         let blocks = names.len().div_ceil(32);
@@ -147,16 +147,17 @@ impl Ethtool {
         Ok(names.into_iter().enumerate().map(|(i, name)| (name, feature(i))).collect())
     }
 
-    /// Switches an offload off; false if it stays on all the same.
+    /// Switches an offload off; returns false if it stays on.
     ///
     /// # Errors
-    /// There is no such interface or offload, or it is not permitted.
+    /// The interface or offload does not exist, or the caller lacks permission.
     pub fn switch_off(&self, interface: &str, feature: &str) -> io::Result<bool> {
         let names = self.feature_names(interface)?;
-        let unknown = || io::Error::new(io::ErrorKind::NotFound, format!("no offload {feature}"));
+        let unknown =
+            || io::Error::new(io::ErrorKind::NotFound, format!("the interface has no offload {feature}"));
         let place = names.iter().position(|name| name == feature).ok_or_else(unknown)?;
         let blocks = names.len().div_ceil(32);
-        // struct ethtool_sfeatures: command, number of blocks; each: which bits to set, and to what.
+        // struct ethtool_sfeatures: command, number of blocks; each: bits to set, and their values.
         let mut buffer = vec![0u32; 2 + blocks * 2];
         (buffer[0], buffer[1]) = (SET_FEATURES, blocks as u32);
         buffer[2 + place / 32 * 2] = 1 << (place % 32);
@@ -165,7 +166,7 @@ impl Ethtool {
     }
 }
 
-/// Text that ends with a zero.
+/// Text up to the first zero byte.
 fn text(words: &[u32]) -> String {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).take_while(|b| *b != 0).collect();
     String::from_utf8_lossy(&bytes).into_owned()
@@ -176,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_loopback_interface_says_what_it_is() {
+    fn the_loopback_interface_reports_its_properties() {
         let tool = Ethtool::open().expect("a socket");
         assert!(tool.mtu("lo").expect("it has an MTU") >= 1_280);
         let features = tool.features("lo").expect("it has offloads");

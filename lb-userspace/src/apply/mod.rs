@@ -1,4 +1,4 @@
-//! The one loop that changes the kernel, and its edge: reconcile, dataplane, announce.
+//! The loop that changes the kernel, and its edge: reconcile, dataplane, announce.
 
 pub mod announce;
 pub mod dataplane;

@@ -1,12 +1,12 @@
-//! The BPF objects that build.rs compiled: `lbd` is one file to install.
+//! BPF objects compiled by build.rs, embedded so that `lbd` is a single file to install.
 //!
-//! Empty when built with `LB_SKIP_BPF=1`. Read by `dataplane` and by the tests that load programs.
+//! Empty when built with `LB_SKIP_BPF=1`. Used by `dataplane` and by the tests that load programs.
 
-/// The ingress host's program.
+/// Program of an ingress host.
 pub static INGRESS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/ingress"));
 
-/// The worker's program.
+/// Program of a worker.
 pub static DECAP: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/decap"));
 
-/// Programs that health probes on the way of traffic pass.
+/// Programs that encapsulate health probes along the path of traffic.
 pub static PROBE: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/probe"));

@@ -1,4 +1,4 @@
-//! What the operator asked for: the model, the configuration file, the store.
+//! Desired state: the model, the configuration file, the store.
 
 pub mod config;
 pub mod model;

@@ -7,7 +7,7 @@ use super::{nat_ports, processors, xdp_log};
 use crate::{
     apply::{
         dataplane::{
-            AttachOptions, Carried, Dataplane, Kernel, Limits, ON_DEMAND, Takeover, loaded_features,
+            AttachOptions, Dataplane, Kernel, MapLimits, Migrated, ON_DEMAND, Takeover, loaded_features,
         },
         offloads,
         reconcile::{Event, start_sweeper},
@@ -75,7 +75,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
     let log_level = xdp_log::level_number(settings.xdp_log_level);
     // A program that logs is not reloaded, so it needs all features.
     let used = if log_level == 0 { used } else { ON_DEMAND };
-    let limits = Limits {
+    let limits = MapLimits {
         services: settings.max_services,
         backends: settings.max_backends,
         slots: settings.max_slots,
@@ -87,7 +87,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
             processors::online(),
         ),
         guard_entries: settings.max_guard_entries,
-        ..Limits::default()
+        ..MapLimits::default()
     };
     let budgets = Budgets::of(limits.flows, limits.syns, limits.flows, processors::online());
     AttachOptions {
@@ -110,7 +110,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
 /// Builds the settings to compile with. `lost`: features whose programs the kernel refused.
 pub fn compile_settings(
     settings: &Settings,
-    limits: Limits,
+    limits: MapLimits,
     attached: BTreeMap<u32, String>,
     here: Locality,
     lost: u32,
@@ -185,8 +185,8 @@ async fn take_over(takeover: Takeover) -> anyhow::Result<()> {
     let carried = tokio::task::spawn_blocking(move || takeover.finish())
         .await?
         .with_context(|| format!("cannot take over from ABI version {from} with {to}"))?;
-    let Carried { entries, strangers, no_room, lost } = carried;
-    tracing::info!(from, to, ?entries, strangers, no_room, took = ?began.elapsed(), "taken over from another ABI version");
+    let Migrated { entries, reassigned, no_room, lost } = carried;
+    tracing::info!(from, to, ?entries, reassigned, no_room, took = ?began.elapsed(), "taken over from another ABI version");
     for (map, abi, what) in lost {
         tracing::warn!(
             map,

@@ -4,7 +4,7 @@
 
 use crate::{
     apply::{
-        dataplane::{Interfaces, Kernel, LeftOut, PAGE_MTU, Reader},
+        dataplane::{Interfaces, Kernel, PAGE_MTU, Reader, RefusedProgram},
         ethtool::Ethtool,
         offloads,
         reconcile::Event,
@@ -32,7 +32,7 @@ const TRUNCATED_MIN: u64 = 50;
 pub struct Hardware {
     interfaces: Arc<Interfaces>,
     frags: bool,
-    left_out: Vec<LeftOut>,
+    left_out: Vec<RefusedProgram>,
     reader: Arc<Reader>,
     /// Services that need a program which the kernel refused, and why they are not served.
     refused: Mutex<BTreeMap<Name, String>>,
@@ -70,7 +70,7 @@ impl Hardware {
     pub fn new(
         interfaces: Arc<Interfaces>,
         frags: bool,
-        left_out: Vec<LeftOut>,
+        left_out: Vec<RefusedProgram>,
         reader: Arc<Reader>,
     ) -> Self {
         let (refused, last_sample) = (Mutex::default(), Mutex::default());

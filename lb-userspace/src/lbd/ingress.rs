@@ -14,7 +14,7 @@ use super::{
 use crate::{
     apply::{
         announce::{self, Announcement, Announcer},
-        dataplane::{Dataplane, Interfaces, Limits, Loads, ProbeDataplane, Reader, Takeover},
+        dataplane::{Dataplane, Interfaces, Loads, MapLimits, ProbeDataplane, Reader, Takeover},
         reconcile::{Event, Published, Reconciler},
     },
     clock,
@@ -139,7 +139,7 @@ struct Core {
     loads: Arc<Loads>,
     interfaces: Arc<Interfaces>,
     hardware: Arc<Hardware>,
-    limits: Limits,
+    limits: MapLimits,
 }
 
 impl Daemon {

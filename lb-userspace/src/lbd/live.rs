@@ -3,7 +3,7 @@
 use super::hardware::Hardware;
 use crate::{
     apply::{
-        dataplane::{HASH_MAPS, Limits, Reader},
+        dataplane::{HASH_MAPS, MapLimits, Reader},
         reconcile::{self, Event, Published, ReconcileError},
     },
     clock,
@@ -34,8 +34,8 @@ pub struct Live {
     published: watch::Receiver<Arc<Published>>,
     reader: Arc<Reader>,
     hardware: Arc<Hardware>,
-    limits: Limits,
-    /// The last snapshot, and the state that it was made from.
+    limits: MapLimits,
+    /// The last snapshot, and what it was made from.
     last: Mutex<Option<(Arc<Published>, Arc<Snapshot>)>>,
 }
 
@@ -46,7 +46,7 @@ impl Live {
         published: watch::Receiver<Arc<Published>>,
         reader: Arc<Reader>,
         hardware: Arc<Hardware>,
-        limits: Limits,
+        limits: MapLimits,
     ) -> Self {
         Self { events, published, reader, hardware, limits, last: Mutex::new(None) }
     }
@@ -90,7 +90,7 @@ fn plus(a: BackendStats, b: BackendStats) -> BackendStats {
     }
 }
 
-fn snapshot(published: &Published, limits: &Limits) -> Snapshot {
+fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
     let mut snapshot =
         Snapshot { applied: applied(&published.applied, published.error.clone()), ..Snapshot::default() };
     snapshot.verdict_lags = published.verdict_lags.clone();

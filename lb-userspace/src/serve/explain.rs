@@ -68,7 +68,7 @@ impl Names for Published {
 
     fn listed(&self, address: IpAddr) -> Option<String> {
         let now_s = clock::unix().as_secs();
-        let (list, net, _) = self.desired.guard.decides(address.to_canonical(), now_s)?;
+        let (list, net, _) = self.desired.guard.deciding_entry(address.to_canonical(), now_s)?;
         Some(format!("{} list has {net}", list.label()))
     }
 }

@@ -94,7 +94,7 @@ fn a_start_that_cannot_work_is_refused_and_touches_nothing() -> Result<()> {
             "no driver support",
             &["--iface", "lo", "--pin-path", &other_pins],
             4,
-            &["interface lo", "no native XDP", "--allow-generic"],
+            &["interface lo", "does not support native XDP", "--allow-generic"],
         ),
         (
             "no bpf filesystem",

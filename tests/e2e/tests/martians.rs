@@ -273,7 +273,9 @@ fn carries_no_more(mode: &'static str) -> Result<()> {
     }
     // `explain` says the same.
     let at = format!("{}:{ECHO}", vip_v4(1));
-    for (source, expected) in [(at.as_str(), "Source address is a VIP"), ("127.0.0.1:5", "no host sends")] {
+    for (source, expected) in
+        [(at.as_str(), "Source address is a VIP"), ("127.0.0.1:5", "Invalid source address")]
+    {
         let output = stage.lbctl.output(&["explain", source, &at, "udp"])?;
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(text.contains(expected) && output.status.code() == Some(1), "{text}");

@@ -214,7 +214,7 @@ fn residency_refuses_rather_than_leave() -> Result<()> {
         "{text}"
     );
     ensure!(
-        text.contains("syn → nowhere") && text.contains("Service's residency: none of its regions"),
+        text.contains("syn → nowhere") && text.contains("Residency: no allowed region of the service"),
         "{text}"
     );
     let stats = bench.stage.lbctl.json(&["stats"])?;

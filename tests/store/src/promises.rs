@@ -320,14 +320,14 @@ pub async fn what_was_in_force_at_a_time_is_found(fixture: &impl Fixture) -> Res
 pub async fn values_are_told_and_taken_back(fixture: &impl Fixture) -> Result<()> {
     let one = fixture.open(100).await?;
     let two = if fixture.is_shared() { fixture.open(100).await? } else { one.clone() };
-    let seen = |key: &str| two.told().borrow().get(key).cloned();
-    one.tell("hosts/one", Some(b"1".to_vec()));
-    one.tell("regions/x/one", Some(b"2".to_vec()));
+    let seen = |key: &str| two.published().borrow().get(key).cloned();
+    one.publish("hosts/one", Some(b"1".to_vec()));
+    one.publish("regions/x/one", Some(b"2".to_vec()));
     eventually("both values are seen", || seen("hosts/one").is_some() && seen("regions/x/one").is_some())
         .await?;
-    one.tell("hosts/one", Some(b"3".to_vec()));
+    one.publish("hosts/one", Some(b"3".to_vec()));
     eventually("the new value is seen", || seen("hosts/one") == Some(b"3".to_vec())).await?;
-    one.tell("hosts/one", None);
+    one.publish("hosts/one", None);
     eventually("it is gone", || seen("hosts/one").is_none()).await?;
     ensure!(seen("regions/x/one") == Some(b"2".to_vec()));
     Ok(())

@@ -123,7 +123,7 @@ async fn a_host_starts_without_etcd_on_its_last_known_state() -> Result<()> {
     let one = bed.host("one").await?;
     ensure!(one.head() == last && !connected(&one));
     let error = refusal(bed.try_open("fresh", bed.options()?).await)?;
-    ensure!(error.contains("no last known state to go on with"), "{error}");
+    ensure!(error.contains("no last known state to use"), "{error}");
     bed.cluster.members[0].start_again(None)?;
     eventually("it is connected", || connected(&one)).await?;
     ensure!(one.head() == last);
@@ -184,7 +184,7 @@ async fn a_store_that_was_set_back_is_not_followed_unless_told_to() -> Result<()
     bed.cluster.etcdctl(&["put", "lb/head", "1 0000000000000000"])?;
     eventually("it notices", || !connected(&one)).await?;
     let problem = one.link().borrow().problem.clone().context("a problem")?;
-    ensure!(problem.contains("is at revision 1, and has been at 2"), "{problem}");
+    ensure!(problem.contains("is at revision 1, but has been at 2"), "{problem}");
     ensure!(one.head().revision.number == 2);
     let error = refusal(one.commit(commit(2, state(&[]))).await)?;
     ensure!(error.contains("lbctl store accept 1"), "{error}");
@@ -444,8 +444,8 @@ async fn without_a_majority_nothing_is_confirmed() -> Result<()> {
 async fn what_a_dead_host_told_is_forgotten() -> Result<()> {
     let bed = bed(1)?;
     let (one, two) = (bed.host("one").await?, bed.host("two").await?);
-    one.tell("hosts/one", Some(b"alive".to_vec()));
-    let seen = || two.told().borrow().contains_key("hosts/one");
+    one.publish("hosts/one", Some(b"alive".to_vec()));
+    let seen = || two.published().borrow().contains_key("hosts/one");
     eventually("two sees one", seen).await?;
     tokio::time::sleep(Duration::from_secs(12)).await;
     ensure!(seen(), "the lease was not kept");
@@ -466,7 +466,7 @@ async fn an_etcd_that_lost_everything_is_filled_again() -> Result<()> {
     bed.cluster.etcdctl(&["del", "lb/", "--prefix"])?;
     eventually("both refuse to follow", || !connected(&one) && !connected(&two)).await?;
     let problem = two.link().borrow().problem.clone().context("a problem")?;
-    ensure!(problem.contains("at revision 0, and has been at 5"), "{problem}");
+    ensure!(problem.contains("at revision 0, but has been at 5"), "{problem}");
     ensure!(one.head() == last && two.head() == last);
     one.accept(0)?;
     eventually("both are connected again", || connected(&one) && connected(&two)).await?;
@@ -596,8 +596,8 @@ async fn a_user_with_a_password_is_let_in() -> Result<()> {
     ensure!(error.contains("authentication failed"), "{error}");
     let one = bed.try_open("one", with("pass\n")?).await?;
     one.commit(commit(0, state(&[("a", 1, &[])]))).await?;
-    one.tell("hosts/one", Some(vec![1]));
-    let told = one.told();
+    one.publish("hosts/one", Some(vec![1]));
+    let told = one.published();
     eventually("it is told", || told.borrow().len() == 1).await?;
     Ok(())
 }

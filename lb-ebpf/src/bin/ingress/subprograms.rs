@@ -75,7 +75,7 @@ pub fn parsed(answer: u32) -> Result<&'static mut Network, Reason> {
     // LLVM knows which reasons the functions give, and leaves out the table's bounds check, of which the verifier lives.
     let answer = core::hint::black_box(answer);
     if answer != PARSED {
-        return Err(Reason::of(answer).unwrap_or(Reason::Truncated));
+        return Err(Reason::from_index(answer).unwrap_or(Reason::Truncated));
     }
     let network = NETWORK.get_ptr_mut(0).ok_or(Reason::BrokenTable)?;
     // SAFETY: this CPU's own, and programs do not preempt each other. It holds a whole one since the first packet, and

@@ -1,5 +1,5 @@
-//! VIPs as addresses of an interface: read, put on, taken off (rtnetlink). What was there before is told from
-//! ours by a mark (`IFA_PROTO`, Linux 5.18).
+//! VIPs as addresses of an interface: read, added, removed (rtnetlink). A mark (`IFA_PROTO`, Linux 5.18) tells the
+//! addresses that lbd added from others.
 
 use crate::observed::neighbour::netlink::address_in;
 use futures_util::TryStreamExt;
@@ -11,27 +11,27 @@ use rtnetlink::{
 };
 use std::net::IpAddr;
 
-/// The mark of addresses that `lbd ingress` puts on.
+/// Mark of addresses that `lbd ingress` adds.
 pub const OURS: u8 = 0x6d;
 
 /// An address of this host.
 #[derive(Clone, Debug)]
-pub struct Found {
+pub struct HostAddress {
     /// The address.
     pub address: IpAddr,
-    /// Of this interface.
+    /// Index of its interface.
     pub ifindex: u32,
-    /// Carries our mark.
+    /// Whether the address has the mark.
     pub is_marked: bool,
     message: AddressMessage,
 }
 
-/// All addresses of this host.
-pub async fn read(handle: &Handle) -> Result<Vec<Found>, rtnetlink::Error> {
+/// Lists all addresses of this host.
+pub async fn read(handle: &Handle) -> Result<Vec<HostAddress>, rtnetlink::Error> {
     let all: Vec<AddressMessage> = handle.address().get().execute().try_collect().await?;
     let found = all.into_iter().filter_map(|message| {
         let mark = AddressAttribute::Protocol(AddressProtocol::Other(OURS));
-        Some(Found {
+        Some(HostAddress {
             address: address_in(&message)?,
             ifindex: message.header.index,
             is_marked: message.attributes.contains(&mark),
@@ -41,17 +41,17 @@ pub async fn read(handle: &Handle) -> Result<Vec<Found>, rtnetlink::Error> {
     Ok(found.collect())
 }
 
-/// Puts a VIP on an interface, marked as ours.
-pub async fn put(handle: &Handle, ifindex: u32, vip: IpAddr) -> Result<(), rtnetlink::Error> {
+/// Adds a VIP to an interface, with the mark.
+pub async fn add(handle: &Handle, ifindex: u32, vip: IpAddr) -> Result<(), rtnetlink::Error> {
     let length = if vip.is_ipv4() { 32 } else { 128 };
     let mut request = handle.address().add(ifindex, vip, length).replace();
     let message = request.message_mut();
     message.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(OURS)));
     if vip.is_ipv6() {
-        // Others have the same address, by design: detection of duplicates would find them.
+        // Other hosts have the same address by design, and duplicate address detection would find them.
         message.header.flags |= AddressHeaderFlags::Nodad;
         message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
-        // Deprecated: this host's own connections do not choose it as their source.
+        // Deprecated, so that this host's own connections do not choose it as their source.
         let mut lifetime = CacheInfo::default();
         (lifetime.ifa_preferred, lifetime.ifa_valid) = (0, u32::MAX);
         message.attributes.push(AddressAttribute::CacheInfo(lifetime));
@@ -59,15 +59,15 @@ pub async fn put(handle: &Handle, ifindex: u32, vip: IpAddr) -> Result<(), rtnet
     request.execute().await
 }
 
-/// Sets an interface up: the loopback interface of a new network namespace is not.
+/// Sets an interface up: in a new network namespace, the loopback interface is down.
 pub async fn set_up(handle: &Handle, ifindex: u32) -> Result<(), rtnetlink::Error> {
     handle.link().set(LinkUnspec::new_with_index(ifindex).up().build()).execute().await
 }
 
-/// Takes an address off.
-pub async fn take_off(handle: &Handle, found: Found) -> Result<(), rtnetlink::Error> {
-    match handle.address().del(found.message).execute().await {
-        // Somebody was faster.
+/// Removes an address.
+pub async fn remove(handle: &Handle, address: HostAddress) -> Result<(), rtnetlink::Error> {
+    match handle.address().del(address.message).execute().await {
+        // Something else has removed it already.
         Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::EADDRNOTAVAIL => Ok(()),
         other => other,
     }

@@ -1,9 +1,9 @@
-//! Puts VIPs on this host and takes them off it, so that BIRD, FRR or ExaBGP, which announce the addresses of an
-//! interface, announce exactly what is served.
+//! Adds VIPs to this host and removes them, so that BIRD, FRR or ExaBGP, which announce the addresses of an
+//! interface, announce exactly the VIPs that are served.
 //!
-//! Input: the reconciler's snapshots, the drain of this host, and the addresses that the kernel says there are
-//! (rtnetlink, watched). Output: addresses (/32, /128) of one interface, marked as ours; and an [`Announcement`]
-//! for API, metrics and the other hosts. The rule is [`crate::plan::policy::announce`]. Called by the daemon.
+//! Input: the reconciler's snapshots, the drain of this host, and the kernel's list of addresses (rtnetlink, watched).
+//! Output: addresses (/32, /128) of one interface, marked as lbd's; and an [`Announcement`] for API, metrics and the
+//! other hosts. The rule is [`crate::plan::policy::announce`]. Called by the daemon.
 //!
 //! Our addresses carry a mark in the kernel (`IFA_PROTO`), so no memory of lbd can be wrong after a crash or with
 //! another lbd. The drain of a host is kept in the local file and not in the desired state: it works while the store
@@ -12,7 +12,10 @@
 pub mod addresses;
 
 use crate::{
-    apply::{dataplane::DataplaneError, reconcile::Published},
+    apply::{
+        dataplane::{DataplaneError, index_of},
+        reconcile::Published,
+    },
     clock,
     desired::model::Health,
     plan::{
@@ -20,7 +23,7 @@ use crate::{
         policy::announce::{Decision, ServiceAt, decide},
     },
 };
-use addresses::Found;
+use addresses::HostAddress;
 use futures_util::{StreamExt, stream::BoxStream};
 use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection};
 use serde::{Deserialize, Serialize};
@@ -35,36 +38,36 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// A VIP that was taken off comes back after this long at the earliest: routers punish routes that flap.
+/// Shortest time between removing a VIP and adding it again: routers penalise routes that flap.
 const HOLD: Duration = Duration::from_secs(1);
-/// Addresses are compared with what they should be this often, whether or not the kernel said anything.
+/// Interval at which addresses are compared with the wanted ones, without any notice from the kernel.
 const RESYNC: Duration = Duration::from_secs(10);
-/// After a failure, time to the next attempt.
+/// Time between a failure and the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// Why VIPs cannot be put on or taken off.
+/// Why VIPs cannot be added or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum AnnounceError {
-    /// No netlink socket.
+    /// No netlink socket could be opened.
     #[error("cannot open a netlink socket: {0}")]
     Socket(#[from] std::io::Error),
-    /// The interface is not there.
+    /// The interface does not exist.
     #[error(transparent)]
     Interface(#[from] DataplaneError),
     /// The kernel does not keep marks of addresses.
     #[error(
-        "Linux {release} cannot tell the VIPs that lbd puts on an interface from other addresses; 5.18 and later can"
+        "Linux {release} cannot mark the addresses that lbd adds to an interface: announce needs Linux 5.18 or later"
     )]
     TooOld {
-        /// Its version.
+        /// Version of the kernel.
         release: String,
     },
-    /// The kernel refused.
+    /// The kernel refused a request.
     #[error("cannot {what}: {source}")]
     Kernel {
-        /// What was tried.
+        /// Request, as a verb with its object.
         what: String,
-        /// Why not.
+        /// Error of the kernel.
         #[source]
         source: rtnetlink::Error,
     },
@@ -75,34 +78,34 @@ fn kernel(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> AnnounceE
     move |source| AnnounceError::Kernel { what, source }
 }
 
-/// A VIP of some service, as it is on this host.
+/// State of a service's VIP on this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VipState {
     /// The address.
     pub vip: IpAddr,
-    /// Interface that it is put on.
+    /// Interface that the VIP is added to.
     pub interface: String,
-    /// Whether it is on this host.
+    /// Whether the VIP is on this host.
     pub on: bool,
-    /// Whether it belongs there, and why.
+    /// Whether the VIP should be on this host, and why.
     pub decision: Decision,
-    /// Since when it is on, or off, in milliseconds since 1970 UTC.
+    /// Time of the last change of `on`, in milliseconds since 1970 UTC.
     pub since_ms: u64,
-    /// It was there before lbd, which therefore leaves it alone, on this interface.
+    /// Interface that had the VIP without lbd, which therefore leaves it alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub foreign: Option<String>,
 }
 
-/// What this host announces.
+/// VIPs that this host announces.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announcement {
-    /// Interface that VIPs are put on.
+    /// Interface that VIPs are added to.
     pub interface: String,
     /// VIPs of all services.
     pub vips: Vec<VipState>,
-    /// How often a VIP was put on or taken off since the start.
+    /// Number of VIPs added or removed since the start.
     pub changes: u64,
-    /// Why the last attempt failed, if it did.
+    /// Error of the last attempt, if it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
@@ -113,36 +116,25 @@ impl Announcement {
         self.vips.iter().filter(|v| v.on).map(|v| v.vip)
     }
 
-    /// What is known of a VIP.
+    /// State of a VIP.
     pub fn vip(&self, vip: IpAddr) -> Option<&VipState> {
         self.vips.iter().find(|v| v.vip == vip)
     }
 }
 
-/// Puts VIPs on and takes them off.
+/// Adds VIPs to an interface and removes them.
 pub struct Announcer {
     handle: Handle,
     changed: BoxStream<'static, ()>,
     interface: String,
-    /// What it shows.
+    /// Published state.
     shown: watch::Sender<Announcement>,
-    /// When each VIP was last taken off.
+    /// When each VIP was last removed.
     off: BTreeMap<IpAddr, Instant>,
     changes: u64,
 }
 
-fn index_of(interface: &str) -> Result<u32, DataplaneError> {
-    nix::net::if_::if_nametoindex(interface).map_err(|_| {
-        let all = nix::net::if_::if_nameindex();
-        let mut present: Vec<String> = all
-            .map(|all| all.iter().map(|i| i.name().to_string_lossy().into_owned()).collect())
-            .unwrap_or_default();
-        present.sort();
-        DataplaneError::NoInterface { interface: interface.to_owned(), present: present.join(", ") }
-    })
-}
-
-/// Marks came with Linux 5.18; an older one ignores them without a word.
+/// Whether the kernel keeps marks: Linux before 5.18 ignores them silently.
 fn keeps_marks(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)) >= (5, 18)
@@ -152,7 +144,7 @@ impl Announcer {
     /// Opens netlink in the current network namespace; changes nothing yet.
     ///
     /// # Errors
-    /// There is no such interface, or the sockets cannot be had.
+    /// The interface does not exist, the kernel is too old, or the sockets cannot be opened.
     pub fn open(interface: &str) -> Result<(Self, watch::Receiver<Announcement>), AnnounceError> {
         index_of(interface)?;
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
@@ -177,11 +169,11 @@ impl Announcer {
         Ok((announcer, seen))
     }
 
-    /// Follows the snapshots and the drain until nobody publishes any more. The first snapshot must be of what
-    /// is in the maps, not the empty one from before.
+    /// Follows the snapshots and the drain until their senders are gone. The first snapshot must describe the maps, not be
+    /// the initial empty one.
     ///
     /// # Errors
-    /// None: what fails is shown, and tried again.
+    /// None: a failure is published, and retried.
     pub async fn run(
         mut self,
         mut published: watch::Receiver<Arc<Published>>,
@@ -197,7 +189,7 @@ impl Announcer {
                     self.shown.send_if_modified(|shown| {
                         let is_new = shown.problem != problem;
                         if is_new {
-                            tracing::error!(%error, "VIPs are not as they should be");
+                            tracing::error!(%error, "cannot update the VIPs of the interface");
                             shown.problem = problem;
                         }
                         is_new
@@ -214,11 +206,12 @@ impl Announcer {
         }
     }
 
-    /// Brings the addresses up to date once; says when to look again at the latest.
+    /// Updates the addresses once; returns the latest time for the next update.
     async fn attempt(&mut self, services: &[ServiceAt], is_draining: bool) -> Result<Instant, AnnounceError> {
         let ifindex = index_of(&self.interface)?;
         let found = addresses::read(&self.handle).await.map_err(kernel("read this host's addresses"))?;
-        let (ours, others): (Vec<Found>, Vec<Found>) = found.into_iter().partition(|f| f.is_marked);
+        let (ours, others): (Vec<HostAddress>, Vec<HostAddress>) =
+            found.into_iter().partition(|f| f.is_marked);
         let on: BTreeSet<IpAddr> = ours.iter().filter(|f| f.ifindex == ifindex).map(|f| f.address).collect();
         let decisions = decide(services, &on, is_draining);
         let foreign: BTreeMap<IpAddr, u32> = others
@@ -226,16 +219,16 @@ impl Announcer {
             .filter(|f| decisions.contains_key(&f.address))
             .map(|f| (f.address, f.ifindex))
             .collect();
-        // Off first: what is not served must go, whatever else fails.
+        // Remove first: VIPs that are not served must go, whatever else fails.
         for found in ours {
             let vip = found.address;
             let belongs = found.ifindex == ifindex && decisions.get(&vip).is_some_and(|d| d.is_on());
             if belongs {
                 continue;
             }
-            addresses::take_off(&self.handle, found).await.map_err(kernel(format!("take {vip} off")))?;
-            let why = decisions.get(&vip).map_or("no service has it".to_owned(), ToString::to_string);
-            tracing::info!(%vip, interface = self.interface, why, "VIP taken off");
+            addresses::remove(&self.handle, found).await.map_err(kernel(format!("remove {vip}")))?;
+            let why = decisions.get(&vip).map_or("no service has this VIP".to_owned(), ToString::to_string);
+            tracing::info!(%vip, interface = self.interface, why, "VIP removed");
             self.off.insert(vip, Instant::now());
             self.changes += 1;
         }
@@ -252,18 +245,18 @@ impl Announcer {
                 again = again.min(at + HOLD);
                 continue;
             }
-            let failed = || kernel(format!("put {vip} on {}", self.interface));
+            let failed = || kernel(format!("add {vip} to {}", self.interface));
             addresses::set_up(&self.handle, ifindex).await.map_err(failed())?;
-            addresses::put(&self.handle, ifindex, vip).await.map_err(failed())?;
-            tracing::info!(%vip, interface = self.interface, "VIP put on");
+            addresses::add(&self.handle, ifindex, vip).await.map_err(failed())?;
+            tracing::info!(%vip, interface = self.interface, "VIP added");
             up.insert(vip);
             self.changes += 1;
         }
-        self.show(&decisions, &up, &foreign);
+        self.publish(&decisions, &up, &foreign);
         Ok(again)
     }
 
-    fn show(
+    fn publish(
         &self,
         decisions: &BTreeMap<IpAddr, Decision>,
         up: &BTreeSet<IpAddr>,
@@ -294,7 +287,7 @@ impl Announcer {
     }
 }
 
-/// What the rule needs to know of each service.
+/// Facts about each service that the rule needs.
 fn services(published: &Published) -> Vec<ServiceAt> {
     let all = published.services.iter().filter_map(|(name, status)| {
         let service = published.desired.services.get(name)?;
@@ -305,24 +298,24 @@ fn services(published: &Published) -> Vec<ServiceAt> {
     all.collect()
 }
 
-/// Takes every VIP off that an `lbd ingress` of this host has put on, whichever interface it is on; for the end
-/// of forwarding. Returns them.
+/// Removes every VIP that an `lbd ingress` of this host has added, on all interfaces; for the end of forwarding.
+/// Returns the VIPs.
 ///
 /// # Errors
-/// The kernel refuses.
+/// The kernel refuses a request.
 pub async fn withdraw() -> Result<Vec<IpAddr>, AnnounceError> {
     let (connection, handle, _) = new_connection()?;
     let task = tokio::spawn(connection);
     let found = addresses::read(&handle).await.map_err(kernel("read this host's addresses"))?;
-    let mut gone = Vec::new();
+    let mut removed = Vec::new();
     for found in found.into_iter().filter(|f| f.is_marked) {
         let vip = found.address;
-        addresses::take_off(&handle, found).await.map_err(kernel(format!("take {vip} off")))?;
-        tracing::info!(%vip, "VIP taken off");
-        gone.push(vip);
+        addresses::remove(&handle, found).await.map_err(kernel(format!("remove {vip}")))?;
+        tracing::info!(%vip, "VIP removed");
+        removed.push(vip);
     }
     task.abort();
-    Ok(gone)
+    Ok(removed)
 }
 
 #[cfg(test)]

@@ -1,44 +1,44 @@
-//! What to do when a driver does not take the program, by its own sentence and the error's number.
+//! Advice for a driver that refuses the program, from its message and the error number.
 
 use std::io;
 
-/// What is known of a refusal.
+/// Facts about a refusal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal<'a> {
-    /// Interface.
+    /// Name of the interface.
     pub interface: &'a str,
-    /// Its driver, if known.
+    /// Name of its driver, empty if unknown.
     pub driver: &'a str,
-    /// Its MTU, if known.
+    /// MTU of the interface, if known.
     pub mtu: Option<u32>,
-    /// The kernel's or driver's sentence, if it gave one.
+    /// Message of the kernel or driver, if any.
     pub sentence: Option<&'a str>,
     /// Error number.
     pub errno: i32,
 }
 
-/// Kinds of refusals that have each a cure of their own.
+/// Causes of refusals, each with its own remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// The driver has no XDP.
+    /// The driver does not support XDP.
     NoXdp,
-    /// Packets of this MTU do not fit.
+    /// The MTU is too large.
     Mtu,
-    /// Too few or too many queues.
+    /// There are too few or too many queues.
     Queues,
-    /// The NIC joins packets.
+    /// The NIC joins packets (LRO, hardware GRO).
     Joining,
-    /// The NIC parts headers from data.
+    /// The NIC splits headers from data.
     HeaderSplit,
-    /// Something else.
+    /// Another cause.
     Other,
 }
 
 impl Refusal<'_> {
-    /// What kind of refusal it is.
+    /// Determines the cause from message, error number and MTU.
     pub fn cause(&self) -> Cause {
-        let said = self.sentence.unwrap_or_default().to_lowercase();
-        let says = |words: &[&str]| words.iter().any(|word| said.contains(word));
+        let message = self.sentence.unwrap_or_default().to_lowercase();
+        let says = |words: &[&str]| words.iter().any(|word| message.contains(word));
         if says(&["does not support xdp", "doesn't support xdp", "not support native"]) {
             Cause::NoXdp
         } else if says(&["header split", "header-split", "data split", "data-split", "hds"]) {
@@ -70,24 +70,24 @@ impl Refusal<'_> {
             match self.errno {
                 libc::ENOSPC | libc::ENOMEM => Cause::Queues,
                 libc::ERANGE | libc::E2BIG => Cause::Mtu,
-                libc::EINVAL | libc::EOPNOTSUPP if said.is_empty() && self.mtu > Some(1_500) => Cause::Mtu,
-                libc::EOPNOTSUPP if said.is_empty() => Cause::NoXdp,
+                libc::EINVAL | libc::EOPNOTSUPP if message.is_empty() && self.mtu > Some(1_500) => Cause::Mtu,
+                libc::EOPNOTSUPP if message.is_empty() => Cause::NoXdp,
                 _ => Cause::Other,
             }
         }
     }
 
-    /// Whether the same may work later without a change of lbd's settings: what it depends on is set by others, perhaps
-    /// only later while the host boots.
+    /// Whether the same attempt may succeed later without a change of lbd's settings: it depends on the configuration of
+    /// the interface, which may change, or be completed only later while the host boots.
     pub fn may_pass(&self) -> bool {
         self.cause() != Cause::NoXdp
     }
 
-    /// What to do about it.
+    /// Advice for the operator.
     pub fn advice(&self) -> String {
         let name = self.interface;
         match self.cause() {
-            Cause::NoXdp => "its driver has no native XDP: choose another interface".to_owned(),
+            Cause::NoXdp => "its driver does not support native XDP: choose another interface".to_owned(),
             Cause::Mtu => {
                 let mtu = self.mtu.map_or(String::new(), |mtu| format!(" from {mtu}"));
                 format!(
@@ -96,16 +96,16 @@ impl Refusal<'_> {
                 )
             }
             Cause::Queues if self.driver == "veth" => format!(
-                "give it as many rx queues as its peer has tx queues: `ethtool -L {name} rx N`, or make the pair with \
+                "give it as many rx queues as its peer has tx queues: `ethtool -L {name} rx N`, or create the pair with \
                  numrxqueues N"
             ),
             Cause::Queues => format!(
-                "leave queues for XDP's own use: `ethtool -l {name}` shows how many there are, `ethtool -L {name} \
-                 combined N` uses N of them (half of them at most, or as many as the host has CPUs)"
+                "leave queues for XDP: `ethtool -l {name}` shows the queues, `ethtool -L {name} combined N` sets N of them \
+                 (at most half of the maximum, or one per CPU)"
             ),
             Cause::Joining => {
                 format!(
-                    "switch the joining of packets off: `ethtool -K {name} lro off` and `ethtool -K {name} rx-gro-hw off`"
+                    "switch LRO and hardware GRO off: `ethtool -K {name} lro off` and `ethtool -K {name} rx-gro-hw off`"
                 )
             }
             Cause::HeaderSplit => format!("switch header split off: `ethtool -G {name} tcp-data-split off`"),
@@ -113,7 +113,7 @@ impl Refusal<'_> {
         }
     }
 
-    /// Why, in one sentence.
+    /// Message and error in one sentence.
     pub fn why(&self) -> String {
         let error = io::Error::from_raw_os_error(self.errno);
         match self.sentence {
@@ -123,7 +123,7 @@ impl Refusal<'_> {
     }
 }
 
-/// The largest MTU that a driver takes with XDP and without frags.
+/// Largest MTU that a driver accepts with XDP and without frags.
 fn largest_mtu(driver: &str) -> u32 {
     match driver {
         "ena" => 3_498,
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn drivers_sentences_lead_to_what_helps() {
+    fn drivers_messages_lead_to_advice() {
         use Cause::{HeaderSplit, Joining, Mtu, NoXdp, Other, Queues};
         for (driver, sentence, errno, cause, help) in [
             (

@@ -1,17 +1,17 @@
 //! Loads a program with its maps pinned, and attaches it to interfaces by pinned links.
 //!
 //! Pins outlive the daemon: forwarding goes on without it. A new daemon reuses the maps and replaces
-//! the program under each link in one step (`BPF_LINK_UPDATE`), so that no packet meets no program. Where objects of
-//! another ABI version run, it loads its own beside them, and a [`Takeover`] does the rest once the tables are written.
+//! the program under each link in one step (`BPF_LINK_UPDATE`), so that every packet meets a program. Where objects of
+//! another ABI version run, the daemon loads its own beside them, and a [`Takeover`] switches once the tables are written.
 
 use super::{
     DataplaneError,
     kernel::Kernel,
     layout::{Layout, write_own},
-    links::{self, GENERIC, Interface, Link},
-    load::{Loaded, Switches, load},
+    links::{self, GENERIC, Interface, XdpLink},
+    load::{LoadedObject, Switches, load},
     pins::{self, Home},
-    stages::{self, LeftOut},
+    stages::{self, RefusedProgram},
     takeover::{Predecessor, Takeover},
     variant::{self, ArrayPin, Situation},
 };
@@ -27,61 +27,61 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// What to load, and where to attach it.
+/// Program to load, and where to attach it.
 pub struct Request<'a> {
     /// BPF object.
     pub object: &'static [u8],
-    /// Program in it.
+    /// Name of the program in the object.
     pub program: &'static str,
-    /// Programs that it jumps to, and their places in `STAGES`.
+    /// Programs that it tail calls, and their indices in `STAGES`.
     pub stages: &'a [(&'static str, u32)],
-    /// The program that users' programs before it jump to.
+    /// Program that users' programs before it tail call.
     pub chained: Option<&'static str>,
     /// Maps to pin.
     pub maps: &'a [&'static str],
     /// Program arrays that all ABI versions share, and names of their pins.
     pub shared: &'a [(&'static str, &'static str)],
-    /// Whether flows stand in its maps, which are to outlive a change of the ABI version.
+    /// Whether its maps hold flows, which must survive a change of the ABI version.
     pub has_flows: bool,
     /// Map sizes that differ from the object's.
     pub sizes: &'a [(&'static str, u32)],
-    /// Features that are wanted, of `lb_common::settings::features`.
+    /// Features in use, of `lb_common::settings::features`.
     pub features: u32,
-    /// The settings global, as bytes, for what the kernel takes.
+    /// Bytes of the settings global, for what the kernel supports.
     pub settings: &'a dyn Fn(Switches) -> Vec<u8>,
-    /// aya-log's level.
+    /// Log level of aya-log.
     pub log_level: u8,
     /// Directory of the pins, on a BPF filesystem.
     pub pin_path: &'a Path,
-    /// Interfaces.
+    /// Names of the interfaces.
     pub interfaces: &'a [String],
-    /// Whether generic mode will do where the driver has none.
+    /// Whether generic mode may be used where the driver does not support XDP.
     pub allow_generic: bool,
 }
 
-/// What came of it.
+/// Result of [`attach`].
 pub struct Attached {
     /// The loaded object.
     pub bpf: Ebpf,
-    /// Where it runs, or will once the other ABI version's flows are taken over.
+    /// Interfaces that it runs on, or will once the other ABI version's flows are taken over.
     pub interfaces: Vec<Interface>,
-    /// Interfaces that it does not run on yet, and why.
+    /// Interfaces that it does not run on yet, with the error of each.
     pub waiting: Vec<(String, DataplaneError)>,
     /// Whether it is loaded with the frags flag.
     pub frags: bool,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
-    /// Where its maps are pinned.
+    /// Directory in which its maps are pinned.
     pub home: PathBuf,
-    /// What is left to do when the tables are written.
+    /// Takeover to finish once the tables are written.
     pub takeover: Option<Takeover>,
-    /// Keeps other daemons out while it lives.
+    /// Lock that keeps other daemons out while it is held.
     pub lock: fs::File,
 }
 
-/// Makes the pin directory, checks what is in it, loads, attaches.
+/// Creates the pin directory, checks its contents, loads and attaches.
 pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
     if request.object.is_empty() {
         return Err(DataplaneError::NoPrograms);
@@ -102,7 +102,7 @@ pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
     let lock = pins::lock(request.pin_path)?;
     let result = attach_locked(request, &present, waiting, lock);
     if is_new && result.is_err() {
-        // A first start that is refused leaves nothing behind; what it did not make is not empty.
+        // A refused first start leaves nothing behind; a directory that others use is not empty, and stays.
         let _ = fs::remove_dir(request.pin_path);
     }
     result
@@ -118,18 +118,18 @@ fn attach_locked(
     lock: fs::File,
 ) -> Result<Attached, DataplaneError> {
     let home = Home::ours(request.pin_path);
-    let (adopted, others) = look_around(request, &home)?;
-    // Before anything is made: what cannot be read is left alone.
+    let (adopted, others) = find_homes(request, &home)?;
+    // Before anything is created, so that objects that cannot be read are left alone.
     let predecessors = others.iter().map(|other| open(request, other)).collect::<Result<Vec<_>, _>>()?;
-    match load_beside(request, present, &home, adopted, predecessors) {
+    match load_and_attach(request, present, &home, adopted, predecessors) {
         Ok(Started { loaded, interfaces, failed, takeover }) => {
-            let Loaded { bpf, frags, left_out, .. } = loaded;
+            let LoadedObject { bpf, frags, left_out, .. } = loaded;
             let waiting = waiting.into_iter().chain(failed).collect();
             let home = home.path;
             Ok(Attached { bpf, interfaces, waiting, frags, left_out, adopted, home, takeover, lock })
         }
         Err(error) => {
-            // A first start that failed leaves nothing behind; what ran before stays as it was.
+            // A failed first start leaves nothing behind; objects that ran before stay as they were.
             if !adopted && others.is_empty() {
                 pins::remove_all(request.pin_path)?;
             } else if !adopted {
@@ -140,18 +140,18 @@ fn attach_locked(
     }
 }
 
-/// Loads the program again, over the maps that are there, and replaces it under its links in one step each. If that
-/// fails the old one goes on. None while another ABI version's program still forwards. `frags`: as it is loaded now.
+/// Loads the program again over the present maps, and replaces it under each link in one step. On failure the
+/// old program stays. Returns none while another ABI version's program still forwards. `frags`: flag of the loaded program.
 pub fn replace(request: &Request<'_>, frags: bool) -> Result<Option<Ebpf>, DataplaneError> {
     let home = Home::ours(request.pin_path);
     if home.programs().is_disjoint(&links::programs(request.pin_path)?) {
         return Ok(None);
     }
-    let Loaded { mut bpf, .. } = load(request, &home, frags)?;
+    let LoadedObject { mut bpf, .. } = load(request, &home, frags)?;
     pin_programs(request, &bpf, &home, true)?;
     stages::chain(&mut bpf, request.chained)?;
     for name in request.interfaces {
-        // One that has gone is attached to anew when it is back.
+        // An interface that is gone is attached to again when it is back.
         let Ok(ifindex) = links::index_of(name) else { continue };
         if let Some(link) = links::find(request.pin_path, name, ifindex)? {
             link.update(&program_fd(&bpf, request.program)?)?;
@@ -163,13 +163,13 @@ pub fn replace(request: &Request<'_>, frags: bool) -> Result<Option<Ebpf>, Datap
     Ok(Some(bpf))
 }
 
-/// Where a program of ours is pinned.
+/// Path of the pin of one of our programs.
 fn program_path(home: &Home, name: &str) -> PathBuf {
     home.path.join(format!("program-{name}"))
 }
 
-/// The program that runs under our links, for one more of them; None while another ABI version's does. Where all
-/// interfaces have gone, it is the one that was pinned last.
+/// Returns the program that runs under our links, for another link; none while another ABI version's program runs.
+/// Where all interfaces are gone, it is the program that was pinned last.
 pub fn running(pin_path: &Path, program: &str) -> Result<Option<OwnedFd>, DataplaneError> {
     let home = Home::ours(pin_path);
     let running = links::programs(pin_path)?;
@@ -181,9 +181,9 @@ pub fn running(pin_path: &Path, program: &str) -> Result<Option<OwnedFd>, Datapl
     super::sys::open(&path).map(Some).map_err(pin)
 }
 
-/// Whether there are objects of this ABI version to go on with, and those of others whose work is to be taken over.
-/// What starts left behind that did not finish is removed.
-fn look_around(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), DataplaneError> {
+/// Finds out whether objects of this ABI version can be reused, and which others must be taken over.
+/// Removes the remains of unfinished starts.
+fn find_homes(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), DataplaneError> {
     let mut others = Home::others(request.pin_path)?;
     if !home.exists() && others.iter().any(|other| other.abi == 0) {
         pins::remove_all(request.pin_path)?;
@@ -196,15 +196,15 @@ fn look_around(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), 
     if !adopted {
         home.remove()?;
     } else if is_done && !others.iter().any(runs) {
-        // Their flows have been taken over; only their removal was cut short.
+        // Their flows have been taken over; only their removal was interrupted.
         others.drain(..).try_for_each(|other| other.remove())?;
     }
-    // The one that runs is the last to be asked: its word counts.
+    // The running version last, because the later entries take precedence.
     others.sort_by_key(|other| (runs(other), other.abi));
     Ok((adopted, others))
 }
 
-/// Opens another version's objects as far as they are needed.
+/// Opens another version's objects, as far as needed.
 fn open(request: &Request<'_>, other: &Home) -> Result<Predecessor, DataplaneError> {
     if !request.has_flows {
         return Ok(Predecessor::without_flows(other.clone()));
@@ -218,26 +218,26 @@ fn open(request: &Request<'_>, other: &Home) -> Result<Predecessor, DataplaneErr
     Ok(Predecessor::new(other.clone(), layout))
 }
 
-/// A start that has come through.
+/// Result of a successful start.
 struct Started {
-    loaded: Loaded,
+    loaded: LoadedObject,
     interfaces: Vec<Interface>,
-    /// Interfaces whose drivers do not take the program.
+    /// Interfaces whose drivers refuse the program.
     failed: Vec<(String, DataplaneError)>,
     takeover: Option<Takeover>,
 }
 
-/// How interfaces without a link of ours came out.
+/// Result of attaching to interfaces without a link of ours.
 enum New {
     Done {
         interfaces: Vec<Interface>,
         failed: Vec<(String, DataplaneError)>,
     },
-    /// One of them needs generic mode, and so all programs have to be loaded without frags.
+    /// An interface needs generic mode, so all programs must be loaded without frags.
     WithoutFrags,
 }
 
-fn load_beside(
+fn load_and_attach(
     request: &Request<'_>,
     present: &Present<'_>,
     home: &Home,
@@ -253,7 +253,7 @@ fn load_beside(
     let missing: Vec<(&str, u32)> =
         present.iter().zip(&found).filter(|(_, link)| link.is_none()).map(|(one, _)| *one).collect();
     let has_links = found.iter().any(Option::is_some);
-    let load = |frags| -> Result<Loaded, DataplaneError> {
+    let load = |frags| -> Result<LoadedObject, DataplaneError> {
         let mut loaded = load(request, home, frags)?;
         if request.has_flows {
             write_own(&mut loaded.bpf)?;
@@ -264,7 +264,9 @@ fn load_beside(
     let mut loaded = load(situation.choose())?;
     let new = match attach_new(request, &loaded, &missing, has_links)? {
         New::WithoutFrags => {
-            tracing::info!("loaded again without frags: an interface needs generic mode");
+            tracing::info!(
+                "loading the program again without frags, because an interface needs generic mode"
+            );
             loaded.arrays.iter().for_each(ArrayPin::undo);
             loaded = load(false)?;
             attach_new(request, &loaded, &missing, has_links)?
@@ -284,37 +286,37 @@ fn load_beside(
     }
 }
 
-/// What a start that failed has attached and made beside what ran before.
-fn undo(request: &Request<'_>, new: &[Interface], loaded: &Loaded) {
+/// Undoes what a failed start has attached and created.
+fn undo(request: &Request<'_>, new: &[Interface], loaded: &LoadedObject) {
     for interface in new {
         if let Err(error) = links::detach(request.pin_path, interface) {
-            tracing::warn!(%error, "what this start attached is left behind");
+            tracing::warn!(%error, "cannot detach after a failed start; the link is left behind");
         }
     }
     loaded.arrays.iter().for_each(ArrayPin::undo);
 }
 
-/// What the decision for or against frags depends on. What cannot be found out counts as not there.
+/// Gathers the facts that decide for or against frags. Facts that cannot be determined count as absent.
 fn situation(
     request: &Request<'_>,
     present: &Present<'_>,
-    found: &[Option<Link>],
+    found: &[Option<XdpLink>],
     (home, predecessors): (&Home, &[Predecessor]),
 ) -> Situation {
-    let told = |result: io::Result<Option<bool>>| {
+    let or_unknown = |result: io::Result<Option<bool>>| {
         result.unwrap_or_else(|error| {
-            tracing::warn!(%error, "whether a loaded program has frags cannot be found out");
+            tracing::warn!(%error, "cannot determine whether a loaded program has frags");
             None
         })
     };
     let users = request.chained.and_then(|_| {
         let arrays = request.shared.iter().map(|(_, pin)| request.pin_path.join(pin));
-        arrays.filter_map(|path| told(variant::of_users(&path))).next()
+        arrays.filter_map(|path| or_unknown(variant::of_users(&path))).next()
     });
     let homes = predecessors.iter().map(Predecessor::home).chain([home]);
     let ids = links::programs(request.pin_path).unwrap_or_default();
     let running = homes.filter_map(|home| home.program_of(&ids)).next();
-    let running = running.and_then(|program| told(variant::of_program(&program).map(Some)));
+    let running = running.and_then(|program| or_unknown(variant::of_program(&program).map(Some)));
     Situation {
         kernel_has: Kernel::get().frags,
         mtu: links::largest_mtu(present.iter().map(|(name, _)| *name)),
@@ -324,11 +326,11 @@ fn situation(
     }
 }
 
-/// Attaches to interfaces that have no link of ours. Those whose drivers do not take the program are left for later, if
+/// Attaches to interfaces that have no link of ours. Interfaces whose drivers refuse the program are left for later, if
 /// there are others.
 fn attach_new(
     request: &Request<'_>,
-    loaded: &Loaded,
+    loaded: &LoadedObject,
     missing: &Present<'_>,
     has_links: bool,
 ) -> Result<New, DataplaneError> {
@@ -365,24 +367,24 @@ fn attach_new(
     Ok(New::Done { interfaces, failed })
 }
 
-/// From here on the program runs: under the links that are there, and with its place in users' array.
+/// Starts the program: under the present links, and at its index in the users' array.
 fn finish_start(
     request: &Request<'_>,
     home: &Home,
     adopted: bool,
-    (loaded, predecessors): (&mut Loaded, Vec<Predecessor>),
-    found: Vec<Option<Link>>,
+    (loaded, predecessors): (&mut LoadedObject, Vec<Predecessor>),
+    found: Vec<Option<XdpLink>>,
     new: &[Interface],
 ) -> Result<(Vec<Interface>, Option<Takeover>), DataplaneError> {
-    let waits = !predecessors.is_empty();
-    if !waits {
+    let must_wait = !predecessors.is_empty();
+    if !must_wait {
         stages::chain(&mut loaded.bpf, request.chained)?;
     }
     let program = program_fd(&loaded.bpf, request.program)?;
     let (mut interfaces, mut pending) = (new.to_vec(), Vec::new());
     for link in found.into_iter().flatten() {
         interfaces.push(link.interface.clone());
-        if waits {
+        if must_wait {
             pending.push(link);
         } else {
             // The program changes under the link in one step; the old one runs until then.
@@ -405,20 +407,20 @@ fn finish_start(
         has_flows: request.has_flows,
         is_fresh: !adopted,
     };
-    if waits {
+    if must_wait {
         return Ok((interfaces, Some(takeover)));
     }
     takeover.settle()?;
     Ok((interfaces, None))
 }
 
-/// A program that the object is known to have.
+/// Returns a program that the object is known to have.
 pub fn program_mut<'a>(bpf: &'a mut Ebpf, name: &str) -> &'a mut Xdp {
     let program = bpf.program_mut(name).expect("the object was built with this program");
     program.try_into().expect("it is an XDP program")
 }
 
-/// A handle of one that is loaded.
+/// Returns a handle of a loaded program.
 fn program_fd(bpf: &Ebpf, name: &'static str) -> Result<ProgramFd, DataplaneError> {
     let program = bpf.program(name).expect("the object was built with this program");
     let program: &Xdp = program.try_into().expect("it is an XDP program");
@@ -426,15 +428,15 @@ fn program_fd(bpf: &Ebpf, name: &'static str) -> Result<ProgramFd, DataplaneErro
     fd.map_err(|source| DataplaneError::Load { program: name, source: source.into() })
 }
 
-/// Programs to pin: that under the links, and the one that flows which another version takes over are asked of.
+/// Programs to pin: the one under the links, and the one that users' programs tail call.
 fn programs_of(request: &Request<'_>) -> Vec<&'static str> {
     let mut all = vec![request.program];
     all.extend(request.chained);
     all
 }
 
-/// Pins the programs, so that it can be told whose program runs under a link, and for tools. Where an earlier daemon's
-/// still runs, its pins stay until the links have changed ([`Takeover::settle`]).
+/// Pins the programs, for tools, and so that the owner of the program under a link can be determined. While an earlier
+/// daemon's program still runs, its pins stay until the links have changed ([`Takeover::settle`]).
 fn pin_programs(request: &Request<'_>, bpf: &Ebpf, home: &Home, adopted: bool) -> Result<(), DataplaneError> {
     for name in programs_of(request) {
         let path = program_path(home, name);
@@ -448,7 +450,7 @@ fn pin_programs(request: &Request<'_>, bpf: &Ebpf, home: &Home, adopted: bool) -
     Ok(())
 }
 
-/// Notes in `home` that its start is complete, and beside the links that it is the live one.
+/// Records in `home` that its start is complete, and beside the links that it is the live one.
 pub fn set_abi(pin_path: &Path, home: &Home) -> Result<(), DataplaneError> {
     let map = |source| DataplaneError::Map { map: names::ABI, source };
     let data = MapData::from_pin(home.path.join(names::ABI)).map_err(map)?;

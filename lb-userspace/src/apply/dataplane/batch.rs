@@ -6,10 +6,10 @@ use aya::maps::MapData;
 use std::{io, os::fd::AsFd};
 use zerocopy::FromBytes;
 
-/// Entries asked for at once. A bucket is never split, so it must hold the largest.
+/// Entries per call. The kernel never splits a bucket, so this must hold the largest bucket.
 const BATCH: usize = 4_096;
 
-/// Calls `each` with every entry. Entries that come or go meanwhile may or may not be among them.
+/// Calls `each` with every entry. Entries added or removed meanwhile may or may not be included.
 pub fn for_each<K, V>(
     map: &MapData,
     name: &'static str,
@@ -28,7 +28,7 @@ where
     .map_err(|source| DataplaneError::Read { map: name, source })
 }
 
-/// The same, as bytes, of a map whose keys and values have these sizes.
+/// Calls `each` with the bytes of every entry of a map whose keys and values have these sizes.
 pub fn for_each_raw(
     map: &impl AsFd,
     key_size: usize,
@@ -47,12 +47,12 @@ pub fn for_each_raw(
     }
 }
 
-/// Deletes an entry; one that is not there is as good.
+/// Deletes an entry; succeeds if there is none.
 pub fn delete<K: zerocopy::IntoBytes + zerocopy::Immutable>(map: &MapData, key: &K) -> io::Result<()> {
     sys::delete(map.fd(), key.as_bytes())
 }
 
-/// Writes entries, in some hundred system calls for a million. What was written before a failure stays.
+/// Writes entries, a million in a few hundred system calls. Entries written before a failure stay.
 pub fn update<K, V>(map: &MapData, name: &'static str, entries: &[(K, V)]) -> Result<(), DataplaneError>
 where
     K: zerocopy::IntoBytes + zerocopy::Immutable + Copy,

@@ -1,4 +1,4 @@
-//! Reads and removes bindings of mode `nat`: a [`Reader`]'s other half.
+//! Part of [`Reader`] that reads and removes bindings of mode `nat`.
 
 use super::{
     DataplaneError, batch,
@@ -9,12 +9,12 @@ use aya::maps::{HashMap, Map, MapData};
 use lb_common::{FlowKey, Nat, Reply, ReplyKey, names};
 use std::{path::Path, sync::OnceLock};
 
-/// Handles on both maps.
+/// Handles of both maps.
 pub struct Bindings {
     nats: (MapData, HashMap<MapData, FlowKey, Nat>),
     replies: (MapData, HashMap<MapData, ReplyKey, Reply>),
-    /// Whether the kernel tells how much memory entries take; found out when it is first of use.
-    tells: OnceLock<bool>,
+    /// Whether the kernel reports the memory of entries; determined at first use.
+    reports_memory: OnceLock<bool>,
 }
 
 impl Bindings {
@@ -25,30 +25,30 @@ impl Bindings {
         Ok(Self {
             nats: (pinned(pin_path, names::NAT_FLOWS)?, typed_nats),
             replies: (pinned(pin_path, names::NAT_REPLIES)?, typed_replies),
-            tells: OnceLock::new(),
+            reports_memory: OnceLock::new(),
         })
     }
 }
 
 impl Reader {
-    /// Bytes of both maps, entries included, if the kernel counts these (Linux 6.4): the same means as many.
+    /// Memory of both maps in bytes, if the kernel counts entries in it (Linux 6.4): equal memory means equally many.
     pub fn bindings_memory(&self) -> Option<[u64; 2]> {
-        let Bindings { nats, replies, tells } = &self.bindings;
-        tells.get_or_init(sys::tells_entries).then_some(())?;
+        let Bindings { nats, replies, reports_memory } = &self.bindings;
+        reports_memory.get_or_init(sys::counts_entry_memory).then_some(())?;
         Some([sys::memory(nats.0.fd())?, sys::memory(replies.0.fd())?])
     }
 
-    /// Bindings that there is room for.
+    /// Maximum number of bindings.
     pub fn bindings_room(&self) -> u32 {
         self.bindings.nats.0.info().map_or(u32::MAX, |info| info.max_entries())
     }
 
-    /// What becomes of a client's packets.
+    /// Translation of a client's packets.
     pub fn nat(&self, key: &FlowKey) -> Option<Nat> {
         self.bindings.nats.1.get(key, 0).ok()
     }
 
-    /// What becomes of a worker's packets.
+    /// Translation of a worker's packets.
     pub fn reply(&self, key: &ReplyKey) -> Option<Reply> {
         self.bindings.replies.1.get(key, 0).ok()
     }
@@ -63,13 +63,13 @@ impl Reader {
         batch::for_each(&self.bindings.replies.0, names::NAT_REPLIES, each)
     }
 
-    /// Forgets a client's entry.
+    /// Removes a client's entry.
     pub fn remove_nat(&self, key: &FlowKey) -> Result<(), DataplaneError> {
         batch::delete(&self.bindings.nats.0, key)
             .map_err(|source| DataplaneError::Read { map: names::NAT_FLOWS, source })
     }
 
-    /// Forgets a worker's entry.
+    /// Removes a worker's entry.
     pub fn remove_reply(&self, key: &ReplyKey) -> Result<(), DataplaneError> {
         batch::delete(&self.bindings.replies.0, key)
             .map_err(|source| DataplaneError::Read { map: names::NAT_REPLIES, source })

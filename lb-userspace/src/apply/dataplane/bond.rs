@@ -4,10 +4,10 @@
 
 use std::{fs, path::Path};
 
-/// Where the kernel lists bonds, each with the interfaces below it; of this network namespace.
+/// Directory in which the kernel lists bonds with the interfaces below them, for this network namespace.
 const BONDS: &str = "/proc/net/bonding";
 
-/// Index of the bond that an interface is below, if it is.
+/// Index of the bond above an interface, if any.
 pub fn over(ifindex: u32) -> Option<u32> {
     let name = nix::net::if_::if_indextoname(ifindex).ok()?;
     let bond = bond_in(Path::new(BONDS), name.to_str().ok()?)?;
@@ -37,7 +37,7 @@ mod tests {
         let found = |name| bond_in(directory.path(), name);
         assert_eq!(found("eth0").as_deref(), Some("bond0"));
         assert_eq!(found("eth10").as_deref(), Some("bond0"));
-        assert_eq!(found("eth1"), None, "no part of a name");
+        assert_eq!(found("eth1"), None, "not a prefix of a name");
         assert_eq!(bond_in(&directory.path().join("none"), "eth0"), None, "no bonds at all");
     }
 

@@ -1,7 +1,7 @@
-//! The dataplane of a worker: the `decap` program and its two maps.
+//! The dataplane of a worker: the `decap` program and its maps.
 
 use super::{
-    DataplaneError, Interfaces, LeftOut,
+    DataplaneError, Interfaces, RefusedProgram,
     attach::{self, Attached, Request, take},
     load::Switches,
     pins::Home,
@@ -25,20 +25,20 @@ use std::{
 };
 use zerocopy::IntoBytes;
 
-/// How to attach a worker's dataplane.
+/// Options for attaching a worker's dataplane.
 #[derive(Clone, Debug)]
 pub struct DecapOptions {
-    /// Interfaces.
+    /// Names of the interfaces.
     pub interfaces: Vec<String>,
-    /// Whether generic mode will do where the driver has none.
+    /// Whether generic mode may be used where the driver does not support XDP.
     pub allow_generic: bool,
     /// Directory of the pins, on a BPF filesystem.
     pub pin_path: PathBuf,
-    /// The program's settings.
+    /// Settings of the program.
     pub settings: DecapSettings,
     /// Log level of the program: 0 off, 1 error … 5 trace.
     pub log_level: u8,
-    /// Whether SYNs may be answered by cookie.
+    /// Whether SYNs may be answered with SYN cookies.
     pub cookies: bool,
 }
 
@@ -48,10 +48,10 @@ pub struct DecapDataplane {
     vips: HashMap<MapData, Address, u32>,
     reasons: PerCpuArray<MapData, u64>,
     reply_hops: Array<MapData, ReplyHop>,
-    /// Where the program runs, and where it is yet to run.
+    /// Interfaces that the program runs on, and those that wait for it.
     pub interfaces: Arc<Interfaces>,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
+    pub left_out: Vec<RefusedProgram>,
     /// Whether maps of an earlier daemon were taken over.
     pub adopted: bool,
     pin_path: PathBuf,
@@ -106,7 +106,7 @@ impl DecapDataplane {
         })
     }
 
-    /// Lets our program run where another ABI version's does: its version, if there was one. To be called when the
+    /// Replaces another ABI version's program by ours, and returns that version, if there was one. Call it when the
     /// maps are filled.
     pub fn take_over(&mut self) -> Result<Option<u32>, DataplaneError> {
         let Some(takeover) = self.takeover.take() else { return Ok(None) };
@@ -115,13 +115,13 @@ impl DecapDataplane {
         Ok(Some(abi))
     }
 
-    /// Makes these the addresses at which encapsulated packets are accepted.
+    /// Sets the addresses at which encapsulated packets are accepted.
     pub fn set_addresses(&mut self, addresses: &BTreeSet<Address>) -> Result<(), DataplaneError> {
         set(&mut self.addresses, names::DECAP_ADDRESSES, addresses)
     }
 
-    /// VIPs that are served here, by our maps and by those of another ABI version that still forwards: they outlive the
-    /// daemon, so that the next one knows which addresses of the host are ours.
+    /// VIPs served here, by our maps and by those of another ABI version that still forwards. They outlive the
+    /// daemon, so that the next one knows which of the host's addresses lbd added.
     pub fn served(&self) -> Result<BTreeSet<Address>, DataplaneError> {
         let map = |source| DataplaneError::Map { map: names::DECAP_VIPS, source };
         let mut served: BTreeSet<Address> = self.vips.keys().collect::<Result<_, _>>().map_err(map)?;
@@ -129,12 +129,12 @@ impl DecapDataplane {
         Ok(served)
     }
 
-    /// Makes these the VIPs that are served here.
+    /// Sets the VIPs that are served here.
     pub fn set_vips(&mut self, vips: &BTreeSet<Address>) -> Result<(), DataplaneError> {
         set(&mut self.vips, names::DECAP_VIPS, vips)
     }
 
-    /// Says how answers to clients of one family leave; None: the stack answers.
+    /// Sets the next hop of answers to clients of one family; with none, the stack answers.
     pub fn set_reply_hop(&mut self, is_ipv6: bool, hop: Option<ReplyHop>) -> Result<(), DataplaneError> {
         let place = if is_ipv6 { family::V6 } else { family::V4 };
         let map = |source| DataplaneError::Map { map: names::REPLY_HOPS, source };
@@ -143,13 +143,13 @@ impl DecapDataplane {
         if known == hop {
             return Ok(());
         }
-        // Nobody sees half of one way and half of another.
+        // Clear the entry first, so that no packet sees a mixture of two hops.
         self.reply_hops.set(place, ReplyHop { ifindex: 0, ..hop }, 0).map_err(map)?;
         super::grace_period();
         self.reply_hops.set(place, hop, 0).map_err(map)
     }
 
-    /// Each reason's counter over all CPUs.
+    /// Counters of each reason, summed over all CPUs.
     pub fn reasons(&self) -> Vec<(Reason, u64)> {
         reader::reasons(&self.reasons)
     }
@@ -160,7 +160,7 @@ impl DecapDataplane {
     }
 }
 
-/// VIPs in the maps of all ABI versions that are pinned in a directory; None if there are no such maps.
+/// VIPs in the maps of all ABI versions that are pinned in a directory; none if there are no such maps.
 pub fn pinned_vips(pin_path: &Path) -> Result<Option<BTreeSet<Address>>, DataplaneError> {
     if !pin_path.exists() {
         return Ok(None);
@@ -180,7 +180,7 @@ pub fn pinned_vips(pin_path: &Path) -> Result<Option<BTreeSet<Address>>, Datapla
     Ok(found)
 }
 
-/// Adds what is missing, then removes what is too much: nothing that stays is ever absent.
+/// Adds missing addresses, then removes unwanted ones, so that one that stays is never absent.
 fn set(
     map: &mut HashMap<MapData, Address, u32>,
     name: &'static str,

@@ -1,4 +1,4 @@
-//! What can go wrong with programs and maps, said so that an operator knows what to do.
+//! Errors of programs and maps, phrased so that an operator knows what to do.
 
 use lb_common::limits::KERNEL_FLOOR;
 use std::{io, path::PathBuf};
@@ -7,41 +7,41 @@ use std::{io, path::PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the fields are those of the messages")]
 pub enum DataplaneError {
-    /// The binary has no programs in it.
+    /// The binary contains no programs.
     #[error(
-        "this binary was built without its XDP programs (LB_SKIP_BPF); build it again after `cargo xtask setup`"
+        "this binary was built without its XDP programs (LB_SKIP_BPF); run `cargo xtask setup` and build it again"
     )]
     NoPrograms,
-    /// An interface is missing.
-    #[error("interface {interface} does not exist; there are: {present}")]
+    /// An interface does not exist.
+    #[error("interface {interface} does not exist; this host has: {present}")]
     NoInterface { interface: String, present: String },
-    /// Its driver does not take the program.
+    /// The driver refuses the program.
     #[error(
         "interface {interface} (driver {driver}): {why}; {advice}, or allow the slower generic mode with --allow-generic"
     )]
     NotTaken { interface: String, driver: String, why: String, advice: String, may_pass: bool },
-    /// Neither does generic mode.
+    /// Generic mode fails too.
     #[error("interface {interface} (driver {driver}): {why}; {advice}")]
     NotEvenGeneric { interface: String, driver: String, why: String, advice: String, may_pass: bool },
-    /// Generic mode would need another kind of programs than users' programs in the shared array are.
+    /// Generic mode needs programs without frags, but users' programs in the shared array have frags.
     #[error(
-        "interface {interface}: generic mode cannot have programs with frags, and users' programs in {path} are such: load those without the flag (SEC(\"xdp\")), and start lbd again after `lbd detach`"
+        "interface {interface}: generic mode does not support programs with frags, and users' programs in {path} have them; load those without the flag (SEC(\"xdp\")), run `lbd detach`, and start lbd again"
     )]
     GenericFrags { interface: String, path: PathBuf },
-    /// Something else is attached.
+    /// Another program is attached.
     #[error(
-        "interface {interface} already has an XDP program that is not ours (`ip link show dev {interface}` names it); stop the lbd or other daemon that holds it, or `ip link set dev {interface} xdp off`"
+        "interface {interface} already has an XDP program that this lbd did not attach (`ip link show dev {interface}` names it); stop the lbd or other daemon that holds it, or run `ip link set dev {interface} xdp off`"
     )]
     Busy { interface: String },
-    /// Attaching failed otherwise.
+    /// Attaching failed for another reason.
     #[error("cannot attach to interface {interface}: {source}")]
     Attach { interface: String, source: io::Error },
-    /// Another daemon runs.
+    /// Another daemon is running.
     #[error(
-        "another lbd (pid {pid}) already runs with the pins in {path}; stop it first, or give this one a --pin-path of its own"
+        "another lbd (pid {pid}) already runs with the pins in {path}; stop it first, or start this one with another --pin-path"
     )]
     Locked { path: PathBuf, pid: String },
-    /// Not allowed.
+    /// The process lacks a capability.
     #[error("{what}: not permitted; run as root (sudo) or with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON")]
     Denied { what: &'static str },
     /// The pin path is not on a BPF filesystem.
@@ -49,26 +49,26 @@ pub enum DataplaneError {
         "{path} is not on a BPF filesystem; mount one (`mount -t bpf bpf /sys/fs/bpf`) or choose another --pin-path"
     )]
     NoBpffs { path: PathBuf },
-    /// The pins are of another ABI.
+    /// The pins have another ABI version.
     #[error(
-        "the pinned maps in {path} have ABI version {pinned}, this lbd has {ours}, and cannot take over from them: {what}; they keep forwarding as they are. Start the lbd that matches, or remove the pins with `lbd detach --pin-path {path}` (forwarding stops until lbd is started again)"
+        "the pinned maps in {path} have ABI version {pinned}, and this lbd with version {ours} cannot take over from them: {what}; they keep forwarding. Start the matching lbd, or remove the pins with `lbd detach --pin-path {path}` (forwarding stops until lbd is started again)"
     )]
     Abi { path: PathBuf, pinned: u32, ours: u32, what: String },
-    /// Our own maps are not what this lbd makes them.
+    /// The maps of this ABI version differ from what this lbd makes.
     #[error("the maps in {path} cannot be read: {what}; remove them with `lbd detach` and start again")]
     Own { path: PathBuf, what: String },
-    /// A map has another layout than expected.
+    /// Entries of a map have an unexpected size.
     #[error(
-        "map {map}: entries of {got} bytes, {want} expected; remove the pins with `lbd detach` and start again"
+        "map {map} has entries of {got} bytes instead of {want}; remove the pins with `lbd detach` and start again"
     )]
     Layout { map: &'static str, got: u32, want: u32 },
     /// The kernel refused the program.
     #[error("the kernel refused the {program} program: {source}")]
     Load { program: &'static str, source: Box<dyn std::error::Error + Send + Sync> },
-    /// Its verifier did.
-    #[error("Linux {kernel} refused the program {program}: {reason}{}{}", floor(kernel), log.as_ref().map(|p| format!("; its whole log: {}", p.display())).unwrap_or_default())]
+    /// The verifier refused the program.
+    #[error("Linux {kernel} refused the program {program}: {reason}{}{}", floor(kernel), log.as_ref().map(|p| format!("; the complete log is in {}", p.display())).unwrap_or_default())]
     Verifier { kernel: String, program: &'static str, reason: String, log: Option<PathBuf> },
-    /// A map could not be opened or asked about.
+    /// A map could not be opened or queried.
     #[error("map {map}: {source}")]
     Map { map: &'static str, source: aya::maps::MapError },
     /// A map could not be mapped into memory.
@@ -80,16 +80,16 @@ pub enum DataplaneError {
     /// A map could not be written.
     #[error("map {map} cannot be written: {source}")]
     Write { map: &'static str, source: io::Error },
-    /// An index beyond the map.
+    /// An index is beyond the map's size.
     #[error("map {map} has no entry {index}")]
     Index { map: &'static str, index: u32 },
-    /// A pin could not be made or removed.
+    /// A pin could not be created or removed.
     #[error("{what} {path}: {source}")]
     Pin { what: &'static str, path: PathBuf, source: io::Error },
 }
 
 impl DataplaneError {
-    /// Whether it is about one interface, so that others may be used meanwhile.
+    /// Whether the error concerns one interface, so that others can be used meanwhile.
     pub fn is_of_interface(&self) -> bool {
         matches!(self, Self::NoInterface { .. } | Self::NotTaken { .. } | Self::NotEvenGeneric { .. })
     }

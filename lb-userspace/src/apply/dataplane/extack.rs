@@ -1,5 +1,5 @@
-//! The driver's own sentence: why it does not take an XDP program. A BPF link gives an error number only, so the same is
-//! asked again by netlink, whose answers carry text (extended acknowledgements, "extack").
+//! Reads the driver's message about a refused XDP program. A BPF link returns an error number only, so the attempt is
+//! repeated by netlink, whose answers carry text (extended acknowledgements, "extack").
 
 use std::{
     io,
@@ -18,21 +18,21 @@ const NLA_F_NESTED: u16 = 1 << 15;
 const IFLA_XDP: u16 = 43;
 const IFLA_XDP_FD: u16 = 1;
 const IFLA_XDP_FLAGS: u16 = 3;
-/// Only where no program is attached.
+/// Attach only where no program is attached.
 const XDP_FLAGS_UPDATE_IF_NOEXIST: u32 = 1;
 const SOL_NETLINK: libc::c_int = 270;
 const NETLINK_CAP_ACK: libc::c_int = 10;
 const NETLINK_EXT_ACK: libc::c_int = 11;
 const HEADER: usize = 16;
 
-/// What the driver says of an attempt to attach a program that has just failed by a link; `mode`: the same flags. None
-/// if it says nothing. Should the attempt succeed this time, it is undone at once.
+/// Returns the driver's message about attaching a program after a link has just failed with the same flags (`mode`);
+/// none if there is no message. If the attempt succeeds this time, it is undone at once.
 pub fn reason(program: &impl AsFd, ifindex: u32, mode: u32) -> Option<String> {
     let socket = open().ok()?;
     let fd = program.as_fd().as_raw_fd();
     let answer = ask(&socket, &request(ifindex, fd, mode | XDP_FLAGS_UPDATE_IF_NOEXIST)).ok()?;
     if error_of(&answer) == Some(0) {
-        // It took it: an interface without a program is what the caller expects.
+        // The driver accepted it: detach, because the caller expects an interface without a program.
         let _ = ask(&socket, &request(ifindex, -1, mode));
     }
     sentence(&answer)
@@ -50,7 +50,7 @@ fn open() -> io::Result<OwnedFd> {
     for option in [NETLINK_CAP_ACK, NETLINK_EXT_ACK] {
         let on: libc::c_int = 1;
         let len = size_of_val(&on) as libc::socklen_t;
-        // SAFETY: the value is as long as is said.
+        // SAFETY: the value has the given length.
         if unsafe { libc::setsockopt(fd, SOL_NETLINK, option, (&raw const on).cast(), len) } < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -82,12 +82,12 @@ fn request(ifindex: u32, program: i32, flags: u32) -> Vec<u8> {
 
 fn ask(socket: &OwnedFd, request: &[u8]) -> io::Result<Vec<u8>> {
     let fd = socket.as_raw_fd();
-    // SAFETY: the buffer is as long as is said.
+    // SAFETY: the buffer has the given length.
     if unsafe { libc::send(fd, request.as_ptr().cast(), request.len(), 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
     let mut answer = vec![0u8; 4_096];
-    // SAFETY: likewise.
+    // SAFETY: the buffer has the given length.
     let len = unsafe { libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0) };
     if len < 0 {
         return Err(io::Error::last_os_error());
@@ -100,7 +100,7 @@ fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
-/// The error number of an answer: 0 for success.
+/// Error number of an answer: 0 for success.
 fn error_of(answer: &[u8]) -> Option<i32> {
     if half(answer, 4)? != NLMSG_ERROR {
         return None;
@@ -108,14 +108,14 @@ fn error_of(answer: &[u8]) -> Option<i32> {
     Some(i32::from_ne_bytes(answer.get(HEADER..HEADER + 4)?.try_into().ok()?))
 }
 
-/// The text of an answer.
+/// Text of an answer.
 fn sentence(answer: &[u8]) -> Option<String> {
     error_of(answer)?;
     let flags = half(answer, 6)?;
     if flags & NLM_F_ACK_TLVS == 0 {
         return None;
     }
-    // The error, then the request's header or all of it, then attributes.
+    // The error, then the header of the request or all of it, then attributes.
     let quoted = HEADER + 4;
     let mut at = quoted + HEADER;
     if flags & NLM_F_CAPPED == 0 {
@@ -165,7 +165,7 @@ mod tests {
         assert_eq!(sentence(&full).as_deref(), Some(text));
         assert_eq!(error_of(&full), Some(-22));
         assert_eq!(sentence(&answer(0, -22, &whole, "")), None, "no attributes");
-        assert_eq!(sentence(&capped[..20]), None, "cut short");
+        assert_eq!(sentence(&capped[..20]), None, "truncated");
         assert_eq!(sentence(&[]), None);
     }
 

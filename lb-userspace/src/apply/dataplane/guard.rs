@@ -1,8 +1,8 @@
 //! Writes the deny and allow lists into the maps.
 //!
-//! What changes is written in an order in which a packet never meets less than what was asked for before or after:
-//! entries that come, then lengths and bitmaps, then entries that go. A daemon that starts takes what is in the maps as
-//! they are, and writes what differs.
+//! Writes are ordered so that a packet never meets fewer entries than both the old and the new lists have: first added
+//! entries, then lengths and bitmaps, then removed entries. A daemon that starts adopts the contents of the maps,
+//! and writes the differences.
 
 use super::{DataplaneError, batch, grace_period, mapped::MappedArray};
 use crate::{
@@ -20,24 +20,24 @@ use lb_common::{
 };
 use std::collections::BTreeSet;
 
-/// Ranges of blocks that are painted one by one; of more, all blocks are at once.
+/// Maximum number of block ranges that are written one by one; beyond it, all blocks are written at once.
 const RANGES: usize = 4_096;
 
-/// The maps of the lists, and what they hold.
+/// The maps of the lists, and their contents.
 pub struct GuardWriter {
     blocks: MappedArray<Line>,
     filter: MappedArray<Line>,
     state: MappedArray<GuardState>,
     entries: MapData,
     table: Table,
-    /// What the maps were last made from; none if that is not known, or a write failed.
+    /// Lists that the maps were last made from; none if unknown, or after a failed write.
     applied: Option<Guard>,
-    /// Times at which entries end.
+    /// Times at which entries expire.
     ends: BTreeSet<(u64, IpNet)>,
 }
 
 impl GuardWriter {
-    /// Takes the maps over.
+    /// Adopts the maps.
     pub fn new(
         blocks: MappedArray<Line>,
         filter: MappedArray<Line>,
@@ -48,13 +48,13 @@ impl GuardWriter {
         Self { blocks, filter, state, entries, table, applied: None, ends }
     }
 
-    /// Prefixes that there is room for.
+    /// Maximum number of prefixes.
     pub fn capacity(&self) -> Result<u32, DataplaneError> {
         let info = self.entries.info().map_err(|source| DataplaneError::Map { map: NAME, source })?;
         Ok(info.max_entries())
     }
 
-    /// Brings the maps up to date; says when the next entry ends.
+    /// Updates the maps; returns when the next entry expires.
     pub fn apply(&mut self, guard: &Guard, now_s: u64) -> Result<Option<u64>, DataplaneError> {
         let result = self.write(guard, now_s);
         match &result {
@@ -90,7 +90,7 @@ impl GuardWriter {
             return Ok(self.next_end(now_s));
         }
         batch::update(&self.entries, NAME, &puts)?;
-        // Lengths that come are known before a bitmap leads to them, and those that go after none does.
+        // Added lengths are written before a bitmap leads to them, removed ones after none does.
         self.store_state(true)?;
         if has_more || ranges.len() > RANGES {
             self.paint(ALL_BLOCKS)?;
@@ -117,7 +117,7 @@ impl GuardWriter {
         Ok(self.next_end(now_s))
     }
 
-    /// Prefixes whose verdict may be another than in the table.
+    /// Prefixes whose verdict may differ from the table's.
     fn changed(&mut self, guard: &Guard, now_s: u64) -> BTreeSet<IpNet> {
         let mut changed = BTreeSet::new();
         match &self.applied {
@@ -168,7 +168,7 @@ impl GuardWriter {
     }
 
     fn paint(&self, range: Blocks) -> Result<(), DataplaneError> {
-        // Whole words, so that nothing need be read.
+        // Whole words, so that nothing has to be read first.
         let first = range.start() / block::IN_WORD * block::IN_WORD;
         let last = range.end() / block::IN_WORD * block::IN_WORD + block::IN_WORD - 1;
         let states = self.table.blocks(first..=last);
@@ -179,7 +179,7 @@ impl GuardWriter {
         Ok(())
     }
 
-    /// Writes the lengths in use; if asked to, together with those that were in use before.
+    /// Writes the lengths in use; with `with_old`, together with those that were in use before.
     fn store_state(&self, with_old: bool) -> Result<(), DataplaneError> {
         let missing = || super::missing(names::GUARD_STATE, 0);
         let live = self.state.load(0).ok_or_else(missing)?;
@@ -196,7 +196,7 @@ impl GuardWriter {
         if v6 == live.v6[active as usize] {
             return Ok(());
         }
-        // Nobody reads the idle list any more: it was left a grace period ago.
+        // No program reads the idle list: a grace period has passed since it was live.
         let mut next = self.state.load(0).ok_or_else(missing)?;
         next.v6[(active ^ 1) as usize] = v6;
         super::stored(self.state.store(0, &next), names::GUARD_STATE, 0)?;
@@ -209,7 +209,7 @@ impl GuardWriter {
 
 const NAME: &str = names::GUARD_ENTRIES;
 
-/// Lengths of both, longest first.
+/// Union of both lists of lengths, longest first.
 fn union(a: &Lengths, b: &Lengths) -> Lengths {
     let of = |l: &Lengths| l.bits.iter().take(l.count as usize).copied().collect::<Vec<_>>();
     let all: BTreeSet<[u8; 2]> = of(a).into_iter().chain(of(b)).collect();

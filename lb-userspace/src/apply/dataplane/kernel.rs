@@ -1,4 +1,4 @@
-//! What the running kernel can do, found out by trying and never guessed from its version: distributions add features
+//! Abilities of the running kernel, determined by trying and never guessed from its version: distributions add features
 //! to old versions, and administrators switch some off.
 //!
 //! The results go into the read-only setting `kernel` of each program, so that the verifier removes code that uses
@@ -27,7 +27,7 @@ const XDP: u32 = 6;
 pub const BPF_XDP: u32 = 37;
 /// `BPF_TCX_INGRESS`, an attach type.
 const TCX_INGRESS: u32 = 46;
-/// `BPF_F_XDP_HAS_FRAGS`: the program understands packets whose data lies in several pieces.
+/// `BPF_F_XDP_HAS_FRAGS`: the program supports packets whose data is in several pieces.
 const HAS_FRAGS: u32 = 1 << 5;
 /// `BPF_FIB_LOOKUP_SRC`.
 const FIB_LOOKUP_SRC: i32 = 1 << 4;
@@ -38,12 +38,12 @@ const HELPER_CHECK_MTU: i32 = 163;
 const HELPER_GET_BUFF_LEN: i32 = 188;
 const XDP_PASS: i32 = 2;
 
-/// Features of a kernel that programs, links or tools of ours depend on.
+/// Kernel features that our programs, links or tools depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Kernel {
-    /// XDP programs may say that they understand packets in several pieces, and ask for their length (Linux 5.18).
+    /// XDP programs can support packets in several pieces, and query their length (Linux 5.18).
     pub frags: bool,
-    /// `bpf_fib_lookup` tells the source address (Linux 6.7).
+    /// `bpf_fib_lookup` returns the source address (Linux 6.7).
     pub fib_src: bool,
     /// The coarse clock (Linux 5.11).
     pub coarse_clock: bool,
@@ -54,7 +54,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The running kernel's, tried once per process.
+    /// Features of the running kernel, tried once per process.
     pub fn get() -> Self {
         static KERNEL: OnceLock<Kernel> = OnceLock::new();
         *KERNEL.get_or_init(Self::probe)
@@ -71,7 +71,7 @@ impl Kernel {
         }
     }
 
-    /// The bits of the programs' setting `kernel`. `frags`: whether the programs are loaded with that flag.
+    /// Bits of the programs' setting `kernel`. `frags`: whether the programs are loaded with that flag.
     pub fn bits(self, frags: bool) -> u32 {
         use lb_common::settings::kernel;
         let mut bits = 0;
@@ -111,12 +111,12 @@ const CALL: u8 = 0x85;
 const EXIT: u64 = instruction(0x95, 0, 0, 0);
 const MOVE_PASS: u64 = instruction(MOVE, 0, 0, XDP_PASS);
 
-/// One instruction in the kernel's format; `registers`: source and destination, a half byte each.
+/// One instruction in the kernel's format; `registers`: source and destination, four bits each.
 const fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u64 {
     code as u64 | (registers as u64) << 8 | (offset as u16 as u64) << 16 | (immediate as u32 as u64) << 32
 }
 
-/// Whether `bpf_fib_lookup` takes a flag. It looks at the flags first and then at the address family, which is none
+/// Whether `bpf_fib_lookup` accepts a flag. It checks the flags before the address family, which is invalid
 /// here: EINVAL means that it does not know the flag, EAFNOSUPPORT that it does.
 fn knows_fib_flag(flag: i32) -> io::Result<bool> {
     const PARAMS: i16 = 64;
@@ -156,7 +156,7 @@ fn has_check_mtu() -> bool {
     sys::load_program(XDP, BPF_XDP, 0, &code).is_ok()
 }
 
-/// Whether programs attach to tc by links. No interface has index 0: whoever looks for it knows the attach type.
+/// Whether programs attach to tc by links. No interface has index 0: a kernel that looks it up knows the attach type.
 fn has_tcx() -> io::Result<bool> {
     let code = [instruction(MOVE, 0, 0, 0), EXIT];
     let program = sys::load_program(SCHED_CLS, 0, 0, &code)?;
@@ -166,12 +166,12 @@ fn has_tcx() -> io::Result<bool> {
     }
 }
 
-/// A program that lets every packet pass, loaded with or without the frags flag.
+/// Loads a program that passes every packet, with or without the frags flag.
 pub fn trial_program(frags: bool) -> io::Result<OwnedFd> {
     sys::load_program(XDP, BPF_XDP, if frags { HAS_FRAGS } else { 0 }, &[MOVE_PASS, EXIT])
 }
 
-/// Whether the kernel compiles programs.
+/// Whether the kernel compiles programs to machine code.
 ///
 /// # Errors
 /// No program can be loaded.
@@ -179,8 +179,8 @@ pub fn is_jitted() -> io::Result<bool> {
     sys::is_jitted(&trial_program(false)?)
 }
 
-/// Whether a program array takes programs like this one: the kernel wants all of an array alike in the frags flag.
-/// Tried at a place that nobody jumps to. An array that never held a program takes any, and holds to that kind then.
+/// Whether a program array accepts programs like this one: the kernel wants all of an array alike in the frags flag.
+/// Tried at an index that is never called. An array that never held a program accepts any, and is then fixed to its kind.
 pub fn fits(array: &impl AsFd, program: &impl AsFd) -> io::Result<bool> {
     let key = TRIAL.to_ne_bytes();
     let value = program.as_fd().as_raw_fd().to_ne_bytes();
@@ -209,7 +209,7 @@ mod tests {
         let old = Kernel::default();
         assert_eq!(old.bits(false), 0);
         let new = Kernel { frags: true, fib_src: true, tcx: true, ..old };
-        assert_eq!(new.bits(false), FIB_SRC, "a kernel that has frags, programs that go without");
+        assert_eq!(new.bits(false), FIB_SRC, "a kernel that has frags, programs without it");
         assert_eq!(new.bits(true), FIB_SRC | FRAGS);
     }
 }

@@ -1,8 +1,8 @@
-//! What map types of any ABI version look like, and how entries of one become entries of another.
+//! Layouts of the map types of any ABI version, and the conversion of entries from one to another.
 //!
-//! Each home has a map [`names::LAYOUT`] with a [`Layout`] as JSON. A reader goes by the names of maps, records and
-//! fields ([`lb_common::describe`]), so it reads versions that were made before it, and after. Version 2 had no such
-//! map; its layout is here.
+//! Each home has a map [`names::LAYOUT`] with a [`Layout`] as JSON. A reader finds maps, records and fields by name
+//! ([`lb_common::describe`]), so it reads versions that were made before it, and after it. Version 2 had no such
+//! map; its layout is embedded here.
 //!
 //! A field that the reader has and the other version lacks is zero where that is sound
 //! ([`lb_common::describe::MAY_LACK`]); otherwise the flows of that map count as lost.
@@ -16,34 +16,34 @@ use std::collections::BTreeMap;
 /// The map types of a version.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
-    /// The version.
+    /// ABI version.
     pub abi: u32,
-    records: BTreeMap<String, Record>,
+    records: BTreeMap<String, RecordLayout>,
     /// Records of keys and values.
     maps: BTreeMap<String, (String, String)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
+struct RecordLayout {
     size: usize,
-    fields: BTreeMap<String, Field>,
+    fields: BTreeMap<String, FieldLayout>,
 }
 
-/// Offset, bytes, and the record that it is or is an array of.
+/// Offset and size in bytes, and the record that the field is or is an array of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Field(usize, usize, Option<String>);
+struct FieldLayout(usize, usize, Option<String>);
 
-/// Records are no larger than this, and no deeper nested.
+/// Maximum size of records in bytes, and maximum nesting.
 const MAX_RECORD: usize = 1_024;
 const MAX_DEPTH: usize = 4;
 
 impl Layout {
-    /// That of this version.
+    /// Layout of this version.
     pub fn ours() -> Self {
         let field =
-            |f: &describe::Field| (f.name.to_owned(), Field(f.offset, f.size, f.of.map(str::to_owned)));
+            |f: &describe::Field| (f.name.to_owned(), FieldLayout(f.offset, f.size, f.of.map(str::to_owned)));
         let record = |r: &describe::Record| {
-            (r.name.to_owned(), Record { size: r.size, fields: r.fields.iter().map(field).collect() })
+            (r.name.to_owned(), RecordLayout { size: r.size, fields: r.fields.iter().map(field).collect() })
         };
         let map = |m: &describe::MapOf| (m.name.to_owned(), (m.key.to_owned(), m.value.to_owned()));
         Self {
@@ -53,21 +53,21 @@ impl Layout {
         }
     }
 
-    /// That of another version's maps; else what is wrong.
+    /// Reads the layout of another version's maps; an error says what is wrong.
     pub fn read(home: &Home) -> Result<Self, String> {
         let path = home.path.join(names::LAYOUT);
         if !path.exists() {
             if home.abi == 2 {
-                return Ok(serde_json::from_str(include_str!("abi2.json")).expect("a test reads it"));
+                return Ok(serde_json::from_str(include_str!("abi2.json")).expect("a test parses it"));
             }
-            return Err("they do not say what their entries look like".to_owned());
+            return Err("they have no description of their entries".to_owned());
         }
-        let wrong = |what: String| format!("what they say of their entries cannot be read ({what})");
+        let wrong = |what: String| format!("the description of their entries cannot be read ({what})");
         let mut text = vec![0; names::LAYOUT_LEN];
         let map = sys::open(&path).map_err(|e| wrong(e.to_string()))?;
         let has = sys::lookup(&map, &0u32.to_ne_bytes(), &mut text).map_err(|e| wrong(e.to_string()))?;
         if !has {
-            return Err(wrong("there is nothing".to_owned()));
+            return Err(wrong("it is empty".to_owned()));
         }
         let text = text.split(|byte| *byte == 0).next().unwrap_or_default();
         let layout: Self = serde_json::from_slice(text).map_err(|e| wrong(e.to_string()))?;
@@ -75,20 +75,20 @@ impl Layout {
         Ok(layout)
     }
 
-    /// Whether every field lies in its record.
+    /// Checks that every field lies within its record.
     fn check(&self) -> Result<(), String> {
         for (name, record) in &self.records {
-            let fits = |Field(offset, size, _): &Field| {
+            let fits = |FieldLayout(offset, size, _): &FieldLayout| {
                 offset.checked_add(*size).is_some_and(|end| end <= record.size)
             };
             if record.size > MAX_RECORD || !record.fields.values().all(fits) {
-                return Err(format!("record {name} is too long, or a field lies outside"));
+                return Err(format!("record {name} is too long, or has a field beyond its end"));
             }
         }
         Ok(())
     }
 
-    fn record(&self, name: &str) -> Result<&Record, String> {
+    fn record(&self, name: &str) -> Result<&RecordLayout, String> {
         self.records.get(name).ok_or_else(|| format!("record {name} is not described"))
     }
 
@@ -99,7 +99,7 @@ impl Layout {
     }
 }
 
-/// Writes what this version's entries look like.
+/// Writes the layout of this version.
 pub fn write_own(bpf: &mut Ebpf) -> Result<(), DataplaneError> {
     let text = serde_json::to_vec(&Layout::ours()).expect("maps of plain data");
     let mut entry = [0; names::LAYOUT_LEN];
@@ -110,12 +110,12 @@ pub fn write_own(bpf: &mut Ebpf) -> Result<(), DataplaneError> {
     layout.set(0, entry, 0).map_err(map)
 }
 
-/// How a record of one version becomes one of another: ranges to copy into zeros.
+/// Conversion of a record between versions: ranges to copy into zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Copies {
     from_size: usize,
     to_size: usize,
-    /// From, to, length.
+    /// Source offset, destination offset, length.
     ranges: Vec<(usize, usize, usize)>,
 }
 
@@ -140,12 +140,12 @@ impl Copies {
             return Err(format!("record {from_name} is nested too deep"));
         }
         let (old, new) = (from.record(from_name)?, to.record(to_name)?);
-        for (name, Field(to_offset, to_size, to_of)) in &new.fields {
-            let Some(Field(from_offset, from_size, from_of)) = old.fields.get(name) else {
-                if describe::MAY_LACK.contains(&(to_name, name)) {
+        for (name, FieldLayout(to_offset, to_size, to_of)) in &new.fields {
+            let Some(FieldLayout(from_offset, from_size, from_of)) = old.fields.get(name) else {
+                if describe::OPTIONAL_FIELDS.contains(&(to_name, name)) {
                     continue;
                 }
-                return Err(format!("{from_name} has no {name}"));
+                return Err(format!("{from_name} has no field {name}"));
             };
             let (from_at, to_at) = (from_base + from_offset, to_base + to_offset);
             match (from_of, to_of) {
@@ -153,13 +153,13 @@ impl Copies {
                 (Some(from_of), Some(to_of)) => {
                     let (a, b) = (from.record(from_of)?.size.max(1), to.record(to_of)?.size.max(1));
                     if from_size / a > to_size / b {
-                        return Err(format!("{from_name}.{name} has more parts than fit"));
+                        return Err(format!("{from_name}.{name} has more elements than fit"));
                     }
                     for i in 0..from_size / a {
                         self.add((from, from_of, from_at + i * a), (to, to_of, to_at + i * b), depth + 1)?;
                     }
                 }
-                _ => return Err(format!("{from_name}.{name} has another form")),
+                _ => return Err(format!("{from_name}.{name} has another type")),
             }
         }
         Ok(())
@@ -172,7 +172,7 @@ impl Copies {
     }
 }
 
-/// How entries of a map become entries of this version's.
+/// Conversion of the entries of a map between versions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conversion {
     key: Copies,
@@ -180,12 +180,12 @@ pub struct Conversion {
 }
 
 impl Conversion {
-    /// For `map` of a version with this layout; else why its entries cannot be read.
+    /// Conversion of `map` between two layouts; an error says why its entries cannot be read.
     pub fn new(map: &str, from: &Layout, to: &Layout) -> Result<Self, String> {
         Self::between((from, map), (to, map))
     }
 
-    /// The same where the map has another name.
+    /// Conversion between maps of different names.
     pub fn between((from, from_map): (&Layout, &str), (to, to_map): (&Layout, &str)) -> Result<Self, String> {
         let missing = |map: &str| format!("map {map} is not described");
         let (from_key, from_value) = from.maps.get(from_map).ok_or_else(|| missing(from_map))?;
@@ -196,12 +196,12 @@ impl Conversion {
         })
     }
 
-    /// Bytes of a key and of a value as they are.
+    /// Sizes of a key and of a value before the conversion, in bytes.
     pub fn source_sizes(&self) -> (usize, usize) {
         (self.key.from_size, self.value.from_size)
     }
 
-    /// An entry as this version has it, if the types are those of the map.
+    /// Converts an entry; none if the types do not have the sizes of the map.
     pub fn entry<K: zerocopy::FromBytes, V: zerocopy::FromBytes>(
         &self,
         key: &[u8],
@@ -229,13 +229,13 @@ mod tests {
     #[test]
     fn versions_2_and_ours_read_each_other() {
         let (old, new) = (version_2(), Layout::ours());
-        old.check().expect("version 2's layout is sound");
-        new.check().expect("ours is sound");
+        old.check().expect("version 2's layout is valid");
+        new.check().expect("ours is valid");
         for map in describe::MAPS.iter().filter(|map| map.name != names::NOTES) {
             Conversion::new(map.name, &old, &new).expect("from 2 to ours");
             Conversion::new(map.name, &new, &old).expect("from ours to 2");
         }
-        Conversion::between((&old, names::SYNS), (&new, names::FLOWS)).expect("their notes of SYNs");
+        Conversion::between((&old, names::SYNS), (&new, names::FLOWS)).expect("their cached SYNs");
     }
 
     #[test]
@@ -248,26 +248,26 @@ mod tests {
     fn an_entry_goes_to_another_layout_and_back() {
         let ours = Layout::ours();
         let mut other = ours.clone();
-        // Turned round, with room in front.
+        // Reversed, with room in front.
         for name in ["Vip", "PortRange"] {
             let record = other.records.get_mut(name).expect("it is described");
-            for Field(offset, size, _) in record.fields.values_mut() {
+            for FieldLayout(offset, size, _) in record.fields.values_mut() {
                 *offset = record.size - *offset - *size + 8;
             }
             record.size += 8;
         }
         let range = other.records["PortRange"].size;
         let vip = other.records.get_mut("Vip").expect("it is described");
-        let Field(offset, size, _) = vip.fields.get_mut("ranges").expect("it is described");
+        let FieldLayout(offset, size, _) = vip.fields.get_mut("ranges").expect("it is described");
         (*offset, *size) = (vip.size, 16 * range);
         vip.size += 16 * range;
         let there = Conversion::new(names::VIPS, &ours, &other).expect("there");
-        // What only the other knows is left out on the way back.
+        // A field that only the other layout has is left out on the way back.
         let vip = other.records.get_mut("Vip").expect("it is described");
-        vip.fields.insert("news".to_owned(), Field(0, 8, None));
+        vip.fields.insert("news".to_owned(), FieldLayout(0, 8, None));
         let back = Conversion::new(names::VIPS, &other, &ours).expect("back");
-        let said = Conversion::new(names::VIPS, &ours, &other).expect_err("nobody has news for it");
-        assert!(said.contains("Vip has no news"), "{said}");
+        let error = Conversion::new(names::VIPS, &ours, &other).expect_err("no layout has this field");
+        assert!(error.contains("Vip has no field news"), "{error}");
 
         let key = VipKey { vip: mapped([10, 0, 0, 1]) };
         let mut vip = Vip { any_tcp: 7, range_count: 2, ..Vip::EMPTY };
@@ -280,20 +280,20 @@ mod tests {
     }
 
     #[test]
-    fn what_a_flow_cannot_be_followed_without_must_be_there() {
+    fn fields_that_a_flow_needs_must_be_there() {
         let ours = Layout::ours();
         let lacking = |field: &str| {
             let mut other = ours.clone();
             other.records.get_mut("Flow").expect("it is described").fields.remove(field);
             Conversion::new(names::FLOWS, &other, &ours)
         };
-        let said = lacking("backend").expect_err("nobody knows where it goes");
-        assert!(said.contains("Flow has no backend"), "{said}");
+        let error = lacking("backend").expect_err("its destination is unknown");
+        assert!(error.contains("Flow has no field backend"), "{error}");
         let mut other = ours.clone();
         let flow = other.records.get_mut("Flow").expect("it is described");
-        flow.fields.insert("backend".to_owned(), Field(0, 2, None));
-        let said = Conversion::new(names::FLOWS, &other, &ours).expect_err("another form");
-        assert!(said.contains("Flow.backend has another form"), "{said}");
+        flow.fields.insert("backend".to_owned(), FieldLayout(0, 2, None));
+        let error = Conversion::new(names::FLOWS, &other, &ours).expect_err("another type");
+        assert!(error.contains("Flow.backend has another type"), "{error}");
         assert_eq!(size_of::<Flow>(), ours.sizes(names::FLOWS).map_or(0, |(_, value)| value));
     }
 
@@ -301,7 +301,7 @@ mod tests {
     fn a_layout_that_lies_is_refused() {
         let mut lying = Layout::ours();
         let flow = lying.records.get_mut("Flow").expect("it is described");
-        flow.fields.insert("backend".to_owned(), Field(usize::MAX, 4, None));
+        flow.fields.insert("backend".to_owned(), FieldLayout(usize::MAX, 4, None));
         assert!(lying.check().is_err());
     }
 }

@@ -1,6 +1,6 @@
-//! Links: which program runs on which interface. Pinned, so that they outlive the daemon.
+//! Links: the program that runs on each interface. Pinned, so that they outlive the daemon.
 //!
-//! A link belongs to an interface's index; the name of its pin is for people, and follows when the interface is renamed.
+//! A link belongs to an interface index; the name of its pin is for people, and changes when the interface is renamed.
 
 use super::{DataplaneError, advice::Refusal, extack, kernel::BPF_XDP, pins, sys};
 use crate::apply::ethtool::Ethtool;
@@ -22,19 +22,19 @@ pub struct Interface {
     pub ifindex: u32,
     /// `driver` or `generic`.
     pub mode: &'static str,
-    /// Why it is not the driver that runs it, if lbd knows.
+    /// Why the driver does not run the program, if lbd knows.
     pub why_generic: Option<String>,
 }
 
 /// A pinned link that is attached.
-pub struct Link {
-    /// What it is attached to, and how.
+pub struct XdpLink {
+    /// Interface and mode of the link.
     pub interface: Interface,
     fd: OwnedFd,
 }
 
-impl Link {
-    /// Puts a program under it, in one step.
+impl XdpLink {
+    /// Replaces the program under the link in one step.
     pub fn update(&self, program: &impl AsFd) -> Result<(), DataplaneError> {
         sys::update_link(&self.fd, program).map_err(|error| {
             let i = &self.interface;
@@ -51,21 +51,21 @@ const SKB_MODE: u32 = 1 << 1;
 const DRV_MODE: u32 = 1 << 2;
 /// Modes, as in reports and in the names of pinned links.
 const DRIVER: &str = "driver";
-/// The mode that every interface has.
+/// Generic mode, which every interface supports.
 pub const GENERIC: &str = "generic";
-/// How the names of pinned links begin.
+/// Prefix of the names of pinned links.
 const PREFIX: &str = "link-";
-/// How long an interface may take to have its carrier again: some drivers set their rings up anew for a program.
+/// Longest time until an interface has its carrier again: some drivers reinitialise their rings for a program.
 const CARRIER: Duration = Duration::from_secs(10);
-/// How often that is looked at.
-const LOOK: Duration = Duration::from_millis(50);
+/// Interval at which the carrier is checked.
+const CARRIER_POLL: Duration = Duration::from_millis(50);
 
-/// Where an interface's link is pinned. A BPF filesystem has no dots in names.
+/// Path of an interface's pinned link. Names in a BPF filesystem have no dots.
 fn link_path(pin_path: &Path, interface: &str, mode: &str) -> PathBuf {
     pin_path.join(format!("{PREFIX}{mode}-{}", interface.replace('.', "-")))
 }
 
-/// Index of an interface.
+/// Returns the index of an interface.
 pub fn index_of(name: &str) -> Result<u32, DataplaneError> {
     nix::net::if_::if_nametoindex(name).map_err(|_| {
         let all = nix::net::if_::if_nameindex();
@@ -85,7 +85,7 @@ struct Pinned {
     info: sys::LinkInfo,
 }
 
-/// All pinned links.
+/// Lists all pinned links.
 fn pinned(pin_path: &Path) -> Result<Vec<Pinned>, DataplaneError> {
     let mut all = Vec::new();
     for path in pins::entries(pin_path)? {
@@ -100,25 +100,25 @@ fn pinned(pin_path: &Path) -> Result<Vec<Pinned>, DataplaneError> {
     Ok(all)
 }
 
-/// The pinned link of an interface, if one is attached to it, whatever the interface was called when it was pinned: then
-/// its pin gets the new name.
-pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<Link>, DataplaneError> {
+/// Finds the pinned link that is attached to an interface. If the interface was renamed since, the pin is renamed
+/// too.
+pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<XdpLink>, DataplaneError> {
     let Some(found) = pinned(pin_path)?.into_iter().find(|pin| pin.info.ifindex == ifindex) else {
         return Ok(None);
     };
     let path = link_path(pin_path, name, found.mode);
     if found.path != path {
-        make_way(&path)?;
+        free_path(&path)?;
         rename(&found.path, &path)?;
-        tracing::info!(interface = name, was = %found.path.display(), "the interface was renamed; its link is ours");
+        tracing::info!(interface = name, was = %found.path.display(), "renamed the pinned link of a renamed interface");
     }
     let interface = Interface { name: name.to_owned(), ifindex, mode: found.mode, why_generic: None };
-    Ok(Some(Link { interface, fd: found.fd }))
+    Ok(Some(XdpLink { interface, fd: found.fd }))
 }
 
-/// Frees the path of a link's pin: one that is attached to another interface, which had this name before, gets a name of
-/// its own until that interface is looked for; a dead one is removed.
-fn make_way(path: &Path) -> Result<(), DataplaneError> {
+/// Frees the path of a link's pin: a link to another interface, which had this name before, gets a temporary name until
+/// that interface is looked up; a dead link is removed.
+fn free_path(path: &Path) -> Result<(), DataplaneError> {
     if !path.exists() {
         return Ok(());
     }
@@ -139,8 +139,8 @@ fn rename(from: &Path, to: &Path) -> Result<(), DataplaneError> {
     })
 }
 
-/// Attaches a program to an interface that has none of ours, and pins the link. Waits until the interface has its carrier
-/// again, if it had one.
+/// Attaches a program to an interface that has no link of ours, and pins the link. Waits until the interface has its
+/// carrier again, if it had one.
 pub fn attach(
     pin_path: &Path,
     program: &impl AsFd,
@@ -162,7 +162,7 @@ pub fn attach(
         Err(error) => return Err(error),
     };
     let path = link_path(pin_path, name, mode);
-    make_way(&path)?;
+    free_path(&path)?;
     sys::pin(&link, &path).map_err(|source| DataplaneError::Pin { what: "cannot pin link", path, source })?;
     if had_carrier {
         wait_for_carrier(name);
@@ -177,7 +177,7 @@ fn create(program: &impl AsFd, name: &str, ifindex: u32, mode: u32) -> Result<Ow
             libc::EPERM => DataplaneError::Denied { what: "attach the program" },
             libc::EBUSY | libc::EEXIST => DataplaneError::Busy { interface: name.to_owned() },
             _ => match index_of(name) {
-                // It went meanwhile.
+                // The interface disappeared meanwhile.
                 Err(gone) => gone,
                 Ok(_) => refusal(name, mode == SKB_MODE, extack::reason(program, ifindex, mode), errno),
             },
@@ -185,7 +185,7 @@ fn create(program: &impl AsFd, name: &str, ifindex: u32, mode: u32) -> Result<Ow
     })
 }
 
-/// The error for a program that was not taken.
+/// Builds the error for a program that the driver refused.
 fn refusal(name: &str, is_generic: bool, sentence: Option<String>, errno: i32) -> DataplaneError {
     let tool = Ethtool::open().ok();
     let driver = tool.as_ref().and_then(|t| t.driver(name).ok()).unwrap_or_else(|| "unknown".to_owned());
@@ -204,36 +204,39 @@ fn has_carrier(name: &str) -> bool {
     Ethtool::open().and_then(|tool| tool.has_carrier(name)).unwrap_or(false)
 }
 
-/// One interface after the other: a host with two uplinks keeps one while the other's driver starts anew.
+/// Waits for the carrier. Interfaces are attached one by one, so a host with two uplinks keeps one while the other resets.
 fn wait_for_carrier(name: &str) {
     let until = Instant::now() + CARRIER;
     while !has_carrier(name) {
         if Instant::now() > until {
-            tracing::warn!(interface = name, "no carrier since the program was attached, {CARRIER:?} ago");
+            tracing::warn!(
+                interface = name,
+                "the interface has no carrier {CARRIER:?} after the program was attached; check the link and `dmesg`"
+            );
             return;
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(CARRIER_POLL);
     }
 }
 
-/// Detaches from an interface, by removing its pin.
+/// Detaches from an interface, by removing the pin of its link.
 pub fn detach(pin_path: &Path, interface: &Interface) -> Result<(), DataplaneError> {
     pins::remove(&link_path(pin_path, &interface.name, interface.mode))
 }
 
-/// Detaches from interfaces that are no longer wanted.
+/// Detaches from interfaces that are no longer configured.
 pub fn drop_others(pin_path: &Path, wanted: &BTreeSet<u32>) -> Result<(), DataplaneError> {
     let others = pinned(pin_path)?.into_iter().filter(|pin| !wanted.contains(&pin.info.ifindex));
     others.map(|pin| pin.path).try_for_each(|path| pins::remove(&path))
 }
 
-/// Numbers of the programs under all pinned links.
+/// Ids of the programs under all pinned links.
 pub fn programs(pin_path: &Path) -> Result<BTreeSet<u32>, DataplaneError> {
     let running = pinned(pin_path)?.into_iter().filter(|pin| pin.info.ifindex != 0);
     Ok(running.map(|pin| pin.info.program).collect())
 }
 
-/// The largest MTU of interfaces; 0 if none can be asked.
+/// Largest MTU of the interfaces; 0 if none can be read.
 pub fn largest_mtu<'a>(names: impl Iterator<Item = &'a str>) -> u32 {
     let Ok(tool) = Ethtool::open() else { return 0 };
     names.filter_map(|name| tool.mtu(name).ok()).max().unwrap_or(0)

@@ -1,7 +1,7 @@
-//! Loads an object with all that the kernel takes of it.
+//! Loads an object with all programs that the kernel accepts.
 //!
-//! A stage that it refuses is left out, and the feature that goes with it switched off in the other programs; of the first
-//! program, parts are left out until it is taken.
+//! A stage that the kernel refuses is left out, and its feature is switched off in the other programs. Of the first
+//! program, parts are left out until the kernel accepts it.
 
 use super::{
     DataplaneError,
@@ -9,41 +9,41 @@ use super::{
     kernel::Kernel,
     object::{self, Object},
     pins::{self, Home},
-    refused::{self, Verdict},
-    stages::{self, LeftOut, Stages},
+    refused::{self, VerifierVerdict},
+    stages::{self, RefusedProgram, Stages},
     variant::ArrayPin,
 };
 use aya::{Ebpf, EbpfLoader, maps::MapData, programs::ProgramError};
 use lb_common::{Reason, names, settings::features};
 use std::{collections::BTreeSet, io};
 
-/// What of the settings depends on the kernel.
+/// Settings that depend on the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Switches {
     /// Bits of `lb_common::settings::kernel`.
     pub kernel: u32,
-    /// Features that can be had.
+    /// Features that are available.
     pub features: u32,
 }
 
 /// A loaded object.
-pub struct Loaded {
+pub struct LoadedObject {
     /// The object.
     pub bpf: Ebpf,
-    /// Whether with the frags flag.
+    /// Whether it is loaded with the frags flag.
     pub frags: bool,
     /// Programs that the kernel refused.
-    pub left_out: Vec<LeftOut>,
-    /// Its program arrays: those that the shared names stand for, then its own.
+    pub left_out: Vec<RefusedProgram>,
+    /// Program arrays of the object: the shared ones, then its own.
     pub arrays: Vec<ArrayPin>,
-    /// How many of them are shared.
+    /// Number of shared arrays.
     pub shared: usize,
 }
 
-/// Loads the object with all programs that the kernel takes: a feature whose program is refused is switched off in the
+/// Loads the object with all programs that the kernel accepts: the feature of a refused program is switched off in the
 /// others.
-pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, DataplaneError> {
-    let mut left_out: Vec<LeftOut> = Vec::new();
+pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<LoadedObject, DataplaneError> {
+    let mut left_out: Vec<RefusedProgram> = Vec::new();
     let mut features = request.features;
     let shared = request.shared.iter().map(|(_, pin)| request.pin_path.join(pin));
     let arrays = shared.chain([home.path.join(names::STAGES)]);
@@ -54,7 +54,7 @@ pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, D
         let stages = Stages::load(&mut bpf, request.stages, features)?;
         let lost = stages.lost();
         let known: BTreeSet<&str> = left_out.iter().map(|one| one.program).collect();
-        let more: Vec<LeftOut> =
+        let more: Vec<RefusedProgram> =
             stages.left_out.iter().filter(|one| !known.contains(one.program)).cloned().collect();
         left_out.extend(more);
         if lost & features != 0 {
@@ -71,11 +71,11 @@ pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<Loaded, D
             stages::load(&mut bpf, name)?;
         }
         stages.put(&mut bpf)?;
-        return Ok(Loaded { bpf, frags, left_out, arrays, shared: request.shared.len() });
+        return Ok(LoadedObject { bpf, frags, left_out, arrays, shared: request.shared.len() });
     }
 }
 
-/// Parts of the first program that it can do without, those first that are longest.
+/// Optional parts of the first program, the longest first.
 const PARTS: [u32; 9] = [
     features::SECOND_CHANCE,
     features::P2C,
@@ -88,15 +88,15 @@ const PARTS: [u32; 9] = [
     features::LOCAL,
 ];
 
-/// The kernel has refused the first program: the fewest of its parts, in order, without which it takes it. The error
-/// itself where none helps, or where it is about something else.
+/// Finds the fewest parts, in order, without which the kernel accepts the first program that it has refused. Returns the
+/// error itself where no part helps, or where it has another cause.
 fn leave_out(
     request: &Request<'_>,
     home: &Home,
     (frags, arrays): (bool, &[ArrayPin]),
     features: u32,
     error: DataplaneError,
-) -> Result<Vec<LeftOut>, DataplaneError> {
+) -> Result<Vec<RefusedProgram>, DataplaneError> {
     let settings = |features| (request.settings)(Switches { kernel: Kernel::get().bits(frags), features });
     let has_parts = settings(0) != settings(features);
     if !has_parts || !matches!(error, DataplaneError::Verifier { .. }) {
@@ -105,7 +105,7 @@ fn leave_out(
     let (mut less, mut rest) = (Vec::new(), features);
     for part in PARTS.into_iter().filter(|part| features & part != 0) {
         rest &= !part;
-        less.push(LeftOut { program: request.program, feature: part, reason: error.to_string() });
+        less.push(RefusedProgram { program: request.program, feature: part, reason: error.to_string() });
         let switches = Switches { kernel: Kernel::get().bits(frags), features: rest };
         let mut bpf = load_object(request, home, switches, arrays)?;
         match stages::load(&mut bpf, request.program) {
@@ -117,7 +117,7 @@ fn leave_out(
     Err(error)
 }
 
-/// Unpins the counters of a build that knew fewer reasons: new ones would not be counted. They begin anew.
+/// Unpins the counters of a build with fewer reasons, which have no room for the new ones; counting restarts at zero.
 fn renew_reasons(home: &Home) -> Result<(), DataplaneError> {
     let path = home.path.join(names::REASONS);
     if !path.exists() {
@@ -128,7 +128,7 @@ fn renew_reasons(home: &Home) -> Result<(), DataplaneError> {
     if pinned.max_entries() < Reason::COUNT { pins::remove(&path) } else { Ok(()) }
 }
 
-/// Makes or opens the maps, and leaves the programs to be loaded. `arrays`: the shared ones in their order, then ours.
+/// Creates or opens the maps; the programs are not loaded yet. `arrays`: the shared ones in their order, then ours.
 fn load_object(
     request: &Request<'_>,
     home: &Home,
@@ -163,7 +163,7 @@ fn load_object(
     loader.load(object).map_err(|e| denied("create the maps", &e).unwrap_or(refuse(e.into())))
 }
 
-/// Why the kernel did not take a program.
+/// Builds the error for a program that the kernel refused.
 pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
     if let Some(denied) = denied("load the program", &source) {
         return denied;
@@ -171,11 +171,11 @@ pub fn refused(program: &'static str, source: ProgramError) -> DataplaneError {
     if !matches!(source, ProgramError::LoadError { .. }) {
         return DataplaneError::Load { program, source: source.into() };
     }
-    let Verdict { reason, log } = refused::examine(program, &source);
+    let VerifierVerdict { reason, log } = refused::examine(program, &source);
     DataplaneError::Verifier { kernel: refused::kernel_release(), program, reason, log }
 }
 
-/// The error for a lack of privileges, if that is what it was.
+/// The error for missing privileges, if that is the cause.
 fn denied(what: &'static str, error: &(dyn std::error::Error + 'static)) -> Option<DataplaneError> {
     let mut cause = Some(error);
     while let Some(e) = cause {

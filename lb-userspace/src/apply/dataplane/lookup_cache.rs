@@ -1,37 +1,61 @@
-//! The tables that spare the common packet a hash map's cost ([`lb_common::exact`]): kept in step with `SERVICE_INDEX`
-//! and `VIPS`, of which they say nothing that is not there.
+//! Writer of the tables that spare most packets a hash map lookup ([`lb_common::exact`]): updated together with
+//! `SERVICE_INDEX` and `VIPS`, of which they are a subset.
 //!
-//! In: what is written to those two. Out: lines of exact ports, and bits of addresses, in memory shared with the
+//! Input: the writes to those two maps. Output: lines of exact ports, and bits of addresses, in memory shared with the
 //! program. Used by [`super::Dataplane`] only.
 
-use super::{DataplaneError, mapped::MappedArray};
+use super::{DataplaneError, map_array, mapped::MappedArray};
+use aya::{
+    Ebpf,
+    maps::{HashMap as KernelMap, MapData},
+};
 use lb_common::{
-    Address, ServiceKey, exact, names,
+    Address, ServiceKey, Vip, VipKey, exact, names,
     slot::{LINE, Line},
 };
 use std::collections::{HashMap, HashSet};
 
-/// Both tables of a loaded program.
-pub(super) struct Spared {
+/// Lookup cache of a loaded program: both tables.
+pub(super) struct LookupCache {
     lines: MappedArray<exact::Line>,
     filter: MappedArray<Line>,
     vips: HashSet<Address>,
-    /// VIPs by their bit of the filter.
+    /// Number of VIPs for each bit of the filter.
     by_bit: HashMap<u32, u32>,
 }
 
-impl Spared {
-    /// Both tables of a program that is newly loaded: empty, and nobody relies on them yet.
+impl LookupCache {
+    /// Tables of a newly loaded program: empty, and not used yet.
     pub fn new(lines: MappedArray<exact::Line>, filter: MappedArray<Line>) -> Self {
         Self { lines, filter, vips: HashSet::new(), by_bit: HashMap::new() }
     }
 
-    /// Tells the program that all VIPs have been added: what is in the filter no more is passed on at once.
+    /// Fills the lookup cache from the adopted maps.
+    pub fn fill(
+        bpf: &mut Ebpf,
+        service_index: &KernelMap<MapData, ServiceKey, u32>,
+        vips: &KernelMap<MapData, VipKey, Vip>,
+    ) -> Result<Self, DataplaneError> {
+        let map = |map| move |source| DataplaneError::Map { map, source };
+        let mut lookup_cache = Self::new(map_array(bpf, names::EXACT)?, map_array(bpf, names::VIP_FILTER)?);
+        for key in vips.keys() {
+            lookup_cache.add_vip(key.map_err(map(names::VIPS))?.vip)?;
+        }
+        lookup_cache.arm()?;
+        // Last: packets to a cached port skip the lookup that tells whether their source is a VIP.
+        for entry in service_index.iter() {
+            let (key, index) = entry.map_err(map(names::SERVICE_INDEX))?;
+            lookup_cache.set(&key, Some(index))?;
+        }
+        Ok(lookup_cache)
+    }
+
+    /// Tells the program that all VIPs have been added: from now on, addresses outside the filter skip the lookup.
     pub fn arm(&mut self) -> Result<(), DataplaneError> {
         self.set_word(exact::FILTER_ARMED, |_| 1)
     }
 
-    /// Points an exact port at a service, or at none. Where its line has no room, packets find it the long way.
+    /// Points an exact port at a service, or removes it. Where its line is full, packets find it in `SERVICE_INDEX`.
     pub fn set(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError> {
         let (index, entry) = exact::entry(key, service.unwrap_or_default());
         let missing = || DataplaneError::Index { map: names::EXACT, index };
@@ -43,7 +67,7 @@ impl Spared {
         if self.lines.store(index, &line) { Ok(()) } else { Err(missing()) }
     }
 
-    /// Adds a VIP. To be called before packets may find it.
+    /// Adds a VIP. Call it before packets can find the VIP.
     pub fn add_vip(&mut self, vip: Address) -> Result<(), DataplaneError> {
         if self.vips.insert(vip) {
             let bit = exact::filter_bit(exact::words(&vip));
@@ -53,7 +77,7 @@ impl Spared {
         Ok(())
     }
 
-    /// Takes a VIP out. To be called when packets find it no more.
+    /// Removes a VIP. Call it when packets can no longer find the VIP.
     pub fn remove_vip(&mut self, vip: Address) -> Result<(), DataplaneError> {
         if !self.vips.remove(&vip) {
             return Ok(());
@@ -85,8 +109,8 @@ mod tests {
     use super::*;
     use lb_common::{Be16, mapped, service::TCP};
 
-    fn spared() -> Spared {
-        Spared::new(MappedArray::private(exact::LINES), MappedArray::private(exact::FILTER_WORDS / LINE))
+    fn lookup_cache() -> LookupCache {
+        LookupCache::new(MappedArray::private(exact::LINES), MappedArray::private(exact::FILTER_WORDS / LINE))
     }
 
     fn key(vip: Address, port: u16) -> ServiceKey {
@@ -98,80 +122,81 @@ mod tests {
         mapped([10, a, b, c])
     }
 
-    /// What a program finds.
-    fn find(spared: &Spared, key: &ServiceKey) -> Option<u32> {
+    /// Looks a port up as a program does.
+    fn find(lookup_cache: &LookupCache, key: &ServiceKey) -> Option<u32> {
         let (line, wanted) = exact::entry(key, 0);
-        let line = spared.lines.load(line).expect("inside");
+        let line = lookup_cache.lines.load(line).expect("inside");
         let entry = line.entries.iter().find(|entry| entry.is_of(&wanted))?;
         Some((entry.port_and_service >> 32) as u32)
     }
 
-    fn may_be_vip(spared: &Spared, vip: &Address) -> bool {
+    fn may_be_vip(lookup_cache: &LookupCache, vip: &Address) -> bool {
         let bit = exact::filter_bit(exact::words(vip));
-        let line = spared.filter.load(bit / 32 / LINE).expect("inside");
+        let line = lookup_cache.filter.load(bit / 32 / LINE).expect("inside");
         line.words[(bit / 32 % LINE) as usize] >> (bit % 32) & 1 != 0
     }
 
     #[test]
     fn ports_come_change_and_go() {
-        let mut spared = spared();
+        let mut lookup_cache = lookup_cache();
         let (a, b) = (key(vip(1), 80), key(vip(1), 81));
-        spared.set(&a, Some(5)).unwrap();
-        spared.set(&b, Some(6)).unwrap();
-        assert_eq!((find(&spared, &a), find(&spared, &b)), (Some(5), Some(6)));
-        spared.set(&a, Some(7)).unwrap();
-        spared.set(&b, None).unwrap();
-        spared.set(&b, None).unwrap();
-        assert_eq!((find(&spared, &a), find(&spared, &b)), (Some(7), None));
+        lookup_cache.set(&a, Some(5)).unwrap();
+        lookup_cache.set(&b, Some(6)).unwrap();
+        assert_eq!((find(&lookup_cache, &a), find(&lookup_cache, &b)), (Some(5), Some(6)));
+        lookup_cache.set(&a, Some(7)).unwrap();
+        lookup_cache.set(&b, None).unwrap();
+        lookup_cache.set(&b, None).unwrap();
+        assert_eq!((find(&lookup_cache, &a), find(&lookup_cache, &b)), (Some(7), None));
     }
 
     #[test]
     fn a_full_line_leaves_the_rest_to_the_index_and_takes_them_later() {
-        let mut spared = spared();
+        let mut lookup_cache = lookup_cache();
         let line = exact::entry(&key(vip(0), 80), 0).0;
         let same: Vec<ServiceKey> =
             (0..).map(|n| key(vip(n), 80)).filter(|key| exact::entry(key, 0).0 == line).take(3).collect();
         for (service, key) in (1..).zip(&same) {
-            spared.set(key, Some(service)).unwrap();
+            lookup_cache.set(key, Some(service)).unwrap();
         }
-        let found: Vec<_> = same.iter().map(|key| find(&spared, key)).collect();
+        let found: Vec<_> = same.iter().map(|key| find(&lookup_cache, key)).collect();
         assert_eq!(found, [Some(1), Some(2), None]);
-        spared.set(&same[0], None).unwrap();
-        spared.set(&same[2], Some(3)).unwrap();
-        let found: Vec<_> = same.iter().map(|key| find(&spared, key)).collect();
+        lookup_cache.set(&same[0], None).unwrap();
+        lookup_cache.set(&same[2], Some(3)).unwrap();
+        let found: Vec<_> = same.iter().map(|key| find(&lookup_cache, key)).collect();
         assert_eq!(found, [None, Some(2), Some(3)]);
     }
 
     #[test]
     fn nearly_all_of_as_many_services_as_there_can_be_find_room() {
-        let mut spared = spared();
+        let mut lookup_cache = lookup_cache();
         let keys: Vec<ServiceKey> = (0..lb_common::limits::SERVICES).map(|n| key(vip(n), 443)).collect();
         for key in &keys {
-            spared.set(key, Some(1)).unwrap();
+            lookup_cache.set(key, Some(1)).unwrap();
         }
-        let found = keys.iter().filter(|key| find(&spared, key).is_some()).count();
+        let found = keys.iter().filter(|key| find(&lookup_cache, key).is_some()).count();
         assert!(found * 100 > keys.len() * 98, "{found} of {}", keys.len());
     }
 
     #[test]
     fn a_bit_stays_while_a_vip_has_it() {
-        let mut spared = spared();
+        let mut lookup_cache = lookup_cache();
         let first = vip(0);
         let bit = exact::filter_bit(exact::words(&first));
         let second =
             (1..).map(vip).find(|other| exact::filter_bit(exact::words(other)) == bit).expect("many have it");
-        spared.add_vip(first).unwrap();
-        spared.add_vip(first).unwrap();
-        spared.add_vip(second).unwrap();
-        spared.remove_vip(first).unwrap();
-        spared.remove_vip(first).unwrap();
-        assert!(may_be_vip(&spared, &second));
-        spared.remove_vip(second).unwrap();
-        assert!(!may_be_vip(&spared, &second));
-        let armed =
-            |spared: &Spared| spared.filter.load(exact::FILTER_ARMED / LINE).map(|line| line.words[0]);
-        assert_eq!(armed(&spared), Some(0));
-        spared.arm().unwrap();
-        assert_eq!(armed(&spared), Some(1));
+        lookup_cache.add_vip(first).unwrap();
+        lookup_cache.add_vip(first).unwrap();
+        lookup_cache.add_vip(second).unwrap();
+        lookup_cache.remove_vip(first).unwrap();
+        lookup_cache.remove_vip(first).unwrap();
+        assert!(may_be_vip(&lookup_cache, &second));
+        lookup_cache.remove_vip(second).unwrap();
+        assert!(!may_be_vip(&lookup_cache, &second));
+        let armed = |lookup_cache: &LookupCache| {
+            lookup_cache.filter.load(exact::FILTER_ARMED / LINE).map(|line| line.words[0])
+        };
+        assert_eq!(armed(&lookup_cache), Some(0));
+        lookup_cache.arm().unwrap();
+        assert_eq!(armed(&lookup_cache), Some(1));
     }
 }

@@ -1,4 +1,4 @@
-//! Arrays that the kernel shares by memory map (`BPF_F_MMAPABLE`): no system call per entry.
+//! Arrays shared with the kernel by memory map (`BPF_F_MMAPABLE`): no system call per entry.
 
 use super::DataplaneError;
 use aya::maps::MapData;
@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// A memory-mapped array of `T`, whose size is a multiple of 8 bytes.
 ///
-/// Each 64-bit word is loaded and stored in one piece; an entry of several words is not.
+/// Each 64-bit word is loaded and stored atomically; an entry of several words is not.
 pub struct MappedArray<T> {
     words: NonNull<AtomicU64>,
     len: u32,
@@ -22,7 +22,7 @@ pub struct MappedArray<T> {
 
 // SAFETY: the memory is shared with the kernel anyway; all access is atomic, word by word.
 unsafe impl<T> Send for MappedArray<T> {}
-// SAFETY: as above.
+// SAFETY: the memory is shared with the kernel anyway; all access is atomic, word by word.
 unsafe impl<T> Sync for MappedArray<T> {}
 
 impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
@@ -59,7 +59,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         Ok(Self { words, len, writable, value: PhantomData })
     }
 
-    /// The same in memory of this process alone, all zeros.
+    /// An array in memory of this process alone, all zeros.
     #[cfg(test)]
     pub fn private(len: u32) -> Self {
         // SAFETY: a new private mapping at an address of the kernel's choice.
@@ -83,7 +83,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         self.len
     }
 
-    /// The words of an entry; None past the end.
+    /// Words of an entry; none past the end.
     fn entry(&self, index: u32) -> Option<&[AtomicU64]> {
         if index >= self.len {
             return None;
@@ -95,7 +95,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         })
     }
 
-    /// An entry's value; None past the end.
+    /// Value of an entry; none past the end.
     pub fn load(&self, index: u32) -> Option<T> {
         let mut value = T::default();
         let words = self.entry(index)?;
@@ -105,7 +105,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         Some(value)
     }
 
-    /// Writes an entry, words in order; false past the end or if the mapping is read-only.
+    /// Writes an entry, its words in order; false past the end or if the mapping is read-only.
     #[must_use]
     pub fn store(&self, index: u32, value: &T) -> bool {
         let Some(words) = self.entry(index).filter(|_| self.writable) else { return false };
@@ -118,7 +118,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         true
     }
 
-    /// The 32-bit word at byte `offset` of an entry; None past the end.
+    /// The 32-bit word at byte `offset` of an entry; none past the end.
     pub fn load_u32(&self, index: u32, offset: usize) -> Option<u32> {
         Some(self.word(index, offset)?.load(Ordering::Acquire))
     }
@@ -132,17 +132,17 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         Some(unsafe { &*words.as_ptr().cast::<AtomicU32>().add(offset / 4) })
     }
 
-    /// The 64-bit word at byte `offset` of an entry; None past the end.
+    /// The 64-bit word at byte `offset` of an entry; none past the end.
     pub fn load_u64(&self, index: u32, offset: usize) -> Option<u64> {
         let words = self.entry(index).filter(|_| offset.is_multiple_of(8))?;
         Some(words.get(offset / 8)?.load(Ordering::Acquire))
     }
 
-    /// Clears the 64-bit word at byte `offset` of an entry if it is still this.
+    /// Clears the 64-bit word at byte `offset` of an entry if it still is `known`.
     pub fn clear_u64(&self, index: u32, offset: usize, known: u64) {
         let words = self.entry(index).filter(|_| self.writable && offset.is_multiple_of(8));
         if let Some(word) = words.and_then(|words| words.get(offset / 8)) {
-            // Whoever was faster has written something that is wanted.
+            // If another writer was faster, its value is wanted.
             let _ = word.compare_exchange(known, 0, Ordering::AcqRel, Ordering::Relaxed);
         }
     }
@@ -161,7 +161,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         }
     }
 
-    /// Writes the 64-bit word at byte `offset` of an entry in one piece, after everything before it.
+    /// Stores the 64-bit word at byte `offset` of an entry atomically, after all earlier writes.
     #[must_use]
     pub fn store_u64(&self, index: u32, offset: usize, value: u64) -> bool {
         let words = self.entry(index).filter(|_| self.writable && offset.is_multiple_of(8));
@@ -170,7 +170,7 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         true
     }
 
-    /// Writes the 32-bit word at byte `offset` of an entry in one piece, after everything before it.
+    /// Stores the 32-bit word at byte `offset` of an entry atomically, after all earlier writes.
     #[must_use]
     pub fn store_u32(&self, index: u32, offset: usize, value: u32) -> bool {
         let Some(word) = self.word(index, offset).filter(|_| self.writable) else { return false };

@@ -1,6 +1,6 @@
-//! Copies flows from another ABI version's maps into ours, as often as wanted: what has not changed stays.
+//! Copies flows from another ABI version's maps into ours, repeatedly if needed: unchanged entries stay.
 //!
-//! An entry goes along only if its indices mean the same in both sets of maps: the same service, and a backend with the
+//! An entry is copied only if its indices mean the same in both sets of maps: the same service, and a backend with the
 //! same address.
 
 use super::{
@@ -8,7 +8,7 @@ use super::{
     layout::{Conversion, Layout},
     notes::Notes,
     sys,
-    takeover::Identity,
+    takeover::IndexAssignment,
 };
 use crate::clock;
 use lb_common::{
@@ -28,52 +28,52 @@ use std::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// What came of a takeover.
+/// Result of a takeover.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Carried {
-    /// Entries that came along, by map.
+pub struct Migrated {
+    /// Number of entries copied, by map.
     pub entries: BTreeMap<&'static str, u64>,
-    /// Entries of services or backends that have another index now, or are gone.
-    pub strangers: u64,
-    /// Entries that found no room.
+    /// Number of entries whose services or backends have another index now, or are gone.
+    pub reassigned: u64,
+    /// Number of entries for which there was no room.
     pub no_room: u64,
-    /// Maps that could not be read: name, version, why.
+    /// Maps that could not be read: name, version, error.
     pub lost: Vec<(&'static str, u32, String)>,
 }
 
-impl Carried {
-    /// Notes a map whose flows are lost.
+impl Migrated {
+    /// Records a map whose flows are lost.
     pub fn lose(&mut self, map: &'static str, abi: u32, what: String) {
         self.lost.push((map, abi, what));
     }
 }
 
-/// A moment from which changes are looked for.
+/// Time since which changes are copied.
 #[derive(Clone, Copy, Debug)]
 pub struct Changed {
     since_s: u32,
 }
 
 impl Changed {
-    /// From now on. Entries note seconds, and by a coarse clock.
+    /// Changes from now on. Entries record seconds of a coarse clock, hence the margin.
     pub fn now() -> Self {
         Self { since_s: clock::boot_s().saturating_sub(2) }
     }
 }
 
-/// Opens a map of this version and shape, or of another.
+/// Opens a map and checks its sizes.
 fn open(home: &Path, name: &'static str, sizes: (usize, usize)) -> Result<OwnedFd, String> {
     let path = home.join(name);
     let data = aya::maps::MapData::from_pin(&path).map_err(|e| format!("map {name}: {e}"))?;
     let info = data.info().map_err(|e| format!("map {name}: {e}"))?;
     let real = (info.key_size() as usize, info.value_size() as usize);
     if real != sizes {
-        return Err(format!("map {name} has entries of {real:?} bytes, and is said to have {sizes:?}"));
+        return Err(format!("map {name} has entries of {real:?} bytes, but is described with {sizes:?}"));
     }
     sys::open(&path).map_err(|e| format!("map {name}: {e}"))
 }
 
-/// Calls `each` with every entry of a map, as this version has it.
+/// Calls `each` with every entry of a map, converted to this version.
 pub fn for_each<K: FromBytes, V: FromBytes>(
     home: &Path,
     name: &'static str,
@@ -91,20 +91,20 @@ pub fn for_each<K: FromBytes, V: FromBytes>(
     .map_err(|e| format!("map {name}: {e}"))
 }
 
-/// What is common to values of flows.
-trait Entry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
+/// Common interface of the values that describe flows.
+trait FlowEntry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
     type Key: FromBytes + IntoBytes + Immutable + Copy;
-    /// Index of its service.
+    /// Index of the entry's service.
     fn service(key: &Self::Key, value: &Self) -> u32;
-    /// Index of its backend, if it names one.
+    /// Index of the entry's backend, if it names one.
     fn backend(&self) -> Option<u32>;
-    /// Whether it may have changed since.
+    /// Whether the entry may have changed since.
     fn is_recent(&self, since_s: u32) -> bool;
-    /// What becomes of ours where the other has this; None: it stays.
+    /// New value of our entry where the other version has this one; none: ours stays.
     fn merged(&self, ours: &Self) -> Option<Self>;
 }
 
-/// The one that was seen last; both in one, where that is the same second. None: ours stays as it is.
+/// The value that was seen last, or `both` if both were seen in the same second. None: ours stays.
 fn later<E: PartialEq + Copy>(
     (theirs, theirs_s): (&E, u32),
     (ours, ours_s): (&E, u32),
@@ -117,7 +117,7 @@ fn later<E: PartialEq + Copy>(
     }
 }
 
-impl Entry for Flow {
+impl FlowEntry for Flow {
     type Key = FlowKey;
 
     fn service(key: &FlowKey, _: &Self) -> u32 {
@@ -133,7 +133,7 @@ impl Entry for Flow {
     }
 
     fn merged(&self, ours: &Self) -> Option<Self> {
-        // Within one second, either may have seen the end.
+        // Within one second, either side may have seen the end of the flow.
         later(
             (self, self.last_seen_s),
             (ours, ours.last_seen_s),
@@ -142,7 +142,7 @@ impl Entry for Flow {
     }
 }
 
-impl Entry for Nat {
+impl FlowEntry for Nat {
     type Key = FlowKey;
 
     fn service(key: &FlowKey, _: &Self) -> u32 {
@@ -158,14 +158,14 @@ impl Entry for Nat {
     }
 
     fn merged(&self, ours: &Self) -> Option<Self> {
-        // Bits that are taken away, and bits that are added.
+        // Bits that programs clear, and bits that they set.
         let passing = FRESH | NEW;
         let flags = (self.flags & ours.flags & passing) | ((self.flags | ours.flags) & !passing);
         later((self, self.last_seen_s), (ours, ours.last_seen_s), Self { flags, ..*ours })
     }
 }
 
-impl Entry for Reply {
+impl FlowEntry for Reply {
     type Key = ReplyKey;
 
     fn service(_: &ReplyKey, value: &Self) -> u32 {
@@ -176,14 +176,14 @@ impl Entry for Reply {
         None
     }
 
-    /// A client's packet changes how its flow stands without a note of the time.
+    /// A client's packet changes the state of its flow without recording the time.
     fn is_recent(&self, _: u32) -> bool {
         true
     }
 
     fn merged(&self, ours: &Self) -> Option<Self> {
         if self.flow != ours.flow {
-            // The port is another flow's by now.
+            // The port belongs to another flow by now.
             return (self.last_seen_s > ours.last_seen_s).then_some(*self);
         }
         let later = if self.last_seen_s > ours.last_seen_s { self } else { ours };
@@ -192,36 +192,36 @@ impl Entry for Reply {
     }
 }
 
-/// One map with flows.
-struct Table {
+/// A map with flows, in both versions.
+struct TablePair {
     name: &'static str,
     conversion: Conversion,
     from: OwnedFd,
     to: OwnedFd,
 }
 
-/// Notes of SYNs.
-struct Syns {
+/// SYN cache, in both versions.
+struct SynCachePair {
     conversion: Conversion,
     from: OwnedFd,
-    /// Whether they are notes as ours are; else a table by flow, as before version 5.
-    are_notes: bool,
+    /// Whether the other version has a SYN cache like ours, instead of a table by flow as before version 5.
+    is_cache: bool,
     to: Notes,
 }
 
-impl Syns {
-    /// None if theirs cannot be read, which is noted. Notes do not say whose they are, but by a mark: ours are made with
+impl SynCachePair {
+    /// Opens both; none if theirs cannot be read, which is recorded. Notes identify their flow only by a mark, so ours use
     /// the same key from now on.
     fn open(
         (from, from_layout): (&Path, &Layout),
         (to, to_layout): (&Path, &Layout),
-        carried: &mut Carried,
+        migrated: &mut Migrated,
     ) -> Result<Option<Self>, DataplaneError> {
         let to = Notes::open(to)?;
-        // Flows are copied without a word to the filter. Sweeps begin when that is done.
+        // The copy does not update the filter; sweeps, which build it again, begin when the copy is done.
         to.disarm();
-        let are_notes = from_layout.sizes(names::SYNS).is_err();
-        let opened = if are_notes {
+        let is_cache = from_layout.sizes(names::SYNS).is_err();
+        let opened = if is_cache {
             Conversion::new(names::NOTES, from_layout, to_layout).and_then(|conversion| {
                 let key = Notes::open(from).map_err(|e| e.to_string())?.state().key;
                 if key != to.state().key {
@@ -234,20 +234,20 @@ impl Syns {
                 .and_then(|conversion| Ok((open(from, names::SYNS, conversion.source_sizes())?, conversion)))
         };
         match opened {
-            Ok((from, conversion)) => Ok(Some(Self { conversion, from, are_notes, to })),
+            Ok((from, conversion)) => Ok(Some(Self { conversion, from, is_cache, to })),
             Err(what) => {
-                carried.lose(names::NOTES, from_layout.abi, what);
+                migrated.lose(names::NOTES, from_layout.abi, what);
                 Ok(None)
             }
         }
     }
 
-    /// Copies those of services and backends that are the same here.
-    fn copy(&self, copier: &Copier, carried: &mut Carried) -> Result<(), DataplaneError> {
+    /// Copies the cached SYNs of services and backends that are the same here.
+    fn copy(&self, copier: &Copier, migrated: &mut Migrated) -> Result<(), DataplaneError> {
         let (key_size, value_size) = self.conversion.source_sizes();
         let (now_s, mut count) = (clock::boot_s(), 0);
         batch::for_each_raw(&self.from, key_size, value_size, |key, value| {
-            if !self.are_notes {
+            if !self.is_cache {
                 let Some((key, flow)) = self.conversion.entry::<FlowKey, Flow>(key, value) else { return };
                 let is_ours =
                     copier.services.contains(&key.service) && copier.backends.contains(&flow.backend);
@@ -266,42 +266,42 @@ impl Syns {
             }
         })
         .map_err(|source| DataplaneError::Read { map: names::NOTES, source })?;
-        *carried.entries.entry(names::NOTES).or_default() += count;
+        *migrated.entries.entry(names::NOTES).or_default() += count;
         Ok(())
     }
 }
 
 /// Copies the flows of one predecessor.
 pub struct Copier {
-    /// Services and backends that are the same in both.
+    /// Services and backends that are the same in both versions.
     services: BTreeSet<u32>,
     backends: BTreeSet<u32>,
-    syns: Option<Syns>,
-    flows: Vec<Table>,
-    nats: Option<Table>,
-    replies: Option<Table>,
+    syns: Option<SynCachePair>,
+    flows: Vec<TablePair>,
+    nats: Option<TablePair>,
+    replies: Option<TablePair>,
 }
 
 impl Copier {
-    /// From a home with this layout to ours.
+    /// Prepares the copy from a home with this layout to ours.
     pub fn new(
         (from, from_layout): (&Path, &Layout),
         (to, to_layout): (&Path, &Layout),
-        theirs: &Identity,
-        ours: &Identity,
-        carried: &mut Carried,
+        theirs: &IndexAssignment,
+        ours: &IndexAssignment,
+        migrated: &mut Migrated,
     ) -> Result<Self, DataplaneError> {
-        let syns = Syns::open((from, from_layout), (to, to_layout), carried)?;
-        let mut table = |name: &'static str| -> Result<Option<Table>, DataplaneError> {
+        let syns = SynCachePair::open((from, from_layout), (to, to_layout), migrated)?;
+        let mut table = |name: &'static str| -> Result<Option<TablePair>, DataplaneError> {
             let own_sizes = to_layout.sizes(name);
             let own = own_sizes.and_then(|sizes| open(to, name, sizes));
             let to = own.map_err(|what| DataplaneError::Own { path: to.to_owned(), what })?;
             let from = Conversion::new(name, from_layout, to_layout)
                 .and_then(|conversion| Ok((open(from, name, conversion.source_sizes())?, conversion)));
             match from {
-                Ok((from, conversion)) => Ok(Some(Table { name, conversion, from, to })),
+                Ok((from, conversion)) => Ok(Some(TablePair { name, conversion, from, to })),
                 Err(what) => {
-                    carried.lose(name, from_layout.abi, what);
+                    migrated.lose(name, from_layout.abi, what);
                     Ok(None)
                 }
             }
@@ -326,30 +326,34 @@ impl Copier {
         })
     }
 
-    /// Copies everything, or what may have changed since: first of all SYNs, which tell where the packets that
-    /// complete their handshakes belong.
-    pub fn copy_all(&mut self, since: Option<Changed>, carried: &mut Carried) -> Result<(), DataplaneError> {
+    /// Copies everything, or the entries that may have changed since; SYNs first, because the packets that complete their
+    /// handshakes need them.
+    pub fn copy_all(
+        &mut self,
+        since: Option<Changed>,
+        migrated: &mut Migrated,
+    ) -> Result<(), DataplaneError> {
         let since_s = since.map_or(0, |c| c.since_s);
         if let Some(syns) = &self.syns {
-            syns.copy(self, carried)?;
+            syns.copy(self, migrated)?;
         }
         for table in &self.flows {
-            self.copy::<Flow>(table, since_s, carried)?;
+            self.copy::<Flow>(table, since_s, migrated)?;
         }
         if let Some(table) = &self.replies {
-            self.copy::<Reply>(table, since_s, carried)?;
+            self.copy::<Reply>(table, since_s, migrated)?;
         }
         if let Some(table) = &self.nats {
-            self.copy::<Nat>(table, since_s, carried)?;
+            self.copy::<Nat>(table, since_s, migrated)?;
         }
         Ok(())
     }
 
-    fn copy<E: Entry>(
+    fn copy<E: FlowEntry>(
         &self,
-        table: &Table,
+        table: &TablePair,
         since_s: u32,
-        carried: &mut Carried,
+        migrated: &mut Migrated,
     ) -> Result<(), DataplaneError> {
         let (key_size, value_size) = table.conversion.source_sizes();
         let mut failed = None;
@@ -361,15 +365,15 @@ impl Copier {
             let is_ours = self.services.contains(&E::service(&key, &value))
                 && value.backend().is_none_or(|backend| self.backends.contains(&backend));
             if !is_ours {
-                // Counted once: the first pass sees them all.
-                carried.strangers += u64::from(since_s == 0);
+                // Counted in the first pass only, which sees all entries.
+                migrated.reassigned += u64::from(since_s == 0);
                 return;
             }
             match put(&table.to, &key, &value) {
-                Ok(true) => *carried.entries.entry(table.name).or_default() += 1,
+                Ok(true) => *migrated.entries.entry(table.name).or_default() += 1,
                 Ok(false) => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::E2BIG | libc::ENOMEM)) => {
-                    carried.no_room += 1;
+                    migrated.no_room += 1;
                 }
                 Err(error) => failed = Some(error),
             }
@@ -379,8 +383,8 @@ impl Copier {
     }
 }
 
-/// Brings an entry of ours up to date; true if there was none.
-fn put<E: Entry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
+/// Updates one of our entries; true if there was none.
+fn put<E: FlowEntry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
     let (key, mut known) = (key.as_bytes(), *value);
     if sys::lookup(map, key, known.as_mut_bytes())? {
         if let Some(merged) = value.merged(&known) {
@@ -388,15 +392,15 @@ fn put<E: Entry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
         }
         return Ok(false);
     }
-    // A packet may have been faster.
+    // A packet may have created the entry meanwhile.
     sys::update(map, key, value.as_bytes(), sys::NO_EXIST)
 }
 
-/// A service as packets know it: VIP, first and last port, protocol.
-type Service = (Address, u16, u16, u8);
+/// Identity of a service in packets: VIP, first and last port, protocol.
+type ServiceIdentity = (Address, u16, u16, u8);
 
-/// Which service each index means.
-fn services(identity: &Identity) -> BTreeMap<u32, Service> {
+/// Service of each index.
+fn services(identity: &IndexAssignment) -> BTreeMap<u32, ServiceIdentity> {
     let mut all = BTreeMap::new();
     for (ServiceKey { vip, port, protocol, .. }, &index) in &identity.index {
         all.insert(index, (*vip, port.get(), port.get(), *protocol));

@@ -1,5 +1,5 @@
-//! Notes of SYNs and the filter of flows ([`lb_common::note`]), by memory map: reads and ages the notes, and keeps the
-//! filter to what the table of flows has.
+//! The SYN cache and the flow filter ([`lb_common::note`]), by memory map: reads and expires cached SYNs, and rebuilds
+//! the filter from the table of flows.
 
 use super::{DataplaneError, grace_period, mapped::MappedArray, reader::pinned};
 use aya::maps::MapData;
@@ -11,21 +11,21 @@ use lb_common::{
 };
 use std::{mem::offset_of, path::Path};
 
-/// The map.
+/// The memory-mapped SYN cache and flow filter.
 pub struct Notes {
     lines: MappedArray<Line>,
 }
 
-/// What the filter will say of the flows that a scan finds, see [`Notes::begin`].
+/// New contents of the filter, gathered by a scan of the table of flows; see [`Notes::begin`].
 pub struct Scan {
     key: [u64; 2],
-    /// The generation that ends.
+    /// Generation that ends with the scan.
     ends: u32,
     settled: Vec<(u64, u32)>,
 }
 
 impl Scan {
-    /// A flow is in the table.
+    /// Adds a flow of the table.
     pub fn add(&mut self, key: &FlowKey) {
         let mark = note::mark(self.key, note::words_of(key));
         let (settled, settled_too) = &mut self.settled[note::line_of(mark) as usize];
@@ -40,7 +40,7 @@ impl Notes {
         Self::new(&pinned(pin_path, names::NOTES)?)
     }
 
-    /// Maps the map.
+    /// Maps the map into memory.
     pub fn new(map: &MapData) -> Result<Self, DataplaneError> {
         let lines = MappedArray::new(map, names::NOTES, true)?;
         if lines.len() != note::LINES + 1 {
@@ -50,17 +50,17 @@ impl Notes {
         Ok(Self { lines })
     }
 
-    /// What the lines go by.
+    /// Reads the common state of the lines.
     pub fn state(&self) -> State {
         zerocopy::transmute!(self.line(note::STATE))
     }
 
     fn line(&self, place: u32) -> Line {
-        self.lines.load(place).expect("as many as `open` has seen")
+        self.lines.load(place).expect("`open` has checked the number of lines")
     }
 
-    /// Draws the key, unless there is one: before the first service is written.
-    pub fn draw_key(&self) {
+    /// Generates the key, unless there is one: before the first service is written.
+    pub fn ensure_key(&self) {
         if self.state().key == [0; 2] {
             self.set_key([rand::random::<u64>() | 1, rand::random()]);
         }
@@ -73,26 +73,35 @@ impl Notes {
     }
 
     fn put(&self, place: u32, offset: usize, word: u64) {
-        assert!(self.lines.store_u64(place, offset, word), "as many as `open` has seen, and writable");
+        assert!(
+            self.lines.store_u64(place, offset, word),
+            "`open` has checked the number of lines and mapped them writable"
+        );
     }
 
     fn put_u32(&self, place: u32, offset: usize, word: u32) {
-        assert!(self.lines.store_u32(place, offset, word), "as many as `open` has seen, and writable");
+        assert!(
+            self.lines.store_u32(place, offset, word),
+            "`open` has checked the number of lines and mapped them writable"
+        );
     }
 
-    /// Nobody asks the filter any more when this returns, until it has been settled anew: for whoever is about to write
-    /// flows without a word to it.
+    /// Disarms the filter until the next [`Self::settle`]: when this returns, no program uses it. For writers of flows that
+    /// do not update the filter.
     pub fn disarm(&self) {
         self.put_u32(note::STATE, offset_of!(State, armed), 0);
         grace_period();
     }
 
-    /// Goes by this key from now on, with no notes and nobody asking the filter.
+    /// Sets the key, and clears the SYN cache and the filter, which stays disarmed.
     pub fn restart(&self, key: [u64; 2]) {
         self.disarm();
         self.set_key(key);
         for place in 0..note::LINES {
-            assert!(self.lines.store(place, &Line::default()), "as many as `open` has seen, and writable");
+            assert!(
+                self.lines.store(place, &Line::default()),
+                "`open` has checked the number of lines and mapped them writable"
+            );
         }
     }
 
@@ -100,7 +109,7 @@ impl Notes {
         note::mark(self.state().key, note::words_of(key))
     }
 
-    /// Where a flow's SYN was placed; its sequence number in the place of `created_s`.
+    /// Looks up the placement of a flow's SYN; `created_s` holds the SYN's sequence number.
     pub fn get(&self, key: &FlowKey, now_s: u32) -> Option<Flow> {
         let mark = self.mark(key);
         let line = self.line(note::line_of(mark));
@@ -109,7 +118,7 @@ impl Notes {
         Some(Flow::new(note::backend(line.heads[at]), seen_s, line.sequences[at], 0))
     }
 
-    /// Notes a SYN, if it is recent and there is no newer one of the same flow; true if there was none.
+    /// Caches a SYN, if it is recent and no newer one of the same flow is cached; true if none was cached.
     pub fn set(&self, key: &FlowKey, flow: &Flow, now_s: u32) -> bool {
         let mark = self.mark(key);
         let head = note::head(mark, flow.backend, flow.last_seen_s);
@@ -119,7 +128,7 @@ impl Notes {
 
     /// Writes a note into a line, unless there is a newer one of the same flow; true if there was none.
     pub fn write(&self, place: u32, head: u64, sequence: u32, now_s: u32) -> bool {
-        // All that is asked of a mark here is its fingerprint.
+        // Only the fingerprint of the mark is used here, and the head has it in the same place.
         let mark = head;
         let line = self.line(place);
         let known = line.heads.iter().position(|known| note::is_of(*known, mark));
@@ -132,7 +141,7 @@ impl Notes {
         known.is_none()
     }
 
-    /// Calls `each` with every note's line, head and sequence number.
+    /// Calls `each` with the line, head and sequence number of every note.
     pub fn for_each(&self, mut each: impl FnMut(u32, u64, u32)) {
         for place in 0..note::LINES {
             for way in 0..WAYS {
@@ -145,7 +154,7 @@ impl Notes {
         }
     }
 
-    /// Removes a note that is still the same.
+    /// Removes a note if it is unchanged.
     pub fn remove(&self, place: u32, head: u64) {
         let line = self.line(place);
         if let Some(at) = line.heads.iter().position(|known| *known == head) {
@@ -153,23 +162,23 @@ impl Notes {
         }
     }
 
-    /// Removes all of them.
+    /// Removes all notes.
     pub fn clear(&self) {
         self.for_each(|place, head, _| self.remove(place, head));
     }
 
-    /// Begins a new generation of the filter. What was in the table before this returned is for a scan of it to find;
-    /// what comes later notes itself in the other generation.
+    /// Begins a new generation of the filter. A scan of the table finds the entries written before this returns; later
+    /// entries set their bits in the new generation.
     pub fn begin(&self) -> Scan {
         let state = self.state();
         let ends = state.generation & 1;
         self.put_u32(note::STATE, offset_of!(State, generation), ends ^ 1);
-        // Whoever writes by the generation before has written its entry after this.
+        // Programs that use the old generation have written their entries when this returns.
         grace_period();
         Scan { key: state.key, ends, settled: vec![(0, 0); note::LINES as usize] }
     }
 
-    /// The scan has found all that is in the table: the filter goes by it, and the generation before is over.
+    /// Applies a complete scan to the filter, and ends the old generation.
     pub fn settle(&self, scan: &Scan) {
         let recent = offset_of!(Line, recent) + 2 * scan.ends as usize;
         for (place, (settled, settled_too)) in scan.settled.iter().enumerate() {
@@ -180,7 +189,7 @@ impl Notes {
             if self.lines.load_u32(place, offset_of!(Line, settled_too)) != Some(*settled_too) {
                 self.put_u32(place, offset_of!(Line, settled_too), *settled_too);
             }
-            // A half of its own: the programs write to the other.
+            // A separate half of the word: programs write to the other half.
             self.lines.clear_u16(place, recent);
         }
         self.put_u32(note::STATE, offset_of!(State, armed), 1);
@@ -203,7 +212,7 @@ mod tests {
 
     fn notes() -> Notes {
         let notes = Notes { lines: MappedArray::private(note::LINES + 1) };
-        notes.draw_key();
+        notes.ensure_key();
         notes
     }
 
@@ -246,7 +255,7 @@ mod tests {
         assert_eq!(left, [1, 3, 4, 5], "the second was the oldest");
     }
 
-    /// What the program does for an entry in the table.
+    /// Sets the filter bit for an entry in the table, as the program does.
     fn record(notes: &Notes, key: &FlowKey) {
         let (state, mark) = (notes.state(), notes.mark(key));
         let place = note::line_of(mark);

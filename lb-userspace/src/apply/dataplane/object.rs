@@ -1,14 +1,14 @@
-//! The objects as they are loaded: with or without the frags flag.
+//! Variants of the BPF objects: with or without the frags flag.
 //!
-//! aya takes the flag from the section's name ("xdp.frags"), which is fixed when the object is built. So the programs are
-//! built with it, and to go without, the name is cut to "xdp" in a copy of the object.
+//! aya takes the flag from the section's name ("xdp.frags"), which is fixed when the object is built. The programs are
+//! therefore built with it, and a copy of the object with the name "xdp" is loaded without the flag.
 //!
 //! When the decision about frags changes, the new programs get program arrays of their own (pinned as `STAGES-next`),
 //! because the running programs need theirs until the links have changed; then the pins are renamed.
 
 use zerocopy::IntoBytes;
 
-/// Name of the sections whose programs are loaded with the flag, and without.
+/// Names of the sections whose programs are loaded with the flag, and without it.
 const WITH: &[u8] = b"xdp.frags\0";
 const WITHOUT: &[u8] = b"xdp";
 /// Name of the section with types and texts of debug information.
@@ -25,14 +25,14 @@ mod elf {
     pub const SIZE: usize = 0x20;
 }
 
-/// An object's bytes, aligned as the parser wants them.
+/// Bytes of an object, aligned as the parser requires.
 pub struct Object {
     words: Vec<u64>,
     len: usize,
 }
 
 impl Object {
-    /// Its bytes.
+    /// Returns the bytes of the object.
     pub fn bytes(&self) -> &[u8] {
         &self.words.as_bytes()[..self.len]
     }
@@ -44,12 +44,12 @@ impl Object {
     }
 }
 
-/// A copy of an object whose XDP programs are loaded without the frags flag; None if it is not an object, or none of its
-/// programs has it.
+/// Copies an object so that its XDP programs are loaded without the frags flag; none if it is not an object, or none of
+/// its programs has the flag.
 ///
-/// Each section's name is a place in one table of names, where names that end alike may share their end
-/// (".relxdp.frags" and "xdp.frags"). So a new name is not written over the old one: its sections get a place with "xdp"
-/// of its own, behind what the table held.
+/// A section's name is an offset in a table of names, where names with the same ending may share it (".relxdp.frags" and
+/// "xdp.frags"). The old name is therefore not overwritten: the sections get the offset of a new "xdp" that is appended
+/// to the table.
 pub fn without_frags(object: &[u8]) -> Option<Object> {
     let sections = sections(object)?;
     let names = sections.get(half(object, elf::NAMES_SECTION)?)?;
@@ -73,14 +73,14 @@ pub fn without_frags(object: &[u8]) -> Option<Object> {
     for at in frags {
         put(&mut bytes, at + elf::NAME, &place.to_le_bytes())?;
     }
-    // Debug information names sections in its own table, whose texts share nothing with one another.
+    // Debug information names sections in its own table, whose texts are not shared.
     for section in sections.iter().filter(|s| name_of(s).is_some_and(|n| n.starts_with(BTF))) {
         cut_name(bytes.get_mut(section.offset..section.offset + section.size)?);
     }
     Some(Object::copy(&bytes))
 }
 
-/// Ends the text "xdp.frags" behind "xdp", in a section of debug information.
+/// Truncates the text "xdp.frags" to "xdp" in a section of debug information.
 fn cut_name(btf: &mut [u8]) {
     let is_name = |window: &[u8]| window[0] == 0 && window[1..] == *WITH;
     if let Some(at) = btf.windows(WITH.len() + 1).position(is_name) {
@@ -88,7 +88,7 @@ fn cut_name(btf: &mut [u8]) {
     }
 }
 
-/// A section: where its header lies, and what that says.
+/// A section: offset of its header, and fields of the header.
 struct Section {
     at: usize,
     name: usize,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_left_alone() {
+    fn other_bytes_are_left_alone() {
         assert!(without_frags(b"").is_none());
         assert!(without_frags(b"\x7fELF\x02\x01").is_none());
         assert!(without_frags(&[0xff; 200]).is_none());

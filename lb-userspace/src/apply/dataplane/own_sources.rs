@@ -1,7 +1,8 @@
-//! Addresses that mode `nat` gives to packets to workers, as the program knows them: nobody else sends from one.
+//! Source addresses of packets to workers in mode `nat`, for the program: no other host sends from them.
 //!
-//! In: backends, as they are written. Out: `NAT_SOURCES`, which goes with the program and is filled anew with each.
-//! Pools are not in it: all backends of a family share one, and the program compares. Used by [`super::Dataplane`] only.
+//! Input: writes of backends. Output: `NAT_SOURCES`, which belongs to the program and is filled again with each load.
+//! Pools are not in it: all backends of a family share one, and the program compares with it. Used by
+//! [`super::Dataplane`] only.
 
 use super::{DataplaneError, mapped::MappedArray};
 use aya::maps::{HashMap, MapData, MapError};
@@ -12,14 +13,14 @@ use lb_common::{
 };
 use std::collections::HashMap as Counts;
 
-/// The map, and how many backends have each of its addresses.
+/// The map, and the number of backends for each of its addresses.
 pub(super) struct OwnSources {
     map: HashMap<MapData, Address, u32>,
     counts: Counts<Address, u32>,
 }
 
 impl OwnSources {
-    /// Fills the map of a program that is newly loaded.
+    /// Fills the map of a newly loaded program.
     pub fn new(
         map: HashMap<MapData, Address, u32>,
         backends: &MappedArray<Backend>,
@@ -31,21 +32,21 @@ impl OwnSources {
         Ok(own)
     }
 
-    /// Follows a change of a backend's entry. Before the entry is written.
+    /// Applies a change of a backend's entry. Call it before the entry is written.
     pub fn change(&mut self, old: &Backend, new: &Backend) -> Result<(), DataplaneError> {
         let failed = |source| DataplaneError::Map { map: names::NAT_SOURCES, source };
-        let (comes, goes) = count(&mut self.counts, source_of(old), source_of(new));
-        if let Some(address) = comes {
+        let (added, removed) = count(&mut self.counts, source_of(old), source_of(new));
+        if let Some(address) = added {
             self.map.insert(address, 1, 0).map_err(failed)?;
         }
-        match goes.map(|address| self.map.remove(&address)) {
+        match removed.map(|address| self.map.remove(&address)) {
             None | Some(Ok(()) | Err(MapError::KeyNotFound)) => Ok(()),
             Some(Err(error)) => Err(failed(error)),
         }
     }
 }
 
-/// The one address that packets to a backend come from, if it is translated for.
+/// The only source address of packets to a backend in mode nat; none for pools and other modes.
 fn source_of(backend: &Backend) -> Option<Address> {
     let is_single = backend.flags & flags::USED != 0
         && backend.mode == mode::NAT
@@ -54,7 +55,7 @@ fn source_of(backend: &Backend) -> Option<Address> {
     is_single.then_some(backend.source)
 }
 
-/// Counts a change from one address to another: which one is new, and which nobody has any more.
+/// Counts a change from one address to another; returns the address that is new, and the one that is no longer used.
 fn count(
     counts: &mut Counts<Address, u32>,
     old: Option<Address>,
@@ -63,12 +64,12 @@ fn count(
     if old == new {
         return (None, None);
     }
-    let comes = new.filter(|address| {
+    let added = new.filter(|address| {
         let count = counts.entry(*address).or_default();
         *count += 1;
         *count == 1
     });
-    let goes = old.filter(|address| {
+    let removed = old.filter(|address| {
         let left = counts.get_mut(address).map_or(0, |count| {
             *count -= 1;
             *count
@@ -78,7 +79,7 @@ fn count(
         }
         left == 0
     });
-    (comes, goes)
+    (added, removed)
 }
 
 #[cfg(test)]

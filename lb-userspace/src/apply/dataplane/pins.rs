@@ -1,13 +1,13 @@
-//! What is pinned where. A pin directory holds
+//! Layout of the pin directory:
 //!
 //! ```text
-//! link-MODE-INTERFACE   the links: one for all ABI versions, so that the program under one changes in one step
-//! STAGES                the places of users' programs (`CHAIN`), likewise
-//! ABI                   the live objects' version, for whoever looks from outside
+//! link-MODE-INTERFACE   the links: shared by all ABI versions, so that the program under each changes in one step
+//! STAGES                the array of users' programs (`CHAIN`), shared by all ABI versions
+//! ABI                   version of the live objects, for tools
 //! abi-N/                maps and programs of ABI version N
 //! ```
 //!
-//! Up to version 2 everything lay in the pin directory itself; such a home is called flat here.
+//! Up to version 2 all pins were in the pin directory itself; such a home is called flat here.
 
 use super::{DataplaneError, sys};
 use aya::maps::{Array, Map, MapData};
@@ -22,12 +22,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where maps and programs of one ABI version are pinned.
+/// Directory of the pinned maps and programs of one ABI version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Home {
-    /// The directory.
+    /// Path of the directory.
     pub path: PathBuf,
-    /// The version.
+    /// ABI version.
     pub abi: u32,
     /// Whether it is the pin directory itself.
     is_flat: bool,
@@ -36,12 +36,12 @@ pub struct Home {
 const PREFIX: &str = "abi-";
 
 impl Home {
-    /// That of this version.
+    /// Home of this version.
     pub fn ours(pin_path: &Path) -> Self {
         Self { path: pin_path.join(format!("{PREFIX}{ABI_VERSION}")), abi: ABI_VERSION, is_flat: false }
     }
 
-    /// Those of other versions that have left something.
+    /// Finds the homes of other versions.
     pub fn others(pin_path: &Path) -> Result<Vec<Self>, DataplaneError> {
         let mut found = Vec::new();
         for path in entries(pin_path)? {
@@ -59,17 +59,17 @@ impl Home {
         Ok(found)
     }
 
-    /// Whether there is anything.
+    /// Whether the directory exists.
     pub fn exists(&self) -> bool {
         self.path.exists()
     }
 
-    /// Makes the directory.
+    /// Creates the directory.
     pub fn create(&self) -> Result<(), DataplaneError> {
         make(&self.path)
     }
 
-    /// The version that its start wrote down when it was complete: 0 if it never was, None if there is no such map.
+    /// Reads the version recorded by a complete start: 0 if no start was complete, none if the map does not exist.
     pub fn marker(&self) -> Result<Option<u32>, DataplaneError> {
         let path = self.path.join(names::ABI);
         if !path.exists() {
@@ -81,11 +81,11 @@ impl Home {
         abi.get(&0, 0).map(Some).map_err(map)
     }
 
-    /// Programs pinned here, with their numbers.
+    /// Opens the programs pinned here; returns them with their ids.
     fn opened(&self) -> Vec<(u32, OwnedFd)> {
         let all = entries(&self.path).unwrap_or_default();
         let programs = all.iter().filter(|p| file_name(p).starts_with("program-"));
-        // One that cannot be opened is not one that runs for us.
+        // A program that cannot be opened does not run under our links.
         let opened = programs.filter_map(|p| {
             let program = sys::open(p).ok()?;
             Some((sys::program_id(&program).ok()?, program))
@@ -93,17 +93,17 @@ impl Home {
         opened.collect()
     }
 
-    /// Numbers of the programs pinned here.
+    /// Ids of the programs pinned here.
     pub fn programs(&self) -> BTreeSet<u32> {
         self.opened().into_iter().map(|(id, _)| id).collect()
     }
 
-    /// The program pinned here that has one of these numbers.
+    /// Returns the program pinned here that has one of these ids.
     pub fn program_of(&self, ids: &BTreeSet<u32>) -> Option<OwnedFd> {
         self.opened().into_iter().find(|(id, _)| ids.contains(id)).map(|(_, program)| program)
     }
 
-    /// Removes what is pinned here, and nothing that another version shares.
+    /// Removes the pins of this version, except those shared with other versions.
     pub fn remove(&self) -> Result<(), DataplaneError> {
         if !self.is_flat {
             for path in if self.exists() { entries(&self.path)? } else { Vec::new() } {
@@ -125,7 +125,7 @@ fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// Makes the pin directory; true if there was none.
+/// Creates the pin directory; true if it did not exist.
 pub fn make_directory(path: &Path) -> Result<bool, DataplaneError> {
     const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
     let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
@@ -146,8 +146,8 @@ fn make(path: &Path) -> Result<(), DataplaneError> {
     }
 }
 
-/// Takes the lock that belongs to a pin directory. A BPF filesystem holds no ordinary files, but
-/// its directories can be locked. The pid for the message is found by the kernel's list of locks.
+/// Locks a pin directory. A BPF filesystem holds no ordinary files, but its directories can be locked. The pid for the
+/// error message comes from the kernel's list of locks.
 pub fn lock(path: &Path) -> Result<fs::File, DataplaneError> {
     let pin = |source| DataplaneError::Pin { what: "cannot lock", path: path.to_owned(), source };
     let file = fs::File::open(path).map_err(pin)?;
@@ -168,7 +168,7 @@ pub fn lock(path: &Path) -> Result<fs::File, DataplaneError> {
     Err(DataplaneError::Locked { path: path.to_owned(), pid: pid.unwrap_or_else(|| "unknown".to_owned()) })
 }
 
-/// What a directory holds.
+/// Lists a directory.
 pub fn entries(directory: &Path) -> Result<Vec<PathBuf>, DataplaneError> {
     let error = |source| DataplaneError::Pin { what: "cannot list", path: directory.to_owned(), source };
     fs::read_dir(directory).map_err(error)?.map(|e| e.map(|e| e.path()).map_err(error)).collect()
@@ -192,7 +192,7 @@ fn remove_directory(path: &Path) -> Result<(), DataplaneError> {
     }
 }
 
-/// Pins an object in place of what was pinned there, in one step.
+/// Replaces a pin by another object, in one step.
 pub fn replace(object: &impl std::os::fd::AsFd, path: &Path) -> Result<(), DataplaneError> {
     let pin = |source| DataplaneError::Pin { what: "cannot pin", path: path.to_owned(), source };
     let next = next(path);
@@ -203,12 +203,12 @@ pub fn replace(object: &impl std::os::fd::AsFd, path: &Path) -> Result<(), Datap
     fs::rename(&next, path).map_err(pin)
 }
 
-/// Where the successor of a pin lies until it takes its place.
+/// Path of the successor of a pin until it replaces the pin.
 pub fn next(path: &Path) -> PathBuf {
     path.with_file_name(format!("{}-next", file_name(path)))
 }
 
-/// Removes all pins: links first, so that forwarding stops at once and not with maps half gone.
+/// Removes all pins; links first, so that forwarding stops at once and not with half of the maps removed.
 pub fn remove_all(pin_path: &Path) -> Result<(), DataplaneError> {
     let mut all = entries(pin_path)?;
     all.sort_by_key(|p| !file_name(p).starts_with("link-"));
@@ -223,7 +223,7 @@ pub fn remove_all(pin_path: &Path) -> Result<(), DataplaneError> {
     Ok(())
 }
 
-/// Detaches what is pinned in a directory and removes it; for `lbd detach`.
+/// Removes all pins of a directory, which detaches the programs, and the directory; for `lbd detach`.
 pub fn detach(pin_path: &Path) -> Result<(), DataplaneError> {
     if !pin_path.exists() {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The programs that health probes on the way of traffic pass, and their map. Nothing is pinned: it goes with lbd.
+//! The programs that encapsulate health probes, and their map. Nothing is pinned: they end with lbd.
 
 use super::DataplaneError;
 use crate::observed::health::ProbePrograms;
@@ -10,22 +10,22 @@ use aya::{
 use lb_common::{names, probe::ProbeWay};
 use std::{collections::BTreeSet, io};
 
-/// The writer of the map, and the programs to attach.
+/// Writer of the map, with the programs to attach.
 pub struct ProbeDataplane {
     bpf: Ebpf,
     ways: HashMap<MapData, u32, ProbeWay>,
     attached: BTreeSet<u32>,
 }
 
-/// Programs and where they go.
+/// Programs and their directions.
 const PROGRAMS: [(&str, TcAttachType); 2] =
     [(names::PROGRAM_PROBE_OUT, TcAttachType::Egress), (names::PROGRAM_PROBE_IN, TcAttachType::Ingress)];
 
 impl ProbeDataplane {
-    /// Loads the programs; they see no packet yet.
+    /// Loads the programs; they see no packets before [`Self::attach`].
     ///
     /// # Errors
-    /// The kernel refuses them.
+    /// The kernel refuses the programs.
     pub fn load() -> Result<Self, DataplaneError> {
         let refused = |what: String| DataplaneError::Attach {
             interface: "any".to_owned(),
@@ -43,7 +43,7 @@ impl ProbeDataplane {
     /// Attaches both programs to an interface, once.
     ///
     /// # Errors
-    /// There is no such interface, or the kernel is older than 6.6, which has no tcx.
+    /// The interface does not exist, or the kernel is older than 6.6 and has no tcx.
     pub fn attach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
         if self.attached.contains(&ifindex) {
             return Ok(());
@@ -54,7 +54,7 @@ impl ProbeDataplane {
             .into_owned();
         for (name, place) in PROGRAMS {
             let order = TcAttachOptions::TcxOrder(LinkOrder::default());
-            // Kept by the program until it is dropped.
+            // aya keeps the link in the program until it is dropped.
             classifier(&mut self.bpf, name).attach_with_options(&interface, place, order).map_err(|e| {
                 DataplaneError::Attach {
                     interface: interface.clone(),
@@ -66,7 +66,7 @@ impl ProbeDataplane {
         Ok(())
     }
 
-    /// Says what becomes of probes with a mark.
+    /// Sets the encapsulation of probes with a mark.
     ///
     /// # Errors
     /// The map is full.

@@ -1,5 +1,5 @@
-//! Reads the live dataplane: counters, tables, flows. Has handles of its own, so that many readers
-//! work beside the one writer; opened from the pins, it needs no daemon at all.
+//! Reads the live dataplane: counters, tables, flows. It has its own handles, so that many readers
+//! work beside the single writer; opened from the pins, it needs no daemon.
 
 use super::{
     DataplaneError, batch, bindings::Bindings, mapped::MappedArray, notes::Notes, slots::MappedSlots,
@@ -30,10 +30,10 @@ pub fn flow_map(table: FlowTable) -> &'static str {
 /// All flow tables.
 pub const FLOW_TABLES: [FlowTable; 3] = [FlowTable::Flows, FlowTable::Syns, FlowTable::UdpFlows];
 
-/// Those that are hash maps, and know whose each entry is.
+/// Flow tables that are hash maps, whose entries carry their full key.
 pub const HASH_MAPS: [FlowTable; 2] = [FlowTable::Flows, FlowTable::UdpFlows];
 
-/// Place among [`HASH_MAPS`].
+/// Index in [`HASH_MAPS`].
 pub(super) const fn hash_map(table: FlowTable) -> usize {
     matches!(table, FlowTable::UdpFlows) as usize
 }
@@ -117,17 +117,17 @@ impl Reader {
         })
     }
 
-    /// Index of the service with this exact port.
+    /// Looks up the service of an exact port.
     pub fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.service_index.get(key, 0).ok()
     }
 
-    /// What else this VIP serves.
+    /// Looks up the port ranges and any-port services of a VIP.
     pub fn vip(&self, key: &VipKey) -> Option<Vip> {
         self.vips.get(key, 0).ok()
     }
 
-    /// All exact-port services.
+    /// Lists all exact-port services.
     pub fn service_keys(&self) -> Result<Vec<(ServiceKey, u32)>, DataplaneError> {
         let map = names::SERVICE_INDEX;
         self.service_index
@@ -136,28 +136,28 @@ impl Reader {
             .map_err(|source| DataplaneError::Map { map, source })
     }
 
-    /// All VIPs.
+    /// Lists all VIPs.
     pub fn vips(&self) -> Result<Vec<(VipKey, Vip)>, DataplaneError> {
         let map = names::VIPS;
         self.vips.iter().collect::<Result<_, _>>().map_err(|source| DataplaneError::Map { map, source })
     }
 
-    /// A service's entry.
+    /// Reads a service's entry.
     pub fn service(&self, index: u32) -> Option<Service> {
         self.services.load(index)
     }
 
-    /// A slot, by its place in the map of all slots.
+    /// Reads a slot, by its index in the map of all slots.
     pub fn slot(&self, place: u32) -> Option<Slot> {
         self.slots.load(place)
     }
 
-    /// A backend's entry.
+    /// Reads a backend's entry.
     pub fn backend(&self, index: u32) -> Option<Backend> {
         self.backends.load(index)
     }
 
-    /// A backend's load.
+    /// Reads a backend's load.
     pub fn load(&self, index: u32) -> Option<Load> {
         self.loads.load(index)
     }
@@ -167,7 +167,7 @@ impl Reader {
         (self.services.len(), self.slots.len(), self.backends.len())
     }
 
-    /// A backend's counters over all CPUs; zero past the end.
+    /// Reads a backend's counters, summed over all CPUs; zero past the end.
     pub fn backend_stats(&self, index: u32) -> BackendStats {
         let Ok(stats) = self.backend_stats.get(&index, 0) else { return BackendStats::default() };
         stats.iter().fold(BackendStats::default(), |a, b| BackendStats {
@@ -177,51 +177,51 @@ impl Reader {
         })
     }
 
-    /// What is written to the flow tables for a service, by processor.
+    /// Reads the write budgets of a service, by CPU.
     pub fn pressure(&self, service: u32) -> Result<Vec<Pressure>, DataplaneError> {
         let map = names::PRESSURE;
         let all = self.pressure.get(&service, 0);
         all.map(|all| all.to_vec()).map_err(|source| DataplaneError::Map { map, source })
     }
 
-    /// Each reason's counter over all CPUs.
+    /// Reads the counters of all reasons, summed over all CPUs.
     pub fn reasons(&self) -> Vec<(Reason, u64)> {
         reasons(&self.reasons)
     }
 
-    /// A word of the lists' bitmap of IPv4 blocks, or of their filter of IPv6 prefixes.
+    /// Reads a word of the bitmap of IPv4 blocks, or of the filter of IPv6 prefixes.
     pub fn guard_word(&self, of_blocks: bool, word: u32) -> u32 {
         let lines = if of_blocks { &self.guard_blocks } else { &self.guard_filter };
         lines.load_u32(word / LINE, (word % LINE) as usize * 4).unwrap_or(0)
     }
 
-    /// Lengths of the lists' prefixes.
+    /// Reads the prefix lengths of the lists.
     pub fn guard_state(&self) -> Option<GuardState> {
         self.guard_state.load(0)
     }
 
-    /// A prefix's verdict.
+    /// Reads the verdict of a prefix.
     pub fn guard_entry(&self, key: &GuardKey) -> Option<u32> {
         self.guard_entries.get(key, 0).ok()
     }
 
-    /// How QUIC connection ids are read, by [`lb_common::quic::config_key`].
+    /// Reads the format of QUIC connection ids, by [`lb_common::quic::config_key`].
     pub fn quic_config(&self, key: u32) -> Option<QuicConfig> {
         self.quic_configs.get(&key, 0).ok()
     }
 
-    /// Backend with a server id of QUIC-LB.
+    /// Looks up the backend of a QUIC server id.
     pub fn quic_server(&self, key: &ServerIdKey) -> Option<u32> {
         self.quic_servers.get(key, 0).ok()
     }
 
-    /// Indices of services.
+    /// Indices of all services in use.
     pub fn used_services(&self) -> impl Iterator<Item = u32> {
         let used = |service: &u32| self.services.load_u32(*service, std::mem::offset_of!(Service, used));
         (0..self.services.len()).filter(move |service| used(service) == Some(1))
     }
 
-    /// Flows that a table has room for.
+    /// Maximum number of flows of a table.
     pub fn flow_room(&self, table: FlowTable) -> u32 {
         if table == FlowTable::Syns {
             return limits::SYNS;
@@ -229,7 +229,7 @@ impl Reader {
         self.flows[hash_map(table)].0.info().map_or(u32::MAX, |info| info.max_entries())
     }
 
-    /// A remembered flow.
+    /// Looks up a tracked flow.
     pub fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         if table == FlowTable::Syns {
             return self.notes.get(key, clock::boot_s());
@@ -237,12 +237,12 @@ impl Reader {
         self.flows[hash_map(table)].1.get(key, 0).ok()
     }
 
-    /// Notes of SYNs, and the filter of flows.
+    /// The SYN cache and the flow filter.
     pub fn notes(&self) -> &Notes {
         &self.notes
     }
 
-    /// Calls `each` with every entry of one of [`HASH_MAPS`]; see [`batch::for_each`] for what changes meanwhile.
+    /// Calls `each` with every entry of one of [`HASH_MAPS`]; see [`batch::for_each`] for concurrent changes.
     pub fn for_each_flow(
         &self,
         table: FlowTable,
@@ -253,7 +253,7 @@ impl Reader {
 }
 
 impl Reader {
-    /// Forgets a flow. With bindings and notes all that is written here: the sweeper has only these handles.
+    /// Removes a flow. The sweeper has only these handles, so the reader writes flows, bindings and the SYN cache.
     pub fn remove_flow(&self, table: FlowTable, key: &FlowKey) -> Result<(), DataplaneError> {
         let map = flow_map(table);
         batch::delete(&self.flows[hash_map(table)].0, key)

@@ -1,4 +1,4 @@
-//! A program that the verifier refused: the reason in one line, and its whole log in a file.
+//! A program that the verifier refused: extracts the reason as one line, and saves the complete log in a file.
 
 use aya::programs::ProgramError;
 use std::{
@@ -8,38 +8,38 @@ use std::{
     path::PathBuf,
 };
 
-/// Characters of a reason that are shown.
+/// Maximum number of characters of a reason.
 const SHOWN: usize = 300;
 
-/// What the kernel said of a program.
-pub struct Verdict {
+/// The verifier's verdict on a program.
+pub struct VerifierVerdict {
     /// The reason, in one line.
     pub reason: String,
-    /// Where the log is.
+    /// Path of the log file.
     pub log: Option<PathBuf>,
 }
 
-/// Reads what the kernel said, and writes the log down.
-pub fn examine(program: &str, error: &ProgramError) -> Verdict {
+/// Extracts the reason from the verifier's log, and saves the log.
+pub fn examine(program: &str, error: &ProgramError) -> VerifierVerdict {
     let ProgramError::LoadError { io_error, verifier_log } = error else {
-        return Verdict { reason: error.to_string(), log: None };
+        return VerifierVerdict { reason: error.to_string(), log: None };
     };
     let log = verifier_log.to_string();
     let log = log.trim();
     if log.is_empty() {
-        return Verdict { reason: io_error.to_string(), log: None };
+        return VerifierVerdict { reason: io_error.to_string(), log: None };
     }
     let reason = format!("{} ({io_error})", last_reason(log));
     match write(program, log) {
-        Ok(path) => Verdict { reason, log: Some(path) },
+        Ok(path) => VerifierVerdict { reason, log: Some(path) },
         Err(error) => {
-            tracing::warn!(%error, program, "the verifier's log cannot be written down");
-            Verdict { reason, log: None }
+            tracing::warn!(%error, program, "cannot save the verifier's log");
+            VerifierVerdict { reason, log: None }
         }
     }
 }
 
-/// The line that says why: the last one that is neither statistics nor a piece of the program.
+/// Finds the line with the reason: the last one that is neither statistics nor a piece of the program.
 fn last_reason<'a>(log: &'a str) -> String {
     const STATISTICS: [&str; 5] =
         ["processed ", "verification time", "stack depth", "insns_processed", "max_states"];
@@ -54,20 +54,20 @@ fn last_reason<'a>(log: &'a str) -> String {
 }
 
 fn write(program: &str, log: &str) -> io::Result<PathBuf> {
-    // systemd's, which outlives the process; or for whoever runs it by hand.
+    // The directory from systemd outlives the process; without systemd, use the temporary directory.
     let directory = std::env::var_os("RUNTIME_DIRECTORY").map_or_else(std::env::temp_dir, PathBuf::from);
     let path = directory.join(format!("lbd-verifier-{program}-{}.log", std::process::id()));
     match fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    // Never through somebody's link in a directory that all may write to.
+    // Never follow another user's link in a world-writable directory.
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
     file.write_all(log.as_bytes())?;
     Ok(path)
 }
 
-/// The running kernel's release.
+/// Release of the running kernel.
 pub fn kernel_release() -> String {
     let text = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     text.trim().to_owned()

@@ -1,4 +1,4 @@
-//! The two maps of slots, memory-mapped, as one array of pairs.
+//! The two memory-mapped maps of slots, as one array of pairs.
 
 use super::{DataplaneError, mapped::MappedArray};
 use aya::maps::MapData;
@@ -13,13 +13,13 @@ pub struct MappedSlots {
     secondaries: MappedArray<Line>,
 }
 
-/// Where a slot's words lie: entry, and byte offset in it.
+/// Index of the entry that holds a slot's words, and byte offset in it.
 fn place(slot: u32) -> (u32, usize) {
     (slot / LINE, (slot % LINE) as usize * size_of::<u32>())
 }
 
 impl MappedSlots {
-    /// Maps both.
+    /// Maps both maps into memory.
     pub fn new(primaries: &MapData, secondaries: &MapData, writable: bool) -> Result<Self, DataplaneError> {
         Ok(Self {
             primaries: MappedArray::new(primaries, names::PRIMARIES, writable)?,
@@ -32,21 +32,21 @@ impl MappedSlots {
         self.primaries.len().min(self.secondaries.len()).saturating_mul(LINE)
     }
 
-    /// A slot; None past the end.
+    /// Reads a slot; none past the end.
     pub fn load(&self, slot: u32) -> Option<Slot> {
         let (index, offset) = place(slot);
         let primary = self.primaries.load_u32(index, offset)?;
         Some(Slot { primary, secondary: self.secondaries.load_u32(index, offset)? })
     }
 
-    /// Writes a slot, word by word; false past the end or if the mapping is read-only.
+    /// Writes a slot, secondary first; false past the end or if the mapping is read-only.
     #[must_use]
     pub fn store(&self, slot: u32, value: Slot) -> bool {
         let (index, offset) = place(slot);
         self.store_secondary(slot, value) && self.primaries.store_u32(index, offset, value.primary)
     }
 
-    /// Writes a slot's second word; false as in [`MappedSlots::store`].
+    /// Writes the secondary of a slot; false past the end or if the mapping is read-only.
     #[must_use]
     pub fn store_secondary(&self, slot: u32, value: Slot) -> bool {
         let (index, offset) = place(slot);

@@ -1,10 +1,10 @@
-//! Fills an object's `STAGES`: the programs that its first program jumps to; and our place in `CHAIN`.
+//! Fills an object's `STAGES`, the programs that its first program tail calls, and our entry in `CHAIN`.
 //!
-//! The maps are pinned with the others, which also keeps what is in them: a prog array is emptied when nobody
-//! holds or pins it any more. A new daemon puts its stages there before it replaces the program under the
-//! links, so that no program of ours meets an empty place. Another's places are never touched.
+//! The maps are pinned with the others, which also keeps their contents: a program array is emptied when nobody
+//! holds or pins it any more. A new daemon fills in its stages before it replaces the program under the
+//! links, so that no program of ours meets an empty entry. Entries of users' programs are never changed.
 //!
-//! A stage that the kernel refuses is left out, and the features that need it with it; the rest runs.
+//! A stage that the kernel refuses is left out with the features that need it; the rest runs.
 
 use super::{DataplaneError, attach::program_mut, load::refused};
 use aya::{Ebpf, maps::ProgramArray, programs::ProgramFd};
@@ -16,23 +16,23 @@ use serde::Serialize;
 
 /// A program that is not loaded because the kernel refused it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct LeftOut {
-    /// The program.
+pub struct RefusedProgram {
+    /// Name of the program.
     pub program: &'static str,
-    /// Feature that goes with it; 0 if what it does is left to the host instead.
+    /// Feature that is switched off without it; 0 if the host's stack does its work instead.
     pub feature: u32,
-    /// Why, in one sentence.
+    /// Reason, in one sentence.
     pub reason: String,
 }
 
-impl LeftOut {
-    /// Name of the feature in settings; of the program, if no feature goes with it.
+impl RefusedProgram {
+    /// Name of the feature in settings, or name of the program if no feature is switched off.
     pub fn feature_name(&self) -> &'static str {
         features::NAMES.iter().find(|(_, bit)| *bit == self.feature).map_or(self.program, |(name, _)| name)
     }
 }
 
-/// Features that a stage's program is needed for, and the one that goes without it.
+/// Features that need a stage's program, and the feature that is switched off without it.
 fn needed_for(program: &str) -> (u32, u32) {
     match program {
         "icmp" => (ICMP, ICMP),
@@ -45,16 +45,16 @@ fn needed_for(program: &str) -> (u32, u32) {
     }
 }
 
-/// Programs that were loaded, with their places, and those that the kernel refused.
+/// Loaded programs with their indices, and those that the kernel refused.
 #[derive(Default)]
 pub struct Stages {
     programs: Vec<(u32, ProgramFd)>,
-    /// Refused.
-    pub left_out: Vec<LeftOut>,
+    /// Programs that the kernel refused.
+    pub left_out: Vec<RefusedProgram>,
 }
 
 impl Stages {
-    /// Loads those of `stages` (name, place) that the features need. An error that is not about a program is one.
+    /// Loads those of `stages` (name, index) that the features need. An error other than a refusal is returned.
     pub fn load(
         bpf: &mut Ebpf,
         stages: &[(&'static str, u32)],
@@ -69,7 +69,7 @@ impl Stages {
             match load(bpf, program) {
                 Ok(fd) => all.programs.push((*place, fd)),
                 Err(error @ DataplaneError::Verifier { .. }) => {
-                    all.left_out.push(LeftOut { program, feature, reason: error.to_string() });
+                    all.left_out.push(RefusedProgram { program, feature, reason: error.to_string() });
                 }
                 Err(error) => return Err(error),
             }
@@ -77,18 +77,18 @@ impl Stages {
         Ok(all)
     }
 
-    /// Features that cannot be had.
+    /// Features that are unavailable.
     pub fn lost(&self) -> u32 {
         self.left_out.iter().fold(0, |bits, one| bits | one.feature)
     }
 
-    /// Puts the programs in their places.
+    /// Stores the programs in their array.
     pub fn put(&self, bpf: &mut Ebpf) -> Result<(), DataplaneError> {
         put(bpf, names::STAGES, &self.programs)
     }
 }
 
-/// Makes `program` the one that users' programs go on to.
+/// Makes `program` the one that users' programs tail call.
 pub fn chain(bpf: &mut Ebpf, program: Option<&'static str>) -> Result<(), DataplaneError> {
     match program {
         Some(name) => {
@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn what_is_left_out_has_the_name_of_its_feature() {
-        let left_out = |program, feature| LeftOut { program, feature, reason: String::new() };
+        let left_out = |program, feature| RefusedProgram { program, feature, reason: String::new() };
         assert_eq!(left_out("nat_bind", NAT).feature_name(), "nat");
         assert_eq!(left_out("nat_fragment", 0).feature_name(), "nat_fragment");
     }

@@ -1,6 +1,6 @@
-//! The commands of bpf(2) that aya does not offer, each in one place.
+//! Commands of bpf(2) that aya does not offer.
 //!
-//! Errors are the kernel's; callers say what they were doing.
+//! Errors are the kernel's; callers add what they were doing.
 
 use std::{
     ffi::{CStr, CString},
@@ -23,7 +23,7 @@ const MAP_UPDATE_BATCH: libc::c_long = 26;
 const LINK_CREATE: libc::c_long = 28;
 const LINK_UPDATE: libc::c_long = 29;
 
-/// Update only where there is no entry.
+/// Flag of [`update`]: only insert, never replace.
 pub const NO_EXIST: u64 = 1;
 
 /// # Safety
@@ -64,21 +64,21 @@ pub fn pin(object: &impl AsFd, path: &Path) -> io::Result<()> {
     unsafe { call(OBJ_PIN, &mut attr) }.map(drop)
 }
 
-/// The beginning of `struct bpf_link_info` of an XDP link.
+/// Beginning of `struct bpf_link_info` for an XDP link.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LinkInfo {
     kind: u32,
     id: u32,
-    /// Program that runs.
+    /// Id of the program under the link.
     pub program: u32,
     pad: u32,
-    /// Interface; 0 once it has gone.
+    /// Index of the interface; 0 once it is gone.
     pub ifindex: u32,
     rest: [u32; 15],
 }
 
-/// The beginning of `struct bpf_prog_info`.
+/// Beginning of `struct bpf_prog_info`.
 #[repr(C)]
 #[derive(Default)]
 struct ProgramInfo {
@@ -103,17 +103,17 @@ fn info<T: Default>(object: &impl AsFd) -> io::Result<T> {
     Ok(info)
 }
 
-/// What a link joins.
+/// Reads the program and interface of a link.
 pub fn link_info(link: &impl AsFd) -> io::Result<LinkInfo> {
     info(link)
 }
 
-/// A program's number.
+/// Reads the id of a program.
 pub fn program_id(program: &impl AsFd) -> io::Result<u32> {
     info::<ProgramInfo>(program).map(|info| info.id)
 }
 
-/// Loads a program given as instructions; for trials of what the kernel can do.
+/// Loads a program given as instructions, to try what the kernel supports.
 pub fn load_program(kind: u32, attach_type: u32, flags: u32, code: &[u64]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Load {
@@ -179,7 +179,7 @@ pub fn test_run(program: &impl AsFd, packet: &[u8]) -> io::Result<u32> {
     Ok(attr.answer)
 }
 
-/// Attaches a program to an interface by a link, which detaches it when its last descriptor and pin have gone.
+/// Attaches a program to an interface by a link, which detaches it when its last descriptor and pin are gone.
 pub fn create_link(program: &impl AsFd, ifindex: u32, attach_type: u32, flags: u32) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Create {
@@ -196,12 +196,12 @@ pub fn create_link(program: &impl AsFd, ifindex: u32, attach_type: u32, flags: u
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Whether a program is compiled.
+/// Whether a program is compiled to machine code.
 pub fn is_jitted(program: &impl AsFd) -> io::Result<bool> {
     info::<ProgramInfo>(program).map(|info| info.jited_len > 0)
 }
 
-/// Puts a program under a link in one step: the one before runs until then.
+/// Replaces the program under a link in one step: the old program runs until then.
 pub fn update_link(link: &impl AsFd, program: &impl AsFd) -> io::Result<()> {
     #[repr(C)]
     struct Update {
@@ -241,10 +241,10 @@ pub fn lookup(map: &impl AsFd, key: &[u8], value: &mut [u8]) -> io::Result<bool>
     }
 }
 
-/// Writes an entry; false if `flags` ask for none to be there and one is. Sizes as in [`lookup`].
+/// Writes an entry; false if `flags` is [`NO_EXIST`] and there is one. Key and value must have the map's sizes.
 pub fn update(map: &impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Result<bool> {
     let mut attr = element(map, key, value.as_ptr() as u64, flags);
-    // SAFETY: as in `lookup`; the kernel only reads.
+    // SAFETY: both buffers live until the call returns, and have the lengths that the caller vouches for; the kernel only reads.
     match unsafe { call(MAP_UPDATE_ELEM, &mut attr) } {
         Ok(_) => Ok(true),
         Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
@@ -252,10 +252,10 @@ pub fn update(map: &impl AsFd, key: &[u8], value: &[u8], flags: u64) -> io::Resu
     }
 }
 
-/// Removes an entry; one that is not there is as good. Sizes as in [`lookup`].
+/// Removes an entry; succeeds if there is none. The key must have the map's size.
 pub fn delete(map: &impl AsFd, key: &[u8]) -> io::Result<()> {
     let mut attr = element(map, key, 0, 0);
-    // SAFETY: as in `lookup`; the kernel only reads.
+    // SAFETY: the key lives until the call returns, and has the length that the caller vouches for; the kernel only reads.
     match unsafe { call(MAP_DELETE_ELEM, &mut attr) } {
         Ok(_) => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
@@ -263,14 +263,14 @@ pub fn delete(map: &impl AsFd, key: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Bytes that a map takes, as the kernel has them in `/proc`; None where it does not say.
+/// Memory of a map in bytes, as in `/proc`; none where the kernel does not report it.
 pub fn memory(map: &impl AsFd) -> Option<u64> {
     let path = format!("/proc/self/fdinfo/{}", map.as_fd().as_raw_fd());
     let info = std::fs::read_to_string(path).ok()?;
     info.lines().find_map(|line| line.strip_prefix("memlock:"))?.trim().parse().ok()
 }
 
-/// The beginning of the attribute of `BPF_MAP_CREATE`.
+/// Beginning of the attribute of `BPF_MAP_CREATE`.
 #[repr(C)]
 struct Create {
     kind: u32,
@@ -295,7 +295,7 @@ pub struct MapOfMaps {
 }
 
 impl MapOfMaps {
-    /// Makes one.
+    /// Creates both maps.
     pub fn new() -> io::Result<Self> {
         const ARRAY: u32 = 2;
         const ARRAY_OF_MAPS: u32 = 12;
@@ -328,7 +328,7 @@ impl MapOfMaps {
     }
 }
 
-/// Makes a program array.
+/// Creates a program array.
 pub fn program_array(entries: u32) -> io::Result<OwnedFd> {
     const PROG_ARRAY: u32 = 3;
     create_map(Create {
@@ -341,8 +341,8 @@ pub fn program_array(entries: u32) -> io::Result<OwnedFd> {
     })
 }
 
-/// Whether [`memory`] follows the number of entries, in maps that take room for each as it comes: tried on one.
-pub fn tells_entries() -> bool {
+/// Whether [`memory`] counts the entries of maps that allocate each entry when it is inserted: tried on one.
+pub fn counts_entry_memory() -> bool {
     const HASH: u32 = 1;
     const NO_PREALLOC: u32 = 1;
     let hash =
@@ -354,7 +354,7 @@ pub fn tells_entries() -> bool {
     is_written && one > Some(bare) && delete(&map, &[0; 4]).is_ok() && memory(&map) == Some(bare)
 }
 
-/// Where a read of a whole map stands.
+/// Position of a read of a whole map.
 #[derive(Default)]
 pub struct Cursor {
     /// A bucket number for hash maps, a key for arrays: 4 bytes either way.
@@ -375,8 +375,8 @@ struct Batch {
     flags: u64,
 }
 
-/// Reads the next entries, as many as fit into the buffers (which must be whole numbers of entries): how many there
-/// were, and whether they were the last.
+/// Reads the next entries, as many as fit into the buffers (whose sizes must be whole numbers of entries): returns their
+/// number, and whether they were the last.
 pub fn lookup_batch(
     map: &impl AsFd,
     cursor: &mut Cursor,
@@ -406,7 +406,7 @@ pub fn lookup_batch(
     Ok((attr.count as usize, is_last))
 }
 
-/// Writes `count` entries, whose keys and values lie one behind the other.
+/// Writes `count` entries, whose keys and values are stored contiguously.
 pub fn update_batch(map: &impl AsFd, keys: &[u8], values: &[u8], count: usize) -> io::Result<()> {
     let mut attr = Batch {
         in_batch: 0,

@@ -1,28 +1,29 @@
 //! Takes over from objects of another ABI version while they forward.
 //!
-//! The new maps lie beside the old ones, with tables compiled for the same indices ([`Predecessor::identity`]). Then, in
-//! [`Takeover::finish`]: flows are copied; the program under each link changes in one step; flows are copied again, as
-//! some have changed since. Until that is done, a packet whose flow no table knows goes on to the old program by a tail
-//! call ([`names::TAKEOVER`]), so none is placed anew while its entry is on the way. Last, the old pins are removed.
+//! The new maps exist beside the old ones, with tables compiled for the same indices ([`Predecessor::identity`]). Then
+//! [`Takeover::finish`] copies the flows, replaces the program under each link in one step, and copies the flows again,
+//! because some have changed since. Until that is done, a packet whose flow no table knows goes on to the old program by
+//! a tail call ([`names::TAKEOVER`]), so that no flow is placed again while its entry is being copied. Last, the old pins
+//! are removed.
 //!
-//! Whoever is killed at any point leaves programs under the links that forward, with maps of their own; the next start,
-//! of either version, finds by the links which of the two homes lives, and goes on from there.
+//! A daemon that is killed at any point leaves programs under the links that forward, with their own maps; the next
+//! start, of either version, determines by the links which of the two homes is live, and continues from there.
 //!
 //! Services and backends keep their indices; tables are compiled anew from desired state and memory, with all slots
 //! marked as tracked until a sweep finds no flows. SYNs are copied first of all, and while the old program is asked,
 //! only SYNs take ports for new bindings.
 
 use super::{
-    DataplaneError, attach, grace_period,
+    DataplaneError, MapLimits, attach, grace_period,
     layout::Layout,
-    links::{self, Link},
-    migrate::{self, Carried, Changed},
+    links::{self, XdpLink},
+    migrate::{self, Changed, Migrated},
     pins::{self, Home},
     sys,
     variant::ArrayPin,
 };
 use aya::programs::ProgramFd;
-use lb_common::{Backend, ServiceKey, Vip, VipKey, backend::flags::USED, names};
+use lb_common::{Backend, ServiceKey, Vip, VipKey, backend::flags::USED, names, service::NO_SERVICE};
 use std::{
     collections::BTreeMap,
     io,
@@ -33,13 +34,13 @@ use std::{
 /// Another version's objects.
 pub struct Predecessor {
     home: Home,
-    /// What its entries look like; None where it has no flows.
+    /// Layout of its entries; none where it has no flows.
     layout: Option<Layout>,
 }
 
-/// Who has which index in a set of maps.
+/// Indices of services and backends in a set of maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Identity {
+pub struct IndexAssignment {
     /// `SERVICE_INDEX`.
     pub index: BTreeMap<ServiceKey, u32>,
     /// `VIPS`.
@@ -48,8 +49,8 @@ pub struct Identity {
     pub backends: BTreeMap<u32, Backend>,
 }
 
-impl Identity {
-    /// As maps with this layout have it; else why they cannot be read.
+impl IndexAssignment {
+    /// Reads maps with this layout; an error says why they cannot be read.
     pub fn read(home: &Path, layout: &Layout) -> Result<Self, String> {
         let mut identity = Self::default();
         migrate::for_each(home, names::SERVICE_INDEX, layout, |key, index: u32| {
@@ -65,69 +66,99 @@ impl Identity {
         })?;
         Ok(identity)
     }
+
+    /// Drops indices beyond the size of our maps; their owners get new ones.
+    pub fn within(self, limits: &MapLimits) -> Self {
+        let fits = |index: &mut u32| {
+            if *index >= limits.services {
+                *index = NO_SERVICE;
+            }
+        };
+        let mut vips = self.vips;
+        for vip in vips.values_mut() {
+            fits(&mut vip.any_tcp);
+            fits(&mut vip.any_udp);
+            let used = (vip.range_count as usize).min(vip.ranges.len());
+            let (kept, gone): (Vec<_>, Vec<_>) =
+                vip.ranges[..used].iter().copied().partition(|r| r.service < limits.services);
+            vip.range_count = kept.len() as u32;
+            for (place, range) in vip.ranges.iter_mut().zip(kept.into_iter().chain(gone)) {
+                *place = range;
+            }
+        }
+        Self {
+            index: self.index.into_iter().filter(|(_, index)| *index < limits.services).collect(),
+            vips,
+            backends: self
+                .backends
+                .into_iter()
+                .filter(|(index, b)| *index < limits.backends && b.service < limits.services)
+                .collect(),
+        }
+    }
 }
 
 impl Predecessor {
-    /// Whose flows are to be taken over.
+    /// A predecessor whose flows are taken over.
     pub fn new(home: Home, layout: Layout) -> Self {
         Self { home, layout: Some(layout) }
     }
 
-    /// That has none.
+    /// A predecessor without flows.
     pub fn without_flows(home: Home) -> Self {
         Self { home, layout: None }
     }
 
-    /// Where its objects are.
+    /// Home of its objects.
     pub fn home(&self) -> &Home {
         &self.home
     }
 
-    /// Its version.
+    /// ABI version of its objects.
     pub fn abi(&self) -> u32 {
         self.home.abi
     }
 
-    /// Who has which index; else why that cannot be read.
-    pub fn identity(&self) -> Result<Identity, String> {
-        let layout = self.layout.as_ref().ok_or("it has no flows")?;
-        Identity::read(&self.home.path, layout)
+    /// Indices of its services and backends; an error says why they cannot be read.
+    pub fn identity(&self) -> Result<IndexAssignment, String> {
+        let layout = self.layout.as_ref().ok_or("its maps hold no flows")?;
+        IndexAssignment::read(&self.home.path, layout)
     }
 }
 
-/// What is left to do once the tables are written.
+/// Steps that remain once the tables are written.
 pub struct Takeover {
     pub(super) pin_path: PathBuf,
     pub(super) home: Home,
-    /// The one that runs comes last.
+    /// Other versions; the running one comes last.
     pub(super) predecessors: Vec<Predecessor>,
-    /// Interfaces that are wanted.
+    /// Names of the configured interfaces.
     pub(super) interfaces: Vec<String>,
     /// Links under which another version's program runs.
-    pub(super) links: Vec<Link>,
+    pub(super) links: Vec<XdpLink>,
     /// Programs to pin.
     pub(super) programs: Vec<&'static str>,
-    /// The one to run.
+    /// Program to run.
     pub(super) program: ProgramFd,
-    /// The one that users' programs go on to.
+    /// Program that users' programs tail call.
     pub(super) chained: Option<ProgramFd>,
     /// Program arrays: those that versions share, then our own.
     pub(super) arrays: Vec<ArrayPin>,
-    /// How many of them are shared.
+    /// Number of shared arrays.
     pub(super) shared: usize,
     pub(super) has_flows: bool,
-    /// Whether our home has nothing yet that forwards.
+    /// Whether no program of our home forwards yet.
     pub(super) is_fresh: bool,
 }
 
 impl Takeover {
-    /// The version that forwards.
+    /// ABI version that forwards.
     pub fn abi(&self) -> u32 {
         self.predecessors.last().map_or(0, Predecessor::abi)
     }
 
-    /// The predecessor's indices, where the tables are still to be compiled.
-    pub fn identity(&self) -> Option<Identity> {
+    /// Indices of the predecessor, where the tables are still to be compiled.
+    pub fn identity(&self) -> Option<IndexAssignment> {
         let running = self.predecessors.last().filter(|p| self.is_fresh && p.layout.is_some())?;
         match running.identity() {
             Ok(identity) => Some(identity),
@@ -135,47 +166,47 @@ impl Takeover {
                 tracing::warn!(
                     abi = running.abi(),
                     what,
-                    "indices of the other ABI version cannot be read: its flows are lost"
+                    "cannot read the indices of the other ABI version: its flows are lost"
                 );
                 None
             }
         }
     }
 
-    /// Copies the flows, changes the programs, and removes what ran before.
-    pub fn finish(mut self) -> Result<Carried, DataplaneError> {
-        let mut carried = Carried::default();
+    /// Copies the flows, replaces the programs, and removes the old objects.
+    pub fn finish(mut self) -> Result<Migrated, DataplaneError> {
+        let mut migrated = Migrated::default();
         for predecessor in &self.predecessors {
-            // Were it in the middle of taking over from us, packets would go in circles.
+            // A predecessor that was itself taking over from us would send packets in circles.
             set_flag(&predecessor.home, false)?;
         }
-        let mut copiers = self.copiers(&mut carried)?;
+        let mut copiers = self.copiers(&mut migrated)?;
         let changed = Changed::now();
         for copier in &mut copiers {
-            copier.copy_all(None, &mut carried)?;
+            copier.copy_all(None, &mut migrated)?;
         }
-        let asks = !copiers.is_empty() && self.ask_predecessor()?;
+        let uses_predecessor = !copiers.is_empty() && self.enable_predecessor()?;
         for link in &self.links {
             link.update(&self.program)?;
         }
         self.is_fresh = false;
         self.chain()?;
-        // Nobody is in the old program any more but by the new one's tail call.
+        // From here on, the old program runs only by the new one's tail call.
         grace_period();
         for copier in &mut copiers {
-            copier.copy_all(Some(changed), &mut carried)?;
+            copier.copy_all(Some(changed), &mut migrated)?;
         }
-        if asks {
-            // Again, for what the old program has written since; and then nothing is sent there any more.
+        if uses_predecessor {
+            // Copy again what the old program has written since; then stop sending packets there.
             for copier in &mut copiers {
-                copier.copy_all(Some(changed), &mut carried)?;
+                copier.copy_all(Some(changed), &mut migrated)?;
             }
             set_flag(&self.home, false)?;
             grace_period();
             for copier in &mut copiers {
-                copier.copy_all(Some(changed), &mut carried)?;
+                copier.copy_all(Some(changed), &mut migrated)?;
             }
-            self.empty_place()?;
+            self.clear_predecessor()?;
         }
         drop(copiers);
         self.settle()?;
@@ -183,11 +214,11 @@ impl Takeover {
             predecessor.home.remove()?;
         }
         self.tidy_shared()?;
-        Ok(carried)
+        Ok(migrated)
     }
 
-    /// The last steps of any start: programs that ran before are forgotten, interfaces that are no longer wanted too,
-    /// and the version is written down.
+    /// Last steps of any start: unpins programs that ran before, detaches from interfaces that are no longer configured,
+    /// and records the version.
     pub(super) fn settle(&mut self) -> Result<(), DataplaneError> {
         let wanted = self.interfaces.iter().filter_map(|name| links::index_of(name).ok());
         links::drop_others(&self.pin_path, &wanted.collect())?;
@@ -208,14 +239,14 @@ impl Takeover {
         Ok(())
     }
 
-    /// One for each predecessor whose flows can be read; what cannot is noted.
-    fn copiers(&self, carried: &mut Carried) -> Result<Vec<migrate::Copier>, DataplaneError> {
+    /// Creates a copier for each predecessor whose flows can be read; records those that cannot.
+    fn copiers(&self, migrated: &mut Migrated) -> Result<Vec<migrate::Copier>, DataplaneError> {
         let mut copiers = Vec::new();
         if !self.has_flows {
             return Ok(copiers);
         }
         let layout = Layout::ours();
-        let own = Identity::read(&self.home.path, &layout)
+        let own = IndexAssignment::read(&self.home.path, &layout)
             .map_err(|what| DataplaneError::Own { path: self.home.path.clone(), what })?;
         for predecessor in &self.predecessors {
             match (&predecessor.layout, predecessor.identity()) {
@@ -226,31 +257,31 @@ impl Takeover {
                         (&self.home.path, &layout),
                         &identity,
                         &own,
-                        carried,
+                        migrated,
                     )?);
                 }
-                (_, Err(what)) => carried.lose("all", predecessor.abi(), what),
+                (_, Err(what)) => migrated.lose("all", predecessor.abi(), what),
                 (None, Ok(_)) => {}
             }
         }
         Ok(copiers)
     }
 
-    /// Sends packets of flows that no table knows to the program that runs; false if it cannot be had.
-    fn ask_predecessor(&self) -> Result<bool, DataplaneError> {
+    /// Sends packets of flows that no table knows to the old program; false if it is not available.
+    fn enable_predecessor(&self) -> Result<bool, DataplaneError> {
         let Some(running) = self.predecessors.last() else { return Ok(false) };
         let path = running.home.path.join(format!("program-{}", names::PROGRAM_INGRESS));
         let Ok(program) = sys::open(&path) else {
             tracing::warn!(
                 path = %path.display(),
-                "the other ABI version's program is not pinned: flows that begin in this very moment may be placed anew"
+                "the other ABI version's program is not pinned: flows that begin during the takeover may be placed again"
             );
             return Ok(false);
         };
         match put_program(&self.stages()?, names::stage::PREDECESSOR, &program) {
             Ok(()) => set_flag(&self.home, true).map(|()| true),
             Err(error) => {
-                tracing::warn!(%error, "the other ABI version's program cannot be jumped to");
+                tracing::warn!(%error, "cannot tail call the other ABI version's program: flows that begin during the takeover may be placed again");
                 Ok(false)
             }
         }
@@ -261,11 +292,11 @@ impl Takeover {
         open_stages(&own.used)
     }
 
-    fn empty_place(&self) -> Result<(), DataplaneError> {
+    fn clear_predecessor(&self) -> Result<(), DataplaneError> {
         sys::delete(&self.stages()?, &names::stage::PREDECESSOR.to_ne_bytes()).map_err(in_stages)
     }
 
-    /// Lets users' programs go on to ours.
+    /// Lets users' programs tail call ours.
     fn chain(&self) -> Result<(), DataplaneError> {
         let Some(program) = &self.chained else { return Ok(()) };
         for array in &self.arrays[..self.shared] {
@@ -274,7 +305,7 @@ impl Takeover {
         Ok(())
     }
 
-    /// Version 2 kept its own stages in what is now the users' map.
+    /// Removes the stages that version 2 kept in what is now the users' array.
     fn tidy_shared(&self) -> Result<(), DataplaneError> {
         use names::stage::{AFTER, BEFORE, COUNT, INGRESS};
         for array in &self.arrays[..self.shared] {
@@ -288,13 +319,13 @@ impl Takeover {
 }
 
 impl Drop for Takeover {
-    /// A start that ends before its program runs leaves nothing but what ran before.
+    /// Removes what was created by a start that ends before its program runs.
     fn drop(&mut self) {
         if self.is_fresh
             && !self.predecessors.is_empty()
             && let Err(error) = self.home.remove()
         {
-            tracing::warn!(%error, "what this start made is left behind; the next one removes it");
+            tracing::warn!(%error, "cannot remove the objects of a failed start; the next start removes them");
         }
     }
 }
@@ -312,7 +343,7 @@ fn put_program(places: &OwnedFd, place: u32, program: &impl AsFd) -> io::Result<
     sys::update(places, &place.to_ne_bytes(), &program, 0).map(drop)
 }
 
-/// Sets whether a home's program asks its predecessor's. One without that map never does.
+/// Sets whether a home's program tail calls its predecessor's. A home without the map never does.
 fn set_flag(home: &Home, is_on: bool) -> Result<(), DataplaneError> {
     let path = home.path.join(names::TAKEOVER);
     if !path.exists() {

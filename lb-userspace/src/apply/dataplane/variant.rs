@@ -1,9 +1,9 @@
-//! Whether programs are loaded with the frags flag, which lets them see packets whose data lies in several pieces.
+//! Decides whether programs are loaded with the frags flag, for packets whose data is in several pieces.
 //!
-//! One decision for all interfaces of a daemon, because they share program arrays, and the kernel wants all programs of
-//! an array alike. With the flag where an interface's MTU needs it, and without it otherwise: the flag costs
-//! in drivers, kernels before 5.18 do not know it, and in generic mode kernels from 6.3 on may panic with it. What runs
-//! with the flag keeps it until `lbd detach`, in driver mode.
+//! The decision is the same for all interfaces of a daemon, because they share program arrays, and the kernel wants all
+//! programs of an array alike. With the flag where an interface's MTU needs it, and without it otherwise: the flag costs
+//! performance in drivers, kernels before 5.18 do not support it, and in generic mode kernels from 6.3 on may panic with
+//! it. A program that runs with the flag keeps it until `lbd detach`, in driver mode.
 
 use super::{DataplaneError, kernel, pins, sys};
 use lb_common::names::stage::{AFTER, BEFORE, TRIAL};
@@ -13,43 +13,43 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The largest MTU that every driver takes without frags: packet, headroom and the kernel's own data share a page (igb
-/// and ixgbe have the least room). A program with the flag attaches to drivers without frags too, so that this bound
+/// Largest MTU that every driver accepts without frags: packet, headroom and the kernel's own data share a page (igb
+/// and ixgbe have the least room). A program with the flag attaches to drivers without frags too, so this bound
 /// may be lower than a driver's own.
 pub const PAGE_MTU: u32 = 3_046;
 
-/// What the decision depends on.
+/// Facts that the decision depends on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Situation {
-    /// Whether the kernel knows the flag.
+    /// Whether the kernel supports the flag.
     pub kernel_has: bool,
-    /// The largest MTU of the interfaces.
+    /// Largest MTU of the interfaces.
     pub mtu: u32,
-    /// Whether a program of ours runs in generic mode, or is to.
+    /// Whether a program of ours runs in generic mode, or will.
     pub is_generic: bool,
-    /// Whether users' programs in the shared array have it; None without such programs.
+    /// Whether users' programs in the shared array have the flag; none without such programs.
     pub users: Option<bool>,
-    /// Whether the program that runs under our links has it, of whatever ABI version; None if none does.
+    /// Whether the program under our links has the flag, of any ABI version; none without such a program.
     pub running: Option<bool>,
 }
 
 impl Situation {
-    /// Whether to load with the flag.
+    /// Whether to load programs with the flag.
     pub fn choose(self) -> bool {
         if let Some(users) = self.users {
-            // A firewall must not be left out of the way of packets because an MTU has changed.
+            // A firewall among the users' programs must not be bypassed because an MTU has changed.
             return users && self.kernel_has;
         }
         if !self.kernel_has || self.is_generic {
             return false;
         }
-        // What runs with the flag goes on with it: a driver may hand over packets in several pieces by now (veth does, of
-        // whatever MTU), and another ABI version's program goes into our array while its flows are taken over.
+        // A running program with the flag keeps it: a driver may deliver packets in several pieces by now (veth does with any
+        // MTU), and another ABI version's program is put into our array while its flows are taken over.
         self.running.unwrap_or(false) || self.mtu > PAGE_MTU
     }
 }
 
-/// Whether users' programs in an array have the flag; None if there is no array or no user's program in it.
+/// Whether users' programs in an array have the flag; none if there is no array or no user's program in it.
 pub fn of_users(array: &Path) -> io::Result<Option<bool>> {
     if !array.exists() {
         return Ok(None);
@@ -66,22 +66,22 @@ pub fn of_users(array: &Path) -> io::Result<Option<bool>> {
 pub fn of_program(program: &impl AsFd) -> io::Result<bool> {
     let Ok(like) = kernel::trial_program(true) else { return Ok(false) };
     let array = sys::program_array(TRIAL + 1)?;
-    // An array holds to the kind of its first program.
+    // An array is fixed to the kind of its first program.
     sys::update(&array, &0u32.to_ne_bytes(), &like.as_raw_fd().to_ne_bytes(), 0)?;
     kernel::fits(&array, program)
 }
 
-/// A pinned program array: where it lies while a start goes on, and where when it is done. They differ where the array
-/// that is there holds programs of the other kind, and goes on working for the program that still runs.
+/// A pinned program array: its path during a start, and after it. They differ where the present array holds programs of
+/// the other kind, and keeps working for the program that still runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArrayPin {
-    /// Where it is pinned now.
+    /// Path at which it is pinned now.
     pub used: PathBuf,
     path: PathBuf,
 }
 
 impl ArrayPin {
-    /// The array at `path` if programs with or without the flag fit into it, else one beside it.
+    /// The array at `path` if programs with or without the flag fit into it, otherwise one beside it.
     pub fn of(path: PathBuf, frags: bool) -> Result<Self, DataplaneError> {
         let failed = |path: &Path| {
             let path = path.to_owned();
@@ -95,7 +95,7 @@ impl ArrayPin {
         if !path.exists() || fits(&path).map_err(failed(&path))? {
             return Ok(Self { used: path.clone(), path });
         }
-        // One that a start which was killed has left is taken, if it fits: a program may run by it.
+        // An array left by a start that was killed is reused if it fits: a program may run with it.
         let next = pins::next(&path);
         if next.exists() && !fits(&next).map_err(failed(&next))? {
             pins::remove(&next)?;
@@ -103,7 +103,7 @@ impl ArrayPin {
         Ok(Self { used: next, path })
     }
 
-    /// Puts it in the other's place, which nobody needs any more.
+    /// Moves the array to its final path, replacing one that is no longer used.
     pub fn settle(&mut self) -> Result<(), DataplaneError> {
         if self.used != self.path {
             std::fs::rename(&self.used, &self.path).map_err(|source| DataplaneError::Pin {
@@ -116,10 +116,10 @@ impl ArrayPin {
         Ok(())
     }
 
-    /// Removes what a start that failed has made.
+    /// Removes the array of a failed start.
     pub fn undo(&self) {
         if self.used != self.path {
-            // The next start removes or takes it, if this does not.
+            // If this fails, the next start removes or reuses the array.
             let _ = std::fs::remove_file(&self.used);
         }
     }

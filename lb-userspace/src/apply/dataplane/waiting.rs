@@ -1,5 +1,5 @@
-//! Interfaces that the program runs on, and those that it is yet to run on: not there when lbd started, gone since, or
-//! with a driver that did not take the program then. They are tried again while lbd runs.
+//! Interfaces that the program runs on, and those that wait for it: missing when lbd started, removed since, or
+//! with a driver that refused the program. They are retried while lbd runs.
 
 use super::{AttachOptions, DataplaneError, Interface, Kernel, PAGE_MTU, attach, links};
 use std::{
@@ -10,35 +10,35 @@ use std::{
 
 /// An interface that the program does not run on yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
+pub struct WaitingInterface {
     /// Name.
     pub name: String,
-    /// Why.
+    /// Reason, with advice.
     pub reason: String,
 }
 
-/// All interfaces that are wanted.
+/// All configured interfaces.
 pub struct Interfaces {
     /// Program under the links.
     program: &'static str,
     pin_path: PathBuf,
     wanted: Vec<String>,
     allow_generic: bool,
-    /// Whether programs are loaded with the frags flag, which generic mode cannot have.
+    /// Whether programs are loaded with the frags flag, which generic mode does not support.
     frags: bool,
-    state: Mutex<State>,
+    state: Mutex<AttachState>,
     /// Held while programs are replaced or attached.
     changes: Mutex<()>,
 }
 
 #[derive(Default)]
-struct State {
+struct AttachState {
     attached: BTreeMap<String, Interface>,
     waiting: BTreeMap<String, String>,
 }
 
 impl Interfaces {
-    /// As a start has left them.
+    /// State after a start.
     pub(super) fn new(
         program: &'static str,
         options: &AttachOptions,
@@ -50,7 +50,7 @@ impl Interfaces {
         Self::with(program, how, frags, attached, waiting)
     }
 
-    /// As [`Self::new`], with pin path, names of interfaces and whether generic mode is allowed one by one.
+    /// State after a start, from pin path, names of interfaces and whether generic mode is allowed.
     pub(super) fn with(
         program: &'static str,
         (pin_path, wanted, allow_generic): (PathBuf, Vec<String>, bool),
@@ -58,7 +58,7 @@ impl Interfaces {
         attached: Vec<Interface>,
         waiting: Vec<(String, DataplaneError)>,
     ) -> Self {
-        let state = State {
+        let state = AttachState {
             attached: attached.into_iter().map(|i| (i.name.clone(), i)).collect(),
             waiting: waiting.into_iter().map(|(name, error)| (name, error.to_string())).collect(),
         };
@@ -66,32 +66,32 @@ impl Interfaces {
         Self { program, pin_path, wanted, allow_generic, frags, state, changes }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, AttachState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps [`Self::try_again`] out while it is held.
+    /// Locks out [`Self::try_again`] until the guard is dropped.
     pub fn hold(&self) -> MutexGuard<'_, ()> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the program runs, in the order of the settings.
+    /// Interfaces that the program runs on, in the order of the settings.
     pub fn attached(&self) -> Vec<Interface> {
         let state = self.state();
         self.wanted.iter().filter_map(|name| state.attached.get(name).cloned()).collect()
     }
 
-    /// Where it does not run yet.
-    pub fn waiting(&self) -> Vec<Waiting> {
+    /// Interfaces that the program does not run on yet.
+    pub fn waiting(&self) -> Vec<WaitingInterface> {
         let state = self.state();
         let all = self.wanted.iter().filter_map(|name| {
-            Some(Waiting { name: name.clone(), reason: state.waiting.get(name)?.clone() })
+            Some(WaitingInterface { name: name.clone(), reason: state.waiting.get(name)?.clone() })
         });
         all.collect()
     }
 
-    /// Tries those that the program does not run on, and those that have gone and come back. Returns what it now runs on
-    /// in addition. Blocks.
+    /// Tries to attach to waiting interfaces, and to those that were removed and are back. Returns the newly attached
+    /// interfaces. Blocks.
     pub fn try_again(&self) -> Vec<Interface> {
         let _held = self.hold();
         let mut new = Vec::new();
@@ -113,9 +113,12 @@ impl Interfaces {
                 Ok(None) => {}
                 Err(error) => {
                     state.attached.remove(name);
-                    let reason = self.with_cure(name, &error);
+                    let reason = self.with_advice(name, &error);
                     if state.waiting.insert(name.clone(), reason.clone()).as_ref() != Some(&reason) {
-                        tracing::warn!(interface = name, "not attached, tried again each second: {reason}");
+                        tracing::warn!(
+                            interface = name,
+                            "cannot attach to the interface, retrying each second: {reason}"
+                        );
                     }
                 }
             }
@@ -123,14 +126,14 @@ impl Interfaces {
         new
     }
 
-    /// An error, and what a restart would do about it.
-    fn with_cure(&self, name: &str, error: &DataplaneError) -> String {
+    /// Error text, with the advice to restart lbd where that helps.
+    fn with_advice(&self, name: &str, error: &DataplaneError) -> String {
         let needs_frags =
             !self.frags && Kernel::get().frags && links::largest_mtu([name].into_iter()) > PAGE_MTU;
         match error {
             DataplaneError::NotTaken { .. } if needs_frags => {
                 format!(
-                    "{error}; or restart lbd, which then loads its programs with frags (no packet is lost)"
+                    "{error}; or restart lbd, which then loads its programs with frags (without losing packets)"
                 )
             }
             _ => error.to_string(),

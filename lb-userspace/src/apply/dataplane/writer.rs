@@ -1,4 +1,4 @@
-//! [`Maps`], the reconciler's view of the maps, over the kernel's.
+//! Implements [`Maps`], the reconciler's view of the maps, for the kernel's maps.
 
 use super::{Dataplane, DataplaneError};
 use crate::{

@@ -1,4 +1,4 @@
-//! What the reconciler is told, and why what was asked for is not in the maps.
+//! Input of the reconciler, and the errors that keep a desired state out of the maps.
 
 use super::{Applied, Sweep};
 use crate::{
@@ -16,36 +16,36 @@ pub enum Event {
     Desired {
         /// The state.
         desired: Arc<Desired>,
-        /// Its revision.
+        /// Revision of the state.
         revision: u64,
-        /// Told when it is in the maps, or why not.
+        /// Receives the result once the state is in the maps, or an error.
         applied: Option<oneshot::Sender<Result<Applied, ReconcileError>>>,
     },
-    /// Would this state fit? Changes nothing.
+    /// Checks whether a state would fit, without changing anything.
     Check {
         /// The state.
         desired: Arc<Desired>,
-        /// Told.
+        /// Receives the result.
         fits: oneshot::Sender<Result<(), ReconcileError>>,
     },
-    /// A backend's verdict.
+    /// Health of a backend.
     Health {
-        /// Whose.
+        /// The backend.
         id: BackendId,
-        /// The verdict.
+        /// Its health.
         health: Health,
-        /// When it was told, on the boot's clock.
+        /// Time of the verdict, by the clock since boot.
         at: Duration,
     },
-    /// What a backend's replica says.
+    /// Readiness that a backend's replica reports.
     Replica(BackendId, Readiness),
-    /// How services are spread over regions and versions, all of them.
+    /// Shares of regions and versions, for all services.
     Steers(BTreeMap<Name, Arc<RegionShares>>),
-    /// All next hops.
+    /// Next hops of all backends.
     Paths(Paths),
-    /// Interfaces that the program is attached to, all of them: index and name.
+    /// All interfaces that the program is attached to: index and name.
     Attached(BTreeMap<u32, String>),
-    /// A sweep of the flow tables.
+    /// Result of a sweep of the flow tables.
     Swept(Arc<Sweep>),
 }
 
@@ -58,13 +58,13 @@ impl From<BTreeMap<Name, Arc<RegionShares>>> for Event {
 /// Why a state is not in the maps.
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
-    /// It cannot be compiled.
+    /// The state cannot be compiled.
     #[error(transparent)]
     Compile(#[from] CompileError),
-    /// A map could not be written; what was not will be found missing at the next attempt.
+    /// A map could not be written; the next attempt writes the missing part.
     #[error(transparent)]
     Apply(#[from] DataplaneError),
-    /// A state that came at the same moment failed, and this one with it.
+    /// Another state of the same batch of events failed, and this one with it.
     #[error("{0}")]
     Together(String),
 }

@@ -1,4 +1,4 @@
-//! Maps in memory that check, at each write, what a packet could meet just then.
+//! Maps in memory that check, at each write, what a packet could meet at that moment.
 
 use super::Maps;
 use crate::{apply::dataplane::DataplaneError, plan::compile::Cost};
@@ -15,7 +15,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-/// The maps.
+/// Maps in memory.
 #[derive(Default)]
 pub struct FakeMaps {
     pub services: Vec<Service>,
@@ -32,17 +32,17 @@ pub struct FakeMaps {
     pub writes: u32,
     /// Writes until one fails.
     pub fails_after: Cell<Option<u32>>,
-    /// Grace periods that were waited for.
+    /// Number of grace periods waited for.
     pub graces: u32,
-    /// Slots that programs may still read although no live view names them.
+    /// Slots that programs may still read although no live view refers to them.
     pub stale: Vec<(u32, u32)>,
-    /// Views, by service and place, that programs may still go by although they are not live.
+    /// Views, by service and bank, that programs may still use although they are not live.
     pub stale_views: BTreeSet<(u32, u32)>,
-    /// Not all is looked at after each write: for tests with many slots.
+    /// Skips the checks after each write: for tests with many slots.
     pub is_large: bool,
 }
 
-/// Maps that a test can look at while a reconciler has them.
+/// Maps that a test can inspect while a reconciler owns them.
 #[derive(Clone)]
 pub struct Shared(pub Arc<Mutex<FakeMaps>>);
 
@@ -72,13 +72,13 @@ impl FakeMaps {
         Ok(())
     }
 
-    /// The region that is live from `base` on, as far as it goes.
+    /// Region of the live view of a service.
     fn region(&self, index: u32) -> Option<(u32, u32)> {
         let is_used = self.services[index as usize].used == 1;
         is_used.then(|| (self.live_view(index).slot_base, self.live_view(index).region()))
     }
 
-    /// What of a region that was live is none any more, and may still be read.
+    /// Records the part of a region that is no longer live, and may still be read.
     fn leave(&mut self, old: Option<(u32, u32)>, new: Option<(u32, u32)>) {
         let Some((base, count)) = old else { return };
         let kept = new.filter(|(b, _)| *b == base).map_or(0, |(_, n)| n.min(count));
@@ -90,7 +90,7 @@ impl FakeMaps {
         assert!(!self.stale.iter().any(overlaps), "slots {base} to {} may still be read", base + count);
     }
 
-    /// What every packet may rely on.
+    /// Checks the invariants that packets rely on.
     fn check(&self) {
         if self.is_large {
             return;
@@ -168,7 +168,7 @@ impl Maps for Shared {
         for &(place, slot) in slots {
             m.write()?;
             m.assert_unread(place, 1);
-            // A packet may come between the two words.
+            // A packet may arrive between the two writes.
             m.slots[place as usize].secondary = slot.secondary;
             if slots.len() < 8 {
                 m.check();
@@ -187,7 +187,7 @@ impl Maps for Shared {
     fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
         let mut m = self.0.lock().unwrap();
         m.write()?;
-        assert!(!m.stale_views.contains(&(index, view & 1)), "a view that may still be gone by is written");
+        assert!(!m.stale_views.contains(&(index, view & 1)), "a view that may still be read is written");
         let service = &mut m.services[index as usize];
         assert!(service.used == 0 || service.active & 1 != view & 1, "the live view is written");
         service.views[(view & 1) as usize] = *value;

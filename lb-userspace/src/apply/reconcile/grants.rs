@@ -1,9 +1,9 @@
-//! Who gets a region, and who waits for one.
+//! Allocation of slot regions to services.
 //!
-//! New services and those with another size, seed or hash need a region; nobody else does (see `tables`). Before
-//! anything is compiled, each of them is granted its region or has to wait: a new service is left out, the others are
-//! compiled with the size, seed and hash that they have, so that health and drains go on. Those that shrink come first,
-//! as they make room for the others. Where there is room, but not in one piece, tables are moved together.
+//! New services and those with another size, seed or hash need a region; others do not (see `tables`). Before
+//! compilation, each of them gets its region or has to wait: a waiting new service is left out, the others are
+//! compiled with their present size, seed and hash, so that health and drains go on. Shrinking services come first,
+//! because they free slots for others. Where the free slots are not contiguous, tables are compacted.
 
 use super::{Maps, Mirror, NoRoom};
 use crate::{
@@ -13,27 +13,27 @@ use crate::{
 };
 use std::collections::BTreeMap;
 
-/// Tables that are moved in one go.
+/// Maximum number of tables that are moved per attempt.
 const MOVES: u32 = 8;
 
-/// What was granted, and who waits.
+/// Regions granted, and services that wait.
 #[derive(Debug, Default)]
 pub(super) struct Grants {
     /// Regions, base and length.
     pub regions: BTreeMap<ServiceId, (u32, u32)>,
-    /// For `compile`.
+    /// Services that wait, for `compile`.
     pub waiting: Waiting,
-    /// Why, for people.
-    pub lacks: BTreeMap<Name, NoRoom>,
+    /// Why services wait, for status.
+    pub shortages: BTreeMap<Name, NoRoom>,
 }
 
 impl Mirror {
-    /// A service's table: what decides on which slot a flow falls, and how many slots it owns.
+    /// Hashing of a service's table, which determines the slot of a flow, and the number of slots that it owns.
     pub(super) fn table(&self, index: u32) -> Option<(Hashing, u32)> {
         self.services.get(&index).map(|live| (Hashing::of(&live.entry.view), live.entry.room))
     }
 
-    /// Grants regions, for as many as there is room.
+    /// Grants regions while there is room.
     pub(super) fn grant(&mut self, maps: &mut impl Maps, needs: Vec<Need>) -> Result<Grants, DataplaneError> {
         let grants = self.try_grant(maps, needs);
         if grants.is_err() {
@@ -48,16 +48,16 @@ impl Mirror {
         self.is_granting = false;
         for need in needs {
             let mut region = self.take(maps, need.slots);
-            // What was granted just now is no table yet, and cannot be moved: the next time.
-            if region.is_err() && grants.regions.is_empty() && self.move_together(maps, need.slots)? {
+            // A region granted in this attempt holds no table yet, and cannot be moved until the next attempt.
+            if region.is_err() && grants.regions.is_empty() && self.compact(maps, need.slots)? {
                 region = self.take(maps, need.slots);
             }
             match (region, need.live) {
                 (Ok(base), _) => {
                     grants.regions.insert(need.id, (base, need.slots));
                 }
-                (Err(lack), live) => {
-                    grants.lacks.insert(need.name, lack);
+                (Err(shortage), live) => {
+                    grants.shortages.insert(need.name, shortage);
                     match live {
                         Some(live) => drop(grants.waiting.to_change.insert(need.id, live)),
                         None => drop(grants.waiting.to_come.insert(need.id)),
@@ -68,16 +68,16 @@ impl Mirror {
         Ok(grants)
     }
 
-    /// Makes a hole of `count` slots by moving tables together; false if there are not so many free slots, or no hole
-    /// is large enough to move anything through.
+    /// Compacts tables until `count` contiguous slots are free; false if there are not so many free slots, or no hole is
+    /// large enough to move a table through.
     ///
-    /// A table is moved like any other change: written anew elsewhere, then switched to. One that stands right behind a
-    /// hole goes away and comes back to the hole's beginning, so that the hole joins the next.
-    fn move_together(&mut self, maps: &mut impl Maps, count: u32) -> Result<bool, DataplaneError> {
+    /// A table is moved like any other change: written elsewhere, then switched to. The table behind the first hole moves
+    /// away and back to the beginning of the hole, so that the hole joins the next one.
+    fn compact(&mut self, maps: &mut impl Maps, count: u32) -> Result<bool, DataplaneError> {
         if self.space.free() < count {
             return Ok(false);
         }
-        // Each round puts one table in its place.
+        // Each round puts one table in its final place.
         for _ in 0..MOVES {
             if self.space.holes().iter().any(|&(_, n)| n >= count) {
                 return Ok(true);
@@ -86,7 +86,7 @@ impl Mirror {
             let behind = self.services.iter().filter(|(_, live)| live.entry.room > 0 && live.base > hole);
             let Some((&index, live)) = behind.min_by_key(|(_, live)| live.base) else { return Ok(false) };
             let room = live.entry.room;
-            // Through the largest hole, if it does not fit right away.
+            // A table that does not fit the first hole moves through the largest one.
             if self.space.holes().first().is_none_or(|&(_, n)| n < room)
                 && !self.relocate(maps, index, None)?
             {
@@ -98,7 +98,7 @@ impl Mirror {
             }
             self.wait(maps);
         }
-        // Others may have something more urgent: the rest next time.
+        // Other events may be more urgent: the rest follows in the next attempt.
         self.is_granting = true;
         Ok(false)
     }

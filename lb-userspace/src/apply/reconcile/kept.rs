@@ -1,7 +1,7 @@
-//! What must outlive the daemon, beside the desired state: written down after each change of it.
+//! State that must outlive the daemon, beside the desired state: saved after each change.
 //!
-//! A change concerns a few services among thousands, so each service's part is made once, and again only when its memory
-//! is another: with 4,096 services of 10 backends there are megabytes of it.
+//! A change concerns a few services among thousands, so the JSON of each service is cached and made again only when its
+//! memory changes: with 4,096 services of 10 backends the whole is megabytes.
 
 use crate::{
     desired::model::Name,
@@ -10,37 +10,37 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, sync::Arc};
 
-/// What must outlive the daemon, beside the desired state.
+/// State that must outlive the daemon, beside the desired state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
-    /// The boot that the clock of `memory` belongs to.
+    /// Boot id that the clock of `memory` belongs to.
     pub boot_id: String,
-    /// Who has which index, and what the tables were made from lately.
+    /// Indices of services and backends, and the recent history of the tables.
     pub memory: Memory,
     /// See [`Published::retired_stats`].
     pub retired_stats: BTreeMap<Name, [u64; 3]>,
 }
 
-/// Where [`Kept`] goes; called with its JSON after each change of it.
+/// Stores [`Kept`]: called with its JSON after each change.
 pub type Keep = Box<dyn Fn(Vec<u8>) + Send>;
 
-/// The boot that the clock counts from.
+/// Returns the id of the current boot, from which the clock counts.
 pub(super) fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|s| s.trim().to_owned())
         .unwrap_or_default()
 }
 
-/// A service's memory, and its entry in the list of services as JSON.
-struct Part {
+/// Memory of a service, and its JSON entry in the list of services.
+struct SavedService {
     memory: Arc<ServiceMemory>,
     json: Vec<u8>,
 }
 
-/// Writes it down.
+/// Saves [`Kept`] incrementally.
 pub(super) struct Keeper {
     keep: Keep,
-    parts: BTreeMap<ServiceId, Part>,
+    parts: BTreeMap<ServiceId, SavedService>,
     last: Vec<u8>,
 }
 
@@ -49,12 +49,12 @@ impl Keeper {
         Self { keep, parts: BTreeMap::new(), last: Vec::new() }
     }
 
-    /// Writes down what is remembered, if it has changed.
+    /// Saves the state, if it has changed.
     pub(super) fn keep(&mut self, memory: &Memory, retired_stats: &BTreeMap<Name, [u64; 3]>) {
         self.parts.retain(|id, _| memory.services.contains_key(id));
         for (id, service) in &memory.services {
             if self.parts.get(id).is_none_or(|part| !Arc::ptr_eq(&part.memory, service)) {
-                let part = Part { memory: Arc::clone(service), json: json(&(id, &**service)) };
+                let part = SavedService { memory: Arc::clone(service), json: json(&(id, &**service)) };
                 self.parts.insert(*id, part);
             }
         }
@@ -79,7 +79,7 @@ impl Keeper {
 }
 
 fn json(value: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(value).expect("its maps have keys that JSON can have")
+    serde_json::to_vec(value).expect("the keys of its maps are valid in JSON")
 }
 
 #[cfg(test)]

@@ -1,18 +1,18 @@
-//! What the maps hold, kept beside them so that a change is a difference and not a rewrite; and the
-//! ordered writing of that difference.
+//! Copy of the maps' contents, so that a change is a difference and not a rewrite; and the ordered writing of that
+//! difference.
 //!
-//! Adding goes backends → tables → services → keys, removing the other way round, so that a packet never
-//! meets a reference to something that is not there. What was written is recorded after each write; after a
+//! Additions go backends → tables → services → keys, removals the other way round, so that a packet never
+//! meets a reference to a missing entry. Each write is recorded in the mirror; after a
 //! failure the mirror is read back from the maps.
 
 use super::{
     maps::Maps,
     slots::{NoRoom, SlotSpace},
-    tables::Live,
+    tables::LiveService,
 };
 use crate::{
     apply::dataplane::DataplaneError,
-    desired::model::Limits,
+    desired::model::RateLimits,
     plan::compile::{Cost, Hashing, Plan, ServiceEntry, ServiceMemory, View},
 };
 use lb_common::{
@@ -27,7 +27,7 @@ use std::{
     sync::Arc,
 };
 
-/// What one application wrote.
+/// Number of entries that one application wrote.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
     /// Backends written or cleared.
@@ -60,10 +60,10 @@ impl Written {
     }
 }
 
-/// The mirror.
+/// Copy of the maps' contents.
 #[derive(Clone, Debug)]
 pub struct Mirror {
-    pub(super) services: BTreeMap<u32, Live>,
+    pub(super) services: BTreeMap<u32, LiveService>,
     backends: BTreeMap<u32, Backend>,
     costs: BTreeMap<u32, Cost>,
     keys: BTreeMap<ServiceKey, u32>,
@@ -72,14 +72,14 @@ pub struct Mirror {
     quic_configs: BTreeMap<u32, QuicConfig>,
     quic_servers: BTreeMap<ServerIdKey, u32>,
     pub(super) space: SlotSpace,
-    /// Grace periods that have gone by.
+    /// Number of grace periods so far.
     pub(super) graces: u64,
-    /// Whether somebody who waits may have more luck at once: regions were granted, or tables moved.
+    /// Whether a waiting service may get a region at once: regions were granted, or tables moved.
     pub(super) is_granting: bool,
 }
 
 impl Mirror {
-    /// Reads the maps. No program may go by anything that is not live any more.
+    /// Reads the maps. No program may still use an entry that is not live.
     pub fn read(maps: &impl Maps) -> Result<Self, DataplaneError> {
         let (service_count, slot_count, backend_count) = maps.sizes();
         let mut space = SlotSpace::new(slot_count);
@@ -90,8 +90,8 @@ impl Mirror {
             let view = service.views[bank as usize];
             let table = maps.slots(view.slot_base, view.region());
             space.reserve(view.slot_base, view.region());
-            let entry = ServiceEntry { view: kept(&view), table: Arc::new(table), room: view.region() };
-            services.insert(index, Live { entry, base: view.slot_base, bank, switched: 0 });
+            let entry = ServiceEntry { view: plan_view(&view), table: Arc::new(table), room: view.region() };
+            services.insert(index, LiveService { entry, base: view.slot_base, bank, switched: 0 });
         }
         let used = |i| Some((i, maps.backend(i).filter(|b| b.flags & USED != 0)?));
         let backends: BTreeMap<u32, Backend> = (0..backend_count).filter_map(used).collect();
@@ -101,7 +101,7 @@ impl Mirror {
             backends,
             keys: maps.keys()?.into_iter().collect(),
             vips: maps.vips()?.into_iter().collect(),
-            // Cannot be listed; written once more, which does no harm.
+            // Cannot be listed; writing it again does no harm.
             egress: BTreeSet::new(),
             quic_configs: maps.quic_configs()?.into_iter().collect(),
             quic_servers: maps.quic_servers()?.into_iter().collect(),
@@ -111,39 +111,39 @@ impl Mirror {
         })
     }
 
-    /// Backends of a plan whose index is unused in the maps, or another's.
-    pub fn fresh(&self, plan: &Plan) -> Vec<u32> {
-        plan.backends.iter().filter(|(i, b)| self.is_another(**i, b)).map(|(i, _)| *i).collect()
+    /// Indices of a plan's backends that are unused in the maps, or belong to another backend.
+    pub fn reassigned_backends(&self, plan: &Plan) -> Vec<u32> {
+        plan.backends.iter().filter(|(i, b)| self.is_reassigned(**i, b)).map(|(i, _)| *i).collect()
     }
 
-    fn is_another(&self, index: u32, new: &Backend) -> bool {
+    fn is_reassigned(&self, index: u32, new: &Backend) -> bool {
         let old = self.backends.get(&index);
         old.is_none_or(|old| (old.service, old.address) != (new.service, new.address))
     }
 
-    /// Slots that tables own, or that programs may still read.
+    /// Number of slots that tables own, or that programs may still read.
     pub fn used(&self) -> u32 {
         let owned: u32 = self.services.values().map(|live| live.entry.room).sum();
         owned + self.space.left()
     }
 
-    /// Whether those who wait for a region may have more luck at the next attempt.
+    /// Whether services that wait for a region may get one at the next attempt.
     pub fn has_more(&self) -> bool {
         self.space.left() > 0 || self.is_granting
     }
 
-    /// Whether the slots of a service are those that its memory says.
-    pub fn shows(&self, index: u32, memory: &ServiceMemory) -> bool {
+    /// Whether the live slots of a service are those of its memory.
+    pub fn matches_memory(&self, index: u32, memory: &ServiceMemory) -> bool {
         let live = self.services.get(&index).map(|live| Hashing::of(&live.entry.view));
         memory.epochs.last().is_some_and(|e| live == Some(Hashing::from(&*e.shape)))
     }
 
-    /// Backends whose load is the number of their flows.
+    /// Backends whose load is their number of flows.
     pub fn counted(&self) -> impl Iterator<Item = (&u32, &Cost)> {
         self.costs.iter().filter(|(_, cost)| cost.source == lb_common::load::source::FLOWS)
     }
 
-    /// What the maps hold, as a plan.
+    /// Contents of the maps, as a plan.
     pub fn plan(&self) -> Plan {
         Plan {
             services: self.services.iter().map(|(i, live)| (*i, live.entry.clone())).collect(),
@@ -157,8 +157,8 @@ impl Mirror {
         }
     }
 
-    /// Makes the maps hold what is wanted, with regions granted to services (base and length). Services for which there
-    /// was no room keep what they had, or have what could be written in place; they are told.
+    /// Makes the maps match `wanted`, using the regions granted to services (base and length). Services without room keep
+    /// their table, or get the changes that fit in place; they are returned.
     pub fn apply(
         &mut self,
         maps: &mut impl Maps,
@@ -167,7 +167,7 @@ impl Mirror {
     ) -> Result<(Written, BTreeMap<u32, NoRoom>), DataplaneError> {
         let mut written = Written::default();
         match self.write(maps, wanted, grants, &mut written) {
-            Ok(lacks) => Ok((written, lacks)),
+            Ok(shortages) => Ok((written, shortages)),
             Err(error) => {
                 self.recover(maps);
                 Err(error)
@@ -175,16 +175,16 @@ impl Mirror {
         }
     }
 
-    /// After a failed write: what was written is in the maps; what was not will be found missing next time.
+    /// Reads the maps back after a failed write: the next attempt writes the missing part.
     pub(super) fn recover(&mut self, maps: &mut impl Maps) {
-        // Regions that were given back are free in what is read.
+        // The read treats regions that were given back as free, so programs must have stopped reading them.
         maps.grace_period();
         if let Ok(read) = Self::read(maps) {
             *self = read;
         }
     }
 
-    /// Takes a granted region back from a service that does not come to use it.
+    /// Takes a granted region back from a service that does not use it.
     pub fn take_back(&mut self, (base, room): (u32, u32)) {
         self.space.give_back_unused(base, room);
     }
@@ -202,20 +202,20 @@ impl Mirror {
         }
         self.write_backends(maps, wanted, written)?;
         self.write_quic(maps, wanted, written)?;
-        let mut lacks = BTreeMap::new();
+        let mut shortages = BTreeMap::new();
         for (index, entry) in &wanted.services {
             let granted = grants.remove(index);
             match self.write_service(maps, wanted, (*index, entry), granted, written)? {
-                Some(lack) => drop(lacks.insert(*index, lack)),
+                Some(shortage) => drop(shortages.insert(*index, shortage)),
                 None => self.is_granting |= granted.is_some(),
             }
         }
         self.write_keys(maps, wanted, written)?;
         self.remove(maps, wanted, written)?;
-        Ok(lacks)
+        Ok(shortages)
     }
 
-    /// New and changed backends.
+    /// Writes new and changed backends.
     fn write_backends(
         &mut self,
         maps: &mut impl Maps,
@@ -228,7 +228,7 @@ impl Mirror {
             .filter(|(index, backend)| self.backends.get(index) != Some(backend))
             .map(|(index, backend)| (*index, *backend))
             .collect();
-        for (index, _) in changed.iter().filter(|(index, new)| self.is_another(*index, new)) {
+        for (index, _) in changed.iter().filter(|(index, new)| self.is_reassigned(*index, new)) {
             maps.clear_stats(*index)?;
             maps.clear_load(*index)?;
         }
@@ -246,7 +246,7 @@ impl Mirror {
         Ok(())
     }
 
-    /// New and changed QUIC configs and server ids, before a service is routed by them.
+    /// Writes new and changed QUIC configs and server ids, before a service is routed by them.
     fn write_quic(
         &mut self,
         maps: &mut impl Maps,
@@ -270,7 +270,7 @@ impl Mirror {
         Ok(())
     }
 
-    /// New and changed keys and VIPs.
+    /// Writes new and changed keys and VIPs.
     fn write_keys(
         &mut self,
         maps: &mut impl Maps,
@@ -297,42 +297,44 @@ impl Mirror {
         Ok(())
     }
 
-    /// What is no longer wanted: keys, VIPs, services, backends, interfaces.
+    /// Removes unwanted keys, VIPs, services, backends and interfaces.
     fn remove(
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
         written: &mut Written,
     ) -> Result<(), DataplaneError> {
-        for key in gone(&self.keys, &wanted.index) {
+        for key in removed_keys(&self.keys, &wanted.index) {
             maps.set_key(&key, None)?;
             self.keys.remove(&key);
             written.keys += 1;
         }
-        for key in gone(&self.vips, &wanted.vips) {
+        for key in removed_keys(&self.vips, &wanted.vips) {
             maps.set_vip(&key, None)?;
             self.vips.remove(&key);
             written.keys += 1;
         }
-        for index in gone(&self.services, &wanted.services) {
+        for index in removed_keys(&self.services, &wanted.services) {
             maps.set_used(index, false)?;
             if let Some(live) = self.services.remove(&index) {
                 self.space.give_back(live.base, live.entry.room);
             }
             written.services += 1;
         }
-        for key in gone(&self.quic_configs, &wanted.quic_configs) {
+        for key in removed_keys(&self.quic_configs, &wanted.quic_configs) {
             maps.set_quic_config(key, None)?;
             self.quic_configs.remove(&key);
             written.keys += 1;
         }
-        for key in gone(&self.quic_servers, &wanted.quic_servers) {
+        for key in removed_keys(&self.quic_servers, &wanted.quic_servers) {
             maps.set_quic_server(&key, None)?;
             self.quic_servers.remove(&key);
             written.keys += 1;
         }
-        let cleared: Vec<(u32, Backend)> =
-            gone(&self.backends, &wanted.backends).into_iter().map(|i| (i, Backend::default())).collect();
+        let cleared: Vec<(u32, Backend)> = removed_keys(&self.backends, &wanted.backends)
+            .into_iter()
+            .map(|i| (i, Backend::default()))
+            .collect();
         if !cleared.is_empty() {
             maps.write_backends(&cleared)?;
             written.backends += cleared.len() as u32;
@@ -349,7 +351,7 @@ impl Mirror {
     }
 }
 
-/// What of a VIP leads to services that are live.
+/// The VIP without references to services that are not live.
 fn only_live(vip: &Vip, is_live: impl Fn(u32) -> bool) -> Vip {
     let mut live = *vip;
     for index in [&mut live.any_tcp, &mut live.any_udp] {
@@ -368,8 +370,8 @@ fn only_live(vip: &Vip, is_live: impl Fn(u32) -> bool) -> Vip {
     live
 }
 
-/// What a plan keeps of a view.
-fn kept(view: &ServiceView) -> View {
+/// Extracts the part of a view that a plan holds.
+fn plan_view(view: &ServiceView) -> View {
     View {
         seed: view.seed,
         flags: view.flags,
@@ -381,7 +383,7 @@ fn kept(view: &ServiceView) -> View {
         old_count: view.old_count,
         old_seed: view.old_seed,
         load_cap: view.load_cap,
-        limits: Limits {
+        limits: RateLimits {
             flags: view.flags & (flags::LIMIT_FLOWS | flags::LIMIT_SOURCES),
             flow_ns: (view.flow_interval_ns, view.flow_tolerance_ns),
             source_ns: (view.source_interval_ns, view.source_tolerance_ns),
@@ -390,8 +392,8 @@ fn kept(view: &ServiceView) -> View {
     }
 }
 
-/// The view of a region at `base`.
-pub(super) fn full(view: &View, base: u32) -> ServiceView {
+/// Builds the complete view of a service whose region is at `base`.
+pub(super) fn service_view(view: &View, base: u32) -> ServiceView {
     ServiceView {
         seed: view.seed,
         slot_base: base,
@@ -413,7 +415,7 @@ pub(super) fn full(view: &View, base: u32) -> ServiceView {
     }
 }
 
-/// Keys of `have` that `want` lacks.
-fn gone<K: Ord + Copy, A, B>(have: &BTreeMap<K, A>, want: &BTreeMap<K, B>) -> Vec<K> {
+/// Keys of `have` that `want` shortages.
+fn removed_keys<K: Ord + Copy, A, B>(have: &BTreeMap<K, A>, want: &BTreeMap<K, B>) -> Vec<K> {
     have.keys().filter(|key| !want.contains_key(key)).copied().collect()
 }

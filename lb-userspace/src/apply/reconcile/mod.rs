@@ -1,8 +1,8 @@
-//! The one loop that changes the maps: events → snapshot → compile → apply → publish.
+//! The loop that changes the maps: events → snapshot → compile → apply → publish.
 //!
 //! Input: [`Event`]s from the API, health checks, neighbour watch and the sweeper. Output: the maps, and
-//! a [`Published`] snapshot per change. What must outlive the daemon goes through [`Keep`]. A service that cannot be
-//! had as it is wanted keeps what it has, is named in the snapshot, and is tried again; no other waits for it.
+//! a [`Published`] snapshot per change. State that must outlive the daemon goes through [`Keep`]. A service that cannot
+//! be changed as wanted keeps its table, is named in the snapshot, and is retried; other services do not wait for it.
 
 mod event;
 #[cfg(test)]
@@ -53,59 +53,59 @@ use std::{
 };
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// The reconciler.
+/// Owner of the maps: applies events to them.
 pub struct Reconciler<M: Maps> {
     maps: M,
     settings: Settings,
     desired: Arc<Desired>,
-    /// Whether `desired` is somebody's word and not just empty: until then nothing is written, or an
-    /// event that comes first after a restart (a sweep, a next hop) would remove every service.
-    told: bool,
+    /// Whether `desired` has been received and is not just empty: until then nothing is written, because the first
+    /// event after a restart (a sweep, a next hop) would remove every service.
+    has_desired: bool,
     revision: u64,
     observed: Observed,
     memory: Memory,
     cache: Cache,
     mirror: Mirror,
     retired_stats: BTreeMap<Name, [u64; 3]>,
-    /// Counters to add to a service's sums when the index is used again: index → service.
+    /// Service of each backend index; its counters are added to the service's sums when the index is reused.
     owners: BTreeMap<u32, Name>,
     sweep: Arc<Sweep>,
     /// When each service (by index) was last seen in transition.
     unstable: BTreeMap<u32, Duration>,
     next_change: Option<Duration>,
-    /// Services that are not as they are wanted, and why.
+    /// Services that differ from the desired state, and why.
     problems: BTreeMap<Name, Problem>,
     keeper: Keeper,
     verdicts: lag::Waiting,
     publish: watch::Sender<Arc<Published>>,
 }
 
-/// After a service became stable, a sweep must begin this much later to speak for it: entries
-/// may be written until the switch is seen by all processors.
+/// Time between a service becoming stable and the start of the first sweep that counts for it: entries
+/// may be written until all CPUs see the switch.
 const SETTLE: Duration = Duration::from_secs(1);
-/// After a failure, time to the next attempt.
+/// Time between a failure and the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
-/// Time for which one step goes on giving regions to those that wait, before it looks at new events.
-const WAVES: Duration = Duration::from_millis(250);
-/// Events taken together at most, so that a flood of them delays no answer.
+/// Time for which one step keeps granting regions to waiting services before it handles new events.
+const GRANT_TIME: Duration = Duration::from_millis(250);
+/// Maximum number of events handled together, so that a flood of events delays no answer.
 const BURST: usize = 1_024;
 
 impl<M: Maps> Reconciler<M> {
-    /// Takes over what the maps hold. `kept` is what the last daemon left, if anything.
+    /// Takes over the contents of the maps. `kept` is the state that the last daemon saved, if any.
     pub fn new(
         mut maps: M,
         settings: Settings,
         kept: Option<&[u8]>,
         keep: Keep,
     ) -> Result<(Self, watch::Receiver<Arc<Published>>), DataplaneError> {
-        // The last daemon may have switched just now.
+        // The last daemon may have switched a view just before.
         maps.grace_period();
         let mirror = Mirror::read(&maps)?;
         let kept = kept.and_then(|bytes| match serde_json::from_slice::<Kept>(bytes) {
             Ok(kept) if kept.boot_id == boot_id() => Some(kept),
             Ok(_) => None,
             Err(error) => {
-                tracing::warn!(%error, "what the last lbd left cannot be read; the live maps are taken instead");
+                tracing::warn!(%error, "cannot read the state saved by the last lbd; using the live maps instead");
                 None
             }
         });
@@ -120,7 +120,7 @@ impl<M: Maps> Reconciler<M> {
             maps,
             settings,
             desired: Arc::default(),
-            told: false,
+            has_desired: false,
             revision: 0,
             observed: Observed::default(),
             memory,
@@ -139,13 +139,12 @@ impl<M: Maps> Reconciler<M> {
         Ok((reconciler, published))
     }
 
-    /// Services that the maps held at the start, ours or those of another ABI version that forwards.
+    /// Number of services in the maps at the start, ours or those of another ABI version that forwards.
     pub fn adopted(&self) -> usize {
         self.memory.services.len()
     }
 
-    /// Gives verdicts, replicas' words, next hops and decisions that are known from before, without writing anything
-    /// yet.
+    /// Sets health, readiness, next hops and region shares that are known from before, without writing the maps.
     pub fn prime(
         &mut self,
         health: BTreeMap<BackendId, Health>,
@@ -159,17 +158,17 @@ impl<M: Maps> Reconciler<M> {
         self.observed.paths = paths;
     }
 
-    /// Whether history could tell something about this state's services that memory does not.
+    /// Whether the store's history may hold information about this state's services that memory shortages.
     pub fn wants_history(&self, desired: &Desired) -> bool {
         self.memory.is_ignorant_of(desired)
     }
 
-    /// Learns from the store's history what tables were made from lately, oldest first.
+    /// Reconstructs recent tables from the store's history, oldest state first.
     pub fn recall(&mut self, past: &[Past]) {
         self.memory.recall(past, &self.settings, clock::boot().as_millis() as i64);
     }
 
-    /// Runs until nobody can send events any more. The maps stay as they are.
+    /// Runs until all event senders are gone. The maps stay as they are.
     pub async fn run(mut self, mut events: mpsc::Receiver<Event>) {
         loop {
             let first = match self.next_change {
@@ -197,7 +196,7 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Takes events in, and brings the maps up to date once.
+    /// Applies events, and updates the maps once.
     pub fn step(&mut self, events: Vec<Event>, began: Duration) {
         let mut asked = Vec::new();
         let mut changed = events.is_empty();
@@ -205,13 +204,13 @@ impl<M: Maps> Reconciler<M> {
             match event {
                 Event::Desired { desired, revision, applied } => {
                     changed = true;
-                    self.told = true;
+                    self.has_desired = true;
                     self.desired = desired;
                     self.revision = revision;
                     asked.extend(applied);
                 }
                 Event::Check { desired, fits } => {
-                    // Nobody may be waiting any more, which is fine.
+                    // The requester may have gone; that is fine.
                     let _ = fits.send(self.check(&desired));
                 }
                 Event::Health { id, health, at } => {
@@ -240,28 +239,24 @@ impl<M: Maps> Reconciler<M> {
                     changed |= self.settings.attached != attached;
                     self.settings.attached = attached;
                 }
-                // Until somebody says what is to be, all that the maps hold is.
-                Event::Swept(sweep) => changed |= self.told && self.swept(sweep),
+                // Before the desired state is known, the maps' contents are not judged.
+                Event::Swept(sweep) => changed |= self.has_desired && self.apply_sweep(sweep),
             }
         }
-        if changed && self.told {
-            self.bring_up_to_date(asked, began);
+        if changed && self.has_desired {
+            self.update(asked, began);
         }
     }
 
-    /// Whether a state would fit, whatever happens to it.
+    /// Checks whether a state would fit, for all services together.
     fn check(&mut self, desired: &Desired) -> Result<(), ReconcileError> {
         Ok(admit(desired, &self.desired, &self.memory, &self.settings)?)
     }
 
-    fn bring_up_to_date(
-        &mut self,
-        asked: Vec<oneshot::Sender<Result<Applied, ReconcileError>>>,
-        began: Duration,
-    ) {
+    fn update(&mut self, asked: Vec<oneshot::Sender<Result<Applied, ReconcileError>>>, began: Duration) {
         let mut result = self.attempt(began);
-        // In waves: what was given back is there for those that wait.
-        while result.is_ok() && self.goes_on() && clock::boot().saturating_sub(began) < WAVES {
+        // Repeated, because regions that were given back are now free for waiting services.
+        while result.is_ok() && self.can_grant_more() && clock::boot().saturating_sub(began) < GRANT_TIME {
             let written = result.as_ref().map(|applied| applied.written).unwrap_or_default();
             result =
                 self.attempt(began).map(|applied| Applied { written: applied.written + written, ..applied });
@@ -269,7 +264,7 @@ impl<M: Maps> Reconciler<M> {
         let (applied, error) = match result {
             Ok(applied) => (Some(applied), None),
             Err(error) => {
-                tracing::error!(%error, revision = self.revision, "the tables stay as they are");
+                tracing::error!(%error, revision = self.revision, "cannot apply the desired state; the tables stay as they are");
                 self.next_change = Some(clock::boot() + RETRY);
                 (None, Some(error))
             }
@@ -280,28 +275,28 @@ impl<M: Maps> Reconciler<M> {
             let answer = match (&applied, error.take()) {
                 (Some(applied), _) => Ok(applied.clone()),
                 (None, Some(error)) => Err(error),
-                // More than one asked in this burst: only one can have the error itself.
+                // Several requests came in this batch: only one can have the error itself.
                 (None, None) => Err(ReconcileError::Together(text.clone().unwrap_or_default())),
             };
-            // Nobody may be waiting any more, which is fine.
+            // The requester may have gone; that is fine.
             let _ = sender.send(answer);
         }
-        // After the answers: indices and marks can be read back from the maps if this is cut short.
+        // After the answers: if this is interrupted, indices and marks can be read back from the maps.
         self.keeper.keep(&self.memory, &self.retired_stats);
         if let Some(text) = text {
             self.publish.send_modify(|published| Arc::make_mut(published).error = Some(text));
         }
     }
 
-    /// Whether somebody waits for a region, and there may be one now.
-    fn goes_on(&self) -> bool {
+    /// Whether a service waits for a region, and one may be free now.
+    fn can_grant_more(&self) -> bool {
         self.mirror.has_more() && self.problems.values().any(|p| matches!(p, Problem::NoRoom(_)))
     }
 
-    /// Grants, compiles, applies, publishes.
+    /// Grants regions, compiles, applies and publishes.
     fn attempt(&mut self, began: Duration) -> Result<Applied, ReconcileError> {
         self.observed.now = clock::boot();
-        if self.goes_on() {
+        if self.can_grant_more() {
             self.mirror.wait(&mut self.maps);
         }
         let needs = needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
@@ -315,8 +310,8 @@ impl<M: Maps> Reconciler<M> {
             &grants.waiting,
         );
         self.retain_left(&mut compiled);
-        self.add_up_reused(&compiled);
-        let guard = self.guard();
+        self.retire_stats(&compiled);
+        let guard = self.apply_guard();
         let mut regions = BTreeMap::new();
         for (id, region) in grants.regions {
             match compiled.memory.services.get(&id).filter(|_| !compiled.left.contains(&id)) {
@@ -324,18 +319,18 @@ impl<M: Maps> Reconciler<M> {
                 None => self.mirror.take_back(region),
             }
         }
-        let (written, lacks) = self.mirror.apply(&mut self.maps, &compiled.plan, regions)?;
+        let (written, shortages) = self.mirror.apply(&mut self.maps, &compiled.plan, regions)?;
         let features = self.maps.use_features(self.desired.features());
         let applied = Applied { revision: self.revision, written, took: clock::boot().saturating_sub(began) };
-        self.problems = problem::all(&compiled, grants.lacks, &lacks);
-        self.finish(compiled, &lacks, &applied, *guard.as_ref().unwrap_or(&None));
-        // They concern all services alike, and keep none from its table.
+        self.problems = problem::collect(&compiled, grants.shortages, &shortages);
+        self.finish(compiled, &shortages, &applied, *guard.as_ref().unwrap_or(&None));
+        // These errors concern all services alike, and must not keep any service from its table.
         guard?;
         features?;
         Ok(applied)
     }
 
-    /// Services that could not be compiled, or wait without a table of their own, stay as they are.
+    /// Keeps services as they are that could not be compiled, or wait without a table of their own.
     fn retain_left(&self, compiled: &mut Compiled) {
         if compiled.left.is_empty() {
             return;
@@ -348,19 +343,19 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Takes over what was compiled and written, and publishes it.
+    /// Adopts the result of a compilation that was written, and publishes it.
     fn finish(
         &mut self,
         compiled: Compiled,
-        lacks: &BTreeMap<u32, NoRoom>,
+        shortages: &BTreeMap<u32, NoRoom>,
         applied: &Applied,
         guard_end: Option<Duration>,
     ) {
         let Compiled { mut memory, status, next_change_ms, .. } = compiled;
         for (id, service) in &mut memory.services {
-            // What its slots do not show has not happened, but who got an index has it.
-            if lacks.contains_key(&service.index)
-                && !self.mirror.shows(service.index, service)
+            // A change that the slots do not show has not happened, but its assignment of indices has.
+            if shortages.contains_key(&service.index)
+                && !self.mirror.matches_memory(service.index, service)
                 && let Some(before) = self.memory.services.get(id)
             {
                 let backends = service.backends.clone();
@@ -370,7 +365,7 @@ impl<M: Maps> Reconciler<M> {
         self.memory = memory;
         let next_change = next_change_ms.map(|ms| Duration::from_millis(ms.max(0) as u64));
         self.next_change = [next_change, guard_end].into_iter().flatten().min();
-        if self.goes_on() {
+        if self.can_grant_more() {
             self.next_change = Some(clock::boot());
         }
         let now = clock::boot();
@@ -409,21 +404,21 @@ impl<M: Maps> Reconciler<M> {
         });
     }
 
-    /// Deny and allow lists; when on the boot's clock the next entry ends.
-    fn guard(&mut self) -> Result<Option<Duration>, ReconcileError> {
+    /// Applies the deny and allow lists; returns when the next entry expires, by the boot clock.
+    fn apply_guard(&mut self) -> Result<Option<Duration>, ReconcileError> {
         check_guard(&self.desired, &self.settings)?;
         let now = clock::unix();
         let end_s = self.maps.apply_guard(&self.desired.guard, now.as_secs())?;
-        // Seconds are whole, so it is over just after.
+        // Entries expire at whole seconds, so update just after.
         Ok(end_s.map(|end_s| {
             clock::boot() + Duration::from_secs(end_s).saturating_sub(now) + Duration::from_millis(10)
         }))
     }
 
-    /// Before an index goes to another backend, its counters go to its old service's sums.
-    fn add_up_reused(&mut self, compiled: &Compiled) {
-        let fresh = self.mirror.fresh(&compiled.plan);
-        for index in fresh {
+    /// Adds the counters of reassigned backend indices to the sums of their former services.
+    fn retire_stats(&mut self, compiled: &Compiled) {
+        let reassigned = self.mirror.reassigned_backends(&compiled.plan);
+        for index in reassigned {
             if let Some(service) = self.owners.remove(&index) {
                 published::add(
                     self.retired_stats.entry(service).or_default(),
@@ -433,7 +428,7 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Lets time go by for what is remembered.
+    /// Shifts the memory as if time had passed.
     #[cfg(test)]
     pub fn age(&mut self, by: Duration) {
         self.memory.shift(-(by.as_millis() as i64));
@@ -442,8 +437,8 @@ impl<M: Maps> Reconciler<M> {
         }
     }
 
-    /// Takes a sweep in; true if indices or marks became free by it.
-    fn swept(&mut self, sweep: Arc<Sweep>) -> bool {
+    /// Applies the result of a sweep; true if it freed indices or marks.
+    fn apply_sweep(&mut self, sweep: Arc<Sweep>) -> bool {
         let before = self.memory.clone();
         let unstable = &self.unstable;
         let settled = |index: &u32| unstable.get(index).is_none_or(|t| *t + SETTLE < sweep.began);

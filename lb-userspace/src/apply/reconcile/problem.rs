@@ -1,4 +1,4 @@
-//! Services that are not as they are wanted.
+//! Services that differ from the desired state.
 
 use super::NoRoom;
 use crate::{
@@ -7,19 +7,19 @@ use crate::{
 };
 use std::collections::BTreeMap;
 
-/// Why a service is not as it is wanted.
+/// Why a service differs from the desired state.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
-    /// It waits for slots. It keeps its table meanwhile, if it has one; who takes no new flows is taken out of it.
+    /// The service waits for slots. It keeps its table, if it has one, without backends that take no new flows.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
-    /// It cannot be compiled, or not all of it.
+    /// The service cannot be compiled, or not completely.
     #[error(transparent)]
     Compile(#[from] CompileError),
 }
 
 impl Problem {
-    /// For metrics.
+    /// Label in metrics.
     pub const fn label(&self) -> &'static str {
         match self {
             Self::NoRoom(_) => "no_room",
@@ -28,15 +28,15 @@ impl Problem {
     }
 }
 
-/// Everything that is not as it is wanted.
-pub(super) fn all(
+/// Collects the problems of all services.
+pub(super) fn collect(
     compiled: &Compiled,
     waiting: BTreeMap<Name, NoRoom>,
-    lacks: &BTreeMap<u32, NoRoom>,
+    shortages: &BTreeMap<u32, NoRoom>,
 ) -> BTreeMap<Name, Problem> {
     let failed = compiled.failed.iter().map(|(name, error)| (name.clone(), error.clone().into()));
-    let lacking =
-        compiled.status.iter().filter_map(|s| Some((s.name.clone(), (*lacks.get(&s.index)?).into())));
-    let waiting = waiting.into_iter().map(|(name, lack)| (name, lack.into()));
-    failed.chain(lacking).chain(waiting).collect()
+    let short_of_room =
+        compiled.status.iter().filter_map(|s| Some((s.name.clone(), (*shortages.get(&s.index)?).into())));
+    let waiting = waiting.into_iter().map(|(name, shortage)| (name, shortage.into()));
+    failed.chain(short_of_room).chain(waiting).collect()
 }

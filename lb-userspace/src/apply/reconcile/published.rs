@@ -1,4 +1,4 @@
-//! What the reconciler tells the rest: one immutable snapshot per change.
+//! Output of the reconciler: one immutable snapshot per change.
 
 use super::{Lags, Problem, mirror::Written, sweep::Sweep};
 use crate::{
@@ -17,47 +17,47 @@ use tokio::sync::watch;
 pub struct Applied {
     /// Revision of the desired state that is in the maps.
     pub revision: u64,
-    /// What was written.
+    /// Numbers of entries written.
     pub written: Written,
-    /// From the event's arrival to the last write.
+    /// Time from the arrival of the event to the last write.
     pub took: Duration,
 }
 
-/// Everything that API, metrics and status show of the tables.
+/// Data of the tables for API, metrics and status.
 #[derive(Clone, Debug, Default)]
 pub struct Published {
-    /// Revision that is in the maps.
+    /// Revision of the desired state that is in the maps.
     pub revision: u64,
-    /// That state.
+    /// Desired state of that revision.
     pub desired: Arc<Desired>,
-    /// What it was compiled with.
+    /// Observations that it was compiled with.
     pub observed: Arc<Observed>,
     /// Services, by name.
     pub services: BTreeMap<Name, Arc<ServiceStatus>>,
-    /// Tracked live flows by backend index, at the last sweep.
+    /// Result of the last sweep, with tracked live flows by backend index.
     pub sweep: Arc<Sweep>,
-    /// Counters of backends that have gone, by service, so that a service's sums never fall.
+    /// Counters of removed backends, by service, so that a service's sums never decrease.
     pub retired_stats: BTreeMap<Name, [u64; 3]>,
     /// The last application that wrote something.
     pub applied: Applied,
-    /// Services that are not as they are wanted, and why.
+    /// Services that differ from the desired state, and why.
     pub problems: BTreeMap<Name, Problem>,
-    /// How long verdicts took to the maps, since lbd started.
+    /// Times from verdicts to the maps since lbd started.
     pub verdict_lags: Lags,
-    /// Slots that are not free.
+    /// Number of slots that are not free.
     pub slots_used: u32,
-    /// Why the last attempt failed, if it did: the maps then hold an older state.
+    /// Error of the last attempt, if it failed: the maps then hold an older state.
     pub error: Option<String>,
 }
 
 impl Published {
-    /// A backend's status.
+    /// Status of a backend.
     pub fn backend(&self, id: &BackendId) -> Option<&BackendStatus> {
         let service = self.services.get(&id.service)?;
         service.backends.iter().find(|b| b.name.as_ref() == Some(&id.backend))
     }
 
-    /// A hash of all tables: the same on every host that sends new flows to the same backends.
+    /// Hash of all tables: equal on hosts that send new flows to the same backends.
     pub fn table_hash(&self) -> u64 {
         let mut hash = Sha256::new();
         for (name, service) in &self.services {
@@ -68,7 +68,7 @@ impl Published {
         digest[..8].iter().fold(0, |hash, byte| hash << 8 | u64::from(*byte))
     }
 
-    /// Live flows of a backend that the flow tables hold.
+    /// Number of live flows of a backend in the flow tables.
     pub fn tracked_flows(&self, index: u32) -> u64 {
         self.sweep.flows.get(&index).copied().unwrap_or(0)
     }
@@ -96,7 +96,7 @@ impl Places for watch::Receiver<Arc<Published>> {
     }
 }
 
-/// Adds up counters.
+/// Adds a backend's counters to sums.
 pub(super) fn add(total: &mut [u64; 3], stats: BackendStats) {
     for (sum, part) in total.iter_mut().zip([stats.packets, stats.bytes, stats.flows]) {
         *sum = sum.wrapping_add(part);

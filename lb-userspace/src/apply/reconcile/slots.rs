@@ -1,42 +1,42 @@
-//! Which parts of the `SLOTS` map are free: regions for tables. A region that was given back is not used again before
+//! Allocator of regions in the slot maps. A region that was given back is not used again before
 //! all programs that may still read it have ended.
 
-/// A region: its first slot, and how many.
-type Region = (u32, u32);
+/// A region: its first slot, and its number of slots.
+type SlotRegion = (u32, u32);
 
 /// Free regions of a map of slots.
 #[derive(Clone, Debug)]
 pub struct SlotSpace {
-    /// Free, sorted, never touching one another.
-    free: Vec<Region>,
-    /// Given back: programs may still read them.
-    left: Vec<Region>,
+    /// Free regions, sorted, merged where they touch.
+    free: Vec<SlotRegion>,
+    /// Regions given back that programs may still read.
+    left: Vec<SlotRegion>,
 }
 
 /// No region of this size is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no room for a table of {wanted} slots: the largest free region has {largest} ({free} free in all); give a service a smaller --table-size, or start lbd with a larger --max-slots"
+    "no room for a table of {wanted} slots: the largest free region has {largest} ({free} free in total); give a service a smaller --table-size, or start lbd with a larger --max-slots"
 )]
 pub struct NoRoom {
     /// Slots asked for.
     pub wanted: u32,
     /// Largest free region.
     pub largest: u32,
-    /// Free slots in all.
+    /// Free slots in total.
     pub free: u32,
 }
 
 impl SlotSpace {
-    /// A map of `len` slots of which nothing is used.
+    /// Creates the allocator of a map of `len` slots, all free.
     pub fn new(len: u32) -> Self {
         Self { free: if len == 0 { vec![] } else { vec![(0, len)] }, left: Vec::new() }
     }
 
-    /// Marks a region as used, whatever it was; for tables found in the map.
+    /// Marks a region as used, whether or not it was free; for tables found in the map.
     pub fn reserve(&mut self, base: u32, count: u32) {
         let (base, end) = (u64::from(base), u64::from(base) + u64::from(count));
-        let cut = |(b, n): Region| {
+        let cut = |(b, n): SlotRegion| {
             let (b, e) = (u64::from(b), u64::from(b) + u64::from(n));
             let before = (b, e.min(base));
             let after = (b.max(end), e);
@@ -45,7 +45,7 @@ impl SlotSpace {
         self.free = self.free.iter().copied().flat_map(cut).collect();
     }
 
-    /// Takes a region of `count` slots: the first of the smallest that are large enough, so that large ones stay whole.
+    /// Allocates `count` slots: the first of the smallest regions that are large enough, so that large ones stay whole.
     pub fn take(&mut self, count: u32) -> Result<u32, NoRoom> {
         let fits = self.free.iter().enumerate().filter(|(_, (_, n))| *n >= count);
         let Some((i, &(base, n))) = fits.min_by_key(|(i, (_, n))| (*n, *i)) else {
@@ -60,7 +60,7 @@ impl SlotSpace {
         Ok(base)
     }
 
-    /// Takes the region of `count` slots at `base`, which must be the beginning of a free one.
+    /// Allocates `count` slots at `base`, which must be the beginning of a free region.
     pub fn take_at(&mut self, base: u32, count: u32) -> Result<u32, NoRoom> {
         match self.free.iter().position(|&(b, n)| b == base && n >= count) {
             Some(i) if self.free[i].1 == count => drop(self.free.remove(i)),
@@ -70,14 +70,14 @@ impl SlotSpace {
         Ok(base)
     }
 
-    /// Gives a region back; it may be taken again after [`SlotSpace::release`].
+    /// Gives a region back; it can be allocated again after [`SlotSpace::release`].
     pub fn give_back(&mut self, base: u32, count: u32) {
         if count > 0 {
             self.left.push((base, count));
         }
     }
 
-    /// Gives a region back that no program has ever seen.
+    /// Gives back a region that no program has ever seen.
     pub fn give_back_unused(&mut self, base: u32, count: u32) {
         if count > 0 {
             self.free.push((base, count));
@@ -85,22 +85,22 @@ impl SlotSpace {
         }
     }
 
-    /// Free slots.
+    /// Number of free slots.
     pub fn free(&self) -> u32 {
         self.free.iter().map(|r| r.1).sum()
     }
 
-    /// Slots that wait for programs to end.
+    /// Number of slots given back that programs may still read.
     pub fn left(&self) -> u32 {
         self.left.iter().map(|r| r.1).sum()
     }
 
     /// Free regions, in order.
-    pub fn holes(&self) -> &[Region] {
+    pub fn holes(&self) -> &[SlotRegion] {
         &self.free
     }
 
-    /// All programs that ran when the last region was given back have ended.
+    /// Frees the regions given back: all programs that ran when the last one was given back have ended.
     pub fn release(&mut self) {
         if !self.left.is_empty() {
             self.free.append(&mut self.left);
@@ -110,7 +110,7 @@ impl SlotSpace {
 
     fn merge(&mut self) {
         self.free.sort_unstable();
-        let mut merged: Vec<Region> = Vec::with_capacity(self.free.len());
+        let mut merged: Vec<SlotRegion> = Vec::with_capacity(self.free.len());
         for (base, n) in self.free.drain(..) {
             match merged.last_mut() {
                 Some(last) if last.0 + last.1 == base => last.1 += n,

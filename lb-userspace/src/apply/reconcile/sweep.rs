@@ -1,14 +1,14 @@
-//! Sweeps the flow tables: counts live flows, removes what is over, tells what is no longer named.
+//! Sweeps the flow tables: counts live flows, removes expired ones, and reports indices that no entry names.
 //!
 //! Runs on a thread of its own beside the reconciler, with handles of its own: a million entries take
-//! a good part of a second, which no change of the tables should wait for. How often it runs, and which tables it need
-//! not look at, [`super::pace`] says.
+//! a good part of a second, and no change of the tables should wait for that. [`super::sweep_schedule`] decides how
+//! often it runs, and which tables it can skip.
 
 use super::{
     Event,
-    sweep_counts::Tally,
+    sweep_counts::SweepCounts,
     sweep_nat::sweep_bindings,
-    sweep_schedule::{self, PERIOD, Quiet, Signals},
+    sweep_schedule::{self, EmptyTables, MeterSignals, PERIOD},
 };
 use crate::{
     apply::dataplane::{DataplaneError, Reader},
@@ -30,42 +30,42 @@ use std::{
 };
 use tokio::sync::mpsc;
 
-/// The order of the walks: what is noted of a SYN becomes a flow, and may do so between the two.
+/// Order of the walks: a cached SYN becomes a flow, possibly between the two walks.
 const ORDER: [FlowTable; 3] = [FlowTable::Syns, FlowTable::Flows, FlowTable::UdpFlows];
 
-/// What a sweep found.
+/// Result of a sweep.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Sweep {
-    /// Clock since boot at its start.
+    /// Boot clock at the start of the sweep.
     pub began: Duration,
     /// Live tracked flows by backend index.
     pub flows: BTreeMap<u32, u64>,
-    /// Services that some TCP entry belongs to.
+    /// Services with TCP entries.
     pub services_tcp: BTreeSet<u32>,
-    /// Services that any entry belongs to.
+    /// Services with any entries.
     pub services: BTreeSet<u32>,
-    /// Backends that any entry names.
+    /// Backends that entries name.
     pub backends: BTreeSet<u32>,
-    /// Entries that were over and have been removed.
+    /// Number of expired entries that were removed.
     pub removed: u64,
-    /// Entries left in each table.
+    /// Number of entries left in each table.
     pub entries: [u64; 3],
-    /// Bindings of mode `nat` left.
+    /// Number of bindings of mode `nat` left.
     pub bindings: u64,
     /// Services by index that are, or have been, under flood.
     pub floods: BTreeMap<u32, Flood>,
 }
 
-/// A service that more is asked for than is written to the flow tables.
+/// Flood state of a service: more entries are requested than its write budget allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flood {
-    /// Whether it is so now.
+    /// Whether the service is under flood now.
     pub now: bool,
-    /// How often it has become so, over all processors and tables.
+    /// Number of floods so far, over all CPUs and tables.
     pub times: u64,
 }
 
-/// What a service's meters say about floods.
+/// Reads the flood state from a service's meters.
 fn flood(pressure: &[Pressure], now_s: u32) -> Flood {
     let mut flood = Flood::default();
     for pressure in pressure {
@@ -78,27 +78,27 @@ fn flood(pressure: &[Pressure], now_s: u32) -> Flood {
     flood
 }
 
-/// What an entry's fate depends on.
-struct Judge {
+/// Conditions for the expiry of entries.
+struct ExpiryRules {
     now_s: u32,
-    /// Whether the table was more than half full at the last sweep: then what is idle for long goes.
+    /// Whether the table was more than half full at the last sweep: then flows that are idle for long are removed.
     is_tight: bool,
 }
 
-impl Judge {
-    /// Whether an entry no longer means anything.
-    fn is_over(&self, tally: &mut Tally<'_>, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+impl ExpiryRules {
+    /// Whether an entry can be removed.
+    fn is_expired(&self, counts: &mut SweepCounts<'_>, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
         let age_s = self.now_s.saturating_sub(flow.last_seen_s);
         let aged = match table {
             FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
-            // A client that vanished would hold a removed backend's index for ever.
-            // Nothing else makes room: the table evicts nobody.
+            // A client that vanished would keep a removed backend's index in use for ever.
+            // The table never evicts, so only the sweep makes room.
             FlowTable::Flows | FlowTable::Syns => {
-                age_s > TCP_IDLE_S && (self.is_tight || tally.is_leaving(key.service, flow.backend))
+                age_s > TCP_IDLE_S && (self.is_tight || counts.is_leaving(key.service, flow.backend))
             }
-            FlowTable::UdpFlows => age_s > tally.udp_timeout_s(key.service).unwrap_or(0),
+            FlowTable::UdpFlows => age_s > counts.udp_timeout_s(key.service).unwrap_or(0),
         };
-        aged || !tally.is_served(key.service, flow.backend)
+        aged || !counts.is_served(key.service, flow.backend)
     }
 
     fn is_live(&self, table: FlowTable, flow: &Flow) -> bool {
@@ -111,25 +111,25 @@ impl Judge {
     }
 }
 
-/// Sweeps all tables, one time after the other.
+/// Sweeps all tables repeatedly.
 pub struct Sweeper {
     reader: Reader,
-    quiet: Quiet,
+    empty_tables: EmptyTables,
     last: Arc<Sweep>,
 }
 
 impl Sweeper {
-    /// Over these maps, of which nothing is known yet.
+    /// Creates a sweeper that knows nothing about the tables yet.
     pub fn new(reader: Reader) -> Self {
-        Self { reader, quiet: Quiet::default(), last: Arc::default() }
+        Self { reader, empty_tables: EmptyTables::default(), last: Arc::default() }
     }
 
-    /// Sweeps once.
+    /// Sweeps the tables once.
     pub fn sweep(&mut self) -> Result<Arc<Sweep>, DataplaneError> {
         let reader = &self.reader;
         let mut result = Sweep { began: clock::boot(), ..Sweep::default() };
         let now_s = clock::boot_s();
-        let mut signals = Signals::default();
+        let mut signals = MeterSignals::default();
         for service in reader.used_services() {
             let pressure = reader.pressure(service)?;
             signals.add(service, &pressure);
@@ -139,33 +139,33 @@ impl Sweeper {
             }
         }
         let memory = reader.bindings_memory();
-        let walk = self.quiet.next(signals, memory, result.began);
-        let mut tally = Tally::new(reader);
+        let walk = self.empty_tables.next(signals, memory, result.began);
+        let mut counts = SweepCounts::new(reader);
         for table in ORDER.into_iter().filter(|table| walk.tables[*table as usize]) {
             let room = u64::from(reader.flow_room(table));
-            let judge = Judge { now_s, is_tight: self.last.entries[table as usize] > room / 2 };
-            let (entries, removed) = sweep_table(reader, table, &judge, &mut tally)?;
-            self.quiet.walked(table, entries + removed);
+            let rules = ExpiryRules { now_s, is_tight: self.last.entries[table as usize] > room / 2 };
+            let (entries, removed) = sweep_table(reader, table, &rules, &mut counts)?;
+            self.empty_tables.walked(table, entries + removed);
             result.entries[table as usize] = entries;
             result.removed += removed;
         }
         if walk.bindings {
-            let found = sweep_bindings(reader, self.last.bindings, &mut tally)?;
-            self.quiet.walked_bindings(found.entries, memory, reader.bindings_memory());
+            let found = sweep_bindings(reader, self.last.bindings, &mut counts)?;
+            self.empty_tables.walked_bindings(found.entries, memory, reader.bindings_memory());
             result.bindings = found.bindings;
             result.removed += found.removed;
         }
-        tally.report(&mut result);
+        counts.report(&mut result);
         self.last = Arc::new(result);
         Ok(Arc::clone(&self.last))
     }
 
-    /// Whether the next sweep should not wait: a table fills up, or somebody waits for flows to end or be counted.
+    /// Whether the next sweep should not be delayed: a table fills up, or flows are waited for to end or be counted.
     fn is_urgent(&self) -> bool {
         let (reader, last) = (&self.reader, &self.last);
         let is_filling =
             ORDER.iter().any(|table| last.entries[*table as usize] > u64::from(reader.flow_room(*table)) / 2);
-        // Bindings make room among themselves, until there is none at all.
+        // The dataplane evicts unconfirmed bindings by itself, until there are none left.
         let is_short = last.bindings > u64::from(reader.bindings_room()) / 8 * 7;
         let is_leaving = |index: &u32| {
             reader.backend(*index).is_none_or(|b| b.flags & USED == 0 || b.flags & (DRAINING | DOWN) != 0)
@@ -178,11 +178,11 @@ impl Sweeper {
         is_filling || is_short || last.backends.iter().any(is_leaving) || last.services.iter().any(is_awaited)
     }
 
-    /// Waits for as long as the last sweep's cost asks for. What becomes urgent meanwhile ends it.
+    /// Waits as long as the cost of the last sweep requires, or until a sweep becomes urgent.
     fn rest(&self, took: Duration, cost: Duration, events: &mpsc::Sender<Event>) {
         let began = Instant::now();
         loop {
-            // Where the cheaper pace is no longer wait, nobody need be asked.
+            // Urgency is checked only where it would shorten the wait.
             let shortest = sweep_schedule::pause(took, cost, true);
             let is_urgent = shortest < sweep_schedule::pause(took, cost, false) && self.is_urgent();
             let rest = sweep_schedule::pause(took, cost, is_urgent).saturating_sub(began.elapsed());
@@ -194,15 +194,15 @@ impl Sweeper {
     }
 }
 
-/// Sweeps a table: entries that are left, and how many were removed.
+/// Sweeps a table; returns the numbers of entries left and removed.
 fn sweep_table(
     reader: &Reader,
     table: FlowTable,
-    judge: &Judge,
-    tally: &mut Tally<'_>,
+    rules: &ExpiryRules,
+    counts: &mut SweepCounts<'_>,
 ) -> Result<(u64, u64), DataplaneError> {
     if table == FlowTable::Syns {
-        return Ok(sweep_notes(reader, judge, tally));
+        return Ok(sweep_notes(reader, rules, counts));
     }
     let mut over = Vec::new();
     let mut count = 0u64;
@@ -211,13 +211,13 @@ fn sweep_table(
         if let Some(scan) = &mut scan {
             scan.add(&key);
         }
-        if judge.is_over(tally, table, &key, &flow) {
+        if rules.is_expired(counts, table, &key, &flow) {
             over.push(key);
             return;
         }
         count += 1;
         let is_tcp = table != FlowTable::UdpFlows;
-        tally.count(key.service, flow.backend, is_tcp, judge.is_live(table, &flow));
+        counts.count(key.service, flow.backend, is_tcp, rules.is_live(table, &flow));
     })?;
     if let Some(scan) = &scan {
         reader.notes().settle(scan);
@@ -228,16 +228,16 @@ fn sweep_table(
     Ok((count, over.len() as u64))
 }
 
-/// The same of the notes of SYNs, of which only those that are recent are gone by.
-fn sweep_notes(reader: &Reader, judge: &Judge, tally: &mut Tally<'_>) -> (u64, u64) {
+/// Sweeps the SYN cache; only recent SYNs count. Returns the numbers of entries left and removed.
+fn sweep_notes(reader: &Reader, rules: &ExpiryRules, counts: &mut SweepCounts<'_>) -> (u64, u64) {
     let (mut count, mut removed) = (0, 0);
     reader.notes().for_each(|place, head, _| {
         let index = note::backend(head);
         let backend = reader.backend(index).filter(|b| b.flags & USED != 0);
-        match backend.filter(|_| note::age_s(head, judge.now_s) <= SYN_TIMEOUT_S) {
-            Some(backend) if tally.is_served(backend.service, index) => {
+        match backend.filter(|_| note::age_s(head, rules.now_s) <= SYN_TIMEOUT_S) {
+            Some(backend) if counts.is_served(backend.service, index) => {
                 count += 1;
-                tally.count(backend.service, index, true, false);
+                counts.count(backend.service, index, true, false);
             }
             _ => {
                 reader.notes().remove(place, head);
@@ -248,12 +248,12 @@ fn sweep_notes(reader: &Reader, judge: &Judge, tally: &mut Tally<'_>) -> (u64, u
     (count, removed)
 }
 
-/// Starts the sweeper; it ends when nobody listens to `events` any more.
+/// Starts the sweeper thread; it ends when the receiver of `events` is gone.
 pub fn start(pin_path: PathBuf, events: mpsc::Sender<Event>) -> std::io::Result<()> {
     let run = move || {
         let mut sweeper = match Reader::open(&pin_path) {
             Ok(reader) => Sweeper::new(reader),
-            Err(error) => return tracing::error!(%error, "flow tables cannot be swept"),
+            Err(error) => return tracing::error!(%error, "cannot open the flow tables; they are not swept"),
         };
         loop {
             let (began, spent) = (Instant::now(), clock::thread());

@@ -1,40 +1,40 @@
-//! What a sweep counts, by index: entries and live flows of each backend, which services have any.
+//! Counts of a sweep, by index: entries and live flows of each backend, and services with entries.
 //!
-//! A sweep asks the same few services and backends about a million entries, so each is read from the maps once, and
-//! counted in place. What an entry's end depends on is never taken from here: see [`Tally::is_served`].
+//! A sweep looks up the same few services and backends for about a million entries, so each is read from the maps once,
+//! and counted in place. A missing service or backend is never cached: see [`SweepCounts::is_served`].
 
 use super::sweep::Sweep;
 use crate::apply::dataplane::Reader;
 use lb_common::backend::flags::{DOWN, DRAINING, USED};
 
-/// A service, as far as flows depend on it.
+/// Facts about a service that the expiry of flows depends on.
 #[derive(Clone, Copy, Default)]
 struct ServiceSeen {
-    /// Idle time of its UDP flows, once it was found to be there.
+    /// Idle time of its UDP flows, once the service was found.
     udp_timeout_s: Option<u32>,
     has_tcp: bool,
     has_any: bool,
 }
 
-/// A backend, likewise.
+/// Facts about a backend that the expiry of flows depends on.
 #[derive(Clone, Copy, Default)]
 struct BackendSeen {
-    /// Its service, once it was found to be there.
+    /// Index of its service, once the backend was found.
     service: Option<u32>,
-    /// What it is besides.
+    /// Flags of its entry.
     flags: u32,
     is_named: bool,
     flows: u64,
 }
 
-/// The counts, over live maps.
-pub struct Tally<'a> {
+/// Counts of a sweep over live maps.
+pub struct SweepCounts<'a> {
     reader: &'a Reader,
     services: Vec<ServiceSeen>,
     backends: Vec<BackendSeen>,
 }
 
-/// The place of an index, made if need be. Indices come from the maps, whose sizes bound them.
+/// Entry of an index, created if necessary. Indices come from the maps, whose sizes bound them.
 fn place<T: Clone + Default>(all: &mut Vec<T>, index: u32) -> &mut T {
     let index = index as usize;
     if index >= all.len() {
@@ -43,13 +43,13 @@ fn place<T: Clone + Default>(all: &mut Vec<T>, index: u32) -> &mut T {
     &mut all[index]
 }
 
-impl<'a> Tally<'a> {
-    /// Nothing counted yet.
+impl<'a> SweepCounts<'a> {
+    /// Starts with empty counts.
     pub fn new(reader: &'a Reader) -> Self {
         Self { reader, services: Vec::new(), backends: Vec::new() }
     }
 
-    /// Idle time of UDP flows of a service that is there.
+    /// Idle time of UDP flows of a service; none if the service does not exist.
     pub fn udp_timeout_s(&mut self, service: u32) -> Option<u32> {
         let known = self.services.get(service as usize).and_then(|s| s.udp_timeout_s);
         known.or_else(|| {
@@ -60,18 +60,18 @@ impl<'a> Tally<'a> {
         })
     }
 
-    /// Whether a backend is one of a service that is there. That it is not is looked up each time: entries of one that
-    /// has come to be since are no ends.
+    /// Whether a backend belongs to an existing service. A negative answer is looked up each time, because a backend
+    /// that was added meanwhile must not lose its entries.
     pub fn is_served(&mut self, service: u32, backend: u32) -> bool {
         self.read_backend(backend, service).is_some() && self.udp_timeout_s(service).is_some()
     }
 
-    /// Whether a backend takes no new flows, or is none.
+    /// Whether a backend takes no new flows, or does not exist.
     pub fn is_leaving(&mut self, service: u32, backend: u32) -> bool {
         self.read_backend(backend, service).is_none_or(|flags| flags & (DRAINING | DOWN) != 0)
     }
 
-    /// Flags of a backend of this service.
+    /// Reads the flags of a backend of this service.
     fn read_backend(&mut self, backend: u32, service: u32) -> Option<u32> {
         if let Some(seen) = self.backends.get(backend as usize)
             && seen.service == Some(service)
@@ -87,7 +87,7 @@ impl<'a> Tally<'a> {
         Some(entry.flags)
     }
 
-    /// Counts an entry that stays, of a service and a backend that are there.
+    /// Counts an entry that stays, of an existing service and backend.
     pub fn count(&mut self, service: u32, backend: u32, is_tcp: bool, is_live: bool) {
         let seen = place(&mut self.services, service);
         seen.has_any = true;
@@ -97,7 +97,7 @@ impl<'a> Tally<'a> {
         seen.flows += u64::from(is_live);
     }
 
-    /// Adds it all to a sweep's result.
+    /// Adds the counts to the result of a sweep.
     pub fn report(&self, sweep: &mut Sweep) {
         for (service, seen) in (0..).zip(&self.services).filter(|(_, seen)| seen.has_any) {
             sweep.services.insert(service);

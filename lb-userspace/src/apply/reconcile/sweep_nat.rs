@@ -1,9 +1,9 @@
-//! Sweeps the bindings of mode `nat`: both entries of what is over go together, and what is left of a pair goes too.
+//! Sweeps the bindings of mode `nat`: removes both entries of an expired binding, and single entries left over.
 //!
-//! Two walks, and nothing else per binding: the first gathers the clients' entries, the second finds the workers' among
-//! them. The kernel is asked about single entries only before they are removed.
+//! Two walks, and nothing else per binding: the first gathers the clients' entries, the second matches the workers'
+//! entries with them. Single entries are looked up only before they are removed.
 
-use super::sweep_counts::Tally;
+use super::sweep_counts::SweepCounts;
 use crate::{
     apply::dataplane::{DataplaneError, Reader},
     clock,
@@ -16,22 +16,22 @@ use lb_common::{
 };
 use std::{collections::HashMap, hash::BuildHasher};
 
-/// Age in seconds from which an entry without its other half is a remnant: a binding's two are written at once.
+/// Age in seconds from which an entry without its counterpart is a remnant: a binding's two are written together.
 const REMNANT_S: u32 = 5;
 
-/// What a sweep of the bindings found.
+/// Result of a sweep of the bindings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Found {
-    /// Entries of both maps that were met.
+pub struct BindingCounts {
+    /// Number of entries found in both maps.
     pub entries: u64,
-    /// Bindings that are left.
+    /// Number of bindings left.
     pub bindings: u64,
-    /// What was removed, pairs and single entries.
+    /// Number of removals: pairs and single entries.
     pub removed: u64,
 }
 
-/// What is kept of a client's entry.
-struct Client {
+/// Fields of a client's entry that the sweep needs.
+struct ClientEntry {
     flow: FlowKey,
     backend: u32,
     created_s: u32,
@@ -39,25 +39,25 @@ struct Client {
     has_answers: bool,
 }
 
-/// The clients' entries, found by what both halves of a binding say.
-struct Clients {
-    all: Vec<Client>,
-    /// By [`Clients::name`], whose seed nobody knows: no two bindings share one but by chance, which would cost one of
-    /// them a look at the maps, or a sweep's delay.
+/// Entries of clients, indexed by the fields that both entries of a binding have in common.
+struct ClientEntries {
+    all: Vec<ClientEntry>,
+    /// By [`ClientEntries::name`], whose seed is secret: two bindings share a name only by chance, which costs one of
+    /// them an additional lookup, or a delay until the next sweep.
     by_name: HashMap<u64, u32, RandomState>,
     names: RandomState,
 }
 
-impl Clients {
+impl ClientEntries {
     fn read(reader: &Reader, expected: usize) -> Result<Self, DataplaneError> {
         let by_name = HashMap::with_capacity_and_hasher(expected, RandomState::default());
         let mut clients = Self { all: Vec::with_capacity(expected), by_name, names: RandomState::default() };
         reader.for_each_nat(|flow, nat| {
-            // Which of the two protocols it is, the service says.
+            // The service implies the protocol.
             let name = clients.name(&flow, &lb_ebpf::nat::reply_key(&nat, 0));
             clients.by_name.insert(name, clients.all.len() as u32);
             let Nat { backend, created_s, last_seen_s, .. } = nat;
-            clients.all.push(Client { flow, backend, created_s, last_seen_s, has_answers: false });
+            clients.all.push(ClientEntry { flow, backend, created_s, last_seen_s, has_answers: false });
         })?;
         Ok(clients)
     }
@@ -73,65 +73,65 @@ impl Clients {
         ))
     }
 
-    /// The entry of the client that these answers go to.
-    fn of(&mut self, answers: &ReplyKey, reply: &Reply) -> Option<&mut Client> {
+    /// The client's entry of the binding that a reply entry belongs to.
+    fn find(&mut self, answers: &ReplyKey, reply: &Reply) -> Option<&mut ClientEntry> {
         let name = self.name(&reply.flow, answers);
         self.by_name.get(&name).map(|&i| &mut self.all[i as usize])
     }
 }
 
-/// Whether a binding may be forgotten, whose client was last seen then.
-fn is_done(
-    tally: &mut Tally<'_>,
+/// Whether a binding can be removed, given when its client was last seen.
+fn is_removable(
+    counts: &mut SweepCounts<'_>,
     protocol: u32,
     (backend, client_s): (u32, u32),
     reply: &Reply,
     now_s: u32,
 ) -> bool {
     let service = reply.flow.service;
-    let Some(udp_timeout_s) = tally.udp_timeout_s(service) else { return true };
+    let Some(udp_timeout_s) = counts.udp_timeout_s(service) else { return true };
     let idle_s = if protocol == u32::from(TCP) { tcp_idle_s(reply.flags) } else { udp_timeout_s };
-    !tally.is_served(service, backend) || is_expired(idle_s, client_s, reply.last_seen_s, now_s)
+    !counts.is_served(service, backend) || is_expired(idle_s, client_s, reply.last_seen_s, now_s)
 }
 
-/// Sweeps once, and counts what is left.
+/// Sweeps the bindings once, and counts those left.
 pub fn sweep_bindings(
     reader: &Reader,
     expected: u64,
-    tally: &mut Tally<'_>,
-) -> Result<Found, DataplaneError> {
-    let mut clients = Clients::read(reader, expected as usize)?;
-    let mut found = Found { entries: clients.all.len() as u64, ..Found::default() };
+    counts: &mut SweepCounts<'_>,
+) -> Result<BindingCounts, DataplaneError> {
+    let mut clients = ClientEntries::read(reader, expected as usize)?;
+    let mut found = BindingCounts { entries: clients.all.len() as u64, ..BindingCounts::default() };
     let now_s = clock::boot_s();
     let (mut done, mut remnants) = (Vec::new(), Vec::new());
     reader.for_each_reply(|key, reply| {
         found.entries += 1;
-        let Some(client) = clients.of(&key, &reply) else {
+        let Some(client) = clients.find(&key, &reply) else {
             if now_s.saturating_sub(reply.last_seen_s) > REMNANT_S {
                 remnants.push(key);
             }
             return;
         };
         client.has_answers = true;
-        if is_done(tally, key.protocol, (client.backend, client.last_seen_s), &reply, now_s) {
+        if is_removable(counts, key.protocol, (client.backend, client.last_seen_s), &reply, now_s) {
             done.push(key);
             return;
         }
         found.bindings += 1;
         let is_live = key.protocol == u32::from(UDP) || !is_over(reply.flags);
-        tally.count(reply.flow.service, client.backend, false, is_live);
+        counts.count(reply.flow.service, client.backend, false, is_live);
     })?;
     for key in done {
-        found.removed += u64::from(remove_pair(reader, tally, &key)?);
+        found.removed += u64::from(remove_pair(reader, counts, &key)?);
     }
     for key in remnants {
         found.removed += u64::from(remove_remnant(reader, &key)?);
     }
-    // Those whose answers' entry has gone, or never came to be: their flow is bound anew.
+    // Entries of clients whose reply entry is missing: the next packet of the flow makes a new binding.
     let is_remnant =
-        |client: &&Client| !client.has_answers && now_s.saturating_sub(client.created_s) > REMNANT_S;
-    for Client { flow, .. } in clients.all.iter().filter(is_remnant) {
-        // It may be another binding by now, and the walk of the answers may have been before it.
+        |client: &&ClientEntry| !client.has_answers && now_s.saturating_sub(client.created_s) > REMNANT_S;
+    for ClientEntry { flow, .. } in clients.all.iter().filter(is_remnant) {
+        // The flow may have another binding by now, made after the walk of the reply entries.
         let is_whole = reader.nat(flow).is_none_or(|nat| {
             now_s.saturating_sub(nat.created_s) <= REMNANT_S || has_answers(reader, flow, &nat)
         });
@@ -143,19 +143,23 @@ pub fn sweep_bindings(
     Ok(found)
 }
 
-/// Whether these are the two halves of a binding. Which of the two protocols it has, the service says, and so does the key.
+/// Whether these are the two entries of a binding. Their service and key imply the same protocol.
 fn is_pair(nat: &Nat, key: &ReplyKey) -> bool {
     (nat.source, nat.source_port, nat.worker, nat.port) == (key.source, key.source_port, key.worker, key.port)
 }
 
-/// Removes a binding that is still over: a packet may have come since the scan.
-fn remove_pair(reader: &Reader, tally: &mut Tally<'_>, key: &ReplyKey) -> Result<bool, DataplaneError> {
+/// Removes a binding that is still expired: a packet may have come since the walk.
+fn remove_pair(
+    reader: &Reader,
+    counts: &mut SweepCounts<'_>,
+    key: &ReplyKey,
+) -> Result<bool, DataplaneError> {
     let Some(reply) = reader.reply(key) else { return Ok(false) };
     let Some(nat) = reader.nat(&reply.flow).filter(|nat| is_pair(nat, key)) else { return Ok(false) };
-    if !is_done(tally, key.protocol, (nat.backend, nat.last_seen_s), &reply, clock::boot_s()) {
+    if !is_removable(counts, key.protocol, (nat.backend, nat.last_seen_s), &reply, clock::boot_s()) {
         return Ok(false);
     }
-    // The client's first: what has no answers is bound anew by its next packet.
+    // The client's entry first: without a reply entry, the next packet of the flow would make a new binding.
     reader.remove_nat(&reply.flow)?;
     reader.remove_reply(key)?;
     Ok(true)

@@ -1,8 +1,8 @@
-//! What a sweep need not walk, and how long to wait until the next: decided from what is read at once.
+//! Decides which tables a sweep can skip, and how long to wait until the next sweep, from values that are cheap to read.
 //!
-//! A walk of a table costs its size, full or empty. A table that was found empty is left out for as long as nothing can
-//! have been written to it: the programs ask a meter before each write ([`Pressure`]), and of bindings the kernel itself
-//! says how many there are ([`crate::apply::dataplane::Reader::bindings_memory`]). Input: those signs, and what the walks found.
+//! A walk of a table costs its size, full or empty. A table that was found empty is skipped while nothing can have been
+//! written to it: the programs ask a meter before each write ([`Pressure`]), and the kernel reports the number of
+//! bindings ([`crate::apply::dataplane::Reader::bindings_memory`]). Input: these signals, and the results of the walks.
 //! Used by the sweeper only.
 //!
 //! A walk of 2.7 million empty places every second costs a hundredth of a processor.
@@ -11,31 +11,31 @@ use lb_common::limit::{Meter, Pressure};
 use lb_ebpf::FlowTable;
 use std::time::Duration;
 
-/// Least time between the starts of two sweeps.
+/// Shortest time between the starts of two sweeps.
 pub const PERIOD: Duration = Duration::from_secs(1);
-/// Everything is walked at least this often, whatever the signs say.
+/// Longest time between two walks of everything, whatever the signals say.
 const WALK_ALL: Duration = Duration::from_secs(10);
-/// One part in so many of a processor goes into sweeping, at most.
+/// Sweeping takes at most one part in this many of a CPU.
 const REST: u32 = 100;
-/// The same where something waits for what the sweep will find, or room is short.
+/// Divisor instead of [`REST`] where something waits for the result of the sweep, or room is short.
 const REST_URGENT: u32 = 20;
-/// Nothing waits longer than this for a sweep that can be had for the greater share.
-const LONGEST: Duration = Duration::from_secs(30);
+/// Longest wait for a sweep, unless the urgent pace is slower.
+const MAX_PAUSE: Duration = Duration::from_secs(30);
 
-/// A meter's reading: which second, and how often it was asked in it. It differs after every question.
+/// Reading of a meter: second, and number of requests in it. It differs after every request.
 type Reading = (u32, u32);
 
-/// What the meters of all services say, by service and processor.
+/// Readings of the meters of all services, by service and CPU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Signals {
+pub struct MeterSignals {
     services: Vec<u32>,
     syns: Vec<Reading>,
     flows: Vec<Reading>,
     udp: Vec<Reading>,
 }
 
-impl Signals {
-    /// Adds a service's.
+impl MeterSignals {
+    /// Adds the meters of a service.
     pub fn add(&mut self, service: u32, pressure: &[Pressure]) {
         let reading = |meter: &Meter| (meter.second, meter.count);
         self.services.push(service);
@@ -44,8 +44,8 @@ impl Signals {
         self.udp.extend(pressure.iter().map(|p| reading(&p.udp)));
     }
 
-    /// Whether no program has asked to write to a table between these two readings. What is noted of a SYN becomes a
-    /// flow without a question: whoever asks about flows asks about SYNs too.
+    /// Whether no program has requested a write to a table between these two readings. A cached SYN becomes a flow
+    /// without a request of its own, so the readings for SYNs apply to flows too.
     fn is_still(&self, before: &Self, table: FlowTable) -> bool {
         let syns = self.services == before.services && self.syns == before.syns;
         match table {
@@ -56,34 +56,34 @@ impl Signals {
     }
 }
 
-/// What a sweep has to walk.
+/// Tables that a sweep has to walk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Walk {
-    /// Flow tables.
+    /// Flow tables, by number.
     pub tables: [bool; 3],
     /// Both tables of bindings.
     pub bindings: bool,
 }
 
-/// What is known to be empty.
+/// Knowledge about empty tables.
 #[derive(Debug, Default)]
-pub struct Quiet {
+pub struct EmptyTables {
     /// The last reading.
-    signals: Option<Signals>,
-    /// Tables to which nothing was written for a period, and in which a walk after that found nothing.
+    signals: Option<MeterSignals>,
+    /// Tables to which nothing was written for a period, and which a walk after that found empty.
     empty: [bool; 3],
     /// Tables to which nothing was written between the last two readings.
     still: [bool; 3],
-    /// Bytes that the bindings' tables have when they are empty.
+    /// Memory of the bindings' tables in bytes when they are empty.
     bare: Option<[u64; 2]>,
     walked_all: Option<Duration>,
 }
 
-impl Quiet {
-    /// What to walk now. Readings are at least [`PERIOD`] apart: what was asked about in one has been written by the next.
-    pub fn next(&mut self, signals: Signals, memory: Option<[u64; 2]>, now: Duration) -> Walk {
+impl EmptyTables {
+    /// Decides what to walk now. Readings are at least [`PERIOD`] apart, so a request seen in one has been written by the next.
+    pub fn next(&mut self, signals: MeterSignals, memory: Option<[u64; 2]>, now: Duration) -> Walk {
         let before = self.signals.replace(signals);
-        let signals = self.signals.as_ref().expect("it has just been put there");
+        let signals = self.signals.as_ref().expect("it has just been stored");
         let still = |table| before.as_ref().is_some_and(|before| signals.is_still(before, table));
         let all = self.walked_all.is_none_or(|at| now.saturating_sub(at) >= WALK_ALL);
         if all {
@@ -94,21 +94,21 @@ impl Quiet {
         for table in [Syns, Flows, UdpFlows] {
             let i = table as usize;
             self.still[i] = still(table);
-            // A note of a SYN that the last walk found may have become a flow since, and this one's walk finds none.
+            // A cached SYN that the last walk found may have become a flow since, which this walk of the SYNs does not find.
             let from_syns = table == Flows && tables[Syns as usize];
             tables[i] = all || from_syns || !(self.empty[i] && self.still[i]);
-            // Until the walk has ended well.
+            // Not known to be empty until the walk has succeeded.
             self.empty[i] &= !tables[i];
         }
         Walk { tables, bindings: all || memory.is_none() || memory != self.bare }
     }
 
-    /// Notes what a walk of a table found.
+    /// Records the result of a walk of a table.
     pub fn walked(&mut self, table: FlowTable, entries: u64) {
         self.empty[table as usize] = entries == 0 && self.still[table as usize];
     }
 
-    /// Notes what a walk of the bindings found, and their tables' memory before and after it.
+    /// Records the result of a walk of the bindings, and their tables' memory before and after it.
     pub fn walked_bindings(&mut self, entries: u64, before: Option<[u64; 2]>, after: Option<[u64; 2]>) {
         if entries == 0 && before == after {
             self.bare = after;
@@ -116,10 +116,10 @@ impl Quiet {
     }
 }
 
-/// Time from the end of a sweep to the next one's start. `took`: by the clock on the wall; `cost`: processor time.
+/// Time from the end of a sweep to the start of the next. `took`: elapsed time; `cost`: CPU time.
 pub fn pause(took: Duration, cost: Duration, is_urgent: bool) -> Duration {
     let urgent = cost * REST_URGENT;
-    let rest = if is_urgent { urgent } else { (cost * REST).min(LONGEST.max(urgent)) };
+    let rest = if is_urgent { urgent } else { (cost * REST).min(MAX_PAUSE.max(urgent)) };
     PERIOD.saturating_sub(took).max(rest)
 }
 
@@ -128,10 +128,10 @@ mod tests {
     use super::*;
     use FlowTable::{Flows, Syns, UdpFlows};
 
-    /// One service on two processors, whose meters were asked so often.
-    fn signals(syns: u32, flows: u32, udp: u32) -> Signals {
+    /// One service on two CPUs; the second CPU's meters have these counts.
+    fn signals(syns: u32, flows: u32, udp: u32) -> MeterSignals {
         let meter = |count| Meter { second: 7, count, ..Meter::default() };
-        let mut signals = Signals::default();
+        let mut signals = MeterSignals::default();
         let idle = Pressure::default();
         let busy = Pressure { syns: meter(syns), flows: meter(flows), udp: meter(udp), ..idle };
         signals.add(3, &[idle, busy]);
@@ -142,12 +142,17 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    /// Sweeps with these entries in the tables, by their numbers.
-    fn sweep(quiet: &mut Quiet, signals: Signals, entries: [u64; 3], now: Duration) -> [bool; 3] {
-        let walk = quiet.next(signals, None, now);
+    /// Runs a sweep that finds these numbers of entries in the tables, and returns what it walked.
+    fn sweep(
+        empty_tables: &mut EmptyTables,
+        signals: MeterSignals,
+        entries: [u64; 3],
+        now: Duration,
+    ) -> [bool; 3] {
+        let walk = empty_tables.next(signals, None, now);
         for table in [Syns, Flows, UdpFlows] {
             if walk.tables[table as usize] {
-                quiet.walked(table, entries[table as usize]);
+                empty_tables.walked(table, entries[table as usize]);
             }
         }
         walk.tables
@@ -159,8 +164,8 @@ mod tests {
 
     #[test]
     fn empty_tables_are_left_out_until_something_is_written() {
-        let mut quiet = Quiet::default();
-        let mut sweep = |s, entries, ms| sweep(&mut quiet, s, entries, at(ms));
+        let mut empty_tables = EmptyTables::default();
+        let mut sweep = |s, entries, ms| sweep(&mut empty_tables, s, entries, at(ms));
         assert_eq!(sweep(signals(0, 0, 0), [0; 3], 0), ALL, "the first sweep of a process");
         assert_eq!(sweep(signals(0, 0, 0), [0; 3], 1_000), ALL, "something may have been on its way");
         assert_eq!(sweep(signals(0, 0, 0), [0; 3], 2_000), NONE);
@@ -178,17 +183,17 @@ mod tests {
 
     #[test]
     fn flows_are_looked_for_while_there_are_syns() {
-        let mut quiet = Quiet::default();
-        let mut sweep = |s, entries, ms| sweep(&mut quiet, s, entries, at(ms))[..2].to_vec();
+        let mut empty_tables = EmptyTables::default();
+        let mut sweep = |s, entries, ms| sweep(&mut empty_tables, s, entries, at(ms))[..2].to_vec();
         for ms in [0, 1_000] {
             sweep(signals(0, 0, 0), [0; 3], ms);
         }
         assert_eq!(sweep(signals(0, 0, 0), [0; 3], 2_000), [false; 2]);
-        // A SYN is noted: for as long as the note is there it may become a flow.
+        // A SYN is cached: while it is in the cache it may become a flow.
         for ms in 3..7 {
             assert_eq!(sweep(signals(1, 0, 0), [0, 1, 0], ms * 1_000), [true; 2], "{ms}");
         }
-        // It became one after the last walk, or between this one's two.
+        // It became one after the last walk, or between the two walks of this sweep.
         assert_eq!(sweep(signals(1, 0, 0), [1, 0, 0], 7_000), [true; 2]);
         assert_eq!(sweep(signals(1, 0, 0), [1, 0, 0], 8_000), [true, false]);
         assert_eq!(sweep(signals(1, 0, 0), [0, 0, 0], 9_000), [true, false]);
@@ -197,39 +202,39 @@ mod tests {
 
     #[test]
     fn other_meters_mean_that_something_may_be_there() {
-        for other in [Signals::default(), signals(1, 1, 0), {
+        for other in [MeterSignals::default(), signals(1, 1, 0), {
             let mut two = signals(1, 1, 1);
             two.add(4, &[Pressure::default()]);
             two
         }] {
-            let mut quiet = Quiet::default();
+            let mut empty_tables = EmptyTables::default();
             for ms in [0, 1_000] {
-                sweep(&mut quiet, signals(1, 1, 1), [0; 3], at(ms));
+                sweep(&mut empty_tables, signals(1, 1, 1), [0; 3], at(ms));
             }
-            assert_eq!(sweep(&mut quiet, signals(1, 1, 1), [0; 3], at(2_000)), NONE);
-            let walked = sweep(&mut quiet, other, [0; 3], at(3_000));
+            assert_eq!(sweep(&mut empty_tables, signals(1, 1, 1), [0; 3], at(2_000)), NONE);
+            let walked = sweep(&mut empty_tables, other, [0; 3], at(3_000));
             assert!(walked[UdpFlows as usize], "{walked:?}");
         }
     }
 
     #[test]
     fn a_walk_that_fails_is_repeated() {
-        let mut quiet = Quiet::default();
+        let mut empty_tables = EmptyTables::default();
         for ms in [0, 1_000] {
-            sweep(&mut quiet, signals(0, 0, 0), [0; 3], at(ms));
+            sweep(&mut empty_tables, signals(0, 0, 0), [0; 3], at(ms));
         }
-        assert_eq!(quiet.next(signals(0, 0, 1), None, at(2_000)).tables, [false, false, true]);
-        // Nothing is said about it, and the meters stand still again.
-        assert_eq!(quiet.next(signals(0, 0, 1), None, at(3_000)).tables, [false, false, true]);
+        assert_eq!(empty_tables.next(signals(0, 0, 1), None, at(2_000)).tables, [false, false, true]);
+        // The walk reported no result, and the meters are unchanged.
+        assert_eq!(empty_tables.next(signals(0, 0, 1), None, at(3_000)).tables, [false, false, true]);
     }
 
     #[test]
     fn bindings_are_counted_by_the_kernel() {
-        let mut quiet = Quiet::default();
+        let mut empty_tables = EmptyTables::default();
         let mut next = |memory, found, after| {
-            let walk = quiet.next(Signals::default(), memory, at(0));
+            let walk = empty_tables.next(MeterSignals::default(), memory, at(0));
             if walk.bindings {
-                quiet.walked_bindings(found, memory, after);
+                empty_tables.walked_bindings(found, memory, after);
             }
             walk.bindings
         };

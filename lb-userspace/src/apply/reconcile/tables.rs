@@ -1,14 +1,14 @@
-//! A service's table and view in the maps: written in place where that is possible, else beside the live one.
+//! A service's table and view in the maps: written in place where that is possible, otherwise into another region.
 //!
 //! *In place*: while the size, seed and hash of a table stay, each slot is changed by itself, the secondary first and
-//! then the primary, one aligned word each. A packet reads one slot, and finds the old pair or the new one; in between,
-//! the old primary with the new secondary, which says at most that its flows may have been where they are. So health,
-//! drains, weights and marks need no room at all, and no waiting. *Beside*: another size, seed or hash, or a longer list
-//! than there is room for, takes a region of its own, and one store switches to it.
+//! then the primary, one aligned word each. A packet reads one slot, and sees the old pair or the new one; in between,
+//! the old primary with the new secondary, which means at most one needless lookup of a flow's previous place. Health,
+//! drains, weights and marks therefore need neither room nor waiting. *Into another region*: another size, seed or hash,
+//! or a list longer than the region, takes a region of its own, and one store switches to it.
 //!
 //! Called by `mirror`, which records what was written.
 
-use super::{Maps, Mirror, NoRoom, mirror::Written, mirror::full};
+use super::{Maps, Mirror, NoRoom, mirror::Written, mirror::service_view};
 use crate::{
     apply::dataplane::DataplaneError,
     plan::compile::{Hashing, Plan, ServiceEntry, View},
@@ -16,23 +16,23 @@ use crate::{
 use lb_common::{Slot, service::flags, slot::NO_BACKEND};
 use std::sync::Arc;
 
-/// A service that is live.
+/// A live service.
 #[derive(Clone, Debug)]
-pub(super) struct Live {
+pub(super) struct LiveService {
     pub entry: ServiceEntry,
-    /// First slot of its region, which is as long as the entry's room says.
+    /// First slot of its region; the entry's room is the length of the region.
     pub base: u32,
-    /// Which view is live.
+    /// Index of the live view.
     pub bank: u32,
-    /// How many grace periods had gone by when it was last switched.
+    /// Number of grace periods at its last switch.
     pub switched: u64,
 }
 
-/// What stands in a region: kind, first slot, end.
-type Part = (u8, u32, u32);
+/// Part of a region: kind, first slot, end.
+type RegionPart = (u8, u32, u32);
 
-/// The parts of a region.
-fn parts(view: &View) -> [Part; 4] {
+/// Parts of the region of a view.
+fn parts(view: &View) -> [RegionPart; 4] {
     let seconds = if view.flags & flags::SECONDS != 0 { view.slot_count } else { 0 };
     let mut at = 0;
     [(0, view.slot_count), (1, seconds), (2, view.list_count), (3, view.old_count)].map(|(kind, count)| {
@@ -42,11 +42,11 @@ fn parts(view: &View) -> [Part; 4] {
     })
 }
 
-/// Whether `new` can be written where `old` is live: flows fall on the same slots, and no word gets another meaning
-/// than it has for those who still go by the old view.
+/// Whether `new` can be written over the live `old`: flows map to the same slots, and no word changes its meaning for
+/// programs that still use the old view.
 fn fits_in_place(old: &ServiceEntry, new: &ServiceEntry) -> bool {
-    let overlap = |a: &Part, b: &Part| a.1.max(b.1) < a.2.min(b.2);
-    let agree = |a: &Part, b: &Part| !overlap(a, b) || (a.0, a.1) == (b.0, b.1);
+    let overlap = |a: &RegionPart, b: &RegionPart| a.1.max(b.1) < a.2.min(b.2);
+    let agree = |a: &RegionPart, b: &RegionPart| !overlap(a, b) || (a.0, a.1) == (b.0, b.1);
     let old_table = |view: &View| (view.old_count, view.old_seed, view.flags & flags::OLD_HASH_SOURCE);
     Hashing::of(&old.view) == Hashing::of(&new.view)
         && (new.view.old_count == 0 || old_table(&new.view) == old_table(&old.view))
@@ -55,8 +55,8 @@ fn fits_in_place(old: &ServiceEntry, new: &ServiceEntry) -> bool {
 }
 
 impl Mirror {
-    /// Brings a service's entry up to date, in the region `granted` to it if it has one. Says what there was no room
-    /// for; its slots are up to date then all the same, if flows fall on the same ones.
+    /// Updates a service's entry, in the region `granted` to it if any. Returns what there was no room for; the slots
+    /// are then up to date nevertheless, if flows map to the same slots.
     pub(super) fn write_service(
         &mut self,
         maps: &mut impl Maps,
@@ -74,34 +74,35 @@ impl Mirror {
             self.write_in_place(maps, index, entry, written)?;
             return Ok(None);
         }
-        let is_held = live.is_some_and(|live| Hashing::of(&live.entry.view) == Hashing::of(&entry.view));
+        let has_same_hashing =
+            live.is_some_and(|live| Hashing::of(&live.entry.view) == Hashing::of(&entry.view));
         let region = match granted {
             Some((base, room)) if room as usize >= entry.table.len() => Ok((base, room)),
             other => {
                 other.into_iter().for_each(|(base, room)| self.space.give_back_unused(base, room));
                 let len = entry.table.len() as u32;
-                let most = self.take(maps, entry.room).map(|base| (base, entry.room));
-                most.or_else(
-                    |lack| if len < entry.room { Ok((self.take(maps, len)?, len)) } else { Err(lack) },
-                )
+                let full_size = self.take(maps, entry.room).map(|base| (base, entry.room));
+                full_size.or_else(|shortage| {
+                    if len < entry.room { Ok((self.take(maps, len)?, len)) } else { Err(shortage) }
+                })
             }
         };
         match region {
             Ok((base, room)) => {
-                self.write_beside(maps, index, &ServiceEntry { room, ..entry.clone() }, base, written)?;
+                self.write_elsewhere(maps, index, &ServiceEntry { room, ..entry.clone() }, base, written)?;
                 Ok(None)
             }
-            Err(lack) => {
-                if is_held && let Some(live) = self.services.get(&index) {
-                    let partly = partly(live, entry, wanted);
-                    self.write_in_place(maps, index, &partly, written)?;
+            Err(shortage) => {
+                if has_same_hashing && let Some(live) = self.services.get(&index) {
+                    let reduced = in_live_layout(live, entry, wanted);
+                    self.write_in_place(maps, index, &reduced, written)?;
                 }
-                Ok(Some(lack))
+                Ok(Some(shortage))
             }
         }
     }
 
-    /// Takes a region, waiting for those that were given back if need be.
+    /// Allocates a region, after a grace period for those that were given back if necessary.
     pub(super) fn take(&mut self, maps: &mut impl Maps, count: u32) -> Result<u32, NoRoom> {
         let taken = self.space.take(count);
         if taken.is_ok() || self.space.left() == 0 {
@@ -111,14 +112,14 @@ impl Mirror {
         self.space.take(count)
     }
 
-    /// Waits until no program reads anything that is live no more.
+    /// Waits until no program reads entries that are no longer live.
     pub(super) fn wait(&mut self, maps: &mut impl Maps) {
         maps.grace_period();
         self.graces += 1;
         self.space.release();
     }
 
-    /// Writes what differs, where the live table is.
+    /// Writes the differences over the live table.
     fn write_in_place(
         &mut self,
         maps: &mut impl Maps,
@@ -126,9 +127,10 @@ impl Mirror {
         entry: &ServiceEntry,
         written: &mut Written,
     ) -> Result<(), DataplaneError> {
-        let grows = |live: &Live| entry.table.len() > live.entry.table.len() && live.switched == self.graces;
+        let grows =
+            |live: &LiveService| entry.table.len() > live.entry.table.len() && live.switched == self.graces;
         if self.services.get(&index).is_some_and(grows) {
-            // There may have been an old table until just now.
+            // The place behind the table may have held an old table until just before.
             self.wait(maps);
         }
         let Some(live) = self.services.get_mut(&index) else { return Ok(()) };
@@ -139,7 +141,7 @@ impl Mirror {
             let changes = |range: std::ops::Range<usize>| -> Vec<(u32, Slot)> {
                 range.filter(differs).map(|i| (base + i as u32, entry.table[i])).collect()
             };
-            // What stands behind the table comes first: slots that begin a transition send readers there.
+            // The part behind the table first: slots that begin a transition refer to it.
             for part in [changes(size..entry.table.len()), changes(0..size)] {
                 maps.rewrite_slots(&part)?;
                 written.slots += part.len() as u32;
@@ -156,7 +158,7 @@ impl Mirror {
         Ok(())
     }
 
-    /// Gives back what a region has more than it may need.
+    /// Gives back the part of a region that the service no longer needs.
     fn trim(&mut self, index: u32, room: u32) {
         if let Some(live) = self.services.get_mut(&index)
             && live.entry.room > room
@@ -166,8 +168,8 @@ impl Mirror {
         }
     }
 
-    /// Writes a table into a region of its own and switches to it.
-    fn write_beside(
+    /// Writes a table into another region and switches to it.
+    fn write_elsewhere(
         &mut self,
         maps: &mut impl Maps,
         index: u32,
@@ -185,7 +187,7 @@ impl Mirror {
         Ok(())
     }
 
-    /// Moves a service's table to another region, at `to` if that is free; false if there is none.
+    /// Moves a service's table to another region, at `to` if given; false if no such region is free.
     pub(super) fn relocate(
         &mut self,
         maps: &mut impl Maps,
@@ -199,7 +201,7 @@ impl Mirror {
             None => self.space.take(entry.room),
         };
         let Ok(base) = region else { return Ok(false) };
-        self.write_beside(maps, index, &entry, base, &mut Written::default())?;
+        self.write_elsewhere(maps, index, &entry, base, &mut Written::default())?;
         Ok(true)
     }
 
@@ -215,32 +217,32 @@ impl Mirror {
         let live = self.services.get(&index);
         let bank = live.map_or(0, |live| live.bank ^ 1);
         if live.is_some_and(|live| live.switched == self.graces) {
-            // Somebody may still go by the view that is written now.
+            // Programs may still use the view that is written now.
             self.wait(maps);
         }
-        maps.write_view(index, bank, &full(&entry.view, base))?;
+        maps.write_view(index, bank, &service_view(&entry.view, base))?;
         maps.set_active(index, bank)?;
         if !self.services.contains_key(&index) {
             maps.set_used(index, true)?;
         }
-        // In the same region it owns what it had.
+        // Within its region the service keeps the room that it has.
         let here = self.services.get(&index).filter(|live| live.base == base && live.entry.room > 0);
         let room = here.map_or(entry.room, |live| live.entry.room);
         let entry = ServiceEntry { room, ..entry.clone() };
-        self.services.insert(index, Live { entry, base, bank, switched: self.graces });
+        self.services.insert(index, LiveService { entry, base, bank, switched: self.graces });
         written.services += 1;
         Ok(())
     }
 }
 
-/// Whether two services have the same table; an unchanged one is the same allocation.
+/// Whether two services have equal tables; an unchanged table is the same allocation.
 pub(super) fn same_table(a: &ServiceEntry, b: &ServiceEntry) -> bool {
     Arc::ptr_eq(&a.table, &b.table) || a.table == b.table
 }
 
-/// The slots of `wanted` with the live layout behind them, for want of room for another: who takes no new flows is
-/// taken out of the table at any rate. Names behind it that are nobody's any more go.
-fn partly(live: &Live, wanted: &ServiceEntry, plan: &Plan) -> ServiceEntry {
+/// The slots of `wanted` in the live layout, because there is no room for another: backends that take no new flows
+/// leave the table nevertheless. Backends behind the table that no longer exist are removed.
+fn in_live_layout(live: &LiveService, wanted: &ServiceEntry, plan: &Plan) -> ServiceEntry {
     let size = wanted.view.slot_count as usize;
     let mut table = (*live.entry.table).clone();
     table[..size].copy_from_slice(&wanted.table[..size]);

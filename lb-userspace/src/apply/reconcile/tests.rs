@@ -67,7 +67,7 @@ pub(super) fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
     })
 }
 
-/// A reconciler over shared maps, and what it keeps.
+/// A reconciler over shared maps, and the state that it saved.
 pub(super) struct Bed {
     pub maps: Shared,
     kept: Arc<Mutex<Vec<u8>>>,
@@ -80,7 +80,7 @@ fn start(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>) -> Bed {
     start_with(maps, kept, Settings::default())
 }
 
-/// The same with other settings.
+/// Starts a reconciler over `maps` with these settings.
 pub(super) fn start_with(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>, settings: Settings) -> Bed {
     let bytes = kept.lock().unwrap().clone();
     let keep = Arc::clone(kept);
@@ -99,7 +99,7 @@ fn bed() -> Bed {
 }
 
 impl Bed {
-    /// Applies a state; the answer is the API's.
+    /// Applies a state, and returns the answer that the API would get.
     pub fn set(&mut self, desired: &Arc<Desired>, revision: u64) -> Result<Applied, ReconcileError> {
         let (applied, mut answer) = oneshot::channel();
         let event = Event::Desired { desired: Arc::clone(desired), revision, applied: Some(applied) };
@@ -118,7 +118,7 @@ impl Bed {
         self.maps.0.lock().unwrap().writes
     }
 
-    /// The same maps under a new daemon.
+    /// Starts another daemon over the same maps.
     pub fn restart(self) -> Self {
         start_with(self.maps.clone(), &self.kept, self.settings)
     }
@@ -175,7 +175,7 @@ fn what_comes_before_the_first_state_writes_nothing() {
     bed.reconciler.step(early, clock::boot());
     bed.reconciler.step(Vec::new(), clock::boot());
     assert_eq!(bed.writes(), before, "the services of the last daemon were touched");
-    // Nor is the last daemon's memory: the same state is a restart, not a first start.
+    // The last daemon's memory is untouched too: the same state is a restart, not a first start.
     let kept: Kept = serde_json::from_slice(&bed.kept.lock().unwrap()).unwrap();
     assert_eq!(kept.memory.services.len(), 2);
 }
@@ -203,7 +203,7 @@ fn live_flows_are_the_load_of_least_flows() {
     let maps = bed.maps.0.lock().unwrap();
     let expect: BTreeMap<u32, u64> =
         indices.iter().map(|&i| (i, if i == indices[0] { 7 } else { 0 })).collect();
-    assert_eq!(maps.flows, expect, "none is a report too, and other services are left alone");
+    assert_eq!(maps.flows, expect, "zero is reported too, and other services are left alone");
 }
 
 #[test]
@@ -226,8 +226,8 @@ fn what_does_not_fit_keeps_its_table_and_stops_nothing_else() {
     );
     let web = &published.services[&name("web")];
     let share = |n: &str| web.backends.iter().find(|b| b.name == Some(name(n))).unwrap().slots;
-    assert_eq!((web.table_size, share("a"), share("b")), (251, 251, 0), "it is drained all the same");
-    // It is tried again, by itself; and what can be had ends it.
+    assert_eq!((web.table_size, share("a"), share("b")), (251, 251, 0), "it is drained nevertheless");
+    // The service is retried without an event; a size that fits ends the problem.
     bed.reconciler.step(Vec::new(), clock::boot());
     assert_eq!(bed.published.borrow().problems.len(), 1);
     large.service_mut(&name("web")).unwrap().table_size = Some(4_093);
@@ -260,7 +260,7 @@ fn after_a_failed_write_the_next_attempt_finishes() {
     }
 }
 
-/// States of a few services and backends, with names and addresses that come and go.
+/// Strategy: states of a few services and backends, with changing names and addresses.
 fn any_desired() -> impl Strategy<Value = Arc<Desired>> {
     let backends = proptest::collection::btree_map(0u8..6, (0u32..4, 0u8..3), 0..5);
     let one = (0u8..3, 0u8..3, backends);
@@ -310,7 +310,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     /// From any state to any other, with restarts in between: the maps end as planned, and no single write
-    /// on the way leaves a packet with a dangling reference (the maps assert that).
+    /// in between leaves a packet with a dangling reference (the maps assert that).
     #[test]
     fn the_maps_end_as_wanted(states in proptest::collection::vec((any_desired(), any::<bool>()), 1..6)) {
         let mut bed = bed();

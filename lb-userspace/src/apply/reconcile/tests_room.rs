@@ -1,4 +1,4 @@
-//! What happens when there is little room: nothing waits for what does not fit.
+//! Behaviour with few free slots: nothing waits for a table that does not fit.
 
 use super::{fake::*, tests::*, *};
 use crate::desired::model::{BackendState, ForwardingMode, Ports, Scheduler, Service};
@@ -10,13 +10,13 @@ fn room(services: u32, slots: u32) -> Shared {
     Shared(Arc::new(Mutex::new(FakeMaps { is_large: true, ..FakeMaps::new(services, slots, 16_384) })))
 }
 
-/// A bed over maps of these sizes, whose settings know them.
+/// A test bed over maps of these sizes, whose settings know them.
 fn large(services: u32, slots: u32) -> Bed {
     let limits = compile::Limits { services, slots, ..compile::Limits::default() };
     start_with(room(services, slots), &Arc::default(), Settings { limits, ..Settings::default() })
 }
 
-/// So many services with backends of their own and one that all share, which is called `shared`.
+/// `count` services with backends of their own and one backend that all share, which is called `shared`.
 fn sharing(count: usize, own: u32, change: impl Fn(&mut Service)) -> Arc<Desired> {
     let mut desired = Desired::default();
     for i in 0..count as u32 {
@@ -43,7 +43,7 @@ fn shared_dies(service: &Name) -> Event {
     Event::Health { id, health: Health::Unhealthy, at: Duration::ZERO }
 }
 
-/// Slots of a service by which new flows go to `address`.
+/// Number of a service's slots that send new flows to `address`.
 fn slots_to(bed: &Bed, service: &Name, address: &str) -> usize {
     let maps = bed.maps.0.lock().unwrap();
     let key = bed.published.borrow().services[service].index;
@@ -72,11 +72,11 @@ fn p2c_of_16381() -> Arc<Desired> {
     })
 }
 
-/// Accepted at 44 % of the slots by versions that counted today's tables only.
+/// This state was accepted at 44 % of the slots by versions that counted present tables only.
 #[test]
 fn four_services_in_a_small_room_all_leave_a_dead_worker() {
     let desired = p2c_of_16381();
-    // Of each the table and its second choices, and one more of them with the old table behind it.
+    // For each the table and its second choices, and once more for one of them with the old table behind it.
     large(16, 4 * 32_762 + 32_762 + 16_381).check(&desired).unwrap();
     let mut bed = large(16, 150_000);
     bed.check(&desired).unwrap_err();
@@ -85,19 +85,19 @@ fn four_services_in_a_small_room_all_leave_a_dead_worker() {
         bed.reconciler.step(vec![shared_dies(service)], clock::boot());
     }
     all_left(&bed, &desired);
-    // What asks for no more than is there already is not refused for want of room.
+    // A state that needs no more slots than it has is not refused for shortage of room.
     let mut drained = desired;
     let web = Arc::make_mut(&mut drained).service_mut(&name("s0001")).unwrap();
     web.backends.get_mut(&name("b0")).unwrap().state = BackendState::Draining;
     bed.check(&drained).unwrap();
-    // Nor does it build anything to say no.
+    // A refusal builds no tables.
     let refused = sharing(40, 1, |s| s.table_size = Some(524_287));
     let began = std::time::Instant::now();
     bed.check(&refused).unwrap_err();
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
 }
 
-/// A host that was upgraded, or has less room than the one that accepted the state.
+/// A host that was upgraded, or has fewer slots than the one that accepted the state.
 #[test]
 fn even_where_second_choices_do_not_fit_a_dead_worker_is_left() {
     let mut bed = large(16, 4 * 16_381 + 100);
@@ -121,7 +121,7 @@ fn three_hundred_services_leave_a_worker_whose_verdicts_come_one_by_one() {
     let mut bed = large(4_096, limits::SLOTS);
     let mut desired = gue(300, 2);
     let sized = Arc::make_mut(&mut desired);
-    // As they are made from now on.
+    // The sizes of services created from now on.
     sized.assign_sizes(&Desired::default());
     bed.check(&desired).unwrap();
     bed.set(&desired, 1).unwrap();
@@ -132,7 +132,7 @@ fn three_hundred_services_leave_a_worker_whose_verdicts_come_one_by_one() {
     all_left(&bed, &desired);
 }
 
-/// As they were accepted by earlier versions: 16,381 slots each, 59 % of the room, twice that with second choices.
+/// Sizes accepted by earlier versions: 16,381 slots each, 59 % of all slots, twice that with second choices.
 #[test]
 fn three_hundred_large_tables_leave_a_worker_in_one_burst() {
     let mut bed = large(4_096, limits::SLOTS);
@@ -146,7 +146,7 @@ fn three_hundred_large_tables_leave_a_worker_in_one_burst() {
     for service in &served {
         assert_eq!(slots_to(&bed, service, "10.9.9.9"), 0, "{service}");
     }
-    // Nothing else waits for those that have none.
+    // Other services do not wait for those without a table.
     let change = Arc::make_mut(&mut desired);
     change.service_mut(&served[7]).unwrap().backends.get_mut(&name("b0")).unwrap().state =
         BackendState::Draining;
@@ -158,7 +158,7 @@ fn three_hundred_large_tables_leave_a_worker_in_one_burst() {
     );
 }
 
-/// States of up to four services with tables of two sizes, several schedulers, seeds and backends.
+/// Strategy: states of up to four services with tables of two sizes, several schedulers, seeds and backends.
 fn any_states() -> impl Strategy<Value = Vec<(Arc<Desired>, u8, bool)>> {
     let one = (0u8..3, any::<bool>(), 0u64..3, proptest::collection::btree_map(0u8..5, 0u8..3, 0..4));
     let state = proptest::collection::btree_map(0u8..4, one, 0..4);
@@ -184,7 +184,7 @@ fn any_states() -> impl Strategy<Value = Vec<(Arc<Desired>, u8, bool)>> {
     proptest::collection::vec((state, 0u8..4, any::<bool>()), 1..8)
 }
 
-/// Every service has the table that it asks for, and none names a backend that takes no new flows while another does.
+/// Asserts that every service has its table, and that none names a backend without new flows while another takes them.
 fn assert_settled(bed: &Bed, desired: &Desired) {
     let published = bed.published.borrow();
     assert_eq!(published.problems, BTreeMap::new());
@@ -206,8 +206,8 @@ fn assert_settled(bed: &Bed, desired: &Desired) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    /// In rooms of any size: what is accepted is in force in the end, whatever else is asked for meanwhile. The maps
-    /// assert after each write that every live table is whole, and that nothing is written that may still be read.
+    /// With any number of slots: an accepted state is in force in the end, whatever else is requested meanwhile. The maps
+    /// assert after each write that every live table is complete, and that nothing is written that may still be read.
     #[test]
     fn what_is_accepted_comes_into_force(states in any_states(), slots in 2_000u32..14_000) {
         let limits = compile::Limits { services: 16, slots, ..compile::Limits::default() };
@@ -222,12 +222,12 @@ proptest! {
                 bed = bed.restart();
             }
             bed.set(&accepted, revision as u64 + 1).unwrap();
-            // Some windows end before the next change, and some do not.
+            // Some drain windows end before the next change, others do not.
             bed.reconciler.age(Duration::from_secs(u64::from(minutes) * 100));
             bed.reconciler.step(Vec::new(), clock::boot());
         }
         for _ in 0..12 {
-            // All windows end, those of who waited for others too.
+            // All drain windows end, including those of services that waited for others.
             bed.reconciler.age(Duration::from_secs(301));
             bed.reconciler.step(Vec::new(), clock::boot());
         }
@@ -241,8 +241,8 @@ fn resident_mib() -> usize {
     statm.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4 / 1_024
 }
 
-/// At default limits, but for the number of backends: a worker that all share dies, a region with a thousand services
-/// is drained, and changes go on meanwhile. Prints what it takes.
+/// At default limits, except the number of backends: a worker that all services share dies, a region with a thousand
+/// services is drained, and changes go on meanwhile. Prints the cost.
 fn a_fleet(services: usize, backends: u32, regional: usize) {
     let mut bed = large(4_096, limits::SLOTS);
     let settings = &mut bed.reconciler.settings;
@@ -262,10 +262,10 @@ fn a_fleet(services: usize, backends: u32, regional: usize) {
     }
     fleet.regions.insert(name("eu"), serde_json::from_str("{}").unwrap());
     bed.check(&desired).unwrap();
-    // This thread does all of it; a busy machine takes longer, but not more.
+    // CPU time of this thread, so that a busy machine does not matter.
     let took = |what: &str, began: Duration| {
         let spent = clock::thread().saturating_sub(began);
-        println!("{what}: {spent:?} of a processor, {} MiB resident", resident_mib());
+        println!("{what}: {spent:?} of CPU time, {} MiB resident", resident_mib());
         spent
     };
     let began = clock::thread();
@@ -275,7 +275,7 @@ fn a_fleet(services: usize, backends: u32, regional: usize) {
 
     let began = clock::thread();
     bed.reconciler.step(names.iter().map(shared_dies).collect(), clock::boot());
-    // What is not optimised takes some ten times as long.
+    // Unoptimised builds take about ten times as long.
     assert!(took("a worker of all dies", began) < if cfg!(debug_assertions) { limit * 10 } else { limit });
     all_left(&bed, &desired);
     let mut times = Vec::new();
@@ -311,7 +311,7 @@ fn three_hundred_services_change_meanwhile() {
     a_fleet(300, 3, 100);
 }
 
-/// Takes half a minute of a processor where nothing is optimised.
+/// Takes half a minute of CPU time in an unoptimised build.
 #[test]
 #[ignore = "large: run it by its name, with --release"]
 fn four_thousand_services_of_ten_backends_change_meanwhile() {

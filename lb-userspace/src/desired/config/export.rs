@@ -1,17 +1,17 @@
-//! Desired state to a configuration file: what [`super::File::parse`] reads back as the same state.
+//! Exports a desired state as a configuration file, which [`super::File::parse`] reads back as the same state.
 
 use crate::desired::model::{Backend, Desired, Region, RegionRules, Service, by_need};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
 
-/// Writes `[[service]]` tables in name order. Settings at their defaults are left out. Deny and allow lists are not
-/// part of files: they may have a million entries, and `lbctl guard` changes and prints them.
+/// Writes `[[region]]` and `[[service]]` tables in name order. Settings at their defaults are left out. Deny and allow
+/// lists are not part of files: they may have a million entries, and `lbctl guard` changes and prints them.
 pub fn export(desired: &Desired) -> String {
     let Desired { services, regions, guard: _ } = desired;
     let mut out = String::new();
     if services.is_empty() && !regions.is_empty() {
-        // Without, the file would be refused: it would seem to leave the services out by mistake.
+        // A file with regions only is refused, because it seems to leave the services out by mistake.
         line(&mut out, "service", &json!([]));
     }
     for (name, region) in regions {
@@ -30,7 +30,7 @@ pub fn export(desired: &Desired) -> String {
         if service.seating == fresh.seating() {
             fields.remove("seating");
         }
-        // Without it, a file lets the size follow the number of backends that it has.
+        // A file without a size gets the size for its number of backends.
         if service.table_size == Some(by_need(service.backends.len())) {
             fields.remove("table_size");
         }
@@ -83,9 +83,9 @@ fn defaults_of_backend(backend: &Backend) -> Map<String, Value> {
     defaults::<Backend>(json!({ "address": backend.address }))
 }
 
-/// What `T` is when only `bare` is given.
+/// Fields of `T` when only `bare` is given.
 fn defaults<T: Serialize + DeserializeOwned>(bare: Value) -> Map<String, Value> {
-    object(&serde_json::from_value::<T>(bare).expect("required fields are given, and were valid"))
+    object(&serde_json::from_value::<T>(bare).expect("the required fields are given, and were valid"))
 }
 
 fn object(thing: &impl Serialize) -> Map<String, Value> {
@@ -104,7 +104,7 @@ fn changed(out: &mut String, fields: Map<String, Value>, defaults: &Map<String, 
 }
 
 fn line(out: &mut String, key: &str, value: &Value) {
-    // Model values are text, numbers, booleans, arrays of numbers and tables of text: all of them TOML values.
+    // Model values are text, numbers, booleans, arrays of numbers and tables of text, which are all TOML values.
     if let Ok(value) = toml::Value::try_from(value) {
         let _ = writeln!(out, "{key} = {value}");
     }

@@ -1,54 +1,12 @@
-//! Known keys of each table, so that an unknown one is answered with the nearest.
+//! Known keys of each table, from which an unknown key gets its suggestion.
 //!
-//! A test compares these lists with what serde accepts.
+//! A test compares these lists with the keys that serde accepts.
 
-/// Tables at the top.
+/// Top-level tables and keys.
 pub const TOP: &[&str] = &["revision", "lbd", "region", "service"];
 
-/// `[lbd]`.
-pub const LBD: &[&str] = &[
-    "iface",
-    "pin_path",
-    "state_dir",
-    "store",
-    "store_ca",
-    "store_cert",
-    "store_key",
-    "store_user",
-    "store_password_file",
-    "store_id",
-    "host",
-    "region",
-    "zone",
-    "announce",
-    "announce_on_stop",
-    "socket",
-    "socket_mode",
-    "socket_group",
-    "metrics",
-    "allow_generic",
-    "fix_offloads",
-    "chain",
-    "ipip_source",
-    "nat_source",
-    "nat_ports",
-    "max_services",
-    "max_backends",
-    "max_slots",
-    "max_flows",
-    "max_nat_flows",
-    "max_guard_entries",
-    "ipv6",
-    "vlan",
-    "outer_ttl",
-    "icmp_per_s",
-    "features",
-    "probes",
-    "revisions",
-    "log_level",
-    "log_format",
-    "xdp_log_level",
-];
+/// `[lbd]`: the table of [`super::Options`] defines its keys.
+pub const LBD: &[&str] = super::Options::KEYS;
 
 /// `[[service]]`.
 pub const SERVICE: &[&str] = &[

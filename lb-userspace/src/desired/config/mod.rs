@@ -1,16 +1,18 @@
 //! The configuration file: `[lbd]` (the daemon's own settings) and `[[service]]` (desired state).
 //!
-//! Input: text. Output: a [`File`], or every [`Problem`] in it with line, column and fix. Pure apart from
+//! Input: text. Output: a [`File`], or every [`ConfigProblem`] in it with line, column and fix. Pure apart from
 //! [`File::read`]. Called by `lbd` at start and on SIGHUP, and by `lbctl config`.
 
 mod export;
 pub mod keys;
 mod options;
 mod parse;
+mod resolve;
 mod shared;
 
 pub use export::export;
-pub use options::{LogFormat, LogLevel, OnStop, Options, Settings, SettingsError};
+pub use options::{LogFormat, LogLevel, OnStop, Options};
+pub use resolve::{Settings, SettingsError};
 
 pub use crate::desired::model::nearest;
 
@@ -22,16 +24,16 @@ use std::{fmt, path::Path};
 pub struct File {
     /// `[lbd]`.
     pub options: Options,
-    /// `[[service]]`; none if the file has no such table, which is not the same as none wanted.
+    /// `[[service]]` and `[[region]]`; none if the file has neither, which leaves the services as they are.
     pub desired: Option<Desired>,
-    /// `revision`: the one that the services were made from, if the file says.
+    /// `revision`: revision of the desired state that the file was made from, if given.
     pub revision: Option<u64>,
 }
 
-/// One thing that is wrong with a file.
+/// One mistake in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// Line and column, both from 1, where they are known.
+pub struct ConfigProblem {
+    /// Line and column, both from 1, if known.
     pub at: Option<(usize, usize)>,
     /// What is wrong, and what would be right.
     pub what: String,
@@ -40,29 +42,29 @@ pub struct Problem {
 /// Why a file was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It could not be read.
+    /// The file could not be read.
     #[error("cannot read {file}: {source}")]
     Read {
-        /// File.
+        /// Path of the file, or `standard input`.
         file: String,
-        /// Why.
+        /// Error of the read.
         #[source]
         source: std::io::Error,
     },
-    /// It was read, and has these problems.
+    /// The file was read and has mistakes.
     #[error("{}", Listing { file, problems })]
     Problems {
-        /// File.
+        /// Path of the file, or `standard input`.
         file: String,
-        /// In file order.
-        problems: Vec<Problem>,
+        /// All mistakes found, in file order.
+        problems: Vec<ConfigProblem>,
     },
 }
 
-/// `file:line:column: what`, a line each.
+/// Prints each problem as a line `file:line:column: what`.
 struct Listing<'a> {
     file: &'a str,
-    problems: &'a [Problem],
+    problems: &'a [ConfigProblem],
 }
 
 impl fmt::Display for Listing<'_> {
@@ -84,7 +86,7 @@ impl File {
     /// Reads and parses a file; `-` is standard input.
     ///
     /// # Errors
-    /// It cannot be read, or it has problems.
+    /// The file cannot be read, or has mistakes.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
         let file =
             if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() };
@@ -100,9 +102,9 @@ impl File {
     /// Parses a file's text.
     ///
     /// # Errors
-    /// All problems found, in file order: the first of the syntax; if that is sound, all of keys and types;
-    /// if those are too, all of the rules that a desired state must keep.
-    pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+    /// Problems in file order: the first syntax error; if there is none, all wrong keys and types; if there are none,
+    /// all violations of the rules for a desired state.
+    pub fn parse(text: &str) -> Result<Self, Vec<ConfigProblem>> {
         parse::parse(text)
     }
 }

@@ -1,6 +1,6 @@
-//! Text to [`File`], collecting problems instead of stopping at the first.
+//! Parses a [`File`], collecting problems instead of stopping at the first.
 
-use super::{File, Options, Problem, keys, nearest};
+use super::{ConfigProblem, File, Options, keys, nearest};
 use crate::desired::model::{Backend, Desired, Name, Region, Service, Subject};
 use serde::de::DeserializeOwned;
 use std::{
@@ -12,11 +12,11 @@ use toml::{
     de::{DeTable, DeValue, ValueDeserializer},
 };
 
-/// See [`File::parse`].
-pub fn parse(text: &str) -> Result<File, Vec<Problem>> {
+/// Implements [`File::parse`].
+pub fn parse(text: &str) -> Result<File, Vec<ConfigProblem>> {
     let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
     let (table, errors) = DeTable::parse_recoverable(text);
-    // Only the first: a missing bracket makes nonsense of all that follows.
+    // Only the first: after a missing bracket, further errors are meaningless.
     if let Some(error) = errors.first() {
         parser.problem(error.span(), error.message().to_owned());
         return Err(parser.finish());
@@ -29,12 +29,12 @@ fn line_starts(text: &str) -> Vec<usize> {
     std::iter::once(0).chain(text.match_indices('\n').map(|(i, _)| i + 1)).collect()
 }
 
-type Table<'i> = DeTable<'i>;
+type TomlTable<'i> = DeTable<'i>;
 type Span = Range<usize>;
 
-/// Where each service and backend stands, for the rules that are checked last.
+/// Positions of services, backends and regions, for the rules that are checked last.
 #[derive(Default)]
-struct Places {
+struct Positions {
     services: HashMap<Name, Span>,
     backends: HashMap<(Name, Name), Span>,
     regions: HashMap<Name, Span>,
@@ -43,7 +43,7 @@ struct Places {
 struct Parser<'t> {
     text: &'t str,
     lines: Vec<usize>,
-    problems: Vec<(Span, Problem)>,
+    problems: Vec<(Span, ConfigProblem)>,
 }
 
 impl Parser<'_> {
@@ -54,24 +54,24 @@ impl Parser<'_> {
             let start = self.lines[line - 1];
             (line, self.text[start..offset].chars().count() + 1)
         });
-        self.problems.push((span.unwrap_or(0..0), Problem { at, what }));
+        self.problems.push((span.unwrap_or(0..0), ConfigProblem { at, what }));
     }
 
-    fn finish(mut self) -> Vec<Problem> {
+    fn finish(mut self) -> Vec<ConfigProblem> {
         self.problems.sort_by_key(|(span, _)| span.start);
         self.problems.into_iter().map(|(_, problem)| problem).collect()
     }
 
-    fn file(&mut self, mut table: Table<'_>) -> File {
+    fn file(&mut self, mut table: TomlTable<'_>) -> File {
         self.check_keys(&mut table, keys::TOP, "the file");
         let mut file = File::default();
         if let Some(revision) = table.remove("revision") {
             match revision.get_ref() {
                 DeValue::Integer(number) => match number.as_str().parse() {
                     Ok(number) => file.revision = Some(number),
-                    Err(_) => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+                    Err(_) => self.problem(Some(revision.span()), "revision must be a number".to_owned()),
                 },
-                _ => self.problem(Some(revision.span()), "revision: a number is needed".to_owned()),
+                _ => self.problem(Some(revision.span()), "revision must be a number".to_owned()),
             }
         }
         if let Some(lbd) = table.remove("lbd")
@@ -82,33 +82,33 @@ impl Parser<'_> {
         }
         let (services, regions) = (table.remove("service"), table.remove("region"));
         if services.is_some() || regions.is_some() {
-            let mut places = Places::default();
+            let mut positions = Positions::default();
             let mut desired = Desired::default();
             if let (None, Some(regions)) = (&services, &regions) {
                 self.problem(
                     Some(regions.span()),
-                    "[[region]] without [[service]]: regions belong to the desired state, which a file has whole or not \
-                     at all"
+                    "[[region]] without [[service]]: regions belong to the desired state, which a file must contain completely or \
+                     not at all; add service = [] for no services"
                         .to_owned(),
                 );
             }
             let regions = regions.map(|regions| self.array(regions, "region", "[[region]]"));
             for region in regions.into_iter().flatten() {
-                self.region(region, &mut desired, &mut places);
+                self.region(region, &mut desired, &mut positions);
             }
             let services = services.map(|services| self.array(services, "service", "[[service]]"));
             for service in services.into_iter().flatten() {
-                self.service(service, &mut desired, &mut places);
+                self.service(service, &mut desired, &mut positions);
             }
-            // Rules are about whole states: with parts missing they would find what is not there.
+            // The rules are for complete states: with parts missing they would report wrong problems.
             if self.problems.is_empty() {
                 for invalid in desired.check() {
                     let span = match invalid.subject() {
                         Subject::Backend(service, backend) => {
-                            places.backends.get(&(service.clone(), backend.clone()))
+                            positions.backends.get(&(service.clone(), backend.clone()))
                         }
-                        Subject::Service(service) => places.services.get(service),
-                        Subject::Region(region) => places.regions.get(region),
+                        Subject::Service(service) => positions.services.get(service),
+                        Subject::Region(region) => positions.regions.get(region),
                         Subject::Lists => None,
                     };
                     self.problem(span.cloned(), invalid.to_string());
@@ -119,7 +119,7 @@ impl Parser<'_> {
         file
     }
 
-    fn service(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, places: &mut Places) {
+    fn service(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, positions: &mut Positions) {
         let Some((span, mut table)) = self.table(value, "[[service]]") else { return };
         self.check_keys(&mut table, keys::SERVICE, "[[service]]");
         let backends = table.remove("backend");
@@ -152,25 +152,25 @@ impl Parser<'_> {
         let mut found = BTreeMap::new();
         if let Some(backends) = backends {
             for backend in self.array(backends, "backend", "[[service.backend]]") {
-                self.backend(backend, name.as_ref(), &mut found, places);
+                self.backend(backend, name.as_ref(), &mut found, positions);
             }
         }
         let (Some((name, name_span)), Some(mut service)) = (name, service) else { return };
         service.backends = found;
-        if let Some(first) = places.services.insert(name.clone(), name_span.clone()) {
+        if let Some(first) = positions.services.insert(name.clone(), name_span.clone()) {
             let line = self.line(&first);
             self.problem(Some(name_span), format!("a second service {name}; the first is in line {line}"));
         }
         desired.services.insert(name, service.into());
     }
 
-    fn region(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, places: &mut Places) {
+    fn region(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, positions: &mut Positions) {
         let Some((span, mut table)) = self.table(value, "[[region]]") else { return };
         self.check_keys(&mut table, keys::REGION, "[[region]]");
         let name = self.name(&span, &mut table, "[[region]]");
         let region = self.read::<Region>(span, table, "[[region]]");
         let (Some((name, span)), Some(region)) = (name, region) else { return };
-        if let Some(first) = places.regions.insert(name.clone(), span.clone()) {
+        if let Some(first) = positions.regions.insert(name.clone(), span.clone()) {
             let line = self.line(&first);
             self.problem(Some(span), format!("a second region {name}; the first is in line {line}"));
         }
@@ -182,7 +182,7 @@ impl Parser<'_> {
         value: Spanned<DeValue<'_>>,
         service: Option<&(Name, Span)>,
         found: &mut BTreeMap<Name, Backend>,
-        places: &mut Places,
+        positions: &mut Positions,
     ) {
         let Some((span, mut table)) = self.table(value, "[[service.backend]]") else { return };
         self.check_keys(&mut table, keys::BACKEND, "[[service.backend]]");
@@ -191,7 +191,7 @@ impl Parser<'_> {
         let (Some((name, span)), Some(backend)) = (name, backend) else { return };
         if let Some((service, _)) = service {
             let key = (service.clone(), name.clone());
-            if let Some(first) = places.backends.insert(key, span.clone()) {
+            if let Some(first) = positions.backends.insert(key, span.clone()) {
                 let line = self.line(&first);
                 self.problem(
                     Some(span),
@@ -206,8 +206,8 @@ impl Parser<'_> {
         self.lines.partition_point(|&start| start <= span.start)
     }
 
-    /// Reports unknown keys and takes them out, so that the rest can still be read.
-    fn check_keys(&mut self, table: &mut Table<'_>, known: &[&'static str], place: &str) {
+    /// Reports unknown keys and removes them, so that the rest can still be read.
+    fn check_keys(&mut self, table: &mut TomlTable<'_>, known: &[&'static str], place: &str) {
         let unknown: Vec<_> =
             table.keys().filter(|k| !known.contains(&k.get_ref().as_ref())).cloned().collect();
         for key in unknown {
@@ -221,7 +221,7 @@ impl Parser<'_> {
         }
     }
 
-    fn table<'i>(&mut self, value: Spanned<DeValue<'i>>, place: &str) -> Option<(Span, Table<'i>)> {
+    fn table<'i>(&mut self, value: Spanned<DeValue<'i>>, place: &str) -> Option<(Span, TomlTable<'i>)> {
         let span = value.span();
         match value.into_inner() {
             DeValue::Table(table) => Some((span, table)),
@@ -245,7 +245,7 @@ impl Parser<'_> {
             DeValue::Table(_) => {
                 self.problem(
                     Some(span),
-                    format!("there can be several: write {place} instead of one bracket"),
+                    format!("several are possible: write {place} instead of single brackets"),
                 );
                 Vec::new()
             }
@@ -257,8 +257,8 @@ impl Parser<'_> {
         }
     }
 
-    /// Takes and checks the `name` of a table.
-    fn name(&mut self, span: &Span, table: &mut Table<'_>, place: &str) -> Option<(Name, Span)> {
+    /// Removes and parses the `name` of a table.
+    fn name(&mut self, span: &Span, table: &mut TomlTable<'_>, place: &str) -> Option<(Name, Span)> {
         let Some(value) = table.remove("name") else {
             self.problem(Some(span.clone()), format!("{place} has no name: add name = \"...\""));
             return None;
@@ -280,9 +280,9 @@ impl Parser<'_> {
         }
     }
 
-    /// Reads a table whose unknown keys are gone. Each wrong value is reported and taken out in turn, so
+    /// Deserializes a table without unknown keys. Each wrong value is reported and removed in turn, so
     /// that all of them are found.
-    fn read<T: DeserializeOwned>(&mut self, span: Span, mut table: Table<'_>, place: &str) -> Option<T> {
+    fn read<T: DeserializeOwned>(&mut self, span: Span, mut table: TomlTable<'_>, place: &str) -> Option<T> {
         let mut removed = Vec::new();
         loop {
             let whole = Spanned::new(span.clone(), DeValue::Table(table.clone()));
@@ -296,7 +296,7 @@ impl Parser<'_> {
             let bad = table.iter().find(|(_, v)| v.span().start <= at.start && at.end <= v.span().end);
             let Some(key) = bad.map(|(k, _)| k.clone()).filter(|_| at != span) else {
                 match missing {
-                    // It was there, and was reported as wrong.
+                    // The field was present, and was reported as wrong.
                     Some(field) if removed.iter().any(|r| r == field) => {}
                     Some(field) => self.problem(Some(at), format!("{place} has no {field}")),
                     None => self.problem(Some(at), message.to_owned()),

@@ -1,4 +1,4 @@
-//! Settings of what hosts share: the store, and who this host is among the others.
+//! Settings of the shared store, and the names of this host, its region and its zone.
 
 use super::SettingsError;
 use crate::desired::{
@@ -7,11 +7,11 @@ use crate::desired::{
 };
 use std::path::{Path, PathBuf};
 
-/// Length of a name of a host, region or zone.
+/// Longest name of a host, region or zone.
 const NAME_LIMIT: usize = 63;
 
-/// The store's settings as they were given.
-pub(super) struct Shared {
+/// Settings of the store as given.
+pub(super) struct StoreOptions {
     pub url: Option<String>,
     pub ca: Option<PathBuf>,
     pub cert: Option<PathBuf>,
@@ -21,8 +21,8 @@ pub(super) struct Shared {
     pub id: Option<String>,
 }
 
-impl Shared {
-    /// Where the store is, the access to it, and the id that it must have.
+impl StoreOptions {
+    /// Address of the store, access to it, and the id that it must have.
     pub fn resolve(self, state_dir: &Path) -> Result<(Address, Access, Option<String>), SettingsError> {
         let refuse = |setting, what: &str| SettingsError { setting, what: what.to_owned() };
         let address = match self.url.as_deref() {
@@ -34,19 +34,21 @@ impl Shared {
         let identity = match (self.cert, self.key) {
             (Some(cert), Some(key)) => Some((cert, key)),
             (None, None) => None,
-            (Some(_), None) => return Err(refuse("store_cert", "it needs its key: give store_key too")),
+            (Some(_), None) => {
+                return Err(refuse("store_cert", "a certificate needs its private key: give store_key too"));
+            }
             (None, Some(_)) => {
-                return Err(refuse("store_key", "it needs its certificate: give store_cert too"));
+                return Err(refuse("store_key", "a private key needs its certificate: give store_cert too"));
             }
         };
         let user = match (self.user, self.password_file) {
             (Some(user), Some(file)) => Some((user, file)),
             (None, None) => None,
             (Some(_), None) => {
-                return Err(refuse("store_user", "it needs a password: give store_password_file too"));
+                return Err(refuse("store_user", "a user needs a password: give store_password_file too"));
             }
             (None, Some(_)) => {
-                return Err(refuse("store_password_file", "whose password is it? give store_user too"));
+                return Err(refuse("store_password_file", "a password needs its user: give store_user too"));
             }
         };
         let (members, tls) = match &address {
@@ -54,34 +56,35 @@ impl Shared {
             Address::File(_) => (Vec::new(), false),
         };
         if !tls && (self.ca.is_some() || identity.is_some()) && !members.is_empty() {
-            let what = "certificates need TLS: begin the address of the store with etcds://";
+            let what = "certificates need TLS: give an address that begins with etcds://";
             return Err(refuse("store", what));
         }
         let is_id = |id: &String| id.len() == 16 && id.chars().all(|c| c.is_ascii_hexdigit());
         if let Some(id) = self.id.as_ref().filter(|id| !is_id(id)) {
-            let what = format!("{id:?} is none: 16 hexadecimal digits, as `lbctl store status` shows them");
+            let what = format!(
+                "{id:?} is not a store id: give 16 hexadecimal digits, as `lbctl store status` shows them"
+            );
             return Err(SettingsError { setting: "store_id", what });
         }
         Ok((address, Access { members, tls, ca: self.ca, identity, user }, self.id))
     }
 }
 
-/// A name of a host, region or zone.
-pub(super) fn name(setting: &'static str, name: String) -> Result<String, SettingsError> {
+/// Checks the name of a host.
+pub(super) fn host_name(setting: &'static str, name: String) -> Result<String, SettingsError> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     if name.is_empty() || name.len() > NAME_LIMIT || !name.chars().all(fits) {
-        let what = format!("{name:?} is no name: letters, digits and -_. (at most {NAME_LIMIT}) are");
+        let what = format!("{name:?} is not a valid name: use at most {NAME_LIMIT} letters, digits and -_.");
         return Err(SettingsError { setting, what });
     }
     Ok(name)
 }
 
-/// A region or zone: named as backends name theirs.
-pub(super) fn place(setting: &'static str, text: Option<String>) -> Result<Name, SettingsError> {
-    let text = text.unwrap_or_else(|| "default".to_owned());
+/// Parses the name of a region or zone, which follows the rules for names in the desired state.
+pub(super) fn place_name(setting: &'static str, text: &str) -> Result<Name, SettingsError> {
     text.parse().map_err(|_| {
         let what = format!(
-            "{text:?} is no name: letters, digits and -_. (at most {NAME_LIMIT}), with a letter or digit first"
+            "{text:?} is not a valid name: use at most {NAME_LIMIT} letters, digits and -_., a letter or digit first"
         );
         SettingsError { setting, what }
     })
@@ -106,12 +109,18 @@ mod tests {
                 Options { store: Some("redis://a".into()), ..Options::default() },
                 "store: \"redis://a\": the scheme",
             ),
-            (Options { store_cert: Some("c".into()), ..etcd() }, "store_cert: it needs its key"),
-            (Options { store_key: Some("c".into()), ..etcd() }, "store_key: it needs its certificate"),
-            (Options { store_user: Some("u".into()), ..etcd() }, "store_user: it needs a password"),
+            (
+                Options { store_cert: Some("c".into()), ..etcd() },
+                "store_cert: a certificate needs its private key",
+            ),
+            (
+                Options { store_key: Some("c".into()), ..etcd() },
+                "store_key: a private key needs its certificate",
+            ),
+            (Options { store_user: Some("u".into()), ..etcd() }, "store_user: a user needs a password"),
             (Options { store_ca: Some("ca".into()), ..etcd() }, "etcds://"),
-            (Options { store_id: Some("x".into()), ..etcd() }, "store_id: \"x\" is none"),
-            (Options { region: Some("eu west".into()), ..etcd() }, "region: \"eu west\" is no name"),
+            (Options { store_id: Some("x".into()), ..etcd() }, "store_id: \"x\" is not a store id"),
+            (Options { region: Some("eu west".into()), ..etcd() }, "region: \"eu west\" is not a valid name"),
         ] {
             let error = refused(options);
             assert!(error.contains(what), "{error}");

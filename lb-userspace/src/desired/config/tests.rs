@@ -1,4 +1,4 @@
-//! Files that are right, wrong, and wrong in several places.
+//! Valid files, files with one mistake, and files with several.
 
 use super::*;
 
@@ -104,7 +104,7 @@ proptest::proptest! {
         let Desired { services, regions, guard: _ } = state;
         let wanted = Desired { services, regions, guard: Default::default() };
         let text = export(&wanted);
-        // A seating and a table size that follow from the backends are left out, and made again when the file is applied.
+        // A seating and a table size that follow from the backends are left out, and computed again when the file is applied.
         let applied = |mut state: Desired| {
             state.assign_seats(&Desired::default());
             state.assign_sizes(&Desired::default());
@@ -167,7 +167,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}replica = {{ kind = \"vllm\", metrics = {{ running = \"a b\" }} }}\n"),
-            "f:6:50: replica: \"a b\" is no metric",
+            "f:6:50: replica: \"a b\" is not a valid metric",
         ),
         (
             format!("{service}replica = {{ kind = \"custom\" }}\n"),
@@ -199,18 +199,18 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             "[[service]]\nname = \"s\"\nvip = \"10.0.0.1\"\nport = \"x\"\nprotocol = \"tcp\"\n".to_owned(),
-            "f:4:8: port: \"x\" is no port",
+            "f:4:8: port: \"x\" is not a valid port",
         ),
         (
             "[[service]]\nname = \"s\"\nvip = \"10.0.0.1\"\nport = 0\nprotocol = \"tcp\"\n".to_owned(),
-            "f:4:8: port: \"0\" is no port",
+            "f:4:8: port: \"0\" is not a valid port",
         ),
         (
             "[[service]]\nname = \"s\"\nvip = \"10.0.0.1\"\nport = 70000\nprotocol = \"tcp\"\n".to_owned(),
             "f:4:8: port: ",
         ),
-        ("[[service]]\nname = \"bad name\"\n".to_owned(), "f:2:8: name \"bad name\" is not usable"),
-        ("[service]\nname = \"s\"\n".to_owned(), "f:1:1: there can be several: write [[service]]"),
+        ("[[service]]\nname = \"bad name\"\n".to_owned(), "f:2:8: name \"bad name\" is not valid"),
+        ("[service]\nname = \"s\"\n".to_owned(), "f:1:1: several are possible: write [[service]]"),
         ("service = 3\n".to_owned(), "f:1:11: service must be the tables [[service]], found integer"),
         ("[[service]\n".to_owned(), "f:1:"),
         (format!("{service}{service}"), "f:7:8: a second service s; the first is in line 2"),
@@ -221,7 +221,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}[service.health]\nkind = \"tcp\"\npath = \"/\"\n"),
-            "f:6:1: health: path goes with kind \"http\" or \"https\" only",
+            "f:6:1: health: path is for kind \"http\" or \"https\" only",
         ),
     ];
     for (text, expected) in cases {
@@ -290,14 +290,20 @@ fn settings_are_checked() {
         change(&mut options);
         options.resolve().unwrap_err().to_string()
     };
-    assert!(with(|o| o.socket_mode = Some("9".into())).starts_with("socket_mode: \"9\" is no octal mode"));
+    assert!(
+        with(|o| o.socket_mode = Some("9".into()))
+            .starts_with("socket_mode: \"9\" is not a valid octal mode")
+    );
     assert!(with(|o| o.metrics = Some("x".into())).starts_with("metrics: \"x\" is neither"));
-    assert!(with(|o| o.max_flows = Some(0)).starts_with("max_flows: 0 leaves no room"));
+    assert!(with(|o| o.max_flows = Some(0)).starts_with("max_flows: 0 is too small"));
     assert!(with(|o| o.outer_ttl = Some(0)).starts_with("outer_ttl"));
     let two = with(|o| o.ipip_source = vec!["10.0.0.0/8".parse().unwrap(), "172.16.0.0/12".parse().unwrap()]);
     assert!(two.starts_with("ipip_source: 172.16.0.0/12 is a second prefix"));
     let unknown = with(|o| o.features = vec!["p2c".into(), "p3c".into()]);
-    assert!(unknown.starts_with("features: \"p3c\" is none of p2c, second-chance, nat,"), "{unknown}");
+    assert!(
+        unknown.starts_with("features: \"p3c\" is not a feature: give all or none alone, or any of p2c, "),
+        "{unknown}"
+    );
 }
 
 #[test]

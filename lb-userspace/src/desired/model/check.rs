@@ -1,6 +1,6 @@
-//! The rules that a desired state must keep.
+//! Rules for a desired state.
 //!
-//! Input: a [`Desired`]. Output: every rule that it breaks, so that an operator mends a file in one go.
+//! Input: a [`Desired`]. Output: every violated rule, so that an operator can fix a file in one go.
 //! Called before anything is stored, by the API and by `lbctl config check`.
 
 use super::{Desired, Name, Ports, Protocol, RegionState, Service, guard::Guard, nearest, region_list};
@@ -10,7 +10,7 @@ use std::{
     net::IpAddr,
 };
 
-/// A rule that a desired state breaks.
+/// A violated rule.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
     /// Two services would take the same packets.
@@ -18,32 +18,32 @@ pub enum Invalid {
         "services {first} and {second} overlap: both take {vip} {protocol} port {port}; change one of the ports or remove one"
     )]
     Overlap {
-        /// A service.
+        /// One of the services.
         first: Name,
-        /// The other.
+        /// The other service.
         second: Name,
         /// Their VIP.
         vip: IpAddr,
         /// Their protocol.
         protocol: Protocol,
-        /// The second's ports.
+        /// Ports of the second service.
         port: Ports,
     },
     /// A setting is out of its range or contradicts another.
     #[error("service {service}: {what}")]
     Setting {
-        /// Service.
+        /// Name of the service.
         service: Name,
         /// What is wrong, and what would be right.
         what: String,
     },
-    /// Deny or allow list.
+    /// The deny or allow list is invalid.
     #[error("{what}")]
     Guard {
         /// What is wrong, and what would be right.
         what: String,
     },
-    /// The same for one backend.
+    /// A setting of a backend is out of its range or contradicts another.
     #[error("backend {service}/{backend}: {what}")]
     Backend {
         /// Service.
@@ -53,7 +53,7 @@ pub enum Invalid {
         /// What is wrong, and what would be right.
         what: String,
     },
-    /// The same for a region.
+    /// A region is set in a way that is not allowed.
     #[error("region {region}: {what}")]
     Region {
         /// Region.
@@ -63,10 +63,10 @@ pub enum Invalid {
     },
 }
 
-/// What a rule is about.
+/// Subject of a violated rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Subject<'a> {
-    /// A service; of an overlap, the second.
+    /// A service; of an overlap, the second one.
     Service(&'a Name),
     /// A backend of a service.
     Backend(&'a Name, &'a Name),
@@ -77,7 +77,7 @@ pub enum Subject<'a> {
 }
 
 impl Invalid {
-    /// What the rule is about.
+    /// Subject of the rule.
     pub fn subject(&self) -> Subject<'_> {
         match self {
             Self::Overlap { second, .. } => Subject::Service(second),
@@ -90,7 +90,7 @@ impl Invalid {
 }
 
 impl Desired {
-    /// All rules that this state breaks: overlaps first, then by service name; empty if it is valid.
+    /// Checks all rules: overlaps first, then by service name; empty if the state is valid.
     pub fn check(&self) -> Vec<Invalid> {
         let mut found = Vec::new();
         self.check_ports(&mut found);
@@ -103,8 +103,8 @@ impl Desired {
         found
     }
 
-    /// The same where `old` is known to be valid: only what differs is looked at, so that a change of one
-    /// service among thousands costs that one.
+    /// Checks the differences to `old`, which is known to be valid, so that a change of one service among
+    /// thousands costs only that one.
     pub fn check_change(&self, old: &Self) -> Vec<Invalid> {
         let changed = || self.services.iter().filter(|(name, s)| old.services.get(*name) != Some(s));
         let mut found = Vec::new();
@@ -128,19 +128,19 @@ impl Desired {
         found
     }
 
-    /// Two regions that drain at once might be all there are.
+    /// Only one region may drain at a time: two might be all there are.
     fn check_drains(&self, found: &mut Vec<Invalid>) {
         let mut draining = self.regions.iter().filter(|(_, r)| r.state == RegionState::Draining);
         let Some((first, _)) = draining.next() else { return };
         for (region, _) in draining {
             let what = format!(
-                "it cannot drain while {first} does, or both might be gone at once: `lbctl region undrain {first}` first"
+                "it cannot drain while {first} drains, because both might be gone at once: run `lbctl region undrain {first}` first"
             );
             found.push(Invalid::Region { region: region.clone(), what });
         }
     }
 
-    /// Once regions are declared, a name that is none of them is a mistake.
+    /// Once regions are declared, every region that is used must be declared.
     fn check_names(&self, name: &Name, service: &Service, found: &mut Vec<Invalid>) {
         if self.regions.is_empty() {
             return;
@@ -152,16 +152,16 @@ impl Desired {
             let hint = match nearest(region.as_str(), self.regions.keys().map(Name::as_str)) {
                 Some(near) => format!("did you mean {near}?"),
                 None => format!(
-                    "known: {}; add it with [[region]] or `lbctl region add {region}`",
+                    "known regions: {}; add it with [[region]] or `lbctl region add {region}`",
                     region_list(self.regions.keys())
                 ),
             };
-            Some(format!("region {region} is not known; {hint}"))
+            Some(format!("region {region} is not declared; {hint}"))
         };
         let rules = service.regions.iter();
         let named = rules.flat_map(|rules| rules.allowed.iter().flatten().chain(rules.weights.keys()));
-        let mut told = BTreeSet::new();
-        for what in named.filter(|region| told.insert(*region)).filter_map(unknown) {
+        let mut seen = BTreeSet::new();
+        for what in named.filter(|region| seen.insert(*region)).filter_map(unknown) {
             found.push(Invalid::Setting { service: name.clone(), what });
         }
         for (backend, b) in &service.backends {
@@ -171,7 +171,7 @@ impl Desired {
         }
     }
 
-    /// Overlaps, by sorting each VIP's ports: O(n log n) in the number of services.
+    /// Finds overlaps by sorting each VIP's ports: O(n log n) in the number of services.
     fn check_ports(&self, found: &mut Vec<Invalid>) {
         let mut exact: HashMap<(IpAddr, Protocol, Ports), &Name> = HashMap::new();
         let mut ranges: BTreeMap<(IpAddr, Protocol), Vec<(u16, u16, &Name)>> = BTreeMap::new();
@@ -190,7 +190,7 @@ impl Desired {
         }
         for list in ranges.values_mut() {
             list.sort();
-            // The widest range so far: what overlaps any earlier one overlaps this.
+            // The range so far that ends last: a range that overlaps any earlier one overlaps it.
             let mut widest: Option<(u16, &Name)> = None;
             for &(low, high, name) in list.iter() {
                 if let Some((end, first)) = widest
@@ -207,7 +207,7 @@ impl Desired {
         for ((vip, _), list) in &ranges {
             if let Some(count) = per_vip.remove(vip).filter(|&n| n > RANGES_PER_VIP) {
                 let what = format!(
-                    "VIP {vip} has {count} port ranges, {RANGES_PER_VIP} at most: join some, or use any"
+                    "VIP {vip} has {count} port ranges, at most {RANGES_PER_VIP} are possible: join some, or use any"
                 );
                 found.push(Invalid::Setting { service: list[list.len() - 1].2.clone(), what });
             }
@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn each_rule_names_the_thing_and_the_fix() {
         let cases: &[(&str, &str)] = &[
-            (r#"{"vip":"0.0.0.0","port":80,"protocol":"tcp"}"#, "vip 0.0.0.0 is no unicast address"),
+            (r#"{"vip":"0.0.0.0","port":80,"protocol":"tcp"}"#, "vip 0.0.0.0 is not a unicast address"),
             (r#"{"vip":"::ffff:10.0.0.1","port":80,"protocol":"tcp"}"#, "write 10.0.0.1"),
             (r#"{"vip":"127.0.0.1","port":80,"protocol":"tcp"}"#, "loopback"),
             (
@@ -249,7 +249,7 @@ mod tests {
             (r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","udp_stateless":true}"#, "UDP services only"),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"udp","udp_stateless":true,"scheduler":"p2c"}"#,
-                "which scheduler p2c must: take maglev or source-hash",
+                "which scheduler p2c needs: use maglev or source-hash",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","load_cap":5}"#,
@@ -265,7 +265,7 @@ mod tests {
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","second_chance":true,"mode":"gue","scheduler":"rr"}"#,
-                "scheduler rr places anywhere",
+                "when scheduler rr may place it on any backend",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":"any","protocol":"tcp","health":{"kind":"tcp"}}"#,
@@ -277,11 +277,11 @@ mod tests {
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","health":{"kind":"http","host":"a\r\nX: y"}}"#,
-                "is no host name",
+                "is not a valid host name",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","health":{"kind":"http","status":[300,200]}}"#,
-                "no range within",
+                "not a valid range within",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","backends":{"a":{"address":"10.0.0.2","weight":0}}}"#,
@@ -311,12 +311,12 @@ mod tests {
             (
                 r#"{"vip":"10.0.0.1","port":"1-9","protocol":"tcp","mode":"nat",
                     "backends":{"a":{"address":"10.0.0.2","port":8080}}}"#,
-                "port needs a service with one port, and the service's is 1-9",
+                "port needs a service with exactly one port, but the service has 1-9",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp","mode":"local",
                     "backends":{"a":{"address":"10.0.0.2"},"b":{"address":"127.0.0.1"}}}"#,
-                "one backend at most",
+                "at most one backend",
             ),
             (
                 r#"{"vip":"10.0.0.1","port":80,"protocol":"tcp",
@@ -372,11 +372,11 @@ mod tests {
         assert_eq!(check(&["80", "80"]).len(), 1);
         assert_eq!(check(&["any", "any"]).len(), 1);
         assert!(check(&["50-150", "1-100"])[0].starts_with("services s00 and s01 overlap"));
-        // A range nested in a wide one that does not come right before it.
+        // A range nested in a wide one that does not precede it directly.
         assert!(check(&["1-1000", "2-3", "500-600"]).len() == 2);
         let many: Vec<String> = (0..17).map(|i| format!("{}-{}", i * 10 + 1, i * 10 + 5)).collect();
         let found = check(&many.iter().map(String::as_str).collect::<Vec<_>>());
-        assert!(found.len() == 1 && found[0].contains("17 port ranges, 16 at most"), "{found:?}");
+        assert!(found.len() == 1 && found[0].contains("17 port ranges, at most 16"), "{found:?}");
     }
 
     #[test]

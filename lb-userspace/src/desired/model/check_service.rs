@@ -1,6 +1,6 @@
-//! The rules that a service must keep by itself, whatever else there is.
+//! Rules for a single service, independent of the others.
 //!
-//! Input: a [`Service`]. Output: every rule that it breaks. Called by the check of the whole state.
+//! Input: a [`Service`]. Output: every violated rule. Called by the check of the whole state.
 
 use super::{
     Backend, ForwardingMode, HealthKind, HttpCheck, Name, Ports, Protocol, Scheduler, Service, Via,
@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 /// Largest load cap, in flows: scores have 32 bits.
 const MAX_LOAD_CAP: u32 = u32::MAX / lb_common::load::FLOW;
 
-/// A value as the configuration file spells it.
+/// Spelling of a value in the configuration file.
 fn word(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
@@ -26,10 +26,10 @@ fn check_address(address: IpAddr) -> Option<String> {
     }
     let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
     if address.is_unspecified() || address.is_multicast() || broadcast {
-        return Some(format!("{address} is no unicast address"));
+        return Some(format!("{address} is not a unicast address"));
     }
     if address.is_loopback() {
-        return Some(format!("{address} is a loopback address, which no packet from outside can reach"));
+        return Some(format!("{address} is a loopback address, which packets from outside cannot reach"));
     }
     if matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) {
         return Some(format!("{address} is link-local: use a global or unique local address"));
@@ -38,12 +38,27 @@ fn check_address(address: IpAddr) -> Option<String> {
 }
 
 impl Service {
-    /// Appends the rules that this service breaks by itself.
+    /// Appends the violated rules of this service.
     pub fn check(&self, name: &Name, found: &mut Vec<Invalid>) {
         let mut setting = |what: String| found.push(Invalid::Setting { service: name.clone(), what });
         if let Some(what) = check_address(self.vip) {
             setting(format!("vip {what}"));
         }
+        self.check_ranges(&mut setting);
+        self.check_combinations(&mut setting);
+        self.check_quic(&mut setting);
+        self.check_limits(&mut setting);
+        self.check_health(&mut setting);
+        self.check_regions(&mut setting);
+        if let Some(replica) = &self.replica {
+            replica.check(matches!(self.port, Ports::One(_)), &mut setting);
+        }
+        self.check_seating(&mut setting);
+        self.check_backends(name, found);
+    }
+
+    /// Reports settings that are out of their range.
+    fn check_ranges(&self, setting: &mut dyn FnMut(String)) {
         if let Some(size) = self.table_size
             && !TABLE_SIZES.contains(&size)
         {
@@ -53,22 +68,26 @@ impl Service {
             setting(format!("panic_percent {} is above 100", self.panic_percent));
         }
         if self.slow_start_s > 86_400 {
-            setting(format!("slow_start_s {} is above 86400, a day", self.slow_start_s));
+            setting(format!("slow_start_s {} is above 86400 (a day)", self.slow_start_s));
         }
         if self.udp_timeout_s == 0 {
-            setting("udp_timeout_s is 0: at least 1".to_owned());
+            setting("udp_timeout_s is 0: give at least 1".to_owned());
         }
+    }
+
+    /// Reports settings that contradict protocol, scheduler or mode.
+    fn check_combinations(&self, setting: &mut dyn FnMut(String)) {
         if self.udp_stateless && self.protocol != Protocol::Udp {
             setting("udp_stateless is for UDP services only".to_owned());
         }
         if self.udp_stateless && !matches!(self.scheduler, Scheduler::Maglev | Scheduler::SourceHash) {
             setting(format!(
-                "udp_stateless remembers no flow, which scheduler {} must: take maglev or source-hash",
+                "udp_stateless tracks no flows, which scheduler {} needs: use maglev or source-hash",
                 word(&self.scheduler)
             ));
         }
         if self.load_cap.is_some() && (self.scheduler != Scheduler::SourceHash || self.udp_stateless) {
-            setting("load_cap is for scheduler source-hash only, and not with udp_stateless".to_owned());
+            setting("load_cap is for scheduler source-hash only, without udp_stateless".to_owned());
         }
         if self.load_cap.is_some_and(|cap| cap == 0 || cap > MAX_LOAD_CAP) {
             setting(format!("load_cap is out of range: 1 to {MAX_LOAD_CAP}"));
@@ -78,23 +97,20 @@ impl Service {
         }
         if self.second_chance == Some(true) && !self.scheduler.is_by_pair() {
             setting(format!(
-                "second_chance cannot find what scheduler {} places anywhere: take maglev, p2c or source-hash",
+                "second_chance cannot find a flow when scheduler {} may place it on any backend: use maglev, p2c or source-hash",
                 word(&self.scheduler)
             ));
         }
         if self.gue_port == 0 {
-            setting("gue_port is 0: 1 to 65535".to_owned());
+            setting("gue_port is 0: give 1 to 65535".to_owned());
         }
         if self.mode == ForwardingMode::Local && self.backends.len() > 1 {
-            setting("mode local hands packets to this host's own stack: one backend at most".to_owned());
+            setting("mode local hands packets to this host's own stack: give at most one backend".to_owned());
         }
-        self.check_quic(&mut setting);
-        self.check_limits(&mut setting);
-        self.check_health(&mut setting);
-        self.check_regions(&mut setting);
-        if let Some(replica) = &self.replica {
-            replica.check(matches!(self.port, Ports::One(_)), &mut setting);
-        }
+    }
+
+    /// Reports wrong weights and seats.
+    fn check_seating(&self, setting: &mut dyn FnMut(String)) {
         if !self.backends.is_empty() && self.backends.values().all(|b| b.weight == 0) {
             setting("all weights are 0: give at least one backend a weight".to_owned());
         }
@@ -104,6 +120,10 @@ impl Service {
         if let Some((seat, weight)) = self.seating.iter().find(|turn| turn.1 > 65_535) {
             setting(format!("seating gives seat {seat} weight {weight}, above 65535"));
         }
+    }
+
+    /// Appends the violated rules of the backends.
+    fn check_backends(&self, name: &Name, found: &mut Vec<Invalid>) {
         let mut addresses = BTreeMap::new();
         let mut server_ids = BTreeMap::new();
         let mut seats = BTreeMap::new();
@@ -140,7 +160,7 @@ impl Service {
         {
             let len = id.as_bytes().len();
             refuse(format!(
-                "server_id {id} has {len} bytes, and no config of the service's quic has such ids: \
+                "server_id {id} has {len} bytes, but the service's quic has no config for this length: \
                  add one, as in `lbctl service set NAME --quic 0:{len}:8`"
             ));
         }
@@ -165,12 +185,15 @@ impl Service {
             ));
         }
         match b.port {
-            Some(0) => refuse("port is 0: 1 to 65535".to_owned()),
+            Some(0) => refuse("port is 0: give 1 to 65535".to_owned()),
             Some(_) if self.mode != ForwardingMode::Nat => {
                 refuse("port is for mode nat only: the other modes do not change ports".to_owned());
             }
             Some(_) if !matches!(self.port, Ports::One(_)) => {
-                refuse(format!("port needs a service with one port, and the service's is {}", self.port));
+                refuse(format!(
+                    "port needs a service with exactly one port, but the service has {}",
+                    self.port
+                ));
             }
             _ => {}
         }
@@ -185,8 +208,8 @@ impl Service {
                 && !self.backends.values().any(|b| rules.allows(b))
             {
                 setting(format!(
-                    "its residency ({}) leaves no backend: none of them says that it is there. Give a backend one of \
-                     these regions, or change regions.allowed",
+                    "no backend is in a region that the residency allows ({}): give a backend one of these regions, or change \
+                     regions.allowed",
                     region_list(allowed)
                 ));
             }
@@ -195,13 +218,13 @@ impl Service {
             rollout.check(setting);
             if self.replica.is_none() {
                 setting(
-                    "a rollout needs replica state, which says who runs which version: set replica"
+                    "a rollout needs replica state, which reports the versions of the replicas: set replica"
                         .to_owned(),
                 );
             }
             if matches!(self.scheduler, Scheduler::Rr | Scheduler::Lc) {
                 setting(format!(
-                    "a rollout's share is kept by weights, which scheduler {} does not go by: take maglev, wrr or random",
+                    "a rollout's share is enforced by weights, which scheduler {} ignores: use maglev, wrr or random",
                     word(&self.scheduler)
                 ));
             }
@@ -214,12 +237,13 @@ impl Service {
         }
         if !self.quic.is_empty() && self.mode == ForwardingMode::Nat {
             setting(
-                "quic does not go with mode nat, which is bound to addresses: use another mode".to_owned(),
+                "quic is not possible with mode nat, which is bound to addresses: use another mode"
+                    .to_owned(),
             );
         }
         for (i, config) in self.quic.iter().enumerate() {
             if self.quic[..i].iter().any(|earlier| earlier.id == config.id) {
-                setting(format!("quic has two configs {}: give each its own id", config.id));
+                setting(format!("quic has two configs with id {}: give each its own id", config.id));
             }
         }
     }
@@ -230,23 +254,26 @@ impl Service {
             return;
         }
         if health.port.is_none() && !matches!(self.port, Ports::One(_)) {
-            setting(format!("health needs a port: the service's own is {}", self.port));
+            setting(format!("health needs a port, because the service has {}", self.port));
         }
         if health.port == Some(0) {
-            setting("health: port is 0: 1 to 65535".to_owned());
+            setting("health: port is 0: give 1 to 65535".to_owned());
         }
         if health.interval_ms < 10 || health.timeout_ms == 0 || health.rise == 0 || health.fall == 0 {
-            setting("health: interval_ms at least 10, timeout_ms, rise and fall at least 1".to_owned());
+            setting(
+                "health: interval_ms must be at least 10; timeout_ms, rise and fall must be at least 1"
+                    .to_owned(),
+            );
         }
         if health.via == Via::Tunnel {
             let tunnels = [ForwardingMode::Ipip, ForwardingMode::Gue, ForwardingMode::L2];
             if !tunnels.contains(&self.mode) {
-                setting("health: via tunnel goes with modes ipip, gue and l2: in others traffic goes to the backend's own address too, as via direct does".to_owned());
+                setting("health: via tunnel is for modes ipip, gue and l2: use via direct, which takes the path of traffic in the other modes".to_owned());
             }
             let other = self.backends.iter().find(|(_, b)| b.address.is_ipv4() != self.vip.is_ipv4());
             if let Some((name, b)) = other {
                 setting(format!(
-                    "health: via tunnel needs backends of the VIP's family, and {name} is {}: use via direct",
+                    "health: via tunnel needs backends of the VIP's address family, but {name} is {}: use via direct",
                     b.address
                 ));
             }
@@ -263,9 +290,10 @@ impl Service {
             HealthKind::Grpc(grpc) => (&grpc.host, grpc.tls.as_ref()),
             other => (&None, other.tls()),
         };
-        for name in host.iter().chain(sni.and_then(|tls| tls.sni.as_ref())) {
+        let sni = sni.and_then(|tls| tls.sni.as_ref());
+        for (key, name) in host.iter().map(|name| ("host", name)).chain(sni.map(|name| ("sni", name))) {
             if !plain(name) {
-                setting(format!("health: host {name:?} is no host name"));
+                setting(format!("health: {key} {name:?} is not a valid host name"));
             }
         }
     }
@@ -274,22 +302,28 @@ impl Service {
 fn check_http(http: &HttpCheck, setting: &mut dyn FnMut(String)) {
     let HttpCheck { path, status: (first, last), headers, body, .. } = http;
     if !path.starts_with('/') || !path.bytes().all(|b| b.is_ascii_graphic()) {
-        setting(format!("health: path {path:?} must start with '/' and hold neither blanks nor controls"));
+        setting(format!(
+            "health: path {path:?} must start with '/' and contain neither blanks nor control characters"
+        ));
     }
     if !(100..=599).contains(first) || !(100..=599).contains(last) || first > last {
-        setting(format!("health: status [{first}, {last}] is no range within 100 to 599"));
+        setting(format!("health: status [{first}, {last}] is not a valid range within 100 to 599"));
     }
     for (name, value) in headers {
         let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
         let ours = ["host", "connection", "content-length", "transfer-encoding", "user-agent"];
         if name.is_empty() || !name.bytes().all(token) || ours.contains(&name.to_ascii_lowercase().as_str()) {
-            setting(format!("health: header {name:?} is no name of a header, or one that lbd sets itself"));
+            setting(format!(
+                "health: header {name:?} is not a valid header name, or is one that lbd sets itself"
+            ));
         }
         if !value.bytes().all(|b| b == b' ' || b.is_ascii_graphic()) {
-            setting(format!("health: header {name}: {value:?} holds what no header may"));
+            setting(format!(
+                "health: header {name}: {value:?} contains characters that are not allowed in a header"
+            ));
         }
     }
     if body.as_ref().is_some_and(|text| text.is_empty() || text.len() > 4_096) {
-        setting("health: body is 1 to 4096 bytes of text".to_owned());
+        setting("health: body must have 1 to 4096 bytes".to_owned());
     }
 }

@@ -1,4 +1,4 @@
-//! Services and backends, as the operator asked for them.
+//! Services and backends, as the operator wants them.
 
 use super::{
     Guard, HealthCheck, Name, Ports, Protocol, QuicConfig, Rate, Region, RegionRules, ReplicaSource, Rollout,
@@ -8,14 +8,14 @@ use lb_common::settings::features;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-/// Everything the operator asked for.
+/// The complete desired state.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Desired {
-    /// Services by name. Shared between revisions: a change of one among thousands copies and compares that one.
+    /// Services by name. Revisions share them: a change of one among thousands copies and compares only that one.
     #[serde(default)]
     pub services: BTreeMap<Name, Arc<Service>>,
-    /// Regions by name. Once one is named here, all that are used must be.
+    /// Regions by name. Once one is declared, every region that is used must be.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub regions: BTreeMap<Name, Region>,
     /// Deny and allow lists.
@@ -24,13 +24,13 @@ pub struct Desired {
 }
 
 impl Desired {
-    /// A service to be changed; copied first if another revision shares it.
+    /// Returns a service to change; it is copied first if another revision shares it.
     pub fn service_mut(&mut self, name: &Name) -> Option<&mut Service> {
         self.services.get_mut(name).map(Arc::make_mut)
     }
 
-    /// Takes from `old` what operations made and files as a rule do not name: regions, if this state names none,
-    /// roll-outs that are going on, and the deny and allow lists.
+    /// Adopts from `old` what operations created and files usually omit: regions, if this state has none,
+    /// running roll-outs, and the deny and allow lists.
     pub fn keep_operations(&mut self, old: &Self) {
         let Self { services, regions, guard } = self;
         if regions.is_empty() {
@@ -45,14 +45,14 @@ impl Desired {
         guard.clone_from(&old.guard);
     }
 
-    /// Features of the dataplane that are loaded only where they are used, see [`lb_common::settings::features`].
+    /// Features in use that the dataplane loads on demand, see [`lb_common::settings::features`].
     pub fn features(&self) -> u32 {
         let is_limited = self.services.values().any(|s| s.limits().flags != 0);
         (if self.guard.is_empty() { 0 } else { features::GUARD })
             | if is_limited { features::RATE } else { 0 }
     }
 
-    /// Shares the services that are as they are in `old`.
+    /// Shares the services that equal those of `old`.
     pub fn share(&mut self, old: &Self) {
         for (name, service) in &mut self.services {
             if let Some(same) = old.services.get(name).filter(|old| *old == service) {
@@ -63,7 +63,7 @@ impl Desired {
     }
 }
 
-/// How new flows are placed.
+/// How a backend is chosen for a new flow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Scheduler {
@@ -72,20 +72,20 @@ pub enum Scheduler {
     Maglev,
     /// The less loaded of two: the slot's primary and its second choice.
     P2c,
-    /// Each in turn.
+    /// Round robin.
     Rr,
-    /// Each in turn, as often as its weight says.
+    /// Weighted round robin.
     Wrr,
-    /// By lot, weighted.
+    /// At random, weighted.
     Random,
-    /// The one with the fewest live flows for its weight.
+    /// The backend with the fewest live flows for its weight.
     Lc,
     /// By the client's address alone: a client stays with one backend, up to `load_cap`.
     SourceHash,
 }
 
 impl Scheduler {
-    /// Whether a flow is on one of its slot's pair, where an ingress host that knows nothing of it can look.
+    /// Whether a flow is on one of its slot's pair, so that an ingress host without an entry for it can find it there.
     pub fn is_by_pair(self) -> bool {
         matches!(self, Self::Maglev | Self::P2c | Self::SourceHash)
     }
@@ -100,19 +100,19 @@ pub enum ForwardingMode {
     Ipip,
     /// Generic UDP encapsulation.
     Gue,
-    /// The worker's MAC address on an otherwise unchanged packet: workers on the same segment, with the VIP on `lo`.
+    /// Rewrite of the destination MAC address only: workers on the same segment, with the VIP on `lo`.
     L2,
-    /// Full address translation: workers need nothing of ours, and answers come back through this host.
+    /// Full address translation: workers need no software, and answers come back through this host.
     Nat,
     /// This host's own stack, which has the VIP.
     Local,
 }
 
-/// What becomes of established flows when their backend is found down.
+/// What happens to established flows of a backend that is found down.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDown {
-    /// They stay: the verdict may be wrong, and a connection that lives is not cut.
+    /// They stay: the health check may be wrong, and live connections are not cut.
     #[default]
     Keep,
     /// They move to another backend, whose reset tells the client at once.
@@ -148,77 +148,77 @@ pub struct Service {
     /// Scheduler.
     #[serde(default)]
     pub scheduler: Scheduler,
-    /// With `source-hash`: a new flow whose backend has more load than so many flows of a mean backend goes to the slot's
-    /// second choice, if that has less; no limit if none.
+    /// With `source-hash`: when a backend has more load than this many flows of a backend of mean weight, a new flow goes to
+    /// the slot's second choice if that has less load; no limit if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub load_cap: Option<u32>,
-    /// With `gue`: packets carry the backends that may have their flow instead, and a worker that does not have it sends
-    /// them on. If none: for TCP; a UDP service must use connected sockets, and say so here.
+    /// With `gue`: packets carry the other backends that may have their flow, and a worker without the flow sends the packet
+    /// on. Default: on for TCP, off for UDP, whose services must use connected sockets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub second_chance: Option<bool>,
-    /// Slots of the Maglev table (a prime of `limits::TABLE_SIZES`); chosen by backend count if none.
+    /// Slots of the Maglev table (a prime of `limits::TABLE_SIZES`); by the number of backends if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub table_size: Option<u32>,
     /// Seed of the flow hash and the tables; derived from VIP, port and protocol if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// How long a changed slot remembers its previous primary, and how long a draining backend
-    /// may keep its flows, in seconds.
+    /// keeps its established flows, in seconds.
     #[serde(default = "default_drain_s")]
     pub drain_s: u32,
-    /// How long a backend that is new, or healthy again, takes to get its full share, in seconds; 0: at once.
+    /// Time in which a new or recovered backend grows to its full share, in seconds; 0: at once.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub slow_start_s: u32,
     /// UDP only: place each packet by hash alone.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub udp_stateless: bool,
-    /// UDP only: idle time after which a flow is forgotten, in seconds.
+    /// UDP only: idle time after which a flow is removed, in seconds.
     #[serde(default = "default_udp_timeout_s")]
     pub udp_timeout_s: u32,
-    /// UDP only: packets are routed by their QUIC connection id, read by these configs.
+    /// UDP only: configs of QUIC connection ids, by which packets are routed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quic: Vec<QuicConfig>,
     /// Destination port of GUE packets.
     #[serde(default = "default_gue_port")]
     pub gue_port: u16,
-    /// Established flows of a backend that is down.
+    /// What happens to established flows of a backend that is down.
     #[serde(default)]
     pub on_down: OnDown,
-    /// When fewer than this share of the backends' weight is healthy, health is ignored, in percent; 0: never.
+    /// Panic threshold: when less than this share of the backends' weight is healthy, health is ignored, in percent; 0: never.
     #[serde(default)]
     pub panic_percent: u8,
-    /// How the backends took their seats, oldest first: seat and weight, or 0 for a seat that was left. Kept up
-    /// by the daemon; if empty, they came in the order of their seats. See [`crate::plan::maglev`].
+    /// History of the seats, oldest turn first: seat and weight, or 0 for a seat that was left. Maintained
+    /// by the daemon; if empty, backends came in the order of their seats. See [`crate::plan::maglev`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub seating: Vec<(u32, u32)>,
-    /// New flows that the service takes; no limit if none.
+    /// Rate limit of new flows of the service; no limit if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_flow_rate: Option<Rate>,
-    /// How many of them at once; as many as a second brings if none.
+    /// Burst of the service's rate limit; what one second brings if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub new_flow_burst: Option<u32>,
-    /// New flows that one source may begin; no limit if none.
+    /// Rate limit of new flows of one source; no limit if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_rate: Option<Rate>,
-    /// How many of them at once; as many as a second brings if none.
+    /// Burst of a source's rate limit; what one second brings if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_burst: Option<u32>,
-    /// Leading bits of an IPv4 address that make a source.
+    /// Leading bits of an IPv4 address that make up a source.
     #[serde(default = "default_source_v4", skip_serializing_if = "is_source_v4")]
     pub source_prefix_v4: u8,
-    /// The same of an IPv6 address.
+    /// Leading bits of an IPv6 address that make up a source.
     #[serde(default = "default_source_v6", skip_serializing_if = "is_source_v6")]
     pub source_prefix_v6: u8,
     /// Health check.
     #[serde(default)]
     pub health: HealthCheck,
-    /// Where the state of its replicas is learnt, if anywhere.
+    /// Source of the state of its replicas, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica: Option<ReplicaSource>,
-    /// Where it may run and how it is spread over regions; if none, anywhere, the own region first.
+    /// Residency and spread over regions; if none, any region, the own region first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub regions: Option<RegionRules>,
-    /// A new version of its model that is coming in.
+    /// Roll-out of a new version of its model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<Rollout>,
     /// Backends by name.
@@ -227,17 +227,17 @@ pub struct Service {
 }
 
 impl Service {
-    /// Whether packets of this service may go to this backend at all.
+    /// Whether packets of this service may go to this backend, by residency.
     pub fn allows(&self, backend: &Backend) -> bool {
         self.regions.as_ref().is_none_or(|rules| rules.allows(backend))
     }
 
-    /// Whether its flows depend on where its backends are.
+    /// Whether regions or zones influence the service's flows.
     pub fn is_regional(&self) -> bool {
         self.regions.is_some() || self.backends.values().any(|b| b.region.is_some() || b.zone.is_some())
     }
 
-    /// Whether its packets carry other backends that may have their flow.
+    /// Whether packets carry other backends that may have their flow.
     pub fn has_second_chance(&self) -> bool {
         self.mode == ForwardingMode::Gue
             && self.scheduler.is_by_pair()
@@ -285,27 +285,27 @@ fn default_weight() -> u32 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Backend {
-    /// Worker's address.
+    /// Address of the worker.
     pub address: IpAddr,
-    /// Mode nat only: port that the worker serves on, if it is not the service's.
+    /// Mode nat only: port of the worker, if it is not the service's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
-    /// Share of new flows relative to the other backends', 0 to 65,535; 0 takes none.
+    /// Share of new flows relative to the other backends, 0 to 65,535; 0 takes none.
     #[serde(default = "default_weight")]
     pub weight: u32,
     /// Administrative state.
     #[serde(default)]
     pub state: BackendState,
-    /// Place in the Maglev table, no other backend's; if none, it keeps the one it had, or gets a free one.
+    /// Position in the Maglev table, unique in the service; if none, its former or a free one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seat: Option<u32>,
-    /// Server id in the QUIC connection ids that the worker gives out.
+    /// Server id in the QUIC connection ids that the worker issues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub server_id: Option<ServerId>,
-    /// Region that it is in; if none, that of each host that looks.
+    /// Region of the backend; if none, the region of each ingress host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub region: Option<Name>,
-    /// Zone within the region; if none, that of each host that looks.
+    /// Zone within the region; if none, the zone of each ingress host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zone: Option<Name>,
 }

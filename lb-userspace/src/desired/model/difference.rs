@@ -1,41 +1,41 @@
-//! What changes between two desired states, field by field.
+//! Differences between two desired states, field by field.
 //!
-//! Pure. Called by the API (`--dry-run`, history) and by `lbctl config diff`; `render` shows it.
+//! Pure. Called by the API (`--dry-run`, history) and by `lbctl config diff`; `render` prints them.
 
 use super::{Desired, ListName, Name, Service};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt};
 
-/// One thing that changes.
+/// One difference.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "lowercase")]
 pub enum Difference {
-    /// A service, or a backend of one that stays, is new.
+    /// A service, or a backend of a remaining service, is new.
     Add {
-        /// Service.
+        /// Name of the service.
         service: Name,
-        /// Backend, if it is one.
+        /// Name of the backend, if it is one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backend: Option<Name>,
-        /// The new thing, whole.
+        /// The complete new value.
         to: Value,
     },
-    /// A service, or a backend of one that stays, is gone.
+    /// A service, or a backend of a remaining service, is removed.
     Remove {
         /// Service.
         service: Name,
         /// Backend, if it is one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backend: Option<Name>,
-        /// The old thing, whole.
+        /// The complete old value.
         from: Value,
     },
     /// A setting differs.
     Set {
         /// Service.
         service: Name,
-        /// Backend, if it is one's setting.
+        /// Name of the backend, if it is a setting of one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backend: Option<Name>,
         /// Setting, dotted (`health.interval_ms`).
@@ -45,35 +45,35 @@ pub enum Difference {
         /// New value, null if it is no longer set.
         to: Value,
     },
-    /// A region is new, gone, or set otherwise.
+    /// A region is new, removed or changed.
     Region {
-        /// Region.
+        /// Name of the region.
         region: Name,
-        /// What it was, null if it is new.
+        /// Old value, null if the region is new.
         from: Value,
-        /// What it will be, null if it is gone.
+        /// New value, null if the region is removed.
         to: Value,
     },
     /// Entries of the deny or the allow list differ.
     List {
-        /// Which.
+        /// Name of the list.
         list: ListName,
-        /// How many come.
+        /// Number of added entries.
         added: usize,
-        /// How many go.
+        /// Number of removed entries.
         removed: usize,
-        /// How many stand for another time.
+        /// Number of entries with another expiry time.
         changed: usize,
-        /// The first of them.
+        /// First of these entries.
         first: Vec<String>,
     },
 }
 
-/// Entries of a list that are named.
+/// Number of a list's entries that are printed.
 const FIRST: usize = 10;
 
 impl fmt::Display for Difference {
-    /// `+ service web`, `- backend web/a`, `web/b: weight 1 → 5`.
+    /// Prints `+ service web`, `- backend web/a` or `web/b: weight 1 → 5`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let thing = |service: &Name, backend: &Option<Name>| match backend {
             Some(backend) => format!("backend {service}/{backend}"),
@@ -100,7 +100,7 @@ impl fmt::Display for Difference {
             Self::List { list, added, removed, changed, first } => {
                 let all = added + removed + changed;
                 let more = if all > first.len() { ", ..." } else { "" };
-                let counts = [(*added, "added"), (*removed, "removed"), (*changed, "for another time")];
+                let counts = [(*added, "added"), (*removed, "removed"), (*changed, "with another expiry")];
                 let counts: Vec<String> =
                     counts.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")).collect();
                 write!(f, "{} list: {} ({}{more})", list.label(), counts.join(", "), first.join(", "))
@@ -111,7 +111,7 @@ impl fmt::Display for Difference {
 
 /// All differences, in name order; empty if the states are equal.
 pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
-    // A new field does not compile before its differences are told.
+    // A new field must not compile before its differences are reported.
     let Desired { services: _, regions: _, guard: _ } = new;
     let mut found = Vec::new();
     for (name, from) in &old.services {
@@ -165,7 +165,7 @@ pub fn differences(old: &Desired, new: &Desired) -> Vec<Difference> {
 
 fn value(thing: &impl Serialize) -> Value {
     let mut value = whole(thing);
-    // Follows from how the backends changed.
+    // The seating follows from the changes of backends.
     if let Value::Object(fields) = &mut value {
         fields.remove("seating");
     }
@@ -216,7 +216,7 @@ fn service_differences(name: &Name, old: &Service, new: &Service, found: &mut Ve
             });
         }
     }
-    // Nothing that it follows from: somebody set it.
+    // No change that the seating follows from, so an operator set it.
     if found.len() == before {
         let (from, to) = (whole(&old.seating), whole(&new.seating));
         let (service, field) = (name.clone(), "seating".to_owned());
@@ -284,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn tells_added_removed_and_set() {
+    fn reports_added_removed_and_set() {
         let old = state(json!({
             "gone": {"vip": "10.0.0.9", "port": 1, "protocol": "udp"},
             "web": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "table_size": 251,

@@ -1,8 +1,8 @@
 //! Desired states for tests, in which every field is set.
 //!
-//! A test that stores, exports, compares or backs up states takes them from here, so that it fails for a field that its
-//! subject forgets. Structs are written out in full: a new field does not compile before it is generated too, and a
-//! test below fails if it only ever has its default. Only with the feature `test-support`.
+//! Tests that store, export, compare or back up states take them from here, so that they fail for a field that the
+//! tested code forgets. Structs are written out in full: a new field must not compile before it is generated too, and a
+//! test below fails if it always has its default. Only with the feature `test-support`.
 
 use super::{
     Backend, BackendState, Desired, ForwardingMode, GrpcCheck, Guard, HealthCheck, HealthKind, HttpCheck,
@@ -16,15 +16,15 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-/// How many kinds of services there are; between them they set every field.
+/// Number of kinds of services; between them they set every field.
 const KINDS: u8 = 6;
 
-/// States that keep all rules: half of them with every field set, the others with any of them.
+/// Strategy: valid states; half of them with every field set, the others with some fields set.
 pub fn desired() -> impl Strategy<Value = Desired> {
     (any::<u64>(), any::<bool>()).prop_map(|(seed, all)| state(seed, all))
 }
 
-/// One state; `all`: every field is set.
+/// One state; with `all`, every field is set.
 pub fn state(seed: u64, all: bool) -> Desired {
     let mut draw = Draw { state: seed, all };
     let mut services = BTreeMap::new();
@@ -40,7 +40,7 @@ fn name(text: &str) -> Name {
     text.parse().expect("it is made of letters and digits")
 }
 
-/// A source of choices that depend on the seed alone (splitmix64).
+/// A source of choices that depends on the seed only (splitmix64).
 struct Draw {
     state: u64,
     all: bool,
@@ -55,7 +55,7 @@ impl Draw {
         (z ^ (z >> 31)) % limit
     }
 
-    /// 1 to `limit`.
+    /// A number from 1 to `limit`.
     fn count(&mut self, limit: u32) -> u32 {
         self.below(limit.into()) as u32 + 1
     }
@@ -81,7 +81,7 @@ impl Draw {
         format!("{what}-{}", self.below(1_000))
     }
 
-    /// Regions `r0` to `r2`, if any are declared; one of them may drain.
+    /// Regions `r0` to `r2`, or none; one of them may drain.
     fn regions(&mut self) -> BTreeMap<Name, Region> {
         if !self.yes() {
             return BTreeMap::new();
@@ -174,7 +174,7 @@ impl Draw {
         }
     }
 
-    /// Rules by which backends in `r0` and `r1` may be used.
+    /// Rules under which backends in `r0` and `r1` may be used.
     fn rules(&mut self, kind: u8) -> RegionRules {
         let (r0, r1) = (name("r0"), name("r1"));
         let is_weighted = kind == 0;
@@ -208,7 +208,7 @@ impl Draw {
         }
     }
 
-    /// A service; the kind decides what goes together.
+    /// A service; its kind determines which settings are combined.
     fn service(&mut self, kind: u8) -> Service {
         let (protocol, mode, scheduler, port) = match kind {
             0 => (Protocol::Tcp, ForwardingMode::Gue, Scheduler::P2c, Ports::One(80)),
@@ -235,7 +235,7 @@ impl Draw {
             load_cap: self.maybe_count(900).filter(|_| kind == 4),
             second_chance: self.maybe(kind == 0).filter(|_| matches!(kind, 0 | 4)),
             table_size: self.maybe(TABLE_SIZES[usize::from(kind) % 2]),
-            // What a file can hold: a signed number.
+            // Files hold signed numbers.
             seed: Some(self.below(1 << 63)).filter(|_| self.yes()),
             drain_s: 300 + self.count(900),
             slow_start_s: self.count(900),
@@ -263,7 +263,7 @@ impl Draw {
             let backend = self.backend(kind, i, is_v6);
             service.backends.insert(name(&format!("b{i}")), backend);
         }
-        // As the daemon keeps it, and with a seat that was left.
+        // As the daemon maintains it, and with a seat that was left.
         service.seating = service.seating();
         if self.yes() {
             service.seating.insert(0, (40, 3));
@@ -300,7 +300,7 @@ mod tests {
     use serde::de::DeserializeOwned;
     use serde_json::{Value, json};
 
-    /// Fields of a type, from what serde says when it meets another.
+    /// Fields of a type, from serde's error about an unknown field.
     fn fields<T: DeserializeOwned>() -> Vec<String> {
         let error = match serde_json::from_value::<T>(json!({"no such field": 1})) {
             Ok(_) => panic!("unknown fields are taken"),
@@ -309,7 +309,7 @@ mod tests {
         error.split('`').skip(3).step_by(2).map(str::to_owned).collect()
     }
 
-    /// Every field of `T` has, in one of these, a value that is not what it has where only `bare` is given.
+    /// Asserts that every field of `T` has, in one of these, a value other than with only `bare` given.
     fn all_set<T: DeserializeOwned + serde::Serialize>(what: &str, found: &[Value], bare: &Value) {
         let usual = serde_json::from_value::<T>(bare.clone()).unwrap();
         let usual = serde_json::to_value(usual).unwrap();

@@ -1,27 +1,27 @@
-//! Deny and allow lists, as the operator asked for them.
+//! Deny and allow lists, as the operator wants them.
 //!
-//! A list may have a million entries, so it is kept in parts (by an address's leading bits) that revisions share: what
-//! a change costs, in memory, in the store and on the wire, depends on what it changes.
+//! A list may have a million entries, so it is kept in parts (by an address's leading bits) that revisions share: the
+//! cost of a change, in memory, in the store and on the wire, depends on what it changes.
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
 
-/// Which list.
+/// Name of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ListName {
     /// Sources whose packets are dropped.
     Deny,
-    /// Exceptions.
+    /// Exceptions to the deny list.
     Allow,
 }
 
 impl ListName {
-    /// Both.
+    /// Both names.
     pub const ALL: [Self; 2] = [Self::Deny, Self::Allow];
 
-    /// As it is written.
+    /// Name of the list in commands and JSON.
     pub fn label(self) -> &'static str {
         match self {
             Self::Deny => "deny",
@@ -30,7 +30,7 @@ impl ListName {
     }
 }
 
-/// Prefixes, and until when each stands: seconds since 1970 UTC, or 0 for good.
+/// Prefixes, and when each expires: seconds since 1970 UTC, or 0 for never.
 pub type Part = BTreeMap<IpNet, u64>;
 
 /// A list: its parts by [`part_of`].
@@ -45,12 +45,12 @@ pub struct Guard {
     /// Sources whose packets to services are dropped.
     #[serde(default, skip_serializing_if = "List::is_empty")]
     pub deny: List,
-    /// Exceptions: where both lists have prefixes that hold an address the longer one decides, and of equal ones this.
+    /// Exceptions: where both lists have prefixes that contain an address the longer one decides, and of equal ones this.
     #[serde(default, skip_serializing_if = "List::is_empty")]
     pub allow: List,
 }
 
-/// Name of the part that a prefix is in: its family and its first 12 (IPv4) or 24 (IPv6) bits.
+/// Name of the part that holds a prefix: its family and its first 12 (IPv4) or 24 (IPv6) bits.
 pub fn part_of(net: IpNet) -> String {
     match net {
         IpNet::V4(net) => format!("4-{:03x}", u32::from(net.network()) >> 20),
@@ -58,7 +58,7 @@ pub fn part_of(net: IpNet) -> String {
     }
 }
 
-/// A prefix as lists have it: without host bits, and IPv4 as IPv4.
+/// Canonical form of a prefix in lists: without host bits, and IPv4-mapped prefixes as IPv4.
 pub fn normal(net: IpNet) -> IpNet {
     if let IpNet::V6(v6) = net
         && v6.prefix_len() >= 96
@@ -70,23 +70,23 @@ pub fn normal(net: IpNet) -> IpNet {
     net.trunc()
 }
 
-/// Whether an entry stands at this time.
+/// Whether an entry has not expired at this time.
 pub fn stands(until: u64, now_s: u64) -> bool {
     until == 0 || until > now_s
 }
 
 impl List {
-    /// Whether it has no entry.
+    /// Whether the list has no entry.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// How many entries it has.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.0.values().map(|part| part.len()).sum()
     }
 
-    /// Until when a prefix stands, if it is listed.
+    /// When a prefix expires, if it is listed.
     pub fn get(&self, net: IpNet) -> Option<u64> {
         self.0.get(&part_of(net))?.get(&net).copied()
     }
@@ -96,12 +96,12 @@ impl List {
         self.0.values().flat_map(|part| part.iter().map(|(net, until)| (*net, *until)))
     }
 
-    /// Lists a prefix, which is [`normal`].
+    /// Adds a prefix in its [`normal`] form.
     pub fn insert(&mut self, net: IpNet, until: u64) {
         Arc::make_mut(self.0.entry(part_of(net)).or_default()).insert(net, until);
     }
 
-    /// Takes a prefix off; false if it was not listed.
+    /// Removes a prefix; false if it was not listed.
     pub fn remove(&mut self, net: IpNet) -> bool {
         let name = part_of(net);
         let Some(part) = self.0.get_mut(&name) else { return false };
@@ -116,7 +116,7 @@ impl List {
         true
     }
 
-    /// Drops entries that stand no longer; how many.
+    /// Removes expired entries; returns their number.
     pub fn expire(&mut self, now_s: u64) -> usize {
         let over: Vec<IpNet> =
             self.iter().filter(|(_, until)| !stands(*until, now_s)).map(|(net, _)| net).collect();
@@ -126,7 +126,7 @@ impl List {
         over.len()
     }
 
-    /// Shares the parts that are as they are in `old`.
+    /// Shares the parts that equal those of `old`.
     pub fn share(&mut self, old: &Self) {
         for (name, part) in &mut self.0 {
             if let Some(same) = old.0.get(name).filter(|same| !Arc::ptr_eq(same, part) && *same == part) {
@@ -135,7 +135,7 @@ impl List {
         }
     }
 
-    /// Longest prefix that holds an address and stands, and until when.
+    /// Longest unexpired prefix that contains an address, and when it expires.
     pub fn longest(&self, address: IpAddr, now_s: u64) -> Option<(IpNet, u64)> {
         let width: u8 = if address.is_ipv4() { 32 } else { 128 };
         (0..=width).rev().find_map(|bits| {
@@ -145,7 +145,7 @@ impl List {
         })
     }
 
-    /// Names of parts that are not the same in both.
+    /// Names of parts that differ.
     fn changed<'a>(&'a self, old: &'a Self) -> impl Iterator<Item = &'a String> {
         let here = self.0.iter().filter(|(name, part)| {
             old.0.get(*name).is_none_or(|before| !Arc::ptr_eq(before, part) && before != *part)
@@ -154,7 +154,7 @@ impl List {
         here.map(|(name, _)| name).chain(gone)
     }
 
-    /// Prefixes that are added, changed or gone since `old`, and how many of each.
+    /// Prefixes that were added, changed or removed since `old`, with old and new expiry.
     pub fn changes(&self, old: &Self) -> Vec<(IpNet, Option<u64>, Option<u64>)> {
         let none = Part::new();
         let mut found = Vec::new();
@@ -174,20 +174,20 @@ impl List {
         found
     }
 
-    /// What is wrong with it, if a hand has written it: entries in the wrong part, or not [`normal`]. Parts that are
-    /// as they are in `old` are right.
+    /// Describes the first mistake in a hand-written list: entries in the wrong part, or not in [`normal`] form. Parts that
+    /// equal those of `old` are not checked.
     fn problem(&self, old: &Self) -> Option<String> {
         for name in self.changed(old) {
             let Some(part) = self.0.get(name) else { continue };
             if let Some(net) = part.keys().find(|net| normal(**net) != **net) {
-                return Some(format!("{net} must be written {}", normal(*net)));
+                return Some(format!("{net} must be written as {}", normal(*net)));
             }
-            // Entries are in order, so that all between two of one part are of that part.
+            // Entries are sorted, so checking the first and the last of a part is enough.
             let (Some((first, _)), Some((last, _))) = (part.first_key_value(), part.last_key_value()) else {
                 return Some(format!("part {name} is empty"));
             };
             if let Some(net) = [first, last].into_iter().find(|net| part_of(**net) != *name) {
-                return Some(format!("{net} is in part {name}, and belongs into {}", part_of(*net)));
+                return Some(format!("{net} is in part {name}, but belongs in {}", part_of(*net)));
             }
         }
         None
@@ -195,17 +195,17 @@ impl List {
 }
 
 impl Guard {
-    /// Whether both are empty.
+    /// Whether both lists are empty.
     pub fn is_empty(&self) -> bool {
         self.deny.is_empty() && self.allow.is_empty()
     }
 
-    /// Entries of both.
+    /// Number of entries of both lists.
     pub fn len(&self) -> usize {
         self.deny.len() + self.allow.len()
     }
 
-    /// One of them.
+    /// Returns one of the lists.
     pub fn list(&self, name: ListName) -> &List {
         match name {
             ListName::Deny => &self.deny,
@@ -213,7 +213,7 @@ impl Guard {
         }
     }
 
-    /// One of them, to be changed.
+    /// Returns one of the lists, to change it.
     pub fn list_mut(&mut self, name: ListName) -> &mut List {
         match name {
             ListName::Deny => &mut self.deny,
@@ -221,14 +221,14 @@ impl Guard {
         }
     }
 
-    /// Shares the parts that are as they are in `old`.
+    /// Shares the parts that equal those of `old`.
     pub fn share(&mut self, old: &Self) {
         self.deny.share(&old.deny);
         self.allow.share(&old.allow);
     }
 
-    /// The entry that decides about an address, and until when it stands.
-    pub fn decides(&self, address: IpAddr, now_s: u64) -> Option<(ListName, IpNet, u64)> {
+    /// The entry that decides about an address, and when it expires.
+    pub fn deciding_entry(&self, address: IpAddr, now_s: u64) -> Option<(ListName, IpNet, u64)> {
         let deny = self.deny.longest(address, now_s);
         let allow = self.allow.longest(address, now_s);
         match (deny, allow) {
@@ -241,13 +241,13 @@ impl Guard {
         }
     }
 
-    /// What becomes of packets from exactly this prefix's addresses, as far as entries for it say: whether it is denied.
+    /// Verdict of the entries for exactly this prefix: whether it is denied; none without an unexpired entry.
     pub fn verdict(&self, net: IpNet, now_s: u64) -> Option<bool> {
         let stands = |list: &List| list.get(net).is_some_and(|until| stands(until, now_s));
         if stands(&self.allow) { Some(false) } else { stands(&self.deny).then_some(true) }
     }
 
-    /// What is wrong with them, where `old` is known to be right.
+    /// Describes the first mistake, given that `old` is valid.
     pub fn problem(&self, old: &Self) -> Option<String> {
         ListName::ALL.into_iter().find_map(|name| {
             let found = self.list(name).problem(old.list(name));
@@ -256,26 +256,26 @@ impl Guard {
     }
 }
 
-/// `ADDRESS` or `ADDRESS/BITS`.
+/// Parses `ADDRESS` or `ADDRESS/BITS`.
 ///
 /// # Errors
-/// Says what is wrong, and what would be right.
+/// Describes the mistake, and how to correct it.
 pub fn parse(text: &str) -> Result<IpNet, String> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Ok(normal(IpNet::from(address)));
     }
     let Some((address, bits)) = text.split_once('/') else {
         return Err(format!(
-            "{text:?} is no address or prefix, such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32"
+            "{text:?} is not a valid address or prefix: give one such as 192.0.2.7, 192.0.2.0/24 or 2001:db8::/32"
         ));
     };
     let Ok(address) = address.parse::<IpAddr>() else {
-        return Err(format!("{address:?} is no IP address"));
+        return Err(format!("{address:?} is not a valid IP address"));
     };
     let width = if address.is_ipv4() { 32 } else { 128 };
     let bits = bits.parse::<u8>().ok().filter(|bits| *bits <= width);
     let Some(bits) = bits else {
-        return Err(format!("the length in {text:?} is none: 0 to {width}"));
+        return Err(format!("{text:?} has no valid length: give 0 to {width} bits"));
     };
     let net = match address {
         IpAddr::V4(v4) => Ipv4Net::new(v4, bits).map(IpNet::V4),
@@ -283,7 +283,7 @@ pub fn parse(text: &str) -> Result<IpNet, String> {
     };
     let net = net.map_err(|error| error.to_string())?;
     if net.trunc() != net {
-        return Err(format!("{net} has bits behind its length: give {} or {address}", net.trunc()));
+        return Err(format!("{net} has bits set beyond its length: give {} or {address}", net.trunc()));
     }
     Ok(normal(net))
 }
@@ -302,11 +302,11 @@ mod tests {
         assert_eq!(net("::ffff:192.0.2.0/120").to_string(), "192.0.2.0/24");
         assert_eq!(net("2001:DB8::/32").to_string(), "2001:db8::/32");
         for (bad, says) in [
-            ("x", "no address or prefix"),
+            ("x", "not a valid address or prefix"),
             ("192.0.2.0/33", "0 to 32"),
             ("::/129", "0 to 128"),
             ("192.0.2.1/24", "give 192.0.2.0/24 or 192.0.2.1"),
-            ("192.0.2/24", "no IP address"),
+            ("192.0.2/24", "not a valid IP address"),
             ("192.0.2.0/", "0 to 32"),
         ] {
             let error = parse(bad).unwrap_err();
@@ -324,7 +324,7 @@ mod tests {
             guard.allow.insert(net(allow), 0);
         }
         let decides = |address: &str| {
-            let (list, net, _) = guard.decides(address.parse().unwrap(), 1_000)?;
+            let (list, net, _) = guard.deciding_entry(address.parse().unwrap(), 1_000)?;
             Some(format!("{} {net}", list.label()))
         };
         assert_eq!(decides("10.9.0.1").as_deref(), Some("deny 10.0.0.0/8"));
@@ -341,7 +341,7 @@ mod tests {
         let mut guard = Guard::default();
         guard.deny.insert(net("10.0.0.0/8"), 0);
         guard.allow.insert(net("10.0.0.1"), 100);
-        let list = |now| guard.decides("10.0.0.1".parse().unwrap(), now).map(|(list, ..)| list);
+        let list = |now| guard.deciding_entry("10.0.0.1".parse().unwrap(), now).map(|(list, ..)| list);
         assert_eq!((list(99), list(100)), (Some(ListName::Allow), Some(ListName::Deny)));
         assert_eq!((guard.allow.expire(99), guard.allow.expire(100)), (0, 1));
         assert!(guard.allow.is_empty());

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
 
-/// What is asked of a backend.
+/// Kind of a health check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HealthKind {
     /// No check: always healthy.
@@ -18,20 +18,20 @@ pub enum HealthKind {
     Grpc(GrpcCheck),
 }
 
-/// An HTTP GET and what its answer must be.
+/// An HTTP GET and the answer that it expects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpCheck {
     /// Path and query.
     pub path: String,
     /// `Host` header; the VIP if none.
     pub host: Option<String>,
-    /// Statuses that mean healthy, bounds included.
+    /// Status codes that count as healthy, bounds included.
     pub status: (u16, u16),
-    /// Further headers.
+    /// Additional headers.
     pub headers: BTreeMap<String, String>,
-    /// Text that the first 64 KiB of the body must hold.
+    /// Text that the first 64 KiB of the body must contain.
     pub body: Option<String>,
-    /// Over TLS.
+    /// TLS settings; plain HTTP if none.
     pub tls: Option<TlsCheck>,
 }
 
@@ -42,27 +42,27 @@ impl Default for HttpCheck {
     }
 }
 
-/// A question to the gRPC health service.
+/// A request to the gRPC health service.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GrpcCheck {
-    /// Service asked about; the empty name is the whole process.
+    /// Name of the service; the empty name is the whole server.
     pub service: String,
     /// Authority; the VIP if none.
     pub host: Option<String>,
-    /// Over TLS.
+    /// TLS settings; no TLS if none.
     pub tls: Option<TlsCheck>,
 }
 
-/// How a check speaks TLS.
+/// TLS settings of a check.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TlsCheck {
-    /// Name that is asked for and must be in the certificate; the check's host if none, then the VIP.
+    /// Server name that is sent and checked against the certificate; the check's host if none, else the VIP.
     pub sni: Option<String>,
-    /// File of certificates (PEM) to trust; the host's own if none.
+    /// File of trusted certificates (PEM); the host's own if none.
     pub ca: Option<PathBuf>,
-    /// Whether the certificate must be right at all.
+    /// Whether the certificate is verified.
     pub verify: bool,
-    /// Files of a certificate and its key (PEM) that lbd shows.
+    /// Files of a client certificate and its private key (PEM).
     pub client: Option<(PathBuf, PathBuf)>,
 }
 
@@ -73,7 +73,7 @@ impl Default for TlsCheck {
 }
 
 impl HealthKind {
-    /// The word for it in configuration files.
+    /// Name of the kind in configuration files.
     pub fn label(&self) -> &'static str {
         match self {
             Self::None => "none",
@@ -86,7 +86,7 @@ impl HealthKind {
         }
     }
 
-    /// How it speaks TLS, if it does.
+    /// TLS settings of the kind, if it uses TLS.
     pub fn tls(&self) -> Option<&TlsCheck> {
         match self {
             Self::None | Self::Tcp => None,
@@ -97,19 +97,19 @@ impl HealthKind {
     }
 }
 
-/// Path of an HTTP check that names none.
+/// Default path of an HTTP check.
 pub const DEFAULT_PATH: &str = "/";
-/// Statuses of an HTTP check that names none.
+/// Default status codes of an HTTP check.
 pub const DEFAULT_STATUS: (u16, u16) = (200, 299);
 
-/// Which way probes take.
+/// Path of probes to a backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
     /// To the backend's own address.
     #[default]
     Direct,
-    /// That of traffic: encapsulated to the backend, for the VIP.
+    /// The path of traffic: encapsulated to the backend, for the VIP.
     Tunnel,
 }
 
@@ -119,29 +119,29 @@ impl Via {
     }
 }
 
-/// How a service's backends are probed.
+/// Health check of a service's backends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Fields", into = "Fields")]
 pub struct HealthCheck {
-    /// What is asked.
+    /// Kind of the check.
     pub kind: HealthKind,
-    /// Port asked; the service's own port if none (which `any` and ranges must therefore name).
+    /// Port that is checked; the service's port if none (required for `any` and ranges).
     pub port: Option<u16>,
-    /// Which way probes take.
+    /// Path of probes.
     pub via: Via,
     /// Time between two probes of one backend, in milliseconds.
     pub interval_ms: u32,
-    /// Each wait is varied by up to this share of the interval either way, in percent.
+    /// Random variation of each interval, both ways, in percent.
     pub jitter_percent: u8,
-    /// A probe fails after this many milliseconds.
+    /// Time after which a probe without an answer fails, in milliseconds.
     pub timeout_ms: u32,
     /// Successes in a row that make a backend healthy.
     pub rise: u8,
-    /// Failures in a row that make it unhealthy.
+    /// Failures in a row that make a backend unhealthy.
     pub fall: u8,
-    /// Whether a backend that keeps falling must pass more probes each time.
+    /// Flap damping: whether a backend that falls repeatedly must pass more probes each time.
     pub damping: bool,
-    /// Whether signs of its death (ICMP errors, refused connections) bring probes forward.
+    /// Passive checks: whether ICMP errors and refused connections start a probe at once.
     pub signs: bool,
 }
 
@@ -162,7 +162,7 @@ impl Default for HealthCheck {
     }
 }
 
-/// [`HealthCheck`] as it is written: one flat table, so that an unknown key is refused (serde cannot do
+/// [`HealthCheck`] in its written form: one flat table, so that an unknown key is refused (serde cannot do
 /// that through `flatten`).
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -259,25 +259,25 @@ fn fall() -> u8 {
     HealthCheck::default().fall
 }
 
-/// Keys that do not go together.
+/// Why the keys of a health check were refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HealthError {
-    /// A key that does not go with the kind of check.
-    #[error("{key} goes with kind {goes} only, and kind is {kind:?}")]
+    /// A key that does not belong to the kind of check.
+    #[error("{key} is for kind {goes} only, but kind is {kind:?}")]
     Key {
         /// The key.
         key: &'static str,
-        /// Kinds that it goes with.
+        /// Kinds that the key belongs to.
         goes: &'static str,
-        /// The kind.
+        /// Kind of the check.
         kind: &'static str,
     },
-    /// Half of a pair.
-    #[error("client_cert and client_key go together: give both, or neither")]
+    /// Only one of client_cert and client_key was given.
+    #[error("client_cert and client_key belong together: give both or neither")]
     Pair,
 }
 
-/// With which kinds a key goes, and how they are called in an error.
+/// Kinds that a key belongs to, and their names in an error.
 const HTTP: (&[&str], &str) = (&["http", "https"], "\"http\" or \"https\"");
 const GRPC: (&[&str], &str) = (&["grpc", "grpcs"], "\"grpc\" or \"grpcs\"");
 const HOSTS: (&[&str], &str) =
@@ -424,14 +424,14 @@ mod tests {
             (r#"{"kind":"tcp","intervall_ms":5}"#, "unknown field `intervall_ms`"),
             (
                 r#"{"kind":"tcp","path":"/"}"#,
-                "path goes with kind \"http\" or \"https\" only, and kind is \"tcp\"",
+                "path is for kind \"http\" or \"https\" only, but kind is \"tcp\"",
             ),
             (r#"{"interval_ms":5}"#, "missing field `kind`"),
             (r#"{"kind":"udp"}"#, "unknown variant `udp`"),
-            (r#"{"kind":"http","ca":"/x"}"#, "ca goes with kind \"tls\", \"https\" or \"grpcs\" only"),
-            (r#"{"kind":"grpc","body":"x"}"#, "body goes with kind \"http\" or \"https\" only"),
-            (r#"{"kind":"https","service":"x"}"#, "service goes with kind \"grpc\" or \"grpcs\" only"),
-            (r#"{"kind":"tls","client_cert":"/x"}"#, "client_cert and client_key go together"),
+            (r#"{"kind":"http","ca":"/x"}"#, "ca is for kind \"tls\", \"https\" or \"grpcs\" only"),
+            (r#"{"kind":"grpc","body":"x"}"#, "body is for kind \"http\" or \"https\" only"),
+            (r#"{"kind":"https","service":"x"}"#, "service is for kind \"grpc\" or \"grpcs\" only"),
+            (r#"{"kind":"tls","client_cert":"/x"}"#, "client_cert and client_key belong together"),
             (r#"{"kind":"http","interval_ms":"1s"}"#, "invalid type: string"),
         ] {
             let error = parse(json).unwrap_err();

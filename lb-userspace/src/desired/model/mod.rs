@@ -1,5 +1,5 @@
-//! Desired state: what the operator asked for. Pure data with its own validity rules; it is what the
-//! store keeps, what the API and the configuration file speak, and what `compile` starts from.
+//! Desired state: what the operator wants. Pure data with its own validity rules; it is what the
+//! store keeps, what the API and the configuration file contain, and the input of `compile`.
 
 mod check;
 mod check_service;
@@ -32,7 +32,7 @@ pub use observed::{BackendId, Health, NextHop, Observed, Paths};
 pub use ports::{Ports, PortsError, Protocol};
 pub use quic::{QuicConfig, QuicError, ServerId};
 pub(crate) use quic::{from_hex, to_hex};
-pub use rate::{Limits, Rate, RateError};
+pub use rate::{Rate, RateError, RateLimits};
 pub use region::{
     Canary, Locality, Region, RegionPolicy, RegionRules, RegionShares, RegionState, Rollout, RolloutState,
     Share, WHOLE, list as region_list,

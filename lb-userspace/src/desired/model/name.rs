@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr, sync::Arc};
 
-/// A name: 1 to 63 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit. Copies share its text, since
+/// A name: 1 to 63 of `a-z A-Z 0-9 . _ -`, starting with a letter or digit. Clones share the text, because
 /// snapshots hold the same names many times.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -12,10 +12,10 @@ pub struct Name(Arc<str>);
 /// Why a name was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "name {name:?} is not usable: 1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit"
+    "name {name:?} is not valid: use 1 to 63 letters, digits, '.', '_' or '-', starting with a letter or digit"
 )]
 pub struct NameError {
-    /// What was given.
+    /// Name that was given.
     pub name: String,
 }
 

@@ -1,15 +1,15 @@
-//! What was seen, as against what is desired: health verdicts, replicas' readiness, and next hops.
+//! Observed state, as opposed to desired state: health, readiness of replicas, and next hops.
 
 use super::{Name, Readiness, RegionShares};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::Duration};
 
-/// One backend of one service.
+/// Names of a backend and its service.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct BackendId {
-    /// Service's name.
+    /// Name of the service.
     pub service: Name,
-    /// Backend's name within it.
+    /// Name of the backend within the service.
     pub backend: Name,
 }
 
@@ -19,11 +19,11 @@ impl fmt::Display for BackendId {
     }
 }
 
-/// A probe's verdict.
+/// Result of the health checks of a backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Health {
-    /// No verdict yet: takes new flows only if nothing healthy is left.
+    /// No result yet: takes new flows only if no healthy backend is left.
     #[default]
     Unknown,
     /// Passed its checks, or has none.
@@ -32,27 +32,27 @@ pub enum Health {
     Unhealthy,
 }
 
-/// How the kernel would reach a backend's address.
+/// The kernel's route to a backend's address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NextHop {
     /// Physical egress interface (the parent where the route names a VLAN interface).
     pub ifindex: u32,
-    /// Tag to push, 0 for none.
+    /// VLAN tag to push, 0 for none.
     pub vlan: u16,
-    /// Egress interface's MAC.
+    /// MAC address of the egress interface.
     pub egress_mac: [u8; 6],
-    /// Next hop's MAC.
+    /// MAC address of the next hop.
     pub next_hop: [u8; 6],
-    /// Largest IP packet on the path: route MTU or egress MTU.
+    /// Largest IP packet on the path: MTU of the route or of the egress interface.
     pub mtu: u16,
     /// Preferred source address of the route.
     pub source: Option<IpAddr>,
-    /// Whether it is a router, and not the backend itself.
+    /// Whether the next hop is a router, and not the backend itself.
     #[serde(default)]
     pub is_routed: bool,
 }
 
-/// How the host sends.
+/// Next hops and egress interfaces of the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Paths {
     /// Next hops by backend address; an address that is missing is left to the kernel's FIB.
@@ -61,16 +61,16 @@ pub struct Paths {
     pub links: BTreeMap<u32, String>,
 }
 
-/// All observations that `compile` needs, at one moment.
+/// All observations that `compile` needs, at one time.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
-    /// Verdicts; a backend that is missing is [`Health::Unknown`].
+    /// Health; a missing backend is [`Health::Unknown`].
     pub health: BTreeMap<BackendId, Health>,
-    /// What replicas say; one that is missing is [`Readiness::Unknown`].
+    /// Readiness of replicas; a missing one is [`Readiness::Unknown`].
     pub replicas: BTreeMap<BackendId, Readiness>,
-    /// How the host sends.
+    /// Next hops and egress interfaces.
     pub paths: Paths,
-    /// How services are spread over regions and versions, where that was decided.
+    /// Shares of regions and versions, where the policy has decided them.
     pub steers: BTreeMap<Name, Arc<RegionShares>>,
     /// Clock (since boot, `CLOCK_MONOTONIC`) of this observation.
     pub now: Duration,

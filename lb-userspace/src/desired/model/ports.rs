@@ -38,12 +38,12 @@ impl FromStr for Protocol {
         match s {
             "tcp" => Ok(Self::Tcp),
             "udp" => Ok(Self::Udp),
-            _ => Err(PortsError { given: s.to_owned(), problem: "is no protocol: tcp or udp" }),
+            _ => Err(PortsError { given: s.to_owned(), problem: "is not a valid protocol: give tcp or udp" }),
         }
     }
 }
 
-/// Destination ports of a service. More exact wins: one port, then a range, then any.
+/// Destination ports of a service. The more exact setting wins: one port, then a range, then any.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "PortsText", into = "PortsText")]
 pub enum Ports {
@@ -59,13 +59,13 @@ pub enum Ports {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{given:?} {problem}")]
 pub struct PortsError {
-    /// What was given.
+    /// Text that was given.
     pub given: String,
-    /// What is wrong with it.
+    /// What is wrong with it, and what would be right.
     pub problem: &'static str,
 }
 
-/// How a port is written: a number, or text.
+/// Written form of ports: a number, or text.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum PortsText {
@@ -107,7 +107,7 @@ impl FromStr for Ports {
     fn from_str(s: &str) -> Result<Self, PortsError> {
         let refuse = |problem| PortsError { given: s.to_owned(), problem };
         let port = |t: &str| match t.parse::<u16>() {
-            Ok(0) | Err(_) => Err(refuse("is no port: 1 to 65535, FIRST-LAST, or any")),
+            Ok(0) | Err(_) => Err(refuse("is not a valid port: give 1 to 65535, FIRST-LAST, or any")),
             Ok(n) => Ok(n),
         };
         if s == "any" || s == "*" {
@@ -117,14 +117,14 @@ impl FromStr for Ports {
             None => Ok(Self::One(port(s)?)),
             Some((first, last)) => match (port(first)?, port(last)?) {
                 (first, last) if first < last => Ok(Self::Range(first, last)),
-                _ => Err(refuse("is no port range: the first port must be below the last")),
+                _ => Err(refuse("is not a valid port range: the first port must be below the last")),
             },
         }
     }
 }
 
 impl Ports {
-    /// Whether both cover some port with the same exactness, so that neither would win.
+    /// Whether both cover some port with equal exactness, so that neither would win.
     pub fn conflicts(&self, other: &Self) -> bool {
         match (*self, *other) {
             (Self::One(a), Self::One(b)) => a == b,
@@ -134,7 +134,7 @@ impl Ports {
         }
     }
 
-    /// Whether this port is covered.
+    /// Whether a port is covered.
     pub fn contains(&self, port: u16) -> bool {
         match *self {
             Self::One(one) => one == port,

@@ -1,25 +1,25 @@
-//! Limits of new flows, as the operator asked for them.
+//! Rate limits of new flows, as the operator wants them.
 
 use super::{Protocol, Service};
 use lb_common::service::flags;
 use serde::{Deserialize, Serialize, de};
 use std::{fmt, str::FromStr, time::Duration};
 
-/// Flows in a time: `50`, `50/s`, `30/m` or `100/h`.
+/// Number of flows per time: `50`, `50/s`, `30/m` or `100/h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// How many.
+    /// Number of flows.
     pub count: u32,
-    /// In how many seconds: 1, 60 or 3,600.
+    /// Length of the time in seconds: 1, 60 or 3,600.
     pub per_s: u32,
 }
 
 /// Largest rate and largest burst.
 const MOST: u32 = 100_000_000;
 
-/// Why a text is no rate.
+/// A text that is not a valid rate.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no rate: give N, N/s, N/m or N/h with N from 1 to {MOST}")]
+#[error("{0:?} is not a valid rate: give N, N/s, N/m or N/h with N from 1 to {MOST}")]
 pub struct RateError(String);
 
 impl FromStr for Rate {
@@ -62,36 +62,36 @@ impl<'de> Deserialize<'de> for Rate {
 }
 
 impl Rate {
-    /// Time in which one flow is earned, and that of all but one of a burst, in nanoseconds.
+    /// Time in which one flow is earned, and time for all but one of a burst, in nanoseconds.
     pub fn intervals(self, burst: Option<u32>) -> (u64, u64) {
         let second = Duration::from_secs(1).as_nanos() as u64;
         let interval = (u64::from(self.per_s) * second / u64::from(self.count)).max(1);
         (interval, interval.saturating_mul(u64::from(self.burst(burst)) - 1))
     }
 
-    /// A burst, or if none is asked for what a second brings, at least one.
+    /// The given burst, or what one second brings, at least one.
     pub fn burst(self, burst: Option<u32>) -> u32 {
         burst.unwrap_or(self.count / self.per_s).max(1)
     }
 }
 
-/// What the dataplane needs of a service's limits.
+/// Rate limits of a service in the dataplane's form.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Limits {
+pub struct RateLimits {
     /// Bits of [`lb_common::service::flags`].
     pub flags: u32,
-    /// Interval and tolerance of the service.
+    /// Interval and tolerance of the service, in nanoseconds.
     pub flow_ns: (u64, u64),
-    /// Those of a source.
+    /// Interval and tolerance of a source, in nanoseconds.
     pub source_ns: (u64, u64),
-    /// Leading bits that make a source.
+    /// Leading bits of an IPv4 and an IPv6 address that make up a source.
     pub source_bits: [u32; 2],
 }
 
 impl Service {
-    /// Its limits of new flows.
-    pub fn limits(&self) -> Limits {
-        let mut limits = Limits::default();
+    /// Converts the rate limits of the service.
+    pub fn limits(&self) -> RateLimits {
+        let mut limits = RateLimits::default();
         if let Some(rate) = self.new_flow_rate {
             limits.flags |= flags::LIMIT_FLOWS;
             limits.flow_ns = rate.intervals(self.new_flow_burst);
@@ -104,12 +104,12 @@ impl Service {
         limits
     }
 
-    /// Appends the rules that its limits break.
+    /// Reports violated rules for the rate limits.
     pub fn check_limits(&self, setting: &mut dyn FnMut(String)) {
         let is_limited = self.new_flow_rate.is_some() || self.source_rate.is_some();
         if is_limited && self.protocol == Protocol::Udp && self.udp_stateless {
             setting(
-                "new_flow_rate and source_rate count flows, of which udp_stateless remembers none: take one of them away"
+                "new_flow_rate and source_rate count flows, which udp_stateless does not track: remove the rate or udp_stateless"
                     .to_owned(),
             );
         }
@@ -119,7 +119,7 @@ impl Service {
         ] {
             match burst {
                 Some(_) if rate.is_none() => {
-                    setting(format!("{name}_burst goes with {name}_rate: give that, too"));
+                    setting(format!("{name}_burst needs {name}_rate: give both"));
                 }
                 Some(burst) if burst == 0 || burst > MOST => {
                     setting(format!("{name}_burst {burst} is out of range: 1 to {MOST}"));
@@ -158,7 +158,7 @@ mod tests {
         let intervals = |text: &str, burst| text.parse::<Rate>().unwrap().intervals(burst);
         assert_eq!(intervals("1000", None), (1_000_000, 999_000_000));
         assert_eq!(intervals("30/m", Some(10)), (2_000_000_000, 18_000_000_000));
-        // Less than one in a second: one at once.
+        // Less than one per second: a burst of one.
         assert_eq!(intervals("30/m", None), (2_000_000_000, 0));
     }
 }

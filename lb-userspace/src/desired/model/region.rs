@@ -1,7 +1,7 @@
 //! Regions: where backends are, where a service may run, how its new flows are spread over them, and how a new version
-//! of a model comes in.
+//! of a model is rolled out.
 //!
-//! Pure data with its own rules. [`crate::plan::policy::region`] decides by it, `compile` enforces it.
+//! Pure data with its own rules. [`crate::plan::policy::region`] decides by them, `compile` enforces them.
 
 use super::{Backend, Name};
 use serde::{Deserialize, Serialize};
@@ -11,37 +11,37 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Region {
-    /// Whether its backends take new flows.
+    /// Whether the region's backends take new flows.
     #[serde(default)]
     pub state: RegionState,
 }
 
-/// A region's administrative state.
+/// Administrative state of a region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RegionState {
     /// Takes flows.
     #[default]
     Up,
-    /// No new flows to any of its backends; established ones stay. One region at a time.
+    /// No new flows to any of its backends; established ones stay. Only one region may drain at a time.
     Draining,
 }
 
-/// How new flows are spread over regions.
+/// Policy by which new flows are spread over regions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RegionPolicy {
-    /// Each host's own region first; what it has no room for goes to the nearest that has.
+    /// Each host's own region first, then the nearest region with free capacity.
     #[default]
     ActiveActive,
     /// All hosts send everything to the first region of `allowed` that is up.
     ActivePassive,
-    /// By `weights`, the same on all hosts.
+    /// By `weights`, alike on all hosts.
     Weighted,
 }
 
 impl RegionPolicy {
-    /// The word for it, as the configuration spells it.
+    /// Name of the policy in configuration files.
     pub fn label(self) -> &'static str {
         match self {
             Self::ActiveActive => "active-active",
@@ -51,33 +51,33 @@ impl RegionPolicy {
     }
 }
 
-/// Where a service may run, and how it is spread.
+/// Where a service may run, and how its new flows are spread.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegionRules {
     /// Policy.
     #[serde(default)]
     pub policy: RegionPolicy,
-    /// Residency: the only regions that may ever see its packets; if none, any. With `active-passive`, in the order of
-    /// preference.
+    /// Residency: the only regions whose backends may get packets of the service; any region if none. With
+    /// `active-passive`, in order of preference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed: Option<Vec<Name>>,
-    /// Of `weighted`: share by region; one that is not named gets nothing while another is up.
+    /// For `weighted`: share by region; a region without a weight gets flows only when no region with a weight is up.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub weights: BTreeMap<Name, u32>,
-    /// Of `active-active`: spill begins when this share of the local capacity is in use, in percent.
+    /// For `active-active`: share of the local capacity in use from which flows spill to other regions, in percent.
     #[serde(default = "default_spill_at")]
     pub spill_at_percent: u16,
-    /// Spilled flows come back when the local load falls below this, in percent.
+    /// Local load below which spilled flows come back, in percent.
     #[serde(default = "default_spill_until")]
     pub spill_until_percent: u16,
-    /// Largest share of new flows that may be spilled, in percent.
+    /// Largest share of new flows that may spill, in percent.
     #[serde(default = "default_spill_most")]
     pub spill_most_percent: u16,
-    /// How long a spill stands before it gets smaller, in seconds.
+    /// How long a spill lasts before it is reduced, in seconds.
     #[serde(default = "default_hold_s")]
     pub hold_s: u32,
-    /// Within the own region, the own zone comes first in the same way.
+    /// Whether, within the own region, the own zone is preferred by the same rule.
     #[serde(default = "default_true")]
     pub zone_first: bool,
 }
@@ -118,23 +118,23 @@ fn default_true() -> bool {
 }
 
 impl RegionRules {
-    /// Whether packets may go to this backend: it says where it is, and that is allowed.
+    /// Whether packets may go to this backend: its region is given and allowed.
     pub fn allows(&self, backend: &Backend) -> bool {
         match (&self.allowed, &backend.region) {
             (None, _) => true,
             (Some(allowed), Some(region)) => allowed.contains(region),
-            // Who knows where it is?
+            // Residency fails closed.
             (Some(_), None) => false,
         }
     }
 
-    /// What contradicts itself, for people.
+    /// Reports settings that contradict each other.
     pub(super) fn check(&self, setting: &mut dyn FnMut(String)) {
         let Self { policy, allowed, weights, spill_at_percent, spill_until_percent, .. } = self;
         if allowed.as_ref().is_some_and(Vec::is_empty) {
             setting(
-                "regions.allowed names no region, so that nothing could ever be served: name one, or leave it out \
-                 for any"
+                "regions.allowed is empty, so the service could never be served: name a region, or leave the key out for any \
+                 region"
                     .to_owned(),
             );
         }
@@ -148,11 +148,11 @@ impl RegionRules {
                     .to_owned(),
             ),
             RegionPolicy::Weighted if weights.values().all(|&w| w == 0) => setting(
-                "regions.policy weighted needs weights, at least one of them above 0: as weights = {eu = 3, us = 1}"
+                "regions.policy weighted needs weights, at least one of them above 0, such as weights = {eu = 3, us = 1}"
                     .to_owned(),
             ),
             RegionPolicy::ActiveActive | RegionPolicy::ActivePassive if !weights.is_empty() => {
-                setting(format!("regions.weights are for policy weighted, and it is {}", policy.label()));
+                setting(format!("regions.weights are for policy weighted, but the policy is {}", policy.label()));
             }
             _ => {}
         }
@@ -160,48 +160,50 @@ impl RegionRules {
             (allowed, weights.keys().find(|w| allowed.as_ref().is_some_and(|a| !a.contains(w))))
         {
             let allowed = list(allowed);
-            setting(format!("regions.weights names {name}, which is not allowed: {allowed}"));
+            setting(format!(
+                "regions.weights names {name}, which is not one of the allowed regions: {allowed}"
+            ));
         }
         if let Some((name, weight)) = weights.iter().find(|(_, w)| **w > 65_535) {
             setting(format!("regions.weights: {name} has {weight}, above 65535"));
         }
         if *spill_at_percent == 0 || *spill_at_percent > 1_000 {
-            setting(format!("regions.spill_at_percent {spill_at_percent}: 1 to 1000"));
+            setting(format!("regions.spill_at_percent {spill_at_percent} is out of range: 1 to 1000"));
         }
         if spill_until_percent.saturating_add(5) > *spill_at_percent {
             setting(format!(
-                "regions.spill_until_percent {spill_until_percent}: at least 5 below spill_at_percent \
-                 {spill_at_percent}, or flows would go to and fro"
+                "regions.spill_until_percent {spill_until_percent} must be at least 5 below spill_at_percent \
+                 {spill_at_percent}, or flows would move back and forth"
             ));
         }
         if self.spill_most_percent > 100 {
             setting(format!("regions.spill_most_percent {} is above 100", self.spill_most_percent));
         }
         if self.hold_s > 86_400 {
-            setting(format!("regions.hold_s {} is above 86400, a day", self.hold_s));
+            setting(format!("regions.hold_s {} is above 86400 (a day)", self.hold_s));
         }
     }
 }
 
-/// Names with commas between.
+/// Joins names with commas.
 pub fn list<'a>(names: impl IntoIterator<Item = &'a Name>) -> String {
     names.into_iter().map(Name::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// How far a roll-out is.
+/// State of a roll-out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum RolloutState {
-    /// The new version has its share, and is watched.
+    /// The new version has its share, and is monitored.
     Running,
-    /// The new version has everything.
+    /// The new version gets all new flows.
     Promoted,
-    /// The new version has nothing.
+    /// The new version gets no new flows.
     Aborted,
 }
 
 impl RolloutState {
-    /// The word for it.
+    /// Name of the state in configuration files.
     pub fn label(self) -> &'static str {
         match self {
             Self::Running => "running",
@@ -211,38 +213,38 @@ impl RolloutState {
     }
 }
 
-/// A new version of a model that takes part of a service's new flows: those of its replicas that report it.
+/// A roll-out: a new version of a model gets part of a service's new flows, on the replicas that report it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rollout {
-    /// Model, as replicas report it.
+    /// Name of the model, as replicas report it.
     pub model: String,
-    /// Its new version.
+    /// New version, as replicas report it.
     pub version: String,
-    /// Share of new flows that go to it while it runs, in thousandths.
+    /// Share of new flows for the new version while the roll-out runs, in thousandths.
     pub permille: u16,
-    /// How far it is.
+    /// State of the roll-out.
     #[serde(default = "running")]
     pub state: RolloutState,
-    /// When it began, in milliseconds since 1970 UTC.
+    /// Start time, in milliseconds since 1970 UTC.
     #[serde(default)]
     pub since_ms: u64,
-    /// Why it is as it is.
+    /// Why the roll-out is in this state.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
-    /// It is aborted when more than this share of the new version's requests fail, in percent; 0: never.
+    /// Abort when more than this share of the new version's requests fail, in percent; 0: never.
     #[serde(default = "default_most_errors")]
     pub most_errors_percent: u8,
-    /// And when its time to first token is more than so many percent of the old version's; 0: never.
+    /// Abort when the new version's time to first token is above this share of the old version's, in percent; 0: never.
     #[serde(default = "default_most_latency")]
     pub most_latency_percent: u32,
-    /// Requests of the new version that it takes to judge it.
+    /// Requests that the new version must have answered before it is judged.
     #[serde(default = "default_least_requests")]
     pub least_requests: u32,
 }
 
 impl Rollout {
-    /// Share of new flows that go to the new version, in thousandths.
+    /// Share of new flows for the new version, in thousandths.
     pub fn share(&self) -> u16 {
         match self.state {
             RolloutState::Running => self.permille.min(1_000),
@@ -255,24 +257,24 @@ impl Rollout {
         for (what, text) in [("model", &self.model), ("version", &self.version)] {
             if text.is_empty() || text.len() > 256 || text.chars().any(char::is_control) {
                 setting(format!(
-                    "rollout.{what} {text:?}: 1 to 256 printable bytes, as the replicas report it"
+                    "rollout.{what} {text:?} must have 1 to 256 printable bytes, as the replicas report it"
                 ));
             }
         }
         if self.permille == 0 || self.permille > 1_000 {
-            setting(format!("rollout.permille {}: 1 to 1000", self.permille));
+            setting(format!("rollout.permille {} is out of range: 1 to 1000", self.permille));
         }
         if self.most_errors_percent > 100 {
             setting(format!("rollout.most_errors_percent {} is above 100", self.most_errors_percent));
         }
         if (1..=100).contains(&self.most_latency_percent) || self.most_latency_percent > 100_000 {
             setting(format!(
-                "rollout.most_latency_percent {}: more than 100 (as slow as the old version), or 0 for never",
+                "rollout.most_latency_percent {} must be above 100 (as slow as the old version), or 0 for never",
                 self.most_latency_percent
             ));
         }
         if self.least_requests == 0 {
-            setting("rollout.least_requests 0: at least 1".to_owned());
+            setting("rollout.least_requests is 0: give at least 1".to_owned());
         }
     }
 }
@@ -293,24 +295,24 @@ fn default_least_requests() -> u32 {
     20
 }
 
-/// All of something, in thousandths.
+/// The whole, in thousandths.
 pub const WHOLE: u16 = 1_000;
 
 /// A region's or zone's share of new flows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Share {
-    /// Region or zone.
+    /// Name of the region or zone.
     pub name: Name,
-    /// In thousandths, above 0.
+    /// Share in thousandths, above 0.
     pub permille: u16,
 }
 
-/// Where a host is.
+/// Region and zone of a host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Locality {
     /// Region.
     pub region: Name,
-    /// Zone within it.
+    /// Zone within the region.
     pub zone: Name,
 }
 
@@ -321,28 +323,28 @@ impl Default for Locality {
     }
 }
 
-/// What the policy has decided for a service on a host: how new flows are spread over regions, zones and versions.
-/// `compile` makes weights of it, of those backends that take flows at that moment.
+/// Decision of the policy for a service on a host: how new flows are spread over regions, zones and versions.
+/// `compile` turns it into weights of the backends that take flows at that time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionShares {
-    /// Regions with a share.
+    /// Shares of regions.
     pub shares: Vec<Share>,
-    /// Zones of the own region with a share of that; if empty, all by weight.
+    /// Shares of zones within the own region; if empty, all of its backends by weight.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub zones: Vec<Share>,
-    /// Regions in the order in which they stand in when none of `shares` has a backend left.
+    /// Regions in the order in which they replace those of `shares` when none of them has a backend left.
     #[serde(default)]
     pub order: Vec<Name>,
-    /// A new version of the model, while it has a share of its own.
+    /// The new version of the model, while it has a share of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary: Option<Canary>,
 }
 
-/// A new version's part.
+/// Share and backends of a new version.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Canary {
-    /// Its share of new flows, in thousandths.
+    /// Share of new flows, in thousandths.
     pub permille: u16,
-    /// Backends whose replicas run it.
+    /// Backends whose replicas run the new version.
     pub backends: BTreeSet<Name>,
 }

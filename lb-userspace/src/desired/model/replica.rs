@@ -1,63 +1,63 @@
-//! What a replica says of itself: the report of `GET /replica` (protocol 1), strictly read.
+//! Report of a replica about itself: the answer of `GET /replica` (protocol 1), strictly parsed.
 //!
-//! Input: bytes from the network, which may be anything. Output: a [`Report`] whose every number is in
-//! bounds, or a [`ReportError`] that names the field. Pure; called by `replica`, and `policy` makes a load
-//! score of it.
+//! Input: bytes from the network, which may be anything. Output: a [`Report`] with every number in
+//! bounds, or a [`ReportError`] that names the field. Pure; called by `replica`; `policy` computes a load
+//! score from it.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// Newest protocol that is understood. A report that names none is of the first.
+/// Newest supported protocol. A report without a protocol is of the first.
 pub const PROTOCOL: u32 = 1;
 /// Largest report, in bytes.
 pub const REPORT_LIMIT: usize = 64 * 1024;
-/// Most requests that a replica may claim to have, running or waiting, or to have room for.
+/// Largest credible number of requests of a replica: running, waiting or capacity.
 pub const MOST_REQUESTS: u32 = 1_000_000;
 /// Longest name of a model or version, in bytes.
 const LONGEST_NAME: usize = 256;
-/// Fastest believable replica, in tokens per second.
+/// Largest credible rate of a replica, in tokens per second.
 const MOST_TOKENS: f64 = 1e9;
-/// Most answers, or milliseconds of them, that are believable.
+/// Largest credible number of answers, or of milliseconds for them.
 const MOST_ANSWERS: f64 = 1e15;
-/// Largest believable GPU memory of one replica, in bytes.
+/// Largest credible GPU memory of one replica, in bytes.
 const MOST_MEMORY: f64 = (1u64 << 50) as f64;
 
-/// Where a replica stands in its life.
+/// Phase in the life of a replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Its model is not there yet.
+    /// The model is not loaded yet.
     Loading,
-    /// It serves.
+    /// The replica serves.
     Ready,
-    /// It finishes what it has, and wants no more.
+    /// The replica finishes its requests, and wants no new ones.
     Draining,
-    /// It cannot serve, and does not expect to by itself.
+    /// The replica cannot serve, and does not expect to recover by itself.
     Failed,
 }
 
-/// What the policy makes of a replica: its own word, or that it cannot be heard.
+/// Readiness of a replica: its reported phase, or that its state is unknown or lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Readiness {
-    /// Nothing was heard of it yet, or the service asks for no replica state.
+    /// No report so far, or the service has no replica source.
     #[default]
     Unknown,
-    /// It says that it serves.
+    /// The replica reports that it serves.
     Ready,
-    /// It says that its model is not there yet: no new flows.
+    /// The replica reports that its model is not loaded yet: no new flows.
     Loading,
-    /// It says that it drains: no new flows, as if the operator had asked for it.
+    /// The replica reports that it drains: no new flows, as if the operator had asked for it.
     Draining,
-    /// It says that it cannot serve: no new flows.
+    /// The replica reports that it cannot serve: no new flows.
     Failed,
-    /// Its stream broke and a probe failed: as good as an unhealthy backend.
+    /// The stream broke and a probe failed: treated as an unhealthy backend.
     Lost,
 }
 
 impl Readiness {
-    /// The word for it.
+    /// Name of the readiness.
     pub fn label(self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
@@ -95,126 +95,128 @@ impl From<Phase> for Readiness {
 /// Memory of a replica's GPUs, summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuMemory {
-    /// In use.
+    /// Memory in use.
     pub used_bytes: u64,
-    /// There is.
+    /// Total memory.
     pub total_bytes: u64,
 }
 
-/// A replica's state at one moment.
+/// State of a replica at one time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// Phase.
     pub phase: Phase,
-    /// Model, as clients name it.
+    /// Name of the model, as clients use it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// The model's version.
+    /// Version of the model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
     /// Requests being computed.
     pub running: u32,
-    /// Requests waiting to be.
+    /// Requests waiting to be computed.
     pub waiting: u32,
     /// Share of the KV cache in use, 0 to 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache_usage: Option<f64>,
-    /// Requests that it can run at once; at least 1.
+    /// Requests that can run at once; at least 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity: Option<u32>,
-    /// Requests that it lets wait.
+    /// Requests that can wait.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue: Option<u32>,
-    /// Tokens generated per second, of late.
+    /// Tokens generated per second, recently.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
     /// GPU memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_memory: Option<GpuMemory>,
-    /// The replica's own clock when it made the report, in milliseconds since 1970 UTC.
+    /// Clock of the replica when it made the report, in milliseconds since 1970 UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_ms: Option<u64>,
-    /// What it has answered since it started.
+    /// Requests answered since the start of the replica.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answers: Option<Answers>,
 }
 
-/// Counters of a replica since it started: by them a roll-out is judged. Optional in protocol 1; a replica that does
-/// not count sends none.
+/// Counters of a replica since its start, by which a roll-out is judged. Optional in protocol 1; a replica without
+/// counters sends none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Answers {
     /// Requests that have ended.
     pub finished: u64,
-    /// Those of them that failed for a reason of the replica's own: not what the client got wrong or gave up.
+    /// Requests that failed because of the replica: not client errors, nor requests that the client gave up.
     pub failed: u64,
-    /// Times from arrival to first token, summed, in milliseconds.
+    /// Sum of the times from arrival to first token, in milliseconds.
     pub first_token_ms: f64,
-    /// How many of those times there are.
+    /// Number of these times.
     pub first_tokens: u64,
 }
 
-/// Why a report was not believed. The last good one stands.
+/// Why a report was refused. The last valid report stays in use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReportError {
-    /// More bytes than a report may have.
-    #[error("more than {limit} bytes: a report is refused whole")]
+    /// The report is too large.
+    #[error("the report has more than {limit} bytes")]
     TooLarge {
-        /// Limit.
+        /// Limit in bytes.
         limit: usize,
     },
-    /// Not JSON.
+    /// The report is not JSON.
     #[error("not JSON: {what}")]
     NotJson {
-        /// What the parser said.
+        /// Message of the parser.
         what: String,
     },
-    /// JSON, and no object.
+    /// The report is JSON, but not an object.
     #[error("not a JSON object, but {found}")]
     NotObject {
-        /// What it is.
+        /// What was found instead.
         found: &'static str,
     },
-    /// A later protocol.
-    #[error("protocol {found}: this lbd knows up to {PROTOCOL}")]
+    /// The report has a later protocol.
+    #[error("protocol {found} is not supported: this lbd supports up to {PROTOCOL}")]
     Protocol {
-        /// What the report names.
+        /// Protocol of the report.
         found: String,
     },
-    /// A field that is missing or out of bounds.
+    /// A field is missing or out of bounds.
     #[error("{field} is {found}, must be {rule}")]
     Field {
-        /// Which.
+        /// Name of the field.
         field: String,
-        /// What it is.
+        /// Value of the field.
         found: String,
-        /// What it must be.
+        /// Values that the field may have.
         rule: String,
     },
-    /// Its clock stands still or went back: an old report, or a replica that hangs.
+    /// The clock of the report does not advance or went back: an old report, or a replica that hangs.
     #[error("stale: {what}")]
     Stale {
-        /// How that shows.
+        /// How the clock went wrong.
         what: String,
     },
-    /// A metrics page that is none.
-    #[error("line {line} is no metric: {what}")]
+    /// A line of a metrics page is invalid.
+    #[error("line {line} is not a valid metric: {what}")]
     NotMetrics {
         /// Line, from 1.
         line: usize,
-        /// What is wrong with it.
+        /// What is wrong with the line.
         what: String,
     },
-    /// A metrics page of something else.
-    #[error("no metric {name} on the page: is it a {kind} page? give its name with `metrics`")]
+    /// A metrics page lacks a required metric.
+    #[error(
+        "the page has no metric {name}: check that it is a {kind} page, or set the metric's name with `metrics`"
+    )]
     Missing {
-        /// What was looked for.
+        /// Name of the missing metric.
         name: String,
-        /// What it was taken for.
+        /// Kind of the page, as configured.
         kind: &'static str,
     },
 }
 
-/// Text for an error: short, and without what could confuse a terminal.
+/// Text of a value for an error: short, and without control characters.
 fn shown(value: &Value) -> String {
     let text = value.to_string();
     let mut short: String = text.chars().take(40).map(|c| if c.is_control() { '?' } else { c }).collect();
@@ -228,7 +230,7 @@ fn field(name: &str, found: impl Into<String>, rule: impl Into<String>) -> Repor
     ReportError::Field { field: name.to_owned(), found: found.into(), rule: rule.into() }
 }
 
-/// A number within bounds, bounds included; none where the field is absent or null.
+/// A number from 0 to `most`; none where the field is absent or null.
 fn number(object: &Map<String, Value>, name: &str, most: f64) -> Result<Option<f64>, ReportError> {
     match object.get(name) {
         None | Some(Value::Null) => Ok(None),
@@ -239,7 +241,7 @@ fn number(object: &Map<String, Value>, name: &str, most: f64) -> Result<Option<f
     }
 }
 
-/// `n` if it is finite and 0 to `most`.
+/// Checks that `n` is finite and 0 to `most`.
 ///
 /// # Errors
 /// [`ReportError::Field`], naming `what`.
@@ -250,17 +252,17 @@ pub fn bounded(what: &str, n: f64, most: f64) -> Result<f64, ReportError> {
     Err(field(what, n.to_string(), format!("0 to {most}")))
 }
 
-/// A count of requests: a whole number in bounds.
+/// Checks a number of requests, and rounds it up.
 ///
 /// # Errors
 /// [`ReportError::Field`], naming `what`.
 pub fn requests(what: &str, n: f64) -> Result<u32, ReportError> {
     let n = bounded(what, n, f64::from(MOST_REQUESTS))?;
-    // Averaged gauges are not whole; whoever has half a request has one.
+    // Averaged gauges are not whole; half a request counts as one.
     Ok(n.ceil() as u32)
 }
 
-/// A share of the KV cache.
+/// Checks a share of the KV cache.
 ///
 /// # Errors
 /// [`ReportError::Field`], naming `what`.
@@ -269,7 +271,7 @@ pub fn share(what: &str, n: f64) -> Result<f64, ReportError> {
     bounded(what, n, 1.01).map(|n| n.min(1.0)).map_err(|_| field(what, n.to_string(), "0 to 1"))
 }
 
-/// Tokens per second.
+/// Checks a rate in tokens per second.
 ///
 /// # Errors
 /// [`ReportError::Field`], naming `what`.
@@ -277,7 +279,7 @@ pub fn tokens(what: &str, n: f64) -> Result<f64, ReportError> {
     bounded(what, n, MOST_TOKENS)
 }
 
-/// Used and total GPU memory.
+/// Checks used and total GPU memory.
 ///
 /// # Errors
 /// [`ReportError::Field`], naming the one that is wrong.
@@ -287,7 +289,7 @@ pub fn gpu_memory(used: f64, total: f64) -> Result<GpuMemory, ReportError> {
     Ok(GpuMemory { used_bytes: used as u64, total_bytes: total as u64 })
 }
 
-/// A name that may be shown: short, and printable.
+/// Checks that a name can be shown: short, and printable.
 ///
 /// # Errors
 /// [`ReportError::Field`], naming `what`.
@@ -313,7 +315,7 @@ fn phase(object: &Map<String, Value>) -> Result<Phase, ReportError> {
     serde_json::from_value(value.clone()).map_err(|_| field("phase", shown(value), rule))
 }
 
-/// Counters of the replica, if it has them.
+/// Parses the counters of the replica, if present.
 fn answers(object: &Map<String, Value>) -> Result<Option<Answers>, ReportError> {
     if object.get("answers").is_none_or(Value::is_null) {
         return Ok(None);
@@ -338,7 +340,7 @@ fn answers(object: &Map<String, Value>) -> Result<Option<Answers>, ReportError> 
     Ok(Some(answers))
 }
 
-/// An object inside the report, or an empty one.
+/// Returns an object inside the report, or an empty one.
 fn part(object: &Map<String, Value>, key: &str) -> Result<Map<String, Value>, ReportError> {
     match object.get(key) {
         None | Some(Value::Null) => Ok(Map::new()),
@@ -348,10 +350,10 @@ fn part(object: &Map<String, Value>, key: &str) -> Result<Map<String, Value>, Re
 }
 
 impl Report {
-    /// Reads a report of protocol 1. Fields that are not known are skipped: a later replica may say more.
+    /// Parses a report of protocol 1. Unknown fields are ignored: a later replica may report more.
     ///
     /// # Errors
-    /// The first thing that is wrong with it.
+    /// Names the first problem.
     pub fn parse(bytes: &[u8]) -> Result<Self, ReportError> {
         if bytes.len() > REPORT_LIMIT {
             return Err(ReportError::TooLarge { limit: REPORT_LIMIT });
@@ -402,18 +404,18 @@ impl Report {
             queue: count(&room, "waiting")?,
             tokens_per_second: number(&object, "tokens_per_second", MOST_TOKENS)?,
             gpu_memory: memory,
-            // Beyond the year 5000 it is no clock.
+            // A time beyond the year 5000 is not a valid clock.
             time_ms: number(&object, "time_ms", 1e14)?.map(|n| n as u64),
             answers: answers(&object)?,
         })
     }
 }
 
-/// Longest time that a replica's clock may stand still while it reports, in milliseconds.
+/// Longest time for which a replica's clock may stand still while it reports, in milliseconds.
 const STUCK_MS: u64 = 5_000;
 
-/// Watches one stream's clock: reports must come in order, and from a clock that runs. How far that clock
-/// is from ours does not matter.
+/// Monitors the clock of one stream: reports must come in order, and from a clock that runs. The difference
+/// to our clock does not matter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClockWatch {
     /// Latest `time_ms`, and our clock when it was first seen.
@@ -421,7 +423,7 @@ pub struct ClockWatch {
 }
 
 impl ClockWatch {
-    /// Takes a report that came at `now_ms` of our own steady clock.
+    /// Checks a report that came at `now_ms` of our own steady clock.
     ///
     /// # Errors
     /// [`ReportError::Stale`].
@@ -429,7 +431,7 @@ impl ClockWatch {
         let Some(time) = report.time_ms else { return Ok(()) };
         match self.last {
             Some((last, _)) if time < last => {
-                let what = format!("its clock went back by {} ms since the report before", last - time);
+                let what = format!("its clock went back by {} ms since the previous report", last - time);
                 Err(ReportError::Stale { what })
             }
             Some((last, since)) if time == last => {
@@ -498,8 +500,8 @@ mod tests {
             ("gpu_memory", "{\"used_bytes\":2,\"total_bytes\":1}", "gpu_memory used is 2, must be 0 to 1"),
             ("phase", "\"fine\"", "phase is \"fine\", must be loading, ready, draining or failed"),
             ("phase", "null", "phase is null"),
-            ("protocol", "2", "protocol 2: this lbd knows up to 1"),
-            ("protocol", "\"x\"", "protocol \"x\": this lbd"),
+            ("protocol", "2", "protocol 2 is not supported: this lbd supports up to 1"),
+            ("protocol", "\"x\"", "protocol \"x\" is not supported"),
             ("model", "\"a\\u001b[2Jb\"", "model is 6 bytes, must be at most 256 bytes without control"),
             ("model", "[\"a\"]", "model is [\"a\"], must be text"),
             ("time_ms", "-1", "time_ms is -1"),
@@ -538,10 +540,10 @@ mod tests {
         assert_eq!(say(Some(1_500), 500), Ok(()));
         assert_eq!(
             say(Some(900), 600),
-            Err("stale: its clock went back by 600 ms since the report before".into())
+            Err("stale: its clock went back by 600 ms since the previous report".into())
         );
         assert_eq!(say(Some(1_500), 5_500), Ok(()));
         assert_eq!(say(Some(1_500), 5_501), Err("stale: its clock has stood still for 5001 ms".into()));
-        assert_eq!(say(Some(9_000_000), 5_600), Ok(()), "a step forward is no lie");
+        assert_eq!(say(Some(9_000_000), 5_600), Ok(()), "a step forward is allowed");
     }
 }

@@ -1,8 +1,8 @@
-//! Seats: numbers that backends keep, and the order in which they were taken and left: from both, tables are built.
+//! Seats: stable numbers of backends, and the order in which they were taken and left; tables are built from both.
 //!
-//! Pure. `api::Control` gives seats to each state before it is stored; `compile` reads them; `lbctl config diff`
-//! compares states that have them. A state without (from an older store) is read as if it had been
-//! given them in name order.
+//! Pure. `api::Control` assigns seats to each state before it is stored; `compile` reads them; `lbctl config diff`
+//! compares states that have them. A state without seats (from an older store) is read as if they had been
+//! assigned in name order.
 //!
 //! A backend that comes after one of its weight has left takes that one's place, so replacements add no history.
 //! After 1,024 turns more than backends the history begins anew.
@@ -13,18 +13,18 @@ use std::{
     sync::Arc,
 };
 
-/// Seats of one service, free ones included: a table names members by 16 bits, and the highest value is no member.
+/// Number of seats of one service, free ones included: a table refers to members by 16 bits, and the highest value means none.
 pub const MAX_SEATS: u32 = u16::MAX as u32 - 1;
-/// Heaviest weight.
+/// Largest weight.
 const MAX_WEIGHT: u32 = 65_535;
-/// Turns that a service's seating may have beyond one per backend. With more it begins anew, in the order of seats,
-/// which moves most slots once. Backends that replace each other add none.
+/// Turns that a service's seating may have beyond one per backend. A longer seating is rebuilt in the order of seats,
+/// which moves most slots once. Backends that replace each other add no turns.
 const SPARE_TURNS: usize = 1_024;
 
 impl Desired {
-    /// Gives a seat to each backend without one: the one it has in `old`, by its name or else its address,
-    /// unless that is taken; or the one left last, or the lowest free one, in name order. And brings each service's
-    /// seating up to date.
+    /// Assigns a seat to each backend without one: its seat in `old`, by name or else by address, unless that is taken;
+    /// otherwise the seat left last, or the lowest free one, in name order. Updates each service's
+    /// seating.
     pub fn assign_seats(&mut self, old: &Self) {
         for (name, service) in &mut self.services {
             let id = (service.vip, service.port, service.protocol);
@@ -48,7 +48,7 @@ impl Desired {
 }
 
 impl Service {
-    /// The backends' seats, in name order: those given, and for the others the ones left last, then the lowest
+    /// Seats of the backends, in name order: the given ones; for the others the seats left last, then the lowest
     /// free ones.
     pub fn seats(&self) -> Vec<u32> {
         let taken: BTreeSet<u32> = self.backends.values().filter_map(|b| b.seat).collect();
@@ -58,7 +58,7 @@ impl Service {
         self.backends.values().map(|b| b.seat.unwrap_or_else(|| free.next().unwrap_or(u32::MAX))).collect()
     }
 
-    /// The seating with the turns by which the present backends came and earlier ones left.
+    /// The seating, completed by the turns in which present backends came and earlier ones left.
     pub fn seating(&self) -> Vec<(u32, u32)> {
         let present: BTreeMap<u32, u32> =
             self.seats().into_iter().zip(self.backends.values().map(|b| b.weight.min(MAX_WEIGHT))).collect();
@@ -75,7 +75,7 @@ impl Service {
         for (&seat, &weight) in present.iter().filter(|(_, weight)| **weight > 0) {
             match seated.get(&seat) {
                 None | Some(0) => come(&mut turns, seat, weight),
-                // Nobody came after it, so another weight of the same seat moves the difference.
+                // The seat is the newest, so a new weight of it moves only the difference.
                 Some(_) if turns.last().is_some_and(|turn| turn.0 == seat) => {
                     turns.last_mut().into_iter().for_each(|turn| turn.1 = weight);
                 }
@@ -104,12 +104,12 @@ impl Service {
     }
 }
 
-/// What `seat` weighs after these turns.
+/// Weight of a seat after these turns.
 fn weight_of(turns: &[(u32, u32)], seat: u32) -> u32 {
     turns.iter().rev().find(|turn| turn.0 == seat).map_or(0, |turn| turn.1)
 }
 
-/// Adds a turn by which a seat is left, or takes back the one by which it came.
+/// Adds a turn in which a seat is left, or removes the turn in which it was taken.
 fn leave(turns: &mut Vec<(u32, u32)>, seat: u32) {
     while turns.pop_if(|turn| turn.0 == seat).is_some() {}
     if weight_of(turns, seat) > 0 {
@@ -117,7 +117,7 @@ fn leave(turns: &mut Vec<(u32, u32)>, seat: u32) {
     }
 }
 
-/// Adds a turn by which a seat is taken, or takes back the one by which it was left.
+/// Adds a turn in which a seat is taken, or removes the turn in which it was left.
 fn come(turns: &mut Vec<(u32, u32)>, seat: u32, weight: u32) {
     let left = turns.pop_if(|turn| turn.0 == seat);
     if weight_of(turns, seat) != weight {

@@ -1,8 +1,8 @@
 //! Sizes of tables by the number of backends, written into the state when it is changed.
 //!
-//! Hosts must agree about the size of a table. Older versions give a service that names none 16,381 slots and more, so
-//! a smaller default must not be left to each host: `api::Control` writes the size into new services, as if an operator
-//! had asked for it, which every version understands. Services that were made without one stay so. Pure.
+//! Hosts must agree about the size of a table. Older versions give a service without a size 16,381 slots and more, so a
+//! smaller default must not be left to each host: `api::Control` writes the size into new services, as an operator
+//! would, which every version understands. Services that were made without a size keep that. Pure.
 //!
 //! A new field for this rule would not do: older hosts refuse unknown fields (`deny_unknown_fields`) and would follow
 //! no change at all. A step of size moves no established flow, because the old table is kept for the drain window.
@@ -11,10 +11,10 @@ use super::{Desired, Service};
 use lb_common::limits;
 use std::sync::Arc;
 
-/// Slots for so many backends: a hundred for each, in wide steps, because a change of size moves flows.
+/// Table size for a number of backends: a hundred slots each, in wide steps, because a change of size moves flows.
 pub fn by_need(backends: usize) -> u32 {
     let wanted = backends as u64 * u64::from(limits::SLOTS_PER_BACKEND);
-    // The smallest is given only by name.
+    // The smallest size is used only on request.
     let [_, sizes @ .., largest] = limits::TABLE_SIZES;
     let fits = |&size: &u32| u64::from(size) >= wanted;
     sizes.into_iter().find(fits).unwrap_or(largest)
@@ -35,8 +35,8 @@ impl Service {
 }
 
 impl Desired {
-    /// Names the sizes that follow from their absence, for a place where absence means another one: a file that is applied
-    /// lets the host choose. No table changes by it.
+    /// Writes the size that follows from its absence into each service, for a file: a host that applies a file without
+    /// sizes chooses them by need. No table changes.
     pub fn name_sizes(&mut self) {
         for service in self.services.values_mut().filter(|service| service.table_size.is_none()) {
             let slots = service.slots();
@@ -44,9 +44,9 @@ impl Desired {
         }
     }
 
-    /// Gives each new service without a size one, and a larger one to each whose table was large enough in `old` and
-    /// is not for the backends that it has now. None becomes smaller, unless its size is taken back (a file that names
-    /// none does that): what comes and goes would change tables each time.
+    /// Gives a size to each new service without one, and a larger one to each service whose table was large enough in `old`
+    /// and is too small now. No table shrinks, because backends that come and go would change tables each time; only a size
+    /// that is taken back (by a file without one) is computed again.
     pub fn assign_sizes(&mut self, old: &Self) {
         for (name, service) in &mut self.services {
             let before = old.services.get(name);
@@ -65,9 +65,9 @@ fn size(service: &Service, before: Option<&Service>) -> Option<u32> {
     let need = by_need(service.backends.len());
     let Some(before) = before else { return service.table_size.or(Some(need)) };
     match (service.table_size, before.table_size) {
-        // Made by an earlier version, which chooses at each change.
+        // Made by an earlier version, which chooses the size at each change.
         (None, None) => None,
-        // A file that names none, or the setting was taken back.
+        // A file without a size, or the setting was taken back.
         (None, Some(_)) => Some(need),
         (Some(size), Some(had)) if size == had => {
             let was_enough = had >= by_need(before.backends.len());
@@ -160,7 +160,7 @@ mod tests {
         }
     }
 
-    /// What a file without sizes makes, it leaves alone when it is applied again.
+    /// A file without sizes changes nothing when it is applied again.
     #[test]
     fn a_file_that_names_no_size_changes_none() {
         for (had, backends, expect) in [

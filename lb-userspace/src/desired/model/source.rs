@@ -1,28 +1,28 @@
-//! Where a service's replica state comes from: the worker's own stream, or a server's metrics page.
+//! Source of a service's replica state: the worker's own stream, or a server's metrics page.
 
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
-/// What serves the state.
+/// Kind of the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SourceKind {
     /// `GET /replica`, as an event stream or as JSON.
     Stream,
-    /// vLLM's metrics page.
+    /// Metrics page of vLLM.
     Vllm,
-    /// SGLang's.
+    /// Metrics page of SGLang.
     Sglang,
-    /// Text Generation Inference's.
+    /// Metrics page of Text Generation Inference.
     Tgi,
-    /// Triton's, with or without TensorRT-LLM.
+    /// Metrics page of Triton, with or without TensorRT-LLM.
     Triton,
-    /// Any metrics page; `metrics` says how it names things.
+    /// Any metrics page; `metrics` names its metrics.
     Custom,
 }
 
 impl SourceKind {
-    /// The word for it.
+    /// Name of the kind in configuration files.
     pub fn label(self) -> &'static str {
         match self {
             Self::Stream => "stream",
@@ -35,7 +35,7 @@ impl SourceKind {
     }
 }
 
-/// What a metric tells.
+/// Quantity that a metric reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quantity {
@@ -53,14 +53,14 @@ pub enum Quantity {
     TokensPerSecond,
     /// GPU memory in use, in bytes.
     GpuMemoryUsed,
-    /// GPU memory there is, in bytes.
+    /// Total GPU memory, in bytes.
     GpuMemoryTotal,
-    /// 0 while the model is put to sleep.
+    /// 0 while the model sleeps.
     Awake,
 }
 
 impl Quantity {
-    /// All of them.
+    /// All quantities.
     pub const ALL: [Self; 9] = [
         Self::Running,
         Self::Waiting,
@@ -73,7 +73,7 @@ impl Quantity {
         Self::Awake,
     ];
 
-    /// The word for it.
+    /// Name of the quantity in configuration files.
     pub fn label(self) -> &'static str {
         match self {
             Self::Running => "running",
@@ -89,7 +89,7 @@ impl Quantity {
     }
 }
 
-/// A metric, as in PromQL: `name` or `name{label="value",other=value}`. A label that is to be empty may be missing.
+/// A metric, as in PromQL: `name` or `name{label="value",other=value}`. A label with an empty value may be missing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Selector {
@@ -99,14 +99,14 @@ pub struct Selector {
     pub labels: Vec<(String, String)>,
 }
 
-/// A text that is no [`Selector`].
+/// A text that is not a valid [`Selector`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text:?} is no metric: write name, or name{{label=\"value\"}}")]
+#[error("{text:?} is not a valid metric: write name, or name{{label=\"value\"}}")]
 pub struct SelectorError {
     text: String,
 }
 
-/// Whether a metric or label may be called this.
+/// Whether a text is a valid name of a metric (with colons) or of a label.
 fn is_name(text: &str, colon: bool) -> bool {
     let first = |c: char| c.is_ascii_alphabetic() || c == '_' || (colon && c == ':');
     text.starts_with(first) && text.chars().all(|c| first(c) || c.is_ascii_digit())
@@ -161,28 +161,28 @@ impl fmt::Display for Selector {
     }
 }
 
-/// How the state of a service's replicas is learnt.
+/// Settings of the source of a service's replica state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReplicaSource {
-    /// What serves it.
+    /// Kind of the source.
     pub kind: SourceKind,
-    /// Port of the worker; the service's own if none (which `any` and ranges must therefore name).
+    /// Port of the worker; the service's port if none (required for `any` and ranges).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
     /// Path and query; `/replica` or `/metrics` if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
-    /// Time between two looks where there is no stream, in milliseconds.
+    /// Time between two requests where there is no stream, in milliseconds.
     #[serde(default = "interval_ms")]
     pub interval_ms: u32,
-    /// A look fails after this many milliseconds; so does a stream that is silent for as long and three intervals.
+    /// Time after which a request fails, in milliseconds; a stream fails when it is silent for this time and three intervals.
     #[serde(default = "timeout_ms")]
     pub timeout_ms: u32,
-    /// Requests that a replica runs at once, where it does not say so itself.
+    /// Requests that a replica runs at once, where it does not report that itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity: Option<u32>,
-    /// Names of metrics, where they are not the usual ones.
+    /// Names of metrics that differ from the usual ones.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metrics: BTreeMap<Quantity, Selector>,
 }
@@ -196,7 +196,7 @@ fn timeout_ms() -> u32 {
 }
 
 impl ReplicaSource {
-    /// With the usual settings.
+    /// A source with default settings.
     pub fn new(kind: SourceKind) -> Self {
         Self {
             kind,
@@ -209,36 +209,36 @@ impl ReplicaSource {
         }
     }
 
-    /// Where to look.
+    /// Path and query of the requests.
     pub fn path(&self) -> &str {
         let usual = if self.kind == SourceKind::Stream { "/replica" } else { "/metrics" };
         self.path.as_deref().unwrap_or(usual)
     }
 
-    /// Calls `refuse` for each rule that these settings break. `own_port`: the service has one port.
+    /// Calls `refuse` for each rule that these settings break. `own_port`: whether the service has exactly one port.
     pub fn check(&self, own_port: bool, refuse: &mut dyn FnMut(String)) {
         if self.port.is_none() && !own_port {
-            refuse("replica needs a port: the service has no single one".to_owned());
+            refuse("replica needs a port, because the service has more than one".to_owned());
         }
         if self.port == Some(0) {
-            refuse("replica: port is 0: 1 to 65535".to_owned());
+            refuse("replica: port is 0: give 1 to 65535".to_owned());
         }
         if !(10..=3_600_000).contains(&self.interval_ms) || !(1..=3_600_000).contains(&self.timeout_ms) {
-            refuse("replica: interval_ms is 10 to 3600000, timeout_ms 1 to 3600000".to_owned());
+            refuse("replica: interval_ms must be 10 to 3600000, timeout_ms 1 to 3600000".to_owned());
         }
         if self.capacity.is_some_and(|n| n == 0 || n > super::MOST_REQUESTS) {
-            refuse(format!("replica: capacity is 1 to {}", super::MOST_REQUESTS));
+            refuse(format!("replica: capacity must be 1 to {}", super::MOST_REQUESTS));
         }
         let path = self.path();
         if !path.starts_with('/') || !path.bytes().all(|b| b.is_ascii_graphic()) {
-            let what = "must start with '/' and hold neither blanks nor controls";
+            let what = "must start with '/' and contain neither blanks nor control characters";
             refuse(format!("replica: path {path:?} {what}"));
         }
         if self.kind == SourceKind::Stream && !self.metrics.is_empty() {
-            refuse("replica: metrics goes with a metrics page, and kind is \"stream\"".to_owned());
+            refuse("replica: metrics is for a metrics page, but kind is \"stream\"".to_owned());
         }
-        let tells = [Quantity::Running, Quantity::Waiting, Quantity::KvCacheUsage];
-        if self.kind == SourceKind::Custom && !tells.iter().any(|q| self.metrics.contains_key(q)) {
+        let loads = [Quantity::Running, Quantity::Waiting, Quantity::KvCacheUsage];
+        if self.kind == SourceKind::Custom && !loads.iter().any(|q| self.metrics.contains_key(q)) {
             let needed = "metrics must name at least one of running, waiting and kv_cache_usage";
             refuse(format!("replica: kind is \"custom\", so {needed}"));
         }
@@ -250,7 +250,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn selectors_are_read_and_written_alike() {
+    fn selectors_are_parsed_and_printed_alike() {
         for (text, shown) in [
             ("vllm:num_requests_running", "vllm:num_requests_running"),
             (" a{b=c, d=\"e f\",} ", "a{b=\"c\",d=\"e f\"}"),
@@ -278,7 +278,7 @@ mod tests {
             (r#"{"kind":"ollama"}"#, "unknown variant `ollama`"),
             (r#"{"kind":"vllm","prot":1}"#, "unknown field `prot`"),
             (r#"{"kind":"vllm","metrics":{"runing":"a"}}"#, "unknown variant `runing`"),
-            (r#"{"kind":"vllm","metrics":{"running":"a b"}}"#, "\"a b\" is no metric: write name"),
+            (r#"{"kind":"vllm","metrics":{"running":"a b"}}"#, "\"a b\" is not a valid metric: write name"),
         ] {
             assert!(parse(json).unwrap_err().contains(expected), "{json}: {:?}", parse(json));
         }
@@ -296,11 +296,11 @@ mod tests {
         for (json, own_port, expected) in [
             (r#"{"kind":"stream"}"#, false, "needs a port"),
             (r#"{"kind":"stream","port":0}"#, true, "port is 0"),
-            (r#"{"kind":"stream","interval_ms":1}"#, true, "interval_ms is 10"),
+            (r#"{"kind":"stream","interval_ms":1}"#, true, "interval_ms must be 10"),
             (r#"{"kind":"stream","path":"x"}"#, true, "must start with '/'"),
-            (r#"{"kind":"stream","metrics":{"running":"a"}}"#, true, "goes with a metrics page"),
+            (r#"{"kind":"stream","metrics":{"running":"a"}}"#, true, "is for a metrics page"),
             (r#"{"kind":"custom","metrics":{"capacity":"a"}}"#, true, "at least one of running"),
-            (r#"{"kind":"vllm","capacity":0}"#, true, "capacity is 1 to"),
+            (r#"{"kind":"vllm","capacity":0}"#, true, "capacity must be 1 to"),
         ] {
             let found = broken(json, own_port);
             assert!(found.len() == 1 && found[0].contains(expected), "{json}: {found:?}");

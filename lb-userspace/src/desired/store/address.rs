@@ -1,25 +1,25 @@
-//! Where a store is, as people write it: `file:///var/lib/lb`, `etcd://10.0.0.1:2379,10.0.0.2:2379/lb`.
+//! Addresses of stores as text: `file:///var/lib/lb`, `etcd://10.0.0.1:2379,10.0.0.2:2379/lb`.
 
 use super::StoreError;
 use std::{fmt, path::PathBuf, str::FromStr};
 
-/// Port of etcd, where none is given.
+/// Default port of etcd.
 const PORT: u16 = 2379;
-/// Prefix of all keys, where none is given.
+/// Default prefix of all keys.
 const PREFIX: &str = "lb";
 
-/// Where a store is.
+/// Address of a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    /// In files of a directory.
+    /// Files in a directory.
     File(PathBuf),
-    /// In an etcd cluster.
+    /// An etcd cluster.
     Etcd {
-        /// `HOST:PORT` of each member that is asked.
+        /// `HOST:PORT` of each member that is used.
         members: Vec<String>,
-        /// What all keys begin with, without slashes at the ends.
+        /// Prefix of all keys, without leading or trailing slashes.
         prefix: String,
-        /// Whether to speak TLS.
+        /// Whether TLS is used.
         tls: bool,
     },
 }
@@ -30,25 +30,27 @@ impl FromStr for Address {
     fn from_str(url: &str) -> Result<Self, StoreError> {
         let refused = |what: &str| StoreError::Address { url: url.to_owned(), what: what.to_owned() };
         let Some((scheme, rest)) = url.split_once("://") else {
-            return Err(refused("it has no scheme"));
+            return Err(refused("the scheme is missing"));
         };
         let tls = match scheme {
             "file" if rest.starts_with('/') => return Ok(Self::File(rest.into())),
-            "file" => return Err(refused("the directory must be given from the root, after three slashes")),
+            "file" => return Err(refused("the directory must be an absolute path, after three slashes")),
             "etcd" => false,
             "etcds" => true,
-            _ => return Err(refused("the scheme is not known")),
+            _ => return Err(refused("the scheme is unknown")),
         };
         let (hosts, prefix) = rest.split_once('/').unwrap_or((rest, PREFIX));
         let prefix = prefix.trim_matches('/');
         let prefix = if prefix.is_empty() { PREFIX } else { prefix };
         let fits = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
         if !prefix.chars().all(fits) {
-            return Err(refused("the prefix may have letters, digits and -_./ only"));
+            return Err(refused("the prefix may contain letters, digits and -_./ only"));
         }
         let members: Vec<String> =
             hosts.split(',').map(|host| member(host).ok_or(host)).collect::<Result<_, _>>().map_err(
-                |host| refused(&format!("{host:?} is no HOST:PORT (an IPv6 address goes in brackets)")),
+                |host| {
+                    refused(&format!("{host:?} is not a valid HOST:PORT (write IPv6 addresses in brackets)"))
+                },
             )?;
         Ok(Self::Etcd { members, prefix: prefix.to_owned(), tls })
     }
@@ -99,11 +101,11 @@ mod tests {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), back);
         }
         for (text, why) in [
-            ("/var/lib/lb", "no scheme"),
-            ("file://var", "from the root"),
-            ("http://a", "not known"),
-            ("etcd://a:x", "\"a:x\" is no HOST:PORT"),
-            ("etcd://a,,b", "\"\" is no HOST:PORT"),
+            ("/var/lib/lb", "the scheme is missing"),
+            ("file://var", "absolute path"),
+            ("http://a", "unknown"),
+            ("etcd://a:x", "\"a:x\" is not a valid HOST:PORT"),
+            ("etcd://a,,b", "\"\" is not a valid HOST:PORT"),
             ("etcd://fd00::1", "brackets"),
             ("etcd://a/b c", "letters, digits"),
         ] {

@@ -1,8 +1,8 @@
-//! A store's revisions in one file: versioned, and with a checksum.
+//! Backup of a store's revisions in one file, with a version and a checksum.
 //!
-//! The first line is a JSON object that says what the rest is ([`Header`]); the rest is the [`Backup`] as
-//! JSON, each revision as the difference to the one before. Input: a store, or a file's bytes. Output: the
-//! bytes, or the revisions, or what is wrong with them. Called by the API and by `lbctl store`.
+//! The first line is a JSON object that describes the rest ([`Header`]); the rest is the [`Backup`] as
+//! JSON, each revision as the difference to the previous one. Input: a store, or a file's bytes. Output: the
+//! bytes, or the revisions, or an error. Called by the API and by `lbctl store`.
 
 use super::{Revision, Store, StoreError, Stored, delta};
 use crate::desired::model::Desired;
@@ -11,17 +11,17 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
 
-/// Version of the file's contents. Raised when an older lbd could no longer read it.
+/// Version of the file's contents. Increased when an older lbd could no longer read it.
 pub const FORMAT: u64 = 1;
 
 /// First line of a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// [`FORMAT`] of what wrote it.
+    /// [`FORMAT`] of the writer.
     pub lb_backup: u64,
-    /// Bytes that follow the line.
+    /// Number of bytes after this line.
     pub bytes: u64,
-    /// Their SHA-256, hexadecimal.
+    /// SHA-256 of these bytes, hexadecimal.
     pub sha256: String,
     /// Newest revision.
     pub revision: u64,
@@ -31,25 +31,25 @@ pub struct Header {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Backup {
-    /// Id of the store's data.
+    /// Id of the store.
     pub store: String,
-    /// When it was made, in milliseconds since 1970 UTC.
+    /// Time of the backup, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// Oldest first.
-    pub revisions: Vec<Entry>,
+    /// Revisions, oldest first.
+    pub revisions: Vec<BackupEntry>,
 }
 
 /// A revision of a backup.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entry {
-    /// Which.
+pub struct BackupEntry {
+    /// Number, author, time and message.
     pub revision: Revision,
-    /// Difference to the state before (of the first: to the empty one), see [`delta`].
+    /// Difference to the previous state (for the first revision, to the empty state), see [`delta`].
     pub delta: Value,
 }
 
-fn unsound(file: &str, what: impl ToString) -> StoreError {
+fn invalid(file: &str, what: impl ToString) -> StoreError {
     StoreError::Backup { file: file.to_owned(), what: what.to_string() }
 }
 
@@ -57,13 +57,13 @@ impl Backup {
     /// Reads all kept revisions, oldest first.
     ///
     /// # Errors
-    /// Reading failed.
+    /// Reading fails.
     pub async fn of(store: &dyn Store, time_ms: u64) -> Result<Self, StoreError> {
         let mut before = Arc::<Desired>::default();
         let mut entries = Vec::new();
         let entry = |stored: Stored| -> Result<(), StoreError> {
-            let delta = delta::diff(&before, &stored.desired).map_err(|e| unsound("the backup", e))?;
-            entries.push(Entry { revision: stored.revision, delta });
+            let delta = delta::diff(&before, &stored.desired).map_err(|e| invalid("the backup", e))?;
+            entries.push(BackupEntry { revision: stored.revision, delta });
             before = stored.desired;
             Ok(())
         };
@@ -71,10 +71,10 @@ impl Backup {
         Ok(Self { store: store.about().await.id, time_ms, revisions: entries })
     }
 
-    /// The file's bytes.
+    /// Serializes the file.
     ///
     /// # Errors
-    /// It has no JSON form, which does not happen.
+    /// The state has no JSON form, which does not happen.
     pub fn to_bytes(&self) -> serde_json::Result<Vec<u8>> {
         let body = serde_json::to_vec(self)?;
         let header = Header {
@@ -89,57 +89,57 @@ impl Backup {
         Ok(bytes)
     }
 
-    /// Reads a file's bytes; `file` is its name, for errors.
+    /// Parses a file's bytes; `file` is its name, for errors.
     ///
     /// # Errors
-    /// It is no backup, a later version's, cut short or changed since.
+    /// The file is not a backup, has a later format, is truncated, or was changed.
     pub fn parse(file: &str, bytes: &[u8]) -> Result<Self, StoreError> {
         let line = bytes.iter().position(|b| *b == b'\n').unwrap_or(bytes.len());
         let header: Value = serde_json::from_slice(&bytes[..line])
-            .map_err(|_| unsound(file, "its first line is not that of a backup"))?;
+            .map_err(|_| invalid(file, "its first line is not that of a backup"))?;
         match header.get("lb_backup").and_then(Value::as_u64) {
-            None => return Err(unsound(file, "its first line is not that of a backup")),
+            None => return Err(invalid(file, "its first line is not that of a backup")),
             Some(found) if found > FORMAT => {
                 return Err(StoreError::Newer { file: file.to_owned(), found, known: FORMAT });
             }
             Some(_) => {}
         }
         let header: Header =
-            serde_json::from_value(header).map_err(|e| unsound(file, format!("first line: {e}")))?;
+            serde_json::from_value(header).map_err(|e| invalid(file, format!("first line: {e}")))?;
         let body = bytes.get(line + 1..).unwrap_or_default();
         if body.len() as u64 != header.bytes {
-            let what = format!("{} bytes should follow the first line, and {} do", header.bytes, body.len());
-            return Err(unsound(file, what));
+            let what = format!("{} bytes should follow the first line, but {} do", header.bytes, body.len());
+            return Err(invalid(file, what));
         }
         if sha256(body) != header.sha256 {
-            return Err(unsound(file, "its checksum does not fit: it was changed since"));
+            return Err(invalid(file, "its checksum is wrong: the file was changed"));
         }
-        let backup: Self = serde_json::from_slice(body).map_err(|e| unsound(file, e))?;
+        let backup: Self = serde_json::from_slice(body).map_err(|e| invalid(file, e))?;
         backup.stored(file)?;
         Ok(backup)
     }
 
-    /// The revisions with their states, oldest first.
+    /// Returns the revisions with their states, oldest first.
     ///
     /// # Errors
-    /// They do not follow each other, or a state is none.
+    /// The revisions are not consecutive, or a state is invalid.
     pub fn stored(&self, file: &str) -> Result<Vec<Stored>, StoreError> {
         let mut before = Arc::<Desired>::default();
         let mut all: Vec<Stored> = Vec::with_capacity(self.revisions.len());
-        for Entry { revision, delta } in &self.revisions {
+        for BackupEntry { revision, delta } in &self.revisions {
             let number = revision.number;
             if number == 0 || all.last().is_some_and(|last| last.revision.number + 1 != number) {
-                return Err(unsound(file, format!("revision {number} does not follow the one before")));
+                return Err(invalid(file, format!("revision {number} does not follow the previous one")));
             }
             let desired =
-                delta::apply(&before, delta).map_err(|e| unsound(file, format!("revision {number}: {e}")))?;
+                delta::apply(&before, delta).map_err(|e| invalid(file, format!("revision {number}: {e}")))?;
             before = Arc::new(desired);
             all.push(Stored { revision: revision.clone(), desired: before.clone() });
         }
         if let Some(last) = all.last() {
             let broken = last.desired.check();
             if let Some(rule) = broken.first() {
-                return Err(unsound(file, format!("revision {}: {rule}", last.revision.number)));
+                return Err(invalid(file, format!("revision {}: {rule}", last.revision.number)));
             }
         }
         Ok(all)
@@ -150,10 +150,10 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// All kept revisions with their states, oldest first. What one has in common with the one before is there once.
+/// Reads all kept revisions with their states, oldest first. Revisions share what they have in common.
 ///
 /// # Errors
-/// Reading failed.
+/// Reading fails.
 pub async fn revisions(store: &dyn Store) -> Result<Vec<Stored>, StoreError> {
     let mut all = Vec::new();
     each_revision(store, |stored| {
@@ -164,7 +164,7 @@ pub async fn revisions(store: &dyn Store) -> Result<Vec<Stored>, StoreError> {
     Ok(all)
 }
 
-/// Reads one kept revision after the other, oldest first.
+/// Reads all kept revisions one by one, oldest first.
 async fn each_revision(
     store: &dyn Store,
     mut take: impl FnMut(Stored) -> Result<(), StoreError>,
@@ -185,7 +185,7 @@ async fn each_revision(
     for number in numbers.into_iter().rev() {
         let Stored { revision, mut desired } = match store.get(number).await {
             Ok(stored) => stored,
-            // Forgotten since the list was made.
+            // Removed since the list was read.
             Err(StoreError::NoRevision { .. }) if before.is_none() => continue,
             Err(error) => return Err(error),
         };
@@ -208,8 +208,8 @@ mod tests {
             |number| Revision { number, author: "ann".into(), time_ms: number, message: "m".into() };
         let web = json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp"});
         let entries = vec![
-            Entry { revision: revision(3), delta: json!({"services": {"web": web}}) },
-            Entry { revision: revision(4), delta: json!({"services": {"web": {"port": 81}}}) },
+            BackupEntry { revision: revision(3), delta: json!({"services": {"web": web}}) },
+            BackupEntry { revision: revision(4), delta: json!({"services": {"web": {"port": 81}}}) },
         ];
         Backup { store: "0123".into(), time_ms: 7, revisions: entries }
     }
@@ -239,7 +239,7 @@ mod tests {
         changed[at] ^= 1;
         refused(&changed, "checksum");
         let newer = String::from_utf8(sound).unwrap().replace("\"lb_backup\":1", "\"lb_backup\":9");
-        refused(newer.as_bytes(), "format 9, and this lbd knows formats up to 1");
+        refused(newer.as_bytes(), "format 9, but this lbd supports formats up to 1");
         let mut gap = backup();
         gap.revisions[1].revision.number = 9;
         refused(&gap.to_bytes().unwrap(), "revision 9 does not follow");

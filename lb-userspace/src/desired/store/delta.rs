@@ -1,7 +1,7 @@
-//! The difference between two desired states as JSON, so that a change of one backend among thousands is
+//! Differences between two desired states as JSON, so that a change of one backend among thousands takes
 //! a few bytes.
 //!
-//! Input: two states, or one and a difference. Output: the difference (RFC 7396, JSON Merge Patch), or the
+//! Input: two states, or a state and a difference. Output: the difference (RFC 7396, JSON Merge Patch), or the
 //! other state. Pure. Called by the etcd store and by backups.
 //!
 //! No field can be forgotten: services and lists are stored one by one, and everything else of a state by `rest`,
@@ -20,7 +20,7 @@ const SERVICES: &str = "services";
 /// Key of the deny and allow lists, which are compared part by part.
 const GUARD: &str = "guard";
 
-/// What to merge into `old` to make it `new`.
+/// Computes the difference that turns `old` into `new`.
 ///
 /// # Errors
 /// A state has no JSON form, which does not happen.
@@ -32,7 +32,7 @@ pub fn diff(old: &Desired, new: &Desired) -> serde_json::Result<Value> {
     let mut services = Map::new();
     for (name, service) in &new.services {
         let before = old.services.get(name);
-        // What has not changed is as a rule the same allocation.
+        // An unchanged service is usually the same allocation.
         if before.is_some_and(|b| std::sync::Arc::ptr_eq(b, service) || b == service) {
             continue;
         }
@@ -64,10 +64,10 @@ pub fn diff(old: &Desired, new: &Desired) -> serde_json::Result<Value> {
     Ok(Value::Object(delta))
 }
 
-/// `old` with the difference merged in; services that it does not name are shared.
+/// Applies a difference to `old`; unchanged services are shared.
 ///
 /// # Errors
-/// The difference is none, or not one to this state.
+/// The difference is invalid, or does not fit this state.
 pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
     let mut delta = delta.clone();
     let services = delta.as_object_mut().and_then(|map| map.remove(SERVICES));
@@ -83,7 +83,7 @@ pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
         new
     };
     if let Some(guard) = guard {
-        let lists: BTreeMap<ListName, Parts> = serde_json::from_value(guard)?;
+        let lists: BTreeMap<ListName, ListParts> = serde_json::from_value(guard)?;
         for (name, parts) in lists {
             list_apply(new.guard.list_mut(name), parts);
         }
@@ -106,10 +106,10 @@ pub fn apply(old: &Desired, delta: &Value) -> serde_json::Result<Desired> {
     Ok(new)
 }
 
-/// Parts of a list, and of each the entries that are set or, where there is none, gone; none if all are.
-type Parts = BTreeMap<String, Option<BTreeMap<IpNet, Option<u64>>>>;
+/// Parts of a list: of each the entries that are set, or removed if none; the whole part is removed if none.
+type ListParts = BTreeMap<String, Option<BTreeMap<IpNet, Option<u64>>>>;
 
-/// What differs between two lists.
+/// Computes the difference between two lists.
 fn list_diff(old: &List, new: &List) -> Map<String, Value> {
     let none = Part::new();
     let mut parts = Map::new();
@@ -135,7 +135,7 @@ fn list_diff(old: &List, new: &List) -> Map<String, Value> {
     parts
 }
 
-fn list_apply(list: &mut List, parts: Parts) {
+fn list_apply(list: &mut List, parts: ListParts) {
     for (name, entries) in parts {
         let Some(entries) = entries else {
             list.0.remove(&name);
@@ -154,12 +154,12 @@ fn list_apply(list: &mut List, parts: Parts) {
     }
 }
 
-/// A state without its services and lists: what stores write in one piece.
+/// A state without its services and lists, which stores write in one piece.
 ///
 /// # Errors
-/// It has no JSON form, which does not happen.
+/// The state has no JSON form, which does not happen.
 pub fn rest(desired: &Desired) -> serde_json::Result<Map<String, Value>> {
-    // A new field does not compile before it is decided here how it is written.
+    // A new field must not compile before it is decided here how it is stored.
     let Desired { services: _, regions, guard: _ } = desired;
     let without = Desired {
         services: BTreeMap::new(),
@@ -172,7 +172,7 @@ pub fn rest(desired: &Desired) -> serde_json::Result<Map<String, Value>> {
     Ok(map)
 }
 
-/// The merge patch that makes `old` `new`; none if they are the same.
+/// Computes the merge patch that turns `old` into `new`; none if they are equal.
 fn patch(old: &Value, new: &Value) -> Option<Value> {
     if old == new {
         return None;
@@ -192,7 +192,7 @@ fn patch(old: &Value, new: &Value) -> Option<Value> {
     Some(Value::Object(map))
 }
 
-/// RFC 7396: null removes, objects merge, all else replaces.
+/// Merges a patch (RFC 7396): null removes, objects merge, anything else replaces.
 pub fn merge(target: &mut Value, patch: Value) {
     let Value::Object(patch) = patch else {
         *target = patch;

@@ -1,107 +1,111 @@
-//! Why a store refused or failed.
+//! Errors of stores.
 
-/// See the module.
+/// Why a store refused a request or failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Someone else was faster.
-    #[error("the desired state is at revision {found} by now, not {expected}: look at it again, and repeat")]
+    /// Another change was committed first.
+    #[error(
+        "the desired state is at revision {found} by now, not {expected}: review it, and repeat the change"
+    )]
     Conflict {
         /// Revision that the author saw.
         expected: u64,
         /// Newest revision.
         found: u64,
     },
-    /// Never was, or no longer kept.
+    /// The revision never existed, or is no longer kept.
     #[error("revision {number} is not kept: revisions {oldest} to {newest} are")]
     NoRevision {
-        /// Asked for.
+        /// Requested revision.
         number: u64,
-        /// Oldest kept.
+        /// Oldest kept revision.
         oldest: u64,
-        /// Newest.
+        /// Newest revision.
         newest: u64,
     },
-    /// Another process has it open.
-    #[error("store {file} is in use by another process: stop that lbd, or give this one its own --state-dir")]
+    /// Another process has the store open.
+    #[error(
+        "store {file} is in use by another process: stop that lbd, or start this one with another --state-dir"
+    )]
     InUse {
         /// File.
         file: String,
     },
-    /// Written by a later version.
+    /// A later version has written the store.
     #[error(
-        "store {file} has format {found}, and this lbd knows formats up to {known}: start the lbd that wrote it or a later one"
+        "store {file} has format {found}, but this lbd supports formats up to {known}: start the lbd that wrote it, or a later one"
     )]
     Newer {
         /// File.
         file: String,
-        /// Its format.
+        /// Format of the file.
         found: u64,
-        /// Newest format known.
+        /// Newest supported format.
         known: u64,
     },
-    /// Not a store, or damaged.
+    /// The file is not a store, or is damaged.
     #[error(
-        "store {file} is damaged ({what}); it was left as it is: restore it from a copy; or move it away and start lbd, \
-         which then forwards by the live maps until `lbctl store restore` or `lbctl config apply` brings a state back"
+        "store {file} is damaged ({what}), and was left unchanged: restore it from a copy; or move it away and start lbd, \
+         which then forwards by the live maps until `lbctl store restore` or `lbctl config apply` provides a state"
     )]
     Corrupt {
         /// File.
         file: String,
-        /// What was found.
+        /// Description of the damage.
         what: String,
     },
-    /// The same for what belongs to this host alone.
+    /// The file with data of this host alone is damaged.
     #[error(
-        "{file} is damaged ({what}); it was left as it is: move it away, and lbd starts without the last health \
-         verdicts and takes the live maps as they are"
+        "{file} is damaged ({what}), and was left unchanged: move it away; lbd then starts without the last health \
+         results and takes the live maps as they are"
     )]
     CorruptLocal {
         /// File.
         file: String,
-        /// What was found.
+        /// Description of the damage.
         what: String,
     },
-    /// Not allowed.
-    #[error("store {file}: permission denied; run lbd as root (sudo), or give it a --state-dir of its own")]
+    /// The process lacks permission.
+    #[error("store {file}: permission denied; run lbd as root (sudo), or start it with another --state-dir")]
     Denied {
         /// File or directory.
         file: String,
     },
-    /// The file system said no.
+    /// The file system reported an error.
     #[error("store {file}: {source}")]
     Io {
         /// File or directory.
         file: String,
-        /// Why.
+        /// Error of the file system.
         #[source]
         source: std::io::Error,
     },
-    /// Anything else, such as a transaction that failed.
+    /// Another failure, such as a failed transaction.
     #[error("store {file}: {what}")]
     Failed {
         /// File, or address.
         file: String,
-        /// What the storage library said.
+        /// Message of the storage library.
         what: String,
     },
     /// The shared store cannot be reached; nothing was changed.
     #[error(
         "cut off from the store at {store} for {for_s} s ({what}): this host forwards by revision {revision} as before, \
-         and takes no change until the store answers again"
+         and accepts no changes until the store answers again"
     )]
     CutOff {
         /// Addresses.
         store: String,
-        /// Since when, in seconds.
+        /// Time without contact, in seconds.
         for_s: u64,
         /// What went wrong.
         what: String,
-        /// Revision that is in force here.
+        /// Revision in force on this host.
         revision: u64,
     },
-    /// The store stopped answering in the midst of a write.
+    /// The store stopped answering during a write.
     #[error(
-        "the store at {store} did not confirm the change ({what}): it may have been stored, or not; look at \
+        "the store at {store} did not confirm the change ({what}): it may or may not have been stored; check \
          `lbctl history` before repeating it"
     )]
     Unsure {
@@ -110,20 +114,18 @@ pub enum StoreError {
         /// What went wrong.
         what: String,
     },
-    /// It is there, and there was never a state from it.
-    #[error(
-        "cannot reach the store at {store} ({what}), and this host has no last known state to go on with"
-    )]
+    /// The store cannot be reached, and no state was ever loaded from it.
+    #[error("cannot reach the store at {store} ({what}), and this host has no last known state to use")]
     Unreachable {
         /// Addresses.
         store: String,
         /// What went wrong.
         what: String,
     },
-    /// The data belongs to others.
+    /// The data have another store id.
     #[error(
-        "{store} holds the data of store {found}, and this host belongs to store {expected}: nothing of it is taken; \
-         if the host is to move there, start lbd once with --store-id {found}"
+        "{store} holds the data of store {found}, but this host belongs to store {expected}: its data are ignored; to move \
+         this host there, start lbd once with --store-id {found}"
     )]
     Stranger {
         /// Addresses and prefix.
@@ -133,94 +135,91 @@ pub enum StoreError {
         /// Id that was expected.
         expected: String,
     },
-    /// It lost revisions that it had confirmed.
+    /// The store lost revisions that it had confirmed.
     #[error(
-        "the store at {store} is at revision {found}, and has been at {seen}: it was set back, or restored from an \
-         older copy; this host keeps revision {seen}, until `lbctl store accept {found}` says that {found} is right (an \
-         empty store is then filled with what this host knows)"
+        "the store at {store} is at revision {found}, but has been at {seen}: it was set back, or restored from an older \
+         copy; this host keeps revision {seen}; if {found} is right, run `lbctl store accept {found}` (an empty store is then \
+         filled with the data of this host)"
     )]
     SetBack {
         /// Addresses.
         store: String,
-        /// Newest revision that it has.
+        /// Newest revision of the store.
         found: u64,
         /// Newest revision that this host has seen.
         seen: u64,
     },
-    /// Its data went elsewhere.
+    /// The data were migrated to another store.
     #[error(
-        "store {store} was migrated to {to}, and takes no changes: restart lbd with --store {to} if that store holds \
-         them (`lbctl store status` there shows the revision); if it does not, `lbctl store unretire` takes the \
-         migration back"
+        "store {store} was migrated to {to}, and accepts no changes: restart lbd with --store {to} if that store holds \
+         the data (`lbctl store status` there shows the revision); otherwise undo the migration with `lbctl store unretire`"
     )]
     Moved {
         /// File, or addresses.
         store: String,
-        /// Where.
+        /// Address of the other store.
         to: String,
     },
-    /// Its data are on the way elsewhere.
-    #[error(
-        "store {store} is being copied to {to}, and takes no changes until that has ended: try again then"
-    )]
+    /// The data are being migrated to another store.
+    #[error("store {store} is being copied to {to}, and accepts no changes meanwhile: try again later")]
     Moving {
         /// File, or addresses.
         store: String,
-        /// Where.
+        /// Address of the other store.
         to: String,
     },
-    /// They went nowhere.
-    #[error("store {store} was not migrated, or is in use again: there is nothing to take back")]
+    /// The store is not migrated.
+    #[error("store {store} was not migrated, or is in use again: there is nothing to undo")]
     NotMoved {
         /// File, or addresses.
         store: String,
     },
-    /// What the store holds is what this host has.
+    /// The store has the data of this host already.
     #[error("there is nothing to accept: {why}")]
     NothingToAccept {
-        /// What there is instead.
+        /// State of this host instead.
         why: String,
     },
     /// An import needs an empty store.
-    #[error("the store at {store} holds {count} revisions already: only an empty one can be filled")]
+    #[error("the store at {store} already holds {count} revisions: only an empty store can be filled")]
     NotEmpty {
         /// File, or addresses.
         store: String,
-        /// How many revisions.
+        /// Number of revisions.
         count: u64,
     },
-    /// Somebody else has the lock.
-    #[error("lock {name} is held by {holder} ({reason}), for {left_s} s more unless renewed")]
+    /// Another holder has the lock.
+    #[error("lock {name} is held by {holder} ({reason}), and expires in {left_s} s unless renewed")]
     Held {
-        /// Lock.
+        /// Name of the lock.
         name: String,
-        /// Who has it.
+        /// Holder of the lock.
         holder: String,
-        /// What for.
+        /// Reason for the lock.
         reason: String,
         /// Time left, in seconds.
         left_s: u64,
     },
-    /// Nobody has the lock, or not with this token.
-    #[error("lock {name} is not held, or not with this token: it has run out, or was released")]
+    /// The lock is not held, or not with this token.
+    #[error("lock {name} is not held, or not with this token: it has expired, or was released")]
     NotHeld {
-        /// Lock.
+        /// Name of the lock.
         name: String,
     },
-    /// A file that is no backup, or not a whole one.
-    #[error("{file} is no sound backup: {what}; nothing was changed")]
+    /// A file is not a backup, or is damaged.
+    #[error("{file} is not a valid backup: {what}; nothing was changed")]
     Backup {
         /// File.
         file: String,
         /// What is wrong.
         what: String,
     },
-    /// The store's address cannot be understood.
+    /// The store's address is invalid.
     #[error(
-        "store {url:?}: {what}; say file:///DIRECTORY, or etcd://HOST:PORT,HOST:PORT[/PREFIX] (etcds:// for TLS)"
+        "store {url:?}: {what}; give file:///DIRECTORY, or etcd://HOST:PORT,HOST:PORT[/PREFIX] (etcds:// for TLS)"
     )]
     Address {
-        /// As given.
+        /// Address that was given.
         url: String,
         /// What is wrong.
         what: String,

@@ -1,5 +1,5 @@
-//! What belongs to this host alone, in a file of its own: saving it delays no commit. For a store in a
-//! file, also the locks and what "all hosts" tell, as this host is the only one.
+//! Data of this host alone, in a file of its own, so that saving it delays no commit. For a store in a
+//! file, also the locks and the published values of "all hosts", because this host is the only one.
 
 use super::{
     Claim, HostValues, Local, Lock, StoreError,
@@ -16,27 +16,27 @@ use std::{
 };
 use tokio::sync::{Mutex, watch};
 
-/// See [`Local`].
+/// Table of the values of [`Local`].
 const LOCAL: TableDefinition<&str, &[u8]> = TableDefinition::new("local");
 /// Key of the locks.
 const LOCKS: &str = "locks";
 
-/// `local.redb` of a directory. Clones share it.
+/// `local.redb` in a directory. Clones share it.
 #[derive(Clone)]
 pub struct LocalFile {
-    inner: Arc<Inner>,
+    inner: Arc<LocalInner>,
 }
 
-struct Inner {
+struct LocalInner {
     database: Database,
     file: PathBuf,
 }
 
 impl LocalFile {
-    /// Opens or makes the file. Blocks.
+    /// Opens or creates the file. Blocks.
     ///
     /// # Errors
-    /// It is in use, damaged, or cannot be written; it is left as it is.
+    /// The file is in use, damaged, or cannot be written; it is left as it is.
     pub fn open(directory: &Path) -> Result<Self, StoreError> {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
         let file = directory.join("local.redb");
@@ -54,13 +54,13 @@ impl LocalFile {
             StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
             other => other,
         })?;
-        Ok(Self { inner: Arc::new(Inner { database, file }) })
+        Ok(Self { inner: Arc::new(LocalInner { database, file }) })
     }
 
     /// Runs blocking work off the async threads.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&Inner) -> Result<T, redb::Error> + Send + 'static,
+        work: impl FnOnce(&LocalInner) -> Result<T, redb::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
         match tokio::task::spawn_blocking(move || work(&inner).map_err(|e| failed(&inner.file, e))).await {
@@ -89,9 +89,9 @@ impl Local for LocalFile {
     }
 }
 
-/// A lock as it is written down.
+/// Stored form of a lock.
 #[derive(Clone, Serialize, Deserialize)]
-struct Held {
+struct StoredLock {
     holder: String,
     reason: String,
     since_ms: u64,
@@ -99,7 +99,7 @@ struct Held {
     token: String,
 }
 
-impl Held {
+impl StoredLock {
     fn lock(&self, name: &str, now_ms: u64, token: bool) -> Lock {
         Lock {
             name: name.to_owned(),
@@ -112,43 +112,43 @@ impl Held {
     }
 }
 
-/// Locks and told values of a store that only one host has.
+/// Locks and published values of a store that only one host uses.
 pub(super) struct Alone {
     local: LocalFile,
-    told: watch::Sender<HostValues>,
+    values: watch::Sender<HostValues>,
     /// Held while the locks are read and written.
     locks: Mutex<()>,
 }
 
 impl Alone {
     pub fn new(local: LocalFile) -> Self {
-        Self { local, told: watch::Sender::default(), locks: Mutex::default() }
+        Self { local, values: watch::Sender::default(), locks: Mutex::default() }
     }
 
-    pub fn tell(&self, key: &str, value: Option<Vec<u8>>) {
-        self.told.send_modify(|told| {
-            let told = Arc::make_mut(told);
+    pub fn publish(&self, key: &str, value: Option<Vec<u8>>) {
+        self.values.send_modify(|values| {
+            let values = Arc::make_mut(values);
             match value {
-                Some(value) => told.insert(key.to_owned(), value),
-                None => told.remove(key),
+                Some(value) => values.insert(key.to_owned(), value),
+                None => values.remove(key),
             };
         });
     }
 
-    pub fn told(&self) -> watch::Receiver<HostValues> {
-        self.told.subscribe()
+    pub fn published(&self) -> watch::Receiver<HostValues> {
+        self.values.subscribe()
     }
 
-    /// Locks that have not run out. The clock may have been set; a lock never lasts longer by that than it was
-    /// to last from its beginning.
-    async fn held(&self, now_ms: u64) -> Result<BTreeMap<String, Held>, StoreError> {
+    /// Locks that have not expired. If the clock was set, a lock never lasts longer than its full time from its
+    /// beginning.
+    async fn held(&self, now_ms: u64) -> Result<BTreeMap<String, StoredLock>, StoreError> {
         let bytes = self.local.load(LOCKS).await?.unwrap_or_default();
-        let mut held: BTreeMap<String, Held> = serde_json::from_slice(&bytes).unwrap_or_default();
+        let mut held: BTreeMap<String, StoredLock> = serde_json::from_slice(&bytes).unwrap_or_default();
         held.retain(|_, h| (h.since_ms..h.until_ms).contains(&now_ms));
         Ok(held)
     }
 
-    async fn keep(&self, held: &BTreeMap<String, Held>) -> Result<(), StoreError> {
+    async fn keep(&self, held: &BTreeMap<String, StoredLock>) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(held).expect("texts and numbers have a JSON form");
         self.local.save(LOCKS, bytes).await
     }
@@ -159,9 +159,9 @@ impl Alone {
         let mut held = self.held(now).await?;
         let until_ms = now + claim.ttl.as_millis() as u64;
         let new = match (held.get(&claim.name), &claim.token) {
-            // A renewal never shortens it: whoever proves that he holds it asks for less than he has.
+            // A renewal never shortens the lock.
             (Some(old), Some(token)) if old.token == *token => {
-                Held { until_ms: until_ms.max(old.until_ms), ..old.clone() }
+                StoredLock { until_ms: until_ms.max(old.until_ms), ..old.clone() }
             }
             (_, Some(_)) => return Err(StoreError::NotHeld { name: claim.name }),
             (Some(old), None) => {
@@ -171,7 +171,7 @@ impl Alone {
             }
             (None, None) => {
                 let token = format!("{:016x}", rand::random::<u64>());
-                Held { holder: claim.holder, reason: claim.reason, since_ms: now, until_ms, token }
+                StoredLock { holder: claim.holder, reason: claim.reason, since_ms: now, until_ms, token }
             }
         };
         let lock = new.lock(&claim.name, now, true);

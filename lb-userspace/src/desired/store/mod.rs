@@ -1,10 +1,10 @@
-//! Desired state that lasts: numbered revisions with author, time and message.
+//! Durable desired state: numbered revisions with author, time and message.
 //!
 //! Input: whole desired states, committed against the revision that their author saw. Output: the newest
-//! state (watched), any kept revision, and the history; beside it locks, and what hosts tell each other.
-//! [`Store`] is what the rest knows; [`RedbStore`] keeps it in a file on this host, [`EtcdStore`] shares it
-//! between hosts and regions. [`Local`] keeps what belongs to this host alone (last health verdicts, the
-//! reconciler's memory, the last known state), whatever store the desired state is in.
+//! state (watched), any kept revision, and the history; also locks, and values that hosts publish to each other.
+//! [`Store`] is the interface; [`RedbStore`] keeps the state in a file on this host, [`EtcdStore`] shares it
+//! between hosts and regions. [`Local`] keeps data of this host alone (last health results, the
+//! reconciler's memory, the last known state), with any store.
 //! Called by the API and the daemon.
 
 mod address;
@@ -39,18 +39,18 @@ use tokio::sync::watch;
 /// One change of the desired state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Revision {
-    /// Its number: one more than the one before; 0 is the empty state before any change.
+    /// Number of the revision: one more than the previous one; 0 is the empty state before any change.
     pub number: u64,
-    /// Who made it.
+    /// Author of the change.
     pub author: String,
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the change, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// What for.
+    /// Reason for the change.
     pub message: String,
 }
 
 impl Revision {
-    /// When.
+    /// Time of the change.
     pub fn time(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.time_ms)
     }
@@ -59,63 +59,63 @@ impl Revision {
 /// A revision and its state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stored {
-    /// Which.
+    /// Number, author, time and message.
     pub revision: Revision,
-    /// The whole state.
+    /// The complete state.
     pub desired: Arc<Desired>,
 }
 
 /// A change to commit.
 #[derive(Clone, Debug)]
 pub struct Commit {
-    /// Number of the newest revision that the author saw; another by now is a conflict.
+    /// Number of the newest revision that the author saw; if it is no longer the newest, there is a conflict.
     pub expected: u64,
-    /// The new state, whole and already checked.
+    /// The new state, complete and already checked.
     pub desired: Arc<Desired>,
-    /// Who.
+    /// Author of the change.
     pub author: String,
-    /// What for.
+    /// Reason for the change.
     pub message: String,
-    /// When.
+    /// Time of the change.
     pub time: SystemTime,
 }
 
-/// A new name for a store's data: 16 hexadecimal digits.
+/// Generates an id for a store's data: 16 hexadecimal digits.
 fn new_id() -> String {
     format!("{:016x}", rand::random::<u64>())
 }
 
-/// How a store and this host get on.
+/// State of the connection between this host and the store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Link {
     /// `redb` or `etcd`.
     pub engine: String,
     /// File, or addresses and prefix.
     pub place: String,
-    /// Whether the store answers, and its answers are taken.
+    /// Whether the store answers, and its data are accepted.
     pub connected: bool,
-    /// Since when, in milliseconds since 1970 UTC.
+    /// Time since which `connected` has its value, in milliseconds since 1970 UTC.
     pub since_ms: u64,
-    /// When it last answered, in milliseconds since 1970 UTC.
+    /// Time of the last answer, in milliseconds since 1970 UTC.
     pub contact_ms: u64,
-    /// What is wrong, if it is not connected.
+    /// What is wrong, if not connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    /// Revision that the store was set back to, and that is not taken unless somebody accepts it.
+    /// Revision that the store was set back to, and that is ignored until an operator accepts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set_back: Option<u64>,
 }
 
-/// A store, as `lbctl store status` shows it.
+/// Description of a store, as `lbctl store status` shows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
     /// `redb` or `etcd`.
     pub engine: String,
     /// File, or addresses and prefix.
     pub place: String,
-    /// Id of its data.
+    /// Id of the data.
     pub id: String,
-    /// Members of its cluster; one, if it is a file.
+    /// Members of the cluster; one for a file.
     pub members: Vec<Member>,
 }
 
@@ -126,15 +126,15 @@ pub struct Member {
     pub name: String,
     /// Address.
     pub address: String,
-    /// Whether it answers and has a leader.
+    /// Whether the member answers and has a leader.
     pub healthy: bool,
-    /// Whether it leads.
+    /// Whether the member is the leader.
     pub leader: bool,
-    /// Version of its program.
+    /// Version of the member's program.
     pub version: String,
-    /// Size of its data, in bytes.
+    /// Size of the member's data, in bytes.
     pub size_bytes: u64,
-    /// What is wrong with it.
+    /// What is wrong with the member.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
 }
@@ -144,136 +144,136 @@ pub struct Member {
 pub struct Lock {
     /// Name.
     pub name: String,
-    /// Who holds it.
+    /// Holder of the lock.
     pub holder: String,
-    /// What for.
+    /// Reason for holding it.
     pub reason: String,
-    /// Since when, in milliseconds since 1970 UTC.
+    /// Start, in milliseconds since 1970 UTC.
     pub since_ms: u64,
-    /// Seconds until it runs out, unless it is renewed.
+    /// Seconds until the lock expires, unless renewed.
     pub left_s: u64,
-    /// What its holder renews and releases it with; shown to nobody else.
+    /// Secret with which the holder renews and releases the lock; only the holder gets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
 }
 
-/// Wish for a lock.
+/// Request for a lock.
 #[derive(Clone, Debug)]
 pub struct Claim {
     /// Name.
     pub name: String,
-    /// Who.
+    /// Holder of the lock.
     pub holder: String,
-    /// What for.
+    /// Reason for the lock.
     pub reason: String,
-    /// After this time without renewal it is free again.
+    /// Time after which the lock expires without renewal.
     pub ttl: Duration,
-    /// Of a renewal: what the first claim was answered with.
+    /// For a renewal: token from the answer to the first request.
     pub token: Option<String>,
 }
 
-/// Whether a store takes changes.
+/// Whether a store accepts changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Retire {
-    /// Not while it is copied there, by this lbd: if that dies, it does again by itself.
+    /// Not while this lbd copies the store there; if lbd dies, the store accepts changes again.
     Moving(String),
     /// Not any more: the data are there.
     Moved(String),
-    /// It does again.
+    /// The store accepts changes again.
     Back,
 }
 
-/// What hosts tell each other: small values by key (`hosts/NAME` and so on).
+/// Values that hosts publish to each other: small values by key (`hosts/NAME` and so on).
 pub type HostValues = Arc<BTreeMap<String, Vec<u8>>>;
 
-/// Where the desired state lives.
+/// Store of the desired state.
 pub trait Store: Send + Sync {
-    /// The newest revision. Does not block: it is the watched value.
+    /// Returns the newest revision. Does not block: it is the watched value.
     fn head(&self) -> Stored {
         self.watch().borrow().clone()
     }
 
-    /// The newest revision, and each that follows. A slow reader sees only the last.
+    /// Watches the newest revision. A slow reader sees only the last one.
     fn watch(&self) -> watch::Receiver<Stored>;
 
-    /// Makes `commit` the newest revision if its author saw the one before, durably.
+    /// Makes `commit` the newest revision durably, if its author saw the previous one.
     ///
     /// # Errors
     /// [`StoreError::Conflict`], or the write failed and nothing changed; only after [`StoreError::Unsure`]
-    /// it may have been stored all the same.
+    /// the change may have been stored nevertheless.
     fn commit(&self, commit: Commit) -> BoxFuture<'_, Result<Stored, StoreError>>;
 
-    /// A kept revision.
+    /// Returns a kept revision.
     ///
     /// # Errors
-    /// [`StoreError::NoRevision`], or reading failed.
+    /// [`StoreError::NoRevision`], or reading fails.
     fn get(&self, number: u64) -> BoxFuture<'_, Result<Stored, StoreError>>;
 
-    /// Kept revisions below `before` (all, if none), newest first, at most `limit`.
+    /// Lists kept revisions below `before` (all, if none), newest first, at most `limit`.
     ///
     /// # Errors
-    /// Reading failed.
+    /// Reading fails.
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>>;
 
-    /// How the store and this host get on, and each change of it.
+    /// Watches the state of the connection to the store.
     fn link(&self) -> watch::Receiver<Link>;
 
-    /// Engine and members.
+    /// Describes engine and members.
     fn about(&self) -> BoxFuture<'_, About>;
 
     /// Fills an empty store: revisions as they are, oldest first, with numbers, authors and times; and the id
-    /// of the data, if they keep that. It is all there in the end, or nothing is.
+    /// of the data, if they keep it. Either everything is stored, or nothing.
     ///
     /// # Errors
-    /// [`StoreError::NotEmpty`], or writing failed.
+    /// [`StoreError::NotEmpty`], or writing fails.
     fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Takes no more changes, or does so again. When `Moving` returns, no commit that is under way can succeed any
-    /// more, and the head is the last one that has.
+    /// Stops accepting changes, or accepts them again. When `Moving` returns, no pending commit can succeed
+    /// any more, and the head is the last successful one.
     ///
     /// # Errors
-    /// [`StoreError::Moved`] or [`StoreError::Moving`] where somebody else is faster, [`StoreError::NotMoved`] of
-    /// [`Retire::Back`], or writing failed.
+    /// [`StoreError::Moved`] or [`StoreError::Moving`] if another migration was faster, [`StoreError::NotMoved`] for
+    /// [`Retire::Back`], or writing fails.
     fn retire(&self, how: Retire) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Takes what the store holds, although it is older than what this host has seen, if it is (still) at this
-    /// revision; one that is empty is filled with what this host knows.
+    /// Accepts the store's data, although they are older than what this host has seen, if the store is (still) at this
+    /// revision; an empty store is filled with the data of this host.
     ///
     /// # Errors
     /// [`StoreError::NothingToAccept`].
     fn accept(&self, revision: u64) -> Result<(), StoreError>;
 
-    /// Tells all hosts a value, for as long as this lbd lives (and some seconds more); none takes it back.
-    /// Goes out as soon as the store can be reached.
-    fn tell(&self, key: &str, value: Option<Vec<u8>>);
+    /// Publishes a value to all hosts, until this lbd ends (and some seconds more); none withdraws it.
+    /// It is sent as soon as the store can be reached.
+    fn publish(&self, key: &str, value: Option<Vec<u8>>);
 
-    /// What all hosts tell, this one included, and each change of it.
-    fn told(&self) -> watch::Receiver<HostValues>;
+    /// Watches the values that all hosts publish, including this one.
+    fn published(&self) -> watch::Receiver<HostValues>;
 
     /// Takes a lock, or renews it.
     ///
     /// # Errors
-    /// [`StoreError::Held`], or writing failed; of a renewal, [`StoreError::NotHeld`].
+    /// [`StoreError::Held`], or writing fails; for a renewal, [`StoreError::NotHeld`].
     fn lock(&self, claim: Claim) -> BoxFuture<'_, Result<Lock, StoreError>>;
 
-    /// Releases a lock; without its token, whoever holds it.
+    /// Releases a lock; without a token, whoever holds it.
     ///
     /// # Errors
-    /// [`StoreError::NotHeld`], or writing failed.
+    /// [`StoreError::NotHeld`], or writing fails.
     fn unlock(&self, name: String, token: Option<String>) -> BoxFuture<'_, Result<(), StoreError>>;
 
-    /// Locks that are held, without their tokens.
+    /// Lists the locks that are held, without their tokens.
     ///
     /// # Errors
-    /// Reading failed.
+    /// Reading fails.
     fn locks(&self) -> BoxFuture<'_, Result<Vec<Lock>, StoreError>>;
 }
 
-/// Revisions in force since `since_ms` (in milliseconds since 1970 UTC), oldest first: the one that was the
-/// newest then, and all that followed, the last `limit` of them at most. Where fewer are kept, those.
+/// Revisions in force since `since_ms` (in milliseconds since 1970 UTC), oldest first: the newest at that time, and
+/// all that followed, at most the last `limit`; fewer if fewer are kept.
 ///
 /// # Errors
-/// Reading failed.
+/// Reading fails.
 pub async fn since(store: &dyn Store, since_ms: u64, limit: usize) -> Result<Vec<Stored>, StoreError> {
     let mut found = vec![store.head()];
     while let Some(last) = found.last()
@@ -291,22 +291,22 @@ pub async fn since(store: &dyn Store, since_ms: u64, limit: usize) -> Result<Vec
     Ok(found)
 }
 
-/// What belongs to this host alone: small values by key.
+/// Data of this host alone: small values by key.
 pub trait Local: Send + Sync {
-    /// The value last put.
+    /// Returns the value saved last.
     ///
     /// # Errors
-    /// Reading failed.
+    /// Reading fails.
     fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>>;
 
     /// Replaces the value, durably.
     ///
     /// # Errors
-    /// The write failed, and the old value stands.
+    /// The write fails, and the old value stays.
     fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>>;
 }
 
-/// What was put before the restart; a default, and a warning that `what` cannot be read, if it is of no use.
+/// Loads a value saved before a restart; if it is unreadable, logs a warning that names `what` and returns the default.
 pub async fn restored<T: Default, E: Display>(
     local: &dyn Local,
     key: &'static str,
@@ -319,7 +319,7 @@ pub async fn restored<T: Default, E: Display>(
         Err(e) => Err(e.to_string()),
     };
     found.unwrap_or_else(|error| {
-        tracing::warn!(%error, "{what} cannot be read; starting without");
+        tracing::warn!(%error, "cannot read {what}; starting without it");
         T::default()
     })
 }

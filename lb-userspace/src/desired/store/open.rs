@@ -7,20 +7,20 @@ use super::{
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 
-/// What it takes to open a store.
+/// Options for opening a store.
 #[derive(Clone)]
 pub struct Opener {
-    /// What belongs to this host alone.
+    /// File for data of this host alone.
     pub local: LocalFile,
-    /// Revisions kept.
+    /// Number of revisions that are kept.
     pub keep: u64,
-    /// Certificates and user, where the store is shared.
+    /// Certificates and user for a shared store.
     pub access: Access,
-    /// Id that the data must have, where the store is shared.
+    /// Id that a shared store must have.
     pub id: Option<String>,
 }
 
-/// Remembers nothing: a store that is only filled is not this host's own yet.
+/// Local storage that discards everything: a store that is only filled is not this host's own yet.
 struct Nowhere;
 
 impl Local for Nowhere {
@@ -37,7 +37,7 @@ impl Opener {
     /// Opens the daemon's own store.
     ///
     /// # Errors
-    /// See the engines.
+    /// Errors of the engines.
     pub async fn open(&self, address: &Address) -> Result<Arc<dyn Store>, StoreError> {
         let local = Arc::new(self.local.clone());
         self.open_with(address, local, self.id.clone()).await
@@ -46,7 +46,7 @@ impl Opener {
     /// Opens another store, to fill it.
     ///
     /// # Errors
-    /// See the engines.
+    /// Errors of the engines.
     pub async fn open_other(&self, address: &Address) -> Result<Arc<dyn Store>, StoreError> {
         self.open_with(address, Arc::new(Nowhere), None).await
     }

@@ -1,4 +1,4 @@
-//! Commits, conflicts, history, and files that are not what they should be.
+//! Commits, conflicts, history, and invalid files.
 
 use super::*;
 use crate::desired::model::Desired;
@@ -18,7 +18,7 @@ fn commit(expected: u64, desired: Arc<Desired>) -> Commit {
 }
 
 #[tokio::test]
-async fn revisions_last_and_conflicts_are_told() {
+async fn revisions_persist_and_conflicts_are_reported() {
     let dir = tempfile::tempdir().unwrap();
     let store = RedbStore::open(dir.path(), 100).unwrap();
     assert_eq!(store.head().revision.number, 0);
@@ -38,17 +38,17 @@ async fn revisions_last_and_conflicts_are_told() {
     assert_eq!(store.get(1).await.unwrap().desired, one);
     assert_eq!(store.get(0).await.unwrap().desired, Arc::default());
     let history = store.history(None, 10).await.unwrap();
-    let told: Vec<_> =
+    let listed: Vec<_> =
         history.iter().map(|r| (r.number, r.author.as_str(), r.message.as_str(), r.time_ms)).collect();
-    assert_eq!(told, [(2, "ann", "from 1", 1_001), (1, "ann", "from 0", 1_000)]);
+    assert_eq!(listed, [(2, "ann", "from 1", 1_001), (1, "ann", "from 0", 1_000)]);
     assert_eq!(store.history(Some(2), 10).await.unwrap().len(), 1);
     let error = store.get(9).await.unwrap_err().to_string();
     assert_eq!(error, "revision 9 is not kept: revisions 1 to 2 are");
 }
 
-/// A file as versions wrote it that stored services and lists only: it opens, and is written on.
+/// A file of versions that stored services and lists only can be opened and written.
 #[tokio::test]
-async fn a_file_of_the_version_before_opens() {
+async fn a_file_of_an_earlier_version_opens() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("lb.redb");
     let database = ::redb::Database::create(&file).unwrap();
@@ -78,7 +78,7 @@ async fn a_file_of_the_version_before_opens() {
 }
 
 #[tokio::test]
-async fn writers_at_once_do_not_lose_each_other() {
+async fn concurrent_writers_do_not_lose_commits() {
     let dir = tempfile::tempdir().unwrap();
     let store = RedbStore::open(dir.path(), 100).unwrap();
     let writers = (0..8u16).map(|i| {
@@ -101,7 +101,7 @@ async fn writers_at_once_do_not_lose_each_other() {
 }
 
 #[tokio::test]
-async fn old_revisions_are_forgotten_with_what_only_they_named() {
+async fn old_revisions_are_removed_with_their_services() {
     let dir = tempfile::tempdir().unwrap();
     let store = RedbStore::open(dir.path(), 3).unwrap();
     for i in 0..10u16 {
@@ -119,7 +119,7 @@ async fn old_revisions_are_forgotten_with_what_only_they_named() {
 }
 
 #[tokio::test]
-async fn local_values_last() {
+async fn local_values_persist() {
     let dir = tempfile::tempdir().unwrap();
     let store = RedbStore::open(dir.path(), 3).unwrap();
     assert_eq!(store.load("health").await.unwrap(), None);
@@ -146,7 +146,7 @@ async fn a_second_daemon_is_refused() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_store_or_newer_is_left_as_it_is() {
+async fn other_files_and_newer_formats_are_left_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("lb.redb");
     std::fs::write(&file, b"this is not a database, whatever it is called").unwrap();
@@ -166,12 +166,12 @@ async fn a_file_that_is_no_store_or_newer_is_left_as_it_is() {
     drop(database);
     let before = std::fs::metadata(&file).unwrap().len();
     let error = open_error(dir.path());
-    assert!(error.contains("format 99, and this lbd knows formats up to 1"), "{error}");
+    assert!(error.contains("format 99, but this lbd supports formats up to 1"), "{error}");
     assert_eq!(std::fs::metadata(&file).unwrap().len(), before);
 }
 
 #[tokio::test]
-async fn a_damaged_store_is_refused_or_read_right_never_misread() {
+async fn a_damaged_store_is_refused_or_read_correctly() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("lb.redb");
     let store = RedbStore::open(dir.path(), 100).unwrap();

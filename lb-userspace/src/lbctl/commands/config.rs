@@ -72,7 +72,7 @@ pub fn check(out: &mut Out<'_>, check: &Check) -> Result<Exit, Failure> {
                     let what = format!("[lbd] {error}");
                     Some((
                         check.file.display().to_string(),
-                        vec![crate::desired::config::Problem { at: None, what }],
+                        vec![crate::desired::config::ConfigProblem { at: None, what }],
                     ))
                 }
             }

@@ -2,7 +2,7 @@
 
 use super::Finding;
 use crate::{
-    apply::offloads::{self, Trouble},
+    apply::offloads::{self, OffloadProblem},
     serve::api::types::{Interface, ServiceInfo, Status},
 };
 use futures_util::TryStreamExt;
@@ -82,19 +82,19 @@ async fn one(handle: &Handle, interface: &Interface) -> Vec<Finding> {
 fn offloads(about: &str, name: &str) -> Vec<Finding> {
     match offloads::examine(name) {
         None => vec![Finding::warn(about, "offloads not checked", "check `ethtool -k` for lro and rxvlan")],
-        Some(troubles) if troubles.is_empty() => {
+        Some(problems) if problems.is_empty() => {
             vec![Finding::ok(about, "no offload changes packets before the program")]
         }
-        Some(troubles) => troubles.into_iter().map(|trouble| offload_finding(about, trouble)).collect(),
+        Some(problems) => problems.into_iter().map(|problem| offload_finding(about, problem)).collect(),
     }
 }
 
-fn offload_finding(about: &str, trouble: Trouble) -> Finding {
-    let fix = format!("{}, or set `fix_offloads = true` in [lbd]", trouble.fix);
-    if trouble.is_certain {
-        Finding::fail(about, trouble.what, fix)
+fn offload_finding(about: &str, problem: OffloadProblem) -> Finding {
+    let fix = format!("{}, or set `fix_offloads = true` in [lbd]", problem.fix);
+    if problem.is_certain {
+        Finding::fail(about, problem.what, fix)
     } else {
-        Finding::warn(about, trouble.what, fix)
+        Finding::warn(about, problem.what, fix)
     }
 }
 
@@ -140,19 +140,19 @@ mod tests {
 
     #[test]
     fn offloads_fail_where_packets_are_wrong_for_certain() {
-        let trouble = |is_certain| Trouble {
+        let problem = |is_certain| OffloadProblem {
             feature: crate::apply::ethtool::RX_VLAN,
             what: "rx-vlan-offload is on".to_owned(),
             fix: "`ethtool -K eth0 rxvlan off`".to_owned(),
             is_certain,
         };
-        let certain = offload_finding("interface eth0", trouble(true));
+        let certain = offload_finding("interface eth0", problem(true));
         assert_eq!(certain.level, Level::Fail);
         assert!(
             certain
                 .fix
                 .is_some_and(|f| f.contains("ethtool -K eth0 rxvlan off") && f.contains("fix_offloads"))
         );
-        assert_eq!(offload_finding("interface eth0", trouble(false)).level, Level::Warn);
+        assert_eq!(offload_finding("interface eth0", problem(false)).level, Level::Warn);
     }
 }

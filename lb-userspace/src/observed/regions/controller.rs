@@ -96,7 +96,7 @@ impl RegionController {
         let before = steers.iter().map(|(name, steer)| (name.clone(), resumed(steer, &here))).collect();
         let (region, zone) = (here.region.to_string(), here.zone.to_string());
         let said = PeerReport { host: host.clone(), region, zone, ..PeerReport::default() };
-        let told = store.told();
+        let told = store.published();
         Self {
             here,
             host,
@@ -138,7 +138,7 @@ impl RegionController {
     ) {
         let mut desired = self.store.watch();
         let mut reports = self.replicas.changes();
-        let (mut told, mut times) = (self.store.told(), self.times.1.clone());
+        let (mut told, mut times) = (self.store.published(), self.times.1.clone());
         tokio::spawn(rtt::run(self.targets.subscribe(), self.times.0.clone()));
         let mut sent = None;
         loop {
@@ -364,7 +364,7 @@ impl RegionController {
         let key = format!("{KEY}{}", self.host);
         let value = serde_json::to_vec(&said).expect("names and numbers have a JSON form");
         if self.told.borrow().get(&key) != Some(&value) {
-            self.store.tell(&key, Some(value));
+            self.store.publish(&key, Some(value));
         }
         self.said = said;
     }

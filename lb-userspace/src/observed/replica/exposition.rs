@@ -153,13 +153,13 @@ mod tests {
     #[test]
     fn other_pages_are_refused_with_the_line() {
         for (page, expected) in [
-            ("<!DOCTYPE html>", "line 1 is no metric: it does not begin with a name"),
-            ("{\"running\":1}", "line 1 is no metric: it does not begin with a name"),
-            ("a 1\nb{x=\"1\" 2\n", "line 2 is no metric: labels without an end"),
-            ("a\n", "line 1 is no metric: a name and no value"),
-            ("a{} \n", "line 1 is no metric: a name and no value"),
-            ("a x\n", "line 1 is no metric: its value is no number"),
-            ("Not Found", "line 1 is no metric: its value is no number"),
+            ("<!DOCTYPE html>", "line 1 is not a valid metric: it does not begin with a name"),
+            ("{\"running\":1}", "line 1 is not a valid metric: it does not begin with a name"),
+            ("a 1\nb{x=\"1\" 2\n", "line 2 is not a valid metric: labels without an end"),
+            ("a\n", "line 1 is not a valid metric: a name and no value"),
+            ("a{} \n", "line 1 is not a valid metric: a name and no value"),
+            ("a x\n", "line 1 is not a valid metric: its value is no number"),
+            ("Not Found", "line 1 is not a valid metric: its value is no number"),
         ] {
             assert_eq!(all(page).unwrap_err(), expected, "{page}");
         }

@@ -236,12 +236,16 @@ mod tests {
     #[test]
     fn a_page_of_another_server_is_refused_by_the_name_that_is_missing() {
         for (kind, page, expected) in [
-            ("vllm", SGLANG, "no metric vllm:num_requests_running on the page: is it a vllm page?"),
-            ("sglang", VLLM, "no metric sglang:num_running_reqs{priority=\"\"} on the page"),
-            ("tgi", TRITON, "no metric tgi_batch_current_size"),
-            ("triton", TGI, "no metric nv_trt_llm_request_metrics{request_type=\"waiting\"}"),
-            ("vllm", "<html>", "line 1 is no metric"),
-            ("vllm", "", "no metric vllm:num_requests_running"),
+            (
+                "vllm",
+                SGLANG,
+                "the page has no metric vllm:num_requests_running: check that it is a vllm page",
+            ),
+            ("sglang", VLLM, "the page has no metric sglang:num_running_reqs{priority=\"\"}: "),
+            ("tgi", TRITON, "the page has no metric tgi_batch_current_size"),
+            ("triton", TGI, "the page has no metric nv_trt_llm_request_metrics{request_type=\"waiting\"}"),
+            ("vllm", "<html>", "line 1 is not a valid metric"),
+            ("vllm", "", "the page has no metric vllm:num_requests_running"),
         ] {
             let error = report(kind, page).unwrap_err();
             assert!(error.starts_with(expected), "{kind}: {error}");
@@ -275,7 +279,7 @@ mod tests {
             assert!(error.contains(expected) && error.starts_with("vllm:"), "{error}");
         }
         let huge = "# x\n".repeat(PAGE_LIMIT / 4 + 1);
-        assert!(report("vllm", &huge).unwrap_err().starts_with("more than 4194304 bytes"));
+        assert!(report("vllm", &huge).unwrap_err().contains("more than 4194304 bytes"));
     }
 
     #[test]
@@ -303,7 +307,10 @@ mod tests {
         let got = custom.report(page.as_bytes(), Duration::ZERO).unwrap();
         assert_eq!((got.running, got.waiting, got.kv_cache_usage, got.capacity), (3, 0, Some(0.7), Some(4)));
         let error = custom.report(b"slots 4\n", Duration::ZERO).unwrap_err().to_string();
-        assert!(error.starts_with("no metric busy{pool=\"a\"} on the page: is it a custom page?"), "{error}");
+        assert!(
+            error.starts_with("the page has no metric busy{pool=\"a\"}: check that it is a custom page"),
+            "{error}"
+        );
         let mut renamed = scraper(r#"{"kind":"vllm","metrics":{"waiting":"my_queue"}}"#);
         let page = format!("{VLLM}my_queue 5\n");
         assert_eq!(renamed.report(page.as_bytes(), Duration::ZERO).unwrap().waiting, 5);

@@ -320,7 +320,7 @@ async fn what_is_too_large_too_slow_or_silent_is_hung_up_on() {
     let trickle: Vec<Vec<u8>> = (0..500).map(|_| b"d".to_vec()).collect();
     let comments: Vec<Vec<u8>> = (0..500).map(|_| b": still here\n\n".to_vec()).collect();
     for (pieces, pause, expected) in [
-        (megabytes, ms(0), "more than 65536 bytes: a report is refused whole"),
+        (megabytes, ms(0), "the report has more than 65536 bytes"),
         (trickle, ms(20), "a report took longer than 200 ms"),
         (comments, ms(20), "the time without a report took longer than 350 ms"),
         (vec![], ms(0), "the time without a report took longer than 350 ms"),
@@ -371,7 +371,7 @@ async fn a_metrics_page_is_read_at_intervals() {
     let entry = bed.until("refused", |e| e.refused > 2).await;
     assert_eq!(
         entry.trouble.unwrap().what,
-        "report refused: line 1 is no metric: it does not begin with a name"
+        "report refused: line 1 is not a valid metric: it does not begin with a name"
     );
     assert_eq!((entry.readiness, entry.report.unwrap().waiting), (Readiness::Ready, 72));
     worker.kill();

@@ -150,7 +150,7 @@ pub struct View {
     /// See [`lb_common::ServiceView::load_cap`].
     pub load_cap: u32,
     /// Limits of new flows.
-    pub limits: crate::desired::model::Limits,
+    pub limits: crate::desired::model::RateLimits,
 }
 
 /// A service entry with its table.

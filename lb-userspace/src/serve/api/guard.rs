@@ -139,7 +139,7 @@ pub(super) struct CheckQuery {
 pub(super) async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<Decision> {
     let now_s = clock::unix().as_secs();
     let address = query.address.to_canonical();
-    let found = control.head().desired.guard.decides(address, now_s);
+    let found = control.head().desired.guard.deciding_entry(address, now_s);
     Ok(Json(Decision {
         address,
         denied: matches!(found, Some((ListName::Deny, ..))),

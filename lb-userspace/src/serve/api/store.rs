@@ -201,7 +201,7 @@ impl Control {
     /// How the store is.
     pub async fn store_info(&self) -> StoreInfo {
         let about = self.store.about().await;
-        let told = self.store.told().borrow().clone();
+        let told = self.store.published().borrow().clone();
         let reports = told.iter().filter(|(key, _)| key.starts_with(HOSTS));
         let mut hosts: Vec<HostReport> =
             reports.filter_map(|(_, value)| serde_json::from_slice(value).ok()).collect();
@@ -222,7 +222,7 @@ impl Control {
     /// Tells the others about this host.
     pub fn tell(&self, report: HostReport) {
         let value = serde_json::to_vec(&report).expect("texts and numbers have a JSON form");
-        self.store.tell(&format!("{HOSTS}{}", report.host), Some(value));
+        self.store.publish(&format!("{HOSTS}{}", report.host), Some(value));
         self.report.send_replace(report);
     }
 

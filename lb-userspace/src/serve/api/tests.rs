@@ -156,7 +156,7 @@ async fn refusals_say_what_and_how_to_mend_it() {
             "no service wbe",
             Some("did you mean web?"),
         ),
-        (Method::GET, "/v1/services/a%20b", Value::Null, "bad_request", "name \"a b\" is not usable", None),
+        (Method::GET, "/v1/services/a%20b", Value::Null, "bad_request", "name \"a b\" is not valid", None),
         (
             Method::GET,
             "/v1/nothing",

@@ -1,8 +1,8 @@
-//! Calls to etcd's gRPC API: which member is asked, how long, and who we are.
+//! Calls to etcd's gRPC API: choice of the member, timeouts and authentication.
 //!
 //! Input: members, TLS files, a user. Output: answers, or a [`CallError`] that says whether the request may
-//! have reached etcd all the same. A member that does not answer within [`ATTEMPT`] or has no leader is left
-//! for the next one. Called by the store beside it.
+//! have reached etcd nevertheless. A member that does not answer within [`ATTEMPT`] or has no leader is replaced
+//! by the next one. Called by the store in this module.
 
 use super::proto::{self, AuthenticateRequest, AuthenticateResponse};
 use hyper::http::uri::PathAndQuery;
@@ -23,33 +23,33 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-/// How long one member may take before the next is asked.
+/// Time that one member may take before the next is tried.
 pub const ATTEMPT: Duration = Duration::from_millis(1_500);
-/// How long making a connection may take.
+/// Timeout of a connection attempt.
 const CONNECT: Duration = Duration::from_secs(1);
-/// etcd ends connections that ping more often than every 5 s.
+/// Interval of pings: etcd closes connections that ping more often than every 5 s.
 const PING: Duration = Duration::from_secs(10);
-/// After all members were asked in vain, time to the next round.
+/// Pause after a round in which no member answered.
 const ROUND: Duration = Duration::from_millis(100);
 /// Largest answer: a page of revisions, or the parts of a large one.
 const MESSAGE_LIMIT: usize = 64 * 1024 * 1024;
 
-/// Where etcd is, and who we are to it.
+/// Addresses of etcd, and credentials.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Access {
     /// `HOST:PORT` of each member.
     pub members: Vec<String>,
-    /// Whether to speak TLS.
+    /// Whether TLS is used.
     pub tls: bool,
-    /// File of the certificates that members' ones are checked against; the system's if none.
+    /// File of CA certificates that verify the members; the system's if none.
     pub ca: Option<PathBuf>,
-    /// Files of our own certificate and its key.
+    /// Files of our client certificate and its private key.
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// Name, and file of the password.
+    /// User name, and file of the password.
     pub user: Option<(String, PathBuf)>,
 }
 
-/// Why there is no client.
+/// Why a client cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum AccessError {
     /// A file cannot be read.
@@ -57,37 +57,37 @@ pub enum AccessError {
     File {
         /// File.
         file: String,
-        /// Why.
+        /// Error of the read.
         #[source]
         source: std::io::Error,
     },
-    /// A member's address, or a certificate.
+    /// The address of a member or a certificate is invalid.
     #[error("cannot set up the connection to etcd at {member}: {what}")]
     Member {
-        /// Address.
+        /// Address of the member.
         member: String,
         /// What is wrong.
         what: String,
     },
 }
 
-/// Why a call has no answer.
+/// Why a call failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CallError {
     /// No member answered in time.
     #[error("{what}")]
     Silent {
-        /// What the last one said.
+        /// Message of the last member.
         what: String,
-        /// Whether a member may have taken the request in.
+        /// Whether a member may have executed the request.
         sent: bool,
     },
-    /// A member answered, and said no.
+    /// A member refused the request.
     #[error("{what}")]
     Refused {
-        /// gRPC's word for it.
+        /// Status code of gRPC.
         code: Code,
-        /// What it said.
+        /// Message of the member.
         what: String,
     },
 }
@@ -106,10 +106,10 @@ fn read(file: &PathBuf) -> Result<Vec<u8>, AccessError> {
 }
 
 impl Client {
-    /// Makes connections when they are first needed. Blocks for the files.
+    /// Creates a client; connections are made when first needed. Blocks for the files.
     ///
     /// # Errors
-    /// A file cannot be read or is not what it should be, or an address is none.
+    /// A file cannot be read or is invalid, or an address is invalid.
     pub fn new(access: &Access) -> Result<Self, AccessError> {
         let mut tls = None;
         if access.tls {
@@ -150,34 +150,34 @@ impl Client {
             }
             members.push((member.clone(), endpoint.connect_lazy()));
         }
-        // So that the hosts spread over the members.
+        // Shuffled, so that the hosts spread over the members.
         members.shuffle(&mut rand::rng());
         Ok(Self { members, preferred: AtomicUsize::new(0), user, token: Mutex::new(None) })
     }
 
-    /// The members' addresses, as one text.
+    /// Returns the members' addresses, joined.
     pub fn addresses(&self) -> String {
         let mut all: Vec<&str> = self.members.iter().map(|(address, _)| address.as_str()).collect();
         all.sort_unstable();
         all.join(", ")
     }
 
-    /// The member that is asked first.
+    /// Returns the address of the preferred member, which is tried first.
     pub fn member(&self) -> &str {
         &self.members[self.preferred.load(Ordering::Relaxed) % self.members.len()].0
     }
 
-    /// Asks another member first from now on, if it is still this one that is.
-    pub fn turn_away(&self, from: &str) {
+    /// Prefers another member from now on, if `from` is still the preferred one.
+    pub fn prefer_another(&self, from: &str) {
         if self.member() == from {
             self.preferred.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Asks members in turn until one answers.
+    /// Sends a request to the members in turn until one answers.
     ///
     /// # Errors
-    /// None did before `within` was over, or one refused.
+    /// No member answered within `within`, or one refused.
     pub async fn call<Q, A>(&self, path: &'static str, request: &Q, within: Duration) -> Result<A, CallError>
     where
         Q: prost::Message + Clone + Default + Send + Sync + 'static,
@@ -193,7 +193,7 @@ impl Client {
                 break;
             }
             let index = (first + attempt) % self.members.len();
-            match self.ask(index, path, request.clone(), left.min(ATTEMPT)).await {
+            match self.call_member(index, path, request.clone(), left.min(ATTEMPT)).await {
                 Ok(answer) => {
                     self.preferred.store(index, Ordering::Relaxed);
                     return Ok(answer);
@@ -211,8 +211,8 @@ impl Client {
         Err(CallError::Silent { what, sent })
     }
 
-    /// Asks one member, once (twice if it does not know us any more).
-    pub async fn ask<Q, A>(
+    /// Sends a request to one member; twice if our token has expired.
+    pub async fn call_member<Q, A>(
         &self,
         index: usize,
         path: &'static str,
@@ -229,9 +229,9 @@ impl Client {
                 Err(status) if auth_expired(&status) && self.user.is_some() => {
                     *self.token.lock().unwrap_or_else(PoisonError::into_inner) = None;
                     let token = self.token(index).await?;
-                    self.unary(index, path, request, token).await.map_err(|s| told(&s))
+                    self.unary(index, path, request, token).await.map_err(|s| call_error(&s))
                 }
-                other => other.map_err(|s| told(&s)),
+                other => other.map_err(|s| call_error(&s)),
             }
         };
         match tokio::time::timeout(within, work).await {
@@ -275,11 +275,11 @@ impl Client {
         let work = async {
             let token = self.token(index).await?;
             let mut grpc = self.grpc(index);
-            grpc.ready().await.map_err(|e| told(&Status::from_error(e.into())))?;
+            grpc.ready().await.map_err(|e| call_error(&Status::from_error(e.into())))?;
             let request = with_metadata(Request::new(iter([request]).chain(pending())), token);
             let codec = ProstCodec::<Q, A>::default();
             let answer = grpc.streaming(request, PathAndQuery::from_static(path), codec).await;
-            Ok(answer.map_err(|s| told(&s))?.into_inner())
+            Ok(answer.map_err(|s| call_error(&s))?.into_inner())
         };
         match tokio::time::timeout(ATTEMPT, work).await {
             Ok(result) => result,
@@ -291,7 +291,7 @@ impl Client {
         Grpc::new(self.members[index].1.clone()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
-    /// What shows who we are, if we are somebody.
+    /// Returns the authentication token, if there is a user.
     async fn token(&self, index: usize) -> Result<Option<MetadataValue<Ascii>>, CallError> {
         let Some((name, password)) = &self.user else { return Ok(None) };
         if let Some(token) = self.token.lock().unwrap_or_else(PoisonError::into_inner).clone() {
@@ -301,18 +301,19 @@ impl Client {
         let answer: AuthenticateResponse = self
             .unary(index, "/etcdserverpb.Auth/Authenticate", request, None)
             .await
-            .map_err(|s| told(&s))?;
-        let odd = |_| CallError::Refused { code: Code::Internal, what: "the token is no text".to_owned() };
+            .map_err(|s| call_error(&s))?;
+        let odd =
+            |_| CallError::Refused { code: Code::Internal, what: "the token is not valid text".to_owned() };
         let token: MetadataValue<Ascii> = answer.token.parse().map_err(odd)?;
         *self.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token.clone());
         Ok(Some(token))
     }
 
-    /// Asks each member about itself: address, and its answer.
+    /// Reads the status of each member: address, and its answer.
     pub async fn statuses(&self) -> Vec<(String, Result<proto::StatusResponse, CallError>)> {
         let asked = (0..self.members.len()).map(|index| async move {
             let path = "/etcdserverpb.Maintenance/Status";
-            let answer = self.ask(index, path, proto::Empty {}, ATTEMPT).await;
+            let answer = self.call_member(index, path, proto::Empty {}, ATTEMPT).await;
             (self.members[index].0.clone(), answer)
         });
         futures_util::future::join_all(asked).await
@@ -320,7 +321,7 @@ impl Client {
 }
 
 fn with_metadata<T>(mut request: Request<T>, token: Option<MetadataValue<Ascii>>) -> Request<T> {
-    // A member without a leader says so at once, instead of waiting for one.
+    // A member without a leader then answers at once, instead of waiting for one.
     request.metadata_mut().insert("hasleader", MetadataValue::from_static("true"));
     if let Some(token) = token {
         request.metadata_mut().insert("token", token);
@@ -332,15 +333,15 @@ fn auth_expired(status: &Status) -> bool {
     status.code() == Code::Unauthenticated || status.message().contains("invalid auth token")
 }
 
-/// A status as one of our errors.
-fn told(status: &Status) -> CallError {
+/// Converts a gRPC status.
+fn call_error(status: &Status) -> CallError {
     let what = match std::error::Error::source(status) {
         Some(source) => innermost(source),
         None => status.message().to_owned(),
     };
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
-            // etcd's own words for what it certainly has not done.
+            // Messages of etcd for requests that were certainly not executed.
             let undone = ["etcdserver: no leader", "etcdserver: server stopped"].contains(&status.message());
             CallError::Silent { what, sent: !undone && !is_unconnected(status) }
         }
@@ -348,7 +349,7 @@ fn told(status: &Status) -> CallError {
     }
 }
 
-/// Whether there was no connection that a request could have gone over.
+/// Whether there was no connection over which the request could have been sent.
 fn is_unconnected(status: &Status) -> bool {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {

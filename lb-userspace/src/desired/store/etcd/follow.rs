@@ -1,14 +1,14 @@
-//! Following what others commit: read what is missing, watch for more, and notice when etcd is gone.
+//! Follows commits of other hosts: reads missing revisions, watches for new ones, and notices when etcd is unreachable.
 //!
-//! A watch that broke, or whose place etcd has compacted away, is followed by a look at the head; only
-//! revisions that are missing are read, and if none is, nothing changes. So nothing flaps.
+//! After a watch that broke, or whose position etcd has compacted away, the head is read again; only missing revisions
+//! are read, and if none is missing, nothing changes. A broken watch therefore causes no flapping.
 //!
 //! The watch only speeds things up: the head is also read each second (linearizable), which proves that etcd answers
 //! and finds a watch that hangs on a member which is cut off. Members without a leader say so at once (`hasleader`).
 
 use super::{
-    Arc, Identity, Inner, Known, READ, RECENT, StoreError, Stored, end_of,
-    keys::{FORMAT, Head, Parts, Record, Snapshot, is_absent, put},
+    Arc, EtcdInner, KnownRevision, READ, RECENT, StoreError, StoreIdentity, Stored, end_of,
+    keys::{FORMAT, Head, Parts, RevisionRecord, Snapshot, is_absent, put},
     locked,
     proto::{KeyValue, SortOrder, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse},
     watched::Seen,
@@ -20,18 +20,18 @@ use crate::{
 use rand::Rng;
 use std::{collections::BTreeMap, convert::Infallible, time::Duration, time::Instant};
 
-/// How often the head is looked at beside the watch: the sign of life.
+/// Interval at which the head is read in addition to the watch, as a sign of life.
 const BEAT: Duration = Duration::from_secs(1);
-/// Pause after a failed round: shortest and longest. A jitter is added.
+/// Shortest and longest pause after a failed round. A jitter is added.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
-/// Revisions read at once.
+/// Revisions per read.
 const PAGE: usize = 500;
 
 /// Why a round ended.
 pub(super) enum End {
-    /// The watch is to be opened anew; nothing is wrong with etcd as a whole, as far as is known.
+    /// The watch must be opened again; etcd as a whole is not known to have failed.
     Again(String),
-    /// etcd does not answer, or its answer is not taken.
+    /// etcd does not answer, or its answer is refused.
     Failed(StoreError),
 }
 
@@ -41,21 +41,21 @@ impl From<StoreError> for End {
     }
 }
 
-/// Follows until the store is dropped.
-pub(super) async fn run(inner: Arc<Inner>) {
+/// Follows the store until it is dropped.
+pub(super) async fn run(inner: Arc<EtcdInner>) {
     let mut pause = PAUSE.0;
     let mut tries = 0;
     loop {
         let began = Instant::now();
         match inner.round().await {
             Ok(never) => match never {},
-            Err(End::Again(why)) => tracing::debug!(why, "watch of the store opened anew"),
-            Err(End::Failed(error)) => inner.unlinked(&error),
+            Err(End::Again(why)) => tracing::debug!(why, "opening the watch of the store again"),
+            Err(End::Failed(error)) => inner.set_disconnected(&error),
         }
         if began.elapsed() > PAUSE.1 * 2 {
             (pause, tries) = (PAUSE.0, 0);
         }
-        // The first try after a break comes at once.
+        // No pause before the first try after a break.
         if tries > 0 {
             let jitter = pause.mul_f64(rand::rng().random_range(0.0..0.5));
             tokio::select! {
@@ -68,14 +68,14 @@ pub(super) async fn run(inner: Arc<Inner>) {
     }
 }
 
-impl Inner {
-    /// The first look of a start.
-    pub(super) async fn first_look(&self, has_state: bool) -> Result<(), StoreError> {
+impl EtcdInner {
+    /// First read of a start: retries for a while, and falls back to the last known state.
+    pub(super) async fn read_at_start(&self, has_state: bool) -> Result<(), StoreError> {
         let until = Instant::now() + if has_state { READ } else { super::FIRST };
         loop {
-            let error = match self.look().await {
+            let error = match self.read_all().await {
                 Ok(_) => {
-                    self.linked();
+                    self.set_connected();
                     return Ok(());
                 }
                 Err(error) => error,
@@ -87,13 +87,13 @@ impl Inner {
                     }
                     let error = self.cut_off(what);
                     tracing::error!(%error, "starting with the last known state");
-                    self.unlinked(&error);
+                    self.set_disconnected(&error);
                     return Ok(());
                 }
                 StoreError::CutOff { .. } => tokio::time::sleep(PAUSE.0).await,
                 StoreError::SetBack { .. } if has_state => {
                     tracing::error!(%error, "starting with the last known state");
-                    self.unlinked(&error);
+                    self.set_disconnected(&error);
                     return Ok(());
                 }
                 error => return Err(error),
@@ -101,21 +101,21 @@ impl Inner {
         }
     }
 
-    /// Reads all that is new, and watches until something breaks.
+    /// Reads everything that is new, and watches until an error.
     async fn round(&self) -> Result<Infallible, End> {
-        let at = self.look().await?;
+        let at = self.read_all().await?;
         let member = self.client.member().to_owned();
         let all = self.keys.key("");
         let (key, range_end) = (all.clone(), end_of(&all));
         let create = WatchCreateRequest { key, range_end, start_revision: at + 1 };
         let request = WatchRequest { create: Some(create) };
         let broken = |why: String| {
-            self.client.turn_away(&member);
+            self.client.prefer_another(&member);
             End::Again(why)
         };
         let stream = self.client.stream("/etcdserverpb.Watch/Watch", request).await;
         let mut stream = stream.map_err(|e| broken(e.to_string()))?;
-        self.linked();
+        self.set_connected();
         let watch = async {
             let mut seen = Seen { at, records: BTreeMap::new() };
             loop {
@@ -125,7 +125,7 @@ impl Inner {
                 if message.canceled && message.compact_revision == 0 {
                     return Err(broken(message.cancel_reason));
                 }
-                self.watched(message, &mut seen).await?;
+                self.apply_watch(message, &mut seen).await?;
             }
         };
         let beat = async {
@@ -151,25 +151,25 @@ impl Inner {
         }
     }
 
-    /// Reads whose data these are, and what is new. Returns etcd's revision at which all of this was so.
-    async fn look(&self) -> Result<i64, StoreError> {
+    /// Reads the identity of the store and everything that is new. Returns etcd's revision of this reading.
+    async fn read_all(&self) -> Result<i64, StoreError> {
         self.identify().await?;
         let at = self.catch_up().await?;
         let begin = self.keys.key("leased/");
         let leased = self.range(begin.clone(), end_of(&begin), SortOrder::None, 0).await;
         let leased = leased.map_err(|e| self.call_failed(e))?;
-        let told: BTreeMap<String, Vec<u8>> = leased
+        let values: BTreeMap<String, Vec<u8>> = leased
             .kvs
             .into_iter()
             .filter_map(|kv| Some((self.keys.after("leased/", &kv.key)?.to_owned(), kv.value)))
             .collect();
-        if **self.told.borrow() != told {
-            self.told.send_replace(Arc::new(told));
+        if **self.host_values.borrow() != values {
+            self.host_values.send_replace(Arc::new(values));
         }
         Ok(at)
     }
 
-    /// Whose data these are; an empty prefix becomes ours.
+    /// Reads and checks the identity of the store; an empty prefix gets ours.
     async fn identify(&self) -> Result<(), StoreError> {
         let key = self.keys.key("store");
         let expected = locked(&self.id).clone();
@@ -177,7 +177,7 @@ impl Inner {
             let found = self.range(key.clone(), Vec::new(), SortOrder::None, 1).await;
             let found = found.map_err(|e| self.call_failed(e))?;
             if let Some(kv) = found.kvs.first() {
-                let identity: Identity =
+                let identity: StoreIdentity =
                     serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("store: {e}")))?;
                 if identity.format > FORMAT {
                     let (file, found) = (self.place.clone(), identity.format);
@@ -195,16 +195,17 @@ impl Inner {
                 if !self.is_accepted(&Head::default()) {
                     return Err(self.set_back(Head::default(), seen));
                 }
-                let known: Vec<Known> = locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
+                let known: Vec<KnownRevision> =
+                    locked(&self.recent).range(1..).map(|(_, k)| k.clone()).collect();
                 self.fill(expected.clone(), known).await?;
                 tracing::warn!(
                     store = self.place,
                     revision = seen,
-                    "an empty store was filled with what this host knew"
+                    "filled an empty store with the data of this host"
                 );
                 continue;
             }
-            let identity = Identity { format: FORMAT, id: expected.clone().unwrap_or_else(new_id) };
+            let identity = StoreIdentity { format: FORMAT, id: expected.clone().unwrap_or_else(new_id) };
             let value = serde_json::to_vec(&identity).map_err(|e| self.failed(e))?;
             let compare = vec![is_absent(key.clone())];
             let success = vec![put(key.clone(), value, 0)];
@@ -214,7 +215,7 @@ impl Inner {
         }
     }
 
-    /// The newest revision's place, and etcd's own revision at that time.
+    /// Reads the newest revision's number and nonce, and etcd's own revision at that time.
     pub(super) async fn read_head(&self) -> Result<(i64, Head), StoreError> {
         let found = self.range(self.keys.key("head"), Vec::new(), SortOrder::None, 1).await;
         let found = found.map_err(|e| self.call_failed(e))?;
@@ -230,14 +231,14 @@ impl Inner {
         String::from_utf8_lossy(&kv.value).parse().map_err(|e: String| self.corrupt(e))
     }
 
-    /// Takes in all revisions that are new.
+    /// Applies all new revisions.
     pub(super) async fn catch_up(&self) -> Result<i64, StoreError> {
         let before = self.known().stored.revision.number;
         let (at, head) = self.read_head().await?;
         let known = self.known();
         let seen = known.stored.revision.number;
-        // While this was on its way, another task has learned of a newer one: only what was known before the question was
-        // asked must be in the answer.
+        // Meanwhile, another task may have learned of a newer revision: the answer must contain only what was known before
+        // the request.
         if before <= head.number && head.number < seen {
             return Ok(at);
         }
@@ -267,10 +268,10 @@ impl Inner {
         let new = match new {
             Some(Followed::New(new)) => new,
             Some(Followed::OtherHistory) if !accept => return Err(set_back()),
-            // So many are missing that their records are gone.
-            Some(Followed::OtherHistory) | None if head.number == 0 => vec![Known::zero()],
+            // So many revisions are missing that their records are gone.
+            Some(Followed::OtherHistory) | None if head.number == 0 => vec![KnownRevision::zero()],
             Some(Followed::OtherHistory) | None => {
-                let gone = || self.corrupt(format!("revision {} cannot be put together", head.number));
+                let gone = || self.corrupt(format!("revision {} cannot be rebuilt", head.number));
                 vec![self.rebuild(head.number).await?.ok_or_else(gone)?]
             }
         };
@@ -284,8 +285,8 @@ impl Inner {
         Ok(at)
     }
 
-    /// Whether a known revision is the one that the store has under its number; taken to be if it is gone.
-    async fn is_same(&self, known: &Known, head: &Head) -> Result<bool, StoreError> {
+    /// Whether the store has a known revision under its number; assumed if its record is gone.
+    async fn is_same(&self, known: &KnownRevision, head: &Head) -> Result<bool, StoreError> {
         let number = known.stored.revision.number;
         if number == head.number {
             return Ok(known.nonce == head.nonce);
@@ -298,8 +299,8 @@ impl Inner {
         }
     }
 
-    /// All revisions after a known one up to `to`; none if some of them are no longer there.
-    async fn fold_all(&self, from: &Known, to: u64) -> Result<Option<Followed>, StoreError> {
+    /// Reads all revisions after a known one up to `to`; none if some of them are gone.
+    async fn fold_all(&self, from: &KnownRevision, to: u64) -> Result<Option<Followed>, StoreError> {
         let mut last = from.clone();
         let mut all = Vec::new();
         while last.stored.revision.number < to {
@@ -325,12 +326,12 @@ impl Inner {
         Ok(Some(Followed::New(all)))
     }
 
-    /// The state of revision `number`, from the snapshot before it; none if it cannot be had any more.
-    pub(super) async fn rebuild(&self, number: u64) -> Result<Option<Known>, StoreError> {
+    /// Rebuilds the state of revision `number` from the preceding snapshot; none if records are gone.
+    pub(super) async fn rebuild(&self, number: u64) -> Result<Option<KnownRevision>, StoreError> {
         let (begin, end) = (self.keys.snapshot(0), self.keys.snapshot(number + 1));
         let found = self.range(begin, end, SortOrder::Descend, 1).await.map_err(|e| self.call_failed(e))?;
         let base = match found.kvs.first() {
-            None => Known::zero(),
+            None => KnownRevision::zero(),
             Some(kv) => {
                 let parts: Parts =
                     serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
@@ -339,7 +340,7 @@ impl Inner {
                     serde_json::from_slice(&bytes).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
                 *locked(&self.weights) = (bytes.len(), 0);
                 let Snapshot { revision, nonce, desired } = snapshot;
-                Known { stored: Stored { revision, desired }, nonce }
+                KnownRevision { stored: Stored { revision, desired }, nonce }
             }
         };
         if base.stored.revision.number == number {
@@ -347,28 +348,28 @@ impl Inner {
         }
         match self.fold_all(&base, number).await? {
             Some(Followed::New(mut all)) => Ok(all.pop()),
-            Some(Followed::OtherHistory) => Err(self.corrupt("revisions do not follow each other")),
+            Some(Followed::OtherHistory) => Err(self.corrupt("the revisions are not consecutive")),
             None => Ok(None),
         }
     }
 
-    /// A revision's number and record.
-    pub(super) fn record(&self, kv: &KeyValue) -> Result<(u64, Record), StoreError> {
+    /// Parses the number and record of a revision.
+    pub(super) fn record(&self, kv: &KeyValue) -> Result<(u64, RevisionRecord), StoreError> {
         let name = self.keys.after("revisions/", &kv.key).unwrap_or_default();
-        let number = name.parse().map_err(|_| self.corrupt(format!("revision {name:?} is no number")))?;
+        let number = name.parse().map_err(|_| self.corrupt(format!("revision {name:?} is not a number")))?;
         let record =
             serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("revision {number}: {e}")))?;
         Ok((number, record))
     }
 
-    /// The state after a revision, from the one before.
+    /// Applies a revision to the previous state.
     pub(super) async fn fold(
         &self,
-        before: &Known,
+        before: &KnownRevision,
         number: u64,
-        record: &Record,
+        record: &RevisionRecord,
         bytes: usize,
-    ) -> Result<Known, StoreError> {
+    ) -> Result<KnownRevision, StoreError> {
         let corrupt = |e: serde_json::Error| self.corrupt(format!("revision {number}: {e}"));
         let large;
         let delta = match (&record.delta, &record.parts) {
@@ -379,31 +380,34 @@ impl Inner {
                 large = serde_json::from_slice(&bytes).map_err(corrupt)?;
                 &large
             }
-            (None, None) => return Err(self.corrupt(format!("revision {number} says nothing"))),
+            (None, None) => return Err(self.corrupt(format!("revision {number} has no contents"))),
         };
         locked(&self.weights).1 += bytes;
         let desired = Arc::new(delta::apply(&before.stored.desired, delta).map_err(corrupt)?);
         let stored = Stored { revision: record.revision(number), desired };
-        Ok(Known { stored, nonce: record.nonce.clone() })
+        Ok(KnownRevision { stored, nonce: record.nonce.clone() })
     }
 
-    /// Puts something in pieces together.
+    /// Reads a value that is stored in parts.
     async fn parts(&self, parts: &Parts) -> Result<Vec<u8>, StoreError> {
         let mut bytes = Vec::new();
         for i in 0..parts.count {
             let key = self.keys.key(&format!("parts/{}/{i:06}", parts.nonce));
             let found = self.range(key, Vec::new(), SortOrder::None, 1).await;
             let found = found.map_err(|e| self.call_failed(e))?;
-            let part = found.kvs.first().ok_or_else(|| self.corrupt(format!("part {i} of {}", parts.nonce)));
+            let part = found
+                .kvs
+                .first()
+                .ok_or_else(|| self.corrupt(format!("part {i} of {} is missing", parts.nonce)));
             bytes.extend_from_slice(&part?.value);
         }
         Ok(bytes)
     }
 
-    /// Makes revisions known, if they are newer than what is; `anew` forgets what was.
-    pub(super) fn advance(&self, new: Vec<Known>, anew: bool) {
+    /// Adds newer revisions to the known ones; `replace` removes the known ones first.
+    pub(super) fn advance(&self, new: Vec<KnownRevision>, replace: bool) {
         let mut recent = locked(&self.recent);
-        if anew {
+        if replace {
             recent.clear();
         }
         let before = recent.keys().next_back().copied();
@@ -421,10 +425,10 @@ impl Inner {
     }
 }
 
-/// What comes after a known revision.
+/// Revisions after a known one.
 enum Followed {
-    /// These.
-    New(Vec<Known>),
-    /// Others than those that this host has seen.
+    /// The revisions, in order.
+    New(Vec<KnownRevision>),
+    /// Other revisions than those that this host has seen.
     OtherHistory,
 }

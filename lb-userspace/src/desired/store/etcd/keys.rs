@@ -1,19 +1,19 @@
-//! What the store's keys are called, and what is in them.
+//! Keys of the store, and their values.
 //!
-//! All begin with the prefix and a slash:
+//! All keys begin with the prefix and a slash:
 //!
 //! | key | value |
 //! |---|---|
-//! | `store` | [`Identity`]: whose data these are |
-//! | `head` | [`Head`]: the newest revision; the one key that every commit compares and changes |
-//! | `revisions/N` | [`Record`]: what revision N changed |
-//! | `snapshots/N` | [`Parts`] of a [`Snapshot`]: the whole state at N |
-//! | `parts/NONCE/I` | a piece of something too large for one request |
-//! | `moved` | where the data has gone, if it has |
-//! | `leased/KEY` | what a host tells, under its lease |
-//! | `locks/NAME` | [`Held`], under a lease of its own |
+//! | `store` | [`StoreIdentity`]: id of the data |
+//! | `head` | [`Head`]: the newest revision; the only key that every commit compares and changes |
+//! | `revisions/N` | [`RevisionRecord`]: change of revision N |
+//! | `snapshots/N` | [`Parts`] of a [`Snapshot`]: the complete state at N |
+//! | `parts/NONCE/I` | a part of a value that is too large for one request |
+//! | `moved` | address that the data were migrated to, if any |
+//! | `leased/KEY` | a value that a host publishes, under its lease |
+//! | `locks/NAME` | [`LockValue`], under a lease of its own |
 //!
-//! Revisions are written once and never changed, so whoever reads them while others write reads right.
+//! Revisions are written once and never changed, so reads are consistent during writes.
 
 use super::proto::{
     Against, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Op, PutRequest, RangeRequest,
@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{fmt, str::FromStr, sync::Arc};
 
-/// Version of this layout. Raised when an older lbd could no longer read it.
+/// Version of this layout. Increased when an older lbd could no longer read it.
 pub const FORMAT: u64 = 1;
 
 /// Names of keys under a prefix.
@@ -37,33 +37,33 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Under this prefix.
+    /// Keys under this prefix.
     pub fn new(prefix: &str) -> Self {
         Self { prefix: prefix.to_owned() }
     }
 
-    /// A key, or what several begin with.
+    /// Returns a key, or the common prefix of several.
     pub fn key(&self, name: &str) -> Vec<u8> {
         format!("{}/{name}", self.prefix).into_bytes()
     }
 
-    /// Revision `n`; numbers sort as texts.
+    /// Returns the key of revision `n`; the numbers sort as text.
     pub fn revision(&self, n: u64) -> Vec<u8> {
         self.key(&format!("revisions/{n:020}"))
     }
 
-    /// Snapshot at `n`.
+    /// Returns the key of the snapshot at `n`.
     pub fn snapshot(&self, n: u64) -> Vec<u8> {
         self.key(&format!("snapshots/{n:020}"))
     }
 
-    /// What follows the given name in a key.
+    /// Returns the rest of a key after the given name.
     pub fn after<'k>(&self, name: &str, key: &'k [u8]) -> Option<&'k str> {
         std::str::from_utf8(key).ok()?.strip_prefix(&self.prefix)?.strip_prefix('/')?.strip_prefix(name)
     }
 }
 
-/// The first key after all that begin with `key`.
+/// Returns the first key after all that begin with `key`.
 pub fn end_of(key: &[u8]) -> Vec<u8> {
     let mut end = key.to_vec();
     if let Some(last) = end.last_mut() {
@@ -72,17 +72,17 @@ pub fn end_of(key: &[u8]) -> Vec<u8> {
     end
 }
 
-/// Whose data.
+/// Identity of the data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
-    /// [`FORMAT`] of what wrote it.
+pub struct StoreIdentity {
+    /// [`FORMAT`] of the writer.
     pub format: u64,
-    /// 16 hexadecimal digits.
+    /// Id, 16 hexadecimal digits.
     pub id: String,
 }
 
-/// The newest revision: its number, and the nonce of its record, so that two histories that differ are never
-/// taken for one.
+/// The newest revision: its number, and the nonce of its record, which tells two different histories with the same
+/// numbers apart.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Head {
     /// Number; 0 is the empty state before any change.
@@ -107,77 +107,77 @@ impl FromStr for Head {
     }
 }
 
-/// What a revision changed.
+/// Record of a revision.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
-    /// Who made it.
+pub struct RevisionRecord {
+    /// Author of the change.
     pub author: String,
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the change, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// What for.
+    /// Reason for the change.
     pub message: String,
-    /// Made up anew for each attempt to commit.
+    /// Random, generated for each attempt to commit.
     pub nonce: String,
-    /// Nonce of the revision before.
+    /// Nonce of the previous revision.
     pub after: String,
-    /// The difference to it, see [`crate::desired::store::delta`]; none if it is in parts.
+    /// Difference to the previous state, see [`crate::desired::store::delta`]; none if it is in parts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delta: Option<Value>,
-    /// Where the difference is, if it is large.
+    /// Parts of a large difference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parts: Option<Parts>,
 }
 
-impl Record {
-    /// As the rest of lbd knows it.
+impl RevisionRecord {
+    /// Converts the record.
     pub fn revision(&self, number: u64) -> Revision {
         let (author, message) = (self.author.clone(), self.message.clone());
         Revision { number, author, time_ms: self.time_ms, message }
     }
 }
 
-/// Something in pieces.
+/// A value in parts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parts {
-    /// Keys begin with `parts/NONCE/`.
+    /// The keys begin with `parts/NONCE/`.
     pub nonce: String,
-    /// How many there are.
+    /// Number of parts.
     pub count: u32,
 }
 
-/// A whole state.
+/// A complete state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// Which.
+    /// Number, author, time and message.
     pub revision: Revision,
-    /// Nonce of its record.
+    /// Nonce of the revision's record.
     pub nonce: String,
     /// The state.
     pub desired: Arc<Desired>,
 }
 
-/// A lock as it is written down.
+/// Stored form of a lock.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Held {
-    /// Who holds it.
+pub struct LockValue {
+    /// Holder of the lock.
     pub holder: String,
-    /// What for.
+    /// Reason for the lock.
     pub reason: String,
-    /// Since when, in milliseconds since 1970 UTC.
+    /// Start, in milliseconds since 1970 UTC.
     pub since_ms: u64,
 }
 
 /// A revision with its nonce.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct KnownRevision {
     /// Revision and state.
     pub stored: Stored,
-    /// Nonce of its record.
+    /// Nonce of the revision's record.
     pub nonce: String,
 }
 
-impl Known {
-    /// As it stands in `head`.
+impl KnownRevision {
+    /// Returns the revision's entry in `head`.
     pub fn head(&self) -> Head {
         Head { number: self.stored.revision.number, nonce: self.nonce.clone() }
     }
@@ -199,7 +199,7 @@ pub fn get(key: Vec<u8>) -> RequestOp {
     RequestOp { op: Some(Op::Range(RangeRequest { key, ..RangeRequest::default() })) }
 }
 
-/// Removes the keys from `key` up to but without `end`.
+/// Removes the keys from `key` up to, but not including, `end`.
 pub fn delete(key: Vec<u8>, end: Vec<u8>) -> RequestOp {
     RequestOp { op: Some(Op::Delete(DeleteRangeRequest { key, range_end: end })) }
 }
@@ -210,7 +210,7 @@ pub fn is_value(key: Vec<u8>, value: Vec<u8>) -> Compare {
     Compare { result, target, key, against: Some(Against::Value(value)) }
 }
 
-/// Holds if there is no such key.
+/// Holds if the key does not exist.
 pub fn is_absent(key: Vec<u8>) -> Compare {
     let (result, target) = (CompareResult::Equal as i32, CompareTarget::Create as i32);
     Compare { result, target, key, against: Some(Against::CreateRevision(0)) }
@@ -222,7 +222,7 @@ pub fn is_leased(key: Vec<u8>, lease: i64) -> Compare {
     Compare { result, target, key, against: Some(Against::Lease(lease)) }
 }
 
-/// Asks for the keys from `key` up to but without `end`, in their order or the other way round.
+/// Reads the keys from `key` up to, but not including, `end`, in the given order.
 pub fn range(key: Vec<u8>, end: Vec<u8>, order: SortOrder, limit: i64) -> RangeRequest {
     RangeRequest { key, range_end: end, sort_order: order as i32, limit, ..RangeRequest::default() }
 }

@@ -1,23 +1,23 @@
-//! Whether etcd answers and its answers are taken, as others are shown it; and what somebody accepted.
+//! State of the connection to etcd, as it is published; and acceptance by an operator.
 
-use super::{Inner, StoreError, keys::Head, locked};
+use super::{EtcdInner, StoreError, keys::Head, locked};
 use crate::clock;
 
-impl Inner {
-    /// Whether somebody accepted this very head.
+impl EtcdInner {
+    /// Whether an operator accepted exactly this head.
     pub(super) fn is_accepted(&self, head: &Head) -> bool {
         locked(&self.accepted).as_ref() == Some(head)
     }
 
-    /// The store holds something older than revision `seen`; it may be accepted.
+    /// Records that the store holds something older than revision `seen`, so that it can be accepted.
     pub(super) fn set_back(&self, head: Head, seen: u64) -> StoreError {
         let found = head.number;
         *locked(&self.set_back) = Some(head);
         StoreError::SetBack { store: self.place.clone(), found, seen }
     }
 
-    /// etcd answers.
-    pub(super) fn linked(&self) {
+    /// Records that etcd answers.
+    pub(super) fn set_connected(&self) {
         let now = clock::unix_ms();
         let mut was_cut = None;
         *locked(&self.set_back) = None;
@@ -34,12 +34,12 @@ impl Inner {
         if let Some(ms) = was_cut {
             let revision = self.head.borrow().revision.number;
             tracing::info!(store = self.place, revision, after_ms = ms, "connected to the store");
-            self.telling_changed.notify_one();
+            self.published_changed.notify_one();
         }
     }
 
-    /// etcd does not answer, or not what it should.
-    pub(super) fn unlinked(&self, error: &StoreError) {
+    /// Records that etcd does not answer, or not as it should.
+    pub(super) fn set_disconnected(&self, error: &StoreError) {
         let problem = match error {
             StoreError::CutOff { what, .. } => what.clone(),
             other => other.to_string(),
@@ -47,7 +47,7 @@ impl Inner {
         let set_back = match error {
             StoreError::SetBack { found, .. } => Some(*found),
             _ => {
-                // What cannot be looked at now may be something else when it can.
+                // A head that cannot be read now may have changed when it can.
                 *locked(&self.set_back) = None;
                 *locked(&self.accepted) = None;
                 None

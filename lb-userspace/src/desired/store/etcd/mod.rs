@@ -1,10 +1,10 @@
 //! The store in an etcd cluster (3.4 and later), shared by the ingress hosts of all regions.
 //!
-//! etcd is the engine: it orders the commits (a compare-and-set on one key), keeps them, and tells every host
-//! of each. What is here is the layout ([`keys`]), the following of others' changes ([`follow`]), our own
-//! writes ([`write`]), and leases and locks ([`session`]). The last known state is kept on this host too:
-//! cut off from etcd, or started while it is away, a host goes on with that, serves reads, refuses writes,
-//! and says so. Called by the daemon.
+//! etcd is the engine: it orders the commits (a compare-and-set on one key), stores them, and notifies every host.
+//! This module defines the layout ([`keys`]), follows others' changes ([`follow`]), writes our own
+//! ([`write`]), and keeps leases and locks ([`session`]). The last known state is also saved on this host:
+//! when etcd is unreachable, even at the start, the host uses that state, serves reads, refuses writes,
+//! and reports it. Called by the daemon.
 
 pub mod client;
 mod follow;
@@ -20,7 +20,7 @@ pub use client::Access;
 
 use self::{
     client::{CallError, Client},
-    keys::{Head, Held, Identity, Keys, Known, end_of, range},
+    keys::{Head, Keys, KnownRevision, LockValue, StoreIdentity, end_of, range},
     proto::{RangeResponse, SortOrder},
 };
 use super::{
@@ -42,73 +42,73 @@ use tokio::{
 const RANGE: &str = "/etcdserverpb.KV/Range";
 const TXN: &str = "/etcdserverpb.KV/Txn";
 
-/// How long a read may take, all members tried.
+/// Timeout of a read, including retries on other members.
 const READ: Duration = Duration::from_secs(4);
-/// How long a start without a last known state waits for etcd.
+/// Time for which a start without a last known state waits for etcd.
 const FIRST: Duration = Duration::from_secs(15);
-/// Revisions kept in memory: those that are asked for are as a rule the last ones.
+/// Revisions kept in memory: usually only the last ones are requested.
 const RECENT: usize = 256;
 /// Key of the last known state in the local store.
-const CACHE: &str = "last-known-state";
-/// How long changes are gathered before the last known state is saved.
+const SAVED_STATE: &str = "last-known-state";
+/// Time for which changes are gathered before the last known state is saved.
 const GATHER: Duration = Duration::from_millis(50);
 
-/// The last known state, as it is saved.
+/// Saved form of the last known state.
 #[derive(Serialize, Deserialize)]
-struct Cache {
+struct SavedState {
     id: String,
     nonce: String,
     revision: Revision,
     desired: Arc<crate::desired::model::Desired>,
 }
 
-/// How to open a store.
+/// Options for opening a store.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where etcd is.
+    /// Addresses and credentials of etcd.
     pub access: Access,
-    /// What all keys begin with.
+    /// Prefix of all keys.
     pub prefix: String,
-    /// Revisions kept.
+    /// Number of revisions that are kept.
     pub keep: u64,
-    /// Id that the data must have; if none, that of the last time, or whatever is found.
+    /// Id that the data must have; if none, the id seen last, or any.
     pub id: Option<String>,
 }
 
 /// Desired state in etcd.
 pub struct EtcdStore {
-    inner: Arc<Inner>,
-    /// Dropped with the store, and they end.
+    inner: Arc<EtcdInner>,
+    /// Background tasks, which end when the store is dropped.
     _tasks: JoinSet<()>,
 }
 
-struct Inner {
+struct EtcdInner {
     client: Client,
     keys: Keys,
-    /// Addresses and prefix, for people.
+    /// Addresses and prefix, for messages.
     place: String,
     keep: u64,
-    /// Id that the data must have, once it is known.
+    /// Id that the data must have, once known.
     id: Mutex<Option<String>>,
     /// The latest revisions, the head last.
-    recent: Mutex<BTreeMap<u64, Known>>,
+    recent: Mutex<BTreeMap<u64, KnownRevision>>,
     head: watch::Sender<Stored>,
     link: watch::Sender<Link>,
-    told: watch::Sender<HostValues>,
-    /// What this host tells.
-    telling: Mutex<BTreeMap<String, Vec<u8>>>,
-    telling_changed: Notify,
-    /// What the store was found set back to, and is not taken unless somebody accepts it.
+    host_values: watch::Sender<HostValues>,
+    /// Values that this host publishes.
+    published: Mutex<BTreeMap<String, Vec<u8>>>,
+    published_changed: Notify,
+    /// Head that the store was set back to, and that is ignored until an operator accepts it.
     set_back: Mutex<Option<Head>>,
-    /// What somebody accepted: that head, and no other.
+    /// Head that an operator accepted; no other is accepted.
     accepted: Mutex<Option<Head>>,
-    /// Lease of the mark that the data are being copied elsewhere, by this lbd.
+    /// Lease of the mark that this lbd is copying the data elsewhere.
     moving: Mutex<Option<i64>>,
-    /// Ends a pause of the follower.
+    /// Interrupts a pause of the follower.
     wake: Notify,
-    /// Commits of this host take turns.
+    /// Serialises the commits of this host.
     writing: tokio::sync::Mutex<()>,
-    /// Size of the last snapshot that this host knows of, and of the changes since.
+    /// Size of the last snapshot that this host knows of, and of the changes since then.
     weights: Mutex<(usize, usize)>,
     tidying: tokio::sync::Mutex<()>,
 }
@@ -118,10 +118,10 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl EtcdStore {
-    /// Reads the newest state, or takes the last known one if etcd does not answer, and follows it from then on.
+    /// Reads the newest state, or uses the last known one if etcd does not answer, and follows it from then on.
     ///
     /// # Errors
-    /// The access is wrong, the data are another store's or a later version's, or etcd does not answer and
+    /// The access is invalid, the data have another id or a later format, or etcd does not answer and
     /// there is no last known state.
     pub async fn open(options: Options, local: Arc<dyn Local>) -> Result<Self, StoreError> {
         let Options { access, prefix, keep, id } = options;
@@ -129,23 +129,23 @@ impl EtcdStore {
         let failed = |what: String| StoreError::Failed { file: place.clone(), what };
         let client = tokio::task::spawn_blocking(move || Client::new(&access)).await;
         let client = client.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
-        let cache: Option<Cache> = match local.load(CACHE).await? {
+        let cache: Option<SavedState> = match local.load(SAVED_STATE).await? {
             None => None,
             Some(bytes) => match serde_json::from_slice(&bytes) {
                 Ok(cache) => Some(cache),
                 Err(error) => {
-                    tracing::warn!(%error, "the last known state cannot be read, and is not used");
+                    tracing::warn!(%error, "cannot read the last known state; starting without it");
                     None
                 }
             },
         };
-        // Somebody who names another id wants to leave the old data behind.
+        // An operator who gives another id wants to leave the old data behind.
         let cache = cache.filter(|c| id.as_ref().is_none_or(|id| *id == c.id));
         let (known_id, known) = match cache {
-            Some(Cache { id, nonce, revision, desired }) => {
-                (Some(id), Known { stored: Stored { revision, desired }, nonce })
+            Some(SavedState { id, nonce, revision, desired }) => {
+                (Some(id), KnownRevision { stored: Stored { revision, desired }, nonce })
             }
-            None => (id, Known::zero()),
+            None => (id, KnownRevision::zero()),
         };
         let has_state = known.stored.revision.number > 0;
         let link = Link {
@@ -157,7 +157,7 @@ impl EtcdStore {
             problem: None,
             set_back: None,
         };
-        let inner = Arc::new(Inner {
+        let inner = Arc::new(EtcdInner {
             client,
             keys: Keys::new(&prefix),
             place,
@@ -166,9 +166,9 @@ impl EtcdStore {
             head: watch::Sender::new(known.stored.clone()),
             recent: Mutex::new(BTreeMap::from([(known.stored.revision.number, known)])),
             link: watch::Sender::new(link),
-            told: watch::Sender::default(),
-            telling: Mutex::default(),
-            telling_changed: Notify::new(),
+            host_values: watch::Sender::default(),
+            published: Mutex::default(),
+            published_changed: Notify::new(),
             set_back: Mutex::default(),
             accepted: Mutex::default(),
             moving: Mutex::default(),
@@ -177,7 +177,7 @@ impl EtcdStore {
             weights: Mutex::default(),
             tidying: tokio::sync::Mutex::default(),
         });
-        inner.first_look(has_state).await?;
+        inner.read_at_start(has_state).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(follow::run(inner.clone()));
         tasks.spawn(session::run(inner.clone()));
@@ -185,25 +185,25 @@ impl EtcdStore {
         Ok(Self { inner, _tasks: tasks })
     }
 
-    /// Addresses and prefix, for people.
+    /// Returns addresses and prefix, for messages.
     pub fn place(&self) -> &str {
         &self.inner.place
     }
 }
 
-/// Keeps the last known state on this host.
-async fn save(inner: Arc<Inner>, local: Arc<dyn Local>) {
+/// Saves the last known state on this host after each change.
+async fn save(inner: Arc<EtcdInner>, local: Arc<dyn Local>) {
     let mut head = inner.head.subscribe();
     loop {
         head.borrow_and_update();
         let known = inner.known();
         let id = locked(&inner.id).clone();
         if let Some(id) = id {
-            let Known { stored: Stored { revision, desired }, nonce } = known;
-            let cache = Cache { id, nonce, revision, desired };
+            let KnownRevision { stored: Stored { revision, desired }, nonce } = known;
+            let cache = SavedState { id, nonce, revision, desired };
             let bytes = serde_json::to_vec(&cache).expect("a state has a JSON form");
-            if let Err(error) = local.save(CACHE, bytes).await {
-                tracing::error!(%error, "the last known state cannot be saved");
+            if let Err(error) = local.save(SAVED_STATE, bytes).await {
+                tracing::error!(%error, "cannot save the last known state");
             }
         }
         if head.changed().await.is_err() {
@@ -213,11 +213,11 @@ async fn save(inner: Arc<Inner>, local: Arc<dyn Local>) {
     }
 }
 
-impl Inner {
-    /// The newest revision that this host knows.
-    fn known(&self) -> Known {
+impl EtcdInner {
+    /// Returns the newest revision that this host knows.
+    fn known(&self) -> KnownRevision {
         let recent = locked(&self.recent);
-        recent.values().next_back().cloned().unwrap_or_else(Known::zero)
+        recent.values().next_back().cloned().unwrap_or_else(KnownRevision::zero)
     }
 
     fn failed(&self, what: impl ToString) -> StoreError {
@@ -228,7 +228,7 @@ impl Inner {
         StoreError::Corrupt { file: self.place.clone(), what: what.to_string() }
     }
 
-    /// A failed call as an error of the store, where nothing was written.
+    /// Converts the error of a failed call that wrote nothing.
     fn call_failed(&self, error: CallError) -> StoreError {
         match error {
             CallError::Silent { what, .. } => self.cut_off(what),
@@ -243,8 +243,8 @@ impl Inner {
         StoreError::CutOff { store: self.place.clone(), for_s, what, revision }
     }
 
-    /// Refuses at once what would have to wait for a store that does not answer.
-    fn must_be_connected(&self) -> Result<(), StoreError> {
+    /// Refuses at once requests that would have to wait for a store that does not answer.
+    fn ensure_connected(&self) -> Result<(), StoreError> {
         let link = self.link.borrow().clone();
         if link.connected {
             return Ok(());
@@ -252,7 +252,7 @@ impl Inner {
         Err(self.cut_off(link.problem.unwrap_or_else(|| "not connected yet".to_owned())))
     }
 
-    /// Keys from `key` up to `end`, in pages.
+    /// Reads the keys from `key` up to `end`, at most `limit`.
     async fn range(
         &self,
         key: Vec<u8>,
@@ -264,7 +264,7 @@ impl Inner {
         self.client.call(RANGE, &request, READ).await
     }
 
-    /// Oldest revision that is to be kept, when `newest` is the newest.
+    /// Returns the oldest revision to keep, when `newest` is the newest.
     fn oldest(&self, newest: u64) -> u64 {
         newest.saturating_sub(self.keep - 1)
     }
@@ -272,24 +272,24 @@ impl Inner {
     async fn get(&self, number: u64) -> Result<Stored, StoreError> {
         let newest = self.head.borrow().revision.number;
         let oldest = self.oldest(newest);
-        // Revision 0 is empty by definition, but where later ones were forgotten it is history too.
+        // Revision 0 is empty by definition, but where later ones were removed it is no longer kept either.
         if number > newest || (number < oldest && oldest > 1) {
             return Err(StoreError::NoRevision { number, oldest: oldest.max(1).min(newest), newest });
         }
         if number == 0 {
-            return Ok(Known::zero().stored);
+            return Ok(KnownRevision::zero().stored);
         }
         if let Some(known) = locked(&self.recent).get(&number) {
             return Ok(known.stored.clone());
         }
-        self.must_be_connected()?;
+        self.ensure_connected()?;
         match self.rebuild(number).await? {
             Some(known) => Ok(known.stored),
             None => Err(StoreError::NoRevision { number, oldest: self.oldest_there().await?, newest }),
         }
     }
 
-    /// Oldest revision whose record is there.
+    /// Returns the oldest revision whose record exists.
     async fn oldest_there(&self) -> Result<u64, StoreError> {
         let begin = self.keys.key("revisions/");
         let found = self.range(begin.clone(), end_of(&begin), SortOrder::Ascend, 1).await;
@@ -310,7 +310,7 @@ impl Inner {
             let complete = found.len() == wanted && found.first().is_none_or(|r| r.number + 1 == end);
             (found, complete)
         };
-        // Cut off, what is remembered is better than nothing.
+        // Without a connection, the revisions in memory are better than none.
         if complete || !self.link.borrow().connected {
             return Ok(recent);
         }
@@ -348,7 +348,7 @@ impl Inner {
                     member.healthy = status.leader != 0 && status.errors.is_empty();
                     member.version = status.version;
                     member.size_bytes = status.db_size.max(0) as u64;
-                    let no_leader = (status.leader == 0).then(|| "it sees no leader".to_owned());
+                    let no_leader = (status.leader == 0).then(|| "the member sees no leader".to_owned());
                     member.problem = status.errors.first().cloned().or(no_leader);
                 }
                 Err(error) => member.problem = Some(error.to_string()),
@@ -358,11 +358,11 @@ impl Inner {
         let silent: Vec<String> =
             members.iter().filter(|m| m.name.is_empty()).map(|m| m.address.clone()).collect();
         for other in named.iter().filter(|m| !asked.contains(&m.id)) {
-            // A member that did not answer is in the list already, by an address that may be written otherwise.
+            // A member that did not answer is in the list already, perhaps with another spelling of its address.
             let known = other.client_urls.iter().any(|url| silent.iter().any(|a| url.ends_with(a.as_str())));
             if !known {
                 let address = other.client_urls.join(",");
-                let problem = Some("not among the addresses that this host asks".to_owned());
+                let problem = Some("not among the configured addresses".to_owned());
                 members.push(Member { name: other.name.clone(), address, problem, ..Member::default() });
             }
         }
@@ -420,7 +420,7 @@ impl Store for EtcdStore {
             }
             None => {
                 let number = self.inner.head.borrow().revision.number;
-                let why = match self.inner.must_be_connected() {
+                let why = match self.inner.ensure_connected() {
                     Ok(()) => format!("this host works by the store's revision {number}"),
                     Err(error) => error.to_string(),
                 };
@@ -429,17 +429,17 @@ impl Store for EtcdStore {
         }
     }
 
-    fn tell(&self, key: &str, value: Option<Vec<u8>>) {
-        let mut telling = locked(&self.inner.telling);
+    fn publish(&self, key: &str, value: Option<Vec<u8>>) {
+        let mut published = locked(&self.inner.published);
         match value {
-            Some(value) => telling.insert(key.to_owned(), value),
-            None => telling.remove(key),
+            Some(value) => published.insert(key.to_owned(), value),
+            None => published.remove(key),
         };
-        self.inner.telling_changed.notify_one();
+        self.inner.published_changed.notify_one();
     }
 
-    fn told(&self) -> watch::Receiver<HostValues> {
-        self.inner.told.subscribe()
+    fn published(&self) -> watch::Receiver<HostValues> {
+        self.inner.host_values.subscribe()
     }
 
     fn lock(&self, claim: Claim) -> BoxFuture<'_, Result<Lock, StoreError>> {

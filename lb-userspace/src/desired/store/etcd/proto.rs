@@ -1,6 +1,6 @@
-//! The messages of etcd's v3 API that are used here, with the numbers that etcd's `rpc.proto` and `kv.proto`
-//! give them. Written by hand: protobuf readers skip what they do not know, so the rest need not be here, and
-//! no protobuf compiler is needed to build.
+//! The messages of etcd's v3 API that are used here, with the numbers of etcd's `rpc.proto` and `kv.proto`.
+//! Written by hand: protobuf readers skip unknown fields, so the rest can be left out, and
+//! building needs no protobuf compiler.
 #![allow(missing_docs, reason = "etcd's own documentation describes each field")]
 
 use prost::{Enumeration, Message, Oneof};
@@ -252,7 +252,7 @@ pub struct LeaseGrantResponse {
     pub ttl: i64,
 }
 
-/// Of revocation and keep-alive.
+/// Request of revocation and keep-alive.
 #[derive(Clone, PartialEq, Message)]
 pub struct LeaseId {
     #[prost(int64, tag = "1")]
@@ -265,14 +265,14 @@ pub struct LeaseRevokeResponse {
     pub header: Option<ResponseHeader>,
 }
 
-/// Of keep-alive and time-to-live.
+/// Answer to keep-alive and time-to-live.
 #[derive(Clone, PartialEq, Message)]
 pub struct LeaseTtlResponse {
     #[prost(message, optional, tag = "1")]
     pub header: Option<ResponseHeader>,
     #[prost(int64, tag = "2")]
     pub id: i64,
-    /// Seconds left; 0 or less: there is no such lease.
+    /// Seconds left; 0 or less: the lease does not exist.
     #[prost(int64, tag = "3")]
     pub ttl: i64,
 }

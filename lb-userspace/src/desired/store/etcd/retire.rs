@@ -1,25 +1,25 @@
-//! Taking the store out of use: for as long as it is copied elsewhere, and for good.
+//! Takes the store out of use: while it is copied elsewhere, and for good.
 //!
-//! The key `moved` stands against every commit of every host. While the data are copied it hangs on a lease that this
-//! lbd keeps alive, so that an lbd that dies meanwhile leaves a store that takes changes again.
+//! The key `moved` blocks the commits of all hosts. While the data are copied it is attached to a lease that this
+//! lbd keeps alive, so that an lbd that dies meanwhile leaves a store that accepts changes again.
 
 use super::{
-    Inner, Retire, StoreError, TXN,
+    EtcdInner, Retire, StoreError, TXN,
     keys::{delete, get, is_absent, is_leased, put},
     locked,
     proto::{Compare, KeyValue, OpResponse, RequestOp, TxnRequest, TxnResponse},
 };
 use std::{sync::Arc, time::Duration};
 
-/// What the value of `moved` begins with while the data are copied. An address has no blank.
+/// Prefix of the value of `moved` while the data are copied. An address contains no blank.
 const MOVING: &str = "moving to ";
-/// How long the mark outlives the lbd that copies.
+/// Time for which the mark outlives the lbd that copies.
 const MOVING_TTL: Duration = Duration::from_secs(15);
-/// How long a request may take, all members tried.
+/// Timeout of a request, including retries on other members.
 const CALL: Duration = Duration::from_secs(6);
 
-/// Why commits are refused where `moved` has this value.
-pub(super) fn refusal(inner: &Inner, value: &[u8]) -> StoreError {
+/// Error for commits while `moved` has this value.
+pub(super) fn refusal(inner: &EtcdInner, value: &[u8]) -> StoreError {
     let (store, text) = (inner.place.clone(), String::from_utf8_lossy(value));
     match text.strip_prefix(MOVING) {
         Some(to) => StoreError::Moving { store, to: to.to_owned() },
@@ -27,19 +27,19 @@ pub(super) fn refusal(inner: &Inner, value: &[u8]) -> StoreError {
     }
 }
 
-/// See [`super::Store::retire`].
-pub(super) async fn retire(inner: &Arc<Inner>, how: Retire) -> Result<(), StoreError> {
-    inner.must_be_connected()?;
+/// Implements [`super::Store::retire`].
+pub(super) async fn retire(inner: &Arc<EtcdInner>, how: Retire) -> Result<(), StoreError> {
+    inner.ensure_connected()?;
     match how {
         Retire::Moving(to) => begin(inner, &to).await,
         Retire::Moved(to) => finish(inner, to).await,
-        Retire::Back => back(inner).await,
+        Retire::Back => undo(inner).await,
     }
 }
 
-/// One transaction on the key `moved`; what the key was if it did not succeed.
+/// Runs a transaction on the key `moved`; returns the present value if the condition did not hold.
 async fn try_change(
-    inner: &Inner,
+    inner: &EtcdInner,
     when: Compare,
     change: RequestOp,
 ) -> Result<Result<(), KeyValue>, StoreError> {
@@ -57,22 +57,22 @@ async fn try_change(
     Ok(Err(found.unwrap_or_default()))
 }
 
-async fn begin(inner: &Arc<Inner>, to: &str) -> Result<(), StoreError> {
+async fn begin(inner: &Arc<EtcdInner>, to: &str) -> Result<(), StoreError> {
     let lease = inner.grant(MOVING_TTL).await.map_err(|e| inner.call_failed(e))?;
     let key = inner.keys.key("moved");
     let mark = put(key.clone(), format!("{MOVING}{to}").into_bytes(), lease);
     let begun = async {
         match try_change(inner, is_absent(key), mark).await? {
-            // A request that was taken without an answer and sent again finds the mark under its own lease.
+            // A request that was executed without an answer, and sent again, finds the mark under its own lease.
             Err(found) if found.lease != lease => return Err(refusal(inner, &found.value)),
             Ok(()) | Err(_) => {}
         }
-        // No commit comes after the mark; those before it are taken in.
+        // No commit can follow the mark; read those that precede it.
         inner.catch_up().await.map(drop)
     };
     let begun = begun.await;
     if begun.is_err() {
-        // Without its lease the mark is gone.
+        // Revoking the lease removes the mark.
         let _ = inner.revoke(lease).await;
         return begun;
     }
@@ -81,24 +81,24 @@ async fn begin(inner: &Arc<Inner>, to: &str) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Renews the mark's lease for as long as this lbd copies.
-async fn keep_alive(inner: std::sync::Weak<Inner>, lease: i64) {
+/// Renews the lease of the mark while this lbd copies.
+async fn keep_alive(inner: std::sync::Weak<EtcdInner>, lease: i64) {
     loop {
         tokio::time::sleep(MOVING_TTL / 5).await;
         let Some(inner) = inner.upgrade().filter(|inner| *locked(&inner.moving) == Some(lease)) else {
             return;
         };
-        // If it cannot be renewed it runs out, and the copy is not taken in the end.
+        // If it cannot be renewed, the lease expires, and the copy is refused in the end.
         if let Err(error) = inner.renew(lease).await {
-            tracing::warn!(%error, "the mark of the migration is not renewed");
+            tracing::warn!(%error, "cannot renew the lease of the migration");
         }
     }
 }
 
-async fn finish(inner: &Inner, to: String) -> Result<(), StoreError> {
+async fn finish(inner: &EtcdInner, to: String) -> Result<(), StoreError> {
     let key = inner.keys.key("moved");
     let lease = locked(&inner.moving).take();
-    // Still under the lease of the copy, or there may have been commits since.
+    // Only if it is still under the lease of the copy; otherwise there may have been commits meanwhile.
     let when = lease.map_or_else(|| is_absent(key.clone()), |lease| is_leased(key.clone(), lease));
     let done = try_change(inner, when, put(key, to.clone().into_bytes(), 0)).await?;
     if let Some(lease) = lease {
@@ -106,17 +106,17 @@ async fn finish(inner: &Inner, to: String) -> Result<(), StoreError> {
     }
     match done {
         Ok(()) => Ok(()),
-        // Taken without an answer, and sent again.
+        // Executed without an answer, and sent again.
         Err(found) if found.value == to.as_bytes() => Ok(()),
         Err(found) if found.value.is_empty() => Err(inner.failed(
-            "etcd did not answer for so long while the data were copied that other hosts may have made changes \
-             since: the copy is not complete, and this store stays in use",
+            "etcd did not answer for so long during the copy that other hosts may have made changes meanwhile: \
+             the copy is incomplete, and this store stays in use",
         )),
         Err(found) => Err(refusal(inner, &found.value)),
     }
 }
 
-async fn back(inner: &Inner) -> Result<(), StoreError> {
+async fn undo(inner: &EtcdInner) -> Result<(), StoreError> {
     let key = inner.keys.key("moved");
     let lease = locked(&inner.moving).take();
     let request = TxnRequest { success: vec![delete(key, Vec::new())], ..TxnRequest::default() };

@@ -1,7 +1,7 @@
-//! Leases: what this host tells lives as long as its lease, a lock as long as one of its own.
+//! Leases: the values that this host publishes last as long as its lease, a lock as long as its own lease.
 
 use super::{
-    Arc, CallError, Claim, Held, Inner, Lock, SortOrder, StoreError, TXN,
+    Arc, CallError, Claim, EtcdInner, Lock, LockValue, SortOrder, StoreError, TXN,
     client::ATTEMPT,
     end_of,
     keys::{delete, get, is_absent, is_leased, put},
@@ -19,15 +19,15 @@ const REVOKE: &str = "/etcdserverpb.Lease/LeaseRevoke";
 const KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
 const TIME_TO_LIVE: &str = "/etcdserverpb.Lease/LeaseTimeToLive";
 
-/// Lease of what this host tells: so long others see a host that has died.
+/// Time of this host's lease: others see the values of a host that has died for this long.
 const TTL: Duration = Duration::from_secs(10);
-/// Least time of a lock's lease: an election of etcd's must fit in.
+/// Shortest time of a lock's lease: it must outlast an election of etcd.
 const LOCK_TTL: Duration = Duration::from_secs(5);
-/// How long a call may take.
+/// Timeout of a call.
 const CALL: Duration = Duration::from_secs(4);
 
-/// Keeps the lease and tells, until the store is dropped; the lease ends with it, or soon after.
-pub(super) async fn run(inner: Arc<Inner>) {
+/// Keeps the lease and publishes values, until the store is dropped; the lease ends then, or soon after.
+pub(super) async fn run(inner: Arc<EtcdInner>) {
     let mut link = inner.link.subscribe();
     loop {
         if link.wait_for(|link| link.connected).await.is_err() {
@@ -37,19 +37,19 @@ pub(super) async fn run(inner: Arc<Inner>) {
             Ok(()) => continue,
             Err(error) => error,
         };
-        tracing::debug!(%error, "the lease of what this host tells is made anew");
+        tracing::debug!(%error, "renewing the lease of this host's values failed; requesting a new one");
         tokio::time::sleep(TTL / 10).await;
     }
 }
 
-impl Inner {
+impl EtcdInner {
     pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, CallError> {
         let request = LeaseGrantRequest { ttl: ttl.as_secs().max(1) as i64, id: 0 };
         let answer: LeaseGrantResponse = self.client.call(GRANT, &request, CALL).await?;
         Ok(answer.id)
     }
 
-    /// True if the lease was there to be renewed.
+    /// Renews a lease; false if it no longer exists.
     pub(super) async fn renew(&self, id: i64) -> Result<bool, CallError> {
         let mut stream = self.client.stream::<_, LeaseTtlResponse>(KEEP_ALIVE, LeaseId { id }).await?;
         let silent = |what: String| CallError::Silent { what, sent: true };
@@ -61,28 +61,28 @@ impl Inner {
         }
     }
 
-    /// One lease's life.
+    /// Runs one lease: publishes changed values and renews it.
     async fn session(&self) -> Result<(), CallError> {
         let lease = self.grant(TTL).await?;
-        let mut said: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        let mut sent: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         let mut due = tokio::time::Instant::now() + TTL / 3;
         let mut failures = 0;
         loop {
-            let wanted = locked(&self.telling).clone();
+            let wanted = locked(&self.published).clone();
             let mut ops = Vec::new();
-            for (key, value) in wanted.iter().filter(|(key, value)| said.get(*key) != Some(value)) {
+            for (key, value) in wanted.iter().filter(|(key, value)| sent.get(*key) != Some(value)) {
                 ops.push(put(self.keys.key(&format!("leased/{key}")), value.clone(), lease));
             }
-            for key in said.keys().filter(|key| !wanted.contains_key(*key)) {
+            for key in sent.keys().filter(|key| !wanted.contains_key(*key)) {
                 ops.push(delete(self.keys.key(&format!("leased/{key}")), Vec::new()));
             }
             for ops in ops.chunks(100) {
                 let request = TxnRequest { success: ops.to_vec(), ..TxnRequest::default() };
                 let _: TxnResponse = self.client.call(TXN, &request, CALL).await?;
             }
-            said = wanted;
+            sent = wanted;
             tokio::select! {
-                () = self.telling_changed.notified() => {}
+                () = self.published_changed.notified() => {}
                 () = tokio::time::sleep_until(due) => {
                     due = tokio::time::Instant::now() + TTL / 3;
                     let member = self.client.member().to_owned();
@@ -91,7 +91,7 @@ impl Inner {
                         Ok(false) => return Ok(()),
                         Err(error) => {
                             failures += 1;
-                            self.client.turn_away(&member);
+                            self.client.prefer_another(&member);
                             if failures > 2 {
                                 return Err(error);
                             }
@@ -103,8 +103,8 @@ impl Inner {
         }
     }
 
-    /// Time that a lease has left; none if it is gone.
-    async fn left(&self, id: i64) -> Result<Option<u64>, StoreError> {
+    /// Returns the time left of a lease; none if it is gone.
+    async fn time_left(&self, id: i64) -> Result<Option<u64>, StoreError> {
         let answer: LeaseTtlResponse =
             self.client.call(TIME_TO_LIVE, &LeaseId { id }, CALL).await.map_err(|e| self.call_failed(e))?;
         Ok((answer.ttl > 0).then_some(answer.ttl as u64))
@@ -117,8 +117,8 @@ impl Inner {
 }
 
 /// Takes a lock, or renews it.
-pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError> {
-    inner.must_be_connected()?;
+pub(super) async fn lock(inner: &EtcdInner, claim: Claim) -> Result<Lock, StoreError> {
+    inner.ensure_connected()?;
     let key = inner.keys.key(&format!("locks/{}", claim.name));
     if let Some(token) = &claim.token {
         let gone = || StoreError::NotHeld { name: claim.name.clone() };
@@ -126,15 +126,15 @@ pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError
         let found = inner.range(key, Vec::new(), SortOrder::None, 1).await;
         let found = found.map_err(|e| inner.call_failed(e))?;
         let kv = found.kvs.first().filter(|kv| kv.lease == lease).ok_or_else(gone)?;
-        let held: Held = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
+        let held: LockValue = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
         if !inner.renew(lease).await.map_err(|e| inner.call_failed(e))? {
             return Err(gone());
         }
-        let left_s = inner.left(lease).await?.ok_or_else(gone)?;
-        return Ok(shown(&claim.name, held, left_s, Some(token.clone())));
+        let left_s = inner.time_left(lease).await?.ok_or_else(gone)?;
+        return Ok(lock_from(&claim.name, held, left_s, Some(token.clone())));
     }
     let lease = inner.grant(claim.ttl.max(LOCK_TTL)).await.map_err(|e| inner.call_failed(e))?;
-    let held = Held { holder: claim.holder, reason: claim.reason, since_ms: clock::unix_ms() };
+    let held = LockValue { holder: claim.holder, reason: claim.reason, since_ms: clock::unix_ms() };
     let value = serde_json::to_vec(&held).map_err(|e| inner.failed(e))?;
     let request = TxnRequest {
         compare: vec![is_absent(key.clone())],
@@ -150,31 +150,31 @@ pub(super) async fn lock(inner: &Inner, claim: Claim) -> Result<Lock, StoreError
         }),
         Err(_) => Some(None),
     };
-    // A request that was taken without an answer and sent again finds the lock held by its own lease.
+    // A request that was executed without an answer, and sent again, finds the lock held by its own lease.
     let is_ours = there.as_ref().is_none_or(|kv| kv.as_ref().is_some_and(|kv| kv.lease == lease));
     if is_ours {
         let left_s = claim.ttl.max(LOCK_TTL).as_secs();
-        return Ok(shown(&claim.name, held, left_s, Some(format!("{lease:x}"))));
+        return Ok(lock_from(&claim.name, held, left_s, Some(format!("{lease:x}"))));
     }
-    // Without its lease the lock is free, even if the request was taken.
+    // Revoking the lease frees the lock, even if the request was executed.
     let _ = inner.revoke(lease).await;
     if let Err(error) = answer {
         return Err(inner.call_failed(error));
     }
     let other = there.flatten();
     let left_s = match &other {
-        Some(kv) => inner.left(kv.lease).await?.unwrap_or(0),
+        Some(kv) => inner.time_left(kv.lease).await?.unwrap_or(0),
         None => 0,
     };
-    let other: Option<Held> = other.and_then(|kv| serde_json::from_slice(&kv.value).ok());
+    let other: Option<LockValue> = other.and_then(|kv| serde_json::from_slice(&kv.value).ok());
     let (holder, reason) =
-        other.map_or_else(|| ("nobody any more".into(), String::new()), |h| (h.holder, h.reason));
+        other.map_or_else(|| ("an unknown holder".into(), String::new()), |h| (h.holder, h.reason));
     Err(StoreError::Held { name: claim.name, holder, reason, left_s })
 }
 
 /// Releases a lock.
-pub(super) async fn unlock(inner: &Inner, name: String, token: Option<String>) -> Result<(), StoreError> {
-    inner.must_be_connected()?;
+pub(super) async fn unlock(inner: &EtcdInner, name: String, token: Option<String>) -> Result<(), StoreError> {
+    inner.ensure_connected()?;
     let key = inner.keys.key(&format!("locks/{name}"));
     let compare = match &token {
         None => Vec::new(),
@@ -199,24 +199,24 @@ pub(super) async fn unlock(inner: &Inner, name: String, token: Option<String>) -
     Ok(())
 }
 
-/// Locks that are held.
-pub(super) async fn locks(inner: &Inner) -> Result<Vec<Lock>, StoreError> {
-    inner.must_be_connected()?;
+/// Lists the locks that are held.
+pub(super) async fn locks(inner: &EtcdInner) -> Result<Vec<Lock>, StoreError> {
+    inner.ensure_connected()?;
     let begin = inner.keys.key("locks/");
     let found = inner.range(begin.clone(), end_of(&begin), SortOrder::Ascend, 0).await;
     let found = found.map_err(|e| inner.call_failed(e))?;
     let mut locks = Vec::new();
     for kv in found.kvs {
         let name = inner.keys.after("locks/", &kv.key).unwrap_or_default().to_owned();
-        let held: Held = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
-        if let Some(left_s) = inner.left(kv.lease).await? {
-            locks.push(shown(&name, held, left_s, None));
+        let held: LockValue = serde_json::from_slice(&kv.value).map_err(|e| inner.corrupt(e))?;
+        if let Some(left_s) = inner.time_left(kv.lease).await? {
+            locks.push(lock_from(&name, held, left_s, None));
         }
     }
     Ok(locks)
 }
 
-fn shown(name: &str, held: Held, left_s: u64, token: Option<String>) -> Lock {
-    let Held { holder, reason, since_ms } = held;
+fn lock_from(name: &str, held: LockValue, left_s: u64, token: Option<String>) -> Lock {
+    let LockValue { holder, reason, since_ms } = held;
     Lock { name: name.to_owned(), holder, reason, since_ms, left_s, token }
 }

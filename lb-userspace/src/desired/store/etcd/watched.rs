@@ -1,40 +1,40 @@
-//! What a watch of the store tells, key by key, and what follows from it for what this host believes.
+//! Applies the messages of a watch of the store, key by key.
 
 use super::{
-    Arc, Inner, Known, StoreError,
+    Arc, EtcdInner, KnownRevision, StoreError,
     follow::End,
-    keys::{Head, Record},
+    keys::{Head, RevisionRecord},
     locked,
     proto::{KeyValue, WatchResponse},
 };
 use std::collections::BTreeMap;
 
-/// What the watch has told so far.
+/// Messages of the watch so far.
 pub(super) struct Seen {
-    /// etcd's revision at which the head was last looked at.
+    /// etcd's revision at which the head was last read.
     pub(super) at: i64,
-    /// Records that no head has named yet, with their sizes in bytes: those of a commit become part of the history with
-    /// its head, and an import that is cut short leaves some that never do.
-    pub(super) records: BTreeMap<u64, (Record, usize)>,
+    /// Records that no head has named yet, with their sizes in bytes: a commit's become part of the history with its head;
+    /// an import that is cut short leaves some that never do.
+    pub(super) records: BTreeMap<u64, (RevisionRecord, usize)>,
 }
 
-impl Inner {
-    /// Takes in what the watch says. Every key of the layout in [`super::keys`] has its place here: what is believed of
-    /// it must not outlive it.
-    pub(super) async fn watched(&self, message: WatchResponse, seen: &mut Seen) -> Result<(), End> {
+impl EtcdInner {
+    /// Applies a message of the watch. Every key of the layout in [`super::keys`] is handled here, so that no belief of
+    /// this host outlives a change of its key.
+    pub(super) async fn apply_watch(&self, message: WatchResponse, seen: &mut Seen) -> Result<(), End> {
         if message.canceled {
-            let why = format!("what follows {} was compacted away", message.compact_revision);
+            let why = format!("the revisions after {} were compacted away", message.compact_revision);
             return Err(End::Again(why));
         }
-        let mut told = None;
+        let mut values = None;
         for event in message.events {
             let Some(kv) = event.kv else { continue };
             let is_put = event.kind == 0;
             if let Some(key) = self.keys.after("leased/", &kv.key) {
-                let told = told.get_or_insert_with(|| (**self.told.borrow()).clone());
+                let values = values.get_or_insert_with(|| (**self.host_values.borrow()).clone());
                 match is_put {
-                    true => told.insert(key.to_owned(), kv.value),
-                    false => told.remove(key),
+                    true => values.insert(key.to_owned(), kv.value),
+                    false => values.remove(key),
                 };
             } else if self.keys.after("revisions/", &kv.key).is_some() && is_put {
                 let (number, record) = self.record(&kv)?;
@@ -45,22 +45,22 @@ impl Inner {
             } else if self.keys.after("store", &kv.key) == Some("") {
                 return Err(End::Again("the store's identity was written".to_owned()));
             }
-            // Nothing is remembered of the rest (`snapshots/`, `parts/`, `moved`, `locks/`): it is read when it is needed.
+            // The other keys (`snapshots/`, `parts/`, `moved`, `locks/`) are read when they are needed.
         }
-        if let Some(told) = told {
-            self.told.send_replace(Arc::new(told));
+        if let Some(values) = values {
+            self.host_values.send_replace(Arc::new(values));
         }
         Ok(())
     }
 
-    /// Follows the head to where it is now. A commit writes the head with its record, which the watch has told before;
-    /// any other change is looked at in the store, because what it means depends on more than this event.
+    /// Follows a change of the head. A commit writes the head with its record, which the watch has delivered before; any
+    /// other change is read from the store, because its meaning depends on more than this event.
     async fn head_changed(&self, kv: &KeyValue, is_put: bool, seen: &mut Seen) -> Result<(), End> {
         let head = if is_put { self.parse_head(kv)? } else { Head::default() };
         if kv.mod_revision > seen.at && head != self.known().head() {
             match self.fold_seen(&head, seen).await? {
                 Some(new) => self.advance(new, false),
-                // As a rule a commit of this host, with another after it.
+                // Usually a commit of this host, with another after it.
                 None => seen.at = self.catch_up().await?,
             }
         }
@@ -68,9 +68,9 @@ impl Inner {
         Ok(())
     }
 
-    /// The revisions from the known one to this head, from records that the watch has told; none if it has not told all of
-    /// them, or they are of another history.
-    async fn fold_seen(&self, head: &Head, seen: &Seen) -> Result<Option<Vec<Known>>, StoreError> {
+    /// The revisions from the known one to this head, from records that the watch has delivered; none if a record is
+    /// missing or belongs to another history.
+    async fn fold_seen(&self, head: &Head, seen: &Seen) -> Result<Option<Vec<KnownRevision>>, StoreError> {
         let mut last = self.known();
         let mut all = Vec::new();
         while last.stored.revision.number < head.number {
@@ -85,9 +85,8 @@ impl Inner {
         Ok((last.head() == *head).then_some(all))
     }
 
-    /// Forgets a remembered revision before the head in whose place another record was written; the head's own is taken
-    /// care of with the head.
-    fn forget_other(&self, number: u64, record: &Record) {
+    /// Forgets a cached revision before the head whose record was replaced. The head's own revision is handled with the head.
+    fn forget_other(&self, number: u64, record: &RevisionRecord) {
         let mut recent = locked(&self.recent);
         let is_last = recent.keys().next_back() == Some(&number);
         if !is_last && recent.get(&number).is_some_and(|known| known.nonce != record.nonce) {
@@ -95,7 +94,7 @@ impl Inner {
         }
     }
 
-    /// Whether the head that was just read is the known one, or one that was passed since `before` was the newest known.
+    /// Whether a head that was just read is the known one, or one passed since `before` was the newest known revision.
     pub(super) fn is_in_step(&self, before: u64, head: &Head) -> bool {
         if *head == self.known().head() {
             return true;

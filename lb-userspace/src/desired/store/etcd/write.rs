@@ -1,4 +1,4 @@
-//! What this host writes: commits, imports, and the snapshots that let old revisions be forgotten.
+//! Writes of this host: commits, imports, and the snapshots after which old revisions can be removed.
 //!
 //! A commit that is sent twice counts once: if a member dies with the request, the next member is asked; the head has
 //! changed then, and the nonce in the record shows whose commit that was. Only when no member answers is the outcome
@@ -6,26 +6,26 @@
 //! another than, what a host has seen is not followed.
 
 use super::{
-    Arc, CallError, Commit, Inner, Known, Revision, StoreError, Stored, TXN, end_of,
-    keys::{Head, Parts, Record, Snapshot, delete, get, is_absent, is_value, put},
+    Arc, CallError, Commit, EtcdInner, KnownRevision, Revision, StoreError, Stored, TXN, end_of,
+    keys::{Head, Parts, RevisionRecord, Snapshot, delete, get, is_absent, is_value, put},
     locked,
     proto::{Compare, OpResponse, RequestOp, SortOrder, TxnRequest, TxnResponse},
 };
 use crate::desired::store::{delta, new_id};
 use std::time::{Duration, UNIX_EPOCH};
 
-/// How long a commit may take, all members tried.
+/// Timeout of a commit, including retries on other members.
 const WRITE: Duration = Duration::from_secs(6);
 /// Largest value in one request; etcd's own limit is 1.5 MiB.
 const PIECE: usize = 512 * 1024;
 /// Requests in one transaction; etcd's own limit is 128.
 const OPS: usize = 100;
-/// A snapshot is not worth its while before the changes since the last have this size.
+/// Smallest size of the changes since the last snapshot for which a new one is worth its cost.
 const SNAPSHOT_AFTER: usize = 64 * 1024;
 
 /// Makes a commit the newest revision.
-pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored, StoreError> {
-    inner.must_be_connected()?;
+pub(super) async fn commit(inner: &Arc<EtcdInner>, commit: Commit) -> Result<Stored, StoreError> {
+    inner.ensure_connected()?;
     let _turn = inner.writing.lock().await;
     let before = inner.known();
     let found = before.stored.revision.number;
@@ -35,10 +35,10 @@ pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored,
     let number = found + 1;
     let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
     let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
-    let known = Known { stored: Stored { revision, desired: commit.desired }, nonce: new_id() };
+    let known = KnownRevision { stored: Stored { revision, desired: commit.desired }, nonce: new_id() };
     let (value, large) = inner.encode(&before, &known)?;
     if let Some((parts, bytes)) = &large {
-        // Nobody looks at them before the commit names them.
+        // No host reads the parts before the commit refers to them.
         inner.write_parts(parts, bytes, &[]).await.map_err(|e| inner.call_failed(e))?;
     }
     let size = value.len() + large.as_ref().map_or(0, |(_, bytes)| bytes.len());
@@ -63,34 +63,39 @@ pub(super) async fn commit(inner: &Arc<Inner>, commit: Commit) -> Result<Stored,
 
 /// Fills an empty store.
 pub(super) async fn import(
-    inner: &Arc<Inner>,
+    inner: &Arc<EtcdInner>,
     id: Option<String>,
     all: Vec<Stored>,
 ) -> Result<(), StoreError> {
-    inner.must_be_connected()?;
+    inner.ensure_connected()?;
     let _turn = inner.writing.lock().await;
     let count = inner.known().stored.revision.number;
     if count > 0 {
         return Err(StoreError::NotEmpty { store: inner.place.clone(), count });
     }
-    let last =
-        inner.fill(id, all.into_iter().map(|stored| Known { stored, nonce: new_id() }).collect()).await?;
+    let last = inner
+        .fill(id, all.into_iter().map(|stored| KnownRevision { stored, nonce: new_id() }).collect())
+        .await?;
     inner.advance(vec![last], false);
     Ok(())
 }
 
-impl Inner {
+impl EtcdInner {
     /// Fills a store that has no head, and returns the newest revision.
-    pub(super) async fn fill(&self, id: Option<String>, all: Vec<Known>) -> Result<Known, StoreError> {
+    pub(super) async fn fill(
+        &self,
+        id: Option<String>,
+        all: Vec<KnownRevision>,
+    ) -> Result<KnownRevision, StoreError> {
         let inner = self;
-        // Until the head is written nobody looks at the rest; whatever an import left that was cut short goes first.
+        // No host reads the rest until the head is written; remains of an interrupted import are removed first.
         let empty = [is_absent(inner.keys.key("head"))];
         let remains = ["revisions/", "snapshots/", "parts/"].map(|name| {
             let begin = inner.keys.key(name);
             delete(begin.clone(), end_of(&begin))
         });
         inner.guarded(&empty, remains.into()).await?;
-        let mut before = Known::zero();
+        let mut before = KnownRevision::zero();
         let (mut ops, mut size) = (Vec::new(), 0);
         for known in all {
             let number = known.stored.revision.number;
@@ -99,7 +104,7 @@ impl Inner {
                 inner.write_parts(parts, bytes, &empty).await.map_err(|e| inner.call_failed(e))?;
             }
             if number != before.stored.revision.number + 1 {
-                // What came before is not known: the state begins here.
+                // The previous revision is unknown, so the history begins with this state.
                 ops.push(inner.snapshot(&known, &empty).await?);
             }
             size += value.len();
@@ -111,7 +116,7 @@ impl Inner {
             before = known;
         }
         if let Some(id) = id {
-            let identity = super::Identity { format: super::keys::FORMAT, id: id.clone() };
+            let identity = super::StoreIdentity { format: super::keys::FORMAT, id: id.clone() };
             let value = serde_json::to_vec(&identity).map_err(|e| inner.failed(e))?;
             ops.push(put(inner.keys.key("store"), value, 0));
             *locked(&inner.id) = Some(id);
@@ -124,9 +129,9 @@ impl Inner {
     }
 }
 
-/// After a commit: a snapshot, if it is due; and old revisions go.
-async fn tidy(inner: Arc<Inner>) {
-    // Whoever is at it sees to it.
+/// After a commit: takes a snapshot if it is due, and removes old revisions.
+async fn tidy(inner: Arc<EtcdInner>) {
+    // Another task is doing it already.
     let Ok(_turn) = inner.tidying.try_lock() else { return };
     let known = inner.known();
     let (snapshot, since) = *locked(&inner.weights);
@@ -135,7 +140,7 @@ async fn tidy(inner: Arc<Inner>) {
         match inner.snapshot(&known, &[]).await {
             Ok(op) => {
                 if let Err(error) = inner.guarded(&[], vec![op]).await {
-                    return tracing::warn!(%error, "no snapshot of the store's state");
+                    return tracing::warn!(%error, "cannot write a snapshot of the store's state");
                 }
                 tracing::debug!(
                     revision = known.stored.revision.number,
@@ -143,24 +148,24 @@ async fn tidy(inner: Arc<Inner>) {
                     "snapshot taken"
                 );
             }
-            Err(error) => return tracing::warn!(%error, "no snapshot of the store's state"),
+            Err(error) => return tracing::warn!(%error, "cannot write a snapshot of the store's state"),
         }
     }
-    if let Err(error) = inner.forget(known.stored.revision.number).await {
-        tracing::warn!(%error, "old revisions stay in the store");
+    if let Err(error) = inner.prune(known.stored.revision.number).await {
+        tracing::warn!(%error, "cannot remove old revisions from the store");
     }
 }
 
-impl Inner {
-    /// A revision's record, and its difference apart if it is large.
+impl EtcdInner {
+    /// Encodes a revision's record, with a large difference apart from it.
     fn encode(
         &self,
-        before: &Known,
-        known: &Known,
+        before: &KnownRevision,
+        known: &KnownRevision,
     ) -> Result<(Vec<u8>, Option<(Parts, Vec<u8>)>), StoreError> {
         let (revision, old, new) = (&known.stored.revision, &before.stored.desired, &known.stored.desired);
         let delta = delta::diff(old, new).map_err(|e| self.failed(e))?;
-        let mut record = Record {
+        let mut record = RevisionRecord {
             author: revision.author.clone(),
             time_ms: revision.time_ms,
             message: revision.message.clone(),
@@ -182,8 +187,13 @@ impl Inner {
         Ok((serde_json::to_vec(&record).map_err(|e| self.failed(e))?, large))
     }
 
-    /// Compare-and-set of the head. What etcd may have done without saying so is found out.
-    async fn swap(&self, before: &Known, known: &Known, value: Vec<u8>) -> Result<(), StoreError> {
+    /// Compare-and-set of the head. Finds out whether etcd executed a request without answering.
+    async fn swap(
+        &self,
+        before: &KnownRevision,
+        known: &KnownRevision,
+        value: Vec<u8>,
+    ) -> Result<(), StoreError> {
         let number = known.stored.revision.number;
         let (head, revision, moved) =
             (self.keys.key("head"), self.keys.revision(number), self.keys.key("moved"));
@@ -193,7 +203,7 @@ impl Inner {
             _ => is_value(head.clone(), before.head().to_string().into_bytes()),
         };
         let id = locked(&self.id).clone().unwrap_or_default();
-        let ours = super::Identity { format: super::keys::FORMAT, id: id.clone() };
+        let ours = super::StoreIdentity { format: super::keys::FORMAT, id: id.clone() };
         let ours = serde_json::to_vec(&ours).map_err(|e| self.failed(e))?;
         let request = TxnRequest {
             compare: vec![old, is_absent(moved.clone()), is_value(identity.clone(), ours)],
@@ -203,7 +213,7 @@ impl Inner {
             ],
             failure: vec![get(head), get(revision), get(moved), get(identity)],
         };
-        // A request that is sent twice is taken once: the second finds the head changed, and the record's nonce ours.
+        // A request that is sent twice is executed once: the second finds the head changed, and the record with our nonce.
         let answer: TxnResponse = match self.client.call(TXN, &request, WRITE).await {
             Ok(answer) => answer,
             Err(CallError::Silent { what, sent: true }) => {
@@ -230,15 +240,15 @@ impl Inner {
         let found = found.unwrap_or_default();
         if found == before.head() {
             let found =
-                read(3).map_or("nobody".to_owned(), |kv| String::from_utf8_lossy(&kv.value).into_owned());
+                read(3).map_or("none".to_owned(), |kv| String::from_utf8_lossy(&kv.value).into_owned());
             return Err(StoreError::Stranger { store: self.place.clone(), found, expected: id });
         }
-        // Whoever tries again is to see what was done meanwhile.
+        // Read the present state, so that a retry is based on it.
         self.catch_up().await?;
         Err(StoreError::Conflict { expected: before.stored.revision.number, found: found.number })
     }
 
-    /// Writes something in pieces, as long as the conditions hold.
+    /// Writes a value in parts, while the conditions hold.
     async fn write_parts(&self, parts: &Parts, bytes: &[u8], when: &[Compare]) -> Result<(), CallError> {
         for (i, piece) in bytes.chunks(PIECE).enumerate() {
             let key = self.keys.key(&format!("parts/{}/{i:06}", parts.nonce));
@@ -249,9 +259,9 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes the parts of a snapshot; what is returned makes it known.
-    async fn snapshot(&self, known: &Known, when: &[Compare]) -> Result<RequestOp, StoreError> {
-        let Known { stored: Stored { revision, desired }, nonce } = known.clone();
+    /// Writes the parts of a snapshot; the returned operation publishes it.
+    async fn snapshot(&self, known: &KnownRevision, when: &[Compare]) -> Result<RequestOp, StoreError> {
+        let KnownRevision { stored: Stored { revision, desired }, nonce } = known.clone();
         let number = revision.number;
         let bytes = serde_json::to_vec(&Snapshot { revision, nonce, desired }).map_err(|e| self.failed(e))?;
         let count = bytes.len().div_ceil(PIECE) as u32;
@@ -261,7 +271,7 @@ impl Inner {
         Ok(put(self.keys.snapshot(number), serde_json::to_vec(&parts).map_err(|e| self.failed(e))?, 0))
     }
 
-    /// A transaction that must succeed.
+    /// Runs a transaction whose conditions must hold.
     pub(super) async fn guarded(&self, when: &[Compare], ops: Vec<RequestOp>) -> Result<(), StoreError> {
         let request = TxnRequest { compare: when.to_vec(), success: ops, failure: Vec::new() };
         let answer: TxnResponse =
@@ -273,8 +283,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Removes revisions that need not be kept, up to the last snapshot that comes before those that must.
-    async fn forget(&self, newest: u64) -> Result<(), StoreError> {
+    /// Removes revisions beyond those to keep, up to the last snapshot that precedes the kept ones.
+    async fn prune(&self, newest: u64) -> Result<(), StoreError> {
         let oldest = self.oldest(newest);
         if oldest < 2 {
             return Ok(());
@@ -289,7 +299,7 @@ impl Inner {
         if first == 0 || first >= number {
             return Ok(());
         }
-        // Differences that are in parts of their own go with their revisions.
+        // Differences in separate parts are removed with their revisions.
         let records =
             self.range(self.keys.revision(0), self.keys.revision(number), SortOrder::Ascend, OPS).await;
         let records = records.map_err(|e| self.call_failed(e))?;
