@@ -44,21 +44,21 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let books = (book, control.replicas().clone());
             let steering =
                 RegionController::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
-            control.steer_by(steering.shown());
+            control.set_region_decisions(steering.shown());
             let (steers, mut steered) =
                 tokio::sync::mpsc::channel::<lb_userspace::apply::reconcile::Event>(100);
             tokio::spawn(async move { while steered.recv().await.is_some() {} });
             tokio::spawn(steering.run(control.clone(), steers));
             let named = |name: &str| name.to_owned();
             let (host, region, zone) = (named("ingress-1"), named("eu"), named("a"));
-            control.share(FleetMember {
+            control.set_fleet_member(FleetMember {
                 host: host.clone(),
                 region: region.clone(),
                 zone: zone.clone(),
                 opener,
             });
-            control.tell(HostReport { host, region, zone, ..HostReport::default() });
-            tokio::spawn(control.clone().follow());
+            control.publish_report(HostReport { host, region, zone, ..HostReport::default() });
+            tokio::spawn(control.clone().run_apply_loop());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();
             api::serve(listener, control, writers, std::future::pending()).await.unwrap();

@@ -172,23 +172,23 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ..HostReport::default()
     };
-    control.share(sharing);
+    control.set_fleet_member(sharing);
     let hosting = HostState::restore(local.clone(), announcement).await?;
-    control.announce(hosting.clone());
-    control.steer_by(steering.shown());
-    control.adopted(adopted);
-    parts.add("desired state", ended_ok(control.clone().follow()));
+    control.set_host_state(hosting.clone());
+    control.set_region_decisions(steering.shown());
+    control.set_adopted_services(adopted);
+    parts.add("desired state", ended_ok(control.clone().run_apply_loop()));
     if control.orphaned() == 0 {
         let head = control.head();
-        control.applied(head.revision.number).await.context("cannot apply the stored state")?;
+        control.wait_applied(head.revision.number).await.context("cannot apply the stored state")?;
     }
     if let Some(announcer) = announcer {
         let (first, published, is_draining) = (control.clone(), published.clone(), hosting.is_draining());
         parts.add("announcement", async move {
-            first.first_applied().await;
+            first.wait_first_applied().await;
             announcer.run(published, is_draining).await
         });
-        parts.add("this host's drain", ended_ok(control.clone().follow_drain()));
+        parts.add("this host's drain", ended_ok(control.clone().run_drain_sampler()));
     }
 
     parts.add("report to the other hosts", report::run(control.clone(), store.clone(), report, published));
@@ -224,7 +224,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         // Another version's program forwards by tables that ours does not have before something is applied.
         let first = control.clone();
         parts.add("first state", async move {
-            first.first_applied().await;
+            first.wait_first_applied().await;
             go_on.await?;
             std::future::pending::<anyhow::Result<()>>().await
         });
@@ -546,7 +546,7 @@ async fn until(mut flag: watch::Receiver<bool>) {
 
 /// Writes down what would otherwise be saved in a moment.
 async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Vec<u8>>) {
-    if let Err(error) = Checker::save(control.book(), local).await {
+    if let Err(error) = Checker::save(control.health(), local).await {
         tracing::error!(%error, "health verdicts cannot be saved");
     }
     if let Err(error) = Watcher::save(control.replicas(), local).await {

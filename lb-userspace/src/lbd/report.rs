@@ -45,7 +45,7 @@ pub async fn run(
             changed = published.changed() => if changed.is_err() { return Ok(()) },
             goes_on = announced => if !goes_on { announcement = None },
             () = tokio::time::sleep_until(due.unwrap_or(rest)), if due.is_some() => {
-                control.tell(report.clone());
+                control.publish_report(report.clone());
                 (due, rest) = (None, Instant::now() + REST);
                 continue;
             }

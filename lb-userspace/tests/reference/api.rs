@@ -188,7 +188,7 @@ fn answered() {
             Control::new(store, Arc::new(MemoryEngine::new(5)), Arc::new(HealthRegistry::default()));
         let socket = directory.path().join("lbd.sock");
         let (listener, writers) = api::bind(&socket, 0o660, None).unwrap();
-        tokio::spawn(control.clone().follow());
+        tokio::spawn(control.clone().run_apply_loop());
         tokio::spawn(api::serve(listener, control, writers, std::future::pending()));
         let client = Client::new(&socket).unwrap();
         for (method, path, ..) in ROWS {
@@ -196,7 +196,7 @@ fn answered() {
             let filled = path.replace("{list}", list).replace(['{', '}'], "");
             let answer = client.send::<serde_json::Value>(method.parse().unwrap(), &filled, &(), None::<&()>);
             if let Err(ClientError::Refused { info }) = answer.await {
-                let unknown = ["there is no /", &format!("{method} does not go with")];
+                let unknown = ["no route /", &format!("method {method} is not allowed on")];
                 let is_unknown = unknown.iter().any(|start| info.message.starts_with(*start));
                 assert!(!is_unknown, "{method} {path}: {}", info.message);
             }

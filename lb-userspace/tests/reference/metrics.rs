@@ -180,7 +180,7 @@ fn ingress_text() -> String {
         let control = Control::new(store.clone(), engine, Arc::new(HealthRegistry::default()));
         let (_announcer, announced) =
             watch::channel(Announcement { interface: "lo".into(), ..Announcement::default() });
-        control.announce(HostState::restore(Arc::new(store.local()), Some(announced)).await.unwrap());
+        control.set_host_state(HostState::restore(Arc::new(store.local()), Some(announced)).await.unwrap());
         metrics::text(&control).unwrap()
     })
 }

@@ -185,7 +185,7 @@ fn a_worker_that_says_so_gets_no_new_flow() -> Result<()> {
     }
     let output = bench.stage.lbctl.output(&["status"])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(text.contains("no backend takes new flows of: llm"), "{text}");
+    ensure!(text.contains("no backend takes new flows in: llm"), "{text}");
     bench.say(0, "ready")?;
     bench.wait_state(0, "ready")
 }
