@@ -44,7 +44,7 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let books = (book, control.replicas().clone());
             let steering =
                 RegionController::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
-            control.set_region_decisions(steering.shown());
+            control.set_region_decisions(steering.snapshots());
             let (steers, mut steered) =
                 tokio::sync::mpsc::channel::<lb_userspace::apply::reconcile::Event>(100);
             tokio::spawn(async move { while steered.recv().await.is_some() {} });

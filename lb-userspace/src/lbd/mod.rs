@@ -152,7 +152,12 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
         let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
         known.map(|(id, e)| (id.clone(), e.health)).collect()
     });
-    reconciler.prime(verdicts, replicas.readiness(), first_hops, steering.first(&store.head().desired));
+    reconciler.prime(
+        verdicts,
+        replicas.readiness(),
+        first_hops,
+        steering.decide_first(&store.head().desired),
+    );
     if reconciler.wants_history(&store.head().desired) {
         reconciler.recall(&history(&*store).await);
     }
@@ -175,7 +180,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     control.set_fleet_member(sharing);
     let hosting = HostState::restore(local.clone(), announcement).await?;
     control.set_host_state(hosting.clone());
-    control.set_region_decisions(steering.shown());
+    control.set_region_decisions(steering.snapshots());
     control.set_adopted_services(adopted);
     parts.add("desired state", ended_ok(control.clone().run_apply_loop()));
     if control.orphaned() == 0 {

@@ -521,19 +521,21 @@ impl Scrape {
             });
             out.counters("lb_health_probes", "Health probes since start, by result", results)?;
             let with_failures =
-                all.iter().filter(|(_, e)| e.heard != crate::observed::health::PassiveReport::default());
+                all.iter().filter(|(_, e)| e.passive != crate::observed::health::PassiveReport::default());
             let signs = with_failures.clone().flat_map(|(id, e)| {
-                [("unreachable", e.heard.unreachable), ("refused", e.heard.refused)].map(|(sign, count)| {
-                    let [service, backend] = labels(id);
-                    ([service, backend, ("sign", sign.to_owned())], count)
-                })
+                [("unreachable", e.passive.unreachable), ("refused", e.passive.refused)].map(
+                    |(sign, count)| {
+                        let [service, backend] = labels(id);
+                        ([service, backend, ("sign", sign.to_owned())], count)
+                    },
+                )
             });
             let help = "Passive health check failures since start: ICMP errors, and SYNs answered by a reset";
             out.counters("lb_health_signs", help, signs)?;
             let early = with_failures.flat_map(|(id, e)| {
                 // The probe may still be under way.
-                let confirmed = e.heard.early.saturating_sub(e.heard.refuted);
-                [("refuted", e.heard.refuted), ("confirmed", confirmed)].map(|(result, count)| {
+                let confirmed = e.passive.early.saturating_sub(e.passive.refuted);
+                [("refuted", e.passive.refuted), ("confirmed", confirmed)].map(|(result, count)| {
                     let [service, backend] = labels(id);
                     ([service, backend, ("result", result.to_owned())], count)
                 })

@@ -3,7 +3,7 @@
 use super::{Problem, mirror::Written, sweep::Sweep};
 use crate::{
     desired::model::{BackendId, Desired, Name, Observed},
-    observed::replica::Places,
+    observed::replica::BackendIndices,
     plan::compile::{BackendStatus, ServiceStatus},
 };
 use lb_common::BackendStats;
@@ -72,7 +72,7 @@ impl Published {
     }
 }
 
-impl Places for watch::Receiver<Arc<Published>> {
+impl BackendIndices for watch::Receiver<Arc<Published>> {
     fn index(&self, id: &BackendId) -> Option<u32> {
         self.borrow().backend(id).map(|b| b.index)
     }

@@ -262,7 +262,7 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = backend_id(service, name);
-        let Entry { health, since_ms, last, damped, heard, .. } = self.health.get(&id).unwrap_or_default();
+        let Entry { health, since_ms, last, damped, passive, .. } = self.health.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
         let stats = view.backend_stats(&id);
         let status = BackendStatus {
@@ -281,7 +281,7 @@ impl Control {
             problem: applied.and_then(|a| a.problem.clone()),
             excluded: applied.and_then(|a| a.excluded.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
-            signs: Some(heard).filter(|h| h.unreachable + h.refused > 0),
+            signs: Some(passive).filter(|h| h.unreachable + h.refused > 0),
             replica: self.replica_entry(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),
         };
