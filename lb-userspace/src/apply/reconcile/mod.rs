@@ -40,7 +40,8 @@ use crate::{
     clock,
     desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, RegionShares},
     plan::compile::{
-        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each, needs,
+        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each,
+        region_needs,
     },
 };
 use kept::{Keeper, boot_id};
@@ -157,12 +158,12 @@ impl<M: Maps> Reconciler<M> {
 
     /// Whether history could tell something about this state's services that memory does not.
     pub fn wants_history(&self, desired: &Desired) -> bool {
-        self.memory.is_ignorant_of(desired)
+        self.memory.lacks_history(desired)
     }
 
     /// Learns from the store's history what tables were made from lately, oldest first.
     pub fn recall(&mut self, past: &[Past]) {
-        self.memory.recall(past, &self.settings, clock::boot().as_millis() as i64);
+        self.memory.replay_history(past, &self.settings, clock::boot().as_millis() as i64);
     }
 
     /// Runs until nobody can send events any more. The maps stay as they are.
@@ -297,7 +298,8 @@ impl<M: Maps> Reconciler<M> {
         if self.goes_on() {
             self.mirror.wait(&mut self.maps);
         }
-        let needs = needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
+        let needs =
+            region_needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
         let grants = self.mirror.grant(&mut self.maps, needs)?;
         let mut compiled = compile_each(
             &self.desired,
@@ -312,7 +314,7 @@ impl<M: Maps> Reconciler<M> {
         let guard = self.guard();
         let mut regions = BTreeMap::new();
         for (id, region) in grants.regions {
-            match compiled.memory.services.get(&id).filter(|_| !compiled.left.contains(&id)) {
+            match compiled.memory.services.get(&id).filter(|_| !compiled.unchanged.contains(&id)) {
                 Some(memory) => drop(regions.insert(memory.index, region)),
                 None => self.mirror.take_back(region),
             }
@@ -330,13 +332,13 @@ impl<M: Maps> Reconciler<M> {
 
     /// Services that could not be compiled, or wait without a table of their own, stay as they are.
     fn retain_left(&self, compiled: &mut Compiled) {
-        if compiled.left.is_empty() {
+        if compiled.unchanged.is_empty() {
             return;
         }
         let live = self.mirror.plan();
-        for id in &compiled.left {
+        for id in &compiled.unchanged {
             if let Some(memory) = compiled.memory.services.get(id) {
-                compiled.plan.retain(id, memory.index, &live);
+                compiled.plan.copy_service(id, memory.index, &live);
             }
         }
     }
@@ -427,7 +429,7 @@ impl<M: Maps> Reconciler<M> {
     /// Lets time go by for what is remembered.
     #[cfg(test)]
     pub fn age(&mut self, by: Duration) {
-        self.memory.shift(-(by.as_millis() as i64));
+        self.memory.shift_times(-(by.as_millis() as i64));
         for service in self.memory.services.values_mut() {
             Arc::make_mut(service).changed_ms = Arc::default();
         }

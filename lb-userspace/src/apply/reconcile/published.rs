@@ -4,7 +4,7 @@ use super::{Problem, mirror::Written, sweep::Sweep};
 use crate::{
     desired::model::{BackendId, Desired, Name, Observed},
     observed::replica::BackendIndices,
-    plan::compile::{BackendStatus, ServiceStatus},
+    plan::compile::{CompiledBackend, CompiledService},
 };
 use lb_common::BackendStats;
 use serde::{Deserialize, Serialize};
@@ -33,7 +33,7 @@ pub struct Published {
     /// What it was compiled with.
     pub observed: Arc<Observed>,
     /// Services, by name.
-    pub services: BTreeMap<Name, Arc<ServiceStatus>>,
+    pub services: BTreeMap<Name, Arc<CompiledService>>,
     /// Tracked live flows by backend index, at the last sweep.
     pub sweep: Arc<Sweep>,
     /// Counters of backends that have gone, by service, so that a service's sums never fall.
@@ -50,7 +50,7 @@ pub struct Published {
 
 impl Published {
     /// A backend's status.
-    pub fn backend(&self, id: &BackendId) -> Option<&BackendStatus> {
+    pub fn backend(&self, id: &BackendId) -> Option<&CompiledBackend> {
         let service = self.services.get(&id.service)?;
         service.backends.iter().find(|b| b.name.as_ref() == Some(&id.backend))
     }
@@ -79,7 +79,7 @@ impl BackendIndices for watch::Receiver<Arc<Published>> {
 
     fn all(&self) -> Vec<(BackendId, u32)> {
         let published = self.borrow().clone();
-        let of = |(name, s): (&Name, &Arc<ServiceStatus>)| {
+        let of = |(name, s): (&Name, &Arc<CompiledService>)| {
             let name = name.clone();
             let named = s.backends.iter().filter_map(|b| Some((b.name.clone()?, b.index)));
             named

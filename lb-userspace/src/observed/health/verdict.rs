@@ -57,7 +57,7 @@ impl Verdict {
             return None;
         };
         if self.health == Health::Healthy && next == Health::Unhealthy {
-            self.falls.fall(now);
+            self.falls.record_fall(now);
         }
         self.suspected &= next == self.health;
         (next != self.health).then(|| std::mem::replace(&mut self.health, next))

@@ -19,8 +19,8 @@ use crate::{
         replica,
     },
     plan::policy::{
-        canary::Verdict,
-        region::{Agreed, Decision, Inputs, Vote, agreed, decide},
+        canary::CanaryVerdict,
+        region::{Agreed, Decision, Inputs, Vote, count_votes, decide},
     },
 };
 use futures_util::future::BoxFuture;
@@ -255,7 +255,7 @@ impl RegionController {
         let inputs = Inputs { rules, regions: &places, zones: &zones, now_ms };
         let before = self.decisions.get(name).cloned().unwrap_or_default();
         let mut decision = decide(&inputs, &before);
-        let (mut steer, mut decided_by) = (decision.steer(), self.host.clone());
+        let (mut steer, mut decided_by) = (decision.region_shares(), self.host.clone());
         if let Some(leader) = leader
             && let Some(theirs) = leader.steers.get(name)
         {
@@ -271,7 +271,7 @@ impl RegionController {
         let mut abort = None;
         let rollout = service.rollout.as_ref().map(|rollout| {
             let (backends, shown, verdict) = self.rollouts.update(name, service, rollout, &self.replicas);
-            if let (Verdict::Abort(why), RolloutState::Running) = (verdict, rollout.state) {
+            if let (CanaryVerdict::Abort(why), RolloutState::Running) = (verdict, rollout.state) {
                 abort = Some(why);
             }
             steer.canary = Some(Canary { permille: rollout.share(), backends });
@@ -319,7 +319,7 @@ impl RegionController {
                 is_local: name == self.here.region,
                 is_declared: desired.regions.contains_key(&name),
                 state: desired.regions.get(&name).map_or(RegionState::Up, |r| r.state),
-                agreed: agreed(&votes),
+                agreed: count_votes(&votes),
                 votes,
                 rtt_us: times.get(&name).copied(),
                 hosts: all().filter(|report| report.region == name.as_str()).count(),

@@ -7,7 +7,7 @@ use super::RolloutShown;
 use crate::{
     desired::model::{Answers, BackendId, Name, Rollout, RolloutState, Service},
     observed::replica,
-    plan::policy::canary::{Tally, Verdict, judge},
+    plan::policy::canary::{CanaryVerdict, Tally, judge},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -41,7 +41,7 @@ impl Rollouts {
         service: &Service,
         rollout: &Rollout,
         registry: &replica::ReplicaRegistry,
-    ) -> (BTreeSet<Name>, RolloutShown, Verdict) {
+    ) -> (BTreeSet<Name>, RolloutShown, CanaryVerdict) {
         let key = (rollout.model.clone(), rollout.version.clone(), rollout.since_ms);
         let count = self.counts.entry(name.clone()).or_default();
         if count.key != key {
@@ -72,13 +72,13 @@ impl Rollouts {
         count.last.retain(|backend, _| service.backends.contains_key(backend));
         let verdict = match rollout.state {
             RolloutState::Running => judge(rollout, &count.new, &count.old),
-            RolloutState::Promoted => Verdict::Fine("the new version gets all flows".to_owned()),
-            RolloutState::Aborted => Verdict::Fine("the new version gets no flows".to_owned()),
+            RolloutState::Promoted => CanaryVerdict::Fine("the new version gets all flows".to_owned()),
+            RolloutState::Aborted => CanaryVerdict::Fine("the new version gets no flows".to_owned()),
         };
         let text = match &verdict {
-            Verdict::Waiting(text) => format!("not judged yet: {text}"),
-            Verdict::Fine(text) => text.clone(),
-            Verdict::Abort(text) => format!("will be aborted: {text}"),
+            CanaryVerdict::Waiting(text) => format!("not judged yet: {text}"),
+            CanaryVerdict::Fine(text) => text.clone(),
+            CanaryVerdict::Abort(text) => format!("will be aborted: {text}"),
         };
         let shown = RolloutShown {
             service: name.clone(),

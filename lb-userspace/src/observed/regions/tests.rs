@@ -116,14 +116,17 @@ fn a_new_version_is_found_and_counted_from_the_beginning_of_its_roll_out() {
         let (who, shown, verdict) = rollouts.update(&name("s"), &service, rollout, &book);
         (who, shown.new.finished, shown.new.failed, shown.old.finished, verdict)
     };
-    use crate::plan::policy::canary::Verdict;
+    use crate::plan::policy::canary::CanaryVerdict;
     let first = look(&rollout);
     assert_eq!((first.0, first.1, first.3), ([name("b")].into(), 0, 0), "what was before does not count");
     say("b", "v2", 530, 400);
-    assert!(matches!(look(&rollout), (_, 30, 0, 0, Verdict::Fine(_))));
+    assert!(matches!(look(&rollout), (_, 30, 0, 0, CanaryVerdict::Fine(_))));
     // a is upgraded: its new process counts from 0.
     say("a", "v2", 20, 10);
-    assert!(matches!(look(&rollout), (_, 50, 10, 0, Verdict::Abort(_))));
+    assert!(matches!(look(&rollout), (_, 50, 10, 0, CanaryVerdict::Abort(_))));
     let again = Rollout { since_ms: 2, ..rollout };
-    assert!(matches!(look(&again), (_, 0, 0, 0, Verdict::Waiting(_))), "another roll-out is counted anew");
+    assert!(
+        matches!(look(&again), (_, 0, 0, 0, CanaryVerdict::Waiting(_))),
+        "another roll-out is counted anew"
+    );
 }

@@ -272,7 +272,7 @@ impl Task {
         if result.is_err() {
             let was_lost = self.shared.registry.get(&self.id).is_some_and(|e| e.readiness == Readiness::Lost);
             if !was_lost {
-                self.falls.fall(elapsed);
+                self.falls.record_fall(elapsed);
             }
             // From the third recent loss on, the replica must stay up for a while before it is accepted again.
             self.held_until = elapsed + HOLD * (self.falls.factor(elapsed) - 1);

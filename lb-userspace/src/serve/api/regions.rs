@@ -19,7 +19,7 @@ use crate::{
         store::{Claim, Lock, StoreError},
     },
     observed::regions::{Explained, RegionShown, RegionSnapshot, RolloutShown},
-    plan::policy::audit::{Residency, Seen, audit},
+    plan::policy::audit::{BackendUse, Residency, audit},
 };
 use axum::{
     Json,
@@ -323,7 +323,10 @@ impl Control {
 fn audit_residency(desired: &Desired, snapshot: &Snapshot) -> Vec<Residency> {
     let seen = |id: &BackendId| {
         let applied = snapshot.backends.get(id);
-        Seen { ready: applied.is_some_and(|b| b.takes_flows), flows: applied.map_or(0, |b| b.tracked_flows) }
+        BackendUse {
+            ready: applied.is_some_and(|b| b.takes_flows),
+            flows: applied.map_or(0, |b| b.tracked_flows),
+        }
     };
     audit(desired, seen, |name| snapshot.services.get(name).map_or_else(Vec::new, |s| s.regions.clone()))
 }
