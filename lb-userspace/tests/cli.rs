@@ -1,8 +1,8 @@
 //! The `lbctl` binary, end to end over a real socket, store and API, with an engine that needs no kernel.
 //!
 //! Each file in `tests/cli/` runs against a daemon of its own. `TRYCMD=overwrite cargo test --test cli`
-//! writes what was printed into the files; put `[..]` where it
-//! differs from run to run.
+//! writes the output into the files; replace parts that vary
+//! between runs by `[..]`.
 
 #![allow(clippy::unwrap_used, reason = "a test file, helpers included")]
 
@@ -23,7 +23,7 @@ use lb_userspace::{
 };
 use std::{path::Path, sync::Arc};
 
-/// Starts a daemon without a dataplane in a directory; it ends with the test's process.
+/// Starts a daemon without a dataplane in a directory; it stops with the test's process.
 fn start(directory: &Path) -> std::path::PathBuf {
     let socket = directory.join("lbd.sock");
     let (ready, started) = std::sync::mpsc::channel();
@@ -44,21 +44,21 @@ fn start(directory: &Path) -> std::path::PathBuf {
             let books = (book, control.replicas().clone());
             let steering =
                 RegionController::new((here, "ingress-1".to_owned()), store, Arc::new(local), books).await;
-            control.steer_by(steering.shown());
+            control.set_region_decisions(steering.snapshots());
             let (steers, mut steered) =
                 tokio::sync::mpsc::channel::<lb_userspace::apply::reconcile::Event>(100);
             tokio::spawn(async move { while steered.recv().await.is_some() {} });
             tokio::spawn(steering.run(control.clone(), steers));
             let named = |name: &str| name.to_owned();
             let (host, region, zone) = (named("ingress-1"), named("eu"), named("a"));
-            control.share(FleetMember {
+            control.set_fleet_member(FleetMember {
                 host: host.clone(),
                 region: region.clone(),
                 zone: zone.clone(),
                 opener,
             });
-            control.tell(HostReport { host, region, zone, ..HostReport::default() });
-            tokio::spawn(control.clone().follow());
+            control.publish_report(HostReport { host, region, zone, ..HostReport::default() });
+            tokio::spawn(control.clone().run_apply_loop());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();
             api::serve(listener, control, writers, std::future::pending()).await.unwrap();
@@ -116,7 +116,7 @@ fn help() {
     run("tests/cli/help.trycmd");
 }
 
-/// A path into the binary under test, and its arguments, with no reader at the other end of the pipe.
+/// Runs the binary under test with a pipe whose reader has closed.
 #[test]
 fn a_reader_that_leaves_is_no_error() {
     use std::process::{Command, Stdio};
@@ -164,7 +164,7 @@ fn store() {
     run("tests/cli/store.trycmd");
 }
 
-/// Runs `lbctl` against a socket: exit code, and what it said.
+/// Runs `lbctl` against a socket; returns exit code and output.
 fn lbctl(socket: &Path, arguments: &[&str]) -> (i32, String) {
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lbctl"));
     let output = command.env("LBD_SOCKET", socket).args(arguments).output().unwrap();
@@ -188,7 +188,7 @@ fn a_backup_is_written_once_and_brought_back() {
     assert!(code == 0 && said.contains("2 revisions, up to 2"), "{said}");
     let (code, said) = lbctl(&one, &["store", "backup", &file]);
     assert!(code == 4 && said.contains("File exists"), "{said}");
-    // Into the store that it came from: one more revision.
+    // Into the store of the backup: one more revision.
     lbctl(&one, &["backend", "rm", "web", "w1"]);
     let (code, said) = lbctl(&one, &["store", "restore", &file, "--dry-run"]);
     assert!(code == 0 && said.contains("+ backend web/w1"), "{said}");
@@ -197,13 +197,13 @@ fn a_backup_is_written_once_and_brought_back() {
     let (code, said) = lbctl(&one, &["store", "restore", &file]);
     assert!(code == 0 && said.contains("restored (revision 4"), "{said}");
     assert_eq!(lbctl(&one, &["config", "export"]), export);
-    // Into an empty one: all of them.
+    // Into an empty store: all revisions.
     let (code, said) = lbctl(&two, &["store", "restore", &file]);
     assert!(code == 0 && said.contains("2 revisions, up to 2"), "{said}");
     assert_eq!(lbctl(&two, &["config", "export"]), export);
     let (_, said) = lbctl(&two, &["history"]);
     assert!(said.contains("backend web/w1") || said.contains("add backend"), "{said}");
-    // Cut short.
+    // A truncated backup.
     let bytes = std::fs::read(&file).unwrap();
     std::fs::write(&file, &bytes[..bytes.len() - 7]).unwrap();
     let (code, said) = lbctl(&two, &["store", "restore", &file]);
@@ -252,7 +252,7 @@ fn a_command_runs_under_the_lock() {
     assert_eq!(lbctl(&socket, &["rollout", "status", "rollout"]).0, 0);
 }
 
-/// Standard error that nobody reads any more, as of `lbctl ... 2>&1 | head`, changes no exit code.
+/// A closed standard error, as in `lbctl ... 2>&1 | head`, does not change the exit code.
 #[test]
 fn a_closed_stderr_is_no_failure() {
     let directory = tempfile::tempdir().unwrap();

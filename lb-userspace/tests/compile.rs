@@ -1,4 +1,4 @@
-//! What comes of a desired state: entries, tables, indices, refusals.
+//! Tests of compiling a desired state: entries, tables, indices, refusals.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use ipnet::{Ipv4Net, Ipv6Net};
@@ -26,7 +26,7 @@ use std::{
     time::Duration,
 };
 
-/// A daemon's compiling side.
+/// The compiling part of a daemon.
 #[derive(Default)]
 struct Host {
     settings: Settings,
@@ -161,7 +161,7 @@ fn services_are_entered_where_packets_find_them() {
     assert!(plan.services.values().all(|s| s.table.is_empty()), "no backend, no table");
     assert_eq!(plan.services[&index["exact"]].view.protocol, TCP);
 
-    // The maps alone tell who is who.
+    // The maps alone identify the backends.
     let mut adopted = Memory::default();
     adopted.adopt(&plan, 1_000);
     let indices = |m: &Memory| m.services.iter().map(|(id, s)| (*id, s.index)).collect::<Vec<_>>();
@@ -183,7 +183,7 @@ fn a_removed_backend_keeps_its_entry_until_no_flow_names_it() {
     assert!(host.memory.drained(&one, 309_999).is_empty(), "within the drain time");
     assert_eq!(host.memory.drained(&one, 310_000), BTreeSet::from([1]));
 
-    // A newcomer gets another index; the same address gets its own back.
+    // A new address gets another index; a returning address gets its old index.
     let with_c = service(&[("a", r#""address":"10.1.0.1""#), ("c", r#""address":"10.1.0.3""#)]);
     assert_eq!(host.at(11, &with_c).plan.backends[&2].address, mapped([10, 1, 0, 3]));
     let again = host.at(12, &two());
@@ -279,14 +279,20 @@ fn what_does_not_fit_is_refused_with_its_name() {
     let mut host = Host::default();
     host.settings.limits.backends = 1;
     let error = host.try_at(1, &two()).unwrap_err().to_string();
-    assert!(error.contains("backends do not fit: 2 needed, 1 possible, first without room: s"), "{error}");
+    assert!(
+        error.contains("backends do not fit: 2 needed, 1 available, first that does not fit: s"),
+        "{error}"
+    );
     assert!(error.contains("--max-backends"), "{error}");
     assert_eq!(host.memory, Memory::default(), "nothing is remembered of it");
 
     let mut host = Host::default();
     host.settings.limits.services = 0;
     let error = host.try_at(1, &two()).unwrap_err().to_string();
-    assert!(error.contains("services do not fit: 1 needed, 0 possible, first without room: s"), "{error}");
+    assert!(
+        error.contains("services do not fit: 1 needed, 0 available, first that does not fit: s"),
+        "{error}"
+    );
 
     let mut host = Host::default();
     host.settings.limits.slots = 500;
@@ -302,20 +308,20 @@ fn a_reboot_shifts_the_past_by_the_time_away() {
     host.at(200, &service(&[("a", r#""address":"10.1.0.1""#)]));
     let text = serde_json::to_string(&host.memory).unwrap();
     let mut read: Memory = serde_json::from_str(&text).unwrap();
-    read.shift(-150_000);
+    read.shift_times(-150_000);
     let service = read.services.values().next().unwrap();
     assert_eq!(service.epochs.iter().map(|e| e.from_ms).collect::<Vec<_>>(), [-50_000, 50_000]);
     assert_eq!(service.backends[&address("10.1.0.2")].removed_ms, Some(50_000));
 }
 
-/// The service of [`two`], with this much changed.
+/// The service of [`two`], with a change.
 fn changed(change: impl FnOnce(&mut Service)) -> Desired {
     let mut desired = two();
     change(desired.service_mut(&"s".parse().unwrap()).unwrap());
     desired
 }
 
-/// Hosts of different builds compare these hashes, so they have to stay what they are.
+/// Hosts of different builds compare these hashes, so they must not change.
 #[test]
 fn the_status_tells_what_the_slots_name() {
     let mix = |hash: u64, value: u64| {
@@ -330,7 +336,7 @@ fn the_status_tells_what_the_slots_name() {
     ]);
     let mut host = Host::default();
     host.at(1, &two());
-    // One that goes, with slots still in transition, and indices that are not in the order of addresses.
+    // A removed backend with slots in transition, and indices that are not in the order of addresses.
     for compiled in [host.at(2, &three), host.at(3, &service(&[])), host.at(4, &two())] {
         let (status, entry) = (&compiled.status[0], &compiled.plan.services[&0]);
         let slots = entry.slots();
@@ -380,14 +386,14 @@ fn a_new_seed_size_or_hash_leaves_the_old_table_for_the_drain_time() {
         assert!(!later.in_transition() && later.table.len() == later.slots().len());
         assert!(later.slots().iter().all(|s| s.is_tracked()), "until a scan has found no flow");
     }
-    // And back within the drain time: the base is the table of now, and each slot's own previous primary tells.
+    // And back within the drain time: the base is the current table, and each slot has its own previous primary.
     let mut host = Host::default();
     host.at(1, &two());
     host.at(1_000, &changed(by_source));
     let entry = host.at(1_010, &two()).plan.services[&0].clone();
     assert_eq!(entry.view.old_count, 0);
     assert!(entry.slots().iter().all(|s| s.is_transition() && s.secondary_index() == s.primary_index()));
-    // From a table by source, the old one is marked so.
+    // An old table hashed by source is marked as such.
     let mut host = Host::default();
     host.at(1, &changed(by_source));
     let entry = host.at(1_000, &two()).plan.services[&0].clone();
@@ -402,7 +408,7 @@ fn a_scheduler_leaves_its_flows_to_the_next() {
     assert_eq!(first.plan.services[&0].view.scheduler, scheduler::P2C);
     assert_ne!(first.plan.services[&0].view.flags & TRACK_ALL, 0);
     assert!(first.plan.services[&0].slots().iter().all(|s| !s.is_tracked() && s.secondary_index() < 2));
-    // A restart in between knows it from the maps.
+    // A restarted daemon reads it from the maps.
     host.memory.adopt(&first.plan, 2_000);
     host.cache = Cache::default();
     let after = host.at(3, &two());
@@ -469,7 +475,7 @@ fn a_service_that_needs_what_is_off_is_refused() {
     let error = host.try_at(1, &p2c).unwrap_err().to_string();
     assert_eq!(
         error,
-        "service s: scheduler p2c needs feature p2c, which lbd was started without: add it to features"
+        "service s: scheduler p2c needs feature p2c, which is off: add it to the setting features"
     );
     let gue = changed(|s| s.mode = ForwardingMode::Gue);
     host.at(1, &gue);
@@ -484,7 +490,7 @@ fn l2_reaches_no_further_than_the_segment() {
     let mut desired = service(&[("a", r#""address":"10.1.0.1""#), ("b", r#""address":"10.1.0.2""#)]);
     Arc::make_mut(desired.services.values_mut().next().unwrap()).mode =
         lb_userspace::desired::model::ForwardingMode::L2;
-    // A source is not needed: nothing of ours is in the packet.
+    // Mode l2 adds no header, so it needs no source.
     host.observed.paths.next_hops.insert(address("10.1.0.1"), hop(3, None));
     let routed = NextHop { is_routed: true, ..hop(3, Some("10.0.0.1")) };
     host.observed.paths.next_hops.insert(address("10.1.0.2"), routed);
@@ -498,7 +504,7 @@ fn l2_reaches_no_further_than_the_segment() {
     let problem = status.backends[1].problem.as_ref().unwrap();
     assert!(problem.contains("10.1.0.2 is behind a router: use ipip, gue or nat"), "{problem}");
 
-    // The route changes, and with it the verdict.
+    // The route changes, and with it the problem.
     host.observed.paths.next_hops.insert(address("10.1.0.2"), hop(3, None));
     let status = host.at(2, &desired).status;
     assert!(status[0].backends.iter().all(|b| b.eligible && b.problem.is_none() && b.resolved));

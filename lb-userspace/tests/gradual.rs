@@ -1,4 +1,4 @@
-//! What replicas say and how slowly a backend starts, as the tables show it.
+//! Tests of replica reports and slow start in compiled tables.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_common::backend::flags::{DOWN, DRAINING};
@@ -52,7 +52,7 @@ fn slots(compiled: &Compiled, backend: usize) -> u32 {
     compiled.status[0].backends[backend - 1].slots
 }
 
-/// Slots whose primary differs.
+/// Number of slots whose primary differs.
 fn moved(a: &Compiled, b: &Compiled) -> usize {
     let table = |c: &Compiled| c.plan.services.values().next().unwrap().table.clone();
     table(a).iter().zip(table(b).iter()).filter(|(x, y)| x.primary_index() != y.primary_index()).count()
@@ -110,7 +110,7 @@ fn the_next_step_is_announced_and_a_new_backend_starts_slowly_too() {
     let compiled = host.at(100, &desired);
     assert_eq!(compiled.status[0].backends[3].slow_start_percent, Some(12));
     assert_eq!(compiled.next_change_ms, Some(110_000));
-    // A drain is no start, and its end is one; a weight of 0 has none.
+    // A drain does not start slow start, its end does; a backend of weight 0 has no slow start.
     let mut drained = desired.clone();
     let s = drained.service_mut(&"s".parse().unwrap()).unwrap();
     s.backends.get_mut(&"b1".parse().unwrap()).unwrap().state =
@@ -120,7 +120,7 @@ fn the_next_step_is_announced_and_a_new_backend_starts_slowly_too() {
     let compiled = host.at(300, &desired);
     assert_eq!(compiled.status[0].backends[0].slow_start_percent, Some(12));
     assert_eq!(compiled.status[0].backends[3].slow_start_percent, None);
-    // The last one standing serves all, start or not.
+    // The last remaining backend serves all flows, even during slow start.
     for backend in ["b2", "b3", "b4"] {
         host.health(backend, Health::Unhealthy);
     }
@@ -150,7 +150,7 @@ fn a_replicas_word_takes_its_slots_and_leaves_its_flows() {
     }
     host.says("b2", Readiness::Ready);
     assert_eq!(moved(&whole, &host.at(4, &desired)), 0);
-    // What replicas say counts only for services that ask.
+    // Replica reports affect only services that watch replicas.
     host.says("b1", Readiness::Draining);
     assert_eq!(host.at(5, &service(r#""drain_s":300"#, 3)).status[0].eligible, 3);
 }

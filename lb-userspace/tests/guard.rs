@@ -1,5 +1,4 @@
-//! Deny and allow lists from the operator's word to the packet code's verdict, against a plain search; and what a store
-//! keeps of them.
+//! Compares the packet code's verdicts on deny and allow lists with a plain search, and tests how stores keep the lists.
 
 use ipnet::IpNet;
 use lb_common::guard::{GuardKey, GuardState, block, verdict};
@@ -12,7 +11,7 @@ use lb_userspace::{
         },
         store::delta,
     },
-    plan::compile::guard::{ALL_BLOCKS, Table, blocks_of, filter_bit, key_of, net_of},
+    plan::compile::guard::{ALL_BLOCKS, GuardTable, blocks_of, filter_bit, key_of, net_of},
 };
 use proptest::prelude::*;
 use std::{
@@ -20,7 +19,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-/// The maps, in memory. Only the words that some prefix touches are kept.
+/// The maps in memory, with only those words that a prefix touches.
 #[derive(Default)]
 struct Maps {
     blocks: HashMap<u32, u32>,
@@ -45,8 +44,8 @@ impl GuardTables for Maps {
 }
 
 impl Maps {
-    /// Writes what a prefix that came, changed or went has touched.
-    fn update(&mut self, table: &Table, net: IpNet) {
+    /// Writes the words that an added, changed or removed prefix touches.
+    fn update(&mut self, table: &GuardTable, net: IpNet) {
         match table.get(net) {
             Some(verdict) => self.entries.insert(key_of(net), verdict),
             None => self.entries.remove(&key_of(net)),
@@ -75,7 +74,7 @@ impl Maps {
     }
 }
 
-/// Addresses that are near each other.
+/// Addresses close to each other.
 fn addresses() -> impl Strategy<Value = IpAddr> {
     let v4 = (0u32..4, 0u32..4, 0u32..8)
         .prop_map(|(a, b, c)| IpAddr::from(Ipv4Addr::from(0x0a00_0000 + (a << 16) + (b << 8) + c * 31)));
@@ -87,7 +86,7 @@ fn addresses() -> impl Strategy<Value = IpAddr> {
 
 fn prefixes() -> impl Strategy<Value = IpNet> {
     (addresses(), 0u8..=128).prop_map(|(address, bits)| {
-        // Short ones of IPv4 paint millions of blocks: they are rare.
+        // Short IPv4 prefixes fill millions of blocks, so they are rare.
         let bits = if address.is_ipv4() { 12 + bits % 21 } else { bits };
         IpNet::new(address, bits).expect("in range").trunc()
     })
@@ -96,13 +95,13 @@ fn prefixes() -> impl Strategy<Value = IpNet> {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(200) })]
 
-    /// Entries come, change and go one by one; after each the maps say what a plain search does.
+    /// Adds, changes and removes entries one by one; after each step the maps agree with a plain search.
     #[test]
     fn the_longest_prefix_decides(
         changes in proptest::collection::vec((prefixes(), 0u8..5), 1..40),
         asked in proptest::collection::vec(addresses(), 40),
     ) {
-        let (mut table, mut maps, mut plain) = (Table::default(), Maps::default(), HashMap::new());
+        let (mut table, mut maps, mut plain) = (GuardTable::default(), Maps::default(), HashMap::new());
         for (net, kind) in changes {
             let verdict = match kind {
                 0 | 1 => Some(verdict::DENY),
@@ -122,15 +121,15 @@ proptest! {
             let denied = longest.is_some_and(|(_, verdict)| *verdict == verdict::DENY);
             prop_assert_eq!(maps.denies(address), denied, "{}: {:?}", address, longest);
         }
-        // What is read back from the maps is the same table.
-        let mut read = Table::default();
+        // The table read back from the maps is equal.
+        let mut read = GuardTable::default();
         for (key, verdict) in &maps.entries {
             read.set(net_of(key).expect("a key of ours"), Some(*verdict));
         }
         prop_assert_eq!(read, table);
     }
 
-    /// A difference between two states brings one to the other, lists and all, entry by entry.
+    /// Applying the difference of two states to one yields the other, including each list entry.
     #[test]
     fn a_difference_of_lists_is_applied(
         old in proptest::collection::vec((prefixes(), any::<bool>(), 0u64..3), 0..30),
@@ -163,7 +162,7 @@ proptest! {
 
 #[test]
 fn all_of_ipv4_is_painted() {
-    let mut table = Table::default();
+    let mut table = GuardTable::default();
     table.set("0.0.0.0/0".parse().unwrap(), Some(verdict::DENY));
     table.set("10.0.0.0/8".parse().unwrap(), Some(verdict::ALLOW));
     table.set("10.9.8.7/32".parse().unwrap(), Some(verdict::DENY));
@@ -179,7 +178,7 @@ fn all_of_ipv4_is_painted() {
     assert_eq!(of(203, 0, 113), block::DENY | block::ASK);
 }
 
-/// A change of one entry of a long list is some bytes.
+/// A change of one entry of a long list takes few bytes.
 #[test]
 fn a_change_costs_what_it_changes() {
     let mut old = Desired::default();

@@ -1,6 +1,6 @@
-//! What the whole choice stands on, as a property: whatever the operator and the health checks do, and
-//! however often the daemon restarts, a TCP connection that shows itself once per drain time stays where its
-//! handshake went, as long as that backend exists. Compiled tables meet the very code that runs in the kernel.
+//! Central property of backend selection: whatever the operator and the health checks do, and
+//! however often the daemon restarts, a TCP connection that sends a packet at least once per drain time stays on the
+//! backend of its handshake, as long as that backend exists. Runs compiled tables with the packet code of the kernel.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_common::{
@@ -33,7 +33,7 @@ use std::{
 const DRAIN_S: u32 = 300;
 const VIP: [u8; 4] = [10, 0, 0, 1];
 
-/// Something that happens.
+/// An event of the simulation.
 #[derive(Clone, Debug)]
 enum Step {
     Add(u8, u32),
@@ -44,15 +44,15 @@ enum Step {
     Connect(u8),
     /// Some connections end.
     Close(u8),
-    /// Seconds go by; every connection shows itself at least once in each 250 s.
+    /// Time passes; every connection sends a packet at least every 250 s.
     Wait(u16),
-    /// The daemon is killed and starts again.
+    /// The daemon is killed and restarted.
     Restart,
     /// The flow tables are scanned.
     Sweep,
-    /// Clients whose handshake is not complete try again.
+    /// Clients whose handshake is not complete retry.
     RepeatSyns,
-    /// The operator changes how flows are placed.
+    /// The operator changes the scheduler.
     Schedule(u8),
     /// The operator changes the seed, and with it every slot.
     Seed(u64),
@@ -147,7 +147,7 @@ impl World {
             now_s: 0,
         };
         world.now_s = world.tables.now_s();
-        // As with `lbctl service add`: at first there is nobody.
+        // As with `lbctl service add`: the service begins without backends.
         world.compile();
         world
     }
@@ -190,7 +190,7 @@ impl World {
         tables.backends = self.plan.backends.iter().map(|(k, v)| (*k, *v)).collect();
     }
 
-    /// Where a packet goes now.
+    /// Chooses the backend of a packet.
     fn send(&self, headers: &Headers) -> Option<u32> {
         let (service, _) = lookup_service(&self.tables, headers).unwrap();
         let view = self.tables.service(service).unwrap();
@@ -218,7 +218,7 @@ impl World {
         }
     }
 
-    /// Every connection sends a packet: the first is what completes the handshake.
+    /// Every connection sends a packet; the first one completes the handshake.
     fn show(&mut self) -> Result<(), TestCaseError> {
         let mut connections = std::mem::take(&mut self.connections);
         for c in &mut connections {
@@ -234,8 +234,8 @@ impl World {
         Ok(())
     }
 
-    /// SYNs are repeated. One that was noted goes where the first went, if that is up; one that was not, because
-    /// its slot was stable then, may go elsewhere, and the connection with it.
+    /// Repeats SYNs. A recorded SYN goes to the same backend, if that is up; a SYN that was not recorded, because its
+    /// slot was stable, may go elsewhere, and the connection with it.
     fn repeat_syns(&mut self) -> Result<(), TestCaseError> {
         let mut connections = std::mem::take(&mut self.connections);
         for c in connections.iter_mut().filter(|c| !c.established) {
@@ -265,7 +265,7 @@ impl World {
         let mut left = u32::from(seconds);
         while left > 0 {
             let step = left.min(250);
-            // Handshakes take no longer than this.
+            // Upper bound of a handshake's duration.
             self.show()?;
             self.tables.advance_s(step);
             self.now_s += step;
@@ -276,7 +276,7 @@ impl World {
         Ok(())
     }
 
-    /// What the reconciler's scan does.
+    /// Does what the reconciler's scan does.
     fn sweep(&mut self) {
         let over = |table, f: &lb_common::Flow| {
             let age_s = self.now_s - f.last_seen_s;
@@ -305,7 +305,7 @@ impl World {
         self.compile();
     }
 
-    /// A new daemon knows the file, which may be older than the maps, and the maps.
+    /// Starts a new daemon from the maps and the file, which may be older than the maps.
     fn restart(&mut self) -> Result<(), TestCaseError> {
         let file = serde_json::to_vec(&self.memory).unwrap();
         self.memory = serde_json::from_slice(&file).unwrap();
@@ -363,7 +363,7 @@ impl World {
     }
 }
 
-/// Nothing that a packet can reach names what is not there, and marks keep their order.
+/// Reachable entries reference only existing ones, and marks are consistent.
 fn check_plan(plan: &Plan) {
     for entry in plan.services.values() {
         for slot in entry.table.iter() {
@@ -402,8 +402,7 @@ proptest! {
     }
 }
 
-/// The finding that shaped the rule: a slot that flaps within the window, and the window's edge passing
-/// over the flap afterwards.
+/// Regression test: a slot flaps within the drain window, and the start of the window moves past the flap.
 #[test]
 fn a_flap_and_the_edge_of_the_window() {
     let mut world = World::new();
@@ -427,7 +426,7 @@ fn a_flap_and_the_edge_of_the_window() {
     assert!(world.connections.len() > 150);
 }
 
-/// The simulation would notice: without the marks, connections move.
+/// Self-test of the simulation: without the marks, connections move.
 #[test]
 fn without_marks_connections_would_move() {
     let mut world = World::new();
@@ -447,7 +446,7 @@ fn without_marks_connections_would_move() {
     assert!(world.show().is_err());
 }
 
-/// Nor would it pass without the old table.
+/// Self-test of the simulation: without the old table, connections move.
 #[test]
 fn without_the_old_table_connections_would_move() {
     for forget in [false, true] {

@@ -1,9 +1,9 @@
-//! Properties of the tables: exact shares, few moves, no dependence on order.
+//! Properties of Maglev tables: exact shares, few moves, no dependence on order.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_userspace::{
     desired::model::{Backend, Desired, Name, Service},
-    plan::maglev::{Member, NONE, SeatChange, Table, build, build_again},
+    plan::maglev::{Member, NONE, SeatChange, Table, build, rebuild},
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,7 +32,7 @@ fn ideal(members: &[Member]) -> Vec<f64> {
     members.iter().map(|m| weight(m) * f64::from(SIZE) / sum).collect()
 }
 
-/// Slots whose owner's seat differs.
+/// Number of slots whose owner's seat differs.
 fn moved(a: (&[u16], &[Member]), b: (&[u16], &[Member])) -> usize {
     let seat = |members: &[Member], i: u16| members.get(i as usize).map(|m| m.seat);
     a.0.iter().zip(b.0).filter(|&(&x, &y)| seat(a.1, x) != seat(b.1, y)).count()
@@ -71,7 +71,7 @@ proptest! {
         let whole = members.iter().all(|m| m.eligible);
         for ((i, share), ideal) in shares(&table.primary, members.len()).into_iter().enumerate().zip(ideal(&members)) {
             let off = (f64::from(share) - ideal).abs();
-            // Largest remainder: within one slot. Shares handed on start from another rounding: within two.
+            // Largest remainder: within one slot. Shares after changes start from another rounding: within two.
             prop_assert!(off < if whole { 1.0 } else { 2.0 }, "member {}: {} slots instead of {:.1}", i, share, ideal);
         }
     }
@@ -102,7 +102,7 @@ proptest! {
                 2 | 3 => members[at].eligible ^= true,
                 _ => members[at].weight = weight,
             }
-            let again = build_again(seed, 4_093, &history, &members, &mut known);
+            let again = rebuild(seed, 4_093, &history, &members, &mut known);
             prop_assert_eq!(again, build(seed, 4_093, &history, &members));
         }
     }
@@ -123,8 +123,8 @@ fn sum(slots: &[u16]) -> u64 {
     slots.iter().fold(0, |sum, &slot| (sum ^ u64::from(slot)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
-/// Hosts of different builds must agree about every slot: a change of these numbers moves flows when hosts are upgraded
-/// one after the other.
+/// Hosts of different builds must agree on every slot: a change of these numbers moves flows while hosts are upgraded
+/// one after another.
 #[test]
 fn tables_are_what_they_have_always_been() {
     let sums = [3, 100, 1_000, 5_000].map(|count| {
@@ -142,7 +142,7 @@ fn tables_are_what_they_have_always_been() {
     assert_eq!(sums, known);
 }
 
-/// As above, for each way in which it is found out who gives slots, and with a history.
+/// Fixed tables for each way of finding the giving seats, with a history: hosts of different builds must agree.
 #[test]
 fn tables_with_a_history_are_what_they_have_always_been() {
     type Weight = fn(u32) -> u32;
@@ -159,7 +159,7 @@ fn tables_with_a_history_are_what_they_have_always_been() {
         let mut history: Vec<SeatChange> = Vec::new();
         if has_history {
             history.extend(members.iter().map(|m| (m.seat, m.weight)));
-            // Some leave, half of them come back, others change their weights or fail.
+            // Some seats leave, half of them return, others change their weights or fail.
             history.extend((0..count).filter(|i| i % 11 == 3).map(|i| (i, 0)));
             history.extend((0..count).filter(|i| i % 22 == 3).map(|i| (i, 5)));
             members.retain(|m| m.seat % 11 != 3 || m.seat % 22 == 3);
@@ -189,7 +189,7 @@ fn equal_weights_differ_by_one_slot_at_most() {
     }
 }
 
-/// A state with one service, and its table as it is compiled: with the seating that the daemon keeps up.
+/// A state with one service and its compiled table, with seats as the daemon assigns them.
 #[derive(Clone)]
 struct Fleet {
     state: Desired,
@@ -241,7 +241,7 @@ impl Fleet {
         all.filter(|(i, weight)| *weight > 0 && !down.contains(i)).collect()
     }
 
-    /// Owner of each slot: the number of a backend.
+    /// Owner of each slot, as the number of a backend.
     fn owners(&mut self, seed: [u64; 2]) -> Vec<u32> {
         let down = self.down.clone();
         let service = self.service();
@@ -255,14 +255,14 @@ impl Fleet {
         table.primary.into_iter().map(|i| numbers[i as usize]).collect()
     }
 
-    /// A backend's exact share of the slots; none if it takes no flows.
+    /// A backend's exact share of the slots; None if it takes no flows.
     fn share(&mut self, i: u32) -> Option<f64> {
         let weights = self.weights();
         let sum: f64 = weights.values().map(|&w| f64::from(w)).sum();
         weights.get(&i).map(|&weight| f64::from(weight) * f64::from(SIZE) / sum)
     }
 
-    /// Slots that another state moves, worst of a few seeds. Shares are exact before and after.
+    /// Number of slots that a change to another state moves: the worst of a few seeds. Shares are exact before and after.
     fn moved_to(&mut self, after: &mut Self) -> f64 {
         let mut worst = 0;
         for seed in 5..8 {
@@ -304,8 +304,8 @@ fn service(backends: &[(Name, Backend)]) -> Desired {
     Desired { services: [("s".parse().unwrap(), std::sync::Arc::new(service))].into(), ..Desired::default() }
 }
 
-/// One backend comes, goes, comes back, fails, drains or is replaced: its own slots move, whatever happened before, however
-/// many there are, and whatever they weigh. A share of few slots may move one more.
+/// Adding, removing, returning, failing, draining or replacing one backend moves only its own slots, whatever the history,
+/// number and weights of backends. A share of few slots may move one more.
 #[test]
 fn one_change_moves_one_share() {
     let weights: [(&str, fn(u32) -> u32); 3] =
@@ -368,7 +368,7 @@ fn mixed(i: u32) -> u32 {
     (x ^ x >> 15).wrapping_mul(0x85eb_ca6b) >> 7
 }
 
-/// Another weight moves the difference of the shares.
+/// A change of weight moves the difference of the shares.
 #[test]
 fn another_weight_moves_the_difference() {
     for count in [10u32, 100, 1_000] {
@@ -385,7 +385,7 @@ fn another_weight_moves_the_difference() {
     }
 }
 
-/// With several backends down at once, what they left is dealt anew in part. Printed, and bounded.
+/// With several backends down at once, their slots are partly reassigned. Prints and bounds the number.
 #[test]
 fn with_others_down_one_more_moves_more() {
     for (count, down) in [(100u32, 5u32), (1_000, 5), (1_000, 100)] {
@@ -398,7 +398,7 @@ fn with_others_down_one_more_moves_more() {
     }
 }
 
-/// Very many seats, and seats that no table has.
+/// Very many seats, and seats beyond the limit.
 #[test]
 fn odd_seats_still_make_a_table() {
     let all: Vec<Member> = (0..5_000).map(|i| member(i * 13, 1 + i % 3)).collect();

@@ -1,7 +1,7 @@
-//! What checking many backends costs: processor time of the thread that probes, over the loopback interface.
+//! Cost of checking many backends: CPU time of the probing thread, over the loopback interface.
 //!
-//! `cargo test --release --test probes -- --nocapture` prints the figures of optimised code; unoptimised it checks a
-//! fifth of the backends, and only that none is forgotten.
+//! `cargo test --release --test probes -- --nocapture` prints the numbers of optimised code; unoptimised it checks a
+//! fifth of the backends, and only that each is probed.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use futures_util::future::BoxFuture;
@@ -41,11 +41,11 @@ fn stored(backends: usize, port: u16, kind: &str) -> Stored {
     Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
 }
 
-/// A listener with threads of its own that accept whoever comes and, for HTTP, answer.
+/// A listener with its own threads, which accept every connection and answer HTTP requests.
 fn serve(answer: bool) -> u16 {
     let listener = TcpListener::bind("0.0.0.0:0").unwrap();
     let port = listener.local_addr().unwrap().port();
-    // The backlog of the standard library is 128: too short for thousands at a time.
+    // The standard library's backlog of 128 is too short for thousands of connections at a time.
     socket2::SockRef::from(&listener).listen(8_192).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -66,7 +66,7 @@ fn cpu() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap().into()
 }
 
-/// Probes for some seconds once all have a verdict; gives probes per second and the share of a core.
+/// Probes for some seconds after all backends have a verdict; returns probes per second and the share of a core.
 fn measure(backends: usize, kind: &'static str) -> (f64, f64) {
     let port = serve(kind == "http");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -107,7 +107,7 @@ fn thousands_of_backends_are_checked_each_second_by_one_core() {
             "{backends} backends by {kind}: {rate:.0} probes/s, {:.0} % of a core, {each:.1} µs each",
             core * 100.0
         );
-        // The share of a core is a measurement; that the pace is kept is not, but on a machine that others use.
+        // The share of a core is only printed; the rate is checked, unless other processes use the machine.
         assert!(rate > backends as f64 * 0.6, "{rate:.0} probes/s of {backends} backends");
     }
 }

@@ -1,5 +1,5 @@
-//! A host that has just started knows from the store's history what another has seen happen: both make the
-//! same tables, transitions included.
+//! A host that has just started replays the store's history, and builds the same tables, including transitions, as a
+//! host that has seen the changes.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_userspace::{
@@ -11,7 +11,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 const DRAIN_S: u32 = 300;
 
-/// Something an operator does to a service, and the seconds that go by before.
+/// An operator's change of a service, and the seconds before it.
 #[derive(Clone, Debug)]
 enum Step {
     Add(u8, u32),
@@ -57,7 +57,7 @@ fn take(desired: &mut Desired, second: bool, step: &Step) {
                 let new: Backend = serde_json::from_str(&format!(r#"{{"address":"{address}"}}"#)).unwrap();
                 s.backends.entry(key(b)).or_insert(new).weight = *weight;
             }
-            // Whether a service without backends had some long ago is in no window; no flow depends on it.
+            // Backends from before the window are not replayed for a service without backends; no flow depends on them.
             Step::Remove(b) => {
                 if s.backends.len() > 1 {
                     s.backends.remove(&key(b));
@@ -75,7 +75,7 @@ fn take(desired: &mut Desired, second: bool, step: &Step) {
     desired.assign_seats(&old);
 }
 
-/// What packets find: for each service, for each slot, where it leads, and where it led before, if that counts.
+/// What packets see: for each slot of each service, the backend, and the previous one if the slot is in transition.
 type Seen = Vec<(String, Vec<(Option<[u8; 16]>, Option<[u8; 16]>)>)>;
 
 fn seen(compiled: &Compiled) -> Seen {
@@ -88,7 +88,7 @@ fn seen(compiled: &Compiled) -> Seen {
             (is, was.filter(|_| s.is_transition() && was != is))
         });
         let mut slots: Vec<_> = slots.collect();
-        // A table without any backend leads nowhere, whatever its size.
+        // Tables without backends are equal, whatever their size.
         if slots.iter().all(|s| *s == (None, None)) {
             slots.clear();
         }
@@ -97,7 +97,7 @@ fn seen(compiled: &Compiled) -> Seen {
     of_service.collect()
 }
 
-/// The first slot that two hosts see differently.
+/// The first slot that differs between two hosts.
 fn difference(a: &Seen, b: &Seen) -> Option<String> {
     if a == b {
         return None;
@@ -143,12 +143,12 @@ proptest! {
             .collect();
         let mut newcomer = Memory::default();
         if lost {
-            // The maps are there, but what was kept beside them is not.
+            // The maps exist, but the memory file does not.
             newcomer.adopt(&witness.plan, now_s as i64 * 1_000);
         }
-        prop_assert!(newcomer.is_ignorant_of(&desired) || desired.services.is_empty());
-        newcomer.recall(&past, &Settings::default(), now_s as i64 * 1_000);
-        prop_assert!(!newcomer.is_ignorant_of(&desired));
+        prop_assert!(newcomer.lacks_history(&desired) || desired.services.is_empty());
+        newcomer.replay_history(&past, &Settings::default(), now_s as i64 * 1_000);
+        prop_assert!(!newcomer.lacks_history(&desired));
         let told = run(&newcomer, &desired, now_s);
         prop_assert_eq!(difference(&seen(&told), &seen(&witness)), None);
         let hashes = |c: &Compiled| -> Vec<u64> {
@@ -158,7 +158,7 @@ proptest! {
     }
 }
 
-/// A removed backend is still where its flows' packets go.
+/// Packets of a removed backend's flows still go to it.
 #[test]
 fn a_newcomer_gives_a_removed_backend_an_index() {
     let mut desired = Desired::default();
@@ -170,7 +170,7 @@ fn a_newcomer_gives_a_removed_backend_an_index() {
     let past = [(1_000, before), (2_000_000, desired.clone())]
         .map(|(from_ms, desired)| Past { from_ms, desired: Arc::new(desired) });
     let mut memory = Memory::default();
-    memory.recall(&past, &Settings::default(), 2_100_000);
+    memory.replay_history(&past, &Settings::default(), 2_100_000);
     let compiled = run(&memory, &desired, 2_100);
     let status = &compiled.status[0];
     assert_eq!(status.backends.len(), 3);
@@ -181,7 +181,7 @@ fn a_newcomer_gives_a_removed_backend_an_index() {
     assert!((80..90).contains(&theirs), "{theirs} of 251 slots");
 }
 
-/// Clocks that were set, and hosts whose clocks differ.
+/// Clocks that were changed, and hosts whose clocks differ.
 #[test]
 fn odd_times_do_no_harm() {
     let mut desired = Desired::default();
@@ -191,7 +191,7 @@ fn odd_times_do_no_harm() {
         past.push(Past { from_ms, desired: Arc::new(desired.clone()) });
     }
     let mut memory = Memory::default();
-    memory.recall(&past, &Settings::default(), 1_000_000);
+    memory.replay_history(&past, &Settings::default(), 1_000_000);
     let service = memory.services.values().next().unwrap();
     assert!(service.epochs.iter().all(|e| e.from_ms <= 1_000_000));
     assert!(service.epochs.is_sorted_by_key(|e| e.from_ms));

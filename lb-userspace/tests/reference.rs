@@ -1,6 +1,6 @@
-//! The pages of `docs/reference/`, made from the code: settings, command lines, metrics, drop reasons, API.
+//! Generates the pages of `docs/reference/` from the code: settings, command lines, metrics, drop reasons, API.
 //!
-//! Each test makes one page and compares it with the checked-in file. `cargo xtask docs` runs the same tests with
+//! Each test builds one page and compares it with the checked-in file. `cargo xtask docs` runs the same tests with
 //! `LB_WRITE_REFERENCE=1`, which writes the files instead. A key, metric or reason that the tables beside this file do
 //! not describe fails the test.
 

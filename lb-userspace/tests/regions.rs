@@ -1,4 +1,4 @@
-//! What regions, residency, drains and roll-outs come to in the tables.
+//! Tests of regions, residency, drains and roll-outs in compiled tables.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use lb_common::{
@@ -69,7 +69,7 @@ impl Host {
         self.observed.steers = BTreeMap::from([(name("s"), Arc::new(steer))]);
     }
 
-    /// A second later: the slots' owners by name, and all that came of it.
+    /// Compiles a second later; returns the slots' owners by name, and the result.
     fn compile(&mut self, desired: &Desired) -> (Vec<String>, Compiled) {
         self.now_s += 1;
         self.observed.now = Duration::from_secs(self.now_s);
@@ -86,7 +86,7 @@ impl Host {
     }
 }
 
-/// Thousandths of the slots by owner.
+/// Share of the slots by owner, in thousandths.
 fn shares(slots: &[String]) -> BTreeMap<&str, usize> {
     let mut count = BTreeMap::<&str, usize>::new();
     slots.iter().for_each(|owner| *count.entry(owner).or_default() += 1);
@@ -120,10 +120,10 @@ fn a_spill_moves_its_share_and_no_more() {
     assert!(compiled.status[0].backends.iter().all(|b| b.slow_start_percent.is_none()), "they are not new");
     let moved = |a: &[String], b: &[String]| a.iter().zip(b).filter(|(a, b)| a != b).count();
     let away = after.iter().filter(|owner| owner.starts_with("us")).count();
-    // What a region that takes nothing left to the others is dealt anew, so a little more moves.
+    // Slots that an excluded region left to the others are reassigned, so a few more move.
     let all = moved(&before, &after);
     assert!((away..=away + away / 10).contains(&all), "{all} slots move for {away}");
-    // The previous owner is remembered for whoever is in no flow table.
+    // The previous owner is kept for flows without an entry.
     let slots = compiled.plan.services[&0].slots();
     assert!(slots.iter().zip(before.iter().zip(&after)).all(|(s, (a, b))| (a != b) == s.is_transition()));
     host.steer(&[("eu", 675), ("us", 325)], &[]);
@@ -143,7 +143,7 @@ fn residency_fails_closed_whatever_was_decided() {
     assert_eq!(shares(&slots), [("eu-1", 500), ("eu-2", 500)].into());
     let us = compiled.status[0].backends.iter().find(|b| b.name == Some(name("us-1"))).unwrap();
     assert_eq!(us.excluded.as_deref(), Some("residency: only eu, not us"));
-    // Nor does an established flow, or a worker that sends packets on, get there.
+    // Established flows and packets that a worker sends on do not reach it either.
     let entry = compiled.plan.backends[&us.index];
     assert_eq!((entry.mode, entry.flags & flags::DOWN), (mode::FORBIDDEN, flags::DOWN));
     let open = compiled.plan.backends.values().filter(|b| b.mode == mode::IPIP && b.flags & flags::DOWN == 0);
@@ -163,7 +163,7 @@ fn residency_fails_closed_whatever_was_decided() {
     host.health("eu-1", Health::Healthy);
     assert!(!by_residency(&host.compile(&calm).1));
     host.health("eu-1", Health::Unhealthy);
-    // Without a rule nobody takes flows either, but for another reason.
+    // Without the rule no backend takes flows either, but for another reason.
     for backend in ["us-1", "us-2", "uk-1"] {
         host.health(backend, Health::Unhealthy);
     }
@@ -172,7 +172,7 @@ fn residency_fails_closed_whatever_was_decided() {
     for backend in ["us-1", "us-2", "uk-1"] {
         host.health(backend, Health::Healthy);
     }
-    // One that does not say where it is is nowhere.
+    // Under residency, a backend without a region belongs to no region.
     let mut unplaced = calm.clone();
     let service = unplaced.service_mut(&name("s")).unwrap();
     service.backends.get_mut(&name("us-1")).unwrap().region = None;
@@ -219,7 +219,7 @@ fn a_host_that_starts_relives_the_past_of_its_own_region() {
     let desired = Arc::new(desired(json!({})));
     let mut host = Host::new("us");
     let past = [Past { from_ms: -10_000, desired: desired.clone() }];
-    host.memory.recall(&past, &host.settings, 1_000);
+    host.memory.replay_history(&past, &host.settings, 1_000);
     let (slots, compiled) = host.compile(&desired);
     assert_eq!(shares(&slots), [("us-1", 500), ("us-2", 500)].into());
     assert_eq!(compiled.status[0].transition_slots, 0, "nothing has changed, so nothing is in transition");

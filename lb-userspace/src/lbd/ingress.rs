@@ -197,7 +197,7 @@ impl Daemon {
             let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
             known.map(|(id, e)| (id.clone(), e.health)).collect()
         });
-        let regions = observers.regions.first(&self.store.head().desired);
+        let regions = observers.regions.decide_first(&self.store.head().desired);
         reconciler.prime(verdicts, observers.replicas.readiness(), first_hops, regions);
         if reconciler.wants_history(&self.store.head().desired) {
             reconciler.recall(&state::recent_history(&*self.store).await);
@@ -239,15 +239,15 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             ..HostReport::default()
         };
-        control.share(fleet);
+        control.set_fleet_member(fleet);
         let host = HostState::restore(self.local.clone(), announcement).await?;
-        control.announce(host.clone());
-        control.steer_by(observers.regions.shown());
-        control.adopted(core.adopted);
-        self.parts.add("desired state", infallible(control.clone().follow()));
+        control.set_host_state(host.clone());
+        control.set_region_decisions(observers.regions.snapshots());
+        control.set_adopted_services(core.adopted);
+        self.parts.add("desired state", infallible(control.clone().run_apply_loop()));
         if control.orphaned() == 0 {
             let head = control.head();
-            control.applied(head.revision.number).await.context("cannot apply the stored state")?;
+            control.wait_applied(head.revision.number).await.context("cannot apply the stored state")?;
         }
         Ok((control, host, report))
     }
@@ -265,10 +265,10 @@ impl Daemon {
             let (first, published, is_draining) =
                 (control.clone(), core.published.clone(), host.is_draining());
             self.parts.add("announcement", async move {
-                first.first_applied().await;
+                first.wait_first_applied().await;
                 announcer.run(published, is_draining).await
             });
-            self.parts.add("this host's drain", infallible(control.clone().follow_drain()));
+            self.parts.add("this host's drain", infallible(control.clone().run_drain_sampler()));
         }
         let run = report::run(control.clone(), self.store.clone(), report, core.published.clone());
         self.parts.add("report to the other hosts", run);
@@ -334,7 +334,7 @@ impl Daemon {
         // A program of another ABI version forwards with its own tables until the first state is applied.
         let first = control.clone();
         self.parts.add("first state", async move {
-            first.first_applied().await;
+            first.wait_first_applied().await;
             finish.await?;
             std::future::pending::<anyhow::Result<()>>().await
         });

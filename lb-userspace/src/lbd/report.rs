@@ -47,7 +47,7 @@ pub async fn run(
             changed = published.changed() => if changed.is_err() { return Ok(()) },
             is_open = announced => if !is_open { announcement = None },
             () = tokio::time::sleep_until(due.unwrap_or(earliest)), if due.is_some() => {
-                control.tell(report.clone());
+                control.publish_report(report.clone());
                 (due, earliest) = (None, Instant::now() + MIN_INTERVAL);
                 continue;
             }

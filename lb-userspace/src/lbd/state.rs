@@ -94,7 +94,7 @@ pub async fn save_memory(mut kept: watch::Receiver<Vec<u8>>, store: Arc<LocalFil
 
 /// Saves state that is otherwise saved with a delay.
 pub async fn flush(local: &dyn Local, control: &Control, memory: &watch::Receiver<Vec<u8>>) {
-    if let Err(error) = Checker::save(control.book(), local).await {
+    if let Err(error) = Checker::save(control.health(), local).await {
         tracing::error!(%error, "cannot save the health verdicts");
     }
     if let Err(error) = Watcher::save(control.replicas(), local).await {

@@ -1,6 +1,7 @@
-//! What is measured outside: health, replicas, neighbours and routes, regions.
+//! What lbd observes: health of backends, state of replicas, neighbours and routes, regions.
 
 pub mod health;
+mod http;
 pub mod neighbour;
 pub mod regions;
 pub mod replica;

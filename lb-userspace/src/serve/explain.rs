@@ -1,12 +1,14 @@
-//! Why a flow goes where it goes: the packet code's own answer, over the live maps.
+//! Why a flow goes to its backend: runs the packet code over the live maps.
 //!
 //! Input: a [`Reader`], the flow, and the names of services and backends. Output: an [`Explanation`] with
-//! each step, for `lbctl explain` and for tests that hold it against where packets really went. Nothing is
-//! written: a lookup that would record a flow only says so.
+//! each step, for `lbctl explain` and for tests that compare it with where packets really went. Nothing is
+//! written: if a lookup would record a flow, the answer only says so.
 
+mod forwarding;
 mod live;
 mod quic;
 
+pub use forwarding::{Forwarding, from_ip, to_ip};
 pub use quic::ConnectionId;
 
 use crate::{
@@ -14,7 +16,8 @@ use crate::{
     clock,
     desired::model::Protocol,
 };
-use lb_common::{Address, Backend, Reason, ServiceView, backend, mapped, service::flags};
+use forwarding::forwarding;
+use lb_common::{Backend, Reason, ServiceView, backend, service::flags};
 use lb_ebpf::{
     Tables, nat,
     packet::parse::{Headers, tcp, words},
@@ -29,7 +32,7 @@ use live::Live;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 
-/// What was asked.
+/// The flow to explain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Query {
     /// Client.
@@ -49,7 +52,7 @@ pub trait Names {
     fn service(&self, index: u32) -> Option<String>;
     /// Name of a backend.
     fn backend(&self, index: u32) -> Option<String>;
-    /// Entry of the deny and allow lists that decides about an address, in words.
+    /// Entry of the deny and allow lists that matches an address, described in words.
     fn listed(&self, _address: IpAddr) -> Option<String> {
         None
     }
@@ -73,7 +76,7 @@ impl Names for Published {
     }
 }
 
-/// A backend, as the explanation shows it.
+/// A backend in an [`Explanation`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendView {
     /// Index in the dataplane.
@@ -86,28 +89,6 @@ pub struct BackendView {
     pub state: String,
 }
 
-/// Where packets to a backend leave, and in what.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Forwarding {
-    /// Forwarding mode.
-    pub mode: String,
-    /// Outer source address.
-    pub outer_source: Option<IpAddr>,
-    /// Outer destination address.
-    pub outer_destination: IpAddr,
-    /// Mode nat: port that packets get as destination; None if it stays what it is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub port: Option<u16>,
-    /// Egress interface's index; None when the kernel's FIB decides.
-    pub ifindex: Option<u32>,
-    /// Next hop's MAC; None when the kernel's FIB decides.
-    pub next_hop: Option<String>,
-    /// VLAN tag on egress, 0 for none.
-    pub vlan: u16,
-    /// Largest IP packet of the client that fits, in bytes; None if not known.
-    pub mtu: Option<u32>,
-}
-
 /// The answer for one kind of packet of the flow.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
@@ -115,13 +96,13 @@ pub struct Answer {
     pub packet: String,
     /// Chosen backend.
     pub backend: Option<BackendView>,
-    /// Why it, or why none.
+    /// Why this backend was chosen, or why none was.
     pub why: String,
     /// Whether such a packet would be written to a flow table.
     pub records: bool,
-    /// How it is forwarded.
+    /// How the packet is forwarded.
     pub forwarding: Option<Forwarding>,
-    /// Backends that the packet names: a worker without the flow sends it on to the next of them.
+    /// Backends in the packet's second chance header: a worker without the flow sends the packet to the next one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub chain: Vec<BackendView>,
 }
@@ -131,31 +112,31 @@ pub struct Answer {
 pub struct Entry {
     /// Map.
     pub table: String,
-    /// Backend that it names.
+    /// Backend of the flow.
     pub backend: String,
-    /// Seconds since a packet was seen.
+    /// Seconds since the flow's last packet.
     pub idle_s: u32,
-    /// Whether the client has closed.
+    /// Whether the client has closed the connection.
     pub closing: bool,
 }
 
-/// A binding of mode nat.
+/// A NAT binding (mode nat).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Binding {
     /// Backend.
     pub backend: String,
-    /// Address and port that the client's packets get as source.
+    /// Translated source address and port of the client's packets.
     pub source: SocketAddr,
-    /// Address and port that they get as destination.
+    /// Translated destination address and port of the client's packets.
     pub worker: SocketAddr,
-    /// Seconds since a packet of either side was seen.
+    /// Seconds since the last packet in either direction.
     pub idle_s: u32,
 }
 
 /// The whole explanation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Explanation {
-    /// What was asked.
+    /// The flow that was asked about.
     pub query: Query,
     /// Service, if one matches.
     pub service: Option<String>,
@@ -175,14 +156,14 @@ pub struct Explanation {
     pub transition: bool,
     /// Whether the slot's flows are looked up in the flow table.
     pub tracked: bool,
-    /// What the flow tables know of the flow.
+    /// The flow's entries in the flow tables.
     pub entries: Vec<Entry>,
-    /// Mode nat: the flow's binding, if it has one; its packets go by it, whatever else is said here.
+    /// Mode nat: the flow's binding, if any; it overrides the slot and the flow tables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub binding: Option<Binding>,
-    /// Answers: for TCP a SYN's and an established packet's.
+    /// One answer per kind of packet: for TCP a SYN and an established packet.
     pub answers: Vec<Answer>,
-    /// The same for people, a line a step.
+    /// Human-readable explanation, one line per step.
     pub steps: Vec<String>,
 }
 
@@ -207,19 +188,20 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
         steps: Vec::new(),
     };
     if let Some(reason) = live.source_fault(headers.source) {
-        explanation.steps.push(format!("dropped if it is for a VIP: {}", reason.describe()));
+        explanation.steps.push(format!("dropped if the destination is a VIP: {}", reason.describe()));
         return explanation;
     }
     let source = names.listed(explanation.query.source.ip());
     if live.is_denied(headers.source) {
-        let entry = source.unwrap_or_else(|| "an entry that is being removed".to_owned());
-        explanation
-            .steps
-            .push(format!("dropped if it is for a VIP: {}: {entry}", Reason::GuardDenied.describe()));
+        let entry = source.unwrap_or_else(|| "an entry that is being removed from the list".to_owned());
+        explanation.steps.push(format!(
+            "dropped if the destination is a VIP: {}: {entry}",
+            Reason::GuardDenied.describe()
+        ));
         return explanation;
     }
     if let Some(entry) = source {
-        explanation.steps.push(format!("let through: {entry}"));
+        explanation.steps.push(format!("allowed: {entry}"));
     }
     let (index, matched) = match lookup_service(&live, &headers) {
         Ok(found) => found,
@@ -234,31 +216,31 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
             .push(format!("service entry {index} is missing: {}", Reason::BrokenTable.describe()));
         return explanation;
     };
-    explanation.service(names, index, matched);
-    explanation.slot(&live, names, view, &headers);
-    explanation.entries(reader, &live, names, index, &headers);
+    explanation.add_service(names, index, matched);
+    explanation.add_slot(&live, names, view, &headers);
+    explanation.add_flow_entries(reader, &live, names, index, &headers);
     if view.flags & flags::NAT != 0 {
-        explanation.binding(reader, &live, names, index, &headers);
+        explanation.add_nat_binding(reader, &live, names, index, &headers);
     }
     if view.flags & flags::QUIC != 0 {
-        explanation.quic(&live, names, index, view, query.connection_id.as_ref());
+        explanation.add_connection_id(&live, names, index, view, query.connection_id.as_ref());
     } else if query.connection_id.is_some() {
         explanation
             .steps
-            .push("the connection id is not looked at: the service has no configs of QUIC-LB".to_owned());
+            .push("the connection id is ignored: the service has no QUIC-LB configuration".to_owned());
     }
     let kinds: &[(&str, u8)] = match query.protocol {
         Protocol::Tcp => &[("syn", tcp::SYN), ("established", tcp::ACK)],
         Protocol::Udp => &[("datagram", 0)],
     };
     for (packet, tcp_flags) in kinds {
-        explanation.answer(&live, names, index, view, packet, &self::headers(&query, *tcp_flags));
+        explanation.add_answer(&live, names, index, view, packet, &self::headers(&query, *tcp_flags));
     }
     explanation
 }
 
 impl Explanation {
-    fn service(&mut self, names: &impl Names, index: u32, matched: Match) {
+    fn add_service(&mut self, names: &impl Names, index: u32, matched: Match) {
         let name = names.service(index).unwrap_or_else(|| format!("#{index}"));
         let how = match matched {
             Match::Exact => "exact",
@@ -270,7 +252,7 @@ impl Explanation {
         self.matched = Some(how.to_owned());
     }
 
-    fn slot(&mut self, live: &Live<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
+    fn add_slot(&mut self, live: &Live<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
         let hash = flow_hash(view.seed, headers);
         self.hash = Some(format!("{hash:016x}"));
         self.slots = Some(view.slot_count);
@@ -282,8 +264,8 @@ impl Explanation {
         self.slot = Some(number);
         self.steps.push(format!("hash {hash:016x} → slot {number} of {}", view.slot_count));
         let Some(slot) = live.reader.slot(view.slot_base + number) else { return };
-        self.primary = live.view_of(names, slot.primary_index());
-        self.secondary = live.view_of(names, slot.secondary_index());
+        self.primary = live.backend_view(names, slot.primary_index());
+        self.secondary = live.backend_view(names, slot.secondary_index());
         self.transition = slot.is_transition();
         self.tracked = slot.is_tracked() || view.flags & flags::TRACK_ALL != 0;
         let label = |b: &Option<BackendView>| b.as_ref().map_or("none".to_owned(), BackendView::label);
@@ -300,7 +282,7 @@ impl Explanation {
         ));
     }
 
-    fn entries(
+    fn add_flow_entries(
         &mut self,
         reader: &Reader,
         live: &Live<'_>,
@@ -313,12 +295,12 @@ impl Explanation {
             let Some(flow) = reader.flow(table, &key) else { continue };
             let entry = Entry {
                 table: crate::apply::dataplane::flow_map(table).to_owned(),
-                backend: live.view_of(names, flow.backend).map_or("gone".to_owned(), |b| b.label()),
+                backend: live.backend_view(names, flow.backend).map_or("gone".to_owned(), |b| b.label()),
                 idle_s: live.now_s().saturating_sub(flow.last_seen_s),
                 closing: flow.flags & lb_common::flow::flags::CLOSING != 0,
             };
             self.steps.push(format!(
-                "{} has it: {}, idle for {} s{}",
+                "map {} has an entry: {}, idle for {} s{}",
                 entry.table,
                 entry.backend,
                 entry.idle_s,
@@ -328,8 +310,8 @@ impl Explanation {
         }
     }
 
-    /// Mode nat: what the flow is called on the workers' side.
-    fn binding(
+    /// Mode nat: looks up the addresses and ports of the flow on the workers' side.
+    fn add_nat_binding(
         &mut self,
         reader: &Reader,
         live: &Live<'_>,
@@ -338,25 +320,25 @@ impl Explanation {
         headers: &Headers,
     ) {
         let Some(nat) = reader.nat(&lb_ebpf::select::choose::flow_key(index, headers)) else {
-            self.steps.push("no binding: a new flow gets one, on the backend below".to_owned());
+            self.steps.push("no NAT binding: a new flow gets one on the backend below".to_owned());
             return;
         };
         let reply = reader.reply(&lb_ebpf::nat::reply_key(&nat, headers.protocol));
         let seen_s = reply.map_or(0, |r| r.last_seen_s).max(nat.last_seen_s);
         let binding = Binding {
-            backend: live.view_of(names, nat.backend).map_or("gone".to_owned(), |b| b.label()),
+            backend: live.backend_view(names, nat.backend).map_or("gone".to_owned(), |b| b.label()),
             source: SocketAddr::new(to_ip(nat.source), nat.source_port.get()),
             worker: SocketAddr::new(to_ip(nat.worker), nat.port.get()),
             idle_s: live.now_s().saturating_sub(seen_s),
         };
         self.steps.push(format!(
-            "bound as {} → {} on {}, idle for {} s: its packets go there",
+            "NAT binding {} → {} on {}, idle for {} s: its packets are sent there",
             binding.source, binding.worker, binding.backend, binding.idle_s
         ));
         self.binding = Some(binding);
     }
 
-    fn answer(
+    fn add_answer(
         &mut self,
         live: &Live<'_>,
         names: &impl Names,
@@ -375,7 +357,9 @@ impl Explanation {
             }
         });
         let (backend, why) = match choice {
-            Ok(Choice { backend, why, .. }) => (live.view_of(names, backend), describe(why).to_owned()),
+            Ok(Choice { backend, why, .. }) => {
+                (live.backend_view(names, backend), describe_choice(why).to_owned())
+            }
             Err(reason) => (None, reason.describe().to_owned()),
         };
         let forwarding = choice.ok().and_then(|c| live.backend(c.backend)).map(|b| forwarding(b, hash));
@@ -389,16 +373,16 @@ impl Explanation {
         let chain: Vec<BackendView> = match choice.ok().map(|c| (c, live.backend(c.backend))) {
             Some((choice, Some(entry))) if lb_ebpf::second_chance::header::is_carried_to(entry) => {
                 let others = split(others(live, index, view, headers, hash, choice.backend));
-                others.iter().filter_map(|&i| live.view_of(names, i)).collect()
+                others.iter().filter_map(|&i| live.backend_view(names, i)).collect()
             }
             _ => Vec::new(),
         };
         if !chain.is_empty() {
             let next: Vec<String> = chain.iter().map(BackendView::label).collect();
             let rule = if packet == "syn" {
-                "a SYN stays where it is placed"
+                "a SYN stays on the backend where it is placed"
             } else {
-                "a worker that has no socket for it sends it on"
+                "a worker without a socket for the flow sends the packet on"
             };
             self.steps.push(format!("second chance: then {} ({rule})", next.join(", then ")));
         }
@@ -413,81 +397,20 @@ impl BackendView {
     }
 }
 
-impl Forwarding {
-    fn describe(&self) -> String {
-        if self.mode == "local" {
-            return "local: this host's own stack".to_owned();
-        }
-        let source = self.outer_source.map_or("source by the FIB".to_owned(), |s| s.to_string());
-        let hop = match (&self.next_hop, self.ifindex) {
-            (Some(mac), Some(ifindex)) => format!("next hop {mac} on interface {ifindex}"),
-            _ => "next hop by the kernel's FIB".to_owned(),
-        };
-        let vlan = if self.vlan == 0 { String::new() } else { format!(", VLAN {}", self.vlan) };
-        let mtu = self.mtu.map_or(String::new(), |m| format!(", packets up to {m} bytes"));
-        if self.mode == "nat" {
-            let port = self.port.map_or(String::new(), |port| format!(":{port}"));
-            return format!("nat {source} → {}{port}, {hop}{vlan}{mtu}", self.outer_destination);
-        }
-        if self.mode == "l2" {
-            return format!("l2 to {}, {hop}{vlan}{mtu}", self.outer_destination);
-        }
-        format!("{} {source} → {}, {hop}{vlan}{mtu}", self.mode, self.outer_destination)
-    }
-}
-
-fn describe(why: Why) -> &'static str {
+fn describe_choice(why: Why) -> &'static str {
     match why {
         Why::Primary => "the slot's primary",
-        Why::NewFlow => "a new flow takes the slot's primary",
-        Why::NotTracked => "in no flow table: the slot's primary",
-        Why::Tracked | Why::TrackedYoung => "the flow table names it",
-        Why::RecentSyn => "its SYN was placed there",
-        Why::LessLoaded => "a new flow takes the slot's secondary, which has less load than the primary",
-        Why::Turn => "a new flow takes whose turn it is: this one, or another of the service's backends",
-        Why::Random => "a new flow takes a backend drawn by lot: this one, or another of the service's",
-        Why::Least => "a new flow takes the backend with the fewest flows",
-        Why::Previous => "in no flow table, so from before the change: the slot's previous primary",
-    }
-}
-
-fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
-    let resolved = entry.flags & backend::flags::RESOLVED != 0 && entry.mode != backend::mode::LOCAL;
-    let has_source = matches!(entry.mode, backend::mode::IPIP | backend::mode::GUE | backend::mode::NAT);
-    let source = lb_ebpf::packet::parse::address(lb_ebpf::forward::outer_source(entry, hash));
-    let overhead = lb_ebpf::forward::overhead(entry).unwrap_or(0) as u32;
-    Forwarding {
-        mode: match entry.mode {
-            backend::mode::IPIP => "ipip",
-            backend::mode::GUE | backend::mode::GUE_CHAIN => "gue",
-            backend::mode::L2 => "l2",
-            backend::mode::NAT => "nat",
-            backend::mode::LOCAL => "local",
-            backend::mode::FORBIDDEN => "forbidden",
-            _ => "unknown",
+        Why::NewFlow => "a new flow goes to the slot's primary",
+        Why::NotTracked => "not in a flow table, so the slot's primary",
+        Why::Tracked | Why::TrackedYoung => "an entry of the flow table names this backend",
+        Why::RecentSyn => "its SYN was recently placed on this backend",
+        Why::LessLoaded => "a new flow goes to the slot's secondary, which has less load than the primary",
+        Why::Turn => "round robin: a new flow goes to this backend or another of the service's backends",
+        Why::Random => "random: a new flow goes to this backend or another of the service's backends",
+        Why::Least => "a new flow goes to the backend with the fewest flows",
+        Why::Previous => {
+            "not in a flow table, so the flow is older than the change: the slot's previous primary"
         }
-        .to_owned(),
-        outer_source: (has_source && entry.source != [0; 16]).then(|| to_ip(source)),
-        outer_destination: to_ip(entry.address),
-        port: (entry.mode == backend::mode::NAT && entry.port.get() != 0).then_some(entry.port.get()),
-        ifindex: resolved.then_some(entry.ifindex),
-        next_hop: resolved.then(|| entry.next_hop.map(|b| format!("{b:02x}")).join(":")),
-        vlan: if resolved { entry.vlan.get() & 0xfff } else { 0 },
-        mtu: (resolved && entry.mtu != 0).then(|| u32::from(entry.mtu).saturating_sub(overhead)),
-    }
-}
-
-/// An address of the dataplane as a standard one.
-pub fn to_ip(address: Address) -> IpAddr {
-    let v6 = std::net::Ipv6Addr::from(address);
-    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4)
-}
-
-/// A standard address as one of the dataplane.
-pub fn from_ip(ip: IpAddr) -> Address {
-    match ip {
-        IpAddr::V4(v4) => mapped(v4.octets()),
-        IpAddr::V6(v6) => v6.octets(),
     }
 }
 

@@ -1,49 +1,47 @@
-//! Metrics for Prometheus, read from maps, snapshot and health book at each scrape.
+//! Metrics for Prometheus, read from the maps, the snapshot and the registries at each scrape.
 //!
 //! Names are `lb_<subsystem>_<what>_<unit>[_total]`, labels service, backend, reason; never a client's
 //! address. Served over HTTP at `/metrics`. Called by the daemon and by `lbd worker`.
 
-use crate::{
-    apply::reconcile::Lags,
-    clock,
-    desired::model::Health,
-    serve::api::{Control, Engine},
-};
+mod encoder;
+mod scrape;
+
+use crate::serve::api::Control;
 use axum::{
     Router,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
+use encoder::{Encoder, reason_sample};
 use lb_common::Reason;
-use prometheus_client::{
-    encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
-    metrics::MetricType,
-    registry::Registry,
-};
+use prometheus_client::{encoding::DescriptorEncoder, registry::Registry};
+use scrape::Scrape;
 use std::{fmt, future::Future, net::SocketAddr, sync::Arc};
 use tokio::net::TcpListener;
 
 /// Why metrics cannot be served.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot serve metrics on {address}: {source}; choose another --metrics ADDRESS:PORT, or off")]
+#[error(
+    "cannot serve metrics on {address}: {source}; choose another --metrics ADDRESS:PORT, or --metrics off"
+)]
 pub struct MetricsError {
     address: SocketAddr,
     #[source]
     source: std::io::Error,
 }
 
-/// Listens for scrapes. Where nobody asked for the address, one that cannot be had is only a warning.
+/// Listens for scrapes. If the address was not `required`, failing to bind it is only a warning.
 ///
 /// # Errors
-/// The address was asked for, and cannot be had.
+/// The address is `required` and cannot be bound.
 pub async fn bind(address: Option<SocketAddr>, required: bool) -> Result<Option<TcpListener>, MetricsError> {
     let Some(address) = address else { return Ok(None) };
     match TcpListener::bind(address).await {
         Ok(listener) => Ok(Some(listener)),
         Err(source) if required => Err(MetricsError { address, source }),
         Err(error) => {
-            tracing::warn!(%address, %error, "metrics are not served");
+            tracing::warn!(%address, %error, "cannot listen for scrapes: metrics are not served");
             Ok(None)
         }
     }
@@ -61,7 +59,7 @@ pub async fn serve(
     serve_text(listener, stop, move || text(&control)).await
 }
 
-/// Serves what `text` gives.
+/// Serves the text that `text` returns, at `/metrics`.
 ///
 /// # Errors
 /// Accepting failed for good.
@@ -73,7 +71,6 @@ pub async fn serve_text(
     let scrape = move || {
         let text = text.clone();
         async move {
-            // Reading maps blocks.
             match tokio::task::spawn_blocking(text).await {
                 Ok(Ok(text)) => page(text),
                 Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
@@ -104,7 +101,7 @@ pub fn text(control: &Arc<Control>) -> Result<String, String> {
 /// A worker's metrics as text.
 ///
 /// # Errors
-/// They cannot be written, which does not happen.
+/// The text cannot be encoded, which does not happen.
 pub fn worker_text(reasons: &[(Reason, u64)]) -> Result<String, String> {
     #[derive(Debug)]
     struct Worker(Vec<(Reason, u64)>);
@@ -113,8 +110,8 @@ pub fn worker_text(reasons: &[(Reason, u64)]) -> Result<String, String> {
             let mut out = Encoder(encoder);
             out.counters(
                 "lb_worker_packets",
-                "Packets by what became of them on this worker",
-                self.0.iter().map(reason),
+                "Packets on this worker, by what happened to them",
+                self.0.iter().map(reason_sample),
             )
         }
     }
@@ -127,418 +124,4 @@ fn encode(collector: impl prometheus_client::collector::Collector) -> Result<Str
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).map_err(|e| e.to_string())?;
     Ok(text)
-}
-
-/// One reading of everything.
-struct Scrape {
-    control: Arc<Control>,
-    counters: crate::serve::api::engine::Counters,
-}
-
-impl fmt::Debug for Scrape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Scrape")
-    }
-}
-
-/// Families of samples.
-struct Encoder<'a>(DescriptorEncoder<'a>);
-
-impl Encoder<'_> {
-    fn counters<L: EncodeLabelSet>(
-        &mut self,
-        name: &str,
-        help: &str,
-        samples: impl Iterator<Item = (L, u64)>,
-    ) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
-        for (labels, value) in samples {
-            family.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
-        }
-        Ok(())
-    }
-
-    fn gauges<L: EncodeLabelSet>(
-        &mut self,
-        name: &str,
-        help: &str,
-        samples: impl Iterator<Item = (L, f64)>,
-    ) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for (labels, value) in samples {
-            family.encode_family(&labels)?.encode_gauge(&value)?;
-        }
-        Ok(())
-    }
-
-    fn histogram(&mut self, name: &str, help: &str, lags: &Lags) -> fmt::Result {
-        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
-        family.encode_histogram::<NoLabelSet>(lags.sum_s(), lags.count(), &lags.classes(), None)
-    }
-
-    fn gauge(&mut self, name: &str, help: &str, value: f64) -> fmt::Result {
-        self.0.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)
-    }
-}
-
-/// Whether it is the worker's program that counts this reason.
-fn is_workers(reason: Reason) -> bool {
-    reason.label().starts_with("decap_")
-}
-
-fn reason((reason, count): &(Reason, u64)) -> ([(&'static str, &'static str); 2], u64) {
-    ([("reason", reason.label()), ("fate", crate::serve::api::fate(*reason))], *count)
-}
-
-impl prometheus_client::collector::Collector for Scrape {
-    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let mut out = Encoder(encoder);
-        self.daemon(&mut out)?;
-        self.services(&mut out)?;
-        self.backends(&mut out)?;
-        self.probes(&mut out)?;
-        self.replicas(&mut out)?;
-        self.regions(&mut out)
-    }
-}
-
-impl Scrape {
-    /// The programs as the kernel took them.
-    fn loaded(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let loaded = self.control.engine().loaded();
-        let waiting = loaded.waiting.iter().map(|w| ([("interface", w.name.as_str())], 1.0));
-        out.gauges("lb_interface_waiting", "Interfaces that are wanted and not attached yet", waiting)?;
-        let left_out = loaded.left_out.iter();
-        let left_out =
-            left_out.map(|l| ([("program", l.program.as_str()), ("feature", l.feature.as_str())], 1.0));
-        out.gauges("lb_program_left_out", "Programs that the kernel refused", left_out)?;
-        let kernel =
-            loaded.kernel.iter().map(|(name, has)| ([("feature", name.as_str())], f64::from(u8::from(*has))));
-        out.gauges("lb_kernel_feature", "What the kernel can do, as it was tried at the start", kernel)
-    }
-
-    fn daemon(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let engine: &dyn Engine = &**self.control.engine();
-        let (snapshot, head) = (engine.snapshot(), self.control.head());
-        let info =
-            [("version", env!("CARGO_PKG_VERSION").to_owned()), ("abi", lb_common::ABI_VERSION.to_string())];
-        out.gauges("lb_build_info", "Version of lbd, and of its maps", std::iter::once((info, 1.0)))?;
-        let interfaces = engine.interfaces();
-        let interfaces =
-            interfaces.iter().map(|i| ([("interface", i.name.as_str()), ("mode", i.mode.as_str())], 1.0));
-        out.gauges(
-            "lb_interface_info",
-            "Interfaces that the program is attached to, and its XDP mode",
-            interfaces,
-        )?;
-        self.loaded(out)?;
-        self.announcement(out)?;
-        out.gauge(
-            "lb_control_revision",
-            "Newest revision of the desired state",
-            head.revision.number as f64,
-        )?;
-        self.store(out)?;
-        let applied = &snapshot.applied;
-        out.gauge("lb_control_applied_revision", "Revision that the maps show", applied.revision as f64)?;
-        let failed = f64::from(u8::from(applied.error.is_some()));
-        out.gauge("lb_control_apply_failed", "Whether the last attempt to write the maps failed", failed)?;
-        let took = applied.took_us as f64 / 1e6;
-        out.gauge(
-            "lb_control_apply_duration_seconds",
-            "From the last change's arrival to the maps written",
-            took,
-        )?;
-        out.histogram(
-            "lb_control_verdict_lag_seconds",
-            "From a health verdict to the maps that show it",
-            &snapshot.verdict_lags,
-        )?;
-        let room = |value: fn(&crate::serve::api::types::Room) -> u64| {
-            let all = snapshot.room.iter();
-            all.map(move |r| ([("map", r.what.replace(' ', "_"))], value(r) as f64))
-                .collect::<Vec<_>>()
-                .into_iter()
-        };
-        out.gauges("lb_map_entries", "Entries in use", room(|r| r.used))?;
-        out.gauges("lb_map_limit_entries", "Entries there is room for", room(|r| r.limit))?;
-        let guard = &head.desired.guard;
-        let lists = [("deny", guard.deny.len()), ("allow", guard.allow.len())];
-        let lists = lists.into_iter().map(|(list, n)| ([("list", list)], n as f64));
-        out.gauges("lb_guard_entries", "Entries of the deny and allow lists", lists)?;
-        let ours = Reason::ALL.iter().filter(|r| !is_workers(**r));
-        let reasons = ours.map(|&r| reason(&(r, self.counters.reason(r))));
-        out.counters("lb_dataplane_packets", "Packets by reason: why they were not simply forwarded", reasons)
-    }
-
-    fn announcement(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let draining = f64::from(u8::from(self.control.host_drain().is_some()));
-        out.gauge("lb_host_draining", "Whether this host is being taken out of service", draining)?;
-        let Some(announcement) = self.control.announcement() else { return Ok(()) };
-        let vips = announcement.vips.iter();
-        let vips = vips.map(|v| ([("vip", v.vip.to_string())], f64::from(u8::from(v.on))));
-        out.gauges("lb_announce_vip", "Whether a VIP is on this host, to be announced", vips)?;
-        let changes =
-            std::iter::once(([("interface", announcement.interface.as_str())], announcement.changes));
-        out.counters("lb_announce_changes", "VIPs put on and taken off", changes)?;
-        let failed = f64::from(u8::from(announcement.problem.is_some()));
-        out.gauge("lb_announce_failed", "Whether the last attempt to put VIPs on or off failed", failed)
-    }
-
-    fn store(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let (link, report) = (self.control.link(), self.control.report());
-        let up = f64::from(u8::from(link.connected));
-        let labels = [("engine", link.engine.as_str())];
-        out.gauges("lb_store_connected", "Whether the store answers", std::iter::once((labels, up)))?;
-        let help = "Services that the maps hold although the store is empty, see `lbctl status`";
-        out.gauge("lb_store_orphaned_services", help, self.control.orphaned() as f64)?;
-        // A file is always at hand.
-        let age_ms = if link.engine == "redb" { 0 } else { clock::unix_ms().saturating_sub(link.contact_ms) };
-        let help = "Time since the store last answered";
-        out.gauge("lb_store_contact_age_seconds", help, age_ms as f64 / 1e3)?;
-        let lag = [("last", report.lag.last_ms), ("mean", report.lag.mean_ms), ("max", report.lag.max_ms)];
-        let lag = lag.into_iter().map(|(over, ms)| ([("over", over)], ms as f64 / 1e3));
-        let help = "From a change's commit, on whatever host, to this host's maps, over the last changes";
-        out.gauges("lb_store_lag_seconds", help, lag)
-    }
-
-    fn services(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let stats = |value: fn(&lb_common::BackendStats) -> u64| {
-            self.counters.services.iter().map(move |(name, s)| ([("service", name.as_str())], value(s)))
-        };
-        out.counters("lb_service_packets", "Packets forwarded", stats(|s| s.packets))?;
-        out.counters("lb_service_bytes", "Bytes forwarded, before encapsulation", stats(|s| s.bytes))?;
-        out.counters("lb_service_flows", "New flows placed", stats(|s| s.flows))?;
-        let snapshot = self.control.engine().snapshot();
-        let state = |value: fn(&crate::serve::api::engine::ServiceState) -> f64| {
-            let all = snapshot.services.iter();
-            all.map(move |(name, s)| ([("service", name.as_str())], value(s)))
-        };
-        out.gauges(
-            "lb_service_eligible_backends",
-            "Backends that take new flows",
-            state(|s| s.eligible as f64),
-        )?;
-        out.gauges("lb_service_slots", "Slots of the table", state(|s| f64::from(s.table_size)))?;
-        out.gauges(
-            "lb_service_transition_slots",
-            "Slots that remember a previous primary",
-            state(|s| f64::from(s.transition_slots)),
-        )?;
-        let help =
-            "Whether new flows come faster than the flow tables take them, and are placed by hash alone";
-        out.gauges("lb_service_flood", help, state(|s| f64::from(u8::from(s.flood))))?;
-        let floods = snapshot.services.iter().map(|(name, s)| ([("service", name.as_str())], s.floods));
-        out.counters("lb_service_floods", "How often that has begun, over all processors", floods)?;
-        let problems = snapshot.problems.iter();
-        let problems = problems.map(|(name, p)| ([("service", name.as_str()), ("reason", p.reason)], 1.0));
-        let help = "Services whose table could not be brought up to date: no_room or not_compiled";
-        out.gauges("lb_service_not_up_to_date", help, problems)?;
-        let help = "Whether health is ignored, since too few backends are healthy";
-        out.gauges("lb_service_panic", help, state(|s| f64::from(u8::from(s.panic))))
-    }
-
-    fn backends(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let stats = |value: fn(&lb_common::BackendStats) -> u64| {
-            let all = self.counters.backends.iter();
-            all.map(move |(id, s)| {
-                ([("service", id.service.as_str()), ("backend", id.backend.as_str())], value(s))
-            })
-        };
-        out.counters("lb_backend_packets", "Packets forwarded", stats(|s| s.packets))?;
-        out.counters("lb_backend_bytes", "Bytes forwarded, before encapsulation", stats(|s| s.bytes))?;
-        out.counters("lb_backend_flows", "New flows placed", stats(|s| s.flows))?;
-        let snapshot = self.control.engine().snapshot();
-        let state = |value: fn(&crate::serve::api::engine::BackendState) -> f64| {
-            let all = snapshot.backends.iter();
-            all.map(move |(id, b)| {
-                ([("service", id.service.as_str()), ("backend", id.backend.as_str())], value(b))
-            })
-        };
-        out.gauges("lb_backend_slots", "Slots of the service's table", state(|b| f64::from(b.slots)))?;
-        let help = "Live flows that the flow tables send there";
-        out.gauges("lb_backend_tracked_flows", help, state(|b| b.tracked_flows as f64))?;
-        let help = "Whether the next hop is known; otherwise the kernel's routes are asked for each packet";
-        out.gauges("lb_backend_resolved", help, state(|b| f64::from(u8::from(b.resolved))))?;
-        let desired = self.control.head().desired;
-        let spec = |value: fn(&crate::desired::model::Backend) -> f64| {
-            desired.services.iter().flat_map(move |(service, s)| {
-                let labels =
-                    move |name: &'_ str| [("service", service.to_string()), ("backend", name.to_owned())];
-                s.backends.iter().map(move |(name, b)| (labels(name.as_str()), value(b)))
-            })
-        };
-        out.gauges(
-            "lb_backend_weight",
-            "Share of new flows relative to the service's others",
-            spec(|b| f64::from(b.weight)),
-        )?;
-        let draining = |b: &crate::desired::model::Backend| {
-            f64::from(u8::from(b.state == crate::desired::model::BackendState::Draining))
-        };
-        out.gauges(
-            "lb_backend_draining",
-            "Whether it takes no new flows while its old ones end",
-            spec(draining),
-        )
-    }
-
-    fn regions(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        let steered = self.control.steered();
-        let snapshot = self.control.engine().snapshot();
-        let region = |name: &crate::desired::model::Name| [("region", name.to_string())];
-        let down =
-            |r: &crate::observed::regions::RegionShown| r.agreed == crate::plan::policy::region::Agreed::Down;
-        let downs = steered.regions.iter().map(|r| (region(&r.name), f64::from(u8::from(down(r)))));
-        out.gauges("lb_region_down", "Whether vantage points agree that the region is down", downs)?;
-        let times =
-            steered.regions.iter().filter_map(|r| Some((region(&r.name), f64::from(r.rtt_us?) / 1e6)));
-        out.gauges("lb_region_rtt_seconds", "Round-trip time to the region", times)?;
-        let labels = |service: &crate::desired::model::Name, region: &crate::desired::model::Name| {
-            [("service", service.to_string()), ("region", region.to_string())]
-        };
-        let shares = snapshot.services.iter().flat_map(|(service, s)| {
-            s.regions.iter().map(move |share| (labels(service, &share.name), f64::from(share.permille) / 1e3))
-        });
-        out.gauges(
-            "lb_service_region_share_ratio",
-            "Share of new flows that the table gives to the region",
-            shares,
-        )?;
-        let places = |value: fn(&crate::plan::policy::region::Place) -> Option<u64>| {
-            steered.services.values().flat_map(move |e| {
-                let all = e.regions.iter();
-                all.filter_map(move |p| Some((labels(&e.service, &p.name), value(p)? as f64)))
-            })
-        };
-        let help = "Requests that the region's replicas can run at once, as they report";
-        out.gauges("lb_service_region_capacity", help, places(|p| p.capacity))?;
-        let help = "Requests that the region's replicas have, running and waiting";
-        out.gauges("lb_service_region_load", help, places(|p| p.capacity.map(|_| p.load)))?;
-        let rollouts = steered.services.values().filter_map(|e| e.rollout.as_ref()).map(|r| {
-            let version = ("version", r.rollout.version.clone());
-            let state = ("state", r.rollout.state.label().to_owned());
-            ([("service", r.service.to_string()), version, state], f64::from(r.rollout.share()) / 1e3)
-        });
-        out.gauges("lb_rollout_share_ratio", "Share of new flows that a new version is to get", rollouts)
-    }
-
-    fn replicas(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        type Labels = [(&'static str, String); 2];
-        let now = clock::unix_ms();
-        self.control.replicas().read(|all| {
-            let labels = |id: &crate::desired::model::BackendId| {
-                [("service", id.service.to_string()), ("backend", id.backend.to_string())]
-            };
-            let states = all.iter().map(|(id, e)| {
-                let [service, backend] = labels(id);
-                ([service, backend, ("state", e.readiness.label().to_owned())], 1.0)
-            });
-            out.gauges("lb_replica_state", "What the replica says of itself: one series, 1", states)?;
-            let gauge = |value: fn(&crate::desired::model::Report) -> Option<f64>| -> Vec<(Labels, f64)> {
-                let of = |(id, e): (_, &crate::observed::replica::Entry)| {
-                    Some((labels(id), value(e.report.as_ref()?)?))
-                };
-                all.iter().filter_map(of).collect()
-            };
-            for (name, help, values) in [
-                ("lb_replica_running", "Requests being computed", gauge(|r| Some(r.running.into()))),
-                ("lb_replica_waiting", "Requests waiting to be computed", gauge(|r| Some(r.waiting.into()))),
-                (
-                    "lb_replica_capacity",
-                    "Requests that can run at once",
-                    gauge(|r| r.capacity.map(f64::from)),
-                ),
-                (
-                    "lb_replica_kv_cache_usage_ratio",
-                    "Share of the KV cache in use",
-                    gauge(|r| r.kv_cache_usage),
-                ),
-                (
-                    "lb_replica_tokens_per_second",
-                    "Tokens generated per second",
-                    gauge(|r| r.tokens_per_second),
-                ),
-                (
-                    "lb_replica_gpu_memory_used_bytes",
-                    "GPU memory in use",
-                    gauge(|r| r.gpu_memory.map(|m| m.used_bytes as f64)),
-                ),
-            ] {
-                out.gauges(name, help, values.into_iter())?;
-            }
-            let of = |value: fn(&crate::observed::replica::Entry) -> Option<f64>| {
-                all.iter().filter_map(move |(id, e)| Some((labels(id), value(e)?)))
-            };
-            let help = "Load score, in millionths of the replica's capacity";
-            out.gauges("lb_replica_load_score", help, of(|e| e.score.map(f64::from)))?;
-            let ages = all.iter().filter(|(_, e)| e.report.is_some());
-            let ages = ages.map(|(id, e)| (labels(id), now.saturating_sub(e.report_ms) as f64 / 1e3));
-            out.gauges("lb_replica_report_age_seconds", "Time since the last good report", ages)?;
-            let results = all.iter().flat_map(|(id, e)| {
-                [("ok", e.reports), ("refused", e.refused)].map(|(result, count)| {
-                    let [service, backend] = labels(id);
-                    ([service, backend, ("result", result.to_owned())], count)
-                })
-            });
-            out.counters(
-                "lb_replica_reports",
-                "Reports since the start, by whether they were believed",
-                results,
-            )?;
-            let breaks = all.iter().map(|(id, e)| (labels(id), e.breaks));
-            out.counters(
-                "lb_replica_breaks",
-                "Streams that broke and looks that failed since the start",
-                breaks,
-            )
-        })
-    }
-
-    fn probes(&self, out: &mut Encoder<'_>) -> fmt::Result {
-        self.control.book().read(|all| {
-            let labels = |id: &crate::desired::model::BackendId| {
-                [("service", id.service.to_string()), ("backend", id.backend.to_string())]
-            };
-            let verdicts = all.iter().filter(|(_, e)| e.health != Health::Unknown);
-            let verdicts =
-                verdicts.map(|(id, e)| (labels(id), f64::from(u8::from(e.health == Health::Healthy))));
-            out.gauges(
-                "lb_backend_healthy",
-                "Verdict of the health checks; absent while there is none",
-                verdicts,
-            )?;
-            let results = all.iter().flat_map(|(id, e)| {
-                [("ok", e.successes), ("failed", e.failures)].map(|(result, count)| {
-                    let [service, backend] = labels(id);
-                    ([service, backend, ("result", result.to_owned())], count)
-                })
-            });
-            out.counters("lb_health_probes", "Health probes since the start, by result", results)?;
-            let heard =
-                all.iter().filter(|(_, e)| e.heard != crate::observed::health::PassiveReport::default());
-            let signs = heard.clone().flat_map(|(id, e)| {
-                [("unreachable", e.heard.unreachable), ("refused", e.heard.refused)].map(|(sign, count)| {
-                    let [service, backend] = labels(id);
-                    ([service, backend, ("sign", sign.to_owned())], count)
-                })
-            });
-            let help =
-                "Signs that a backend may be dead since the start: ICMP errors, SYNs answered by a reset";
-            out.counters("lb_health_signs", help, signs)?;
-            let early = heard.flat_map(|(id, e)| {
-                // The probe may still be under way.
-                let confirmed = e.heard.early.saturating_sub(e.heard.refuted);
-                [("refuted", e.heard.refuted), ("confirmed", confirmed)].map(|(result, count)| {
-                    let [service, backend] = labels(id);
-                    ([service, backend, ("result", result.to_owned())], count)
-                })
-            });
-            out.counters(
-                "lb_health_early_probes",
-                "Probes that signs brought forward, by what they found",
-                early,
-            )
-        })
-    }
 }

@@ -1,4 +1,4 @@
-//! What others may ask of a running daemon: the API, explain and metrics.
+//! What a running daemon serves: the API, explain and metrics.
 
 pub mod api;
 pub mod explain;

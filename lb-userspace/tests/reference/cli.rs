@@ -1,4 +1,4 @@
-//! Command lines, from clap's own definitions.
+//! The pages of the command lines, from clap's definitions.
 
 use super::text::{cell, code, head, split_default, table};
 use clap::{Arg, Command};
@@ -15,7 +15,7 @@ pub const LBD: (&str, &str) = (
      `lbd ingress` is also a key of `[lbd]`: see [settings](settings.md).",
 );
 
-/// A page about a command and all below it.
+/// Builds the page of a command and its subcommands.
 pub fn page(mut command: Command, (title, about): (&str, &str)) -> String {
     command.build();
     let mut out = head(title, about);
@@ -101,7 +101,7 @@ fn takes_value(argument: &Arg) -> bool {
     argument.is_positional() || argument.get_action().takes_values()
 }
 
-/// As it is typed: `-m, --message <TEXT>`, or `<NAME>`.
+/// Formats an argument as it is typed: `-m, --message <TEXT>`, or `<NAME>`.
 fn name(argument: &Arg) -> String {
     let values: Vec<_> = match argument.get_value_names() {
         Some(names) => names.iter().map(|n| format!("<{n}>")).collect(),

@@ -1,5 +1,5 @@
-//! What every key of the configuration file's desired state means. `settings.rs` compares the lists with the keys
-//! that the parser knows, and defaults with what an absent key becomes.
+//! Descriptions of every key of the configuration file's desired state. `settings.rs` compares the lists with the keys
+//! that the parser knows, and the defaults with those of the code.
 
 /// One key: name, type with its unit, default (empty: the key is required), meaning.
 pub type Key = (&'static str, &'static str, &'static str, &'static str);
@@ -8,11 +8,11 @@ pub type Key = (&'static str, &'static str, &'static str, &'static str);
 pub struct Table {
     /// Heading, as in the file.
     pub title: &'static str,
-    /// What the table is.
+    /// Description of the table.
     pub about: &'static str,
     /// Keys that the parser knows.
     pub known: &'static [&'static str],
-    /// Their meaning, in the same order.
+    /// Descriptions of the keys, in the same order.
     pub keys: &'static [Key],
 }
 
@@ -46,7 +46,7 @@ pub const TOP: Table = Table {
     ],
 };
 
-/// `[[service]]` and what it holds.
+/// `[[service]]` and the tables in it.
 pub const TABLES: &[Table] = &[
     Table {
         title: "[[service]]",
@@ -338,8 +338,8 @@ pub const TABLES: &[Table] = &[
                 "500",
                 "A probe without an answer fails after this time.",
             ),
-            ("rise", "integer, probes", "2", "Successes in a row that make a backend healthy."),
-            ("fall", "integer, probes", "3", "Failures in a row that make a backend unhealthy."),
+            ("rise", "integer, probes", "2", "Consecutive successes that make a backend healthy."),
+            ("fall", "integer, probes", "3", "Consecutive failures that make a backend unhealthy."),
             (
                 "damping",
                 "boolean",
@@ -350,7 +350,7 @@ pub const TABLES: &[Table] = &[
                 "signs",
                 "boolean",
                 "true",
-                "Passive checks: ICMP errors and refused connections seen in traffic start a probe at once.",
+                "Passive checks: ICMP errors and refused connections seen in traffic start a probe immediately.",
             ),
         ],
     },
@@ -369,14 +369,14 @@ pub const TABLES: &[Table] = &[
                 "port",
                 "integer",
                 "the service's port",
-                "Port that is asked. Required when the service has a range or `any`.",
+                "Port of the replica's state. Required when the service has a range or `any`.",
             ),
             ("path", "string", "/replica for stream, else /metrics", "Path and query."),
             (
                 "interval_ms",
                 "integer, milliseconds",
                 "1000",
-                "Time between two requests where there is no stream: 10 to 3600000.",
+                "Time between two requests when there is no stream: 10 to 3600000.",
             ),
             (
                 "timeout_ms",
@@ -388,7 +388,7 @@ pub const TABLES: &[Table] = &[
                 "capacity",
                 "integer, requests",
                 "what the replica reports",
-                "Requests that a replica runs at once, where it does not report that itself.",
+                "Requests that a replica can run concurrently, if it does not report its capacity.",
             ),
             (
                 "metrics",
@@ -403,10 +403,10 @@ pub const TABLES: &[Table] = &[
         about: "Names of metrics on the replica's page, as in PromQL: `name` or `name{label=\"value\"}`. Each key replaces the usual name of its server kind.",
         known: keys::METRICS,
         keys: &[
-            ("running", "string", "by kind", "Requests being computed."),
-            ("waiting", "string", "by kind", "Requests waiting to be computed."),
+            ("running", "string", "by kind", "Requests being processed."),
+            ("waiting", "string", "by kind", "Requests waiting in the queue."),
             ("kv_cache_usage", "string", "by kind", "Share of the KV cache in use, 0 to 1."),
-            ("capacity", "string", "by kind", "Requests that can run at once."),
+            ("capacity", "string", "by kind", "Requests that can run concurrently."),
             ("tokens_total", "string", "by kind", "Tokens generated so far (a counter)."),
             ("tokens_per_second", "string", "by kind", "Tokens generated per second (a gauge)."),
             ("gpu_memory_used", "string", "by kind", "GPU memory in use, in bytes."),
@@ -423,7 +423,7 @@ pub const TABLES: &[Table] = &[
                 "policy",
                 "string",
                 "active-active",
-                "`active-active`: each host's own region first, then the nearest region with free capacity. `active-passive`: the first region of `allowed` that is up. `weighted`: by `weights`, alike on all hosts.",
+                "`active-active`: each host's own region first, then the nearest region with free capacity. `active-passive`: the first region of `allowed` that is up. `weighted`: by `weights`, equal on all hosts.",
             ),
             (
                 "allowed",

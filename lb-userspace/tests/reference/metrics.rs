@@ -1,6 +1,6 @@
-//! Metrics, from the pages that `lbd ingress` and `lbd worker` serve.
+//! The metrics page, from the metrics that `lbd ingress` and `lbd worker` serve.
 
-use super::text::{cell, code, head, table};
+use super::text::{cell, check_described, code, head, table};
 use lb_userspace::{
     apply::announce::Announcement,
     desired::{
@@ -16,7 +16,7 @@ use lb_userspace::{
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 use tokio::sync::watch;
 
-/// Labels of every metric. Where the page below has a sample, its labels are compared with these.
+/// Labels of every metric; compared with the labels of the served samples.
 const LABELS: &[(&str, &[&str])] = &[
     ("lb_build_info", &["version", "abi"]),
     ("lb_interface_info", &["interface", "mode"]),
@@ -82,7 +82,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_worker_packets", &["reason", "fate"]),
 ];
 
-/// The page.
+/// Builds the page.
 pub fn page() -> String {
     let mut out = head(
         "Metrics",
@@ -95,10 +95,7 @@ pub fn page() -> String {
     let worker = families(&metrics::worker_text(&[(lb_common::Reason::DecapIpip, 1)]).unwrap());
     let known: Vec<&str> = LABELS.iter().map(|(name, _)| *name).collect();
     let shown: Vec<&str> = ingress.iter().chain(&worker).map(|f| f.name.as_str()).collect();
-    let missing: Vec<_> = shown.iter().filter(|name| !known.contains(name)).collect();
-    assert!(missing.is_empty(), "give the labels of {missing:?} in tests/reference/metrics.rs");
-    let gone: Vec<_> = known.iter().filter(|name| !shown.contains(name)).collect();
-    assert!(gone.is_empty(), "no page has {gone:?} any more: remove it from tests/reference/metrics.rs");
+    check_described(&shown, &known, "metrics.rs");
     for (title, families) in [("lbd ingress", &ingress), ("lbd worker", &worker)] {
         out.push_str(&format!("\n## {title}\n"));
         let rows: Vec<_> = families.iter().map(row).collect();
@@ -107,7 +104,7 @@ pub fn page() -> String {
     out
 }
 
-/// One metric, as a page tells of it.
+/// A metric family of a served page.
 struct Family {
     name: String,
     kind: String,
@@ -128,7 +125,7 @@ fn row(family: &Family) -> Vec<String> {
     vec![code(&format!("{name}{ending}")), kind.clone(), unit.to_owned(), labels, cell(help)]
 }
 
-/// The families of a page, in its order.
+/// Parses the families of a served page, in order.
 fn families(text: &str) -> Vec<Family> {
     let mut found: Vec<Family> = Vec::new();
     let mut kinds = BTreeMap::new();
@@ -145,7 +142,7 @@ fn families(text: &str) -> Vec<Family> {
         } else if !line.starts_with('#') {
             let (name, labels) = line.split_once('{').unwrap_or((line.split(' ').next().unwrap(), ""));
             let labels = labels.split_once('}').map_or("", |(labels, _)| labels);
-            // Values in this page hold no commas.
+            // Label values of this page contain no commas.
             let labels = labels.split(',').filter_map(|l| Some(l.split_once('=')?.0.to_owned())).collect();
             if let Some(family) = found.iter_mut().find(|f| f.name == plain(name)) {
                 family.labels = Some(labels);
@@ -169,7 +166,7 @@ name = "w1"
 address = "10.1.0.1"
 "#;
 
-/// The page of a daemon with one service and one backend, without a kernel.
+/// Metrics of a daemon with one service and one backend, without a kernel.
 fn ingress_text() -> String {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -183,7 +180,7 @@ fn ingress_text() -> String {
         let control = Control::new(store.clone(), engine, Arc::new(HealthRegistry::default()));
         let (_announcer, announced) =
             watch::channel(Announcement { interface: "lo".into(), ..Announcement::default() });
-        control.announce(HostState::restore(Arc::new(store.local()), Some(announced)).await.unwrap());
+        control.set_host_state(HostState::restore(Arc::new(store.local()), Some(announced)).await.unwrap());
         metrics::text(&control).unwrap()
     })
 }

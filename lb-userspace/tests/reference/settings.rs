@@ -1,4 +1,4 @@
-//! Every key of the configuration file, with flags and environment variables.
+//! The settings page: every key of the configuration file, with flags and environment variables.
 
 use super::{
     keys::{Key, TABLES, TOP, Table},
@@ -14,7 +14,7 @@ use lb_userspace::{
 };
 use serde_json::{Value, json};
 
-/// The page.
+/// Builds the page.
 pub fn page() -> String {
     let mut out = head(
         "Settings",
@@ -52,7 +52,7 @@ fn section(out: &mut String, part: &Table) {
     out.push_str(&table(&["key", "type", "default", "meaning"], &rows));
 }
 
-/// `[lbd]`, from the definition of the flags.
+/// Rows of `[lbd]`, from the definition of the flags.
 fn daemon_rows() -> Vec<Vec<String>> {
     let ingress = Cli::command();
     let ingress = ingress.find_subcommand("ingress").unwrap();
@@ -62,7 +62,7 @@ fn daemon_rows() -> Vec<Vec<String>> {
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
         assert!(!help.is_empty(), "--{key} has no help text");
         let (help, default) = split_default(&help);
-        let default = default.unwrap_or_else(|| without_effect(argument).to_owned());
+        let default = default.unwrap_or_else(|| implicit_default(argument).to_owned());
         let flag = format!("--{}", argument.get_long().expect("settings are long flags"));
         let env = argument.get_env().expect("settings have variables").to_string_lossy();
         vec![
@@ -76,8 +76,8 @@ fn daemon_rows() -> Vec<Vec<String>> {
     keys::LBD.iter().map(row).collect()
 }
 
-/// The default of a flag whose help names none: a switch is off, another value is absent.
-fn without_effect(argument: &Arg) -> &'static str {
+/// Default of a flag without a default in its help: a switch is off, another value is absent.
+fn implicit_default(argument: &Arg) -> &'static str {
     if is_switch(argument) { "false" } else { "none" }
 }
 
@@ -101,7 +101,7 @@ fn kind(argument: &Arg) -> String {
     if argument.get_value_delimiter().is_some() { format!("array of: {one}") } else { one }
 }
 
-/// What an absent key becomes, where it becomes a value at all.
+/// Values of absent keys, for keys with a default value.
 fn defaults(title: &str) -> Value {
     let service = json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp"});
     fn read<T: serde::de::DeserializeOwned + serde::Serialize>(least: Value) -> Value {
@@ -119,7 +119,7 @@ fn defaults(title: &str) -> Value {
     }
 }
 
-/// A number or a word that the table gives as a default is the one that the code takes.
+/// Numbers and words that the tables give as defaults equal those of the code.
 #[test]
 fn defaults_are_those_of_the_code() {
     let mut compared = 0;
@@ -138,7 +138,7 @@ fn defaults_are_those_of_the_code() {
     assert!(compared >= 20, "only {compared} defaults were compared");
 }
 
-/// Keys of tables that no other test compares with what serde accepts.
+/// The parser's key lists equal the fields that serde accepts, for tables without another such test.
 #[test]
 fn the_parser_knows_what_serde_knows() {
     fn fields<T: serde::de::DeserializeOwned + std::fmt::Debug>(without: &str) -> Vec<String> {
@@ -165,12 +165,12 @@ fn resolve(arguments: &[String]) -> Settings {
     let cli = Cli::try_parse_from(given.iter().chain(arguments)).unwrap_or_else(|e| panic!("{e}"));
     let Command::Ingress(ingress) = cli.command else { panic!("not ingress") };
     let mut settings = ingress.options.resolve().unwrap_or_else(|e| panic!("{arguments:?}: {e}"));
-    // These say only that somebody named the value.
+    // These only record that the value was set explicitly.
     (settings.metrics_required, settings.nat_ports_required) = (false, false);
     settings
 }
 
-/// A default in the help of a flag is what the setting is without the flag.
+/// Setting a flag to the default in its help does not change the settings.
 #[test]
 fn flags_without_effect_are_their_defaults() {
     let ingress = Cli::command();
@@ -184,7 +184,7 @@ fn flags_without_effect_are_their_defaults() {
         else {
             continue;
         };
-        // A default in words, or by name of the host, is no value of the flag.
+        // A default in words, or taken from the host's name, is not a value of the flag.
         if default.contains(' ') || default.contains('\'') {
             continue;
         }

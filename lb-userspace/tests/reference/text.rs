@@ -1,4 +1,12 @@
-//! Markdown that says what it should, whatever the text holds.
+//! Builds Markdown from arbitrary text, and checks that the tables of descriptions are complete.
+
+/// Checks that `described` names exactly what `existing` names. `file` is the table under `tests/reference/` to correct.
+pub fn check_described(existing: &[&str], described: &[&str], file: &str) {
+    let missing: Vec<_> = existing.iter().filter(|name| !described.contains(name)).collect();
+    assert!(missing.is_empty(), "describe {missing:?} in tests/reference/{file}");
+    let gone: Vec<_> = described.iter().filter(|name| !existing.contains(name)).collect();
+    assert!(gone.is_empty(), "{gone:?} no longer exist: remove them from tests/reference/{file}");
+}
 
 /// First lines of every page.
 pub fn head(title: &str, about: &str) -> String {
@@ -31,7 +39,7 @@ pub fn cell(text: &str) -> String {
     out
 }
 
-/// A table: its head, and rows of cells that are Markdown already.
+/// A table: heading, and rows of cells in Markdown.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let mut out = format!("\n| {} |\n|{}\n", head.join(" | "), "---|".repeat(head.len()));
     for row in rows {
@@ -45,7 +53,7 @@ pub fn code(text: &str) -> String {
     if text.is_empty() { String::new() } else { format!("`{}`", text.replace('|', "\\|")) }
 }
 
-/// What stands in `[default: …]` at the end of a help line, and the line without it.
+/// Splits `[default: …]` off the end of a help line; returns the line and the default.
 pub fn split_default(help: &str) -> (String, Option<String>) {
     match help.rsplit_once("[default: ") {
         Some((text, rest)) if rest.ends_with(']') => {

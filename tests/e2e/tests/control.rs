@@ -280,7 +280,7 @@ fn only_root_and_the_group_may_change_things() -> Result<()> {
         "a change",
         &as_nobody(&["service", "rm", "web"])?,
         4,
-        &["may look, but not change anything"],
+        &["may read, but not make changes"],
     )?;
     ensure!(as_nobody(&["service", "rm", "web", "--dry-run"])?.status.success(), "trying is looking");
     ensure!(lbctl.json(&["service", "list"])?.as_array().is_some_and(|list| list.len() == 1));

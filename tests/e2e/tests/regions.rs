@@ -193,7 +193,7 @@ fn residency_refuses_rather_than_leave() -> Result<()> {
     let status = bench.stage.lbctl.output(&["audit", "residency"])?;
     let text = String::from_utf8_lossy(&status.stdout).into_owned();
     ensure!(
-        status.status.code() == Some(1) && text.contains("backend w3 is in us, and gets nothing"),
+        status.status.code() == Some(1) && text.contains("backend w3 is in us and gets no flows"),
         "{text}"
     );
 
@@ -222,7 +222,7 @@ fn residency_refuses_rather_than_leave() -> Result<()> {
     ensure!(counted.is_some_and(|r| r["packets"].as_u64() > Some(0)), "{stats}");
     let output = bench.stage.lbctl.output(&["audit", "residency"])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(text.contains("nothing is left in eu: new flows are refused"), "{text}");
+    ensure!(text.contains("no backend takes flows in eu: new flows are refused"), "{text}");
     bench.until("the decision says so", |b| {
         b.explained().is_ok_and(|e| {
             e["decision"]["reason"].as_str().is_some_and(|why| why.starts_with("refused by residency"))

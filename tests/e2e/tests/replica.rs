@@ -172,7 +172,7 @@ fn a_worker_that_says_so_gets_no_new_flow() -> Result<()> {
         "the operator asked for no drain: {status}"
     );
     let shown = bench.stage.lbctl.run(&["backend", "show", "llm", "w3"])?;
-    for line in ["state:", " up", "replica:", "draining: the replica says so, model fake", "37.5%"] {
+    for line in ["state:", " up", "replica:", "draining: reported by the replica, model fake", "37.5%"] {
         ensure!(shown.contains(line), "{line} is not in\n{shown}");
     }
     let list = bench.stage.lbctl.run(&["backend", "list", "llm"])?;
@@ -185,7 +185,7 @@ fn a_worker_that_says_so_gets_no_new_flow() -> Result<()> {
     }
     let output = bench.stage.lbctl.output(&["status"])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(text.contains("no backend takes new flows of: llm"), "{text}");
+    ensure!(text.contains("no backend takes new flows in: llm"), "{text}");
     bench.say(0, "ready")?;
     bench.wait_state(0, "ready")
 }

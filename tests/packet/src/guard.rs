@@ -9,12 +9,12 @@ use lb_common::{
     names,
     slot::{LINE, Line},
 };
-use lb_userspace::plan::compile::guard::{ALL_BLOCKS, Table, key_of};
+use lb_userspace::plan::compile::guard::{ALL_BLOCKS, GuardTable, key_of};
 
 impl Ingress {
     /// Lists just these prefixes: denied, or an exception.
     pub fn guard<'a>(&mut self, entries: impl IntoIterator<Item = (IpNet, &'a str)>) {
-        let mut table = Table::default();
+        let mut table = GuardTable::default();
         for (net, list) in entries {
             table.set(net, Some(if list == "deny" { verdict::DENY } else { verdict::ALLOW }));
         }
@@ -22,7 +22,7 @@ impl Ingress {
     }
 
     /// The same of a table.
-    pub fn guard_table(&mut self, table: &Table) {
+    pub fn guard_table(&mut self, table: &GuardTable) {
         let mut map: HashMap<&mut MapData, GuardKey, u32> = self.map(names::GUARD_ENTRIES);
         for key in map.keys().filter_map(Result::ok).collect::<Vec<_>>() {
             map.remove(&key).expect("listed a moment ago");

@@ -9,7 +9,7 @@ use lb_common::{
     service::{TCP, UDP, flags, scheduler},
     settings::{IngressSettings, features},
 };
-use lb_userspace::{desired::model::guard::parse, plan::compile::guard::Table};
+use lb_userspace::{desired::model::guard::parse, plan::compile::guard::GuardTable};
 use std::net::{IpAddr, Ipv6Addr};
 use test_packet::{Ingress, Packet, Pair, bed, now_s, xdp};
 
@@ -244,7 +244,7 @@ fn random_lists_say_what_a_plain_search_does() {
         (state >> 33) as u32
     };
     let mut list: Vec<(IpNet, u32)> = Vec::new();
-    let mut table = Table::default();
+    let mut table = GuardTable::default();
     let mut source = move || -> IpAddr {
         let (a, b) = (random(), random());
         if a % 2 == 0 {
@@ -517,7 +517,7 @@ fn a_million_entries() {
     let mut ingress = load(settings, 64, view, Pair::Stable(1));
     let entry = |i: u32| std::net::Ipv4Addr::from(i.wrapping_mul(2_654_435_761));
     for count in [10, MOST] {
-        let mut table = Table::default();
+        let mut table = GuardTable::default();
         for i in 0..count {
             table.set(IpNet::from(IpAddr::from(entry(i))), Some(verdict::DENY));
         }

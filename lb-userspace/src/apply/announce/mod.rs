@@ -19,7 +19,7 @@ use crate::{
     clock,
     desired::model::Health,
     plan::{
-        compile::BackendStatus,
+        compile::CompiledBackend,
         policy::announce::{Decision, ServiceAt, decide},
     },
 };
@@ -291,7 +291,7 @@ impl Announcer {
 fn services(published: &Published) -> Vec<ServiceAt> {
     let all = published.services.iter().filter_map(|(name, status)| {
         let service = published.desired.services.get(name)?;
-        let good = |b: &BackendStatus| b.eligible && b.health == Health::Healthy;
+        let good = |b: &CompiledBackend| b.eligible && b.health == Health::Healthy;
         let proven = status.panic || status.backends.iter().any(good);
         Some(ServiceAt { vip: service.vip, served: status.eligible > 0, proven })
     });

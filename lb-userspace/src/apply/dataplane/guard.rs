@@ -8,7 +8,7 @@ use super::{DataplaneError, batch, grace_period, mapped::MappedArray};
 use crate::{
     desired::model::guard::{Guard, ListName, stands},
     plan::compile::guard::{
-        ALL_BLOCKS, Blocks, Table, add_length, blocks_of, filter_bit, joined, key_of, net_of,
+        ALL_BLOCKS, Blocks, GuardTable, add_length, blocks_of, filter_bit, join_ranges, key_of, net_of,
     },
 };
 use aya::maps::MapData;
@@ -29,7 +29,7 @@ pub struct GuardWriter {
     filter: MappedArray<Line>,
     state: MappedArray<GuardState>,
     entries: MapData,
-    table: Table,
+    table: GuardTable,
     /// Lists that the maps were last made from; none if unknown, or after a failed write.
     applied: Option<Guard>,
     /// Times at which entries expire.
@@ -44,7 +44,7 @@ impl GuardWriter {
         state: MappedArray<GuardState>,
         entries: MapData,
     ) -> Self {
-        let (table, ends) = (Table::default(), BTreeSet::new());
+        let (table, ends) = (GuardTable::default(), BTreeSet::new());
         Self { blocks, filter, state, entries, table, applied: None, ends }
     }
 
@@ -95,7 +95,7 @@ impl GuardWriter {
         if has_more || ranges.len() > RANGES {
             self.paint(ALL_BLOCKS)?;
         } else {
-            joined(ranges).into_iter().try_for_each(|range| self.paint(range))?;
+            join_ranges(ranges).into_iter().try_for_each(|range| self.paint(range))?;
         }
         if has_more || bits.len() > RANGES {
             for (word, value) in (0..).zip(self.table.filter_words()) {
@@ -157,7 +157,7 @@ impl GuardWriter {
 
     /// Reads the table from the entries.
     fn read(&mut self) -> Result<(), DataplaneError> {
-        let mut table = Table::default();
+        let mut table = GuardTable::default();
         batch::for_each(&self.entries, NAME, |key: GuardKey, verdict: u32| {
             if let Some(net) = net_of(&key) {
                 table.set(net, Some(verdict));

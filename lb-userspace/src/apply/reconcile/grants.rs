@@ -9,7 +9,7 @@ use super::{Maps, Mirror, NoRoom};
 use crate::{
     apply::dataplane::DataplaneError,
     desired::model::Name,
-    plan::compile::{Hashing, Need, ServiceId, Waiting},
+    plan::compile::{Hashing, RegionNeed, ServiceId, Waiting},
 };
 use std::collections::BTreeMap;
 
@@ -34,7 +34,11 @@ impl Mirror {
     }
 
     /// Grants regions while there is room.
-    pub(super) fn grant(&mut self, maps: &mut impl Maps, needs: Vec<Need>) -> Result<Grants, DataplaneError> {
+    pub(super) fn grant(
+        &mut self,
+        maps: &mut impl Maps,
+        needs: Vec<RegionNeed>,
+    ) -> Result<Grants, DataplaneError> {
         let grants = self.try_grant(maps, needs);
         if grants.is_err() {
             self.recover(maps);
@@ -42,7 +46,11 @@ impl Mirror {
         grants
     }
 
-    fn try_grant(&mut self, maps: &mut impl Maps, mut needs: Vec<Need>) -> Result<Grants, DataplaneError> {
+    fn try_grant(
+        &mut self,
+        maps: &mut impl Maps,
+        mut needs: Vec<RegionNeed>,
+    ) -> Result<Grants, DataplaneError> {
         needs.sort_by_key(|need| i64::from(need.from_to.1) - i64::from(need.from_to.0));
         let mut grants = Grants::default();
         self.is_granting = false;
@@ -59,8 +67,8 @@ impl Mirror {
                 (Err(shortage), live) => {
                     grants.shortages.insert(need.name, shortage);
                     match live {
-                        Some(live) => drop(grants.waiting.to_change.insert(need.id, live)),
-                        None => drop(grants.waiting.to_come.insert(need.id)),
+                        Some(live) => drop(grants.waiting.changing.insert(need.id, live)),
+                        None => drop(grants.waiting.new.insert(need.id)),
                     }
                 }
             }

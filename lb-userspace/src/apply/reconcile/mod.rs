@@ -42,7 +42,8 @@ use crate::{
     clock,
     desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, RegionShares},
     plan::compile::{
-        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each, needs,
+        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each,
+        region_needs,
     },
 };
 use kept::{Keeper, boot_id};
@@ -160,12 +161,12 @@ impl<M: Maps> Reconciler<M> {
 
     /// Whether the store's history may hold information about this state's services that memory shortages.
     pub fn wants_history(&self, desired: &Desired) -> bool {
-        self.memory.is_ignorant_of(desired)
+        self.memory.lacks_history(desired)
     }
 
     /// Reconstructs recent tables from the store's history, oldest state first.
     pub fn recall(&mut self, past: &[Past]) {
-        self.memory.recall(past, &self.settings, clock::boot().as_millis() as i64);
+        self.memory.replay_history(past, &self.settings, clock::boot().as_millis() as i64);
     }
 
     /// Runs until all event senders are gone. The maps stay as they are.
@@ -299,7 +300,8 @@ impl<M: Maps> Reconciler<M> {
         if self.can_grant_more() {
             self.mirror.wait(&mut self.maps);
         }
-        let needs = needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
+        let needs =
+            region_needs(&self.desired, &self.memory, &self.settings, |index| self.mirror.table(index));
         let grants = self.mirror.grant(&mut self.maps, needs)?;
         let mut compiled = compile_each(
             &self.desired,
@@ -314,7 +316,7 @@ impl<M: Maps> Reconciler<M> {
         let guard = self.apply_guard();
         let mut regions = BTreeMap::new();
         for (id, region) in grants.regions {
-            match compiled.memory.services.get(&id).filter(|_| !compiled.left.contains(&id)) {
+            match compiled.memory.services.get(&id).filter(|_| !compiled.unchanged.contains(&id)) {
                 Some(memory) => drop(regions.insert(memory.index, region)),
                 None => self.mirror.take_back(region),
             }
@@ -332,13 +334,13 @@ impl<M: Maps> Reconciler<M> {
 
     /// Keeps services as they are that could not be compiled, or wait without a table of their own.
     fn retain_left(&self, compiled: &mut Compiled) {
-        if compiled.left.is_empty() {
+        if compiled.unchanged.is_empty() {
             return;
         }
         let live = self.mirror.plan();
-        for id in &compiled.left {
+        for id in &compiled.unchanged {
             if let Some(memory) = compiled.memory.services.get(id) {
-                compiled.plan.retain(id, memory.index, &live);
+                compiled.plan.copy_service(id, memory.index, &live);
             }
         }
     }
@@ -431,7 +433,7 @@ impl<M: Maps> Reconciler<M> {
     /// Shifts the memory as if time had passed.
     #[cfg(test)]
     pub fn age(&mut self, by: Duration) {
-        self.memory.shift(-(by.as_millis() as i64));
+        self.memory.shift_times(-(by.as_millis() as i64));
         for service in self.memory.services.values_mut() {
             Arc::make_mut(service).changed_ms = Arc::default();
         }

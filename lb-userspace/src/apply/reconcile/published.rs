@@ -3,8 +3,8 @@
 use super::{Lags, Problem, mirror::Written, sweep::Sweep};
 use crate::{
     desired::model::{BackendId, Desired, Name, Observed},
-    observed::replica::Places,
-    plan::compile::{BackendStatus, ServiceStatus},
+    observed::replica::BackendIndices,
+    plan::compile::{CompiledBackend, CompiledService},
 };
 use lb_common::BackendStats;
 use serde::{Deserialize, Serialize};
@@ -33,7 +33,7 @@ pub struct Published {
     /// Observations that it was compiled with.
     pub observed: Arc<Observed>,
     /// Services, by name.
-    pub services: BTreeMap<Name, Arc<ServiceStatus>>,
+    pub services: BTreeMap<Name, Arc<CompiledService>>,
     /// Result of the last sweep, with tracked live flows by backend index.
     pub sweep: Arc<Sweep>,
     /// Counters of removed backends, by service, so that a service's sums never decrease.
@@ -52,7 +52,7 @@ pub struct Published {
 
 impl Published {
     /// Status of a backend.
-    pub fn backend(&self, id: &BackendId) -> Option<&BackendStatus> {
+    pub fn backend(&self, id: &BackendId) -> Option<&CompiledBackend> {
         let service = self.services.get(&id.service)?;
         service.backends.iter().find(|b| b.name.as_ref() == Some(&id.backend))
     }
@@ -74,14 +74,14 @@ impl Published {
     }
 }
 
-impl Places for watch::Receiver<Arc<Published>> {
+impl BackendIndices for watch::Receiver<Arc<Published>> {
     fn index(&self, id: &BackendId) -> Option<u32> {
         self.borrow().backend(id).map(|b| b.index)
     }
 
     fn all(&self) -> Vec<(BackendId, u32)> {
         let published = self.borrow().clone();
-        let of = |(name, s): (&Name, &Arc<ServiceStatus>)| {
+        let of = |(name, s): (&Name, &Arc<CompiledService>)| {
             let name = name.clone();
             let named = s.backends.iter().filter_map(|b| Some((b.name.clone()?, b.index)));
             named

@@ -1,6 +1,6 @@
 //! The gRPC health protocol (grpc.health.v1, as the gRPC project documents it): one `Check` over HTTP/2.
 //!
-//! Its two messages have one field each, so they are written and read here: no generated code.
+//! Its two messages have one field each, so this file encodes and decodes them without generated code.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use http_body_util::{BodyExt, Full, Limited};
@@ -15,11 +15,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 const PATH: &str = "/grpc.health.v1.Health/Check";
 const STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
-/// Largest answer that is read.
+/// Largest answer, in bytes.
 const LIMIT: usize = 4_096;
 
-/// `HealthCheckRequest { service }` behind the five bytes that frame a message.
-fn request(service: &str) -> Bytes {
+/// Encodes `HealthCheckRequest { service }` behind the five-byte frame header.
+fn encode_request(service: &str) -> Bytes {
     let mut message = BytesMut::new();
     if !service.is_empty() {
         message.put_u8(1 << 3 | 2);
@@ -38,9 +38,9 @@ fn request(service: &str) -> Bytes {
     framed.freeze()
 }
 
-/// The status in a framed `HealthCheckResponse`, if it is one. Fields that are not known are an end: the message has
-/// only this one.
-fn serving(body: &[u8]) -> Option<u64> {
+/// Decodes the status of a framed `HealthCheckResponse`. An unknown field ends decoding: the message has only one
+/// field.
+fn decode_status(body: &[u8]) -> Option<u64> {
     let message = body.strip_prefix(&[0])?;
     let (length, message) = message.split_first_chunk::<4>()?;
     let message = message.get(..u32::from_be_bytes(*length) as usize)?;
@@ -58,16 +58,16 @@ fn serving(body: &[u8]) -> Option<u64> {
     None
 }
 
-fn status(headers: &HeaderMap) -> Option<(u32, String)> {
+fn grpc_status(headers: &HeaderMap) -> Option<(u32, String)> {
     let code = headers.get(STATUS)?.to_str().ok()?.parse().ok()?;
     let message = headers.get(MESSAGE).and_then(|m| m.to_str().ok()).unwrap_or_default();
     Some((code, message.chars().take(100).collect()))
 }
 
-/// Asks whether `service` is served.
+/// Checks whether the server reports `service` as SERVING.
 ///
 /// # Errors
-/// What it says instead of SERVING, or that it does not speak gRPC.
+/// The status that it reports instead, or that it does not speak gRPC.
 pub async fn check(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     service: &str,
@@ -81,31 +81,31 @@ pub async fn check(
         .header(CONTENT_TYPE, "application/grpc")
         .header(TE, "trailers")
         .header("user-agent", concat!("lbd/", env!("CARGO_PKG_VERSION")))
-        .body(Full::new(request(service)))
-        .map_err(|e| format!("cannot ask: {e}"))?;
+        .body(Full::new(encode_request(service)))
+        .map_err(|e| format!("cannot build the request: {e}"))?;
     let ask = async {
         let response = sender.send_request(request).await.map_err(broken)?;
         let code = response.status().as_u16();
         if code != 200 {
-            return Err(format!("HTTP status {code}: no gRPC"));
+            return Err(format!("HTTP status {code}, expected 200: not a gRPC server"));
         }
-        let early = status(response.headers());
+        let early = grpc_status(response.headers());
         let body = Limited::new(response.into_body(), LIMIT).collect().await;
         let body = body.map_err(|e| format!("the answer cannot be read: {e}"))?;
-        let late = body.trailers().and_then(status);
+        let late = body.trailers().and_then(grpc_status);
         match early.or(late) {
-            None => return Err("an answer without grpc-status".to_owned()),
+            None => return Err("the answer has no grpc-status".to_owned()),
             Some((0, _)) => {}
-            Some((5, _)) => return Err(format!("gRPC: service {service:?} is not known")),
-            Some((12, _)) => return Err("gRPC: no health service (UNIMPLEMENTED)".to_owned()),
+            Some((5, _)) => return Err(format!("gRPC: service {service:?} is unknown (NOT_FOUND)")),
+            Some((12, _)) => return Err("gRPC: the server has no health service (UNIMPLEMENTED)".to_owned()),
             Some((code, message)) => return Err(format!("gRPC status {code}: {message}")),
         }
-        match serving(&body.to_bytes()) {
+        match decode_status(&body.to_bytes()) {
             Some(1) => Ok("SERVING".to_owned()),
             Some(2) => Err("NOT_SERVING".to_owned()),
             Some(3) => Err("SERVICE_UNKNOWN".to_owned()),
             Some(_) => Err("UNKNOWN".to_owned()),
-            None => Err("the answer is no health status".to_owned()),
+            None => Err("the answer is not a health status".to_owned()),
         }
     };
     let mut connection = std::pin::pin!(connection);
@@ -123,10 +123,10 @@ mod tests {
 
     #[test]
     fn messages_are_as_protobuf_writes_them() {
-        assert_eq!(&request("")[..], [0, 0, 0, 0, 0]);
-        assert_eq!(&request("a.B")[..], b"\0\0\0\0\x05\x0a\x03a.B");
+        assert_eq!(&encode_request("")[..], [0, 0, 0, 0, 0]);
+        assert_eq!(&encode_request("a.B")[..], b"\0\0\0\0\x05\x0a\x03a.B");
         let long = "x".repeat(300);
-        assert_eq!(&request(&long)[..8], b"\0\0\0\x01\x2f\x0a\xac\x02");
+        assert_eq!(&encode_request(&long)[..8], b"\0\0\0\x01\x2f\x0a\xac\x02");
         for (body, expected) in [
             (&b"\0\0\0\0\x02\x08\x01"[..], Some(1)),
             (b"\0\0\0\0\x02\x08\x02", Some(2)),
@@ -139,7 +139,7 @@ mod tests {
             (b"\0\0\0\0\x0c\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", None),
             (b"", None),
         ] {
-            assert_eq!(serving(body), expected, "{body:?}");
+            assert_eq!(decode_status(body), expected, "{body:?}");
         }
     }
 }

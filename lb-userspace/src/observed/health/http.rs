@@ -1,9 +1,9 @@
-//! An HTTP/1.1 GET and what its answer must be.
+//! HTTP check: a GET, and what its answer must be.
 
-use crate::desired::model::HttpCheck;
-use http_body_util::{BodyExt, Empty};
-use hyper::{Request, client::conn::http1};
-use hyper_util::rt::TokioIo;
+use crate::{
+    desired::model::HttpCheck,
+    observed::http::{GetRequest, get},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::{Instant, timeout_at},
@@ -12,49 +12,27 @@ use tokio::{
 /// Bytes of a response's body that are read before the connection is closed.
 const BODY_LIMIT: usize = 64 * 1024;
 
-/// Asks over a connection, and judges the answer.
+/// Sends the check's request over a connection, and judges the answer.
 ///
 /// # Errors
-/// What is not as it should be.
-pub async fn get(
+/// Why the check failed.
+pub async fn check(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     check: &HttpCheck,
     host: &str,
     deadline: Instant,
 ) -> Result<String, String> {
-    let broken = |e: hyper::Error| {
-        if e.is_parse() { "the answer is not HTTP".to_owned() } else { format!("connection broke: {e}") }
-    };
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
-    let mut request = Request::get(&check.path)
-        .header("host", host)
-        .header("user-agent", concat!("lbd/", env!("CARGO_PKG_VERSION")))
-        .header("connection", "close");
-    for (name, value) in &check.headers {
-        request = request.header(name, value);
+    let headers: Vec<(&str, &str)> =
+        check.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let request = GetRequest { path: &check.path, host, headers: &headers, max_head: None };
+    let mut response = get(stream, request).await.map_err(|e| e.to_string())?;
+    let mut body = Vec::new();
+    while body.len() < BODY_LIMIT
+        && let Ok(Ok(Some(bytes))) = timeout_at(deadline, response.next()).await
+    {
+        body.extend_from_slice(&bytes[..bytes.len().min(BODY_LIMIT - body.len())]);
     }
-    let request = request.body(Empty::<bytes::Bytes>::new()).map_err(|e| format!("cannot ask: {e}"))?;
-    // The connection only moves while it is polled: beside the request, in this task.
-    let ask = async {
-        let mut response = sender.send_request(request).await.map_err(broken)?;
-        let code = response.status().as_u16();
-        let mut body = Vec::new();
-        while body.len() < BODY_LIMIT
-            && let Ok(Some(Ok(frame))) = timeout_at(deadline, response.body_mut().frame()).await
-        {
-            if let Some(data) = frame.data_ref() {
-                body.extend_from_slice(&data[..data.len().min(BODY_LIMIT - body.len())]);
-            }
-        }
-        judge(check, code, &body)
-    };
-    let mut connection = std::pin::pin!(connection);
-    let mut ask = std::pin::pin!(ask);
-    tokio::select! {
-        biased;
-        result = &mut ask => result,
-        _ = &mut connection => ask.await,
-    }
+    judge(check, response.status(), &body)
 }
 
 fn judge(check: &HttpCheck, code: u16, body: &[u8]) -> Result<String, String> {
@@ -70,7 +48,7 @@ fn judge(check: &HttpCheck, code: u16, body: &[u8]) -> Result<String, String> {
         Some(text) if !body.windows(text.len().max(1)).any(|part| part == text.as_bytes()) => {
             let seen: String =
                 String::from_utf8_lossy(body).chars().filter(|c| !c.is_control()).take(60).collect();
-            Err(format!("status {code}, and the body does not hold {text:?}: {seen:?}"))
+            Err(format!("status {code}, but the body does not contain {text:?}: {seen:?}"))
         }
         _ => Ok(format!("status {code}")),
     }

@@ -1,8 +1,9 @@
-//! Health checks: probes each backend, and says when its verdict changes, and why.
+//! Health checks: probes each backend, and reports each change of its verdict with the reason.
 //!
-//! Input: the watched desired state, and the verdicts of before a restart. Output: `(BackendId, Health)`
+//! Input: the watched desired state, and the verdicts from before a restart. Output: `(BackendId, Health)`
 //! events, and the [`HealthRegistry`] that API and metrics read. Called by the daemon.
-//! [`signs`] brings probes forward. [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] keeps one task per backend.
+//! [`passive`] triggers early probes. [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] runs one
+//! task per backend.
 
 pub mod checker;
 pub mod grpc;

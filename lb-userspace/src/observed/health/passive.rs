@@ -1,8 +1,8 @@
-//! Signs that a worker may be dead, as hints: the checker probes early for them.
+//! Passive health checks (outlier detection): failures seen in traffic make the checker probe early.
 //!
-//! Input: counters of the packet programs ([`lb_common::sign`]), looked at in short intervals. Output: hints to the task
-//! that checks a backend. A sign is never a verdict: anybody can forge one, and a whole port range of a worker may refuse
-//! while its check is fine. So each hint is answered by a probe, and what probes refute is asked about more rarely.
+//! Input: counters of the packet programs ([`lb_common::sign`]), polled in short intervals. Output: hints to the task
+//! that checks a backend. A passive failure is never a verdict: anybody can forge one, and a port range of a worker may
+//! refuse connections while its check passes. So each hint triggers a probe, and refuted hints become less frequent.
 
 use lb_common::{Address, sign::Signs};
 use serde::{Deserialize, Serialize};
@@ -13,27 +13,27 @@ use std::{
 };
 use tokio::{sync::Notify, time::Instant};
 
-/// Where signs are counted: the dataplane, outside tests.
+/// Source of the counters: the dataplane, outside tests.
 pub trait PassiveSource: Send + Sync {
-    /// What was counted for a worker's address since whenever; wraps.
+    /// Counters of a worker's address; they wrap.
     fn signs(&self, worker: &Address) -> Signs;
 }
 
-/// Time between two looks at the counters.
-pub const LOOK: Duration = Duration::from_millis(100);
-/// Least time from a hint that a probe refuted to the next one; each refuted one in a row doubles it.
-const REST: Duration = Duration::from_secs(1);
-/// At most to this.
-const LONGEST_REST: Duration = Duration::from_secs(60);
+/// Interval between two polls of the counters.
+pub const POLL_INTERVAL: Duration = Duration::from_millis(100);
+/// Shortest time from a refuted hint to the next hint; each further refuted hint in a row doubles it.
+const MIN_QUIET: Duration = Duration::from_secs(1);
+/// Longest time from a refuted hint to the next hint.
+const MAX_QUIET: Duration = Duration::from_secs(60);
 
-/// Signs heard within some time.
+/// Passive failures counted within some time, which trigger an early probe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hint {
-    /// ICMP errors.
+    /// Number of ICMP errors.
     pub unreachable: u32,
-    /// Resets.
+    /// Number of resets.
     pub refused: u32,
-    /// From the look before the first to the last.
+    /// Time from the poll before the first failure to the last failure.
     pub within: Duration,
 }
 
@@ -51,32 +51,32 @@ impl fmt::Display for Hint {
     }
 }
 
-/// Signs of one backend, and what came of them, since lbd started.
+/// Passive failures of one backend and their early probes, since lbd started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PassiveReport {
-    /// ICMP errors that say that packets did not reach its address.
+    /// ICMP errors that report that packets did not reach the backend.
     pub unreachable: u64,
-    /// SYNs that it answered with a reset (mode `nat`).
+    /// SYNs that the backend answered with a reset (mode `nat`).
     pub refused: u64,
-    /// Hints, each of which brought a probe forward.
+    /// Early probes that passive failures triggered.
     pub early: u64,
-    /// Hints that the probe refuted.
+    /// Early probes that succeeded.
     pub refuted: u64,
-    /// The latest hint.
+    /// The latest early probe.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last: Option<EarlyProbe>,
 }
 
-/// A probe that was brought forward.
+/// A probe that passive failures triggered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EarlyProbe {
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the trigger, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// Why.
+    /// Passive failures that triggered the probe.
     pub what: String,
 }
 
-/// What lies between whoever looks at the counters and the task of one backend.
+/// Passes hints from the poller of the counters to the task that checks one backend.
 #[derive(Default)]
 pub struct Suspicion {
     state: Mutex<State>,
@@ -85,15 +85,15 @@ pub struct Suspicion {
 
 #[derive(Default)]
 struct State {
-    /// Counters at the last look, and when it was.
+    /// Counters and time of the last poll.
     before: Option<(Signs, Instant)>,
-    /// Heard since the last hint, and from when on.
-    gathered: Option<(u32, u32, Instant)>,
-    /// When the latest was.
+    /// Failures since the last hint, and the time from which they count.
+    pending: Option<(u32, u32, Instant)>,
+    /// Time of the latest failure.
     latest: Option<Instant>,
-    /// No hint before.
+    /// No hint before this time.
     quiet_until: Option<Instant>,
-    /// Hints in a row that were refuted.
+    /// Refuted hints in a row.
     refuted: u32,
 }
 
@@ -102,16 +102,16 @@ impl Suspicion {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the counters in; says how many signs are new: unreachables, refusals.
-    pub fn look(&self, signs: Signs, now: Instant) -> (u32, u32) {
+    /// Takes the polled counters; returns the new failures: unreachables, refusals.
+    pub fn update(&self, signs: Signs, now: Instant) -> (u32, u32) {
         let mut state = self.state();
-        // What there was before the first look is nobody's.
-        let (before, looked) = state.before.replace((signs, now)).unwrap_or((signs, now));
+        // Failures from before the first poll do not count.
+        let (before, polled) = state.before.replace((signs, now)).unwrap_or((signs, now));
         let new =
             (signs.unreachable.wrapping_sub(before.unreachable), signs.refused.wrapping_sub(before.refused));
         if new != (0, 0) {
-            let (unreachable, refused, since) = state.gathered.unwrap_or((0, 0, looked));
-            state.gathered = Some((unreachable.saturating_add(new.0), refused.saturating_add(new.1), since));
+            let (unreachable, refused, since) = state.pending.unwrap_or((0, 0, polled));
+            state.pending = Some((unreachable.saturating_add(new.0), refused.saturating_add(new.1), since));
             state.latest = Some(now);
             if state.quiet_until.is_none_or(|until| now >= until) {
                 self.raised.notify_one();
@@ -121,42 +121,42 @@ impl Suspicion {
     }
 
     /// Waits for the next hint.
-    pub async fn hint(&self) -> Hint {
+    pub async fn next_hint(&self) -> Hint {
         loop {
             self.raised.notified().await;
-            if let Some(hint) = self.take(Instant::now()) {
+            if let Some(hint) = self.take_hint(Instant::now()) {
                 return hint;
             }
         }
     }
 
-    fn take(&self, now: Instant) -> Option<Hint> {
+    fn take_hint(&self, now: Instant) -> Option<Hint> {
         let mut state = self.state();
         if state.quiet_until.is_some_and(|until| now < until) {
             return None;
         }
-        let (unreachable, refused, since) = state.gathered.take()?;
+        let (unreachable, refused, since) = state.pending.take()?;
         let within = state.latest.unwrap_or(now).duration_since(since);
         Some(Hint { unreachable, refused, within })
     }
 
-    /// A probe found nothing wrong: hints come more rarely for a while.
+    /// The early probe succeeded: hints become less frequent for a while.
     pub fn refute(&self, now: Instant) {
         let mut state = self.state();
-        // A false alarm of long ago is forgotten.
-        let rest = |n: u32| REST.saturating_mul(1 << n.min(16)).min(LONGEST_REST);
-        if state.quiet_until.is_some_and(|until| now > until + rest(state.refuted)) {
+        // Old false alarms no longer count.
+        let quiet = |n: u32| MIN_QUIET.saturating_mul(1 << n.min(16)).min(MAX_QUIET);
+        if state.quiet_until.is_some_and(|until| now > until + quiet(state.refuted)) {
             state.refuted = 0;
         }
-        state.quiet_until = Some(now + rest(state.refuted));
+        state.quiet_until = Some(now + quiet(state.refuted));
         state.refuted = state.refuted.saturating_add(1);
-        state.gathered = None;
+        state.pending = None;
     }
 
-    /// The verdict has changed: what was heard until now is of before.
-    pub fn forget(&self) {
+    /// The verdict has changed: failures until now belong to the old one.
+    pub fn reset(&self) {
         let mut state = self.state();
-        (state.refuted, state.quiet_until, state.gathered) = (0, None, None);
+        (state.refuted, state.quiet_until, state.pending) = (0, None, None);
     }
 }
 
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn hints_say_what_was_heard() {
+    fn hints_describe_the_failures() {
         let hint =
             |unreachable, refused, ms| Hint { unreachable, refused, within: Duration::from_millis(ms) };
         assert_eq!(hint(3, 0, 1_000).to_string(), "3 unreachables in 1.0 s");
@@ -182,44 +182,44 @@ mod tests {
     async fn counters_are_differences_and_may_wrap() {
         let (suspicion, start) = (Suspicion::default(), Instant::now());
         let at = |ms| start + Duration::from_millis(ms);
-        assert_eq!(suspicion.look(signs(u32::MAX, 7), at(0)), (0, 0), "of before the start");
-        assert_eq!(suspicion.take(at(0)), None);
-        assert_eq!(suspicion.look(signs(1, 7), at(100)), (2, 0));
-        assert_eq!(suspicion.look(signs(1, 9), at(200)), (0, 2));
-        let hint = suspicion.take(at(250)).unwrap();
+        assert_eq!(suspicion.update(signs(u32::MAX, 7), at(0)), (0, 0), "from before the start");
+        assert_eq!(suspicion.take_hint(at(0)), None);
+        assert_eq!(suspicion.update(signs(1, 7), at(100)), (2, 0));
+        assert_eq!(suspicion.update(signs(1, 9), at(200)), (0, 2));
+        let hint = suspicion.take_hint(at(250)).unwrap();
         assert_eq!(hint, Hint { unreachable: 2, refused: 2, within: Duration::from_millis(200) });
-        assert_eq!(suspicion.take(at(300)), None, "only once");
-        assert_eq!(suspicion.look(signs(1, 9), at(300)), (0, 0));
+        assert_eq!(suspicion.take_hint(at(300)), None, "only once");
+        assert_eq!(suspicion.update(signs(1, 9), at(300)), (0, 0));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_refuted_asks_more_rarely() {
+    async fn refuted_hints_become_less_frequent() {
         let suspicion = Suspicion::default();
         let start = Instant::now();
         let (mut count, mut hints) = (0, Vec::new());
-        suspicion.look(signs(0, 0), start);
-        // A sign at every look, for five minutes.
-        for look in 1..=3_000u32 {
-            let now = start + LOOK * look;
+        suspicion.update(signs(0, 0), start);
+        // A failure at every poll, for five minutes.
+        for poll in 1..=3_000u32 {
+            let now = start + POLL_INTERVAL * poll;
             count += 1;
-            suspicion.look(signs(count, 0), now);
-            if suspicion.take(now).is_some() {
-                hints.push(look / 10);
+            suspicion.update(signs(count, 0), now);
+            if suspicion.take_hint(now).is_some() {
+                hints.push(poll / 10);
                 suspicion.refute(now);
             }
         }
         assert_eq!(hints, [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]);
-        // Quiet for longer than it rested: as new.
+        // Quiet for longer than the pause: the count starts again.
         let later = start + Duration::from_secs(1_000);
-        suspicion.look(signs(count + 1, 0), later);
-        assert!(suspicion.take(later).is_some());
+        suspicion.update(signs(count + 1, 0), later);
+        assert!(suspicion.take_hint(later).is_some());
         suspicion.refute(later);
-        suspicion.look(signs(count + 2, 0), later + LOOK * 5);
-        assert!(suspicion.take(later + LOOK * 5).is_none());
-        suspicion.look(signs(count + 3, 0), later + LOOK * 11);
-        assert!(suspicion.take(later + LOOK * 11).is_some());
-        suspicion.forget();
-        suspicion.look(signs(count + 4, 0), later + LOOK * 12);
-        assert!(suspicion.take(later + LOOK * 12).is_some());
+        suspicion.update(signs(count + 2, 0), later + POLL_INTERVAL * 5);
+        assert!(suspicion.take_hint(later + POLL_INTERVAL * 5).is_none());
+        suspicion.update(signs(count + 3, 0), later + POLL_INTERVAL * 11);
+        assert!(suspicion.take_hint(later + POLL_INTERVAL * 11).is_some());
+        suspicion.reset();
+        suspicion.update(signs(count + 4, 0), later + POLL_INTERVAL * 12);
+        assert!(suspicion.take_hint(later + POLL_INTERVAL * 12).is_some());
     }
 }

@@ -1,4 +1,4 @@
-//! One probe: a connection, and what is asked over it.
+//! One probe: connects to a backend and runs the check over the connection.
 
 use super::{
     grpc, http,
@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     desired::model::{Backend, HealthKind, Ports, Service, TlsCheck},
-    observed::health::Prober,
+    observed::{health::Prober, http::authority},
 };
 use std::{
     io::ErrorKind,
@@ -20,23 +20,23 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// What is probed and how.
+/// Target and kind of a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProbeTarget {
-    /// Worker's address and the port of the check.
+    /// The worker's address and the port of the check.
     pub address: SocketAddr,
     /// The service's VIP: the `Host` of an HTTP check that names none.
     pub vip: IpAddr,
-    /// What is asked.
+    /// Kind of check.
     pub kind: HealthKind,
-    /// Limit of the whole probe.
+    /// Time limit of the whole probe.
     pub timeout: Duration,
-    /// The tunnel that it takes; None: none.
+    /// Tunnel of the probe; None if the probe goes directly.
     pub through: Option<Through>,
 }
 
 impl ProbeTarget {
-    /// What a service asks of one of its backends.
+    /// The probe of a backend, by the settings of its service.
     pub fn of(service: &Service, backend: &Backend) -> Self {
         let own = if let Ports::One(port) = service.port { port } else { 0 };
         let port = service.health.port.or(backend.port).unwrap_or(own);
@@ -50,12 +50,12 @@ impl ProbeTarget {
     }
 }
 
-/// What does probes, over the network; keeps what TLS needs. None goes through a tunnel.
+/// Creates a prober that probes over the network, without tunnels. Caches TLS configurations.
 pub fn prober() -> Prober {
     prober_through(None)
 }
 
-/// The same, with tunnels.
+/// Creates a prober that probes over the network, through `tunnel` where a service wants it.
 pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
     let configs = Arc::new(TlsConfigs::default());
     Arc::new(move |mut target| {
@@ -64,7 +64,7 @@ pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
             let Some(through) = target.through else { return probe(&configs, target, None).await };
             let mark = match &tunnel {
                 Some(tunnel) => tunnel.prepare(target.address.ip(), through).await,
-                None => Err("this lbd has no tunnels".to_owned()),
+                None => Err("this lbd cannot probe through tunnels".to_owned()),
             };
             match mark {
                 Ok(mark) => {
@@ -74,55 +74,46 @@ pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
                         .map_err(|what| format!("{what}, through the tunnel"))
                 }
                 Err(why) => {
-                    // A host that cannot look through tunnels must not find everybody dead.
+                    // Without tunnels, probe directly: otherwise every backend would count as dead.
                     target.through = None;
                     let found = probe(&configs, target, None).await;
-                    found.map(|what| format!("{what}, not through the tunnel: {why}"))
+                    found.map(|what| format!("{what}, probed without the tunnel: {why}"))
                 }
             }
         })
     })
 }
 
-/// Probes once, with packets marked so. `Ok` and `Err` both say in words what was seen.
+/// Probes once; packets carry `mark`. `Ok` and `Err` both describe the result in words.
 ///
 /// # Errors
-/// Whatever makes the backend count as failed.
+/// Why the backend counts as failed.
 pub async fn probe(configs: &TlsConfigs, target: ProbeTarget, mark: Option<u32>) -> Result<String, String> {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
     if target.kind == HealthKind::None {
         return Ok("not checked".to_owned());
     }
-    // Who says nothing after the handshake need not say it without delay.
-    let is_short = target.kind == HealthKind::Tcp;
-    let stream = match timeout_at(deadline, connect(target.address, mark, is_short)).await {
+    // A probe that only connects does not need TCP_NODELAY.
+    let only_connects = target.kind == HealthKind::Tcp;
+    let stream = match timeout_at(deadline, connect(target.address, mark, only_connects)).await {
         Err(_) => return Err(format!("no connection within {within} ms")),
         Ok(Err(e)) => return Err(connect_error(&e)),
         Ok(Ok(stream)) => stream,
     };
-    match timeout_at(deadline, ask(configs, stream, &target, deadline)).await {
+    match timeout_at(deadline, run_check(configs, stream, &target, deadline)).await {
         Err(_) => Err(format!("no answer within {within} ms")),
         Ok(result) => result,
     }
 }
 
-/// The VIP as the authority of a URL.
-fn authority(vip: IpAddr) -> String {
-    match vip {
-        IpAddr::V4(v4) => v4.to_string(),
-        IpAddr::V6(v6) => format!("[{v6}]"),
-    }
-}
-
-async fn ask(
+async fn run_check(
     configs: &TlsConfigs,
     stream: TcpStream,
     target: &ProbeTarget,
     deadline: Instant,
 ) -> Result<String, String> {
-    // A reset instead of a goodbye where we are the first to close: thousands of probes a second must not leave
-    // sockets in TIME_WAIT.
+    // Close with a reset where lbd closes first: thousands of probes a second must not leave sockets in TIME_WAIT.
     if !matches!(target.kind, HealthKind::Http(_)) {
         let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
     }
@@ -140,11 +131,11 @@ async fn ask(
         HealthKind::Http(check) => {
             let host = check.host.clone().unwrap_or_else(|| authority(target.vip));
             match &check.tls {
-                None => http::get(stream, check, &host, deadline).await,
+                None => http::check(stream, check, &host, deadline).await,
                 Some(tls) => {
                     let name = name(tls, check.host.as_ref());
                     let stream = configs.connect(tls, &[b"http/1.1"], &name, stream).await?;
-                    http::get(stream, check, &host, deadline).await
+                    http::check(stream, check, &host, deadline).await
                 }
             }
         }
@@ -162,16 +153,16 @@ async fn ask(
     }
 }
 
-async fn connect(address: SocketAddr, mark: Option<u32>, is_short: bool) -> std::io::Result<TcpStream> {
+async fn connect(address: SocketAddr, mark: Option<u32>, only_connects: bool) -> std::io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(mark) = mark {
         socket2::SockRef::from(&socket).set_mark(mark)?;
-        // A port of its own: answers are told apart by it, as they all come from the VIP.
+        // Bind a unique source port: answers all come from the VIP and are distinguished by it.
         let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
         socket.bind(SocketAddr::new(any, 0))?;
     }
     let stream = socket.connect(address).await?;
-    if !is_short {
+    if !only_connects {
         stream.set_nodelay(true)?;
     }
     Ok(stream)

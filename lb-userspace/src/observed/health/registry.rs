@@ -1,4 +1,4 @@
-//! What is known of each backend's health: verdict, last probe, and the latest changes.
+//! Health of each backend: verdict, last probe, and the latest changes.
 
 use super::PassiveReport;
 use crate::desired::model::{BackendId, Health};
@@ -8,88 +8,88 @@ use std::{
     sync::{PoisonError, RwLock},
 };
 
-/// Changes remembered per backend.
+/// Changes of the verdict kept per backend.
 pub const HISTORY: usize = 32;
 
-/// A change of verdict.
+/// A change of a backend's verdict.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Transition {
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the change, in milliseconds since 1970 UTC.
     pub time_ms: u64,
     /// Verdict before.
     pub from: Health,
     /// Verdict after.
     pub to: Health,
-    /// What the deciding probe said.
+    /// Result of the deciding probe.
     pub reason: String,
 }
 
-/// One probe.
+/// Result of one probe.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Probe {
-    /// When it ended, in milliseconds since 1970 UTC.
+    /// End of the probe, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// Whether it succeeded.
+    /// Whether the probe succeeded.
     pub ok: bool,
-    /// What it said.
+    /// Result in words.
     pub reason: String,
-    /// How long it took, in microseconds.
+    /// Duration of the probe, in microseconds.
     pub took_us: u64,
 }
 
-/// One backend.
+/// Health of one backend.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// Verdict.
     pub health: Health,
-    /// Since when, in milliseconds since 1970 UTC; 0 before the first.
+    /// Start of the verdict, in milliseconds since 1970 UTC; 0 before the first verdict.
     pub since_ms: u64,
-    /// Latest changes, oldest first.
+    /// Latest changes of the verdict, oldest first.
     #[serde(default)]
     pub history: VecDeque<Transition>,
-    /// Latest probe; none before the first one since the start.
+    /// Latest probe; none before the first probe since start.
     #[serde(default)]
     pub last: Option<Probe>,
-    /// Probes that succeeded since the start.
+    /// Successful probes since start.
     #[serde(default)]
     pub successes: u64,
-    /// Probes that failed since the start.
+    /// Failed probes since start.
     #[serde(default)]
     pub failures: u64,
-    /// Successes in a row that it needs to be healthy again, where it fell so often that they are more than `rise`.
+    /// Consecutive successes required to become healthy, if flap damping raised them above `rise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damped: Option<u32>,
-    /// Signs that it may be dead, heard since the start.
+    /// Passive health check failures since start.
     #[serde(default, skip)]
-    pub heard: PassiveReport,
-    /// Address that the verdict is about.
+    pub passive: PassiveReport,
+    /// Address of the worker that the verdict is about.
     #[serde(default)]
     pub address: String,
 }
 
-/// All backends.
+/// Health of all backends.
 #[derive(Debug, Default)]
 pub struct HealthRegistry {
     entries: RwLock<BTreeMap<BackendId, Entry>>,
 }
 
 impl HealthRegistry {
-    /// What is known of one backend.
+    /// Health of one backend.
     pub fn get(&self, id: &BackendId) -> Option<Entry> {
         self.read(|entries| entries.get(id).cloned())
     }
 
-    /// Looks at all of them at once.
-    pub fn read<T>(&self, look: impl FnOnce(&BTreeMap<BackendId, Entry>) -> T) -> T {
-        look(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
+    /// Reads all entries under the lock.
+    pub fn read<T>(&self, read: impl FnOnce(&BTreeMap<BackendId, Entry>) -> T) -> T {
+        read(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, Entry>) -> T) -> T {
         change(&mut self.entries.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Verdicts and their history as bytes, for the next start.
-    pub fn save(&self) -> Vec<u8> {
+    /// Serialises verdicts and their history, for the next start.
+    pub fn to_bytes(&self) -> Vec<u8> {
         let all: Vec<(BackendId, Entry)> = self.read(|entries| {
             let settled = entries.iter().filter(|(_, e)| e.health != Health::Unknown);
             settled.map(|(id, e)| (id.clone(), Entry { last: None, damped: None, ..e.clone() })).collect()
@@ -97,11 +97,11 @@ impl HealthRegistry {
         serde_json::to_vec(&all).expect("entries are plain data")
     }
 
-    /// A book with what [`HealthRegistry::save`] wrote.
+    /// Creates a registry from the output of [`HealthRegistry::to_bytes`].
     ///
     /// # Errors
-    /// The bytes are not such.
-    pub fn restore(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+    /// The bytes are not valid.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let mut all: Vec<(BackendId, Entry)> = serde_json::from_slice(bytes)?;
         for (_, entry) in &mut all {
             (entry.successes, entry.failures) = (0, 0);
@@ -112,7 +112,7 @@ impl HealthRegistry {
 
 impl Entry {
     /// Records a change of verdict.
-    pub(super) fn turn(&mut self, to: Health, time_ms: u64, reason: String) {
+    pub(super) fn record_transition(&mut self, to: Health, time_ms: u64, reason: String) {
         let from = std::mem::replace(&mut self.health, to);
         self.since_ms = time_ms;
         if self.history.len() == HISTORY {

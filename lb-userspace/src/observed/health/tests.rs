@@ -72,7 +72,7 @@ async fn ask(address: SocketAddr, check: &str) -> Result<String, String> {
     probe(&TlsConfigs::default(), target, None).await
 }
 
-/// Serves one answer over TLS to whoever comes; the request is put behind the answer, for tests to look at.
+/// Serves one answer over TLS to each client; the request is appended to the answer, for tests to inspect.
 async fn https(acceptor: tokio_rustls::TlsAcceptor) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -108,8 +108,8 @@ async fn tls_is_verified_by_name_and_issuer_unless_told_otherwise() {
             r#"{"kind":"tls","sni":"worker.example","ca":"/nowhere.pem"}"#.to_owned(),
             Err("TLS: /nowhere.pem: "),
         ),
-        (format!(r#"{{"kind":"tls","ca":"{key}"}}"#), Err("no certificate in it")),
-        (format!(r#"{{"kind":"tls","sni":"a b","ca":"{ca}"}}"#), Err("is no name of a server: give sni")),
+        (format!(r#"{{"kind":"tls","ca":"{key}"}}"#), Err("the file contains no certificate")),
+        (format!(r#"{{"kind":"tls","sni":"a b","ca":"{ca}"}}"#), Err("is not a valid server name: set sni")),
         (
             format!(r#"{{"kind":"https","host":"worker.example","ca":"{ca}","body":"model loaded"}}"#),
             Ok("status 200"),
@@ -175,7 +175,7 @@ async fn grpc_health_is_asked_as_its_own_project_serves_it() {
     let other = ask(address, r#"{"kind":"grpc","service":"nobody"}"#).await;
     assert_eq!(other, Err("gRPC: service \"nobody\" is not known".into()));
 
-    // A gRPC server without the health service, and a server of something else.
+    // A gRPC server without the health service, and a server of another protocol.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let incoming = tonic::transport::server::TcpIncoming::from(listener);
@@ -183,7 +183,7 @@ async fn grpc_health_is_asked_as_its_own_project_serves_it() {
     tokio::spawn(tonic::transport::Server::builder().add_routes(empty).serve_with_incoming(incoming));
     assert_eq!(
         ask(address, r#"{"kind":"grpc"}"#).await,
-        Err("gRPC: no health service (UNIMPLEMENTED)".into())
+        Err("gRPC: the server has no health service (UNIMPLEMENTED)".into())
     );
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

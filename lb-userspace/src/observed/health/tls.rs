@@ -1,5 +1,5 @@
-//! TLS for probes: configurations made from files, kept for a while, and made again, so that a new certificate is
-//! taken without a restart.
+//! TLS for probes: caches client configurations and rebuilds them from their files regularly, so that a new certificate
+//! takes effect without a restart.
 
 use crate::desired::model::TlsCheck;
 use rustls::{
@@ -17,20 +17,20 @@ use std::{
 use tokio::{net::TcpStream, time::Instant};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-/// How long files are not looked at again.
-const KEPT: Duration = Duration::from_secs(60);
+/// How long a configuration is used before its files are read again.
+const MAX_AGE: Duration = Duration::from_secs(60);
 
-/// How a connection speaks: a check's settings and the protocols that it offers.
+/// A check's TLS settings and the ALPN protocols that it offers.
 type Key = (TlsCheck, &'static [&'static [u8]]);
 
-/// Configurations made lately.
+/// Cache of recent configurations.
 #[derive(Default)]
 pub struct TlsConfigs {
-    made: Mutex<HashMap<Key, (Instant, Arc<ClientConfig>)>>,
+    cached: Mutex<HashMap<Key, (Instant, Arc<ClientConfig>)>>,
 }
 
 impl TlsConfigs {
-    /// Shakes hands over a connection with the server that must be `name`.
+    /// Does a TLS handshake with the server, whose certificate must be for `name`.
     ///
     /// # Errors
     /// A file cannot be read, or the handshake failed.
@@ -43,7 +43,7 @@ impl TlsConfigs {
     ) -> Result<TlsStream<TcpStream>, String> {
         let config = self.config(check, protocols).await?;
         let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())
-            .map_err(|_| format!("TLS: {name:?} is no name of a server: give sni"))?;
+            .map_err(|_| format!("TLS: {name:?} is not a valid server name: set sni"))?;
         let connected = TlsConnector::from(config).connect(name, stream).await;
         connected.map_err(|e| format!("TLS: {e}"))
     }
@@ -55,59 +55,58 @@ impl TlsConfigs {
     ) -> Result<Arc<ClientConfig>, String> {
         let key = (check.clone(), protocols);
         let now = Instant::now();
-        let lock = || self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = || self.cached.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, config)) = lock().get(&key)
-            && now - *at < KEPT
+            && now - *at < MAX_AGE
         {
             return Ok(config.clone());
         }
         let wanted = key.clone();
-        // Reading files blocks.
-        let made = tokio::task::spawn_blocking(move || make(&wanted.0, wanted.1)).await;
-        let config = Arc::new(made.map_err(|e| e.to_string())??);
+        let built = tokio::task::spawn_blocking(move || build_config(&wanted.0, wanted.1)).await;
+        let config = Arc::new(built.map_err(|e| e.to_string())??);
         let mut all = lock();
-        all.retain(|_, (at, _)| now - *at < KEPT);
+        all.retain(|_, (at, _)| now - *at < MAX_AGE);
         all.insert(key, (now, config.clone()));
         Ok(config)
     }
 }
 
-fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+fn read_certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let read = CertificateDer::pem_file_iter(file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let all = read.map_err(|e| format!("TLS: {}: {e}", file.display()))?;
     if all.is_empty() {
-        return Err(format!("TLS: {}: no certificate in it", file.display()));
+        return Err(format!("TLS: {}: the file contains no certificate", file.display()));
     }
     Ok(all)
 }
 
-fn roots(check: &TlsCheck) -> Result<RootCertStore, String> {
+fn root_store(check: &TlsCheck) -> Result<RootCertStore, String> {
     let mut store = RootCertStore::empty();
     let found = match &check.ca {
-        Some(file) => certificates(file)?,
+        Some(file) => read_certificates(file)?,
         None => rustls_native_certs::load_native_certs().certs,
     };
     store.add_parsable_certificates(found);
     if store.is_empty() {
-        return Err("TLS: this host trusts no certificates: give ca, or verify = false".to_owned());
+        return Err("TLS: this host has no trusted CA certificates: set ca, or verify = false".to_owned());
     }
     Ok(store)
 }
 
-fn make(check: &TlsCheck, protocols: &[&[u8]]) -> Result<ClientConfig, String> {
+fn build_config(check: &TlsCheck, protocols: &[&[u8]]) -> Result<ClientConfig, String> {
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|e| format!("TLS: {e}"))?;
     let builder = if check.verify {
-        builder.with_root_certificates(roots(check)?)
+        builder.with_root_certificates(root_store(check)?)
     } else {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)))
+        builder.dangerous().with_custom_certificate_verifier(Arc::new(AcceptAnyCertificate(provider)))
     };
     let mut config = match &check.client {
         None => builder.with_no_client_auth(),
         Some((certificate, key)) => {
-            let chain = certificates(certificate)?;
+            let chain = read_certificates(certificate)?;
             let key =
                 PrivateKeyDer::from_pem_file(key).map_err(|e| format!("TLS: {}: {e}", key.display()))?;
             builder.with_client_auth_cert(chain, key).map_err(|e| format!("TLS: client certificate: {e}"))?
@@ -117,11 +116,11 @@ fn make(check: &TlsCheck, protocols: &[&[u8]]) -> Result<ClientConfig, String> {
     Ok(config)
 }
 
-/// Takes whoever answers, as `verify = false` asks; the handshake itself must still be sound.
+/// Accepts any certificate, for `verify = false`; the handshake's signatures are still verified.
 #[derive(Debug)]
-struct Anybody(Arc<CryptoProvider>);
+struct AcceptAnyCertificate(Arc<CryptoProvider>);
 
-impl ServerCertVerifier for Anybody {
+impl ServerCertVerifier for AcceptAnyCertificate {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

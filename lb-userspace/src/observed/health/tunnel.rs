@@ -1,7 +1,7 @@
-//! The way of traffic for probes: marks, and programs on the interfaces that probes leave by.
+//! Sends probes the way that traffic takes: socket marks, and programs on the probes' egress interfaces.
 //!
-//! Input: a backend's address and how traffic gets there. Output: the mark for the probe's socket, once everything is
-//! in place for it. Called for each such probe; set up by the daemon.
+//! Input: a backend's address and forwarding mode. Output: the mark for the probe's socket, once programs and maps are
+//! prepared. Called for each probe of a service with `via = "tunnel"`; set up by the daemon.
 //!
 //! Answers are told apart by the host's port, so such a socket binds a port of its own. No policy rule, route or
 //! `accept_local` is needed; a socket connected to the VIP would need all three once the host announces the VIP,
@@ -20,7 +20,7 @@ use lb_common::{
 use std::{collections::BTreeMap, net::IpAddr};
 use tokio::sync::{Mutex, OnceCell};
 
-/// How a service's traffic gets to its backends.
+/// How a service's traffic reaches its backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Through {
     /// Destination of the inner packet.
@@ -32,7 +32,7 @@ pub struct Through {
 }
 
 impl Through {
-    /// What a service asks for; None where its probes go directly.
+    /// The tunnel of a service's probes; None if they go directly.
     pub fn of(service: &Service) -> Option<Self> {
         let mode = match service.mode {
             ForwardingMode::Ipip => mode::IPIP,
@@ -45,14 +45,14 @@ impl Through {
     }
 }
 
-/// The packet programs that put a marked probe on the way of traffic.
+/// The packet programs that forward a marked probe like traffic.
 pub trait ProbePrograms: Send {
-    /// Attaches the programs to an interface, once.
+    /// Attaches the programs to an interface, if they are not attached yet.
     ///
     /// # Errors
     /// The interface does not exist, or the kernel cannot attach them.
     fn attach(&mut self, ifindex: u32) -> Result<(), String>;
-    /// Sets what becomes of probes with a mark.
+    /// Sets how probes with a mark are forwarded.
     ///
     /// # Errors
     /// The map is full.
@@ -62,12 +62,12 @@ pub trait ProbePrograms: Send {
 /// Loads the programs.
 pub type LoadPrograms = Box<dyn Fn() -> Result<Box<dyn ProbePrograms>, String> + Send + Sync>;
 
-/// Puts probes on the way of traffic.
+/// Forwards probes like traffic.
 pub struct Tunnel {
     load: LoadPrograms,
-    /// Interfaces on which traffic arrives: answers may too.
+    /// Interfaces on which traffic arrives: answers to probes may arrive there too.
     attached: Box<dyn Fn() -> Vec<u32> + Send + Sync>,
-    /// Why it cannot, or what it takes; found out by the first probe that asks.
+    /// Loaded programs, or why they cannot be loaded; initialised by the first probe.
     ready: OnceCell<Result<Ready, String>>,
 }
 
@@ -82,7 +82,7 @@ struct Inner {
 }
 
 impl Tunnel {
-    /// Loads nothing yet.
+    /// Creates a tunnel; the first probe loads the programs.
     pub fn new(load: LoadPrograms, attached: impl Fn() -> Vec<u32> + Send + Sync + 'static) -> Self {
         Self { load, attached: Box::new(attached), ready: OnceCell::new() }
     }
@@ -100,20 +100,20 @@ impl Tunnel {
             };
             let ready = load();
             if let Err(error) = &ready {
-                tracing::error!(error, "health checks cannot take the tunnel, and go directly");
+                tracing::error!(error, "health checks cannot use the tunnel: probing backends directly");
             }
             ready
         });
         ready.await.as_ref().map_err(Clone::clone)
     }
 
-    /// Sees to it that probes of a backend take the way of traffic, and gives their mark.
+    /// Prepares probes of a backend to be forwarded like traffic; returns the mark of their sockets.
     ///
     /// # Errors
-    /// This host cannot do that, in words.
+    /// Why this host cannot do that, in words.
     pub async fn prepare(&self, backend: IpAddr, through: Through) -> Result<u32, String> {
         let ready = self.ready().await?;
-        // Routes change: the interface may be another than a second ago.
+        // Routes change: look up the egress interface for each probe.
         let route = ready.kernel.route(backend).await?;
         let mut inner = ready.inner.lock().await;
         for ifindex in (self.attached)().into_iter().chain([route.ifindex]) {
@@ -130,7 +130,7 @@ impl Tunnel {
         };
         let number = inner.marks.len() as u32 + 1;
         if number >> MARK_BITS != 0 {
-            return Err("there are more kinds of tunnels than marks".to_owned());
+            return Err("more kinds of tunnels than socket marks".to_owned());
         }
         let mark = MARK | number;
         inner.programs.set_way(mark, way)?;

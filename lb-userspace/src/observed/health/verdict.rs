@@ -1,4 +1,4 @@
-//! Rise and fall: when a run of probe results becomes a verdict. Pure.
+//! Rise and fall: turns runs of probe results into verdicts. Pure.
 
 use crate::{
     desired::model::{Health, HealthCheck},
@@ -6,50 +6,50 @@ use crate::{
 };
 use std::time::Duration;
 
-/// Verdict on one backend, and the run of equal results that leads to the next.
+/// Verdict on one backend, and the current run of equal results.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Verdict {
     health: Health,
-    /// Successes in a row, or failures as a negative number.
+    /// Consecutive successes, or consecutive failures as a negative number.
     run: i32,
     falls: Damper,
-    /// Something else than a probe says that it is dead: the next probes come fast, until one tells.
+    /// Passive checks suspect that the backend is dead: probes are frequent until one decides.
     suspected: bool,
 }
 
 /// Shortest wait between two probes.
-const SHORTEST: Duration = Duration::from_millis(10);
-/// Longest wait of one that is suspected.
-const LONGEST_SUSPENSE: Duration = Duration::from_secs(1);
+const MIN_WAIT: Duration = Duration::from_millis(10);
+/// Longest wait between two probes of a suspected backend.
+const MAX_SUSPECTED_WAIT: Duration = Duration::from_secs(1);
 
 impl Verdict {
-    /// Starts from what was last known.
+    /// Starts from the last known verdict.
     pub fn new(health: Health) -> Self {
         Self { health, ..Self::default() }
     }
 
-    /// What holds now.
+    /// The current verdict.
     pub fn health(&self) -> Health {
         self.health
     }
 
-    /// Successes in a row that make it healthy at `now`: `rise`, and more for one that keeps falling.
-    pub fn needed(&self, check: &HealthCheck, now: Duration) -> u32 {
+    /// Consecutive successes required at `now` to become healthy: `rise`, and more for a flapping backend.
+    pub fn required_successes(&self, check: &HealthCheck, now: Duration) -> u32 {
         let factor = if check.damping { self.falls.factor(now) } else { 1 };
         u32::from(check.rise) * factor
     }
 
-    /// There are signs that it is dead. Rise and fall hold as ever; only the waits between probes are short, until one
-    /// passes or the verdict falls.
+    /// Marks a healthy backend as suspected. Rise and fall stay the same; only the waits between probes are short,
+    /// until one passes or the verdict becomes unhealthy.
     pub fn suspect(&mut self) {
         self.suspected = self.health == Health::Healthy;
     }
 
-    /// Takes one probe's result, at `now` of a steady clock; the old verdict if it has just changed.
+    /// Takes one probe's result, at `now` of a monotonic clock. Returns the old verdict if the verdict has changed.
     pub fn observe(&mut self, ok: bool, check: &HealthCheck, now: Duration) -> Option<Health> {
         self.run = if ok { self.run.max(0).saturating_add(1) } else { self.run.min(0).saturating_sub(1) };
         self.suspected &= !ok;
-        let next = if i64::from(self.run) >= i64::from(self.needed(check, now)) {
+        let next = if i64::from(self.run) >= i64::from(self.required_successes(check, now)) {
             Health::Healthy
         } else if -self.run >= i32::from(check.fall) {
             Health::Unhealthy
@@ -57,24 +57,24 @@ impl Verdict {
             return None;
         };
         if self.health == Health::Healthy && next == Health::Unhealthy {
-            self.falls.fall(now);
+            self.falls.record_fall(now);
         }
         self.suspected &= next == self.health;
         (next != self.health).then(|| std::mem::replace(&mut self.health, next))
     }
 
     /// Wait before the next probe. `random` in 0 to 1 spreads it by the check's jitter. Without a verdict
-    /// probes come ten times as fast, so that a new backend does not wait for its first flow; with suspicion too, so
-    /// that a dead one gets no more.
+    /// probes are ten times as frequent, so that a new backend soon gets flows; for a suspected backend too, so
+    /// that a dead one soon gets no more.
     pub fn wait(&self, check: &HealthCheck, random: f64) -> Duration {
         let interval = Duration::from_millis(check.interval_ms.into());
         let interval = match self.health {
             Health::Unknown => interval / 10,
-            _ if self.suspected => (interval / 10).min(LONGEST_SUSPENSE),
+            _ if self.suspected => (interval / 10).min(MAX_SUSPECTED_WAIT),
             _ => interval,
         };
         let jitter = f64::from(check.jitter_percent.min(100)) / 100.0;
-        interval.mul_f64(1.0 + jitter * (2.0 * random.clamp(0.0, 1.0) - 1.0)).max(SHORTEST)
+        interval.mul_f64(1.0 + jitter * (2.0 * random.clamp(0.0, 1.0) - 1.0)).max(MIN_WAIT)
     }
 }
 
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_keeps_falling_must_pass_more_probes() {
+    fn a_flapping_backend_must_pass_more_probes() {
         let (mut verdict, mut now) = (Verdict::new(Health::Healthy), Duration::ZERO);
         let mut rises = Vec::new();
         for _ in 0..7 {
@@ -142,12 +142,16 @@ mod tests {
             rises.push(passed);
         }
         assert_eq!(rises, [2, 2, 4, 8, 16, 32, 32]);
-        assert_eq!(verdict.needed(&HealthCheck { damping: false, ..check() }, now), 2);
-        assert_eq!(verdict.needed(&check(), now + Duration::from_secs(1_500)), 2, "forgotten by then");
+        assert_eq!(verdict.required_successes(&HealthCheck { damping: false, ..check() }, now), 2);
+        assert_eq!(
+            verdict.required_successes(&check(), now + Duration::from_secs(1_500)),
+            2,
+            "the penalty has decayed"
+        );
     }
 
     #[test]
-    fn suspicion_makes_waits_short_until_a_probe_tells() {
+    fn suspicion_shortens_waits_until_a_probe_decides() {
         let wait = |v: &Verdict| v.wait(&check(), 0.5).as_millis();
         let mut verdict = Verdict::new(Health::Healthy);
         verdict.suspect();
@@ -155,7 +159,7 @@ mod tests {
         // Refuted.
         verdict.observe(true, &check(), Duration::ZERO);
         assert_eq!(wait(&verdict), 1_000);
-        // Confirmed: as many failures as ever, in a shorter time.
+        // Confirmed: as many failures as usual, in a shorter time.
         verdict.suspect();
         for _ in 0..2 {
             assert_eq!(verdict.observe(false, &check(), Duration::ZERO), None);
@@ -163,13 +167,13 @@ mod tests {
         }
         assert_eq!(verdict.observe(false, &check(), Duration::ZERO), Some(Health::Healthy));
         assert_eq!((verdict.health(), wait(&verdict)), (Health::Unhealthy, 1_000));
-        // The dead need not be suspected.
+        // An unhealthy backend is not suspected.
         verdict.suspect();
         assert_eq!(wait(&verdict), 1_000);
         let slow = HealthCheck { interval_ms: 60_000, ..check() };
         let mut verdict = Verdict::new(Health::Healthy);
         verdict.suspect();
-        assert_eq!(verdict.wait(&slow, 0.5), LONGEST_SUSPENSE);
+        assert_eq!(verdict.wait(&slow, 0.5), MAX_SUSPECTED_WAIT);
     }
 
     #[test]
@@ -179,6 +183,6 @@ mod tests {
         assert_eq!([ms(settled, 0.0), ms(settled, 0.5), ms(settled, 1.0)], [800, 1_000, 1_200]);
         assert_eq!(ms(Verdict::default(), 0.5), 100);
         let fast = HealthCheck { interval_ms: 10, ..check() };
-        assert_eq!(Verdict::default().wait(&fast, 0.0), SHORTEST);
+        assert_eq!(Verdict::default().wait(&fast, 0.0), MIN_WAIT);
     }
 }

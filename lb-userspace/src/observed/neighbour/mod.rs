@@ -1,9 +1,9 @@
-//! How the kernel would reach each backend: egress interface, addresses, MTU, and the next hop's MAC, kept
-//! resolved and watched.
+//! Next hop of each backend as the kernel would choose it: egress interface, addresses, MTU, and the next hop's MAC,
+//! kept resolved and watched.
 //!
 //! Input: the addresses of the desired state (watched), and the kernel's links, routes and neighbours
-//! (rtnetlink, watched). Output: whole [`Paths`], whenever something in them changes; an address
-//! that is missing is left to the kernel's FIB. [`table`] is pure; [`netlink`] talks to the kernel.
+//! (rtnetlink, watched). Output: complete [`Paths`], whenever something in them changes; packets to a missing
+//! address consult the kernel's FIB. [`table`] is pure; [`netlink`] talks to the kernel.
 //! Called by the daemon.
 
 pub mod netlink;
@@ -14,7 +14,7 @@ use crate::desired::{
     store::Stored,
 };
 use futures_util::{StreamExt, stream::BoxStream};
-use netlink::{Kernel, Message, Seen};
+use netlink::{Effect, Kernel, Message};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -27,30 +27,30 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-/// How long changes are gathered: long enough for a burst, too short for a packet to notice.
+/// How long changes are collected: long enough for a burst, too short to affect packets.
 const DEBOUNCE: Duration = Duration::from_millis(10);
-/// Shortest time between two rounds of route lookups, however fast routes change.
-const ROUTES: Duration = Duration::from_millis(300);
-/// Everything is read anew this often, should a message have been lost unseen.
+/// Shortest time between two rounds of route lookups.
+const ROUTE_INTERVAL: Duration = Duration::from_millis(300);
+/// Interval of a full read, in case a message was lost unnoticed.
 const RESYNC: Duration = Duration::from_secs(60);
-/// Where the kernel does not keep neighbours resolved by itself, it is asked to use them this often.
+/// Interval at which lbd asks a kernel that does not keep neighbours resolved by itself.
 const REFRESH: Duration = Duration::from_secs(15);
 
-/// Backends without a next hop that are told one by one.
-const TOLD: usize = 10;
+/// Largest number of backends without a next hop that are logged one by one.
+const MAX_LOGGED: usize = 10;
 
-/// Why the kernel cannot be asked.
+/// Why routes and neighbours cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum NeighbourError {
-    /// No netlink socket.
+    /// A netlink socket cannot be opened.
     #[error("cannot open a netlink socket: {0}")]
     Socket(#[from] std::io::Error),
     /// A dump failed.
-    #[error("cannot read {what} by netlink: {source}")]
+    #[error("cannot read {what} over netlink: {source}")]
     Read {
-        /// What.
+        /// Kind of objects.
         what: &'static str,
-        /// Why.
+        /// Error of netlink.
         #[source]
         source: rtnetlink::Error,
     },
@@ -65,11 +65,11 @@ pub struct Resolver {
     messages: BoxStream<'static, Message>,
     table: Table,
     wanted: BTreeSet<IpAddr>,
-    /// State that `wanted` is of.
-    followed: Arc<Desired>,
+    /// Desired state that `wanted` was taken from.
+    current: Arc<Desired>,
     /// Neighbours that the kernel was asked to keep resolved.
     kept: BTreeSet<(u32, IpAddr)>,
-    told: Option<Paths>,
+    published: Option<Paths>,
     unresolved: BTreeMap<IpAddr, String>,
 }
 
@@ -77,7 +77,7 @@ impl Resolver {
     /// Opens netlink in the current network namespace.
     ///
     /// # Errors
-    /// The sockets cannot be had.
+    /// The sockets cannot be opened.
     pub fn open() -> Result<Self, NeighbourError> {
         let (kernel, messages) = Kernel::open()?;
         Ok(Self {
@@ -85,29 +85,29 @@ impl Resolver {
             messages,
             table: Table::default(),
             wanted: BTreeSet::new(),
-            followed: Arc::default(),
+            current: Arc::default(),
             kept: BTreeSet::new(),
-            told: None,
+            published: None,
             unresolved: BTreeMap::new(),
         })
     }
 
-    /// Follows the desired state and the kernel until either is gone. Sends the first map at once, even if
-    /// it is empty.
+    /// Watches the desired state and the kernel until either is gone. Sends the first paths immediately, even if
+    /// they are empty.
     ///
     /// # Errors
-    /// Netlink failed for good.
+    /// Netlink failed permanently.
     pub async fn run(
         mut self,
         mut desired: watch::Receiver<Stored>,
         paths: mpsc::Sender<Paths>,
     ) -> Result<(), NeighbourError> {
         self.resync().await?;
-        self.followed = desired.borrow_and_update().desired.clone();
-        let wanted = addresses(&self.followed);
-        self.want(&wanted).await;
+        self.current = desired.borrow_and_update().desired.clone();
+        let wanted = backend_addresses(&self.current);
+        self.set_wanted(&wanted).await;
         self.keep_resolved().await;
-        self.tell(&paths).await;
+        self.publish(&paths).await;
         let (mut resync, mut refresh) = (Instant::now() + RESYNC, Instant::now() + REFRESH);
         let mut routes_at = Instant::now();
         let (mut due, mut routes_stale) = (None::<Instant>, false);
@@ -116,11 +116,11 @@ impl Resolver {
             tokio::select! {
                 message = self.messages.next() => {
                     let Some(message) = message else { return Err(NeighbourError::Closed) };
-                    match self.table.take(netlink::read(message)) {
-                        Seen::Nothing => continue,
-                        Seen::Table => {}
-                        Seen::Routes => routes_stale = true,
-                        Seen::Loss => { tracing::warn!("netlink messages were lost: reading everything anew"); resync = Instant::now() }
+                    match self.table.update(netlink::read(message)) {
+                        Effect::Nothing => continue,
+                        Effect::Table => {}
+                        Effect::Routes => routes_stale = true,
+                        Effect::Loss => { tracing::warn!("netlink messages were lost: reading all links and neighbours again"); resync = Instant::now() }
                     }
                     let at = Instant::now() + DEBOUNCE;
                     due = Some(due.unwrap_or(at));
@@ -128,11 +128,11 @@ impl Resolver {
                 changed = desired.changed() => {
                     if changed.is_err() { return Ok(()); }
                     let new = desired.borrow_and_update().desired.clone();
-                    let same = has_same_backends(&self.followed, &new);
-                    let wanted = if same { BTreeSet::new() } else { addresses(&new) };
-                    self.followed = new;
+                    let same = has_same_backends(&self.current, &new);
+                    let wanted = if same { BTreeSet::new() } else { backend_addresses(&new) };
+                    self.current = new;
                     if same || wanted == self.wanted { continue; }
-                    self.want(&wanted).await;
+                    self.set_wanted(&wanted).await;
                     due = Some(Instant::now());
                 }
                 () = sleep_until(act) => {
@@ -143,33 +143,33 @@ impl Resolver {
                         (resync, routes_stale) = (now + RESYNC, true);
                     }
                     if routes_stale && now < routes_at {
-                        // Routes flap: neighbours and links are told now, routes in a moment.
+                        // Routes flap: publish neighbours and links now, look up routes at `routes_at`.
                         due = Some(routes_at);
                     } else if routes_stale {
                         self.look_up_routes(&self.wanted.clone()).await;
-                        (routes_at, routes_stale) = (Instant::now() + ROUTES, false);
+                        (routes_at, routes_stale) = (Instant::now() + ROUTE_INTERVAL, false);
                     }
                     if now >= refresh {
                         refresh = now + REFRESH;
                         if !self.kernel.keeps_neighbours() { self.kept.clear(); }
                     }
                     self.keep_resolved().await;
-                    self.tell(&paths).await;
+                    self.publish(&paths).await;
                     if paths.is_closed() { return Ok(()); }
                 }
             }
         }
     }
 
-    /// Reads links and neighbours anew.
+    /// Reads all links and neighbours.
     async fn resync(&mut self) -> Result<(), NeighbourError> {
         self.table.links = self.kernel.links().await?;
         self.table.neighbours = self.kernel.neighbours().await?;
         Ok(())
     }
 
-    /// Takes up new addresses and lets go of those that are gone.
-    async fn want(&mut self, wanted: &BTreeSet<IpAddr>) {
+    /// Sets the addresses to resolve: looks up routes of new ones, forgets removed ones.
+    async fn set_wanted(&mut self, wanted: &BTreeSet<IpAddr>) {
         let new: BTreeSet<IpAddr> = wanted.difference(&self.wanted).copied().collect();
         self.table.routes.retain(|address, _| wanted.contains(address));
         self.wanted.clone_from(wanted);
@@ -183,7 +183,7 @@ impl Resolver {
         }
     }
 
-    /// Asks the kernel to resolve the next hops, and to keep them so.
+    /// Asks the kernel to resolve the next hops, and to keep them resolved.
     async fn keep_resolved(&mut self) {
         let needed = self.table.needed();
         for &(ifindex, address) in self.kept.difference(&needed) {
@@ -191,7 +191,7 @@ impl Resolver {
         }
         self.kept.retain(|k| needed.contains(k));
         for &(ifindex, address) in &needed {
-            // One that was flushed, say with its interface, is asked for again.
+            // A neighbour that was flushed, for example with its interface, is requested again.
             if self.kept.contains(&(ifindex, address))
                 && self.table.neighbours.contains_key(&(ifindex, address))
             {
@@ -201,21 +201,23 @@ impl Resolver {
                 Ok(()) => {
                     self.kept.insert((ifindex, address));
                 }
-                Err(error) => tracing::debug!(ifindex, %address, %error, "neighbour cannot be asked for"),
+                Err(error) => {
+                    tracing::debug!(ifindex, %address, %error, "cannot ask the kernel to resolve a neighbour")
+                }
             }
         }
     }
 
-    async fn tell(&mut self, paths: &mpsc::Sender<Paths>) {
+    async fn publish(&mut self, paths: &mpsc::Sender<Paths>) {
         let (found, missing) = self.table.next_hops();
         let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
-        for (address, why) in news.iter().take(TOLD) {
-            tracing::info!(%address, why, "backend has no next hop: its packets ask the kernel's routes");
+        for (address, why) in news.iter().take(MAX_LOGGED) {
+            tracing::info!(%address, why, "backend has no next hop: its packets consult the kernel's FIB");
         }
-        if news.len() > TOLD {
+        if news.len() > MAX_LOGGED {
             tracing::info!(
-                backends = news.len() - TOLD,
-                "and more have no next hop: `lbctl status` counts them"
+                backends = news.len() - MAX_LOGGED,
+                "further backends have no next hop: `lbctl status` lists them"
             );
         }
         let resolved: Vec<_> = self.unresolved.keys().filter(|a| found.contains_key(*a)).collect();
@@ -226,26 +228,26 @@ impl Resolver {
         }
         self.unresolved = missing;
         let found = Paths { next_hops: found, links: self.table.ethernet() };
-        if self.told.as_ref() != Some(&found) {
-            self.told = Some(found.clone());
+        if self.published.as_ref() != Some(&found) {
+            self.published = Some(found.clone());
             let _ = paths.send(found).await;
         }
     }
 }
 
-fn addresses(desired: &Desired) -> BTreeSet<IpAddr> {
-    desired.services.values().flat_map(|s| hops_of(s)).collect()
+fn backend_addresses(desired: &Desired) -> BTreeSet<IpAddr> {
+    desired.services.values().flat_map(|s| routed_addresses(s)).collect()
 }
 
-/// Addresses that need a next hop: all but those of this host itself.
-fn hops_of(service: &Service) -> impl Iterator<Item = IpAddr> {
+/// A service's backend addresses that need a next hop: none in mode local.
+fn routed_addresses(service: &Service) -> impl Iterator<Item = IpAddr> {
     let backends = (service.mode != ForwardingMode::Local).then_some(&service.backends);
     backends.into_iter().flat_map(|all| all.values().map(|b| b.address))
 }
 
-/// Whether both states have the same backends at the same addresses; cheap where services are shared.
+/// Whether both states have the same backend addresses; cheap where services are shared.
 fn has_same_backends(old: &Desired, new: &Desired) -> bool {
-    let addresses = |s: &Arc<Service>| -> Vec<IpAddr> { hops_of(s).collect() };
+    let addresses = |s: &Arc<Service>| -> Vec<IpAddr> { routed_addresses(s).collect() };
     let same = |a: &Arc<Service>, b: &Arc<Service>| Arc::ptr_eq(a, b) || addresses(a) == addresses(b);
     old.services.len() == new.services.len()
         && old.services.iter().all(|(name, a)| new.services.get(name).is_some_and(|b| same(a, b)))

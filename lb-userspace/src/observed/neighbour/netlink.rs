@@ -1,4 +1,4 @@
-//! rtnetlink: asking the kernel, and reading what it says.
+//! rtnetlink: queries the kernel, and decodes its messages.
 
 use super::{
     NeighbourError,
@@ -26,7 +26,7 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-/// The interface's own address in a message; on point-to-point links the other one stands there too.
+/// The interface's own address in a message, which on point-to-point links also contains the peer's.
 pub fn address_in(message: &AddressMessage) -> Option<IpAddr> {
     let find = |local: bool| {
         message.attributes.iter().find_map(|a| match a {
@@ -41,39 +41,39 @@ pub fn address_in(message: &AddressMessage) -> Option<IpAddr> {
 /// A message of the watched groups.
 pub type Message = (NetlinkMessage<RouteNetlinkMessage>, SocketAddr);
 
-/// What the watch takes from a message.
+/// A decoded message of the watched groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Read {
-    /// An interface is, or is now so.
+    /// An interface was added or changed.
     Link(u32, Link),
-    /// An interface is gone.
+    /// An interface was removed.
     NoLink(u32),
-    /// A neighbour is, or is now so.
+    /// A neighbour was added or changed.
     Neighbour((u32, IpAddr), Neighbour),
-    /// A neighbour is gone.
+    /// A neighbour was removed.
     NoNeighbour((u32, IpAddr)),
-    /// Some route, address or rule changed.
+    /// A route, address or rule changed.
     Route,
     /// Messages were lost.
     Loss,
-    /// Nothing of interest.
+    /// Any other message.
     Other,
 }
 
-/// What has to be done about it.
+/// What must be recomputed because of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
+pub enum Effect {
     /// Nothing.
     Nothing,
     /// Next hops may have changed.
     Table,
     /// Routes must be looked up again.
     Routes,
-    /// Everything must be read anew.
+    /// Links and neighbours must be read again.
     Loss,
 }
 
-/// The sockets.
+/// Netlink connection for queries.
 pub struct Kernel {
     handle: Handle,
     /// Whether the kernel keeps neighbours resolved by itself (NTF_EXT_MANAGED, Linux 5.16).
@@ -93,7 +93,7 @@ const GROUPS: [MulticastGroup; 9] = [
 ];
 
 impl Kernel {
-    /// One socket to ask, another to watch: a flood on one does not drown the other.
+    /// Opens one socket for queries and one for watching, so that a flood on one does not affect the other.
     pub fn open() -> Result<(Self, BoxStream<'static, Message>), NeighbourError> {
         let (connection, handle, _) = new_connection()?;
         tokio::spawn(connection);
@@ -102,19 +102,19 @@ impl Kernel {
         Ok((Self { handle, managed: AtomicBool::new(true) }, messages.boxed()))
     }
 
-    /// Whether [`Kernel::keep`] needs to be said only once.
+    /// Whether the kernel keeps neighbours resolved after a single [`Kernel::keep`].
     pub fn keeps_neighbours(&self) -> bool {
         self.managed.load(Ordering::Relaxed)
     }
 
-    /// All interfaces.
+    /// Reads all interfaces.
     pub async fn links(&self) -> Result<BTreeMap<u32, Link>, NeighbourError> {
         let failed = |source| NeighbourError::Read { what: "interfaces", source };
         let all: Vec<LinkMessage> = self.handle.link().get().execute().try_collect().await.map_err(failed)?;
         Ok(all.iter().map(|m| (m.header.index, link(m))).collect())
     }
 
-    /// All neighbours.
+    /// Reads all neighbours.
     pub async fn neighbours(&self) -> Result<BTreeMap<(u32, IpAddr), Neighbour>, NeighbourError> {
         let failed = |source| NeighbourError::Read { what: "neighbours", source };
         let all: Vec<NeighbourMessage> =
@@ -122,7 +122,7 @@ impl Kernel {
         Ok(all.iter().filter_map(neighbour).collect())
     }
 
-    /// How the kernel would send to an address; why it would not, in words.
+    /// Looks up the kernel's route to an address; the error says why there is none.
     pub async fn route(&self, address: IpAddr) -> Result<Route, String> {
         let length = if address.is_ipv4() { 32 } else { 128 };
         let request = RouteMessageBuilder::<IpAddr>::new().destination_prefix(address, length);
@@ -135,32 +135,37 @@ impl Kernel {
         }
     }
 
-    /// Has the kernel resolve a neighbour and keep it resolved.
+    /// Asks the kernel to resolve a neighbour and to keep it resolved.
     pub async fn keep(&self, ifindex: u32, address: IpAddr) -> Result<(), rtnetlink::Error> {
         if self.managed.load(Ordering::Relaxed) {
-            match self.ask(ifindex, address, true).await {
+            match self.request_neighbour(ifindex, address, true).await {
                 Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::EINVAL => {
                     tracing::info!(
-                        "this kernel does not keep neighbours resolved by itself; lbd asks it to, regularly"
+                        "this kernel does not keep neighbours resolved by itself: lbd asks it to resolve them regularly"
                     );
                     self.managed.store(false, Ordering::Relaxed);
                 }
                 result => return result,
             }
         }
-        self.ask(ifindex, address, false).await
+        self.request_neighbour(ifindex, address, false).await
     }
 
-    /// Lets the kernel forget a neighbour in its own time.
+    /// Lets the kernel age a neighbour out as usual.
     pub async fn release(&self, ifindex: u32, address: IpAddr) {
         if self.managed.load(Ordering::Relaxed)
-            && let Err(error) = self.ask(ifindex, address, false).await
+            && let Err(error) = self.request_neighbour(ifindex, address, false).await
         {
-            tracing::debug!(ifindex, %address, %error, "neighbour cannot be let go");
+            tracing::debug!(ifindex, %address, %error, "cannot release a neighbour");
         }
     }
 
-    async fn ask(&self, ifindex: u32, address: IpAddr, managed: bool) -> Result<(), rtnetlink::Error> {
+    async fn request_neighbour(
+        &self,
+        ifindex: u32,
+        address: IpAddr,
+        managed: bool,
+    ) -> Result<(), rtnetlink::Error> {
         let request = self.handle.neighbours().add(ifindex, address).replace();
         let mut request = request.state(NeighbourState::None).flags(NeighbourFlags::Use);
         if managed {
@@ -171,7 +176,7 @@ impl Kernel {
     }
 }
 
-/// Reads a watched message.
+/// Decodes a watched message.
 pub fn read((message, _): Message) -> Read {
     use RouteNetlinkMessage as M;
     match message.payload {
@@ -251,8 +256,8 @@ fn address(found: &RouteAddress) -> Option<IpAddr> {
 fn route(message: &RouteMessage) -> Result<Route, String> {
     match message.header.kind {
         RouteType::Unicast => {}
-        RouteType::Local => return Err("it is an address of this host".to_owned()),
-        other => return Err(format!("its route is {other:?}").to_lowercase()),
+        RouteType::Local => return Err("the address belongs to this host".to_owned()),
+        other => return Err(format!("the route has type {other:?}").to_lowercase()),
     }
     let (mut ifindex, mut gateway, mut source, mut mtu) = (None, None, None, None);
     for attribute in &message.attributes {
@@ -268,6 +273,6 @@ fn route(message: &RouteMessage) -> Result<Route, String> {
             _ => {}
         }
     }
-    let ifindex = ifindex.ok_or_else(|| "its route names no interface".to_owned())?;
+    let ifindex = ifindex.ok_or_else(|| "the route has no egress interface".to_owned())?;
     Ok(Route { ifindex, gateway, source, mtu: mtu.filter(|n| *n > 0) })
 }

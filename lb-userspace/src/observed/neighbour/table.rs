@@ -1,6 +1,6 @@
-//! From links, routes and neighbours to next hops. Pure.
+//! Computes next hops from links, routes and neighbours. Pure.
 
-use super::netlink::{Read, Seen};
+use super::netlink::{Effect, Read};
 use crate::desired::model::NextHop;
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,92 +12,92 @@ use std::{
 pub struct Link {
     /// Name.
     pub name: String,
-    /// MAC; none on those that have no Ethernet.
+    /// MAC address; none on interfaces without Ethernet.
     pub mac: Option<[u8; 6]>,
     /// Largest IP packet, in bytes.
     pub mtu: u32,
     /// Administratively up, and with carrier.
     pub up: bool,
-    /// Of a VLAN interface.
+    /// VLAN parameters, if this is a VLAN interface.
     pub vlan: Option<Vlan>,
 }
 
-/// What makes a VLAN interface.
+/// Parameters of a VLAN interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Vlan {
-    /// Interface that it is on.
+    /// Index of the interface below.
     pub parent: u32,
     /// Tag.
     pub id: u16,
-    /// Whether its tags are those of IEEE 802.1Q (and not of 802.1ad).
+    /// Whether the tags are IEEE 802.1Q (not 802.1ad).
     pub is_8021q: bool,
 }
 
-/// The kernel's answer to "how would you send to this address?".
+/// The kernel's route to an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
     /// Egress interface.
     pub ifindex: u32,
-    /// Next router; none if the address is on the link.
+    /// Gateway; none if the address is on the link.
     pub gateway: Option<IpAddr>,
     /// Preferred source address.
     pub source: Option<IpAddr>,
-    /// MTU of the route or path, if it has one.
+    /// MTU of the route or path, if set.
     pub mtu: Option<u32>,
 }
 
-/// A neighbour's state, as far as it matters.
+/// A neighbour's relevant state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Neighbour {
-    /// MAC, while it may be used.
+    /// MAC address, while the entry is usable.
     pub mac: Option<[u8; 6]>,
-    /// Set by the administrator: not to be touched.
+    /// Whether the administrator set the entry, so that lbd must not change it.
     pub fixed: bool,
 }
 
-/// All that is known.
+/// All links, routes and neighbours.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// By index.
+    /// Interfaces by index.
     pub links: BTreeMap<u32, Link>,
-    /// By backend address; `Err` says why there is none.
+    /// Routes by backend address; `Err` says why there is none.
     pub routes: BTreeMap<IpAddr, Result<Route, String>>,
-    /// By interface and address.
+    /// Neighbours by interface and address.
     pub neighbours: BTreeMap<(u32, IpAddr), Neighbour>,
 }
 
 impl Table {
-    /// Takes a message in, and says what it touches.
-    pub fn take(&mut self, read: Read) -> Seen {
+    /// Applies a message; returns what must be recomputed.
+    pub fn update(&mut self, read: Read) -> Effect {
         match read {
             Read::Link(index, link) => {
                 if self.links.get(&index) == Some(&link) {
-                    return Seen::Nothing;
+                    return Effect::Nothing;
                 }
                 self.links.insert(index, link);
-                // Routes come and go with their interfaces, and the kernel does not say so each time.
-                Seen::Routes
+                // Routes change with their interfaces, and the kernel does not always send a message for them.
+                Effect::Routes
             }
             Read::NoLink(index) => {
                 self.links.remove(&index);
                 self.neighbours.retain(|(ifindex, _), _| *ifindex != index);
-                Seen::Routes
+                Effect::Routes
             }
             Read::Neighbour(key, neighbour) => {
                 let old = self.neighbours.insert(key, neighbour);
-                if old == Some(neighbour) { Seen::Nothing } else { Seen::Table }
+                if old == Some(neighbour) { Effect::Nothing } else { Effect::Table }
             }
             Read::NoNeighbour(key) => match self.neighbours.remove(&key) {
-                Some(_) => Seen::Table,
-                None => Seen::Nothing,
+                Some(_) => Effect::Table,
+                None => Effect::Nothing,
             },
-            Read::Route => Seen::Routes,
-            Read::Loss => Seen::Loss,
-            Read::Other => Seen::Nothing,
+            Read::Route => Effect::Routes,
+            Read::Loss => Effect::Loss,
+            Read::Other => Effect::Nothing,
         }
     }
 
-    /// Neighbours that must be resolved: next hops on Ethernet that nobody set by hand.
+    /// Neighbours that must be resolved: next hops on Ethernet without a static entry.
     pub fn needed(&self) -> BTreeSet<(u32, IpAddr)> {
         let routes = self.routes.iter().filter_map(|(address, route)| Some((address, route.as_ref().ok()?)));
         let keys = routes.map(|(address, r)| (r.ifindex, r.gateway.unwrap_or(*address)));
@@ -106,13 +106,13 @@ impl Table {
         keys.filter(|key| usable(&key.0) && !fixed(key)).collect()
     }
 
-    /// Interfaces that packets can be sent from as they are.
+    /// Interfaces that packets can be sent from directly: Ethernet without VLAN.
     pub fn ethernet(&self) -> BTreeMap<u32, String> {
         let sends = self.links.iter().filter(|(_, link)| link.mac.is_some() && link.vlan.is_none());
         sends.map(|(&index, link)| (index, link.name.clone())).collect()
     }
 
-    /// Next hops, and why there is none where there is none.
+    /// Next hops, and for backends without one the reason.
     pub fn next_hops(&self) -> (BTreeMap<IpAddr, NextHop>, BTreeMap<IpAddr, String>) {
         let (mut found, mut missing) = (BTreeMap::new(), BTreeMap::new());
         for (address, route) in &self.routes {
@@ -135,12 +135,15 @@ impl Table {
             Some(vlan) => {
                 let parent = self.link(vlan.parent)?;
                 if parent.vlan.is_some() || !vlan.is_8021q {
-                    return Err(format!("{} has tags that are left to the kernel (QinQ)", link.name));
+                    return Err(format!(
+                        "{} has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)",
+                        link.name
+                    ));
                 }
                 (vlan.parent, vlan.id, parent)
             }
         };
-        let egress_mac = link.mac.ok_or_else(|| format!("{} is no Ethernet", link.name))?;
+        let egress_mac = link.mac.ok_or_else(|| format!("{} is not an Ethernet interface", link.name))?;
         let hop = route.gateway.unwrap_or(address);
         let neighbour = self.neighbours.get(&(route.ifindex, hop)).and_then(|n| n.mac);
         let next_hop = neighbour.ok_or_else(|| format!("{hop} does not answer on {}", link.name))?;
@@ -152,7 +155,7 @@ impl Table {
 
     fn link(&self, index: u32) -> Result<&Link, String> {
         match self.links.get(&index) {
-            None => Err(format!("interface {index} is gone")),
+            None => Err(format!("interface {index} does not exist")),
             Some(link) if !link.up => Err(format!("{} is down", link.name)),
             Some(link) => Ok(link),
         }
@@ -225,7 +228,7 @@ mod tests {
         assert_eq!(hop, direct);
         let routed = resolve(on(2, Some("10.0.0.254"))).unwrap();
         assert_eq!((routed.next_hop, routed.is_routed), ([0xaa; 6], true));
-        // IPv4 by an IPv6 router on a VLAN: tag and MAC of the VLAN interface, MTU of the smaller.
+        // IPv4 over an IPv6 gateway on a VLAN: tag and MAC of the VLAN interface, the smaller MTU.
         let hop = resolve(on(3, Some("fe80::1"))).unwrap();
         let seen = (hop.ifindex, hop.vlan, hop.egress_mac, hop.next_hop, hop.mtu);
         assert_eq!(seen, (2, 100, [3; 6], [0xcc; 6], 1_500));
@@ -234,14 +237,14 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_resolved_says_why() {
+    fn unresolved_routes_say_why() {
         for (route, why) in [
             (Err("no route".to_owned()), "no route"),
-            (on(9, None), "interface 9 is gone"),
+            (on(9, None), "interface 9 does not exist"),
             (on(5, None), "eth1 is down"),
-            (on(1, None), "lo is no Ethernet"),
-            (on(4, None), "eth0.100.7 has tags that are left to the kernel (QinQ)"),
-            (on(6, None), "eth0.ad has tags that are left to the kernel (QinQ)"),
+            (on(1, None), "lo is not an Ethernet interface"),
+            (on(4, None), "eth0.100.7 has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)"),
+            (on(6, None), "eth0.ad has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)"),
             (on(2, Some("10.0.0.9")), "10.0.0.9 does not answer on eth0"),
         ] {
             assert_eq!(resolve(route), Err(why.to_owned()));
@@ -253,20 +256,20 @@ mod tests {
         let mut table = table();
         table.routes.insert(ip("10.0.0.7"), on(2, None));
         let key = (2, ip("10.0.0.7"));
-        assert_eq!(table.take(Read::Neighbour(key, neighbour(0xbb))), Seen::Nothing);
+        assert_eq!(table.update(Read::Neighbour(key, neighbour(0xbb))), Effect::Nothing);
         let failed = Neighbour { mac: None, fixed: false };
-        assert_eq!(table.take(Read::Neighbour(key, failed)), Seen::Table);
+        assert_eq!(table.update(Read::Neighbour(key, failed)), Effect::Table);
         assert!(table.next_hops().0.is_empty());
-        assert_eq!(table.take(Read::NoNeighbour(key)), Seen::Table);
-        assert_eq!(table.take(Read::NoNeighbour(key)), Seen::Nothing);
-        assert_eq!(table.take(Read::Link(2, link("eth0", 2, 1_500))), Seen::Nothing);
-        assert_eq!(table.take(Read::Link(2, link("eth0", 2, 9_000))), Seen::Routes);
-        assert_eq!(table.take(Read::NoLink(3)), Seen::Routes);
+        assert_eq!(table.update(Read::NoNeighbour(key)), Effect::Table);
+        assert_eq!(table.update(Read::NoNeighbour(key)), Effect::Nothing);
+        assert_eq!(table.update(Read::Link(2, link("eth0", 2, 1_500))), Effect::Nothing);
+        assert_eq!(table.update(Read::Link(2, link("eth0", 2, 9_000))), Effect::Routes);
+        assert_eq!(table.update(Read::NoLink(3)), Effect::Routes);
         assert!(!table.neighbours.contains_key(&(3, ip("fe80::1"))));
     }
 
     #[test]
-    fn only_neighbours_that_nobody_set_are_asked_for() {
+    fn static_neighbours_are_not_requested() {
         let mut table = table();
         table.routes = BTreeMap::from([
             (ip("10.0.0.7"), on(2, None)),

@@ -1,8 +1,8 @@
-//! The loop: look, decide, tell, and have it applied.
+//! The region controller: evaluates all inputs, decides, publishes the decisions, and sends them to the reconciler.
 
 use super::{
     Explained, KEY, PeerReport, RegionShown, RegionSnapshot,
-    measure::{self, Known, ReportTimes},
+    measure::{self, MeasuredBackend, ReportTimes},
     rollouts::Rollouts,
     rtt::{self, Targets, Times},
 };
@@ -19,8 +19,8 @@ use crate::{
         replica,
     },
     plan::policy::{
-        canary::Verdict,
-        region::{Agreed, Decision, Inputs, Vote, agreed, decide},
+        canary::CanaryVerdict,
+        region::{Agreed, Decision, Inputs, Vote, count_votes, decide},
     },
 };
 use futures_util::future::BoxFuture;
@@ -38,37 +38,37 @@ use tokio::{
     time::Instant,
 };
 
-/// Key of what was decided, in what belongs to this host.
-const DECIDED: &str = "regions";
-/// Shortest time between two decisions, and longest.
+/// Key of the decisions in the host's local store.
+const DECISIONS_KEY: &str = "regions";
+/// Shortest and longest time between two evaluations.
 const TICK: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// Backends of a region that are asked for the round-trip time.
-const ASKED: usize = 2;
+/// Backends per region whose round-trip time is measured.
+const RTT_TARGETS: usize = 2;
 
-/// What decides how services are spread.
+/// Decides how services are spread over regions and zones.
 pub struct RegionController {
     here: Locality,
     host: String,
     store: Arc<dyn Store>,
     local: Arc<dyn Local>,
-    book: Arc<health::HealthRegistry>,
+    health: Arc<health::HealthRegistry>,
     replicas: Arc<replica::ReplicaRegistry>,
     began: Instant,
-    heard: ReportTimes,
+    report_times: ReportTimes,
     rollouts: Rollouts,
-    before: BTreeMap<Name, Decision>,
+    decisions: BTreeMap<Name, Decision>,
     steers: BTreeMap<Name, Arc<RegionShares>>,
-    said: PeerReport,
-    told: watch::Receiver<HostValues>,
+    report: PeerReport,
+    peer_values: watch::Receiver<HostValues>,
     times: (watch::Sender<Times>, watch::Receiver<Times>),
     targets: watch::Sender<Arc<Targets>>,
-    shown: watch::Sender<Arc<RegionSnapshot>>,
+    snapshots: watch::Sender<Arc<RegionSnapshot>>,
     aborting: Arc<AtomicBool>,
 }
 
 /// Commits changes of the desired state that the daemon itself makes.
 pub trait CommitDesired: Send + Sync + 'static {
-    /// Stores a change under the daemon's name, if it changes anything; it may be called again after a conflict.
+    /// Stores a change under the daemon's name, if it changes anything. `change` is called again after a conflict.
     fn commit_as_daemon(
         self: Arc<Self>,
         message: String,
@@ -76,61 +76,62 @@ pub trait CommitDesired: Send + Sync + 'static {
     ) -> BoxFuture<'static, Result<(), String>>;
 }
 
-/// One look at everything.
+/// Result of one evaluation of all services.
 struct Evaluation {
-    steered: RegionSnapshot,
+    snapshot: RegionSnapshot,
     aborts: Vec<(Name, String, String)>,
 }
 
 impl RegionController {
-    /// On this host. What it decided before the restart is where it begins.
+    /// Creates the controller of this host, starting from the decisions from before a restart.
     pub async fn new(
         (here, host): (Locality, String),
         store: Arc<dyn Store>,
         local: Arc<dyn Local>,
-        (book, replicas): (Arc<health::HealthRegistry>, Arc<replica::ReplicaRegistry>),
+        (health, replicas): (Arc<health::HealthRegistry>, Arc<replica::ReplicaRegistry>),
     ) -> Self {
-        let saved = local.load(DECIDED).await.ok().flatten();
+        let saved = local.load(DECISIONS_KEY).await.ok().flatten();
         let steers: BTreeMap<Name, RegionShares> =
             saved.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default();
-        let before = steers.iter().map(|(name, steer)| (name.clone(), resumed(steer, &here))).collect();
+        let decisions =
+            steers.iter().map(|(name, steer)| (name.clone(), resume_decision(steer, &here))).collect();
         let (region, zone) = (here.region.to_string(), here.zone.to_string());
-        let said = PeerReport { host: host.clone(), region, zone, ..PeerReport::default() };
-        let told = store.published();
+        let report = PeerReport { host: host.clone(), region, zone, ..PeerReport::default() };
+        let peer_values = store.published();
         Self {
             here,
             host,
             store,
             local,
-            book,
+            health,
             replicas,
             began: Instant::now(),
-            heard: ReportTimes::default(),
+            report_times: ReportTimes::default(),
             rollouts: Rollouts::default(),
-            before,
+            decisions,
             steers: BTreeMap::new(),
-            said,
-            told,
+            report,
+            peer_values,
             times: watch::channel(Times::default()),
             targets: watch::Sender::default(),
-            shown: watch::Sender::default(),
+            snapshots: watch::Sender::default(),
             aborting: Arc::default(),
         }
     }
 
-    /// What is decided, and by what.
-    pub fn shown(&self) -> watch::Receiver<Arc<RegionSnapshot>> {
-        self.shown.subscribe()
+    /// Watches the decisions with their inputs.
+    pub fn snapshots(&self) -> watch::Receiver<Arc<RegionSnapshot>> {
+        self.snapshots.subscribe()
     }
 
-    /// Decides for this state with what is known, before anything is applied.
-    pub fn first(&mut self, desired: &Desired) -> BTreeMap<Name, Arc<RegionShares>> {
-        let look = self.look(desired);
-        self.shown.send_replace(Arc::new(look.steered));
+    /// Decides for this state before anything is applied.
+    pub fn decide_first(&mut self, desired: &Desired) -> BTreeMap<Name, Arc<RegionShares>> {
+        let evaluation = self.evaluate(desired);
+        self.snapshots.send_replace(Arc::new(evaluation.snapshot));
         self.steers.clone()
     }
 
-    /// Decides whenever there is news, until nobody wants it any more.
+    /// Decides whenever an input changes, until the receiver of `events` or the store is gone.
     pub async fn run<E: From<BTreeMap<Name, Arc<RegionShares>>>>(
         mut self,
         control: Arc<impl CommitDesired>,
@@ -138,18 +139,18 @@ impl RegionController {
     ) {
         let mut desired = self.store.watch();
         let mut reports = self.replicas.changes();
-        let (mut told, mut times) = (self.store.published(), self.times.1.clone());
+        let (mut peer_values, mut times) = (self.store.published(), self.times.1.clone());
         tokio::spawn(rtt::run(self.targets.subscribe(), self.times.0.clone()));
         let mut sent = None;
         loop {
             let stored = desired.borrow_and_update().clone();
             let (revision, state) = (stored.revision, stored.desired);
             let began = Instant::now();
-            let mut look = self.look(&state);
-            look.steered.revision = revision.number;
-            // However many there are, most of the time is others'.
-            let rest = TICK.0.max(began.elapsed() * 10);
-            self.ask_for_times(&state);
+            let mut evaluation = self.evaluate(&state);
+            evaluation.snapshot.revision = revision.number;
+            // Evaluations take at most a tenth of the time, however many services there are.
+            let pause = TICK.0.max(began.elapsed() * 10);
+            self.update_rtt_targets(&state);
             if sent.as_ref() != Some(&self.steers) {
                 self.save().await;
                 if events.send(self.steers.clone().into()).await.is_err() {
@@ -157,54 +158,56 @@ impl RegionController {
                 }
                 sent = Some(self.steers.clone());
             }
-            self.say(&look);
-            self.abort(&control, look.aborts);
-            self.shown.send_replace(Arc::new(look.steered));
-            tokio::time::sleep(rest).await;
+            self.publish_report(&evaluation);
+            self.abort_rollouts(&control, evaluation.aborts);
+            self.snapshots.send_replace(Arc::new(evaluation.snapshot));
+            tokio::time::sleep(pause).await;
             tokio::select! {
                 changed = desired.changed() => if changed.is_err() { return },
-                _ = told.changed() => {}
+                _ = peer_values.changed() => {}
                 _ = times.changed() => {}
                 _ = reports.changed() => {}
                 () = tokio::time::sleep(TICK.1) => {}
             }
-            told.mark_unchanged();
+            peer_values.mark_unchanged();
             reports.mark_unchanged();
         }
     }
 
-    /// What hosts tell, this one not counted; by host.
-    fn others(&self) -> Vec<PeerReport> {
-        let told = self.told.borrow().clone();
-        let all = told.iter().filter(|(key, _)| key.starts_with(KEY));
+    /// Reports of all other hosts, by host.
+    fn peer_reports(&self) -> Vec<PeerReport> {
+        let values = self.peer_values.borrow().clone();
+        let all = values.iter().filter(|(key, _)| key.starts_with(KEY));
         all.filter_map(|(_, value)| serde_json::from_slice::<PeerReport>(value).ok())
-            .filter(|said| said.host != self.host)
+            .filter(|report| report.host != self.host)
             .collect()
     }
 
-    fn look(&mut self, desired: &Desired) -> Evaluation {
+    fn evaluate(&mut self, desired: &Desired) -> Evaluation {
         let now_ms = self.began.elapsed().as_millis() as u64;
-        self.heard.look(&self.replicas, now_ms);
-        let others = if self.store.link().borrow().connected { self.others() } else { Vec::new() };
+        self.report_times.update(&self.replicas, now_ms);
+        let peers = if self.store.link().borrow().connected { self.peer_reports() } else { Vec::new() };
         let times = self.times.1.borrow().clone();
         let wanted: Vec<(&Name, &Arc<Service>)> =
             desired.services.iter().filter(|(_, s)| s.is_regional() || s.rollout.is_some()).collect();
-        let books = (&*self.book, &*self.replicas, &self.heard);
-        let known: Vec<Vec<Known>> =
-            wanted.iter().map(|(name, s)| measure::backends(name, s, &self.here, books, now_ms)).collect();
-        self.said.sees = sees(known.iter().flatten());
-        self.said.rtt_us = (*times).clone();
-        let regions = self.regions(desired, &others, &known);
+        let registries = (&*self.health, &*self.replicas, &self.report_times);
+        let measured: Vec<Vec<MeasuredBackend>> = wanted
+            .iter()
+            .map(|(name, s)| measure::measure_backends(name, s, &self.here, registries, now_ms))
+            .collect();
+        self.report.sees = visible_regions(measured.iter().flatten());
+        self.report.rtt_us = (*times).clone();
+        let regions = self.show_regions(desired, &peers, &measured);
         self.rollouts.retain(|name| desired.services.get(name).is_some_and(|s| s.rollout.is_some()));
-        let leader = others.iter().filter(|s| s.region == self.said.region && s.zone == self.said.zone);
-        let leader = leader.min_by(|a, b| a.host.cmp(&b.host)).filter(|s| s.host < self.host);
-        let is_first = others.iter().all(|said| said.host > self.host);
-        let (mut steered, mut aborts) = (RegionSnapshot::default(), Vec::new());
+        let leader = peers.iter().filter(|p| p.region == self.report.region && p.zone == self.report.zone);
+        let leader = leader.min_by(|a, b| a.host.cmp(&b.host)).filter(|p| p.host < self.host);
+        let is_first = peers.iter().all(|peer| peer.host > self.host);
+        let (mut snapshot, mut aborts) = (RegionSnapshot::default(), Vec::new());
         let mut steers = BTreeMap::new();
-        let mut decided = BTreeMap::new();
-        for ((name, service), backends) in wanted.into_iter().zip(&known) {
+        let mut decisions = BTreeMap::new();
+        for ((name, service), backends) in wanted.into_iter().zip(&measured) {
             let (explained, decision, abort) =
-                self.service(name, service, backends, (&regions, &others, leader), now_ms);
+                self.decide_service(name, service, backends, (&regions, &peers, leader), now_ms);
             if let Some(why) = abort.filter(|_| is_first) {
                 let version = service.rollout.as_ref().map(|r| r.version.clone()).unwrap_or_default();
                 aborts.push((name.clone(), version, why));
@@ -214,29 +217,29 @@ impl RegionController {
                 _ => Arc::new(explained.steer.clone()),
             };
             steers.insert(name.clone(), steer);
-            decided.insert(name.clone(), decision);
-            steered.services.insert(name.clone(), explained);
+            decisions.insert(name.clone(), decision);
+            snapshot.services.insert(name.clone(), explained);
         }
-        (self.steers, self.before) = (steers, decided);
-        steered.regions = regions;
-        Evaluation { steered, aborts }
+        (self.steers, self.decisions) = (steers, decisions);
+        snapshot.regions = regions;
+        Evaluation { snapshot, aborts }
     }
 
-    /// One service: what is known, what is decided, and what holds.
-    fn service(
+    /// Decides for one service. Returns the decision with its inputs, and why its roll-out must be aborted, if so.
+    fn decide_service(
         &mut self,
         name: &Name,
         service: &Service,
-        backends: &[Known],
-        (regions, others, leader): (&[RegionShown], &[PeerReport], Option<&PeerReport>),
+        backends: &[MeasuredBackend],
+        (regions, peers, leader): (&[RegionShown], &[PeerReport], Option<&PeerReport>),
         now_ms: u64,
     ) -> (Explained, Decision, Option<String>) {
         let default = RegionRules::default();
         let rules = service.regions.as_ref().unwrap_or(&default);
         let mut notes = Vec::new();
-        // One that does not say where it is is nowhere, where that matters.
-        let is_somewhere = |b: &Known| b.is_placed || rules.allowed.is_none();
-        let mut places = measure::places(backends, |b| is_somewhere(b).then_some(&b.region), &mut notes);
+        // Under residency, a backend without a region belongs to no region.
+        let has_place = |b: &MeasuredBackend| b.is_placed || rules.allowed.is_none();
+        let mut places = measure::sum_places(backends, |b| has_place(b).then_some(&b.region), &mut notes);
         for place in &mut places {
             let shown = regions.iter().find(|r| r.name == place.name);
             place.is_local = place.name == self.here.region;
@@ -244,20 +247,20 @@ impl RegionController {
             place.is_draining = shown.is_some_and(|r| r.state == RegionState::Draining);
             place.is_down = shown.is_some_and(|r| r.agreed == Agreed::Down);
             place.rtt_us = shown.and_then(|r| r.rtt_us).filter(|_| !place.is_local);
-            place.is_spilling = is_spilling(&place.name, name, others);
+            place.is_spilling = is_spilling(&place.name, name, peers);
         }
-        let is_here = |b: &Known| is_somewhere(b) && b.region == self.here.region;
-        let mut zones = measure::places(backends, |b| is_here(b).then_some(&b.zone), &mut Vec::new());
+        let is_here = |b: &MeasuredBackend| has_place(b) && b.region == self.here.region;
+        let mut zones = measure::sum_places(backends, |b| is_here(b).then_some(&b.zone), &mut Vec::new());
         zones.iter_mut().for_each(|zone| zone.is_local = zone.name == self.here.zone);
         let inputs = Inputs { rules, regions: &places, zones: &zones, now_ms };
-        let before = self.before.get(name).cloned().unwrap_or_default();
+        let before = self.decisions.get(name).cloned().unwrap_or_default();
         let mut decision = decide(&inputs, &before);
-        let (mut steer, mut decided_by) = (decision.steer(), self.host.clone());
+        let (mut steer, mut decided_by) = (decision.region_shares(), self.host.clone());
         if let Some(leader) = leader
             && let Some(theirs) = leader.steers.get(name)
         {
-            // Where it is to be taken up from, should the leader go.
-            let resumed = resumed(theirs, &self.here);
+            // The state to continue from if the leader disappears.
+            let resumed = resume_decision(theirs, &self.here);
             let changed = resumed.spill.shares != before.spill.shares;
             decision.spill = resumed.spill;
             decision.zone_spill = resumed.zone_spill;
@@ -267,8 +270,8 @@ impl RegionController {
         }
         let mut abort = None;
         let rollout = service.rollout.as_ref().map(|rollout| {
-            let (backends, shown, verdict) = self.rollouts.look(name, service, rollout, &self.replicas);
-            if let (Verdict::Abort(why), RolloutState::Running) = (verdict, rollout.state) {
+            let (backends, shown, verdict) = self.rollouts.update(name, service, rollout, &self.replicas);
+            if let (CanaryVerdict::Abort(why), RolloutState::Running) = (verdict, rollout.state) {
                 abort = Some(why);
             }
             steer.canary = Some(Canary { permille: rollout.share(), backends });
@@ -291,30 +294,35 @@ impl RegionController {
         (explained, decision, abort)
     }
 
-    /// All regions that anybody names, with the votes on them.
-    fn regions(&self, desired: &Desired, others: &[PeerReport], known: &[Vec<Known>]) -> Vec<RegionShown> {
+    /// All known regions, with the votes on them.
+    fn show_regions(
+        &self,
+        desired: &Desired,
+        peers: &[PeerReport],
+        measured: &[Vec<MeasuredBackend>],
+    ) -> Vec<RegionShown> {
         let mut names: BTreeSet<Name> = desired.regions.keys().cloned().collect();
         names.insert(self.here.region.clone());
-        names.extend(known.iter().flatten().map(|b| b.region.clone()));
-        names.extend(others.iter().filter_map(|said| said.region.parse().ok()));
+        names.extend(measured.iter().flatten().map(|b| b.region.clone()));
+        names.extend(peers.iter().filter_map(|peer| peer.region.parse().ok()));
         let times = self.times.1.borrow().clone();
-        let all = || others.iter().chain([&self.said]);
+        let all = || peers.iter().chain([&self.report]);
         let shown = |name: Name| {
             let votes: Vec<Vote> = all()
-                .filter_map(|said| {
-                    let from = said.region.parse().ok()?;
-                    Some(Vote { host: said.host.clone(), from, is_up: *said.sees.get(&name)? })
+                .filter_map(|report| {
+                    let from = report.region.parse().ok()?;
+                    Some(Vote { host: report.host.clone(), from, is_up: *report.sees.get(&name)? })
                 })
                 .collect();
-            let there = || known.iter().flatten().filter(|b| b.region == name);
+            let there = || measured.iter().flatten().filter(|b| b.region == name);
             RegionShown {
                 is_local: name == self.here.region,
                 is_declared: desired.regions.contains_key(&name),
                 state: desired.regions.get(&name).map_or(RegionState::Up, |r| r.state),
-                agreed: agreed(&votes),
+                agreed: count_votes(&votes),
                 votes,
                 rtt_us: times.get(&name).copied(),
-                hosts: all().filter(|said| said.region == name.as_str()).count(),
+                hosts: all().filter(|report| report.region == name.as_str()).count(),
                 backends: there().count(),
                 ready: there().filter(|b| b.takes).count(),
                 name,
@@ -323,10 +331,10 @@ impl RegionController {
         names.into_iter().map(shown).collect()
     }
 
-    /// Whom to ask how far away regions are.
-    fn ask_for_times(&self, desired: &Desired) {
+    /// Chooses the addresses whose round-trip times are measured.
+    fn update_rtt_targets(&self, desired: &Desired) {
         let mut targets = Targets::new();
-        let mut asked: BTreeSet<SocketAddr> = BTreeSet::new();
+        let mut chosen: BTreeSet<SocketAddr> = BTreeSet::new();
         for service in desired.services.values().filter(|s| s.is_regional()) {
             for backend in service.backends.values() {
                 let Some(region) = backend.region.as_ref().filter(|r| **r != self.here.region) else {
@@ -339,60 +347,60 @@ impl RegionController {
                     address.set_port(port);
                 }
                 let known = targets.entry(region.clone()).or_default();
-                if known.len() < ASKED && address.port() != 0 && asked.insert(address) {
+                if known.len() < RTT_TARGETS && address.port() != 0 && chosen.insert(address) {
                     known.push(address);
                 }
             }
         }
         targets.retain(|_, addresses| !addresses.is_empty());
         self.targets.send_if_modified(|before| {
-            let is_other = **before != targets;
-            if is_other {
+            let is_changed = **before != targets;
+            if is_changed {
                 *before = Arc::new(targets);
             }
-            is_other
+            is_changed
         });
     }
 
-    /// Tells the others, if there is something new.
-    fn say(&mut self, look: &Evaluation) {
-        let own =
+    /// Publishes this host's report to the other hosts, if it has changed.
+    fn publish_report(&mut self, evaluation: &Evaluation) {
+        let shares =
             |(name, e): (&Name, &Explained)| (name.clone(), RegionShares { canary: None, ..e.steer.clone() });
-        let led = |(_, e): &(&Name, &Explained)| e.decided_by == self.host;
-        let steers = look.steered.services.iter().filter(led).map(own).collect();
-        let said = PeerReport { steers, ..self.said.clone() };
+        let is_own = |(_, e): &(&Name, &Explained)| e.decided_by == self.host;
+        let steers = evaluation.snapshot.services.iter().filter(is_own).map(shares).collect();
+        let report = PeerReport { steers, ..self.report.clone() };
         let key = format!("{KEY}{}", self.host);
-        let value = serde_json::to_vec(&said).expect("names and numbers have a JSON form");
-        if self.told.borrow().get(&key) != Some(&value) {
+        let value = serde_json::to_vec(&report).expect("names and numbers have a JSON form");
+        if self.peer_values.borrow().get(&key) != Some(&value) {
             self.store.publish(&key, Some(value));
         }
-        self.said = said;
+        self.report = report;
     }
 
-    /// Has what was decided ready for the next start.
+    /// Saves the shares for the next start.
     async fn save(&self) {
         let plain: BTreeMap<&Name, &RegionShares> =
             self.steers.iter().map(|(name, s)| (name, &**s)).collect();
         let bytes = serde_json::to_vec(&plain).expect("names and numbers have a JSON form");
-        if let Err(error) = self.local.save(DECIDED, bytes).await {
-            tracing::error!(%error, "what was decided for regions cannot be saved");
+        if let Err(error) = self.local.save(DECISIONS_KEY, bytes).await {
+            tracing::error!(%error, "cannot save the decisions about regions");
         }
     }
 
-    /// Aborts roll-outs that do badly; one write at a time.
-    fn abort(&self, control: &Arc<impl CommitDesired>, aborts: Vec<(Name, String, String)>) {
+    /// Aborts roll-outs whose new version performs badly; at most one task writes at a time.
+    fn abort_rollouts(&self, control: &Arc<impl CommitDesired>, aborts: Vec<(Name, String, String)>) {
         if aborts.is_empty() || self.aborting.swap(true, Relaxed) {
             return;
         }
         let (control, aborting) = (control.clone(), self.aborting.clone());
         tokio::spawn(async move {
             for (service, version, why) in aborts {
-                tracing::warn!(%service, version, why, "roll-out aborted");
+                tracing::warn!(%service, version, why, "aborting roll-out");
                 let message = format!("roll-out of {version} on {service} aborted: {why}");
                 let (named, of, reason) = (service.clone(), version.clone(), why.clone());
                 let change = move |desired: &mut Desired| {
                     let rollout = desired.service_mut(&named).and_then(|s| s.rollout.as_mut());
-                    // Unless it is another one, or somebody was faster.
+                    // Skip if it is another roll-out, or no longer running.
                     if let Some(rollout) =
                         rollout.filter(|r| r.version == of && r.state == RolloutState::Running)
                     {
@@ -402,7 +410,7 @@ impl RegionController {
                 };
                 let done = control.clone().commit_as_daemon(message, Box::new(change));
                 if let Err(error) = done.await {
-                    tracing::error!(%service, %error, "roll-out not aborted");
+                    tracing::error!(%service, %error, "cannot abort roll-out");
                 }
             }
             aborting.store(false, Relaxed);
@@ -410,10 +418,10 @@ impl RegionController {
     }
 }
 
-/// Regions of which something can be said: up if any of their checked backends is.
-fn sees<'a>(known: impl Iterator<Item = &'a Known>) -> BTreeMap<Name, bool> {
+/// Regions with checked backends: up if any of them is up.
+fn visible_regions<'a>(measured: impl Iterator<Item = &'a MeasuredBackend>) -> BTreeMap<Name, bool> {
     let mut sees: BTreeMap<Name, bool> = BTreeMap::new();
-    for b in known {
+    for b in measured {
         if let Some(is_up) = b.is_up {
             *sees.entry(b.region.clone()).or_default() |= is_up;
         }
@@ -421,18 +429,18 @@ fn sees<'a>(known: impl Iterator<Item = &'a Known>) -> BTreeMap<Name, bool> {
     sees
 }
 
-/// Whether hosts of a region send flows of a service elsewhere.
-fn is_spilling(region: &Name, service: &Name, others: &[PeerReport]) -> bool {
-    let of_region = others.iter().filter(|said| said.region == region.as_str());
-    of_region.filter_map(|said| said.steers.get(service)).any(|steer| {
+/// Whether hosts of a region send flows of a service to other regions.
+fn is_spilling(region: &Name, service: &Name, peers: &[PeerReport]) -> bool {
+    let of_region = peers.iter().filter(|peer| peer.region == region.as_str());
+    of_region.filter_map(|peer| peer.steers.get(service)).any(|steer| {
         let here = steer.shares.iter().find(|s| s.name == *region).map_or(0, |s| s.permille);
-        // One that has nobody left sends everything away, and takes nothing anyhow.
+        // A region without usable backends sends everything away, and cannot receive a spill anyway.
         here > 0 && here < WHOLE
     })
 }
 
-/// A decision to go on from, of which only the outcome is known.
-fn resumed(steer: &RegionShares, here: &Locality) -> Decision {
+/// Rebuilds a decision to continue from, given only its shares.
+fn resume_decision(steer: &RegionShares, here: &Locality) -> Decision {
     let away = |shares: &[Share], own: &Name| -> Vec<Share> {
         shares.iter().filter(|s| s.name != *own).cloned().collect()
     };

@@ -1,34 +1,35 @@
-//! Capacity and demand of each region, from what its replicas report: never a lie in full, never old news as new.
+//! Capacity and load of each region, from the reports of its replicas: implausible capacities are bounded, old reports
+//! are marked as stale.
 //!
-//! Input: a service, the books, and a steady clock. Output: [`Place`]s. How old a report is goes by a clock of our own:
-//! neither a step of the host's clock nor one of the replica's makes anything look new or old.
+//! Input: a service, the registries, and a monotonic clock. Output: [`Place`]s. The age of a report is measured with the
+//! monotonic clock: steps of the host's or the replica's wall clock do not make a report look new or old.
 
 use crate::{
     desired::model::{Backend, BackendId, BackendState, Health, Locality, Name, Readiness, Service},
     observed::{
         health,
-        replica::{self, scores::old_after},
+        replica::{self, scores::stale_after},
     },
     plan::policy::{Seen, region::Place},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// A replica is believed to have so many times the capacity of the middle one at most.
-const BIGGEST: u32 = 8;
-/// From so many replicas on there is a middle one.
-const ENOUGH: usize = 3;
+/// A replica's capacity counts at most as this many times the median replica's.
+const MAX_RATIO: u32 = 8;
+/// Smallest number of replicas for which a median is meaningful.
+const MIN_FOR_MEDIAN: usize = 3;
 
-/// When each replica was last heard, by a steady clock.
+/// Time of each replica's last report, by a monotonic clock.
 #[derive(Debug, Default)]
 pub struct ReportTimes {
-    /// Reports counted then, and when the last of them came.
+    /// Number of reports at the last update, and time of the last report in milliseconds.
     last: BTreeMap<BackendId, (u64, u64)>,
 }
 
 impl ReportTimes {
-    /// Looks who has reported since the last look.
-    pub fn look(&mut self, book: &replica::ReplicaRegistry, now_ms: u64) {
-        book.read(|entries| {
+    /// Notes which replicas have reported since the last update.
+    pub fn update(&mut self, registry: &replica::ReplicaRegistry, now_ms: u64) {
+        registry.read(|entries| {
             self.last.retain(|id, _| entries.contains_key(id));
             for (id, entry) in entries.iter().filter(|(_, e)| e.report.is_some()) {
                 match self.last.get_mut(id) {
@@ -36,7 +37,7 @@ impl ReportTimes {
                         (*reports, *at) = (entry.reports, now_ms)
                     }
                     Some(_) => {}
-                    // What is left from before the restart was not heard now.
+                    // An entry from before the restart has no report since.
                     None if entry.reports == 0 => {}
                     None => drop(self.last.insert(id.clone(), (entry.reports, now_ms))),
                 }
@@ -49,39 +50,39 @@ impl ReportTimes {
     }
 }
 
-/// One backend, as far as is known.
-pub struct Known {
-    /// Its name.
+/// Observed state of one backend.
+pub struct MeasuredBackend {
+    /// Name of the backend.
     pub name: Name,
-    /// Its region and zone, the host's own where it says none.
+    /// The backend's region; the host's own if the backend has none.
     pub region: Name,
-    /// Zone.
+    /// The backend's zone; the host's own if the backend has none.
     pub zone: Name,
-    /// It says itself where it is.
+    /// Whether the backend has a region in the desired state.
     pub is_placed: bool,
-    /// It would take new flows.
+    /// Whether the backend can take new flows.
     pub takes: bool,
-    /// Whether checks say that it is up; none if nothing is checked, or nothing known yet.
+    /// Whether health checks report the backend up; none without checks or verdict.
     pub is_up: Option<bool>,
-    /// Requests that it has, and can run at once; if its replica has ever said.
+    /// Requests running and waiting, and capacity, if the replica has ever reported.
     pub load: Option<(u64, Option<u32>)>,
-    /// That is not old.
+    /// Whether the last report is recent.
     pub is_fresh: bool,
 }
 
-/// Everything known of a service's backends.
-pub fn backends(
+/// Collects the observed state of a service's backends.
+pub fn measure_backends(
     name: &Name,
     service: &Service,
     here: &Locality,
-    (book, replicas, heard): (&health::HealthRegistry, &replica::ReplicaRegistry, &ReportTimes),
+    (health, replicas, report_times): (&health::HealthRegistry, &replica::ReplicaRegistry, &ReportTimes),
     now_ms: u64,
-) -> Vec<Known> {
-    let old_ms = service.replica.as_ref().map_or(0, |source| old_after(source).as_millis() as u64);
+) -> Vec<MeasuredBackend> {
+    let old_ms = service.replica.as_ref().map_or(0, |source| stale_after(source).as_millis() as u64);
     let checked = service.replica.is_some() || service.health.kind != crate::desired::model::HealthKind::None;
-    let known = |(backend, b): (&Name, &Backend)| {
+    let measure = |(backend, b): (&Name, &Backend)| {
         let id = BackendId { service: name.clone(), backend: backend.clone() };
-        let health = book.get(&id).map_or(Health::Unknown, |e| e.health);
+        let health = health.get(&id).map_or(Health::Unknown, |e| e.health);
         let (readiness, load) = replicas.read(|all| match all.get(&id) {
             Some(entry) if service.replica.is_some() => {
                 let load = entry.report.as_ref().map(|r| {
@@ -94,7 +95,7 @@ pub fn backends(
         });
         let seen = Seen::of(service, health, readiness);
         let up = seen.health != Health::Unhealthy && !seen.readiness.declines();
-        Known {
+        MeasuredBackend {
             name: backend.clone(),
             region: b.region.clone().unwrap_or_else(|| here.region.clone()),
             zone: b.zone.clone().unwrap_or_else(|| here.zone.clone()),
@@ -102,13 +103,13 @@ pub fn backends(
             takes: up && b.state == BackendState::Up && b.weight > 0,
             is_up: (checked && seen.health != Health::Unknown).then_some(seen.health == Health::Healthy),
             load,
-            is_fresh: heard.is_fresh(&id, old_ms, now_ms),
+            is_fresh: report_times.is_fresh(&id, old_ms, now_ms),
         }
     };
-    service.backends.iter().map(known).collect()
+    service.backends.iter().map(measure).collect()
 }
 
-/// What is put together by name.
+/// Sums over the backends of one place.
 #[derive(Default)]
 struct Sum {
     backends: u32,
@@ -118,17 +119,17 @@ struct Sum {
     stale: u32,
 }
 
-/// Sums up by region (or zone), and says what was not believed.
-pub fn places(
-    backends: &[Known],
-    by: impl Fn(&Known) -> Option<&Name>,
+/// Sums up backends by region or zone; adds a note for each input that was bounded or is stale.
+pub fn sum_places(
+    backends: &[MeasuredBackend],
+    by: impl Fn(&MeasuredBackend) -> Option<&Name>,
     notes: &mut Vec<String>,
 ) -> Vec<Place> {
     let mut capacities: Vec<u32> =
         backends.iter().filter(|b| b.takes).filter_map(|b| b.load.and_then(|(_, c)| c)).collect();
     capacities.sort_unstable();
     let most = match capacities.len() {
-        n if n >= ENOUGH => capacities[n / 2].saturating_mul(BIGGEST),
+        n if n >= MIN_FOR_MEDIAN => capacities[n / 2].saturating_mul(MAX_RATIO),
         _ => u32::MAX,
     };
     let mut sums: BTreeMap<&Name, Sum> = BTreeMap::new();
@@ -152,17 +153,17 @@ pub fn places(
     }
     if !bounded.is_empty() {
         notes.push(format!(
-            "capacity claimed by {} is counted as {most}, {BIGGEST} times that of the middle replica",
+            "capacity reported by {} is counted as {most}, {MAX_RATIO} times the median replica's",
             bounded.join(", ")
         ));
     }
     let place = |(name, sum): (&Name, Sum)| {
-        // Where few say how much they can, the sum says nothing about all.
+        // If half of the backends or more report no capacity, the sum does not represent the place.
         let is_measured = sum.known * 2 > sum.backends;
         let is_stale = is_measured && sum.stale * 2 > sum.known;
         if is_stale {
             notes.push(format!(
-                "{} of {} replicas in {name} have not been heard for long",
+                "{} of {} replicas in {name} have not reported recently",
                 sum.stale, sum.known
             ));
         }

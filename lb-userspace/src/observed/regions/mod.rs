@@ -1,13 +1,13 @@
-//! Regions at run time: what is measured of them, what hosts tell each other of them, and what is decided.
+//! Regions at run time: measures them, exchanges reports between hosts, and decides each service's region shares.
 //!
-//! Input: desired state, health and replica books, round-trip times ([`rtt`]), what other hosts tell. Output: how each
-//! service is spread, as [`crate::apply::reconcile::Event::Steers`]; [`RegionSnapshot`] for API and metrics; and a roll-out that
-//! is aborted when its new version does badly ([`rollouts`]). The decisions themselves are pure functions of
+//! Input: desired state, health and replica registries, round-trip times ([`rtt`]), reports of other hosts. Output: the
+//! shares of each service, as [`crate::apply::reconcile::Event::Steers`]; [`RegionSnapshot`] for API and metrics; and the
+//! abort of a roll-out whose new version performs badly ([`rollouts`]). The decisions themselves are pure functions of
 //! [`crate::plan::policy::region`]. Called by the daemon.
 //!
-//! Hosts of one region and zone must spread alike, or a flow that routers move from one to the other would be sent to
-//! another worker. So the first of them by name decides, and tells; the others follow it. One that is cut off from
-//! the store decides for itself.
+//! Hosts of one region and zone must use the same shares, or a flow that routers move from one host to another would be
+//! sent to another worker. So the first of them by name decides and publishes its decision; the others follow it. A host
+//! that is disconnected from the store decides for itself.
 //!
 //! What was decided is kept in the local store, so a restart moves nothing. What a host tells is under its lease, so
 //! when it dies the next one decides.
@@ -31,54 +31,54 @@ use crate::{
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Keys of what hosts tell about regions begin with this.
+/// Prefix of the keys of the hosts' reports about regions.
 pub const KEY: &str = "regions/";
 
-/// What a host tells the others.
+/// A host's report to the other hosts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerReport {
-    /// Who.
+    /// Name of the host.
     pub host: String,
-    /// Its region.
+    /// The host's region.
     pub region: String,
-    /// Its zone.
+    /// The host's zone.
     pub zone: String,
-    /// Whether it sees a region up, for those of which it can say.
+    /// Whether the host sees a region up, for regions with checked backends.
     #[serde(default)]
     pub sees: BTreeMap<Name, bool>,
     /// Round-trip times to regions, in microseconds.
     #[serde(default)]
     pub rtt_us: BTreeMap<Name, u32>,
-    /// How services are spread, if it is the one that decides.
+    /// Region shares of the services for which this host decides.
     #[serde(default)]
     pub steers: BTreeMap<Name, RegionShares>,
 }
 
-/// One service's decision with all that it was made of: `GET /v1/policy/NAME`.
+/// One service's decision with its inputs: `GET /v1/policy/NAME`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Explained {
     /// Service.
     pub service: Name,
     /// The host's own region.
     pub region: Name,
-    /// Its zone.
+    /// The host's own zone.
     pub zone: Name,
     /// Policy.
     pub policy: RegionPolicy,
-    /// Residency; none if it may run anywhere.
+    /// Residency; none if the service may run anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allowed: Option<Vec<Name>>,
-    /// Host whose decision holds here.
+    /// Host whose decision is in effect on this host.
     pub decided_by: String,
     /// Inputs: regions.
     pub regions: Vec<Place>,
     /// Inputs: zones of the own region.
     pub zones: Vec<Place>,
-    /// What was decided here.
+    /// This host's own decision.
     pub decision: Decision,
-    /// What holds.
+    /// Shares in effect.
     pub steer: RegionShares,
-    /// What was bounded, left out or taken from before, and why.
+    /// Inputs that were bounded, ignored or stale, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub notes: Vec<String>,
     /// The roll-out, if there is one.
@@ -86,19 +86,19 @@ pub struct Explained {
     pub rollout: Option<RolloutShown>,
 }
 
-/// A roll-out and how it does.
+/// A roll-out and its results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RolloutShown {
     /// Service.
     pub service: Name,
-    /// What the operator asked for, or what came of it.
+    /// The roll-out as desired, with its state.
     #[serde(flatten)]
     pub rollout: Rollout,
-    /// What the new version's replicas have answered since it began, as this host saw it.
+    /// Requests of the new version's replicas since the roll-out began, as seen by this host.
     pub new: Tally,
-    /// The same of all others.
+    /// Requests of all other replicas since the roll-out began.
     pub old: Tally,
-    /// What is made of it.
+    /// Verdict on the new version, in words.
     pub verdict: String,
 }
 
@@ -107,45 +107,45 @@ pub struct RolloutShown {
 pub struct RegionShown {
     /// Name.
     pub name: Name,
-    /// It is this host's.
+    /// Whether this is the host's own region.
     pub is_local: bool,
-    /// It was declared, and is no mistake.
+    /// Whether the region was declared with `lbctl region add`.
     pub is_declared: bool,
-    /// As the operator set it.
+    /// State that the operator set.
     pub state: RegionState,
-    /// What the vantage points agree on.
+    /// Result of the votes.
     pub agreed: Agreed,
-    /// Their votes.
+    /// Votes of the hosts.
     pub votes: Vec<Vote>,
-    /// Round-trip time from here, in microseconds.
+    /// Round-trip time from this host, in microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rtt_us: Option<u32>,
-    /// Ingress hosts there that are alive.
+    /// Live ingress hosts in the region.
     pub hosts: usize,
-    /// Backends there, of all services.
+    /// Backends in the region, of all services.
     pub backends: usize,
-    /// Those of them that would take new flows.
+    /// Backends in the region that can take new flows.
     pub ready: usize,
 }
 
-/// Everything that was decided, and by what.
+/// All decisions with their inputs.
 #[derive(Clone, Debug, Default)]
 pub struct RegionSnapshot {
-    /// Revision of the desired state that this was decided on.
+    /// Revision of the desired state that the decisions are based on.
     pub revision: u64,
-    /// By service; those that have nothing to do with regions or roll-outs are left out.
+    /// Decisions by service, only for services with regions or a roll-out.
     pub services: BTreeMap<Name, Explained>,
     /// Regions, by name.
     pub regions: Vec<RegionShown>,
 }
 
 impl RegionSnapshot {
-    /// What an operator should look at.
+    /// Problems that need an operator's attention.
     pub fn problems(&self) -> Vec<String> {
         let mut found: Vec<String> = Vec::new();
         for region in self.regions.iter().filter(|r| r.agreed == Agreed::Down) {
             let who: Vec<&str> = region.votes.iter().filter(|v| !v.is_up).map(|v| v.host.as_str()).collect();
-            found.push(format!("region {} is down, as {} agree", region.name, who.join(", ")));
+            found.push(format!("region {} is down, according to {}", region.name, who.join(", ")));
         }
         for (name, explained) in &self.services {
             if explained.decision.shares.is_empty() {

@@ -1,8 +1,8 @@
-//! Round-trip times to regions: how long a TCP handshake with a few of their backends takes. The kernel does it on the
-//! other side, so a busy worker looks no farther away.
+//! Round-trip times to regions: measures TCP handshakes with a few of their backends. The worker's kernel answers them,
+//! so a busy worker does not look farther away.
 //!
-//! Input: whom to ask, by region. Output: microseconds by region, which change only when they differ clearly, so that
-//! nothing is decided anew for noise.
+//! Input: addresses to measure, by region. Output: microseconds by region, which change only when they differ clearly, so
+//! that noise causes no new decisions.
 
 use crate::desired::model::Name;
 use std::{
@@ -14,39 +14,39 @@ use std::{
 };
 use tokio::{net::TcpStream, sync::watch, time::timeout};
 
-/// How often each region is asked.
-const EVERY: Duration = Duration::from_secs(5);
-/// The first times are wanted soon.
-const FIRST: Duration = Duration::from_secs(1);
-/// Farther away than this is not measured.
-const LIMIT: Duration = Duration::from_secs(1);
+/// Interval between two measurements of a region.
+const INTERVAL: Duration = Duration::from_secs(5);
+/// Interval while a region has no measurement yet.
+const FIRST_INTERVAL: Duration = Duration::from_secs(1);
+/// Time limit of a handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Whom to ask, by region.
+/// Addresses to measure, by region.
 pub type Targets = BTreeMap<Name, Vec<SocketAddr>>;
-/// What is known, in microseconds.
+/// Round-trip times by region, in microseconds.
 pub type Times = Arc<BTreeMap<Name, u32>>;
 
-/// Measures until nobody wants to know any more.
+/// Measures until the receivers of `times` or the sender of `targets` are gone.
 pub async fn run(mut targets: watch::Receiver<Arc<Targets>>, times: watch::Sender<Times>) {
     let mut smooth: BTreeMap<Name, f64> = BTreeMap::new();
     loop {
         let now = targets.borrow_and_update().clone();
         smooth.retain(|name, _| now.contains_key(name));
         for (name, addresses) in now.iter() {
-            if let Some(sample) = nearest(addresses).await {
+            if let Some(sample) = shortest_rtt(addresses).await {
                 let known = smooth.entry(name.clone()).or_insert(sample);
                 *known += (sample - *known) / 4.0;
             }
         }
-        times.send_if_modified(|told| {
-            let next = settled(told, &smooth);
-            let is_other = **told != next;
-            if is_other {
-                *told = Arc::new(next);
+        times.send_if_modified(|published| {
+            let next = without_noise(published, &smooth);
+            let is_changed = **published != next;
+            if is_changed {
+                *published = Arc::new(next);
             }
-            is_other
+            is_changed
         });
-        let wait = if smooth.len() < now.len() { FIRST } else { EVERY };
+        let wait = if smooth.len() < now.len() { FIRST_INTERVAL } else { INTERVAL };
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             changed = targets.changed() => {
@@ -61,11 +61,11 @@ pub async fn run(mut targets: watch::Receiver<Arc<Targets>>, times: watch::Sende
     }
 }
 
-/// The shortest of their times.
-async fn nearest(addresses: &[SocketAddr]) -> Option<f64> {
+/// The shortest round-trip time to any of the addresses, in microseconds.
+async fn shortest_rtt(addresses: &[SocketAddr]) -> Option<f64> {
     let mut best: Option<f64> = None;
     for &address in addresses {
-        if let Some(time) = round_trip(address).await {
+        if let Some(time) = measure_rtt(address).await {
             let micros = time.as_secs_f64() * 1e6;
             best = Some(best.map_or(micros, |b| b.min(micros)));
         }
@@ -73,13 +73,13 @@ async fn nearest(addresses: &[SocketAddr]) -> Option<f64> {
     best
 }
 
-/// A handshake, or its refusal: both take one round trip.
-async fn round_trip(address: SocketAddr) -> Option<Duration> {
+/// Measures a handshake, or its refusal: both take one round trip.
+async fn measure_rtt(address: SocketAddr) -> Option<Duration> {
     let began = Instant::now();
-    match timeout(LIMIT, TcpStream::connect(address)).await {
+    match timeout(HANDSHAKE_TIMEOUT, TcpStream::connect(address)).await {
         Ok(Ok(stream)) => {
             let took = began.elapsed();
-            // Nothing is left in TIME_WAIT.
+            // Close with a reset, so that no socket stays in TIME_WAIT.
             let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
             Some(took)
         }
@@ -88,11 +88,11 @@ async fn round_trip(address: SocketAddr) -> Option<Duration> {
     }
 }
 
-/// What was told stays told until it is a quarter and half a millisecond wrong.
-fn settled(told: &BTreeMap<Name, u32>, smooth: &BTreeMap<Name, f64>) -> BTreeMap<Name, u32> {
+/// Keeps a published time until it is wrong by more than a quarter and more than half a millisecond.
+fn without_noise(published: &BTreeMap<Name, u32>, smooth: &BTreeMap<Name, f64>) -> BTreeMap<Name, u32> {
     let one = |(name, &micros): (&Name, &f64)| {
         let now = micros.clamp(1.0, f64::from(u32::MAX)) as u32;
-        let kept = told.get(name).copied().filter(|&was| was.abs_diff(now) <= (was / 4).max(500));
+        let kept = published.get(name).copied().filter(|&was| was.abs_diff(now) <= (was / 4).max(500));
         (name.clone(), kept.unwrap_or(now))
     };
     smooth.iter().map(one).collect()
@@ -103,22 +103,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn noise_is_not_told() {
+    fn noise_is_not_published() {
         let name: Name = "eu".parse().unwrap();
-        let told = BTreeMap::from([(name.clone(), 10_000)]);
-        let after = |micros: f64| settled(&told, &BTreeMap::from([(name.clone(), micros)]))[&name];
+        let published = BTreeMap::from([(name.clone(), 10_000)]);
+        let after = |micros: f64| without_noise(&published, &BTreeMap::from([(name.clone(), micros)]))[&name];
         assert_eq!([after(8_000.0), after(12_400.0), after(13_000.0)], [10_000, 10_000, 13_000]);
-        assert_eq!(settled(&told, &BTreeMap::new()), BTreeMap::new(), "who is not asked is not known");
+        assert_eq!(
+            without_noise(&published, &BTreeMap::new()),
+            BTreeMap::new(),
+            "regions without measurements are absent"
+        );
         let near = BTreeMap::from([(name.clone(), 100)]);
-        assert_eq!(settled(&near, &BTreeMap::from([(name.clone(), 550.0)]))[&name], 100);
+        assert_eq!(without_noise(&near, &BTreeMap::from([(name.clone(), 550.0)]))[&name], 100);
     }
 
     #[tokio::test]
     async fn a_refusal_is_a_round_trip_too() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        assert!(round_trip(address).await.is_some());
+        assert!(measure_rtt(address).await.is_some());
         drop(listener);
-        assert!(round_trip(address).await.is_some());
+        assert!(measure_rtt(address).await.is_some());
     }
 }

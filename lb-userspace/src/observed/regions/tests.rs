@@ -1,4 +1,4 @@
-//! Measuring with replicas that lie, are silent, or began before the restart; and hosts that tell each other.
+//! Tests measuring with replicas that lie, are silent, or reported before the restart; and reports between hosts.
 
 use super::{measure::*, *};
 use crate::{
@@ -36,23 +36,23 @@ fn heard(report: Report, reports: u64) -> Entry {
     Entry { readiness: Readiness::from(report.phase), report: Some(report), reports, ..Entry::default() }
 }
 
-/// What is measured of eu at `now_ms`, and what was noted.
+/// Measures region eu at `now_ms`; returns the sum and the notes.
 fn eu(
     replicas: &replica::ReplicaRegistry,
-    heard: &mut ReportTimes,
+    report_times: &mut ReportTimes,
     now_ms: u64,
 ) -> (crate::plan::policy::region::Place, Vec<String>) {
-    heard.look(replicas, now_ms);
+    report_times.update(replicas, now_ms);
     let here = Locality { region: name("eu"), zone: name("a") };
     let health = health::HealthRegistry::default();
-    let backends = backends(&name("s"), &service(), &here, (&health, replicas, heard), now_ms);
+    let backends = measure_backends(&name("s"), &service(), &here, (&health, replicas, report_times), now_ms);
     let mut notes = Vec::new();
-    let mut places = places(&backends, |b| Some(&b.region), &mut notes);
+    let mut places = sum_places(&backends, |b| Some(&b.region), &mut notes);
     (places.remove(0), notes)
 }
 
 #[test]
-fn capacity_is_bounded_and_old_news_are_named() {
+fn capacity_is_bounded_and_stale_reports_are_named() {
     let (book, mut known) = (replica::ReplicaRegistry::default(), ReportTimes::default());
     book.change(|all| {
         for (backend, running, capacity) in [("a", 4, 8), ("b", 2, 8), ("c", 0, 1_000_000)] {
@@ -66,15 +66,12 @@ fn capacity_is_bounded_and_old_news_are_named() {
         (3, Some(8 + 8 + 64), 6),
         "one drains, one lies"
     );
-    assert_eq!(
-        notes,
-        ["capacity claimed by c (1000000) is counted as 64, 8 times that of the middle replica"]
-    );
-    // a goes on reporting, the others do not: five intervals and timeouts later they are old.
+    assert_eq!(notes, ["capacity reported by c (1000000) is counted as 64, 8 times the median replica's"]);
+    // Only a continues to report: after five intervals and timeouts the others are stale.
     book.change(|all| all.get_mut(&id("a")).unwrap().reports = 2);
     let (place, notes) = eu(&book, &mut known, 2_500);
     assert_eq!((place.is_stale, place.load), (true, 6), "the last good state stands");
-    assert_eq!(notes[1], "2 of 3 replicas in eu have not been heard for long");
+    assert_eq!(notes[1], "2 of 3 replicas in eu have not reported recently");
     book.change(|all| all.get_mut(&id("b")).unwrap().reports = 2);
     assert!(!eu(&book, &mut known, 2_600).0.is_stale);
 }
@@ -116,17 +113,20 @@ fn a_new_version_is_found_and_counted_from_the_beginning_of_its_roll_out() {
     say("a", "v1", 1_000, 900);
     say("b", "v2", 500, 400);
     let mut look = |rollout: &Rollout| {
-        let (who, shown, verdict) = rollouts.look(&name("s"), &service, rollout, &book);
+        let (who, shown, verdict) = rollouts.update(&name("s"), &service, rollout, &book);
         (who, shown.new.finished, shown.new.failed, shown.old.finished, verdict)
     };
-    use crate::plan::policy::canary::Verdict;
+    use crate::plan::policy::canary::CanaryVerdict;
     let first = look(&rollout);
     assert_eq!((first.0, first.1, first.3), ([name("b")].into(), 0, 0), "what was before does not count");
     say("b", "v2", 530, 400);
-    assert!(matches!(look(&rollout), (_, 30, 0, 0, Verdict::Fine(_))));
-    // a is upgraded: its process began anew.
+    assert!(matches!(look(&rollout), (_, 30, 0, 0, CanaryVerdict::Fine(_))));
+    // a is upgraded: its new process counts from 0.
     say("a", "v2", 20, 10);
-    assert!(matches!(look(&rollout), (_, 50, 10, 0, Verdict::Abort(_))));
+    assert!(matches!(look(&rollout), (_, 50, 10, 0, CanaryVerdict::Abort(_))));
     let again = Rollout { since_ms: 2, ..rollout };
-    assert!(matches!(look(&again), (_, 0, 0, 0, Verdict::Waiting(_))), "another roll-out is counted anew");
+    assert!(
+        matches!(look(&again), (_, 0, 0, 0, CanaryVerdict::Waiting(_))),
+        "another roll-out is counted anew"
+    );
 }

@@ -1,31 +1,31 @@
-//! An event stream (WHATWG HTML, "Server-sent events"), cut into the data of its events. Bounded, and pure.
+//! Splits an event stream (WHATWG HTML, "Server-sent events") into the data of its events. Bounded, and pure.
 
 use crate::desired::model::{REPORT_LIMIT, ReportError};
 
-/// Cuts bytes as they come into events.
+/// Splits incoming bytes into events.
 #[derive(Debug, Default)]
 pub struct Events {
-    /// The line that has not ended yet.
+    /// The current, unfinished line.
     line: Vec<u8>,
-    /// Data lines of the event that has not ended yet.
+    /// Data lines of the current, unfinished event.
     data: Vec<u8>,
     has_data: bool,
-    /// The event is named, and not one of ours.
+    /// Whether the event has another name than ours.
     foreign: bool,
-    /// The last byte was a carriage return: a line feed right after it ends nothing.
+    /// Whether the last byte was a carriage return: a line feed right after it is part of the same line end.
     after_cr: bool,
 }
 
 impl Events {
     /// Whether an event has begun and not ended.
-    pub fn pending(&self) -> bool {
+    pub fn is_pending(&self) -> bool {
         self.has_data || !self.line.is_empty()
     }
 
-    /// Takes bytes, and gives the data of the reports that they complete to `each`.
+    /// Takes bytes, and calls `each` with the data of each event that they complete.
     ///
     /// # Errors
-    /// An event grew too large: nothing after it can be trusted.
+    /// An event is too large: the rest of the stream must not be used.
     pub fn feed(&mut self, bytes: &[u8], mut each: impl FnMut(&[u8])) -> Result<(), ReportError> {
         for &byte in bytes {
             if byte == b'\n' && std::mem::take(&mut self.after_cr) {
@@ -70,7 +70,7 @@ impl Events {
                 _ => {}
             }
         }
-        // Capacity is kept: the next line is about as long.
+        // Keep the capacity: the next line has about the same length.
         self.line = line;
         self.line.clear();
     }

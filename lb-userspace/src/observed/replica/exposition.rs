@@ -1,27 +1,26 @@
-//! The text format of Prometheus and OpenMetrics, read for a few names.
+//! Reads a few metrics from the text format of Prometheus and OpenMetrics.
 //!
-//! A server's page may have thousands of samples, and is read each second for each replica; so lines of other
-//! names are looked at only as far as to see that they are metrics at all, and nothing is kept of them. (The
-//! crates that parse whole pages build a map of everything.) Input: a page. Output: samples. Pure.
+//! A server's page may have thousands of samples, and is read every second for each replica; so lines with other
+//! names are only checked to be metrics, and not kept. (The crates that parse whole pages build a map of all metrics.) Input: a page. Output: samples. Pure.
 
 use crate::desired::model::{ReportError, Selector};
 
 /// Largest page, in bytes.
 pub const PAGE_LIMIT: usize = 4 * 1024 * 1024;
 
-/// A sample: its labels as written, and its value.
+/// A sample: name, labels as written, and value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sample<'p> {
-    /// Name.
+    /// Name of the metric.
     pub name: &'p str,
-    /// What stands between the braces.
+    /// Text between the braces.
     labels: &'p str,
-    /// Value; may be anything that a float can be.
+    /// Value; may be infinite or NaN.
     pub value: f64,
 }
 
-/// The next label of a list and the rest of the list; none at its end, or where it is no list.
-fn label(list: &str) -> Option<(&str, String, &str)> {
+/// Parses the next label of a list; returns name, value and the rest. None at the end, or if the list is malformed.
+fn parse_label(list: &str) -> Option<(&str, String, &str)> {
     let list = list.trim_start_matches([',', ' ', '\t']);
     let (name, rest) = list.split_once('=')?;
     let inside = rest.trim_start().strip_prefix('"')?;
@@ -41,10 +40,10 @@ fn label(list: &str) -> Option<(&str, String, &str)> {
 }
 
 impl Sample<'_> {
-    /// A label's value; none if it has no such label.
+    /// Value of a label; None if the sample has no such label.
     pub fn label(&self, name: &str) -> Option<String> {
         let mut list = self.labels;
-        while let Some((found, value, rest)) = label(list) {
+        while let Some((found, value, rest)) = parse_label(list) {
             if found == name {
                 return Some(value);
             }
@@ -53,14 +52,14 @@ impl Sample<'_> {
         None
     }
 
-    /// Whether it is what a selector means. As in PromQL, a label that is missing is empty.
-    pub fn is(&self, selector: &Selector) -> bool {
+    /// Whether the sample matches a selector. As in PromQL, a missing label is empty.
+    pub fn matches(&self, selector: &Selector) -> bool {
         self.name == selector.name
             && selector.labels.iter().all(|(name, value)| self.label(name).unwrap_or_default() == *value)
     }
 }
 
-/// Where the labels that begin at `text`, after the brace, end: the place of the closing brace.
+/// Finds the closing brace of labels; `text` begins after the opening brace.
 fn labels_end(text: &str) -> Option<usize> {
     let (mut quoted, mut escaped) = (false, false);
     for (at, byte) in text.bytes().enumerate() {
@@ -80,47 +79,47 @@ fn is_name(text: &str) -> bool {
     text.bytes().next().is_some_and(|b| !b.is_ascii_digit()) && text.bytes().all(ok)
 }
 
-/// Reads a line; none if it is blank or a comment.
-fn sample(line: &str) -> Result<Option<Sample<'_>>, &'static str> {
+/// Parses a line; None if it is blank or a comment.
+fn parse_sample(line: &str) -> Result<Option<Sample<'_>>, &'static str> {
     let line = line.trim();
     if line.is_empty() || line.starts_with('#') {
         return Ok(None);
     }
     let (name, rest) = line.split_at(line.find(['{', ' ', '\t']).unwrap_or(line.len()));
     if !is_name(name) {
-        return Err("it does not begin with a name");
+        return Err("the line does not begin with a metric name");
     }
     let rest = rest.trim_start();
     let (labels, rest) = match rest.strip_prefix('{') {
         None => ("", rest),
         Some(inside) => {
-            let end = labels_end(inside).ok_or("labels without an end")?;
+            let end = labels_end(inside).ok_or("the labels have no closing brace")?;
             (&inside[..end], &inside[end + 1..])
         }
     };
-    // What follows the value is a time, or an exemplar.
-    let value = rest.split_ascii_whitespace().next().ok_or("a name and no value")?;
+    // A timestamp or an exemplar may follow the value.
+    let value = rest.split_ascii_whitespace().next().ok_or("the metric has no value")?;
     let value = match value {
         "+Inf" => f64::INFINITY,
         "-Inf" => f64::NEG_INFINITY,
         "NaN" => f64::NAN,
-        text => text.parse().map_err(|_| "its value is no number")?,
+        text => text.parse().map_err(|_| "the value is not a number")?,
     };
     Ok(Some(Sample { name, labels, value }))
 }
 
-/// Gives each sample whose name `wanted` accepts to `each`.
+/// Calls `each` for each sample whose name `wanted` accepts.
 ///
 /// # Errors
-/// A line that is no metric: the page is something else, and nothing of it is used.
+/// A line is not a metric: the page is something else, and none of it may be used.
 pub fn read<'p>(
     page: &'p str,
     wanted: impl Fn(&str) -> bool,
     mut each: impl FnMut(Sample<'p>),
 ) -> Result<(), ReportError> {
     for (line, text) in page.lines().enumerate() {
-        let found =
-            sample(text).map_err(|what| ReportError::NotMetrics { line: line + 1, what: what.to_owned() })?;
+        let found = parse_sample(text)
+            .map_err(|what| ReportError::NotMetrics { line: line + 1, what: what.to_owned() })?;
         if let Some(sample) = found.filter(|s| wanted(s.name)) {
             each(sample);
         }
@@ -153,13 +152,13 @@ mod tests {
     #[test]
     fn other_pages_are_refused_with_the_line() {
         for (page, expected) in [
-            ("<!DOCTYPE html>", "line 1 is not a valid metric: it does not begin with a name"),
-            ("{\"running\":1}", "line 1 is not a valid metric: it does not begin with a name"),
-            ("a 1\nb{x=\"1\" 2\n", "line 2 is not a valid metric: labels without an end"),
-            ("a\n", "line 1 is not a valid metric: a name and no value"),
-            ("a{} \n", "line 1 is not a valid metric: a name and no value"),
-            ("a x\n", "line 1 is not a valid metric: its value is no number"),
-            ("Not Found", "line 1 is not a valid metric: its value is no number"),
+            ("<!DOCTYPE html>", "line 1 is not a valid metric: the line does not begin with a metric name"),
+            ("{\"running\":1}", "line 1 is not a valid metric: the line does not begin with a metric name"),
+            ("a 1\nb{x=\"1\" 2\n", "line 2 is not a valid metric: the labels have no closing brace"),
+            ("a\n", "line 1 is not a valid metric: the metric has no value"),
+            ("a{} \n", "line 1 is not a valid metric: the metric has no value"),
+            ("a x\n", "line 1 is not a valid metric: the value is not a number"),
+            ("Not Found", "line 1 is not a valid metric: the value is not a number"),
         ] {
             assert_eq!(all(page).unwrap_err(), expected, "{page}");
         }
@@ -168,7 +167,7 @@ mod tests {
     #[test]
     fn selectors_look_at_labels() {
         let line = "q{model_name=\"a, b\",priority=\"\",path=\"c:\\\\x\"} 1";
-        let found = sample(line).unwrap().unwrap();
+        let found = parse_sample(line).unwrap().unwrap();
         assert_eq!(found.label("model_name").as_deref(), Some("a, b"));
         assert_eq!(found.label("path").as_deref(), Some("c:\\x"));
         for (selector, expected) in [
@@ -179,7 +178,7 @@ mod tests {
             ("q{missing=\"1\"}", false),
             ("r", false),
         ] {
-            assert_eq!(found.is(&selector.parse().unwrap()), expected, "{selector}");
+            assert_eq!(found.matches(&selector.parse().unwrap()), expected, "{selector}");
         }
     }
 
@@ -195,7 +194,7 @@ mod tests {
         ) {
             let escaped = value.replace('\\', "\\\\").replace('"', "\\\"");
             let line = format!("m{{{other}=\"x\",label_1=\"{escaped}\"}} {number}");
-            let found = sample(&line).unwrap().unwrap();
+            let found = parse_sample(&line).unwrap().unwrap();
             prop_assert_eq!(found.label("label_1"), Some(value));
             prop_assert_eq!(found.value, number);
         }

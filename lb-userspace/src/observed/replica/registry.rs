@@ -1,4 +1,4 @@
-//! What is known of each replica: its last good report, how old that is, and what went wrong.
+//! State of each replica: the last valid report, its age, and the latest error.
 
 use crate::desired::model::{BackendId, Readiness, Report};
 use serde::{Deserialize, Serialize};
@@ -8,73 +8,73 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// Changes of readiness remembered per replica.
+/// Changes of readiness kept per replica.
 pub const HISTORY: usize = 32;
 
-/// A change of readiness.
+/// A change of a replica's readiness.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaTransition {
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the change, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// Before.
+    /// Readiness before.
     pub from: Readiness,
-    /// After.
+    /// Readiness after.
     pub to: Readiness,
-    /// Why.
+    /// Why it changed.
     pub reason: String,
 }
 
-/// Something that went wrong.
+/// An error of a replica's source.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the error, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// What.
+    /// Description.
     pub what: String,
 }
 
-/// One replica.
+/// State of one replica.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
-    /// What the policy goes by.
+    /// Readiness that the policy uses.
     pub readiness: Readiness,
-    /// Since when, in milliseconds since 1970 UTC; 0 before the first.
+    /// Start of this readiness, in milliseconds since 1970 UTC; 0 before the first report.
     pub since_ms: u64,
-    /// Last good report.
+    /// Last valid report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<Report>,
-    /// When it came, in milliseconds since 1970 UTC.
+    /// Arrival of the last valid report, in milliseconds since 1970 UTC.
     #[serde(default)]
     pub report_ms: u64,
-    /// Its load score; see [`crate::plan::policy::load`].
+    /// Load score; see [`crate::plan::policy::load`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub score: Option<u32>,
-    /// A stream is open.
+    /// Whether a stream is open.
     #[serde(default)]
     pub streaming: bool,
-    /// Good reports since the start.
+    /// Valid reports since start.
     #[serde(default)]
     pub reports: u64,
-    /// Reports that were not believed, since the start.
+    /// Refused reports since start.
     #[serde(default)]
     pub refused: u64,
-    /// Streams that broke and looks that failed, since the start.
+    /// Broken streams and failed polls since start.
     #[serde(default)]
     pub breaks: u64,
-    /// The latest trouble, if there was any since the last good report.
+    /// The latest error since the last valid report, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trouble: Option<Trouble>,
     /// Latest changes of readiness, oldest first.
     #[serde(default)]
     pub history: VecDeque<ReplicaTransition>,
-    /// Address that all this is about.
+    /// Address of the worker that this entry is about.
     #[serde(default)]
     pub address: String,
 }
 
 impl Entry {
-    /// Records a change of readiness; false if it is none.
-    pub(super) fn turn(&mut self, to: Readiness, time_ms: u64, reason: &str) -> bool {
+    /// Records a readiness; returns whether it has changed.
+    pub(super) fn record_readiness(&mut self, to: Readiness, time_ms: u64, reason: &str) -> bool {
         let from = std::mem::replace(&mut self.readiness, to);
         if from == to {
             return false;
@@ -88,7 +88,7 @@ impl Entry {
     }
 }
 
-/// All replicas, and a number that grows with each change.
+/// State of all replicas, and a version that grows with each change.
 #[derive(Debug)]
 pub struct ReplicaRegistry {
     entries: RwLock<BTreeMap<BackendId, Entry>>,
@@ -102,48 +102,48 @@ impl Default for ReplicaRegistry {
 }
 
 impl ReplicaRegistry {
-    /// What is known of one replica.
+    /// State of one replica.
     pub fn get(&self, id: &BackendId) -> Option<Entry> {
         self.read(|entries| entries.get(id).cloned())
     }
 
-    /// Looks at all of them at once.
-    pub fn read<T>(&self, look: impl FnOnce(&BTreeMap<BackendId, Entry>) -> T) -> T {
-        look(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
+    /// Reads all entries under the lock.
+    pub fn read<T>(&self, read: impl FnOnce(&BTreeMap<BackendId, Entry>) -> T) -> T {
+        read(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The number of changes so far, watched.
+    /// Watches the version, which grows with each change.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }
 
-    /// Changes them.
+    /// Changes entries under the lock, and increments the version.
     pub(crate) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, Entry>) -> T) -> T {
         let result = change(&mut self.entries.write().unwrap_or_else(PoisonError::into_inner));
         self.changes.send_modify(|n| *n += 1);
         result
     }
 
-    /// Changes one, if it is there.
+    /// Changes one entry, if it exists.
     pub(super) fn edit<T>(&self, id: &BackendId, edit: impl FnOnce(&mut Entry) -> T) -> Option<T> {
         self.change(|entries| entries.get_mut(id).map(edit))
     }
 
-    /// What the replicas last said as bytes, for the next start.
-    pub fn save(&self) -> Vec<u8> {
+    /// Serialises the last reports, for the next start.
+    pub fn to_bytes(&self) -> Vec<u8> {
         let all: Vec<(BackendId, Entry)> = self.read(|entries| {
-            let heard = entries.iter().filter(|(_, e)| e.readiness != Readiness::Unknown);
+            let reported = entries.iter().filter(|(_, e)| e.readiness != Readiness::Unknown);
             let kept = |e: &Entry| Entry { trouble: None, score: None, streaming: false, ..e.clone() };
-            heard.map(|(id, e)| (id.clone(), kept(e))).collect()
+            reported.map(|(id, e)| (id.clone(), kept(e))).collect()
         });
         serde_json::to_vec(&all).expect("entries are plain data")
     }
 
-    /// A book with what [`ReplicaRegistry::save`] wrote.
+    /// Creates a registry from the output of [`ReplicaRegistry::to_bytes`].
     ///
     /// # Errors
-    /// The bytes are not such.
-    pub fn restore(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+    /// The bytes are not valid.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let mut all: Vec<(BackendId, Entry)> = serde_json::from_slice(bytes)?;
         for (_, entry) in &mut all {
             (entry.reports, entry.refused, entry.breaks) = (0, 0, 0);
@@ -152,11 +152,11 @@ impl ReplicaRegistry {
         Ok(Self { entries, ..Self::default() })
     }
 
-    /// What each replica last said, for the reconciler before the first report.
+    /// Last known readiness of each replica, for the reconciler before the first report.
     pub fn readiness(&self) -> BTreeMap<BackendId, Readiness> {
         self.read(|entries| {
-            let heard = entries.iter().filter(|(_, e)| e.readiness != Readiness::Unknown);
-            heard.map(|(id, e)| (id.clone(), e.readiness)).collect()
+            let reported = entries.iter().filter(|(_, e)| e.readiness != Readiness::Unknown);
+            reported.map(|(id, e)| (id.clone(), e.readiness)).collect()
         })
     }
 }

@@ -1,8 +1,8 @@
-//! Load scores on their way to the dataplane: straight from a report into the array, without a compilation.
+//! Writes load scores to the dataplane: directly from a report to the array, without a compilation.
 //!
-//! Input: scores by backend as reports come; which index each backend has, as the reconciler publishes it.
+//! Input: scores by backend as reports arrive; the backends' indices, as the reconciler publishes them.
 //! Output: writes to a [`LoadSink`]. A backend that gets an index after its report gets its score then; an
-//! index that goes to another backend is set to 0; a replica that has not been heard for long gets the
+//! index that is reused by another backend is set to 0; a replica without a recent report gets the
 //! median of its service.
 
 use super::ReplicaRegistry;
@@ -18,70 +18,70 @@ use std::{
 };
 use tokio::sync::watch;
 
-/// Where scores go: the dataplane's array, one number per backend index, or a test's.
+/// Destination of scores: the dataplane's array with one number per backend index, or a test.
 pub trait LoadSink: Send + Sync {
-    /// Sets a backend's load score, and what one flow more adds to it: the dataplane counts that on top until the
-    /// next report. A cost of 0 says that nobody reports any more, and forgets the score. Costs no more than a few stores
-    /// to memory.
+    /// Sets a backend's load score, and the cost that one more flow adds: the dataplane adds costs until the next
+    /// report. A cost of 0 means that nobody reports any more, and clears the score. Takes only a few memory stores.
     fn set(&self, backend_index: u32, score: u32, cost: u32);
 }
 
-/// Which index each backend has now, and what is desired.
-pub trait Places: Send + Sync {
-    /// A backend's index; none if it has none yet.
+/// Current index of each backend, and the applied desired state.
+pub trait BackendIndices: Send + Sync {
+    /// Index of a backend; None if it has none yet.
     fn index(&self, id: &BackendId) -> Option<u32>;
     /// Indices of all backends.
     fn all(&self) -> Vec<(BackendId, u32)>;
-    /// What is applied.
+    /// The applied desired state.
     fn desired(&self) -> Arc<Desired>;
 }
 
-/// How often old reports are looked for.
-const LOOK: Duration = Duration::from_secs(1);
-/// A report is old after so many intervals and timeouts without another.
-const OLD: u32 = 5;
+/// Interval of [`Scores::refresh`] without changes.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(1);
+/// A report is stale after this many intervals plus timeouts.
+const STALE_FACTOR: u32 = 5;
 
-/// Age from which a report no longer speaks for its replica.
-pub fn old_after(source: &ReplicaSource) -> Duration {
-    Duration::from_millis(u64::from(source.interval_ms) + u64::from(source.timeout_ms)) * OLD
+/// Age from which a report is stale.
+pub fn stale_after(source: &ReplicaSource) -> Duration {
+    Duration::from_millis(u64::from(source.interval_ms) + u64::from(source.timeout_ms)) * STALE_FACTOR
 }
 
-/// Takes scores to the dataplane.
+/// Writes scores to the dataplane.
 pub struct Scores {
     sink: Arc<dyn LoadSink>,
-    places: Arc<dyn Places>,
-    /// What was last set, by index.
-    set: Mutex<BTreeMap<u32, (BackendId, u32)>>,
+    indices: Arc<dyn BackendIndices>,
+    /// Last written backend and score, by index.
+    written: Mutex<BTreeMap<u32, (BackendId, u32)>>,
 }
 
 impl Scores {
-    /// From reports to `sink`, by the indices of `places`.
-    pub fn new(sink: Arc<dyn LoadSink>, places: Arc<dyn Places>) -> Self {
-        Self { sink, places, set: Mutex::default() }
+    /// Creates a writer to `sink`, with the indices of `indices`.
+    pub fn new(sink: Arc<dyn LoadSink>, indices: Arc<dyn BackendIndices>) -> Self {
+        Self { sink, indices, written: Mutex::default() }
     }
 
-    /// A report came: its score counts from now on. Set even if it is as before: what the dataplane has added
-    /// meanwhile is in it.
+    /// Writes the score of a new report, even if it is unchanged: the report already contains the flows whose costs the
+    /// dataplane has added meanwhile.
     pub fn report(&self, id: &BackendId, score: u32, cost: u32) {
-        if let Some(index) = self.places.index(id) {
-            let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = self.indices.index(id) {
+            let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
             self.sink.set(index, score, cost);
-            set.insert(index, (id.clone(), score));
+            written.insert(index, (id.clone(), score));
         }
     }
 
-    /// Gives every replica's index a score: who had none, who has another index, who has not been heard for long.
-    pub fn refresh(&self, book: &ReplicaRegistry, now_ms: u64) {
-        let desired = self.places.desired();
-        let places: BTreeMap<u32, BackendId> = self.places.all().into_iter().map(|(id, i)| (i, id)).collect();
+    /// Updates the scores of replicas that had none, whose index changed, or whose report is stale.
+    pub fn refresh(&self, registry: &ReplicaRegistry, now_ms: u64) {
+        let desired = self.indices.desired();
+        let by_index: BTreeMap<u32, BackendId> =
+            self.indices.all().into_iter().map(|(id, i)| (i, id)).collect();
         let mut wanted: BTreeMap<u32, (BackendId, Option<u32>, u32)> = BTreeMap::new();
         let mut known: BTreeMap<&str, Vec<u32>> = BTreeMap::new();
-        book.read(|entries| {
-            for (&index, id) in &places {
+        registry.read(|entries| {
+            for (&index, id) in &by_index {
                 let source = desired.services.get(&id.service).and_then(|s| s.replica.as_ref());
                 let (Some(source), Some(entry)) = (source, entries.get(id)) else { continue };
-                let old_ms = old_after(source).as_millis() as u64;
-                let is_fresh = now_ms.saturating_sub(entry.report_ms) <= old_ms;
+                let stale_ms = stale_after(source).as_millis() as u64;
+                let is_fresh = now_ms.saturating_sub(entry.report_ms) <= stale_ms;
                 let score = entry.score.filter(|_| is_fresh);
                 if let Some(score) = score {
                     known.entry(id.service.as_str()).or_default().push(score);
@@ -93,8 +93,8 @@ impl Scores {
         });
         let neutral: BTreeMap<String, u32> =
             known.iter_mut().map(|(service, all)| ((*service).to_owned(), load::neutral(all))).collect();
-        let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
-        set.retain(|index, (id, _)| {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        written.retain(|index, (id, _)| {
             let stays = wanted.get(index).is_some_and(|(now, ..)| now == id);
             if !stays {
                 self.sink.set(*index, 0, 0);
@@ -102,8 +102,8 @@ impl Scores {
             stays
         });
         for (index, (id, score, cost)) in wanted {
-            let before = set.get(&index).map(|(_, score)| *score);
-            // A report that came while this was worked out has set its own already.
+            let before = written.get(&index).map(|(_, score)| *score);
+            // A report that arrived meanwhile has already written its own score.
             let score = match (score, before) {
                 (Some(_), Some(_)) => continue,
                 (Some(score), None) => score,
@@ -111,22 +111,22 @@ impl Scores {
             };
             if before != Some(score) {
                 self.sink.set(index, score, cost);
-                set.insert(index, (id, score));
+                written.insert(index, (id, score));
             }
         }
     }
 
-    /// Refreshes when the reconciler has published, and now and then, until it is gone.
+    /// Refreshes when the reconciler publishes, and every [`REFRESH_INTERVAL`], until the reconciler is gone.
     pub async fn run(
         self: Arc<Self>,
-        book: Arc<ReplicaRegistry>,
+        registry: Arc<ReplicaRegistry>,
         mut published: watch::Receiver<Arc<impl Send + Sync>>,
     ) {
         loop {
-            self.refresh(&book, clock::unix_ms());
+            self.refresh(&registry, clock::unix_ms());
             tokio::select! {
                 changed = published.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(REFRESH_INTERVAL) => {}
             }
         }
     }
@@ -156,7 +156,7 @@ pub(super) mod tests {
     /// Backends of one service at given indices.
     pub struct Fixed(pub Mutex<Vec<(BackendId, u32)>>, pub Arc<Desired>);
 
-    impl Places for Fixed {
+    impl BackendIndices for Fixed {
         fn index(&self, id: &BackendId) -> Option<u32> {
             self.0.lock().unwrap().iter().find(|(found, _)| found == id).map(|(_, index)| *index)
         }
@@ -191,20 +191,20 @@ pub(super) mod tests {
         assert_eq!(fake.take(), [], "it has no index yet");
         *places.0.lock().unwrap() = vec![(id("a"), 3), (id("b"), 4), (id("c"), 5)];
         scores.refresh(&book, 5_100);
-        assert_eq!(fake.take(), [(3, 10), (4, 30), (5, 30)], "who is not known gets the median");
+        assert_eq!(fake.take(), [(3, 10), (4, 30), (5, 30)], "a replica without a report gets the median");
         scores.report(&id("a"), 10, 1);
-        assert_eq!(fake.take(), [(3, 10)], "told again: the dataplane may have added to it");
+        assert_eq!(fake.take(), [(3, 10)], "written again: the dataplane may have added to it");
         scores.refresh(&book, 5_200);
         assert_eq!(fake.take(), []);
         book.change(|all| all.insert(id("b"), heard(Some(30), 1_000)));
         scores.refresh(&book, 5_300);
-        assert_eq!(fake.take(), [(4, 10), (5, 10)], "b has not been heard for long");
+        assert_eq!(fake.take(), [(4, 10), (5, 10)], "the report of b is stale");
         *places.0.lock().unwrap() = vec![(id("b"), 3)];
         scores.refresh(&book, 5_400);
         assert_eq!(
             fake.take(),
             [(3, 0), (4, 0), (5, 0), (3, 0)],
-            "the index is another's, of whom nothing is known"
+            "the index is reused by a backend without a report"
         );
     }
 }

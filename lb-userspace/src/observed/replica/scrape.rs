@@ -1,8 +1,8 @@
-//! A server's metrics page made into the same report that our own worker sends.
+//! Converts a server's metrics page into a [`Report`], as our own worker sends it.
 //!
-//! Input: a page and the service's settings; what a counter was at the look before. Output: a [`Report`].
-//! Pure. Names are those that the projects document, with those of older versions behind them; a service may
-//! name others.
+//! Input: a page and the service's settings; the token counter of the previous page. Output: a [`Report`].
+//! Pure. Metric names are those that the projects document, followed by those of older versions; a service may
+//! configure others.
 
 use super::exposition::{self, PAGE_LIMIT, Sample};
 use crate::desired::model::{
@@ -16,19 +16,19 @@ use Quantity::{
     Waiting,
 };
 
-/// The usual names of a kind of server: the first that is on the page counts.
-fn usual(kind: SourceKind) -> &'static [(Quantity, &'static [&'static str])] {
+/// Default metric names of a kind of server: the first that is on the page is used.
+fn default_names(kind: SourceKind) -> &'static [(Quantity, &'static [&'static str])] {
     match kind {
         SourceKind::Stream | SourceKind::Custom => &[],
         SourceKind::Vllm => &[
             (Running, &["vllm:num_requests_running"]),
             (Waiting, &["vllm:num_requests_waiting"]),
-            // Before vLLM 0.10 or so the second.
+            // vLLM before about 0.10 has the second name.
             (KvCacheUsage, &["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"]),
             (TokensTotal, &["vllm:generation_tokens_total"]),
             (Awake, &["vllm:engine_sleep_state{sleep_state=\"awake\"}"]),
         ],
-        // Newer versions add a sample for each priority to the one for all, which has none.
+        // Newer versions add one sample per priority; the total has no priority label.
         SourceKind::Sglang => &[
             (Running, &["sglang:num_running_reqs{priority=\"\"}"]),
             (Waiting, &["sglang:num_queue_reqs{priority=\"\"}"]),
@@ -57,26 +57,26 @@ fn usual(kind: SourceKind) -> &'static [(Quantity, &'static [&'static str])] {
     }
 }
 
-/// Whether a page without this is none of the kind.
-fn is_needed(kind: SourceKind, quantity: Quantity) -> bool {
+/// Whether every page of this kind of server has the quantity.
+fn is_required(kind: SourceKind, quantity: Quantity) -> bool {
     match kind {
         SourceKind::Stream | SourceKind::Custom => false,
-        // Triton without TensorRT-LLM says only what waits.
+        // Triton without TensorRT-LLM reports only waiting requests.
         SourceKind::Triton => quantity == Waiting,
         _ => matches!(quantity, Running | Waiting),
     }
 }
 
-/// What is looked for on a service's pages: by quantity, the names in order of preference.
+/// Converts the metrics pages of one replica: knows each quantity's names in order of preference.
 #[derive(Clone, Debug)]
 pub struct Scraper {
     kind: SourceKind,
     wanted: Vec<(Quantity, Vec<Selector>)>,
-    /// The counter of tokens at the look before, and when that was.
+    /// Token counter of the previous page, and its time.
     tokens: Option<(f64, Duration)>,
 }
 
-/// One selector's samples, put together.
+/// Sum, maximum and number of one selector's samples.
 #[derive(Clone, Copy, Debug, Default)]
 struct Found {
     sum: f64,
@@ -85,12 +85,13 @@ struct Found {
 }
 
 impl Scraper {
-    /// By a service's settings.
+    /// Creates a scraper from a service's settings.
     pub fn new(source: &ReplicaSource) -> Self {
-        let mut wanted: BTreeMap<Quantity, Vec<Selector>> = usual(source.kind)
+        let mut wanted: BTreeMap<Quantity, Vec<Selector>> = default_names(source.kind)
             .iter()
             .map(|&(quantity, names)| {
-                let parse = |n: &&str| n.parse().expect("the usual names are selectors, as a test says");
+                let parse =
+                    |n: &&str| n.parse().expect("the default names are valid selectors: a test checks them");
                 (quantity, names.iter().map(parse).collect())
             })
             .collect();
@@ -100,16 +101,18 @@ impl Scraper {
         Self { kind: source.kind, wanted: wanted.into_iter().collect(), tokens: None }
     }
 
-    /// Makes a report of a page that was read at `now` of a steady clock.
+    /// Converts a page that was read at `now` of a monotonic clock into a report.
     ///
     /// # Errors
-    /// It is no metrics page, one of another server, or its numbers cannot be true.
+    /// The page is not a metrics page, belongs to another server, or has implausible numbers.
     pub fn report(&mut self, page: &[u8], now: Duration) -> Result<Report, ReportError> {
         if page.len() > PAGE_LIMIT {
             return Err(ReportError::TooLarge { limit: PAGE_LIMIT });
         }
-        let page = std::str::from_utf8(page)
-            .map_err(|_| ReportError::NotMetrics { line: 1, what: "it is no text".to_owned() })?;
+        let page = std::str::from_utf8(page).map_err(|_| ReportError::NotMetrics {
+            line: 1,
+            what: "the page is not UTF-8 text".to_owned(),
+        })?;
         let (found, model) = self.collect(page)?;
         let one = |quantity: Quantity| found.get(&quantity).copied();
         let count = |quantity: Quantity| match one(quantity) {
@@ -118,7 +121,7 @@ impl Scraper {
         };
         for (quantity, names) in &self.wanted {
             let asked_for = self.kind == SourceKind::Custom && matches!(quantity, Running | Waiting);
-            if one(*quantity).is_none() && (asked_for || is_needed(self.kind, *quantity)) {
+            if one(*quantity).is_none() && (asked_for || is_required(self.kind, *quantity)) {
                 let name = names.first().map(ToString::to_string).unwrap_or_default();
                 return Err(ReportError::Missing { name, kind: self.kind.label() });
             }
@@ -149,7 +152,7 @@ impl Scraper {
         Ok(report)
     }
 
-    /// Samples by quantity, each with the selector that found them, and the model's name.
+    /// Collects samples by quantity, each with the selector that matched, and the model's name.
     fn collect(
         &self,
         page: &str,
@@ -161,9 +164,9 @@ impl Scraper {
         let wanted = |name: &str| selectors.iter().any(|(_, s)| s.name == name);
         exposition::read(page, wanted, |sample: Sample<'_>| {
             for ((quantity, selector), found) in selectors.iter().zip(&mut found) {
-                if sample.is(selector) {
+                if sample.matches(selector) {
                     found.sum += sample.value;
-                    // Not `f64::max`, which hides NaN.
+                    // `f64::max` would ignore NaN.
                     if found.count == 0 || sample.value.is_nan() || sample.value > found.most {
                         found.most = sample.value;
                     }
@@ -182,7 +185,7 @@ impl Scraper {
         Ok((best, model))
     }
 
-    /// The counter's rate since the look before; none at the first look and where it was set back.
+    /// Rate of the token counter since the previous page; None for the first page and after a reset.
     fn rate(&self, total: Option<f64>, now: Duration) -> Option<f64> {
         let (total, (before, then)) = (total?, self.tokens?);
         let seconds = now.saturating_sub(then).as_secs_f64();
@@ -213,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn every_servers_page_becomes_a_report() {
+    fn each_servers_page_becomes_a_report() {
         for (kind, page, running, waiting, kv, capacity, model) in [
             ("vllm", VLLM, 24, 72, Some(0.9813), None, Some("meta-llama/Llama-3.1-8B-Instruct")),
             ("vllm", VLLM_OLD, 3, 0, Some(0.0423), None, Some("facebook/opt-125m")),

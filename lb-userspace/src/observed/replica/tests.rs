@@ -1,4 +1,4 @@
-//! The watcher against workers on the loopback interface that report well, badly, slowly, or die.
+//! Tests the watcher against workers on the loopback interface with valid, invalid, slow or no reports.
 
 use super::{
     ReplicaRegistry, Scores, Watcher,
@@ -24,10 +24,10 @@ use tokio::{
     task::JoinSet,
 };
 
-/// What the worker does with a request, by what it reads of it.
+/// Handles a request, given its text.
 type Script = Arc<dyn Fn(String, TcpStream) -> BoxFuture<'static, ()> + Send + Sync>;
 
-/// A worker that can be told what to say next, and can die.
+/// A worker whose next report can be set, and which can be killed.
 struct Worker {
     address: SocketAddr,
     say: Arc<watch::Sender<String>>,
@@ -48,7 +48,7 @@ fn event(text: &str) -> String {
 }
 
 impl Worker {
-    /// Serves by a script on a port of its own, or on a given one.
+    /// Serves a script on the given port; 0 for any port.
     async fn start(port: u16, script: Script) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -66,7 +66,7 @@ impl Worker {
         Self { address, say: Arc::new(watch::Sender::new(String::new())), task }
     }
 
-    /// Streams whatever it is told to, from the first on; answers JSON to who asks for no stream.
+    /// Streams each report that is set, from the first on; answers JSON to requests without a stream.
     async fn streaming(port: u16, first: String) -> Self {
         let say = Arc::new(watch::Sender::new(first));
         let told = say.clone();
@@ -84,7 +84,7 @@ impl Worker {
                     if stream.write_all(text.as_bytes()).await.is_err() {
                         return;
                     }
-                    // A change, or the heartbeat.
+                    // Wait for a change or the heartbeat.
                     let _ = tokio::time::timeout(Duration::from_millis(100), told.changed()).await;
                 }
             })
@@ -97,7 +97,7 @@ impl Worker {
         self.say.send_replace(text);
     }
 
-    /// As when a process is killed: all its sockets close.
+    /// Closes all sockets, like a killed process.
     fn kill(self) {
         self.task.abort();
     }
@@ -163,7 +163,7 @@ impl Bed {
         next.unwrap_or_else(|_| panic!("nothing was said: {:?}", self.book.get(&id()))).unwrap().1
     }
 
-    /// Waits until the entry is as it should be.
+    /// Waits until the entry fulfils a condition.
     async fn until(&self, what: &str, holds: impl Fn(&super::Entry) -> bool) -> super::Entry {
         let start = Instant::now();
         loop {
@@ -258,7 +258,7 @@ async fn a_stream_that_breaks_while_the_worker_lives_changes_nothing() {
     let mut bed =
         Bed::new(worker.address.port(), r#"{"kind":"stream","interval_ms":50,"timeout_ms":400}"#).await;
     assert_eq!(bed.next().await, Readiness::Ready);
-    // Streams that do not last give way to plain looks.
+    // After short-lived streams, the watcher polls.
     bed.until("looks", |e| e.reports > 8 && e.report.as_ref().is_some_and(|r| r.running == 5)).await;
     assert_eq!(*opened.lock().unwrap(), 3);
     assert!(bed.said.try_recv().is_err(), "it was never lost");
@@ -289,7 +289,7 @@ async fn a_lying_replica_is_named_and_its_last_good_state_kept() {
     assert!(bed.said.try_recv().is_err());
 }
 
-/// Streams one good report, and then what is given, piece by piece; says whether the reader hung up.
+/// Streams one valid report and then the given pieces; returns whether the reader closed the connection.
 fn then(pieces: Vec<Vec<u8>>, pause: Duration, hung_up: mpsc::Sender<()>) -> Script {
     Arc::new(move |request, mut stream| {
         let (pieces, hung_up) = (pieces.clone(), hung_up.clone());
@@ -306,7 +306,7 @@ fn then(pieces: Vec<Vec<u8>>, pause: Duration, hung_up: mpsc::Sender<()>) -> Scr
                     return;
                 }
             }
-            // Until the other end closes.
+            // Read until the other end closes.
             let _ = stream.read(&mut [0; 16]).await;
             let _ = hung_up.send(()).await;
         })
@@ -330,7 +330,7 @@ async fn what_is_too_large_too_slow_or_silent_is_hung_up_on() {
         let settings = r#"{"kind":"stream","interval_ms":50,"timeout_ms":200}"#;
         let mut bed = Bed::new(worker.address.port(), settings).await;
         assert_eq!(bed.next().await, Readiness::Ready);
-        // A new stream clears it soon with a good report; the log line would keep it.
+        // A new stream soon clears the error with a valid report.
         let start = Instant::now();
         let mut seen = String::new();
         while !seen.contains(expected) {
@@ -371,7 +371,7 @@ async fn a_metrics_page_is_read_at_intervals() {
     let entry = bed.until("refused", |e| e.refused > 2).await;
     assert_eq!(
         entry.trouble.unwrap().what,
-        "report refused: line 1 is not a valid metric: it does not begin with a name"
+        "report refused: line 1 is not a valid metric: the line does not begin with a metric name"
     );
     assert_eq!((entry.readiness, entry.report.unwrap().waiting), (Readiness::Ready, 72));
     worker.kill();

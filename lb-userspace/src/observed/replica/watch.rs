@@ -1,11 +1,11 @@
-//! One replica: a stream held open, or looks at intervals; what comes of each report; and what happens when
-//! there is none.
+//! Watches one replica: holds a stream open or polls in intervals, processes each report, and probes the worker when
+//! reports fail.
 
 use super::{
     ReplicaRegistry, Scores,
     events::Events,
     exposition::PAGE_LIMIT,
-    http::{self, Answer, Ask, FetchError},
+    fetch::{Answer, FetchError, FetchTarget, fetch},
     scrape::Scraper,
 };
 use crate::{
@@ -22,42 +22,42 @@ use tokio::{
     time::Instant,
 };
 
-/// A stream that lived as long is opened again at once when it breaks.
-const LIVED: Duration = Duration::from_secs(1);
-/// Waits between attempts: the first, and the longest.
+/// A stream that lasted at least this long is reopened immediately when it breaks.
+const STABLE_AFTER: Duration = Duration::from_secs(1);
+/// Shortest and longest wait between attempts.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// Streams in a row that may break young before plain looks take over for a while.
-const YOUNG: u32 = 3;
-/// A replica that keeps being lost must stand so long, and doubly with each further loss, up to fifteen times.
+/// Short-lived streams in a row after which polling replaces streaming for a while.
+const MAX_SHORT_STREAMS: u32 = 3;
+/// A flapping replica must stay up this long to be accepted again; each further loss doubles it, up to fifteen times.
 const HOLD: Duration = Duration::from_secs(1);
-/// How long they do.
-const LOOKING: Duration = Duration::from_secs(30);
+/// How long polling replaces streaming.
+const POLLING: Duration = Duration::from_secs(30);
 
-/// How one replica is watched; a change of it restarts the task.
+/// How one replica is watched; a change restarts the task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Plan {
-    pub ask: Ask,
+pub(super) struct WatchPlan {
+    pub target: FetchTarget,
     pub source: ReplicaSource,
-    /// What confirms that a replica whose stream broke is gone: the service's own check, or a connection.
+    /// Probe that confirms that a replica is dead: the service's own check, or a TCP connection.
     pub probe: ProbeTarget,
 }
 
-/// What all tasks share.
-pub(super) struct Shared {
-    pub book: Arc<ReplicaRegistry>,
-    pub said: mpsc::Sender<(BackendId, Readiness)>,
+/// State that all tasks share.
+pub(super) struct WatchShared {
+    pub registry: Arc<ReplicaRegistry>,
+    pub readiness: mpsc::Sender<(BackendId, Readiness)>,
     pub scores: Arc<Scores>,
     pub prober: Prober,
-    /// Attempts under way; open streams are not counted.
+    /// Limits attempts in flight; open streams do not count.
     pub permits: Semaphore,
-    /// What must be saved has changed.
+    /// Notified when something that must be saved has changed.
     pub changed: Notify,
 }
 
-/// Watches one replica for ever.
-pub(super) async fn watch(shared: Arc<Shared>, id: BackendId, plan: Plan) {
+/// Watches one replica until the task is aborted.
+pub(super) async fn watch(shared: Arc<WatchShared>, id: BackendId, plan: WatchPlan) {
     let interval = Duration::from_millis(plan.source.interval_ms.into());
-    // The first looks come at random moments, so that they spread.
+    // The first attempt starts at a random time, to spread the load.
     tokio::time::sleep(interval.min(Duration::from_millis(500)).mul_f64(rand::random())).await;
     let scraper = (plan.source.kind != SourceKind::Stream).then(|| Scraper::new(&plan.source));
     let mut task = Task {
@@ -70,62 +70,63 @@ pub(super) async fn watch(shared: Arc<Shared>, id: BackendId, plan: Plan) {
         falls: Damper::default(),
         held_until: Duration::ZERO,
     };
-    let (mut failures, mut young, mut looking_until) = (0, 0, None::<Instant>);
+    let (mut failures, mut short_streams, mut polling_until) = (0, 0, None::<Instant>);
     loop {
         let start = Instant::now();
-        let is_looking = looking_until.is_some_and(|until| start < until);
-        let wait = match task.look(!is_looking).await {
+        let is_polling = polling_until.is_some_and(|until| start < until);
+        let wait = match task.fetch_report(!is_polling).await {
             Ok(()) => {
                 failures = 0;
                 interval.mul_f64(0.9 + 0.2 * rand::random::<f64>())
             }
-            Err(Ended { error, was_stream }) => {
-                task.trouble(&error, was_stream).await;
-                if error.is_hint() {
-                    task.confirm(&error).await;
+            Err(WatchError { error, was_stream }) => {
+                task.record_failure(&error, was_stream).await;
+                if error.suggests_death() {
+                    task.confirm_death(&error).await;
                 }
-                let lived = was_stream && start.elapsed() >= LIVED;
-                young = if was_stream && !lived { young + 1 } else { 0 };
-                if young >= YOUNG {
-                    (young, looking_until) = (0, Some(Instant::now() + LOOKING));
+                let was_stable = was_stream && start.elapsed() >= STABLE_AFTER;
+                short_streams = if was_stream && !was_stable { short_streams + 1 } else { 0 };
+                if short_streams >= MAX_SHORT_STREAMS {
+                    (short_streams, polling_until) = (0, Some(Instant::now() + POLLING));
                 }
-                failures = if lived { 0 } else { failures + 1 };
-                if lived { Duration::ZERO } else { backoff(failures, rand::random()) }
+                failures = if was_stable { 0 } else { failures + 1 };
+                if was_stable { Duration::ZERO } else { backoff(failures, rand::random()) }
             }
         };
         tokio::time::sleep(wait).await;
     }
 }
 
-/// Wait before the `failures`th new attempt: doubled each time, and spread by half.
+/// Wait after the given number of failures in a row: doubled each time, and reduced randomly by up to half.
 fn backoff(failures: u32, random: f64) -> Duration {
     let whole = BACKOFF.0.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(BACKOFF.1);
     whole.mul_f64(0.5 + 0.5 * random)
 }
 
-/// How a look or a stream ended.
-struct Ended {
+/// How a poll or a stream failed.
+struct WatchError {
     error: FetchError,
     was_stream: bool,
 }
 
 struct Task {
-    shared: Arc<Shared>,
+    shared: Arc<WatchShared>,
     id: BackendId,
-    plan: Plan,
+    plan: WatchPlan,
     /// None for our own protocol.
     scraper: Option<Scraper>,
     began: Instant,
     clock: ClockWatch,
-    /// How often it was lost of late, and until when it must stand to be believed again.
+    /// Recent losses of the replica.
     falls: Damper,
+    /// Time since `began` until which a lost replica is not accepted again.
     held_until: Duration,
 }
 
 impl Task {
-    /// Asks once. A plain answer is one report; a stream is read until it ends, which is always an error.
-    async fn look(&mut self, stream: bool) -> Result<(), Ended> {
-        let plain = |error| Ended { error, was_stream: false };
+    /// Sends one request. A plain answer is one report; a stream is read until it ends, which is always an error.
+    async fn fetch_report(&mut self, stream: bool) -> Result<(), WatchError> {
+        let plain = |error| WatchError { error, was_stream: false };
         let accept = match (&self.scraper, stream) {
             (Some(_), _) => "text/plain;version=0.0.4, application/openmetrics-text;q=0.5",
             (None, true) => "text/event-stream, application/json;q=0.5",
@@ -133,128 +134,128 @@ impl Task {
         };
         let answer = {
             let Ok(_permit) = self.shared.permits.acquire().await else { return Ok(()) };
-            http::get(&self.plan.ask, accept).await.map_err(plain)?
+            fetch(&self.plan.target, accept).await.map_err(plain)?
         };
         if self.scraper.is_none() && answer.is_stream() {
-            self.shared.book.edit(&self.id, |entry| entry.streaming = true);
-            let error = match self.stream(answer).await {
+            self.shared.registry.edit(&self.id, |entry| entry.streaming = true);
+            let error = match self.read_stream(answer).await {
                 Err(error) => error,
                 Ok(()) => FetchError::Broken { what: "the stream ended".to_owned() },
             };
-            return Err(Ended { error, was_stream: true });
+            return Err(WatchError { error, was_stream: true });
         }
         let limit = if self.scraper.is_some() { PAGE_LIMIT } else { REPORT_LIMIT };
-        let bytes = answer.whole(limit).await.map_err(plain)?;
+        let bytes = answer.read_all(limit).await.map_err(plain)?;
         let report = match &mut self.scraper {
             Some(scraper) => scraper.report(&bytes, self.began.elapsed()),
             None => Report::parse(&bytes),
         };
-        self.take(report).await.map_err(|error| plain(error.into()))
+        self.accept_report(report).await.map_err(|error| plain(error.into()))
     }
 
     /// Reads a stream to its end.
-    async fn stream(&mut self, mut answer: Answer) -> Result<(), FetchError> {
-        let timeout = self.plan.ask.timeout;
+    async fn read_stream(&mut self, mut answer: Answer) -> Result<(), FetchError> {
+        let timeout = self.plan.target.timeout;
         let silence = Duration::from_millis(self.plan.source.interval_ms.into()) * 3 + timeout;
         self.clock = ClockWatch::default();
-        let (mut events, mut heard) = (Events::default(), Instant::now());
+        let (mut events, mut last_report) = (Events::default(), Instant::now());
         let mut begun: Option<Instant> = None;
         let mut data: Vec<Vec<u8>> = Vec::new();
         loop {
-            // A report that has begun must end soon: who trickles it is stuck, or means harm.
+            // A report that has begun must end soon: a server that trickles it is stuck or malicious.
             let next = match begun {
                 Some(begun) => answer.next(begun + timeout, "a report", timeout).await?,
-                None => answer.next(heard + silence, "the time without a report", silence).await?,
+                None => answer.next(last_report + silence, "the time without a report", silence).await?,
             };
             let Some(bytes) = next else { return Ok(()) };
             events.feed(&bytes, |event| data.push(event.to_vec()))?;
             for event in data.drain(..) {
-                heard = Instant::now();
+                last_report = Instant::now();
                 begun = None;
-                if let Err(error) = self.take(Report::parse(&event)).await {
-                    self.refuse(&error);
+                if let Err(error) = self.accept_report(Report::parse(&event)).await {
+                    self.record_refused(&error);
                 }
             }
-            if events.pending() {
+            if events.is_pending() {
                 begun.get_or_insert_with(Instant::now);
             } else {
                 begun = None;
             }
-            if heard + silence <= Instant::now() {
+            if last_report + silence <= Instant::now() {
                 let limit_ms = silence.as_millis() as u64;
                 return Err(FetchError::Slow { what: "the time without a report", limit_ms });
             }
         }
     }
 
-    /// Takes a report in: book, score, readiness.
-    async fn take(&mut self, report: Result<Report, ReportError>) -> Result<(), ReportError> {
+    /// Processes a report: updates score, registry and readiness.
+    async fn accept_report(&mut self, report: Result<Report, ReportError>) -> Result<(), ReportError> {
         let report = report?;
         self.clock.check(&report, self.began.elapsed().as_millis() as u64)?;
         let score = load::score(&report, self.plan.source.capacity);
-        // First of all: the dataplane waits for it.
+        // The score comes first, since the dataplane uses it for new flows.
         let cost = load::request_cost(load::capacity(&report, self.plan.source.capacity));
         self.shared.scores.report(&self.id, score, cost);
         let readiness = Readiness::from(report.phase);
         let reason = match &report.model {
-            Some(model) => format!("the replica says so, model {model}"),
-            None => "the replica says so".to_owned(),
+            Some(model) => format!("reported by the replica, model {model}"),
+            None => "reported by the replica".to_owned(),
         };
         let (now, held) = (clock::unix_ms(), self.held_until.saturating_sub(self.began.elapsed()));
-        let turned = self.shared.book.edit(&self.id, |entry| {
+        let changed = self.shared.registry.edit(&self.id, |entry| {
             entry.report = Some(report);
             entry.report_ms = now;
             entry.score = Some(score);
             entry.reports += 1;
             entry.trouble = None;
             if entry.readiness == Readiness::Lost && !held.is_zero() {
-                let what = format!("comes and goes: believed again in {} s if it stays", held.as_secs() + 1);
+                let what = format!("flapping: accepted again in {} s if it stays up", held.as_secs() + 1);
                 entry.trouble = Some(super::registry::Trouble { time_ms: now, what });
                 return false;
             }
-            entry.turn(readiness, now, &reason)
+            entry.record_readiness(readiness, now, &reason)
         });
-        self.tell(turned.unwrap_or(false), readiness, &reason).await;
+        self.publish(changed.unwrap_or(false), readiness, &reason).await;
         Ok(())
     }
 
-    async fn tell(&self, turned: bool, readiness: Readiness, reason: &str) {
-        if !turned {
+    async fn publish(&self, changed: bool, readiness: Readiness, reason: &str) {
+        if !changed {
             return;
         }
-        let (backend, address) = (&self.id, self.plan.ask.address);
+        let (backend, address) = (&self.id, self.plan.target.address);
         match readiness {
             Readiness::Failed | Readiness::Lost => {
-                tracing::warn!(%backend, %address, %readiness, reason, "replica");
+                tracing::warn!(%backend, %address, %readiness, reason, "replica readiness changed");
             }
-            _ => tracing::info!(%backend, %address, %readiness, reason, "replica"),
+            _ => tracing::info!(%backend, %address, %readiness, reason, "replica readiness changed"),
         }
         self.shared.changed.notify_one();
-        // Nobody listens any more only when lbd ends.
-        let _ = self.shared.said.send((self.id.clone(), readiness)).await;
+        // The receiver is gone only when lbd ends.
+        let _ = self.shared.readiness.send((self.id.clone(), readiness)).await;
     }
 
-    /// Notes a report that was not believed. The last good one stands.
-    fn refuse(&self, error: &ReportError) {
+    /// Records a refused report. The last valid report stays in effect.
+    fn record_refused(&self, error: &ReportError) {
         let what = format!("report refused: {error}");
-        let first = self.shared.book.edit(&self.id, |entry| {
+        let first = self.shared.registry.edit(&self.id, |entry| {
             entry.refused += 1;
             let first = entry.trouble.as_ref().is_none_or(|t| t.what != what);
             entry.trouble = Some(super::registry::Trouble { time_ms: clock::unix_ms(), what: what.clone() });
             first
         });
         if first == Some(true) {
-            tracing::warn!(backend = %self.id, address = %self.plan.ask.address, what, "replica");
+            tracing::warn!(backend = %self.id, address = %self.plan.target.address, what, "replica report refused");
         }
     }
 
-    /// Notes a stream or a look that failed.
-    async fn trouble(&self, error: &FetchError, was_stream: bool) {
+    /// Records a failed poll or stream.
+    async fn record_failure(&self, error: &FetchError, was_stream: bool) {
         if let FetchError::Report(error) = error {
-            self.refuse(error);
+            self.record_refused(error);
         }
-        tracing::debug!(backend = %self.id, address = %self.plan.ask.address, %error, was_stream, "replica");
-        self.shared.book.edit(&self.id, |entry| {
+        tracing::debug!(backend = %self.id, address = %self.plan.target.address, %error, was_stream, "replica source failed");
+        self.shared.registry.edit(&self.id, |entry| {
             entry.streaming = false;
             entry.breaks += 1;
             if !matches!(error, FetchError::Report(_)) {
@@ -264,32 +265,34 @@ impl Task {
         });
     }
 
-    /// A replica cannot be heard: is it gone? Asks at once, by the service's own check.
-    async fn confirm(&mut self, error: &FetchError) {
+    /// Probes a replica that does not report, and marks it as lost if the probe fails.
+    async fn confirm_death(&mut self, error: &FetchError) {
         let result = (self.shared.prober)(self.plan.probe.clone()).await;
         let (now, elapsed) = (clock::unix_ms(), self.began.elapsed());
         if result.is_err() {
-            let was_lost = self.shared.book.get(&self.id).is_some_and(|e| e.readiness == Readiness::Lost);
+            let was_lost = self.shared.registry.get(&self.id).is_some_and(|e| e.readiness == Readiness::Lost);
             if !was_lost {
-                self.falls.fall(elapsed);
+                self.falls.record_fall(elapsed);
             }
-            // Who is lost for the third time of late must stand a while; from the moment that it is there again.
+            // From the third recent loss on, the replica must stay up for a while before it is accepted again.
             self.held_until = elapsed + HOLD * (self.falls.factor(elapsed) - 1);
         }
-        let turned = self.shared.book.edit(&self.id, |entry| match &result {
+        let changed = self.shared.registry.edit(&self.id, |entry| match &result {
             Err(reason) => {
                 let reason = format!("{error}; probe: {reason}");
-                entry.turn(Readiness::Lost, now, &reason).then_some((Readiness::Lost, reason))
+                entry.record_readiness(Readiness::Lost, now, &reason).then_some((Readiness::Lost, reason))
             }
-            // It lives, and what it last said was that of one that died since.
+            // The worker is up again, but its last report is from before it died.
             Ok(reason) if entry.readiness == Readiness::Lost => {
                 let reason = format!("probe: {reason}; no report yet");
-                entry.turn(Readiness::Unknown, now, &reason).then_some((Readiness::Unknown, reason))
+                entry
+                    .record_readiness(Readiness::Unknown, now, &reason)
+                    .then_some((Readiness::Unknown, reason))
             }
             Ok(_) => None,
         });
-        if let Some((readiness, reason)) = turned.flatten() {
-            self.tell(true, readiness, &reason).await;
+        if let Some((readiness, reason)) = changed.flatten() {
+            self.publish(true, readiness, &reason).await;
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Map entries made from model values, and back.
+//! Converts model values to map entries, and back.
 
 use super::{Plan, ServiceId, Settings, memory};
 use crate::{
@@ -17,7 +17,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-/// The dataplane's form of an address.
+/// Converts an address to the dataplane's form.
 pub fn to_address(address: IpAddr) -> Address {
     match address {
         IpAddr::V4(v4) => mapped(v4.octets()),
@@ -25,7 +25,7 @@ pub fn to_address(address: IpAddr) -> Address {
     }
 }
 
-/// The inverse of [`to_address`].
+/// Converts an address from the dataplane's form.
 pub fn from_address(address: &Address) -> IpAddr {
     if is_mapped(address) {
         Ipv4Addr::new(address[12], address[13], address[14], address[15]).into()
@@ -34,8 +34,8 @@ pub fn from_address(address: &Address) -> IpAddr {
     }
 }
 
-/// Key of a service's flow hash and seed of its tables: from the service's own seed, else from what
-/// packets know it by, so that every ingress host has the same.
+/// Key of a service's flow hash and seed of its tables: derived from the service's own seed, else from VIP, ports and
+/// protocol, so that it is equal on every ingress host.
 pub fn seed(service: &Service) -> [u64; 2] {
     let mut state = 0x6c62_7365_6564_0001;
     let mut absorb = |word: u64| state = mix(state ^ mix(word));
@@ -55,13 +55,14 @@ pub fn seed(service: &Service) -> [u64; 2] {
     [mix(state ^ 1), mix(state ^ 2)]
 }
 
-/// Slots of a service's table; none without backends.
+/// Slots of a service's table: its own setting, or the smallest size with a hundred slots per backend. The two
+/// smallest sizes must be set explicitly, and steps are wide, because a change of size moves flows.
 pub fn table_size(service: &Service) -> u32 {
     if service.backends.is_empty() { 0 } else { service.slots() }
 }
 
-/// A backend's entry.
-pub fn backend(
+/// Builds a backend's map entry.
+pub fn backend_entry(
     address: IpAddr,
     service: &Service,
     service_index: u32,
@@ -71,7 +72,9 @@ pub fn backend(
 ) -> Backend {
     let (mode, port) = match service.mode {
         ForwardingMode::Ipip => (mode::IPIP, 0),
-        ForwardingMode::Gue if has_chain(service, settings) => (mode::GUE_CHAIN, service.gue_port),
+        ForwardingMode::Gue if has_second_chance_header(service, settings) => {
+            (mode::GUE_CHAIN, service.gue_port)
+        }
         ForwardingMode::Gue => (mode::GUE, service.gue_port),
         ForwardingMode::L2 => (mode::L2, 0),
         ForwardingMode::Local => (mode::LOCAL, 0),
@@ -92,8 +95,8 @@ pub fn backend(
         }
         _ => None,
     };
-    let of_route = || next_hop.and_then(|hop| hop.source).map(|source| (source, 0));
-    let source = prefix.or_else(of_route).filter(|(source, _)| source.is_ipv4() == address.is_ipv4());
+    let route_source = || next_hop.and_then(|hop| hop.source).map(|source| (source, 0));
+    let source = prefix.or_else(route_source).filter(|(source, _)| source.is_ipv4() == address.is_ipv4());
     let mut entry = Backend {
         address: to_address(address),
         flags: flags::USED | state,
@@ -110,7 +113,7 @@ pub fn backend(
         entry.flags |= flags::RESOLVED;
         return entry;
     }
-    // Without a source the program must ask the kernel for one; by MAC it reaches no further than the segment.
+    // Without a source address the program must ask the kernel for one; mode l2 cannot cross a router.
     let next_hop = next_hop.filter(|hop| mode != mode::L2 || !hop.is_routed);
     if let (Some(hop), true) = (next_hop, source.is_some() || mode == mode::L2) {
         entry.next_hop = hop.next_hop;
@@ -123,19 +126,19 @@ pub fn backend(
     entry
 }
 
-/// The port that a worker serves on, 0 if it is the one that the client asked for.
+/// Port of the worker; 0 if it is the client's destination port.
 fn worker_port(address: IpAddr, service: &Service) -> u16 {
     let backend = service.backends.values().find(|b| b.address == address);
     backend.and_then(|b| b.port).unwrap_or(0)
 }
 
-/// Whether a service's packets carry other backends.
-pub fn has_chain(service: &Service, settings: &Settings) -> bool {
+/// Whether a service's packets carry a second chance header with other backends.
+pub fn has_second_chance_header(service: &Service, settings: &Settings) -> bool {
     service.has_second_chance() && settings.features_off & features::SECOND_CHANCE == 0
 }
 
-/// Enters a service where packets find it.
-pub fn enter(id: &ServiceId, index: u32, plan: &mut Plan) {
+/// Adds a service to the maps by which packets find it.
+pub fn add_service(id: &ServiceId, index: u32, plan: &mut Plan) {
     let vip = to_address(id.vip);
     let entry = plan.vips.entry(VipKey { vip }).or_insert(Vip::EMPTY);
     match id.port {
@@ -148,7 +151,7 @@ pub fn enter(id: &ServiceId, index: u32, plan: &mut Plan) {
         Ports::Range(first, last) => {
             let range = PortRange { first, last, protocol: id.protocol.number().into(), service: index };
             let used = entry.range_count as usize;
-            // The model allows no more ranges than fit.
+            // The model limits the number of ranges to what fits.
             if used < entry.ranges.len() {
                 let order = |r: &PortRange| (r.protocol, r.first);
                 let at = entry.ranges[..used].partition_point(|r| order(r) < order(&range));
@@ -160,21 +163,24 @@ pub fn enter(id: &ServiceId, index: u32, plan: &mut Plan) {
     }
 }
 
-/// The inverse of [`enter`] for a whole plan: which services packets can reach, by index.
+/// The inverse of [`add_service`] for a whole plan: services that packets can reach, by index.
 pub fn service_ids(plan: &Plan) -> BTreeMap<u32, ServiceId> {
     let mut ids = BTreeMap::new();
     for (key, &index) in &plan.index {
-        ids.insert(index, memory::id(from_address(&key.vip), Ports::One(key.port.get()), key.protocol));
+        ids.insert(
+            index,
+            memory::service_id(from_address(&key.vip), Ports::One(key.port.get()), key.protocol),
+        );
     }
     for (key, vip) in &plan.vips {
         let address = from_address(&key.vip);
         for range in &vip.ranges[..(vip.range_count as usize).min(vip.ranges.len())] {
             let ports = Ports::Range(range.first, range.last);
-            ids.insert(range.service, memory::id(address, ports, range.protocol as u8));
+            ids.insert(range.service, memory::service_id(address, ports, range.protocol as u8));
         }
         for (index, protocol) in [(vip.any_tcp, TCP), (vip.any_udp, UDP)] {
             if index != NO_SERVICE {
-                ids.insert(index, memory::id(address, Ports::Any, protocol));
+                ids.insert(index, memory::service_id(address, Ports::Any, protocol));
             }
         }
     }

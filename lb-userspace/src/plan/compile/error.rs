@@ -1,30 +1,30 @@
-//! Why a state, or a service, cannot be had.
+//! Errors of compiling a state or a service.
 
 use crate::desired::model::Name;
 
 /// Why a state cannot be compiled. Nothing has been written when this is returned.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CompileError {
-    /// More of something than a map holds.
+    /// A map is too small.
     #[error(
-        "{what} do not fit: {needed} needed, {limit} possible, first without room: {first}; \
+        "{what} do not fit: {needed} needed, {limit} available, first that does not fit: {first}; \
          remove some, or start lbd with a larger {option}"
     )]
     TooMany {
-        /// Things counted.
+        /// Kind of objects.
         what: &'static str,
-        /// How many are needed.
+        /// Number needed.
         needed: u64,
-        /// How many fit.
+        /// Number that fits.
         limit: u64,
-        /// The first that has no room.
+        /// First object that does not fit.
         first: String,
         /// Option that raises the limit.
         option: &'static str,
     },
-    /// A service needs what the program was loaded without.
+    /// A service needs a feature that the program was loaded without.
     #[error(
-        "service {service}: {what} needs feature {feature}, which lbd was started without: add it to features"
+        "service {service}: {what} needs feature {feature}, which is off: add it to the setting features"
     )]
     FeatureOff {
         /// Service.
@@ -34,17 +34,17 @@ pub enum CompileError {
         /// Feature's name in settings.
         feature: &'static str,
     },
-    /// There are deny or allow lists, which the program was loaded without.
-    #[error("deny and allow lists need feature guard, which lbd was started without: add it to features")]
+    /// There are deny or allow lists, but the program was loaded without them.
+    #[error("deny and allow lists need feature guard, which is off: add it to the setting features")]
     GuardOff,
-    /// Tables do not fit.
+    /// The Maglev tables do not fit.
     #[error(
-        "Maglev tables do not fit: {needed} slots needed (with {spare} to write a changed table, with the old one behind it, \
-         beside the live one), {limit} possible; the largest is that of service {largest} with {largest_slots} slots: \
-         give it a smaller table_size, or start lbd with --max-slots {needed}"
+        "Maglev tables do not fit: {needed} slots needed (including {spare} to write a changed table and the old one \
+         beside the live one), {limit} available; service {largest} has the largest table with {largest_slots} slots: \
+         reduce its table_size, or start lbd with --max-slots {needed}"
     )]
     TooManySlots {
-        /// Slots needed, spare ones included.
+        /// Slots needed, including spare ones.
         needed: u64,
         /// Slots of the largest table, kept free for a change.
         spare: u64,
@@ -52,7 +52,7 @@ pub enum CompileError {
         limit: u64,
         /// Service with the largest table.
         largest: Name,
-        /// Its size.
+        /// Slots of that table.
         largest_slots: u32,
     },
 }

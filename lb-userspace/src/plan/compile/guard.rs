@@ -1,7 +1,7 @@
-//! What the dataplane's lists are made of: entries, bitmaps, lengths in use.
+//! Contents of the guard maps: entries, bitmaps, and prefix lengths in use.
 //!
 //! Input: prefixes and their verdicts, one by one. Output: the words of the maps of [`lb_common::guard`]. Pure. Called by
-//! the dataplane's writer, which keeps one [`Table`] beside the maps.
+//! the dataplane's writer, which keeps one [`GuardTable`] beside the maps.
 
 use ipnet::IpNet;
 use lb_common::{
@@ -14,22 +14,22 @@ use std::{
     ops::RangeInclusive,
 };
 
-/// All prefixes with their verdicts (see [`verdict`]), and what follows from them.
+/// All prefixes with their verdicts (see [`verdict`]), and derived counts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Table {
+pub struct GuardTable {
     v4: BTreeMap<(u32, u8), u32>,
     v6: BTreeMap<(u128, u8), u32>,
-    /// Prefixes of each length.
+    /// Number of prefixes by length.
     v4_lengths: BTreeMap<u8, u32>,
     v6_lengths: BTreeMap<u8, u32>,
-    /// Prefixes that set each bit of the filter.
+    /// Number of prefixes by the filter bit that they set.
     filter: HashMap<u32, u32>,
 }
 
-/// Blocks of 256 IPv4 addresses.
+/// A range of blocks of 256 IPv4 addresses.
 pub type Blocks = RangeInclusive<u32>;
 
-/// All of them.
+/// All blocks.
 pub const ALL_BLOCKS: Blocks = 0..=(1 << block::BITS) - 1;
 
 /// Key of a prefix.
@@ -42,7 +42,7 @@ pub fn key_of(net: IpNet) -> GuardKey {
     }
 }
 
-/// Prefix of a key; none if it is not one of ours.
+/// Prefix of a key; None if the key is not valid.
 pub fn net_of(key: &GuardKey) -> Option<IpNet> {
     let v6 = Ipv6Addr::from(key.address);
     match v6.to_ipv4_mapped() {
@@ -53,8 +53,8 @@ pub fn net_of(key: &GuardKey) -> Option<IpNet> {
     }
 }
 
-/// Adds to a count, and says whether it was, or is now, zero.
-fn count<K: Ord + Copy>(counts: &mut BTreeMap<K, u32>, key: K, up: bool) {
+/// Increments or decrements a count; removes it at zero.
+fn adjust_count<K: Ord + Copy>(counts: &mut BTreeMap<K, u32>, key: K, up: bool) {
     let n = counts.entry(key).or_default();
     *n = if up { *n + 1 } else { n.saturating_sub(1) };
     if *n == 0 {
@@ -62,18 +62,18 @@ fn count<K: Ord + Copy>(counts: &mut BTreeMap<K, u32>, key: K, up: bool) {
     }
 }
 
-impl Table {
-    /// How many prefixes it has.
+impl GuardTable {
+    /// Number of prefixes.
     pub fn len(&self) -> usize {
         self.v4.len() + self.v6.len()
     }
 
-    /// Whether it has none.
+    /// Whether there are no prefixes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A prefix's verdict.
+    /// Verdict of a prefix, if it is in the table.
     pub fn get(&self, net: IpNet) -> Option<u32> {
         match net {
             IpNet::V4(n) => self.v4.get(&(n.network().into(), n.prefix_len())).copied(),
@@ -92,7 +92,7 @@ impl Table {
         v4.chain(v6)
     }
 
-    /// Sets a prefix's verdict, or takes it out.
+    /// Sets a prefix's verdict; None removes the prefix.
     pub fn set(&mut self, net: IpNet, verdict: Option<u32>) {
         match net {
             IpNet::V4(n) => {
@@ -102,7 +102,7 @@ impl Table {
                     None => self.v4.remove(&key),
                 };
                 if before.is_some() != verdict.is_some() {
-                    count(&mut self.v4_lengths, key.1, verdict.is_some());
+                    adjust_count(&mut self.v4_lengths, key.1, verdict.is_some());
                 }
             }
             IpNet::V6(n) => {
@@ -112,14 +112,14 @@ impl Table {
                     None => self.v6.remove(&key),
                 };
                 if before.is_some() != verdict.is_some() {
-                    count(&mut self.v6_lengths, key.1, verdict.is_some());
-                    self.count_bit(filter_bit(net), verdict.is_some());
+                    adjust_count(&mut self.v6_lengths, key.1, verdict.is_some());
+                    self.adjust_filter_bit(filter_bit(net), verdict.is_some());
                 }
             }
         }
     }
 
-    fn count_bit(&mut self, bit: Option<u32>, up: bool) {
+    fn adjust_filter_bit(&mut self, bit: Option<u32>, up: bool) {
         let Some(bit) = bit else { return };
         let n = self.filter.entry(bit).or_default();
         *n = if up { *n + 1 } else { n.saturating_sub(1) };
@@ -128,7 +128,7 @@ impl Table {
         }
     }
 
-    /// Lengths of IPv4 prefixes beyond those that blocks tell, see [`lb_common::guard::GuardState::v4`].
+    /// Lengths of IPv4 prefixes that are longer than a block, see [`lb_common::guard::GuardState::v4`].
     pub fn v4_mask(&self) -> u32 {
         let long = self.v4_lengths.keys().filter(|bits| u32::from(**bits) > block::BITS);
         long.fold(0, |mask, bits| mask | 1 << (u32::from(*bits) - block::BITS - 1))
@@ -143,7 +143,7 @@ impl Table {
         lengths
     }
 
-    /// A word of the filter.
+    /// One word of the filter.
     pub fn filter_word(&self, word: u32) -> u32 {
         (0..32).fold(0, |bits, i| bits | u32::from(self.filter.contains_key(&(word * 32 + i))) << i)
     }
@@ -157,9 +157,9 @@ impl Table {
         words
     }
 
-    /// The bits of these blocks, see [`block`].
+    /// State bits of these blocks, see [`block`].
     pub fn blocks(&self, range: Blocks) -> Vec<u8> {
-        /// What is gathered about a block: as in [`block`], and whether it has longer prefixes at all.
+        /// Flags collected per block: as in [`block`], and whether it contains longer prefixes.
         const DENY: u8 = 1;
         const LONG_DENY: u8 = 2;
         const LONG: u8 = 4;
@@ -173,8 +173,8 @@ impl Table {
                 found[(from - first) as usize..=(to - first) as usize].fill(value);
             }
         };
-        // What begins before the range and reaches into it, shortest first; then what begins in it. Prefixes lie within
-        // each other or apart, so that each is painted over those that hold it.
+        // Fill with prefixes that begin before the range and reach into it, shortest first; then with those that begin
+        // in it. Prefixes are nested or disjoint, so each one overwrites those that contain it.
         for bits in self.v4_lengths.keys().filter(|bits| u32::from(**bits) <= block::BITS) {
             let address = (first << 8) & !u32::MAX.checked_shr((*bits).into()).unwrap_or(0);
             if let Some(verdict) = self.v4.get(&(address, *bits)) {
@@ -190,14 +190,14 @@ impl Table {
                 LONG | if *verdict == verdict::DENY { LONG_DENY } else { 0 };
         }
         for state in &mut found {
-            let asks = *state & LONG_DENY != 0 || *state & (DENY | LONG) == DENY | LONG;
-            *state = *state & DENY | if asks { block::ASK as u8 } else { 0 };
+            let needs_lookup = *state & LONG_DENY != 0 || *state & (DENY | LONG) == DENY | LONG;
+            *state = *state & DENY | if needs_lookup { block::ASK as u8 } else { 0 };
         }
         found
     }
 }
 
-/// Adds a length behind the others, which are longer.
+/// Appends a length; earlier ones are longer.
 pub fn add_length(lengths: &mut Lengths, bits: u8) {
     let number = level::of(bits.into()) / 16;
     lengths.bits[lengths.count as usize] = [bits, number as u8];
@@ -205,13 +205,13 @@ pub fn add_length(lengths: &mut Lengths, bits: u8) {
     lengths.levels |= 1 << number;
 }
 
-/// Blocks whose bits depend on a prefix; none for IPv6.
+/// Blocks whose bits depend on a prefix; None for IPv6.
 pub fn blocks_of(net: IpNet) -> Option<Blocks> {
     let IpNet::V4(net) = net else { return None };
     Some(u32::from(net.network()) >> 8..=u32::from(net.broadcast()) >> 8)
 }
 
-/// Bit of the filter that a prefix sets; none for IPv4, and where no filter is asked.
+/// Bit of the filter that a prefix sets; None for IPv4, and for lengths without a filter.
 pub fn filter_bit(net: IpNet) -> Option<u32> {
     let IpNet::V6(net) = net else { return None };
     match level::of(net.prefix_len().into()) {
@@ -220,8 +220,8 @@ pub fn filter_bit(net: IpNet) -> Option<u32> {
     }
 }
 
-/// Ranges of blocks, sorted and joined.
-pub fn joined(mut ranges: Vec<Blocks>) -> Vec<Blocks> {
+/// Sorts ranges of blocks, and joins those that touch.
+pub fn join_ranges(mut ranges: Vec<Blocks>) -> Vec<Blocks> {
     ranges.sort_by_key(|range| *range.start());
     let mut joined: Vec<Blocks> = Vec::new();
     for range in ranges {

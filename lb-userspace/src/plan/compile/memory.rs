@@ -1,7 +1,7 @@
-//! What must outlive one compilation: who has which index, and what the tables were made from lately.
+//! State kept between compilations: the indices of services and backends, and the recent epochs of tables.
 //!
-//! Kept in a file by `reconcile`, so that a restart changes nothing. Indices can also be read back from the
-//! live maps ([`Memory::adopt`]), which are the truth about them.
+//! `reconcile` keeps it in a file, so that a restart changes nothing. Indices can also be read back from the
+//! live maps ([`Memory::adopt`]), which are authoritative for them.
 
 use super::{Limits, Plan, ServiceId, entries};
 use crate::{
@@ -16,43 +16,43 @@ use std::{
     sync::Arc,
 };
 
-/// Epochs remembered per service. Under flapping the shortest-lived are forgotten first.
+/// Epochs kept per service. Under flapping the shortest ones are dropped first.
 const MAX_EPOCHS: usize = 64;
 
-/// Everything remembered.
+/// State kept between compilations.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Memory {
-    /// Services that exist.
+    /// Existing services.
     #[serde(with = "pairs")]
     pub services: BTreeMap<ServiceId, Arc<ServiceMemory>>,
-    /// Indices that may still stand in flow tables.
+    /// Indices of removed services that flow tables may still contain.
     pub retired: Vec<Retired>,
 }
 
 /// Indices of a removed service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retired {
-    /// Its index in `SERVICES`.
+    /// Index of the service in `SERVICES`.
     pub service: u32,
-    /// Its backends' indices.
+    /// Indices of its backends.
     pub backends: Vec<u32>,
-    /// When it was removed.
+    /// Time of the removal, in ms since boot.
     pub since_ms: i64,
 }
 
-/// What is remembered about a service. Times are in ms of the clock since boot.
+/// State of a service. Times are in ms since boot.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceMemory {
     /// Index in `SERVICES`.
     pub index: u32,
-    /// Backends by address, removed ones included until they are forgotten.
+    /// Backends by address, including removed ones until they are forgotten.
     pub backends: BTreeMap<IpAddr, BackendMemory>,
-    /// What the table was made from, oldest first: the epoch in force when the drain window began, and all since.
+    /// Epochs of the table, oldest first: the epoch in effect when the drain window began, and all later ones.
     #[serde(with = "epochs")]
     pub epochs: Vec<Epoch>,
-    /// Every backend has had a verdict once.
+    /// Whether every backend has had a verdict.
     pub settled: bool,
-    /// The scheduler in force places flows elsewhere than on their slots' primaries.
+    /// Whether the current scheduler places flows on other backends than their slots' primaries.
     #[serde(default)]
     pub exceptions: bool,
     /// When each slot last changed its primary (ms since boot), [`i64::MIN`] if not in the window. Derived from `epochs`.
@@ -63,48 +63,48 @@ pub struct ServiceMemory {
     pub tracked: Arc<Vec<u64>>,
 }
 
-/// A backend's index.
+/// State of a backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendMemory {
-    /// In `BACKENDS`.
+    /// Index in `BACKENDS`.
     pub index: u32,
-    /// When its slow start began, while it starts.
+    /// Start of its slow start, during slow start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_ms: Option<i64>,
-    /// It could take flows and takes none, because others come first: it needs no slow start when its turn comes.
+    /// Whether it could take flows but gets none, because other regions come first: it needs no slow start later.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stands_by: bool,
-    /// Residency forbids it; a removed one that it forbade is not let in again for its last flows.
+    /// Whether residency forbids it; after its removal it stays forbidden for its last flows.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub forbidden: bool,
-    /// When it was removed from the desired state, if it was.
+    /// Time of its removal from the desired state, if removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_ms: Option<i64>,
 }
 
-/// A time with one table.
+/// A period with one table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Epoch {
-    /// When it began.
+    /// Start of the period, in ms since boot.
     pub from_ms: i64,
-    /// What its table is made from.
+    /// Inputs of the table.
     pub shape: Arc<Shape>,
 }
 
-/// All that a table depends on.
+/// All inputs of a table.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Key of the flow hash and seed of the table.
     pub seed: [u64; 2],
-    /// Slots.
+    /// Number of slots.
     pub size: u32,
-    /// Seating, empty if the members came in the order of their seats.
+    /// History of seats; empty if the members took their seats in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub turns: Vec<maglev::SeatChange>,
-    /// Flows are hashed by the client's address alone.
+    /// Whether flows are hashed by the client's address alone.
     #[serde(default)]
     pub by_source: bool,
-    /// In address order.
+    /// Members in address order.
     pub members: Vec<ShapeMember>,
 }
 
@@ -116,7 +116,7 @@ pub struct ShapeMember {
     pub address: IpAddr,
     /// Weight, above 0.
     pub weight: u32,
-    /// Takes new flows.
+    /// Whether the member takes new flows.
     pub eligible: bool,
     /// Seat in the table.
     pub seat: u32,
@@ -135,29 +135,29 @@ impl From<ShapeMember> for (IpAddr, u32, bool, u32) {
 }
 
 impl Shape {
-    /// Whether flows fall on the same slots.
-    pub fn comparable(&self, other: &Self) -> bool {
+    /// Whether flows hash to the same slots in both tables.
+    pub fn is_comparable(&self, other: &Self) -> bool {
         self.seed == other.seed && self.size == other.size && self.by_source == other.by_source
     }
 }
 
 impl ServiceMemory {
-    /// Forgets a table that had no slots: no flow was placed by it, and were it the base, flows of the drain window
-    /// would be looked for there.
+    /// Drops epochs without slots: no flow was placed by them, and as base they would be used to look up flows of
+    /// the drain window.
     pub fn forget_empty(&mut self, shape: &Shape) {
         if shape.size != 0 {
             self.epochs.retain(|e| e.shape.size != 0);
         }
     }
 
-    /// Notes the shape in force from `now_ms` on. True if it is a new one.
-    pub fn enter(&mut self, shape: &Arc<Shape>, now_ms: i64, drain_ms: i64) -> bool {
+    /// Starts an epoch with this shape at `now_ms`, unless it is the current one; returns whether it did.
+    pub fn start_epoch(&mut self, shape: &Arc<Shape>, now_ms: i64, drain_ms: i64) -> bool {
         let is_new = self.epochs.last().is_none_or(|last| last.shape != *shape);
         if is_new {
             let known = self.epochs.iter().find(|e| e.shape == *shape).map(|e| e.shape.clone());
             self.epochs.push(Epoch { from_ms: now_ms, shape: known.unwrap_or_else(|| shape.clone()) });
             if self.epochs.len() > MAX_EPOCHS {
-                // The base, the first, and the newest stay.
+                // Keep the base and the newest epoch.
                 let shortest = (1..self.epochs.len() - 1)
                     .min_by_key(|&i| self.epochs[i + 1].from_ms - self.epochs[i].from_ms);
                 if let Some(i) = shortest {
@@ -170,31 +170,31 @@ impl ServiceMemory {
         is_new
     }
 
-    /// The epoch in force when the drain window began, or the first there was.
+    /// The epoch in effect when the drain window began, or the first epoch.
     pub fn base(&self) -> Option<&Epoch> {
         self.epochs.first()
     }
 }
 
-/// Indices that nothing uses, lowest first.
+/// Unused indices, lowest first.
 pub struct FreeIndices {
     services: Unused,
     backends: Unused,
 }
 
 impl FreeIndices {
-    /// Takes one for a service.
-    pub fn service(&mut self) -> Option<u32> {
+    /// Takes an index for a service.
+    pub fn take_service(&mut self) -> Option<u32> {
         self.services.next()
     }
 
-    /// Takes one for a backend.
-    pub fn backend(&mut self) -> Option<u32> {
+    /// Takes an index for a backend.
+    pub fn take_backend(&mut self) -> Option<u32> {
         self.backends.next()
     }
 }
 
-/// What is left of `0..limit`. The used ones are sorted only when something is asked for: most changes
+/// Unused indices of `0..limit`. The used ones are sorted only when an index is taken: most changes
 /// need no new index.
 struct Unused {
     used: Vec<u32>,
@@ -234,7 +234,7 @@ impl Iterator for Unused {
 }
 
 impl Memory {
-    /// Indices not in use. Computed once per compilation.
+    /// Unused indices. Computed once per compilation.
     pub fn free_indices(&self, limits: &Limits) -> FreeIndices {
         let retired = || self.retired.iter();
         let services = self.services.values().map(|s| s.index).chain(retired().map(|r| r.service));
@@ -257,7 +257,7 @@ impl Memory {
         }
     }
 
-    /// Forgets retired services and removed backends whose indices stand in no flow table any more.
+    /// Forgets retired services and removed backends whose indices no flow table contains any more.
     pub fn release(&mut self, services: &BTreeSet<u32>, backends: &BTreeSet<u32>) {
         self.retired.retain(|r| !services.contains(&r.service));
         for service in self.services.values_mut() {
@@ -285,13 +285,13 @@ impl Memory {
             .collect()
     }
 
-    /// Clears the tracked mark of a service's stable slots: a scan that began after they became stable
-    /// found none of its flows. The marks of slots still in transition come back with the next compilation.
+    /// Clears the tracked mark of a service's slots, after a scan that began when they had become stable found none of
+    /// its flows. The next compilation marks slots that are still in transition again.
     pub fn untrack(&mut self, service: u32) {
         self.untrack_all(|index| index == service);
     }
 
-    /// The same for all services of which `is_quiet` says so.
+    /// Clears the tracked mark of the slots of all services whose index `is_quiet` accepts.
     pub fn untrack_all(&mut self, is_quiet: impl Fn(u32) -> bool) {
         for memory in self.services.values_mut().filter(|s| is_quiet(s.index)) {
             if memory.tracked.iter().any(|&word| word != 0) {
@@ -300,8 +300,8 @@ impl Memory {
         }
     }
 
-    /// Takes from the live maps what they know better than a file: indices, and tracked slots.
-    /// What the maps do not have is forgotten; what the file does not know is learnt.
+    /// Takes indices and tracked slots from the live maps, which are authoritative for them.
+    /// Services that the maps do not have are dropped; those that the memory does not have are added.
     pub fn adopt(&mut self, live: &Plan, now_ms: i64) {
         let known = std::mem::take(&mut self.services);
         let live_ids = entries::service_ids(live);
@@ -330,11 +330,11 @@ impl Memory {
                 })
                 .collect();
             let entry = live.services.get(&index);
-            memory.tracked = Arc::new(entry.map_or_else(Vec::new, |s| tracked(s.slots())));
+            memory.tracked = Arc::new(entry.map_or_else(Vec::new, |s| tracked_bits(s.slots())));
             memory.exceptions = entry.is_some_and(|s| s.view.flags & service::flags::TRACK_ALL != 0);
             self.services.insert(*id, Arc::new(memory));
         }
-        // An entry of a service that no packet can reach any more: a removal that was cut short.
+        // Entries of services that packets cannot reach any more: an interrupted removal.
         let mut stray: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
         for (&index, entry) in live.backends.iter().filter(|(_, b)| !live_ids.contains_key(&b.service)) {
             stray.entry(entry.service).or_default().push(index);
@@ -352,7 +352,7 @@ impl Memory {
         self.retired.retain(|r| !live_indices.contains(&r.service));
     }
 
-    /// Takes indices from maps whose tables are not known: any flow may be an exception then.
+    /// Takes indices from maps whose tables are unknown: any flow may be an exception.
     pub fn adopt_indices(&mut self, live: &Plan, now_ms: i64) {
         self.adopt(live, now_ms);
         for service in self.services.values_mut() {
@@ -360,8 +360,8 @@ impl Memory {
         }
     }
 
-    /// Moves all times by `by_ms`: the clock since boot starts anew at each boot.
-    pub fn shift(&mut self, by_ms: i64) {
+    /// Shifts all times by `by_ms`, after a reboot has restarted the clock.
+    pub fn shift_times(&mut self, by_ms: i64) {
         for retired in &mut self.retired {
             retired.since_ms += by_ms;
         }
@@ -372,8 +372,8 @@ impl Memory {
     }
 }
 
-/// Tracked bits of a table.
-fn tracked(table: &[Slot]) -> Vec<u64> {
+/// Bitmap of a table's tracked slots.
+fn tracked_bits(table: &[Slot]) -> Vec<u64> {
     let mut bits = vec![0u64; table.len().div_ceil(64)];
     for (i, _) in table.iter().enumerate().filter(|(_, s)| s.is_tracked()) {
         bits[i / 64] |= 1 << (i % 64);
@@ -381,13 +381,13 @@ fn tracked(table: &[Slot]) -> Vec<u64> {
     bits
 }
 
-/// Identity of a service from what the maps say about it.
-pub(super) fn id(vip: IpAddr, port: Ports, protocol: u8) -> ServiceId {
+/// Identity of a service from fields of map entries.
+pub(super) fn service_id(vip: IpAddr, port: Ports, protocol: u8) -> ServiceId {
     let protocol = if protocol == service::UDP { Protocol::Udp } else { Protocol::Tcp };
     ServiceId { vip, port, protocol }
 }
 
-/// A map whose keys are no strings, as a list of pairs.
+/// Serialises a map whose keys are not strings as a list of pairs.
 mod pairs {
     use super::{Arc, BTreeMap, ServiceId, ServiceMemory};
     use serde::{Deserialize, Deserializer, Serializer};
@@ -404,7 +404,7 @@ mod pairs {
     }
 }
 
-/// Epochs, each shape written once: flapping comes back to the same few.
+/// Serialises epochs with each shape written once: flapping repeats the same few shapes.
 mod epochs {
     use super::{Arc, Epoch, Shape};
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
@@ -412,7 +412,7 @@ mod epochs {
     #[derive(Serialize, Deserialize)]
     struct File<S> {
         shapes: Vec<S>,
-        /// Beginning, and place in `shapes`.
+        /// Start, and position in `shapes`.
         from: Vec<(i64, usize)>,
     }
 

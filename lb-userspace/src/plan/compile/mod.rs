@@ -1,14 +1,15 @@
-//! From desired state and observations to the contents of all maps.
+//! Compiles desired state and observations into the contents of all maps.
 //!
 //! Input: [`Desired`], [`Observed`], the [`Memory`] of earlier compilations, [`Settings`]. Output: a
-//! [`Plan`] (every map's contents), the new memory, and a status of each service for people. Pure:
-//! the clock is `Observed::now`. Called by `reconcile`, which writes what differs from the live maps.
+//! [`Plan`] (the contents of all maps), the new memory, and a status of each service. Pure:
+//! the clock is `Observed::now`. Called by `reconcile`, which writes the differences to the live maps.
 //!
-//! What a packet already on its way may rely on: a flow that is in no flow table stays with its backend
-//! as long as that backend is there. [`service`] says how.
+//! Guarantee: a flow without an entry in a flow table stays with its backend as long as that backend exists.
+//! [`table`] describes how.
 
 mod entries;
 mod error;
+mod features;
 pub mod guard;
 mod memory;
 mod quic;
@@ -23,11 +24,11 @@ mod table;
 
 pub use entries::{from_address, to_address};
 pub use error::CompileError;
+pub use features::features_needed;
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use replay_history::Past;
-pub use room::{Need, Waiting, admit, needs, room};
-pub use service::features_needed;
-pub use status::{BackendStatus, ServiceStatus};
+pub use room::{RegionNeed, Waiting, admit, max_slots, region_needs};
+pub use status::{CompiledBackend, CompiledService};
 pub use table::Hashing;
 
 use crate::desired::model::{Desired, Locality, Name, Observed, Ports, Protocol};
@@ -35,7 +36,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Backend, ServiceKey, Slot, Vip, VipKey, limits,
     quic::{QuicConfig, ServerIdKey},
-    settings::features,
+    settings::features::GUARD,
 };
 use serde::{Deserialize, Serialize};
 use std::{
@@ -45,35 +46,35 @@ use std::{
     sync::Arc,
 };
 
-/// What a deployment settles once.
+/// Settings of the deployment, fixed at start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// Outer IPv4 source of ipip packets; its host bits vary by flow. The route's own source if none.
+    /// Outer IPv4 source of ipip packets; its host bits vary by flow. None uses the route's source.
     pub ipip_source_v4: Option<Ipv4Net>,
-    /// The same for IPv6.
+    /// Outer IPv6 source of ipip packets; its host bits vary by flow. None uses the route's source.
     pub ipip_source_v6: Option<Ipv6Net>,
-    /// Source addresses of translated IPv4 packets. The route's own source if none.
+    /// Source addresses of translated IPv4 packets. None uses the route's source.
     pub nat_source_v4: Option<Ipv4Net>,
-    /// The same for IPv6.
+    /// Source addresses of translated IPv6 packets. None uses the route's source.
     pub nat_source_v6: Option<Ipv6Net>,
-    /// Interfaces that the program is attached to: answers to translated packets must come in by one of them.
+    /// Interfaces that the program is attached to: answers to translated packets must arrive on one of them.
     pub attached: BTreeMap<u32, String>,
     /// Sizes of the maps.
     pub limits: Limits,
     /// Bits of [`lb_common::settings::features`] that the program was loaded without.
     pub features_off: u32,
-    /// Where this host is.
+    /// Region and zone of this host.
     pub here: Locality,
 }
 
-/// Sizes of the maps, set when they are made.
+/// Sizes of the maps, fixed when they are created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Services.
+    /// Number of services.
     pub services: u32,
-    /// Backends over all services, those that still drain included.
+    /// Backends of all services, including draining ones.
     pub backends: u32,
-    /// Slots of all tables, and of the one being written.
+    /// Slots of all tables, including one being written.
     pub slots: u32,
     /// Tracked TCP flows.
     pub flows: u32,
@@ -102,7 +103,7 @@ impl Default for Limits {
     }
 }
 
-/// A service as packets know it. Its name may change; this is its identity in the dataplane.
+/// Identity of a service in the dataplane: what packets match. Its name may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServiceId {
     /// VIP.
@@ -126,7 +127,7 @@ impl fmt::Display for ServiceId {
     }
 }
 
-/// A service's view without what only the place of its table decides.
+/// A service's view, without the fields that depend on the position of its table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct View {
     /// Key of the flow hash.
@@ -139,11 +140,11 @@ pub struct View {
     pub protocol: u8,
     /// Idle time of UDP flows, in seconds.
     pub udp_timeout_s: u32,
-    /// Slots of the table; 0 if the service has no backend at all.
+    /// Slots of the table; 0 if the service has no backends.
     pub slot_count: u32,
-    /// Entries of the list behind it.
+    /// Entries of the scheduler's list behind the table.
     pub list_count: u32,
-    /// Slots of the old table behind that.
+    /// Slots of the old table behind the list.
     pub old_count: u32,
     /// Key of the old table's flow hash.
     pub old_seed: [u64; 2],
@@ -156,21 +157,21 @@ pub struct View {
 /// A service entry with its table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceEntry {
-    /// View.
+    /// View without positions.
     pub view: View,
-    /// Table, and what stands behind it.
+    /// Table, followed by second choices, list and old table.
     pub table: Arc<Vec<Slot>>,
-    /// Slots that it owns: those of the table, and some for a longer list.
+    /// Slots that the service owns: the table's, and spare ones for a longer list.
     pub room: u32,
 }
 
 impl ServiceEntry {
-    /// The table alone.
+    /// Slots of the table alone.
     pub fn slots(&self) -> &[Slot] {
         &self.table[..(self.view.slot_count as usize).min(self.table.len())]
     }
 
-    /// Whether some flow that no flow table names may belong elsewhere than to its slot's primary.
+    /// Whether a flow without an entry may belong to another backend than its slot's primary.
     pub fn in_transition(&self) -> bool {
         self.view.old_count > 0 || self.slots().iter().any(|s| s.is_transition())
     }
@@ -179,7 +180,7 @@ impl ServiceEntry {
 /// How a backend's load is counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
-    /// Of a flow, see [`lb_common::Load::cost`].
+    /// Cost of a flow, see [`lb_common::Load::cost`].
     pub flow: u32,
     /// One of [`lb_common::load::source`].
     pub source: u32,
@@ -196,7 +197,7 @@ pub struct Plan {
     pub vips: BTreeMap<VipKey, Vip>,
     /// `BACKENDS`, by index.
     pub backends: BTreeMap<u32, Backend>,
-    /// What of `LOADS` is compiled, by backend index.
+    /// Compiled part of `LOADS`, by backend index.
     pub costs: BTreeMap<u32, Cost>,
     /// `EGRESS`: interfaces.
     pub egress: BTreeSet<u32>,
@@ -211,26 +212,26 @@ pub struct Plan {
 pub struct Compiled {
     /// Contents of the maps.
     pub plan: Plan,
-    /// To be kept once the plan has been applied.
+    /// New memory, to be kept once the plan has been applied.
     pub memory: Memory,
-    /// In name order.
-    pub status: Vec<Arc<ServiceStatus>>,
-    /// Clock in ms since boot at which time alone changes the plan next.
+    /// Status of the services, in name order.
+    pub status: Vec<Arc<CompiledService>>,
+    /// Next time in ms since boot at which the plan changes without a new input.
     pub next_change_ms: Option<i64>,
-    /// Services that cannot be had as they are wanted, and why. Those that have a table keep it, or are compiled without
-    /// what there is no room for.
+    /// Services that cannot be compiled as desired, and why. They keep their current table, or are compiled without
+    /// what does not fit.
     pub failed: BTreeMap<Name, CompileError>,
-    /// Services that are not in the plan, because they wait or failed: the maps' entries of them are to stay.
-    pub left: Vec<ServiceId>,
+    /// Services that are not in the plan, because they wait or failed: their map entries must stay.
+    pub unchanged: Vec<ServiceId>,
 }
 
-/// Work that need not be done again while a service's input stays the same.
+/// Results that are reused while a service's input stays the same.
 #[derive(Default)]
 pub struct Cache {
     services: HashMap<ServiceId, service::Cached>,
 }
 
-/// Compiles everything, or says what of it cannot be had; nothing waits for room.
+/// Compiles all services, or returns the first error; no service waits for room.
 ///
 /// # Errors
 /// As [`admit`].
@@ -249,7 +250,7 @@ pub fn compile(
     }
 }
 
-/// Compiles each service by itself. One that cannot be compiled, or waits, is left out of the plan, and named.
+/// Compiles each service separately. Services that fail or wait are left out of the plan, and reported.
 pub fn compile_each(
     desired: &Desired,
     observed: &Observed,
@@ -276,40 +277,40 @@ pub fn compile_each(
             name,
             id,
             wanted,
-            verdicts: service::seen(name, wanted, &mut health, &mut replicas),
-            steer: spread::steer(wanted, &settings.here, observed.steers.get(name)),
-            excluded: spread::excluded(wanted, &settings.here, &desired.regions),
+            verdicts: service::observations(name, wanted, &mut health, &mut replicas),
+            steer: spread::region_shares(wanted, &settings.here, observed.steers.get(name)),
+            excluded: spread::excluded_backends(wanted, &settings.here, &desired.regions),
             next_hops: &observed.paths.next_hops,
             links: &observed.paths.links,
             now_ms,
             settings,
-            held: waiting.to_change.get(&id).copied(),
+            held: waiting.changing.get(&id).copied(),
         };
         let cached = cache.services.entry(id).or_default();
         let compiled = match check_maps(&input, &all.plan, &mut vips) {
-            Ok(()) if waiting.to_come.contains(&id) => Ok(None),
+            Ok(()) if waiting.new.contains(&id) => Ok(None),
             Ok(()) => service::compile(&input, memory.services.get(&id), &mut free, cached).map(Some),
             Err(error) => Err(error),
         };
         let compiled = match compiled {
             Ok(Some(compiled)) => compiled,
             Ok(None) => {
-                all.leave(id, cached);
+                all.keep_unchanged(id, cached);
                 continue;
             }
             Err(error) => {
                 all.failed.insert(name.clone(), error);
-                all.leave(id, cached);
+                all.keep_unchanged(id, cached);
                 continue;
             }
         };
-        if let Some(lack) = &compiled.lack {
-            all.failed.insert(name.clone(), lack.clone());
+        if let Some(error) = &compiled.missing_indices {
+            all.failed.insert(name.clone(), error.clone());
         }
         memory.services.insert(id, compiled.memory.clone());
         backends.extend(compiled.backends.iter().copied());
-        quic::enter(wanted, &compiled.memory, &mut all.plan);
-        all.enter(&id, &compiled);
+        quic::add_configs(wanted, &compiled.memory, &mut all.plan);
+        all.add_service(&id, &compiled);
     }
     all.plan.allow_links(observed);
     backends.sort_unstable_by_key(|&(index, _)| index);
@@ -319,26 +320,27 @@ pub fn compile_each(
 }
 
 impl Compiled {
-    /// Takes a service in, but for its backends.
-    fn enter(&mut self, id: &ServiceId, compiled: &service::Output) {
+    /// Adds a compiled service, without its backends.
+    fn add_service(&mut self, id: &ServiceId, compiled: &service::Output) {
         let plan = &mut self.plan;
         plan.costs.extend(compiled.costs.iter().copied());
         plan.egress.extend(compiled.egress.iter().copied());
         plan.services.insert(compiled.index, compiled.entry.clone());
-        entries::enter(id, compiled.index, plan);
+        entries::add_service(id, compiled.index, plan);
         self.next_change_ms = [self.next_change_ms, compiled.next_change_ms].into_iter().flatten().min();
         self.status.push(compiled.status.clone());
     }
 
-    /// Leaves a service as it is, with the status that it had.
-    fn leave(&mut self, id: ServiceId, cached: &service::Cached) {
-        self.left.push(id);
+    /// Keeps a service's map entries and its last status.
+    fn keep_unchanged(&mut self, id: ServiceId, cached: &service::Cached) {
+        self.unchanged.push(id);
         self.status.extend(cached.status().cloned());
     }
 }
 
 impl Plan {
-    /// Until a next hop is known, the kernel's FIB may answer with any interface. The map has room for so many.
+    /// Allows all interfaces as egress, since the kernel's FIB may choose any of them until a next hop is known; at
+    /// most as many as the map holds.
     fn allow_links(&mut self, observed: &Observed) {
         let limit = limits::EGRESS as usize;
         while self.egress.len() > limit {
@@ -350,11 +352,11 @@ impl Plan {
         self.egress.extend(others);
     }
 
-    /// Takes over from the live maps what they hold of a service.
-    pub fn retain(&mut self, id: &ServiceId, index: u32, live: &Self) {
+    /// Copies a service's entries from the live maps.
+    pub fn copy_service(&mut self, id: &ServiceId, index: u32, live: &Self) {
         let Some(entry) = live.services.get(&index) else { return };
         self.services.insert(index, entry.clone());
-        entries::enter(id, index, self);
+        entries::add_service(id, index, self);
         for (&backend, entry) in live.backends.iter().filter(|(_, b)| b.service == index) {
             self.backends.insert(backend, *entry);
             self.costs.extend(live.costs.get(&backend).map(|cost| (backend, *cost)));
@@ -366,7 +368,7 @@ impl Plan {
     }
 }
 
-/// Whether the maps that all services share have room for this one beside those before it and the VIPs in use.
+/// Checks that the shared maps have room for a service, besides the services before it and the VIPs in use.
 fn check_maps(
     input: &service::Input<'_>,
     plan: &Plan,
@@ -390,14 +392,15 @@ fn check_maps(
     Ok(())
 }
 
-/// Refuses lists that do not fit, or that the program cannot have.
+/// Checks that the deny and allow lists fit.
+///
 /// # Errors
-/// As said.
+/// The lists do not fit, or the program was loaded without them.
 pub fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
     if desired.guard.is_empty() {
         return Ok(());
     }
-    if settings.features_off & features::GUARD != 0 {
+    if settings.features_off & GUARD != 0 {
         return Err(CompileError::GuardOff);
     }
     let (needed, limit) = (desired.guard.len(), settings.limits.guard_entries as usize);

@@ -1,12 +1,12 @@
-//! QUIC-LB: how connection ids are read, and whose they are.
+//! QUIC-LB: compiles configurations and server ids.
 
 use super::{Plan, ServiceMemory};
 use crate::desired::model::Service;
 use lb_common::quic::{QuicConfig, SERVER_ID_MAX, ServerIdKey, config_key};
 
-/// Enters a service's configs and its backends' server ids. A backend that was removed and drains is found by its
-/// connection ids no more; its flows go by their 5-tuple.
-pub fn enter(wanted: &Service, memory: &ServiceMemory, plan: &mut Plan) {
+/// Adds a service's configs and its backends' server ids. Removed backends that drain are not found by connection id
+/// any more; their flows are found by their 5-tuple.
+pub fn add_configs(wanted: &Service, memory: &ServiceMemory, plan: &mut Plan) {
     for config in &wanted.quic {
         let entry = QuicConfig {
             server_id_len: config.server_id_bytes,

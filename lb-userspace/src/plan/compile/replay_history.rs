@@ -1,17 +1,18 @@
-//! What tables were made from lately, from the store's history: a host that has just started knows the
-//! transitions that are going on as well as one that saw them begin.
+//! Rebuilds the epochs of tables from the store's history, so that a host that has just started knows the
+//! transitions in progress as well as one that saw them begin.
 //!
-//! Input: the states in force since the drain window began, with their times. Output: a [`Memory`] with their
-//! epochs, and with indices for the backends that had been there. Verdicts and replicas' reports are in no history:
-//! all are taken to have been healthy, at full weight, so a transition that a verdict alone began is not known. Pure; called by `reconcile`.
+//! Input: the states in effect since the drain window began, with their times. Output: a [`Memory`] with their
+//! epochs, and with indices for the backends of that time. The history has no verdicts or replica reports:
+//! all backends count as healthy, at full weight, so a transition that only a verdict caused is not known. Pure;
+//! called by `reconcile`.
 //!
 //! With regions, a new host relives the past of its own region: local first, as without measurements. What a spill
 //! had moved elsewhere is in no history; with `gue` the second chance finds such flows.
 
 use super::{
     BackendMemory, Memory, ServiceId, ServiceMemory, Settings,
-    spread::{excluded, steer, steered},
-    table::{Hashing, shape},
+    spread::{excluded_backends, region_shares, region_weights},
+    table::{Hashing, build_shape},
 };
 use crate::{
     desired::model::{Backend, Desired, Health, Locality, Service},
@@ -23,29 +24,30 @@ use std::{
     sync::Arc,
 };
 
-/// A desired state, and when it came into force.
+/// A desired state, and when it took effect.
 #[derive(Clone, Debug)]
 pub struct Past {
-    /// In ms since boot; before it, below 0.
+    /// Start in ms since boot; negative before boot.
     pub from_ms: i64,
-    /// The state.
+    /// The desired state.
     pub desired: Arc<Desired>,
 }
 
-/// Index of a backend that has none yet.
+/// Placeholder index of a backend that has none yet.
 const NO_INDEX: u32 = u32::MAX;
 
 impl Memory {
-    /// Whether it lacks what history could tell about these services.
-    pub fn is_ignorant_of(&self, desired: &Desired) -> bool {
-        let knows = |s: &Service| self.services.get(&ServiceId::of(s)).is_some_and(|m| !m.epochs.is_empty());
-        desired.services.values().any(|s| !knows(s))
+    /// Whether any of these services has no epochs, which the history could provide.
+    pub fn lacks_history(&self, desired: &Desired) -> bool {
+        let has_epochs =
+            |s: &Service| self.services.get(&ServiceId::of(s)).is_some_and(|m| !m.epochs.is_empty());
+        desired.services.values().any(|s| !has_epochs(s))
     }
 
-    /// Learns about services of which it knows no epoch. `past` is oldest first; the last is in force now.
-    pub fn recall(&mut self, past: &[Past], settings: &Settings, now_ms: i64) {
+    /// Replays the history of services without epochs. `past` is oldest first; the last state is in effect now.
+    pub fn replay_history(&mut self, past: &[Past], settings: &Settings, now_ms: i64) {
         let Some(newest) = past.last() else { return };
-        let by_id: Vec<(i64, &Desired, BTreeMap<ServiceId, &Service>)> = in_order(past, now_ms)
+        let by_id: Vec<(i64, &Desired, BTreeMap<ServiceId, &Service>)> = monotonic_times(past, now_ms)
             .map(|(from_ms, desired)| {
                 (from_ms, desired, desired.services.values().map(|s| (ServiceId::of(s), &**s)).collect())
             })
@@ -59,22 +61,24 @@ impl Memory {
             }
             let mut memory = known.map(|memory| (**memory).clone()).unwrap_or_default();
             if known.is_none() {
-                let Some(index) = free.service() else { return };
+                let Some(index) = free.take_service() else { return };
                 memory.index = index;
             }
             let drain_ms = i64::from(wanted.drain_s) * 1_000;
             for (from_ms, desired, services) in &by_id {
                 match services.get(&id) {
-                    Some(then) => relive(&mut memory, then, (desired, &settings.here), *from_ms, drain_ms),
+                    Some(then) => {
+                        replay_state(&mut memory, then, (desired, &settings.here), *from_ms, drain_ms)
+                    }
                     None => memory.epochs.clear(),
                 }
             }
-            // Those that are long gone have no flows, unless the maps say so.
+            // Backends removed before the drain window have no flows, unless the maps have an entry.
             memory
                 .backends
                 .retain(|_, b| b.index != NO_INDEX || b.removed_ms.is_none_or(|t| t + drain_ms > now_ms));
             for backend in memory.backends.values_mut().filter(|b| b.index == NO_INDEX) {
-                match free.backend() {
+                match free.take_backend() {
                     Some(index) => backend.index = index,
                     None => return,
                 }
@@ -84,16 +88,16 @@ impl Memory {
     }
 }
 
-/// States with times that never go back, nor beyond now: several hosts' clocks made them.
-fn in_order(past: &[Past], now_ms: i64) -> impl Iterator<Item = (i64, &Desired)> {
+/// States with monotonic times up to now: their times come from the clocks of several hosts.
+fn monotonic_times(past: &[Past], now_ms: i64) -> impl Iterator<Item = (i64, &Desired)> {
     past.iter().scan(i64::MIN, move |last, Past { from_ms, desired }| {
         *last = (*from_ms).min(now_ms).max(*last);
         Some((*last, &**desired))
     })
 }
 
-/// One state of a service.
-fn relive(
+/// Replays one past state of a service.
+fn replay_state(
     memory: &mut ServiceMemory,
     then: &Service,
     (desired, here): (&Desired, &Locality),
@@ -114,7 +118,7 @@ fn relive(
             forbidden: false,
         });
     }
-    let excluded = excluded(then, here, &desired.regions);
+    let excluded = excluded_backends(then, here, &desired.regions);
     let candidate = |(i, b): (usize, &Backend)| Candidate {
         weight: b.weight,
         state: b.state,
@@ -125,9 +129,9 @@ fn relive(
     let weights: Vec<u32> = then.backends.values().map(|b| b.weight).collect();
     let rule = policy::eligible(&candidates, true, then.panic_percent);
     let hashing = Hashing::wanted(then, memory);
-    // How it was spread then is in no history either: as it goes where nothing is measured.
-    let steer = steer(then, here, None);
-    let steered = steered(then, here, steer.as_deref(), (&weights, 1), &rule.eligible);
-    let shape = shape(then, (&steered.weights, steered.scale), &steered.takes, hashing);
-    memory.enter(&shape, from_ms, drain_ms);
+    // The history has no region shares either: use those without measurements.
+    let shares = region_shares(then, here, None);
+    let weighted = region_weights(then, here, shares.as_deref(), (&weights, 1), &rule.eligible);
+    let shape = build_shape(then, (&weighted.weights, weighted.scale), &weighted.takes, hashing);
+    memory.start_epoch(&shape, from_ms, drain_ms);
 }

@@ -1,96 +1,97 @@
-//! How many slots services may come to need, and whether a state that somebody asks for can always be applied.
+//! Computes how many slots services may need, and whether a desired state can always be applied.
 //!
-//! All of it is worked out from settings and memory alone: no table is built, so that asking costs next to nothing,
-//! whatever is asked for. Called by `reconcile`. Pure.
+//! Uses settings and memory alone: no table is built, so a check is cheap for any state. Called by `reconcile`. Pure.
 //!
-//! A service keeps room for the most that its table takes while its size, seed and hash stay the same: the table, the
-//! second choices behind it if its scheduler or second chance uses them, and the longest list of turns. Any change of
-//! health, weights, backends or marks is then written in place. A change of size, seed or hash is a new region with
-//! the old table behind it for the drain time. Those wait for each other, so the room for one is enough.
+//! A service reserves the most slots that its table needs while its size, seed and hash stay the same: the table, the
+//! second choices behind it if its scheduler or second chance uses them, and the longest list of turns. So any change
+//! of health, weights, backends or marks is written in place. A change of size, seed or hash needs a new region with
+//! the old table behind it for the drain time. Such changes wait for each other, so spare room for one is enough.
 
-use super::{CompileError, Memory, ServiceId, Settings, entries, service, slot_layout, table::Hashing};
+use super::{
+    CompileError, Memory, ServiceId, Settings, entries, features::check_features, slot_layout, table::Hashing,
+};
 use crate::desired::model::{Desired, Name, Scheduler, Service};
 use lb_common::limits;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Whether second choices stand behind the service's table.
-pub(super) fn has_pairs(wanted: &Service, settings: &Settings) -> bool {
+/// Whether second choices are stored behind the service's table.
+pub(super) fn has_second_choices(wanted: &Service, settings: &Settings) -> bool {
     let is_capped = wanted.scheduler == Scheduler::SourceHash && wanted.load_cap.is_some();
-    wanted.scheduler == Scheduler::P2c || is_capped || entries::has_chain(wanted, settings)
+    wanted.scheduler == Scheduler::P2c || is_capped || entries::has_second_chance_header(wanted, settings)
 }
 
-/// Slots that a service's table of this size takes at most, with all that stands behind it but an old table.
-pub fn room(wanted: &Service, settings: &Settings, size: u32) -> u32 {
+/// Largest number of slots of a service with a table of this size, including everything behind it except an old table.
+pub fn max_slots(wanted: &Service, settings: &Settings, size: u32) -> u32 {
     if size == 0 {
         return 0;
     }
-    let pairs = if has_pairs(wanted, settings) { 2 } else { 1 };
-    size * pairs + slot_layout::longest(wanted)
+    let pairs = if has_second_choices(wanted, settings) { 2 } else { 1 };
+    size * pairs + slot_layout::max_list_len(wanted)
 }
 
-/// A service that needs a region of its own before it can have what it asks for.
+/// A service that needs a new slot region before its change can be applied.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Need {
-    /// Service.
+pub struct RegionNeed {
+    /// Identity of the service.
     pub id: ServiceId,
-    /// Its name.
+    /// Name of the service.
     pub name: Name,
     /// Slots of the region.
     pub slots: u32,
-    /// Slots that it has now and will have in the end.
+    /// Slots that the service has now, and after the transition.
     pub from_to: (u32, u32),
-    /// What decides now on which slot a flow falls; none if there is no table yet.
+    /// Hashing of the live table; none if there is no table yet.
     pub live: Option<Hashing>,
 }
 
-/// Services that need a region: new ones, and those with another size, seed or hash. `live` tells of a service's table
-/// by its index: what decides on which slot a flow falls, and how many slots it owns.
-pub fn needs(
+/// Finds services that need a new slot region: new ones, and those with another size, seed or hash. `live` returns the
+/// hashing and the number of owned slots of a service's live table, by index.
+pub fn region_needs(
     desired: &Desired,
     memory: &Memory,
     settings: &Settings,
     live: impl Fn(u32) -> Option<(Hashing, u32)>,
-) -> Vec<Need> {
+) -> Vec<RegionNeed> {
     let mut needs = Vec::new();
     for (name, wanted) in &desired.services {
         let id = ServiceId::of(wanted);
         let known = memory.services.get(&id);
-        let there = known.and_then(|m| live(m.index)).filter(|(hashing, _)| hashing.size != 0);
+        let current = known.and_then(|m| live(m.index)).filter(|(hashing, _)| hashing.size != 0);
         let default = super::ServiceMemory::default();
         let hashing = Hashing::wanted(wanted, known.map_or(&default, |m| &**m));
-        if hashing.size == 0 || there.is_some_and(|(live, _)| live == hashing) {
+        if hashing.size == 0 || current.is_some_and(|(live, _)| live == hashing) {
             continue;
         }
-        let old = match there {
+        let old = match current {
             None => 0,
             Some((live, _)) => known.and_then(|m| m.base()).map_or(0, |e| e.shape.size).max(live.size),
         };
-        let most = room(wanted, settings, hashing.size);
-        needs.push(Need {
+        let most = max_slots(wanted, settings, hashing.size);
+        needs.push(RegionNeed {
             id,
             name: name.clone(),
             slots: most.saturating_add(old),
-            from_to: (there.map_or(0, |(_, slots)| slots), most),
-            live: there.map(|(live, _)| live),
+            from_to: (current.map_or(0, |(_, slots)| slots), most),
+            live: current.map(|(live, _)| live),
         });
     }
     needs
 }
 
-/// Slots that a state needs: of all tables, and beside them for the largest change of one.
-struct Slots<'a> {
+/// Slots that a state needs: for all tables, and spare ones for the largest change of a table.
+struct SlotDemand<'a> {
     tables: u64,
     spare: u64,
     largest: Option<(&'a Name, u32)>,
 }
 
-fn slots<'a>(desired: &'a Desired, memory: &Memory, settings: &Settings) -> Slots<'a> {
-    let mut all = Slots { tables: 0, spare: 0, largest: None };
+fn slot_demand<'a>(desired: &'a Desired, memory: &Memory, settings: &Settings) -> SlotDemand<'a> {
+    let mut all = SlotDemand { tables: 0, spare: 0, largest: None };
     let default = super::ServiceMemory::default();
     for (name, wanted) in &desired.services {
         let known = memory.services.get(&ServiceId::of(wanted)).map_or(&default, |m| &**m);
         let size = Hashing::wanted(wanted, known).size;
-        let most = u64::from(room(wanted, settings, size));
+        let most = u64::from(max_slots(wanted, settings, size));
         let old = known.epochs.iter().map(|e| e.shape.size).max().unwrap_or(0).max(size);
         all.tables += most;
         all.spare = all.spare.max(most + u64::from(old));
@@ -101,11 +102,11 @@ fn slots<'a>(desired: &'a Desired, memory: &Memory, settings: &Settings) -> Slot
     all
 }
 
-/// Whether `desired` can be applied, whatever happens to it later; `current` is what is in force. A state that needs
-/// no more slots than the one in force is not refused for want of them.
+/// Checks that `desired` can be applied, whatever happens later; `current` is the state in effect. A state that needs
+/// no more slots than `current` is never refused for lack of slots.
 ///
 /// # Errors
-/// What does not fit, or what the program cannot do.
+/// What does not fit, or which feature is missing.
 pub fn admit(
     desired: &Desired,
     current: &Desired,
@@ -114,15 +115,15 @@ pub fn admit(
 ) -> Result<(), CompileError> {
     super::check_guard(desired, settings)?;
     for (name, wanted) in &desired.services {
-        service::check_features(name, wanted, settings)?;
+        check_features(name, wanted, settings)?;
     }
     admit_indices(desired, memory, settings)?;
     admit_vips(desired, settings)?;
     admit_quic(desired)?;
-    let wanted = slots(desired, memory, settings);
+    let wanted = slot_demand(desired, memory, settings);
     let (needed, limit) = (wanted.tables + wanted.spare, u64::from(settings.limits.slots));
     let Some((largest, largest_slots)) = wanted.largest.filter(|_| needed > limit) else { return Ok(()) };
-    let now = slots(current, memory, settings);
+    let now = slot_demand(current, memory, settings);
     if needed <= now.tables + now.spare {
         return Ok(());
     }
@@ -135,7 +136,7 @@ pub fn admit(
     })
 }
 
-/// Indices of services and backends, those that may still stand in flow tables included.
+/// Checks the indices of services and backends, including those that flow tables may still contain.
 fn admit_indices(desired: &Desired, memory: &Memory, settings: &Settings) -> Result<(), CompileError> {
     let wanted: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
     let leaving = memory.services.iter().filter(|(id, _)| !wanted.contains(id));
@@ -197,7 +198,7 @@ fn admit_quic(desired: &Desired) -> Result<(), CompileError> {
     over.map_or(Ok(()), |first| Err(too_many_quic(needed, first)))
 }
 
-/// More configs of QUIC connection ids than the map holds.
+/// Error for more QUIC-LB configs than the map holds.
 pub(super) fn too_many_quic(needed: u64, first: &Name) -> CompileError {
     CompileError::TooMany {
         what: "configs of QUIC connection ids",
@@ -208,11 +209,11 @@ pub(super) fn too_many_quic(needed: u64, first: &Name) -> CompileError {
     }
 }
 
-/// Services that do not get what they ask for yet, because there is no room for it.
+/// Services whose change waits for free slots.
 #[derive(Clone, Debug, Default)]
 pub struct Waiting {
-    /// Without a table: left out, or left as they are.
-    pub to_come: BTreeSet<ServiceId>,
-    /// With a table of another size, seed or hash, which they keep meanwhile.
-    pub to_change: BTreeMap<ServiceId, Hashing>,
+    /// Services that wait for their first table: left out, or unchanged.
+    pub new: BTreeSet<ServiceId>,
+    /// Services that wait for a change of size, seed or hash, with the hashing that they keep meanwhile.
+    pub changing: BTreeMap<ServiceId, Hashing>,
 }

@@ -1,12 +1,12 @@
 //! Slow start: a backend that is new, or eligible again, gets its share in four steps, so that a cold cache or a model
-//! that still compiles is not met by all at once.
+//! that still compiles does not get its full load immediately.
 //!
-//! A change of weight moves slots, and each moved slot is one more that must be tracked; so the share does not grow
-//! with every second but doubles: an eighth, a quarter and a half for a third of the time each, then all of it. That
-//! is four changes of the table instead of one, and together they move about what one would have moved. When the start
-//! is over, the table is the one that it would have been without.
+//! A change of weight moves slots, and each moved slot must be tracked; so the share does not grow every second
+//! but doubles: an eighth, a quarter and a half for a third of the time each, then all of it. These
+//! four changes of the table together move about as many slots as one change would. After slow start the table is the
+//! same as without it.
 //!
-//! Input: the service, who is eligible and who was. Output: weights, and when they change next. Pure.
+//! Input: the service, eligible backends now and before. Output: weights, and when they change next. Pure.
 //!
 //! A backend that could take flows and gets none because other regions or versions come first is not new when its
 //! turn comes.
@@ -15,34 +15,34 @@ use super::{ServiceMemory, Shape};
 use crate::desired::model::Service;
 use std::{collections::HashSet, net::IpAddr};
 
-/// Parts of a weight that are given out.
+/// Parts of a full weight.
 pub(super) const PARTS: u32 = 8;
-/// Parts that a backend has in each third of its start.
+/// Parts of its weight that a backend has in each third of slow start.
 const STEPS: [u32; 3] = [1, 2, 4];
 
-/// Weights with the starts of now, in the order of the service's backends.
-pub(super) struct Start {
+/// Weights during slow start, in the order of the service's backends.
+pub(super) struct SlowStart {
     /// Weights for the table.
     pub weights: Vec<u32>,
-    /// How many times as much a full weight counts in them.
+    /// Factor of the table's weights over the configured ones.
     pub scale: u32,
-    /// Percent of its own weight that a backend has, where it is still starting.
+    /// Percent of its weight that a backend has during slow start; None otherwise.
     pub percent: Vec<Option<u8>>,
     /// When the next step is due.
     pub next_ms: Option<i64>,
 }
 
-/// Notes who begins now, and works out the weights. Nobody begins slowly with the service itself (`settled`: all had
-/// their first verdict before), nor under panic, when everybody is needed.
-pub(super) fn start(
+/// Starts slow start of new backends, and computes the weights. Slow start is skipped while the service itself is new
+/// (until `settled`: all backends have had a verdict), and under panic, when every backend is needed.
+pub(super) fn apply_slow_start(
     wanted: &Service,
     memory: &mut ServiceMemory,
     eligible: &[bool],
     (settled, panic): (bool, bool),
     now_ms: i64,
-) -> Start {
+) -> SlowStart {
     let whole_ms = i64::from(wanted.slow_start_s) * 1_000;
-    let served = memory.epochs.last().map_or_else(HashSet::new, |e| serving(&e.shape));
+    let served = memory.epochs.last().map_or_else(HashSet::new, |e| serving_addresses(&e.shape));
     let (mut parts, mut next_ms) = (Vec::with_capacity(eligible.len()), None::<i64>);
     for (backend, &eligible) in wanted.backends.values().zip(eligible) {
         let step = memory.backends.get_mut(&backend.address).and_then(|known| {
@@ -51,7 +51,7 @@ pub(super) fn start(
             } else if settled && !known.stands_by && !served.contains(&backend.address) {
                 known.started_ms = Some(now_ms);
             }
-            let step = step(known.started_ms?, whole_ms, now_ms);
+            let step = current_step(known.started_ms?, whole_ms, now_ms);
             if step.is_none() {
                 known.started_ms = None;
             }
@@ -60,10 +60,10 @@ pub(super) fn start(
         parts.push(step.map_or(PARTS, |(parts, _)| parts));
         next_ms = [next_ms, step.map(|(_, at)| at)].into_iter().flatten().min();
     }
-    // Without a start the weights are as they are, and so is the table.
+    // Without slow start keep the configured weights, so that the table does not change.
     let is_starting = next_ms.is_some();
     let weight = |(weight, parts): (u32, &u32)| if is_starting { weight * parts } else { weight };
-    Start {
+    SlowStart {
         scale: if is_starting { PARTS } else { 1 },
         weights: wanted.backends.values().map(|b| b.weight).zip(&parts).map(weight).collect(),
         percent: parts.iter().map(|&p| (p < PARTS).then_some((p * 100 / PARTS) as u8)).collect(),
@@ -71,13 +71,13 @@ pub(super) fn start(
     }
 }
 
-/// Who took new flows by a table.
-fn serving(shape: &Shape) -> HashSet<IpAddr> {
+/// Addresses of the backends that took new flows in a table.
+fn serving_addresses(shape: &Shape) -> HashSet<IpAddr> {
     shape.members.iter().filter(|m| m.eligible).map(|m| m.address).collect()
 }
 
-/// Parts that a backend has now and when it gets more; none if it has all.
-fn step(started_ms: i64, whole_ms: i64, now_ms: i64) -> Option<(u32, i64)> {
+/// Parts that a backend has now, and when it gets more; None after slow start.
+fn current_step(started_ms: i64, whole_ms: i64, now_ms: i64) -> Option<(u32, i64)> {
     let third = (whole_ms / STEPS.len() as i64).max(1);
     let done = ((now_ms - started_ms) / third).max(0);
     let parts = STEPS.get(usize::try_from(done).ok()?)?;

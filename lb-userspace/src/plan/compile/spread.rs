@@ -1,27 +1,27 @@
-//! Who of a service's backends may take flows, whatever their health, and how the regions and versions share them.
+//! Excludes backends that must not take flows whatever their health, and computes weights of regions and versions.
 //!
-//! Input: the service, and what `regions` decided. Output: reasons against a backend, and weights. Pure.
+//! Input: the service, and the decision of `regions`. Output: reasons of exclusion, and weights. Pure.
 
 use crate::{
     desired::model::{Canary, Locality, Name, Region, RegionShares, RegionState, Service},
     plan::policy::{
         self,
-        region::{Member, Weighted, weights as region_weights},
+        region::{RegionMember, Weighted, weights as member_weights},
     },
 };
 use std::{collections::BTreeMap, sync::Arc};
 
-/// Why a backend may take no flow, whatever its health.
+/// Why a backend must not take flows, whatever its health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Excluded {
-    /// Its region is none of those that the service may run in.
+    /// The service may not run in the backend's region.
     Residency,
-    /// Its region drains.
-    Drains,
+    /// The backend's region drains.
+    RegionDrains,
 }
 
-/// Who may take no flow, whatever is decided elsewhere; empty if everybody may.
-pub(super) fn excluded(
+/// Excluded backends, in the order of the service's backends; empty if none is excluded.
+pub(super) fn excluded_backends(
     wanted: &Service,
     here: &Locality,
     regions: &BTreeMap<Name, Region>,
@@ -29,15 +29,15 @@ pub(super) fn excluded(
     let drains = |name: &Name| regions.get(name).is_some_and(|r| r.state == RegionState::Draining);
     let all = wanted.backends.values().map(|b| match b.region.as_ref().unwrap_or(&here.region) {
         _ if !wanted.allows(b) => Some(Excluded::Residency),
-        region if drains(region) => Some(Excluded::Drains),
+        region if drains(region) => Some(Excluded::RegionDrains),
         _ => None,
     });
     let all: Vec<_> = all.collect();
     if all.iter().all(Option::is_none) { Vec::new() } else { all }
 }
 
-/// How a service is spread: as was decided, or as goes without knowing anything.
-pub(super) fn steer(
+/// Region shares of a service: as decided, or the initial ones without a decision.
+pub(super) fn region_shares(
     wanted: &Service,
     here: &Locality,
     decided: Option<&Arc<RegionShares>>,
@@ -48,8 +48,8 @@ pub(super) fn steer(
     decided.cloned().or_else(|| policy::region::initial(wanted, here).map(Arc::new))
 }
 
-/// Weights by which the table gives each region, zone and version its share.
-pub(super) fn steered(
+/// Weights with which the table gives each region, zone and version its share.
+pub(super) fn region_weights(
     wanted: &Service,
     here: &Locality,
     steer: Option<&RegionShares>,
@@ -59,8 +59,8 @@ pub(super) fn steered(
     let Some(steer) = steer else {
         return Weighted { weights: weights.to_vec(), takes: eligible.to_vec(), scale: 1 };
     };
-    let newcomers = steer.canary.as_ref().map(|c| &c.backends);
-    // The share is the desired state's; who runs the version was seen.
+    let new_backends = steer.canary.as_ref().map(|c| &c.backends);
+    // The share comes from the desired state; the backends of the version were observed.
     let steer = RegionShares {
         canary: wanted
             .rollout
@@ -69,18 +69,18 @@ pub(super) fn steered(
             .map(|(rollout, canary)| Canary { permille: rollout.share(), ..canary }),
         ..steer.clone()
     };
-    let members: Vec<Member<'_>> = wanted
+    let members: Vec<RegionMember<'_>> = wanted
         .backends
         .iter()
         .zip(weights.iter().zip(eligible))
-        .map(|((name, b), (&weight, &eligible))| Member {
+        .map(|((name, b), (&weight, &eligible))| RegionMember {
             weight,
             eligible,
             region: b.region.as_ref().unwrap_or(&here.region),
             zone: b.zone.as_ref().unwrap_or(&here.zone),
-            is_new: steer.canary.is_some() && newcomers.is_some_and(|names| names.contains(name)),
+            is_new: steer.canary.is_some() && new_backends.is_some_and(|names| names.contains(name)),
         })
         .collect();
-    let heaviest = wanted.seating.iter().map(|turn| turn.1).max().unwrap_or(1).saturating_mul(scale);
-    region_weights(&members, &steer, here, heaviest)
+    let heaviest = wanted.seating.iter().map(|change| change.1).max().unwrap_or(1).saturating_mul(scale);
+    member_weights(&members, &steer, here, heaviest)
 }

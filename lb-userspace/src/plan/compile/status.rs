@@ -1,8 +1,8 @@
-//! What people want to know about what was compiled.
+//! Status of compiled services and backends, for the API.
 
 use super::{
     Backend, ServiceEntry, ServiceId, ServiceMemory, Shape,
-    service::{Input, problem},
+    service::{Input, forwarding_problem},
     slow,
     table::{PerBackend, table_hash},
 };
@@ -17,10 +17,10 @@ use std::{
     net::IpAddr,
 };
 
-/// What people want to know about a backend.
+/// Status of a compiled backend.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackendStatus {
-    /// Name; of a removed backend that still has flows, none.
+pub struct CompiledBackend {
+    /// Name; none for a removed backend that still has flows.
     pub name: Option<Name>,
     /// Address.
     pub address: IpAddr,
@@ -30,64 +30,64 @@ pub struct BackendStatus {
     pub weight: u32,
     /// Administrative state; a removed backend is draining.
     pub state: BackendState,
-    /// Verdict.
+    /// Verdict of the health checks.
     pub health: Health,
-    /// What its replica says.
+    /// Readiness that the replica reports.
     #[serde(default)]
     pub readiness: Readiness,
-    /// Takes new flows.
+    /// Whether the backend takes new flows.
     pub eligible: bool,
-    /// Percent of its weight that its slow start gives it, while it starts.
+    /// Percent of the backend's weight in effect during slow start.
     #[serde(default)]
     pub slow_start_percent: Option<u8>,
-    /// Why it may take no flow, whatever its health: residency, or its region drains.
+    /// Why the backend must not take flows, whatever its health: residency, or its region drains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub excluded: Option<String>,
-    /// Slots whose primary it is.
+    /// Slots whose primary is this backend.
     pub slots: u32,
-    /// Its next hop is known; otherwise the kernel's FIB is asked for each packet.
+    /// Whether the next hop is known; otherwise each packet consults the kernel's FIB.
     pub resolved: bool,
-    /// Why packets cannot get there in the service's forwarding mode, and what would help.
+    /// Why packets cannot reach the backend in the service's forwarding mode, and how to fix it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    /// Of a removed backend: clock in ms since boot from which it may be forgotten, once it has no flow.
+    /// For a removed backend: time in ms since boot after which it may be forgotten, once it has no flows.
     pub removed_until_ms: Option<i64>,
 }
 
-/// What people want to know about a service.
+/// Status of a compiled service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ServiceStatus {
+pub struct CompiledService {
     /// Name.
     pub name: Name,
-    /// Identity.
+    /// Identity in the dataplane.
     pub id: ServiceId,
     /// Index in `SERVICES`.
     pub index: u32,
-    /// Slots of its table.
+    /// Slots of the service's table.
     pub table_size: u32,
     /// Backends that take new flows.
     pub eligible: u32,
-    /// Health is being ignored because too few are healthy.
+    /// Whether health is ignored because too few backends are healthy.
     pub panic: bool,
-    /// What the table gives to each region, where that makes a difference.
+    /// Each region's share of the table, for services with region rules.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub regions: Vec<Share>,
     /// Slots that changed within the drain time.
     pub transition_slots: u32,
     /// Slots whose flows may be in the flow table.
     pub tracked_slots: u32,
-    /// Its scheduler places flows where a stateless answer would not find them, or did so until now.
+    /// Whether the scheduler places flows, or did until now, where a stateless lookup would not find them.
     #[serde(default)]
     pub exceptions: bool,
-    /// Of the table's primaries, by address: the same on every host with the same table.
+    /// Hash of the addresses of the table's primaries: equal on hosts with the same table.
     pub table_hash: u64,
-    /// Clock in ms since boot at which the last of them will be stable, if any is not.
+    /// Time in ms since boot at which the last slot in transition becomes stable, if any is in transition.
     pub transition_until_ms: Option<i64>,
     /// Backends in name order, then removed ones.
-    pub backends: Vec<BackendStatus>,
+    pub backends: Vec<CompiledBackend>,
 }
 
-/// What the table gives to each region, as far as thousandths say it.
+/// Each region's share of the table, rounded to thousandths.
 fn region_shares(
     input: &Input<'_>,
     share: &dyn Fn(u32) -> u32,
@@ -108,51 +108,47 @@ fn region_shares(
     shares.filter(|share| share.permille > 0).collect()
 }
 
-pub(super) fn status(
+/// Status of the backends in the desired state.
+fn desired_backends(
     input: &Input<'_>,
     memory: &ServiceMemory,
-    shape: &Shape,
-    (rule, start): (&policy::Eligibility, &slow::Start),
-    entry: &ServiceEntry,
-    entries: &[(u32, Backend)],
-    drain_ms: i64,
-) -> ServiceStatus {
-    let slots = entry.slots();
-    let mut shares = PerBackend::<u32>::new(memory);
-    slots.iter().for_each(|slot| *shares.get_mut(slot.primary_index()) += 1);
-    let resolved: HashMap<u32, bool> =
-        entries.iter().map(|(i, b)| (*i, b.flags & lb_common::backend::flags::RESOLVED != 0)).collect();
-    let share = |index| shares.get(index);
-    let is_resolved = |index| resolved.get(&index).copied().unwrap_or(false);
-    let mut backends: Vec<_> = input
-        .wanted
-        .backends
-        .iter()
-        .zip(input.verdicts.iter().zip(rule.eligible.iter().zip(&start.percent)))
-        .enumerate()
-        .filter_map(|(i, ((name, b), (seen, (&eligible, &slow_start_percent))))| {
-            let index = memory.backends.get(&b.address)?.index;
-            Some(BackendStatus {
-                name: Some(name.clone()),
-                address: b.address,
-                index,
-                weight: b.weight,
-                state: b.state,
-                health: seen.health,
-                readiness: seen.readiness,
-                eligible,
-                slow_start_percent,
-                excluded: input.why_excluded(i, b),
-                slots: share(index),
-                resolved: is_resolved(index),
-                problem: problem(input, b.address),
-                removed_until_ms: None,
-            })
+    (rule, start): (&policy::Eligibility, &slow::SlowStart),
+    share: &dyn Fn(u32) -> u32,
+    is_resolved: &dyn Fn(u32) -> bool,
+) -> Vec<CompiledBackend> {
+    let observed = input.verdicts.iter().zip(rule.eligible.iter().zip(&start.percent));
+    let all = input.wanted.backends.iter().zip(observed).enumerate();
+    all.filter_map(|(i, ((name, b), (seen, (&eligible, &slow_start_percent))))| {
+        let index = memory.backends.get(&b.address)?.index;
+        Some(CompiledBackend {
+            name: Some(name.clone()),
+            address: b.address,
+            index,
+            weight: b.weight,
+            state: b.state,
+            health: seen.health,
+            readiness: seen.readiness,
+            eligible,
+            slow_start_percent,
+            excluded: input.exclusion_reason(i, b),
+            slots: share(index),
+            resolved: is_resolved(index),
+            problem: forwarding_problem(input, b.address),
+            removed_until_ms: None,
         })
-        .collect();
-    backends.extend(memory.backends.iter().filter_map(|(&address, b)| {
+    })
+    .collect()
+}
+
+/// Status of removed backends that still have an index.
+fn removed_backends(
+    memory: &ServiceMemory,
+    drain_ms: i64,
+    is_resolved: &dyn Fn(u32) -> bool,
+) -> Vec<CompiledBackend> {
+    let all = memory.backends.iter().filter_map(|(&address, b)| {
         let removed_ms = b.removed_ms?;
-        Some(BackendStatus {
+        Some(CompiledBackend {
             name: None,
             address,
             index: b.index,
@@ -168,9 +164,31 @@ pub(super) fn status(
             problem: None,
             removed_until_ms: Some(removed_ms + drain_ms),
         })
-    }));
+    });
+    all.collect()
+}
+
+/// Builds the status of a compiled service.
+pub(super) fn compile_status(
+    input: &Input<'_>,
+    memory: &ServiceMemory,
+    shape: &Shape,
+    (rule, start): (&policy::Eligibility, &slow::SlowStart),
+    entry: &ServiceEntry,
+    entries: &[(u32, Backend)],
+    drain_ms: i64,
+) -> CompiledService {
+    let slots = entry.slots();
+    let mut shares = PerBackend::<u32>::new(memory);
+    slots.iter().for_each(|slot| *shares.get_mut(slot.primary_index()) += 1);
+    let resolved: HashMap<u32, bool> =
+        entries.iter().map(|(i, b)| (*i, b.flags & lb_common::backend::flags::RESOLVED != 0)).collect();
+    let share = |index| shares.get(index);
+    let is_resolved = |index| resolved.get(&index).copied().unwrap_or(false);
+    let mut backends = desired_backends(input, memory, (rule, start), &share, &is_resolved);
+    backends.extend(removed_backends(memory, drain_ms, &is_resolved));
     let until = memory.changed_ms.iter().max().map(|&t| t.saturating_add(drain_ms));
-    ServiceStatus {
+    CompiledService {
         name: input.name.clone(),
         id: input.id,
         index: memory.index,

@@ -1,34 +1,34 @@
-//! Deals a table's slots to seats that come, go and change their weights. Called by [`super::build`].
+//! Assigns a table's slots to seats as they are taken, left, or change their weights. Called by [`super::build`].
 //!
-//! After each turn every seat has its exact share, rounded up or down. Slots are dealt from one random
-//! permutation, so that everybody's lie spread over the table.
+//! After each change every seat has its exact share, rounded up or down. Slots are assigned from one random
+//! permutation, so that each seat's slots are spread over the table.
 
-use super::{NONE, SeatChange, candidates::Watch, mix, scale, surplus::Debts};
+use super::{NONE, SeatChange, candidates::Candidates, mix, scale, surplus::SurplusFinder};
 
-/// Seats that come one at a time; of more, growing groups come together, so that the quotas of very many
-/// seats cost little.
-const SINGLY: usize = 2_048;
-/// Slots that are copied together.
-const FEW: usize = 4;
-/// Slots written per slot of the table before those that have been given are swept out.
-const ROOM: usize = 4;
-/// Slots whose owners are asked whether they lack one, before all seats are gone through.
+/// Seats up to this number are added one at a time; further ones in growing groups, which keeps very large
+/// tables cheap.
+const MAX_SINGLE: usize = 2_048;
+/// Slots that are copied together without a branch.
+const COPY_CHUNK: usize = 4;
+/// Capacity of the slot buffer per slot of the table; when it is full, given slots are removed.
+const BUFFER_FACTOR: usize = 4;
+/// Random slots whose owners are checked for a deficit, before all seats are searched.
 const PROBES: u64 = 32;
 
-/// The slots of each seat.
+/// Assignment of slots to seats under construction.
 #[derive(Clone)]
-pub(super) struct Dealer {
+pub(super) struct TableBuilder {
     key: u64,
     size: u32,
     weights: Vec<u32>,
-    /// In the order in which they came; who gives, gives the last.
+    /// Slots of each seat in the order in which it got them; it gives the last ones first.
     slots: Vec<Vec<u32>>,
     owner: Vec<u16>,
-    debts: Debts,
-    turn: usize,
+    surpluses: SurplusFinder,
+    step: usize,
 }
 
-impl Dealer {
+impl TableBuilder {
     pub fn new(seed: [u64; 2], size: u32, seats: usize) -> Self {
         Self {
             key: mix(seed[0] ^ mix(seed[1])),
@@ -36,12 +36,12 @@ impl Dealer {
             weights: vec![0; seats],
             slots: Vec::new(),
             owner: vec![NONE; size as usize],
-            debts: Debts::default(),
-            turn: 0,
+            surpluses: SurplusFinder::default(),
+            step: 0,
         }
     }
 
-    /// Weights as dealt, by seat.
+    /// Current weights, by seat.
     pub fn weights(&self) -> &[u32] {
         &self.weights
     }
@@ -51,42 +51,46 @@ impl Dealer {
         self.owner
     }
 
-    /// Deals a whole history, from the first turn on.
+    /// Replays a whole history on an empty table.
     pub fn replay(&mut self, history: &[SeatChange]) {
-        // Seats that come for the first time, at the beginning: nobody has left or changed yet.
+        // Leading steps in which new seats are taken: no seat has left or changed yet.
         let mut seen = vec![false; self.weights.len()];
         let is_first =
             |&&(seat, weight): &&SeatChange| weight > 0 && !std::mem::replace(&mut seen[seat as usize], true);
         let count = history.iter().take_while(is_first).count();
         let (first, rest) = history.split_at(count);
-        self.seat(first);
-        for turn in rest {
-            let turn = std::slice::from_ref(turn);
-            if turn[0].1 > self.weights[turn[0].0 as usize] { self.take(turn) } else { self.give(turn) }
+        self.add_first_seats(first);
+        for change in rest {
+            let change = std::slice::from_ref(change);
+            if change[0].1 > self.weights[change[0].0 as usize] {
+                self.take_slots(change)
+            } else {
+                self.give_slots(change)
+            }
         }
     }
 
-    /// Deals to seats that come one after another to an empty table.
-    fn seat(&mut self, turns: &[SeatChange]) {
-        let Some(&(_, weight)) = turns.first() else {
+    /// Adds seats one after another to an empty table.
+    fn add_first_seats(&mut self, changes: &[SeatChange]) {
+        let Some(&(_, weight)) = changes.first() else {
             self.slots = vec![Vec::new(); self.weights.len()];
-            // Until somebody comes they are held by a seat of weight 0, which gives them all.
+            // Until a seat is taken, a seat of weight 0 owns all slots and gives them away.
             if let Some(first) = self.slots.first_mut() {
                 *first = permutation(self.size, self.key);
             }
             return;
         };
-        let weights: Vec<u32> = turns.iter().map(|t| t.1).collect();
-        // Slots of all seats, each seat's in one piece: it begins with what the seat took, and loses from its end.
+        let weights: Vec<u32> = changes.iter().map(|t| t.1).collect();
+        // Slots of all seats, each seat's contiguous: the seat's slots when it was taken, shrinking from the end.
         let mut slots = permutation(self.size, self.key);
-        let mut first = vec![0u32; turns.len()];
-        let mut count = vec![0u32; turns.len()];
+        let mut first = vec![0u32; changes.len()];
+        let mut count = vec![0u32; changes.len()];
         count[0] = self.size;
         let mut sum = f64::from(weight);
         let mut came = 1;
-        let mut watch = Watch::new(self.size, &weights);
-        while came < turns.len() {
-            let group = came..(came + 1 + came / SINGLY).min(turns.len());
+        let mut candidates = Candidates::new(self.size, &weights);
+        while came < changes.len() {
+            let group = came..(came + 1 + came / MAX_SINGLE).min(changes.len());
             sum += weights[group.clone()].iter().map(|&w| f64::from(w)).sum::<f64>();
             let rate = f64::from(self.size) / sum;
             let mut due = 0.0;
@@ -96,20 +100,20 @@ impl Dealer {
                 count[seat] = (due + 0.5) as u32 - taken;
                 taken += count[seat];
             }
-            if slots.len() + taken as usize + FEW > slots.capacity() {
-                sweep(&mut slots, &mut first[..came], &count);
+            if slots.len() + taken as usize + COPY_CHUNK > slots.capacity() {
+                compact(&mut slots, &mut first[..came], &count);
             }
             let begin = slots.len() as u32;
-            watch.find(&mut self.debts, &weights[..came], &count[..came], sum, taken);
+            candidates.find(&mut self.surpluses, &weights[..came], &count[..came], sum, taken);
             let mut short = taken;
-            for &(seat, debt) in self.debts.found() {
+            for &(seat, surplus) in self.surpluses.found() {
                 let seat = seat as usize;
-                short -= debt;
-                count[seat] -= debt;
-                watch.changed(seat, weights[seat], count[seat]);
-                append(&mut slots, (first[seat] + count[seat]) as usize, debt as usize);
+                short -= surplus;
+                count[seat] -= surplus;
+                candidates.update(seat, weights[seat], count[seat]);
+                append(&mut slots, (first[seat] + count[seat]) as usize, surplus as usize);
             }
-            // Rounding of floating point numbers may leave a slot less to take than was asked for.
+            // Floating point rounding may yield one slot less than requested.
             for seat in group.clone().rev() {
                 let cut = short.min(count[seat]);
                 count[seat] -= cut;
@@ -119,13 +123,13 @@ impl Dealer {
             for seat in group.clone() {
                 first[seat] = next;
                 next += count[seat];
-                watch.came(weights[seat], count[seat]);
+                candidates.add(weights[seat], count[seat]);
             }
             came = group.end;
         }
         self.slots = vec![Vec::new(); self.weights.len()];
-        self.turn = came;
-        for (&(seat, weight), (&first, &count)) in turns.iter().zip(first.iter().zip(&count)) {
+        self.step = came;
+        for (&(seat, weight), (&first, &count)) in changes.iter().zip(first.iter().zip(&count)) {
             let own = &slots[first as usize..(first + count) as usize];
             own.iter().for_each(|&slot| self.owner[slot as usize] = seat as u16);
             self.weights[seat as usize] = weight;
@@ -137,14 +141,14 @@ impl Dealer {
         self.weights.iter().map(|&w| f64::from(w)).sum()
     }
 
-    /// Deals to seats whose weights are now greater: each of the others gives what it has too much.
-    pub fn take(&mut self, turns: &[SeatChange]) {
-        turns.iter().for_each(|&(seat, weight)| self.weights[seat as usize] = weight);
-        self.turn += 1;
+    /// Increases weights of seats: each other seat gives the slots above its new share.
+    pub fn take_slots(&mut self, changes: &[SeatChange]) {
+        changes.iter().for_each(|&(seat, weight)| self.weights[seat as usize] = weight);
+        self.step += 1;
         let rate = f64::from(self.size) / self.sum();
         let (mut due, mut wanted) = (0.0, 0);
-        let mut wants: Vec<(usize, u32)> = Vec::with_capacity(turns.len());
-        for &(seat, weight) in turns {
+        let mut wants: Vec<(usize, u32)> = Vec::with_capacity(changes.len());
+        for &(seat, weight) in changes {
             due += f64::from(weight) * rate - self.slots[seat as usize].len() as f64;
             let wants_now = ((due + 0.5).max(0.0) as u32).saturating_sub(wanted);
             wanted += wants_now;
@@ -152,11 +156,11 @@ impl Dealer {
         }
         let mut counts: Vec<u32> = self.slots.iter().map(|s| s.len() as u32).collect();
         wants.iter().for_each(|&(seat, _)| counts[seat] = 0);
-        self.debts.find(&self.weights, &counts, rate, wanted, self.turn * 7);
+        self.surpluses.find(&self.weights, &counts, rate, wanted, self.step * 7);
         let mut pool = Vec::with_capacity(wanted as usize);
-        for &(seat, debt) in self.debts.found() {
+        for &(seat, surplus) in self.surpluses.found() {
             let slots = &mut self.slots[seat as usize];
-            pool.extend(slots.drain(slots.len() - debt as usize..));
+            pool.extend(slots.drain(slots.len() - surplus as usize..));
         }
         let mut pool = pool.into_iter();
         for (seat, wants) in wants {
@@ -167,23 +171,23 @@ impl Dealer {
         }
     }
 
-    /// Deals the slots that seats have too many, now that their weights are less, to those who lack some.
-    pub fn give(&mut self, turns: &[SeatChange]) {
-        turns.iter().for_each(|&(seat, weight)| self.weights[seat as usize] = weight);
-        self.turn += 1;
+    /// Decreases weights of seats: their surplus slots go to seats below their share.
+    pub fn give_slots(&mut self, changes: &[SeatChange]) {
+        changes.iter().for_each(|&(seat, weight)| self.weights[seat as usize] = weight);
+        self.step += 1;
         let sum = self.sum();
         if sum == 0.0 {
-            // Nobody to give to; who comes next takes them.
+            // No seat to give to; the next seat takes the slots.
             return;
         }
         let rate = f64::from(self.size) / sum;
         let mut pool = Vec::new();
-        for &(seat, weight) in turns {
+        for &(seat, weight) in changes {
             let slots = &mut self.slots[seat as usize];
             let keeps = (f64::from(weight) * rate + 0.5) as usize;
             pool.extend(slots.drain(keeps.min(slots.len())..));
         }
-        // What each may take, and what each must.
+        // How many slots each seat may take, and how many it must take.
         let mut may: Vec<u32> = Vec::with_capacity(self.slots.len());
         let mut must = may.clone();
         for (slots, &weight) in self.slots.iter().zip(&self.weights) {
@@ -191,11 +195,12 @@ impl Dealer {
             may.push(lacks.ceil().max(0.0) as u32);
             must.push(lacks.floor().max(0.0) as u32);
         }
-        turns.iter().for_each(|&(seat, _)| (may[seat as usize], must[seat as usize]) = (0, 0));
+        changes.iter().for_each(|&(seat, _)| (may[seat as usize], must[seat as usize]) = (0, 0));
         let mut owed = must.iter().sum::<u32>() as usize;
         for (i, &slot) in pool.iter().enumerate() {
             let lacking = if pool.len() - i <= owed { &must } else { &may };
-            let Some(seat) = self.who_lacks(slot, lacking).or_else(|| self.who_lacks(slot, &self.weights))
+            let Some(seat) =
+                self.seat_with_deficit(slot, lacking).or_else(|| self.seat_with_deficit(slot, &self.weights))
             else {
                 continue;
             };
@@ -207,9 +212,9 @@ impl Dealer {
         }
     }
 
-    /// A seat that lacks slots: by owners of other slots that depend on this one only, so that it hardly depends on
-    /// what else is dealt; and so that who has more is asked more often.
-    fn who_lacks(&self, slot: u32, lacking: &[u32]) -> Option<usize> {
+    /// A seat with a deficit for this slot. Probes the owners of other slots, which depend on this slot only, so that the
+    /// result hardly depends on other changes, and larger seats are probed more often.
+    fn seat_with_deficit(&self, slot: u32, lacking: &[u32]) -> Option<usize> {
         let probe = |i| {
             let owner = self.owner[scale(mix(self.key ^ mix(u64::from(slot) << 8 | i)), self.size) as usize];
             (owner as usize, lacking.get(owner as usize).is_some_and(|&l| l > 0))
@@ -223,8 +228,8 @@ impl Dealer {
     }
 }
 
-/// Brings what each seat has to the beginning.
-fn sweep(slots: &mut Vec<u32>, first: &mut [u32], count: &[u32]) {
+/// Removes given slots from the buffer.
+fn compact(slots: &mut Vec<u32>, first: &mut [u32], count: &[u32]) {
     let mut end = 0;
     for (first, &count) in first.iter_mut().zip(count) {
         let from = *first as usize;
@@ -235,12 +240,12 @@ fn sweep(slots: &mut Vec<u32>, first: &mut [u32], count: &[u32]) {
     slots.truncate(end);
 }
 
-/// Appends so many slots from a place on.
+/// Appends `count` slots that begin at `from`.
 #[inline]
 fn append(slots: &mut Vec<u32>, from: usize, count: usize) {
-    // Mostly one or two, which nobody foresees: so a few are written, and what is too much is taken back.
-    if count <= FEW
-        && let Some(&few) = slots[from..].first_chunk::<FEW>()
+    // Mostly one or two, which the branch predictor cannot guess: write a fixed number and truncate.
+    if count <= COPY_CHUNK
+        && let Some(&few) = slots[from..].first_chunk::<COPY_CHUNK>()
     {
         let end = slots.len() + count;
         slots.extend(few);
@@ -252,7 +257,7 @@ fn append(slots: &mut Vec<u32>, from: usize, count: usize) {
 
 /// All slots in a random order.
 fn permutation(size: u32, key: u64) -> Vec<u32> {
-    let mut slots: Vec<u32> = Vec::with_capacity(size as usize * ROOM);
+    let mut slots: Vec<u32> = Vec::with_capacity(size as usize * BUFFER_FACTOR);
     slots.extend(0..size);
     for i in (1..size).rev() {
         slots.swap(i as usize, scale(mix(key ^ u64::from(i)), i + 1) as usize);

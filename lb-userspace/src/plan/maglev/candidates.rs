@@ -1,101 +1,109 @@
-//! Which seats may give slots, so that not all of them have to be asked at each turn. Called by [`super::deal`] while
-//! seats come one after another.
+//! Preselects seats that may give slots, so that not all seats are searched at each step. Called by [`super::build`]
+//! while seats are added one after another.
 //!
-//! It saves work and decides nothing: whatever it does, those give that [`Debts::find`] names.
+//! Only an optimisation: the result always equals that of [`SurplusFinder::find`].
 
 use super::{
-    surplus::{Debts, RANKS},
-    weight_classes::Classes,
+    surplus::{RANKS, SurplusFinder},
+    weight_classes::WeightClasses,
 };
 
-/// Different weights up to which seats are put into classes: as many as this, or as many as one per so many seats.
-const FEW: usize = 8;
+/// Largest number of different weights for which seats are grouped into classes: this number, or one per
+/// [`SEATS_PER_WEIGHT`] seats.
+const MAX_WEIGHTS: usize = 8;
 const SEATS_PER_WEIGHT: usize = 512;
-/// The least rank that is watched for. With many different weights surpluses spread evenly over a slot around none, so
-/// those of half a slot give; this leaves some room below.
-const WATCHED: usize = 120;
-/// Keys looked at together, and how many of those due are written at a time.
+/// Lowest rank of a candidate. With many different weights surpluses are spread evenly around 0 by up to half a slot
+/// each way, so seats from half a slot on give; this leaves some margin below.
+const MIN_RANK: usize = 120;
+/// Keys that are compared together, and due seats that are written at a time.
 const BLOCK: usize = 64;
 const STEP: usize = 8;
 
-/// The seats of a table to which seats come.
-pub(super) struct Watch {
+/// Preselection over the seats of a table that is being built.
+pub(super) struct Candidates {
     size: u32,
     kind: Kind,
 }
 
 enum Kind {
-    /// Few different weights: many seats have the same surplus, and which of them give is a matter of order.
-    Classes(Classes),
-    /// Many: the seats that give have the greatest surpluses.
+    /// Few different weights: many seats have the same surplus, and their order decides which of them give.
+    Classes(WeightClasses),
+    /// Many different weights: the seats with the greatest surpluses give.
     Keys(Keys),
 }
 
-impl Watch {
-    /// For seats that come with these weights.
+impl Candidates {
+    /// Creates the preselection for seats with these weights.
     pub fn new(size: u32, weights: &[u32]) -> Self {
-        let few = FEW.max(weights.len() / SEATS_PER_WEIGHT);
-        let mut different = Vec::with_capacity(few);
+        let limit = MAX_WEIGHTS.max(weights.len() / SEATS_PER_WEIGHT);
+        let mut different = Vec::with_capacity(limit);
         for weight in weights {
             if !different.contains(weight) {
-                if different.len() == few {
+                if different.len() == limit {
                     return Self { size, kind: Kind::Keys(Keys::new(size, weights.len())) };
                 }
                 different.push(*weight);
             }
         }
-        Self { size, kind: Kind::Classes(Classes::new(weights.len())) }
+        Self { size, kind: Kind::Classes(WeightClasses::new(weights.len())) }
     }
 
-    /// Says that a seat has another count of slots.
+    /// Updates the count of slots of a seat.
     #[inline]
-    pub fn changed(&mut self, seat: usize, weight: u32, count: u32) {
+    pub fn update(&mut self, seat: usize, weight: u32, count: u32) {
         match &mut self.kind {
-            Kind::Classes(classes) => classes.changed(seat, weight, count),
-            Kind::Keys(keys) => keys.changed(seat, weight, count),
+            Kind::Classes(classes) => classes.update(seat, weight, count),
+            Kind::Keys(keys) => keys.update(seat, weight, count),
         }
     }
 
-    /// Says that the next seat has come.
-    pub fn came(&mut self, weight: u32, count: u32) {
+    /// Adds the next seat.
+    pub fn add(&mut self, weight: u32, count: u32) {
         match &mut self.kind {
-            Kind::Classes(classes) => classes.came(weight, count),
-            Kind::Keys(keys) => keys.came(weight, count),
+            Kind::Classes(classes) => classes.add(weight, count),
+            Kind::Keys(keys) => keys.add(weight, count),
         }
     }
 
-    /// Finds who gives so that all together give `total`, now that all weights are `sum`: see [`Debts::find`].
-    pub fn find(&mut self, debts: &mut Debts, weights: &[u32], counts: &[u32], sum: f64, total: u32) {
+    /// Finds which seats give `total` slots together, at a total weight of `sum`: see [`SurplusFinder::find`].
+    pub fn find(
+        &mut self,
+        finder: &mut SurplusFinder,
+        weights: &[u32],
+        counts: &[u32],
+        sum: f64,
+        total: u32,
+    ) {
         let rate = f64::from(self.size) / sum;
-        // When half of them give, all are asked.
+        // If half of the seats give, search all of them.
         let is_found = total as usize * 2 <= counts.len()
             && match &mut self.kind {
                 Kind::Classes(classes) => {
-                    classes.find(debts, weights, counts, rate, total);
+                    classes.find(finder, weights, counts, rate, total);
                     true
                 }
                 Kind::Keys(keys) => {
-                    keys.choose(debts, weights, counts, sum);
-                    debts.find_among(weights, counts, rate, total, WATCHED)
+                    keys.preselect(finder, weights, counts, sum);
+                    finder.find_among(weights, counts, rate, total, MIN_RANK)
                 }
             };
         if !is_found {
-            debts.find(weights, counts, rate, total, 0);
+            finder.find(weights, counts, rate, total, 0);
         }
     }
 }
 
-/// Seats by when they may give next.
+/// Seats, keyed by the total weight at which they may give next.
 struct Keys {
     size: f32,
-    /// Bits of the sum of all weights from which on each seat has a rank that is watched for, rounded down to one in
-    /// 2^15 and counted from `base`. Empty until they are needed.
+    /// For each seat, the bits of the total weight from which on its rank is at least [`MIN_RANK`], rounded down to one in
+    /// 2^15 and relative to `base`. Empty until needed.
     keys: Vec<i16>,
     base: i32,
 }
 
 impl Keys {
-    /// A key that is never due, and the last one that may be.
+    /// Key that is never due, and the largest key that may be due.
     const NEVER: i16 = i16::MAX;
     const LAST: i32 = Self::NEVER as i32 - 2;
 
@@ -103,31 +111,31 @@ impl Keys {
         Self { size: size as f32, keys: Vec::with_capacity(seats), base: 0 }
     }
 
-    /// Floating point numbers above 0 are in the order of their bits. One step less than what comes out makes up for
-    /// its rounding, so that no seat is late.
+    /// Positive floating point numbers have the order of their bits. Subtracting one step compensates for rounding, so
+    /// that no seat is late.
     #[inline]
     fn key(&self, weight: u32, count: u32) -> i16 {
-        const LEAST: f32 = (WATCHED - 1) as f32 / RANKS as f32;
+        const LEAST: f32 = (MIN_RANK - 1) as f32 / RANKS as f32;
         let sum = weight as i32 as f32 * self.size / (count as i32 as f32 - LEAST);
         let steps = (sum.to_bits() as i32).saturating_sub(self.base) >> 8;
         if count > 0 { (steps - 1).clamp(0, Self::LAST + 1) as i16 } else { Self::NEVER }
     }
 
     #[inline]
-    fn changed(&mut self, seat: usize, weight: u32, count: u32) {
+    fn update(&mut self, seat: usize, weight: u32, count: u32) {
         if !self.keys.is_empty() {
             self.keys[seat] = self.key(weight, count);
         }
     }
 
-    fn came(&mut self, weight: u32, count: u32) {
+    fn add(&mut self, weight: u32, count: u32) {
         if !self.keys.is_empty() {
             self.keys.push(self.key(weight, count));
         }
     }
 
-    /// Chooses the seats that have a rank that is watched for, and some that will soon.
-    fn choose(&mut self, debts: &mut Debts, weights: &[u32], counts: &[u32], sum: f64) {
+    /// Preselects the seats whose rank is at least [`MIN_RANK`], or soon will be.
+    fn preselect(&mut self, finder: &mut SurplusFinder, weights: &[u32], counts: &[u32], sum: f64) {
         let sum = (sum as f32).to_bits() as i32;
         if self.keys.is_empty() || (sum - self.base) >> 8 > Self::LAST {
             self.base = sum;
@@ -137,32 +145,32 @@ impl Keys {
             self.keys = keys;
         }
         let now = ((sum - self.base) >> 8) as i16;
-        debts.reserve(counts.len(), STEP);
-        debts.len = 0;
+        finder.reserve(counts.len(), STEP);
+        finder.len = 0;
         for (block, first) in self.keys.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
-            let mut due = due(block, now);
-            let end = debts.len + due.count_ones() as usize;
-            // Where a list of so few ends nobody foresees: what is written beyond it is written over.
+            let mut due = due_bits(block, now);
+            let end = finder.len + due.count_ones() as usize;
+            // The length of such a short list is unpredictable: write full steps, and overwrite the excess.
             while due != 0 {
-                for seat in &mut debts.seats[debts.len..debts.len + STEP] {
+                for seat in &mut finder.seats[finder.len..finder.len + STEP] {
                     *seat = first + due.trailing_zeros();
                     due &= due.wrapping_sub(1);
                 }
-                debts.len += STEP;
+                finder.len += STEP;
             }
-            debts.len = end;
+            finder.len = end;
         }
     }
 }
 
-/// Which keys of a block are due, a bit each.
-fn due(block: &[i16], now: i16) -> u64 {
+/// Bitmap of the due keys of a block.
+fn due_bits(block: &[i16], now: i16) -> u64 {
     let mut is_due = [0u8; BLOCK];
     match <&[i16; BLOCK]>::try_from(block) {
         Ok(block) => is_due = block.map(|key| u8::from(key <= now)),
         Err(_) => is_due.iter_mut().zip(block).for_each(|(is, key)| *is = u8::from(*key <= now)),
     }
-    // The product brings the lowest bits of eight bytes together in the uppermost one.
+    // The multiplication gathers the lowest bits of eight bytes in the highest byte.
     let (eights, _) = is_due.as_chunks::<8>();
     eights.iter().rev().fold(0, |bits, eight| {
         bits << 8 | u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56
@@ -173,10 +181,10 @@ fn due(block: &[i16], now: i16) -> u64 {
 mod tests {
     use super::*;
 
-    /// Deals shares, without the slots, to seats that come; at each turn those must give whom all would name.
+    /// Adds seats, counting slots only; at each step the preselection must find the same seats as a full search.
     fn check(size: u32, weights: &[u32]) {
-        let mut watch = Watch::new(size, weights);
-        let (mut watched, mut asked) = (Debts::default(), Debts::default());
+        let mut candidates = Candidates::new(size, weights);
+        let (mut preselected, mut full) = (SurplusFinder::default(), SurplusFinder::default());
         let mut counts = vec![0; weights.len()];
         counts[0] = size;
         let mut sum = f64::from(weights[0]);
@@ -184,20 +192,25 @@ mod tests {
             sum += f64::from(weights[came]);
             let rate = f64::from(size) / sum;
             let taken = (f64::from(weights[came]) * rate + 0.5) as u32;
-            watch.find(&mut watched, &weights[..came], &counts[..came], sum, taken);
-            asked.find(&weights[..came], &counts[..came], rate, taken, 0);
-            assert_eq!(watched.found(), asked.found(), "{size} slots, {came} seats, {:?}", &weights[..came]);
-            for &(seat, debt) in asked.found() {
-                counts[seat as usize] -= debt;
-                counts[came] += debt;
-                watch.changed(seat as usize, weights[seat as usize], counts[seat as usize]);
+            candidates.find(&mut preselected, &weights[..came], &counts[..came], sum, taken);
+            full.find(&weights[..came], &counts[..came], rate, taken, 0);
+            assert_eq!(
+                preselected.found(),
+                full.found(),
+                "{size} slots, {came} seats, {:?}",
+                &weights[..came]
+            );
+            for &(seat, surplus) in full.found() {
+                counts[seat as usize] -= surplus;
+                counts[came] += surplus;
+                candidates.update(seat as usize, weights[seat as usize], counts[seat as usize]);
             }
-            watch.came(weights[came], counts[came]);
+            candidates.add(weights[came], counts[came]);
         }
     }
 
     #[test]
-    fn those_give_whom_all_would_name() {
+    fn the_preselection_finds_the_same_seats_as_a_full_search() {
         let weights: [fn(u32) -> u32; 8] = [
             |_| 1,
             |i| 1 + i % 3,

@@ -1,22 +1,22 @@
-//! Maglev tables: which backend each slot of a service belongs to, and its second choice.
+//! Maglev tables: assign each slot of a service a backend and a second choice.
 //!
 //! Input: a seed, a table size, the *history* of seats, and the members with weight and eligibility. Output: for
 //! each slot two indices into the members. Pure; called by `compile`, and by tests and benches.
 //!
 //! As in Maglev (Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balancer", NSDI 2016), a
-//! hash finds a slot and the slot names a backend, and any host can compute the table. How the slots are dealt
-//! is different: Maglev deals all of them anew, so that one change moves some slots between backends that have
-//! nothing to do with it. Here each backend has a *seat*, a number that it keeps, and the desired state says in
-//! which order seats were taken and left, and with what weight. The table is dealt in that order ([`Dealer`]):
-//! who comes takes its share, from each of the others what that one then has too much; who leaves gives its
-//! slots to those who then have too few. No slot moves between two others, and all shares are exact at each step.
-//! So any one backend that is added or removed moves its own share of the slots.
+//! hash selects a slot and the slot names a backend, and any host can compute the table. The assignment of slots
+//! is different: Maglev assigns all of them again, so that one change moves some slots between unrelated
+//! backends. Here each backend has a *seat*, a number that it keeps, and the desired state records in
+//! which order seats were taken and left, and with what weight. The table is built in that order ([`TableBuilder`]):
+//! a new seat takes its share, from each other seat what exceeds its own share; a seat that leaves gives its
+//! slots to seats below their share. No slot moves between two other seats, and all shares are exact at each step.
+//! So adding or removing one backend moves only its own share of the slots.
 //!
-//! What does not last comes after the history: members whose weight has changed since they took their seats, and
-//! members that failed or drain. So one of them alone moves its own slots and no other; with several at once, one
-//! more also moves some of what the others left.
+//! Temporary changes are applied after the history: members whose weight has changed since they took their seats, and
+//! members that failed or drain. So one of them alone moves only its own slots; with several at once, one
+//! more also moves some of the slots that the others left.
 //!
-//! The result depends on the seed, the history, and each member's seat, weight and eligibility; not on
+//! The result depends on the seed, the history, and each member's seat, weight and eligibility, but not on
 //! order or address.
 //!
 //! The result of the history is kept, so after health, drains or weights change only the later moves are dealt again
@@ -30,27 +30,27 @@ mod surplus;
 mod weight_classes;
 
 use crate::desired::model::MAX_SEATS;
-use build::Dealer;
+use build::TableBuilder;
 
 /// No member, in [`Table`].
 pub const NONE: u16 = u16::MAX;
-/// Most members of one table.
+/// Largest number of members of one table.
 pub const MAX_MEMBERS: usize = MAX_SEATS as usize;
 const _: () = assert!(MAX_MEMBERS < NONE as usize);
 
-/// Places tried for a second choice before a fixed rule decides.
+/// Slots tried for a second choice before a fixed rule decides.
 const PROBES: usize = 16;
-/// Members whose weight has grown that are dealt to one by one; more of them come in so many groups.
+/// Members with increased weight are processed one by one up to this number; more of them form this many groups.
 const GROUPS: usize = 256;
 
-/// One backend, as the table sees it.
+/// A backend as a member of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Member {
-    /// Its seat: no other member's.
+    /// Seat of the member, unique in the table.
     pub seat: u32,
-    /// Share of the slots relative to the other members'; 0 takes none.
+    /// Weight: share of the slots relative to the other members; 0 gets no slots.
     pub weight: u32,
-    /// Whether it takes new flows. A member that does not still shapes the table.
+    /// Whether the member takes new flows. An ineligible member still affects the table.
     pub eligible: bool,
 }
 
@@ -79,69 +79,69 @@ fn scale(hash: u64, bound: u32) -> u32 {
     ((u128::from(hash) * u128::from(bound)) >> 64) as u32
 }
 
-/// A history that has been dealt: most of the work of a table, and the same until a seat is taken or left.
-pub struct Dealt {
+/// A replayed history, for reuse: most of the work of a table, and unchanged until a seat is taken or left.
+pub struct ReplayedHistory {
     seed: [u64; 2],
     size: u32,
     seats: usize,
     history: Vec<SeatChange>,
-    dealer: Dealer,
+    builder: TableBuilder,
 }
 
-impl Dealt {
-    /// The table after this history: taken from `known` if it is of the same, else dealt, and then known.
-    fn dealer(
+impl ReplayedHistory {
+    /// The builder after this history: from `known` if that has the same history, else replayed and stored in `known`.
+    fn builder(
         known: &mut Option<Self>,
         seed: [u64; 2],
         size: u32,
         seats: usize,
         history: Vec<SeatChange>,
-    ) -> Dealer {
-        if let Some(dealt) = known
-            && (dealt.seed, dealt.size, dealt.seats) == (seed, size, seats)
-            && dealt.history == history
+    ) -> TableBuilder {
+        if let Some(replayed) = known
+            && (replayed.seed, replayed.size, replayed.seats) == (seed, size, seats)
+            && replayed.history == history
         {
-            return dealt.dealer.clone();
+            return replayed.builder.clone();
         }
-        let mut dealer = Dealer::new(seed, size, seats);
-        dealer.replay(&history);
-        *known = Some(Self { seed, size, seats, history, dealer: dealer.clone() });
-        dealer
+        let mut builder = TableBuilder::new(seed, size, seats);
+        builder.replay(&history);
+        *known = Some(Self { seed, size, seats, history, builder: builder.clone() });
+        builder
     }
 }
 
 /// Builds the table of `size` slots (a prime). An empty history stands for the members in the order of their
-/// seats; a member whose seat it does not name comes after it. Members with weight 0 take no part; at most
-/// [`MAX_MEMBERS`] are looked at. Cost: about size × ln(seats) moves of the history, and a look at who might give at each.
+/// seats; members whose seats it does not contain come after it. Members with weight 0 are ignored; at most
+/// [`MAX_MEMBERS`] are used. Cost: about size × ln(seats) moves of the history, and a search for giving seats at each.
 pub fn build(seed: [u64; 2], size: u32, history: &[SeatChange], members: &[Member]) -> Table {
     build_with(seed, size, history, members, |seats, history| {
-        let mut dealer = Dealer::new(seed, size, seats);
-        dealer.replay(&history);
-        dealer
+        let mut builder = TableBuilder::new(seed, size, seats);
+        builder.replay(&history);
+        builder
     })
 }
 
-/// The same after a change: of weights or of who takes flows it costs what these move, as long as `known` is what came of
-/// the table before.
-pub fn build_again(
+/// Builds a table like [`build`], reusing the replayed history of the previous table in `known`: a change of weights or
+/// eligibility then costs only the slots that it moves.
+pub fn rebuild(
     seed: [u64; 2],
     size: u32,
     history: &[SeatChange],
     members: &[Member],
-    known: &mut Option<Dealt>,
+    known: &mut Option<ReplayedHistory>,
 ) -> Table {
     build_with(seed, size, history, members, |seats, history| {
-        Dealt::dealer(known, seed, size, seats, history)
+        ReplayedHistory::builder(known, seed, size, seats, history)
     })
 }
 
-/// The same by a given way to deal a history to so many seats.
+/// Builds a table; `replay` returns the builder after a history with the given number of seats.
 fn build_with(
     seed: [u64; 2],
     size: u32,
     history: &[SeatChange],
     members: &[Member],
-    deal: impl FnOnce(usize, Vec<SeatChange>) -> Dealer,
+    replay: impl FnOnce(usize, Vec<SeatChange>) -> TableBuilder,
 ) -> Table {
     let present = || members.iter().take(MAX_MEMBERS).enumerate().filter(|(_, m)| m.weight > 0);
     if !present().any(|(_, m)| m.eligible) || size == 0 {
@@ -150,7 +150,7 @@ fn build_with(
     let mut order: Vec<(u32, u16)> = present().map(|(i, m)| (m.seat, i as u16)).collect();
     order.sort_unstable();
     let mut history = history.iter().filter(|(seat, _)| *seat < MAX_SEATS).copied().collect::<Vec<_>>();
-    // Seats that no table has are taken as ranks, without a history.
+    // With duplicate or too large seats, use ranks as seats and ignore the history.
     if order.windows(2).any(|pair| pair[0].0 == pair[1].0) || order[order.len() - 1].0 >= MAX_SEATS {
         order.iter_mut().zip(0..).for_each(|(o, rank)| o.0 = rank);
         history.clear();
@@ -169,20 +169,20 @@ fn build_with(
     let missing = order.iter().filter(|(seat, _)| !known[*seat as usize]);
     history.extend(missing.map(|&(seat, i)| (seat, members[i as usize].weight)));
 
-    let mut dealer = deal(seats, history);
-    // Who takes comes before who gives, so that there is always somebody to give to. What is given goes into one
-    // pool: one after another would move five times as much when one more of many fails.
-    let differing = |dealer: &Dealer, differs: fn(u32, u32) -> bool| -> Vec<SeatChange> {
-        let turns = dealer.weights().iter().zip(&weights).zip(0..);
-        turns.filter(|((old, new), _)| differs(**old, **new)).map(|((_, &new), seat)| (seat, new)).collect()
+    let mut builder = replay(seats, history);
+    // Increases before decreases, so that there is always a seat to give to. Given slots form one pool: giving
+    // one seat after another would move five times as many slots when one more of many seats fails.
+    let differing = |builder: &TableBuilder, differs: fn(u32, u32) -> bool| -> Vec<SeatChange> {
+        let changes = builder.weights().iter().zip(&weights).zip(0..);
+        changes.filter(|((old, new), _)| differs(**old, **new)).map(|((_, &new), seat)| (seat, new)).collect()
     };
-    let takes = differing(&dealer, |old, new| new > old);
-    takes.chunks(takes.len().div_ceil(GROUPS).max(1)).for_each(|group| dealer.take(group));
-    let gives = differing(&dealer, |old, new| new < old);
-    dealer.give(&gives);
+    let takes = differing(&builder, |old, new| new > old);
+    takes.chunks(takes.len().div_ceil(GROUPS).max(1)).for_each(|group| builder.take_slots(group));
+    let gives = differing(&builder, |old, new| new < old);
+    builder.give_slots(&gives);
 
     let of = |seat: u16| member.get(seat as usize).copied().unwrap_or(NONE);
-    let mut primary = dealer.into_owners();
+    let mut primary = builder.into_owners();
     primary.iter_mut().for_each(|slot| *slot = of(*slot));
     let first = heaviest(&weights, NONE).unwrap_or(NONE);
     let secondary = match heaviest(&weights, first) {
@@ -192,7 +192,7 @@ fn build_with(
     Table { primary, secondary }
 }
 
-/// The seat with the greatest weight beside `except`; the earlier wins a tie.
+/// The seat with the greatest weight other than `except`; the first one wins a tie.
 fn heaviest(weights: &[u32], except: u16) -> Option<u16> {
     (0..weights.len())
         .filter(|&i| weights[i] > 0 && i != except as usize)
@@ -200,14 +200,14 @@ fn heaviest(weights: &[u32], except: u16) -> Option<u16> {
         .map(|i| i as u16)
 }
 
-/// The second choice of each slot: whoever owns the slot at the first of a few fixed distances, if that is not
-/// the primary, else one of two others. So it changes only where one of these changes.
+/// The second choice of each slot: the owner of the slot at the first of a few fixed distances whose owner is not
+/// the primary, else one of `others`. So it changes only where one of these changes.
 fn second_choices(owner: &[u16], others: [u16; 2], seed: u64) -> Vec<u16> {
     let size = owner.len();
     let probes: [usize; PROBES] =
         std::array::from_fn(|j| scale(mix(seed ^ mix(j as u64 + 1)), size.max(2) as u32 - 1) as usize + 1);
-    // The first two distances for all slots at once, by moving the whole table; the others for the few that then still
-    // have their primary.
+    // The first two distances for all slots at once, by rotating the whole table; the others only for the few slots
+    // whose second choice still equals the primary.
     let [mut second, next] = [probes[0], probes[1]].map(|distance| {
         let (head, tail) = owner.split_at(distance.min(size));
         [tail, head].concat()
@@ -224,7 +224,7 @@ fn second_choices(owner: &[u16], others: [u16; 2], seed: u64) -> Vec<u16> {
     for (first, (second, owner)) in
         (0..).step_by(BLOCK).zip(second.chunks_mut(BLOCK).zip(owner.chunks(BLOCK)))
     {
-        // Compared in one go.
+        // Vectorised check whether any slot of the block needs a probe.
         if second.iter().zip(owner).fold(false, |any, (second, primary)| any | (second == primary)) {
             for (slot, (second, primary)) in (first..).zip(second.iter_mut().zip(owner)) {
                 if second == primary {
@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nobody_eligible_means_no_owner() {
+    fn without_eligible_members_no_slot_has_an_owner() {
         let table = build([1, 2], 251, &[], &[Member { seat: 1, weight: 1, eligible: false }]);
         assert!(table.primary.iter().chain(&table.secondary).all(|&m| m == NONE));
         assert_eq!(build([1, 2], 251, &[], &[]).primary, vec![NONE; 251]);

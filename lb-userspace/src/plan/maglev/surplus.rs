@@ -1,31 +1,32 @@
-//! Who gives how many slots when others come, so that all shares stay exact. Called by [`super::deal`].
+//! Finds which seats give how many slots when others are added, so that all shares stay exact. Called by
+//! [`super::build`].
 //!
-//! Input: each seat's weight and count of slots. Output: those that give, in the order in which they are asked. Floating
-//! point: each surplus is worked out by the same operations in the same order wherever it is needed, so that all
-//! hosts agree, and a seat of 0.5 slots too many gives on all of them or on none.
+//! Input: each seat's weight and count of slots. Output: the giving seats, in search order. Floating
+//! point: each surplus is computed by the same operations in the same order everywhere, so that all
+//! hosts agree, and a seat with 0.5 surplus slots gives on all of them or on none.
 
-/// Ranks into which fractions of slots are sorted when seats give one each.
+/// Number of ranks: fractions of slots, by which seats that give one slot each are sorted.
 pub(super) const RANKS: usize = 256;
-/// How many seats of each rank there are.
+/// Number of seats by rank.
 pub(super) type Ranks = [u16; RANKS];
-/// Who gives, and how many slots.
-pub(super) type Debt = (u32, u32);
+/// A giving seat, and the number of slots.
+pub(super) type Gift = (u32, u32);
 
-/// What each seat gives; reused from turn to turn.
+/// Computes what each seat gives; buffers are reused from step to step.
 #[derive(Clone, Default)]
-pub(super) struct Debts {
-    /// Seats that may give, in the order in which they are asked. Only the first `len` count.
+pub(super) struct SurplusFinder {
+    /// Seats that may give, in search order. Only the first `len` count.
     pub seats: Vec<u32>,
-    /// Surplus of each of them: see [`surplus`].
+    /// Surplus of each of these seats: see [`surplus`].
     pub over: Vec<i32>,
     pub len: usize,
-    found: Vec<Debt>,
-    /// How many of the last list count.
+    found: Vec<Gift>,
+    /// Length of the last result.
     end: usize,
 }
 
-impl Debts {
-    /// Makes room for so many seats, and some to write beyond.
+impl SurplusFinder {
+    /// Makes room for `seats`, and `spare` entries that may be written beyond.
     pub fn reserve(&mut self, seats: usize, spare: usize) {
         if self.seats.len() < seats + spare {
             self.seats.resize(seats + spare, 0);
@@ -34,8 +35,8 @@ impl Debts {
         }
     }
 
-    /// Finds who gives so that all together give `total`: the whole slots above its ideal, and who has most above
-    /// that gives one more. Ties go by seat from `turn` on. Rounding may leave a slot less.
+    /// Finds which seats give `total` slots together: each gives its whole surplus slots, and those with the largest
+    /// remainders give one more. Ties are broken by seat from `turn` on. Rounding may yield one slot less.
     pub fn find(&mut self, weights: &[u32], counts: &[u32], rate: f64, total: u32, turn: usize) {
         let seats = counts.len();
         let turn = turn % seats;
@@ -49,7 +50,7 @@ impl Debts {
             over.iter_mut().zip(pairs).for_each(|(over, (&w, &count))| *over = surplus(w, count, rate));
         }
         let over = &self.over[..seats];
-        // Several counts side by side: seats of equal weight have equal ranks, and one would wait for itself.
+        // Several counters in parallel: seats of equal weight have equal ranks, and a single counter would stall.
         let mut counted = [[0u16; RANKS]; 4];
         let (fours, rest) = over.as_chunks::<4>();
         for four in fours {
@@ -58,11 +59,11 @@ impl Debts {
         rest.iter().for_each(|&over| counted[0][over as usize % RANKS] += 1);
         let ranks: Ranks = std::array::from_fn(|rank| counted.iter().map(|ranks| ranks[rank]).sum());
         let whole = over.iter().map(|&over| over as u32 / RANKS as u32).sum();
-        self.share(total, whole, least(&ranks, total, whole));
+        self.distribute(total, whole, least_rank(&ranks, total, whole));
     }
 
-    /// The same among `seats` only. False if it depends on seats whose rank is below `bound`: these are not all among
-    /// them.
+    /// Finds giving seats among `seats` only. False if the result depends on seats with a rank below `bound`, which
+    /// `seats` does not contain completely.
     pub fn find_among(
         &mut self,
         weights: &[u32],
@@ -78,22 +79,22 @@ impl Debts {
             whole += *over as u32 / RANKS as u32;
             ranks[*over as usize % RANKS] += 1;
         }
-        let least = least(&ranks, total, whole);
+        let least = least_rank(&ranks, total, whole);
         if least.0 > bound {
-            self.share(total, whole, least);
+            self.distribute(total, whole, least);
         }
         least.0 > bound
     }
 
-    /// What each of `seats` gives if those from a rank on give one more than their whole slots, and the first few
-    /// of the rank below.
-    pub fn share(&mut self, total: u32, whole: u32, (least, missing): (usize, u32)) {
-        // A surplus of no rank gives nothing.
+    /// Computes what each of `seats` gives: seats from rank `least` on give one more than their whole slots, and so do
+    /// the first `missing` seats of the rank below.
+    pub fn distribute(&mut self, total: u32, whole: u32, (least, missing): (usize, u32)) {
+        // Rank 0 gives nothing.
         let mut missing = if least > 1 { missing } else { 0 };
-        // From the least rank on one more, by carry.
+        // Adding `up` carries into one more slot from the least rank on.
         let up = (RANKS - least) as u32;
         let mut end = 0;
-        // Who gives nothing is written over: which these are nobody foresees, so there is no branch.
+        // Entries without slots are overwritten: a branch would be unpredictable.
         let mut put = |seat, slots| {
             self.found[end] = (seat, slots);
             end += usize::from(slots > 0);
@@ -111,36 +112,36 @@ impl Debts {
         self.end = end;
         let excess = whole.saturating_sub(total);
         if excess > 0 {
-            self.spare(excess);
+            self.reduce(excess);
         }
     }
 
-    /// Spares the first what rounding would make all together give too much.
-    fn spare(&mut self, mut excess: u32) {
+    /// Reduces the first gifts by the excess that rounding causes.
+    fn reduce(&mut self, mut excess: u32) {
         let mut kept = 0;
         for at in 0..self.end {
             let (seat, slots) = self.found[at];
-            let spared = excess.min(slots);
-            excess -= spared;
-            self.found[kept] = (seat, slots - spared);
-            kept += usize::from(slots > spared);
+            let cut = excess.min(slots);
+            excess -= cut;
+            self.found[kept] = (seat, slots - cut);
+            kept += usize::from(slots > cut);
         }
         self.end = kept;
     }
 
-    /// Who gives.
-    pub fn found(&self) -> &[Debt] {
+    /// Giving seats of the last search.
+    pub fn found(&self) -> &[Gift] {
         &self.found[..self.end]
     }
 }
 
-/// The least rank from which on all give one more, when all together give so many and so many are whole slots; and how
-/// many of the rank below give one.
-pub(super) fn least(ranks: &Ranks, total: u32, whole: u32) -> (usize, u32) {
+/// The least rank from which on all seats give one more, if `total` slots are needed and `whole` are whole slots; and
+/// how many seats of the rank below give one more.
+pub(super) fn least_rank(ranks: &Ranks, total: u32, whole: u32) -> (usize, u32) {
     const STEP: usize = 8;
     let mut missing = total.saturating_sub(whole);
     let mut least = RANKS;
-    // Mostly nobody has the upper ones.
+    // The upper ranks are mostly empty.
     while least > STEP && ranks[least - STEP..least].iter().all(|&seats| seats == 0) {
         least -= STEP;
     }
@@ -151,10 +152,10 @@ pub(super) fn least(ranks: &Ranks, total: u32, whole: u32) -> (usize, u32) {
     (least, missing)
 }
 
-/// What a seat has above its ideal in [`RANKS`]ths of a slot, rounded up; 0 if it has nothing.
+/// A seat's slots above its share in [`RANKS`]ths of a slot, rounded up; 0 if there are none.
 #[inline]
 pub(super) fn surplus(weight: u32, count: u32, rate: f64) -> i32 {
-    // Weights have 16 bits and counts 20, so these casts lose nothing, and take one instruction.
+    // Weights have 16 bits and counts 20, so these casts are lossless, and take one instruction.
     let surplus = (f64::from(count as i32) - f64::from(weight as i32) * rate) * RANKS as f64;
     // SAFETY: its size is below 2^31: no count exceeds 524,287 slots, and no ideal either.
     let whole = unsafe { surplus.to_int_unchecked::<i32>() };

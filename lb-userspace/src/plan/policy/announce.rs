@@ -1,7 +1,7 @@
-//! Which VIPs belong on this host, so that routing daemons announce what is served and nothing else.
+//! Decides which VIPs belong on this host, so that routing daemons announce only served VIPs.
 //!
-//! Input: for each service its VIP, how many backends take its new flows, and whether one of them is known to
-//! be good; which VIPs are on the host now, and whether the host drains. Output: a decision for each VIP.
+//! Input: for each service its VIP, whether backends take its new flows, and whether one of them has passed its
+//! checks; the VIPs that are on the host now, and whether the host drains. Output: a decision for each VIP.
 //! Pure; called by `announce`.
 //!
 //! A VIP is on if any of its services is served: BGP knows addresses, not ports. Adding a VIP needs a backend that is
@@ -15,14 +15,14 @@ use std::{
     net::IpAddr,
 };
 
-/// What the rule looks at, for each service.
+/// State of a service for the decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServiceAt {
-    /// Its VIP; several services may share one.
+    /// VIP of the service; several services may share one.
     pub vip: IpAddr,
-    /// Whether backends take its new flows, by the panic rule or otherwise.
+    /// Whether backends take the service's new flows, including by the panic rule.
     pub served: bool,
-    /// Whether one of them has passed its checks, has none, or the panic rule says that they do not count.
+    /// Whether one of these backends has passed its checks or has none, or the panic rule ignores checks.
     pub proven: bool,
 }
 
@@ -30,11 +30,11 @@ pub struct ServiceAt {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Decision {
-    /// On: a service is served.
+    /// On: a service at this VIP is served.
     Served,
     /// Off: no service at this VIP has a backend that takes new flows.
     NoBackend,
-    /// Not put on yet: backends may be good, but none has proven it since this host began to look.
+    /// Not added yet: no backend has passed its checks since lbd started.
     Unproven,
     /// Off: the host drains.
     Draining,
@@ -58,11 +58,11 @@ impl fmt::Display for Decision {
     }
 }
 
-/// Decides on each VIP.
+/// Decides for each VIP whether it belongs on this host.
 ///
-/// A VIP is on as long as one service at it is served: taking it off because of another would take the good one
-/// down too. It is first put on when a backend has proven itself, so that a host that has just started draws no
-/// clients before it knows of a worker; one that is on already (lbd was restarted) stays without proof.
+/// A VIP is on as long as one service at it is served: removing it because of another service would take the served
+/// one down too. It is added only after a backend has passed its checks, so that a host that has just started attracts
+/// no clients before it knows a healthy worker; a VIP that is already on (lbd was restarted) stays.
 pub fn decide(
     services: &[ServiceAt],
     on: &BTreeSet<IpAddr>,
@@ -77,7 +77,7 @@ pub fn decide(
             _ => Decision::Served,
         };
         let best = decisions.entry(service.vip).or_insert(decision);
-        // The best word of any service counts.
+        // The best decision of any service at the VIP wins.
         *best = match (*best, decision) {
             (Decision::Served, _) | (_, Decision::Served) => Decision::Served,
             (Decision::Unproven, _) | (_, Decision::Unproven) => Decision::Unproven,

@@ -1,6 +1,6 @@
-//! Residency, service by service: what the rule is, where the backends are, and what is wrong with that.
+//! Audits residency service by service: the rule, the backends by region, and violations.
 //!
-//! Input: the desired state, where this host is, who takes flows, and flows that are still held. Output: a
+//! Input: the desired state, which backends take flows, their tracked flows, and the table's shares. Output: a
 //! [`Residency`] per service. Pure; called by the API for `lbctl audit residency`.
 
 use crate::desired::model::{Backend, BackendId, Desired, Name, Service, Share, region_list};
@@ -12,85 +12,91 @@ use std::collections::BTreeMap;
 pub struct Residency {
     /// Service.
     pub service: Name,
-    /// The only regions that it may run in; none if any.
+    /// Regions in which the service may run; none if any.
     pub allowed: Option<Vec<Name>>,
-    /// Where its backends are.
-    pub places: Vec<Home>,
-    /// What this host's table gives to each region.
+    /// Backends by region.
+    pub places: Vec<BackendsInRegion>,
+    /// Each region's share of this host's table.
     pub shares: Vec<Share>,
-    /// What is wrong; empty if nothing is.
+    /// Violations and warnings; empty if there are none.
     pub findings: Vec<String>,
 }
 
-/// Backends at one place.
+/// Backends in one region.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Home {
-    /// Region; none of those that do not say.
+pub struct BackendsInRegion {
+    /// Region; none for backends without a region.
     pub region: Option<Name>,
-    /// Whether the service may run there.
+    /// Whether the service may run in the region.
     pub is_allowed: bool,
-    /// Backends.
+    /// Number of backends.
     pub backends: u32,
-    /// Those of them that take new flows.
+    /// Backends that take new flows.
     pub ready: u32,
 }
 
-/// What is seen of a backend.
+/// Use of a backend.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Seen {
-    /// It takes new flows.
+pub struct BackendUse {
+    /// Whether the backend takes new flows.
     pub ready: bool,
-    /// Live flows that flow tables send there.
+    /// Live flows that the flow tables assign to the backend.
     pub flows: u64,
 }
 
 /// Audits all services.
 pub fn audit(
     desired: &Desired,
-    seen: impl Fn(&BackendId) -> Seen,
+    seen: impl Fn(&BackendId) -> BackendUse,
     shares: impl Fn(&Name) -> Vec<Share>,
 ) -> Vec<Residency> {
-    desired.services.iter().map(|(name, service)| one(name, service, &seen, shares(name))).collect()
+    desired.services.iter().map(|(name, service)| audit_service(name, service, &seen, shares(name))).collect()
 }
 
-fn one(name: &Name, service: &Service, seen: &impl Fn(&BackendId) -> Seen, shares: Vec<Share>) -> Residency {
+fn audit_service(
+    name: &Name,
+    service: &Service,
+    seen: &impl Fn(&BackendId) -> BackendUse,
+    shares: Vec<Share>,
+) -> Residency {
     let allowed = service.regions.as_ref().and_then(|rules| rules.allowed.clone());
-    let (mut homes, mut findings) = (BTreeMap::<Option<Name>, Home>::new(), Vec::new());
+    let (mut homes, mut findings) = (BTreeMap::<Option<Name>, BackendsInRegion>::new(), Vec::new());
     for (backend, b) in &service.backends {
         let seen = seen(&BackendId { service: name.clone(), backend: backend.clone() });
         let is_allowed = service.allows(b);
-        let home = Home { region: b.region.clone(), is_allowed, backends: 0, ready: 0 };
+        let home = BackendsInRegion { region: b.region.clone(), is_allowed, backends: 0, ready: 0 };
         let home = homes.entry(b.region.clone()).or_insert(home);
         home.backends += 1;
         home.ready += u32::from(seen.ready && is_allowed);
-        findings.extend(outside(backend, b, seen, is_allowed));
+        findings.extend(outside_finding(backend, b, seen, is_allowed));
     }
-    let places: Vec<Home> = homes.into_values().collect();
+    let places: Vec<BackendsInRegion> = homes.into_values().collect();
     if let Some(allowed) = &allowed {
         if let Some(share) = shares.iter().find(|s| !allowed.contains(&s.name)) {
             findings.push(format!("violated: the table gives {} ‰ to {}", share.permille, share.name));
         }
         if places.iter().all(|home| home.ready == 0) {
-            findings.push(format!("nothing is left in {}: new flows are refused", region_list(allowed)));
+            findings
+                .push(format!("no backend takes flows in {}: new flows are refused", region_list(allowed)));
         }
     }
     Residency { service: name.clone(), allowed, places, shares, findings }
 }
 
-/// What is wrong with a backend outside.
-fn outside(name: &Name, b: &Backend, seen: Seen, is_allowed: bool) -> Option<String> {
+/// Finding about a backend outside the allowed regions.
+fn outside_finding(name: &Name, b: &Backend, seen: BackendUse, is_allowed: bool) -> Option<String> {
     if is_allowed {
         return None;
     }
     let place = match &b.region {
         Some(region) => format!("is in {region}"),
-        None => "does not say where it is".to_owned(),
+        None => "has no region".to_owned(),
     };
     let flows = match seen.flows {
         0 => String::new(),
         n => format!("; {n} flows are refused there"),
     };
-    Some(format!("backend {name} {place}, and gets nothing{flows}"))
+    Some(format!("backend {name} {place} and gets no flows{flows}"))
 }
 
 #[cfg(test)]
@@ -113,7 +119,7 @@ mod tests {
             let shares: Vec<Share> = shares.iter().map(share).collect();
             audit(
                 &desired,
-                |id| Seen { ready, flows: u64::from(id.backend.as_str() == "b") },
+                |id| BackendUse { ready, flows: u64::from(id.backend.as_str() == "b") },
                 |_| shares.clone(),
             )
         };
@@ -121,13 +127,13 @@ mod tests {
         assert_eq!(
             found[0].findings,
             [
-                "backend b is in us, and gets nothing; 1 flows are refused there",
-                "backend c does not say where it is, and gets nothing"
+                "backend b is in us and gets no flows; 1 flows are refused there",
+                "backend c has no region and gets no flows"
             ]
         );
         assert_eq!(found[0].places.iter().map(|h| h.ready).sum::<u32>(), 1);
         assert!(found[1].findings.is_empty());
-        assert!(look(false, &[])[0].findings[2].contains("nothing is left in eu"));
+        assert!(look(false, &[])[0].findings[2].contains("no backend takes flows in eu"));
         assert!(look(true, &[("us", 25)])[0].findings[2].starts_with("violated"));
     }
 }

@@ -1,37 +1,37 @@
-//! Whether a new version of a model may stay: its requests against the old version's, over the same time.
+//! Judges a new version of a model: compares its requests with those of the old version in the same period.
 //!
-//! Input: what each version's replicas have counted since the roll-out began, and the roll-out's limits. Output: a
-//! [`Verdict`]. Pure; called by `regions` on the host that leads.
+//! Input: counts of each version's replicas since the roll-out began, and the roll-out's limits. Output: a
+//! [`CanaryVerdict`]. Pure; called by `regions`.
 
 use crate::desired::model::{Answers, Rollout};
 use serde::{Deserialize, Serialize};
 
-/// What the replicas of one version have answered since the roll-out began.
+/// Answers of the replicas of one version since the roll-out began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Tally {
-    /// Replicas that run it, and say so.
+    /// Replicas that report this version.
     pub replicas: u32,
-    /// Those of them that count their answers.
+    /// Replicas of this version that count their answers.
     pub counting: u32,
-    /// Requests that ended.
+    /// Finished requests.
     pub finished: u64,
-    /// Those of them that failed for a reason of the replica's own.
+    /// Finished requests that failed because of the replica.
     pub failed: u64,
-    /// Time to first token, summed over those that had one, in milliseconds.
+    /// Sum of the times to first token, in milliseconds.
     pub first_token_ms: f64,
-    /// How many had one.
+    /// Number of requests with a first token.
     pub first_tokens: u64,
 }
 
 impl Tally {
-    /// Adds what a replica counted between two reports. Counters that went back began anew with the process.
+    /// Adds a replica's counts between two reports. A counter that decreased was reset by a restart of the process.
     pub fn add(&mut self, before: &Answers, now: &Answers) {
         let since = |before: u64, now: u64| if now >= before { now - before } else { now };
         self.finished = self.finished.saturating_add(since(before.finished, now.finished));
         self.failed = self.failed.saturating_add(since(before.failed, now.failed));
         let tokens = since(before.first_tokens, now.first_tokens);
-        let began_anew = now.first_tokens < before.first_tokens || now.first_token_ms < before.first_token_ms;
-        let ms = if began_anew { now.first_token_ms } else { now.first_token_ms - before.first_token_ms };
+        let was_reset = now.first_tokens < before.first_tokens || now.first_token_ms < before.first_token_ms;
+        let ms = if was_reset { now.first_token_ms } else { now.first_token_ms - before.first_token_ms };
         if ms.is_finite() && ms >= 0.0 {
             self.first_tokens = self.first_tokens.saturating_add(tokens);
             self.first_token_ms += ms;
@@ -53,40 +53,40 @@ impl Tally {
     }
 }
 
-/// What is to become of a roll-out.
+/// CanaryVerdict on a roll-out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Too little is known yet.
+pub enum CanaryVerdict {
+    /// Not enough data yet.
     Waiting(String),
-    /// It does as well as it must.
+    /// The new version is within its limits.
     Fine(String),
-    /// It must not go on.
+    /// The roll-out must be aborted.
     Abort(String),
 }
 
-/// Judges the new version by the old.
+/// Judges the new version against the old one.
 ///
-/// Errors: more than the limit, and more than the old version has at the same time (a client that sends nonsense to
-/// both says nothing about the new one). Latency: more than so many percent of the old version's mean.
-pub fn judge(rollout: &Rollout, new: &Tally, old: &Tally) -> Verdict {
+/// Aborts on errors above the limit and above those of the old version in the same period (a client that sends invalid
+/// requests to both must not abort the new one), or on a mean latency above the limit in percent of the old version's.
+pub fn judge(rollout: &Rollout, new: &Tally, old: &Tally) -> CanaryVerdict {
     let Rollout { version, least_requests, most_errors_percent, most_latency_percent, .. } = rollout;
     if new.replicas == 0 {
-        return Verdict::Waiting(format!("no replica reports version {version}"));
+        return CanaryVerdict::Waiting(format!("no replica reports version {version}"));
     }
     if new.counting == 0 {
-        return Verdict::Waiting(
-            "its replicas do not count their answers: nothing aborts it but you".to_owned(),
+        return CanaryVerdict::Waiting(
+            "the replicas of the new version do not count their answers, so the roll-out is not aborted automatically".to_owned(),
         );
     }
     let least = u64::from(*least_requests);
     if new.finished < least {
-        return Verdict::Waiting(format!("{} of {least} requests", new.finished));
+        return CanaryVerdict::Waiting(format!("{} of {least} required requests", new.finished));
     }
     let (errors, usual) =
         (new.errors_percent(), if old.finished >= least { old.errors_percent() } else { 0.0 });
     if *most_errors_percent > 0 && errors > f64::from(*most_errors_percent) && errors > usual {
-        return Verdict::Abort(format!(
-            "{errors:.1} % of {} requests failed; {most_errors_percent} % may (old version: {usual:.1} %)",
+        return CanaryVerdict::Abort(format!(
+            "{errors:.1} % of {} requests failed, more than the limit of {most_errors_percent} % (old version: {usual:.1} %)",
             new.finished
         ));
     }
@@ -96,12 +96,13 @@ pub fn judge(rollout: &Rollout, new: &Tally, old: &Tally) -> Verdict {
         && old.first_tokens >= least
         && new_ms > old_ms * f64::from(*most_latency_percent) / 100.0
     {
-        return Verdict::Abort(format!(
-            "first token after {new_ms:.0} ms in the mean; {most_latency_percent} % of the old version's {old_ms:.0} ms is the most"
+        return CanaryVerdict::Abort(format!(
+            "mean time to first token is {new_ms:.0} ms, more than the limit of {most_latency_percent} % of the old version's {old_ms:.0} ms"
         ));
     }
-    let latency = new.latency_ms().map_or_else(String::new, |ms| format!(", first token after {ms:.0} ms"));
-    Verdict::Fine(format!("{errors:.1} % of {} requests failed{latency}", new.finished))
+    let latency =
+        new.latency_ms().map_or_else(String::new, |ms| format!(", mean time to first token {ms:.0} ms"));
+    CanaryVerdict::Fine(format!("{errors:.1} % of {} requests failed{latency}", new.finished))
 }
 
 #[cfg(test)]
@@ -120,7 +121,7 @@ mod tests {
     #[test]
     fn a_new_version_is_judged_by_the_old_one_and_by_its_limits() {
         let old = tally(1_000, 10, 100.0);
-        let abort = |new: Tally, old: Tally| matches!(judge(&rollout(), &new, &old), Verdict::Abort(_));
+        let abort = |new: Tally, old: Tally| matches!(judge(&rollout(), &new, &old), CanaryVerdict::Abort(_));
         for (new, old, expected) in [
             (tally(19, 19, 0.0), old, false),
             (tally(20, 2, 100.0), old, true),
@@ -135,11 +136,11 @@ mod tests {
             assert_eq!(abort(new, old), expected, "{new:?} by {old:?}");
         }
         let never = Rollout { most_errors_percent: 0, most_latency_percent: 0, ..rollout() };
-        assert!(matches!(judge(&never, &tally(100, 100, 0.0), &old), Verdict::Fine(_)));
+        assert!(matches!(judge(&never, &tally(100, 100, 0.0), &old), CanaryVerdict::Fine(_)));
     }
 
     #[test]
-    fn a_process_that_begins_anew_counts_from_nothing() {
+    fn counters_of_a_restarted_process_count_from_zero() {
         let at =
             |finished, failed, ms| Answers { finished, failed, first_token_ms: ms, first_tokens: finished };
         let mut tally = Tally::default();

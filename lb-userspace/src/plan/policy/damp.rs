@@ -1,18 +1,18 @@
-//! Flap damping: who fell often of late must stand longer before it is believed again. Pure.
+//! Flap damping: a backend that fell often recently must be up longer before it is trusted again. Pure.
 //!
-//! Each fall is a penalty of one, which fades by half in [`HALF_LIFE`] (the form of RFC 2439, with one threshold). Two
-//! falls cost nothing; each further one doubles what is asked for.
+//! Each fall adds a penalty of one, which decays with [`HALF_LIFE`] (like RFC 2439, with one threshold). Two
+//! falls cost nothing; each further one doubles the requirement.
 
 use std::time::Duration;
 
-/// Time in which a penalty fades to its half.
+/// Time in which a penalty decays to its half.
 pub const HALF_LIFE: Duration = Duration::from_secs(300);
 /// Falls that cost nothing.
 const FREE: f64 = 2.0;
-/// Most that is asked for.
-const MOST: u32 = 16;
+/// Largest factor.
+const MAX_FACTOR: u32 = 16;
 
-/// One thing's falls.
+/// Penalty of recent falls.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Damper {
     penalty: f64,
@@ -25,16 +25,16 @@ impl Damper {
         self.penalty * (-age / HALF_LIFE.as_secs_f64()).exp2()
     }
 
-    /// It fell at `now` of a steady clock.
-    pub fn fall(&mut self, now: Duration) {
+    /// Records a fall at `now` of a monotonic clock.
+    pub fn record_fall(&mut self, now: Duration) {
         self.penalty = self.penalty(now) + 1.0;
         self.at = now;
     }
 
-    /// How many times as much is asked of it now: 1 to 16.
+    /// Factor of the requirement at `now`: 1 to 16.
     pub fn factor(&self, now: Duration) -> u32 {
         let over = (self.penalty(now) - FREE).ceil().max(0.0);
-        1u32.checked_shl(over as u32).unwrap_or(MOST).min(MOST)
+        1u32.checked_shl(over as u32).unwrap_or(MAX_FACTOR).min(MAX_FACTOR)
     }
 }
 
@@ -44,12 +44,12 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn two_falls_are_free_and_old_ones_forgotten() {
+    fn two_falls_are_free_and_old_ones_decay() {
         let at = Duration::from_secs;
         let mut damper = Damper::default();
         let factors: Vec<u32> = (0..8)
             .map(|i| {
-                damper.fall(at(i));
+                damper.record_fall(at(i));
                 damper.factor(at(i))
             })
             .collect();
@@ -66,11 +66,11 @@ mod tests {
             for gap in falls {
                 now += Duration::from_secs(gap);
                 let before = damper.factor(now);
-                damper.fall(now);
+                damper.record_fall(now);
                 prop_assert!(damper.factor(now) >= before);
             }
             let factor = damper.factor(now);
-            prop_assert!((1..=MOST).contains(&factor) && factor.is_power_of_two());
+            prop_assert!((1..=MAX_FACTOR).contains(&factor) && factor.is_power_of_two());
             prop_assert!(damper.factor(now + Duration::from_secs(later)) <= factor);
         }
     }

@@ -1,57 +1,57 @@
-//! How loaded a replica is, as one number: the load score that the dataplane compares.
+//! Load score: how loaded a replica is, as one number that the dataplane compares.
 //!
-//! Input: a [`Report`] and the capacity that stands in where the report names none. Output: a `u32` in
+//! Input: a [`Report`] and the capacity to assume if the report contains none. Output: a `u32` in
 //! millionths of the replica's capacity. Pure; called by `replica` for each report.
 //!
-//! One million is a replica that runs as many requests as it can. So replicas of different sizes compare: one
-//! request more costs a small replica more than a large one. What is added up:
+//! One million is a replica that runs as many requests as it can. So replicas of different sizes are comparable: one
+//! request more costs a small replica more than a large one. The score is the sum of:
 //!
-//! * *Occupancy*: the scarcer of places and KV cache, running ÷ capacity or the cache's use, whichever is more.
-//! * *Queue*: a waiting request takes a place later and delays each that comes after it until then; it counts as
-//!   four running ones (the weight that vLLM's own balancer gives it between its engines).
-//! * *Pressure*: from nine tenths of the KV cache on, the engine is about to preempt requests and to compute
-//!   them again. The last tenth costs as much as all the rest.
+//! * *Occupancy*: the larger of running ÷ capacity and the KV cache's use.
+//! * *Queue*: a waiting request will take a place and delays all later ones until then; it counts as
+//!   four running ones (the weight that vLLM's own balancer uses between its engines).
+//! * *Pressure*: from nine tenths of the KV cache on, the engine is about to preempt requests and recompute
+//!   them. The last tenth costs as much as all the rest.
 //!
-//! The score rises, or stays, with each of running, waiting and cache use, and ends at [`MOST`], which leaves
-//! room above it for what the dataplane adds between two reports.
+//! The score is monotonic in running, waiting and cache use, and bounded by [`MAX_SCORE`], which leaves
+//! headroom for what the dataplane adds between two reports.
 
 use crate::desired::model::Report;
 
-/// The score of a replica that runs as many requests as it can, and has none waiting.
+/// Score of a replica that runs as many requests as it can, with none waiting.
 pub const FULL: u32 = 1_000_000;
 /// Highest score: a thousand times full.
-pub const MOST: u32 = 1_000 * FULL;
-/// Requests that a replica runs at once where neither it nor the service says (vLLM's `max_num_seqs`).
+pub const MAX_SCORE: u32 = 1_000 * FULL;
+/// Capacity to assume if neither the replica nor the service defines it (vLLM's `max_num_seqs`).
 pub const USUAL_CAPACITY: u32 = 256;
-/// A waiting request counts as so many running ones.
-const WAITING: u64 = 4;
-/// Use of the KV cache from which it presses.
-const PRESSING: f64 = 0.9;
+/// Weight of a waiting request, in running ones.
+const WAITING_WEIGHT: u64 = 4;
+/// Use of the KV cache from which pressure counts.
+const PRESSURE_FROM: f64 = 0.9;
 
-/// The capacity that a report is judged by.
+/// Capacity of a replica: reported, configured, or assumed.
 pub fn capacity(report: &Report, configured: Option<u32>) -> u32 {
     report.capacity.or(configured).unwrap_or(USUAL_CAPACITY).max(1)
 }
 
-/// The load score of a report.
+/// Load score of a report.
 pub fn score(report: &Report, configured: Option<u32>) -> u32 {
     let capacity = u64::from(capacity(report, configured));
     let of_capacity = |requests: u64| requests * u64::from(FULL) / capacity;
     let kv = report.kv_cache_usage.unwrap_or(0.0).clamp(0.0, 1.0);
     let full = f64::from(FULL);
     let occupancy = of_capacity(report.running.into()).max((kv * full) as u64);
-    let queue = of_capacity(WAITING * u64::from(report.waiting));
-    let pressure = ((kv - PRESSING).max(0.0) / (1.0 - PRESSING) * full) as u64;
-    u32::try_from(occupancy + queue + pressure).unwrap_or(MOST).min(MOST)
+    let queue = of_capacity(WAITING_WEIGHT * u64::from(report.waiting));
+    let pressure = ((kv - PRESSURE_FROM).max(0.0) / (1.0 - PRESSURE_FROM) * full) as u64;
+    u32::try_from(occupancy + queue + pressure).unwrap_or(MAX_SCORE).min(MAX_SCORE)
 }
 
-/// What one more request adds to a replica's score, at least 1: for the dataplane between two reports.
+/// Amount that one more request adds to a replica's score, at least 1: the dataplane adds it between two reports.
 pub fn request_cost(capacity: u32) -> u32 {
     (FULL / capacity.max(1)).max(1)
 }
 
-/// The score that stands in for a replica of which nothing is known, from those of the service's others: their
-/// median. So it is neither avoided nor flooded.
+/// Score for a replica without a recent report: the median of the service's other replicas, so that the replica is
+/// neither avoided nor flooded.
 pub fn neutral(known: &mut [u32]) -> u32 {
     if known.is_empty() {
         return 0;
@@ -93,13 +93,13 @@ mod tests {
             (8, 2, None, Some(8), 2 * FULL),
             (0, 0, Some(1.0), None, 2 * FULL),
             (256, 0, None, None, FULL),
-            (1_000_000, 1_000_000, Some(1.0), Some(1), MOST),
+            (1_000_000, 1_000_000, Some(1.0), Some(1), MAX_SCORE),
         ] {
             let got = score(&report(running, waiting, kv, capacity), None);
             assert_eq!(got, expected, "{running} running, {waiting} waiting, {kv:?} of {capacity:?}");
         }
         assert_eq!(score(&report(2, 0, None, None), Some(4)), FULL / 2);
-        assert_eq!(score(&report(2, 0, None, Some(8)), Some(4)), FULL / 4, "its own word wins");
+        assert_eq!(score(&report(2, 0, None, Some(8)), Some(4)), FULL / 4, "the reported capacity wins");
         assert_eq!((request_cost(8), request_cost(0), request_cost(u32::MAX)), (125_000, FULL, 1));
         assert_eq!((neutral(&mut []), neutral(&mut [7]), neutral(&mut [9, 1, 5])), (0, 7, 5));
     }
@@ -140,7 +140,7 @@ mod tests {
         #[test]
         fn a_score_is_bounded_and_scales(base in any_report(), factor in 1..50u32) {
             let one = score(&base, None);
-            prop_assert!(one <= MOST);
+            prop_assert!(one <= MAX_SCORE);
             // A replica twice the size with twice the requests is as loaded.
             let times = |n: u32| n.saturating_mul(factor);
             let capacity = capacity(&base, None);

@@ -1,9 +1,8 @@
-//! Which backends take new flows: health, state and the replica's own word made into eligibility, with the
-//! panic rule. And how loaded a replica is ([`load`]), how long one that flaps must stand ([`damp`]), which regions
-//! new flows go to ([`region`]), and whether a new version may stay ([`canary`]).
+//! Decides which backends take new flows, from health, state and the replica's own report, with the panic rule.
+//! Also computes load scores ([`load`]), flap damping ([`damp`]), region shares of new flows ([`region`]), and verdicts
+//! on new versions ([`canary`]).
 //!
-//! Input: a service's backends with weight, state, verdict and readiness. Output: who is eligible, and why
-//! not. Pure; called by `compile`, and by `replica` for the load score.
+//! Input: a service's backends with weight, state, verdict and readiness. Output: the eligible backends. Pure; called by `compile`, and by `replica` for the load score.
 
 pub mod announce;
 pub mod audit;
@@ -14,19 +13,18 @@ pub mod region;
 
 use crate::desired::model::{BackendState, Health, HealthKind, Readiness, Service};
 
-/// What is known of one backend, from probes and from its replica.
+/// Combined observations of one backend, from probes and from its replica.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// The probes' verdict, or what stands for one.
+    /// Verdict of the probes, or its substitute.
     pub health: Health,
-    /// What the replica says.
+    /// Readiness that the replica reports.
     pub readiness: Readiness,
 }
 
 impl Seen {
-    /// Puts both together by what the service asks for. A replica that is lost is unhealthy. Where there are
-    /// no probes, the replica's report is the verdict; where there are, it only adds to it. Where neither is
-    /// asked for, every backend is healthy.
+    /// Combines both by the service's settings. A lost replica is unhealthy. Without probes, the replica's report is
+    /// the verdict; with probes, it only adds to their verdict. Without either, every backend is healthy.
     pub fn of(service: &Service, health: Health, readiness: Readiness) -> Self {
         let probed = service.health.kind != HealthKind::None;
         let readiness = if service.replica.is_some() { readiness } else { Readiness::Unknown };
@@ -40,38 +38,37 @@ impl Seen {
     }
 }
 
-/// What the rule looks at.
+/// A backend as input of [`eligible`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// Share of new flows; 0 takes none.
+    /// Share of new flows; 0 takes no flows.
     pub weight: u32,
     /// Administrative state.
     pub state: BackendState,
     /// Verdict; [`Health::Healthy`] for a service without a check.
     pub health: Health,
-    /// The replica itself wants no new flows.
+    /// Whether the replica itself declines new flows.
     pub declines: bool,
 }
 
-/// The rule's answer.
+/// Result of [`eligible`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Eligibility {
-    /// For each candidate: takes new flows.
+    /// For each candidate, whether it takes new flows.
     pub eligible: Vec<bool>,
-    /// Health was ignored because too little of the weight is healthy.
+    /// Whether health was ignored because too little of the weight is healthy.
     pub panic: bool,
-    /// Every backend that could take flows has had a verdict once (see [`eligible`]).
+    /// Whether every backend that could take flows has had a verdict (see [`eligible`]).
     pub settled: bool,
 }
 
-/// Decides who takes new flows.
+/// Decides which backends take new flows.
 ///
-/// A backend that neither the operator has switched off (weight above 0, state up) nor its replica (loading,
-/// draining or failed, by its own word) takes flows when it is healthy. One without a verdict takes them only as long as the service is not `settled`, that is
-/// until all have had their first verdict: at a cold start nothing is known and all serve, while a
-/// backend added later must pass its checks first. If nothing is healthy, those without a verdict serve.
-/// When less than `panic_percent` of the weight would serve, health is ignored rather than the rest
-/// drowned.
+/// A healthy backend takes flows unless the operator has switched it off (weight 0, or state not up) or its replica
+/// declines (reports loading, draining or failed). A backend without a verdict takes flows only until the service is
+/// `settled`, that is until all have had their first verdict: at a cold start nothing is known and all serve, while a
+/// backend added later must pass its checks first. If no backend is healthy, those without a verdict serve.
+/// If less than `panic_percent` of the weight would serve, health is ignored, so that the rest is not overloaded.
 pub fn eligible(candidates: &[Candidate], settled: bool, panic_percent: u8) -> Eligibility {
     let wanted = |c: &Candidate| c.weight > 0 && c.state == BackendState::Up && !c.declines;
     let weight_of = |flags: &[bool]| -> u64 {
@@ -155,7 +152,7 @@ mod tests {
         assert_eq!(
             (e.eligible, e.panic),
             (vec![false, true], false),
-            "who declines does not count as missing"
+            "a declining backend does not count as missing"
         );
         let e = rule(&[candidate(Healthy, true), candidate(Unhealthy, false)], 50);
         assert_eq!((e.eligible, e.panic), (vec![false, true], true));

@@ -118,7 +118,12 @@ impl Bed {
         let control = Control::new(store.clone(), engine.clone(), Arc::new(HealthRegistry::default()));
         let opener = Opener { local: store.local(), keep: 100, access: Access::default(), id: None };
         let named = |name: &str| name.to_owned();
-        control.share(FleetMember { host: named("h"), region: named("eu"), zone: named("a"), opener });
+        control.set_fleet_member(FleetMember {
+            host: named("h"),
+            region: named("eu"),
+            zone: named("a"),
+            opener,
+        });
         Self { directory, engine, control, store }
     }
 
@@ -130,9 +135,9 @@ impl Bed {
             self.store.local().save("host-drain", serde_json::to_vec(&drain).unwrap()).await.unwrap();
         }
         let hosting = HostState::restore(Arc::new(self.store.local()), Some(announced)).await.unwrap();
-        self.control.announce(hosting);
+        self.control.set_host_state(hosting);
         if before.is_null() {
-            self.control.adopted(3);
+            self.control.set_adopted_services(3);
         } else {
             self.commit(Desired::default()).await;
             self.commit(serde_json::from_value(before.clone()).unwrap()).await;
@@ -148,10 +153,10 @@ impl Bed {
         if path == "/v1/store/unretire" {
             self.store.retire(Retire::Moved("file:///there".into())).await.unwrap();
         }
-        tokio::spawn(self.control.clone().follow());
+        tokio::spawn(self.control.clone().run_apply_loop());
         if !before.is_null() {
             // Or an application of what is prepared would be taken for the request's.
-            self.control.first_applied().await;
+            self.control.wait_first_applied().await;
         }
     }
 
@@ -236,12 +241,12 @@ async fn only_writers_change_anything_whatever_the_query_says() {
             let status = ask(&nobody, &route.method, path, &body).await;
             assert_eq!(status, 403, "nobody: {} {path}", route.method);
             let status = ask(&reader, &route.method, path, &body).await;
-            let tries = route.right == Right::Try && *path == with(&path_of(path), "dry_run=true");
+            let tries = route.right == Right::WriteOrDryRun && *path == with(&path_of(path), "dry_run=true");
             assert_eq!(status, if tries { 200 } else { 403 }, "reader: {} {path}", route.method);
             assert_eq!(bed.state().await, state, "changed by a reader: {} {path}", route.method);
             assert!(!bed.directory.path().join("moved").exists(), "a store was made for a reader");
         }
-        if route.right == Right::Try {
+        if route.right == Right::WriteOrDryRun {
             let status = ask(&writer, &route.method, &with(&path, "dry_run=true"), &body).await;
             assert_eq!((status, bed.state().await), (200, state.clone()), "tried by a writer: {what}");
         }
@@ -341,7 +346,7 @@ async fn a_caller_that_leaves_stops_nothing_halfway() {
         let (socket, _) = bed.peer("writer", true);
         let state = bed.state().await;
         // Long enough that the caller is gone in the midst of it, however busy the machine is.
-        bed.engine.delay(Duration::from_millis(200));
+        bed.engine.set_delay(Duration::from_millis(200));
         let caller = begin(&socket, &route.method, &path, &body).await;
         let what = format!("{} {path}", route.method);
         let begun = async {

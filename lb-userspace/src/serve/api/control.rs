@@ -1,4 +1,4 @@
-//! Reading and changing the balancer, whoever asks: a write is checked, stored, and waited for.
+//! Reads and changes the balancer for the API and the daemon: a write is checked, stored, and applied.
 
 use super::{
     ApiError, Engine,
@@ -24,134 +24,132 @@ use std::{
 };
 use tokio::sync::{RwLock, watch};
 
-/// How long a write waits for the maps before it says that it is still waiting.
+/// How long a write waits for the maps before it fails with a timeout.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
-/// Shortest and longest wait before a failed application is tried again.
+/// Shortest and longest wait before a failed application is retried.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
-/// Where the sizes of tables come from when a state is written.
+/// How a write determines table sizes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Sizes {
-    /// Chosen for what is new, and for what has become too large for its own.
+    /// Sizes are chosen for new services, and for services that outgrew their table.
     Chosen,
-    /// Those of the state, which was a whole one before: what names no size in it has the one of earlier versions.
+    /// The sizes of an earlier state are kept; a service without one has the size of earlier versions.
     Kept,
 }
 
-/// Outcome of the last application: the revision that was tried, and how it went.
+/// Outcome of the last application: the revision, and the result.
 type Outcome = Option<(u64, Result<Applied, EngineError>)>;
 
-/// Store, engine and health under one roof.
+/// Store, engine, health and replicas, as the API and the metrics use them.
 pub struct Control {
     pub(super) store: Arc<dyn Store>,
     pub(super) engine: Arc<dyn Engine>,
-    pub(super) book: Arc<HealthRegistry>,
+    pub(super) health: Arc<HealthRegistry>,
     pub(super) replicas: Arc<replica::ReplicaRegistry>,
     pub(super) started: Instant,
     pub(super) drains: Drains,
-    /// This host among the others, once the daemon has said.
-    pub(super) sharing: OnceLock<FleetMember>,
-    /// What this host announces, once the daemon has said.
-    pub(super) hosting: OnceLock<Arc<HostState>>,
-    /// What is decided about regions, once the daemon has said where that is to be seen.
-    pub(super) steered: OnceLock<watch::Receiver<Arc<crate::observed::regions::RegionSnapshot>>>,
-    /// What this host last told about itself.
+    /// This host's identity and store opener; set once by the daemon.
+    pub(super) fleet_member: OnceLock<FleetMember>,
+    /// This host's announcement and drain; set once by the daemon.
+    pub(super) host_state: OnceLock<Arc<HostState>>,
+    /// Decisions about regions; set once by the daemon.
+    pub(super) region_decisions: OnceLock<watch::Receiver<Arc<crate::observed::regions::RegionSnapshot>>>,
+    /// What this host last reported about itself.
     pub(super) report: watch::Sender<HostReport>,
-    /// Held by whoever changes something; by one alone while the data move.
-    pub(super) changing: RwLock<()>,
+    /// Held shared by each commit, exclusively by a migration or restore.
+    pub(super) commit_lock: RwLock<()>,
     outcome: watch::Sender<Outcome>,
-    /// Services that the maps held when lbd started with an empty store; 0 once somebody has said what is to be.
+    /// Services that the maps held when lbd started with an empty store; 0 after `accept` or a first change.
     orphaned: watch::Sender<usize>,
 }
 
 impl Control {
-    /// Nothing is applied before [`Control::follow`] runs.
-    pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, book: Arc<HealthRegistry>) -> Arc<Self> {
-        Self::with_replicas(store, engine, book, Arc::default())
+    /// Without replicas. Nothing is applied before [`Control::run_apply_loop`] runs.
+    pub fn new(store: Arc<dyn Store>, engine: Arc<dyn Engine>, health: Arc<HealthRegistry>) -> Arc<Self> {
+        Self::with_replicas(store, engine, health, Arc::default())
     }
 
-    /// The same, with what replicas say.
+    /// With the registry of replica reports. Nothing is applied before [`Control::run_apply_loop`] runs.
     pub fn with_replicas(
         store: Arc<dyn Store>,
         engine: Arc<dyn Engine>,
-        book: Arc<HealthRegistry>,
+        health: Arc<HealthRegistry>,
         replicas: Arc<replica::ReplicaRegistry>,
     ) -> Arc<Self> {
         Arc::new(Self {
             store,
             engine,
-            book,
+            health,
             replicas,
             started: Instant::now(),
             drains: Drains::default(),
-            sharing: OnceLock::new(),
-            hosting: OnceLock::new(),
-            steered: OnceLock::new(),
+            fleet_member: OnceLock::new(),
+            host_state: OnceLock::new(),
+            region_decisions: OnceLock::new(),
             report: watch::Sender::default(),
-            changing: RwLock::default(),
+            commit_lock: RwLock::default(),
             outcome: watch::Sender::new(None),
             orphaned: watch::Sender::default(),
         })
     }
 
-    /// Says which host this is, and how to get at other stores.
-    pub fn share(&self, sharing: FleetMember) {
-        // Said once, by the daemon.
-        let _ = self.sharing.set(sharing);
+    /// Sets this host's identity and the opener of other stores. The daemon calls it once.
+    pub fn set_fleet_member(&self, member: FleetMember) {
+        let _ = self.fleet_member.set(member);
     }
 
-    /// What this host last told about itself.
+    /// What this host last reported about itself.
     pub fn report(&self) -> HostReport {
         self.report.borrow().clone()
     }
 
-    /// How the store and this host get on.
+    /// State of the connection to the store.
     pub fn link(&self) -> Link {
         self.store.link().borrow().clone()
     }
 
-    /// The engine.
+    /// The reconciler and dataplane.
     pub fn engine(&self) -> &Arc<dyn Engine> {
         &self.engine
     }
 
-    /// Verdicts.
-    pub fn book(&self) -> &HealthRegistry {
-        &self.book
+    /// Verdicts of the health checks.
+    pub fn health(&self) -> &HealthRegistry {
+        &self.health
     }
 
-    /// What replicas say.
+    /// Reports of the replicas.
     pub fn replicas(&self) -> &Arc<replica::ReplicaRegistry> {
         &self.replicas
     }
 
-    /// Newest desired state.
+    /// The newest desired state.
     pub fn head(&self) -> Stored {
         self.store.head()
     }
 
-    /// Says how many services the maps hold before anything was applied. With an empty store they are forwarded as
-    /// before, until [`Control::accept`] or a first change: a store that is lost, or not the right one, must not take
-    /// them away.
-    pub fn adopted(&self, services: usize) {
+    /// Sets how many services the maps held at start. With an empty store lbd keeps forwarding for them until
+    /// [`Control::accept`] or a first change: a lost or wrong store must not remove them.
+    pub fn set_adopted_services(&self, services: usize) {
         if self.store.head().revision.number > 0 || services == 0 {
             return;
         }
         self.orphaned.send_replace(services);
         let place = self.link().place;
-        tracing::error!(services, place, "{}", super::view::orphaned(services));
+        tracing::error!(services, place, "{}", super::view::orphaned_problem(services));
     }
 
-    /// Services in the maps of which the store, which is empty, says nothing.
+    /// Number of services in the maps while the store is empty.
     pub fn orphaned(&self) -> usize {
         *self.orphaned.borrow()
     }
 
-    /// Accepts the empty store, if it is there to be accepted; false if there is none.
+    /// Accepts the empty store; false if the store is not empty or the maps hold no services.
     ///
     /// # Errors
-    /// Another revision was accepted than 0.
-    pub(super) fn adopt_empty(&self, revision: u64) -> Result<bool, ApiError> {
+    /// `revision` is not 0.
+    pub(super) fn accept_empty(&self, revision: u64) -> Result<bool, ApiError> {
         if self.orphaned() == 0 {
             return Ok(false);
         }
@@ -162,20 +160,20 @@ impl Control {
         Ok(true)
     }
 
-    /// Waits until a revision is in the maps.
-    pub async fn first_applied(&self) {
+    /// Waits until the first revision is in the maps.
+    pub async fn wait_first_applied(&self) {
         let mut outcome = self.outcome.subscribe();
-        // The sender is in this very object.
+        // Cannot fail: the sender is a field of `self`.
         let _ = outcome.wait_for(|outcome| matches!(outcome, Some((_, Ok(_))))).await;
     }
 
-    /// Applies each newest revision, whoever committed it, until the store is gone. A failed one is tried
-    /// again, at growing intervals.
-    pub async fn follow(self: Arc<Self>) {
+    /// Applies each newest revision, from any host, until the store is closed. A failed application is retried
+    /// at growing intervals.
+    pub async fn run_apply_loop(self: Arc<Self>) {
         let mut watch = self.store.watch();
         let mut orphaned = self.orphaned.subscribe();
         let mut retry = RETRY.0;
-        self.drains.look_back(&*self.store).await;
+        self.drains.restore(&*self.store).await;
         loop {
             let stored = watch.borrow_and_update().clone();
             let number = stored.revision.number;
@@ -186,19 +184,19 @@ impl Control {
                 }
                 continue;
             }
-            // A first change is a whole new state.
+            // A first change replaces what the maps hold.
             self.orphaned.send_replace(0);
-            self.drains.follow(&stored);
+            self.drains.update(&stored);
             let result = self.engine.apply(stored.desired, number).await;
             let failed = result.is_err();
             match &result {
                 Ok(applied) => {
                     retry = RETRY.0;
                     let Applied { slots_changed, took_us, .. } = applied;
-                    tracing::info!(revision = number, slots_changed, took_us, "applied");
+                    tracing::info!(revision = number, slots_changed, took_us, "desired state applied");
                 }
                 Err(error) => {
-                    tracing::error!(revision = number, %error, retry_s = retry.as_secs(), "not applied");
+                    tracing::error!(revision = number, %error, retry_s = retry.as_secs(), "cannot apply the desired state; retrying");
                 }
             }
             self.outcome.send_replace(Some((number, result)));
@@ -212,8 +210,8 @@ impl Control {
     /// Waits until this revision, or a later one, is applied or has failed.
     ///
     /// # Errors
-    /// It failed, or took longer than a reader should wait.
-    pub async fn applied(&self, revision: u64) -> Result<Applied, ApiError> {
+    /// Applying it failed, or took longer than [`APPLY_TIMEOUT`].
+    pub async fn wait_applied(&self, revision: u64) -> Result<Applied, ApiError> {
         let mut outcome = self.outcome.subscribe();
         let reached = |o: &Outcome| o.as_ref().is_some_and(|(number, _)| *number >= revision);
         let wait = tokio::time::timeout(APPLY_TIMEOUT, outcome.wait_for(reached)).await;
@@ -221,28 +219,30 @@ impl Control {
         match wait {
             Ok(Ok(found)) => match found.as_ref().map(|(_, result)| result.clone()) {
                 Some(Ok(applied)) => Ok(applied),
-                Some(Err(error)) => Err(ApiError::not_applied(format!("{stored} cannot be applied: {error}"))
-                    .fix("the dataplane still works by the revision before; lbd tries again, or use `lbctl rollback`")),
-                None => Err(ApiError::not_applied(format!("{stored} not applied"))),
+                Some(Err(error)) => Err(ApiError::not_applied(format!(
+                    "{stored} cannot be applied: {error}"
+                ))
+                .fix("the dataplane keeps the previous revision and lbd retries; or use `lbctl rollback`")),
+                None => Err(ApiError::not_applied(format!("{stored} was not applied"))),
             },
             Ok(Err(_)) | Err(_) => Err(ApiError::not_applied(format!(
-                "{stored} not yet applied after {} s",
+                "{stored} was not applied within {} s",
                 APPLY_TIMEOUT.as_secs()
             ))
-            .fix("see `lbctl status` and the log of lbd")),
+            .fix("see `lbctl status` and lbd's log")),
         }
     }
 
-    /// What became of the newest application.
+    /// Result of the newest application.
     pub(super) fn outcome(&self) -> Outcome {
         self.outcome.borrow().clone()
     }
 
     /// Changes the desired state: checks it, stores it as one revision, and returns when it is applied.
-    /// `change` may be called again if someone else was faster.
+    /// `change` is called again after a conflicting commit.
     ///
     /// # Errors
-    /// `change` refused, a rule is broken, it does not fit, someone changed what was expected, or storing
+    /// `change` refused, a rule is broken, the state does not fit, the revision is not the expected one, or storing
     /// or applying failed. Except in the last case nothing has changed.
     pub async fn write(
         &self,
@@ -297,7 +297,7 @@ impl Control {
             desired.share(&head.desired);
             let desired = Arc::new(desired);
             let differences = differences(&head.desired, &desired);
-            // Not what is shown of it decides.
+            // Compare the states: `differences` may leave something out.
             let is_changed = desired != head.desired;
             if is_changed {
                 let broken = desired.check_change(&head.desired);
@@ -309,7 +309,7 @@ impl Control {
             if query.dry_run || !is_changed {
                 return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
             }
-            let message = query.message.clone().unwrap_or_else(|| summary(&differences));
+            let message = query.message.clone().unwrap_or_else(|| summarize(&differences));
             let commit = Commit {
                 expected: found,
                 desired,
@@ -318,7 +318,7 @@ impl Control {
                 time: SystemTime::now(),
             };
             let committed = {
-                let _turn = self.changing.read().await;
+                let _guard = self.commit_lock.read().await;
                 self.store.commit(commit).await
             };
             match committed {
@@ -327,7 +327,7 @@ impl Control {
                 Ok(stored) => {
                     let revision = stored.revision.number;
                     tracing::info!(revision, author = author.name, message, "desired state changed");
-                    let applied = Some(self.applied(revision).await?);
+                    let applied = Some(self.wait_applied(revision).await?);
                     return Ok(Change { revision, dry_run: false, differences, applied });
                 }
             }
@@ -337,7 +337,7 @@ impl Control {
     /// Makes the state of an older revision the newest.
     ///
     /// # Errors
-    /// As [`Control::write`], or the revision is not kept.
+    /// As [`Control::write`], or the store no longer keeps the revision.
     pub async fn rollback(&self, author: &Author, query: &WriteQuery, to: u64) -> Result<Change, ApiError> {
         let old = self.store.get(to).await?;
         let message = query.message.clone().unwrap_or_else(|| format!("rollback to revision {to}"));
@@ -345,25 +345,25 @@ impl Control {
         self.bring_back(author, &query, &old.desired).await
     }
 
-    /// Tracked flows.
+    /// Lists tracked flows.
     ///
     /// # Errors
     /// The maps cannot be read.
     pub async fn flows(&self, filter: FlowFilter) -> Result<Flows, ApiError> {
-        let (flows, more) = self.reading(move |engine| engine.flows(&filter)).await?;
+        let (flows, more) = self.read_engine(move |engine| engine.flows(&filter)).await?;
         Ok(Flows { flows, more })
     }
 
-    /// What becomes of a flow's packets.
+    /// Explains where a flow's packets go.
     ///
     /// # Errors
     /// The maps cannot be read.
     pub async fn explain(&self, query: Query) -> Result<Explanation, ApiError> {
-        self.reading(move |engine| engine.explain(query)).await
+        self.read_engine(move |engine| engine.explain(query)).await
     }
 
-    /// Runs what reads maps off the async threads.
-    pub(super) async fn reading<T: Send + 'static>(
+    /// Runs a blocking read of the maps off the async threads.
+    pub(super) async fn read_engine<T: Send + 'static>(
         &self,
         read: impl FnOnce(&dyn Engine) -> Result<T, EngineError> + Send + 'static,
     ) -> Result<T, ApiError> {
@@ -375,8 +375,8 @@ impl Control {
     }
 }
 
-/// One line for the history.
-fn summary(differences: &[crate::desired::model::Difference]) -> String {
+/// Summarises a change in one line, for the history.
+fn summarize(differences: &[crate::desired::model::Difference]) -> String {
     let shown: Vec<String> = differences.iter().take(3).map(ToString::to_string).collect();
     match differences.len() - shown.len() {
         0 => shown.join(", "),

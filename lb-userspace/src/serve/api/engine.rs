@@ -1,5 +1,5 @@
-//! What the API needs of the reconciler and the dataplane, as a trait, so that it is served and tested
-//! the same over live maps and over none.
+//! The API's interface to the reconciler and the dataplane: a trait, so that tests serve the API without a
+//! kernel.
 
 use super::types::{Applied, FlowInfo, Interface, Loaded, Room};
 use crate::{
@@ -14,45 +14,45 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 /// Why the engine refused or failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// The state cannot be had with these limits; nothing changed.
+    /// The state does not fit the limits of the maps; nothing changed.
     #[error("{what}")]
     Refused {
-        /// What does not fit, and what would.
+        /// What does not fit, and what limit would allow it.
         what: String,
     },
     /// Reading or writing the maps failed.
     #[error("{what}")]
     Failed {
-        /// What was done, to what, and why it failed.
+        /// Which operation on which map failed, and why.
         what: String,
     },
 }
 
-/// What is applied, at one moment.
+/// The applied state at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    /// Last write.
+    /// Result of the last write to the maps.
     pub applied: Applied,
-    /// By service.
+    /// State in the maps by service.
     pub services: BTreeMap<Name, ServiceState>,
-    /// By backend.
+    /// State in the maps by backend.
     pub backends: BTreeMap<BackendId, BackendState>,
-    /// Backends that are no longer desired, and are kept for the flows that still go there.
+    /// Backends that are no longer desired, kept for their remaining flows.
     pub removed: Vec<Removed>,
     /// How full the maps are.
     pub room: Vec<Room>,
-    /// How long verdicts took to the maps.
+    /// Times from health verdicts to the maps.
     pub verdict_lags: Lags,
-    /// Services that are not as they are wanted, and why. They keep the table that they have, and are tried again.
+    /// Services that could not be brought up to date, and why. They keep their current table and are retried.
     pub problems: BTreeMap<Name, Problem>,
 }
 
-/// Why a service is not as it is wanted.
+/// Why a service could not be brought up to date.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
     /// `no_room` or `not_compiled`.
     pub reason: &'static str,
-    /// For people.
+    /// Human-readable description.
     pub text: String,
 }
 
@@ -65,15 +65,15 @@ pub struct ServiceState {
     pub table_size: u32,
     /// Backends that take new flows.
     pub eligible: usize,
-    /// Whether the panic rule holds.
+    /// Whether health is ignored because too few backends are healthy.
     pub panic: bool,
     /// Slots that remember a previous primary.
     pub transition_slots: u32,
-    /// What the table gives to each region, where that makes a difference.
+    /// Each region's share of the table, for services with region rules.
     pub regions: Vec<crate::desired::model::Share>,
-    /// Whether new flows come faster than the flow tables take them, so that they are placed by hash alone.
+    /// Whether new flows arrive faster than the flow tables accept them, so that the hash alone places them.
     pub flood: bool,
-    /// How often that has begun, over all processors and tables.
+    /// How often such a flood has begun, summed over all CPUs and tables.
     pub floods: u64,
 }
 
@@ -84,32 +84,32 @@ pub struct BackendState {
     pub index: u32,
     /// Slots of the service's table.
     pub slots: u32,
-    /// Live flows that the flow tables send there, at the last count.
+    /// Live flows that the flow tables assign to the backend, at the last count.
     pub tracked_flows: u64,
-    /// Percent of its weight that its slow start gives it, while it starts.
+    /// Percent of the backend's weight in effect during slow start.
     pub slow_start_percent: Option<u8>,
-    /// How packets get there.
+    /// Next hop to the backend.
     pub next_hop: Option<NextHop>,
-    /// The way is in the maps; otherwise the kernel's routes are asked for each packet.
+    /// Whether the next hop is in the maps; otherwise each packet consults the kernel's FIB.
     pub resolved: bool,
-    /// Why packets cannot get there.
+    /// Why packets cannot reach the backend.
     pub problem: Option<String>,
-    /// Whether it would take new flows: healthy, up, and allowed to.
+    /// Whether the backend can take new flows: healthy, up, and not excluded.
     pub takes_flows: bool,
-    /// Why it may take no flow, whatever its health.
+    /// Why the backend must not take flows, whatever its health.
     pub excluded: Option<String>,
 }
 
 /// A backend that is no longer desired.
 #[derive(Clone, Debug)]
 pub struct Removed {
-    /// Its service.
+    /// Service that the backend belonged to.
     pub service: Name,
-    /// Its address; its name is free for another.
+    /// Address of the backend; its name may already be reused.
     pub address: IpAddr,
-    /// Clock since boot from which it may be forgotten, once no flow goes there.
+    /// Time since boot after which the backend may be forgotten, once it has no flows.
     pub until: Duration,
-    /// Live flows that the flow tables send there, at the last count.
+    /// Live flows that the flow tables assign to the backend, at the last count.
     pub tracked_flows: u64,
 }
 
@@ -118,7 +118,7 @@ pub struct Removed {
 pub struct Counters {
     /// By backend.
     pub backends: BTreeMap<BackendId, BackendStats>,
-    /// By service: its backends', and what went to backends that are gone.
+    /// By service: the sum over its backends, including removed ones.
     pub services: BTreeMap<Name, BackendStats>,
     /// By reason, in the order of [`Reason::ALL`].
     pub reasons: Vec<u64>,
@@ -131,35 +131,35 @@ impl Counters {
     }
 }
 
-/// Which flows are asked for.
+/// Selects the flows to list.
 #[derive(Clone, Debug, Default)]
 pub struct FlowFilter {
-    /// Of this service.
+    /// Only flows of this service.
     pub service: Option<Name>,
-    /// To this backend.
+    /// Only flows to this backend.
     pub backend: Option<Name>,
-    /// At most so many.
+    /// Largest number of flows to return.
     pub limit: usize,
 }
 
-/// Reconciler and dataplane as the API sees them. What reads maps blocks, and is called off the async threads.
+/// Reconciler and dataplane as the API sees them. Methods that read maps block: call them off the async threads.
 pub trait Engine: Send + Sync + 'static {
-    /// Whether this state can be had with the limits of the maps. Changes nothing.
+    /// Checks whether a state fits the limits of the maps. Changes nothing.
     ///
     /// # Errors
     /// [`EngineError::Refused`].
     fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>>;
 
-    /// Has this state applied; returns when the maps are written.
+    /// Applies a state; returns when the maps are written.
     fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>>;
 
-    /// What is applied. Does not block.
+    /// The applied state. Does not block.
     fn snapshot(&self) -> Arc<Snapshot>;
 
     /// Interfaces that the program is attached to.
     fn interfaces(&self) -> Vec<Interface>;
 
-    /// The programs as the kernel took them.
+    /// Which programs were loaded, and what the kernel supports.
     fn loaded(&self) -> Loaded {
         Loaded::default()
     }
@@ -176,7 +176,7 @@ pub trait Engine: Send + Sync + 'static {
     /// [`EngineError::Failed`].
     fn flows(&self, filter: &FlowFilter) -> Result<(Vec<FlowInfo>, bool), EngineError>;
 
-    /// What becomes of a packet, by the dataplane's own code on the live maps. Blocks.
+    /// Explains where a flow goes, by running the dataplane's code on the live maps. Blocks.
     ///
     /// # Errors
     /// [`EngineError::Failed`].

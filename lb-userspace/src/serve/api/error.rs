@@ -17,13 +17,13 @@ use axum::{
 pub struct ApiError {
     /// HTTP status.
     pub status: StatusCode,
-    /// For programs.
+    /// Machine-readable code.
     pub code: &'static str,
     /// What is wrong, and where.
     pub message: String,
     /// What to do.
     pub fix: Option<String>,
-    /// Single findings.
+    /// Individual findings, if there are several.
     pub details: Vec<String>,
 }
 
@@ -32,27 +32,27 @@ impl ApiError {
         Self { status, code, message: message.into(), fix: None, details: Vec::new() }
     }
 
-    /// 400: the request itself cannot be understood.
+    /// 400: the request is malformed.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "bad_request", message)
     }
 
-    /// 404.
+    /// 404: no such object.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found", message)
     }
 
-    /// 409: there is one of this name.
+    /// 409: an object of this name exists.
     pub fn exists(message: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "exists", message)
     }
 
-    /// 409: something else is going on.
+    /// 409: another operation is in progress.
     pub fn busy(message: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "busy", message)
     }
 
-    /// 403.
+    /// 403: the user may not do this.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "forbidden", message)
     }
@@ -62,7 +62,7 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "not_applied", message)
     }
 
-    /// 500: a fault of lbd itself.
+    /// 500: an internal error of lbd.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
     }
@@ -70,12 +70,15 @@ impl ApiError {
     /// 422: the desired state would break these rules.
     pub fn invalid(rules: &[Invalid]) -> Self {
         let mut details: Vec<String> = rules.iter().map(ToString::to_string).collect();
-        let message =
-            if details.len() == 1 { details.remove(0) } else { format!("{} rules are broken", rules.len()) };
+        let message = if details.len() == 1 {
+            details.remove(0)
+        } else {
+            format!("{} rules are violated", rules.len())
+        };
         Self { details, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", message) }
     }
 
-    /// The same with a fix.
+    /// Adds what to do about the error.
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
         self.fix = Some(fix.into());

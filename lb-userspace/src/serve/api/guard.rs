@@ -1,7 +1,7 @@
-//! Deny and allow lists through the API.
+//! API of the deny and allow lists.
 //!
-//! Input: requests. Output: JSON of the types below. A change of a list is a revision like any other, all of it or
-//! nothing; what has run out goes with the next one. Called by `routes`.
+//! Input: requests. Output: JSON of the types below. A change of a list is one revision and applies entirely or
+//! not at all; it also removes expired entries. Called by `routes`.
 
 use super::{
     ApiError, Control,
@@ -26,9 +26,9 @@ use lb_common::Reason;
 use serde::{Deserialize, Serialize};
 use std::{net::IpAddr, sync::Arc};
 
-/// Entries that are listed unless told otherwise.
+/// Entries listed by default.
 const ENTRIES: usize = 1_000;
-/// Wrong entries that are named.
+/// Largest number of invalid entries that an error lists.
 const WRONG: usize = 20;
 
 type Ctl = State<Arc<Control>>;
@@ -40,24 +40,24 @@ pub struct GuardInfo {
     pub deny: usize,
     /// Entries of the allow list.
     pub allow: usize,
-    /// How many there is room for, both together.
+    /// Capacity of both lists together.
     pub limit: u64,
-    /// Packets dropped because of their source.
+    /// Packets dropped because their source is denied.
     pub dropped: u64,
-    /// New flows dropped because their source had its share.
+    /// New flows dropped by the rate limit of their source.
     pub rate_source: u64,
-    /// New flows dropped because their service had its share.
+    /// New flows dropped by the rate limit of their service.
     pub rate_service: u64,
-    /// New flows placed by hash alone, because their service was under flood or a table full.
+    /// New flows placed by hash alone because their service was under flood or a table was full.
     pub flood: u64,
 }
 
-/// An entry.
+/// An entry of a guard list.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EntryInfo {
     /// Prefix.
     pub prefix: IpNet,
-    /// Seconds that it still stands; for good if none.
+    /// Seconds until the entry expires; none if it does not expire.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left_s: Option<u64>,
 }
@@ -65,9 +65,9 @@ pub struct EntryInfo {
 /// `GET /v1/guard/{list}`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entries {
-    /// How many there are.
+    /// Number of entries on the list.
     pub total: usize,
-    /// Some of them, or all.
+    /// Selected entries.
     pub entries: Vec<EntryInfo>,
 }
 
@@ -75,47 +75,47 @@ pub struct Entries {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListChange {
-    /// Prefixes that come.
+    /// Prefixes to add.
     #[serde(default)]
     pub add: Vec<String>,
-    /// Prefixes that go.
+    /// Prefixes to remove.
     #[serde(default)]
     pub remove: Vec<String>,
-    /// Whether all others go.
+    /// Whether to remove all other entries.
     #[serde(default)]
     pub replace: bool,
-    /// How long those that come stand, in seconds; for good if none.
+    /// Seconds until the added entries expire; none if they do not expire.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub for_s: Option<u64>,
 }
 
-/// `GET /v1/guard/check`: which entry decides about an address.
+/// `GET /v1/guard/check`: the entry that matches an address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
     /// The address.
     pub address: IpAddr,
     /// Whether its packets are dropped.
     pub denied: bool,
-    /// List of the entry that decides; none if no entry holds the address.
+    /// List of the matching entry; none if no entry matches.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub list: Option<ListName>,
-    /// That entry.
+    /// The matching entry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entry: Option<EntryInfo>,
 }
 
-fn list_of(text: &str) -> Result<ListName, ApiError> {
+fn parse_list(text: &str) -> Result<ListName, ApiError> {
     ListName::ALL.into_iter().find(|list| list.label() == text).ok_or_else(|| {
-        ApiError::not_found(format!("there is no list {text}")).fix("the lists are deny and allow")
+        ApiError::not_found(format!("{text:?} is not a guard list")).fix("the guard lists are deny and allow")
     })
 }
 
-fn info(prefix: IpNet, until: u64, now_s: u64) -> EntryInfo {
+fn entry_info(prefix: IpNet, until: u64, now_s: u64) -> EntryInfo {
     EntryInfo { prefix, left_s: (until != 0).then(|| until.saturating_sub(now_s)) }
 }
 
 pub(super) async fn show(State(control): Ctl) -> Reply<GuardInfo> {
-    let counters = control.reading(|engine| engine.counters()).await?;
+    let counters = control.read_engine(|engine| engine.counters()).await?;
     let guard = &control.head().desired.guard;
     let snapshot = control.engine().snapshot();
     let limit = snapshot.room.iter().find(|room| room.what == "guard entries").map_or(0, |room| room.limit);
@@ -144,7 +144,7 @@ pub(super) async fn check(State(control): Ctl, Params(query): Params<CheckQuery>
         address,
         denied: matches!(found, Some((ListName::Deny, ..))),
         list: found.map(|(list, ..)| list),
-        entry: found.map(|(_, net, until)| info(net, until, now_s)),
+        entry: found.map(|(_, net, until)| entry_info(net, until, now_s)),
     }))
 }
 
@@ -161,7 +161,7 @@ pub(super) async fn entries(
     Params(query): Params<EntriesQuery>,
 ) -> Reply<Entries> {
     let desired = control.head().desired;
-    let list = desired.guard.list(list_of(&list)?);
+    let list = desired.guard.list(parse_list(&list)?);
     let now_s = clock::unix().as_secs();
     let within = query.within.map(normal);
     let entries = list
@@ -170,13 +170,13 @@ pub(super) async fn entries(
             stands(*until, now_s) && within.is_none_or(|within| within.contains(net) || net.contains(&within))
         })
         .take(query.limit.unwrap_or(ENTRIES))
-        .map(|(net, until)| info(net, until, now_s))
+        .map(|(net, until)| entry_info(net, until, now_s))
         .collect();
     Ok(Json(Entries { total: list.len(), entries }))
 }
 
-/// Reads prefixes; all that are wrong are named, by their places.
-fn prefixes(texts: &[String]) -> Result<Vec<IpNet>, ApiError> {
+/// Parses prefixes; the error lists the invalid ones with their positions.
+fn parse_prefixes(texts: &[String]) -> Result<Vec<IpNet>, ApiError> {
     let (mut nets, mut wrong) = (Vec::with_capacity(texts.len()), Vec::new());
     for (i, text) in texts.iter().enumerate() {
         match parse(text) {
@@ -189,7 +189,7 @@ fn prefixes(texts: &[String]) -> Result<Vec<IpNet>, ApiError> {
     }
     let count = wrong.len();
     wrong.truncate(WRONG);
-    let mut error = ApiError::bad_request(format!("{count} entries are wrong; nothing has changed"));
+    let mut error = ApiError::bad_request(format!("{count} entries are not valid; nothing has changed"));
     error.details = wrong;
     Err(error)
 }
@@ -201,15 +201,17 @@ pub(super) async fn change(
     Writer(author): Writer,
     bytes: Bytes,
 ) -> Reply<Change> {
-    let name = list_of(&list)?;
+    let name = parse_list(&list)?;
     let change: ListChange = body(&bytes)?;
     drop(bytes);
     if change.for_s == Some(0) {
-        return Err(ApiError::bad_request("for_s is 0: at least 1, or leave it out"));
+        return Err(ApiError::bad_request(
+            "for_s is 0, must be at least 1; omit it for an entry that does not expire",
+        ));
     }
     let now_s = clock::unix().as_secs();
     let until = change.for_s.map_or(0, |for_s| now_s.saturating_add(for_s));
-    let (add, remove) = (prefixes(&change.add)?, prefixes(&change.remove)?);
+    let (add, remove) = (parse_prefixes(&change.add)?, parse_prefixes(&change.remove)?);
     let write = |desired: &mut Desired| {
         let now_s = clock::unix().as_secs();
         for name in ListName::ALL {
@@ -220,11 +222,14 @@ pub(super) async fn change(
             remove.iter().filter(|net| !list.remove(**net)).map(ToString::to_string).collect();
         if !missing.is_empty() {
             let mut error = ApiError::not_found(format!(
-                "{} of these are not on the {} list; nothing has changed",
+                "{} of these entries are not on the {} list; nothing has changed",
                 missing.len(),
                 name.label()
             ))
-            .fix(format!("see `lbctl guard {} list`: an entry is removed as it was added", name.label()));
+            .fix(format!(
+                "`lbctl guard {} list` shows the entries; remove an entry by the prefix that was added",
+                name.label()
+            ));
             error.details = missing.into_iter().take(WRONG).collect();
             return Err(error);
         }

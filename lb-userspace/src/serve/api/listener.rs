@@ -1,4 +1,4 @@
-//! The Unix socket: bound with its permissions, and with a bound on connections.
+//! The Unix socket: binds it with its permissions, and limits the number of connections.
 
 use super::{Peer, peer::Writers};
 use axum::serve::Listener;
@@ -18,45 +18,45 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
-/// Connections at once. `lbctl` opens one per command; more than these wait.
+/// Concurrent connections. `lbctl` opens one per command; further connections wait.
 const CONNECTIONS: usize = 256;
 
-/// Why the socket could not be had.
+/// Why the socket cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Another lbd answers there.
-    #[error("{path} is served by another lbd: stop it, or give this one its own --socket")]
+    /// Another lbd answers on the socket.
+    #[error("{path} is served by another lbd: stop that one, or start this one with another --socket")]
     InUse {
         /// Socket.
         path: String,
     },
-    /// There is something else.
-    #[error("{path} exists and is no socket: remove it, or choose another --socket")]
+    /// The path is something else than a socket.
+    #[error("{path} exists and is not a socket: remove it, or choose another --socket")]
     NoSocket {
         /// Path.
         path: String,
     },
-    /// No such group.
+    /// The group does not exist.
     #[error("socket_group {group:?} does not exist: create it with `groupadd {group}`, or choose another")]
     NoGroup {
         /// Group.
         group: String,
     },
-    /// The system said no.
+    /// A system call failed.
     #[error("cannot {doing} {path}: {source}")]
     Io {
-        /// What was tried.
+        /// Operation that failed.
         doing: &'static str,
-        /// On what.
+        /// Path of the socket.
         path: String,
-        /// Why not.
+        /// Error of the operating system.
         #[source]
         source: io::Error,
     },
 }
 
-/// Binds the API's socket. One left behind by a daemon that is gone is replaced; a live one is not.
-/// Also says who may write: root and the group.
+/// Binds the API's socket. A stale socket of a stopped daemon is replaced; a live one is not.
+/// Also returns who may write: root and the group.
 ///
 /// # Errors
 /// See [`SocketError`].
@@ -81,7 +81,7 @@ pub fn bind(path: &Path, mode: u32, group: Option<&str>) -> Result<(UnixListener
         Ok(_) => std::fs::remove_file(path).map_err(failed("replace"))?,
         Err(_) => {}
     }
-    // Nobody gets in between binding and the permissions below.
+    // No other user can connect before the permissions below are set.
     let before = nix::sys::stat::umask(Mode::from_bits_truncate(0o177));
     let listener = UnixListener::bind(path);
     nix::sys::stat::umask(before);
@@ -96,7 +96,7 @@ pub fn bind(path: &Path, mode: u32, group: Option<&str>) -> Result<(UnixListener
     Ok((listener, writers))
 }
 
-/// A listener that admits so many connections at once.
+/// A listener that admits at most [`CONNECTIONS`] concurrent connections.
 pub struct Limited {
     listener: UnixListener,
     permits: Arc<Semaphore>,
@@ -104,13 +104,13 @@ pub struct Limited {
 }
 
 impl Limited {
-    /// Around a bound socket.
+    /// Wraps a bound socket.
     pub fn new(listener: UnixListener, writers: Writers) -> Self {
         Self { listener, permits: Arc::new(Semaphore::new(CONNECTIONS)), writers }
     }
 }
 
-/// A connection with its peer and its place among the [`CONNECTIONS`].
+/// A connection with its peer and its permit, one of [`CONNECTIONS`].
 pub struct Connection {
     stream: UnixStream,
     peer: Peer,
@@ -137,7 +137,7 @@ impl Listener for Limited {
                     return (Connection { stream, peer, _permit: permit }, ());
                 }
                 Err(error) => {
-                    // Out of file descriptors, most likely: others will close theirs.
+                    // Most likely out of file descriptors: wait until other connections close.
                     tracing::error!(%error, "cannot accept on the API socket");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }

@@ -1,4 +1,4 @@
-//! An engine without a dataplane: applies at once, forwards nothing. For tests of API and CLI that need
+//! An engine without a dataplane: applies at once, forwards nothing. For tests of API and CLI, which need
 //! neither root nor a kernel.
 
 use super::{
@@ -20,18 +20,18 @@ use std::{
     time::Duration,
 };
 
-/// See the module.
+/// An engine without a dataplane, for tests.
 pub struct MemoryEngine {
     snapshot: Mutex<Arc<Snapshot>>,
     max_backends: usize,
     fail: Mutex<Option<String>>,
     delay: Mutex<Duration>,
-    /// Whether something has been delayed.
+    /// Whether a call has been delayed.
     delayed: AtomicBool,
 }
 
 impl MemoryEngine {
-    /// With room for so many backends.
+    /// Creates an engine with room for `max_backends` backends.
     pub fn new(max_backends: usize) -> Self {
         Self {
             snapshot: Mutex::default(),
@@ -42,12 +42,12 @@ impl MemoryEngine {
         }
     }
 
-    /// From now on, each check and each application takes so long.
-    pub fn delay(&self, time: Duration) {
+    /// Makes each later check and application take `time`.
+    pub fn set_delay(&self, time: Duration) {
         *self.delay.lock().unwrap_or_else(PoisonError::into_inner) = time;
     }
 
-    /// Whether a check or an application has begun since they take longer.
+    /// Whether a check or an application has begun since a delay was set.
     pub fn has_begun(&self) -> bool {
         self.delayed.load(Ordering::Relaxed)
     }
@@ -60,9 +60,9 @@ impl MemoryEngine {
         }
     }
 
-    /// From now on, each application fails with this, until none is given.
-    pub fn fail(&self, with: Option<String>) {
-        *self.fail.lock().unwrap_or_else(PoisonError::into_inner) = with;
+    /// Makes each later application fail with this message; None lets them succeed again.
+    pub fn set_failure(&self, message: Option<String>) {
+        *self.fail.lock().unwrap_or_else(PoisonError::into_inner) = message;
     }
 
     fn build(&self, desired: &Desired, revision: u64) -> Snapshot {

@@ -1,9 +1,9 @@
-//! HTTP+JSON on a Unix socket: how `lbctl` and others look at the balancer and change it.
+//! HTTP+JSON on a Unix socket: how `lbctl` and other clients read and change the balancer's state.
 //!
-//! Input: requests of local processes, known by their peer credentials. Output: JSON of [`types`]; errors
+//! Input: requests of local processes, identified by their peer credentials. Output: JSON of [`types`]; errors
 //! as `{"error": {code, message, fix?, details?}}`. A write returns once the maps are written.
-//! [`Control`] does the work, whatever is behind it: a [`Store`](crate::desired::store::Store) and an [`Engine`].
-//! Called by the daemon; spoken by `client`.
+//! [`Control`] does the work, on top of a [`Store`](crate::desired::store::Store) and an [`Engine`].
+//! Called by the daemon; `lbctl::client` is the client.
 
 mod access;
 pub mod control;
@@ -28,7 +28,7 @@ pub use engine::{Engine, EngineError};
 pub use error::ApiError;
 pub use listener::{SocketError, bind};
 pub use peer::Peer;
-pub use view::fate;
+pub use view::fate_label;
 
 use listener::Limited;
 use std::{future::Future, sync::Arc};

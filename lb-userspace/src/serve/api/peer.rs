@@ -1,29 +1,29 @@
-//! Who is at the other end of the socket.
+//! Identifies the process at the other end of the socket.
 
 use super::listener::Limited;
 use axum::{extract::connect_info::Connected, serve::IncomingStream};
 use nix::unistd::{Gid, Uid, User};
 
-/// Who may change things: root, and the members of a group.
+/// Who may make changes: root, and the members of a group.
 #[derive(Clone, Debug, Default)]
 pub struct Writers {
     /// The socket's group.
     pub group: Option<u32>,
-    /// The daemon's own user, which is root outside tests.
+    /// The daemon's own user: root outside tests.
     pub user: u32,
 }
 
-/// A local process that talks to us.
+/// A local process that is connected to the socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Name of its user, or `uid N`.
+    /// Name of the peer's user, or `uid N`.
     pub user: String,
-    /// Whether it may change things.
+    /// Whether the peer may make changes.
     pub may_write: bool,
 }
 
 impl Peer {
-    /// What the kernel says of the other end.
+    /// Reads the peer's credentials from the kernel.
     pub fn of(stream: &tokio::net::UnixStream, writers: &Writers) -> Self {
         match stream.peer_cred() {
             Ok(cred) => Self::new(cred.uid(), cred.gid(), writers),
@@ -43,7 +43,7 @@ impl Peer {
     }
 }
 
-/// Whether a user is in a group, by the system's databases.
+/// Whether a user is in a group, by the system's user database.
 fn is_member(user: Option<&User>, group: u32) -> bool {
     let Some(user) = user else { return false };
     let Ok(name) = std::ffi::CString::new(user.name.as_str()) else { return false };

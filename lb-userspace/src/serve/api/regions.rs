@@ -1,15 +1,15 @@
-//! Regions, policy and roll-outs through the API.
+//! API of regions, policy and roll-outs.
 //!
-//! Input: requests, and what `regions` has decided. Output: JSON of its types. Called by `routes`. What drains a
-//! region or brings a new version takes the lock `rollout` for it by itself, and refuses that lock to others until
-//! it is over: two regions are never taken away at once, by whomever.
+//! Input: requests, and the decisions of `observed::regions`. Output: JSON of its types. Called by `routes`. Draining
+//! a region and rolling out a version take the lock `rollout`, and refuse it to others until they are over: two
+//! regions are never drained at the same time.
 //!
 //! Drains and roll-outs are desired state: a commit is compare-and-set, and a state with two draining regions is
 //! invalid.
 
 use super::{
     ApiError, Control,
-    access::{Author, Trier},
+    access::{Author, Caller},
     engine::Snapshot,
     routes::{Params, Reply, body, name},
     types::{Change, WriteQuery},
@@ -22,7 +22,7 @@ use crate::{
         store::{Claim, Lock, StoreError},
     },
     observed::regions::{Explained, RegionShown, RegionSnapshot, RolloutShown},
-    plan::policy::audit::{Residency, Seen, audit},
+    plan::policy::audit::{BackendUse, Residency, audit},
 };
 use axum::{
     Json,
@@ -35,25 +35,25 @@ use tokio::sync::watch;
 
 /// The lock that lets one roll-out at a time touch the regions.
 pub(super) const LOCK: &str = "rollout";
-/// How long it is held at most for one write.
+/// Longest time that the lock is held for one write.
 const LOCK_TTL: Duration = Duration::from_secs(60);
-/// How long a reader waits for a decision that is due.
-const NEWS: Duration = Duration::from_secs(2);
+/// How long a reader waits for the decision on the newest revision.
+const DECISION_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// `GET /v1/regions`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Regions {
-    /// Region of the host that answers.
+    /// Region of the answering host.
     pub here: Name,
     /// Regions by name.
     pub regions: Vec<RegionShown>,
 }
 
-/// Body of `POST /v1/rollouts`: which version comes, to where, and how much of it.
+/// Body of `POST /v1/rollouts`: the version to roll out, the services, and the share.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartRollout {
-    /// Services; if none, all whose replicas report the model.
+    /// Services; if empty, all whose replicas report the model.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<Name>,
     /// The roll-out.
@@ -65,10 +65,10 @@ pub struct StartRollout {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WhichRollout {
-    /// Of this model; if none, the only one there is.
+    /// Model of the roll-out; if none, the only model with a roll-out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// On this service; if none, on all.
+    /// Service of the roll-out; if none, all services.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<Name>,
     /// Why, for the record.
@@ -76,59 +76,60 @@ pub struct WhichRollout {
     pub reason: Option<String>,
 }
 
-/// What goes on that holds the lock for as long as it does.
-fn going_on(desired: &Desired) -> Option<String> {
+/// The operation in progress that holds the lock, with the command that ends it.
+fn operation_in_progress(desired: &Desired) -> Option<String> {
     let draining = desired.regions.iter().find(|(_, r)| r.state == RegionState::Draining);
     if let Some((region, _)) = draining {
-        return Some(format!("region {region} drains: `lbctl region undrain {region}` ends it"));
+        return Some(format!("region {region} drains: `lbctl region undrain {region}` ends the drain"));
     }
     desired.services.iter().find_map(|(name, s)| {
         let rollout = s.rollout.as_ref().filter(|r| r.state == RolloutState::Running)?;
         let Rollout { model, version, .. } = rollout;
         Some(format!(
-            "version {version} of {model} comes in on service {name}: `lbctl rollout promote` or `abort` ends it"
+            "version {version} of {model} is being rolled out on service {name}: `lbctl rollout promote` or `lbctl rollout abort` ends it"
         ))
     })
 }
 
 impl Control {
-    /// Says where decisions are to be seen.
-    pub fn steer_by(&self, steered: watch::Receiver<Arc<RegionSnapshot>>) {
-        // Said once, by the daemon.
-        let _ = self.steered.set(steered);
+    /// Sets the watch of the decisions about regions. The daemon calls it once.
+    pub fn set_region_decisions(&self, decisions: watch::Receiver<Arc<RegionSnapshot>>) {
+        let _ = self.region_decisions.set(decisions);
     }
 
-    /// What is decided; nothing where nobody decides.
-    pub fn steered(&self) -> Arc<RegionSnapshot> {
-        self.steered.get().map(|watch| watch.borrow().clone()).unwrap_or_default()
+    /// The latest decisions about regions; empty without a region controller.
+    pub fn region_snapshot(&self) -> Arc<RegionSnapshot> {
+        self.region_decisions.get().map(|watch| watch.borrow().clone()).unwrap_or_default()
     }
 
-    /// What is decided about the newest state known here; what was decided before where that takes too long.
-    async fn decided(&self) -> Arc<RegionSnapshot> {
-        if let Some(mut watch) = self.steered.get().cloned() {
+    /// Waits for the decisions on the newest known state; after [`DECISION_TIMEOUT`], returns the previous ones.
+    async fn wait_region_snapshot(&self) -> Arc<RegionSnapshot> {
+        if let Some(mut watch) = self.region_decisions.get().cloned() {
             let newest = self.head().revision.number;
-            let _ = tokio::time::timeout(NEWS, watch.wait_for(|steered| steered.revision >= newest)).await;
+            let _ =
+                tokio::time::timeout(DECISION_TIMEOUT, watch.wait_for(|decided| decided.revision >= newest))
+                    .await;
         }
-        self.steered()
+        self.region_snapshot()
     }
 
-    /// Every service's residency, and what is wrong with it.
+    /// The residency of every service, with its violations.
     pub fn residency(&self) -> Vec<Residency> {
         let (head, snapshot) = (self.head(), self.engine.snapshot());
-        residencies(&head.desired, &snapshot)
+        audit_residency(&head.desired, &snapshot)
     }
 
-    /// Refuses the lock while something goes on that holds it by itself. The newest state decides, not the newest that
-    /// this host has heard of.
-    pub(super) async fn refuse_while_going_on(&self) -> Result<(), ApiError> {
-        let head = self.newest().await?;
-        match going_on(&head) {
-            Some(what) => Err(held(&what)),
+    /// Refuses the lock while a drain or roll-out holds it. Reads the newest state from the store, since this host
+    /// may not have received it yet.
+    pub(super) async fn refuse_during_operation(&self) -> Result<(), ApiError> {
+        let head = self.newest_desired().await?;
+        match operation_in_progress(&head) {
+            Some(what) => Err(operation_error(&what)),
             None => Ok(()),
         }
     }
 
-    async fn newest(&self) -> Result<Arc<Desired>, ApiError> {
+    async fn newest_desired(&self) -> Result<Arc<Desired>, ApiError> {
         let mut head = self.head();
         loop {
             match self.store.get(head.revision.number + 1).await {
@@ -139,15 +140,15 @@ impl Control {
         }
     }
 
-    /// Who holds a lock, for others.
-    pub(super) fn holder(&self, author: &Author) -> String {
-        match self.sharing.get() {
-            Some(sharing) => format!("{} on {}", author.name, sharing.host),
+    /// Name of an author as holder of a lock, shown to others.
+    pub(super) fn lock_holder(&self, author: &Author) -> String {
+        match self.fleet_member.get() {
+            Some(member) => format!("{} on {}", author.name, member.host),
             None => author.name.clone(),
         }
     }
 
-    /// Changes the desired state while holding the lock: the caller's, if he has it.
+    /// Changes the desired state while holding the lock: the caller's lock, if the caller holds it.
     async fn write_locked(
         &self,
         author: &Author,
@@ -158,24 +159,24 @@ impl Control {
         if query.dry_run {
             return self.write(author, query, change).await;
         }
-        let (holder, held) = (self.holder(author), author.lock_token.clone());
+        let (holder, held) = (self.lock_holder(author), author.lock_token.clone());
         let is_held = held.is_some();
         let claim =
             Claim { name: LOCK.to_owned(), holder, reason: reason.to_owned(), ttl: LOCK_TTL, token: held };
-        // With a token: whether the caller has the lock, which he keeps.
+        // With a token this verifies that the caller holds the lock, and the caller keeps it.
         let Lock { token, .. } = self.store.lock(claim).await?;
         if is_held {
             return self.write(author, query, change).await;
         }
         let result = self.write(author, query, change).await;
         if let Err(error) = self.store.unlock(LOCK.to_owned(), token).await {
-            tracing::warn!(%error, "lock {LOCK} is not released; it runs out by itself");
+            tracing::warn!(%error, "cannot release lock {LOCK}; it expires by itself");
         }
         result
     }
 
-    /// Declares the regions in use, if none are yet: from then on others are mistakes.
-    fn declare(&self, desired: &mut Desired) {
+    /// Declares all regions in use, if none is declared yet: afterwards, undeclared regions are errors.
+    fn declare_regions(&self, desired: &mut Desired) {
         if !desired.regions.is_empty() {
             return;
         }
@@ -184,11 +185,11 @@ impl Control {
         let backends = desired.services.values().flat_map(|s| s.backends.values());
         let used = named.chain(backends.filter_map(|b| b.region.as_ref()));
         let mut all: Vec<Name> = used.cloned().collect();
-        all.extend(self.steered().regions.iter().map(|r| r.name.clone()));
+        all.extend(self.region_snapshot().regions.iter().map(|r| r.name.clone()));
         desired.regions = all.into_iter().map(|name| (name, Region::default())).collect();
     }
 
-    async fn region_state(
+    async fn set_region_state(
         &self,
         author: &Author,
         query: &WriteQuery,
@@ -196,15 +197,15 @@ impl Control {
         state: RegionState,
     ) -> Result<Change, ApiError> {
         let change = |desired: &mut Desired| {
-            self.declare(desired);
+            self.declare_regions(desired);
             if state == RegionState::Draining
                 && desired.regions.get(&region).is_none_or(|r| r.state != state)
-                && let Some(what) = going_on(desired)
+                && let Some(what) = operation_in_progress(desired)
             {
-                return Err(held(&what));
+                return Err(operation_error(&what));
             }
             let Some(known) = desired.regions.get_mut(&region) else {
-                return Err(no_region(&region, desired));
+                return Err(unknown_region(&region, desired));
             };
             known.state = state;
             Ok(())
@@ -218,7 +219,7 @@ impl Control {
     }
 
     /// Services whose replicas report a model.
-    fn serving(&self, desired: &Desired, model: &str) -> Vec<Name> {
+    fn services_of_model(&self, desired: &Desired, model: &str) -> Vec<Name> {
         let reports = |service: &Name| {
             self.replicas.read(|all| {
                 let of = all.iter().filter(|(id, _)| id.service == *service);
@@ -243,17 +244,20 @@ impl Control {
         };
         let what = format!("version {} of {}", rollout.version, rollout.model);
         let change = |desired: &mut Desired| {
-            let chosen =
-                if services.is_empty() { self.serving(desired, &rollout.model) } else { services.clone() };
+            let chosen = if services.is_empty() {
+                self.services_of_model(desired, &rollout.model)
+            } else {
+                services.clone()
+            };
             if chosen.is_empty() {
                 return Err(ApiError::not_found(format!(
                     "no service's replicas report model {}",
                     rollout.model
                 ))
-                .fix("`lbctl replica list` shows what they report; --service names the service anyway"));
+                .fix("`lbctl replica list` shows the reported models; choose the service with --service"));
             }
-            if let Some(what) = going_on(desired) {
-                return Err(held(&what));
+            if let Some(what) = operation_in_progress(desired) {
+                return Err(operation_error(&what));
             }
             for name in &chosen {
                 let known: Vec<Name> = desired.services.keys().cloned().collect();
@@ -277,25 +281,28 @@ impl Control {
             "promote" => Some(RolloutState::Promoted),
             "abort" => Some(RolloutState::Aborted),
             "clear" => None,
-            _ => return Err(ApiError::not_found(format!("there is no {verb}: promote, abort or clear"))),
+            _ => {
+                return Err(ApiError::not_found(format!(
+                    "{verb:?} is not a roll-out command: use promote, abort or clear"
+                )));
+            }
         };
         let change = |desired: &mut Desired| {
-            let is_meant = |name: &Name, r: &Rollout| {
+            let matches = |name: &Name, r: &Rollout| {
                 model.as_ref().is_none_or(|m| *m == r.model) && service.as_ref().is_none_or(|s| s == name)
             };
             let all = desired.services.iter().filter_map(|(name, s)| Some((name, s.rollout.as_ref()?)));
             let found: Vec<(Name, String)> = all
-                .filter(|(name, r)| is_meant(name, r))
+                .filter(|(name, r)| matches(name, r))
                 .map(|(name, r)| (name.clone(), r.model.clone()))
                 .collect();
             let Some((_, first)) = found.first() else {
-                return Err(
-                    ApiError::not_found("there is no such roll-out").fix("`lbctl rollout status` shows all")
-                );
+                return Err(ApiError::not_found("no roll-out matches")
+                    .fix("`lbctl rollout status` lists all roll-outs"));
             };
             if let Some((_, other)) = found.iter().find(|(_, model)| model != first) {
                 return Err(ApiError::bad_request(format!(
-                    "roll-outs of {first} and {other} are there: give --model"
+                    "both {first} and {other} have roll-outs: choose one with --model"
                 )));
             }
             for (name, _) in &found {
@@ -315,20 +322,23 @@ impl Control {
     }
 }
 
-/// From the desired state and what is in the maps.
-fn residencies(desired: &Desired, snapshot: &Snapshot) -> Vec<Residency> {
+/// Audits residency: compares the desired state with what is in the maps.
+fn audit_residency(desired: &Desired, snapshot: &Snapshot) -> Vec<Residency> {
     let seen = |id: &BackendId| {
         let applied = snapshot.backends.get(id);
-        Seen { ready: applied.is_some_and(|b| b.takes_flows), flows: applied.map_or(0, |b| b.tracked_flows) }
+        BackendUse {
+            ready: applied.is_some_and(|b| b.takes_flows),
+            flows: applied.map_or(0, |b| b.tracked_flows),
+        }
     };
     audit(desired, seen, |name| snapshot.services.get(name).map_or_else(Vec::new, |s| s.regions.clone()))
 }
 
-fn held(what: &str) -> ApiError {
-    ApiError { code: "held", ..ApiError::exists(format!("not now: {what}")) }
+fn operation_error(what: &str) -> ApiError {
+    ApiError { code: "held", ..ApiError::exists(format!("not possible now: {what}")) }
 }
 
-fn no_region(region: &Name, desired: &Desired) -> ApiError {
+fn unknown_region(region: &Name, desired: &Desired) -> ApiError {
     let error = ApiError::not_found(format!("there is no region {region}"));
     match nearest(region.as_str(), desired.regions.keys().map(Name::as_str)) {
         Some(near) => error.fix(format!("did you mean {near}?")),
@@ -339,21 +349,21 @@ fn no_region(region: &Name, desired: &Desired) -> ApiError {
 type Ctl = State<Arc<Control>>;
 
 pub(super) async fn policies(State(control): Ctl) -> Reply<Vec<Explained>> {
-    Ok(Json(control.decided().await.services.values().cloned().collect()))
+    Ok(Json(control.wait_region_snapshot().await.services.values().cloned().collect()))
 }
 
 pub(super) async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Explained> {
     let service = name(&service)?;
     let head = control.head();
     let wanted = find_service(&head, &service)?;
-    let is_steered = wanted.is_regional() || wanted.rollout.is_some();
-    let steered = if is_steered { control.decided().await } else { control.steered() };
-    let found = steered.services.get(&service).cloned();
+    let is_decided = wanted.is_regional() || wanted.rollout.is_some();
+    let decided = if is_decided { control.wait_region_snapshot().await } else { control.region_snapshot() };
+    let found = decided.services.get(&service).cloned();
     let plain = || {
         ApiError::not_found(format!(
-            "service {service} has neither regions nor a roll-out: all its backends are alike"
+            "service {service} has neither regions nor a roll-out: no policy distinguishes its backends"
         ))
-        .fix(format!("`lbctl backend set {service} NAME --region REGION` says where one is"))
+        .fix(format!("`lbctl backend set {service} NAME --region REGION` sets a backend's region"))
     };
     Ok(Json(found.ok_or_else(plain)?))
 }
@@ -363,21 +373,21 @@ pub(super) async fn residency(State(control): Ctl) -> Reply<Vec<Residency>> {
 }
 
 pub(super) async fn regions(State(control): Ctl) -> Reply<Regions> {
-    let steered = control.decided().await;
-    let here = steered.regions.iter().find(|r| r.is_local).map(|r| r.name.clone());
-    let here = here.ok_or_else(|| ApiError::not_found("this lbd knows of no regions yet"))?;
-    Ok(Json(Regions { here, regions: steered.regions.clone() }))
+    let decided = control.wait_region_snapshot().await;
+    let here = decided.regions.iter().find(|r| r.is_local).map(|r| r.name.clone());
+    let here = here.ok_or_else(|| ApiError::not_found("this lbd does not know any regions yet"))?;
+    Ok(Json(Regions { here, regions: decided.regions.clone() }))
 }
 
 pub(super) async fn region_add(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
 ) -> Reply<Change> {
     let region = name(&region)?;
     let change = |desired: &mut Desired| {
-        control.declare(desired);
+        control.declare_regions(desired);
         desired.regions.entry(region.clone()).or_default();
         Ok(())
     };
@@ -388,12 +398,12 @@ pub(super) async fn region_remove(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
 ) -> Reply<Change> {
     let region = name(&region)?;
     let change = |desired: &mut Desired| match desired.regions.remove(&region) {
         Some(_) => Ok(()),
-        None => Err(no_region(&region, desired)),
+        None => Err(unknown_region(&region, desired)),
     };
     Ok(Json(control.write(&author, &query, change).await?))
 }
@@ -402,28 +412,30 @@ pub(super) async fn region_drain(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
 ) -> Reply<Change> {
-    Ok(Json(control.region_state(&author, &query, name(&region)?, RegionState::Draining).await?))
+    Ok(Json(control.set_region_state(&author, &query, name(&region)?, RegionState::Draining).await?))
 }
 
 pub(super) async fn region_undrain(
     State(control): Ctl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
 ) -> Reply<Change> {
-    Ok(Json(control.region_state(&author, &query, name(&region)?, RegionState::Up).await?))
+    Ok(Json(control.set_region_state(&author, &query, name(&region)?, RegionState::Up).await?))
 }
 
 pub(super) async fn rollouts(State(control): Ctl) -> Reply<Vec<RolloutShown>> {
-    Ok(Json(control.decided().await.services.values().filter_map(|e| e.rollout.clone()).collect()))
+    Ok(Json(
+        control.wait_region_snapshot().await.services.values().filter_map(|e| e.rollout.clone()).collect(),
+    ))
 }
 
 pub(super) async fn rollout_start(
     State(control): Ctl,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let start: StartRollout = body(&bytes)?;
@@ -434,7 +446,7 @@ pub(super) async fn rollout_change(
     State(control): Ctl,
     Path(verb): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let which: WhichRollout = body(&bytes)?;

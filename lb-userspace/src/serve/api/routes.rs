@@ -1,8 +1,8 @@
-//! Paths and methods.
+//! Handlers of the routes of services, backends, flows, configuration and history.
 
 use super::{
     ApiError, Control,
-    access::Trier,
+    access::Caller,
     engine::FlowFilter,
     types::*,
     view::{find_service, no_backend, no_service},
@@ -26,32 +26,32 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// Largest body: the whole state of about 100,000 backends.
 const BODY_LIMIT: usize = 16 * 1024 * 1024;
-/// Flows listed unless told otherwise, and at most.
+/// Flows listed by default, and at most.
 const FLOWS: (usize, usize) = (100, 100_000);
-/// Revisions listed unless told otherwise, and at most.
+/// Revisions listed by default, and at most.
 const REVISIONS: (usize, usize) = (20, 10_000);
-
-/// Longest wait for news of replicas.
+/// Longest wait for a change of the replicas.
 const REPLICAS_WAIT: Duration = Duration::from_secs(20);
 
 type Ctl = State<Arc<Control>>;
 pub(super) type Reply<T> = Result<Json<T>, ApiError>;
 
-/// All routes.
+/// Builds the router of all routes.
 pub fn router(control: Arc<Control>) -> Router {
     super::access::router(super::table::table())
         .fallback(|uri: axum::http::Uri| async move {
-            ApiError::not_found(format!("there is no {}", uri.path())).fix("the API begins at /v1/status")
+            ApiError::not_found(format!("no route {}", uri.path()))
+                .fix("see docs/reference/api.md; for example /v1/status")
         })
         .method_not_allowed_fallback(|method: axum::http::Method, uri: axum::http::Uri| async move {
-            let message = format!("{method} does not go with {}", uri.path());
+            let message = format!("method {method} is not allowed on {}", uri.path());
             ApiError { status: StatusCode::METHOD_NOT_ALLOWED, ..ApiError::bad_request(message) }
         })
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(control)
 }
 
-/// Query parameters, with our errors.
+/// Query parameters; errors are answered as [`ApiError`].
 pub(super) struct Params<T>(pub T);
 
 impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
@@ -68,12 +68,12 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Params<T> {
     }
 }
 
-/// A JSON body.
+/// Parses a JSON body.
 pub(super) fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, ApiError> {
     serde_json::from_slice(bytes).map_err(|e| serde_error("body", &e))
 }
 
-/// What serde says, with the nearest known word if it met an unknown one.
+/// Converts an error of serde; for an unknown key or variant, suggests the nearest known one.
 fn serde_error(place: &str, error: &serde_json::Error) -> ApiError {
     let message = error.to_string();
     let refused = ApiError::bad_request(format!("{place}: {message}"));
@@ -97,16 +97,16 @@ fn names(path: &(String, String)) -> Result<(Name, Name), ApiError> {
     Ok((name(&path.0)?, name(&path.1)?))
 }
 
-/// Patches a thing through its JSON form, so that unknown keys and wrong types are refused.
-fn patched<T: serde::Serialize + DeserializeOwned>(
-    thing: &T,
+/// Patches a value through its JSON form, so that unknown keys and wrong types are refused.
+fn apply_patch<T: serde::Serialize + DeserializeOwned>(
+    current: &T,
     patch: &Value,
     place: &str,
 ) -> Result<T, ApiError> {
     if !patch.is_object() {
-        return Err(ApiError::bad_request("body: a JSON object with the settings to change is needed"));
+        return Err(ApiError::bad_request("body: expected a JSON object with the settings to change"));
     }
-    let mut value = serde_json::to_value(thing).map_err(|e| serde_error(place, &e))?;
+    let mut value = serde_json::to_value(current).map_err(|e| serde_error(place, &e))?;
     delta::merge(&mut value, patch.clone());
     serde_json::from_value(value).map_err(|e| serde_error(place, &e))
 }
@@ -149,13 +149,13 @@ pub(super) async fn service_add(
     State(control): Ctl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let (service, new) = (name(&service)?, body::<Service>(&bytes)?);
     let change = |desired: &mut Desired| {
         if desired.services.contains_key(&service) {
-            return Err(ApiError::exists(format!("there is a service {service} already"))
+            return Err(ApiError::exists(format!("service {service} already exists"))
                 .fix(format!("change it with `lbctl service set {service}`, or choose another name")));
         }
         desired.services.insert(service.clone(), new.clone().into());
@@ -168,13 +168,13 @@ pub(super) async fn service_set(
     State(control): Ctl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let (service, patch) = (name(&service)?, body::<Value>(&bytes)?);
     let change = |desired: &mut Desired| {
         let s = service_mut(desired, &service)?;
-        *s = patched(s, &patch, &format!("service {service}"))?;
+        *s = apply_patch(s, &patch, &format!("service {service}"))?;
         Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))
@@ -184,7 +184,7 @@ pub(super) async fn service_remove(
     State(control): Ctl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
 ) -> Reply<Change> {
     let service = name(&service)?;
     let change = |desired: &mut Desired| {
@@ -221,14 +221,14 @@ pub(super) async fn backend_add(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let ((service, backend), new) = (names(&path)?, body::<Backend>(&bytes)?);
     let change = |desired: &mut Desired| {
         let s = service_mut(desired, &service)?;
         if s.backends.contains_key(&backend) {
-            return Err(ApiError::exists(format!("service {service} has a backend {backend} already")).fix(
+            return Err(ApiError::exists(format!("service {service} already has a backend {backend}")).fix(
                 format!("change it with `lbctl backend set {service} {backend}`, or choose another name"),
             ));
         }
@@ -242,13 +242,13 @@ pub(super) async fn backend_set(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let ((service, backend), patch) = (names(&path)?, body::<Value>(&bytes)?);
     let change = |desired: &mut Desired| {
         let b = backend_mut(desired, &service, &backend)?;
-        *b = patched(b, &patch, &format!("backend {service}/{backend}"))?;
+        *b = apply_patch(b, &patch, &format!("backend {service}/{backend}"))?;
         Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))
@@ -258,7 +258,7 @@ pub(super) async fn backend_remove(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
 ) -> Reply<Change> {
     let (service, backend) = names(&path)?;
     let change = |desired: &mut Desired| {
@@ -273,25 +273,25 @@ pub(super) async fn backend_drain(
     control: Ctl,
     path: Path<(String, String)>,
     query: Params<WriteQuery>,
-    writer: Trier,
+    caller: Caller,
 ) -> Reply<Change> {
-    backend_state(control, path, query, writer, BackendState::Draining).await
+    set_backend_state(control, path, query, caller, BackendState::Draining).await
 }
 
 pub(super) async fn backend_undrain(
     control: Ctl,
     path: Path<(String, String)>,
     query: Params<WriteQuery>,
-    writer: Trier,
+    caller: Caller,
 ) -> Reply<Change> {
-    backend_state(control, path, query, writer, BackendState::Up).await
+    set_backend_state(control, path, query, caller, BackendState::Up).await
 }
 
-async fn backend_state(
+async fn set_backend_state(
     State(control): Ctl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     state: BackendState,
 ) -> Reply<Change> {
     let (service, backend) = names(&path)?;
@@ -316,7 +316,7 @@ pub(super) async fn replicas(State(control): Ctl, Params(query): Params<Replicas
 }
 
 pub(super) async fn stats(State(control): Ctl) -> Reply<Stats> {
-    Ok(Json(control.view().await?.stats_of_all()))
+    Ok(Json(control.view().await?.stats_info()))
 }
 
 #[derive(Deserialize)]
@@ -341,20 +341,23 @@ pub(super) async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>
     Ok(Json(control.flows(FlowFilter { service: query.service, backend: query.backend, limit }).await?))
 }
 
-pub(super) async fn explain_flow(State(control): Ctl, Params(query): Params<Flow>) -> Reply<Explanation> {
-    let Flow { source, destination, protocol, connection_id } = query;
+pub(super) async fn explain_flow(
+    State(control): Ctl,
+    Params(query): Params<ExplainQuery>,
+) -> Reply<Explanation> {
+    let ExplainQuery { source, destination, protocol, connection_id } = query;
     if source.is_ipv4() != destination.is_ipv4() {
         return Err(ApiError::bad_request(format!(
-            "source {source} and destination {destination} are of different families"
+            "source {source} and destination {destination} have different address families"
         )));
     }
     Ok(Json(control.explain(explain::Query { source, destination, protocol, connection_id }).await?))
 }
 
-/// A flow to explain.
+/// Query of `GET /v1/explain`: the flow to explain.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Flow {
+pub(super) struct ExplainQuery {
     source: SocketAddr,
     destination: SocketAddr,
     protocol: Protocol,
@@ -373,7 +376,7 @@ pub(super) async fn config_export(State(control): Ctl) -> Reply<Config> {
 pub(super) async fn config_apply(
     State(control): Ctl,
     Params(mut query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let config: Config = body(&bytes)?;
@@ -402,7 +405,7 @@ pub(super) async fn history(State(control): Ctl, Params(query): Params<HistoryQu
 pub(super) async fn rollback(
     State(control): Ctl,
     Params(query): Params<WriteQuery>,
-    Trier(author): Trier,
+    Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
     let Rollback { revision } = body(&bytes)?;

@@ -1,6 +1,6 @@
-//! The store through the API: how it is, where it goes, its backups, and its locks.
+//! API of the store: status, migration, backups, and locks.
 //!
-//! Input: requests, and what all hosts tell about themselves. Output: JSON of the types below.
+//! Input: requests, and the reports of all hosts. Output: JSON of the types below.
 //! Called by `routes`; the host's own report by the daemon.
 
 use super::{
@@ -27,24 +27,24 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
-/// Keys of the hosts' reports begin with this.
+/// Prefix of the keys of the hosts' reports.
 const HOSTS: &str = "hosts/";
-/// Shortest and longest time that a lock may be asked for.
+/// Shortest and longest TTL of a lock, in seconds.
 const LOCK_TTL_S: (u64, u64) = (5, 86_400);
 
-/// This host among the others, and how to get at other stores.
+/// This host's identity in the fleet, and the opener of other stores.
 pub struct FleetMember {
-    /// Name.
+    /// Name of the host.
     pub host: String,
-    /// Region.
+    /// Region of the host.
     pub region: String,
-    /// Zone.
+    /// Zone of the host.
     pub zone: String,
     /// Opens stores.
     pub opener: Opener,
 }
 
-/// What a host tells the others about itself.
+/// What a host reports to the others about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostReport {
     /// Name.
@@ -53,21 +53,21 @@ pub struct HostReport {
     pub region: String,
     /// Zone.
     pub zone: String,
-    /// Version of its lbd.
+    /// Version of the host's lbd.
     pub version: String,
-    /// Revision that its maps show.
+    /// Revision that is in the host's maps.
     pub revision: u64,
-    /// Hash of its tables, hexadecimal: hosts that send new flows to the same backends have the same.
+    /// Hash of the host's tables, in hexadecimal: equal on hosts that send new flows to the same backends.
     pub table_hash: String,
-    /// When this was so, in milliseconds since 1970 UTC.
+    /// Time of the report, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// VIPs that it announces; none if it never does.
+    /// VIPs that the host announces; none if it does not announce.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vips: Option<Vec<IpAddr>>,
-    /// It is being taken out of service.
+    /// Whether the host drains.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub draining: bool,
-    /// From a change's commit to its maps.
+    /// Time from a change's commit to the host's maps.
     pub lag: Lag,
 }
 
@@ -75,26 +75,26 @@ pub struct HostReport {
 /// last changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lag {
-    /// Changes counted.
+    /// Number of changes measured.
     pub changes: u64,
-    /// Of the last, in milliseconds.
+    /// Lag of the last change, in milliseconds.
     pub last_ms: u64,
-    /// Mean, in milliseconds.
+    /// Mean lag, in milliseconds.
     pub mean_ms: u64,
-    /// Longest, in milliseconds.
+    /// Longest lag, in milliseconds.
     pub max_ms: u64,
 }
 
-/// All hosts of a region.
+/// Lag of all hosts of a region.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionLag {
     /// Name.
     pub region: String,
-    /// How many hosts it has.
+    /// Number of hosts in the region.
     pub hosts: usize,
-    /// Revisions that the last of them has still to apply.
+    /// Revisions that the slowest host has still to apply.
     pub behind: u64,
-    /// Of all changes on all its hosts; `last_ms` is that of the slowest host.
+    /// Lag over all changes on all hosts of the region; `last_ms` is the slowest host's.
     pub lag: Lag,
 }
 
@@ -103,7 +103,7 @@ pub struct RegionLag {
 pub struct StoreInfo {
     /// Engine, place, id and members.
     pub about: About,
-    /// Whether this host is connected to it.
+    /// This host's connection to the store.
     pub link: Link,
     /// Newest revision that this host knows.
     pub revision: Revision,
@@ -111,13 +111,13 @@ pub struct StoreInfo {
     pub regions: Vec<RegionLag>,
     /// Hosts, by region and name.
     pub hosts: Vec<HostReport>,
-    /// Services that this host's maps have served since before lbd started, and of which the store, which is empty,
-    /// says nothing: they are forwarded as before until `accept` or a first change.
-    #[serde(default, skip_serializing_if = "is_none")]
+    /// Services in this host's maps although the store is empty: lbd keeps forwarding for them until `accept` or a
+    /// first change.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub orphaned_services: usize,
 }
 
-fn is_none(count: &usize) -> bool {
+fn is_zero(count: &usize) -> bool {
     *count == 0
 }
 
@@ -125,7 +125,7 @@ fn is_none(count: &usize) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Accept {
-    /// Revision that the store was shown to hold. Another by now is not accepted.
+    /// Revision of the store that the author has seen; the request fails if the store is at another one.
     pub revision: u64,
 }
 
@@ -137,16 +137,16 @@ pub struct Migrate {
     pub to: String,
 }
 
-/// What became of a migration, or of a restoration into an empty store.
+/// Result of a migration, or of a restore.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Filled {
-    /// Where the data are now.
+    /// Store that holds the data now.
     pub store: String,
     /// Revisions written.
     pub revisions: usize,
-    /// The newest.
+    /// Newest revision.
     pub revision: u64,
-    /// What changed here; nothing by a migration.
+    /// What changed on this host; none for a migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<Box<Change>>,
 }
@@ -155,11 +155,11 @@ pub struct Filled {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockRequest {
-    /// What for.
+    /// Why the lock is taken.
     pub reason: String,
-    /// So many seconds without renewal, and it is free again.
+    /// Seconds after which the lock expires unless it is renewed.
     pub ttl_s: u64,
-    /// Of a renewal.
+    /// Token of the lock, to renew it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
 }
@@ -168,16 +168,16 @@ pub struct LockRequest {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Unlock {
-    /// Of the holder.
+    /// Token of the holder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token: Option<String>,
-    /// Whoever holds it.
+    /// Release the lock without its token.
     #[serde(default)]
     pub force: bool,
 }
 
-/// Regions of these hosts, by name, when `newest` is the newest revision.
-fn regions(hosts: &[HostReport], newest: u64) -> Vec<RegionLag> {
+/// Sums up the hosts' lag by region; `newest` is the newest revision.
+fn lag_by_region(hosts: &[HostReport], newest: u64) -> Vec<RegionLag> {
     let mut regions: BTreeMap<&str, (RegionLag, u64)> = BTreeMap::new();
     for host in hosts {
         let (region, total) = regions.entry(&host.region).or_default();
@@ -198,16 +198,16 @@ fn regions(hosts: &[HostReport], newest: u64) -> Vec<RegionLag> {
 }
 
 impl Control {
-    /// How the store is.
+    /// `GET /v1/store`.
     pub async fn store_info(&self) -> StoreInfo {
         let about = self.store.about().await;
-        let told = self.store.published().borrow().clone();
-        let reports = told.iter().filter(|(key, _)| key.starts_with(HOSTS));
+        let values = self.store.published().borrow().clone();
+        let reports = values.iter().filter(|(key, _)| key.starts_with(HOSTS));
         let mut hosts: Vec<HostReport> =
             reports.filter_map(|(_, value)| serde_json::from_slice(value).ok()).collect();
         hosts.sort_by(|a, b| (&a.region, &a.host).cmp(&(&b.region, &b.host)));
         let revision = self.store.head().revision;
-        let regions = regions(&hosts, revision.number);
+        let regions = lag_by_region(&hosts, revision.number);
         let orphaned_services = self.orphaned();
         StoreInfo {
             about,
@@ -219,26 +219,29 @@ impl Control {
         }
     }
 
-    /// Tells the others about this host.
-    pub fn tell(&self, report: HostReport) {
+    /// Publishes this host's report to the other hosts.
+    pub fn publish_report(&self, report: HostReport) {
         let value = serde_json::to_vec(&report).expect("texts and numbers have a JSON form");
         self.store.publish(&format!("{HOSTS}{}", report.host), Some(value));
         self.report.send_replace(report);
     }
 
-    /// Copies all revisions to another store, which is empty; then this one takes no more changes.
+    /// Copies all revisions to another, empty store; then this store no longer accepts changes.
     ///
-    /// Cut short anywhere, it leaves this store in use: the other one is filled in one step, and this one is retired
-    /// last. If it was cut short between the two, another attempt finds the copy, and goes on from there.
+    /// An interruption at any point leaves this store in use: the other store is filled in one step, and this one is
+    /// retired last. After an interruption between the two, another attempt finds the copy and continues from there.
     ///
     /// # Errors
-    /// The address is not valid, the other store is not empty, or cannot be written; then all is as it was.
+    /// The address is not valid, or the other store is not empty or cannot be written; then nothing has changed.
     pub async fn migrate(&self, author: &Author, to: &str) -> Result<Filled, ApiError> {
         let address: Address = to.parse()?;
         let to = address.to_string();
-        let opener =
-            &self.sharing.get().ok_or_else(|| ApiError::bad_request("this lbd cannot migrate"))?.opener;
-        let _still = self.changing.write().await;
+        let opener = &self
+            .fleet_member
+            .get()
+            .ok_or_else(|| ApiError::bad_request("this lbd cannot open other stores, so it cannot migrate"))?
+            .opener;
+        let _guard = self.commit_lock.write().await;
         let other = opener.open_other(&address).await?;
         self.store.retire(Retire::Moving(to.clone())).await?;
         let result = match self.copy_to(&*other, &to).await {
@@ -250,81 +253,85 @@ impl Control {
         match result {
             Ok(revisions) => {
                 let (revision, author) = (other.head().revision.number, &author.name);
-                tracing::warn!(author, to, revisions, "migrated: this store takes no more changes");
+                tracing::warn!(author, to, revisions, "migrated: this store no longer accepts changes");
                 Ok(Filled { store: to, revisions, revision, change: None })
             }
             Err(error) => {
                 if let Err(also) = self.store.retire(Retire::Back).await {
-                    tracing::error!(error = %also, "the store does not take changes yet after a migration that failed");
+                    tracing::error!(error = %also, "the migration failed, and the store still refuses changes: use `lbctl store unretire`");
                 }
                 Err(error)
             }
         }
     }
 
-    /// Copies all revisions, unless an earlier attempt has done so; how many there are.
+    /// Copies all revisions, unless an earlier attempt has done so; returns their number.
     async fn copy_to(&self, other: &dyn Store, to: &str) -> Result<usize, ApiError> {
         let id = self.store.about().await.id;
         let all = backup::revisions(&*self.store).await?;
         let count = all.len();
         if count > 0 && other.head() == self.store.head() && other.about().await.id == id {
-            // It may be this very store under another address, whose mark then says so; or it was itself migrated here.
+            // If this is the same store under another address, it is already marked as moving. A store that was
+            // itself migrated here may be used again.
             match other.retire(Retire::Moving(to.to_owned())).await {
                 Ok(()) | Err(StoreError::Moved { .. }) => other.retire(Retire::Back).await?,
                 Err(StoreError::Moving { .. }) => {
-                    return Err(ApiError::bad_request(format!("{to} is the store that is in use already")));
+                    return Err(ApiError::bad_request(format!("{to} is the store that is already in use")));
                 }
                 Err(error) => return Err(error.into()),
             }
-            tracing::info!(to, "the revisions are there already, from a migration that was cut short");
+            tracing::info!(to, "an interrupted migration has already copied the revisions");
             return Ok(count);
         }
         match other.import(Some(id), all).await {
             Ok(()) => Ok(count),
             Err(error @ StoreError::NotEmpty { .. }) => Err(ApiError::from(error).fix(
-                "if nobody uses them, remove them (the directory, or the keys under the prefix), and migrate again",
+                "if the data are unused, remove them (the directory, or the keys under the prefix) and migrate again",
             )),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Takes changes again in a store that was migrated elsewhere.
+    /// Lets a store that was migrated elsewhere accept changes again.
     ///
     /// # Errors
-    /// It was not, a migration is going on, or writing failed.
+    /// The store was not migrated, a migration is in progress, or writing failed.
     pub async fn unretire(&self, author: &Author) -> Result<(), ApiError> {
-        let Ok(_still) = self.changing.try_write() else {
+        let Ok(_guard) = self.commit_lock.try_write() else {
             return Err(
-                ApiError::busy("a change or a migration is going on").fix("wait for its end, and try again")
+                ApiError::busy("a change or a migration is in progress").fix("wait until it ends, and retry")
             );
         };
         self.store.retire(Retire::Back).await?;
-        tracing::warn!(author = author.name, "this store takes changes again");
+        tracing::warn!(author = author.name, "this store accepts changes again");
         Ok(())
     }
 
-    /// Takes what the store holds, at the revision that the author was shown: an empty store over maps that serve, or
-    /// one that was set back.
+    /// Accepts the store's state at the revision that the author has seen: an empty store while the maps hold
+    /// services, or a store that was set back.
     ///
     /// # Errors
-    /// There is nothing to accept, or it is at another revision by now; or applying it failed.
+    /// There is nothing to accept, the store is at another revision, or applying the state failed.
     pub async fn accept(&self, author: &Author, revision: u64) -> Result<(), ApiError> {
-        if self.adopt_empty(revision)? {
-            tracing::warn!(author = author.name, "the empty store is accepted: the services in the maps go");
-            return self.applied(0).await.map(drop);
+        if self.accept_empty(revision)? {
+            tracing::warn!(
+                author = author.name,
+                "the empty store was accepted: removing the services in the maps"
+            );
+            return self.wait_applied(0).await.map(drop);
         }
         self.store.accept(revision)?;
-        tracing::warn!(author = author.name, revision, "what the store holds is accepted, older or not");
+        tracing::warn!(author = author.name, revision, "the state in the store was accepted");
         let mut link = self.store.link();
-        // What comes of it is in the answer, either way.
+        // The answer contains the link's state, whether or not it connects in time.
         let _ = tokio::time::timeout(Duration::from_secs(5), link.wait_for(|link| link.connected)).await;
         Ok(())
     }
 
-    /// Fills an empty store with a backup; otherwise makes its newest state the newest revision.
+    /// Fills an empty store with a backup; otherwise makes the backup's newest state the newest revision.
     ///
     /// # Errors
-    /// It is not sound, or as [`Control::write`].
+    /// The backup is not valid, or as [`Control::write`].
     pub async fn restore(
         &self,
         author: &Author,
@@ -333,16 +340,16 @@ impl Control {
     ) -> Result<Filled, ApiError> {
         let all = from.stored("the backup")?;
         let Some(last) = all.last().cloned() else {
-            return Err(ApiError::bad_request("the backup has no revision"));
+            return Err(ApiError::bad_request("the backup contains no revisions"));
         };
         let (revisions, store) = (all.len(), self.store.link().borrow().place.clone());
         if self.store.head().revision.number == 0 && !query.dry_run {
-            let _still = self.changing.write().await;
+            let _guard = self.commit_lock.write().await;
             self.engine.check(last.desired.clone()).await?;
             self.store.import(None, all).await?;
             tracing::warn!(author = author.name, revisions, "an empty store was filled from a backup");
             let revision = last.revision.number;
-            self.applied(revision).await?;
+            self.wait_applied(revision).await?;
             return Ok(Filled { store, revisions, revision, change: None });
         }
         let message = format!("restore of revision {} of store {}", last.revision.number, from.store);
@@ -411,19 +418,19 @@ pub(super) async fn lock(
     if !(LOCK_TTL_S.0..=LOCK_TTL_S.1).contains(&request.ttl_s) {
         let (least, most) = LOCK_TTL_S;
         return Err(ApiError::bad_request(format!(
-            "ttl_s: {least} to {most} seconds, not {}",
+            "ttl_s is {}, must be {least} to {most} seconds",
             request.ttl_s
         )));
     }
-    let holder = control.holder(&author);
+    let holder = control.lock_holder(&author);
     let ttl = Duration::from_secs(request.ttl_s);
     let is_new = request.token.is_none();
     let claim = Claim { name: name.to_string(), holder, reason: request.reason, ttl, token: request.token };
     let lock = control.store.lock(claim).await?;
-    // Looked at with the lock in hand: who drains a region holds it while he says so.
+    // Checked while holding the lock: a drain or roll-out commits its state under the same lock.
     if is_new
         && name.as_str() == super::regions::LOCK
-        && let Err(refused) = control.refuse_while_going_on().await
+        && let Err(refused) = control.refuse_during_operation().await
     {
         control.store.unlock(name.to_string(), lock.token).await?;
         return Err(refused);
@@ -439,10 +446,10 @@ pub(super) async fn unlock(
 ) -> Reply<Vec<Lock>> {
     let name: Name = name(&path)?;
     if query.token.is_none() && !query.force {
-        return Err(ApiError::bad_request("whose lock is it? give its token, or force"));
+        return Err(ApiError::bad_request("give the token of the lock, or force"));
     }
     if query.force {
-        tracing::warn!(author = author.name, %name, "a lock is released by force");
+        tracing::warn!(author = author.name, %name, "a lock was released by force");
     }
     control.store.unlock(name.to_string(), query.token.filter(|_| !query.force)).await?;
     Ok(Json(control.store.locks().await?))
@@ -461,7 +468,7 @@ mod tests {
             ..HostReport::default()
         };
         let hosts = [host("eu", 9, 10, 20, 50), host("eu", 7, 30, 40, 90), host("us", 9, 0, 0, 0)];
-        let found = regions(&hosts, 9);
+        let found = lag_by_region(&hosts, 9);
         assert_eq!(found.len(), 2);
         let lag = Lag { changes: 40, last_ms: 40, mean_ms: 35, max_ms: 90 };
         assert_eq!(found[0], RegionLag { region: "eu".into(), hosts: 2, behind: 2, lag });

@@ -1,8 +1,8 @@
-//! All routes, each with the right that it needs.
+//! The route table: all routes, each with the right that it needs.
 
 use super::{
     access::{
-        Right::{Read, Try, Write},
+        Right::{Read, Write, WriteOrDryRun},
         Route,
     },
     guard, host, regions, routes, store,
@@ -11,10 +11,10 @@ use axum::http::Method;
 
 /// Largest backup: 10,000 revisions of a large state.
 const BACKUP_LIMIT: usize = 256 * 1024 * 1024;
-/// Largest change of a list: a million prefixes.
+/// Largest change of a guard list: a million prefixes.
 const LIST_LIMIT: usize = 128 * 1024 * 1024;
 
-/// The rows.
+/// All rows of the route table.
 pub(super) fn table() -> Vec<Route> {
     const GET: Method = Method::GET;
     const POST: Method = Method::POST;
@@ -25,30 +25,45 @@ pub(super) fn table() -> Vec<Route> {
         Route::new(GET, "/v1/status", Read, routes::status),
         Route::new(GET, "/v1/services", Read, routes::service_list),
         Route::new(GET, "/v1/services/{service}", Read, routes::service_show),
-        Route::new(POST, "/v1/services/{service}", Try, routes::service_add),
-        Route::new(PATCH, "/v1/services/{service}", Try, routes::service_set),
-        Route::new(DELETE, "/v1/services/{service}", Try, routes::service_remove),
+        Route::new(POST, "/v1/services/{service}", WriteOrDryRun, routes::service_add),
+        Route::new(PATCH, "/v1/services/{service}", WriteOrDryRun, routes::service_set),
+        Route::new(DELETE, "/v1/services/{service}", WriteOrDryRun, routes::service_remove),
         Route::new(GET, "/v1/backends", Read, routes::backend_list_all),
         Route::new(GET, "/v1/services/{service}/backends", Read, routes::backend_list),
         Route::new(GET, "/v1/services/{service}/backends/{backend}", Read, routes::backend_show),
-        Route::new(POST, "/v1/services/{service}/backends/{backend}", Try, routes::backend_add),
-        Route::new(PATCH, "/v1/services/{service}/backends/{backend}", Try, routes::backend_set),
-        Route::new(DELETE, "/v1/services/{service}/backends/{backend}", Try, routes::backend_remove),
-        Route::new(POST, "/v1/services/{service}/backends/{backend}/drain", Try, routes::backend_drain),
-        Route::new(POST, "/v1/services/{service}/backends/{backend}/undrain", Try, routes::backend_undrain),
+        Route::new(POST, "/v1/services/{service}/backends/{backend}", WriteOrDryRun, routes::backend_add),
+        Route::new(PATCH, "/v1/services/{service}/backends/{backend}", WriteOrDryRun, routes::backend_set),
+        Route::new(
+            DELETE,
+            "/v1/services/{service}/backends/{backend}",
+            WriteOrDryRun,
+            routes::backend_remove,
+        ),
+        Route::new(
+            POST,
+            "/v1/services/{service}/backends/{backend}/drain",
+            WriteOrDryRun,
+            routes::backend_drain,
+        ),
+        Route::new(
+            POST,
+            "/v1/services/{service}/backends/{backend}/undrain",
+            WriteOrDryRun,
+            routes::backend_undrain,
+        ),
         Route::new(GET, "/v1/replicas", Read, routes::replicas),
         Route::new(GET, "/v1/stats", Read, routes::stats),
         Route::new(GET, "/v1/flows", Read, routes::flows),
         Route::new(GET, "/v1/explain", Read, routes::explain_flow),
         Route::new(GET, "/v1/config", Read, routes::config_export),
-        Route::new(PUT, "/v1/config", Try, routes::config_apply),
+        Route::new(PUT, "/v1/config", WriteOrDryRun, routes::config_apply),
         Route::new(GET, "/v1/history", Read, routes::history),
-        Route::new(POST, "/v1/rollback", Try, routes::rollback),
+        Route::new(POST, "/v1/rollback", WriteOrDryRun, routes::rollback),
         Route::new(GET, "/v1/store", Read, store::status),
         Route::new(POST, "/v1/store/migrate", Write, store::migrate),
         Route::new(POST, "/v1/store/unretire", Write, store::unretire),
         Route::new(GET, "/v1/store/backup", Read, store::backup),
-        // Bodies this large are for writers alone, tried or not.
+        // Only writers may send bodies this large, even for a dry run.
         Route::new(POST, "/v1/store/restore", Write, store::restore).limit(BACKUP_LIMIT),
         Route::new(POST, "/v1/store/accept", Write, store::accept),
         Route::new(GET, "/v1/locks", Read, store::locks),
@@ -61,13 +76,13 @@ pub(super) fn table() -> Vec<Route> {
         Route::new(GET, "/v1/policy/{service}", Read, regions::policy),
         Route::new(GET, "/v1/residency", Read, regions::residency),
         Route::new(GET, "/v1/regions", Read, regions::regions),
-        Route::new(POST, "/v1/regions/{region}", Try, regions::region_add),
-        Route::new(DELETE, "/v1/regions/{region}", Try, regions::region_remove),
-        Route::new(POST, "/v1/regions/{region}/drain", Try, regions::region_drain),
-        Route::new(POST, "/v1/regions/{region}/undrain", Try, regions::region_undrain),
+        Route::new(POST, "/v1/regions/{region}", WriteOrDryRun, regions::region_add),
+        Route::new(DELETE, "/v1/regions/{region}", WriteOrDryRun, regions::region_remove),
+        Route::new(POST, "/v1/regions/{region}/drain", WriteOrDryRun, regions::region_drain),
+        Route::new(POST, "/v1/regions/{region}/undrain", WriteOrDryRun, regions::region_undrain),
         Route::new(GET, "/v1/rollouts", Read, regions::rollouts),
-        Route::new(POST, "/v1/rollouts", Try, regions::rollout_start),
-        Route::new(POST, "/v1/rollouts/{verb}", Try, regions::rollout_change),
+        Route::new(POST, "/v1/rollouts", WriteOrDryRun, regions::rollout_start),
+        Route::new(POST, "/v1/rollouts/{verb}", WriteOrDryRun, regions::rollout_change),
         Route::new(GET, "/v1/guard", Read, guard::show),
         Route::new(GET, "/v1/guard/check", Read, guard::check),
         Route::new(GET, "/v1/guard/{list}", Read, guard::entries),

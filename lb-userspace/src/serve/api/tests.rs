@@ -26,7 +26,7 @@ async fn bed(may_write: bool) -> Bed {
     let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
     let engine = Arc::new(MemoryEngine::new(1_000));
     let control = Control::new(store, engine.clone(), Arc::new(HealthRegistry::default()));
-    tokio::spawn(control.clone().follow());
+    tokio::spawn(control.clone().run_apply_loop());
     let socket = directory.path().join("s");
     let listener = tokio::net::UnixListener::bind(&socket).unwrap();
     let peer = Peer { user: "ann".into(), may_write };
@@ -65,10 +65,7 @@ async fn readers_may_look_and_try_but_not_change() {
     let bed = bed(false).await;
     bed.send(Method::GET, "/v1/status", Value::Null).await.unwrap();
     let (code, message, fix) = bed.error(Method::POST, "/v1/services/web", web()).await;
-    assert_eq!(
-        (code.as_str(), message.as_str()),
-        ("forbidden", "user ann may look, but not change anything")
-    );
+    assert_eq!((code.as_str(), message.as_str()), ("forbidden", "user ann may read, but not make changes"));
     assert!(fix.unwrap().contains("socket_group"));
     for (method, path) in [
         (Method::PATCH, "/v1/services/web"),
@@ -162,15 +159,15 @@ async fn refusals_say_what_and_how_to_mend_it() {
             "/v1/nothing",
             Value::Null,
             "not_found",
-            "there is no /v1/nothing",
-            Some("the API begins at /v1/status"),
+            "no route /v1/nothing",
+            Some("see docs/reference/api.md; for example /v1/status"),
         ),
         (
             Method::DELETE,
             "/v1/status",
             Value::Null,
             "bad_request",
-            "DELETE does not go with /v1/status",
+            "method DELETE is not allowed on /v1/status",
             None,
         ),
         (Method::GET, "/v1/history?limt=3", Value::Null, "bad_request", "unknown field `limt`", None),
@@ -211,7 +208,7 @@ async fn what_does_not_fit_is_refused_before_it_is_stored() {
 #[tokio::test]
 async fn a_failed_application_is_told_and_tried_again() {
     let bed = bed(true).await;
-    bed.engine.fail(Some("map SLOTS: no".into()));
+    bed.engine.set_failure(Some("map SLOTS: no".into()));
     let (code, message, fix) = bed.error(Method::POST, "/v1/services/web", web()).await;
     assert_eq!(code, "not_applied");
     assert_eq!(message, "revision 1 is stored, but cannot be applied: map SLOTS: no");
@@ -221,7 +218,7 @@ async fn a_failed_application_is_told_and_tried_again() {
         !status.healthy && status.problems[0].starts_with("revision 1 is not applied: map SLOTS"),
         "{status:?}"
     );
-    bed.engine.fail(None);
+    bed.engine.set_failure(None);
     let healed = async {
         loop {
             let status: Status = bed.client.get("/v1/status", &()).await.unwrap();
@@ -266,7 +263,7 @@ async fn a_socket_left_behind_is_replaced_and_a_live_one_is_not() {
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "precious").unwrap();
     let error = super::bind(&path, 0o660, None).unwrap_err().to_string();
-    assert!(error.contains("exists and is no socket"), "{error}");
+    assert!(error.contains("exists and is not a socket"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
     let error =
         super::bind(&directory.path().join("x"), 0o660, Some("no-such-group")).unwrap_err().to_string();
@@ -289,7 +286,7 @@ async fn services_of_earlier_versions_keep_their_tables_on_every_way_back() {
         time: std::time::SystemTime::now(),
     };
     let old = bed.control.store.commit(commit).await.unwrap();
-    bed.control.applied(1).await.unwrap();
+    bed.control.wait_applied(1).await.unwrap();
     let size = || {
         let head = bed.control.head().desired;
         head.services.values().next().map(|s| (s.table_size, s.slots()))

@@ -1,227 +1,28 @@
-//! What the API speaks. `lbctl -o json` prints these as they come.
+//! JSON types of the API. `lbctl -o json` prints them unchanged.
 
-use super::host::HostDrain;
+mod status;
+
+pub use status::*;
+
 /// `GET /v1/explain`: what the dataplane does with a flow's packets, and why.
 pub use crate::serve::explain::Explanation;
 use crate::{
-    apply::announce::{Announcement, VipState},
+    apply::announce::VipState,
     desired::{
-        model::{Backend, BackendId, Difference, Health, Name, NextHop, Readiness, Service},
+        model::{Backend, Difference, Health, Name, NextHop, Service},
         store::Revision,
     },
     observed::{health, replica},
 };
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, net::SocketAddr};
-
-/// `GET /v1/status`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Status {
-    /// Whether all is as it should be: no entry in `problems`.
-    pub healthy: bool,
-    /// What is not as it should be, for people.
-    pub problems: Vec<String>,
-    /// Version of lbd.
-    pub version: String,
-    /// ABI version of programs and maps.
-    pub abi: u32,
-    /// Process id.
-    pub pid: u32,
-    /// Time since start, in seconds.
-    pub uptime_s: u64,
-    /// The store, and whether this host is connected to it.
-    pub store: crate::desired::store::Link,
-    /// Newest revision of the desired state.
-    pub revision: Revision,
-    /// Services that the maps hold although the store is empty: forwarded as before until somebody says what is to be.
-    #[serde(default, skip_serializing_if = "is_none")]
-    pub orphaned_services: usize,
-    /// What was last written to the maps.
-    pub applied: Applied,
-    /// Interfaces.
-    pub interfaces: Vec<Interface>,
-    /// The programs as the kernel took them.
-    #[serde(default)]
-    pub loaded: Loaded,
-    /// VIPs that this host announces; none if it never does.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub announcement: Option<Announcement>,
-    /// The drain of this host, if it drains.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub host_drain: Option<HostDrain>,
-    /// Services.
-    pub services: usize,
-    /// Backends by health and state.
-    pub backends: BackendCounts,
-    /// Backends that failed their checks.
-    pub unhealthy: Vec<Unhealthy>,
-    /// Backends that are draining.
-    pub draining: Vec<DrainingBackend>,
-    /// Replicas that do not say that they serve.
-    #[serde(default)]
-    pub replicas: Vec<NotReady>,
-    /// Services that no new flow can get through.
-    pub no_backend: Vec<Name>,
-    /// Services where health is ignored, since too few backends are healthy.
-    pub panic: Vec<Name>,
-    /// Services whose new flows come faster than the flow tables take them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub flood: Vec<Name>,
-    /// Backends whose next hop is not resolved (the kernel's FIB is asked per packet).
-    pub unresolved: Vec<BackendId>,
-    /// Reasons that were counted at least once.
-    pub reasons: Vec<ReasonCount>,
-    /// Room in the maps.
-    pub room: Vec<Room>,
-    /// Services that could not be brought up to date. They keep their tables, and are tried again.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub not_up_to_date: Vec<NotUpToDate>,
-}
-
-/// A service that could not be brought up to date.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NotUpToDate {
-    /// Service.
-    pub service: Name,
-    /// `no_room`: it waits for slots. `not_compiled`: this host cannot have it, or not all of it.
-    pub reason: String,
-    /// What is missing, and what would help.
-    pub problem: String,
-}
-
-fn is_none(count: &usize) -> bool {
-    *count == 0
-}
-
-/// What was last written to the maps.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Applied {
-    /// Revision that the maps show.
-    pub revision: u64,
-    /// Slots that the last write changed.
-    pub slots_changed: u64,
-    /// From the event to maps written, in microseconds.
-    pub took_us: u64,
-    /// Why the newest revision is not applied, if so.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-}
-
-/// An interface that the program is attached to.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Interface {
-    /// Name.
-    pub name: String,
-    /// Index.
-    pub ifindex: u32,
-    /// XDP mode: `driver` or `generic`.
-    pub mode: String,
-    /// Why the driver does not run the program, if lbd knows.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub why_generic: Option<String>,
-}
-
-/// The programs as the kernel took them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Loaded {
-    /// Whether they see packets whose data lies in several pieces (frags), as large MTUs need it.
-    pub frags: bool,
-    /// What the kernel can do, as it was tried at the start.
-    pub kernel: BTreeMap<String, bool>,
-    /// Programs that the kernel refused; the rest runs.
-    pub left_out: Vec<LeftOut>,
-    /// Interfaces that are wanted and not attached yet; they are tried again.
-    pub waiting: Vec<WaitingInterface>,
-    /// What is wrong with them, for people.
-    #[serde(skip)]
-    pub problems: Vec<String>,
-}
-
-/// A program that the kernel refused.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LeftOut {
-    /// The program.
-    pub program: String,
-    /// Feature, as in the setting `features`, that this host does without; the program's name if there is none.
-    pub feature: String,
-    /// Why.
-    pub reason: String,
-}
-
-/// An interface that is wanted and not attached yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WaitingInterface {
-    /// Name.
-    pub name: String,
-    /// Why.
-    pub reason: String,
-}
-
-/// Backends by health and state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackendCounts {
-    /// All.
-    pub total: usize,
-    /// Passed their checks, or have none.
-    pub healthy: usize,
-    /// Failed them.
-    pub unhealthy: usize,
-    /// No verdict yet.
-    pub unknown: usize,
-    /// Draining.
-    pub draining: usize,
-    /// Switched off.
-    pub down: usize,
-}
-
-/// A backend that failed its checks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unhealthy {
-    /// Service.
-    pub service: Name,
-    /// Backend.
-    pub backend: Name,
-    /// What the last probe said.
-    pub reason: String,
-    /// Since when, in milliseconds since 1970 UTC.
-    pub since_ms: u64,
-}
-
-/// A backend that takes no new flows while its old ones end.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DrainingBackend {
-    /// Service.
-    pub service: Name,
-    /// Backend; of one that was removed, its address.
-    pub backend: String,
-    /// Its progress.
-    #[serde(flatten)]
-    pub drain: Drain,
-}
-
-/// A replica that does not say that it serves.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NotReady {
-    /// Service.
-    pub service: Name,
-    /// Backend.
-    pub backend: Name,
-    /// What it says, or that it cannot be heard.
-    pub readiness: Readiness,
-    /// Since when, in milliseconds since 1970 UTC; 0 if never heard.
-    pub since_ms: u64,
-    /// Why.
-    pub reason: String,
-    /// Live flows that the flow tables still send there, at the last count.
-    pub flows_left: u64,
-}
+use std::net::SocketAddr;
 
 /// `GET /v1/replicas`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Replicas {
-    /// Grows with each change; `after=VERSION` waits for the next.
+    /// Grows with each change; `after=VERSION` waits for the next change.
     pub version: u64,
-    /// Replicas of services that ask for their state.
+    /// Replicas of services that watch replica state.
     pub replicas: Vec<ReplicaInfo>,
 }
 
@@ -232,12 +33,12 @@ pub struct ReplicaInfo {
     pub service: Name,
     /// Backend.
     pub backend: Name,
-    /// Where its state comes from.
+    /// Kind of source of the replica's state.
     pub source: String,
-    /// Milliseconds since its last good report; none if there was none.
+    /// Milliseconds since the replica's last valid report; none if there was none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub age_ms: Option<u64>,
-    /// What is known of it.
+    /// State of the replica.
     #[serde(flatten)]
     pub state: replica::Entry,
 }
@@ -245,33 +46,33 @@ pub struct ReplicaInfo {
 /// Progress of a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// Live flows that the flow tables still send there, at the last count (a second ago or so).
+    /// Live flows that the flow tables still assign to the backend, at the last count (about a second ago).
     pub flows_left: u64,
-    /// Seconds until the drain time is over; 0 when it is.
+    /// Seconds until the drain time is over; 0 afterwards.
     pub deadline_s: u64,
 }
 
 /// A counter of the dataplane.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReasonCount {
-    /// Name.
+    /// Name of the reason.
     pub reason: String,
-    /// What became of the packets: `pass`, `drop`, `answer`, or `note` (forwarded all the same).
+    /// What happened to the packets: `pass`, `drop`, `answer`, or `note` (counted, and forwarded).
     pub fate: String,
-    /// Packets.
+    /// Number of packets.
     pub packets: u64,
-    /// What it means.
+    /// Meaning of the reason.
     pub about: String,
 }
 
 /// How full a map is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Room {
-    /// Of what.
+    /// Kind of entries.
     pub what: String,
     /// Entries in use.
     pub used: u64,
-    /// Entries there is room for.
+    /// Capacity, in entries.
     pub limit: u64,
 }
 
@@ -280,27 +81,27 @@ pub struct Room {
 pub struct ServiceInfo {
     /// Name.
     pub name: Name,
-    /// What is desired, backends included.
+    /// Desired state, including backends.
     pub spec: Service,
-    /// What is.
+    /// Actual state.
     pub status: ServiceStatus,
 }
 
-/// What a service is like now.
+/// Actual state of a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceStatus {
     /// Index in the maps; none before it is applied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<u32>,
-    /// Slots of its table.
+    /// Slots of the service's table.
     pub table_size: u32,
     /// Backends that take new flows.
     pub eligible: usize,
-    /// Whether health is ignored, since too few backends are healthy.
+    /// Whether health is ignored because too few backends are healthy.
     pub panic: bool,
     /// Slots that remember a previous primary.
     pub transition_slots: u32,
-    /// Its VIP on this host, where VIPs are announced.
+    /// State of the VIP on this host, if lbd announces VIPs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vip: Option<VipState>,
     /// Packets forwarded.
@@ -316,27 +117,27 @@ pub struct ServiceStatus {
 pub struct BackendInfo {
     /// Service.
     pub service: Name,
-    /// Name.
+    /// Name of the backend.
     pub name: Name,
-    /// What is desired.
+    /// Desired state.
     pub spec: Backend,
-    /// What is.
+    /// Actual state.
     pub status: BackendStatus,
 }
 
-/// What a backend is like now.
+/// Actual state of a backend.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BackendStatus {
     /// Index in the maps; none before it is applied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<u32>,
-    /// Verdict.
+    /// Verdict of the health checks.
     pub health: Health,
-    /// Since when, in milliseconds since 1970 UTC; 0 if there is none yet.
+    /// Start of the verdict, in milliseconds since 1970 UTC; 0 if there is no verdict yet.
     pub health_since_ms: u64,
-    /// Slots of the service's table that are its own.
+    /// Slots of the service's table that belong to this backend.
     pub slots: u32,
-    /// Slots of that table.
+    /// Slots of the service's table.
     pub table_size: u32,
     /// Packets forwarded.
     pub packets: u64,
@@ -344,34 +145,34 @@ pub struct BackendStatus {
     pub bytes: u64,
     /// New flows placed.
     pub flows: u64,
-    /// Progress of its drain, if it is draining.
+    /// Progress of the drain, if the backend drains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<Drain>,
-    /// Why packets cannot get there in the service's forwarding mode, and what would help.
+    /// Why packets cannot reach the backend in the service's forwarding mode, and how to fix it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub problem: Option<String>,
-    /// Why it may take no flow, whatever its health: residency, or its region drains.
+    /// Why the backend must not take flows, whatever its health: residency, or its region drains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub excluded: Option<String>,
-    /// How packets get there; none if it is not resolved.
+    /// Next hop to the backend; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,
-    /// Successes in a row that it needs to be healthy again, where that is more than `rise` because it flaps.
+    /// Consecutive successes required to become healthy, if flap damping raised them above `rise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damped: Option<u32>,
-    /// How far its slow start is, in percent of its weight; none if it is not starting.
+    /// Progress of slow start, in percent of the backend's weight; none outside slow start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slow_start_percent: Option<u8>,
-    /// Latest probe; none if there was none since the start, or it is not checked.
+    /// Latest probe; none before the first probe since start, or if the backend is not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_probe: Option<health::Probe>,
-    /// Signs that it may be dead, heard since the start; none if there were none.
+    /// Passive health check failures since start; none if there were none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signs: Option<health::PassiveReport>,
-    /// What its replica says; none if the service does not ask. History only where one backend is asked for.
+    /// State of the replica; none if the service does not watch replicas. History only when one backend is requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replica: Option<replica::Entry>,
-    /// Latest changes of its verdict, oldest first; only where one backend is asked for.
+    /// Latest changes of the verdict, oldest first; only when one backend is requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<health::Transition>,
 }
@@ -379,7 +180,7 @@ pub struct BackendStatus {
 /// `GET /v1/stats`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
-    /// When, in milliseconds since 1970 UTC.
+    /// Time of the reading, in milliseconds since 1970 UTC.
     pub time_ms: u64,
     /// Counters of each backend.
     pub backends: Vec<BackendCount>,
@@ -405,9 +206,9 @@ pub struct BackendCount {
 /// `GET /v1/flows`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flows {
-    /// Tracked flows, at most as many as asked for.
+    /// Tracked flows, at most the requested number.
     pub flows: Vec<FlowInfo>,
-    /// Whether there are more.
+    /// Whether there are more flows.
     pub more: bool,
 }
 
@@ -418,30 +219,30 @@ pub struct FlowInfo {
     pub table: String,
     /// Client.
     pub client: SocketAddr,
-    /// Port of the VIP that it came for.
+    /// Destination port on the VIP.
     pub port: u16,
     /// Service.
     pub service: String,
     /// Backend.
     pub backend: String,
-    /// Age, in seconds.
+    /// Age of the flow, in seconds.
     pub age_s: u32,
-    /// Time since its last packet, in seconds.
+    /// Time since the flow's last packet, in seconds.
     pub idle_s: u32,
-    /// Whether its client has closed it.
+    /// Whether the client has closed the connection.
     pub closing: bool,
 }
 
-/// What a write changed.
+/// Result of a write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Change {
-    /// Newest revision now (of a dry run: the one it was checked against).
+    /// Newest revision after the write (for a dry run: the revision that the change was checked against).
     pub revision: u64,
-    /// Whether nothing was written because it was only tried.
+    /// Whether this was a dry run, so nothing was written.
     pub dry_run: bool,
-    /// What changed, or would.
+    /// What changed, or would change.
     pub differences: Vec<Difference>,
-    /// What was written to the maps; none if nothing was.
+    /// What was written to the maps; none if nothing was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<Applied>,
 }
@@ -457,7 +258,7 @@ pub struct History {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Revision that it is, or that the change started from.
+    /// Revision of this state; in a request, the revision that the change is based on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<u64>,
     /// The whole desired state.
@@ -472,17 +273,17 @@ pub struct Rollback {
     pub revision: u64,
 }
 
-/// Query of every write.
+/// Query parameters of every write.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WriteQuery {
-    /// Only say what would change.
+    /// Only report what would change.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
-    /// Refuse if the newest revision is another.
+    /// Refuse the write unless this is the newest revision.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected: Option<u64>,
-    /// What the change is for; made from the change if none.
+    /// Message for the history; generated from the change if none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
@@ -497,14 +298,14 @@ pub struct ErrorBody {
 /// An error.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorInfo {
-    /// For programs: `not_found`, `invalid`, `conflict`, `exists`, `forbidden`, `not_applied`, ...
+    /// Machine-readable code: `not_found`, `invalid`, `conflict`, `exists`, `forbidden`, `not_applied`, ...
     pub code: String,
-    /// For people: what is wrong, and where.
+    /// Human-readable message: what is wrong, and where.
     pub message: String,
-    /// What to do, where that is known.
+    /// What to do, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fix: Option<String>,
-    /// Single findings, where there are several.
+    /// Individual findings, if there are several.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub details: Vec<String>,
 }

@@ -1,4 +1,4 @@
-//! Store, snapshot, counters and health put together into what is shown.
+//! Builds the API's answers from store, snapshot, counters and health.
 
 use super::{
     ApiError, Control,
@@ -16,25 +16,25 @@ use crate::{
 use lb_common::{BackendStats, Reason, reason::Fate};
 use std::{sync::Arc, time::Duration};
 
-/// Everything at one moment.
+/// Desired state, snapshot and counters, read at one moment.
 pub struct View {
     stored: Stored,
     snapshot: Arc<Snapshot>,
     counters: Counters,
 }
 
-pub(super) fn id(service: &Name, backend: &Name) -> BackendId {
+pub(super) fn backend_id(service: &Name, backend: &Name) -> BackendId {
     BackendId { service: service.clone(), backend: backend.clone() }
 }
 
 impl Control {
-    /// Looks at everything.
+    /// Reads a [`View`].
     ///
     /// # Errors
     /// The maps cannot be read.
     pub async fn view(&self) -> Result<View, ApiError> {
         let (stored, snapshot) = (self.head(), self.engine.snapshot());
-        let counters = self.reading(|engine| engine.counters()).await?;
+        let counters = self.read_engine(|engine| engine.counters()).await?;
         Ok(View { stored, snapshot, counters })
     }
 
@@ -91,18 +91,18 @@ impl Control {
             let backend = format!("{} (removed)", removed.address);
             status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
         }
-        let general = problems(&status);
+        let general = general_problems(&status);
         status.problems.splice(0..0, general);
-        status.problems.extend(self.steered().problems());
-        status.problems.extend(not_as_wanted(&view.snapshot));
+        status.problems.extend(self.region_snapshot().problems());
+        status.problems.extend(not_up_to_date_problems(&view.snapshot));
         status.healthy = status.problems.is_empty();
         status
     }
 
     fn service_status(&self, view: &View, name: &Name, service: &Service, status: &mut Status) {
         for (backend, b) in &service.backends {
-            let id = id(name, backend);
-            let entry = self.book.get(&id).unwrap_or_default();
+            let id = backend_id(name, backend);
+            let entry = self.health.get(&id).unwrap_or_default();
             let counts = &mut status.backends;
             counts.total += 1;
             match entry.health {
@@ -115,7 +115,7 @@ impl Control {
                 BackendState::Draining => counts.draining += 1,
                 BackendState::Down => counts.down += 1,
             }
-            // Whoever switched it off knows.
+            // Backends that an operator drained or switched off are not a problem.
             if entry.health == Health::Unhealthy && b.state == BackendState::Up {
                 let reason =
                     entry.last.map(|p| p.reason).or_else(|| entry.history.back().map(|t| t.reason.clone()));
@@ -124,13 +124,15 @@ impl Control {
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
             let applied = view.snapshot.backends.get(&id);
-            if let Some(entry) = self.replica(&id, service).filter(|e| e.readiness != Readiness::Ready) {
+            if let Some(entry) = self.replica_entry(&id, service).filter(|e| e.readiness != Readiness::Ready)
+            {
                 let (service, backend) = (name.clone(), backend.clone());
-                let (readiness, since_ms, reason) = (entry.readiness, entry.since_ms, reason(&entry));
+                let (readiness, since_ms, reason) =
+                    (entry.readiness, entry.since_ms, not_ready_reason(&entry));
                 let flows_left = applied.map_or(0, |a| a.tracked_flows);
                 status.replicas.push(NotReady { service, backend, readiness, since_ms, reason, flows_left });
             }
-            if let Some(drain) = self.drain(view, &id, service) {
+            if let Some(drain) = self.drain_progress(view, &id, service) {
                 let (service, backend) = (name.clone(), backend.to_string());
                 status.draining.push(DrainingBackend { service, backend, drain });
             }
@@ -156,7 +158,7 @@ impl Control {
     /// One service.
     ///
     /// # Errors
-    /// There is none of this name.
+    /// No service has this name.
     pub fn service(&self, view: &View, name: &Name) -> Result<ServiceInfo, ApiError> {
         let service = find_service(&view.stored, name)?;
         Ok(self.service_info(view, name, service))
@@ -169,7 +171,7 @@ impl Control {
     }
 
     fn service_info(&self, view: &View, name: &Name, service: &Service) -> ServiceInfo {
-        let mut info = view.service(name, service);
+        let mut info = view.service_info(name, service);
         info.status.vip = self.announcement().and_then(|a| a.vip(service.vip).cloned());
         info
     }
@@ -177,43 +179,42 @@ impl Control {
     /// Backends of one service, or of all.
     ///
     /// # Errors
-    /// There is no service of this name.
+    /// No service has this name.
     pub fn backends(&self, view: &View, service: Option<&Name>) -> Result<Vec<BackendInfo>, ApiError> {
-        let of = |name: &Name, s: &Service| -> Vec<BackendInfo> {
+        let list = |name: &Name, s: &Service| -> Vec<BackendInfo> {
             s.backends.iter().map(|(backend, b)| self.backend_info(view, name, s, backend, b)).collect()
         };
         match service {
-            Some(name) => Ok(of(name, find_service(&view.stored, name)?)),
-            None => Ok(view.stored.desired.services.iter().flat_map(|(name, s)| of(name, s)).collect()),
+            Some(name) => Ok(list(name, find_service(&view.stored, name)?)),
+            None => Ok(view.stored.desired.services.iter().flat_map(|(name, s)| list(name, s)).collect()),
         }
     }
 
     /// One backend, with the history of its health.
     ///
     /// # Errors
-    /// There is no such service or backend.
+    /// No service or backend has this name.
     pub fn backend(&self, view: &View, service: &Name, backend: &Name) -> Result<BackendInfo, ApiError> {
         let s = find_service(&view.stored, service)?;
         let b = s.backends.get(backend).ok_or_else(|| no_backend(service, backend, s))?;
         let mut info = self.backend_info(view, service, s, backend, b);
-        let id = id(service, backend);
-        if let Some(entry) = self.book.get(&id) {
+        let id = backend_id(service, backend);
+        if let Some(entry) = self.health.get(&id) {
             info.status.history = entry.history.into();
         }
-        info.status.replica = self.replica(&id, s);
+        info.status.replica = self.replica_entry(&id, s);
         Ok(info)
     }
 
-    /// What is known of a backend's replica, if its service asks.
-    fn replica(&self, id: &BackendId, service: &Service) -> Option<replica::Entry> {
+    /// State of a backend's replica, if its service watches replicas.
+    fn replica_entry(&self, id: &BackendId, service: &Service) -> Option<replica::Entry> {
         service.replica.as_ref().map(|_| self.replicas.get(id).unwrap_or_default())
     }
 
-    /// `GET /v1/replicas`: of one service, or of all. With `after`, waits until there is something newer, at most
-    /// `wait`.
+    /// `GET /v1/replicas`: of one service, or of all. With `after`, waits at most `wait` for a newer version.
     ///
     /// # Errors
-    /// There is no service of this name.
+    /// No service has this name.
     pub async fn replicas_after(
         &self,
         service: Option<&Name>,
@@ -222,7 +223,7 @@ impl Control {
     ) -> Result<Replicas, ApiError> {
         let mut changes = self.replicas.changes();
         if let Some(after) = after {
-            // Nothing new in time is an answer too.
+            // On timeout the current state is the answer.
             let _ = tokio::time::timeout(wait, changes.wait_for(|&version| version > after)).await;
         }
         let version = *changes.borrow();
@@ -234,7 +235,7 @@ impl Control {
         let replicas = asked.flat_map(|(name, s)| {
             let source = s.replica.as_ref().map(|r| r.kind.label().to_owned());
             let backends = s.backends.keys().filter_map(move |backend| {
-                let state = self.replica(&id(name, backend), s)?;
+                let state = self.replica_entry(&backend_id(name, backend), s)?;
                 let age_ms = state.report.is_some().then(|| now.saturating_sub(state.report_ms));
                 let (service, backend) = (name.clone(), backend.clone());
                 Some(ReplicaInfo { service, backend, source: source.clone()?, age_ms, state })
@@ -245,11 +246,11 @@ impl Control {
     }
 
     /// Progress of a backend's drain, if it drains.
-    fn drain(&self, view: &View, id: &BackendId, service: &Service) -> Option<Drain> {
+    fn drain_progress(&self, view: &View, id: &BackendId, service: &Service) -> Option<Drain> {
         let since_ms = self.drains.since_ms(id)?;
-        let over_ms = since_ms + u64::from(service.drain_s) * 1_000;
+        let deadline_ms = since_ms + u64::from(service.drain_s) * 1_000;
         let flows_left = view.snapshot.backends.get(id).map_or(0, |b| b.tracked_flows);
-        Some(Drain { flows_left, deadline_s: over_ms.saturating_sub(clock::unix_ms()).div_ceil(1_000) })
+        Some(Drain { flows_left, deadline_s: deadline_ms.saturating_sub(clock::unix_ms()).div_ceil(1_000) })
     }
 
     fn backend_info(
@@ -260,10 +261,10 @@ impl Control {
         name: &Name,
         b: &Backend,
     ) -> BackendInfo {
-        let id = id(service, name);
-        let Entry { health, since_ms, last, damped, heard, .. } = self.book.get(&id).unwrap_or_default();
+        let id = backend_id(service, name);
+        let Entry { health, since_ms, last, damped, passive, .. } = self.health.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
-        let stats = view.stats(&id);
+        let stats = view.backend_stats(&id);
         let status = BackendStatus {
             index: applied.map(|a| a.index),
             health,
@@ -273,15 +274,15 @@ impl Control {
             packets: stats.packets,
             bytes: stats.bytes,
             flows: stats.flows,
-            drain: self.drain(view, &id, s),
+            drain: self.drain_progress(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
             damped,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
             excluded: applied.and_then(|a| a.excluded.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
-            signs: Some(heard).filter(|h| h.unreachable + h.refused > 0),
-            replica: self.replica(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
+            signs: Some(passive).filter(|h| h.unreachable + h.refused > 0),
+            replica: self.replica_entry(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
             history: Vec::new(),
         };
         BackendInfo { service: service.clone(), name: name.clone(), spec: b.clone(), status }
@@ -294,11 +295,11 @@ impl View {
         &self.stored
     }
 
-    fn stats(&self, id: &BackendId) -> BackendStats {
+    fn backend_stats(&self, id: &BackendId) -> BackendStats {
         self.counters.backends.get(id).copied().unwrap_or_default()
     }
 
-    fn service(&self, name: &Name, spec: &Service) -> ServiceInfo {
+    fn service_info(&self, name: &Name, spec: &Service) -> ServiceInfo {
         let applied = self.snapshot.services.get(name);
         let stats = self.counters.services.get(name).copied().unwrap_or_default();
         let status = ServiceStatus {
@@ -316,7 +317,7 @@ impl View {
     }
 
     /// `GET /v1/stats`.
-    pub fn stats_of_all(&self) -> Stats {
+    pub fn stats_info(&self) -> Stats {
         let backends = self.counters.backends.iter().map(|(id, s)| BackendCount {
             service: id.service.clone(),
             backend: id.backend.clone(),
@@ -327,13 +328,13 @@ impl View {
         Stats { time_ms: clock::unix_ms(), backends: backends.collect(), reasons: self.reasons() }
     }
 
-    /// Reasons that were counted.
+    /// Reasons with at least one packet.
     fn reasons(&self) -> Vec<ReasonCount> {
         let counted = Reason::ALL.iter().map(|&r| (r, self.counters.reason(r))).filter(|(_, n)| *n > 0);
         counted
             .map(|(r, packets)| ReasonCount {
                 reason: r.label().to_owned(),
-                fate: fate(r).to_owned(),
+                fate: fate_label(r).to_owned(),
                 packets,
                 about: r.describe().trim().to_owned(),
             })
@@ -341,18 +342,18 @@ impl View {
     }
 }
 
-/// Why a replica is as it is, as far as is known.
-fn reason(entry: &replica::Entry) -> String {
+/// Why a replica is not ready.
+fn not_ready_reason(entry: &replica::Entry) -> String {
     match (&entry.trouble, entry.history.back()) {
         (Some(trouble), _) if entry.readiness == Readiness::Unknown => trouble.what.clone(),
-        (_, Some(turn)) => turn.reason.clone(),
+        (_, Some(transition)) => transition.reason.clone(),
         (Some(trouble), None) => trouble.what.clone(),
         (None, None) => "no report yet".to_owned(),
     }
 }
 
-/// Word for what becomes of a packet.
-pub fn fate(reason: Reason) -> &'static str {
+/// Serialised name of a reason's fate: what happens to its packets.
+pub fn fate_label(reason: Reason) -> &'static str {
     match reason.fate() {
         Fate::Pass => "pass",
         Fate::Drop => "drop",
@@ -361,19 +362,19 @@ pub fn fate(reason: Reason) -> &'static str {
     }
 }
 
-/// What is wrong when an empty store meets maps that serve, and what to do.
-pub(super) fn orphaned(services: usize) -> String {
+/// The problem of an empty store while the maps hold services, and what to do about it.
+pub(super) fn orphaned_problem(services: usize) -> String {
     let services = if services == 1 { "1 service".to_owned() } else { format!("{services} services") };
     format!(
-        "the store is empty, but the maps hold {services}: forwarding goes on as before, and health and drains are \
-         not followed. Start lbd with the --store or --state-dir that it had, or bring the state back with \
+        "the store is empty, but the maps hold {services}: lbd keeps forwarding for them, without following health and \
+         drains. Start lbd with its earlier --store or --state-dir, or restore the state with \
          `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
          store is meant to be empty, `lbctl store accept 0` removes the services"
     )
 }
 
-/// Services that could not be brought up to date: some by name, the others by number.
-fn not_as_wanted(snapshot: &Snapshot) -> Vec<String> {
+/// Services that could not be brought up to date: the first ten by name, the rest as a number.
+fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<String> {
     const NAMED: usize = 10;
     let all = &snapshot.problems;
     let named = all
@@ -386,10 +387,10 @@ fn not_as_wanted(snapshot: &Snapshot) -> Vec<String> {
     named.chain(more).collect()
 }
 
-fn problems(status: &Status) -> Vec<String> {
+fn general_problems(status: &Status) -> Vec<String> {
     let mut found = Vec::new();
     if status.orphaned_services > 0 {
-        found.push(orphaned(status.orphaned_services));
+        found.push(orphaned_problem(status.orphaned_services));
     }
     let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
     if !status.store.connected {
@@ -397,7 +398,7 @@ fn problems(status: &Status) -> Vec<String> {
         let why = status.store.problem.as_deref().unwrap_or("not connected yet");
         let number = status.revision.number;
         found.push(format!(
-            "cut off from the store for {for_s} s, forwarding by revision {number}, taking no changes: {why}"
+            "cut off from the store for {for_s} s: forwarding by revision {number}, refusing changes: {why}"
         ));
     }
     match &status.applied.error {
@@ -408,12 +409,12 @@ fn problems(status: &Status) -> Vec<String> {
         None => {}
     }
     if status.interfaces.is_empty() {
-        found.push("the program is attached to no interface".to_owned());
+        found.push("the program is not attached to any interface".to_owned());
     }
     found.extend(status.loaded.problems.iter().cloned());
     if let Some(drain) = &status.host_drain {
         let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
-        found.push(format!("this host drains, by {}{by}", drain.author));
+        found.push(format!("this host is draining, requested by {}{by}", drain.author));
     }
     if let Some(announcement) = &status.announcement {
         found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
@@ -421,22 +422,20 @@ fn problems(status: &Status) -> Vec<String> {
         found.extend(stuck.filter_map(|v| {
             let other = v.foreign.as_ref()?;
             Some(format!(
-                "VIP {} should be off ({}), but is on {other}, not by lbd, which leaves it alone",
+                "VIP {} should be off ({}), but is on {other}: lbd did not add it there and does not remove it",
                 v.vip, v.decision
             ))
         }));
     }
     if !status.no_backend.is_empty() {
-        found.push(format!("no backend takes new flows of: {}", names(&status.no_backend)));
+        found.push(format!("no backend takes new flows in: {}", names(&status.no_backend)));
     }
     if !status.panic.is_empty() {
-        found.push(format!("too few are healthy, so health is ignored in: {}", names(&status.panic)));
+        found
+            .push(format!("too few backends are healthy, so health is ignored in: {}", names(&status.panic)));
     }
     if !status.flood.is_empty() {
-        found.push(format!(
-            "under flood, so that new flows are placed by hash alone: {}",
-            names(&status.flood)
-        ));
+        found.push(format!("under flood, so the hash alone places new flows in: {}", names(&status.flood)));
     }
     match status.unhealthy.len() {
         0 => {}
@@ -450,7 +449,7 @@ fn problems(status: &Status) -> Vec<String> {
     };
     for (n, what) in [
         (count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
-        (count(|r| r == Readiness::Unknown), "not heard of"),
+        (count(|r| r == Readiness::Unknown), "without a report"),
     ] {
         if n > 0 {
             found.push(plural(n, what));
@@ -459,10 +458,10 @@ fn problems(status: &Status) -> Vec<String> {
     found
 }
 
-/// A desired service by name.
+/// Finds a desired service by name.
 ///
 /// # Errors
-/// 404, with the nearest name.
+/// 404, with the nearest known name.
 pub(super) fn find_service<'a>(stored: &'a Stored, name: &Name) -> Result<&'a Service, ApiError> {
     stored
         .desired
@@ -472,7 +471,7 @@ pub(super) fn find_service<'a>(stored: &'a Stored, name: &Name) -> Result<&'a Se
         .ok_or_else(|| no_service(name, stored.desired.services.keys()))
 }
 
-/// 404 with the nearest name.
+/// 404 for an unknown service, with the nearest known name.
 pub(super) fn no_service<'a>(name: &Name, known: impl Iterator<Item = &'a Name>) -> ApiError {
     let error = ApiError::not_found(format!("there is no service {name}"));
     match crate::desired::config::nearest(name.as_str(), known.map(Name::as_str)) {
@@ -481,7 +480,7 @@ pub(super) fn no_service<'a>(name: &Name, known: impl Iterator<Item = &'a Name>)
     }
 }
 
-/// The same for a backend.
+/// 404 for an unknown backend, with the nearest known name.
 pub(super) fn no_backend(service: &Name, backend: &Name, s: &Service) -> ApiError {
     let error = ApiError::not_found(format!("service {service} has no backend {backend}"));
     match crate::desired::config::nearest(backend.as_str(), s.backends.keys().map(Name::as_str)) {

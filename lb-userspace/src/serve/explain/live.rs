@@ -1,4 +1,4 @@
-//! The live maps, read-only, for one query.
+//! Read-only access to the live maps for one query: implements the packet code's table traits.
 
 use super::{BackendView, Names, to_ip};
 use crate::apply::dataplane::Reader;
@@ -15,18 +15,18 @@ use lb_ebpf::{
 };
 use std::cell::{Cell, OnceCell, RefCell};
 
-/// The maps, and what the query has met of them.
+/// The maps, and a cache of the entries that the query has read.
 pub(super) struct Live<'a> {
     pub(super) reader: &'a Reader,
     vip: OnceCell<Option<Vip>>,
     view: OnceCell<Option<ServiceView>>,
     guard: OnceCell<Option<GuardState>>,
-    /// Backends that the query has met: a slot's pair and what the flow tables name.
+    /// Backends read so far: a slot's pair, and those that flow tables name.
     backends: [OnceCell<(u32, Backend)>; 8],
-    /// Whether something would have been recorded.
+    /// Whether the packet code would have recorded a flow.
     pub(super) recorded: Cell<bool>,
     quic: OnceCell<Option<QuicConfig>>,
-    /// What was read of a connection id.
+    /// Scratch space of the connection id parser, which keeps the decoded server id.
     pub(super) work: RefCell<Work>,
 }
 
@@ -44,7 +44,7 @@ impl<'a> Live<'a> {
         }
     }
 
-    pub(super) fn view_of(&self, names: &impl Names, index: u32) -> Option<BackendView> {
+    pub(super) fn backend_view(&self, names: &impl Names, index: u32) -> Option<BackendView> {
         if index == NO_BACKEND {
             return None;
         }
@@ -97,7 +97,7 @@ impl Tables for Live<'_> {
     }
 
     fn is_vip(&self, vip: [u64; 2]) -> bool {
-        // Asked of the source too, of which nothing is kept.
+        // Not cached: the source address is looked up too.
         self.reader.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()
     }
 
@@ -129,7 +129,7 @@ impl Tables for Live<'_> {
 
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         let flow = self.reader.flow(table, key)?;
-        // Nobody says which sequence number the packet has; one that goes on from the SYN's is meant.
+        // A query has no sequence number; assume one that continues the SYN's.
         Some(if table == FlowTable::Syns { Flow { created_s: 0, ..flow } } else { flow })
     }
 

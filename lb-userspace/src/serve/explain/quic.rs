@@ -1,4 +1,4 @@
-//! Where a QUIC packet goes by its connection id.
+//! Explains where a QUIC packet goes because of its connection id.
 
 use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::Live};
 use crate::desired::model::{from_hex, to_hex};
@@ -7,7 +7,7 @@ use lb_ebpf::{Tables, native::route_id, select::hash::flow_hash};
 use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
-/// Longest connection id of QUIC version 1 (RFC 9000 17.2), which is the longest that a config reads too.
+/// Longest connection id of QUIC version 1 (RFC 9000 17.2); a QUIC-LB config reads no longer one either.
 const MAX: usize = 1 + TOGETHER_MAX as usize;
 
 /// A QUIC connection id, written in hexadecimal.
@@ -19,7 +19,7 @@ pub struct ConnectionId {
 }
 
 impl ConnectionId {
-    /// Its bytes.
+    /// The bytes of the connection id.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..usize::from(self.len)]
     }
@@ -55,7 +55,9 @@ impl FromStr for ConnectionId {
     fn from_str(text: &str) -> Result<Self, String> {
         let read = from_hex(text).filter(|bytes| (1..=MAX).contains(&bytes.len()));
         let read = read.ok_or_else(|| {
-            format!("{text:?} is no connection id: 1 to {MAX} bytes in hexadecimal, two digits each")
+            format!(
+                "{text:?} is not a valid connection id: give 1 to {MAX} bytes in hexadecimal, two digits each"
+            )
         })?;
         let mut bytes = [0; MAX];
         bytes[..read.len()].copy_from_slice(&read);
@@ -64,8 +66,8 @@ impl FromStr for ConnectionId {
 }
 
 impl Explanation {
-    /// What the connection id says, which comes before all else; without one, that it does.
-    pub(super) fn quic(
+    /// Adds the backend that the connection id names, which takes precedence; without an id, a note that it would.
+    pub(super) fn add_connection_id(
         &mut self,
         live: &Live<'_>,
         names: &impl Names,
@@ -75,7 +77,7 @@ impl Explanation {
     ) {
         let Some(id) = id else {
             self.steps.push(
-                "a packet whose connection id names a backend goes there (--connection-id HEX tells which); any other:"
+                "a packet whose connection id names a backend goes to that backend (--connection-id HEX shows which); other packets:"
                     .to_owned(),
             );
             return;
@@ -91,14 +93,17 @@ impl Explanation {
         let backend = match routed {
             Ok(backend) => backend,
             Err(reason) => {
-                self.steps.push(format!("connection id {id}: {read}: {}: as any other:", reason.describe()));
+                self.steps.push(format!(
+                    "connection id {id}: {read}: {}: handled like other packets:",
+                    reason.describe()
+                ));
                 return;
             }
         };
-        let why = format!("its connection id names it: {read}");
-        let to = live.view_of(names, backend);
+        let why = format!("the connection id names this backend: {read}");
+        let to = live.backend_view(names, backend);
         let label = to.as_ref().map_or("nowhere".to_owned(), BackendView::label);
-        self.steps.push(format!("connection id {id}: {read} → {label}, wherever its client is"));
+        self.steps.push(format!("connection id {id}: {read} → {label}, whatever the client's address"));
         let hash = flow_hash(view.seed, &headers(&self.query, 0));
         let forwarding = live.backend(backend).map(|entry| forwarding(entry, hash));
         if let Some(f) = &forwarding {

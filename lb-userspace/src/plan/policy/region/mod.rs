@@ -1,18 +1,18 @@
-//! Which regions a service's new flows go to, from what is measured of each.
+//! Decides which regions a service's new flows go to, from measurements of each region.
 //!
-//! Input: a service's [`RegionRules`], its regions as one host sees them ([`Place`]: free capacity and demand from
-//! replica state, round-trip time, votes), and the decision before. Output: a [`Decision`] with shares that always
-//! add up, and why. Pure; called by `regions`. [`weights`] makes weights of a decision, for `compile`.
+//! Input: a service's [`RegionRules`], its regions as one host sees them ([`Place`]: capacity and load from
+//! replica state, round-trip time, votes), and the previous decision. Output: a [`Decision`] with shares that always
+//! add up, and a reason. Pure; called by `regions`. [`weights`] converts a decision to weights, for `compile`.
 //!
-//! * **Local first.** As long as the own region has room, it gets everything. Load is running and waiting requests
-//!   against capacity, as the replicas report them. From `spill_at` on, what is too much goes to the nearest regions
-//!   that have room, and no further than these are filled to their own `spill_at`; it comes back below `spill_until`.
-//! * **No flapping.** Whether a spill grows or shrinks follows from the local load alone, which the spill itself
-//!   can only lower; between the two thresholds nothing moves. A spill grows once a second, and again only while that
-//!   did not help; it shrinks after `hold_s`. Shares go in steps.
-//! * **No loops.** A packet that was spilled goes straight to a worker of the other region, and no ingress host sees it
-//!   again. What could go round is the decision: so nobody spills to a region that spills itself.
-//! * **Residency** is not decided here but enforced by `compile`, whatever is decided here.
+//! * **Local first.** As long as the own region has room, it gets all flows. Load is running and waiting requests
+//!   against capacity, as the replicas report them. From `spill_at` on, the excess goes to the nearest regions
+//!   with room, up to their own `spill_at`; it returns below `spill_until`.
+//! * **No flapping.** Whether a spill grows or shrinks depends on the local load alone, which the spill itself
+//!   can only lower; between the two thresholds nothing changes. A spill grows at most once a second, and only while the
+//!   last increase did not help; it shrinks after `hold_s`. Shares change in steps.
+//! * **No loops.** A spilled packet goes directly to a worker of the other region, and no ingress host sees it
+//!   again. To avoid loops of decisions, no region spills to a region that spills itself.
+//! * **Residency** is enforced by `compile`, regardless of the decision.
 //!
 //! Decisions are shares in steps, so noise in measured capacity changes no share and no table. Demand follows from
 //! the load and the share that is away; it bounds how much is moved, and the local load alone decides the direction.
@@ -30,8 +30,8 @@ mod properties;
 mod tests;
 
 pub use spill::Spill;
-pub use votes::{Agreed, Vote, agreed};
-pub use weights::{Member, Weighted, weights};
+pub use votes::{Agreed, Vote, count_votes};
+pub use weights::{RegionMember, Weighted, weights};
 
 use crate::desired::model::{
     Locality, Name, RegionPolicy, RegionRules, RegionShares, Service, Share, WHOLE, region_list,
@@ -39,72 +39,72 @@ use crate::desired::model::{
 use serde::{Deserialize, Serialize};
 use spill::LocalFirst;
 
-/// Shares go in steps of so many thousandths.
+/// Step size of shares, in thousandths.
 pub const STEP: u16 = 25;
 
-/// A region (or a zone of the own one), as one host sees it, for one service.
+/// A region (or a zone of the own region) as one host sees it, for one service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Place {
     /// Name.
     pub name: Name,
-    /// It is the host's own.
+    /// Whether this is the host's own region or zone.
     pub is_local: bool,
-    /// The service may run there.
+    /// Whether the service may run there.
     pub is_allowed: bool,
-    /// The operator drains it.
+    /// Whether the operator drains it.
     pub is_draining: bool,
-    /// Vantage points agree that it is down.
+    /// Whether the votes of the hosts say that it is down.
     pub is_down: bool,
-    /// It sends flows of this service elsewhere itself.
+    /// Whether it sends flows of this service elsewhere.
     pub is_spilling: bool,
-    /// Backends that would take new flows now.
+    /// Backends that can take new flows.
     pub backends: u32,
-    /// Requests that they run at once; none if that is not known of them.
+    /// Requests that these backends can run concurrently; none if unknown.
     pub capacity: Option<u64>,
-    /// Requests that they have, running and waiting.
+    /// Running and waiting requests of these backends.
     pub load: u64,
-    /// So much of it is old news that nothing should be concluded.
+    /// Whether too many reports are stale to use the load.
     pub is_stale: bool,
-    /// Round-trip time from here, in microseconds.
+    /// Round-trip time from this host, in microseconds.
     pub rtt_us: Option<u32>,
 }
 
 impl Place {
-    /// It could take flows.
+    /// Whether it can take flows.
     fn is_usable(&self) -> bool {
         self.is_allowed && !self.is_draining && self.backends > 0
     }
 
-    /// Requests that still fit until `percent` of its capacity are in use; below 0 when there are more already. None if
-    /// that is not known.
+    /// Requests that still fit until `percent` of the capacity is in use; negative if there are more already. None if
+    /// the capacity is unknown.
     fn room(&self, percent: u16) -> Option<i64> {
         let full = i64::try_from(self.capacity?).ok()?.saturating_mul(percent.into()) / 100;
         Some(full.saturating_sub(i64::try_from(self.load).unwrap_or(i64::MAX)))
     }
 }
 
-/// All that is looked at.
+/// Inputs of a decision.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
     /// The service's rules.
     pub rules: &'a RegionRules,
-    /// Its regions, the host's own among them if it has backends there.
+    /// The service's regions, including the host's own if it has backends there.
     pub regions: &'a [Place],
     /// Zones of the own region.
     pub zones: &'a [Place],
-    /// A steady clock, in milliseconds.
+    /// A monotonic clock, in milliseconds.
     pub now_ms: u64,
 }
 
-/// What was decided, and what the next decision needs to know of it.
+/// A decision, with the state that the next decision needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decision {
-    /// Shares of the regions; they add up to [`WHOLE`], or there are none: no region may take anything.
+    /// Shares of the regions, which add up to [`WHOLE`]; empty if no region may take flows.
     pub shares: Vec<Share>,
-    /// Shares of the own region's zones; none where zones make no difference.
+    /// Shares of the own region's zones; empty if zones are not considered.
     #[serde(default)]
     pub zones: Vec<Share>,
-    /// Regions that may stand in, best first.
+    /// Regions that may take over, best first.
     #[serde(default)]
     pub order: Vec<Name>,
     /// The spill to other regions.
@@ -113,16 +113,16 @@ pub struct Decision {
     /// The spill to other zones.
     #[serde(default)]
     pub zone_spill: Spill,
-    /// `active-passive`: since when a region before the active one is up again (steady clock).
+    /// `active-passive`: since when a better region than the active one is up again (monotonic clock).
     #[serde(default)]
     pub better_since_ms: Option<u64>,
-    /// Why, for people.
+    /// Reason in words.
     pub reason: String,
 }
 
 impl Decision {
-    /// What `compile` needs of it.
-    pub fn steer(&self) -> RegionShares {
+    /// The shares, for `compile`.
+    pub fn region_shares(&self) -> RegionShares {
         RegionShares {
             shares: self.shares.clone(),
             zones: self.zones.clone(),
@@ -131,8 +131,8 @@ impl Decision {
         }
     }
 
-    /// Share of new flows that leave `here`, in thousandths.
-    pub fn away(&self, here: &Name) -> u16 {
+    /// Share of new flows that leave region `here`, in thousandths.
+    pub fn share_away(&self, here: &Name) -> u16 {
         self.shares.iter().filter(|s| s.name != *here).map(|s| s.permille).sum()
     }
 }
@@ -141,9 +141,9 @@ fn all_to(name: &Name) -> Vec<Share> {
     vec![Share { name: name.clone(), permille: WHOLE }]
 }
 
-/// Regions that may stand in for each other, best first: those that vantage points think down come last; then by the
-/// operator's order, or the own one and the nearest.
-fn order(inputs: &Inputs<'_>) -> Vec<Name> {
+/// Orders the regions, best first: regions that are down by vote come last; otherwise by the operator's order, or the
+/// own region and then the nearest.
+fn order_regions(inputs: &Inputs<'_>) -> Vec<Name> {
     let rank = |place: &Place| match (inputs.rules.policy, &inputs.rules.allowed) {
         (RegionPolicy::ActivePassive, Some(allowed)) => {
             (allowed.iter().position(|name| *name == place.name).unwrap_or(usize::MAX), 0)
@@ -157,7 +157,7 @@ fn order(inputs: &Inputs<'_>) -> Vec<Name> {
 
 /// Decides for one service on one host.
 pub fn decide(inputs: &Inputs<'_>, before: &Decision) -> Decision {
-    let order = order(inputs);
+    let order = order_regions(inputs);
     let place = |name: &Name| inputs.regions.iter().find(|p| p.name == *name);
     let usable = |and_up: bool| -> Vec<&Place> {
         let all = order.iter().filter_map(place);
@@ -165,15 +165,15 @@ pub fn decide(inputs: &Inputs<'_>, before: &Decision) -> Decision {
     };
     let (up, mut note) = (usable(true), String::new());
     let candidates = if up.is_empty() {
-        // The vote may be wrong, and refusing everything is worse than finding out.
-        note = "; vantage points call it down, but nothing else is left".to_owned();
+        // The vote may be wrong, and trying is better than refusing all flows.
+        note = "; hosts vote it down, but no other region is left".to_owned();
         usable(false)
     } else {
         up
     };
     let mut next = Decision { order: order.clone(), ..Decision::default() };
     let Some(first) = candidates.first() else {
-        next.reason = nothing(inputs);
+        next.reason = refusal_reason(inputs);
         return next;
     };
     match inputs.rules.policy {
@@ -182,21 +182,21 @@ pub fn decide(inputs: &Inputs<'_>, before: &Decision) -> Decision {
         RegionPolicy::Weighted => {
             let weight = |p: &&Place| inputs.rules.weights.get(&p.name).copied().unwrap_or(0);
             let weights: Vec<u32> = candidates.iter().map(weight).collect();
-            next.shares = proportional(&candidates, &weights);
-            next.reason = "by weight, over the regions that are up".to_owned();
+            next.shares = proportional_shares(&candidates, &weights);
+            next.reason = "by weight over the regions that are up".to_owned();
             if next.shares.is_empty() {
                 next.shares = all_to(&first.name);
-                next.reason = format!("no region with a weight is up: all to {}", first.name);
+                next.reason = format!("no region with a weight is up: all flows to {}", first.name);
             }
         }
     }
     next.reason.push_str(&note);
-    zones(inputs, before, &mut next);
+    decide_zones(inputs, before, &mut next);
     next
 }
 
-/// Why nothing may take flows.
-fn nothing(inputs: &Inputs<'_>) -> String {
+/// Why no region may take flows.
+fn refusal_reason(inputs: &Inputs<'_>) -> String {
     let elsewhere: Vec<String> = inputs
         .regions
         .iter()
@@ -205,9 +205,11 @@ fn nothing(inputs: &Inputs<'_>) -> String {
         .collect();
     let draining = inputs.regions.iter().find(|p| p.is_allowed && p.is_draining && p.backends > 0);
     match (&inputs.rules.allowed, draining) {
-        (_, Some(place)) => format!("refused: {} drains, and no other region may take its flows", place.name),
+        (_, Some(place)) => {
+            format!("refused: region {} drains, and no other region may take its flows", place.name)
+        }
         (Some(allowed), None) if !elsewhere.is_empty() => format!(
-            "refused by residency: no backend takes flows in {}, and those elsewhere ({}) may not",
+            "refused by residency: no backend takes flows in {}, and backends elsewhere ({}) must not",
             region_list(allowed),
             elsewhere.join(", ")
         ),
@@ -215,8 +217,8 @@ fn nothing(inputs: &Inputs<'_>) -> String {
     }
 }
 
-/// Shares in proportion to weights, which add up exactly: the largest remainders are rounded up.
-fn proportional(places: &[&Place], weights: &[u32]) -> Vec<Share> {
+/// Shares in proportion to weights that add up exactly: the largest remainders are rounded up.
+fn proportional_shares(places: &[&Place], weights: &[u32]) -> Vec<Share> {
     let sum: u64 = weights.iter().map(|&w| u64::from(w)).sum();
     if sum == 0 {
         return Vec::new();
@@ -258,28 +260,25 @@ fn active_passive(inputs: &Inputs<'_>, candidates: &[&Place], before: &Decision,
     let stays = active.filter(|name| *name != best && candidates.iter().any(|p| p.name == **name));
     let Some(active) = stays else {
         next.shares = all_to(best);
-        next.reason = format!("{best} is the first in order that is up");
+        next.reason = format!("{best} is the first region in order that is up");
         return;
     };
     let since_ms = before.better_since_ms.unwrap_or(inputs.now_ms);
     let hold_ms = u64::from(inputs.rules.hold_s) * 1_000;
-    let stood_ms = inputs.now_ms.saturating_sub(since_ms);
-    if stood_ms >= hold_ms {
+    let up_ms = inputs.now_ms.saturating_sub(since_ms);
+    if up_ms >= hold_ms {
         next.shares = all_to(best);
-        next.reason = format!("{best} is back, and has stood for {} s", hold_ms / 1_000);
+        next.reason = format!("{best} is up again, and has been for {} s", hold_ms / 1_000);
     } else {
         next.shares = all_to(active);
         next.better_since_ms = Some(since_ms);
-        next.reason = format!(
-            "{best} is back, and takes over from {active} when it has stood for {} s",
-            hold_ms / 1_000
-        );
+        next.reason = format!("{best} is up again, and takes over from {active} after {} s", hold_ms / 1_000);
     }
 }
 
-/// The same rule once more, between the zones of the own region: a neighbour of the same region is always allowed, and
-/// nothing of the region is ever refused for it.
-fn zones(inputs: &Inputs<'_>, before: &Decision, next: &mut Decision) {
+/// Applies local first between the zones of the own region. Every zone of the region is allowed, and zones never cause
+/// flows to be refused.
+fn decide_zones(inputs: &Inputs<'_>, before: &Decision, next: &mut Decision) {
     let has_share = |name: &Name| next.shares.iter().any(|s| s.name == *name);
     let is_here = inputs.regions.iter().any(|p| p.is_local && has_share(&p.name));
     if !inputs.rules.zone_first || !is_here {
@@ -297,7 +296,7 @@ fn zones(inputs: &Inputs<'_>, before: &Decision, next: &mut Decision) {
         others: &others,
         at: inputs.rules.spill_at_percent,
         until: inputs.rules.spill_until_percent,
-        // Something must stay, or nothing would be measured any more.
+        // Keep some flows local, so that the local load is still measured.
         most: 900,
         hold_ms: u64::from(inputs.rules.hold_s) * 1_000,
         now_ms: inputs.now_ms,
@@ -309,7 +308,7 @@ fn zones(inputs: &Inputs<'_>, before: &Decision, next: &mut Decision) {
     next.reason = format!("{}; {reason}", next.reason);
 }
 
-/// What goes for a service of which nothing was measured yet; none if it has nothing to do with regions.
+/// Shares of a service without measurements; None for a service without regions.
 pub fn initial(service: &Service, here: &Locality) -> Option<RegionShares> {
     if !service.is_regional() {
         return None;
@@ -343,5 +342,5 @@ pub fn initial(service: &Service, here: &Locality) -> Option<RegionShares> {
     if rules.zone_first {
         decision.zones = all_to(&here.zone);
     }
-    Some(decision.steer())
+    Some(decision.region_shares())
 }

@@ -1,5 +1,5 @@
-//! What holds for every fleet: shares add up, residency is kept, the dead and the drained get nothing while somebody
-//! better is there, constant input comes to rest, and a closed loop neither swings nor loses demand.
+//! Property tests for arbitrary fleets: shares add up, residency holds, dead and drained regions get nothing while a
+//! better one exists, constant input converges, and a closed loop neither oscillates nor loses demand.
 
 use super::*;
 use crate::desired::model::{Locality, RegionPolicy};
@@ -83,7 +83,7 @@ proptest! {
             }
             let local = places[0].is_allowed && !places[0].is_draining && places[0].backends > 0 && !places[0].is_down;
             if rules.policy == RegionPolicy::ActiveActive && local {
-                prop_assert!(last.away(&places[0].name) <= rules.spill_most_percent * 10, "the cap holds");
+                prop_assert!(last.share_away(&places[0].name) <= rules.spill_most_percent * 10, "the cap holds");
             }
         }
     }
@@ -95,11 +95,11 @@ proptest! {
         for second in 0..120u64 {
             let next = decide(&Inputs { rules: &rules, regions: &places, zones: &[], now_ms: second * 1_000 }, &last);
             if next.shares != last.shares {
-                changes.push(next.away(&places[0].name));
+                changes.push(next.share_away(&places[0].name));
             }
             last = next;
         }
-        // All the way there in one direction, then nothing: no share comes twice.
+        // Converges in one direction: no share occurs twice.
         let rises = changes.windows(2).all(|pair| pair[0] <= pair[1]);
         let falls = changes.windows(2).all(|pair| pair[0] >= pair[1]);
         prop_assert!(rises || falls, "{changes:?}");
@@ -125,7 +125,7 @@ proptest! {
             for (own, decision) in decisions.iter_mut().enumerate() {
                 let places: Vec<Place> = (0..count)
                     .map(|i| {
-                        let away = before[i].away(&name(i));
+                        let away = before[i].share_away(&name(i));
                         Place {
                             name: name(i),
                             is_local: i == own,
@@ -180,9 +180,9 @@ proptest! {
             order: names[..2].to_vec(),
             canary: canary.map(|permille| crate::desired::model::Canary { permille, ..Default::default() }),
         };
-        let list: Vec<Member<'_>> = members
+        let list: Vec<RegionMember<'_>> = members
             .iter()
-            .map(|&(region, zone, weight, eligible, is_new)| Member {
+            .map(|&(region, zone, weight, eligible, is_new)| RegionMember {
                 weight,
                 eligible,
                 region: &names[region],
@@ -192,13 +192,13 @@ proptest! {
             .collect();
         let here = Locality { region: name(0), zone: name(0) };
         let got = weights(&list, &steer, &here, 5);
-        let may = |m: &Member<'_>| m.eligible && m.weight > 0;
+        let may = |m: &RegionMember<'_>| m.eligible && m.weight > 0;
         prop_assert!(list.iter().zip(&got.takes).all(|(m, takes)| !takes || may(m)), "only who may takes flows");
         prop_assert_eq!(got.takes.iter().any(|&t| t), list.iter().any(may), "somebody does, if anybody may");
         prop_assert_eq!(got.weights.iter().zip(&list).filter(|(w, m)| **w == 0 && m.weight > 0).count(), 0);
         prop_assert_eq!(&weights(&list, &steer, &here, 5), &got);
         if canary.is_none() {
-            // What each region gets, by weight, is its share among those that are there.
+            // By weight, each region gets its share among the existing regions.
             let mut by_region: BTreeMap<&Name, f64> = BTreeMap::new();
             for ((m, &w), _) in list.iter().zip(&got.weights).zip(&got.takes).filter(|(_, t)| **t) {
                 *by_region.entry(m.region).or_default() += f64::from(w);

@@ -1,30 +1,30 @@
-//! Local first, and what it has no room for to the nearest that have. Called by [`super::decide`], for regions and for
-//! zones alike.
+//! Local first: keeps flows local, and spills the excess to the nearest places with room. Called by [`super::decide`]
+//! for regions and zones.
 
 use super::{Place, STEP};
 use crate::desired::model::{Share, WHOLE};
 use serde::{Deserialize, Serialize};
 
-/// Shortest time between two rises of a spill.
+/// Shortest time between two increases of a spill.
 const RISE_MS: u64 = 1_000;
-/// A rise that has not made the load fall after this time was too small.
+/// An increase that has not lowered the load after this time was too small.
 const SETTLE_MS: u64 = 5_000;
 
-/// What goes elsewhere.
+/// The shares that go to other places.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spill {
-    /// To whom, in name order.
+    /// Shares by destination, in name order.
     pub shares: Vec<Share>,
-    /// When that last changed (steady clock).
+    /// Time of the last change of the shares (monotonic clock).
     pub changed_ms: u64,
-    /// Local load then.
+    /// Local load at the last change.
     pub load_then: u64,
-    /// Requests that would be here if nothing went elsewhere, as last worked out.
+    /// Last estimate of the requests that would be local without the spill.
     pub demand: u64,
 }
 
 impl Spill {
-    fn of(&self, place: &Place) -> u16 {
+    fn share_of(&self, place: &Place) -> u16 {
         self.shares.iter().find(|s| s.name == place.name).map_or(0, |s| s.permille)
     }
 
@@ -33,22 +33,22 @@ impl Spill {
     }
 }
 
-/// One look at who is near and who is not.
+/// Inputs of one local-first decision.
 pub(super) struct LocalFirst<'a> {
-    /// The own one, if it can take flows at all.
+    /// The own place, if it can take flows.
     pub local: Option<&'a Place>,
-    /// The others that can, nearest first.
+    /// Other places that can take flows, nearest first.
     pub others: &'a [&'a Place],
-    /// Spill begins at so many percent of the capacity in use.
+    /// Load in percent of capacity at which spill begins.
     pub at: u16,
-    /// It ends at so many.
+    /// Load in percent of capacity below which spill shrinks.
     pub until: u16,
-    /// Largest share that may go elsewhere.
+    /// Largest share that may go elsewhere, in thousandths.
     pub most: u16,
-    /// How long a spill stands before it gets smaller.
+    /// How long a spill is held before it shrinks.
     pub hold_ms: u64,
     pub now_ms: u64,
-    /// `region` or `zone`, for people.
+    /// `region` or `zone`, for reasons.
     pub what: &'static str,
 }
 
@@ -57,7 +57,7 @@ fn percent(permille: u16) -> String {
 }
 
 impl LocalFirst<'_> {
-    /// Shares of all, with the local one, in name order.
+    /// Shares of all places including the local one, in name order.
     pub fn shares(&self, spill: &Spill) -> Vec<Share> {
         let mut shares = spill.shares.clone();
         if let Some(local) = self.local {
@@ -68,7 +68,7 @@ impl LocalFirst<'_> {
         shares
     }
 
-    /// What goes elsewhere from now on, and why.
+    /// Decides the spill, with a reason.
     pub fn decide(&self, before: &Spill) -> (Spill, String) {
         match self.local {
             Some(local) => self.spill(local, before),
@@ -78,19 +78,19 @@ impl LocalFirst<'_> {
 
     fn spill(&self, local: &Place, before: &Spill) -> (Spill, String) {
         let (what, name) = (self.what, &local.name);
-        // One that has no local one any more starts anew.
+        // After a failover the local place starts without a spill.
         let sum = before.sum();
         let had = if sum < WHOLE { before.clone() } else { Spill::default() };
         if local.is_stale {
-            let kept = self.still_there(&had);
-            let reason = format!("the load of {name} is old news: what was decided before stands");
-            return (self.with(&had, kept, had.demand, local.load), reason);
+            let kept = self.remaining_shares(&had);
+            let reason = format!("the reports of {name} are stale: keeping the previous decision");
+            return (self.build_spill(&had, kept, had.demand, local.load), reason);
         }
         let Some(capacity) = local.capacity.filter(|&c| c > 0) else {
-            let reason = format!("own {what} {name}, whose capacity is not measured");
-            return (self.with(&had, Vec::new(), 0, local.load), reason);
+            let reason = format!("own {what} {name}, whose capacity is unknown");
+            return (self.build_spill(&had, Vec::new(), 0, local.load), reason);
         };
-        // What was sent elsewhere while there was no local one says nothing about the demand.
+        // A failover spill was reset above, since it says nothing about the demand.
         let away = had.sum();
         let demand = local.load.saturating_mul(WHOLE.into()) / u64::from(WHOLE - away);
         let in_use = |percent: u16| u128::from(capacity) * u128::from(percent);
@@ -105,14 +105,14 @@ impl LocalFirst<'_> {
         let goal = if rises {
             let helped = local.load <= had.load_then && since_ms < SETTLE_MS;
             if away > 0 && (since_ms < RISE_MS || helped) {
-                why = ", and what goes elsewhere already has still to show";
+                why = ", waiting for the effect of the current spill";
                 away
             } else {
                 wanted.div_ceil(STEP).saturating_mul(STEP).max(away).min(self.most)
             }
         } else if falls {
             if since_ms < self.hold_ms {
-                why = ", and the spill stands for a while";
+                why = ", holding the spill for a while";
                 away
             } else {
                 (wanted / STEP * STEP).min(away)
@@ -121,44 +121,44 @@ impl LocalFirst<'_> {
             away
         };
         let goal = goal.min(self.most);
-        let spill = self.with(&had, self.distribute(&had, goal, demand), demand, local.load);
+        let spill = self.build_spill(&had, self.distribute(&had, goal, demand), demand, local.load);
         let used = u64::try_from(load / u128::from(capacity)).unwrap_or(u64::MAX);
         let sent = spill.sum();
         let reason = match (rises, sent) {
             (true, 0) if self.most == 0 => {
-                format!("{name} is at {used} % of its capacity, and no spill is allowed")
+                format!("{name} is at {used} % of its capacity, and spill is disabled")
             }
             (true, 0) => format!("{name} is at {used} % of its capacity, and no other {what} has room"),
             (false, 0) => format!("own {what} {name}, at {used} % of its capacity"),
             (_, sent) => {
                 let to: Vec<String> =
                     spill.shares.iter().map(|s| format!("{} to {}", percent(s.permille), s.name)).collect();
-                let short = if rises && sent < goal { ", for which others have no more room" } else { why };
-                let most = if rises && sent == self.most { ", the most that is allowed" } else { "" };
+                let short = if rises && sent < goal { ", others have no more room" } else { why };
+                let most = if rises && sent == self.most { ", the configured maximum" } else { "" };
                 format!("{name} is at {used} % of its capacity: {} spill{short}{most}", to.join(", "))
             }
         };
         (spill, reason)
     }
 
-    /// What of a spill can stay as it is because there is still somebody there.
-    fn still_there(&self, before: &Spill) -> Vec<(usize, u16)> {
+    /// Shares of a spill to places that still exist.
+    fn remaining_shares(&self, before: &Spill) -> Vec<(usize, u16)> {
         self.others
             .iter()
             .enumerate()
-            .map(|(i, place)| (i, before.of(place)))
+            .map(|(i, place)| (i, before.share_of(place)))
             .filter(|(_, p)| *p > 0)
             .collect()
     }
 
-    /// Thousandths of the demand that another keeps, and that it may have.
+    /// Thousandths of the demand that another place keeps, and its limit.
     ///
-    /// It keeps what it has while it is not above its own threshold, and gets more only to the middle between the two, so
-    /// that what was sent does not make it send. Others may look at the same room at the same moment, so nobody takes
-    /// more than its part of it; and where too much was sent, everybody takes a part of that back.
+    /// A place keeps its share while it is not above its own threshold, and gets more only up to the middle of the two
+    /// thresholds, so that the spill does not make it spill itself. Other hosts may use the same room at the same time, so
+    /// each takes only its part of the room; if too much was sent, each host takes back a part.
     fn limits(&self, place: &Place, before: &Spill, demand: u64) -> (u16, u16) {
         let (Some(room), false) = (place.room(self.at), place.is_spilling) else { return (0, 0) };
-        let (has, parts) = (before.of(place), self.others.len().max(1) as i128);
+        let (has, parts) = (before.share_of(place), self.others.len().max(1) as i128);
         let demand = i128::from(demand.max(1));
         let whole = i128::from(WHOLE);
         let in_steps = |n: i128| (n.clamp(0, whole) / i128::from(STEP) * i128::from(STEP)) as u16;
@@ -177,8 +177,8 @@ impl LocalFirst<'_> {
         self.at.midpoint(self.until)
     }
 
-    /// Brings the shares of the others to `goal`, as far as they have room, moving as little as possible: what is too
-    /// much is taken from the farthest, what is missing goes to the nearest.
+    /// Brings the sum of the shares to `goal`, as far as places have room, with few changes: surplus is taken from the
+    /// farthest place, missing share is given to the nearest.
     fn distribute(&self, before: &Spill, goal: u16, demand: u64) -> Vec<(usize, u16)> {
         let limits: Vec<(u16, u16)> =
             self.others.iter().map(|place| self.limits(place, before, demand)).collect();
@@ -197,10 +197,10 @@ impl LocalFirst<'_> {
         given.into_iter().enumerate().filter(|(_, share)| *share > 0).collect()
     }
 
-    /// Nobody is there: all goes elsewhere, to the nearest first as far as they have room, and the rest to the nearest.
+    /// Without a local place, sends all flows elsewhere: to the nearest places with room, and the rest to the nearest.
     fn fail_over(&self, before: &Spill) -> (Spill, String) {
         let Some(nearest) = self.others.first() else {
-            return (Spill::default(), "nobody takes flows".to_owned());
+            return (Spill::default(), "no backend takes flows".to_owned());
         };
         let demand = before.demand;
         let mut given = if demand > 0 { self.distribute(before, WHOLE, demand) } else { Vec::new() };
@@ -210,18 +210,18 @@ impl LocalFirst<'_> {
             None if rest > 0 => given.push((0, rest)),
             None => {}
         }
-        let spill = self.with(before, given, demand, before.load_then);
+        let spill = self.build_spill(before, given, demand, before.load_then);
         let to: Vec<String> =
             spill.shares.iter().map(|s| format!("{} to {}", percent(s.permille), s.name)).collect();
         let reason = match to.len() {
-            1 => format!("no own {} takes flows: all to {}, the nearest", self.what, nearest.name),
-            _ => format!("no own {} takes flows: {}", self.what, to.join(", ")),
+            1 => format!("the own {} takes no flows: all to {}, the nearest", self.what, nearest.name),
+            _ => format!("the own {} takes no flows: {}", self.what, to.join(", ")),
         };
         (spill, reason)
     }
 
-    /// A spill with these shares, which remembers since when it is so.
-    fn with(&self, before: &Spill, given: Vec<(usize, u16)>, demand: u64, load: u64) -> Spill {
+    /// Builds a spill with these shares, keeping the time of the last change.
+    fn build_spill(&self, before: &Spill, given: Vec<(usize, u16)>, demand: u64, load: u64) -> Spill {
         let share = |(i, permille): (usize, u16)| Share { name: self.others[i].name.clone(), permille };
         let mut shares: Vec<Share> = given.into_iter().map(share).collect();
         shares.sort_by(|a, b| a.name.cmp(&b.name));

@@ -1,4 +1,4 @@
-//! The policy in cases that people think of.
+//! Tests of the region policy in typical cases.
 
 use super::*;
 use crate::desired::model::RegionPolicy;
@@ -59,7 +59,7 @@ fn the_own_region_has_everything_until_it_is_full() {
     assert_eq!(host.after(1, &at(0)), "eu 1000");
     assert_eq!(host.after(1, &at(89)), "eu 1000");
     // 120 requests, of which 80 % of 100 are to stay: a third goes, in steps. uk has room for 70, of which this region
-    // takes half at once, as another may look at it too.
+    // takes half at once, since another region may use it too.
     assert_eq!(host.after(1, &at(120)), "eu 650, uk 275, us 75");
     assert!(host.last.reason.contains("eu is at 120 %"), "{}", host.last.reason);
     assert_eq!(host.after(1, &at(80)), "eu 650, uk 275, us 75", "between the thresholds nothing moves");
@@ -79,7 +79,7 @@ fn a_spill_is_bounded_and_fills_nobody_up() {
         host.after(1, &[place("eu", 100, 401), near_full[1].clone(), near_full[2].clone()]),
         "eu 500, us 500"
     );
-    assert!(host.last.reason.contains("the most that is allowed"), "{}", host.last.reason);
+    assert!(host.last.reason.contains("the configured maximum"), "{}", host.last.reason);
     let mut host = Host::new(rules());
     let all_full = [place("eu", 100, 400), place("uk", 100, 95), place("us", 100, 90)];
     assert_eq!(host.after(1, &all_full), "eu 1000", "its overload is nobody's business");
@@ -147,7 +147,7 @@ fn down_needs_agreement_and_is_still_better_than_nothing() {
     assert_eq!(host.after(1, &[eu.clone(), uk.clone()]), "uk 1000");
     uk.is_down = true;
     assert_eq!(host.after(1, &[eu, uk]), "eu 1000");
-    assert!(host.last.reason.contains("nothing else is left"));
+    assert!(host.last.reason.contains("no other region is left"));
 }
 
 #[test]
@@ -161,12 +161,12 @@ fn residency_and_drains_leave_nothing_rather_than_go_elsewhere() {
     assert_eq!(host.after(1, &[eu.clone(), us.clone()]), "");
     assert_eq!(
         host.last.reason,
-        "refused by residency: no backend takes flows in eu, and those elsewhere (2 in us) may not"
+        "refused by residency: no backend takes flows in eu, and backends elsewhere (2 in us) must not"
     );
     eu = place("eu", 100, 0);
     eu.is_draining = true;
     assert_eq!(host.after(1, &[eu, us]), "");
-    assert!(host.last.reason.starts_with("refused: eu drains"), "{}", host.last.reason);
+    assert!(host.last.reason.starts_with("refused: region eu drains"), "{}", host.last.reason);
 }
 
 #[test]
@@ -241,13 +241,13 @@ fn a_service_of_which_nothing_is_known_stays_at_home() {
     assert_eq!(initial(&plain, &here("us")), None);
 }
 
-/// What a table would give to each member.
+/// Share that a table would give to each member.
 fn table(members: &[(&str, &str, u32, bool, bool)], steer: &RegionShares) -> (Vec<u32>, u32) {
     let names: Vec<(Name, Name)> = members.iter().map(|m| (name(m.0), name(m.1))).collect();
-    let members: Vec<Member<'_>> = members
+    let members: Vec<RegionMember<'_>> = members
         .iter()
         .zip(&names)
-        .map(|(&(_, _, weight, eligible, is_new), (region, zone))| Member {
+        .map(|(&(_, _, weight, eligible, is_new), (region, zone))| RegionMember {
             weight,
             eligible,
             region,

@@ -1,41 +1,41 @@
-//! Whether a region is down, from what several hosts see of it. Pure; called by `regions`.
+//! Decides by votes of several hosts whether a region is down. Pure; called by `regions`.
 
 use crate::desired::model::Name;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
-/// What one host sees of a region.
+/// A host's vote on a region.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vote {
-    /// Who looks.
+    /// Voting host.
     pub host: String,
-    /// From which region.
+    /// Region of the voting host.
     pub from: Name,
-    /// Whether some checked backend there is healthy.
+    /// Whether the host sees a healthy backend in the region.
     pub is_up: bool,
 }
 
-/// What comes of the votes.
+/// Result of the votes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Agreed {
-    /// Nobody says that it is down.
+    /// No host votes down.
     Up,
-    /// Somebody does: a hint, by which each host judges for itself only.
+    /// Some hosts vote down, but too few: each host judges for itself.
     Hint,
-    /// Enough do.
+    /// Enough hosts vote down.
     Down,
 }
 
-/// A region is down when at least two hosts say so, more than say the contrary, and from at least two regions where
-/// hosts of two regions look. A host that cannot reach a region may itself be what is cut off.
-pub fn agreed(votes: &[Vote]) -> Agreed {
+/// Counts votes. A region is down if at least two hosts vote down, more than vote up, and they are in at least two
+/// regions if hosts of two regions vote. A host that cannot reach a region may itself be disconnected.
+pub fn count_votes(votes: &[Vote]) -> Agreed {
     let regions =
         |votes: &mut dyn Iterator<Item = &Vote>| votes.map(|v| v.from.clone()).collect::<BTreeSet<_>>().len();
     let downs = || votes.iter().filter(|v| !v.is_up);
     let (down, up) = (downs().count(), votes.len() - downs().count());
-    let looking = regions(&mut votes.iter());
-    if down >= 2 && down > up && regions(&mut downs()) >= looking.min(2) {
+    let voting_regions = regions(&mut votes.iter());
+    if down >= 2 && down > up && regions(&mut downs()) >= voting_regions.min(2) {
         Agreed::Down
     } else if down > 0 {
         Agreed::Hint
@@ -56,11 +56,11 @@ mod tests {
                 from: from.parse().unwrap(),
                 is_up,
             };
-            agreed(&votes.iter().enumerate().map(vote).collect::<Vec<_>>())
+            count_votes(&votes.iter().enumerate().map(vote).collect::<Vec<_>>())
         };
         assert_eq!(agreed(&[]), Agreed::Up);
         assert_eq!(agreed(&[("eu", true), ("us", true)]), Agreed::Up);
-        assert_eq!(agreed(&[("eu", false)]), Agreed::Hint, "one alone may be what is cut off");
+        assert_eq!(agreed(&[("eu", false)]), Agreed::Hint, "a single host may itself be disconnected");
         assert_eq!(
             agreed(&[("eu", false), ("eu", false)]),
             Agreed::Down,
