@@ -164,7 +164,7 @@ fn paths() -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
-        if path.file_name().unwrap().to_string_lossy().contains("tests") {
+        if path.is_dir() || path.file_name().unwrap().to_string_lossy().contains("tests") {
             continue;
         }
         for line in fs::read_to_string(path).unwrap().lines().filter(|l| l.to_lowercase().contains("route")) {
