@@ -13,7 +13,7 @@ use crate::{
     desired::model::Health,
     plan::{
         compile::CompiledBackend,
-        policy::announce::{Decision, ServiceAt, decide},
+        policy::announce::{ServiceAt, VipDecision, decide},
     },
 };
 use addresses::Found;
@@ -81,7 +81,7 @@ pub struct VipState {
     /// Whether it is on this host.
     pub on: bool,
     /// Whether it belongs there, and why.
-    pub decision: Decision,
+    pub decision: VipDecision,
     /// Since when it is on, or off, in milliseconds since 1970 UTC.
     pub since_ms: u64,
     /// It was there before lbd, which therefore leaves it alone, on this interface.
@@ -261,7 +261,7 @@ impl Announcer {
 
     fn show(
         &self,
-        decisions: &BTreeMap<IpAddr, Decision>,
+        decisions: &BTreeMap<IpAddr, VipDecision>,
         up: &BTreeSet<IpAddr>,
         foreign: &BTreeMap<IpAddr, u32>,
     ) {

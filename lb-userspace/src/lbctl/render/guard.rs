@@ -6,7 +6,7 @@ use super::{
     table::{Table, plain},
     units,
 };
-use crate::serve::api::guard::{Decision, Entries, EntryInfo, GuardInfo};
+use crate::serve::api::guard::{Entries, EntryInfo, GuardDecision, GuardInfo};
 use std::io;
 
 fn left(entry: &EntryInfo) -> String {
@@ -48,7 +48,7 @@ pub fn entries(out: &mut Out<'_>, found: &Entries) -> io::Result<()> {
 ///
 /// # Errors
 /// Writing failed.
-pub fn decision(out: &mut Out<'_>, decision: &Decision) -> io::Result<()> {
+pub fn decision(out: &mut Out<'_>, decision: &GuardDecision) -> io::Result<()> {
     let text = match (decision.list, &decision.entry) {
         (Some(list), Some(entry)) => {
             format!("{} list has {} ({})", list.label(), entry.prefix, left(entry))
