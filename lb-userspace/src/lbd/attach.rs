@@ -122,7 +122,7 @@ pub fn compile_settings(
         nat_source_v4: settings.nat_source_v4,
         nat_source_v6: settings.nat_source_v6,
         attached,
-        limits: compile::Limits {
+        limits: compile::MapLimits {
             services: limits.services,
             backends: limits.backends,
             slots: limits.slots,

@@ -11,7 +11,9 @@ use crate::{
     serve::{
         api::{
             Engine, EngineError,
-            engine::{BackendState, Counters, FlowFilter, Problem, Removed, ServiceState, Snapshot},
+            engine::{
+                AppliedBackend, AppliedService, Counters, FlowFilter, Removed, ServiceProblem, Snapshot,
+            },
             types::{Applied, FlowInfo, Interface, Loaded, Room},
         },
         explain::{Explanation, Query, explain},
@@ -97,7 +99,7 @@ fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
     let mut backends = 0;
     for (name, s) in &published.services {
         let flood = published.sweep.floods.get(&s.index).copied().unwrap_or_default();
-        let state = ServiceState {
+        let state = AppliedService {
             index: s.index,
             table_size: s.table_size,
             eligible: s.eligible as usize,
@@ -120,7 +122,7 @@ fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
             let next_hop = published.observed.paths.next_hops.get(&b.address).filter(|_| b.resolved).copied();
             let problem = b.problem.clone();
             let id = BackendId { service: name.clone(), backend: backend.clone() };
-            let state = BackendState {
+            let state = AppliedBackend {
                 index: b.index,
                 slots: b.slots,
                 tracked_flows,
@@ -136,7 +138,7 @@ fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
     }
     for (name, problem) in &published.problems {
         let (reason, text) = (problem.label(), problem.to_string());
-        snapshot.problems.insert(name.clone(), Problem { reason, text });
+        snapshot.problems.insert(name.clone(), ServiceProblem { reason, text });
     }
     let room = |what: &str, used: u64, limit: u32| Room { what: what.to_owned(), used, limit: limit.into() };
     let entries = |table: FlowTable| published.sweep.entries[table as usize];

@@ -47,16 +47,16 @@ pub struct GetRequest<'a> {
 }
 
 /// The connection's own future; None once it has ended. It only makes progress while it is polled.
-type Connection = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
+type ConnectionTask = Option<Pin<Box<dyn Future<Output = ()> + Send>>>;
 
 /// An answer whose body may still be arriving. Dropping it closes the connection.
 pub struct Response {
     response: hyper::Response<Incoming>,
-    connection: Connection,
+    connection: ConnectionTask,
 }
 
 /// Awaits `work` while polling the connection.
-async fn drive<T>(connection: &mut Connection, work: impl Future<Output = T>) -> T {
+async fn drive<T>(connection: &mut ConnectionTask, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     if let Some(running) = connection {
         tokio::select! {
@@ -81,7 +81,7 @@ pub async fn get(
         builder.max_buf_size(bytes);
     }
     let (mut sender, connection) = builder.handshake(TokioIo::new(stream)).await?;
-    let mut connection: Connection = Some(Box::pin(async { drop(connection.await) }));
+    let mut connection: ConnectionTask = Some(Box::pin(async { drop(connection.await) }));
     let mut parts = Request::get(request.path)
         .header(header::HOST, request.host)
         .header(header::USER_AGENT, concat!("lbd/", env!("CARGO_PKG_VERSION")))

@@ -109,7 +109,7 @@ pub struct Answer {
 
 /// An entry of a flow table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct FlowEntry {
     /// Map.
     pub table: String,
     /// Backend of the flow.
@@ -157,7 +157,7 @@ pub struct Explanation {
     /// Whether the slot's flows are looked up in the flow table.
     pub tracked: bool,
     /// The flow's entries in the flow tables.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<FlowEntry>,
     /// Mode nat: the flow's binding, if any; it overrides the slot and the flow tables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub binding: Option<Binding>,
@@ -293,7 +293,7 @@ impl Explanation {
         let key = lb_ebpf::select::choose::flow_key(index, headers);
         for table in crate::apply::dataplane::FLOW_TABLES {
             let Some(flow) = reader.flow(table, &key) else { continue };
-            let entry = Entry {
+            let entry = FlowEntry {
                 table: crate::apply::dataplane::flow_map(table).to_owned(),
                 backend: live.backend_view(names, flow.backend).map_or("gone".to_owned(), |b| b.label()),
                 idle_s: live.now_s().saturating_sub(flow.last_seen_s),

@@ -7,7 +7,7 @@ use lb_userspace::{
     observed::health::HealthRegistry,
     serve::api::{self, Control, memory::MemoryEngine},
 };
-use std::{collections::BTreeSet, fs, path::Path, sync::Arc};
+use std::{fs, path::Path, sync::Arc};
 
 /// Method, path, query parameters or body, meaning.
 type Row = (&'static str, &'static str, &'static str, &'static str);
@@ -97,8 +97,8 @@ const ROWS: &[Row] = &[
 /// Builds the page.
 pub fn page() -> String {
     let rows: Vec<&str> = ROWS.iter().map(|row| row.1).collect();
-    let built = paths();
-    let built: Vec<&str> = built.iter().map(String::as_str).collect();
+    let rights = rights();
+    let built: Vec<&str> = rights.iter().map(|(_, path, _)| path.as_str()).collect();
     check_described(&built, &rows, "api.rs");
     check_routes_exist();
 
@@ -108,18 +108,11 @@ pub fn page() -> String {
          may read; root and members of `socket_group` may also write. \
          `curl --unix-socket /run/lb/lbd.sock http://lbd/v1/status` shows the state.",
     );
-    let rights = rights();
-    let mut heads = vec!["method", "path", "query or body", "meaning"];
-    if !rights.is_empty() {
-        heads.insert(2, "needs");
-    }
+    let heads = ["method", "path", "needs", "query or body", "meaning"];
     let rows = ROWS.iter().map(|(method, path, input, meaning)| {
-        let mut row = vec![method.to_string(), code(path), cell(input), cell(meaning)];
-        if !rights.is_empty() {
-            let right = rights.iter().find(|(m, p, _)| m.eq_ignore_ascii_case(method) && p == path);
-            row.insert(2, right.unwrap_or_else(|| panic!("the API has no {method} {path}")).2.clone());
-        }
-        row
+        let right = rights.iter().find(|(m, p, _)| m.eq_ignore_ascii_case(method) && p == path);
+        let right = right.unwrap_or_else(|| panic!("the API has no {method} {path}")).2.clone();
+        vec![method.to_string(), code(path), right, cell(input), cell(meaning)]
     });
     out.push_str(&table(&heads, &rows.collect::<Vec<_>>()));
     out.push_str(
@@ -135,45 +128,29 @@ pub fn page() -> String {
 /// described.
 fn rights() -> Vec<(String, String, String)> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/serve/api/table.rs");
-    let source = fs::read_to_string(file).unwrap();
-    let rows = source.lines().filter_map(|line| line.trim().strip_prefix("Route::new("));
-    let rows: Vec<_> = rows
+    let source = fs::read_to_string(&file).unwrap();
+    let rows: Vec<_> = source
+        .split("Route::new(")
+        .skip(1)
         .map(|row| {
             let mut parts = row.split(',').map(str::trim);
             let mut next = || parts.next().unwrap_or_default().trim_matches('"').to_owned();
             let (method, path) = (next(), next());
             let right = match next().as_str() {
                 "Read" => "read",
-                "WriteOrDryRun" => "write; read for a dry run",
+                "DryRun" => "write; read for a dry run",
                 "Write" => "write",
                 other => panic!("{method} {path} needs {other}, which tests/reference/api.rs does not know"),
             };
             (method, path, right.to_owned())
         })
         .collect();
+    assert!(rows.len() > 20, "only {} routes were found in {}", rows.len(), file.display());
     for (method, path, _) in &rows {
         let known = ROWS.iter().any(|row| row.0 == method && row.1 == path);
         assert!(known, "describe {method} {path} in tests/reference/api.rs");
     }
     rows
-}
-
-/// Paths that the sources of the router name.
-fn paths() -> BTreeSet<String> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/serve/api");
-    let mut found = BTreeSet::new();
-    for entry in fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() || path.file_name().unwrap().to_string_lossy().contains("tests") {
-            continue;
-        }
-        for line in fs::read_to_string(path).unwrap().lines().filter(|l| l.to_lowercase().contains("route")) {
-            let literals = line.split('"').skip(1).step_by(2);
-            found.extend(literals.filter(|text| text.starts_with("/v1/")).map(str::to_owned));
-        }
-    }
-    assert!(found.len() > 20, "only {} paths were found in src/serve/api", found.len());
-    found
 }
 
 /// Requests each row from an API without a kernel: the path must exist, and accept the method.

@@ -20,7 +20,7 @@ use crate::{
     desired::model::Health,
     plan::{
         compile::CompiledBackend,
-        policy::announce::{Decision, ServiceAt, decide},
+        policy::announce::{ServiceAt, VipDecision, decide},
     },
 };
 use addresses::HostAddress;
@@ -88,7 +88,7 @@ pub struct VipState {
     /// Whether the VIP is on this host.
     pub on: bool,
     /// Whether the VIP should be on this host, and why.
-    pub decision: Decision,
+    pub decision: VipDecision,
     /// Time of the last change of `on`, in milliseconds since 1970 UTC.
     pub since_ms: u64,
     /// Interface that had the VIP without lbd, which therefore leaves it alone.
@@ -258,7 +258,7 @@ impl Announcer {
 
     fn publish(
         &self,
-        decisions: &BTreeMap<IpAddr, Decision>,
+        decisions: &BTreeMap<IpAddr, VipDecision>,
         up: &BTreeSet<IpAddr>,
         foreign: &BTreeMap<IpAddr, u32>,
     ) {

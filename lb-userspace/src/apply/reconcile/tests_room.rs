@@ -12,7 +12,7 @@ fn room(services: u32, slots: u32) -> Shared {
 
 /// A test bed over maps of these sizes, whose settings know them.
 fn large(services: u32, slots: u32) -> Bed {
-    let limits = compile::Limits { services, slots, ..compile::Limits::default() };
+    let limits = compile::MapLimits { services, slots, ..compile::MapLimits::default() };
     start_with(room(services, slots), &Arc::default(), Settings { limits, ..Settings::default() })
 }
 
@@ -210,7 +210,7 @@ proptest! {
     /// assert after each write that every live table is complete, and that nothing is written that may still be read.
     #[test]
     fn what_is_accepted_comes_into_force(states in any_states(), slots in 2_000u32..14_000) {
-        let limits = compile::Limits { services: 16, slots, ..compile::Limits::default() };
+        let limits = compile::MapLimits { services: 16, slots, ..compile::MapLimits::default() };
         let maps = Shared(Arc::new(Mutex::new(FakeMaps::new(16, slots, 64))));
         let mut bed = start_with(maps, &Arc::default(), Settings { limits, ..Settings::default() });
         let mut accepted = Arc::new(Desired::default());

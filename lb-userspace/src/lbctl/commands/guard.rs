@@ -4,7 +4,7 @@ use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     desired::model::{ListName, guard::parse},
     lbctl::render::{guard as render, units::parse_duration},
-    serve::api::guard::{Decision, Entries, GuardInfo, ListChange},
+    serve::api::guard::{Entries, GuardDecision, GuardInfo, ListChange},
 };
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
@@ -113,7 +113,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             Ok(Exit::Ok)
         }
         Command::Check { address } => {
-            let decision: Decision =
+            let decision: GuardDecision =
                 context.client.get("/v1/guard/check", &json!({ "address": address })).await?;
             if context.out.json {
                 context.out.json(&decision, false)?;

@@ -5,7 +5,7 @@ use super::{
     table::{Table, plain},
     units,
 };
-use crate::serve::api::guard::{Decision, Entries, EntryInfo, GuardInfo};
+use crate::serve::api::guard::{Entries, EntryInfo, GuardDecision, GuardInfo};
 use std::io;
 
 fn expiry(entry: &EntryInfo) -> String {
@@ -47,7 +47,7 @@ pub fn entries(out: &mut Out<'_>, found: &Entries) -> io::Result<()> {
 ///
 /// # Errors
 /// Writing failed.
-pub fn decision(out: &mut Out<'_>, decision: &Decision) -> io::Result<()> {
+pub fn decision(out: &mut Out<'_>, decision: &GuardDecision) -> io::Result<()> {
     let text = match (decision.list, &decision.entry) {
         (Some(list), Some(entry)) => {
             format!("{} on the {} list, expires: {}", entry.prefix, list.label(), expiry(entry))

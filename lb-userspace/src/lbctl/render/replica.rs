@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     desired::model::{Readiness, Report},
-    observed::replica::Entry,
+    observed::replica::ReplicaEntry,
     plan::policy::load,
     serve::api::types::{NotReady, Replicas},
 };
@@ -80,7 +80,7 @@ pub fn list(out: &mut Out<'_>, list: &Replicas) -> io::Result<()> {
 }
 
 /// Formats a replica as pairs of name and value, for `backend show`.
-pub fn lines(entry: &Entry) -> Vec<(&'static str, String)> {
+pub fn lines(entry: &ReplicaEntry) -> Vec<(&'static str, String)> {
     let mut lines = Vec::new();
     let state = entry.readiness.label();
     let why = entry.history.back().map_or(String::new(), |t| format!(": {}", t.reason));
@@ -115,7 +115,7 @@ pub fn lines(entry: &Entry) -> Vec<(&'static str, String)> {
 ///
 /// # Errors
 /// Writing failed.
-pub fn history(out: &mut Out<'_>, entry: &Entry) -> io::Result<()> {
+pub fn history(out: &mut Out<'_>, entry: &ReplicaEntry) -> io::Result<()> {
     let mut table = Table::new(&["TIME", "REPLICA FROM", "TO", "REASON"], out.colour);
     for t in &entry.history {
         table.row([plain(units::time(t.time_ms)), readiness(t.from), readiness(t.to), plain(&t.reason)]);

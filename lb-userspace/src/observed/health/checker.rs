@@ -4,7 +4,7 @@
 //! runtime each timer woke a processor, and a second one that looked for work.
 
 use super::{
-    EarlyProbe, Entry, HealthRegistry, Probe, ProbeTarget,
+    EarlyProbe, HealthEntry, HealthRegistry, Probe, ProbeTarget,
     passive::{Hint, POLL_INTERVAL, PassiveSource, Suspicion},
     tunnel::to_address,
     verdict::Verdict,
@@ -109,7 +109,7 @@ impl Checker {
 
     /// Reads the registry from before the restart; an empty one if there is none.
     pub async fn restore(local: &dyn Local) -> Arc<HealthRegistry> {
-        Arc::new(restored(local, KEY, "last health verdicts", HealthRegistry::from_bytes).await)
+        Arc::new(restored(local, KEY, "the last health verdicts", HealthRegistry::from_bytes).await)
     }
 
     /// Saves the registry for the next start.
@@ -222,7 +222,7 @@ impl Checker {
                 let entry = entries.entry(id.clone()).or_default();
                 // A verdict belongs to a worker's address, not to a backend's name.
                 if entry.address != address {
-                    *entry = Entry { address, ..Entry::default() };
+                    *entry = HealthEntry { address, ..HealthEntry::default() };
                 }
                 entry.health
             });

@@ -21,5 +21,5 @@ mod tests;
 pub use checker::{Checker, Prober};
 pub use passive::{EarlyProbe, PassiveReport, PassiveSource};
 pub use probe::{ProbeTarget, prober, prober_through};
-pub use registry::{Entry, HealthRegistry, Probe, Transition};
+pub use registry::{HealthEntry, HealthRegistry, Probe, Transition};
 pub use tunnel::{LoadPrograms, ProbePrograms, Through, Tunnel};

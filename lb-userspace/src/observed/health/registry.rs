@@ -39,7 +39,7 @@ pub struct Probe {
 
 /// Health of one backend.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct HealthEntry {
     /// Verdict.
     pub health: Health,
     /// Start of the verdict, in milliseconds since 1970 UTC; 0 before the first verdict.
@@ -70,29 +70,31 @@ pub struct Entry {
 /// Health of all backends.
 #[derive(Debug, Default)]
 pub struct HealthRegistry {
-    entries: RwLock<BTreeMap<BackendId, Entry>>,
+    entries: RwLock<BTreeMap<BackendId, HealthEntry>>,
 }
 
 impl HealthRegistry {
     /// Health of one backend.
-    pub fn get(&self, id: &BackendId) -> Option<Entry> {
+    pub fn get(&self, id: &BackendId) -> Option<HealthEntry> {
         self.read(|entries| entries.get(id).cloned())
     }
 
     /// Reads all entries under the lock.
-    pub fn read<T>(&self, read: impl FnOnce(&BTreeMap<BackendId, Entry>) -> T) -> T {
+    pub fn read<T>(&self, read: impl FnOnce(&BTreeMap<BackendId, HealthEntry>) -> T) -> T {
         read(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, Entry>) -> T) -> T {
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, HealthEntry>) -> T) -> T {
         change(&mut self.entries.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Serialises verdicts and their history, for the next start.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let all: Vec<(BackendId, Entry)> = self.read(|entries| {
+        let all: Vec<(BackendId, HealthEntry)> = self.read(|entries| {
             let settled = entries.iter().filter(|(_, e)| e.health != Health::Unknown);
-            settled.map(|(id, e)| (id.clone(), Entry { last: None, damped: None, ..e.clone() })).collect()
+            settled
+                .map(|(id, e)| (id.clone(), HealthEntry { last: None, damped: None, ..e.clone() }))
+                .collect()
         });
         serde_json::to_vec(&all).expect("entries are plain data")
     }
@@ -102,7 +104,7 @@ impl HealthRegistry {
     /// # Errors
     /// The bytes are not valid.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
-        let mut all: Vec<(BackendId, Entry)> = serde_json::from_slice(bytes)?;
+        let mut all: Vec<(BackendId, HealthEntry)> = serde_json::from_slice(bytes)?;
         for (_, entry) in &mut all {
             (entry.successes, entry.failures) = (0, 0);
         }
@@ -110,7 +112,7 @@ impl HealthRegistry {
     }
 }
 
-impl Entry {
+impl HealthEntry {
     /// Records a change of verdict.
     pub(super) fn record_transition(&mut self, to: Health, time_ms: u64, reason: String) {
         let from = std::mem::replace(&mut self.health, to);

@@ -122,7 +122,7 @@ async fn tls_is_verified_by_name_and_issuer_unless_told_otherwise() {
         ),
         (
             format!(r#"{{"kind":"https","host":"worker.example","ca":"{ca}","body":"model missing"}}"#),
-            Err("the body does not hold \"model missing\": \"model loaded"),
+            Err("the body does not contain \"model missing\": \"model loaded"),
         ),
         (
             format!(r#"{{"kind":"https","host":"worker.example","ca":"{ca}","status":[500,599]}}"#),
@@ -173,7 +173,7 @@ async fn grpc_health_is_asked_as_its_own_project_serves_it() {
     reporter.set_service_status("chat.v1.Chat", ServingStatus::Serving).await;
     assert_eq!(ask(address, chat).await, Ok("SERVING".into()));
     let other = ask(address, r#"{"kind":"grpc","service":"nobody"}"#).await;
-    assert_eq!(other, Err("gRPC: service \"nobody\" is not known".into()));
+    assert_eq!(other, Err("gRPC: service \"nobody\" is unknown (NOT_FOUND)".into()));
 
     // A gRPC server without the health service, and a server of another protocol.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -21,7 +21,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use table::Table;
+use table::NeighbourTable;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
@@ -63,7 +63,7 @@ pub enum NeighbourError {
 pub struct Resolver {
     kernel: Kernel,
     messages: BoxStream<'static, Message>,
-    table: Table,
+    table: NeighbourTable,
     wanted: BTreeSet<IpAddr>,
     /// Desired state that `wanted` was taken from.
     current: Arc<Desired>,
@@ -83,7 +83,7 @@ impl Resolver {
         Ok(Self {
             kernel,
             messages,
-            table: Table::default(),
+            table: NeighbourTable::default(),
             wanted: BTreeSet::new(),
             current: Arc::default(),
             kept: BTreeSet::new(),

@@ -57,7 +57,7 @@ pub struct Neighbour {
 
 /// All links, routes and neighbours.
 #[derive(Clone, Debug, Default)]
-pub struct Table {
+pub struct NeighbourTable {
     /// Interfaces by index.
     pub links: BTreeMap<u32, Link>,
     /// Routes by backend address; `Err` says why there is none.
@@ -66,7 +66,7 @@ pub struct Table {
     pub neighbours: BTreeMap<(u32, IpAddr), Neighbour>,
 }
 
-impl Table {
+impl NeighbourTable {
     /// Applies a message; returns what must be recomputed.
     pub fn update(&mut self, read: Read) -> Effect {
         match read {
@@ -182,9 +182,9 @@ mod tests {
         Neighbour { mac: Some([mac; 6]), fixed: false }
     }
 
-    fn table() -> Table {
+    fn table() -> NeighbourTable {
         let vlan = |parent, is_8021q| Some(Vlan { parent, id: 100, is_8021q });
-        Table {
+        NeighbourTable {
             links: BTreeMap::from([
                 (1, Link { name: "lo".into(), mtu: 65_536, up: true, ..Link::default() }),
                 (2, link("eth0", 2, 1_500)),

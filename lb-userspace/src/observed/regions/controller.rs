@@ -20,7 +20,7 @@ use crate::{
     },
     plan::policy::{
         canary::CanaryVerdict,
-        region::{Agreed, Decision, Inputs, Vote, count_votes, decide},
+        region::{Agreed, Inputs, RegionDecision, Vote, count_votes, decide},
     },
 };
 use futures_util::future::BoxFuture;
@@ -56,7 +56,7 @@ pub struct RegionController {
     began: Instant,
     report_times: ReportTimes,
     rollouts: Rollouts,
-    decisions: BTreeMap<Name, Decision>,
+    decisions: BTreeMap<Name, RegionDecision>,
     steers: BTreeMap<Name, Arc<RegionShares>>,
     report: PeerReport,
     peer_values: watch::Receiver<HostValues>,
@@ -233,7 +233,7 @@ impl RegionController {
         backends: &[MeasuredBackend],
         (regions, peers, leader): (&[RegionShown], &[PeerReport], Option<&PeerReport>),
         now_ms: u64,
-    ) -> (Explained, Decision, Option<String>) {
+    ) -> (Explained, RegionDecision, Option<String>) {
         let default = RegionRules::default();
         let rules = service.regions.as_ref().unwrap_or(&default);
         let mut notes = Vec::new();
@@ -440,15 +440,15 @@ fn is_spilling(region: &Name, service: &Name, peers: &[PeerReport]) -> bool {
 }
 
 /// Rebuilds a decision to continue from, given only its shares.
-fn resume_decision(steer: &RegionShares, here: &Locality) -> Decision {
+fn resume_decision(steer: &RegionShares, here: &Locality) -> RegionDecision {
     let away = |shares: &[Share], own: &Name| -> Vec<Share> {
         shares.iter().filter(|s| s.name != *own).cloned().collect()
     };
-    let mut decision = Decision {
+    let mut decision = RegionDecision {
         shares: steer.shares.clone(),
         zones: steer.zones.clone(),
         order: steer.order.clone(),
-        ..Decision::default()
+        ..RegionDecision::default()
     };
     decision.spill.shares = away(&steer.shares, &here.region);
     decision.zone_spill.shares = away(&steer.zones, &here.zone);

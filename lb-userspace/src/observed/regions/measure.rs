@@ -10,7 +10,7 @@ use crate::{
         health,
         replica::{self, scores::stale_after},
     },
-    plan::policy::{Seen, region::Place},
+    plan::policy::{BackendObservation, region::Place},
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -93,7 +93,7 @@ pub fn measure_backends(
             }
             _ => (Readiness::Unknown, None),
         });
-        let seen = Seen::of(service, health, readiness);
+        let seen = BackendObservation::of(service, health, readiness);
         let up = seen.health != Health::Unhealthy && !seen.readiness.declines();
         MeasuredBackend {
             name: backend.clone(),

@@ -25,7 +25,7 @@ use crate::{
     desired::model::{Name, RegionPolicy, RegionShares, RegionState, Rollout},
     plan::policy::{
         canary::Tally,
-        region::{Agreed, Decision, Place, Vote},
+        region::{Agreed, Place, RegionDecision, Vote},
     },
 };
 use serde::{Deserialize, Serialize};
@@ -75,7 +75,7 @@ pub struct Explained {
     /// Inputs: zones of the own region.
     pub zones: Vec<Place>,
     /// This host's own decision.
-    pub decision: Decision,
+    pub decision: RegionDecision,
     /// Shares in effect.
     pub steer: RegionShares,
     /// Inputs that were bounded, ignored or stale, and why.

@@ -5,7 +5,7 @@ use crate::{
     desired::model::{BackendId, Locality, Phase, Readiness, Report, Service},
     observed::{
         health,
-        replica::{self, Entry},
+        replica::{self, ReplicaEntry},
     },
 };
 use serde_json::json;
@@ -32,8 +32,13 @@ fn report(running: u32, capacity: u32) -> Report {
     Report::parse(text.to_string().as_bytes()).unwrap()
 }
 
-fn heard(report: Report, reports: u64) -> Entry {
-    Entry { readiness: Readiness::from(report.phase), report: Some(report), reports, ..Entry::default() }
+fn heard(report: Report, reports: u64) -> ReplicaEntry {
+    ReplicaEntry {
+        readiness: Readiness::from(report.phase),
+        report: Some(report),
+        reports,
+        ..ReplicaEntry::default()
+    }
 }
 
 /// Measures region eu at `now_ms`; returns the sum and the notes.

@@ -84,7 +84,7 @@ pub struct FetchTarget {
 }
 
 /// An answer whose body may still be arriving.
-pub struct Answer {
+pub struct FetchResponse {
     response: http::Response,
     deadline: Instant,
     timeout: Duration,
@@ -98,7 +98,7 @@ fn slow(what: &'static str, limit: Duration) -> FetchError {
 ///
 /// # Errors
 /// No connection, no answer in time, or another status than 200.
-pub async fn fetch(target: &FetchTarget, accept: &'static str) -> Result<Answer, FetchError> {
+pub async fn fetch(target: &FetchTarget, accept: &'static str) -> Result<FetchResponse, FetchError> {
     let timeout = target.timeout;
     let deadline = Instant::now() + timeout;
     let connect = async {
@@ -120,12 +120,12 @@ pub async fn fetch(target: &FetchTarget, accept: &'static str) -> Result<Answer,
     let head = timeout_at(deadline, http::get(stream, request)).await;
     let response = head.map_err(|_| slow("the answer", timeout))??;
     match response.status() {
-        200 => Ok(Answer { response, deadline, timeout }),
+        200 => Ok(FetchResponse { response, deadline, timeout }),
         status => Err(FetchError::Status { status }),
     }
 }
 
-impl Answer {
+impl FetchResponse {
     /// Whether the answer is an event stream.
     pub fn is_stream(&self) -> bool {
         self.response.content_type().is_some_and(|kind| kind.trim_start().starts_with("text/event-stream"))

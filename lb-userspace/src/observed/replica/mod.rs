@@ -19,6 +19,6 @@ pub mod watcher;
 #[cfg(test)]
 mod tests;
 
-pub use registry::{Entry, ReplicaRegistry, ReplicaTransition};
+pub use registry::{ReplicaEntry, ReplicaRegistry, ReplicaTransition};
 pub use scores::{BackendIndices, LoadSink, Scores};
 pub use watcher::Watcher;

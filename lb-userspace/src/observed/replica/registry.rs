@@ -35,7 +35,7 @@ pub struct Trouble {
 
 /// State of one replica.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct ReplicaEntry {
     /// Readiness that the policy uses.
     pub readiness: Readiness,
     /// Start of this readiness, in milliseconds since 1970 UTC; 0 before the first report.
@@ -72,7 +72,7 @@ pub struct Entry {
     pub address: String,
 }
 
-impl Entry {
+impl ReplicaEntry {
     /// Records a readiness; returns whether it has changed.
     pub(super) fn record_readiness(&mut self, to: Readiness, time_ms: u64, reason: &str) -> bool {
         let from = std::mem::replace(&mut self.readiness, to);
@@ -91,7 +91,7 @@ impl Entry {
 /// State of all replicas, and a version that grows with each change.
 #[derive(Debug)]
 pub struct ReplicaRegistry {
-    entries: RwLock<BTreeMap<BackendId, Entry>>,
+    entries: RwLock<BTreeMap<BackendId, ReplicaEntry>>,
     changes: watch::Sender<u64>,
 }
 
@@ -103,12 +103,12 @@ impl Default for ReplicaRegistry {
 
 impl ReplicaRegistry {
     /// State of one replica.
-    pub fn get(&self, id: &BackendId) -> Option<Entry> {
+    pub fn get(&self, id: &BackendId) -> Option<ReplicaEntry> {
         self.read(|entries| entries.get(id).cloned())
     }
 
     /// Reads all entries under the lock.
-    pub fn read<T>(&self, read: impl FnOnce(&BTreeMap<BackendId, Entry>) -> T) -> T {
+    pub fn read<T>(&self, read: impl FnOnce(&BTreeMap<BackendId, ReplicaEntry>) -> T) -> T {
         read(&self.entries.read().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -118,22 +118,23 @@ impl ReplicaRegistry {
     }
 
     /// Changes entries under the lock, and increments the version.
-    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, Entry>) -> T) -> T {
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, ReplicaEntry>) -> T) -> T {
         let result = change(&mut self.entries.write().unwrap_or_else(PoisonError::into_inner));
         self.changes.send_modify(|n| *n += 1);
         result
     }
 
     /// Changes one entry, if it exists.
-    pub(super) fn edit<T>(&self, id: &BackendId, edit: impl FnOnce(&mut Entry) -> T) -> Option<T> {
+    pub(super) fn edit<T>(&self, id: &BackendId, edit: impl FnOnce(&mut ReplicaEntry) -> T) -> Option<T> {
         self.change(|entries| entries.get_mut(id).map(edit))
     }
 
     /// Serialises the last reports, for the next start.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let all: Vec<(BackendId, Entry)> = self.read(|entries| {
+        let all: Vec<(BackendId, ReplicaEntry)> = self.read(|entries| {
             let reported = entries.iter().filter(|(_, e)| e.readiness != Readiness::Unknown);
-            let kept = |e: &Entry| Entry { trouble: None, score: None, streaming: false, ..e.clone() };
+            let kept =
+                |e: &ReplicaEntry| ReplicaEntry { trouble: None, score: None, streaming: false, ..e.clone() };
             reported.map(|(id, e)| (id.clone(), kept(e))).collect()
         });
         serde_json::to_vec(&all).expect("entries are plain data")
@@ -144,7 +145,7 @@ impl ReplicaRegistry {
     /// # Errors
     /// The bytes are not valid.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
-        let mut all: Vec<(BackendId, Entry)> = serde_json::from_slice(bytes)?;
+        let mut all: Vec<(BackendId, ReplicaEntry)> = serde_json::from_slice(bytes)?;
         for (_, entry) in &mut all {
             (entry.reports, entry.refused, entry.breaks) = (0, 0, 0);
         }

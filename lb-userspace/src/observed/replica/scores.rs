@@ -135,7 +135,7 @@ impl Scores {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::{desired::model::Readiness, observed::replica::Entry};
+    use crate::{desired::model::Readiness, observed::replica::ReplicaEntry};
 
     /// Remembers what was set, in order.
     #[derive(Default)]
@@ -180,8 +180,12 @@ pub(super) mod tests {
         let (fake, places) = (Arc::new(Fake::default()), Arc::new(Fixed(Mutex::default(), desired)));
         let scores = Scores::new(fake.clone(), places.clone());
         let book = ReplicaRegistry::default();
-        let heard =
-            |score, report_ms| Entry { readiness: Readiness::Ready, score, report_ms, ..Entry::default() };
+        let heard = |score, report_ms| ReplicaEntry {
+            readiness: Readiness::Ready,
+            score,
+            report_ms,
+            ..ReplicaEntry::default()
+        };
         book.change(|all| {
             all.insert(id("a"), heard(Some(10), 5_000));
             all.insert(id("b"), heard(Some(30), 5_000));

@@ -164,7 +164,7 @@ impl Bed {
     }
 
     /// Waits until the entry fulfils a condition.
-    async fn until(&self, what: &str, holds: impl Fn(&super::Entry) -> bool) -> super::Entry {
+    async fn until(&self, what: &str, holds: impl Fn(&super::ReplicaEntry) -> bool) -> super::ReplicaEntry {
         let start = Instant::now();
         loop {
             let entry = self.book.get(&id());
@@ -278,7 +278,7 @@ async fn a_lying_replica_is_named_and_its_last_good_state_kept() {
         ("hello", "not JSON"),
     ] {
         worker.say(lie.to_owned());
-        let named = |e: &super::Entry| e.trouble.as_ref().is_some_and(|t| t.what.contains(expected));
+        let named = |e: &super::ReplicaEntry| e.trouble.as_ref().is_some_and(|t| t.what.contains(expected));
         let entry = bed.until(expected, named).await;
         assert_eq!((entry.readiness, entry.report.unwrap().running), (Readiness::Ready, 4), "{lie}");
         assert!(entry.streaming, "{lie}");

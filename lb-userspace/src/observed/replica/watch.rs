@@ -5,7 +5,7 @@ use super::{
     ReplicaRegistry, Scores,
     events::Events,
     exposition::PAGE_LIMIT,
-    fetch::{Answer, FetchError, FetchTarget, fetch},
+    fetch::{FetchError, FetchResponse, FetchTarget, fetch},
     scrape::Scraper,
 };
 use crate::{
@@ -154,7 +154,7 @@ impl Task {
     }
 
     /// Reads a stream to its end.
-    async fn read_stream(&mut self, mut answer: Answer) -> Result<(), FetchError> {
+    async fn read_stream(&mut self, mut answer: FetchResponse) -> Result<(), FetchError> {
         let timeout = self.plan.target.timeout;
         let silence = Duration::from_millis(self.plan.source.interval_ms.into()) * 3 + timeout;
         self.clock = ClockWatch::default();

@@ -1,7 +1,7 @@
 //! Runs one task per watched replica, as the desired state says.
 
 use super::{
-    Entry, ReplicaRegistry, Scores,
+    ReplicaEntry, ReplicaRegistry, Scores,
     fetch::FetchTarget,
     watch::{WatchPlan, WatchShared, watch},
 };
@@ -47,7 +47,7 @@ impl Watcher {
 
     /// Reads the registry from before the restart; an empty one if there is none.
     pub async fn restore(local: &dyn Local) -> Arc<ReplicaRegistry> {
-        Arc::new(restored(local, KEY, "what replicas last said", ReplicaRegistry::from_bytes).await)
+        Arc::new(restored(local, KEY, "the last replica reports", ReplicaRegistry::from_bytes).await)
     }
 
     /// Saves the registry for the next start.
@@ -108,7 +108,7 @@ impl Watcher {
                 let other = entry.address != address;
                 let forgotten = other && entry.readiness != Readiness::Unknown;
                 if other {
-                    *entry = Entry { address, ..Entry::default() };
+                    *entry = ReplicaEntry { address, ..ReplicaEntry::default() };
                 }
                 entry.streaming = false;
                 forgotten

@@ -60,7 +60,7 @@ pub struct Settings {
     /// Interfaces that the program is attached to: answers to translated packets must arrive on one of them.
     pub attached: BTreeMap<u32, String>,
     /// Sizes of the maps.
-    pub limits: Limits,
+    pub limits: MapLimits,
     /// Bits of [`lb_common::settings::features`] that the program was loaded without.
     pub features_off: u32,
     /// Region and zone of this host.
@@ -69,7 +69,7 @@ pub struct Settings {
 
 /// Sizes of the maps, fixed when they are created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
+pub struct MapLimits {
     /// Number of services.
     pub services: u32,
     /// Backends of all services, including draining ones.
@@ -88,7 +88,7 @@ pub struct Limits {
     pub guard_entries: u32,
 }
 
-impl Default for Limits {
+impl Default for MapLimits {
     fn default() -> Self {
         Self {
             services: limits::SERVICES,

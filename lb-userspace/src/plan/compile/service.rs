@@ -17,7 +17,7 @@ use crate::{
         self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
         RegionShares, Scheduler, Service, region_list,
     },
-    plan::policy::{self, Candidate, Seen, region::Weighted},
+    plan::policy::{self, BackendObservation, Candidate, region::Weighted},
 };
 use lb_common::{
     Backend,
@@ -41,7 +41,7 @@ pub(super) struct Input<'a> {
     pub id: ServiceId,
     pub wanted: &'a Arc<Service>,
     /// Health and readiness, in the order of `wanted.backends`.
-    pub verdicts: Vec<Seen>,
+    pub verdicts: Vec<BackendObservation>,
     /// Shares of regions and versions; None without region rules and roll-out.
     pub steer: Option<Arc<RegionShares>>,
     /// Excluded backends, in the order of `wanted.backends`; empty if none is excluded.
@@ -79,7 +79,7 @@ pub(super) struct Cached {
 struct Last {
     name: Name,
     wanted: Arc<Service>,
-    verdicts: Vec<Seen>,
+    verdicts: Vec<BackendObservation>,
     steer: Option<Arc<RegionShares>>,
     excluded: Vec<Option<Excluded>>,
     next_hops: Vec<Option<NextHop>>,
@@ -100,10 +100,14 @@ pub(super) fn observations<'a>(
     wanted: &Service,
     health: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Health)>>,
     replicas: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Readiness)>>,
-) -> Vec<Seen> {
+) -> Vec<BackendObservation> {
     let health = values_of_service(name, wanted, health);
     let replicas = values_of_service(name, wanted, replicas);
-    health.into_iter().zip(replicas).map(|(health, ready)| Seen::of(wanted, health, ready)).collect()
+    health
+        .into_iter()
+        .zip(replicas)
+        .map(|(health, ready)| BackendObservation::of(wanted, health, ready))
+        .collect()
 }
 
 /// Values of a service's backends, in the order of its backends; missing values are the default. One pass over both,

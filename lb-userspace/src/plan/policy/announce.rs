@@ -29,7 +29,7 @@ pub struct ServiceAt {
 /// Whether a VIP belongs on this host, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Decision {
+pub enum VipDecision {
     /// On: a service at this VIP is served.
     Served,
     /// Off: no service at this VIP has a backend that takes new flows.
@@ -40,14 +40,14 @@ pub enum Decision {
     Draining,
 }
 
-impl Decision {
+impl VipDecision {
     /// Whether the VIP belongs on the host.
     pub fn is_on(self) -> bool {
         self == Self::Served
     }
 }
 
-impl fmt::Display for Decision {
+impl fmt::Display for VipDecision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Served => "served",
@@ -67,20 +67,20 @@ pub fn decide(
     services: &[ServiceAt],
     on: &BTreeSet<IpAddr>,
     is_draining: bool,
-) -> BTreeMap<IpAddr, Decision> {
-    let mut decisions: BTreeMap<IpAddr, Decision> = BTreeMap::new();
+) -> BTreeMap<IpAddr, VipDecision> {
+    let mut decisions: BTreeMap<IpAddr, VipDecision> = BTreeMap::new();
     for service in services {
         let decision = match service {
-            _ if is_draining => Decision::Draining,
-            ServiceAt { served: false, .. } => Decision::NoBackend,
-            ServiceAt { proven: false, vip, .. } if !on.contains(vip) => Decision::Unproven,
-            _ => Decision::Served,
+            _ if is_draining => VipDecision::Draining,
+            ServiceAt { served: false, .. } => VipDecision::NoBackend,
+            ServiceAt { proven: false, vip, .. } if !on.contains(vip) => VipDecision::Unproven,
+            _ => VipDecision::Served,
         };
         let best = decisions.entry(service.vip).or_insert(decision);
         // The best decision of any service at the VIP wins.
         *best = match (*best, decision) {
-            (Decision::Served, _) | (_, Decision::Served) => Decision::Served,
-            (Decision::Unproven, _) | (_, Decision::Unproven) => Decision::Unproven,
+            (VipDecision::Served, _) | (_, VipDecision::Served) => VipDecision::Served,
+            (VipDecision::Unproven, _) | (_, VipDecision::Unproven) => VipDecision::Unproven,
             (other, _) => other,
         };
     }
@@ -90,7 +90,7 @@ pub fn decide(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Decision::{Draining, NoBackend, Served, Unproven};
+    use VipDecision::{Draining, NoBackend, Served, Unproven};
 
     fn vip(n: u8) -> IpAddr {
         IpAddr::from([10, 99, 0, n])

@@ -15,14 +15,14 @@ use crate::desired::model::{BackendState, Health, HealthKind, Readiness, Service
 
 /// Combined observations of one backend, from probes and from its replica.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct BackendObservation {
     /// Verdict of the probes, or its substitute.
     pub health: Health,
     /// Readiness that the replica reports.
     pub readiness: Readiness,
 }
 
-impl Seen {
+impl BackendObservation {
     /// Combines both by the service's settings. A lost replica is unhealthy. Without probes, the replica's report is
     /// the verdict; with probes, it only adds to their verdict. Without either, every backend is healthy.
     pub fn of(service: &Service, health: Health, readiness: Readiness) -> Self {
@@ -181,9 +181,12 @@ mod tests {
             ("tcp", replica, Unhealthy, Readiness::Ready, Unhealthy),
             ("tcp", replica, Healthy, Readiness::Lost, Unhealthy),
         ] {
-            let seen = Seen::of(&service(kind, with), health, readiness);
+            let seen = BackendObservation::of(&service(kind, with), health, readiness);
             assert_eq!(seen.health, expected, "{kind} {with} {health:?} {readiness:?}");
         }
-        assert_eq!(Seen::of(&service("tcp", ""), Healthy, Readiness::Draining).readiness, Readiness::Unknown);
+        assert_eq!(
+            BackendObservation::of(&service("tcp", ""), Healthy, Readiness::Draining).readiness,
+            Readiness::Unknown
+        );
     }
 }

@@ -29,7 +29,7 @@ pub(super) enum Right {
     Read,
     /// Write access, or `dry_run`, which every reader may use: the handler's only change is [`Control::write`], which
     /// checks both again.
-    WriteOrDryRun,
+    DryRun,
     /// Write access, even for a dry run.
     Write,
 }
@@ -110,7 +110,7 @@ async fn authorize(State(right): State<Right>, mut request: Request, next: Next)
     };
     let is_allowed = match right {
         Right::Read => return next.run(request).await,
-        Right::WriteOrDryRun => author.may_write() || is_dry_run(request.uri()),
+        Right::DryRun => author.may_write() || is_dry_run(request.uri()),
         Right::Write => author.may_write(),
     };
     if !is_allowed && let Err(refused) = author.check() {

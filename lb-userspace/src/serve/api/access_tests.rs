@@ -241,12 +241,12 @@ async fn only_writers_change_anything_whatever_the_query_says() {
             let status = ask(&nobody, &route.method, path, &body).await;
             assert_eq!(status, 403, "nobody: {} {path}", route.method);
             let status = ask(&reader, &route.method, path, &body).await;
-            let tries = route.right == Right::WriteOrDryRun && *path == with(&path_of(path), "dry_run=true");
+            let tries = route.right == Right::DryRun && *path == with(&path_of(path), "dry_run=true");
             assert_eq!(status, if tries { 200 } else { 403 }, "reader: {} {path}", route.method);
             assert_eq!(bed.state().await, state, "changed by a reader: {} {path}", route.method);
             assert!(!bed.directory.path().join("moved").exists(), "a store was made for a reader");
         }
-        if route.right == Right::WriteOrDryRun {
+        if route.right == Right::DryRun {
             let status = ask(&writer, &route.method, &with(&path, "dry_run=true"), &body).await;
             assert_eq!((status, bed.state().await), (200, state.clone()), "tried by a writer: {what}");
         }

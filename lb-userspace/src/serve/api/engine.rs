@@ -34,9 +34,9 @@ pub struct Snapshot {
     /// Result of the last write to the maps.
     pub applied: Applied,
     /// State in the maps by service.
-    pub services: BTreeMap<Name, ServiceState>,
+    pub services: BTreeMap<Name, AppliedService>,
     /// State in the maps by backend.
-    pub backends: BTreeMap<BackendId, BackendState>,
+    pub backends: BTreeMap<BackendId, AppliedBackend>,
     /// Backends that are no longer desired, kept for their remaining flows.
     pub removed: Vec<Removed>,
     /// How full the maps are.
@@ -44,12 +44,12 @@ pub struct Snapshot {
     /// Times from health verdicts to the maps.
     pub verdict_lags: Lags,
     /// Services that could not be brought up to date, and why. They keep their current table and are retried.
-    pub problems: BTreeMap<Name, Problem>,
+    pub problems: BTreeMap<Name, ServiceProblem>,
 }
 
 /// Why a service could not be brought up to date.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct ServiceProblem {
     /// `no_room` or `not_compiled`.
     pub reason: &'static str,
     /// Human-readable description.
@@ -58,7 +58,7 @@ pub struct Problem {
 
 /// A service in the maps.
 #[derive(Clone, Debug, Default)]
-pub struct ServiceState {
+pub struct AppliedService {
     /// Index.
     pub index: u32,
     /// Slots of its table.
@@ -79,7 +79,7 @@ pub struct ServiceState {
 
 /// A backend in the maps.
 #[derive(Clone, Debug, Default)]
-pub struct BackendState {
+pub struct AppliedBackend {
     /// Index.
     pub index: u32,
     /// Slots of the service's table.

@@ -91,7 +91,7 @@ pub struct ListChange {
 
 /// `GET /v1/guard/check`: the entry that matches an address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Decision {
+pub struct GuardDecision {
     /// The address.
     pub address: IpAddr,
     /// Whether its packets are dropped.
@@ -136,11 +136,11 @@ pub(super) struct CheckQuery {
     address: IpAddr,
 }
 
-pub(super) async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<Decision> {
+pub(super) async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<GuardDecision> {
     let now_s = clock::unix().as_secs();
     let address = query.address.to_canonical();
     let found = control.head().desired.guard.deciding_entry(address, now_s);
-    Ok(Json(Decision {
+    Ok(Json(GuardDecision {
         address,
         denied: matches!(found, Some((ListName::Deny, ..))),
         list: found.map(|(list, ..)| list),

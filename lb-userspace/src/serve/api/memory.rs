@@ -78,17 +78,18 @@ impl MemoryEngine {
                 let id = BackendId { service: service.clone(), backend: backend.clone() };
                 let slots = if takes(b) { table_size * b.weight / weights } else { 0 };
                 let takes_flows = slots > 0;
-                let state = BackendState {
+                let state = AppliedBackend {
                     index: next,
                     slots,
                     tracked_flows: 2,
                     takes_flows,
-                    ..BackendState::default()
+                    ..AppliedBackend::default()
                 };
                 snapshot.backends.insert(id, state);
                 next += 1;
             }
-            let state = ServiceState { index: index as u32, table_size, eligible, ..ServiceState::default() };
+            let state =
+                AppliedService { index: index as u32, table_size, eligible, ..AppliedService::default() };
             snapshot.services.insert(service.clone(), state);
         }
         snapshot.room =

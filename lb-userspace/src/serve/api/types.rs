@@ -40,7 +40,7 @@ pub struct ReplicaInfo {
     pub age_ms: Option<u64>,
     /// State of the replica.
     #[serde(flatten)]
-    pub state: replica::Entry,
+    pub state: replica::ReplicaEntry,
 }
 
 /// Progress of a drain.
@@ -171,7 +171,7 @@ pub struct BackendStatus {
     pub signs: Option<health::PassiveReport>,
     /// State of the replica; none if the service does not watch replicas. History only when one backend is requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub replica: Option<replica::Entry>,
+    pub replica: Option<replica::ReplicaEntry>,
     /// Latest changes of the verdict, oldest first; only when one backend is requested.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<health::Transition>,

@@ -11,13 +11,13 @@ use crate::{
         model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Readiness, Service},
         store::Stored,
     },
-    observed::{health::Entry, replica},
+    observed::{health::HealthEntry, replica},
 };
 use lb_common::{BackendStats, Reason, reason::Fate};
 use std::{sync::Arc, time::Duration};
 
 /// Desired state, snapshot and counters, read at one moment.
-pub struct View {
+pub struct StateView {
     stored: Stored,
     snapshot: Arc<Snapshot>,
     counters: Counters,
@@ -28,18 +28,18 @@ pub(super) fn backend_id(service: &Name, backend: &Name) -> BackendId {
 }
 
 impl Control {
-    /// Reads a [`View`].
+    /// Reads a [`StateView`].
     ///
     /// # Errors
     /// The maps cannot be read.
-    pub async fn view(&self) -> Result<View, ApiError> {
+    pub async fn view(&self) -> Result<StateView, ApiError> {
         let (stored, snapshot) = (self.head(), self.engine.snapshot());
         let counters = self.read_engine(|engine| engine.counters()).await?;
-        Ok(View { stored, snapshot, counters })
+        Ok(StateView { stored, snapshot, counters })
     }
 
     /// `GET /v1/status`.
-    pub fn status(&self, view: &View) -> Status {
+    pub fn status(&self, view: &StateView) -> Status {
         let mut applied = view.snapshot.applied.clone();
         if let Some((_, Err(error))) = self.outcome() {
             applied.error.get_or_insert_with(|| error.to_string());
@@ -99,7 +99,7 @@ impl Control {
         status
     }
 
-    fn service_status(&self, view: &View, name: &Name, service: &Service, status: &mut Status) {
+    fn service_status(&self, view: &StateView, name: &Name, service: &Service, status: &mut Status) {
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
             let entry = self.health.get(&id).unwrap_or_default();
@@ -159,18 +159,18 @@ impl Control {
     ///
     /// # Errors
     /// No service has this name.
-    pub fn service(&self, view: &View, name: &Name) -> Result<ServiceInfo, ApiError> {
+    pub fn service(&self, view: &StateView, name: &Name) -> Result<ServiceInfo, ApiError> {
         let service = find_service(&view.stored, name)?;
         Ok(self.service_info(view, name, service))
     }
 
     /// All services.
-    pub fn services(&self, view: &View) -> Vec<ServiceInfo> {
+    pub fn services(&self, view: &StateView) -> Vec<ServiceInfo> {
         let all = view.stored.desired.services.iter();
         all.map(|(name, service)| self.service_info(view, name, service)).collect()
     }
 
-    fn service_info(&self, view: &View, name: &Name, service: &Service) -> ServiceInfo {
+    fn service_info(&self, view: &StateView, name: &Name, service: &Service) -> ServiceInfo {
         let mut info = view.service_info(name, service);
         info.status.vip = self.announcement().and_then(|a| a.vip(service.vip).cloned());
         info
@@ -180,7 +180,7 @@ impl Control {
     ///
     /// # Errors
     /// No service has this name.
-    pub fn backends(&self, view: &View, service: Option<&Name>) -> Result<Vec<BackendInfo>, ApiError> {
+    pub fn backends(&self, view: &StateView, service: Option<&Name>) -> Result<Vec<BackendInfo>, ApiError> {
         let list = |name: &Name, s: &Service| -> Vec<BackendInfo> {
             s.backends.iter().map(|(backend, b)| self.backend_info(view, name, s, backend, b)).collect()
         };
@@ -194,7 +194,7 @@ impl Control {
     ///
     /// # Errors
     /// No service or backend has this name.
-    pub fn backend(&self, view: &View, service: &Name, backend: &Name) -> Result<BackendInfo, ApiError> {
+    pub fn backend(&self, view: &StateView, service: &Name, backend: &Name) -> Result<BackendInfo, ApiError> {
         let s = find_service(&view.stored, service)?;
         let b = s.backends.get(backend).ok_or_else(|| no_backend(service, backend, s))?;
         let mut info = self.backend_info(view, service, s, backend, b);
@@ -207,7 +207,7 @@ impl Control {
     }
 
     /// State of a backend's replica, if its service watches replicas.
-    fn replica_entry(&self, id: &BackendId, service: &Service) -> Option<replica::Entry> {
+    fn replica_entry(&self, id: &BackendId, service: &Service) -> Option<replica::ReplicaEntry> {
         service.replica.as_ref().map(|_| self.replicas.get(id).unwrap_or_default())
     }
 
@@ -246,7 +246,7 @@ impl Control {
     }
 
     /// Progress of a backend's drain, if it drains.
-    fn drain_progress(&self, view: &View, id: &BackendId, service: &Service) -> Option<Drain> {
+    fn drain_progress(&self, view: &StateView, id: &BackendId, service: &Service) -> Option<Drain> {
         let since_ms = self.drains.since_ms(id)?;
         let deadline_ms = since_ms + u64::from(service.drain_s) * 1_000;
         let flows_left = view.snapshot.backends.get(id).map_or(0, |b| b.tracked_flows);
@@ -255,14 +255,15 @@ impl Control {
 
     fn backend_info(
         &self,
-        view: &View,
+        view: &StateView,
         service: &Name,
         s: &Service,
         name: &Name,
         b: &Backend,
     ) -> BackendInfo {
         let id = backend_id(service, name);
-        let Entry { health, since_ms, last, damped, passive, .. } = self.health.get(&id).unwrap_or_default();
+        let HealthEntry { health, since_ms, last, damped, passive, .. } =
+            self.health.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
         let stats = view.backend_stats(&id);
         let status = BackendStatus {
@@ -282,14 +283,16 @@ impl Control {
             excluded: applied.and_then(|a| a.excluded.clone()),
             last_probe: last.filter(|_| s.health.kind != HealthKind::None),
             signs: Some(passive).filter(|h| h.unreachable + h.refused > 0),
-            replica: self.replica_entry(&id, s).map(|e| replica::Entry { history: Default::default(), ..e }),
+            replica: self
+                .replica_entry(&id, s)
+                .map(|e| replica::ReplicaEntry { history: Default::default(), ..e }),
             history: Vec::new(),
         };
         BackendInfo { service: service.clone(), name: name.clone(), spec: b.clone(), status }
     }
 }
 
-impl View {
+impl StateView {
     /// The desired state.
     pub fn stored(&self) -> &Stored {
         &self.stored
@@ -343,7 +346,7 @@ impl View {
 }
 
 /// Why a replica is not ready.
-fn not_ready_reason(entry: &replica::Entry) -> String {
+fn not_ready_reason(entry: &replica::ReplicaEntry) -> String {
     match (&entry.trouble, entry.history.back()) {
         (Some(trouble), _) if entry.readiness == Readiness::Unknown => trouble.what.clone(),
         (_, Some(transition)) => transition.reason.clone(),

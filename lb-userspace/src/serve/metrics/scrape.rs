@@ -158,7 +158,7 @@ impl Scrape {
         out.counters("lb_service_bytes", "Bytes forwarded, before encapsulation", stats(|s| s.bytes))?;
         out.counters("lb_service_flows", "New flows placed", stats(|s| s.flows))?;
         let snapshot = self.control.engine().snapshot();
-        let state = |value: fn(&crate::serve::api::engine::ServiceState) -> f64| {
+        let state = |value: fn(&crate::serve::api::engine::AppliedService) -> f64| {
             let all = snapshot.services.iter();
             all.map(move |(name, s)| ([("service", name.as_str())], value(s)))
         };
@@ -200,7 +200,7 @@ impl Scrape {
         out.counters("lb_backend_bytes", "Bytes forwarded, before encapsulation", stats(|s| s.bytes))?;
         out.counters("lb_backend_flows", "New flows placed", stats(|s| s.flows))?;
         let snapshot = self.control.engine().snapshot();
-        let state = |value: fn(&crate::serve::api::engine::BackendState) -> f64| {
+        let state = |value: fn(&crate::serve::api::engine::AppliedBackend) -> f64| {
             let all = snapshot.backends.iter();
             all.map(move |(id, b)| {
                 ([("service", id.service.as_str()), ("backend", id.backend.as_str())], value(b))
@@ -291,7 +291,7 @@ impl Scrape {
                 states,
             )?;
             let gauge = |value: fn(&crate::desired::model::Report) -> Option<f64>| -> Vec<(Labels, f64)> {
-                let of = |(id, e): (_, &crate::observed::replica::Entry)| {
+                let of = |(id, e): (_, &crate::observed::replica::ReplicaEntry)| {
                     Some((labels(id), value(e.report.as_ref()?)?))
                 };
                 all.iter().filter_map(of).collect()
@@ -322,7 +322,7 @@ impl Scrape {
             ] {
                 out.gauges(name, help, values.into_iter())?;
             }
-            let of = |value: fn(&crate::observed::replica::Entry) -> Option<f64>| {
+            let of = |value: fn(&crate::observed::replica::ReplicaEntry) -> Option<f64>| {
                 all.iter().filter_map(move |(id, e)| Some((labels(id), value(e)?)))
             };
             let help = "Load score, in millionths of the replica's capacity";

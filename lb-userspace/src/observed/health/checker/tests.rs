@@ -176,7 +176,7 @@ impl Slow {
         slow
     }
 
-    fn entry(&self) -> Entry {
+    fn entry(&self) -> HealthEntry {
         self.book.get(&id("b0")).unwrap()
     }
 

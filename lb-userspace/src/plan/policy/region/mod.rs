@@ -1,7 +1,7 @@
 //! Decides which regions a service's new flows go to, from measurements of each region.
 //!
 //! Input: a service's [`RegionRules`], its regions as one host sees them ([`Place`]: capacity and load from
-//! replica state, round-trip time, votes), and the previous decision. Output: a [`Decision`] with shares that always
+//! replica state, round-trip time, votes), and the previous decision. Output: a [`RegionDecision`] with shares that always
 //! add up, and a reason. Pure; called by `regions`. [`weights`] converts a decision to weights, for `compile`.
 //!
 //! * **Local first.** As long as the own region has room, it gets all flows. Load is running and waiting requests
@@ -98,7 +98,7 @@ pub struct Inputs<'a> {
 
 /// A decision, with the state that the next decision needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Decision {
+pub struct RegionDecision {
     /// Shares of the regions, which add up to [`WHOLE`]; empty if no region may take flows.
     pub shares: Vec<Share>,
     /// Shares of the own region's zones; empty if zones are not considered.
@@ -120,7 +120,7 @@ pub struct Decision {
     pub reason: String,
 }
 
-impl Decision {
+impl RegionDecision {
     /// The shares, for `compile`.
     pub fn region_shares(&self) -> RegionShares {
         RegionShares {
@@ -156,7 +156,7 @@ fn order_regions(inputs: &Inputs<'_>) -> Vec<Name> {
 }
 
 /// Decides for one service on one host.
-pub fn decide(inputs: &Inputs<'_>, before: &Decision) -> Decision {
+pub fn decide(inputs: &Inputs<'_>, before: &RegionDecision) -> RegionDecision {
     let order = order_regions(inputs);
     let place = |name: &Name| inputs.regions.iter().find(|p| p.name == *name);
     let usable = |and_up: bool| -> Vec<&Place> {
@@ -171,7 +171,7 @@ pub fn decide(inputs: &Inputs<'_>, before: &Decision) -> Decision {
     } else {
         up
     };
-    let mut next = Decision { order: order.clone(), ..Decision::default() };
+    let mut next = RegionDecision { order: order.clone(), ..RegionDecision::default() };
     let Some(first) = candidates.first() else {
         next.reason = refusal_reason(inputs);
         return next;
@@ -236,7 +236,12 @@ fn proportional_shares(places: &[&Place], weights: &[u32]) -> Vec<Share> {
     shares
 }
 
-fn active_active(inputs: &Inputs<'_>, candidates: &[&Place], before: &Decision, next: &mut Decision) {
+fn active_active(
+    inputs: &Inputs<'_>,
+    candidates: &[&Place],
+    before: &RegionDecision,
+    next: &mut RegionDecision,
+) {
     let rules = inputs.rules;
     let local = candidates.iter().find(|p| p.is_local).copied();
     let others: Vec<&Place> = candidates.iter().filter(|p| !p.is_local).copied().collect();
@@ -254,7 +259,12 @@ fn active_active(inputs: &Inputs<'_>, candidates: &[&Place], before: &Decision, 
     next.shares = first.shares(&next.spill);
 }
 
-fn active_passive(inputs: &Inputs<'_>, candidates: &[&Place], before: &Decision, next: &mut Decision) {
+fn active_passive(
+    inputs: &Inputs<'_>,
+    candidates: &[&Place],
+    before: &RegionDecision,
+    next: &mut RegionDecision,
+) {
     let best = &candidates[0].name;
     let active = before.shares.first().map(|s| &s.name);
     let stays = active.filter(|name| *name != best && candidates.iter().any(|p| p.name == **name));
@@ -278,7 +288,7 @@ fn active_passive(inputs: &Inputs<'_>, candidates: &[&Place], before: &Decision,
 
 /// Applies local first between the zones of the own region. Every zone of the region is allowed, and zones never cause
 /// flows to be refused.
-fn decide_zones(inputs: &Inputs<'_>, before: &Decision, next: &mut Decision) {
+fn decide_zones(inputs: &Inputs<'_>, before: &RegionDecision, next: &mut RegionDecision) {
     let has_share = |name: &Name| next.shares.iter().any(|s| s.name == *name);
     let is_here = inputs.regions.iter().any(|p| p.is_local && has_share(&p.name));
     if !inputs.rules.zone_first || !is_here {
@@ -338,7 +348,7 @@ pub fn initial(service: &Service, here: &Locality) -> Option<RegionShares> {
     };
     let regions: Vec<Place> = names.into_iter().map(place).collect();
     let mut decision =
-        decide(&Inputs { rules, regions: &regions, zones: &[], now_ms: 0 }, &Decision::default());
+        decide(&Inputs { rules, regions: &regions, zones: &[], now_ms: 0 }, &RegionDecision::default());
     if rules.zone_first {
         decision.zones = all_to(&here.zone);
     }

@@ -68,7 +68,7 @@ fn sum(shares: &[Share]) -> u32 {
 proptest! {
     #[test]
     fn shares_add_up_and_go_only_where_they_may((rules, places) in fleet(), seconds in prop::collection::vec(0..5u64, 1..12)) {
-        let (mut last, mut now_ms) = (Decision::default(), 0);
+        let (mut last, mut now_ms) = (RegionDecision::default(), 0);
         for pause in seconds {
             now_ms += pause * 1_000;
             last = decide(&Inputs { rules: &rules, regions: &places, zones: &places, now_ms }, &last);
@@ -90,7 +90,7 @@ proptest! {
 
     #[test]
     fn constant_input_comes_to_rest((rules, places) in fleet()) {
-        let mut last = Decision::default();
+        let mut last = RegionDecision::default();
         let mut changes = Vec::new();
         for second in 0..120u64 {
             let next = decide(&Inputs { rules: &rules, regions: &places, zones: &[], now_ms: second * 1_000 }, &last);
@@ -116,7 +116,7 @@ proptest! {
         let rules = RegionRules { hold_s: 3, ..RegionRules::default() };
         let count = regions.len();
         let total: u64 = regions.iter().map(|(_, demand)| demand).sum();
-        let mut decisions = vec![Decision::default(); count];
+        let mut decisions = vec![RegionDecision::default(); count];
         let mut loads: Vec<Vec<u64>> = vec![regions.iter().map(|(_, demand)| *demand).collect()];
         let mut history = Vec::new();
         for second in 0..240u64 {

@@ -34,12 +34,12 @@ fn rules() -> RegionRules {
 struct Host {
     rules: RegionRules,
     now_ms: u64,
-    last: Decision,
+    last: RegionDecision,
 }
 
 impl Host {
     fn new(rules: RegionRules) -> Self {
-        Self { rules, now_ms: 0, last: Decision::default() }
+        Self { rules, now_ms: 0, last: RegionDecision::default() }
     }
 
     fn after(&mut self, seconds: u64, regions: &[Place]) -> String {
@@ -209,12 +209,13 @@ fn zones_spill_within_their_region() {
         zone
     };
     let regions = [place("eu", 200, 120)];
-    let look = |load, before: &Decision| {
+    let look = |load, before: &RegionDecision| {
         let zones = [zone("a", load), zone("b", 20)];
         decide(&Inputs { rules: &rules(), regions: &regions, zones: &zones, now_ms: 1_000 }, before)
     };
-    let shares = |d: &Decision| d.zones.iter().map(|s| (s.name.to_string(), s.permille)).collect::<Vec<_>>();
-    let calm = look(50, &Decision::default());
+    let shares =
+        |d: &RegionDecision| d.zones.iter().map(|s| (s.name.to_string(), s.permille)).collect::<Vec<_>>();
+    let calm = look(50, &RegionDecision::default());
     assert_eq!(shares(&calm), [("a".to_owned(), 1_000)]);
     let full = look(100, &calm);
     assert_eq!(shares(&full), [("a".to_owned(), 800), ("b".to_owned(), 200)]);
