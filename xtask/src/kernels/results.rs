@@ -99,17 +99,18 @@ pub fn write(records: &[Record]) -> Result<()> {
     fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Returns the commit of the working tree, marked as dirty if there are uncommitted changes.
+/// Returns the commit of the working tree, marked as dirty if anything but recorded results is uncommitted.
 pub fn commit() -> String {
-    let mut git = Command::new("git");
-    git.current_dir(shell::workspace()).args([
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-        "--abbrev=12",
-    ]);
-    shell::with_output(&mut git, &[]).map_or_else(|| "unknown".to_owned(), |text| text.trim().to_owned())
+    let git = |arguments: &[&str]| {
+        let mut git = Command::new("git");
+        git.current_dir(shell::workspace()).args(arguments);
+        shell::with_output(&mut git, &[]).map(|text| text.trim().to_owned())
+    };
+    let Some(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".to_owned() };
+    // What earlier runs have recorded changes nothing of what is tested.
+    let results = [":/", ":(top,exclude)tests/kernels.json", ":(top,exclude)docs/compatibility.md"];
+    let changes = git(&[&["status", "--porcelain", "--untracked-files=no", "--"][..], &results].concat());
+    if changes.is_some_and(|changes| changes.is_empty()) { commit } else { format!("{commit}-dirty") }
 }
 
 /// Returns today's date, UTC.
