@@ -105,7 +105,7 @@ fn an_address_is_denied_while_it_talks() -> Result<()> {
     ensure!(count(&stage, "guard_denied")? >= 2, "its packets are counted");
     let check = stage.lbctl.output(&["guard", "check", "10.0.0.77"])?;
     let said = String::from_utf8_lossy(&check.stdout).into_owned();
-    ensure!(check.status.code() == Some(1) && said.contains("deny list has 10.0.0.77/32"), "{said}");
+    ensure!(check.status.code() == Some(1) && said.contains("10.0.0.77/32 on the deny list"), "{said}");
     let explained = stage.lbctl.output(&["explain", "10.0.0.77:4000", "10.99.0.1:9000", "tcp"])?;
     let said = String::from_utf8_lossy(&explained.stdout).into_owned();
     ensure!(said.contains("10.0.0.77/32"), "explain names the entry: {said}");
@@ -153,7 +153,7 @@ fn a_file_is_loaded_whole_or_not_at_all() -> Result<()> {
     let refused = stage.lbctl.output(&["guard", "deny", "load", &path])?;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(refused.status.code() == Some(4), "{}: {said}", refused.status);
-    for words in ["2 lines are wrong", "line 50004", "10.0.0.300", "give 10.0.0.0/24 or 10.0.0.1", "fix:"] {
+    for words in ["2 lines are invalid", "line 50004", "10.0.0.300", "give 10.0.0.0/24 or 10.0.0.1", "fix:"] {
         ensure!(said.contains(words), "{words:?} is not in {said}");
     }
     ensure!(stage.lbctl.json(&["guard", "show"])?["deny"] == 0, "nothing has changed");

@@ -155,7 +155,7 @@ async fn other_data_is_refused_by_name() -> Result<()> {
     // A later version's data.
     bed.cluster.etcdctl(&["put", "lb/store", r#"{"format":7,"id":"feedfeedfeedfeed"}"#])?;
     let error = refusal(bed.try_open("two", bed.options()?).await)?;
-    ensure!(error.contains("format 7, and this lbd knows formats up to 1"), "{error}");
+    ensure!(error.contains("format 7, but this lbd supports formats up to 1"), "{error}");
     Ok(())
 }
 
