@@ -209,10 +209,7 @@ fn residency_refuses_rather_than_leave() -> Result<()> {
     let vip = format!("{}:{PORT}", vip_v4(1));
     let output = bench.stage.lbctl.output(&["explain", "10.0.0.9:40000", &vip, "tcp"])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    ensure!(
-        text.contains("residency: only eu, where 2 of 4 backends are: none of them takes flows"),
-        "{text}"
-    );
+    ensure!(text.contains("residency: only eu, with 2 of 4 backends: none of them takes flows"), "{text}");
     ensure!(
         text.contains("syn → nowhere") && text.contains("Residency: no allowed region of the service"),
         "{text}"
@@ -257,7 +254,7 @@ fn a_new_version_gets_its_share_and_is_aborted_when_it_fails() -> Result<()> {
         })
     })?;
     bench.stage.lbctl.run(&["rollout", "start", "--model", "fake", "--version", "v2", "--to", "5%"])?;
-    bench.refused(&["region", "drain", "eu"], "version v2 of fake comes in")?;
+    bench.refused(&["region", "drain", "eu"], "version v2 of fake is being rolled out on service llm")?;
     bench.until("w4 has its share of the slots", |b| b.slots().is_ok_and(|s| (s[3] - 0.05).abs() < 0.002))?;
     let account = bench.count(3_000)?;
     let got = part(&account, &["w4"]);
