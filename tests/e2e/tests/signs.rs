@@ -104,7 +104,7 @@ fn dies(
         ensure!(reason.contains("; probed early: "), "{service}: {last}");
         ensure!(status["signs"][sign].as_u64() > Some(0), "{service}: {status}");
         let table = stage.lbctl.run(&["backend", "show", service, "w1"])?;
-        ensure!(table.contains("; probed early: ") && table.contains("signs"), "{table}");
+        ensure!(table.contains("; probed early: ") && table.contains("passive checks"), "{table}");
     }
     Ok(())
 }
