@@ -72,7 +72,7 @@ pub mod level {
     /// Number of the bitmap bit for an address whose first eight bytes are `high`.
     #[inline(always)]
     pub const fn bit(high: u64, level: u32) -> u32 {
-        // The same mixing as in `lb_ebpf::hash`: every bit of the input affects every bit of the hash.
+        // The same mixing as in `lb_ebpf::select::hash`: every bit of the input affects every bit of the hash.
         let mut h = (high & super::mask64(level)) ^ level as u64;
         h ^= h >> 33;
         h = h.wrapping_mul(0xff51_afd7_ed55_8ccd);

@@ -370,6 +370,7 @@ impl Daemon {
         }
     }
 }
+
 /// Removes the API's socket when dropped.
 struct SocketFile(PathBuf);
 

@@ -167,26 +167,33 @@ pub struct Explanation {
     pub steps: Vec<String>,
 }
 
+impl Explanation {
+    /// An explanation without any step.
+    pub fn new(query: Query) -> Self {
+        Self {
+            query,
+            service: None,
+            matched: None,
+            hash: None,
+            slot: None,
+            slots: None,
+            primary: None,
+            secondary: None,
+            transition: false,
+            tracked: false,
+            entries: Vec::new(),
+            binding: None,
+            answers: Vec::new(),
+            steps: Vec::new(),
+        }
+    }
+}
+
 /// Explains a flow.
 pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation {
     let live = Live::new(reader);
     let headers = headers(&query, 0);
-    let mut explanation = Explanation {
-        query,
-        service: None,
-        matched: None,
-        hash: None,
-        slot: None,
-        slots: None,
-        primary: None,
-        secondary: None,
-        transition: false,
-        tracked: false,
-        entries: Vec::new(),
-        binding: None,
-        answers: Vec::new(),
-        steps: Vec::new(),
-    };
+    let mut explanation = Explanation::new(query);
     if let Some(reason) = live.source_fault(headers.source) {
         explanation.steps.push(format!("dropped if the destination is a VIP: {}", reason.describe()));
         return explanation;

@@ -1,8 +1,8 @@
-//! How long verdicts take to the maps, for everybody who wonders how long a dead worker still gets new flows.
+//! Times from health verdicts to the maps: a dead worker still gets new flows for so long.
 
 use std::{mem, time::Duration};
 
-/// Upper ends of the classes; what takes longer is in one more.
+/// Upper bounds of the histogram's buckets; one more bucket holds longer times.
 const ENDS: [Duration; 9] = [
     Duration::from_millis(5),
     Duration::from_millis(10),
@@ -15,7 +15,7 @@ const ENDS: [Duration; 9] = [
     Duration::from_secs(5),
 ];
 
-/// Verdicts that changed something, by the time from the verdict to the last write for it.
+/// Histogram of the times from verdicts to the last write for each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lags {
     counts: [u64; ENDS.len() + 1],
@@ -29,17 +29,17 @@ impl Lags {
         self.sum += lag;
     }
 
-    /// All times together, in seconds.
+    /// Sum of all times, in seconds.
     pub fn sum_s(&self) -> f64 {
         self.sum.as_secs_f64()
     }
 
-    /// How many there are.
+    /// Number of verdicts.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// Upper end of each class in seconds, and how many are in it alone; the last has none.
+    /// Upper bound of each bucket in seconds, and the number of verdicts in this bucket alone; the last is unbounded.
     pub fn classes(&self) -> Vec<(f64, u64)> {
         let ends = ENDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
         ends.zip(self.counts).collect()
@@ -54,12 +54,12 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// A verdict of this time is to be written.
+    /// Adds a verdict of this time that is not yet in the maps.
     pub(super) fn add(&mut self, at: Duration) {
         self.since.push(at);
     }
 
-    /// Everything that waits has been written.
+    /// Counts the waiting verdicts as written, and returns the histogram.
     pub(super) fn written(&mut self, now: Duration) -> Lags {
         for at in mem::take(&mut self.since) {
             self.lags.add(now.saturating_sub(at));

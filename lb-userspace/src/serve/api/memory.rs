@@ -173,21 +173,6 @@ impl Engine for MemoryEngine {
     fn explain(&self, query: Query) -> Result<Explanation, EngineError> {
         let step =
             format!("nothing is forwarded to {} {} without a dataplane", query.destination, query.protocol);
-        Ok(Explanation {
-            query,
-            service: None,
-            matched: None,
-            hash: None,
-            slot: None,
-            slots: None,
-            primary: None,
-            secondary: None,
-            transition: false,
-            tracked: false,
-            entries: Vec::new(),
-            binding: None,
-            answers: Vec::new(),
-            steps: vec![step],
-        })
+        Ok(Explanation { steps: vec![step], ..Explanation::new(query) })
     }
 }
