@@ -5,7 +5,7 @@ use crate::{
     Frame, Tables, Verdict,
     packet::{
         csum,
-        network::{ICMP, ICMPV6},
+        network::{ICMP, ICMPV6, Network},
         parse::{ETHERNET, Headers, VLAN_TAG},
         verdict::{Outcome, Refusal, refuse},
         wire::{IcmpError, Ipv4, Ipv6, Macs},
@@ -138,24 +138,24 @@ pub fn too_big<F: Frame, T: Tables>(
     }
 }
 
-/// The end of a packet's way in a stage after which there is none.
+/// A stage: parses the frame's network header, has `decide` work on it, and ends the packet's way as that says.
 #[inline(always)]
-pub fn end<F: Frame, T: Tables>(
+pub fn run_stage<F: Frame, T: Tables>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,
-    headers: &Headers,
-    result: Result<(Verdict, u32, u32), Refusal>,
+    decide: impl FnOnce(&mut F, &mut Network) -> Result<(Verdict, Outcome), Refusal>,
 ) -> (Verdict, Outcome) {
-    match result {
-        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::Stage(_)) => refuse(tables, Reason::StageMissing),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
-    }
+    let mut place = Network::default();
+    let network = match tables.parse_network(frame, settings, &mut place) {
+        Ok(network) => network,
+        Err(reason) => return refuse(tables, reason),
+    };
+    let result = decide(frame, network);
+    conclude(frame, tables, settings, &network.headers, result)
 }
 
-/// What becomes of a packet by what a stage of translation decided; a new flow goes on to the stage that binds it.
+/// Ends a packet's way: as decided, counted with a reason, answered as too big, or in the stage that takes it over.
 #[inline(always)]
 pub fn conclude<F: Frame, T: Tables>(
     frame: &mut F,

@@ -13,12 +13,12 @@ use crate::{
     Frame, Tables, Verdict,
     forward::forward,
     guard::{self, martian},
-    icmp::too_big::end,
+    icmp::too_big::run_stage,
     packet::{
         fib::Fib,
         network::{Network, Part},
         parse::Headers,
-        verdict::{Outcome, Refusal, refuse},
+        verdict::{Outcome, Refusal},
     },
     select::{
         choose::{backend_of, choose},
@@ -51,16 +51,7 @@ pub fn process<F: Frame + Fib, T: Tables + FragmentTable>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut place = Network::default();
-    let network = match tables.parse_network(frame, settings, &mut place) {
-        Ok(network) => network,
-        Err(reason) => return refuse(tables, reason),
-    };
-    match balance(frame, tables, settings, network) {
-        // Translated: that stage counts it.
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
-        result => end(frame, tables, settings, &network.headers, result),
-    }
+    run_stage(frame, tables, settings, |frame, network| balance(frame, tables, settings, network))
 }
 
 #[inline(always)]
@@ -69,7 +60,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
     tables: &T,
     settings: &IngressSettings,
     network: &mut Network,
-) -> Result<(Verdict, u32, u32), Refusal> {
+) -> Result<(Verdict, Outcome), Refusal> {
     let part = network.fragment.ok_or(Reason::Fragment)?;
     if !tables.is_vip(vip_of(&network.headers)) {
         // Perhaps a worker's answer.
@@ -109,7 +100,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
         tables.account(place.backend, network.headers.ip_len, is_new);
     }
     tables.count(Reason::FragmentForwarded);
-    Ok((verdict, place.service, place.backend))
+    Ok((verdict, Outcome::Forwarded { service: place.service, backend: place.backend }))
 }
 
 #[inline(always)]

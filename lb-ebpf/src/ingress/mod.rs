@@ -9,7 +9,7 @@ use crate::{
     Frame, Tables, Verdict,
     forward::forward,
     guard::{self, martian},
-    icmp::too_big::too_big,
+    icmp::too_big::conclude,
     nat,
     packet::{
         fib::Fib,
@@ -59,16 +59,13 @@ pub fn process<F: Frame + Fib, T: Tables>(
         return refuse(tables, reason);
     }
     match balance(frame, tables, settings, headers) {
-        Ok((verdict, service, backend)) => (verdict, Outcome::Forwarded { service, backend }),
         // Nobody's port is perhaps that of a translated flow.
         Err(Refusal::Reason(reason @ (Reason::NotVip | Reason::NoService)))
             if nat::is_reply(settings, headers.port) =>
         {
             (Verdict::Stage(stage::NAT), Outcome::Not(reason))
         }
-        Err(Refusal::Reason(reason)) => refuse(tables, reason),
-        Err(Refusal::Stage(index)) => (Verdict::Stage(index), Outcome::Not(Reason::StageMissing)),
-        Err(Refusal::TooBig(mtu)) => refuse(tables, too_big(frame, tables, settings, headers, mtu)),
+        result => conclude(frame, tables, settings, headers, result),
     }
 }
 
@@ -90,7 +87,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     tables: &T,
     settings: &IngressSettings,
     headers: &Headers,
-) -> Result<(Verdict, u32, u32), Refusal> {
+) -> Result<(Verdict, Outcome), Refusal> {
     let (service, _) = lookup_service(tables, headers)?;
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
     if settings.features & features::NAT != 0 && view.flags & service::flags::NAT != 0 {
@@ -126,7 +123,7 @@ fn balance<F: Frame + Fib, T: Tables>(
     if settings.stats != 0 {
         tables.account(index, headers.ip_len, is_new);
     }
-    Ok((verdict, service, index))
+    Ok((verdict, Outcome::Forwarded { service, backend: index }))
 }
 
 /// `value`, of which the verifier and the compiler no longer know anything. The verifier walks the code after a join

@@ -12,11 +12,11 @@
 use super::{NatTables, Way, account, go_by, lead, rewrite::rewrite_part};
 use crate::{
     Frame, Verdict,
-    icmp::too_big::conclude,
+    icmp::too_big::run_stage,
     packet::{
         fib::Fib,
         network::{Network, Part},
-        verdict::{Outcome, Refusal, refuse},
+        verdict::{Outcome, Refusal},
     },
     select::fragments::{FragmentTable, is_awaited, key_of, mark, parse_first, units},
 };
@@ -34,13 +34,7 @@ pub fn process<F: Frame + Fib, T: NatTables + FragmentTable>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut place = Network::default();
-    let network = match tables.parse_network(frame, settings, &mut place) {
-        Ok(network) => network,
-        Err(reason) => return refuse(tables, reason),
-    };
-    let result = receive(frame, tables, settings, network);
-    conclude(frame, tables, settings, &network.headers, result)
+    run_stage(frame, tables, settings, |frame, network| receive(frame, tables, settings, network))
 }
 
 #[inline(always)]

@@ -29,12 +29,12 @@ pub use fragment::process as process_fragment;
 use crate::{
     Frame, Packet, Tables, Verdict,
     forward::filled_in,
-    icmp::too_big::conclude,
+    icmp::too_big::run_stage,
     packet::{
         fib::{Fib, FibQuery, Hop},
         network::Network,
         parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
-        verdict::{Outcome, Refusal, refuse},
+        verdict::{Outcome, Refusal},
     },
     select::{choose::flow_key, service::lookup_service},
 };
@@ -93,13 +93,7 @@ pub fn process<F: Frame + Fib, T: NatTables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut place = Network::default();
-    let network = match tables.parse_network(frame, settings, &mut place) {
-        Ok(network) => network,
-        Err(reason) => return refuse(tables, reason),
-    };
-    let result = receive(frame, tables, settings, network);
-    conclude(frame, tables, settings, &network.headers, result)
+    run_stage(frame, tables, settings, |frame, network| receive(frame, tables, settings, network))
 }
 
 /// The ports of a TCP or UDP packet, or of its first part.

@@ -14,12 +14,12 @@ pub mod aes;
 use crate::{
     Frame, Packet, Tables, Verdict,
     forward::forward,
-    icmp::too_big::end,
+    icmp::too_big::run_stage,
     packet::{
         fib::Fib,
         network::Network,
         parse::parse_transport,
-        verdict::{Outcome, Refusal, refuse},
+        verdict::{Outcome, Refusal},
     },
     select::{
         choose::{backend_of, choose},
@@ -106,13 +106,7 @@ pub fn process<F: Frame + Fib, T: Tables + QuicTables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> (Verdict, Outcome) {
-    let mut place = Network::default();
-    let network = match tables.parse_network(frame, settings, &mut place) {
-        Ok(network) => network,
-        Err(reason) => return refuse(tables, reason),
-    };
-    let result = balance(frame, tables, settings, network);
-    end(frame, tables, settings, &network.headers, result)
+    run_stage(frame, tables, settings, |frame, network| balance(frame, tables, settings, network))
 }
 
 #[inline(always)]
@@ -121,7 +115,7 @@ fn balance<F: Frame + Fib, T: Tables + QuicTables>(
     tables: &T,
     settings: &IngressSettings,
     network: &mut Network,
-) -> Result<(Verdict, u32, u32), Refusal> {
+) -> Result<(Verdict, Outcome), Refusal> {
     if network.fragment.is_some() || network.headers.protocol != UDP {
         return Err(Reason::OtherProtocol.into());
     }
@@ -149,7 +143,7 @@ fn balance<F: Frame + Fib, T: Tables + QuicTables>(
     if settings.stats != 0 {
         tables.account(index, headers.ip_len, is_new);
     }
-    Ok((verdict, service, index))
+    Ok((verdict, Outcome::Forwarded { service, backend: index }))
 }
 
 /// The byte at an offset behind the UDP header, read with the one before it: of a check of a single byte at a
