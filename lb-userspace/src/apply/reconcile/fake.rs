@@ -46,6 +46,11 @@ pub struct FakeMaps {
 #[derive(Clone)]
 pub struct Shared(pub Arc<Mutex<FakeMaps>>);
 
+/// Whether two regions, of a base and a length, share a slot. An empty one shares none, wherever it lies.
+fn overlap((a, n): (u32, u32), (b, m): (u32, u32)) -> bool {
+    n > 0 && m > 0 && a < b + m && b < a + n
+}
+
 impl FakeMaps {
     pub fn new(services: u32, slots: u32, backends: u32) -> Self {
         Self {
@@ -78,6 +83,11 @@ impl FakeMaps {
         is_used.then(|| (self.live_view(index).slot_base, self.live_view(index).region()))
     }
 
+    /// Regions of all live views. Those of services that never had a backend are empty.
+    fn live_regions(&self) -> Vec<(u32, u32)> {
+        (0..self.services.len() as u32).filter_map(|index| self.region(index)).collect()
+    }
+
     /// Records the part of a region that is no longer live, and may still be read.
     fn leave(&mut self, old: Option<(u32, u32)>, new: Option<(u32, u32)>) {
         let Some((base, count)) = old else { return };
@@ -86,8 +96,8 @@ impl FakeMaps {
     }
 
     fn assert_unread(&self, base: u32, count: u32) {
-        let overlaps = |&(b, n): &(u32, u32)| n > 0 && base < b + n && b < base + count;
-        assert!(!self.stale.iter().any(overlaps), "slots {base} to {} may still be read", base + count);
+        let is_stale = self.stale.iter().any(|stale| overlap(*stale, (base, count)));
+        assert!(!is_stale, "slots {base} to {} may still be read", base + count);
     }
 
     /// Checks the invariants that packets rely on.
@@ -113,7 +123,7 @@ impl FakeMaps {
         for (index, _) in self.services.iter().enumerate().filter(|(_, s)| s.used == 1) {
             let view = self.live_view(index as u32);
             let (base, count) = (view.slot_base, view.region());
-            assert!(regions.iter().all(|(b, n)| base + count <= *b || b + n <= base), "tables overlap");
+            assert!(!regions.iter().any(|other| overlap(*other, (base, count))), "tables overlap");
             regions.push((base, count));
             for slot in &self.slots[base as usize..(base + count) as usize] {
                 for backend in [slot.primary_index(), slot.secondary_index()] {
@@ -154,11 +164,8 @@ impl Maps for Shared {
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
         let mut m = self.0.lock().unwrap();
         m.write()?;
-        for (index, _) in m.services.iter().enumerate().filter(|(_, s)| s.used == 1) {
-            let view = m.live_view(index as u32);
-            let (b, n) = (view.slot_base, view.region());
-            assert!(base + slots.len() as u32 <= b || b + n <= base, "a live table is written");
-        }
+        let written = (base, slots.len() as u32);
+        assert!(!m.live_regions().iter().any(|live| overlap(*live, written)), "a live table is written");
         m.assert_unread(base, slots.len() as u32);
         m.slots[base as usize..base as usize + slots.len()].copy_from_slice(slots);
         Ok(())

@@ -55,10 +55,18 @@ impl Mirror {
         let mut grants = Grants::default();
         self.is_granting = false;
         for need in needs {
-            let mut region = self.take(maps, need.slots);
+            let largest = self.largest_room().max(need.slots);
+            let mut region = self.take(maps, need.slots, largest);
             // A region granted in this attempt holds no table yet, and cannot be moved until the next attempt.
-            if region.is_err() && grants.regions.is_empty() && self.compact(maps, need.slots)? {
-                region = self.take(maps, need.slots);
+            if region.is_err() && grants.regions.is_empty() {
+                // Where no transition ends that would free more, the last free region is better used than kept.
+                let keeps = if self.is_settled() { &[largest, 0][..] } else { &[largest] };
+                for &keep in keeps {
+                    // Moves that are left for the next attempt come first.
+                    if region.is_err() && !self.is_granting && self.compact(maps, need.slots, keep)? {
+                        region = self.take(maps, need.slots, keep);
+                    }
+                }
             }
             match (region, need.live) {
                 (Ok(base), _) => {
@@ -76,18 +84,23 @@ impl Mirror {
         Ok(grants)
     }
 
-    /// Compacts tables until `count` contiguous slots are free; false if there are not so many free slots, or no hole is
-    /// large enough to move a table through.
+    /// Whether no service has an old table.
+    fn is_settled(&self) -> bool {
+        self.services.values().all(|live| live.entry.view.old_count == 0)
+    }
+
+    /// Compacts tables until `count` contiguous slots are free, and a region of `keep` slots besides; false if there are
+    /// not so many free slots, or no hole is large enough to move a table through.
     ///
     /// A table is moved like any other change: written elsewhere, then switched to. The table behind the first hole moves
     /// away and back to the beginning of the hole, so that the hole joins the next one.
-    fn compact(&mut self, maps: &mut impl Maps, count: u32) -> Result<bool, DataplaneError> {
-        if self.space.free() < count {
+    fn compact(&mut self, maps: &mut impl Maps, count: u32, keep: u32) -> Result<bool, DataplaneError> {
+        if self.space.free() < count.saturating_add(keep) {
             return Ok(false);
         }
         // Each round puts one table in its final place.
         for _ in 0..MOVES {
-            if self.space.holes().iter().any(|&(_, n)| n >= count) {
+            if self.space.can_take(count, keep) {
                 return Ok(true);
             }
             let Some(&(hole, _)) = self.space.holes().first() else { return Ok(false) };

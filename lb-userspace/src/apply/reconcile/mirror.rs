@@ -8,7 +8,7 @@
 use super::{
     maps::Maps,
     slots::{NoRoom, SlotSpace},
-    tables::LiveService,
+    tables::{LiveService, Room},
 };
 use crate::{
     apply::dataplane::DataplaneError,
@@ -157,16 +157,16 @@ impl Mirror {
         }
     }
 
-    /// Makes the maps match `wanted`, using the regions granted to services (base and length). Services without room keep
-    /// their table, or get the changes that fit in place; they are returned.
+    /// Makes the maps match `wanted`; `rooms` names the services whose table may not go into any free region. Services
+    /// without room keep their table, or get the changes that fit in place; they are returned.
     pub fn apply(
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        grants: BTreeMap<u32, (u32, u32)>,
+        rooms: &BTreeMap<u32, Room>,
     ) -> Result<(Written, BTreeMap<u32, NoRoom>), DataplaneError> {
         let mut written = Written::default();
-        match self.write(maps, wanted, grants, &mut written) {
+        match self.write(maps, wanted, rooms, &mut written) {
             Ok(shortages) => Ok((written, shortages)),
             Err(error) => {
                 self.recover(maps);
@@ -193,7 +193,7 @@ impl Mirror {
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        mut grants: BTreeMap<u32, (u32, u32)>,
+        rooms: &BTreeMap<u32, Room>,
         written: &mut Written,
     ) -> Result<BTreeMap<u32, NoRoom>, DataplaneError> {
         for ifindex in wanted.egress.difference(&self.egress.clone()) {
@@ -204,10 +204,10 @@ impl Mirror {
         self.write_quic(maps, wanted, written)?;
         let mut shortages = BTreeMap::new();
         for (index, entry) in &wanted.services {
-            let granted = grants.remove(index);
-            match self.write_service(maps, wanted, (*index, entry), granted, written)? {
+            let room = rooms.get(index).copied().unwrap_or(Room::Free);
+            match self.write_service(maps, wanted, (*index, entry), room, written)? {
                 Some(shortage) => drop(shortages.insert(*index, shortage)),
-                None => self.is_granting |= granted.is_some(),
+                None => self.is_granting |= matches!(room, Room::Granted(..)),
             }
         }
         self.write_keys(maps, wanted, written)?;

@@ -52,6 +52,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+use tables::Room;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Owner of the maps: applies events to them.
@@ -314,14 +315,17 @@ impl<M: Maps> Reconciler<M> {
         self.retain_left(&mut compiled);
         self.retire_stats(&compiled);
         let guard = self.apply_guard();
-        let mut regions = BTreeMap::new();
-        for (id, region) in grants.regions {
+        let mut rooms = BTreeMap::new();
+        for id in grants.waiting.changing.keys() {
+            rooms.extend(compiled.memory.services.get(id).map(|memory| (memory.index, Room::Held)));
+        }
+        for (id, (base, room)) in grants.regions {
             match compiled.memory.services.get(&id).filter(|_| !compiled.unchanged.contains(&id)) {
-                Some(memory) => drop(regions.insert(memory.index, region)),
-                None => self.mirror.take_back(region),
+                Some(memory) => drop(rooms.insert(memory.index, Room::Granted(base, room))),
+                None => self.mirror.take_back((base, room)),
             }
         }
-        let (written, shortages) = self.mirror.apply(&mut self.maps, &compiled.plan, regions)?;
+        let (written, shortages) = self.mirror.apply(&mut self.maps, &compiled.plan, &rooms)?;
         let features = self.maps.use_features(self.desired.features());
         let applied = Applied { revision: self.revision, written, took: clock::boot().saturating_sub(began) };
         self.problems = problem::collect(&compiled, grants.shortages, &shortages);

@@ -45,13 +45,36 @@ impl SlotSpace {
         self.free = self.free.iter().copied().flat_map(cut).collect();
     }
 
-    /// Allocates `count` slots: the first of the smallest regions that are large enough, so that large ones stay whole.
-    pub fn take(&mut self, count: u32) -> Result<u32, NoRoom> {
+    /// Place of the first of the smallest regions of at least `count` slots, so that large ones stay whole.
+    fn best_fit(&self, count: u32) -> Option<usize> {
         let fits = self.free.iter().enumerate().filter(|(_, (_, n))| *n >= count);
-        let Some((i, &(base, n))) = fits.min_by_key(|(i, (_, n))| (*n, *i)) else {
-            let largest = self.free.iter().map(|r| r.1).max().unwrap_or(0);
-            return Err(NoRoom { wanted: count, largest, free: self.free() });
+        fits.min_by_key(|(i, (_, n))| (*n, *i)).map(|(i, _)| i)
+    }
+
+    /// Whether `count` contiguous slots can be taken such that a region of `keep` slots stays free.
+    pub fn can_take(&self, count: u32, keep: u32) -> bool {
+        let rest = |taken: usize| {
+            let left = |(i, (_, n)): (usize, &SlotRegion)| if i == taken { n - count } else { *n };
+            self.free.iter().enumerate().map(left).max().unwrap_or(0)
         };
+        // Any larger region would leave less.
+        self.best_fit(count).is_some_and(|i| keep == 0 || rest(i) >= keep)
+    }
+
+    /// Allocates `count` slots such that a region of `keep` slots stays free.
+    pub fn take_keeping(&mut self, count: u32, keep: u32) -> Result<u32, NoRoom> {
+        if self.can_take(count, keep) { self.take(count) } else { Err(self.shortage(count)) }
+    }
+
+    fn shortage(&self, wanted: u32) -> NoRoom {
+        let largest = self.free.iter().map(|r| r.1).max().unwrap_or(0);
+        NoRoom { wanted, largest, free: self.free() }
+    }
+
+    /// Allocates `count` slots.
+    pub fn take(&mut self, count: u32) -> Result<u32, NoRoom> {
+        let Some(i) = self.best_fit(count) else { return Err(self.shortage(count)) };
+        let (base, n) = self.free[i];
         if n == count {
             self.free.remove(i);
         } else {

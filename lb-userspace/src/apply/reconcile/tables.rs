@@ -28,6 +28,18 @@ pub(super) struct LiveService {
     pub switched: u64,
 }
 
+/// Where a service's table may go if it cannot be written in place.
+#[derive(Clone, Copy, Debug)]
+pub enum Room {
+    /// Into any free region.
+    Free,
+    /// Into this region, base and length, granted before compilation.
+    Granted(u32, u32),
+    /// Nowhere: the service waits for a region for another size, seed or hash. Meanwhile it must not take the room that
+    /// it waits for.
+    Held,
+}
+
 /// Part of a region: kind, first slot, end.
 type RegionPart = (u8, u32, u32);
 
@@ -55,14 +67,14 @@ fn fits_in_place(old: &ServiceEntry, new: &ServiceEntry) -> bool {
 }
 
 impl Mirror {
-    /// Updates a service's entry, in the region `granted` to it if any. Returns what there was no room for; the slots
+    /// Updates a service's entry, in `room` if it does not fit in place. Returns what there was no room for; the slots
     /// are then up to date nevertheless, if flows map to the same slots.
     pub(super) fn write_service(
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
         (index, entry): (u32, &ServiceEntry),
-        granted: Option<(u32, u32)>,
+        room: Room,
         written: &mut Written,
     ) -> Result<Option<NoRoom>, DataplaneError> {
         let live = self.services.get(&index);
@@ -70,46 +82,66 @@ impl Mirror {
             && (live.entry.view == entry.view && same_table(&live.entry, entry)
                 || fits_in_place(&live.entry, entry))
         {
-            granted.into_iter().for_each(|(base, room)| self.space.give_back_unused(base, room));
+            if let Room::Granted(base, room) = room {
+                self.space.give_back_unused(base, room);
+            }
             self.write_in_place(maps, index, entry, written)?;
             return Ok(None);
         }
         let has_same_hashing =
             live.is_some_and(|live| Hashing::of(&live.entry.view) == Hashing::of(&entry.view));
-        let region = match granted {
-            Some((base, room)) if room as usize >= entry.table.len() => Ok((base, room)),
-            other => {
-                other.into_iter().for_each(|(base, room)| self.space.give_back_unused(base, room));
-                let len = entry.table.len() as u32;
-                let full_size = self.take(maps, entry.room).map(|base| (base, entry.room));
-                full_size.or_else(|shortage| {
-                    if len < entry.room { Ok((self.take(maps, len)?, len)) } else { Err(shortage) }
-                })
-            }
-        };
-        match region {
-            Ok((base, room)) => {
+        let shortage = match self.region_for(maps, entry, room) {
+            Ok(Some((base, room))) => {
                 self.write_elsewhere(maps, index, &ServiceEntry { room, ..entry.clone() }, base, written)?;
-                Ok(None)
+                return Ok(None);
             }
-            Err(shortage) => {
-                if has_same_hashing && let Some(live) = self.services.get(&index) {
-                    let reduced = in_live_layout(live, entry, wanted);
-                    self.write_in_place(maps, index, &reduced, written)?;
-                }
-                Ok(Some(shortage))
-            }
+            Ok(None) => None,
+            Err(shortage) => Some(shortage),
+        };
+        if has_same_hashing && let Some(live) = self.services.get(&index) {
+            let reduced = in_live_layout(live, entry, wanted, matches!(room, Room::Held));
+            // Without its old table, the service may fit in place, or leave room for others.
+            self.is_granting |= reduced.table.len() < live.entry.table.len();
+            self.write_in_place(maps, index, &reduced, written)?;
+        }
+        Ok(shortage)
+    }
+
+    /// Finds a region for a table that does not fit in place; none if it must stay where it is.
+    fn region_for(
+        &mut self,
+        maps: &mut impl Maps,
+        entry: &ServiceEntry,
+        room: Room,
+    ) -> Result<Option<(u32, u32)>, NoRoom> {
+        let len = entry.table.len() as u32;
+        match room {
+            Room::Held => return Ok(None),
+            Room::Granted(base, room) if room >= len => return Ok(Some((base, room))),
+            Room::Granted(base, room) => self.space.give_back_unused(base, room),
+            Room::Free => {}
+        }
+        match self.take(maps, entry.room, self.largest_room()) {
+            Ok(base) => Ok(Some((base, entry.room))),
+            Err(_) if len < entry.room => Ok(Some((self.take(maps, len, self.largest_room())?, len))),
+            Err(shortage) => Err(shortage),
         }
     }
 
-    /// Allocates a region, after a grace period for those that were given back if necessary.
-    pub(super) fn take(&mut self, maps: &mut impl Maps, count: u32) -> Result<u32, NoRoom> {
-        let taken = self.space.take(count);
+    /// Allocates a region such that one of `keep` slots stays free, after a grace period for those that were given back
+    /// if necessary.
+    pub(super) fn take(&mut self, maps: &mut impl Maps, count: u32, keep: u32) -> Result<u32, NoRoom> {
+        let taken = self.space.take_keeping(count, keep);
         if taken.is_ok() || self.space.left() == 0 {
             return taken;
         }
         self.wait(maps);
-        self.space.take(count)
+        self.space.take_keeping(count, keep)
+    }
+
+    /// Slots of the largest region. A free one of that size lets every table move, and so all free slots be joined.
+    pub(super) fn largest_room(&self) -> u32 {
+        self.services.values().map(|live| live.entry.room).max().unwrap_or(0)
     }
 
     /// Waits until no program reads entries that are no longer live.
@@ -241,8 +273,9 @@ pub(super) fn same_table(a: &ServiceEntry, b: &ServiceEntry) -> bool {
 }
 
 /// The slots of `wanted` in the live layout, because there is no room for another: backends that take no new flows
-/// leave the table nevertheless. Backends behind the table that no longer exist are removed.
-fn in_live_layout(live: &LiveService, wanted: &ServiceEntry, plan: &Plan) -> ServiceEntry {
+/// leave the table nevertheless. Backends behind the table that no longer exist are removed, and the old table once
+/// its transition is over; a service that is `held` then gives up its slots.
+fn in_live_layout(live: &LiveService, wanted: &ServiceEntry, plan: &Plan, held: bool) -> ServiceEntry {
     let size = wanted.view.slot_count as usize;
     let mut table = (*live.entry.table).clone();
     table[..size].copy_from_slice(&wanted.table[..size]);
@@ -251,7 +284,16 @@ fn in_live_layout(live: &LiveService, wanted: &ServiceEntry, plan: &Plan) -> Ser
             *slot = Slot { primary: NO_BACKEND, secondary: NO_BACKEND };
         }
     }
-    let (old, layout) = (&live.entry.view, flags::SECONDS | flags::OLD_HASH_SOURCE);
+    let mut old = live.entry.view;
+    let mut room = live.entry.room;
+    if wanted.view.old_count == 0 {
+        // The old table is the last part.
+        table.truncate(table.len() - old.old_count as usize);
+        room -= if held { old.old_count } else { 0 };
+        (old.old_count, old.old_seed) = (0, [0; 2]);
+        old.flags &= !flags::OLD_HASH_SOURCE;
+    }
+    let layout = flags::SECONDS | flags::OLD_HASH_SOURCE;
     let view = View {
         flags: wanted.view.flags & !layout | old.flags & layout,
         list_count: old.list_count,
@@ -259,5 +301,5 @@ fn in_live_layout(live: &LiveService, wanted: &ServiceEntry, plan: &Plan) -> Ser
         old_seed: old.old_seed,
         ..wanted.view
     };
-    ServiceEntry { view, table: Arc::new(table), room: live.entry.room }
+    ServiceEntry { view, table: Arc::new(table), room }
 }

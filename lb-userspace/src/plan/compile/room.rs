@@ -5,7 +5,8 @@
 //! A service reserves the most slots that its table needs while its size, seed and hash stay the same: the table, the
 //! second choices behind it if its scheduler or second chance uses them, and the longest list of turns. So any change
 //! of health, weights, backends or marks is written in place. A change of size, seed or hash needs a new region with
-//! the old table behind it for the drain time. Such changes wait for each other, so spare room for one is enough.
+//! the old table behind it for the drain time. Such changes wait for each other, so spare room for one is enough, and as
+//! much again through which tables are moved where the free slots are not contiguous.
 
 use super::{
     CompileError, Memory, ServiceId, Settings, entries, features::check_features, slot_layout, table::Hashing,
@@ -78,7 +79,7 @@ pub fn region_needs(
     needs
 }
 
-/// Slots that a state needs: for all tables, and spare ones for the largest change of a table.
+/// Slots that a state needs: for all tables, and spare ones for the largest change of a table and for moving tables.
 struct SlotDemand<'a> {
     tables: u64,
     spare: u64,
@@ -94,7 +95,7 @@ fn slot_demand<'a>(desired: &'a Desired, memory: &Memory, settings: &Settings) -
         let most = u64::from(max_slots(wanted, settings, size));
         let old = known.epochs.iter().map(|e| e.shape.size).max().unwrap_or(0).max(size);
         all.tables += most;
-        all.spare = all.spare.max(most + u64::from(old));
+        all.spare = all.spare.max(2 * (most + u64::from(old)));
         if all.largest.is_none_or(|(_, largest)| size > largest) {
             all.largest = Some((name, size));
         }
