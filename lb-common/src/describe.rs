@@ -8,8 +8,8 @@ use crate::{
     flow::{Flow, FlowKey},
     names,
     nat::{LastHop, Nat, Reply, ReplyKey},
-    note::Line as NoteLine,
     service::{PortRange, ServiceKey, Vip, VipKey},
+    syn_cache::Line as SynCacheLine,
 };
 use core::mem::offset_of;
 
@@ -89,7 +89,7 @@ describe! {
     Flow { backend, last_seen_s, created_s, flags };
     #[cfg(feature = "other-abi")]
     Flow { backend, last_seen_s, created_s, flags, other };
-    NoteLine { settled, settled_too, recent, heads, sequences };
+    SynCacheLine { swept, heads, sequences, swept_second, added };
     LastHop { macs, tags, ifindex };
     Nat { source, worker, source_port, port, backend, created_s, last_seen_s, flags, hop: LastHop };
     ReplyKey { worker, source, port, source_port, protocol };
@@ -102,7 +102,7 @@ pub const MAPS: &[MapOf] = &[
     MapOf { name: names::VIPS, key: "VipKey", value: "Vip" },
     MapOf { name: names::BACKENDS, key: "u32", value: "Backend" },
     MapOf { name: names::FLOWS, key: "FlowKey", value: "Flow" },
-    MapOf { name: names::NOTES, key: "u32", value: "NoteLine" },
+    MapOf { name: names::SYN_CACHE, key: "u32", value: "SynCacheLine" },
     MapOf { name: names::UDP_FLOWS, key: "FlowKey", value: "Flow" },
     MapOf { name: names::NAT_FLOWS, key: "FlowKey", value: "Nat" },
     MapOf { name: names::NAT_REPLIES, key: "ReplyKey", value: "Reply" },
@@ -124,7 +124,7 @@ pub const OPTIONAL_FIELDS: &[(&str, &str)] = &[
     ("Backend", "port"),
     ("Flow", "other"),
     ("Nat", "created_s"),
-    ("NoteLine", "settled"),
-    ("NoteLine", "settled_too"),
-    ("NoteLine", "recent"),
+    ("SynCacheLine", "swept"),
+    ("SynCacheLine", "swept_second"),
+    ("SynCacheLine", "added"),
 ];

@@ -6,15 +6,15 @@ use crate::{
     flow::*,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState, Lengths},
-    limit::{Meter, Pressure, SourceKey},
+    limit::{RateLimiter, SourceKey, WriteBudget},
     load::Load,
     nat::*,
+    passive::PassiveFailures,
     probe::*,
     quic::{QuicConfig, ServerIdKey},
     reply::ReplyHop,
     service::*,
     settings::*,
-    sign::Signs,
     slot::{Line, Slot},
     stats::*,
 };
@@ -46,22 +46,22 @@ layout! {
     QuicConfig: 180 / 4 { server_id_len @ 0, nonce_len @ 1, keyed @ 2, keys @ 4 };
     ServerIdKey: 20 / 4 { service @ 0, id @ 4, len @ 19 };
     ReplyHop: 24 / 8 { next_hop @ 0, egress_mac @ 8, ifindex @ 16 };
-    ProbeWay: 20 / 1 { vip @ 0, gue_port @ 16, mode @ 18 };
+    ProbeTunnel: 20 / 1 { vip @ 0, gue_port @ 16, mode @ 18 };
     ProbeKey: 36 / 1 { vip @ 0, local @ 16, port @ 32, local_port @ 34 };
     BackendStats: 24 / 8 { packets @ 0, bytes @ 8, flows @ 16 };
-    Signs: 8 / 8 { unreachable @ 0, refused @ 4 };
+    PassiveFailures: 8 / 8 { unreachable @ 0, refused @ 4 };
     IcmpBudget: 16 / 8 { refilled_ns @ 0, tokens @ 8 };
     GuardKey: 20 / 4 { address @ 0, bits @ 16 };
     Lengths: 272 / 4 { count @ 0, bits @ 8 };
     GuardState: 552 / 8 { active @ 0, v4 @ 4, v6 @ 8 };
     SourceKey: 20 / 4 { source @ 0, service @ 16 };
-    Meter: 16 / 4 { second @ 0, count @ 4, until_s @ 8, floods @ 12 };
-    Pressure: 64 / 4 { syns @ 0, flows @ 16, udp @ 32, full_s @ 48 };
+    RateLimiter: 16 / 4 { second @ 0, count @ 4, until_s @ 8, floods @ 12 };
+    WriteBudget: 64 / 4 { syns @ 0, flows @ 16, udp @ 32, full_s @ 48 };
     IngressSettings: 40 / 4 { abi_version @ 0, ipv6 @ 4, icmp_per_s @ 8, icmp_burst @ 12, features @ 16,
         nat_first @ 20, nat_last @ 22, syns_per_s @ 24, flows_per_s @ 28, udp_per_s @ 32, kernel @ 36 };
     LastHop: 24 / 4 { macs @ 0, tags @ 12, ifindex @ 20 };
     ReplyKey: 40 / 4 { worker @ 0, source @ 16, port @ 32, source_port @ 34, protocol @ 36 };
-    Young: 48 / 4 { key @ 0, client @ 40 };
+    Embryonic: 48 / 4 { key @ 0, client @ 40 };
     Load: 32 / 8 { report @ 0, added @ 8, cost @ 16, source @ 20 };
     DecapSettings: 12 / 4 { abi_version @ 0, gue_port @ 4, ipv6 @ 6, vlan @ 7, kernel @ 8 };
 }

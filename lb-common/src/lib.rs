@@ -22,18 +22,18 @@ pub mod limits;
 pub mod load;
 pub mod names;
 pub mod nat;
-pub mod note;
 #[cfg(feature = "other-abi")]
 mod other_abi;
+pub mod passive;
 pub mod probe;
 pub mod quic;
 pub mod reason;
 pub mod reply;
 pub mod service;
 pub mod settings;
-pub mod sign;
 pub mod slot;
 pub mod stats;
+pub mod syn_cache;
 
 pub use backend::Backend;
 pub use flow::{Flow, FlowKey};
@@ -48,7 +48,7 @@ pub use stats::BackendStats;
 /// Increase it with any change of a map's key, value, flags or meaning. Other versions read flows by [`describe`]: a
 /// field whose meaning changes gets another name.
 pub const ABI_VERSION: u32 = if cfg!(feature = "other-abi") { VERSION + 1_000 } else { VERSION };
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 
 /// An address in maps: IPv6 in network order, IPv4 as `::ffff:a.b.c.d` (RFC 4291).
 pub type Address = [u8; 16];

@@ -38,7 +38,7 @@ pub struct SourceKey {
 /// and keeps refusing until [`HOLD_S`] after the last second in which more than half of the limit was requested.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Meter {
+pub struct RateLimiter {
     /// Second that is being counted.
     pub second: u32,
     /// Number of requests in this second.
@@ -49,13 +49,13 @@ pub struct Meter {
     pub floods: u32,
 }
 
-/// Seconds for which a [`Meter`] refuses after the last second above half of its limit.
+/// Seconds for which a [`RateLimiter`] refuses after the last second above half of its limit.
 pub const HOLD_S: u32 = 5;
 
-impl Meter {
+impl RateLimiter {
     /// Counts a request, and tells whether one more entry may be written.
     #[inline(always)]
-    pub const fn admit(&mut self, now_s: u32, per_s: u32) -> bool {
+    pub const fn allow(&mut self, now_s: u32, per_s: u32) -> bool {
         self.step(now_s);
         let is_flood = self.is_flood(now_s);
         if self.count > per_s || (is_flood && self.count > per_s / 2) {
@@ -70,7 +70,7 @@ impl Meter {
 
     /// Counts a request without holding: requests up to the limit are admitted in every second.
     #[inline(always)]
-    pub const fn trickle(&mut self, now_s: u32, per_s: u32) -> bool {
+    pub const fn allow_each_second(&mut self, now_s: u32, per_s: u32) -> bool {
         self.step(now_s);
         if self.count <= per_s {
             return true;
@@ -102,13 +102,13 @@ impl Meter {
 /// Write budgets of one service on one CPU.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Pressure {
+pub struct WriteBudget {
     /// SYNs that are cached.
-    pub syns: Meter,
+    pub syns: RateLimiter,
     /// TCP flows written because of a transition.
-    pub flows: Meter,
+    pub flows: RateLimiter,
     /// UDP flows.
-    pub udp: Meter,
+    pub udp: RateLimiter,
     /// When the table of TCP flows, and that of UDP flows, last had no room, in seconds.
     pub full_s: [u32; 2],
     /// Zero.
@@ -129,10 +129,10 @@ pub struct Budgets {
     pub udp: u32,
 }
 
-/// Number of unconfirmed bindings of mode `nat` that one CPU keeps ([`crate::nat::is_proven`]): an eighth of the table,
+/// Number of unconfirmed bindings of mode `nat` that one CPU keeps ([`crate::nat::is_assured`]): an eighth of the table,
 /// and at most the number of ports of one address. With more than four CPUs each has four times its share, as in
 /// [`Budgets::of`].
-pub const fn nat_young(nat_flows: u32, ports: u32, processors: u32) -> u32 {
+pub const fn nat_embryonic(nat_flows: u32, ports: u32, processors: u32) -> u32 {
     let shares = if processors > 4 { processors / 4 } else { 1 };
     let most = if nat_flows / 8 < ports { nat_flows / 8 } else { ports };
     if most / shares == 0 { 1 } else { most / shares }
@@ -158,7 +158,7 @@ impl Budgets {
     }
 }
 
-map_value!(SourceKey, Meter, Pressure);
+map_value!(SourceKey, RateLimiter, WriteBudget);
 
 #[cfg(test)]
 mod tests {
@@ -194,9 +194,9 @@ mod tests {
 
     #[test]
     fn a_meter_holds_until_the_flood_is_over() {
-        let mut meter = Meter::default();
+        let mut meter = RateLimiter::default();
         let second =
-            |meter: &mut Meter, now, calls: u32| (0..calls).filter(|_| meter.admit(now, 100)).count();
+            |meter: &mut RateLimiter, now, calls: u32| (0..calls).filter(|_| meter.allow(now, 100)).count();
         assert_eq!(second(&mut meter, 1_000, 100), 100);
         assert_eq!(second(&mut meter, 1_001, 1_000), 100);
         assert!(meter.is_flood(1_001) && meter.floods == 1);
@@ -213,9 +213,9 @@ mod tests {
 
     #[test]
     fn a_trickle_goes_on() {
-        let mut meter = Meter::default();
+        let mut meter = RateLimiter::default();
         for now in 50..60 {
-            assert_eq!((0..1_000).filter(|_| meter.trickle(now, 7)).count(), 7);
+            assert_eq!((0..1_000).filter(|_| meter.allow_each_second(now, 7)).count(), 7);
         }
         assert_eq!(meter.floods, 1);
     }
@@ -230,10 +230,10 @@ mod tests {
         );
         assert_eq!(
             [
-                nat_young(1 << 18, 22_528, 2),
-                nat_young(1 << 15, 22_528, 4),
-                nat_young(1 << 18, 22_528, 64),
-                nat_young(1, 1, 500)
+                nat_embryonic(1 << 18, 22_528, 2),
+                nat_embryonic(1 << 15, 22_528, 4),
+                nat_embryonic(1 << 18, 22_528, 64),
+                nat_embryonic(1, 1, 500)
             ],
             [22_528, 4_096, 1_408, 1]
         );

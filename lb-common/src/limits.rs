@@ -10,9 +10,9 @@ pub const BACKENDS: u32 = 49_152;
 pub const SLOTS: u32 = 8 * 1024 * 1024;
 /// Default number of tracked TCP flows (exceptions only).
 pub const FLOWS: u32 = 1_048_576;
-/// Cached SYN choices that a stateless lookup would not repeat; a power of two. As many as a second-level CPU cache holds
-/// beside the tables: with twice as many, a SYN that is placed by load costs a tenth more.
-pub const SYNS: u32 = 65_536;
+/// Cached SYN choices that a stateless lookup would not repeat: five for each of a power of two of cache lines
+/// ([`crate::syn_cache`] says how many handshakes that holds).
+pub const SYNS: u32 = 5 * 131_072;
 /// Default number of tracked UDP flows.
 pub const UDP_FLOWS: u32 = 1_048_576;
 /// Number of QUIC connection id configs over all services.
@@ -22,7 +22,7 @@ pub const FRAGMENTS: u32 = 65_536;
 /// Default number of bindings of mode `nat`. Memory is taken as they are made.
 pub const NAT_FLOWS: u32 = 262_144;
 /// Default number of unconfirmed bindings of mode `nat` per CPU: their clients have not acknowledged an answer.
-pub const NAT_YOUNG: u32 = 16_384;
+pub const NAT_EMBRYONIC: u32 = 16_384;
 /// Number of source addresses of packets to workers in mode `nat`: at most one per route to a worker.
 pub const NAT_SOURCES: u32 = 4_096;
 /// Default number of entries of the deny and allow lists together. Memory is taken as they are made.

@@ -29,13 +29,15 @@ pub const BACKENDS: &str = "BACKENDS";
 /// `ARRAY<Load>`, memory-mapped, by backend index.
 pub const LOADS: &str = "LOADS";
 /// `PERCPU_ARRAY<u64>`, by service index: positions of `rr` and `wrr`. Not pinned: the starting position does not matter.
-pub const TURNS: &str = "TURNS";
+pub const ROUND_ROBIN: &str = "ROUND_ROBIN";
 /// `HASH<FlowKey, Flow>`: established TCP flows that a stateless lookup would misplace. Never evicts.
 pub const FLOWS: &str = "FLOWS";
 /// `ARRAY<Line>`, memory-mapped: recent SYN choices that a stateless lookup would not repeat, and a filter of the
-/// entries in [`FLOWS`]; see [`crate::note`].
+/// entries in [`FLOWS`]; see [`crate::syn_cache`].
+pub const SYN_CACHE: &str = "SYN_CACHE";
+/// `ARRAY`, of ABI version 5: the SYN choices that are now in [`SYN_CACHE`], in lines of another form.
 pub const NOTES: &str = "NOTES";
-/// `LRU_HASH<FlowKey, Flow>`, of ABI versions before 5: the SYN choices that are now in [`NOTES`].
+/// `LRU_HASH<FlowKey, Flow>`, of ABI versions before 5: the SYN choices that are now in [`SYN_CACHE`].
 pub const SYNS: &str = "SYNS";
 /// `HASH<FlowKey, Flow>`: UDP flows. Never evicts.
 pub const UDP_FLOWS: &str = "UDP_FLOWS";
@@ -61,12 +63,12 @@ pub const GUARD_ENTRIES: &str = "GUARD_ENTRIES";
 pub const LIMITS: &str = "LIMITS";
 /// `LRU_HASH<SourceKey, u64>`: buckets of new flows of sources.
 pub const SOURCES: &str = "SOURCES";
-/// `PERCPU_ARRAY<Pressure>`, by service index: write budgets of the flow tables.
-pub const PRESSURE: &str = "PRESSURE";
+/// `PERCPU_ARRAY<WriteBudget>`, by service index: write budgets of the flow tables.
+pub const WRITE_BUDGETS: &str = "WRITE_BUDGETS";
 /// `PERCPU_ARRAY<BackendStats>`, by backend index.
 pub const BACKEND_STATS: &str = "BACKEND_STATS";
-/// `ARRAY<Signs>`, memory-mapped, by [`crate::sign::place`]: passive health signals about workers.
-pub const SIGNS: &str = "SIGNS";
+/// `ARRAY<PassiveFailures>`, memory-mapped, by [`crate::passive::index_of`]: passive health signals about workers.
+pub const PASSIVE_FAILURES: &str = "PASSIVE_FAILURES";
 /// `PERCPU_ARRAY<u64>`, by [`crate::Reason`]; each program has its own map.
 pub const REASONS: &str = "REASONS";
 /// `DEVMAP_HASH<u32>`: egress interfaces by ifindex.
@@ -86,17 +88,17 @@ pub const REPLY_HOPS: &str = "REPLY_HOPS";
 pub const PROGRAM_PROBE_OUT: &str = "probe_out";
 /// Program on interfaces through which answers to probes arrive (tc, ingress).
 pub const PROGRAM_PROBE_IN: &str = "probe_in";
-/// `HASH<u32, ProbeWay>`: encapsulation of a probe, by mark. Not pinned: probes end with lbd.
-pub const PROBE_WAYS: &str = "PROBE_WAYS";
+/// `HASH<u32, ProbeTunnel>`: encapsulation of a probe, by mark. Not pinned: probes end with lbd.
+pub const PROBE_TUNNELS: &str = "PROBE_TUNNELS";
 
 /// `PROG_ARRAY`: programs that are reached by tail call, by the indices of [`stage`]. Each object has its own array.
 pub const STAGES: &str = "STAGES";
 /// `PROG_ARRAY`: users' programs before and after ours, and our own for users' programs to call ([`stage::BEFORE`],
 /// [`stage::AFTER`], [`stage::INGRESS`]). Shared by all ABI versions, because users' programs hold a reference to it;
 /// [`SHARED`] gives the name of its pin.
-pub const CHAIN: &str = "CHAIN";
-/// `PERCPU_ARRAY<Young>`, a ring: unconfirmed bindings in the order of creation; not pinned.
-pub const NAT_YOUNG: &str = "NAT_YOUNG";
+pub const DISPATCHER: &str = "DISPATCHER";
+/// `PERCPU_ARRAY<Embryonic>`, a ring: unconfirmed bindings in the order of creation; not pinned.
+pub const NAT_EMBRYONIC: &str = "NAT_EMBRYONIC";
 /// `ARRAY<u32>`, one entry: whether the program at [`stage::PREDECESSOR`] gets flows that no table knows.
 pub const TAKEOVER: &str = "TAKEOVER";
 /// `ARRAY<[u8; LAYOUT_LEN]>`, one entry: layout of the map types ([`crate::describe`]), as JSON ended by zeros. Its own
@@ -106,7 +108,7 @@ pub const LAYOUT: &str = "LAYOUT";
 pub const LAYOUT_LEN: usize = 16_384;
 
 /// Maps that all ABI versions share, and the names of their pins.
-pub const SHARED: [(&str, &str); 1] = [(CHAIN, "STAGES")];
+pub const SHARED: [(&str, &str); 1] = [(DISPATCHER, "STAGES")];
 
 /// Indices of [`STAGES`]: rare or long work of an ingress host is in separate programs, so that the common path stays
 /// short.
@@ -169,7 +171,7 @@ pub const INGRESS_MAPS: [&str; 30] = [
     BACKENDS,
     LOADS,
     FLOWS,
-    NOTES,
+    SYN_CACHE,
     UDP_FLOWS,
     FRAGMENTS,
     NAT_FLOWS,
@@ -182,9 +184,9 @@ pub const INGRESS_MAPS: [&str; 30] = [
     GUARD_ENTRIES,
     LIMITS,
     SOURCES,
-    PRESSURE,
+    WRITE_BUDGETS,
     BACKEND_STATS,
-    SIGNS,
+    PASSIVE_FAILURES,
     REASONS,
     EGRESS,
     STAGES,

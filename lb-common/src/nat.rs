@@ -111,21 +111,21 @@ pub mod flags {
 /// worker has not refused that. Unconfirmed bindings are removed for newer ones, because a sender of forged addresses
 /// can create any number of them.
 #[inline(always)]
-pub const fn is_proven(state: u32) -> bool {
+pub const fn is_assured(state: u32) -> bool {
     state & flags::ESTABLISHED != 0 && state & flags::WORKER_RST == 0
 }
 
-/// An unconfirmed binding in the ring of bindings, in the order of creation: see [`is_proven`].
+/// An unconfirmed binding in the ring of bindings, in the order of creation: see [`is_assured`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Young {
+pub struct Embryonic {
     /// Key of the binding's reply entry.
     pub key: ReplyKey,
     /// Folded words of the client's address, and both ports: they tell whether the reply entry is still this flow's.
     pub client: [u32; 2],
 }
 
-impl Young {
+impl Embryonic {
     /// An unused entry.
     pub const EMPTY: Self = Self {
         key: ReplyKey {
@@ -195,4 +195,4 @@ pub const fn is_expired(idle_s: u32, client_s: u32, worker_s: u32, now_s: u32) -
     now_s.saturating_sub(client_s) > idle_s && now_s.saturating_sub(worker_s) > idle_s
 }
 
-map_value!(LastHop, Nat, ReplyKey, Reply, Young);
+map_value!(LastHop, Nat, ReplyKey, Reply, Embryonic);

@@ -11,7 +11,7 @@ pub const MARK_BITS: u32 = 16;
 /// Encapsulation of a probe with a mark: its destination, a backend, becomes the outer destination.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct ProbeWay {
+pub struct ProbeTunnel {
     /// VIP that the inner packet is for.
     pub vip: Address,
     /// Destination port of GUE.
@@ -36,4 +36,4 @@ pub struct ProbeKey {
     pub local_port: Be16,
 }
 
-map_value!(ProbeWay, ProbeKey);
+map_value!(ProbeTunnel, ProbeKey);

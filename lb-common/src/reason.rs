@@ -208,4 +208,6 @@ reasons! {
     OwnSource = "own_source", Drop;
     /// Mode nat: packet of an unknown flow that neither starts a flow nor can belong to an established one (a reset, or without an acknowledgement)
     NatStray = "nat_stray", Drop;
+    /// Cached SYN replaced by a newer one before its handshake ended: the rest of that handshake goes to the slot's primary
+    SynEvicted = "syn_evicted", Note;
 }

@@ -85,13 +85,13 @@ pub mod scheduler {
     /// The less loaded of the slot's pair of backends.
     pub const P2C: u8 = 1;
     /// The next backend of the list; `rr` and `wrr` differ in the list only.
-    pub const TURNS: u8 = 2;
+    pub const ROUND_ROBIN: u8 = 2;
     /// A random slot's primary.
     pub const RANDOM: u8 = 3;
     /// The backend of the list with the least load, which the daemon reports as its live flows.
-    pub const LEAST: u8 = 4;
+    pub const LEAST_CONN: u8 = 4;
     /// The primary, unless its load is above the service's cap and the secondary's is lower.
-    pub const CAPPED: u8 = 5;
+    pub const BOUNDED_LOAD: u8 = 5;
 }
 
 /// Bits of [`ServiceView::flags`].
@@ -156,7 +156,7 @@ pub struct ServiceView {
     pub old_count: u32,
     /// Number of entries in the list of backends, for schedulers that use a list.
     pub list_count: u32,
-    /// Load above which [`scheduler::CAPPED`] considers the secondary.
+    /// Load above which [`scheduler::BOUNDED_LOAD`] considers the secondary.
     pub load_cap: u32,
     /// Zero.
     pub pad2: u32,

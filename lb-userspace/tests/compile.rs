@@ -465,9 +465,9 @@ fn lists_and_costs_follow_the_backends() {
     };
     let (reports, flows) = (source::REPORTS, source::FLOWS);
     let costs = |source| BTreeMap::from([(0, Cost { flow: 682, source }), (1, Cost { flow: 2_048, source })]);
-    assert_eq!(with(Scheduler::Rr), (scheduler::TURNS, vec![0, 1], costs(reports)));
-    assert_eq!(with(Scheduler::Wrr), (scheduler::TURNS, vec![0, 0, 1, 0], costs(reports)));
-    assert_eq!(with(Scheduler::Lc), (scheduler::LEAST, vec![0, 1], costs(flows)));
+    assert_eq!(with(Scheduler::Rr), (scheduler::ROUND_ROBIN, vec![0, 1], costs(reports)));
+    assert_eq!(with(Scheduler::Wrr), (scheduler::ROUND_ROBIN, vec![0, 0, 1, 0], costs(reports)));
+    assert_eq!(with(Scheduler::Lc), (scheduler::LEAST_CONN, vec![0, 1], costs(flows)));
     assert_eq!(with(Scheduler::Random), (scheduler::RANDOM, vec![], costs(reports)));
 }
 

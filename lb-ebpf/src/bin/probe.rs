@@ -22,7 +22,7 @@ use lb_common::{
     Address, Be16,
     backend::mode,
     limits, mapped,
-    probe::{MARK, MARK_BITS, ProbeKey, ProbeWay},
+    probe::{MARK, MARK_BITS, ProbeKey, ProbeTunnel},
 };
 use lb_ebpf::{
     forward::GUE_OVERHEAD,
@@ -33,7 +33,7 @@ use lb_ebpf::{
 };
 
 #[map]
-static PROBE_WAYS: HashMap<u32, ProbeWay> = HashMap::with_max_entries(limits::BACKENDS, 0);
+static PROBE_TUNNELS: HashMap<u32, ProbeTunnel> = HashMap::with_max_entries(limits::BACKENDS, 0);
 #[map]
 static PROBES: LruHashMap<ProbeKey, Address> = LruHashMap::with_max_entries(limits::PROBES, 0);
 
@@ -137,13 +137,13 @@ pub fn probe_out(ctx: TcContext) -> i32 {
         return NEXT;
     }
     // SAFETY: entries are only replaced whole, by lbd, before it makes the probe.
-    let Some(way) = (unsafe { PROBE_WAYS.get(&mark) }).copied() else { return NEXT };
+    let Some(way) = (unsafe { PROBE_TUNNELS.get(&mark) }).copied() else { return NEXT };
     // A probe that cannot take the tunnel must not be answered by another way.
     send(&ctx, &way).map_or(DROP, |()| NEXT)
 }
 
 #[inline(always)]
-fn send(ctx: &TcContext, way: &ProbeWay) -> Option<()> {
+fn send(ctx: &TcContext, way: &ProbeTunnel) -> Option<()> {
     let seen = see(ctx)?;
     let vip = words(&way.vip);
     let (local, backend) = (bytes(seen.source), bytes(seen.destination));

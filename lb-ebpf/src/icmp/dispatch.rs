@@ -21,8 +21,8 @@ use crate::{
 use lb_common::{
     Reason, VipKey,
     names::stage,
+    passive::PassiveFailure,
     settings::{IngressSettings, features},
-    sign::Sign,
 };
 
 /// Decides the fate of an ICMP message and carries it out on the frame.
@@ -108,7 +108,7 @@ fn note_unreachable<F: Frame, T: Tables>(frame: &F, tables: &T, network: &Networ
     };
     // Whoever caused an error is told of it: anything else is made up.
     if source == network.headers.destination {
-        tables.sign(&address(destination), Sign::Unreachable);
+        tables.count_failure(&address(destination), PassiveFailure::Unreachable);
     }
 }
 

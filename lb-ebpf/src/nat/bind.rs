@@ -8,13 +8,13 @@
 //! an established flow whose binding is lost (maps that could not be taken over, an early drop). The first port tried
 //! follows from the flow's hash, so such a flow most likely gets its former port and goes on; otherwise the worker's
 //! reset tells the client. Resets, and segments that no established flow sends, are dropped (`nat_stray`). Each
-//! processor puts its new bindings into a ring (`NAT_YOUNG`). The binding that a newer one displaces is removed
-//! unless its client has shown itself ([`lb_common::nat::is_proven`]), so a flood has a bounded number of bindings
+//! processor puts its new bindings into a ring (`NAT_EMBRYONIC`). The binding that a newer one displaces is removed
+//! unless its client has shown itself ([`lb_common::nat::is_assured`]), so a flood has a bounded number of bindings
 //! and each handshake the time of one round. Where all of a worker's ports that are tried are taken, the oldest such
 //! binding among them gives up its port. A rate limit would not do: it cannot tell a rush from a flood, and refuses
 //! clients as readily as forged packets.
 
-use super::{NatTables, Way};
+use super::{NatScratch, NatTables};
 use crate::{
     Frame, Verdict,
     forward::varied,
@@ -36,7 +36,7 @@ use lb_common::{
     backend::{flags, mode},
     is_mapped,
     names::stage,
-    nat::{self, Young},
+    nat::{self, Embryonic},
     service::TCP,
     settings::{IngressSettings, features},
 };
@@ -90,11 +90,11 @@ fn bind<F: Frame + Fib, T: NatTables>(
     tables: &T,
     settings: &IngressSettings,
 ) -> Result<u32, Reason> {
-    let chosen = tables.way(|way| choose_worker(frame, tables, settings, way));
+    let chosen = tables.scratch(|scratch| choose_worker(frame, tables, settings, scratch));
     chosen.ok_or(Reason::BrokenTable)??;
-    let entered = tables.way(|way| {
-        enter(tables, settings.nat_first, settings.nat_last, way)?;
-        Ok(if way.is_part != 0 { stage::NAT_FRAGMENT } else { stage::NAT })
+    let entered = tables.scratch(|scratch| {
+        enter(tables, settings.nat_first, settings.nat_last, scratch)?;
+        Ok(if scratch.is_part != 0 { stage::NAT_FRAGMENT } else { stage::NAT })
     });
     entered.ok_or(Reason::BrokenTable)?
 }
@@ -105,11 +105,11 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     frame: &F,
     tables: &T,
     settings: &IngressSettings,
-    way: &mut Way,
+    scratch: &mut NatScratch,
 ) -> Result<(), Reason> {
     let mut place = Network::default();
     let network = tables.parse_network(frame, settings, &mut place)?;
-    way.is_part = network.fragment.is_some() as u32;
+    scratch.is_part = network.fragment.is_some() as u32;
     super::parse_ports(frame, network)?;
     let headers = &network.headers;
     let (service, _) = lookup_service(tables, headers)?;
@@ -135,37 +135,37 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     let choice = choose_once(tables, service, view, headers, hash)?;
     let backend = worker(tables, choice.backend, service, headers.is_ipv6)?;
     let now_s = tables.now_s();
-    way.key = flow_key(service, headers);
-    way.from = super::last_hop(frame, headers).ok_or(Reason::Truncated)?;
-    way.hash = hash;
-    way.udp_timeout_s = view.udp_timeout_s;
-    way.nat = Nat {
+    scratch.key = flow_key(service, headers);
+    scratch.from = super::last_hop(frame, headers).ok_or(Reason::Truncated)?;
+    scratch.hash = hash;
+    scratch.udp_timeout_s = view.udp_timeout_s;
+    scratch.nat = Nat {
         source: backend.source,
         worker: backend.address,
         source_port: Be16::ZERO,
-        port: if backend.port.get() == 0 { way.key.port } else { backend.port },
+        port: if backend.port.get() == 0 { scratch.key.port } else { backend.port },
         backend: choice.backend,
         created_s: now_s,
         last_seen_s: now_s,
         flags: nat::flags::FRESH | if choice.is_new { nat::flags::NEW } else { 0 },
-        hop: way.from,
+        hop: scratch.from,
     };
-    way.source_bits = backend.source_bits as u32;
-    if way.nat.source == [0; 16] {
+    scratch.source_bits = backend.source_bits as u32;
+    if scratch.nat.source == [0; 16] {
         // The daemon does not know the way yet.
-        way.nat.source = source_by_fib(frame, headers, backend)?;
+        scratch.nat.source = source_by_fib(frame, headers, backend)?;
     }
-    if is_own_source(tables, headers, way) {
+    if is_own_source(tables, headers, scratch) {
         return Err(Reason::OwnSource);
     }
-    way.reply = Reply {
-        flow: way.key,
+    scratch.reply = Reply {
+        flow: scratch.key,
         vip: headers.destination_address(),
-        hop: way.from,
+        hop: scratch.from,
         last_seen_s: now_s,
         flags: 0,
     };
-    way.reply_key = reply_key(&way.nat, headers.protocol);
+    scratch.reply_key = reply_key(&scratch.nat, headers.protocol);
     Ok(())
 }
 
@@ -187,10 +187,11 @@ pub fn is_in_pool(source: [u32; 4], pool: Address, bits: u32) -> bool {
 /// Whether a packet comes from an address that this host gives to packets to workers: one of the pool, or one that some
 /// worker is asked from. So what has been translated for another service, whose worker is a VIP of ours, goes no further.
 #[inline(always)]
-fn is_own_source<T: NatTables>(tables: &T, headers: &Headers, way: &mut Way) -> bool {
+fn is_own_source<T: NatTables>(tables: &T, headers: &Headers, scratch: &mut NatScratch) -> bool {
     // The key lies in a map: the stack has no room for it.
-    way.reply_key.source = headers.source_address();
-    is_in_pool(headers.source, way.nat.source, way.source_bits) || tables.is_translated(&way.reply_key.source)
+    scratch.reply_key.source = headers.source_address();
+    is_in_pool(headers.source, scratch.nat.source, scratch.source_bits)
+        || tables.is_translated(&scratch.reply_key.source)
 }
 
 /// The address of this host that the kernel's routes give packets to a backend.
@@ -218,15 +219,15 @@ fn source_by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, backend: &Backend
 /// Takes a port and writes both entries. A function of its own to the verifier, which then does not walk it
 /// again for every way to get here.
 #[inline(never)]
-fn enter<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> Result<(), Reason> {
-    take_port(tables, first, last, way)?;
-    match tables.add_nat(&way.key, &way.nat) {
+fn enter<T: NatTables>(tables: &T, first: u16, last: u16, scratch: &mut NatScratch) -> Result<(), Reason> {
+    take_port(tables, first, last, scratch)?;
+    match tables.add_nat(&scratch.key, &scratch.nat) {
         Added::Done => {
-            push_out(tables, way);
+            early_drop(tables, scratch);
             Ok(())
         }
         added => {
-            tables.remove_reply(&way.reply_key);
+            tables.remove_reply(&scratch.reply_key);
             // Taken: another processor was faster with a packet of the same flow, and its binding is the flow's.
             if added == Added::Taken { Ok(()) } else { Err(Reason::NatNoRoom) }
         }
@@ -236,27 +237,27 @@ fn enter<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> Resu
 /// Notes a new binding in the ring. The one that it pushes out of it has had its time: if its client has not shown
 /// itself, it goes. So a flood of forged packets has this many bindings at most, and each one a handshake's time.
 #[inline(always)]
-fn push_out<T: NatTables>(tables: &T, way: &mut Way) {
-    way.young = Young { key: way.reply_key, client: Young::client(&way.key) };
-    let turn = way.turn;
-    way.turn = turn + 1;
+fn early_drop<T: NatTables>(tables: &T, scratch: &mut NatScratch) {
+    scratch.embryonic = Embryonic { key: scratch.reply_key, client: Embryonic::client(&scratch.key) };
+    let turn = scratch.turn;
+    scratch.turn = turn + 1;
     // Exchanged in place: the stack has no room for either.
-    if tables.young(turn, |place| core::mem::swap(place, &mut way.young)).is_none() {
+    if tables.embryonic(turn, |place| core::mem::swap(place, &mut scratch.embryonic)).is_none() {
         // Beyond its end.
-        way.turn = 1;
-        if tables.young(0, |place| core::mem::swap(place, &mut way.young)).is_none() {
+        scratch.turn = 1;
+        if tables.embryonic(0, |place| core::mem::swap(place, &mut scratch.embryonic)).is_none() {
             return;
         }
     }
-    if way.young.key.protocol == 0 {
+    if scratch.embryonic.key.protocol == 0 {
         return;
     }
-    let gives_way = tables
-        .reply(&way.young.key, |reply| {
-            Young::client(&reply.flow) == way.young.client && !nat::is_proven(reply.flags)
+    let is_early_dropped = tables
+        .reply(&scratch.embryonic.key, |reply| {
+            Embryonic::client(&reply.flow) == scratch.embryonic.client && !nat::is_assured(reply.flags)
         })
         .unwrap_or(false);
-    if gives_way && release(tables, &way.young.key) {
+    if is_early_dropped && release(tables, &scratch.embryonic.key) {
         tables.count(Reason::NatGaveWay);
     }
 }
@@ -288,25 +289,30 @@ pub fn reply_key(nat: &Nat, protocol: u8) -> ReplyKey {
 
 /// Takes a free address and port for answers, and puts them into the binding.
 #[inline(always)]
-fn take_port<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> Result<(), Reason> {
+fn take_port<T: NatTables>(
+    tables: &T,
+    first: u16,
+    last: u16,
+    scratch: &mut NatScratch,
+) -> Result<(), Reason> {
     let count = (last as u32 + 1).saturating_sub(first as u32);
-    let pool = way.nat.source;
+    let pool = scratch.nat.source;
     let mut full = false;
-    way.yields_s = u32::MAX;
+    scratch.yields_s = u32::MAX;
     for i in 0..TRIES {
-        let h = mix(way.hash.wrapping_add(i as u64));
+        let h = mix(scratch.hash.wrapping_add(i as u64));
         // The port is made of the high half.
-        way.reply_key.source = address(varied(words(pool), way.source_bits, h & 0xffff_ffff));
-        way.reply_key.source_port = Be16::new(first.wrapping_add(slot_of(h, count) as u16));
-        let mut added = tables.add_reply(&way.reply_key, &way.reply);
-        if added == Added::Taken && reclaim(tables, way) {
+        scratch.reply_key.source = address(varied(words(pool), scratch.source_bits, h & 0xffff_ffff));
+        scratch.reply_key.source_port = Be16::new(first.wrapping_add(slot_of(h, count) as u16));
+        let mut added = tables.add_reply(&scratch.reply_key, &scratch.reply);
+        if added == Added::Taken && reclaim(tables, scratch) {
             tables.count(Reason::NatReused);
-            added = tables.add_reply(&way.reply_key, &way.reply);
+            added = tables.add_reply(&scratch.reply_key, &scratch.reply);
         }
         match added {
             Added::Done => {
-                way.nat.source = way.reply_key.source;
-                way.nat.source_port = way.reply_key.source_port;
+                scratch.nat.source = scratch.reply_key.source;
+                scratch.nat.source_port = scratch.reply_key.source_port;
                 return Ok(());
             }
             Added::Full => full = true,
@@ -314,29 +320,34 @@ fn take_port<T: NatTables>(tables: &T, first: u16, last: u16, way: &mut Way) -> 
         }
     }
     let none = if full { Reason::NatNoRoom } else { Reason::NatNoPort };
-    if way.yields_s == u32::MAX {
+    if scratch.yields_s == u32::MAX {
         return Err(none);
     }
     // The oldest of those that were met and whose client has not shown itself.
-    (way.reply_key.source, way.reply_key.source_port) = way.yields;
-    if !release(tables, &way.reply_key) {
+    (scratch.reply_key.source, scratch.reply_key.source_port) = scratch.yields;
+    if !release(tables, &scratch.reply_key) {
         return Err(none);
     }
     tables.count(Reason::NatGaveWay);
-    if tables.add_reply(&way.reply_key, &way.reply) != Added::Done {
+    if tables.add_reply(&scratch.reply_key, &scratch.reply) != Added::Done {
         return Err(none);
     }
-    (way.nat.source, way.nat.source_port) = way.yields;
+    (scratch.nat.source, scratch.nat.source_port) = scratch.yields;
     Ok(())
 }
 
 /// Removes the binding that has this port if its time is over; true if it was this call that did. Otherwise it is
-/// noted if it could give way.
+/// noted if it could give scratch.
 #[inline(always)]
-fn reclaim<T: NatTables>(tables: &T, way: &mut Way) -> bool {
-    let Way {
-        reply_key: key, reply: Reply { last_seen_s: now_s, .. }, udp_timeout_s, yields_s, yields, ..
-    } = way;
+fn reclaim<T: NatTables>(tables: &T, scratch: &mut NatScratch) -> bool {
+    let NatScratch {
+        reply_key: key,
+        reply: Reply { last_seen_s: now_s, .. },
+        udp_timeout_s,
+        yields_s,
+        yields,
+        ..
+    } = scratch;
     let (key, now_s) = (&*key, *now_s);
     let found = tables.reply(key, |reply| {
         let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
@@ -347,7 +358,7 @@ fn reclaim<T: NatTables>(tables: &T, way: &mut Way) -> bool {
         if nat::is_expired(idle_s, client_s, reply.last_seen_s, now_s) {
             return true;
         }
-        if !nat::is_proven(reply.flags) && reply.last_seen_s < *yields_s {
+        if !nat::is_assured(reply.flags) && reply.last_seen_s < *yields_s {
             *yields_s = reply.last_seen_s;
             *yields = (key.source, key.source_port);
         }

@@ -6,8 +6,9 @@
 //! destination speaks with: who on the other side has sent it is nothing that could be answered.
 
 use super::{
-    NatTables, as_last_hop, go_by, raw,
+    NatTables, as_last_hop, raw,
     rewrite::{Rewrite, adjusted, change, change_of_addresses},
+    transmit,
 };
 use crate::{
     Frame, Verdict,
@@ -142,7 +143,7 @@ fn to_worker<F: Frame, T: NatTables>(
     }
     let hop = filled_in(backend);
     rewrite(frame, outer, inner, &to)?;
-    let verdict = go_by(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &as_last_hop(&hop))?;
+    let verdict = transmit(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &as_last_hop(&hop))?;
     tables.count(Reason::NatError);
     Ok((verdict, Outcome::Returned { service }))
 }
@@ -173,7 +174,7 @@ fn to_client<F: Frame, T: NatTables>(
         port: raw(flow.port),
     };
     rewrite(frame, outer, inner, &to)?;
-    let verdict = go_by(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &hop)?;
+    let verdict = transmit(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &hop)?;
     tables.count(Reason::NatError);
     Ok((verdict, Outcome::Returned { service: flow.service }))
 }

@@ -9,7 +9,7 @@
 //!
 //! The first part carries the checksum of the whole packet, which is adjusted as for a whole packet.
 
-use super::{NatTables, Way, account, go_by, lead, rewrite::rewrite_part};
+use super::{NatScratch, NatTables, account, resolve, rewrite::rewrite_part, transmit};
 use crate::{
     Frame, Verdict,
     icmp::too_big::run_stage,
@@ -56,7 +56,7 @@ fn receive<F: Frame + Fib, T: NatTables + FragmentTable>(
         follow(tables, network, part)?;
     }
     tables
-        .way(|way| go(frame, tables, settings, network, (part, is_first), way))
+        .scratch(|scratch| translate(frame, tables, settings, network, (part, is_first), scratch))
         .ok_or(Reason::BrokenTable)?
 }
 
@@ -89,26 +89,26 @@ const fn packed(source_port: u16, port: u16, protocol: u8) -> u64 {
 }
 
 #[inline(always)]
-fn go<F: Frame + Fib, T: NatTables + FragmentTable>(
+fn translate<F: Frame + Fib, T: NatTables + FragmentTable>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,
     network: &Network,
     (part, is_first): (Part, bool),
-    way: &mut Way,
+    scratch: &mut NatScratch,
 ) -> Result<(Verdict, Outcome), Refusal> {
     let headers = &network.headers;
-    let outcome = match lead(frame, tables, headers, way) {
+    let outcome = match resolve(frame, tables, headers, scratch) {
         // The binding is gone: only a whole packet, or a first part, can make another.
         Err(Refusal::Stage(_)) if !is_first => return Err(Reason::FragmentUnknown.into()),
         led => led?,
     };
     if is_first {
-        remember(tables, network, part, way, outcome)?;
+        remember(tables, network, part, scratch, outcome)?;
     }
-    rewrite_part(frame, network, &way.to, is_first)?;
-    let verdict = go_by(frame, headers.l2_len(), headers.is_ipv6, &way.hop)?;
-    account(tables, settings, headers, way, outcome);
+    rewrite_part(frame, network, &scratch.to, is_first)?;
+    let verdict = transmit(frame, headers.l2_len(), headers.is_ipv6, &scratch.hop)?;
+    account(tables, settings, headers, scratch, outcome);
     tables.count(Reason::FragmentForwarded);
     Ok((verdict, outcome))
 }
@@ -119,7 +119,7 @@ fn remember<T: NatTables + FragmentTable>(
     tables: &T,
     network: &Network,
     part: Part,
-    way: &mut Way,
+    scratch: &mut NatScratch,
     outcome: Outcome,
 ) -> Result<(), Reason> {
     let headers = &network.headers;
@@ -130,8 +130,8 @@ fn remember<T: NatTables + FragmentTable>(
     };
     let mut parts = [[0; 2]; PARTS];
     parts[0] = units(network, part)?;
-    way.parts = key_of(network, part);
-    way.fragment = Fragment {
+    scratch.parts = key_of(network, part);
+    scratch.fragment = Fragment {
         hash: packed(headers.source_port, headers.port, headers.protocol),
         backend,
         service,
@@ -141,7 +141,7 @@ fn remember<T: NatTables + FragmentTable>(
         pad: 0,
         parts,
     };
-    if !tables.record_fragment(&way.parts, &way.fragment) {
+    if !tables.record_fragment(&scratch.parts, &scratch.fragment) {
         tables.count(Reason::FlowNotRecorded);
     }
     Ok(())

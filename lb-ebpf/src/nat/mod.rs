@@ -44,10 +44,10 @@ use lb_common::{
     backend::flags::{DOWN, DRAINING, RESOLVED},
     fragment::{Fragment, FragmentKey, PARTS},
     names::stage,
-    nat::{self, Young, flags},
+    nat::{self, Embryonic, flags},
+    passive::PassiveFailure,
     service::{self, TCP, UDP},
     settings::{IngressSettings, features},
-    sign::Sign,
 };
 use rewrite::{Rewrite, rewrite};
 
@@ -68,11 +68,11 @@ pub trait NatTables: Tables {
     /// Whether this is an address, of no pool, that packets to some worker get as source.
     fn is_translated(&self, source: &Address) -> bool;
     /// Calls `f` on a place of this processor's ring of new bindings, whose size is the map's.
-    fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R>;
+    fn embryonic<R>(&self, place: u32, f: impl FnOnce(&mut Embryonic) -> R) -> Option<R>;
     /// One's complement sum (not folded) of `len` bytes of the frame from `offset` on.
     fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32>;
     /// Calls `f` with room for what is gathered about the packet in hand.
-    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R>;
+    fn scratch<R>(&self, f: impl FnOnce(&mut NatScratch) -> R) -> Option<R>;
 }
 
 /// Packets up to this length fit every interface (RFC 791 has every host take 576): longer ones are compared with
@@ -111,9 +111,9 @@ fn parse_ports<F: Frame>(frame: &F, network: &mut Network) -> Result<(), Reason>
     }
 }
 
-/// What is gathered about a packet on its way. It lies in a map of the program's own: the stack has no room for it.
+/// What is gathered about a packet on its scratch. It lies in a map of the program's own: the stack has no room for it.
 #[derive(Clone, Copy, Debug)]
-pub struct Way {
+pub struct NatScratch {
     /// Key of a client's flow.
     key: FlowKey,
     /// Where a client's packet came from.
@@ -143,7 +143,7 @@ pub struct Way {
     /// Place in the ring of this processor's next binding.
     turn: u32,
     /// The newest, and then the one that it pushes out.
-    young: Young,
+    embryonic: Embryonic,
     /// Whether the packet is a first part.
     is_part: u32,
     /// Of a first part: which packet's.
@@ -152,7 +152,7 @@ pub struct Way {
     fragment: Fragment,
 }
 
-impl Way {
+impl NatScratch {
     /// Nothing gathered yet.
     pub const EMPTY: Self = Self {
         key: NO_FLOW,
@@ -185,7 +185,7 @@ impl Way {
         yields_s: u32::MAX,
         yields: ([0; 16], Be16::ZERO),
         turn: 0,
-        young: Young::EMPTY,
+        embryonic: Embryonic::EMPTY,
         is_part: 0,
         parts: FragmentKey { source: [0; 16], destination: [0; 16], id: 0, protocol: 0 },
         fragment: Fragment {
@@ -215,45 +215,47 @@ fn receive<F: Frame + Fib, T: NatTables>(
         return Err(Reason::Fragment.into());
     }
     parse_ports(frame, network)?;
-    tables.way(|way| go(frame, tables, settings, network, way)).ok_or(Reason::BrokenTable)?
+    tables
+        .scratch(|scratch| translate(frame, tables, settings, network, scratch))
+        .ok_or(Reason::BrokenTable)?
 }
 
 /// Either way: who the packet becomes, then the same for both.
 #[inline(always)]
-fn go<F: Frame + Fib, T: NatTables>(
+fn translate<F: Frame + Fib, T: NatTables>(
     frame: &mut F,
     tables: &T,
     settings: &IngressSettings,
     network: &Network,
-    way: &mut Way,
+    scratch: &mut NatScratch,
 ) -> Result<(Verdict, Outcome), Refusal> {
     let headers = &network.headers;
-    let outcome = lead(frame, tables, headers, way)?;
-    rewrite(frame, tables, network, &way.to)?;
-    let verdict = go_by(frame, headers.l2_len(), headers.is_ipv6, &way.hop)?;
-    account(tables, settings, headers, way, outcome);
+    let outcome = resolve(frame, tables, headers, scratch)?;
+    rewrite(frame, tables, network, &scratch.to)?;
+    let verdict = transmit(frame, headers.l2_len(), headers.is_ipv6, &scratch.hop)?;
+    account(tables, settings, headers, scratch, outcome);
     Ok((verdict, outcome))
 }
 
 /// Who a packet becomes and where it leaves, if it fits there.
 #[inline(always)]
-fn lead<F: Frame + Fib, T: NatTables>(
+fn resolve<F: Frame + Fib, T: NatTables>(
     frame: &F,
     tables: &T,
     headers: &Headers,
-    way: &mut Way,
+    scratch: &mut NatScratch,
 ) -> Result<Outcome, Refusal> {
     let outcome = match lookup_service(tables, headers) {
-        Ok((service, _)) => from_client(frame, tables, headers, service, way)?,
+        Ok((service, _)) => from_client(frame, tables, headers, service, scratch)?,
         // If it is no answer it is what it seemed to be.
-        Err(reason) => match from_worker(frame, tables, headers, way)? {
+        Err(reason) => match from_worker(frame, tables, headers, scratch)? {
             Some(outcome) => outcome,
             None if tables.is_taking_over() => return Err(Reason::TakenOver.into()),
             None => return Err(reason.into()),
         },
     };
-    if way.mtu != 0 && headers.ip_len > way.mtu {
-        return Err(Refusal::TooBig(way.mtu));
+    if scratch.mtu != 0 && headers.ip_len > scratch.mtu {
+        return Err(Refusal::TooBig(scratch.mtu));
     }
     Ok(outcome)
 }
@@ -264,12 +266,12 @@ fn account<T: NatTables>(
     tables: &T,
     settings: &IngressSettings,
     headers: &Headers,
-    way: &Way,
+    scratch: &NatScratch,
     outcome: Outcome,
 ) {
     match outcome {
         Outcome::Forwarded { backend, .. } if settings.stats != 0 => {
-            tables.account(backend, headers.ip_len, way.nat.flags & flags::NEW != 0);
+            tables.account(backend, headers.ip_len, scratch.nat.flags & flags::NEW != 0);
         }
         Outcome::Returned { .. } => tables.count(Reason::NatReply),
         _ => {}
@@ -283,21 +285,21 @@ fn from_client<F: Frame + Fib, T: NatTables>(
     tables: &T,
     headers: &Headers,
     service: u32,
-    way: &mut Way,
+    scratch: &mut NatScratch,
 ) -> Result<Outcome, Refusal> {
     let view = tables.service(service).ok_or(Reason::BrokenTable)?;
     if view.flags & service::flags::NAT == 0 {
         return Err(Reason::BadMode.into());
     }
-    way.from = last_hop(frame, headers).ok_or(Reason::Truncated)?;
-    way.key = flow_key(service, headers);
+    scratch.from = last_hop(frame, headers).ok_or(Reason::Truncated)?;
+    scratch.key = flow_key(service, headers);
     let now_s = tables.now_s();
-    if !is_known(tables, view, headers, way, now_s) {
+    if !is_known(tables, view, headers, scratch, now_s) {
         return Err(Refusal::Stage(stage::NAT_BIND));
     }
-    note(tables, headers, way, now_s);
-    let nat = &way.nat;
-    way.to = Rewrite {
+    update_from_client(tables, headers, scratch, now_s);
+    let nat = &scratch.nat;
+    scratch.to = Rewrite {
         source: words(nat.source),
         destination: words(nat.worker),
         source_port: raw(nat.source_port),
@@ -308,10 +310,10 @@ fn from_client<F: Frame + Fib, T: NatTables>(
         filled_in(backend)
     } else {
         tables.count(Reason::FibLookup);
-        by_fib(frame, headers, &way.to)?
+        by_fib(frame, headers, &scratch.to)?
     };
-    way.mtu = hop.mtu;
-    way.hop = as_last_hop(&hop);
+    scratch.mtu = hop.mtu;
+    scratch.hop = as_last_hop(&hop);
     Ok(Outcome::Forwarded { service, backend: nat.backend })
 }
 
@@ -321,29 +323,29 @@ fn is_known<T: NatTables>(
     tables: &T,
     view: &ServiceView,
     headers: &Headers,
-    way: &mut Way,
+    scratch: &mut NatScratch,
     now_s: u32,
 ) -> bool {
-    if tables.nat(&way.key, |nat| way.nat = *nat).is_none() {
+    if tables.nat(&scratch.key, |nat| scratch.nat = *nat).is_none() {
         return false;
     }
     // Nothing is asked of one that has just been made: it would be made again.
-    if way.nat.flags & flags::FRESH != 0 {
+    if scratch.nat.flags & flags::FRESH != 0 {
         return true;
     }
-    let state = worker(tables, way.nat.backend, way.key.service, headers.is_ipv6).map(|b| b.flags);
+    let state = worker(tables, scratch.nat.backend, scratch.key.service, headers.is_ipv6).map(|b| b.flags);
     let moves = headers.protocol == UDP || view.flags & service::flags::RESET_ON_DOWN != 0;
     let holds = match state {
         Err(_) => false,
         // As for flows in the other modes: UDP moves from a dead worker, TCP where the service says so.
         Ok(state) if state & DOWN != 0 && moves => false,
-        Ok(_) if headers.protocol == UDP => !is_idle(tables, view, &way.nat, now_s),
-        Ok(state) if headers.is_syn() => !starts_anew(tables, &way.nat, state, now_s),
+        Ok(_) if headers.protocol == UDP => !is_idle(tables, view, &scratch.nat, now_s),
+        Ok(state) if headers.is_syn() => !starts_anew(tables, &scratch.nat, state, now_s),
         Ok(_) => true,
     };
     if !holds {
-        tables.remove_reply(&reply_key(&way.nat, headers.protocol));
-        tables.remove_nat(&way.key);
+        tables.remove_reply(&reply_key(&scratch.nat, headers.protocol));
+        tables.remove_nat(&scratch.key);
     }
     holds
 }
@@ -370,17 +372,17 @@ fn is_idle<T: NatTables>(tables: &T, view: &ServiceView, binding: &Nat, now_s: u
 
 /// Brings a flow's entries up to date with a client's packet.
 #[inline(always)]
-fn note<T: NatTables>(tables: &T, headers: &Headers, way: &Way, now_s: u32) {
+fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &NatScratch, now_s: u32) {
     const ENDED: u32 = flags::CLIENT_FIN | flags::CLIENT_RST;
-    let (mut new, from) = (way.nat.flags & !(flags::FRESH | flags::NEW), &way.from);
+    let (mut new, from) = (scratch.nat.flags & !(flags::FRESH | flags::NEW), &scratch.from);
     let unsettled = new & flags::ESTABLISHED == 0;
-    let moved = way.nat.hop != *from;
+    let moved = scratch.nat.hop != *from;
     // Who sends data has not ended the flow: somebody else has said so.
     let goes_on = new & ENDED != 0 && headers.data_len != 0 && !headers.is_closing();
     if unsettled || moved || goes_on || headers.is_closing() {
         let bits = headers.tcp_flags;
         let acknowledges = headers.protocol == UDP || bits & (tcp::ACK | tcp::SYN | tcp::RST) == tcp::ACK;
-        let state = tables.reply(&reply_key(&way.nat, headers.protocol), |reply| {
+        let state = tables.reply(&reply_key(&scratch.nat, headers.protocol), |reply| {
             reply.hop = *from;
             let mut state = if goes_on { reply.flags & !ENDED } else { reply.flags };
             if bits & tcp::FIN != 0 {
@@ -396,8 +398,8 @@ fn note<T: NatTables>(tables: &T, headers: &Headers, way: &Way, now_s: u32) {
         });
         new = state.unwrap_or(0) & (flags::ESTABLISHED | ENDED);
     }
-    if moved || new != way.nat.flags || way.nat.last_seen_s != now_s {
-        tables.nat(&way.key, |nat| {
+    if moved || new != scratch.nat.flags || scratch.nat.last_seen_s != now_s {
+        tables.nat(&scratch.key, |nat| {
             nat.last_seen_s = now_s;
             nat.flags = new;
             nat.hop = *from;
@@ -430,7 +432,7 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
     frame: &F,
     tables: &T,
     headers: &Headers,
-    way: &mut Way,
+    scratch: &mut NatScratch,
 ) -> Result<Option<Outcome>, Refusal> {
     let key = ReplyKey {
         worker: headers.source_address(),
@@ -446,9 +448,9 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
         // Only what has no acknowledgement, a SYN, is answered so (RFC 9293 3.5.2).
         is_refused =
             bits & (tcp::RST | tcp::ACK) == tcp::RST | tcp::ACK && reply.flags & flags::ANSWERED == 0;
-        answered(reply, headers, now_s);
-        way.hop = reply.hop;
-        way.to = Rewrite {
+        update_from_worker(reply, headers, now_s);
+        scratch.hop = reply.hop;
+        scratch.to = Rewrite {
             source: words(reply.vip),
             destination: words(reply.flow.source),
             source_port: raw(reply.flow.port),
@@ -459,20 +461,20 @@ fn from_worker<F: Frame + Fib, T: NatTables>(
     // Otherwise the host's own, or of a flow that is over: its stack knows.
     let Some(service) = service else { return Ok(None) };
     if is_refused {
-        tables.sign(&key.worker, Sign::Refused);
+        tables.count_failure(&key.worker, PassiveFailure::Refused);
     }
-    way.mtu = 0;
+    scratch.mtu = 0;
     if headers.ip_len > ALWAYS_FITS
-        && let Some(mtu) = frame.narrower(way.hop.ifindex, headers.ip_len)
+        && let Some(mtu) = frame.narrower(scratch.hop.ifindex, headers.ip_len)
     {
-        way.mtu = mtu;
+        scratch.mtu = mtu;
     }
     Ok(Some(Outcome::Returned { service }))
 }
 
 /// Notes a worker's packet.
 #[inline(always)]
-fn answered(reply: &mut Reply, headers: &Headers, now_s: u32) {
+fn update_from_worker(reply: &mut Reply, headers: &Headers, now_s: u32) {
     let bits = headers.tcp_flags;
     let mut state = reply.flags | flags::ANSWERED;
     if headers.data_len != 0 && !headers.is_closing() {
@@ -532,7 +534,12 @@ fn last_hop<F: Frame>(frame: &F, headers: &Headers) -> Option<LastHop> {
 
 /// Sends a frame that keeps its IP packet out by a hop.
 #[inline(always)]
-fn go_by<F: Frame>(frame: &mut F, l2_len: usize, is_ipv6: bool, hop: &LastHop) -> Result<Verdict, Refusal> {
+fn transmit<F: Frame>(
+    frame: &mut F,
+    l2_len: usize,
+    is_ipv6: bool,
+    hop: &LastHop,
+) -> Result<Verdict, Refusal> {
     let tagged = raw(hop.tags[0]) != 0;
     let twice = raw(hop.tags[2]) != 0;
     let len = ETHERNET + if tagged { VLAN_TAG } else { 0 } + if twice { VLAN_TAG } else { 0 };

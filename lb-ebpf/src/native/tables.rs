@@ -8,7 +8,7 @@ use super::std::{
 };
 use crate::{
     FlowTable, Frame, Tables,
-    nat::{Added, NatTables, Way},
+    nat::{Added, NatScratch, NatTables},
     packet::Sum,
     quic::{QuicTables, Work},
     select::fragments::FragmentTable,
@@ -19,9 +19,9 @@ use lb_common::{
     ServiceView, Slot, Vip, VipKey, exact, flow,
     fragment::{Fragment, FragmentKey},
     load,
-    nat::Young,
+    nat::Embryonic,
+    passive::{self, PassiveFailure, PassiveFailures},
     quic::{QuicConfig, ServerIdKey},
-    sign::{self, Sign, Signs},
     stats::IcmpBudget,
 };
 
@@ -113,14 +113,14 @@ pub struct HashTables {
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     nats: RefCell<BTreeMap<FlowKey, Nat>>,
     replies: RefCell<BTreeMap<ReplyKey, Reply>>,
-    young: RefCell<HashMap<u32, Young>>,
-    way: RefCell<Way>,
+    young: RefCell<HashMap<u32, Embryonic>>,
+    scratch: RefCell<NatScratch>,
     quic_work: RefCell<Work>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
     stats: RefCell<HashMap<u32, BackendStats>>,
     icmp: Cell<IcmpBudget>,
-    signs: RefCell<HashMap<u32, Signs>>,
+    signs: RefCell<HashMap<u32, PassiveFailures>>,
     turns: RefCell<HashMap<u32, u64>>,
     random: Cell<u64>,
 }
@@ -149,7 +149,7 @@ impl Default for HashTables {
             replies: RefCell::default(),
             young: RefCell::default(),
             quic_work: RefCell::default(),
-            way: RefCell::new(Way::EMPTY),
+            scratch: RefCell::new(NatScratch::EMPTY),
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
@@ -238,9 +238,9 @@ impl HashTables {
         self.stats.borrow().get(&backend).copied().unwrap_or_default()
     }
 
-    /// Signs of a worker.
-    pub fn signs(&self, worker: &Address) -> Signs {
-        self.signs.borrow().get(&sign::place(worker)).copied().unwrap_or_default()
+    /// PassiveFailures of a worker.
+    pub fn signs(&self, worker: &Address) -> PassiveFailures {
+        self.signs.borrow().get(&passive::index_of(worker)).copied().unwrap_or_default()
     }
 
     /// Packets forwarded to all backends.
@@ -329,7 +329,7 @@ impl Tables for HashTables {
         entry.added = load::charged(entry.report, entry.added, now_s, entry.cost);
     }
 
-    fn turn(&self, service: u32) -> u64 {
+    fn next_turn(&self, service: u32) -> u64 {
         let mut turns = self.turns.borrow_mut();
         let turn = turns.entry(service).or_default();
         *turn += 1;
@@ -362,12 +362,12 @@ impl Tables for HashTables {
         stats.flows += u64::from(new_flow);
     }
 
-    fn sign(&self, worker: &Address, sign: Sign) {
+    fn count_failure(&self, worker: &Address, sign: PassiveFailure) {
         let mut all = self.signs.borrow_mut();
-        let signs = all.entry(sign::place(worker)).or_default();
+        let signs = all.entry(passive::index_of(worker)).or_default();
         match sign {
-            Sign::Unreachable => signs.unreachable += 1,
-            Sign::Refused => signs.refused += 1,
+            PassiveFailure::Unreachable => signs.unreachable += 1,
+            PassiveFailure::Refused => signs.refused += 1,
         }
     }
 
@@ -477,11 +477,11 @@ impl NatTables for HashTables {
         self.backends.values().any(|b| is_single(b) && b.source == *source)
     }
 
-    fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R> {
+    fn embryonic<R>(&self, place: u32, f: impl FnOnce(&mut Embryonic) -> R) -> Option<R> {
         if place >= self.young_room {
             return None;
         }
-        Some(f(self.young.borrow_mut().entry(place).or_insert(Young::EMPTY)))
+        Some(f(self.young.borrow_mut().entry(place).or_insert(Embryonic::EMPTY)))
     }
 
     fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {
@@ -489,7 +489,7 @@ impl NatTables for HashTables {
         frame.sum_of(offset, len, &mut memory)
     }
 
-    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R> {
-        Some(f(&mut self.way.borrow_mut()))
+    fn scratch<R>(&self, f: impl FnOnce(&mut NatScratch) -> R) -> Option<R> {
+        Some(f(&mut self.scratch.borrow_mut()))
     }
 }

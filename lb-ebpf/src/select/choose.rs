@@ -3,17 +3,17 @@
 //! A slot answers by itself unless its flows may be exceptions (it is `TRACKED`: its primary
 //! changed within the drain time, or flows of such a time are still in the flow table). For those:
 //!
-//! - a SYN takes the primary; in a transition that is noted in `NOTES`, because a stateless
+//! - a SYN takes the primary; in a transition that is noted in `SYN_CACHE`, because a stateless
 //!   lookup of a later packet would answer with the previous primary;
 //! - the packet that completes the handshake moves the note to `FLOWS`. So a flood of SYNs can push
 //!   out nothing but SYNs;
 //! - an established flow that is in no table was there before the transition began: it belongs to the
 //!   secondary (the previous primary), and this is written down so that a second change keeps it.
 //!
-//! Services whose scheduler takes others than the primary (`place`) have all their SYNs noted, so that a repeated
-//! one goes where the first went; what the handshake's last packet finds on the primary needs no entry. A new seed,
-//! size or hash leaves the view with the old table: then all slots are in transition, and the previous primary is
-//! found there.
+//! Services whose scheduler places flows on other backends than the primary (`scheduler`) have all their SYNs cached, so
+//! that a repeated one goes where the first went; what the handshake's last packet finds on the primary needs no entry. A
+//! new seed, size or hash leaves the view with the old table: then all slots are in transition, and the previous primary
+//! is found there.
 //!
 //! While a table has no room, or a service's flows come faster than is written for it, a new flow is placed where a
 //! stateless lookup finds it and nothing is written: so floods push out no live flow, and new ones still come through.
@@ -27,15 +27,16 @@ use crate::{
     packet::parse::Headers,
     select::{
         hash::slot_of,
-        scheduler::{Place, is_in_transition, previous, slot_hash},
+        scheduler::{SlotRef, is_in_transition, previous, slot_hash},
     },
 };
 use lb_common::{
     Backend, Be16, Flow, FlowKey, Reason, ServiceView, Slot, backend,
-    flow::{self, SYN_TIMEOUT_S, SYN_WINDOW},
+    flow::{self, SYN_TIMEOUT_S},
     service::{UDP, flags, scheduler},
     settings::features,
     slot::NO_BACKEND,
+    syn_cache::{continues, upper_half},
 };
 
 /// Seconds within which a worker has made the connected socket of a new UDP flow.
@@ -65,11 +66,11 @@ pub enum Why {
     /// The slot's second choice, for a new flow, because it has less load than the primary.
     LessLoaded,
     /// A new flow: it is this one's turn.
-    Turn,
+    RoundRobin,
     /// A new flow: drawn by lot.
     Random,
     /// A new flow: the least load of the list.
-    Least,
+    LeastConn,
 }
 
 /// A chosen backend.
@@ -153,7 +154,7 @@ fn once<T: Tables>(
     let slot =
         Slot { primary: tables.primary(at).ok_or(broken)?, secondary: tables.secondary(at).ok_or(broken)? };
     if is_new && view.scheduler != scheduler::MAGLEV {
-        let (backend, why) = tables.place(service, view, Place { slot, number }, tables.now_s())?;
+        let (backend, why) = tables.schedule(service, view, SlotRef { slot, number }, tables.now_s())?;
         return Ok(Choice { backend, is_new, why });
     }
     if !is_new {
@@ -204,7 +205,7 @@ fn find<T: Tables>(
     } else {
         Slot { secondary: tables.secondary(at).ok_or(Reason::BrokenTable)?, ..slot }
     };
-    let flow = Packet { service, view, headers, place: Place { slot, number }, is_maglev };
+    let flow = Packet { service, view, headers, place: SlotRef { slot, number }, is_maglev };
     let key = flow_key(service, headers);
     if is_udp {
         return choose_udp(tables, features, &flow, &key);
@@ -221,7 +222,7 @@ struct Packet<'a> {
     service: u32,
     view: &'a ServiceView,
     headers: &'a Headers,
-    place: Place,
+    place: SlotRef,
     /// Whether new flows take the primary.
     is_maglev: bool,
 }
@@ -229,11 +230,11 @@ struct Packet<'a> {
 impl Packet<'_> {
     /// Places a new flow.
     #[inline(always)]
-    fn place<T: Tables>(&self, tables: &T, now_s: u32) -> Result<Choice, Reason> {
+    fn schedule<T: Tables>(&self, tables: &T, now_s: u32) -> Result<Choice, Reason> {
         if self.is_maglev {
             return primary(self.place.slot, true, Why::NewFlow);
         }
-        let (backend, why) = tables.place(self.service, self.view, self.place, now_s)?;
+        let (backend, why) = tables.schedule(self.service, self.view, self.place, now_s)?;
         Ok(Choice { backend, is_new: true, why })
     }
 
@@ -277,8 +278,8 @@ fn backend_flags<T: Tables>(tables: &T, index: u32, service: u32) -> Option<u32>
 #[inline(always)]
 fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
     let (headers, now_s) = (packet.headers, tables.now_s());
-    let mark = tables.mark(headers, key.service);
-    let known = known(tables, key, mark);
+    let syn_hash = tables.syn_hash(headers, key.service);
+    let known = known(tables, key, syn_hash);
     // A SYN on a live flow follows it: the worker's stack knows what it means, and nobody can move
     // a flow by forging one.
     if is_some(known)
@@ -287,25 +288,25 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     {
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
-    let recent = tables.note(key, mark, now_s).unwrap_or(NO_FLOW);
-    let is_noted = is_some(recent) && is_within(SYN_TIMEOUT_S, recent, now_s);
-    if is_noted && is_up(backend_flags(tables, recent.backend, key.service)) {
-        if recent.created_s != headers.sequence {
+    let recent = tables.cached_syn(key, syn_hash, now_s);
+    let is_cached = recent.is_some() && recent.age_s <= SYN_TIMEOUT_S;
+    if is_cached && is_up(backend_flags(tables, recent.backend, key.service)) {
+        if recent.sequence != upper_half(headers.sequence) {
             // Another attempt from the same port; where the first went is as good.
-            record_syn(tables, headers, (key, mark), recent.backend, now_s);
+            cache_syn(tables, headers, (key, syn_hash), recent.backend);
         }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
-    // What is known of an earlier flow would be believed by the packet that completes this handshake.
-    let must_note =
-        is_some(known) || is_noted || !packet.is_maglev || is_in_transition(packet.view, packet.place.slot);
-    if must_note && !tables.admits(key.service, FlowTable::Syns, now_s) {
+    // The packet that completes this handshake would otherwise follow what is known of an earlier flow.
+    let must_cache =
+        is_some(known) || is_cached || !packet.is_maglev || is_in_transition(packet.view, packet.place.slot);
+    if must_cache && !tables.admits(key.service, FlowTable::Syns, now_s) {
         tables.count(Reason::FlowFlood);
-        return unnoted(tables, packet, known);
+        return uncached(tables, packet, known);
     }
-    let choice = packet.place(tables, now_s)?;
-    if must_note
-        && record_syn(tables, headers, (key, mark), choice.backend, now_s)
+    let choice = packet.schedule(tables, now_s)?;
+    if must_cache
+        && cache_syn(tables, headers, (key, syn_hash), choice.backend)
         && is_some(known)
         && known.flags & flow::flags::CLOSING == 0
     {
@@ -317,7 +318,7 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
 
 /// Where a flow's later packets will be sent if nothing is written of its SYN: there the SYN must go, too.
 #[inline(always)]
-fn unnoted<T: Tables>(tables: &T, packet: &Packet<'_>, known: Flow) -> Result<Choice, Reason> {
+fn uncached<T: Tables>(tables: &T, packet: &Packet<'_>, known: Flow) -> Result<Choice, Reason> {
     let (view, slot) = (packet.view, packet.place.slot);
     let stays = |backend| keeps(backend_flags(tables, backend, packet.service), view);
     let mut backend = previous(tables, view, packet.headers, slot);
@@ -361,12 +362,12 @@ fn choose_established<T: Tables>(
     packet: &Packet<'_>,
     key: &FlowKey,
 ) -> Result<Choice, Reason> {
-    let Packet { view, headers, place: Place { slot, .. }, .. } = *packet;
+    let Packet { view, headers, place: SlotRef { slot, .. }, .. } = *packet;
     let now_s = tables.now_s();
     let end = if headers.is_closing() { flow::flags::CLOSING } else { 0 };
     let found = |backend, why| Ok(Choice { backend, is_new: false, why });
-    let mark = tables.mark(headers, key.service);
-    let known = known(tables, key, mark);
+    let syn_hash = tables.syn_hash(headers, key.service);
+    let known = known(tables, key, syn_hash);
     let mut stays = false;
     if is_some(known) {
         let backend = backend_flags(tables, known.backend, key.service);
@@ -380,17 +381,20 @@ fn choose_established<T: Tables>(
     }
     // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
     // One whose numbers do not go on from the SYN's is another flow's packet: the SYN was forged.
-    let recent = tables.note(key, mark, now_s).unwrap_or(NO_FLOW);
-    if is_some(recent)
-        && is_within(SYN_TIMEOUT_S, recent, now_s)
-        && headers.sequence.wrapping_sub(recent.created_s) <= SYN_WINDOW
+    let recent = tables.cached_syn(key, syn_hash, now_s);
+    if recent.is_some()
+        && recent.age_s <= SYN_TIMEOUT_S
+        && continues(recent.sequence, headers.sequence)
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
         // Nothing need be written where a stateless lookup gives the same.
         let needs_entry = is_some(known) || !packet.is_at_home(recent.backend);
-        if needs_entry && record_flow(tables, (key, mark), recent.backend, now_s, end) {
-            tables.forget_note(key, mark);
+        let is_recorded = needs_entry && record_flow(tables, (key, syn_hash), recent.backend, now_s, end);
+        if is_recorded {
             tables.count(Reason::FlowPromoted);
+        }
+        if is_recorded || !needs_entry {
+            tables.forget_syn(key, syn_hash);
         }
         return found(recent.backend, Why::RecentSyn);
     }
@@ -411,7 +415,7 @@ fn choose_established<T: Tables>(
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
         // Forged packets would fill the table. A flow that lives has more of them: one will be let through.
         if tables.admits(key.service, FlowTable::Flows, now_s)
-            && record_flow(tables, (key, mark), backend, now_s, end)
+            && record_flow(tables, (key, syn_hash), backend, now_s, end)
         {
             tables.count(Reason::FlowPromoted);
         }
@@ -455,7 +459,7 @@ fn choose_udp<T: Tables>(
         return Err(reason);
     }
     if tables.admits(key.service, FlowTable::UdpFlows, now_s) {
-        let choice = packet.place(tables, now_s)?;
+        let choice = packet.schedule(tables, now_s)?;
         let flow = Flow::new(choice.backend, now_s, now_s, 0);
         if counted(tables, tables.record(FlowTable::UdpFlows, key, &flow)) {
             return Ok(choice);
@@ -485,32 +489,35 @@ const fn is_some(flow: Flow) -> bool {
 
 /// What the table of TCP flows says of a flow, where it may say anything.
 #[inline(always)]
-fn known<T: Tables>(tables: &T, key: &FlowKey, mark: u64) -> Flow {
-    if tables.may_have_flow(mark) { tables.flow(FlowTable::Flows, key).unwrap_or(NO_FLOW) } else { NO_FLOW }
+fn known<T: Tables>(tables: &T, key: &FlowKey, syn_hash: u64) -> Flow {
+    if tables.may_hold_flow(syn_hash) {
+        tables.flow(FlowTable::Flows, key).unwrap_or(NO_FLOW)
+    } else {
+        NO_FLOW
+    }
 }
 
 /// Writes a TCP flow down.
 #[inline(always)]
 fn record_flow<T: Tables>(
     tables: &T,
-    (key, mark): (&FlowKey, u64),
+    (key, syn_hash): (&FlowKey, u64),
     backend: u32,
     now_s: u32,
     flags: u32,
 ) -> bool {
-    counted(tables, tables.record_flow(key, mark, &Flow::new(backend, now_s, now_s, flags)))
+    counted(tables, tables.record_flow(key, syn_hash, &Flow::new(backend, now_s, now_s, flags)))
 }
 
-/// Notes where a SYN went, and its sequence number.
+/// Caches where a SYN went, and its sequence number.
 #[inline(always)]
-fn record_syn<T: Tables>(
+fn cache_syn<T: Tables>(
     tables: &T,
     headers: &Headers,
-    (key, mark): (&FlowKey, u64),
+    (key, syn_hash): (&FlowKey, u64),
     backend: u32,
-    now_s: u32,
 ) -> bool {
-    counted(tables, tables.write_note(key, mark, &Flow::new(backend, now_s, headers.sequence, 0)))
+    counted(tables, tables.cache_syn(key, syn_hash, backend, headers.sequence))
 }
 
 /// Counts what was not written for want of room.

@@ -6,5 +6,4 @@ pub mod hash;
 pub mod others;
 pub mod scheduler;
 pub mod service;
-pub mod syn_cache;
 pub mod tables;

@@ -4,7 +4,7 @@
 
 use super::{
     hash::slot_of,
-    scheduler::{Place, second, slot_hash},
+    scheduler::{SlotRef, second, slot_hash},
 };
 use crate::{Tables, packet::parse::Headers};
 use lb_common::{ServiceView, Slot, backend::flags, is_mapped, slot::NO_BACKEND};
@@ -42,7 +42,7 @@ pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number
     // Where new flows are placed, and where they were before the slot changed.
     let primary = slot.primary_index();
     let mut found = if usable(primary) { add(NONE, primary) } else { NONE };
-    let second = second(tables, view, Place { slot, number });
+    let second = second(tables, view, SlotRef { slot, number });
     if second != primary && usable(second) {
         found = add(found, second);
     }

@@ -21,12 +21,12 @@ use lb_common::{
     slot::{BACKEND_MASK, NO_BACKEND},
 };
 
-/// Backends that [`scheduler::LEAST`] compares for one flow. A longer list is looked at in turn, so many at a time.
-pub const LEAST_OF: u32 = 32;
+/// Backends that [`scheduler::LEAST_CONN`] compares for one flow. A longer list is looked at in turn, so many at a time.
+pub const LEAST_CONN_SAMPLE: u32 = 32;
 
 /// A slot with what belongs to it in the view.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
+pub struct SlotRef {
     /// The slot; its secondary may not have been read.
     pub slot: Slot,
     /// Its number in the table.
@@ -66,7 +66,7 @@ pub fn previous<T: Tables>(tables: &T, view: &ServiceView, headers: &Headers, sl
 
 /// The other half of the slot's pair; [`NO_BACKEND`] if it has none.
 #[inline(always)]
-pub fn second<T: Tables>(tables: &T, view: &ServiceView, place: Place) -> u32 {
+pub fn second<T: Tables>(tables: &T, view: &ServiceView, place: SlotRef) -> u32 {
     if !place.slot.is_transition() {
         place.slot.secondary_index()
     } else if view.flags & flags::SECONDS != 0 {
@@ -79,11 +79,11 @@ pub fn second<T: Tables>(tables: &T, view: &ServiceView, place: Place) -> u32 {
 
 /// Backend of a new flow. For schedulers that go by load its cost is added to the backend's.
 #[inline(always)]
-pub fn place_new<T: Tables>(
+pub fn schedule<T: Tables>(
     tables: &T,
     service: u32,
     view: &ServiceView,
-    place: Place,
+    place: SlotRef,
     now_s: u32,
 ) -> Result<(u32, Why), Reason> {
     let primary = place.slot.primary_index();
@@ -91,9 +91,9 @@ pub fn place_new<T: Tables>(
         return Err(Reason::NoBackend);
     }
     let (backend, why) = match view.scheduler {
-        scheduler::P2C | scheduler::CAPPED => {
+        scheduler::P2C | scheduler::BOUNDED_LOAD => {
             let second = second(tables, view, place);
-            let cap = if view.scheduler == scheduler::CAPPED { view.load_cap } else { 0 };
+            let cap = if view.scheduler == scheduler::BOUNDED_LOAD { view.load_cap } else { 0 };
             let load = tables.load(primary, now_s);
             // Equal loads go to the primary: that needs no tracking.
             if load > cap && takes_new(tables, service, second) && tables.load(second, now_s) < load {
@@ -102,13 +102,13 @@ pub fn place_new<T: Tables>(
                 (primary, Why::NewFlow)
             }
         }
-        scheduler::TURNS | scheduler::RANDOM => by_turn(tables, service, view),
-        scheduler::LEAST => least(tables, service, view, now_s),
+        scheduler::ROUND_ROBIN | scheduler::RANDOM => by_list(tables, service, view),
+        scheduler::LEAST_CONN => least(tables, service, view, now_s),
         _ => (primary, Why::NewFlow),
     };
     // A list that is older than the backend's state: the primary is as good as any.
     let (backend, why) = if backend == NO_BACKEND { (primary, Why::NewFlow) } else { (backend, why) };
-    if matches!(view.scheduler, scheduler::P2C | scheduler::CAPPED | scheduler::LEAST) {
+    if matches!(view.scheduler, scheduler::P2C | scheduler::BOUNDED_LOAD | scheduler::LEAST_CONN) {
         tables.charge(backend, now_s);
     }
     Ok((backend, why))
@@ -121,9 +121,9 @@ pub fn encode(placed: Result<(u32, Why), Reason>) -> u64 {
         Ok((backend, why)) => {
             let why = match why {
                 Why::LessLoaded => 1,
-                Why::Turn => 2,
+                Why::RoundRobin => 2,
                 Why::Random => 3,
-                Why::Least => 4,
+                Why::LeastConn => 4,
                 _ => 0,
             };
             why << 32 | backend as u64
@@ -138,9 +138,9 @@ pub fn decode(word: u64) -> Result<(u32, Why), Reason> {
     let why = match word >> 32 {
         0 => Why::NewFlow,
         1 => Why::LessLoaded,
-        2 => Why::Turn,
+        2 => Why::RoundRobin,
         3 => Why::Random,
-        4 => Why::Least,
+        4 => Why::LeastConn,
         _ => return Err(Reason::NoBackend),
     };
     Ok((word as u32, why))
@@ -156,15 +156,15 @@ fn takes_new<T: Tables>(tables: &T, service: u32, index: u32) -> bool {
 
 /// The next of the list, or a random slot's primary.
 #[inline(always)]
-fn by_turn<T: Tables>(tables: &T, service: u32, view: &ServiceView) -> (u32, Why) {
+fn by_list<T: Tables>(tables: &T, service: u32, view: &ServiceView) -> (u32, Why) {
     let (place, why) = if view.scheduler == scheduler::RANDOM {
         let slot = slot_of((tables.random() as u64) << 32, view.slot_count);
         (view.slot_base.wrapping_add(slot), Why::Random)
     } else if view.list_count == 0 {
-        return (NO_BACKEND, Why::Turn);
+        return (NO_BACKEND, Why::RoundRobin);
     } else {
-        let turn = (tables.turn(service) % view.list_count as u64) as u32;
-        (view.list_base().wrapping_add(turn), Why::Turn)
+        let turn = (tables.next_turn(service) % view.list_count as u64) as u32;
+        (view.list_base().wrapping_add(turn), Why::RoundRobin)
     };
     let index = tables.primary(place).unwrap_or(NO_BACKEND) & BACKEND_MASK;
     (if takes_new(tables, service, index) { index } else { NO_BACKEND }, why)
@@ -174,24 +174,24 @@ fn by_turn<T: Tables>(tables: &T, service: u32, view: &ServiceView) -> (u32, Why
 #[inline(always)]
 fn least<T: Tables>(tables: &T, service: u32, view: &ServiceView, now_s: u32) -> (u32, Why) {
     if view.list_count == 0 {
-        return (NO_BACKEND, Why::Least);
+        return (NO_BACKEND, Why::LeastConn);
     }
-    let compared = if view.list_count < LEAST_OF { view.list_count } else { LEAST_OF };
+    let compared = if view.list_count < LEAST_CONN_SAMPLE { view.list_count } else { LEAST_CONN_SAMPLE };
     // A short list is gone through whole each time, so that its turn moves by one; a long one in windows.
-    let step = if compared < LEAST_OF { 1 } else { LEAST_OF as u64 };
-    let start = (tables.turn(service).wrapping_mul(step) % view.list_count as u64) as u32;
+    let step = if compared < LEAST_CONN_SAMPLE { 1 } else { LEAST_CONN_SAMPLE as u64 };
+    let start = (tables.next_turn(service).wrapping_mul(step) % view.list_count as u64) as u32;
     let mut best = NOTHING;
     let mut i = 0;
-    while i < LEAST_OF {
+    while i < LEAST_CONN_SAMPLE {
         if i >= compared {
             break;
         }
         let at = start.wrapping_add(i);
         let at = if at >= view.list_count { at.wrapping_sub(view.list_count) } else { at };
-        best = tables.lesser(service, view.list_base().wrapping_add(at), best, now_s);
+        best = tables.less_loaded(service, view.list_base().wrapping_add(at), best, now_s);
         i += 1;
     }
-    (best as u32, Why::Least)
+    (best as u32, Why::LeastConn)
 }
 
 /// No backend, and more load than any has.
@@ -199,7 +199,7 @@ const NOTHING: u64 = u64::MAX << 32 | NO_BACKEND as u64;
 
 /// The less loaded of `best` (load in the high half, index in the low) and the backend at a place of a list.
 #[inline(always)]
-pub fn lesser<T: Tables>(tables: &T, service: u32, at: u32, best: u64, now_s: u32) -> u64 {
+pub fn less_loaded<T: Tables>(tables: &T, service: u32, at: u32, best: u64, now_s: u32) -> u64 {
     let index = tables.primary(at).unwrap_or(NO_BACKEND) & BACKEND_MASK;
     let load = tables.load(index, now_s);
     if (load as u64) < best >> 32 && takes_new(tables, service, index) {

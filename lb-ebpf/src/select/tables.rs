@@ -7,7 +7,9 @@ use crate::{
 };
 use lb_common::{
     Address, Backend, Flow, FlowKey, Reason, ServiceKey, ServiceView, Vip, VipKey, exact,
-    settings::IngressSettings, sign::Sign,
+    passive::PassiveFailure,
+    settings::IngressSettings,
+    syn_cache::{CachedSyn, upper_half},
 };
 
 /// The three flow tables.
@@ -114,57 +116,61 @@ pub trait Tables {
     fn keep(&self, _key: &FlowKey, _now_s: u32, _data_len: u32) {}
     /// Forgets a flow.
     fn forget(&self, table: FlowTable, key: &FlowKey);
-    /// A flow's mark, by which its SYN is noted ([`lb_common::note`]); whoever has no use for one gives any.
+    /// A flow's hash, by which its SYN is cached ([`lb_common::syn_cache`]); any value for tables without a cache.
     #[inline(always)]
-    fn mark(&self, _headers: &Headers, _service: u32) -> u64 {
+    fn syn_hash(&self, _headers: &Headers, _service: u32) -> u64 {
         0
     }
-    /// Where a flow's recent SYN was placed; its sequence number in the place of `created_s`.
+    /// Looks up where a flow's recent SYN was placed.
     #[inline(always)]
-    fn note(&self, key: &FlowKey, _mark: u64, _now_s: u32) -> Option<Flow> {
-        self.flow(FlowTable::Syns, key)
+    fn cached_syn(&self, key: &FlowKey, _syn_hash: u64, now_s: u32) -> CachedSyn {
+        self.flow(FlowTable::Syns, key).map_or(CachedSyn::NONE, |flow| CachedSyn {
+            backend: flow.backend,
+            sequence: upper_half(flow.created_s),
+            age_s: now_s.saturating_sub(flow.last_seen_s),
+        })
     }
-    /// Notes where one is placed, replacing what was noted of the flow. False if there is no room.
+    /// Caches where a SYN is placed, over the flow's earlier entry. False if there is no room.
     #[inline(always)]
-    fn write_note(&self, key: &FlowKey, _mark: u64, note: &Flow) -> bool {
-        self.record(FlowTable::Syns, key, note)
+    fn cache_syn(&self, key: &FlowKey, _syn_hash: u64, backend: u32, sequence: u32) -> bool {
+        self.record(FlowTable::Syns, key, &Flow::new(backend, self.now_s(), sequence, 0))
     }
-    /// Forgets it.
+    /// Removes a flow's cached SYN.
     #[inline(always)]
-    fn forget_note(&self, key: &FlowKey, _mark: u64) {
+    fn forget_syn(&self, key: &FlowKey, _syn_hash: u64) {
         self.forget(FlowTable::Syns, key);
     }
-    /// Whether the table of TCP flows may have one with this mark. It is never false for one that it has.
+    /// Whether the table of TCP flows may hold a flow. Never false for one that it holds.
     #[inline(always)]
-    fn may_have_flow(&self, _mark: u64) -> bool {
+    fn may_hold_flow(&self, _syn_hash: u64) -> bool {
         true
     }
-    /// [`Tables::record`] of a TCP flow with this mark.
+    /// [`Tables::record`] of a TCP flow.
     #[inline(always)]
-    fn record_flow(&self, key: &FlowKey, _mark: u64, flow: &Flow) -> bool {
+    fn record_flow(&self, key: &FlowKey, _syn_hash: u64, flow: &Flow) -> bool {
         self.record(FlowTable::Flows, key, flow)
     }
-    /// Places a new flow: [`crate::select::scheduler::place_new`]; a function of its own likewise.
+    /// Places a new flow: [`crate::select::scheduler::schedule`]; a function of its own likewise.
     #[inline(always)]
-    fn place(
+    fn schedule(
         &self,
         service: u32,
         view: &ServiceView,
-        place: crate::select::scheduler::Place,
+        place: crate::select::scheduler::SlotRef,
         now_s: u32,
     ) -> Result<(u32, crate::select::choose::Why), Reason>
     where
         Self: Sized,
     {
-        crate::select::scheduler::place_new(self, service, view, place, now_s)
+        crate::select::scheduler::schedule(self, service, view, place, now_s)
     }
     /// One step of a comparison of loads; a function of its own likewise.
     #[inline(always)]
-    fn lesser(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64
+    fn less_loaded(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64
     where
         Self: Sized,
     {
-        crate::select::scheduler::lesser(self, service, at, best, now_s)
+        crate::select::scheduler::less_loaded(self, service, at, best, now_s)
     }
     /// [`crate::select::others::others_of`]; a function of its own likewise.
     #[inline(always)]
@@ -184,7 +190,7 @@ pub trait Tables {
     /// Adds the cost of a flow to a backend's load.
     fn charge(&self, backend: u32, now_s: u32);
     /// A service's next turn: each call another number, one after the other.
-    fn turn(&self, service: u32) -> u64;
+    fn next_turn(&self, service: u32) -> u64;
     /// A random number.
     fn random(&self) -> u32;
     /// Seconds of the boot clock.
@@ -195,7 +201,7 @@ pub trait Tables {
     fn account(&self, backend: u32, bytes: u32, new_flow: bool);
     /// Adds one to the signs of a worker.
     #[inline(always)]
-    fn sign(&self, _worker: &Address, _sign: Sign) {}
+    fn count_failure(&self, _worker: &Address, _sign: PassiveFailure) {}
     /// Takes one message from the budget for generated ICMP; false when it is used up.
     fn take_icmp(&self, per_s: u32, burst: u32) -> bool;
     /// Whether the lists deny this source, see [`crate::guard`].
@@ -267,27 +273,27 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     fn forget(&self, _: FlowTable, _: &FlowKey) {}
 
     #[inline(always)]
-    fn mark(&self, headers: &Headers, service: u32) -> u64 {
-        self.0.mark(headers, service)
+    fn syn_hash(&self, headers: &Headers, service: u32) -> u64 {
+        self.0.syn_hash(headers, service)
     }
 
     #[inline(always)]
-    fn note(&self, key: &FlowKey, mark: u64, now_s: u32) -> Option<Flow> {
-        self.0.note(key, mark, now_s)
+    fn cached_syn(&self, key: &FlowKey, syn_hash: u64, now_s: u32) -> CachedSyn {
+        self.0.cached_syn(key, syn_hash, now_s)
     }
 
     #[inline(always)]
-    fn may_have_flow(&self, mark: u64) -> bool {
-        self.0.may_have_flow(mark)
+    fn may_hold_flow(&self, syn_hash: u64) -> bool {
+        self.0.may_hold_flow(syn_hash)
     }
 
     /// Whoever only asks about a flow that is in no table is told its slot's primary.
     #[inline(always)]
-    fn place(
+    fn schedule(
         &self,
         _: u32,
         _: &ServiceView,
-        place: crate::select::scheduler::Place,
+        place: crate::select::scheduler::SlotRef,
         _: u32,
     ) -> Result<(u32, crate::select::choose::Why), Reason> {
         match place.slot.primary_index() {
@@ -305,7 +311,7 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     fn charge(&self, _: u32, _: u32) {}
 
     #[inline(always)]
-    fn turn(&self, _: u32) -> u64 {
+    fn next_turn(&self, _: u32) -> u64 {
         0
     }
 

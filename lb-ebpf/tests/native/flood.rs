@@ -36,7 +36,7 @@ fn schedulers() -> impl Strategy<Value = (u8, u32)> {
         Just((scheduler::MAGLEV, 0)),
         Just((scheduler::P2C, TRACK_ALL)),
         Just((scheduler::RANDOM, TRACK_ALL)),
-        Just((scheduler::LEAST, TRACK_ALL | COUNT_FLOWS)),
+        Just((scheduler::LEAST_CONN, TRACK_ALL | COUNT_FLOWS)),
     ]
 }
 

@@ -177,7 +177,7 @@ impl World {
         view.load_cap = 2 * FLOW;
         view.flags = match self.scheduler {
             scheduler::MAGLEV => SECONDS,
-            scheduler::LEAST => SECONDS | TRACK_ALL | COUNT_FLOWS,
+            scheduler::LEAST_CONN => SECONDS | TRACK_ALL | COUNT_FLOWS,
             _ => SECONDS | TRACK_ALL,
         };
     }
@@ -374,14 +374,14 @@ fn op() -> impl Strategy<Value = Op> {
         1 => index.clone().prop_map(Op::Remove),
         1 => (index.clone(), any::<u32>()).prop_map(|(i, salt)| Op::Add(i, salt)),
         3 => (index, 0u32..9).prop_map(|(i, flows)| Op::Report(i, flows)),
-        1 => (scheduler::MAGLEV..=scheduler::CAPPED).prop_map(Op::Schedule),
+        1 => (scheduler::MAGLEV..=scheduler::BOUNDED_LOAD).prop_map(Op::Schedule),
     ]
 }
 
 proptest! {
     #![proptest_config(crate::world::cases(400))]
     #[test]
-    fn flows_stay(first in scheduler::MAGLEV..=scheduler::CAPPED, ops in prop::collection::vec(op(), 1..160)) {
+    fn flows_stay(first in scheduler::MAGLEV..=scheduler::BOUNDED_LOAD, ops in prop::collection::vec(op(), 1..160)) {
         let mut world = World::new(Mark::Changed);
         world.scheduler = first;
         world.compile();

@@ -1,4 +1,4 @@
-//! Signs that a worker may be dead: which packets count as one, and for whom.
+//! PassiveFailures that a worker may be dead: which packets count as one, and for whom.
 
 use crate::{
     build::Packet,
@@ -7,9 +7,9 @@ use crate::{
 };
 use lb_common::{
     Address, Reason, mapped,
+    passive::PassiveFailures,
     service::{TCP, UDP},
     settings::{IngressSettings, features},
-    sign::Signs,
 };
 use lb_ebpf::{
     Verdict,
@@ -53,7 +53,7 @@ fn errors_about_what_was_sent_on_are_counted_for_the_worker() {
             }
         }
     }
-    assert_eq!(tables.signs(&WORKER4), Signs { unreachable: expected, refused: 0 });
+    assert_eq!(tables.signs(&WORKER4), PassiveFailures { unreachable: expected, refused: 0 });
     let mut expected = 0;
     for protocol in [4, 41, UDP, TCP] {
         for (kind, code) in [(1, 0), (1, 3), (1, 4), (4, 1)] {
@@ -62,7 +62,7 @@ fn errors_about_what_was_sent_on_are_counted_for_the_worker() {
             expected += 1;
         }
     }
-    assert_eq!(tables.signs(&WORKER6), Signs { unreachable: expected, refused: 0 });
+    assert_eq!(tables.signs(&WORKER6), PassiveFailures { unreachable: expected, refused: 0 });
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn other_messages_are_no_sign() {
         run(&tables, &frame);
     }
     for worker in [WORKER4, WORKER6] {
-        assert_eq!(tables.signs(&worker), Signs::default());
+        assert_eq!(tables.signs(&worker), PassiveFailures::default());
     }
     // About a packet of a VIP's: it concerns a client, and goes to a worker.
     for (vip, client, router) in [(VIP4, CLIENT4, ROUTER4), (VIP6, CLIENT6, ROUTER6)] {
@@ -99,7 +99,7 @@ fn other_messages_are_no_sign() {
         let (kind, code) = if vip == VIP6 { (1, 0) } else { (3, 1) };
         let mut frame = VecFrame::new(&error(router, &answer, 600, kind, code, 0)).from_interface(1);
         native::run(&mut frame, &tables, &IngressSettings::DEFAULT);
-        assert_eq!(tables.signs(&client), Signs::default());
+        assert_eq!(tables.signs(&client), PassiveFailures::default());
     }
 }
 
@@ -112,7 +112,7 @@ fn a_program_without_the_stage_counts_none() {
     };
     let mut frame = VecFrame::new(&error(ROUTER4, &sent(4, false), 600, 3, 1, 0)).from_interface(7);
     let (verdict, _) = native::run(&mut frame, &tables, &settings);
-    assert_eq!((verdict, tables.signs(&WORKER4)), (Verdict::Pass, Signs::default()));
+    assert_eq!((verdict, tables.signs(&WORKER4)), (Verdict::Pass, PassiveFailures::default()));
 }
 
 /// Mode `nat`: an error about a translated packet is the client's to know, and a sign all the same.
@@ -127,7 +127,7 @@ fn errors_about_translated_packets_count_too() {
         let mut frame = VecFrame::new(&about).from_interface(7);
         let (verdict, outcome) = native::run(&mut frame, &tables, &IngressSettings::DEFAULT);
         assert_eq!(verdict, Verdict::Redirect(1), "{outcome:?}");
-        assert_eq!(tables.signs(&nat.worker), Signs { unreachable: 1, refused: 0 });
+        assert_eq!(tables.signs(&nat.worker), PassiveFailures { unreachable: 1, refused: 0 });
     }
 }
 

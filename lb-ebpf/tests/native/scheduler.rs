@@ -25,7 +25,7 @@ use lb_ebpf::{
             choose, choose_with,
         },
         hash::{flow_hash, slot_of, source_hash},
-        scheduler::{LEAST_OF, decode, encode},
+        scheduler::{LEAST_CONN_SAMPLE, decode, encode},
     },
 };
 
@@ -143,7 +143,7 @@ fn only_flows_on_the_secondary_are_tracked() {
 
 #[test]
 fn counted_flows_are_all_tracked() {
-    let tables = world(SLOT, scheduler::LEAST, COUNT_FLOWS, &[1, 3]);
+    let tables = world(SLOT, scheduler::LEAST_CONN, COUNT_FLOWS, &[1, 3]);
     for port in 1..5 {
         let backend = send(&tables, SYN, port).backend;
         assert_eq!(send(&tables, ACK, port).backend, backend);
@@ -205,7 +205,7 @@ fn a_forged_syn_moves_no_flow_of_p2c() {
 
 #[test]
 fn turns_go_round() {
-    let tables = world(SLOT, scheduler::TURNS, 0, &[1, 3, 4, 3]);
+    let tables = world(SLOT, scheduler::ROUND_ROBIN, 0, &[1, 3, 4, 3]);
     let backends: Vec<u32> = (0..8).map(|port| placed(&tables, port).0).collect();
     assert_eq!(backends, [1, 3, 4, 3, 1, 3, 4, 3]);
     assert_eq!(send(&tables, SYN, 1), Choice { backend: 3, is_new: false, why: RecentSyn });
@@ -213,10 +213,10 @@ fn turns_go_round() {
         assert_eq!(send(&tables, ACK, port as u16).backend, *backend);
     }
     assert_eq!(tables.flows(Flows).len(), 6, "two are on their primary");
-    let mut tables = world(SLOT, scheduler::TURNS, 0, &[3]);
+    let mut tables = world(SLOT, scheduler::ROUND_ROBIN, 0, &[3]);
     set_flags(&mut tables, 3, DOWN);
     assert_eq!(placed(&tables, 1), (1, NewFlow), "down since the list was made: the primary");
-    assert_eq!(placed(&world(SLOT, scheduler::TURNS, 0, &[]), 1), (1, NewFlow), "an empty list");
+    assert_eq!(placed(&world(SLOT, scheduler::ROUND_ROBIN, 0, &[]), 1), (1, NewFlow), "an empty list");
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn random_goes_by_shares() {
 
 #[test]
 fn least_takes_the_least_of_all() {
-    let tables = world(SLOT, scheduler::LEAST, 0, &[1, 2, 3, 4]);
+    let tables = world(SLOT, scheduler::LEAST_CONN, 0, &[1, 2, 3, 4]);
     for (backend, score) in [(1, 5), (2, 4), (3, 1), (4, 2)] {
         tables.report(backend, score * load::FLOW);
     }
@@ -240,16 +240,17 @@ fn least_takes_the_least_of_all() {
     assert_eq!(&backends[..1], [3]);
     let count = |b| backends.iter().filter(|x| **x == b).count();
     assert_eq!([count(1), count(2), count(3), count(4)], [0, 0, 3, 2], "filled up evenly: {backends:?}");
-    let mut tables = world(SLOT, scheduler::LEAST, 0, &[3, 4]);
+    let mut tables = world(SLOT, scheduler::LEAST_CONN, 0, &[3, 4]);
     set_flags(&mut tables, 3, DRAINING);
     tables.report(4, 100);
-    assert_eq!(placed(&tables, 1), (4, Least));
+    assert_eq!(placed(&tables, 1), (4, LeastConn));
 }
 
 #[test]
 fn a_long_list_is_looked_at_in_windows() {
-    let list: Vec<u32> = (0..LEAST_OF * 3).map(|i| if i == LEAST_OF * 2 + 1 { 3 } else { 4 }).collect();
-    let tables = world(SLOT, scheduler::LEAST, 0, &list);
+    let list: Vec<u32> =
+        (0..LEAST_CONN_SAMPLE * 3).map(|i| if i == LEAST_CONN_SAMPLE * 2 + 1 { 3 } else { 4 }).collect();
+    let tables = world(SLOT, scheduler::LEAST_CONN, 0, &list);
     tables.report(4, 1_000 * load::FLOW);
     let backends: Vec<u32> = (0..6).map(|port| placed(&tables, port).0).collect();
     assert_eq!(backends, [4, 4, 3, 4, 4, 3]);
@@ -257,7 +258,7 @@ fn a_long_list_is_looked_at_in_windows() {
 
 #[test]
 fn a_capped_service_spills_to_the_secondary() {
-    let mut tables = world(SLOT, scheduler::CAPPED, HASH_SOURCE, &[]);
+    let mut tables = world(SLOT, scheduler::BOUNDED_LOAD, HASH_SOURCE, &[]);
     tables.services.get_mut(&TCP_SERVICE).unwrap().load_cap = 2 * load::FLOW;
     let backends: Vec<u32> = (0..8).map(|port| placed(&tables, port).0).collect();
     assert_eq!(backends, [1, 1, 1, 2, 2, 2, 1, 2], "three to the primary, then whoever has less");
@@ -331,7 +332,7 @@ fn udp_is_placed_by_load_too() {
 
 #[test]
 fn placements_survive_their_encoding() {
-    for why in [NewFlow, LessLoaded, Turn, Random, Least] {
+    for why in [NewFlow, LessLoaded, RoundRobin, Random, LeastConn] {
         assert_eq!(decode(encode(Ok((0x12_3456, why)))), Ok((0x12_3456, why)));
     }
     assert!(decode(encode(Err(lb_common::Reason::NoBackend))).is_err());

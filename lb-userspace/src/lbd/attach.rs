@@ -81,7 +81,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
         slots: settings.max_slots,
         flows: settings.max_flows,
         nat_flows: settings.max_nat_flows,
-        nat_young: limit::nat_young(
+        nat_embryonic: limit::nat_embryonic(
             settings.max_nat_flows,
             u32::from(settings.ingress.nat_last.saturating_sub(settings.ingress.nat_first)) + 1,
             processors::online(),

@@ -412,9 +412,11 @@ fn describe_choice(why: Why) -> &'static str {
         Why::Tracked | Why::TrackedYoung => "an entry of the flow table names this backend",
         Why::RecentSyn => "its SYN was recently placed on this backend",
         Why::LessLoaded => "a new flow goes to the slot's secondary, which has less load than the primary",
-        Why::Turn => "round robin: a new flow goes to this backend or another of the service's backends",
+        Why::RoundRobin => {
+            "round robin: a new flow goes to this backend or another of the service's backends"
+        }
         Why::Random => "random: a new flow goes to this backend or another of the service's backends",
-        Why::Least => "a new flow goes to the backend with the fewest flows",
+        Why::LeastConn => "a new flow goes to the backend with the fewest flows",
         Why::Previous => {
             "not in a flow table, so the flow is older than the change: the slot's previous primary"
         }

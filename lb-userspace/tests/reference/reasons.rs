@@ -108,6 +108,10 @@ const ADVICE: &[(&str, &str)] = &[
         "Look for a host that uses a VIP as its source, or for forged packets; no answer goes back to a VIP.",
     ),
     ("nat_stray", "Nothing, unless it grows fast: packets of flows that are over, or a scan."),
+    (
+        "syn_evicted",
+        "Nothing, unless it is more than a thousandth of the new flows: look for a SYN flood, and limit new flows per source.",
+    ),
 ];
 
 /// Builds the page.

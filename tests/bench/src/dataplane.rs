@@ -20,7 +20,7 @@ use lb_common::{
     settings::{DecapSettings, IngressSettings, features},
     slot::{LINE, Line},
 };
-use lb_userspace::apply::dataplane::{Notes, loaded_features};
+use lb_userspace::apply::dataplane::{SynCache, loaded_features};
 
 use crate::{objects, packet::rows::Listed};
 
@@ -128,14 +128,14 @@ impl Ingress {
     /// Brings the filter in front of the table of flows up to date, as `lbd` does each second; an older object, to
     /// compare with, may have none.
     pub fn settle_filter(&mut self) -> Result<()> {
-        let Some(Map::Array(notes)) = self.bpf.map(names::NOTES) else { return Ok(()) };
-        let notes = Notes::new(notes)?;
-        let mut scan = notes.begin();
+        let Some(Map::Array(map)) = self.bpf.map(names::SYN_CACHE) else { return Ok(()) };
+        let syn_cache = SynCache::new(map)?;
+        let mut scan = syn_cache.begin();
         let flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(names::FLOWS)?;
         for key in flows.keys() {
             scan.add(&key.context("map FLOWS")?);
         }
-        notes.settle(&scan);
+        syn_cache.settle(&scan);
         Ok(())
     }
 

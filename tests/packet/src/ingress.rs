@@ -21,8 +21,9 @@ use lb_common::{
     settings::IngressSettings,
     slot::{LINE, Line},
     stats::IcmpBudget,
+    syn_cache::{CachedSyn, upper_half},
 };
-use lb_userspace::apply::dataplane::Notes;
+use lb_userspace::apply::dataplane::SynCache;
 
 use crate::now_s;
 
@@ -78,7 +79,7 @@ impl Pair {
 /// The loaded program and its maps.
 pub struct Ingress {
     bpf: Ebpf,
-    notes: Notes,
+    syn_cache: SynCache,
     /// Lines of `EXACT` and of `VIP_FILTER` that were written.
     spared: (BTreeSet<u32>, BTreeSet<u32>),
 }
@@ -106,7 +107,7 @@ impl Ingress {
             .map_max_entries(names::BACKENDS, 256)
             .map_max_entries(names::BACKEND_STATS, 256)
             // More than any run makes bindings: which of them go depends on which processor made them.
-            .map_max_entries(names::NAT_YOUNG, 1 << 18);
+            .map_max_entries(names::NAT_EMBRYONIC, 1 << 18);
         for table in [names::FLOWS, names::UDP_FLOWS] {
             loader.map_max_entries(table, flows);
         }
@@ -121,9 +122,11 @@ impl Ingress {
             let mut stages: ProgramArray<_> = bpf.map_mut(names::STAGES).context("stages")?.try_into()?;
             stages.set(place, &fd, 0)?;
         }
-        let Some(Map::Array(notes)) = bpf.map(names::NOTES) else { anyhow::bail!("the notes are no array") };
-        let notes = Notes::new(notes)?;
-        let mut ingress = Self { bpf, notes, spared: Default::default() };
+        let Some(Map::Array(map)) = bpf.map(names::SYN_CACHE) else {
+            anyhow::bail!("the SYN cache is not an array")
+        };
+        let syn_cache = SynCache::new(map)?;
+        let mut ingress = Self { bpf, syn_cache, spared: Default::default() };
         ingress.set_filter(exact::FILTER_ARMED, 1);
         Ok(ingress)
     }
@@ -257,10 +260,12 @@ impl Ingress {
         egress.insert(ifindex, ifindex, None, 0).expect("an interface of this host");
     }
 
-    /// A flow table's entry; of [`names::NOTES`] as if it were one.
+    /// A flow table's entry; of [`names::SYN_CACHE`] as if it were one.
     pub fn flow(&mut self, table: &str, key: &FlowKey) -> Option<Flow> {
-        if table == names::NOTES {
-            return self.notes.get(key, now_s());
+        if table == names::SYN_CACHE {
+            let syn = self.syn_cache.get(key);
+            let seen_s = now_s().saturating_sub(syn.age_s);
+            return syn.is_some().then(|| Flow::new(syn.backend, seen_s, u32::from(syn.sequence) << 16, 0));
         }
         let flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
         flows.get(key, 0).ok()
@@ -272,22 +277,24 @@ impl Ingress {
         flows.iter().filter_map(Result::ok).collect()
     }
 
-    /// How many SYNs are noted.
-    pub fn noted(&self) -> usize {
+    /// Number of cached SYNs.
+    pub fn cached_syns(&self) -> usize {
         let mut count = 0;
-        self.notes.for_each(|_, _, _| count += 1);
+        self.syn_cache.for_each(|_, _, _| count += 1);
         count
     }
 
-    /// Notes of SYNs, and the filter of flows.
-    pub fn notes(&self) -> &Notes {
-        &self.notes
+    /// The SYN cache and the flow filter.
+    pub fn syn_cache(&self) -> &SynCache {
+        &self.syn_cache
     }
 
     /// Writes a flow table's entry.
     pub fn set_flow(&mut self, table: &str, key: FlowKey, flow: Flow) {
-        if table == names::NOTES {
-            assert!(self.notes.set(&key, &flow, flow.last_seen_s), "a new one");
+        if table == names::SYN_CACHE {
+            let age_s = now_s().saturating_sub(flow.last_seen_s);
+            let syn = CachedSyn { backend: flow.backend, sequence: upper_half(flow.created_s), age_s };
+            assert!(self.syn_cache.set(&key, syn), "a new one");
             return;
         }
         let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
@@ -353,7 +360,7 @@ impl Ingress {
         for key in fragments.keys().filter_map(Result::ok).collect::<Vec<_>>() {
             let _ = fragments.remove(&key);
         }
-        self.notes.clear();
+        self.syn_cache.clear();
         for table in [names::FLOWS, names::UDP_FLOWS] {
             let mut flows: HashMap<&mut MapData, FlowKey, Flow> = self.map(table);
             let keys: Vec<FlowKey> = flows.keys().filter_map(Result::ok).collect();

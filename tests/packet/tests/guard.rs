@@ -479,7 +479,7 @@ fn new_flows_stay_together_under_flood() {
         }
         let stats = ingress.stats(home);
         assert_eq!((stats.packets, stats.flows), (800, 200), "backend {home}");
-        assert_eq!((ingress.noted(), ingress.flows(names::FLOWS).len()), (0, 0));
+        assert_eq!((ingress.cached_syns(), ingress.flows(names::FLOWS).len()), (0, 0));
         assert_eq!(ingress.count(Reason::FlowFlood), 200);
     }
 }

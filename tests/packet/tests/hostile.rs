@@ -232,10 +232,12 @@ fn compare(ingress: &mut Ingress, tables: &HashTables, packets: u64) {
         assert!(kernel == native, "{name} after {packets} packets: {} and {}", kernel.len(), native.len());
     }
     let native = tables.flows(FlowTable::Syns);
-    assert_eq!(ingress.noted(), native.len(), "notes after {packets} packets");
+    assert_eq!(ingress.cached_syns(), native.len(), "cached SYNs after {packets} packets");
     for (key, flow) in native {
-        let noted = ingress.flow(names::NOTES, &key).map(|note| (note.backend, note.created_s));
-        assert_eq!(noted, Some((flow.backend, flow.created_s)), "note of {key:?} after {packets} packets");
+        // The kernel's entries keep the upper half of the sequence number.
+        let cached = ingress.flow(names::SYN_CACHE, &key).map(|syn| (syn.backend, syn.created_s >> 16));
+        let expected = Some((flow.backend, flow.created_s >> 16));
+        assert_eq!(cached, expected, "cached SYN of {key:?} after {packets} packets");
     }
 }
 
@@ -334,7 +336,7 @@ fn floods_fill_no_more_than_their_table() {
     assert_eq!(sorted(ingress.flows(names::FLOWS)), live, "live flows are untouched by a flood of SYNs");
     let entries = ingress.flows(names::UDP_FLOWS).len();
     assert!((ROOM as usize / 2..=ROOM as usize).contains(&entries), "{entries}");
-    let noted = ingress.noted();
+    let noted = ingress.cached_syns();
     assert!((FLOOD as usize / 2..=limits::SYNS as usize).contains(&noted), "{noted} notes");
     assert_eq!(ingress.stats(2).flows, u64::from(FLOOD));
     // Established packets out of nowhere do reach FLOWS, as far as there is room; nobody makes room for them.

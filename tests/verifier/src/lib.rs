@@ -123,7 +123,7 @@ impl<S: Pod> Object<'_, S> {
             (names::BACKEND_STATS, 256),
             (names::FLOWS, 1_024),
             (names::UDP_FLOWS, 1_024),
-            (names::NAT_YOUNG, 1_024),
+            (names::NAT_EMBRYONIC, 1_024),
         ] {
             loader.map_max_entries(map, size);
         }

@@ -25,7 +25,7 @@ use lb_ebpf::{
     packet::verdict::Outcome,
     quic as connection_id,
 };
-use maps::{CHAIN, EGRESS, SETTINGS, STAGES};
+use maps::{DISPATCHER, EGRESS, SETTINGS, STAGES};
 use tables::Maps;
 
 lb_ebpf::settings_of!(SETTINGS);
@@ -69,8 +69,8 @@ program! {
 pub fn root(ctx: XdpContext) -> u32 {
     // SAFETY: nothing in this frame needs to be dropped.
     unsafe {
-        CHAIN.tail_call(&ctx, stage::BEFORE);
-        CHAIN.tail_call(&ctx, stage::INGRESS);
+        DISPATCHER.tail_call(&ctx, stage::BEFORE);
+        DISPATCHER.tail_call(&ctx, stage::INGRESS);
     }
     Maps.count(Reason::StageMissing);
     xdp_action::XDP_PASS
@@ -91,7 +91,7 @@ fn finish(ctx: &XdpContext, verdict: Verdict, outcome: Outcome) -> u32 {
     match action(verdict, &EGRESS) {
         Ok(xdp_action::XDP_PASS) if global(&SETTINGS).features & features::CHAIN != 0 => {
             // SAFETY: nothing in this frame needs to be dropped.
-            unsafe { CHAIN.tail_call(ctx, stage::AFTER) };
+            unsafe { DISPATCHER.tail_call(ctx, stage::AFTER) };
             xdp_action::XDP_PASS
         }
         Ok(action) => action,

@@ -11,19 +11,19 @@ use lb_common::{
     Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState, block, level},
-    limit::{Pressure, SourceKey},
+    limit::{SourceKey, WriteBudget},
     limits,
     names::{LAYOUT_LEN, stage},
-    nat::Young,
-    note,
+    nat::Embryonic,
+    passive::{self, PassiveFailures},
     quic::{QuicConfig, ServerIdKey},
     settings::IngressSettings,
-    sign::{self, Signs},
     slot::{LINE, Line},
     stats::IcmpBudget,
+    syn_cache,
 };
 use lb_ebpf::{
-    nat::Way,
+    nat::NatScratch,
     packet::{Sum, network::Network},
     quic::Work,
 };
@@ -50,11 +50,11 @@ pub static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, 
 #[map]
 pub static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
-pub static TURNS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
+pub static ROUND_ROBIN: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
-pub static NOTES: Array<note::Line> = Array::with_max_entries(note::LINES + 1, BPF_F_MMAPABLE);
+pub static SYN_CACHE: Array<syn_cache::Line> = Array::with_max_entries(syn_cache::LINES + 1, BPF_F_MMAPABLE);
 #[map]
 pub static UDP_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]
@@ -68,9 +68,9 @@ pub static NAT_REPLIES: HashMap<ReplyKey, Reply> =
 pub static NAT_SOURCES: HashMap<Address, u32> =
     HashMap::with_max_entries(limits::NAT_SOURCES, BPF_F_NO_PREALLOC);
 #[map]
-pub static NAT_YOUNG: PerCpuArray<Young> = PerCpuArray::with_max_entries(limits::NAT_YOUNG, 0);
+pub static NAT_EMBRYONIC: PerCpuArray<Embryonic> = PerCpuArray::with_max_entries(limits::NAT_EMBRYONIC, 0);
 #[map]
-pub static WAY: PerCpuArray<Way> = PerCpuArray::with_max_entries(1, 0);
+pub static NAT_SCRATCH: PerCpuArray<NatScratch> = PerCpuArray::with_max_entries(1, 0);
 #[map]
 pub static NETWORK: PerCpuArray<Network> = PerCpuArray::with_max_entries(1, 0);
 #[map]
@@ -97,11 +97,11 @@ pub static LIMITS: Array<u64> = Array::with_max_entries(limits::SERVICES, 0);
 #[map]
 pub static SOURCES: LruHashMap<SourceKey, u64> = LruHashMap::with_max_entries(limits::SOURCES, 0);
 #[map]
-pub static PRESSURE: PerCpuArray<Pressure> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
+pub static WRITE_BUDGETS: PerCpuArray<WriteBudget> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
 pub static BACKEND_STATS: PerCpuArray<BackendStats> = PerCpuArray::with_max_entries(limits::BACKENDS, 0);
 #[map]
-pub static SIGNS: Array<Signs> = Array::with_max_entries(sign::COUNT, BPF_F_MMAPABLE);
+pub static PASSIVE_FAILURES: Array<PassiveFailures> = Array::with_max_entries(passive::COUNT, BPF_F_MMAPABLE);
 #[map]
 pub static REASONS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Reason::COUNT, 0);
 #[map]
@@ -111,7 +111,7 @@ pub static EGRESS: DevMapHash = DevMapHash::with_max_entries(limits::EGRESS, 0);
 #[map]
 pub static STAGES: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 #[map]
-pub static CHAIN: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
+pub static DISPATCHER: ProgramArray = ProgramArray::with_max_entries(stage::COUNT, 0);
 #[map]
 pub static TAKEOVER: Array<u32> = Array::with_max_entries(1, 0);
 #[map]

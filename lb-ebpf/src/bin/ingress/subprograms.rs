@@ -3,11 +3,15 @@
 
 use crate::{
     Xdp,
-    maps::{NETWORK, PRESSURE, PRIMARIES, SECONDARIES, SERVICES, SETTINGS},
-    tables::{Line, Maps, note_state, view_at, word},
+    maps::{NETWORK, PRIMARIES, SECONDARIES, SERVICES, SETTINGS, WRITE_BUDGETS},
+    tables::{Line, Maps, coarse_now_ns, syn_state, view_at, word},
 };
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
-use lb_common::{Reason, Slot, VipKey, limit::FULL_S, note};
+use lb_common::{
+    Reason, Slot, VipKey,
+    limit::FULL_S,
+    syn_cache::{self, CachedSyn},
+};
 use lb_ebpf::{
     FlowTable, Tables,
     guard::{self, limit, martian},
@@ -19,8 +23,8 @@ use lb_ebpf::{
     quic,
     select::{
         others::{NONE, others_of},
-        scheduler::{Place, encode, lesser, place_new},
-        service, syn_cache,
+        scheduler::{SlotRef, encode, less_loaded, schedule},
+        service,
     },
 };
 
@@ -53,18 +57,18 @@ pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) 
 pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
     const SYNS: u32 = FlowTable::Syns as u32;
     const UDP: u32 = FlowTable::UdpFlows as u32;
-    let Some(pressure) = PRESSURE.get_ptr_mut(service) else { return 0 };
+    let Some(budget) = WRITE_BUDGETS.get_ptr_mut(service) else { return 0 };
     // SAFETY: this CPU's own, and programs do not preempt each other.
-    let pressure = unsafe { &mut *pressure };
+    let budget = unsafe { &mut *budget };
     let settings = global(&SETTINGS);
-    let full_s = pressure.full_s[(table == UDP) as usize];
+    let full_s = budget.full_s[(table == UDP) as usize];
     if full_s != 0 && now_s.saturating_sub(full_s) < FULL_S {
         return 0;
     }
     let is_admitted = match table {
-        SYNS => pressure.syns.admit(now_s, settings.syns_per_s),
-        UDP => pressure.udp.admit(now_s, settings.udp_per_s),
-        _ => pressure.flows.trickle(now_s, settings.flows_per_s),
+        SYNS => budget.syns.allow(now_s, settings.syns_per_s),
+        UDP => budget.udp.allow(now_s, settings.udp_per_s),
+        _ => budget.flows.allow_each_second(now_s, settings.flows_per_s),
     };
     is_admitted as u32
 }
@@ -142,24 +146,24 @@ pub extern "C" fn find_service(first: u64, second: u64, port_protocol: u32) -> u
     service::encode(service::find(&Maps, [first, second], port, protocol))
 }
 
-/// [`note::mark`] under this host's key. A global function likewise.
+/// [`syn_cache::hash`] under this host's key. A global function: verified once, by itself.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn flow_mark(first: u64, second: u64, third: u64) -> u64 {
-    note::mark(note_state().map_or([0; 2], |state| state.key), [first, second, third])
+pub extern "C" fn hash_flow(first: u64, second: u64, third: u64) -> u64 {
+    syn_cache::hash(syn_state().map_or([0; 2], |state| state.key), [first, second, third])
 }
 
-/// [`place_new`] for the view whose table begins at `slot_base`. A global function: verified once, by itself.
+/// [`schedule`] for the view whose table begins at `slot_base`. A global function: verified once, by itself.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn place_flow(service: u32, slot_base: u32, number: u32, now_s: u32) -> u64 {
+pub extern "C" fn schedule_flow(service: u32, slot_base: u32, number: u32, now_s: u32) -> u64 {
     let Some(entry) = SERVICES.get(service) else { return u64::MAX };
     let view = view_at(entry, slot_base);
     let at = slot_base.wrapping_add(number);
     let (Some(primary), Some(secondary)) = (word(&PRIMARIES, at), word(&SECONDARIES, at)) else {
         return u64::MAX;
     };
-    encode(place_new(&Maps, service, view, Place { slot: Slot { primary, secondary }, number }, now_s))
+    encode(schedule(&Maps, service, view, SlotRef { slot: Slot { primary, secondary }, number }, now_s))
 }
 
 /// [`others_of`] for the view whose table begins at `slot_base`. A global function likewise.
@@ -171,11 +175,11 @@ pub extern "C" fn others_in(service: u32, slot_base: u32, number: u32, chosen: u
     others_of(&Maps, service, view, number, chosen)
 }
 
-/// [`lesser`]. A global function too: its caller is a loop.
+/// [`less_loaded`]. A global function too: its caller is a loop.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn lesser_load(service: u32, at: u32, best: u64, now_s: u32) -> u64 {
-    lesser(&Maps, service, at, best, now_s)
+pub extern "C" fn less_loaded_of(service: u32, at: u32, best: u64, now_s: u32) -> u64 {
+    less_loaded(&Maps, service, at, best, now_s)
 }
 
 /// [`quic::read_id`] of the id in `QUIC_WORK`. A global function likewise.
@@ -185,49 +189,53 @@ pub extern "C" fn read_quic_id(service: u32, key: u32) -> u64 {
     quic::encode(quic::read_id(&Maps, service, key))
 }
 
-/// Sets a flow's bit in the flow filter: [`syn_cache::expect`].
+/// Sets a flow's bit in the flow filter: [`syn_cache::add`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn expect_flow(mark: u64) -> u32 {
-    let (Some(state), Some(line)) = (note_state(), Line::of(mark)) else { return 0 };
+pub extern "C" fn add_to_filter(syn_hash: u64) -> u32 {
+    let (Some(state), Some(line)) = (syn_state(), Line::of(syn_hash)) else { return 0 };
     // SAFETY: the entry stays mapped during the run; lbd stores the word in one piece.
-    syn_cache::expect(&line, unsafe { core::ptr::read_volatile(&state.generation) }, mark);
+    syn_cache::add(&line, unsafe { core::ptr::read_volatile(&state.epoch) }, syn_hash);
     1
 }
 
 /// Whether the table of flows may hold a flow: [`syn_cache::may_hold`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn may_have_flow(mark: u64) -> u32 {
-    if note_state().is_none_or(|state| state.armed == 0) {
+pub extern "C" fn may_hold_flow(syn_hash: u64) -> u32 {
+    if syn_state().is_none_or(|state| state.armed == 0) {
         return 1;
     }
-    let Some(line) = Line::of(mark) else { return 1 };
-    syn_cache::may_hold(&line, mark) as u32
+    let Some(line) = Line::of(syn_hash) else { return 1 };
+    syn_cache::may_hold(&line, syn_hash) as u32
 }
 
 /// Where a recent SYN was placed: [`syn_cache::find`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn noted_syn(mark: u64, now_s: u32) -> u64 {
-    let Some(line) = Line::of(mark) else { return syn_cache::NOT_FOUND };
-    syn_cache::find(&line, mark, now_s)
+pub extern "C" fn find_syn(syn_hash: u64) -> u64 {
+    let Some(line) = Line::of(syn_hash) else { return CachedSyn::NONE.encode() };
+    syn_cache::find(&line, syn_hash, || syn_cache::tick_of(coarse_now_ns())).encode()
 }
 
-/// Writes where a SYN is placed: [`syn_cache::insert`].
+/// Caches where a SYN is placed: [`syn_cache::insert`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn note_syn(mark: u64, backend: u32, sequence: u32, now_s: u32) -> u32 {
-    let Some(line) = Line::of(mark) else { return 0 };
-    syn_cache::insert(&line, mark, backend, sequence, now_s);
+pub extern "C" fn insert_syn(syn_hash: u64, backend: u32, sequence: u32) -> u32 {
+    let Some(line) = Line::of(syn_hash) else { return 0 };
+    let tick = syn_cache::tick_of(coarse_now_ns());
+    let head = syn_cache::head(syn_hash, backend, tick);
+    if syn_cache::insert(&line, head, syn_cache::upper_half(sequence), tick) {
+        Maps.count(Reason::SynEvicted);
+    }
     1
 }
 
 /// Removes a SYN's entry: [`syn_cache::forget`].
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn forget_syn(mark: u64) -> u32 {
-    let Some(line) = Line::of(mark) else { return 0 };
-    syn_cache::forget(&line, mark);
+pub extern "C" fn forget_syn(syn_hash: u64) -> u32 {
+    let Some(line) = Line::of(syn_hash) else { return 0 };
+    syn_cache::forget(&line, syn_hash);
     1
 }

@@ -15,26 +15,25 @@ use lb_common::{
     guard::{GuardKey, GuardState},
     limit::SourceKey,
     load,
-    nat::Young,
-    note,
+    nat::Embryonic,
+    passive::{self, PassiveFailure},
     quic::{QuicConfig, ServerIdKey},
     settings::{IngressSettings, kernel},
-    sign::{self, Sign},
     slot::{self, LINE},
+    syn_cache::{self, CachedSyn, FilterLine, SynLine},
 };
 use lb_ebpf::{
     FlowTable, Frame, Tables,
     guard::{GuardTables, limit::LimitTables, martian},
     kernel::global,
-    nat::{Added, NatTables, Way},
+    nat::{Added, NatScratch, NatTables},
     packet::{network::Network, parse::Headers},
     quic::{self, QuicTables, Work},
     select::{
         choose::Why,
         fragments::FragmentTable,
-        scheduler::{Place, decode},
+        scheduler::{SlotRef, decode},
         service::{self, Match},
-        syn_cache::{FilterLine, SynLine},
     },
 };
 
@@ -46,21 +45,23 @@ pub fn word(lines: &Array<slot::Line>, place: u32) -> Option<u32> {
     Some(unsafe { core::ptr::read_volatile(line.words.as_ptr().add((place % LINE) as usize)) })
 }
 
-/// What notes and the filter of flows go by.
+/// Common state of the SYN cache and the flow filter.
 #[inline(always)]
-pub fn note_state() -> Option<&'static note::State> {
+pub fn syn_state() -> Option<&'static syn_cache::State> {
     // SAFETY: both are 64 bytes of integers; lbd stores each word in one piece.
-    NOTES.get(note::STATE).map(|line| unsafe { &*core::ptr::from_ref(line).cast::<note::State>() })
+    SYN_CACHE
+        .get(syn_cache::STATE)
+        .map(|line| unsafe { &*core::ptr::from_ref(line).cast::<syn_cache::State>() })
 }
 
 /// A line of the SYN cache and the flow filter.
-pub struct Line(*mut note::Line);
+pub struct Line(*mut syn_cache::Line);
 
 impl Line {
     /// The line of a flow.
     #[inline(always)]
-    pub fn of(mark: u64) -> Option<Self> {
-        NOTES.get_ptr_mut(note::line_of(mark)).map(Self)
+    pub fn of(syn_hash: u64) -> Option<Self> {
+        SYN_CACHE.get_ptr_mut(syn_cache::line_of(syn_hash)).map(Self)
     }
 }
 
@@ -74,7 +75,7 @@ impl SynLine for Line {
     }
 
     #[inline(always)]
-    fn sequence(&self, way: usize) -> u32 {
+    fn sequence(&self, way: usize) -> u16 {
         // SAFETY: as above.
         unsafe { core::ptr::read_volatile(&raw const (*self.0).sequences[way]) }
     }
@@ -86,7 +87,7 @@ impl SynLine for Line {
     }
 
     #[inline(always)]
-    fn set_sequence(&self, way: usize, sequence: u32) {
+    fn set_sequence(&self, way: usize, sequence: u16) {
         // SAFETY: as above.
         unsafe { core::ptr::write_volatile(&raw mut (*self.0).sequences[way], sequence) }
     }
@@ -94,34 +95,47 @@ impl SynLine for Line {
 
 impl FilterLine for Line {
     #[inline(always)]
-    fn settled(&self) -> (u64, u32) {
+    fn swept(&self) -> (u64, u16) {
         // SAFETY: as above.
         unsafe {
             (
-                core::ptr::read_volatile(&raw const (*self.0).settled),
-                core::ptr::read_volatile(&raw const (*self.0).settled_too),
+                core::ptr::read_volatile(&raw const (*self.0).swept),
+                core::ptr::read_volatile(&raw const (*self.0).swept_second),
             )
         }
     }
 
     #[inline(always)]
-    fn recent(&self) -> [u16; 2] {
+    fn added(&self) -> [u16; 2] {
         // SAFETY: as above.
         unsafe {
             [
-                core::ptr::read_volatile(&raw const (*self.0).recent[0]),
-                core::ptr::read_volatile(&raw const (*self.0).recent[1]),
+                core::ptr::read_volatile(&raw const (*self.0).added[0]),
+                core::ptr::read_volatile(&raw const (*self.0).added[1]),
             ]
         }
     }
 
     #[inline(always)]
-    fn set_recent(&self, is_first: bool, bits: u16) {
+    fn set_added(&self, is_first: bool, bits: u16) {
         let line = self.0;
         // SAFETY: as above.
         unsafe {
-            let word = if is_first { &raw mut (*line).recent[0] } else { &raw mut (*line).recent[1] };
+            let word = if is_first { &raw mut (*line).added[0] } else { &raw mut (*line).added[1] };
             core::ptr::write_volatile(word, bits);
+        }
+    }
+}
+
+/// Nanoseconds of the boot clock, as of the last timer tick where the kernel has a helper for that.
+#[inline(always)]
+pub fn coarse_now_ns() -> u64 {
+    // SAFETY: no arguments.
+    unsafe {
+        if global(&SETTINGS).kernel & kernel::COARSE_CLOCK != 0 {
+            bpf_ktime_get_coarse_ns()
+        } else {
+            bpf_ktime_get_ns()
         }
     }
 }
@@ -133,10 +147,10 @@ impl Maps {
     /// Notes that a table had no room.
     #[inline(always)]
     fn is_full(service: u32, table: FlowTable) {
-        let Some(pressure) = PRESSURE.get_ptr_mut(service) else { return };
+        let Some(budget) = WRITE_BUDGETS.get_ptr_mut(service) else { return };
         let now_s = Self.now_s();
         // SAFETY: this CPU's own, and programs do not preempt each other.
-        unsafe { (*pressure).full_s[(table as usize == FlowTable::UdpFlows as usize) as usize] = now_s };
+        unsafe { (*budget).full_s[(table as usize == FlowTable::UdpFlows as usize) as usize] = now_s };
     }
 }
 
@@ -298,59 +312,54 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn mark(&self, headers: &Headers, service: u32) -> u64 {
-        let [first, second, third] = note::words(headers.source, headers.source_port, headers.port, service);
-        flow_mark(first, second, third)
+    fn syn_hash(&self, headers: &Headers, service: u32) -> u64 {
+        let words = syn_cache::words(headers.source, headers.source_port, headers.port, service);
+        hash_flow(words[0], words[1], words[2])
     }
 
     #[inline(always)]
-    fn note(&self, _: &FlowKey, mark: u64, now_s: u32) -> Option<Flow> {
-        let found = noted_syn(mark, now_s);
-        let (head, sequence) = (found as u32, (found >> 32) as u32);
-        if head == u32::MAX {
-            return None;
-        }
-        Some(Flow::new(note::backend(head as u64), now_s.wrapping_sub(head >> 24), sequence, 0))
+    fn cached_syn(&self, _: &FlowKey, syn_hash: u64, _: u32) -> CachedSyn {
+        CachedSyn::decode(find_syn(syn_hash))
     }
 
     #[inline(always)]
-    fn write_note(&self, _: &FlowKey, mark: u64, note: &Flow) -> bool {
-        note_syn(mark, note.backend, note.created_s, note.last_seen_s) != 0
+    fn cache_syn(&self, _: &FlowKey, syn_hash: u64, backend: u32, sequence: u32) -> bool {
+        insert_syn(syn_hash, backend, sequence) != 0
     }
 
     #[inline(always)]
-    fn forget_note(&self, _: &FlowKey, mark: u64) {
-        forget_syn(mark);
+    fn forget_syn(&self, _: &FlowKey, syn_hash: u64) {
+        forget_syn(syn_hash);
     }
 
     #[inline(always)]
-    fn may_have_flow(&self, mark: u64) -> bool {
-        may_have_flow(mark) != 0
+    fn may_hold_flow(&self, syn_hash: u64) -> bool {
+        may_hold_flow(syn_hash) != 0
     }
 
     #[inline(always)]
-    fn record_flow(&self, key: &FlowKey, mark: u64, flow: &Flow) -> bool {
-        expect_flow(mark);
+    fn record_flow(&self, key: &FlowKey, syn_hash: u64, flow: &Flow) -> bool {
+        add_to_filter(syn_hash);
         let written = self.record(FlowTable::Flows, key, flow);
         // Another processor may have written the word between our reading and writing it, with an older one's bits.
-        expect_flow(mark);
+        add_to_filter(syn_hash);
         written
     }
 
     #[inline(always)]
-    fn place(
+    fn schedule(
         &self,
         service: u32,
         view: &ServiceView,
-        place: Place,
+        place: SlotRef,
         now_s: u32,
     ) -> Result<(u32, Why), Reason> {
-        decode(place_flow(service, view.slot_base, place.number, now_s))
+        decode(schedule_flow(service, view.slot_base, place.number, now_s))
     }
 
     #[inline(always)]
-    fn lesser(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64 {
-        lesser_load(service, at, best, now_s)
+    fn less_loaded(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64 {
+        less_loaded_of(service, at, best, now_s)
     }
 
     #[inline(always)]
@@ -392,8 +401,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn turn(&self, service: u32) -> u64 {
-        let Some(turns) = TURNS.get_ptr_mut(service) else { return 0 };
+    fn next_turn(&self, service: u32) -> u64 {
+        let Some(turns) = ROUND_ROBIN.get_ptr_mut(service) else { return 0 };
         // SAFETY: this CPU's own counter, as in `count`.
         let turn = unsafe {
             *turns += 1;
@@ -411,15 +420,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn now_s(&self) -> u32 {
-        // SAFETY: no arguments.
-        let now_ns = unsafe {
-            if global(&SETTINGS).kernel & kernel::COARSE_CLOCK != 0 {
-                bpf_ktime_get_coarse_ns()
-            } else {
-                bpf_ktime_get_ns()
-            }
-        };
-        (now_ns / 1_000_000_000) as u32
+        (coarse_now_ns() / 1_000_000_000) as u32
     }
 
     #[inline(always)]
@@ -443,14 +444,14 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn sign(&self, worker: &Address, sign: Sign) {
-        let Some(signs) = SIGNS.get_ptr_mut(sign::place(worker)) else { return };
+    fn count_failure(&self, worker: &Address, sign: PassiveFailure) {
+        let Some(signs) = PASSIVE_FAILURES.get_ptr_mut(passive::index_of(worker)) else { return };
         // SAFETY: the entry stays mapped during the run. Single words are read and written; what a race loses is a sign
         // among several.
         unsafe {
             let word = match sign {
-                Sign::Unreachable => &raw mut (*signs).unreachable,
-                Sign::Refused => &raw mut (*signs).refused,
+                PassiveFailure::Unreachable => &raw mut (*signs).unreachable,
+                PassiveFailure::Refused => &raw mut (*signs).refused,
             };
             core::ptr::write_volatile(word, core::ptr::read_volatile(word).wrapping_add(1));
         }
@@ -624,9 +625,9 @@ impl NatTables for Maps {
     }
 
     #[inline(always)]
-    fn young<R>(&self, place: u32, f: impl FnOnce(&mut Young) -> R) -> Option<R> {
+    fn embryonic<R>(&self, place: u32, f: impl FnOnce(&mut Embryonic) -> R) -> Option<R> {
         // SAFETY: this CPU's own, and programs do not preempt each other.
-        NAT_YOUNG.get_ptr_mut(place).map(|young| f(unsafe { &mut *young }))
+        NAT_EMBRYONIC.get_ptr_mut(place).map(|binding| f(unsafe { &mut *binding }))
     }
 
     #[inline(always)]
@@ -637,9 +638,9 @@ impl NatTables for Maps {
     }
 
     #[inline(always)]
-    fn way<R>(&self, f: impl FnOnce(&mut Way) -> R) -> Option<R> {
+    fn scratch<R>(&self, f: impl FnOnce(&mut NatScratch) -> R) -> Option<R> {
         // SAFETY: as above.
-        WAY.get_ptr_mut(0).map(|way| f(unsafe { &mut *way }))
+        NAT_SCRATCH.get_ptr_mut(0).map(|scratch| f(unsafe { &mut *scratch }))
     }
 }
 

@@ -147,18 +147,29 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         }
     }
 
-    /// Clears the 16-bit word at byte `offset` of an entry.
-    pub fn clear_u16(&self, index: u32, offset: usize) {
-        let Some(words) = self.entry(index).filter(|_| self.writable && offset.is_multiple_of(2)) else {
-            return;
-        };
-        if offset + 2 <= size_of::<T>() {
-            // SAFETY: inside the entry by the check, aligned, and accessed atomically only.
-            let word = unsafe { &*words.as_ptr().cast::<AtomicU16>().add(offset / 2) };
-            if word.load(Ordering::Relaxed) != 0 {
-                word.store(0, Ordering::Release);
-            }
+    /// The 16-bit word at byte `offset` of an entry; none past the end.
+    fn half_word(&self, index: u32, offset: usize) -> Option<&AtomicU16> {
+        let words = self.entry(index)?;
+        if !offset.is_multiple_of(2) || offset + 2 > size_of::<T>() {
+            return None;
         }
+        // SAFETY: inside the entry by the check above, aligned, and accessed atomically only.
+        Some(unsafe { &*words.as_ptr().cast::<AtomicU16>().add(offset / 2) })
+    }
+
+    /// Loads the 16-bit word at byte `offset` of an entry; none past the end.
+    pub fn load_u16(&self, index: u32, offset: usize) -> Option<u16> {
+        Some(self.half_word(index, offset)?.load(Ordering::Acquire))
+    }
+
+    /// Stores the 16-bit word at byte `offset` of an entry atomically, after all earlier writes.
+    #[must_use]
+    pub fn store_u16(&self, index: u32, offset: usize, value: u16) -> bool {
+        let Some(word) = self.half_word(index, offset).filter(|_| self.writable) else { return false };
+        if word.load(Ordering::Relaxed) != value {
+            word.store(value, Ordering::Release);
+        }
+        true
     }
 
     /// Stores the 64-bit word at byte `offset` of an entry atomically, after all earlier writes.

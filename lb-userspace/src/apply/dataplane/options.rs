@@ -25,7 +25,7 @@ pub struct MapLimits {
     /// Bindings of mode `nat`.
     pub nat_flows: u32,
     /// Unconfirmed bindings per CPU.
-    pub nat_young: u32,
+    pub nat_embryonic: u32,
     /// Entries of the deny and allow lists together.
     pub guard_entries: u32,
     /// Sources whose rate of new flows is tracked.
@@ -43,7 +43,7 @@ impl Default for MapLimits {
             flows: limits::FLOWS,
             syns: limits::SYNS,
             nat_flows: limits::NAT_FLOWS,
-            nat_young: limits::NAT_YOUNG,
+            nat_embryonic: limits::NAT_EMBRYONIC,
             guard_entries: limits::GUARD_ENTRIES,
             sources: limits::SOURCES,
             vips: limits::VIPS,
@@ -92,16 +92,16 @@ pub(super) fn sizes(l: &MapLimits) -> Vec<(&'static str, u32)> {
         (names::BACKEND_STATS, l.backends),
         (names::QUIC_SERVERS, l.backends),
         (names::LOADS, l.backends),
-        (names::TURNS, l.services),
+        (names::ROUND_ROBIN, l.services),
         (names::FLOWS, l.flows),
         (names::UDP_FLOWS, l.flows),
         (names::NAT_FLOWS, l.nat_flows),
         (names::NAT_REPLIES, l.nat_flows),
-        (names::NAT_YOUNG, l.nat_young),
+        (names::NAT_EMBRYONIC, l.nat_embryonic),
         (names::GUARD_ENTRIES, l.guard_entries),
         (names::SOURCES, l.sources),
         (names::LIMITS, l.services),
-        (names::PRESSURE, l.services),
+        (names::WRITE_BUDGETS, l.services),
     ]
 }
 

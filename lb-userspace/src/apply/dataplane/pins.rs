@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! link-MODE-INTERFACE   the links: shared by all ABI versions, so that the program under each changes in one step
-//! STAGES                the array of users' programs (`CHAIN`), shared by all ABI versions
+//! STAGES                the array of users' programs (`DISPATCHER`), shared by all ABI versions
 //! ABI                   version of the live objects, for tools
 //! abi-N/                maps and programs of ABI version N
 //! ```

@@ -7,13 +7,13 @@ use aya::{
     maps::{HashMap, MapData},
     programs::{LinkOrder, SchedClassifier, TcAttachType, tc::TcAttachOptions},
 };
-use lb_common::{names, probe::ProbeWay};
+use lb_common::{names, probe::ProbeTunnel};
 use std::{collections::BTreeSet, io};
 
 /// Writer of the map, with the programs to attach.
 pub struct ProbeDataplane {
     bpf: Ebpf,
-    ways: HashMap<MapData, u32, ProbeWay>,
+    ways: HashMap<MapData, u32, ProbeTunnel>,
     attached: BTreeSet<u32>,
 }
 
@@ -36,7 +36,7 @@ impl ProbeDataplane {
         for (name, _) in PROGRAMS {
             classifier(&mut bpf, name).load().map_err(|e| refused(format!("{name}: {e}")))?;
         }
-        let ways = super::attach::take(&mut bpf, names::PROBE_WAYS)?;
+        let ways = super::attach::take(&mut bpf, names::PROBE_TUNNELS)?;
         Ok(Self { bpf, ways, attached: BTreeSet::new() })
     }
 
@@ -70,10 +70,10 @@ impl ProbeDataplane {
     ///
     /// # Errors
     /// The map is full.
-    pub fn set_way(&mut self, mark: u32, way: ProbeWay) -> Result<(), DataplaneError> {
+    pub fn set_tunnel(&mut self, mark: u32, way: ProbeTunnel) -> Result<(), DataplaneError> {
         self.ways
             .insert(mark, way, 0)
-            .map_err(|source| DataplaneError::Map { map: names::PROBE_WAYS, source })
+            .map_err(|source| DataplaneError::Map { map: names::PROBE_TUNNELS, source })
     }
 }
 
@@ -82,8 +82,8 @@ impl ProbePrograms for ProbeDataplane {
         Self::attach(self, ifindex).map_err(|e| e.to_string())
     }
 
-    fn set_way(&mut self, mark: u32, way: ProbeWay) -> Result<(), String> {
-        Self::set_way(self, mark, way).map_err(|e| e.to_string())
+    fn set_tunnel(&mut self, mark: u32, way: ProbeTunnel) -> Result<(), String> {
+        Self::set_tunnel(self, mark, way).map_err(|e| e.to_string())
     }
 }
 

@@ -2,17 +2,17 @@
 //! work beside the single writer; opened from the pins, it needs no daemon.
 
 use super::{
-    DataplaneError, batch, bindings::Bindings, mapped::MappedArray, notes::Notes, slots::MappedSlots,
+    DataplaneError, batch, bindings::Bindings, mapped::MappedArray, slots::MappedSlots, syn_cache::SynCache,
 };
 use crate::{clock, observed::health::PassiveSource};
 use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
     guard::{GuardKey, GuardState},
-    limit::Pressure,
+    limit::WriteBudget,
     limits, names,
+    passive::{self, PassiveFailures},
     quic::{QuicConfig, ServerIdKey},
-    sign::{self, Signs},
     slot::{LINE, Line},
 };
 use lb_ebpf::FlowTable;
@@ -22,7 +22,7 @@ use std::path::Path;
 pub fn flow_map(table: FlowTable) -> &'static str {
     match table {
         FlowTable::Flows => names::FLOWS,
-        FlowTable::Syns => names::NOTES,
+        FlowTable::Syns => names::SYN_CACHE,
         FlowTable::UdpFlows => names::UDP_FLOWS,
     }
 }
@@ -46,10 +46,10 @@ pub struct Reader {
     slots: MappedSlots,
     backends: MappedArray<Backend>,
     loads: MappedArray<Load>,
-    signs: MappedArray<Signs>,
+    signs: MappedArray<PassiveFailures>,
     backend_stats: PerCpuArray<MapData, BackendStats>,
     reasons: PerCpuArray<MapData, u64>,
-    pressure: PerCpuArray<MapData, Pressure>,
+    pressure: PerCpuArray<MapData, WriteBudget>,
     guard_blocks: MappedArray<Line>,
     guard_filter: MappedArray<Line>,
     guard_state: MappedArray<GuardState>,
@@ -57,7 +57,7 @@ pub struct Reader {
     quic_configs: HashMap<MapData, u32, QuicConfig>,
     quic_servers: HashMap<MapData, ServerIdKey, u32>,
     flows: [(MapData, HashMap<MapData, FlowKey, Flow>); 2],
-    notes: Notes,
+    syn_cache: SynCache,
     pub(super) bindings: Bindings,
 }
 
@@ -95,13 +95,17 @@ impl Reader {
             )?,
             backends: MappedArray::new(&pinned(pin_path, names::BACKENDS)?, names::BACKENDS, false)?,
             loads: MappedArray::new(&pinned(pin_path, names::LOADS)?, names::LOADS, false)?,
-            signs: MappedArray::new(&pinned(pin_path, names::SIGNS)?, names::SIGNS, false)?,
+            signs: MappedArray::new(
+                &pinned(pin_path, names::PASSIVE_FAILURES)?,
+                names::PASSIVE_FAILURES,
+                false,
+            )?,
             backend_stats: typed(
                 Map::PerCpuArray(pinned(pin_path, names::BACKEND_STATS)?),
                 names::BACKEND_STATS,
             )?,
             reasons: typed(Map::PerCpuArray(pinned(pin_path, names::REASONS)?), names::REASONS)?,
-            pressure: typed(Map::PerCpuArray(pinned(pin_path, names::PRESSURE)?), names::PRESSURE)?,
+            pressure: typed(Map::PerCpuArray(pinned(pin_path, names::WRITE_BUDGETS)?), names::WRITE_BUDGETS)?,
             guard_blocks: mapped(names::GUARD_BLOCKS)?,
             guard_filter: mapped(names::GUARD_FILTER)?,
             guard_state: MappedArray::new(&pinned(pin_path, names::GUARD_STATE)?, names::GUARD_STATE, false)?,
@@ -112,7 +116,7 @@ impl Reader {
             quic_configs: typed(Map::HashMap(pinned(pin_path, names::QUIC_CONFIGS)?), names::QUIC_CONFIGS)?,
             quic_servers: typed(Map::HashMap(pinned(pin_path, names::QUIC_SERVERS)?), names::QUIC_SERVERS)?,
             flows: [flows(FlowTable::Flows)?, flows(FlowTable::UdpFlows)?],
-            notes: Notes::open(pin_path)?,
+            syn_cache: SynCache::open(pin_path)?,
             bindings: Bindings::open(pin_path)?,
         })
     }
@@ -178,8 +182,8 @@ impl Reader {
     }
 
     /// Reads the write budgets of a service, by CPU.
-    pub fn pressure(&self, service: u32) -> Result<Vec<Pressure>, DataplaneError> {
-        let map = names::PRESSURE;
+    pub fn pressure(&self, service: u32) -> Result<Vec<WriteBudget>, DataplaneError> {
+        let map = names::WRITE_BUDGETS;
         let all = self.pressure.get(&service, 0);
         all.map(|all| all.to_vec()).map_err(|source| DataplaneError::Map { map, source })
     }
@@ -229,17 +233,19 @@ impl Reader {
         self.flows[hash_map(table)].0.info().map_or(u32::MAX, |info| info.max_entries())
     }
 
-    /// Looks up a tracked flow.
+    /// Looks up a tracked flow. That of a cached SYN has the upper half of its sequence number as `created_s`.
     pub fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         if table == FlowTable::Syns {
-            return self.notes.get(key, clock::boot_s());
+            let syn = self.syn_cache.get(key);
+            let seen_s = clock::boot_s().saturating_sub(syn.age_s);
+            return syn.is_some().then(|| Flow::new(syn.backend, seen_s, u32::from(syn.sequence) << 16, 0));
         }
         self.flows[hash_map(table)].1.get(key, 0).ok()
     }
 
     /// The SYN cache and the flow filter.
-    pub fn notes(&self) -> &Notes {
-        &self.notes
+    pub fn syn_cache(&self) -> &SynCache {
+        &self.syn_cache
     }
 
     /// Calls `each` with every entry of one of [`HASH_MAPS`]; see [`batch::for_each`] for concurrent changes.
@@ -268,7 +274,7 @@ pub(super) fn reasons(map: &PerCpuArray<MapData, u64>) -> Vec<(Reason, u64)> {
 }
 
 impl PassiveSource for Reader {
-    fn signs(&self, worker: &Address) -> Signs {
-        self.signs.load(sign::place(worker)).unwrap_or_default()
+    fn signs(&self, worker: &Address) -> PassiveFailures {
+        self.signs.load(passive::index_of(worker)).unwrap_or_default()
     }
 }

@@ -1,4 +1,4 @@
-//! Fills an object's `STAGES`, the programs that its first program tail calls, and our entry in `CHAIN`.
+//! Fills an object's `STAGES`, the programs that its first program tail calls, and our entry in `DISPATCHER`.
 //!
 //! The maps are pinned with the others, which also keeps their contents: a program array is emptied when nobody
 //! holds or pins it any more. A new daemon fills in its stages before it replaces the program under the
@@ -93,7 +93,7 @@ pub fn chain(bpf: &mut Ebpf, program: Option<&'static str>) -> Result<(), Datapl
     match program {
         Some(name) => {
             let program = handle(bpf, name)?;
-            put(bpf, names::CHAIN, &[(names::stage::INGRESS, program)])
+            put(bpf, names::DISPATCHER, &[(names::stage::INGRESS, program)])
         }
         None => Ok(()),
     }

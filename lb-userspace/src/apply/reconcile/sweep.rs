@@ -17,9 +17,9 @@ use crate::{
 use lb_common::{
     Flow, FlowKey,
     backend::flags::{DOWN, DRAINING, USED},
-    flow::{CLOSING_S, SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
-    limit::{FULL_S, Pressure},
-    note, service,
+    flow::{CLOSING_S, TCP_IDLE_S, flags::CLOSING},
+    limit::{FULL_S, WriteBudget},
+    service, syn_cache,
 };
 use lb_ebpf::FlowTable;
 use std::{
@@ -66,7 +66,7 @@ pub struct Flood {
 }
 
 /// Reads the flood state from a service's meters.
-fn flood(pressure: &[Pressure], now_s: u32) -> Flood {
+fn flood(pressure: &[WriteBudget], now_s: u32) -> Flood {
     let mut flood = Flood::default();
     for pressure in pressure {
         for meter in [pressure.syns, pressure.flows, pressure.udp] {
@@ -202,11 +202,11 @@ fn sweep_table(
     counts: &mut SweepCounts<'_>,
 ) -> Result<(u64, u64), DataplaneError> {
     if table == FlowTable::Syns {
-        return Ok(sweep_notes(reader, rules, counts));
+        return Ok(sweep_syns(reader, counts));
     }
     let mut over = Vec::new();
     let mut count = 0u64;
-    let mut scan = (table == FlowTable::Flows).then(|| reader.notes().begin());
+    let mut scan = (table == FlowTable::Flows).then(|| reader.syn_cache().begin());
     reader.for_each_flow(table, |key, flow| {
         if let Some(scan) = &mut scan {
             scan.add(&key);
@@ -220,7 +220,7 @@ fn sweep_table(
         counts.count(key.service, flow.backend, is_tcp, rules.is_live(table, &flow));
     })?;
     if let Some(scan) = &scan {
-        reader.notes().settle(scan);
+        reader.syn_cache().settle(scan);
     }
     for key in &over {
         reader.remove_flow(table, key)?;
@@ -229,18 +229,19 @@ fn sweep_table(
 }
 
 /// Sweeps the SYN cache; only recent SYNs count. Returns the numbers of entries left and removed.
-fn sweep_notes(reader: &Reader, rules: &ExpiryRules, counts: &mut SweepCounts<'_>) -> (u64, u64) {
+fn sweep_syns(reader: &Reader, counts: &mut SweepCounts<'_>) -> (u64, u64) {
+    let tick = syn_cache::tick_of(clock::boot().as_nanos() as u64);
     let (mut count, mut removed) = (0, 0);
-    reader.notes().for_each(|place, head, _| {
-        let index = note::backend(head);
+    reader.syn_cache().for_each(|place, head, _| {
+        let index = syn_cache::backend(head);
         let backend = reader.backend(index).filter(|b| b.flags & USED != 0);
-        match backend.filter(|_| note::age_s(head, rules.now_s) <= SYN_TIMEOUT_S) {
+        match backend.filter(|_| syn_cache::is_fresh(head, tick)) {
             Some(backend) if counts.is_served(backend.service, index) => {
                 count += 1;
                 counts.count(backend.service, index, true, false);
             }
             _ => {
-                reader.notes().remove(place, head);
+                reader.syn_cache().remove(place, head);
                 removed += 1;
             }
         }

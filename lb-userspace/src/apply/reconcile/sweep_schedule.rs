@@ -1,13 +1,13 @@
 //! Decides which tables a sweep can skip, and how long to wait until the next sweep, from values that are cheap to read.
 //!
 //! A walk of a table costs its size, full or empty. A table that was found empty is skipped while nothing can have been
-//! written to it: the programs ask a meter before each write ([`Pressure`]), and the kernel reports the number of
+//! written to it: the programs ask a meter before each write ([`WriteBudget`]), and the kernel reports the number of
 //! bindings ([`crate::apply::dataplane::Reader::bindings_memory`]). Input: these signals, and the results of the walks.
 //! Used by the sweeper only.
 //!
 //! A walk of 2.7 million empty places every second costs a hundredth of a processor.
 
-use lb_common::limit::{Meter, Pressure};
+use lb_common::limit::{RateLimiter, WriteBudget};
 use lb_ebpf::FlowTable;
 use std::time::Duration;
 
@@ -36,8 +36,8 @@ pub struct MeterSignals {
 
 impl MeterSignals {
     /// Adds the meters of a service.
-    pub fn add(&mut self, service: u32, pressure: &[Pressure]) {
-        let reading = |meter: &Meter| (meter.second, meter.count);
+    pub fn add(&mut self, service: u32, pressure: &[WriteBudget]) {
+        let reading = |meter: &RateLimiter| (meter.second, meter.count);
         self.services.push(service);
         self.syns.extend(pressure.iter().map(|p| reading(&p.syns)));
         self.flows.extend(pressure.iter().map(|p| reading(&p.flows)));
@@ -130,10 +130,10 @@ mod tests {
 
     /// One service on two CPUs; the second CPU's meters have these counts.
     fn signals(syns: u32, flows: u32, udp: u32) -> MeterSignals {
-        let meter = |count| Meter { second: 7, count, ..Meter::default() };
+        let meter = |count| RateLimiter { second: 7, count, ..RateLimiter::default() };
         let mut signals = MeterSignals::default();
-        let idle = Pressure::default();
-        let busy = Pressure { syns: meter(syns), flows: meter(flows), udp: meter(udp), ..idle };
+        let idle = WriteBudget::default();
+        let busy = WriteBudget { syns: meter(syns), flows: meter(flows), udp: meter(udp), ..idle };
         signals.add(3, &[idle, busy]);
         signals
     }
@@ -204,7 +204,7 @@ mod tests {
     fn other_meters_mean_that_something_may_be_there() {
         for other in [MeterSignals::default(), signals(1, 1, 0), {
             let mut two = signals(1, 1, 1);
-            two.add(4, &[Pressure::default()]);
+            two.add(4, &[WriteBudget::default()]);
             two
         }] {
             let mut empty_tables = EmptyTables::default();

@@ -1,10 +1,10 @@
 //! Passive health checks (outlier detection): failures seen in traffic make the checker probe early.
 //!
-//! Input: counters of the packet programs ([`lb_common::sign`]), polled in short intervals. Output: hints to the task
+//! Input: counters of the packet programs ([`lb_common::passive`]), polled in short intervals. Output: hints to the task
 //! that checks a backend. A passive failure is never a verdict: anybody can forge one, and a port range of a worker may
 //! refuse connections while its check passes. So each hint triggers a probe, and refuted hints become less frequent.
 
-use lb_common::{Address, sign::Signs};
+use lb_common::{Address, passive::PassiveFailures};
 use serde::{Deserialize, Serialize};
 use std::{
     fmt,
@@ -16,7 +16,7 @@ use tokio::{sync::Notify, time::Instant};
 /// Source of the counters: the dataplane, outside tests.
 pub trait PassiveSource: Send + Sync {
     /// Counters of a worker's address; they wrap.
-    fn signs(&self, worker: &Address) -> Signs;
+    fn signs(&self, worker: &Address) -> PassiveFailures;
 }
 
 /// Interval between two polls of the counters.
@@ -86,7 +86,7 @@ pub struct Suspicion {
 #[derive(Default)]
 struct State {
     /// Counters and time of the last poll.
-    before: Option<(Signs, Instant)>,
+    before: Option<(PassiveFailures, Instant)>,
     /// Failures since the last hint, and the time from which they count.
     pending: Option<(u32, u32, Instant)>,
     /// Time of the latest failure.
@@ -103,7 +103,7 @@ impl Suspicion {
     }
 
     /// Takes the polled counters; returns the new failures: unreachables, refusals.
-    pub fn update(&self, signs: Signs, now: Instant) -> (u32, u32) {
+    pub fn update(&self, signs: PassiveFailures, now: Instant) -> (u32, u32) {
         let mut state = self.state();
         // Failures from before the first poll do not count.
         let (before, polled) = state.before.replace((signs, now)).unwrap_or((signs, now));
@@ -164,8 +164,8 @@ impl Suspicion {
 mod tests {
     use super::*;
 
-    fn signs(unreachable: u32, refused: u32) -> Signs {
-        Signs { unreachable, refused }
+    fn signs(unreachable: u32, refused: u32) -> PassiveFailures {
+        PassiveFailures { unreachable, refused }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::{
 use lb_common::{
     Be16,
     backend::mode,
-    probe::{MARK, MARK_BITS, ProbeWay},
+    probe::{MARK, MARK_BITS, ProbeTunnel},
 };
 use std::{collections::BTreeMap, net::IpAddr};
 use tokio::sync::{Mutex, OnceCell};
@@ -56,7 +56,7 @@ pub trait ProbePrograms: Send {
     ///
     /// # Errors
     /// The map is full.
-    fn set_way(&mut self, mark: u32, way: ProbeWay) -> Result<(), String>;
+    fn set_tunnel(&mut self, mark: u32, way: ProbeTunnel) -> Result<(), String>;
 }
 
 /// Loads the programs.
@@ -122,7 +122,7 @@ impl Tunnel {
         if let Some(mark) = inner.marks.get(&through) {
             return Ok(*mark);
         }
-        let way = ProbeWay {
+        let way = ProbeTunnel {
             vip: to_address(through.vip),
             gue_port: Be16::new(through.gue_port),
             mode: through.mode,
@@ -133,7 +133,7 @@ impl Tunnel {
             return Err("more kinds of tunnels than socket marks".to_owned());
         }
         let mark = MARK | number;
-        inner.programs.set_way(mark, way)?;
+        inner.programs.set_tunnel(mark, way)?;
         inner.marks.insert(through, mark);
         Ok(mark)
     }

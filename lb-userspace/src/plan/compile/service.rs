@@ -470,10 +470,10 @@ fn build_view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
     let (scheduler, more) = match wanted.scheduler {
         Scheduler::Maglev => (scheduler::MAGLEV, 0),
         Scheduler::P2c => (scheduler::P2C, flags::TRACK_ALL),
-        Scheduler::Rr | Scheduler::Wrr => (scheduler::TURNS, flags::TRACK_ALL),
+        Scheduler::Rr | Scheduler::Wrr => (scheduler::ROUND_ROBIN, flags::TRACK_ALL),
         Scheduler::Random => (scheduler::RANDOM, flags::TRACK_ALL),
-        Scheduler::Lc => (scheduler::LEAST, flags::TRACK_ALL | flags::COUNT_FLOWS),
-        Scheduler::SourceHash if wanted.load_cap.is_some() => (scheduler::CAPPED, flags::TRACK_ALL),
+        Scheduler::Lc => (scheduler::LEAST_CONN, flags::TRACK_ALL | flags::COUNT_FLOWS),
+        Scheduler::SourceHash if wanted.load_cap.is_some() => (scheduler::BOUNDED_LOAD, flags::TRACK_ALL),
         Scheduler::SourceHash => (scheduler::MAGLEV, 0),
     };
     // The table's hash, which may be that of the previous scheduler while the service waits for room.

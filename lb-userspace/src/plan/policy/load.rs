@@ -9,7 +9,7 @@
 //! * *Occupancy*: the larger of running ÷ capacity and the KV cache's use.
 //! * *Queue*: a waiting request will take a place and delays all later ones until then; it counts as
 //!   four running ones (the weight that vLLM's own balancer uses between its engines).
-//! * *Pressure*: from nine tenths of the KV cache on, the engine is about to preempt requests and recompute
+//! * *WriteBudget*: from nine tenths of the KV cache on, the engine is about to preempt requests and recompute
 //!   them. The last tenth costs as much as all the rest.
 //!
 //! The score is monotonic in running, waiting and cache use, and bounded by [`MAX_SCORE`], which leaves

@@ -148,7 +148,7 @@ impl Tables for Live<'_> {
 
     fn charge(&self, _: u32, _: u32) {}
 
-    fn turn(&self, _: u32) -> u64 {
+    fn next_turn(&self, _: u32) -> u64 {
         0
     }
 

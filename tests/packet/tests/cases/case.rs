@@ -327,11 +327,11 @@ impl Case {
         }
         let now_s = test_packet::now_s();
         let mut after = Vec::new();
-        let noted = ingress.flow(names::NOTES, &self.key());
-        assert_eq!(ingress.noted(), usize::from(noted.is_some()), "no other SYN is noted");
-        for table in [names::FLOWS, names::NOTES, names::UDP_FLOWS] {
+        let noted = ingress.flow(names::SYN_CACHE, &self.key());
+        assert_eq!(ingress.cached_syns(), usize::from(noted.is_some()), "no other SYN is noted");
+        for table in [names::FLOWS, names::SYN_CACHE, names::UDP_FLOWS] {
             let flows = match table {
-                names::NOTES => noted.map(|flow| (self.key(), flow)).into_iter().collect(),
+                names::SYN_CACHE => noted.map(|flow| (self.key(), flow)).into_iter().collect(),
                 table => ingress.flows(table),
             };
             for (key, flow) in flows {

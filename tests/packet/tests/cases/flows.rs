@@ -13,7 +13,7 @@ use lb_common::{
         mode::IPIP,
     },
     flow::{SYN_TIMEOUT_S, flags::CLOSING},
-    names::{FLOWS, NOTES, UDP_FLOWS},
+    names::{FLOWS, SYN_CACHE, UDP_FLOWS},
     service::flags::{RESET_ON_DOWN, TRACK_ALL},
 };
 use test_packet::{Packet, Pair};
@@ -47,23 +47,23 @@ fn three(mut case: Case, flags: u32) -> Case {
 
 cases! {
     stable_slot_looks_nothing_up: case(tcp(V4, ACK), Pair::Stable(1)).knows(FLOWS, 3, 60, 0).goes_to(1, false).leaves(FLOWS, 3, 0, false);
-    transition_syn_is_noted: moving(SYN).goes_to(1, true).leaves(NOTES, 1, 0, true);
-    transition_syn_repeated: moving(SYN).knows(NOTES, 3, 60, 0).goes_to(3, false).leaves(NOTES, 3, 0, false);
-    transition_syn_repeated_too_late: moving(SYN).knows(NOTES, 3, SYN_TIMEOUT_S + 5, 0).goes_to(1, true).leaves(NOTES, 1, 0, true);
+    transition_syn_is_noted: moving(SYN).goes_to(1, true).leaves(SYN_CACHE, 1, 0, true);
+    transition_syn_repeated: moving(SYN).knows(SYN_CACHE, 3, 60, 0).goes_to(3, false).leaves(SYN_CACHE, 3, 0, false);
+    transition_syn_repeated_too_late: moving(SYN).knows(SYN_CACHE, 3, SYN_TIMEOUT_S + 5, 0).goes_to(1, true).leaves(SYN_CACHE, 1, 0, true);
     transition_syn_of_a_live_flow: moving(SYN).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, false);
-    transition_handshake_is_promoted: moving(ACK).knows(NOTES, 3, 60, 0).goes_to(3, false).counts(Reason::FlowPromoted).leaves(FLOWS, 3, 0, true);
+    transition_handshake_is_promoted: moving(ACK).knows(SYN_CACHE, 3, 60, 0).goes_to(3, false).counts(Reason::FlowPromoted).leaves(FLOWS, 3, 0, true);
     transition_established_goes_to_the_previous: moving(ACK).goes_to(2, false).counts(Reason::FlowPromoted).leaves(FLOWS, 2, 0, true);
     transition_fin_is_written_as_closing: moving(FIN).goes_to(2, false).counts(Reason::FlowPromoted).leaves(FLOWS, 2, CLOSING, true);
     transition_known_is_followed: moving(ACK).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     transition_ipv6: case(tcp(V6, ACK), Pair::Transition(1, 2)).goes_to(2, false).counts(Reason::FlowPromoted).leaves(FLOWS, 2, 0, true);
-    transition_ipv6_syn: case(tcp(V6, SYN), Pair::Transition(1, 2)).goes_to(1, true).leaves(NOTES, 1, 0, true);
+    transition_ipv6_syn: case(tcp(V6, SYN), Pair::Transition(1, 2)).goes_to(1, true).leaves(SYN_CACHE, 1, 0, true);
     tracked_syn_is_not_noted: marked(SYN).goes_to(1, true);
     tracked_unknown_takes_the_primary: marked(ACK).goes_to(1, false);
     tracked_known_is_touched: marked(ACK).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     tracked_rst_closes: marked(RST).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, CLOSING, true);
     tracked_closing_is_followed: bare(ACK).knows(FLOWS, 3, 60, CLOSING).goes_to(3, false).leaves(FLOWS, 3, CLOSING, true);
     tracked_closing_lives_again_with_data: marked(ACK).knows(FLOWS, 3, 60, CLOSING).goes_to(3, false).leaves(FLOWS, 3, 0, true);
-    tracked_syn_after_closing_is_noted: marked(SYN).knows(FLOWS, 3, 60, CLOSING).goes_to(1, true).leaves(FLOWS, 3, CLOSING, false).leaves(NOTES, 1, 0, true);
+    tracked_syn_after_closing_is_noted: marked(SYN).knows(FLOWS, 3, 60, CLOSING).goes_to(1, true).leaves(FLOWS, 3, CLOSING, false).leaves(SYN_CACHE, 1, 0, true);
     tracked_draining_is_followed: three(marked(ACK), USED | RESOLVED | DRAINING).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     tracked_down_is_followed: three(marked(ACK), USED | RESOLVED | DOWN).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, false);
     tracked_down_reset_on_down: three(marked(ACK), USED | RESOLVED | DOWN).view(RESET_ON_DOWN).knows(FLOWS, 3, 60, 0).goes_to(1, false).counts(Reason::FlowStale).leaves(FLOWS, 3, 0, false);
@@ -98,8 +98,8 @@ fn a_flow_from_syn_to_syn() {
             ingress.flows(name).iter().map(|(_, flow)| (flow.backend, flow.flags)).collect::<Vec<_>>()
         };
         assert_eq!(table(ingress, FLOWS), [(1, CLOSING)]);
-        assert_eq!(ingress.noted(), 1);
-        assert_eq!(ingress.flow(NOTES, &case.key()).map(|flow| flow.backend), Some(1));
+        assert_eq!(ingress.cached_syns(), 1);
+        assert_eq!(ingress.flow(SYN_CACHE, &case.key()).map(|flow| flow.backend), Some(1));
         assert_eq!(ingress.counts(), [(Reason::FlowPromoted, 1)]);
     });
 }

@@ -84,7 +84,7 @@ fn all_dropped(ingress: &mut Ingress, frames: &[(Vec<u8>, Reason)], what: &str) 
         assert!(ingress.flows(table).is_empty(), "{what}: {table}");
     }
     assert_eq!(
-        (ingress.noted(), ingress.bindings().0.len(), ingress.bindings().1.len()),
+        (ingress.cached_syns(), ingress.bindings().0.len(), ingress.bindings().1.len()),
         (0, 0, 0),
         "{what}"
     );

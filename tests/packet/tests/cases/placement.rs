@@ -71,15 +71,15 @@ fn p2c_goes_by_load_and_tracks_the_second_choice() {
     }
     assert_eq!(ingress.flows(FLOWS).len(), 5);
     assert!(ingress.flows(FLOWS).iter().all(|(_, flow)| flow.backend == 2));
-    assert_eq!(ingress.noted(), 3, "those of the primary age away");
+    assert_eq!(ingress.cached_syns(), 1, "only that of the handshake that is not complete");
 }
 
 /// Settles the filter of flows, as lbd's sweep does.
 fn settle(ingress: &mut Ingress) {
-    let mut scan = ingress.notes().begin();
+    let mut scan = ingress.syn_cache().begin();
     let flows = ingress.flows(FLOWS);
     flows.iter().for_each(|(key, _)| scan.add(key));
-    ingress.notes().settle(&scan);
+    ingress.syn_cache().settle(&scan);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn the_filter_lets_every_flow_through_and_spares_the_rest() {
     begin(&mut ingress, 1_000..1_200);
     settle(&mut ingress);
     begin(&mut ingress, 1_200..1_400);
-    assert_eq!((ingress.noted(), ingress.flows(FLOWS).len()), (0, 400));
+    assert_eq!((ingress.cached_syns(), ingress.flows(FLOWS).len()), (0, 400));
     for round in 0..4 {
         for port in 1_000..1_400 {
             assert_eq!(goes(&mut ingress, ACK, port), 2, "flow {port} after {round} rounds");
@@ -112,13 +112,13 @@ fn the_filter_lets_every_flow_through_and_spares_the_rest() {
     assert!((2_000..2_100).all(|port| goes(&mut ingress, ACK, port) == 2));
     // And without its word all are asked for.
     (3_000..3_100).for_each(|port| ingress.set_flow(FLOWS, unknown(port), known.1));
-    ingress.notes().disarm();
+    ingress.syn_cache().disarm();
     assert!((3_000..3_100).all(|port| goes(&mut ingress, ACK, port) == 2));
 }
 
 #[test]
 fn turns_lots_and_the_least_are_taken() {
-    let mut ingress = world(scheduler::TURNS, 0, IPIP);
+    let mut ingress = world(scheduler::ROUND_ROBIN, 0, IPIP);
     // Turns are counted by each processor, and begin where its number says.
     let mut one = CpuSet::new();
     one.set(0).expect("there is a first processor");
@@ -126,7 +126,7 @@ fn turns_lots_and_the_least_are_taken() {
     let went: Vec<u32> = (0..6).map(|port| goes(&mut ingress, SYN, port)).collect();
     assert!(went.windows(2).all(|pair| pair[1] == pair[0] % 3 + 1), "{went:?}");
 
-    let mut ingress = world(scheduler::LEAST, COUNT_FLOWS, IPIP);
+    let mut ingress = world(scheduler::LEAST_CONN, COUNT_FLOWS, IPIP);
     for (backend, flows) in [(1, 2), (2, 5), (3, 0)] {
         report(&mut ingress, backend, flows, 1);
     }

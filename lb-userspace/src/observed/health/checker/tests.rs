@@ -141,8 +141,8 @@ async fn probes_are_bounded_and_follow_the_desired_state() {
 struct Counted(AtomicU32);
 
 impl PassiveSource for Counted {
-    fn signs(&self, _: &lb_common::Address) -> lb_common::sign::Signs {
-        lb_common::sign::Signs { unreachable: self.0.load(Ordering::SeqCst), refused: 0 }
+    fn signs(&self, _: &lb_common::Address) -> lb_common::passive::PassiveFailures {
+        lb_common::passive::PassiveFailures { unreachable: self.0.load(Ordering::SeqCst), refused: 0 }
     }
 }
 

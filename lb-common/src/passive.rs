@@ -12,7 +12,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Counters of one hash. They wrap; when two CPUs count at once, one count may be lost.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Signs {
+pub struct PassiveFailures {
     /// ICMP errors saying that a packet did not reach this address.
     pub unreachable: u32,
     /// Resets in answer to a SYN, in mode `nat`, whose answers pass this host.
@@ -21,10 +21,10 @@ pub struct Signs {
 
 /// Kind of a signal, which selects its counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sign {
-    /// [`Signs::unreachable`].
+pub enum PassiveFailure {
+    /// [`PassiveFailures::unreachable`].
     Unreachable,
-    /// [`Signs::refused`].
+    /// [`PassiveFailures::refused`].
     Refused,
 }
 
@@ -33,7 +33,7 @@ pub const COUNT: u32 = 1 << 16;
 
 /// Index of the counter of an address.
 #[inline(always)]
-pub const fn place(address: &Address) -> u32 {
+pub const fn index_of(address: &Address) -> u32 {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *address;
     let high = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
     let low = u64::from_le_bytes([i, j, k, l, m, n, o, p]);
@@ -42,7 +42,7 @@ pub const fn place(address: &Address) -> u32 {
     (x >> 48) as u32
 }
 
-map_value!(Signs);
+map_value!(PassiveFailures);
 
 #[cfg(test)]
 mod tests {
@@ -58,7 +58,7 @@ mod tests {
                 [0xfd, 0, 0, 0, 0, 0, c, d, 0, 0, 0, 0, 0, 0, 0, 1],
                 [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, c, d],
             ] {
-                seen[place(&address) as usize] += 1;
+                seen[index_of(&address) as usize] += 1;
             }
         }
         // 30,000 in 65,536 places: about seven in one place at most when placed at random.
