@@ -14,4 +14,4 @@ mod tables;
 pub use frame::{Adjust, FibFn, VecFrame};
 pub use quic::route_id;
 pub use stages::run;
-pub use tables::{HashTables, WhenFull};
+pub use tables::{HashTables, WhenFull, run_on};

@@ -32,7 +32,7 @@ use crate::{
     },
 };
 use lb_common::{
-    Address, Backend, Be16, Nat, Reason, Reply, ReplyKey,
+    Address, Backend, Be16, FlowKey, Nat, Reason, Reply, ReplyKey,
     backend::{flags, mode},
     is_mapped,
     names::stage,
@@ -223,6 +223,12 @@ fn enter<T: NatTables>(tables: &T, first: u16, last: u16, scratch: &mut NatScrat
     take_port(tables, first, last, scratch)?;
     match tables.add_nat(&scratch.key, &scratch.nat) {
         Added::Done => {
+            let NatScratch { key, reply_key, .. } = scratch;
+            if tables.reply(reply_key, |reply| reply.flow == *key) != Some(true) {
+                // Another processor took the port before the client's entry was there: see `release`.
+                tables.remove_nat(key);
+                return Err(Reason::NatNoPort);
+            }
             early_drop(tables, scratch);
             Ok(())
         }
@@ -257,22 +263,24 @@ fn early_drop<T: NatTables>(tables: &T, scratch: &mut NatScratch) {
             Embryonic::client(&reply.flow) == scratch.embryonic.client && !nat::is_assured(reply.flags)
         })
         .unwrap_or(false);
-    if is_early_dropped && release(tables, &scratch.embryonic.key) {
+    if is_early_dropped && release(tables, &scratch.embryonic.key, &mut scratch.victim) {
         tables.count(Reason::NatGaveWay);
     }
 }
 
 /// Removes a binding, by its answers' key; true if it was this call that did. Only one processor can remove an entry,
-/// so only one goes on to take its port.
+/// so only one goes on to take its port. The reply entry is removed first: a processor that writes the client's entry
+/// after that finds its reply entry gone, and removes what it wrote.
 #[inline(always)]
-fn release<T: NatTables>(tables: &T, key: &ReplyKey) -> bool {
-    tables.reply(key, |reply| {
-        let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
-        if tables.nat(&reply.flow, is_own) == Some(true) {
-            tables.remove_nat(&reply.flow);
-        }
-    });
-    tables.remove_reply(key)
+fn release<T: NatTables>(tables: &T, key: &ReplyKey, victim: &mut FlowKey) -> bool {
+    if tables.reply(key, |reply| *victim = reply.flow).is_none() || !tables.remove_reply(key) {
+        return false;
+    }
+    let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
+    if tables.nat(victim, is_own) == Some(true) {
+        tables.remove_nat(victim);
+    }
+    true
 }
 
 /// Key of a binding's answers.
@@ -325,7 +333,7 @@ fn take_port<T: NatTables>(
     }
     // The oldest of those that were met and whose client has not shown itself.
     (scratch.reply_key.source, scratch.reply_key.source_port) = scratch.yields;
-    if !release(tables, &scratch.reply_key) {
+    if !release(tables, &scratch.reply_key, &mut scratch.victim) {
         return Err(none);
     }
     tables.count(Reason::NatGaveWay);
@@ -336,8 +344,8 @@ fn take_port<T: NatTables>(
     Ok(())
 }
 
-/// Removes the binding that has this port if its time is over; true if it was this call that did. Otherwise it is
-/// noted if it could give scratch.
+/// Removes the binding that has this port if it has expired; true if it was this call that did. Otherwise it is
+/// recorded as the one to drop early, if it is unconfirmed and older than those before.
 #[inline(always)]
 fn reclaim<T: NatTables>(tables: &T, scratch: &mut NatScratch) -> bool {
     let NatScratch {
@@ -346,6 +354,7 @@ fn reclaim<T: NatTables>(tables: &T, scratch: &mut NatScratch) -> bool {
         udp_timeout_s,
         yields_s,
         yields,
+        victim,
         ..
     } = scratch;
     let (key, now_s) = (&*key, *now_s);
@@ -353,16 +362,20 @@ fn reclaim<T: NatTables>(tables: &T, scratch: &mut NatScratch) -> bool {
         let is_own = |nat: &mut Nat| nat.source == key.source && nat.source_port == key.source_port;
         let client_s = tables.nat(&reply.flow, |nat| if is_own(nat) { nat.last_seen_s } else { 0 });
         let client_s = client_s.unwrap_or(0);
-        // Of another service's UDP flows the time is not known here; this one's will do.
-        let idle_s = if key.protocol == TCP as u32 { nat::tcp_idle_s(reply.flags) } else { *udp_timeout_s };
+        let idle_s = if key.protocol == TCP as u32 {
+            nat::tcp_idle_s(reply.flags)
+        } else {
+            tables.service(reply.flow.service).map_or(*udp_timeout_s, |view| view.udp_timeout_s)
+        };
         if nat::is_expired(idle_s, client_s, reply.last_seen_s, now_s) {
             return true;
         }
-        if !nat::is_assured(reply.flags) && reply.last_seen_s < *yields_s {
+        // Without the client's entry, another processor is making this binding right now.
+        if client_s != 0 && !nat::is_assured(reply.flags) && reply.last_seen_s < *yields_s {
             *yields_s = reply.last_seen_s;
             *yields = (key.source, key.source_port);
         }
         false
     });
-    found == Some(true) && release(tables, key)
+    found == Some(true) && release(tables, key, victim)
 }

@@ -136,7 +136,9 @@ pub struct NatScratch {
     reply_key: ReplyKey,
     /// What becomes of them.
     reply: Reply,
-    /// The oldest reply entry met whose binding could give way, by its last packet's second; all ones: none.
+    /// Flow of a binding that is removed for this one.
+    victim: FlowKey,
+    /// Last packet's second of the oldest unconfirmed binding met, which may be dropped early; all ones: none.
     yields_s: u32,
     /// Its address and port.
     yields: (Address, Be16),
@@ -182,6 +184,7 @@ impl NatScratch {
             protocol: 0,
         },
         reply: Reply { flow: NO_FLOW, vip: [0; 16], hop: NO_HOP, last_seen_s: 0, flags: 0 },
+        victim: NO_FLOW,
         yields_s: u32::MAX,
         yields: ([0; 16], Be16::ZERO),
         turn: 0,
@@ -297,7 +300,11 @@ fn from_client<F: Frame + Fib, T: NatTables>(
     if !is_known(tables, view, headers, scratch, now_s) {
         return Err(Refusal::Stage(stage::NAT_BIND));
     }
-    update_from_client(tables, headers, scratch, now_s);
+    if !update_from_client(tables, headers, scratch, now_s) {
+        // Another processor has given the port to another flow.
+        tables.remove_nat(&scratch.key);
+        return Err(Refusal::Stage(stage::NAT_BIND));
+    }
     let nat = &scratch.nat;
     scratch.to = Rewrite {
         source: words(nat.source),
@@ -370,10 +377,12 @@ fn is_idle<T: NatTables>(tables: &T, view: &ServiceView, binding: &Nat, now_s: u
     }
 }
 
-/// Brings a flow's entries up to date with a client's packet.
+/// Updates a flow's entries by a client's packet. False if the worker's entry is missing or is another flow's.
 #[inline(always)]
-fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &NatScratch, now_s: u32) {
+fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &NatScratch, now_s: u32) -> bool {
     const ENDED: u32 = flags::CLIENT_FIN | flags::CLIENT_RST;
+    /// No state has all bits.
+    const NOT_OURS: u32 = u32::MAX;
     let (mut new, from) = (scratch.nat.flags & !(flags::FRESH | flags::NEW), &scratch.from);
     let unsettled = new & flags::ESTABLISHED == 0;
     let moved = scratch.nat.hop != *from;
@@ -383,6 +392,9 @@ fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &Nat
         let bits = headers.tcp_flags;
         let acknowledges = headers.protocol == UDP || bits & (tcp::ACK | tcp::SYN | tcp::RST) == tcp::ACK;
         let state = tables.reply(&reply_key(&scratch.nat, headers.protocol), |reply| {
+            if reply.flow != scratch.key {
+                return NOT_OURS;
+            }
             reply.hop = *from;
             let mut state = if goes_on { reply.flags & !ENDED } else { reply.flags };
             if bits & tcp::FIN != 0 {
@@ -396,7 +408,11 @@ fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &Nat
             reply.flags = state;
             state
         });
-        new = state.unwrap_or(0) & (flags::ESTABLISHED | ENDED);
+        let state = state.unwrap_or(NOT_OURS);
+        if state == NOT_OURS {
+            return false;
+        }
+        new = state & (flags::ESTABLISHED | ENDED);
     }
     if moved || new != scratch.nat.flags || scratch.nat.last_seen_s != now_s {
         tables.nat(&scratch.key, |nat| {
@@ -405,6 +421,7 @@ fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &Nat
             nat.hop = *from;
         });
     }
+    true
 }
 
 /// The way that the kernel's routes give.

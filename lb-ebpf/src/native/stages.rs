@@ -14,8 +14,8 @@ use lb_common::{names::stage, settings::IngressSettings};
 /// A packet's whole way: `ingress`, and the stages that it jumps to, if any.
 pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings) -> (Verdict, Outcome) {
     let (mut verdict, mut outcome) = ingress::process(frame, tables, settings);
-    // The kernel allows 33 jumps; nothing needs more than four.
-    for _ in 0..5 {
+    // The kernel allows 33 jumps. One processor needs four; a binding that another takes meanwhile is made again.
+    for _ in 0..12 {
         (verdict, outcome) = match verdict {
             Verdict::Stage(stage::ICMP) => dispatch::process(frame, tables, settings),
             Verdict::Stage(stage::FRAGMENT) => fragment::process(frame, tables, settings),

@@ -1,6 +1,7 @@
 //! Tables in hash maps, and a clock that stands still.
 
 use super::std::{
+    boxed::Box,
     cell::{Cell, RefCell},
     collections::{BTreeMap, HashMap, HashSet},
     vec,
@@ -104,7 +105,7 @@ pub struct HashTables {
     /// Flows that each flow table holds at most.
     pub capacity: usize,
     /// Places in the ring of new bindings.
-    pub young_room: u32,
+    pub embryonic_room: u32,
     /// What a full flow table does.
     pub when_full: WhenFull,
     /// Whether nothing may be written to the flow tables just now.
@@ -113,8 +114,8 @@ pub struct HashTables {
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     nats: RefCell<BTreeMap<FlowKey, Nat>>,
     replies: RefCell<BTreeMap<ReplyKey, Reply>>,
-    young: RefCell<HashMap<u32, Embryonic>>,
-    scratch: RefCell<NatScratch>,
+    embryonic: [RefCell<HashMap<u32, Embryonic>>; PROCESSORS],
+    scratch: [RefCell<NatScratch>; PROCESSORS],
     quic_work: RefCell<Work>,
     now_ns: Cell<u64>,
     reasons: RefCell<Vec<u64>>,
@@ -140,16 +141,16 @@ impl Default for HashTables {
             quic_configs: HashMap::new(),
             quic_servers: HashMap::new(),
             capacity: usize::MAX,
-            young_room: u32::MAX,
+            embryonic_room: u32::MAX,
             when_full: WhenFull::Evict,
             is_flooded: Cell::new(false),
             flows: Default::default(),
             fragments: RefCell::default(),
             nats: RefCell::default(),
             replies: RefCell::default(),
-            young: RefCell::default(),
+            embryonic: Default::default(),
             quic_work: RefCell::default(),
-            scratch: RefCell::new(NatScratch::EMPTY),
+            scratch: [const { RefCell::new(NatScratch::EMPTY) }; PROCESSORS],
             // A host that has been up for a while: ages can be subtracted.
             now_ns: Cell::new(100_000 * 1_000_000_000),
             reasons: RefCell::new(vec![0; Reason::COUNT as usize]),
@@ -160,6 +161,42 @@ impl Default for HashTables {
             random: Cell::new(0x9e37_79b9_7f4a_7c15),
         }
     }
+}
+
+/// Number of processors that tests may simulate.
+const PROCESSORS: usize = 2;
+
+super::std::thread_local! {
+    static PROCESSOR: Cell<usize> = const { Cell::new(0) };
+    static BEFORE_ACCESS: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
+    static IS_NESTED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs `f` in this thread as one processor of several that use the same tables, each with per-processor maps of its own.
+/// `before_access` is called before each access to a shared table that changes while packets pass; it may let another
+/// thread go on. Accesses within the access to another entry are not interrupted.
+pub fn run_on<R>(processor: usize, before_access: impl Fn() + 'static, f: impl FnOnce() -> R) -> R {
+    PROCESSOR.set(processor);
+    BEFORE_ACCESS.with(|hook| *hook.borrow_mut() = Some(Box::new(before_access)));
+    let result = f();
+    BEFORE_ACCESS.with(|hook| *hook.borrow_mut() = None);
+    PROCESSOR.set(0);
+    result
+}
+
+fn before_access() {
+    if !IS_NESTED.get() {
+        BEFORE_ACCESS.with(|hook| hook.borrow().iter().for_each(|hook| hook()));
+    }
+}
+
+/// Calls `f` on an entry that it reads or writes in place.
+fn in_place<R>(f: impl FnOnce() -> R) -> R {
+    before_access();
+    let outer = IS_NESTED.replace(true);
+    let result = f();
+    IS_NESTED.set(outer);
+    result
 }
 
 impl HashTables {
@@ -291,14 +328,17 @@ impl Tables for HashTables {
     }
 
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
+        before_access();
         self.table(table).borrow_mut().used(key).copied()
     }
 
     fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
+        before_access();
         self.table(table).borrow_mut().insert(key, *flow, self.capacity, self.when_full)
     }
 
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32) {
+        before_access();
         if let Some(flow) = self.table(table).borrow_mut().used(key) {
             flow.last_seen_s = now_s;
             flow.flags |= flags;
@@ -306,6 +346,7 @@ impl Tables for HashTables {
     }
 
     fn keep(&self, key: &FlowKey, now_s: u32, data_len: u32) {
+        before_access();
         if let Some(flow) = self.table(FlowTable::Flows).borrow_mut().used(key) {
             flow.last_seen_s = now_s;
             if data_len != 0 {
@@ -315,6 +356,7 @@ impl Tables for HashTables {
     }
 
     fn forget(&self, table: FlowTable, key: &FlowKey) {
+        before_access();
         self.table(table).borrow_mut().remove(key);
     }
 
@@ -385,10 +427,11 @@ impl Tables for HashTables {
 
 impl FragmentTable for HashTables {
     fn with_fragment<R>(&self, key: &FragmentKey, f: impl FnOnce(&mut Fragment) -> R) -> Option<R> {
-        self.fragments.borrow_mut().get_mut(key).map(f)
+        in_place(|| self.fragments.borrow_mut().get_mut(key).map(f))
     }
 
     fn record_fragment(&self, key: &FragmentKey, fragment: &Fragment) -> bool {
+        before_access();
         self.fragments.borrow_mut().insert(*key, *fragment);
         true
     }
@@ -434,6 +477,7 @@ impl HashTables {
     }
 
     fn add<K: Ord + Copy, V: Copy>(&self, map: &RefCell<BTreeMap<K, V>>, key: &K, value: &V) -> Added {
+        before_access();
         let mut map = map.borrow_mut();
         if map.contains_key(key) {
             return Added::Taken;
@@ -448,11 +492,11 @@ impl HashTables {
 
 impl NatTables for HashTables {
     fn nat<R>(&self, key: &FlowKey, f: impl FnOnce(&mut Nat) -> R) -> Option<R> {
-        self.nats.borrow_mut().get_mut(key).map(f)
+        in_place(|| self.nats.borrow_mut().get_mut(key).map(f))
     }
 
     fn reply<R>(&self, key: &ReplyKey, f: impl FnOnce(&mut Reply) -> R) -> Option<R> {
-        self.replies.borrow_mut().get_mut(key).map(f)
+        in_place(|| self.replies.borrow_mut().get_mut(key).map(f))
     }
 
     fn add_nat(&self, key: &FlowKey, nat: &Nat) -> Added {
@@ -464,10 +508,12 @@ impl NatTables for HashTables {
     }
 
     fn remove_nat(&self, key: &FlowKey) -> bool {
+        before_access();
         self.nats.borrow_mut().remove(key).is_some()
     }
 
     fn remove_reply(&self, key: &ReplyKey) -> bool {
+        before_access();
         self.replies.borrow_mut().remove(key).is_some()
     }
 
@@ -478,10 +524,10 @@ impl NatTables for HashTables {
     }
 
     fn embryonic<R>(&self, place: u32, f: impl FnOnce(&mut Embryonic) -> R) -> Option<R> {
-        if place >= self.young_room {
+        if place >= self.embryonic_room {
             return None;
         }
-        Some(f(self.young.borrow_mut().entry(place).or_insert(Embryonic::EMPTY)))
+        Some(f(self.embryonic[PROCESSOR.get()].borrow_mut().entry(place).or_insert(Embryonic::EMPTY)))
     }
 
     fn sum<F: Frame>(&self, frame: &F, offset: usize, len: usize) -> Option<u32> {
@@ -490,6 +536,6 @@ impl NatTables for HashTables {
     }
 
     fn scratch<R>(&self, f: impl FnOnce(&mut NatScratch) -> R) -> Option<R> {
-        Some(f(&mut self.scratch.borrow_mut()))
+        Some(f(&mut self.scratch[PROCESSOR.get()].borrow_mut()))
     }
 }

@@ -20,5 +20,6 @@ mod second_chance;
 mod seeds;
 mod syn_cache;
 mod too_big;
+mod two_processors;
 mod worker;
 mod world;

@@ -357,7 +357,7 @@ fn a_flow_whose_binding_is_lost_gets_the_same_again() {
 #[test]
 fn strays_push_nothing_out() {
     let mut tables = tables(false);
-    tables.young_room = 8;
+    tables.embryonic_room = 8;
     for port in 1_000..1_008 {
         send(&tables, &request(false, TCP, port, SYN));
     }
@@ -538,7 +538,7 @@ fn floods_of_forged_packets_have_few_bindings_and_take_none() {
     const YOUNG: u32 = 8;
     let settings = IngressSettings::DEFAULT;
     let mut tables = tables(false);
-    tables.young_room = YOUNG;
+    tables.embryonic_room = YOUNG;
     let live: Vec<Nat> =
         (0..20).map(|i| open(&tables, 1_000 + i, &settings).expect("there is room")).collect();
     let talkers = (0..20).map(|i| request(false, UDP, 1_000 + i, 0));
@@ -691,7 +691,7 @@ fn the_kernel_s_routes_give_a_source_where_the_daemon_has_none() {
 }
 
 #[test]
-fn answers_follow_the_client_s_last_hop() {
+pub fn answers_follow_the_client_s_last_hop() {
     let tables = tables(false);
     let nat = after(&tables, 40_000, &[]);
     let mut moved = request(false, TCP, 40_000, ACK).bytes();
