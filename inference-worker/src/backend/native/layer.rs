@@ -12,7 +12,7 @@ use super::{
     math, padded,
     pool::Pool,
 };
-use crate::backend::SeqPart;
+use crate::backend::SequenceChunk;
 
 /// Where the key and value of a token are stored.
 #[derive(Clone, Copy)]
@@ -144,7 +144,7 @@ impl NativeBackend {
     }
 
     /// Computes attention for `tasks`.
-    pub(super) fn attention(&mut self, layer: usize, chunks: &[SeqPart<'_>], tasks: &[AttentionTask]) {
+    pub(super) fn attention(&mut self, layer: usize, chunks: &[SequenceChunk<'_>], tasks: &[AttentionTask]) {
         let c = &self.config;
         let (dim, group) = (c.head_dim, c.heads / c.kv_heads);
         let (width, ld) = (c.q_dim() + 2 * c.kv_dim(), padded(c.q_dim()));
@@ -174,7 +174,7 @@ impl NativeBackend {
                     visible: &visible[..rows],
                     kv: layout,
                     head,
-                    block_table: c.blocks,
+                    block_table: c.block_table,
                     keys: &layer.keys,
                     values: &layer.values,
                 };

@@ -4,7 +4,7 @@
 
 use super::{BLOCK_SIZE, Layer, aligned::AlignedF32, packed::PackedMatrix};
 use crate::{
-    model::{LlamaConfig, load as tensors},
+    model::{LlamaConfig, tensors},
     weights::{DType, RawTensor, RopeLayout, WeightError, WeightSource},
 };
 
@@ -20,19 +20,19 @@ impl WeightPacker<'_> {
     /// Packs the matrix `name` of `vocab` rows.
     pub fn vocab_matrix(&self, name: &str) -> Result<PackedMatrix, WeightError> {
         let c = self.config;
-        let raw = tensors::need(self.source, name, &[c.vocab, c.hidden])?;
+        let raw = tensors::require(self.source, name, &[c.vocab, c.hidden])?;
         Ok(pack(&[raw], vec![(0..c.vocab).collect()], self.as_f32))
     }
 
     /// Reads the vector `name` of `hidden` values.
     pub fn vector(&self, name: &str) -> Result<Vec<f32>, WeightError> {
-        Ok(tensors::need(self.source, name, &[self.config.hidden])?.to_f32())
+        Ok(tensors::require(self.source, name, &[self.config.hidden])?.to_f32())
     }
 
     /// Returns the type in which the file stores most of the weights.
     pub fn weight_type(&self) -> Result<DType, WeightError> {
         let (c, name) = (self.config, tensors::layer_name(0, "mlp.down_proj.weight"));
-        Ok(tensors::need(self.source, &name, &[c.hidden, c.ffn])?.dtype)
+        Ok(tensors::require(self.source, &name, &[c.hidden, c.ffn])?.dtype)
     }
 
     /// Packs a layer, with an empty KV cache of `kv_blocks` blocks.
@@ -45,8 +45,8 @@ impl WeightPacker<'_> {
             qkv: self.rows_of(
                 layer,
                 &[
-                    (tensors::Q, c.q_dim(), c.hidden),
-                    (tensors::K, c.kv_dim(), c.hidden),
+                    (tensors::Q_PROJ, c.q_dim(), c.hidden),
+                    (tensors::K_PROJ, c.kv_dim(), c.hidden),
                     ("self_attn.v_proj.weight", c.kv_dim(), c.hidden),
                 ],
             )?,
@@ -68,7 +68,7 @@ impl WeightPacker<'_> {
         let tensors = names
             .iter()
             .map(|(name, rows, cols)| {
-                tensors::need(self.source, &tensors::layer_name(layer, name), &[*rows, *cols])
+                tensors::require(self.source, &tensors::layer_name(layer, name), &[*rows, *cols])
             })
             .collect::<Result<Vec<_>, _>>()?;
         let orders = names.iter().map(|(name, rows, _)| row_order(self.source, self.config, name, *rows));
@@ -78,7 +78,7 @@ impl WeightPacker<'_> {
 
 /// Returns the row of the file for each row in Hugging Face's order.
 fn row_order(source: &dyn WeightSource, c: &LlamaConfig, name: &str, rows: usize) -> Vec<usize> {
-    let rotated = name == tensors::Q || name == tensors::K;
+    let rotated = name == tensors::Q_PROJ || name == tensors::K_PROJ;
     if !rotated || source.rope_layout() == RopeLayout::Halves {
         return (0..rows).collect();
     }

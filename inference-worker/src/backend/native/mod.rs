@@ -17,7 +17,7 @@ mod step_io;
 
 use std::sync::Arc;
 
-pub use attention::{BLOCK_SIZE, BLOCK_SIZE as BLOCK};
+pub use attention::BLOCK_SIZE;
 
 use self::{
     aligned::AlignedF32,
@@ -27,9 +27,9 @@ use self::{
     packed::{PackedMatrix, TILE},
     pool::Pool,
 };
-use super::{Backend, BackendError, SeqPart, StepOutput};
+use super::{Backend, BackendError, SequenceChunk, StepOutput};
 use crate::{
-    model::{LlamaConfig, load as tensors},
+    model::{LlamaConfig, tensors},
     weights::{WeightError, WeightSource},
 };
 
@@ -119,14 +119,14 @@ impl Backend for NativeBackend {
         self.kv_blocks
     }
 
-    fn step(&mut self, chunks: &[SeqPart<'_>], out: &mut StepOutput) -> Result<(), BackendError> {
+    fn step(&mut self, chunks: &[SequenceChunk<'_>], out: &mut StepOutput) -> Result<(), BackendError> {
         self.check(chunks)?;
         let (mut queries, mut slots) = (Vec::new(), Vec::new());
         for (chunk, c) in chunks.iter().enumerate() {
             queries.push(QueryRows { chunk, row: slots.len(), len: c.tokens.len() });
             slots.extend(
                 (c.start..c.start + c.tokens.len())
-                    .map(|at| CacheSlot { block: c.blocks[at / BLOCK_SIZE], offset: at % BLOCK_SIZE }),
+                    .map(|at| CacheSlot { block: c.block_table[at / BLOCK_SIZE], offset: at % BLOCK_SIZE }),
             );
         }
         let mut total = slots.len();

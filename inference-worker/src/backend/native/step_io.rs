@@ -8,23 +8,25 @@ use super::{
     layer::{Norm, QueryRows},
     padded,
 };
-use crate::backend::{BackendError, SeqPart, StepOutput, Want};
+use crate::backend::{BackendError, OutputKind, SequenceChunk, StepOutput};
 
 impl NativeBackend {
     /// Checks block tables, token ids and output kinds of a step.
-    pub(super) fn check(&self, chunks: &[SeqPart<'_>]) -> Result<(), BackendError> {
+    pub(super) fn check(&self, chunks: &[SequenceChunk<'_>]) -> Result<(), BackendError> {
         for c in chunks {
             let end = c.start + c.tokens.len();
-            if c.blocks.len() * BLOCK_SIZE < end || c.blocks.iter().any(|b| *b as usize >= self.kv_blocks) {
+            if c.block_table.len() * BLOCK_SIZE < end
+                || c.block_table.iter().any(|b| *b as usize >= self.kv_blocks)
+            {
                 return Err(BackendError::Other(format!(
                     "a sequence of {end} tokens has the block table {:?}, the KV cache has {} blocks",
-                    c.blocks, self.kv_blocks
+                    c.block_table, self.kv_blocks
                 )));
             }
             if let Some(id) = c.tokens.iter().find(|id| **id as usize >= self.config.vocab) {
                 return Err(BackendError::Other(format!("token id {id} is outside the vocabulary")));
             }
-            if matches!(c.want, Want::Sample(_)) {
+            if matches!(c.output, OutputKind::SampledId(_)) {
                 return Err(BackendError::Other("the native backend does not sample".into()));
             }
         }
@@ -32,7 +34,7 @@ impl NativeBackend {
     }
 
     /// Resizes the buffers, and writes embeddings and rotation angles.
-    pub(super) fn prepare(&mut self, chunks: &[SeqPart<'_>], total: usize) {
+    pub(super) fn prepare(&mut self, chunks: &[SequenceChunk<'_>], total: usize) {
         let config = &self.config;
         let b = &mut self.buffers;
         for (buffer, width) in [
@@ -63,16 +65,16 @@ impl NativeBackend {
     /// Moves the tokens whose hidden state is needed to the front, in order. The last layer computes only these.
     pub(super) fn keep_output_tokens(
         &mut self,
-        chunks: &[SeqPart<'_>],
+        chunks: &[SequenceChunk<'_>],
         queries: &[QueryRows],
     ) -> Vec<QueryRows> {
         let (h, width) = (self.config.hidden, self.config.q_dim() + 2 * self.config.kv_dim());
         let (mut kept, mut row) = (Vec::new(), 0);
         for rows in queries {
-            let len = match chunks[rows.chunk].want {
-                Want::Nothing | Want::Sample(_) => continue,
-                Want::Last => 1,
-                Want::All | Want::Hidden => rows.len,
+            let len = match chunks[rows.chunk].output {
+                OutputKind::None | OutputKind::SampledId(_) => continue,
+                OutputKind::LastLogits => 1,
+                OutputKind::AllLogits | OutputKind::HiddenSum => rows.len,
             };
             let from = rows.row + rows.len - len..rows.row + rows.len;
             self.buffers.x.copy_within(from.start * h..from.end * h, row * h);
@@ -84,33 +86,38 @@ impl NativeBackend {
     }
 
     /// Writes the outputs of the kept tokens: logits, or sums of hidden states.
-    pub(super) fn write_outputs(&mut self, chunks: &[SeqPart<'_>], tokens: usize, out: &mut StepOutput) {
+    pub(super) fn write_outputs(
+        &mut self,
+        chunks: &[SequenceChunk<'_>],
+        tokens: usize,
+        out: &mut StepOutput,
+    ) {
         let (h, vocab) = (self.config.hidden, self.config.vocab);
         self.rms_norm(Norm::Final, tokens);
         let ld = padded(h);
         out.vocab = vocab;
         out.logits.clear();
-        out.hidden.clear();
+        out.hidden_sums.clear();
         let mut row = 0;
         // Rows of embeddings are summed here; all others go through the output head together.
         let mut logit_rows = Vec::new();
         for c in chunks {
-            match c.want {
-                Want::Hidden => {
+            match c.output {
+                OutputKind::HiddenSum => {
                     let mut sum = vec![0.0f32; h];
                     for _ in c.tokens {
                         let normed = &self.buffers.normed[row * ld..][..h];
                         sum.iter_mut().zip(normed).for_each(|(s, v)| *s += v);
                         row += 1;
                     }
-                    out.hidden.push(sum);
+                    out.hidden_sums.push(sum);
                 }
-                Want::Last | Want::All => {
-                    let n = if c.want == Want::Last { 1 } else { c.tokens.len() };
+                OutputKind::LastLogits | OutputKind::AllLogits => {
+                    let n = if c.output == OutputKind::LastLogits { 1 } else { c.tokens.len() };
                     logit_rows.extend(row..row + n);
                     row += n;
                 }
-                Want::Nothing | Want::Sample(_) => {}
+                OutputKind::None | OutputKind::SampledId(_) => {}
             }
         }
         for (to, from) in logit_rows.iter().enumerate() {
