@@ -1,7 +1,7 @@
 //! Measures the worker: `measure step|serve native|native-f32|torch-f32|torch-bf16 MODEL [FIGURE…]`.
 //!
-//! `step` drives a backend directly: decode at several batch sizes and prefill, in tokens/s. `serve` drives
-//! the engine: one and eight streams, and the first token of a short request while a long prompt is computed.
+//! `step` measures a backend: decode at several batch sizes and prefill, in tokens/s. `serve` measures the engine: one
+//! and eight streams, and the time to first token of a short request, idle and during the prefill of a long prompt.
 //! Prints one JSON object. Called by `cargo xtask bench inference`.
 
 use std::{
@@ -13,10 +13,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use inference_worker::{
-    backend::{BLOCK, SeqPart, StepOutput, Want},
+    backend::{BLOCK_SIZE, OutputKind, SequenceChunk, StepOutput},
     engine::{
-        Engine, EngineOptions, Event, Generate, Request, Work,
-        sampling::{Sampling, argmax},
+        Engine, EngineOptions, Event, GenerationParams, Request, Task,
+        sampling::{SamplingParams, argmax},
     },
     metrics::Metrics,
     model::{BackendChoice, DtypeChoice, LoadOptions, Model, load_model},
@@ -27,17 +27,17 @@ type Figures = BTreeMap<String, f64>;
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [what, how, path, only @ ..] = arguments.as_slice() else {
-        bail!("usage: measure step|serve native|… MODEL [FIGURE…]")
+    let [measurement, backend, path, only @ ..] = arguments.as_slice() else {
+        bail!("usage: measure step|serve native|native-f32|torch-f32|torch-bf16 MODEL [FIGURE…]")
     };
-    let (backend, dtype) = match how.as_str() {
+    let (backend, dtype) = match backend.as_str() {
         "native" => (BackendChoice::Native, DtypeChoice::Auto),
         "native-f32" => (BackendChoice::Native, DtypeChoice::F32),
         "torch-f32" => (BackendChoice::Torch, DtypeChoice::F32),
         "torch-bf16" => (BackendChoice::Torch, DtypeChoice::Bf16),
-        other => bail!("no backend `{other}`"),
+        other => bail!("unknown backend `{other}`, expected native, native-f32, torch-f32 or torch-bf16"),
     };
-    // LB_MEASURE=cpu: one thread, and tokens per second of processor time, for machines that are busy.
+    // LB_MEASURE=cpu measures tokens per second of CPU time with one thread, for busy machines.
     let threads = if by_cpu_time() { 1 } else { std::thread::available_parallelism().map_or(2, usize::from) };
     tch::set_num_threads(threads as i32);
     let options = LoadOptions {
@@ -49,13 +49,13 @@ fn main() -> anyhow::Result<()> {
         max_context: None,
     };
     let path = PathBuf::from(path);
-    let figures = match what.as_str() {
-        "step" => steps(&mut load_model(&path, &options)?, only)?,
+    let figures = match measurement.as_str() {
+        "step" => measure_steps(&mut load_model(&path, &options)?, only)?,
         "serve" => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-            runtime.block_on(serve(path, options))?
+            runtime.block_on(measure_serving(path, options))?
         }
-        other => bail!("no measurement `{other}`"),
+        other => bail!("unknown measurement `{other}`, expected step or serve"),
     };
     println!("{}", serde_json::to_string(&figures)?);
     Ok(())
@@ -65,7 +65,7 @@ fn by_cpu_time() -> bool {
     std::env::var("LB_MEASURE").is_ok_and(|v| v == "cpu")
 }
 
-/// Seconds since some moment: on the wall, or of this process's processor time.
+/// Returns the seconds of a monotonic clock, or of this process's CPU time.
 fn now() -> f64 {
     let clock = if by_cpu_time() { libc::CLOCK_PROCESS_CPUTIME_ID } else { libc::CLOCK_MONOTONIC };
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -74,8 +74,8 @@ fn now() -> f64 {
     t.tv_sec as f64 + t.tv_nsec as f64 * 1e-9
 }
 
-/// The best of three in tokens/s.
-fn best(tokens: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+/// Returns the best speed of three runs in tokens/s.
+fn best_speed(tokens: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     let mut best = 0.0f64;
     for _ in 0..3 {
         let began = now();
@@ -85,87 +85,104 @@ fn best(tokens: usize, mut run: impl FnMut() -> anyhow::Result<()>) -> anyhow::R
     Ok(best)
 }
 
-/// All figures, or only those named.
-fn steps(model: &mut Model, only: &[String]) -> anyhow::Result<Figures> {
-    const TOKENS: usize = 24;
-    let wanted = |name: &String| only.is_empty() || only.contains(name);
+/// Measures a backend: all figures, or only those in `only`.
+fn measure_steps(model: &mut Model, only: &[String]) -> anyhow::Result<Figures> {
+    let is_selected = |name: &String| only.is_empty() || only.contains(name);
     let mut figures = Figures::new();
-    let (vocab, mut out) = (model.config.vocab, StepOutput::default());
     let prompt: Vec<u32> = (0..512u32).map(|i| 1000 + i * 37 % 20_000).collect();
     for batch in [1usize, 4, 8, 16] {
         let name = format!("decode_{batch}");
-        if !wanted(&name) {
-            continue;
+        if is_selected(&name) {
+            figures.insert(name, decode_speed(model, &prompt, batch)?);
         }
-        let per = (64 + TOKENS).div_ceil(BLOCK);
-        let blocks: Vec<Vec<u32>> =
-            (0..batch).map(|i| (i * per..(i + 1) * per).map(|b| b as u32).collect()).collect();
-        for blocks in &blocks {
-            model.backend.step(
-                &[SeqPart { tokens: &prompt[..64], start: 0, blocks, want: Want::Nothing }],
-                &mut out,
-            )?;
-        }
-        let speed = best(batch * TOKENS, || {
-            let mut last = vec![[7u32]; batch];
-            for t in 0..TOKENS {
-                let part = |i: usize| SeqPart {
-                    tokens: &last[i],
-                    start: 64 + t,
-                    blocks: &blocks[i],
-                    want: Want::Last,
-                };
-                model.backend.step(&(0..batch).map(part).collect::<Vec<_>>(), &mut out)?;
-                last = (0..batch).map(|i| [argmax(&out.logits[i * vocab..][..vocab])]).collect();
-            }
-            Ok(())
-        })?;
-        figures.insert(name, speed);
     }
-    let blocks: Vec<u32> = (0..(512 / BLOCK) as u32).collect();
     for chunk in [64, 512] {
         let name = if chunk == 512 { "prefill_512".to_owned() } else { format!("prefill_512_by_{chunk}") };
-        if !wanted(&name) {
-            continue;
+        if is_selected(&name) {
+            figures.insert(name, prefill_speed(model, &prompt, chunk)?);
         }
-        let speed = best(512, || {
-            for (i, tokens) in prompt.chunks(chunk).enumerate() {
-                let part = SeqPart { tokens, start: i * chunk, blocks: &blocks, want: Want::Last };
-                model.backend.step(&[part], &mut out)?;
-            }
-            Ok(())
-        })?;
-        figures.insert(name, speed);
     }
     Ok(figures)
 }
 
+/// Returns the tokens/s of decoding `batch` sequences together.
+fn decode_speed(model: &mut Model, prompt: &[u32], batch: usize) -> anyhow::Result<f64> {
+    const TOKENS: usize = 24;
+    let (vocab, mut out) = (model.config.vocab, StepOutput::default());
+    let per_sequence = (64 + TOKENS).div_ceil(BLOCK_SIZE);
+    let block_tables: Vec<Vec<u32>> =
+        (0..batch).map(|i| (i * per_sequence..(i + 1) * per_sequence).map(|b| b as u32).collect()).collect();
+    for block_table in &block_tables {
+        let chunk = SequenceChunk { tokens: &prompt[..64], start: 0, block_table, output: OutputKind::None };
+        model.backend.step(&[chunk], &mut out)?;
+    }
+    best_speed(batch * TOKENS, || {
+        let mut last = vec![[7u32]; batch];
+        for t in 0..TOKENS {
+            let chunk = |i: usize| SequenceChunk {
+                tokens: &last[i],
+                start: 64 + t,
+                block_table: &block_tables[i],
+                output: OutputKind::LastLogits,
+            };
+            model.backend.step(&(0..batch).map(chunk).collect::<Vec<_>>(), &mut out)?;
+            last = (0..batch).map(|i| [argmax(&out.logits[i * vocab..][..vocab])]).collect();
+        }
+        Ok(())
+    })
+}
+
+/// Returns the tokens/s of prefilling 512 tokens in chunks of `chunk` tokens.
+fn prefill_speed(model: &mut Model, prompt: &[u32], chunk: usize) -> anyhow::Result<f64> {
+    let mut out = StepOutput::default();
+    let block_table: Vec<u32> = (0..(512 / BLOCK_SIZE) as u32).collect();
+    best_speed(512, || {
+        for (i, tokens) in prompt.chunks(chunk).enumerate() {
+            let chunk = SequenceChunk {
+                tokens,
+                start: i * chunk,
+                block_table: &block_table,
+                output: OutputKind::LastLogits,
+            };
+            model.backend.step(&[chunk], &mut out)?;
+        }
+        Ok(())
+    })
+}
+
+/// Submits a greedy request.
 fn send(engine: &Engine, prompt: Vec<u32>, max_tokens: usize) -> anyhow::Result<UnboundedReceiver<Event>> {
     let (events, receiver) = unbounded_channel();
-    let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    let work =
-        Work::Generate(Box::new(Generate { max_tokens, sampling, ignore_eos: true, ..Generate::default() }));
-    let request = Request { prompt, work, events, arrived: Instant::now(), group: engine.new_group() };
+    let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+    let task = Task::Generate(Box::new(GenerationParams {
+        max_tokens,
+        sampling,
+        ignore_eos: true,
+        ..GenerationParams::default()
+    }));
+    let request = Request { prompt, task, events, arrived: Instant::now(), group: engine.new_group() };
     engine.submit(vec![request])?;
     Ok(receiver)
 }
 
+/// Waits for the first token.
 async fn first_token(receiver: &mut UnboundedReceiver<Event>) -> anyhow::Result<()> {
-    match receiver.recv().await.context("the engine stopped")? {
+    match receiver.recv().await.context("the engine has stopped")? {
         Event::Token { .. } => Ok(()),
         other => bail!("expected a token, got {other:?}"),
     }
 }
 
-async fn serve(path: PathBuf, load: LoadOptions) -> anyhow::Result<Figures> {
+/// Measures the engine.
+async fn measure_serving(path: PathBuf, load: LoadOptions) -> anyhow::Result<Figures> {
     let metrics = Metrics::new();
-    let options = EngineOptions { prefix_sharing: false, ..EngineOptions::default() };
+    let options = EngineOptions { prefix_caching: false, ..EngineOptions::default() };
     let engine: Arc<Engine> =
         Engine::start("m".into(), "1".into(), path, load, options, metrics.model("m")).await?;
     let prompt =
         |len: u32, salt: u32| (0..len).map(|i| 1000 + (i * 37 + salt * 911) % 20_000).collect::<Vec<u32>>();
     let mut figures = Figures::new();
-    // The engine learns its prompt speed.
+    // Lets the engine adapt its prompt tokens per step.
     let mut warm = send(&engine, prompt(300, 9), 2)?;
     while warm.recv().await.is_some() {}
     for streams in [1u32, 8] {
@@ -189,7 +206,10 @@ async fn serve(path: PathBuf, load: LoadOptions) -> anyhow::Result<Figures> {
         idle = idle.min(began.elapsed().as_secs_f64());
         let mut long = send(&engine, prompt(1000, round + 20), 1)?;
         tokio::time::sleep(Duration::from_millis(100 + 17 * u64::from(round))).await;
-        anyhow::ensure!(long.try_recv().is_err(), "the long prompt was done before the short one came");
+        anyhow::ensure!(
+            long.try_recv().is_err(),
+            "the long prompt was completed before the short request was sent"
+        );
         let began = Instant::now();
         first_token(&mut send(&engine, prompt(24, round + 40), 1)?).await?;
         busy = busy.min(began.elapsed().as_secs_f64());

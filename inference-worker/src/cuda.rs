@@ -1,25 +1,26 @@
-//! The little of CUDA that tch does not offer, looked up at run time so that one binary serves CPU and GPU.
+//! CUDA functions that tch does not offer. They are looked up at run time, so that one binary works with and without
+//! CUDA.
 
 use std::ffi::CStr;
 
-/// Opens `libtorch_cuda.so` where it is. The linker leaves it out of the binary (nothing refers to it by
-/// name), and without it libtorch sees no GPU. Returns whether it was found.
+/// Loads `libtorch_cuda.so`. The linker does not add it to the binary, because nothing refers to its symbols, but
+/// libtorch needs it to find GPUs. Returns whether it was found.
 pub fn open_libtorch_cuda() -> bool {
-    // SAFETY: dlopen with a constant name; libtorch's own initialisers run, as they would when linked.
+    // SAFETY: dlopen with a constant name; it runs the same initialisers as if the library were linked.
     unsafe { !libc::dlopen(c"libtorch_cuda.so".as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL).is_null() }
 }
 
 fn symbol(name: &CStr) -> Option<*mut libc::c_void> {
-    // SAFETY: a look-up by constant name.
+    // SAFETY: dlsym with a constant name.
     let address = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
     (!address.is_null()).then_some(address)
 }
 
-/// Free bytes on the current CUDA device, or None without one.
+/// Returns the free bytes of the current CUDA device, or None without one.
 pub fn free_memory() -> Option<usize> {
     type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> libc::c_int;
     let address = symbol(c"cudaMemGetInfo")?;
-    // SAFETY: the CUDA runtime documents exactly this signature under this name.
+    // SAFETY: this is the signature that the CUDA runtime documents for this name.
     let get = unsafe { std::mem::transmute::<*mut libc::c_void, MemGetInfo>(address) };
     let (mut free, mut total) = (0, 0);
     // SAFETY: both pointers are valid for writes.

@@ -1,6 +1,6 @@
-//! Metrics under vLLM's names, so that dashboards, routers and autoscalers made for vLLM work unchanged.
+//! Metrics with vLLM's names, so that dashboards, routers and autoscalers for vLLM work unchanged.
 //!
-//! Counters and histograms are written where things happen; gauges are set when `/metrics` is read.
+//! The engine and the API update counters and histograms; gauges are set when `/metrics` is requested.
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -9,28 +9,28 @@ use prometheus_client::{
 };
 use std::sync::{Arc, atomic::AtomicU64};
 
-use crate::engine::output::Finish;
+use crate::engine::output::FinishReason;
 
-/// The label that vLLM puts on everything.
+/// Label of all metrics of a model.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ModelLabel {
-    /// Name as clients know it.
+    /// Name of the model.
     pub model_name: String,
 }
 
-/// Label of finished requests.
+/// Labels of finished requests.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FinishLabel {
-    /// Name as clients know it.
+    /// Name of the model.
     pub model_name: String,
-    /// stop, length or abort.
+    /// `stop`, `length` or `abort`.
     pub finished_reason: String,
 }
 
-/// Label of rejected requests.
+/// Label of HTTP responses.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct StatusLabel {
-    /// HTTP status.
+    /// HTTP status code.
     pub code: u16,
 }
 
@@ -41,15 +41,15 @@ type Histograms = Family<ModelLabel, Histogram, fn() -> Histogram>;
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    /// Sequences running.
+    /// Running sequences.
     pub running: Family<ModelLabel, Gauge>,
-    /// Sequences waiting.
+    /// Waiting sequences.
     pub waiting: Family<ModelLabel, Gauge>,
-    /// Share of the KV cache held, 0 to 1.
+    /// Used fraction of the KV cache, 0 to 1.
     pub kv_usage: Family<ModelLabel, FloatGauge>,
-    /// The same under vLLM's older name.
+    /// `kv_usage` under the name that older versions of vLLM use.
     pub kv_usage_old: Family<ModelLabel, FloatGauge>,
-    /// Answers by status.
+    /// HTTP responses by status code.
     pub http: Family<StatusLabel, Counter>,
     prompt_tokens: Family<ModelLabel, Counter>,
     generation_tokens: Family<ModelLabel, Counter>,
@@ -63,32 +63,32 @@ pub struct Metrics {
     queue_time: Histograms,
 }
 
-/// One model's share of them.
+/// Metrics of one model.
 #[derive(Debug, Clone)]
 pub struct ModelMetrics {
     model: String,
     /// Prompt tokens computed.
     pub prompt_tokens: Counter,
-    /// Tokens generated.
+    /// Generated tokens.
     pub generation_tokens: Counter,
     /// Prompt tokens looked up in the prefix cache.
     pub prefix_queries: Counter,
-    /// Prompt tokens found there.
+    /// Prompt tokens found in the prefix cache.
     pub prefix_hits: Counter,
-    /// Sequences that gave way.
+    /// Preemptions.
     pub preemptions: Counter,
-    /// Arrival to first token, seconds.
+    /// Time from arrival to first token, in seconds.
     pub time_to_first_token: Histogram,
-    /// Token to token, seconds.
+    /// Time between two tokens, in seconds.
     pub time_per_output_token: Histogram,
-    /// Arrival to end, seconds.
+    /// Time from arrival to end, in seconds.
     pub e2e_latency: Histogram,
-    /// Arrival to start, seconds.
+    /// Time from arrival to first step, in seconds.
     pub queue_time: Histogram,
     success: Family<FinishLabel, Counter>,
 }
 
-fn long_buckets() -> Histogram {
+fn first_token_buckets() -> Histogram {
     Histogram::new([
         0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
         40.0, 80.0,
@@ -106,7 +106,7 @@ fn request_buckets() -> Histogram {
 }
 
 impl Metrics {
-    /// A fresh set.
+    /// Creates all metrics.
     pub fn new() -> Arc<Self> {
         let mut m = Self {
             registry: Registry::default(),
@@ -121,51 +121,75 @@ impl Metrics {
             prefix_queries: Family::default(),
             prefix_hits: Family::default(),
             preemptions: Family::default(),
-            time_to_first_token: Family::new_with_constructor(long_buckets as fn() -> Histogram),
+            time_to_first_token: Family::new_with_constructor(first_token_buckets as fn() -> Histogram),
             time_per_output_token: Family::new_with_constructor(token_buckets as fn() -> Histogram),
             e2e_latency: Family::new_with_constructor(request_buckets as fn() -> Histogram),
             queue_time: Family::new_with_constructor(request_buckets as fn() -> Histogram),
         };
-        let r = &mut m.registry;
-        r.register("vllm:num_requests_running", "Requests being computed", m.running.clone());
-        r.register("vllm:num_requests_waiting", "Requests waiting to be computed", m.waiting.clone());
-        r.register("vllm:kv_cache_usage_perc", "KV-cache use, 1 is full", m.kv_usage.clone());
-        r.register("vllm:gpu_cache_usage_perc", "KV-cache use under its older name", m.kv_usage_old.clone());
-        r.register("vllm:prompt_tokens", "Prompt tokens computed", m.prompt_tokens.clone());
-        r.register("vllm:generation_tokens", "Tokens generated", m.generation_tokens.clone());
-        r.register("vllm:request_success", "Finished requests by reason", m.success.clone());
+        m.register_all();
+        Arc::new(m)
+    }
+
+    fn register_all(&mut self) {
+        let r = &mut self.registry;
+        r.register("vllm:num_requests_running", "Running requests", self.running.clone());
+        r.register("vllm:num_requests_waiting", "Waiting requests", self.waiting.clone());
+        r.register(
+            "vllm:kv_cache_usage_perc",
+            "Used fraction of the KV cache, 0 to 1",
+            self.kv_usage.clone(),
+        );
+        r.register(
+            "vllm:gpu_cache_usage_perc",
+            "Used fraction of the KV cache, 0 to 1, under its older name",
+            self.kv_usage_old.clone(),
+        );
+        r.register("vllm:prompt_tokens", "Prompt tokens computed", self.prompt_tokens.clone());
+        r.register("vllm:generation_tokens", "Generated tokens", self.generation_tokens.clone());
+        r.register("vllm:request_success", "Finished requests by finish reason", self.success.clone());
         r.register(
             "vllm:prefix_cache_queries",
             "Prompt tokens looked up in the prefix cache",
-            m.prefix_queries.clone(),
+            self.prefix_queries.clone(),
         );
         r.register(
             "vllm:prefix_cache_hits",
             "Prompt tokens found in the prefix cache",
-            m.prefix_hits.clone(),
+            self.prefix_hits.clone(),
         );
-        r.register("vllm:num_preemptions", "Requests that gave way to older ones", m.preemptions.clone());
+        r.register(
+            "vllm:num_preemptions",
+            "Preemptions of running requests by older ones",
+            self.preemptions.clone(),
+        );
         r.register(
             "vllm:time_to_first_token_seconds",
-            "Arrival to first token",
-            m.time_to_first_token.clone(),
+            "Time from arrival to first token",
+            self.time_to_first_token.clone(),
         );
-        r.register("vllm:time_per_output_token_seconds", "Token to token", m.time_per_output_token.clone());
+        r.register(
+            "vllm:time_per_output_token_seconds",
+            "Time between two tokens",
+            self.time_per_output_token.clone(),
+        );
         r.register(
             "vllm:inter_token_latency_seconds",
-            "Token to token, under its newer name",
-            m.time_per_output_token.clone(),
+            "Time between two tokens, under its newer name",
+            self.time_per_output_token.clone(),
         );
-        r.register("vllm:e2e_request_latency_seconds", "Arrival to end", m.e2e_latency.clone());
-        r.register("vllm:request_queue_time_seconds", "Arrival to start", m.queue_time.clone());
-        r.register("lb_worker_http_responses", "Answers by status", m.http.clone());
-        Arc::new(m)
+        r.register("vllm:e2e_request_latency_seconds", "Time from arrival to end", self.e2e_latency.clone());
+        r.register(
+            "vllm:request_queue_time_seconds",
+            "Time from arrival to first step",
+            self.queue_time.clone(),
+        );
+        r.register("lb_worker_http_responses", "HTTP responses by status code", self.http.clone());
     }
 
-    /// The share of a model.
+    /// Returns the metrics of a model.
     pub fn model(&self, name: &str) -> ModelMetrics {
         let label = ModelLabel { model_name: name.into() };
-        for reason in [Finish::Stop, Finish::Length, Finish::Abort] {
+        for reason in [FinishReason::Stop, FinishReason::Length, FinishReason::Abort] {
             drop(self.success.get_or_create(&finish_label(name, reason)));
         }
         ModelMetrics {
@@ -183,7 +207,7 @@ impl Metrics {
         }
     }
 
-    /// Everything in the OpenMetrics text format.
+    /// Returns all metrics in the OpenMetrics text format.
     pub fn render(&self) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
@@ -192,13 +216,13 @@ impl Metrics {
     }
 }
 
-fn finish_label(model: &str, finish: Finish) -> FinishLabel {
-    FinishLabel { model_name: model.into(), finished_reason: finish.name().into() }
+fn finish_label(model: &str, reason: FinishReason) -> FinishLabel {
+    FinishLabel { model_name: model.into(), finished_reason: reason.name().into() }
 }
 
 impl ModelMetrics {
     /// Counts a finished request.
-    pub fn finished(&self, finish: Finish) {
-        self.success.get_or_create(&finish_label(&self.model, finish)).inc();
+    pub fn count_finished(&self, reason: FinishReason) {
+        self.success.get_or_create(&finish_label(&self.model, reason)).inc();
     }
 }

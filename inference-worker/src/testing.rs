@@ -1,11 +1,11 @@
-//! Support for tests: where the real model lies, and tiny random models made on the spot.
+//! Test support: the path of the real model, tiny random models, and a worker in the test process.
 
 use std::path::PathBuf;
 
-/// The default model's file name.
+/// File name of the default model.
 pub const MODEL_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
-/// Where the set-up keeps what it fetches: `$LB_CACHE_DIR`, else `$XDG_CACHE_HOME/lb-inference`, else
+/// Returns the cache directory of `cargo xtask setup`: `$LB_CACHE_DIR`, else `$XDG_CACHE_HOME/lb-inference`, else
 /// `~/.cache/lb-inference`.
 pub fn cache_dir() -> PathBuf {
     let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
@@ -15,10 +15,10 @@ pub fn cache_dir() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from(".cache/lb-inference"))
 }
 
-/// The default model (`LB_MODEL` overrides).
+/// Returns the path of the default model. The environment variable `LB_MODEL` overrides it.
 ///
 /// # Panics
-/// When it has not been fetched: a test that needs it must fail, not skip.
+/// If the file is missing, so that tests that need it fail instead of being skipped.
 pub fn model_file() -> PathBuf {
     let path = std::env::var_os("LB_MODEL")
         .map_or_else(|| cache_dir().join("models").join(MODEL_FILE), PathBuf::from);
@@ -26,16 +26,16 @@ pub fn model_file() -> PathBuf {
     path
 }
 
-/// Shape of a tiny random model.
+/// A tiny model with random weights.
 #[derive(Debug, Clone, Copy)]
-pub struct Tiny {
-    /// Seed of its weights: another seed, another model.
+pub struct TinyModel {
+    /// Seed of the weights.
     pub seed: u64,
-    /// Longest sequence.
+    /// Context length.
     pub context: usize,
 }
 
-impl Default for Tiny {
+impl Default for TinyModel {
     fn default() -> Self {
         Self { seed: 1, context: 512 }
     }
@@ -50,8 +50,8 @@ const HEAD: usize = 16;
 /// 256 bytes and two special tokens.
 const VOCAB: usize = 258;
 
-impl Tiny {
-    /// Names and shapes of its tensors.
+impl TinyModel {
+    /// Returns names and shapes of the tensors.
     fn tensors() -> Vec<(String, Vec<usize>)> {
         let mut list = vec![
             ("model.embed_tokens.weight".to_owned(), vec![VOCAB, HIDDEN]),
@@ -76,11 +76,11 @@ impl Tiny {
         list
     }
 
-    /// Writes it as a Hugging Face folder.
+    /// Writes the model as a Hugging Face directory.
     ///
     /// # Panics
-    /// When the folder cannot be written.
-    pub fn write(self, folder: &std::path::Path) {
+    /// If the directory cannot be written.
+    pub fn write(self, directory: &std::path::Path) {
         use rand::{Rng, SeedableRng};
         use safetensors::{Dtype, tensor::TensorView};
         let mut rng = rand::rngs::StdRng::seed_from_u64(self.seed);
@@ -96,43 +96,67 @@ impl Tiny {
             })
             .collect();
         let views = data.iter().map(|(name, shape, bytes)| {
-            (
-                name,
-                TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the length is that of the shape"),
-            )
+            (name, TensorView::new(Dtype::F32, shape.clone(), bytes).expect("the length matches the shape"))
         });
-        let file = safetensors::serialize(views, None).expect("views are valid");
-        std::fs::write(folder.join("model.safetensors"), file).expect("the folder is writable");
+        let file = safetensors::serialize(views, None).expect("the views are valid");
+        std::fs::write(directory.join("model.safetensors"), file).expect("the directory is writable");
         let config = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": FFN,
             "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
             "head_dim": HEAD, "vocab_size": VOCAB, "max_position_embeddings": self.context, "rms_norm_eps": 1e-5,
             "rope_theta": 10000.0, "tie_word_embeddings": false, "eos_token_id": 257,
         });
-        std::fs::write(folder.join("config.json"), config.to_string()).expect("the folder is writable");
-        std::fs::write(folder.join("tokenizer.json"), tiny_tokenizer().to_string())
-            .expect("the folder is writable");
+        std::fs::write(directory.join("config.json"), config.to_string()).expect("the directory is writable");
+        std::fs::write(directory.join("tokenizer.json"), tiny_tokenizer().to_string())
+            .expect("the directory is writable");
     }
 }
 
-impl Tiny {
-    /// Its weights again, as a GGUF file in llama.cpp's order.
+impl TinyModel {
+    /// Converts the model in `directory` to a GGUF file with llama.cpp's order of rows.
     ///
     /// # Panics
-    /// When `folder` has no tiny model or the file cannot be written.
-    pub fn gguf_from(self, folder: &std::path::Path) -> Vec<u8> {
-        let source = crate::weights::hf::HfFolder::open(folder).expect("the tiny model was written");
+    /// If `directory` does not have this model.
+    pub fn to_gguf(self, directory: &std::path::Path) -> Vec<u8> {
+        let source = crate::weights::hf::HfDirectory::open(directory).expect("the tiny model was written");
+        let tensors = Self::tensors();
+        let mut out = Vec::new();
+        out.extend(b"GGUF");
+        out.extend(3u32.to_le_bytes());
+        out.extend((tensors.len() as u64).to_le_bytes());
+        self.write_metadata(&mut out);
+        let mut data: Vec<u8> = Vec::new();
+        for (name, shape) in tensors {
+            let gguf_name = crate::weights::gguf::gguf_name(&name).expect("a tensor of a Llama model");
+            write_string(&mut out, &gguf_name);
+            out.extend((shape.len() as u32).to_le_bytes());
+            shape.iter().rev().for_each(|d| out.extend((*d as u64).to_le_bytes()));
+            out.extend(0u32.to_le_bytes());
+            out.extend((data.len() as u64).to_le_bytes());
+            let tensor =
+                crate::weights::WeightSource::tensor(&source, &name).expect("readable").expect("present");
+            let row = shape.last().map_or(0, |d| d * 4);
+            let rotated = name.contains("q_proj") || name.contains("k_proj");
+            for r in 0..tensor.bytes.len() / row {
+                // Within a head, llama.cpp's row 2i is Hugging Face's row i, and row 2i + 1 is row i + half.
+                let from = if rotated { r / HEAD * HEAD + r % HEAD / 2 + r % 2 * (HEAD / 2) } else { r };
+                data.extend(&tensor.bytes[from * row..(from + 1) * row]);
+            }
+            data.resize(data.len().next_multiple_of(32), 0);
+        }
+        out.resize(out.len().next_multiple_of(32), 0);
+        out.extend(data);
+        out
+    }
+
+    /// Writes the number of metadata entries and the entries.
+    fn write_metadata(self, out: &mut Vec<u8>) {
         let mut tokens: Vec<String> = vec![String::new(); VOCAB];
-        for (text, id) in tiny_tokenizer()["model"]["vocab"].as_object().expect("made above") {
+        for (text, id) in tiny_tokenizer()["model"]["vocab"].as_object().expect("an object") {
             tokens[id.as_u64().expect("a number") as usize] = text.clone();
         }
         tokens[256] = "<|im_start|>".into();
         tokens[257] = "<|im_end|>".into();
-        let mut out = Vec::new();
-        let string = |out: &mut Vec<u8>, text: &str| {
-            out.extend((text.len() as u64).to_le_bytes());
-            out.extend(text.as_bytes());
-        };
         let numbers = [
             ("llama.embedding_length", HIDDEN),
             ("llama.feed_forward_length", FFN),
@@ -143,13 +167,9 @@ impl Tiny {
             ("llama.rope.dimension_count", HEAD),
             ("tokenizer.ggml.eos_token_id", 257),
         ];
-        let names = Self::tensors();
-        out.extend(b"GGUF");
-        out.extend(3u32.to_le_bytes());
-        out.extend((names.len() as u64).to_le_bytes());
         out.extend((numbers.len() as u64 + 6).to_le_bytes());
         for (key, value) in numbers {
-            string(&mut out, key);
+            write_string(out, key);
             out.extend(4u32.to_le_bytes());
             out.extend((value as u32).to_le_bytes());
         }
@@ -158,49 +178,33 @@ impl Tiny {
             ("tokenizer.ggml.model", "gpt2"),
             ("tokenizer.ggml.pre", "gpt-2"),
         ] {
-            string(&mut out, key);
+            write_string(out, key);
             out.extend(8u32.to_le_bytes());
-            string(&mut out, value);
+            write_string(out, value);
         }
-        string(&mut out, "tokenizer.ggml.tokens");
+        write_string(out, "tokenizer.ggml.tokens");
         out.extend([9u32.to_le_bytes(), 8u32.to_le_bytes()].concat());
         out.extend((VOCAB as u64).to_le_bytes());
-        tokens.iter().for_each(|t| string(&mut out, t));
-        string(&mut out, "tokenizer.ggml.token_type");
+        tokens.iter().for_each(|t| write_string(out, t));
+        write_string(out, "tokenizer.ggml.token_type");
         out.extend([9u32.to_le_bytes(), 5u32.to_le_bytes()].concat());
         out.extend((VOCAB as u64).to_le_bytes());
         (0..VOCAB).for_each(|i| out.extend(if i < 256 { 1i32 } else { 3 }.to_le_bytes()));
-        string(&mut out, "tokenizer.ggml.merges");
+        write_string(out, "tokenizer.ggml.merges");
         out.extend([9u32.to_le_bytes(), 8u32.to_le_bytes()].concat());
         out.extend(0u64.to_le_bytes());
-        let mut data: Vec<u8> = Vec::new();
-        for (name, shape) in names {
-            let own = crate::weights::gguf::gguf_name(&name).expect("a Llama's tensor");
-            string(&mut out, &own);
-            out.extend((shape.len() as u32).to_le_bytes());
-            shape.iter().rev().for_each(|d| out.extend((*d as u64).to_le_bytes()));
-            out.extend(0u32.to_le_bytes());
-            out.extend((data.len() as u64).to_le_bytes());
-            let tensor =
-                crate::weights::WeightSource::tensor(&source, &name).expect("readable").expect("there");
-            let row = shape.last().map_or(0, |d| d * 4);
-            let rotated = name.contains("q_proj") || name.contains("k_proj");
-            for r in 0..tensor.bytes.len() / row {
-                // llama.cpp's row 2i is Hugging Face's i, its row 2i + 1 is i + half, within a head.
-                let from = if rotated { r / HEAD * HEAD + r % HEAD / 2 + r % 2 * (HEAD / 2) } else { r };
-                data.extend(&tensor.bytes[from * row..(from + 1) * row]);
-            }
-            data.resize(data.len().next_multiple_of(32), 0);
-        }
-        out.resize(out.len().next_multiple_of(32), 0);
-        out.extend(data);
-        out
     }
 }
 
-/// A byte-level tokenizer without merges: a token is a byte.
+/// Writes a string in GGUF's format.
+fn write_string(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+/// Returns a byte-level tokenizer without merges: each byte is a token.
 fn tiny_tokenizer() -> serde_json::Value {
-    // GPT-2's map from bytes to printable characters.
+    // GPT-2's mapping of bytes to printable characters.
     let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
     let mut vocab = serde_json::Map::new();
     let mut extra = 256;
@@ -223,27 +227,27 @@ fn tiny_tokenizer() -> serde_json::Value {
     })
 }
 
-/// A worker in this process, with its API on a port of 127.0.0.1.
+/// A worker in the test process that listens on 127.0.0.1.
 #[derive(Debug)]
-pub struct Worker {
-    /// Its app.
+pub struct TestWorker {
+    /// State of its API.
     pub app: std::sync::Arc<crate::api::App>,
     /// `http://127.0.0.1:PORT`.
     pub url: String,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
 }
 
-/// What a test's worker is like.
+/// Options of a [`TestWorker`].
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
-    /// Engine limits.
+    /// Engine options.
     pub engine: crate::engine::EngineOptions,
     /// API settings.
     pub settings: crate::api::Settings,
-    /// KV cache in bytes.
+    /// Size of the KV cache in bytes.
     pub kv_bytes: usize,
-    /// TorchScript modules.
-    pub scripts: Vec<(String, PathBuf)>,
+    /// Names and files of TorchScript modules.
+    pub torchscript: Vec<(String, PathBuf)>,
 }
 
 impl Default for WorkerOptions {
@@ -252,16 +256,16 @@ impl Default for WorkerOptions {
             engine: Default::default(),
             settings: Default::default(),
             kv_bytes: 8 << 20,
-            scripts: Vec::new(),
+            torchscript: Vec::new(),
         }
     }
 }
 
-impl Worker {
-    /// Serves `models` (name, path).
+impl TestWorker {
+    /// Starts a worker with `models` (name, path).
     ///
     /// # Panics
-    /// When anything fails: this is for tests.
+    /// If the worker cannot start.
     pub async fn start(models: &[(&str, &std::path::Path)], options: WorkerOptions) -> Self {
         use crate::{api, metrics::Metrics, model, registry};
         let load = model::LoadOptions {
@@ -273,13 +277,18 @@ impl Worker {
             max_context: None,
         };
         let metrics = Metrics::new();
-        let scripts =
-            crate::torchscript::Scripts::load(&options.scripts, tch::Device::Cpu).expect("modules load");
-        let registry = registry::Registry::new(load, options.engine, metrics.clone());
-        let app = api::App::new(registry, scripts, metrics, options.settings);
+        let torchscript =
+            crate::torchscript::TorchScriptModules::load(&options.torchscript, tch::Device::Cpu)
+                .expect("modules load");
+        let registry = registry::ModelRegistry::new(load, options.engine, metrics.clone());
+        let app = api::App::new(registry, torchscript, metrics, options.settings);
         for (name, path) in models {
-            let spec =
-                registry::Spec { name: (*name).into(), version: None, path: (*path).into(), keep_old: false };
+            let spec = registry::ModelSpec {
+                name: (*name).into(),
+                version: None,
+                path: (*path).into(),
+                keep_old: false,
+            };
             app.registry.load(spec).await.expect("the model loads");
         }
         app.phase.send_replace(api::Phase::Ready);
@@ -293,34 +302,34 @@ impl Worker {
         Self { app, url, stop: Some(stop) }
     }
 
-    /// The engine of a model.
+    /// Returns the engine of a model.
     ///
     /// # Panics
-    /// When it is not there.
+    /// If the model is not loaded.
     pub fn engine(&self, name: &str) -> std::sync::Arc<crate::engine::Engine> {
         self.app.engine(Some(name)).expect("the model is loaded")
     }
 
-    /// Waits until nothing is in flight; then no block may be held.
+    /// Waits until no request is in flight and no KV block is used.
     ///
     /// # Panics
-    /// When a request is stuck for 30 seconds.
-    pub async fn settle(&self, name: &str) {
+    /// If this takes more than 30 seconds.
+    pub async fn wait_until_idle(&self, name: &str) {
         use std::sync::atomic::Ordering::Relaxed;
         let engine = self.engine(name);
         for _ in 0..3000 {
             let s = &engine.stats;
-            if s.in_flight.load(Relaxed) == 0 && s.running.load(Relaxed) == 0 && s.kv_held.load(Relaxed) == 0
+            if s.in_flight.load(Relaxed) == 0 && s.running.load(Relaxed) == 0 && s.kv_used.load(Relaxed) == 0
             {
                 return;
             }
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
-        panic!("not settled: {:?}", engine.stats);
+        panic!("not idle after 30 seconds: {:?}", engine.stats);
     }
 }
 
-impl Drop for Worker {
+impl Drop for TestWorker {
     fn drop(&mut self) {
         if let Some(stop) = self.stop.take() {
             let _ = stop.send(());

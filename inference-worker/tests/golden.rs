@@ -1,11 +1,11 @@
-//! Greedy generation and logits against transformers in f32 (`tests/reference/make_reference.py`).
+//! Compares greedy output and logits with transformers in f32 (`tests/reference/make_reference.py`).
 
-#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+#![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
 
 use std::path::Path;
 
 use inference_worker::{
-    backend::{BLOCK, SeqPart, StepOutput, Want},
+    backend::{BLOCK_SIZE, OutputKind, SequenceChunk, StepOutput},
     model::{BackendChoice, DtypeChoice, LoadOptions, Model, load_model},
     testing::model_file,
 };
@@ -37,7 +37,8 @@ fn argmax(row: &[f32]) -> u32 {
     row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0 as u32
 }
 
-/// Prefills each case alone in chunks of `chunk`, then decodes all of them together.
+/// Prefills each case alone in chunks of `chunk` tokens, decodes all cases in one batch, and compares them with the
+/// reference.
 fn check(model: &mut Model, chunk: usize) {
     let cases = reference();
     assert!(cases.len() >= 20);
@@ -49,11 +50,16 @@ fn check(model: &mut Model, chunk: usize) {
         let text = case["text"].as_str().unwrap();
         let prompt = ids(&case["prompt_ids"]);
         assert_eq!(model.tokenizer.encode(text, true).unwrap(), prompt, "{text:?}");
-        let blocks: Vec<u32> = (next_block..).take((prompt.len() + 32).div_ceil(BLOCK)).collect();
+        let blocks: Vec<u32> = (next_block..).take((prompt.len() + 32).div_ceil(BLOCK_SIZE)).collect();
         next_block += blocks.len() as u32;
         for (i, tokens) in prompt.chunks(chunk).enumerate() {
-            let part = SeqPart { tokens, start: i * chunk, blocks: &blocks, want: Want::Last };
-            model.backend.step(&[part], &mut out).unwrap();
+            let chunk = SequenceChunk {
+                tokens,
+                start: i * chunk,
+                block_table: &blocks,
+                output: OutputKind::LastLogits,
+            };
+            model.backend.step(&[chunk], &mut out).unwrap();
         }
         for pair in case["top"].as_array().unwrap() {
             let (id, want) = (pair[0].as_u64().unwrap() as usize, pair[1].as_f64().unwrap());
@@ -66,16 +72,16 @@ fn check(model: &mut Model, chunk: usize) {
         sequences.push((blocks, vec![first], prompt.len()));
     }
     for _ in 1..32 {
-        let parts: Vec<SeqPart<'_>> = sequences
+        let batch: Vec<SequenceChunk<'_>> = sequences
             .iter()
-            .map(|(blocks, generated, prompt)| SeqPart {
+            .map(|(blocks, generated, prompt)| SequenceChunk {
                 tokens: &generated[generated.len() - 1..],
                 start: prompt + generated.len() - 1,
-                blocks,
-                want: Want::Last,
+                block_table: blocks,
+                output: OutputKind::LastLogits,
             })
             .collect();
-        model.backend.step(&parts, &mut out).unwrap();
+        model.backend.step(&batch, &mut out).unwrap();
         for (i, (_, generated, _)) in sequences.iter_mut().enumerate() {
             generated.push(argmax(&out.logits[i * vocab..][..vocab]));
         }
@@ -90,7 +96,7 @@ fn check(model: &mut Model, chunk: usize) {
 }
 
 #[test]
-fn native_kernels_on_the_files_own_weights_reproduce_transformers() {
+fn the_native_backend_reproduces_transformers() {
     check(&mut load(BackendChoice::Native, DtypeChoice::Auto), 512);
 }
 
@@ -104,34 +110,40 @@ fn libtorch_in_f32_reproduces_transformers() {
     check(&mut load(BackendChoice::Torch, DtypeChoice::F32), 100);
 }
 
-/// The same bits alone and in company: each token of a batch is summed in the same order.
+/// The order of additions does not depend on the batch.
 #[test]
-fn batched_output_equals_unbatched_output() {
+fn batched_logits_equal_unbatched_logits_bit_by_bit() {
     let mut model = load(BackendChoice::Native, DtypeChoice::Auto);
     let vocab = model.config.vocab;
     let prompts: Vec<Vec<u32>> = reference().iter().take(9).map(|c| ids(&c["prompt_ids"])).collect();
     let blocks: Vec<Vec<u32>> = (0..9u32).map(|i| (i * 4..i * 4 + 4).collect()).collect();
     let mut together = StepOutput::default();
-    let part = |i: usize| SeqPart { tokens: &prompts[i], start: 0, blocks: &blocks[i], want: Want::Last };
-    let parts: Vec<SeqPart<'_>> = (0..9).map(part).collect();
-    model.backend.step(&parts, &mut together).unwrap();
+    let chunk = |i: usize| SequenceChunk {
+        tokens: &prompts[i],
+        start: 0,
+        block_table: &blocks[i],
+        output: OutputKind::LastLogits,
+    };
+    let batch: Vec<SequenceChunk<'_>> = (0..9).map(chunk).collect();
+    model.backend.step(&batch, &mut together).unwrap();
     for i in 0..9 {
         let mut alone = StepOutput::default();
-        model.backend.step(&[part(i)], &mut alone).unwrap();
+        model.backend.step(&[chunk(i)], &mut alone).unwrap();
         assert_eq!(alone.logits, together.logits[i * vocab..][..vocab], "prompt {i}");
     }
 }
 
-/// bf16 rounds: the reference's choice must stay the best where its margin is clear.
+/// bf16 rounds, so the reference's token must be the most likely one only where its margin is large.
 #[test]
-fn libtorch_in_bf16_agrees_where_the_margin_is_clear() {
+fn libtorch_in_bf16_agrees_where_the_margin_is_large() {
     let mut model = load(BackendChoice::Torch, DtypeChoice::Bf16);
     let mut out = StepOutput::default();
     for case in reference().iter().take(6) {
         let prompt = ids(&case["prompt_ids"]);
-        let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK) as u32).collect();
-        let part = SeqPart { tokens: &prompt, start: 0, blocks: &blocks, want: Want::Last };
-        model.backend.step(&[part], &mut out).unwrap();
+        let blocks: Vec<u32> = (0..prompt.len().div_ceil(BLOCK_SIZE) as u32).collect();
+        let chunk =
+            SequenceChunk { tokens: &prompt, start: 0, block_table: &blocks, output: OutputKind::LastLogits };
+        model.backend.step(&[chunk], &mut out).unwrap();
         for pair in case["top"].as_array().unwrap() {
             let (id, want) = (pair[0].as_u64().unwrap() as usize, pair[1].as_f64().unwrap());
             assert!((f64::from(out.logits[id]) - want).abs() < 0.5, "{:?} logit {id}", case["text"]);

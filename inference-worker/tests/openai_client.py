@@ -1,4 +1,4 @@
-"""OpenAI's Python client against a worker: `python openai_client.py http://HOST:PORT`."""
+"""Tests a worker with OpenAI's Python client: `python openai_client.py http://HOST:PORT`."""
 
 import sys
 
@@ -26,7 +26,7 @@ for chunk in client.chat.completions.create(
         finish = choice.finish_reason or finish
     usage = chunk.usage or usage
 assert (text, finish, usage.completion_tokens) == (answer, "stop", 32), (text, finish, usage)
-assert usage.prompt_tokens_details.cached_tokens == 32, usage  # the prompt's full blocks, from before
+assert usage.prompt_tokens_details.cached_tokens == 32, usage  # the full blocks of the prompt, from the earlier request
 
 with_logprobs = client.chat.completions.create(
     model="smol", messages=question, temperature=0, max_tokens=3, logprobs=True, top_logprobs=2, n=2, seed=1
@@ -56,20 +56,20 @@ def similar(a, b):
 assert abs(similar(0, 0) - 1) < 1e-4 and similar(0, 1) > similar(0, 2)
 
 
-def refused(kind, **arguments):
+def rejected(kind, **arguments):
     try:
         client.chat.completions.create(**{"model": "smol", "messages": question, **arguments})
     except kind as error:
         return error
-    raise AssertionError(f"{arguments} was not refused")
+    raise AssertionError(f"{arguments} was not rejected")
 
 
-assert refused(openai.NotFoundError, model="gpt-9").code == "model_not_found"
-assert refused(openai.BadRequestError, max_tokens=99999).code == "context_length_exceeded"
-assert refused(openai.BadRequestError, temperature=9).param == "temperature"
-assert refused(openai.BadRequestError, messages=[]).param == "messages"
+assert rejected(openai.NotFoundError, model="gpt-9").code == "model_not_found"
+assert rejected(openai.BadRequestError, max_tokens=99999).code == "context_length_exceeded"
+assert rejected(openai.BadRequestError, temperature=9).param == "temperature"
+assert rejected(openai.BadRequestError, messages=[]).param == "messages"
 
-# Leaving in the middle of a stream is a client's right.
+# A client may disconnect in the middle of a stream.
 stream = client.chat.completions.create(model="smol", messages=question, max_tokens=500, stream=True, extra_body={"ignore_eos": True})
 next(iter(stream))
 stream.close()

@@ -1,6 +1,6 @@
-//! The binary itself: flags, life from loading to gone, TLS. On a tiny model; no download needed.
+//! Tests of the binary with a tiny model: flags, drain, exit status, TLS. They need no download.
 
-#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+#![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
 
 use std::{
     io::{BufRead, BufReader, Read},
@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use inference_worker::testing::Tiny;
+use inference_worker::testing::TinyModel;
 use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 use serde_json::{Value as Json, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,9 +28,9 @@ impl Drop for Process {
     }
 }
 
-fn command(folder: &Path) -> Command {
+fn command(directory: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_inference-worker"));
-    command.arg("--model").arg(format!("tiny={}", folder.display())).args([
+    command.arg("--model").arg(format!("tiny={}", directory.display())).args([
         "--kv-cache-mib",
         "4",
         "--threads",
@@ -41,7 +41,7 @@ fn command(folder: &Path) -> Command {
     command
 }
 
-/// Starts it, and waits for the line with its address.
+/// Starts the worker, and waits for the log line with its address.
 fn start(mut command: Command) -> Process {
     let mut child = command.spawn().unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -62,7 +62,7 @@ async fn wait_ready(client: &reqwest::Client, url: &str) {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("never ready");
+    panic!("not ready after 30 seconds");
 }
 
 fn terminate(process: &Process) {
@@ -71,10 +71,10 @@ fn terminate(process: &Process) {
 }
 
 #[tokio::test]
-async fn sigterm_drains_what_is_in_flight_and_then_the_process_is_gone() {
-    let folder = tempfile::tempdir().unwrap();
-    Tiny { context: 100_000, ..Tiny::default() }.write(folder.path());
-    let mut command = command(folder.path());
+async fn sigterm_completes_requests_in_flight_and_then_ends_the_process() {
+    let directory = tempfile::tempdir().unwrap();
+    TinyModel { context: 100_000, ..TinyModel::default() }.write(directory.path());
+    let mut command = command(directory.path());
     command.args(["--drain-grace", "1"]);
     let mut process = start(command);
     let url = format!("http://{}", process.address);
@@ -99,7 +99,7 @@ async fn sigterm_drains_what_is_in_flight_and_then_the_process_is_gone() {
     assert_eq!((late.status().as_u16(), late.headers()["connection"].to_str().unwrap()), (200, "close"));
     let mut all = Vec::new();
     while let Some(chunk) = stream.next().await {
-        all.extend(chunk.expect("the stream is not cut"));
+        all.extend(chunk.expect("the stream is complete"));
     }
     assert!(String::from_utf8_lossy(&all).trim_end().ends_with("data: [DONE]"));
     let status = tokio::task::spawn_blocking(move || process.child.wait().unwrap()).await.unwrap();
@@ -108,9 +108,9 @@ async fn sigterm_drains_what_is_in_flight_and_then_the_process_is_gone() {
 
 #[tokio::test]
 async fn a_drain_ends_at_its_deadline() {
-    let folder = tempfile::tempdir().unwrap();
-    Tiny { context: 100_000, ..Tiny::default() }.write(folder.path());
-    let mut command = command(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    TinyModel { context: 100_000, ..TinyModel::default() }.write(directory.path());
+    let mut command = command(directory.path());
     command.args(["--drain-grace", "0", "--drain-deadline", "1"]);
     let mut process = start(command);
     let url = format!("http://{}", process.address);
@@ -126,12 +126,12 @@ async fn a_drain_ends_at_its_deadline() {
 }
 
 #[test]
-fn a_model_that_does_not_load_ends_the_process_with_the_reason() {
+fn a_model_that_cannot_be_loaded_ends_the_process_with_the_reason() {
     let mut child = command(Path::new("/nonexistent")).spawn().unwrap();
-    let mut said = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    let mut log = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut log).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(1));
-    assert!(said.contains("no model at /nonexistent"), "{said}");
+    assert!(log.contains("no model at /nonexistent"), "{log}");
     let usage =
         Command::new(env!("CARGO_BIN_EXE_inference-worker")).args(["--device", "tpu"]).output().unwrap();
     assert_eq!(usage.status.code(), Some(2));
@@ -139,14 +139,14 @@ fn a_model_that_does_not_load_ends_the_process_with_the_reason() {
 }
 
 #[tokio::test]
-async fn tls_serves_with_the_given_certificate() {
-    let folder = tempfile::tempdir().unwrap();
-    Tiny::default().write(folder.path());
+async fn tls_uses_the_given_certificate_and_rejects_plain_http() {
+    let directory = tempfile::tempdir().unwrap();
+    TinyModel::default().write(directory.path());
     let made = rcgen::generate_simple_self_signed(vec!["worker.test".to_owned()]).unwrap();
-    let (cert, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    let (cert, key) = (directory.path().join("cert.pem"), directory.path().join("key.pem"));
     std::fs::write(&cert, made.cert.pem()).unwrap();
     std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
-    let mut command = command(folder.path());
+    let mut command = command(directory.path());
     command.arg("--tls-cert").arg(&cert).arg("--tls-key").arg(&key);
     let process = start(command);
     let mut roots = rustls::RootCertStore::empty();
@@ -168,6 +168,6 @@ async fn tls_serves_with_the_given_certificate() {
         "{}",
         String::from_utf8_lossy(&answer)
     );
-    // Someone who speaks plainly to it is turned away, and others do not notice.
+    // Plain HTTP is rejected.
     assert!(reqwest::get(format!("http://{}/health", process.address)).await.is_err());
 }

@@ -1,7 +1,7 @@
-//! The real model behind the API: OpenAI's Python client, curl, TorchScript, a soak. Needs the model and
-//! the Python environment that `cargo xtask test inference` sets up.
+//! Tests of the API with the real model: OpenAI's Python client, curl, TorchScript, and mixed load. They need the
+//! model and the Python environment that `cargo xtask test inference` sets up.
 
-#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+#![allow(clippy::unwrap_used, reason = "a test fails where it panics")]
 
 use std::{
     path::PathBuf,
@@ -10,10 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use inference_worker::testing::{Worker, WorkerOptions, cache_dir, model_file};
+use inference_worker::testing::{TestWorker, WorkerOptions, cache_dir, model_file};
 use serde_json::{Value as Json, json};
 
-/// `LB_TEST_PYTHON`, else the environment that the set-up makes.
+/// Returns `LB_TEST_PYTHON`, else the Python of the environment that `cargo xtask test inference` sets up.
 fn python() -> PathBuf {
     let path = std::env::var_os("LB_TEST_PYTHON")
         .map_or_else(|| cache_dir().join("python-test/bin/python"), PathBuf::from);
@@ -21,13 +21,16 @@ fn python() -> PathBuf {
     path
 }
 
-/// One at a time: the soak watches the memory of this process.
-static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+/// The tests run one by one, because one of them measures the memory of the process.
+static LOCK: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-async fn worker(options: WorkerOptions) -> (Worker, tokio::sync::MutexGuard<'static, ()>) {
-    let turn = TURN.lock().await;
-    // Small enough that mixed load touches every block early, and runs short of them now and then.
-    (Worker::start(&[("smol", &model_file())], WorkerOptions { kv_bytes: 64 << 20, ..options }).await, turn)
+async fn worker(options: WorkerOptions) -> (TestWorker, tokio::sync::MutexGuard<'static, ()>) {
+    let guard = LOCK.lock().await;
+    // Small enough that mixed load uses all blocks early and causes preemptions.
+    (
+        TestWorker::start(&[("smol", &model_file())], WorkerOptions { kv_bytes: 64 << 20, ..options }).await,
+        guard,
+    )
 }
 
 async fn run(mut command: Command) -> Output {
@@ -35,8 +38,8 @@ async fn run(mut command: Command) -> Output {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn openais_python_client_notices_no_difference() {
-    let (worker, _turn) = worker(WorkerOptions::default()).await;
+async fn openais_python_client_works() {
+    let (worker, _guard) = worker(WorkerOptions::default()).await;
     let mut command = Command::new(python());
     command.arg(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py")).arg(&worker.url);
     let output = run(command).await;
@@ -46,8 +49,8 @@ async fn openais_python_client_notices_no_difference() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn curl_streams() {
-    let (worker, _turn) = worker(WorkerOptions::default()).await;
+async fn curl_receives_a_stream() {
+    let (worker, _guard) = worker(WorkerOptions::default()).await;
     let body = json!({"model": "smol", "messages": [{"role": "user", "content": "What is gravity? Answer in one sentence."}],
                       "temperature": 0, "max_tokens": 8, "stream": true});
     let mut command = Command::new("curl");
@@ -58,18 +61,18 @@ async fn curl_streams() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(text.trim_end().ends_with("data: [DONE]"), "{text}");
     let events = text.lines().filter_map(|l| serde_json::from_str::<Json>(l.strip_prefix("data: ")?).ok());
-    let said: String =
+    let text_of_stream: String =
         events.filter_map(|e| Some(e["choices"][0]["delta"]["content"].as_str()?.to_owned())).collect();
-    assert!(said.starts_with("Gravity is"), "{said}");
+    assert!(text_of_stream.starts_with("Gravity is"), "{text_of_stream}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_real_torchscript_module_answers_by_the_open_inference_protocol() {
+async fn a_real_torchscript_module_works_with_the_open_inference_protocol() {
     let find = "import importlib.util as u, os; print(os.path.join(os.path.dirname(u.find_spec('silero_vad').origin), 'data', 'silero_vad.jit'))";
     let found = Command::new(python()).args(["-c", find]).output().unwrap();
     let file = PathBuf::from(String::from_utf8(found.stdout).unwrap().trim());
-    let (worker, _turn) =
-        worker(WorkerOptions { scripts: vec![("vad".into(), file)], ..WorkerOptions::default() }).await;
+    let (worker, _guard) =
+        worker(WorkerOptions { torchscript: vec![("vad".into(), file)], ..WorkerOptions::default() }).await;
     let client = reqwest::Client::new();
     let infer = async |sound: Vec<f32>, rate: i64| {
         let body = json!({"id": "7", "inputs": [
@@ -89,9 +92,9 @@ async fn a_real_torchscript_module_answers_by_the_open_inference_protocol() {
         (&json!("vad"), &json!("7"), &json!("FP32"))
     );
     let speech = output["data"][0].as_f64().unwrap();
-    assert!((0.0..0.2).contains(&speech), "silence is no speech: {silence}");
+    assert!((0.0..0.2).contains(&speech), "silence was classified as speech: {silence}");
     let wrong = infer(vec![0.0; 512], 12345).await;
-    assert_eq!(wrong.status(), 400, "the module itself refuses this rate");
+    assert_eq!(wrong.status(), 400, "the module rejects this rate");
     let short = client.post(format!("{}/v2/models/vad/infer", worker.url)).body(
         json!({"inputs": [{"name": "x", "shape": [2, 512], "datatype": "FP32", "data": [1.0]}]}).to_string(),
     );
@@ -105,16 +108,17 @@ fn resident_bytes() -> u64 {
     statm.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 4096
 }
 
-/// So long nobody waits for an answer, however busy the machine is: what takes longer is stuck.
-const STUCK: Duration = Duration::from_secs(300);
+/// A request that takes longer is stuck, even on a busy machine.
+const STUCK_AFTER: Duration = Duration::from_secs(300);
 
-/// Mixed load for `LB_SOAK_SECONDS` (120; 1800 for the long form): nothing stuck, no block lost, memory flat.
+/// Runs for `LB_SOAK_SECONDS` (default 120). No request may get stuck, all KV blocks must be freed, and memory must
+/// not grow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn mixed_load_leaves_nothing_behind() {
+async fn mixed_load_leaks_neither_blocks_nor_memory() {
     let seconds = std::env::var("LB_SOAK_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(120);
-    let (worker, _turn) = worker(WorkerOptions::default()).await;
+    let (worker, _guard) = worker(WorkerOptions::default()).await;
     let client = reqwest::Client::new();
-    let (done, left) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (done, cancelled) = (AtomicU64::new(0), AtomicU64::new(0));
     let end = Instant::now() + Duration::from_secs(seconds);
     let one = async |lane: u64| {
         let mut i = 0u64;
@@ -134,22 +138,22 @@ async fn mixed_load_leaves_nothing_behind() {
                 ),
             };
             let request = client.post(format!("{}{path}", worker.url)).body(body.to_string()).send();
-            let patience = if mix.is_multiple_of(4) { Duration::from_millis(mix % 300) } else { STUCK };
-            let answer = tokio::time::timeout(patience, async {
+            let timeout = if mix.is_multiple_of(4) { Duration::from_millis(mix % 300) } else { STUCK_AFTER };
+            let answer = tokio::time::timeout(timeout, async {
                 request.await.unwrap().error_for_status().unwrap().bytes().await.unwrap()
             })
             .await;
             match answer {
                 Ok(_) => done.fetch_add(1, Relaxed),
                 Err(_) => {
-                    assert!(patience < STUCK, "a request is stuck: {path} {body}");
-                    left.fetch_add(1, Relaxed)
+                    assert!(timeout < STUCK_AFTER, "a request is stuck: {path} {body}");
+                    cancelled.fetch_add(1, Relaxed)
                 }
             };
         }
     };
     let watch = async {
-        // What grows in the first part (buffers, cache pages, arenas) is not a leak.
+        // Growth in the first half (buffers, cache pages, arenas) is not a leak.
         tokio::time::sleep(Duration::from_secs(seconds) / 2).await;
         let middle = resident_bytes();
         tokio::time::sleep(Duration::from_secs(seconds) / 2).await;
@@ -157,11 +161,9 @@ async fn mixed_load_leaves_nothing_behind() {
     };
     let lanes = futures_util::future::join_all((0..10).map(one));
     let (_, (middle, last)) = tokio::join!(lanes, watch);
-    worker.settle("smol").await;
-    let (done, left) = (done.load(Relaxed), left.load(Relaxed));
-    println!(
-        "{done} requests done, {left} left by their clients, {middle} bytes half-way, {last} at the end"
-    );
-    assert!(done > 0 && left > 0);
+    worker.wait_until_idle("smol").await;
+    let (done, cancelled) = (done.load(Relaxed), cancelled.load(Relaxed));
+    println!("{done} requests done, {cancelled} cancelled, {middle} bytes half-way, {last} bytes at the end");
+    assert!(done > 0 && cancelled > 0);
     assert!(last < middle + (48 << 20), "memory grew from {middle} to {last} bytes");
 }

@@ -1,4 +1,4 @@
-//! Administration: loading and swapping models, shedding connections, draining.
+//! Administration: loads, replaces and removes models, closes connections, and drains the worker.
 
 use std::{
     path::PathBuf,
@@ -13,23 +13,24 @@ use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
 use super::{App, Phase, error::ApiError, extract::Body};
-use crate::{engine::Engine, model::default_name, registry::Spec};
+use crate::{engine::Engine, model::default_name, registry::ModelSpec};
 
+/// Returns the description of a model.
 fn describe(name: &str, engine: &Engine) -> Json {
-    json!({"name": name, "version": engine.version, "path": engine.path, "backend": engine.backend,
-           "max_context": engine.max_context, "weight_bytes": engine.weight_bytes, "kv_tokens": engine.kv_tokens(),
+    json!({"name": name, "version": engine.version, "path": engine.path, "backend": engine.info.backend,
+           "max_context": engine.info.max_context, "weight_bytes": engine.info.weight_bytes, "kv_tokens": engine.kv_tokens(),
            "running": engine.stats.running.load(Relaxed), "waiting": engine.stats.waiting.load(Relaxed),
            "created": engine.created})
 }
 
-/// `GET /admin/models`.
+/// Handles `GET /admin/models`.
 pub async fn list(State(app): State<Arc<App>>) -> JsonBody<Json> {
     let models = app.registry.models();
     let list: Vec<Json> = models.iter().map(|(name, engine)| describe(name, engine)).collect();
     JsonBody(json!({"models": list}))
 }
 
-/// A model to load, or to put in another's place.
+/// A model to load, which replaces the model of the same name.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadRequest {
@@ -40,26 +41,28 @@ pub struct LoadRequest {
     keep_old: bool,
 }
 
-/// `POST /admin/models`: answers when the model is in service, or says why it is not; until then, and if
-/// anything fails, the one before it serves.
+/// Handles `POST /admin/models`. Responds when the model is in service, or with the reason for a failure. Until then,
+/// and if the load fails, the earlier model stays in service.
 pub async fn load(
     State(app): State<Arc<App>>,
     Body(r): Body<LoadRequest>,
 ) -> Result<JsonBody<Json>, ApiError> {
     if *app.phase.borrow() == Phase::Draining {
-        return Err(ApiError::unavailable("The worker is draining."));
+        return Err(ApiError::unavailable("The worker is draining and loads no models."));
     }
     let name = r.name.unwrap_or_else(|| default_name(&r.path));
-    let spec = Spec { name, version: r.version, path: r.path, keep_old: r.keep_old };
-    // On a task of its own: a client that leaves must not stop half-way what others may rely on.
+    let spec = ModelSpec { name, version: r.version, path: r.path, keep_old: r.keep_old };
+    // On a separate task, so that the load continues if this client disconnects.
     let task_app = app.clone();
     let loaded = tokio::spawn(async move { task_app.registry.load(spec).await }).await;
-    let engine = loaded.map_err(|_| ApiError::internal("loading stopped with a bug; see the log"))??;
-    tracing::info!(model = engine.name, version = engine.version, "in service");
+    let engine = loaded.map_err(|_| {
+        ApiError::internal("internal error while loading the model; see the log of the worker")
+    })??;
+    tracing::info!(model = engine.name, version = engine.version, "model in service");
     Ok(JsonBody(describe(&engine.name, &engine)))
 }
 
-/// `DELETE /admin/models/{name}`.
+/// Handles `DELETE /admin/models/{name}`.
 pub async fn remove(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
@@ -68,13 +71,13 @@ pub async fn remove(
     Ok(JsonBody(json!({"removed": name})))
 }
 
-/// For how long to close connections after their response.
+/// How long to close connections after each response.
 #[derive(Debug, Deserialize)]
 pub struct ShedRequest {
     seconds: f64,
 }
 
-/// `POST /admin/shed`: the balancer says that this worker is above its share.
+/// Handles `POST /admin/shed`, which the load balancer sends to a worker with more than its share of the load.
 pub async fn shed(
     State(app): State<Arc<App>>,
     Body(r): Body<ShedRequest>,
@@ -87,7 +90,7 @@ pub async fn shed(
     Ok(JsonBody(json!({"shedding_seconds": r.seconds})))
 }
 
-/// `POST /admin/drain`: as SIGTERM does.
+/// Handles `POST /admin/drain`, which has the effect of SIGTERM.
 pub async fn drain(State(app): State<Arc<App>>) -> JsonBody<Json> {
     app.phase.send_replace(Phase::Draining);
     JsonBody(json!({"phase": "draining"}))

@@ -13,11 +13,11 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{
     App, RequestId,
-    chat::{usage, with_usage},
-    drive::{self, Choice, Driven},
+    chat::{usage, with_null_usage},
     error::ApiError,
     extract::Body,
-    params::Params,
+    generation::{self, Choice, PendingChoices},
+    params::CommonParams,
     sse,
 };
 use crate::{
@@ -25,14 +25,14 @@ use crate::{
     unix_now,
 };
 
-/// Most alternatives per token.
+/// Maximum number of alternatives per token.
 const MAX_LOGPROBS: u32 = 20;
-/// Most prompts of one request.
+/// Maximum number of prompts per request.
 const MAX_PROMPTS: usize = 256;
-/// Tokens generated when the request does not say, as OpenAI has it.
-const DEFAULT_TOKENS: usize = 16;
+/// Default of `max_tokens`, as in OpenAI's API.
+const DEFAULT_MAX_TOKENS: usize = 16;
 
-/// A prompt, or several: as text or as token ids.
+/// One or more prompts, as text or as token ids.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub enum Prompt {
@@ -40,13 +40,13 @@ pub enum Prompt {
     Text(String),
     /// Several texts.
     Texts(Vec<String>),
-    /// One list of ids.
+    /// One list of token ids.
     Ids(Vec<u32>),
-    /// Several lists of ids.
+    /// Several lists of token ids.
     IdLists(Vec<Vec<u32>>),
 }
 
-/// A completion request.
+/// Body of a completion request.
 #[derive(Debug, Deserialize)]
 pub struct CompletionRequest {
     prompt: Json,
@@ -55,25 +55,25 @@ pub struct CompletionRequest {
     suffix: Option<String>,
     best_of: Option<i64>,
     #[serde(flatten)]
-    params: Params,
+    params: CommonParams,
 }
 
-/// Prompts as ids, from any of the four shapes.
-pub async fn prompt_ids(
+/// Returns the token ids of prompts in any of the four formats.
+pub async fn tokenize_prompts(
     app: &App,
     engine: &Arc<Engine>,
     prompt: Json,
     field: &str,
 ) -> Result<Vec<Vec<u32>>, ApiError> {
-    let shape = || {
+    let invalid = || {
         ApiError::param(
             field,
             format!(
-                "`{field}` must be a text, a list of texts, a list of token ids or a list of such lists."
+                "`{field}` must be a string, a list of strings, a list of token ids, or a list of lists of token ids."
             ),
         )
     };
-    let prompt: Prompt = serde_json::from_value(prompt).map_err(|_| shape())?;
+    let prompt: Prompt = serde_json::from_value(prompt).map_err(|_| invalid())?;
     let lists = match prompt {
         Prompt::Text(text) => vec![app.tokenize(engine, text, true).await?],
         Prompt::Texts(texts) => {
@@ -89,19 +89,19 @@ pub async fn prompt_ids(
     if lists.is_empty() || lists.len() > MAX_PROMPTS || lists.iter().any(Vec::is_empty) {
         return Err(ApiError::param(
             field,
-            format!("`{field}` must hold 1 to {MAX_PROMPTS} prompts, none of them empty."),
+            format!("`{field}` must have 1 to {MAX_PROMPTS} prompts, and no prompt may be empty."),
         ));
     }
-    if let Some(id) = lists.iter().flatten().find(|id| **id as usize >= engine.vocab) {
+    if let Some(id) = lists.iter().flatten().find(|id| **id as usize >= engine.info.vocab) {
         return Err(ApiError::param(
             field,
-            format!("Token id {id} is outside the vocabulary of {} tokens.", engine.vocab),
+            format!("Token id {id} is outside the vocabulary of {} tokens.", engine.info.vocab),
         ));
     }
     Ok(lists)
 }
 
-/// Handles a request.
+/// Handles `POST /v1/completions`.
 pub async fn complete(
     State(app): State<Arc<App>>,
     Extension(id): Extension<RequestId>,
@@ -110,28 +110,31 @@ pub async fn complete(
     let p = &request.params;
     let engine = app.engine(p.model.as_deref())?;
     if request.suffix.as_ref().is_some_and(|s| !s.is_empty()) {
-        return Err(ApiError::param("suffix", "`suffix` is not supported by this model."));
+        return Err(ApiError::param("suffix", "`suffix` is not supported; leave it out."));
     }
-    let n = p.choices()?;
+    let n = p.choice_count()?;
     if request.best_of.is_some_and(|b| b != n as i64) {
-        return Err(ApiError::param("best_of", "`best_of` other than `n` is not supported."));
+        return Err(ApiError::param(
+            "best_of",
+            "`best_of` is not supported unless it equals `n`; leave it out.",
+        ));
     }
-    let logprobs = request.logprobs.filter(|l| *l > 0 || request.logprobs == Some(0));
+    let logprobs = request.logprobs;
     if logprobs.is_some_and(|l| l > MAX_LOGPROBS) {
-        return Err(ApiError::param("logprobs", format!("`logprobs` is at most {MAX_LOGPROBS}.")));
+        return Err(ApiError::param("logprobs", format!("`logprobs` must be at most {MAX_LOGPROBS}.")));
     }
     let logprobs = logprobs.map(|l| l as usize);
     let echo = request.echo == Some(true);
-    let lists = prompt_ids(&app, &engine, request.prompt, "prompt").await?;
+    let lists = tokenize_prompts(&app, &engine, request.prompt, "prompt").await?;
     let mut prompts = Vec::with_capacity(lists.len());
     for ids in lists {
-        let mut generate = p.generate(&engine, ids.len(), Some(DEFAULT_TOKENS), logprobs)?;
-        generate.prompt_logprobs = logprobs.filter(|_| echo);
-        prompts.push((ids, generate));
+        let mut params = p.generation_params(&engine, ids.len(), Some(DEFAULT_MAX_TOKENS), logprobs)?;
+        params.prompt_logprobs = logprobs.filter(|_| echo);
+        prompts.push((ids, params));
     }
-    let driven = drive::submit(&engine, &prompts, n)?;
+    let pending = generation::submit(&engine, &prompts, n)?;
     let prompts: Vec<Vec<u32>> = prompts.into_iter().map(|p| p.0).collect();
-    let reply = Reply {
+    let response = CompletionResponse {
         id: format!("cmpl-{}", id.0),
         model: p.model.clone().unwrap_or_else(|| engine.name.clone()),
         created: unix_now(),
@@ -141,23 +144,23 @@ pub async fn complete(
         engine,
     };
     if p.stream == Some(true) {
-        let usage = p.stream_options.as_ref().is_some_and(|o| o.include_usage);
-        return Ok(sse::respond(stream(reply, driven, usage, logprobs.is_some())));
+        return Ok(sse::respond(stream(response, pending, p.includes_usage(), logprobs.is_some())));
     }
-    let choices = driven.collect().await?;
-    let generated = choices.iter().map(|c| c.pieces.len()).sum();
-    let cached = choices.iter().step_by(n).map(|c| c.cached).sum();
+    let choices = pending.collect().await?;
+    let generated = choices.iter().map(|c| c.tokens.len()).sum();
+    let cached = choices.iter().step_by(n).map(|c| c.cached_tokens).sum();
     let list = choices
         .iter()
         .enumerate()
-        .map(|(i, c)| reply.choice(i, c, logprobs.is_some()))
+        .map(|(i, c)| response.choice(i, c, logprobs.is_some()))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut body = reply.chunk(list);
-    body["usage"] = usage(reply.prompt_tokens(), generated, cached);
+    let mut body = response.chunk(list);
+    body["usage"] = usage(response.prompt_tokens(), generated, cached);
     Ok(axum::Json(body).into_response())
 }
 
-struct Reply {
+/// The fields that all chunks of a response have.
+struct CompletionResponse {
     id: String,
     model: String,
     created: u64,
@@ -167,7 +170,8 @@ struct Reply {
     engine: Arc<Engine>,
 }
 
-impl Reply {
+impl CompletionResponse {
+    /// Returns a chunk of a stream, or the body of a response that is not streamed.
     fn chunk(&self, choices: Vec<Json>) -> Json {
         json!({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
                "system_fingerprint": null, "choices": choices})
@@ -177,33 +181,34 @@ impl Reply {
         self.prompts.iter().map(Vec::len).sum()
     }
 
+    /// Returns the prompt of a choice.
     fn prompt_of(&self, index: usize) -> &[u32] {
         &self.prompts[index / self.n]
     }
 
     fn choice(&self, index: usize, choice: &Choice, logprobs: bool) -> Result<Json, ApiError> {
         let prompt = self.prompt_of(index);
-        let mut list = LogprobList::default();
+        let mut list = LogprobLists::default();
         let mut text = String::new();
         if self.echo {
-            text = self.engine.tokenizer.decode(prompt, true)?;
-            let known = choice.prompt_logprobs.iter().map(Some);
-            for (id, entry) in prompt.iter().zip(std::iter::once(None).chain(known)) {
+            text = self.engine.info.tokenizer.decode(prompt, true)?;
+            let entries = choice.prompt_logprobs.iter().map(Some);
+            for (id, entry) in prompt.iter().zip(std::iter::once(None).chain(entries)) {
                 list.add(&self.engine, *id, entry);
             }
         }
-        for piece in &choice.pieces {
-            list.add(&self.engine, piece.id, piece.logprobs.as_ref());
+        for token in &choice.tokens {
+            list.add(&self.engine, token.id, token.logprobs.as_ref());
         }
         text += &choice.text;
-        Ok(json!({"index": index, "text": text, "logprobs": logprobs.then(|| list.json()),
-                  "finish_reason": choice.finish.map(|f| f.name())}))
+        Ok(json!({"index": index, "text": text, "logprobs": logprobs.then(|| list.to_json()),
+                  "finish_reason": choice.finish_reason.map(|f| f.name())}))
     }
 }
 
-/// OpenAI's parallel lists of tokens.
+/// Log-probabilities in the format of completions: parallel lists.
 #[derive(Default)]
-struct LogprobList {
+struct LogprobLists {
     tokens: Vec<String>,
     logprobs: Vec<Option<f32>>,
     top: Vec<Json>,
@@ -211,16 +216,16 @@ struct LogprobList {
     length: usize,
 }
 
-impl LogprobList {
+impl LogprobLists {
     fn add(&mut self, engine: &Engine, id: u32, entry: Option<&TokenLogprobs>) {
-        let token = engine.tokenizer.token_text(id);
+        let token = engine.info.tokenizer.token_text(id);
         self.offsets.push(self.length);
         self.length += token.chars().count();
         self.logprobs.push(entry.map(|e| e.chosen));
         self.top.push(entry.map_or(Json::Null, |e| {
             let mut map = Map::new();
             for (id, l) in &e.top {
-                map.insert(engine.tokenizer.token_text(*id), json!(l));
+                map.insert(engine.info.tokenizer.token_text(*id), json!(l));
             }
             map.entry(token.clone()).or_insert(json!(e.chosen));
             Json::Object(map)
@@ -228,51 +233,58 @@ impl LogprobList {
         self.tokens.push(token);
     }
 
-    fn json(&self) -> Json {
+    fn to_json(&self) -> Json {
         json!({"tokens": self.tokens, "token_logprobs": self.logprobs, "top_logprobs": self.top, "text_offset": self.offsets})
     }
 }
 
-fn stream(reply: Reply, driven: Driven, want_usage: bool, logprobs: bool) -> impl Stream<Item = Json> + Send {
-    let total = reply.prompts.len() * reply.n;
+/// Streams the chunks of a response.
+fn stream(
+    response: CompletionResponse,
+    pending: PendingChoices,
+    include_usage: bool,
+    logprobs: bool,
+) -> impl Stream<Item = Json> + Send {
+    let total = response.prompts.len() * response.n;
     let mut first = Vec::new();
-    if reply.echo {
+    if response.echo {
         for index in 0..total {
-            let text = reply.engine.tokenizer.decode(reply.prompt_of(index), true).unwrap_or_default();
+            let text =
+                response.engine.info.tokenizer.decode(response.prompt_of(index), true).unwrap_or_default();
             let choice = json!({"index": index, "text": text, "logprobs": null, "finish_reason": null});
-            first.push(with_usage(reply.chunk(vec![choice]), want_usage));
+            first.push(with_null_usage(response.chunk(vec![choice]), include_usage));
         }
     }
-    let (mut generated, mut cached, mut open) = (0, 0, total);
-    let events = driven.stream().flat_map(move |(index, event)| {
+    let (mut generated, mut cached, mut unfinished) = (0, 0, total);
+    let events = pending.stream().flat_map(move |(index, event)| {
         let mut out = Vec::new();
         let mut choice = |text: &str, logprobs: Json, finish: Option<&str>| {
             let c = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish});
-            out.push(with_usage(reply.chunk(vec![c]), want_usage));
+            out.push(with_null_usage(response.chunk(vec![c]), include_usage));
         };
         match event {
             Event::Token { id, text, logprobs: entry } => {
                 generated += 1;
                 if logprobs {
-                    let mut list = LogprobList::default();
-                    list.add(&reply.engine, id, entry.as_ref());
-                    choice(&text, list.json(), None);
+                    let mut list = LogprobLists::default();
+                    list.add(&response.engine, id, entry.as_ref());
+                    choice(&text, list.to_json(), None);
                 } else if !text.is_empty() {
                     choice(&text, Json::Null, None);
                 }
             }
-            Event::Done { finish, cached: found } => {
-                choice("", Json::Null, Some(finish.name()));
-                cached += if index % reply.n == 0 { found } else { 0 };
-                open -= 1;
-                if open == 0 && want_usage {
-                    let mut last = reply.chunk(Vec::new());
-                    last["usage"] = usage(reply.prompt_tokens(), generated, cached);
+            Event::Finished { reason, cached_tokens } => {
+                choice("", Json::Null, Some(reason.name()));
+                cached += if index % response.n == 0 { cached_tokens } else { 0 };
+                unfinished -= 1;
+                if unfinished == 0 && include_usage {
+                    let mut last = response.chunk(Vec::new());
+                    last["usage"] = usage(response.prompt_tokens(), generated, cached);
                     out.push(last);
                 }
             }
-            Event::Failed(why) => out.push(ApiError::internal(why).body()),
-            Event::Prompt(_) | Event::Embedding(_) => {}
+            Event::Failed(failure) => out.push(ApiError::internal(failure).body()),
+            Event::PromptLogprobs(_) | Event::Embedding(_) => {}
         }
         futures_util::stream::iter(out)
     });

@@ -1,4 +1,4 @@
-//! What a client is told when something is wrong, in OpenAI's shape.
+//! Error responses in the format of OpenAI's API.
 
 use axum::{
     Json,
@@ -7,22 +7,24 @@ use axum::{
 };
 use serde_json::json;
 
-use crate::{chat::ChatError, engine::Rejected, registry::RegistryError, tokenizer::TokenizerError};
+use crate::{
+    chat_template::ChatTemplateError, engine::SubmitError, registry::RegistryError, tokenizer::TokenizerError,
+};
 
-/// An error answer.
+/// An error response.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
-    /// HTTP status.
+    /// HTTP status code.
     pub status: StatusCode,
-    /// What is wrong, where, and what to do.
+    /// Message: what is wrong, where, and what to do.
     pub message: String,
     /// OpenAI's error type.
     pub kind: &'static str,
-    /// The field at fault.
+    /// The field with the error.
     pub param: Option<String>,
     /// OpenAI's error code.
     pub code: Option<&'static str>,
-    /// Seconds after which to try again.
+    /// Seconds after which the client should retry.
     pub retry_after: Option<u32>,
 }
 
@@ -31,22 +33,22 @@ impl ApiError {
         Self { status, message: message.into(), kind, param: None, code: None, retry_after: None }
     }
 
-    /// 400.
+    /// Returns an error with status 400.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
     }
 
-    /// 400 about a field.
+    /// Returns an error with status 400 about a field.
     pub fn param(param: &str, message: impl Into<String>) -> Self {
         Self { param: Some(param.into()), ..Self::bad_request(message) }
     }
 
-    /// 400: prompt and output do not fit.
-    pub fn context(message: impl Into<String>, param: &str) -> Self {
+    /// Returns an error with status 400: prompt and output exceed the context length.
+    pub fn context_length(message: impl Into<String>, param: &str) -> Self {
         Self { code: Some("context_length_exceeded"), ..Self::param(param, message) }
     }
 
-    /// 404 for a model.
+    /// Returns an error with status 404 about a model.
     pub fn unknown_model(name: &str) -> Self {
         Self {
             param: Some("model".into()),
@@ -59,17 +61,17 @@ impl ApiError {
         }
     }
 
-    /// 404 for anything else.
+    /// Returns an error with status 404.
     pub fn not_found(message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
     }
 
-    /// Any other status of the client's making.
+    /// Returns an error of the client with any status.
     pub fn status(status: StatusCode, message: impl Into<String>) -> Self {
         Self::new(status, "invalid_request_error", message)
     }
 
-    /// 401.
+    /// Returns an error with status 401.
     pub fn unauthorized() -> Self {
         Self {
             code: Some("invalid_api_key"),
@@ -81,22 +83,22 @@ impl ApiError {
         }
     }
 
-    /// 403.
+    /// Returns an error with status 403.
     pub fn forbidden(message: impl Into<String>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "invalid_request_error", message)
     }
 
-    /// 500.
+    /// Returns an error with status 500.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
     }
 
-    /// 503.
+    /// Returns an error with status 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self { retry_after: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", message) }
     }
 
-    /// The body.
+    /// Returns the body of the response.
     pub fn body(&self) -> serde_json::Value {
         json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
     }
@@ -112,17 +114,17 @@ impl IntoResponse for ApiError {
     }
 }
 
-impl From<Rejected> for ApiError {
-    fn from(rejected: Rejected) -> Self {
-        match rejected {
-            Rejected::Stopped => Self::unavailable(rejected.to_string()),
-            Rejected::Full { .. } | Rejected::Budget { .. } => Self {
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::Stopped => Self::unavailable(error.to_string()),
+            SubmitError::QueueFull { .. } | SubmitError::TooManyPromptTokens { .. } => Self {
                 code: Some("rate_limit_exceeded"),
                 retry_after: Some(1),
                 ..Self::new(
                     StatusCode::TOO_MANY_REQUESTS,
                     "rate_limit_error",
-                    format!("Overloaded: {rejected}; retry, preferably on a new connection."),
+                    format!("Overloaded: {error}; retry later on a new connection."),
                 )
             },
         }
@@ -135,11 +137,11 @@ impl From<TokenizerError> for ApiError {
     }
 }
 
-impl From<ChatError> for ApiError {
-    fn from(error: ChatError) -> Self {
+impl From<ChatTemplateError> for ApiError {
+    fn from(error: ChatTemplateError) -> Self {
         match error {
-            ChatError::Messages(_) => Self::param("messages", error.to_string()),
-            ChatError::Template(_) => Self::internal(error.to_string()),
+            ChatTemplateError::Messages(_) => Self::param("messages", error.to_string()),
+            ChatTemplateError::Template(_) => Self::internal(error.to_string()),
         }
     }
 }

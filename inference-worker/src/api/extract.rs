@@ -1,4 +1,4 @@
-//! Reading a request's JSON body within a size and a time.
+//! Reads JSON bodies, with a limit of size and time.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use serde_json::Value as Json;
 use super::{App, error::ApiError};
 
 /// How long a client may take to send its body.
-const BODY_TIME: Duration = Duration::from_secs(30);
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A parsed JSON body.
 pub struct Body<T>(pub T);
@@ -22,13 +22,13 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Body<T> {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let limit = app.settings.max_body_bytes;
-        let read = axum::body::to_bytes(request.into_body(), limit);
-        let bytes = tokio::time::timeout(BODY_TIME, read)
+        let body = axum::body::to_bytes(request.into_body(), limit);
+        let bytes = tokio::time::timeout(BODY_TIMEOUT, body)
             .await
             .map_err(|_| {
                 ApiError::status(
                     StatusCode::REQUEST_TIMEOUT,
-                    format!("The body did not arrive within {} seconds.", BODY_TIME.as_secs()),
+                    format!("The body did not arrive within {} seconds.", BODY_TIMEOUT.as_secs()),
                 )
             })?
             .map_err(|e| match e.into_inner().downcast::<http_body_util::LengthLimitError>() {
@@ -42,23 +42,26 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Body<T> {
             return Err(ApiError::bad_request("The body is not UTF-8; send JSON in UTF-8."));
         }
         serde_json::from_slice(&bytes).map(Self).map_err(|e| {
-            wrong_field::<T>(&bytes).unwrap_or_else(|| {
-                ApiError::bad_request(format!("The body is not the JSON that was expected: {e}."))
+            invalid_field::<T>(&bytes).unwrap_or_else(|| {
+                ApiError::bad_request(format!("The body is not valid JSON for this request: {e}."))
             })
         })
     }
 }
 
-/// Fields and bytes of a body that is searched for its wrong field: refusing must stay cheap.
-const SEARCHED: (usize, usize) = (64, 64 << 10);
+/// Maximum number of fields of a body that is searched for its invalid field, so that rejecting stays cheap.
+const MAX_SEARCHED_FIELDS: usize = 64;
+/// Maximum number of bytes of a body that is searched for its invalid field.
+const MAX_SEARCHED_BYTES: usize = 64 << 10;
 
-/// Names the field that keeps a body from being a `T`: the one without which it is one, or lacks just that.
-fn wrong_field<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
-    if bytes.len() > SEARCHED.1 {
+/// Returns an error about the field that makes a body invalid: without it, the body is valid or misses only this
+/// field.
+fn invalid_field<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
+    if bytes.len() > MAX_SEARCHED_BYTES {
         return None;
     }
     let object: serde_json::Map<String, Json> = serde_json::from_slice(bytes).ok()?;
-    if object.len() > SEARCHED.0 {
+    if object.len() > MAX_SEARCHED_FIELDS {
         return None;
     }
     let read = |object: serde_json::Map<String, Json>| serde_json::from_value::<T>(Json::Object(object));
@@ -67,12 +70,12 @@ fn wrong_field<T: DeserializeOwned>(bytes: &[u8]) -> Option<ApiError> {
         rest.remove(field);
         read(rest).err().map(|e| e.to_string())
     };
-    // A field that is required, and wrong, is missing without it; so would be one that is required and right.
+    // Without any required field, valid or not, the body misses this field. Therefore optional fields come first.
     let optional = object.keys().find(|field| without(field).is_none());
     let required = || {
         object.keys().find(|field| without(field).is_some_and(|e| e == format!("missing field `{field}`")))
     };
     let field = optional.or_else(required)?;
-    let why = read(object.clone()).err()?;
-    Some(ApiError::param(field, format!("`{field}` is not as expected: {why}.")))
+    let error = read(object.clone()).err()?;
+    Some(ApiError::param(field, format!("`{field}` is not valid: {error}.")))
 }

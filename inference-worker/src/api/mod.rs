@@ -1,15 +1,15 @@
-//! The HTTP API: OpenAI's, vLLM's additions, the Open Inference Protocol, administration and state.
+//! The HTTP API: OpenAI's API with vLLM's extensions, the Open Inference Protocol, administration and status.
 //!
-//! Input: HTTP requests on connections that [`serve`] accepts. Output: JSON and event streams. Called by
-//! `main` and by the tests.
+//! Input: HTTP requests on connections that [`serve`] accepts. Output: JSON and event streams. Called by `main` and by
+//! tests.
 
 mod admin;
 mod chat;
 mod completions;
-mod drive;
 mod error;
 mod extract;
-mod guard;
+mod generation;
+mod middleware;
 mod oip;
 mod params;
 pub mod serve;
@@ -29,28 +29,28 @@ use axum::{
     Router,
     extract::Request,
     http::HeaderValue,
-    middleware,
+    middleware::from_fn_with_state,
     routing::{delete, get, post},
 };
 use tokio::sync::watch;
 
 pub use error::ApiError;
 
-use crate::{engine::Engine, metrics::Metrics, registry::Registry, torchscript::Scripts};
+use crate::{engine::Engine, metrics::Metrics, registry::ModelRegistry, torchscript::TorchScriptModules};
 
-/// Where the process stands in its life.
+/// Phase of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// The first model is not there yet.
+    /// Loading the models of the command line.
     Loading,
-    /// Serving.
+    /// Serving requests.
     Ready,
-    /// Told to stop: finishing what it has, asking for no more.
+    /// Shutting down: completes its requests.
     Draining,
 }
 
 impl Phase {
-    /// Its name in the API.
+    /// Returns the name in the API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Loading => "loading",
@@ -63,13 +63,13 @@ impl Phase {
 /// Settings of the API.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Keys that clients may use; empty lets everybody in.
+    /// API keys; if empty, requests need no key.
     pub api_keys: Vec<String>,
-    /// Key for `/admin`; without one, only this machine may.
+    /// Key for `/admin`; without it, `/admin` is available only from this host.
     pub admin_key: Option<String>,
-    /// Largest request body.
+    /// Maximum size of a request body.
     pub max_body_bytes: usize,
-    /// What this worker is called, for the `x-worker` header.
+    /// Name of this worker, for the `x-worker` header.
     pub name: Option<HeaderValue>,
 }
 
@@ -79,51 +79,56 @@ impl Default for Settings {
     }
 }
 
-/// What all requests share.
+/// State shared by all requests.
 #[derive(Debug)]
 pub struct App {
     /// Models in service.
-    pub registry: Registry,
+    pub registry: ModelRegistry,
     /// TorchScript modules.
-    pub scripts: Scripts,
+    pub torchscript: TorchScriptModules,
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// Settings.
     pub settings: Settings,
-    /// Phase, to be watched.
+    /// Current phase.
     pub phase: watch::Sender<Phase>,
-    /// Requests being answered, streams included.
+    /// Active requests, including streams.
     pub active: AtomicUsize,
-    /// Until when (milliseconds since `started`) connections are closed after each response.
+    /// Time until which connections are closed after each response, in milliseconds since `started`.
     shed_until: AtomicU64,
     started: Instant,
-    tokens_per_second: status::Speed,
+    tokens_per_second: status::Throughput,
 }
 
-/// A request's id: the client's `x-request-id`, or one of ours.
+/// Id of a request: the client's `x-request-id`, or a random one.
 #[derive(Debug, Clone)]
 pub struct RequestId(pub String);
 
-/// A prompt of more bytes per token of context than this cannot fit: tokens are shorter.
+/// Upper bound of the bytes of a token: a longer prompt than this per token of context cannot fit.
 const MAX_TOKEN_BYTES: usize = 128;
 
 impl App {
-    /// With no model yet.
-    pub fn new(registry: Registry, scripts: Scripts, metrics: Arc<Metrics>, settings: Settings) -> Arc<Self> {
+    /// Creates the state, without models.
+    pub fn new(
+        registry: ModelRegistry,
+        torchscript: TorchScriptModules,
+        metrics: Arc<Metrics>,
+        settings: Settings,
+    ) -> Arc<Self> {
         Arc::new(Self {
             registry,
-            scripts,
+            torchscript,
             metrics,
             settings,
             phase: watch::channel(Phase::Loading).0,
             active: AtomicUsize::new(0),
             shed_until: AtomicU64::new(0),
             started: Instant::now(),
-            tokens_per_second: status::Speed::default(),
+            tokens_per_second: status::Throughput::default(),
         })
     }
 
-    /// The engine for a model's name.
+    /// Returns the engine of a model; None is the default model.
     pub fn engine(&self, name: Option<&str>) -> Result<Arc<Engine>, ApiError> {
         let models = self.registry.models();
         if let Some(engine) = models.get(name) {
@@ -135,33 +140,34 @@ impl App {
         }
     }
 
-    /// Ids of a text; long ones are tokenized off the I/O threads.
+    /// Tokenizes a text. Long texts are tokenized on a blocking thread, so that they do not delay I/O.
     async fn tokenize(
         &self,
         engine: &Arc<Engine>,
         text: String,
         special: bool,
     ) -> Result<Vec<u32>, ApiError> {
-        if text.len() > engine.max_context.saturating_mul(MAX_TOKEN_BYTES) {
-            return Err(ApiError::context(
+        if text.len() > engine.info.max_context.saturating_mul(MAX_TOKEN_BYTES) {
+            return Err(ApiError::context_length(
                 format!(
                     "This model's maximum context length is {} tokens, but the prompt has {} bytes of text; shorten it.",
-                    engine.max_context,
+                    engine.info.max_context,
                     text.len()
                 ),
                 "prompt",
             ));
         }
         if text.len() < 8 << 10 {
-            return Ok(engine.tokenizer.encode(&text, special)?);
+            return Ok(engine.info.tokenizer.encode(&text, special)?);
         }
-        let tokenizer = engine.tokenizer.clone();
+        let tokenizer = engine.info.tokenizer.clone();
         let ids = tokio::task::spawn_blocking(move || tokenizer.encode(&text, special)).await;
-        Ok(ids.map_err(|_| ApiError::internal("tokenizing failed"))??)
+        Ok(ids.map_err(|_| ApiError::internal("the tokenizer panicked; see the log of the worker"))??)
     }
 
-    /// Whether clients should come back through the balancer on a new connection.
-    fn sheds(&self) -> bool {
+    /// Returns whether connections are closed after each response, so that clients reconnect through the load
+    /// balancer.
+    fn closes_connections(&self) -> bool {
         let now = self.started.elapsed().as_millis() as u64;
         *self.phase.borrow() == Phase::Draining
             || now < self.shed_until.load(Relaxed)
@@ -169,7 +175,7 @@ impl App {
     }
 }
 
-/// All routes.
+/// Returns the routes.
 pub fn router(app: Arc<App>) -> Router {
     let open = Router::new()
         .route("/health", get(status::health))
@@ -198,17 +204,17 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v2/models/{name}/versions/{version}", get(oip::metadata))
         .route("/v2/models/{name}/versions/{version}/ready", get(oip::ready))
         .route("/v2/models/{name}/versions/{version}/infer", post(oip::infer))
-        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_key));
+        .route_layer(from_fn_with_state(app.clone(), middleware::require_api_key));
     let admin = Router::new()
         .route("/admin/models", get(admin::list).post(admin::load))
         .route("/admin/models/{*name}", delete(admin::remove))
         .route("/admin/shed", post(admin::shed))
         .route("/admin/drain", post(admin::drain))
-        .route_layer(middleware::from_fn_with_state(app.clone(), guard::check_admin));
+        .route_layer(from_fn_with_state(app.clone(), middleware::require_admin));
     open.merge(keyed)
         .merge(admin)
         .fallback(|request: Request| async move {
-            ApiError::not_found(format!("There is no {} {} here.", request.method(), request.uri().path()))
+            ApiError::not_found(format!("Unknown path: {} {}.", request.method(), request.uri().path()))
         })
         .method_not_allowed_fallback(|request: Request| async move {
             ApiError::status(
@@ -216,6 +222,6 @@ pub fn router(app: Arc<App>) -> Router {
                 format!("{} is not allowed on {}.", request.method(), request.uri().path()),
             )
         })
-        .layer(middleware::from_fn_with_state(app.clone(), guard::around))
+        .layer(from_fn_with_state(app.clone(), middleware::track_request))
         .with_state(app)
 }

@@ -1,4 +1,4 @@
-//! Open Inference Protocol v2 (KServe, Triton): server and model metadata, and inference on TorchScript modules.
+//! Open Inference Protocol v2 (KServe, Triton): server and model metadata, and inference with TorchScript modules.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -13,20 +13,20 @@ use serde_json::{Value as Json, json};
 use tch::{Kind, Tensor};
 
 use super::{App, error::ApiError, extract::Body};
-use crate::torchscript::{Argument, ScriptError};
+use crate::torchscript::{Argument, TorchScriptError};
 
-/// `GET /v2`.
+/// Handles `GET /v2`.
 pub async fn server() -> JsonBody<Json> {
     JsonBody(json!({"name": "inference-worker", "version": env!("CARGO_PKG_VERSION"), "extensions": []}))
 }
 
-type Names = Path<HashMap<String, String>>;
+type PathParams = Path<HashMap<String, String>>;
 
-/// The platform of a model by its path parameters, or 404.
-fn find(app: &App, names: &Names) -> Result<(String, &'static str, Vec<String>), ApiError> {
-    let name = names.get("name").cloned().unwrap_or_default();
-    let version = names.get("version");
-    if app.scripts.has(&name) && version.is_none_or(|v| v == "1") {
+/// Returns name, platform and versions of the model in the path, or an error with status 404.
+fn find(app: &App, path: &PathParams) -> Result<(String, &'static str, Vec<String>), ApiError> {
+    let name = path.get("name").cloned().unwrap_or_default();
+    let version = path.get("version");
+    if app.torchscript.has(&name) && version.is_none_or(|v| v == "1") {
         return Ok((name, "pytorch_torchscript", vec!["1".into()]));
     }
     let full = version.map_or_else(|| name.clone(), |v| format!("{name}@{v}"));
@@ -36,30 +36,31 @@ fn find(app: &App, names: &Names) -> Result<(String, &'static str, Vec<String>),
     }
 }
 
-/// `GET /v2/models/{name}`.
-pub async fn metadata(State(app): State<Arc<App>>, names: Names) -> Result<JsonBody<Json>, ApiError> {
-    let (name, platform, versions) = find(&app, &names)?;
-    // TorchScript records neither names nor shapes of its arguments; arguments go by position.
+/// Handles `GET /v2/models/{name}`.
+pub async fn metadata(State(app): State<Arc<App>>, path: PathParams) -> Result<JsonBody<Json>, ApiError> {
+    let (name, platform, versions) = find(&app, &path)?;
+    // TorchScript has neither names nor shapes of arguments; arguments are passed by position.
     Ok(JsonBody(
         json!({"name": name, "versions": versions, "platform": platform, "inputs": [], "outputs": []}),
     ))
 }
 
-/// `GET /v2/models/{name}/ready`.
-pub async fn ready(State(app): State<Arc<App>>, names: Names) -> Result<Response, ApiError> {
-    let (name, ..) = find(&app, &names)?;
+/// Handles `GET /v2/models/{name}/ready`.
+pub async fn ready(State(app): State<Arc<App>>, path: PathParams) -> Result<Response, ApiError> {
+    let (name, ..) = find(&app, &path)?;
     Ok((StatusCode::OK, JsonBody(json!({"name": name, "ready": true}))).into_response())
 }
 
-/// An inference request.
+/// Body of an inference request.
 #[derive(Debug, Deserialize)]
 pub struct InferRequest {
     id: Option<String>,
-    inputs: Vec<Input>,
+    inputs: Vec<InferInput>,
 }
 
+/// An input tensor.
 #[derive(Debug, Deserialize)]
-struct Input {
+struct InferInput {
     name: String,
     shape: Vec<i64>,
     datatype: String,
@@ -68,30 +69,31 @@ struct Input {
     parameters: HashMap<String, Json>,
 }
 
-/// Most elements of one input.
+/// Maximum number of elements of an input.
 const MAX_ELEMENTS: i64 = 1 << 26;
 
-/// The numbers of nested lists, in order.
-fn flat<'a>(data: &'a Json, out: &mut Vec<&'a Json>) {
+/// Adds the values of nested lists to `out`, in order.
+fn flatten<'a>(data: &'a Json, out: &mut Vec<&'a Json>) {
     match data {
-        Json::Array(list) => list.iter().for_each(|v| flat(v, out)),
+        Json::Array(list) => list.iter().for_each(|v| flatten(v, out)),
         value => out.push(value),
     }
 }
 
-fn argument(input: &Input) -> Result<Argument, ApiError> {
-    let wrong = |what: String| ApiError::param("inputs", format!("input `{}`: {what}.", input.name));
+/// Converts an input to an argument of a module.
+fn argument(input: &InferInput) -> Result<Argument, ApiError> {
+    let invalid = |what: String| ApiError::param("inputs", format!("input `{}`: {what}.", input.name));
     let mut values = Vec::new();
-    flat(&input.data, &mut values);
+    flatten(&input.data, &mut values);
     let elements =
         input.shape.iter().try_fold(1i64, |n, d| n.checked_mul(*d).filter(|n| *d >= 0 && *n <= MAX_ELEMENTS));
     if elements != Some(values.len() as i64) {
-        return Err(wrong(format!("shape {:?} does not fit {} values", input.shape, values.len())));
+        return Err(invalid(format!("shape {:?} does not match {} values", input.shape, values.len())));
     }
-    let not = |v: &Json| wrong(format!("{v} is no {}", input.datatype));
-    let floats = || values.iter().map(|v| v.as_f64().ok_or_else(|| not(v))).collect::<Result<Vec<_>, _>>();
-    let ints = || values.iter().map(|v| v.as_i64().ok_or_else(|| not(v))).collect::<Result<Vec<_>, _>>();
-    let bools = || values.iter().map(|v| v.as_bool().ok_or_else(|| not(v))).collect::<Result<Vec<_>, _>>();
+    let not_a = |v: &Json| invalid(format!("{v} is not a valid {}", input.datatype));
+    let floats = || values.iter().map(|v| v.as_f64().ok_or_else(|| not_a(v))).collect::<Result<Vec<_>, _>>();
+    let ints = || values.iter().map(|v| v.as_i64().ok_or_else(|| not_a(v))).collect::<Result<Vec<_>, _>>();
+    let bools = || values.iter().map(|v| v.as_bool().ok_or_else(|| not_a(v))).collect::<Result<Vec<_>, _>>();
     let (kind, tensor) = match input.datatype.as_str() {
         "FP64" => (Kind::Double, Tensor::from_slice(&floats()?)),
         "FP32" => (Kind::Float, Tensor::from_slice(&floats()?)),
@@ -103,7 +105,7 @@ fn argument(input: &Input) -> Result<Argument, ApiError> {
         "INT8" => (Kind::Int8, Tensor::from_slice(&ints()?)),
         "UINT8" => (Kind::Uint8, Tensor::from_slice(&ints()?)),
         "BOOL" => (Kind::Bool, Tensor::from_slice(&bools()?)),
-        other => return Err(wrong(format!("datatype `{other}` is not supported"))),
+        other => return Err(invalid(format!("datatype `{other}` is not supported"))),
     };
     if input.parameters.get("scalar") == Some(&Json::Bool(true)) && values.len() == 1 {
         return Ok(match kind {
@@ -115,6 +117,7 @@ fn argument(input: &Input) -> Result<Argument, ApiError> {
     Ok(Argument::Tensor(tensor.to_kind(kind).view(input.shape.as_slice())))
 }
 
+/// Returns the description and data of a result.
 fn output(index: usize, tensor: &Tensor) -> Result<Json, ApiError> {
     let kind = tensor.kind();
     let (datatype, data) = match kind {
@@ -134,25 +137,25 @@ fn internal(error: tch::TchError) -> ApiError {
     ApiError::internal(error.to_string())
 }
 
-/// `POST /v2/models/{name}/infer`. An input with `parameters: {"scalar": true}` is passed as a number.
+/// Handles `POST /v2/models/{name}/infer`. An input with `parameters: {"scalar": true}` is passed as a number.
 pub async fn infer(
     State(app): State<Arc<App>>,
-    names: Names,
+    path: PathParams,
     Body(request): Body<InferRequest>,
 ) -> Result<JsonBody<Json>, ApiError> {
-    let (name, platform, versions) = find(&app, &names)?;
+    let (name, platform, versions) = find(&app, &path)?;
     if platform != "pytorch_torchscript" {
         return Err(ApiError::bad_request(format!(
-            "`{name}` is a language model: use /v1/chat/completions or /v1/completions."
+            "`{name}` is a language model; use /v1/chat/completions or /v1/completions."
         )));
     }
     let arguments = request.inputs.iter().map(argument).collect::<Result<Vec<_>, _>>()?;
-    let tensors = app.scripts.call(&name, arguments).await.map_err(|e| match e {
-        ScriptError::Full => ApiError {
+    let tensors = app.torchscript.call(&name, arguments).await.map_err(|e| match e {
+        TorchScriptError::Full => ApiError {
             retry_after: Some(1),
-            ..ApiError::status(StatusCode::TOO_MANY_REQUESTS, format!("Overloaded: {e}."))
+            ..ApiError::status(StatusCode::TOO_MANY_REQUESTS, format!("Overloaded: {e}; retry later."))
         },
-        ScriptError::Failed(_) => ApiError::bad_request(format!("`{name}` refused the call: {e}")),
+        TorchScriptError::Failed(_) => ApiError::bad_request(format!("`{name}` failed: {e}")),
         other => ApiError::internal(other.to_string()),
     })?;
     let outputs = tensors.iter().enumerate().map(|(i, t)| output(i, t)).collect::<Result<Vec<_>, _>>()?;

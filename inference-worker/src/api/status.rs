@@ -1,4 +1,4 @@
-//! Health, readiness, metrics, and the replica state that the balancer places flows by.
+//! Health, readiness, metrics, and the replica state that the load balancer uses to distribute flows.
 
 use std::{
     sync::{Arc, Mutex, PoisonError, atomic::Ordering::Relaxed},
@@ -17,46 +17,47 @@ use serde_json::{Value as Json, json};
 use super::{App, Phase, sse};
 use crate::{engine::Engine, metrics::ModelLabel};
 
-/// Version of the replica state's format.
+/// Version of the format of the replica state.
 const PROTOCOL: u32 = 1;
-/// How often the event stream looks for a change; a change of phase it sends at once.
-const LOOK: Duration = Duration::from_millis(50);
-/// How long the event stream is silent at most.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often the event stream checks for changes. Changes of the phase are sent immediately.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Maximum time between two events of the event stream.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Tokens per second, over about a second.
+/// Measures generated tokens per second, over at least half a second.
 #[derive(Debug, Default)]
-pub struct Speed(Mutex<Option<SpeedState>>);
+pub struct Throughput(Mutex<Option<ThroughputState>>);
 
 #[derive(Debug, Clone, Copy)]
-struct SpeedState {
+struct ThroughputState {
     at: Instant,
     tokens: u64,
-    speed: f64,
+    tokens_per_second: f64,
 }
 
-impl Speed {
+impl Throughput {
+    /// Returns the current throughput, given all tokens generated so far.
     fn update(&self, tokens: u64) -> f64 {
         let now = Instant::now();
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let previous = state.unwrap_or(SpeedState { at: now, tokens, speed: 0.0 });
+        let previous = state.unwrap_or(ThroughputState { at: now, tokens, tokens_per_second: 0.0 });
         let elapsed = (now - previous.at).as_secs_f64();
         if elapsed < 0.5 {
             *state = Some(previous);
-            return previous.speed;
+            return previous.tokens_per_second;
         }
-        let speed = tokens.saturating_sub(previous.tokens) as f64 / elapsed;
-        *state = Some(SpeedState { at: now, tokens, speed });
-        speed
+        let tokens_per_second = tokens.saturating_sub(previous.tokens) as f64 / elapsed;
+        *state = Some(ThroughputState { at: now, tokens, tokens_per_second });
+        tokens_per_second
     }
 }
 
-/// `GET /health`: the process lives.
+/// Handles `GET /health`: the process is running.
 pub async fn health() -> StatusCode {
     StatusCode::OK
 }
 
-/// `GET /ready`: weights loaded, warm-up done, and not draining.
+/// Handles `GET /ready`: models are loaded and warm, and the worker is not draining.
 pub async fn ready(State(app): State<Arc<App>>) -> Response {
     let phase = *app.phase.borrow();
     let broken = app.registry.models().engines().any(|e| e.stats.stopped.load(Relaxed));
@@ -66,12 +67,13 @@ pub async fn ready(State(app): State<Arc<App>>) -> Response {
     (status, JsonBody(json!({"ready": ready, "phase": phase}))).into_response()
 }
 
+/// Returns the used fraction of the KV cache.
 fn kv_usage(engine: &Engine) -> f64 {
     let total = engine.stats.kv_total.load(Relaxed).max(1);
-    engine.stats.kv_held.load(Relaxed) as f64 / total as f64
+    engine.stats.kv_used.load(Relaxed) as f64 / total as f64
 }
 
-/// `GET /metrics`.
+/// Handles `GET /metrics`.
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     let m = &app.metrics;
     for (_, engine) in app.registry.models().iter().filter(|(name, _)| !name.contains('@')) {
@@ -86,11 +88,10 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, content)], m.render()).into_response()
 }
 
-/// What a model has answered since its engine started: the balancer judges a new version by it. Its own engine's only,
-/// as the report names one model and version.
-fn answers(engine: &Engine) -> Json {
+/// Returns the request counts of an engine since its start, by which the load balancer evaluates a new version.
+fn request_counts(engine: &Engine) -> Json {
     let s = &engine.stats;
-    // Failed first: whoever reads between two ends sees none too many.
+    // Reads `failed` first, so that it never exceeds `finished`.
     let failed = s.failed.load(Relaxed);
     let first_tokens = s.first_tokens.load(Relaxed);
     json!({
@@ -101,24 +102,24 @@ fn answers(engine: &Engine) -> Json {
     })
 }
 
-/// The replica's state as the balancer reads it.
-pub fn state(app: &App) -> Json {
+/// Returns the replica state for the load balancer.
+pub fn replica_state(app: &App) -> Json {
     let models = app.registry.models();
     let (mut running, mut waiting, mut in_flight, mut generated, mut capacity, mut queue) =
         (0, 0, 0, 0, 0, 0);
-    let (mut held, mut total) = (0, 0);
+    let (mut used, mut total) = (0, 0);
     for e in models.engines() {
         running += e.stats.running.load(Relaxed);
         waiting += e.stats.waiting.load(Relaxed);
         in_flight += e.stats.in_flight.load(Relaxed);
-        generated += e.stats.generated.load(Relaxed);
+        generated += e.stats.generated_tokens.load(Relaxed);
         capacity += e.options.max_running;
         queue += e.options.max_queue;
-        held += e.stats.kv_held.load(Relaxed);
+        used += e.stats.kv_used.load(Relaxed);
         total += e.stats.kv_total.load(Relaxed);
     }
     let default = models.get(None);
-    // A model whose engine has stopped answers nothing any more.
+    // A model whose engine has stopped cannot serve requests.
     let failed = models.engines().any(|e| e.stats.stopped.load(Relaxed));
     json!({
         "protocol": PROTOCOL,
@@ -127,73 +128,75 @@ pub fn state(app: &App) -> Json {
         "model": default.map(|e| e.name.clone()),
         "version": default.map(|e| e.version.clone()),
         "running": running,
-        // A request between the API and the engine's next step waits too.
+        // Includes requests that the engine has not received yet.
         "waiting": waiting.max(in_flight.saturating_sub(running)),
-        "kv_cache_usage": held as f64 / total.max(1) as f64,
-        "kv_blocks_used": held,
+        "kv_cache_usage": used as f64 / total.max(1) as f64,
+        "kv_blocks_used": used,
         "kv_blocks_total": total,
         "capacity": {"running": capacity, "waiting": queue},
         "tokens_per_second": (app.tokens_per_second.update(generated) * 10.0).round() / 10.0,
         "active_requests": app.active.load(Relaxed),
-        "answers": default.map(|engine| answers(engine)),
+        "answers": default.map(|engine| request_counts(engine)),
         "models": models.engines().map(|e| json!({
             "name": e.name, "version": e.version, "running": e.stats.running.load(Relaxed),
-            "waiting": e.stats.waiting.load(Relaxed), "kv_cache_usage": kv_usage(e), "backend": e.backend,
-            "failed_steps": e.stats.failures.load(Relaxed),
+            "waiting": e.stats.waiting.load(Relaxed), "kv_cache_usage": kv_usage(e), "backend": e.info.backend,
+            "failed_steps": e.stats.failed_steps.load(Relaxed),
         })).collect::<Vec<_>>(),
     })
 }
 
-/// The state with the time at which it was so: what would make every look a change.
-fn stamped(mut state: Json) -> Json {
+/// Adds the current time. The time is not part of the state, because then every state would count as a change.
+fn with_time(mut state: Json) -> Json {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     state["time_ms"] = json!(now.as_millis() as u64);
     state
 }
 
-/// `GET /replica`: JSON, or with `Accept: text/event-stream` an event for each change, and one a second.
+/// Handles `GET /replica`: JSON, or with `Accept: text/event-stream` an event for each change and at least one per
+/// second.
 pub async fn replica(State(app): State<Arc<App>>, headers: HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     if !accept.contains("text/event-stream") {
-        return JsonBody(stamped(state(&app))).into_response();
+        return JsonBody(with_time(replica_state(&app))).into_response();
     }
     let phase = app.phase.subscribe();
     let start = (app, phase, None::<(Json, Instant)>);
     sse::respond_raw(futures_util::stream::unfold(start, |(app, mut phase, last)| async move {
         loop {
             if last.is_some() {
-                // Not each token is worth a report; a phase is, at once.
+                // Changes within an interval are combined, except changes of the phase.
                 tokio::select! {
-                    () = tokio::time::sleep(LOOK) => {}
+                    () = tokio::time::sleep(POLL_INTERVAL) => {}
                     _ = phase.changed() => {}
                 }
             }
-            let now = state(&app);
-            let due = last.as_ref().is_none_or(|(then, at)| *then != now || at.elapsed() >= HEARTBEAT);
-            if due {
-                let event = Bytes::from(format!("event: replica\ndata: {}\n\n", stamped(now.clone())));
+            let now = replica_state(&app);
+            let is_due =
+                last.as_ref().is_none_or(|(then, at)| *then != now || at.elapsed() >= HEARTBEAT_INTERVAL);
+            if is_due {
+                let event = Bytes::from(format!("event: replica\ndata: {}\n\n", with_time(now.clone())));
                 return Some((event, (app, phase, Some((now, Instant::now())))));
             }
         }
     }))
 }
 
-/// `GET /version`.
+/// Handles `GET /version`.
 pub async fn version() -> JsonBody<Json> {
     JsonBody(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 
-/// `GET /get_load`, as sglang-router reads it.
+/// Handles `GET /get_load`, for sglang-router.
 pub async fn get_load(State(app): State<Arc<App>>) -> JsonBody<Json> {
     let load = |(rank, e): (usize, &Arc<Engine>)| {
         let (running, waiting) = (e.stats.running.load(Relaxed), e.stats.waiting.load(Relaxed));
         json!({"dp_rank": rank, "num_reqs": running + waiting, "num_waiting_reqs": waiting,
-               "num_tokens": e.stats.kv_held.load(Relaxed) * crate::backend::BLOCK})
+               "num_tokens": e.stats.kv_used.load(Relaxed) * crate::backend::BLOCK_SIZE})
     };
     JsonBody(app.registry.models().engines().enumerate().map(load).collect())
 }
 
-/// `GET /get_model_info` and `/get_server_info`, as routers read them.
+/// Handles `GET /get_model_info` and `GET /get_server_info`, for routers.
 pub async fn model_info(State(app): State<Arc<App>>) -> JsonBody<Json> {
     let models = app.registry.models();
     let engine = models.get(None);
@@ -203,12 +206,12 @@ pub async fn model_info(State(app): State<Arc<App>>) -> JsonBody<Json> {
         "tokenizer_path": engine.map(|e| e.path.display().to_string()),
         "is_generation": true,
         "max_total_num_tokens": engine.map(|e| e.kv_tokens()),
-        "context_length": engine.map(|e| e.max_context),
+        "context_length": engine.map(|e| e.info.max_context),
         "version": env!("CARGO_PKG_VERSION"),
     }))
 }
 
-/// The `endpoint-load-metrics` response header (ORCA) in the format that the request names.
+/// Returns the value of the `endpoint-load-metrics` header (ORCA) in a format: `text` or `json`.
 pub fn load_header(app: &App, format: &str) -> Option<HeaderValue> {
     let (mut running, mut waiting, mut usage) = (0, 0, 0.0f64);
     for e in app.registry.models().engines() {

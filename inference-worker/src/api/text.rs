@@ -1,4 +1,4 @@
-//! `/v1/models`, `/v1/embeddings`, `/tokenize` and `/detokenize`.
+//! The endpoints `/v1/models`, `/v1/embeddings`, `/tokenize` and `/detokenize`.
 
 use std::sync::Arc;
 
@@ -9,32 +9,35 @@ use axum::{
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
-use super::{App, chat::plain_messages, completions::prompt_ids, drive, error::ApiError, extract::Body};
+use super::{
+    App, chat::normalize_messages, completions::tokenize_prompts, error::ApiError, extract::Body, generation,
+};
 use crate::engine::Engine;
 
-fn card(name: &str, engine: &Engine) -> Json {
+/// Returns the description of a model.
+fn model_card(name: &str, engine: &Engine) -> Json {
     json!({"id": name, "object": "model", "created": engine.created, "owned_by": "lb", "root": engine.path.display().to_string(),
-           "parent": null, "max_model_len": engine.max_context, "version": engine.version})
+           "parent": null, "max_model_len": engine.info.max_context, "version": engine.version})
 }
 
-/// `GET /v1/models`.
+/// Handles `GET /v1/models`.
 pub async fn models(State(app): State<Arc<App>>) -> JsonBody<Json> {
     let models = app.registry.models();
     let list: Vec<Json> =
-        models.iter().filter(|(name, _)| !name.contains('@')).map(|(n, e)| card(n, e)).collect();
+        models.iter().filter(|(name, _)| !name.contains('@')).map(|(n, e)| model_card(n, e)).collect();
     JsonBody(json!({"object": "list", "data": list}))
 }
 
-/// `GET /v1/models/{name}`.
+/// Handles `GET /v1/models/{name}`.
 pub async fn model(
     State(app): State<Arc<App>>,
     Path(name): Path<String>,
 ) -> Result<JsonBody<Json>, ApiError> {
     let engine = app.engine(Some(&name))?;
-    Ok(JsonBody(card(&name, &engine)))
+    Ok(JsonBody(model_card(&name, &engine)))
 }
 
-/// An embedding request.
+/// Body of an embedding request.
 #[derive(Debug, Deserialize)]
 pub struct EmbeddingRequest {
     model: Option<String>,
@@ -43,16 +46,19 @@ pub struct EmbeddingRequest {
     dimensions: Option<usize>,
 }
 
-/// `POST /v1/embeddings`: the mean of the last hidden states over the tokens, at unit length.
+/// Handles `POST /v1/embeddings`: the mean of the last hidden states of the tokens, normalised to unit length.
 pub async fn embeddings(
     State(app): State<Arc<App>>,
     Body(request): Body<EmbeddingRequest>,
 ) -> Result<JsonBody<Json>, ApiError> {
     let engine = app.engine(request.model.as_deref())?;
-    if request.dimensions.is_some_and(|d| d != engine.hidden) {
+    if request.dimensions.is_some_and(|d| d != engine.info.hidden) {
         return Err(ApiError::param(
             "dimensions",
-            format!("This model's embeddings have {} dimensions.", engine.hidden),
+            format!(
+                "This model's embeddings have {} dimensions; send this number or leave out `dimensions`.",
+                engine.info.hidden
+            ),
         ));
     }
     let base64 = match request.encoding_format.as_deref() {
@@ -65,19 +71,19 @@ pub async fn embeddings(
             ));
         }
     };
-    let prompts = prompt_ids(&app, &engine, request.input, "input").await?;
-    if let Some(long) = prompts.iter().find(|p| p.len() > engine.max_context) {
-        return Err(ApiError::context(
+    let prompts = tokenize_prompts(&app, &engine, request.input, "input").await?;
+    if let Some(long) = prompts.iter().find(|p| p.len() > engine.info.max_context) {
+        return Err(ApiError::context_length(
             format!(
                 "This model's maximum context length is {} tokens, but an input has {}; shorten it.",
-                engine.max_context,
+                engine.info.max_context,
                 long.len()
             ),
             "input",
         ));
     }
     let tokens: usize = prompts.iter().map(Vec::len).sum();
-    let vectors = drive::embed(&engine, prompts).await?;
+    let vectors = generation::embed(&engine, prompts).await?;
     let data: Vec<Json> = vectors
         .into_iter()
         .enumerate()
@@ -96,7 +102,7 @@ pub async fn embeddings(
     })))
 }
 
-/// RFC 4648 base64, which OpenAI's Python client asks for by default.
+/// Encodes base64 (RFC 4648), which OpenAI's Python client requests by default.
 fn to_base64(bytes: &[u8]) -> String {
     const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
@@ -110,7 +116,7 @@ fn to_base64(bytes: &[u8]) -> String {
     out
 }
 
-/// A text, or messages, to be tokenized.
+/// Body of a tokenize request: a text, or messages.
 #[derive(Debug, Deserialize)]
 pub struct TokenizeRequest {
     model: Option<String>,
@@ -120,7 +126,7 @@ pub struct TokenizeRequest {
     add_generation_prompt: Option<bool>,
 }
 
-/// `POST /tokenize`, in vLLM's shape.
+/// Handles `POST /tokenize`, in vLLM's format.
 pub async fn tokenize(
     State(app): State<Arc<App>>,
     Body(r): Body<TokenizeRequest>,
@@ -129,43 +135,46 @@ pub async fn tokenize(
     let (text, special) = match (r.prompt, r.messages) {
         (Some(text), None) => (text, r.add_special_tokens.unwrap_or(true)),
         (None, Some(messages)) => {
-            let messages = plain_messages(&messages)?;
-            let text =
-                engine.template.render(&messages, None::<&Json>, r.add_generation_prompt.unwrap_or(true))?;
+            let messages = normalize_messages(&messages)?;
+            let text = engine.info.template.render(
+                &messages,
+                None::<&Json>,
+                r.add_generation_prompt.unwrap_or(true),
+            )?;
             (text, r.add_special_tokens.unwrap_or(false))
         }
         _ => return Err(ApiError::bad_request("Send either `prompt` or `messages`.")),
     };
     let tokens = app.tokenize(&engine, text, special).await?;
-    Ok(JsonBody(json!({"count": tokens.len(), "max_model_len": engine.max_context, "tokens": tokens})))
+    Ok(JsonBody(json!({"count": tokens.len(), "max_model_len": engine.info.max_context, "tokens": tokens})))
 }
 
-/// Ids to be turned into text.
+/// Body of a detokenize request.
 #[derive(Debug, Deserialize)]
 pub struct DetokenizeRequest {
     model: Option<String>,
     tokens: Vec<u32>,
 }
 
-/// `POST /detokenize`, in vLLM's shape.
+/// Handles `POST /detokenize`, in vLLM's format.
 pub async fn detokenize(
     State(app): State<Arc<App>>,
     Body(r): Body<DetokenizeRequest>,
 ) -> Result<JsonBody<Json>, ApiError> {
     let engine = app.engine(r.model.as_deref())?;
-    if let Some(id) = r.tokens.iter().find(|id| **id as usize >= engine.vocab) {
+    if let Some(id) = r.tokens.iter().find(|id| **id as usize >= engine.info.vocab) {
         return Err(ApiError::param(
             "tokens",
-            format!("Token id {id} is outside the vocabulary of {} tokens.", engine.vocab),
+            format!("Token id {id} is outside the vocabulary of {} tokens.", engine.info.vocab),
         ));
     }
-    Ok(JsonBody(json!({"prompt": engine.tokenizer.decode(&r.tokens, false)?})))
+    Ok(JsonBody(json!({"prompt": engine.info.tokenizer.decode(&r.tokens, false)?})))
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
-    fn base64_is_the_standard_one() {
+    fn base64_equals_the_test_vectors_of_rfc_4648() {
         for (plain, coded) in
             [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")]
         {

@@ -1,94 +1,94 @@
-//! What computes a step of the model: the [`Backend`] trait and its two implementations.
+//! Computation of the model's steps: the [`Backend`] trait and its two implementations.
 //!
-//! [`native`] runs on the CPU with kernels of its own over the file's own weights; [`torch`] runs on libtorch,
-//! on CUDA (and on the CPU for comparison). Input: a batch of sequence parts with their KV blocks. Output:
-//! logits, sampled ids or pooled hidden states. Called by the engine thread only.
+//! [`native`] runs on the CPU, with this crate's kernels on the weights as their file stores them. [`torch`] runs on
+//! libtorch, for CUDA (and on the CPU for comparison). Input: a batch of chunks of sequences with their block tables.
+//! Output: logits, sampled ids or sums of hidden states. Called by the engine's thread only.
 
 pub mod native;
 pub mod torch;
 
-/// Tokens of a block of the paged KV cache.
-pub const BLOCK: usize = native::BLOCK;
+/// Tokens per block of the paged KV cache.
+pub const BLOCK_SIZE: usize = native::BLOCK_SIZE;
 
-/// What a sequence's part of a step should give.
+/// Which output a chunk needs.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Want {
-    /// Only the KV cache: a prompt's chunk that is not its last.
-    Nothing,
-    /// Logits after the last token.
-    Last,
-    /// Logits after every token of the part (log-probabilities of a prompt).
-    All,
-    /// The sum of the final hidden states of the part's tokens (embeddings).
-    Hidden,
-    /// The id chosen on the device; only for backends that say so.
-    Sample(DeviceSample),
+pub enum OutputKind {
+    /// None, only the KV cache is written: a chunk of a prompt that is not its last.
+    None,
+    /// Logits of the last token.
+    LastLogits,
+    /// Logits of every token, for the log-probabilities of a prompt.
+    AllLogits,
+    /// Sum of the final hidden states of the tokens, for embeddings.
+    HiddenSum,
+    /// Id of the next token, sampled on the device. Only for backends that support it.
+    SampledId(DeviceSampling),
 }
 
-/// Sampling that a device can do by itself.
+/// Parameters of sampling on the device.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DeviceSample {
-    /// 0 is greedy.
+pub struct DeviceSampling {
+    /// Temperature; 0 is greedy.
     pub temperature: f32,
-    /// 0 is off.
+    /// Number of most likely tokens to sample from; 0 is off.
     pub top_k: u32,
-    /// 1 is off.
+    /// Sum of the probabilities of the tokens to sample from; 1 is off.
     pub top_p: f32,
-    /// 0 is off.
+    /// Minimum probability relative to the most likely token; 0 is off.
     pub min_p: f32,
-    /// A uniform number in [0, 1).
+    /// Random number, uniform in [0, 1).
     pub uniform: f32,
 }
 
-/// A sequence's part of a step: some tokens that follow what its cache holds.
+/// Consecutive tokens of one sequence to compute in a step.
 #[derive(Debug, Clone)]
-pub struct SeqPart<'a> {
+pub struct SequenceChunk<'a> {
     /// The tokens.
     pub tokens: &'a [u32],
-    /// Position of the first of them (tokens already in the cache).
+    /// Position of the first token, which is the number of tokens already in the KV cache.
     pub start: usize,
-    /// The sequence's blocks, enough for `start + tokens.len()` tokens.
-    pub blocks: &'a [u32],
-    /// What to give back.
-    pub want: Want,
+    /// KV blocks of the sequence, enough for `start + tokens.len()` tokens.
+    pub block_table: &'a [u32],
+    /// Which output the chunk needs.
+    pub output: OutputKind,
 }
 
-/// Results of a step, in the order of its parts.
+/// Outputs of a step, in the order of its chunks.
 #[derive(Debug, Default)]
 pub struct StepOutput {
     /// Vocabulary size.
     pub vocab: usize,
-    /// Rows of `vocab` logits: one per `Last`, one per token of an `All`.
+    /// Rows of `vocab` logits: one per `LastLogits`, and one per token of `AllLogits`.
     pub logits: Vec<f32>,
-    /// One row per `Hidden`.
-    pub hidden: Vec<Vec<f32>>,
-    /// One id per `Sample`.
-    pub sampled: Vec<u32>,
+    /// One row per `HiddenSum`.
+    pub hidden_sums: Vec<Vec<f32>>,
+    /// One id per `SampledId`.
+    pub sampled_ids: Vec<u32>,
 }
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    /// libtorch raised an error.
+    /// libtorch reported an error.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
-    /// Something else.
+    /// Any other error.
     #[error("{0}")]
     Other(String),
 }
 
-/// A model on some device, with its KV cache.
+/// A model on a device, with its KV cache.
 pub trait Backend: Send {
-    /// Blocks in the KV cache.
+    /// Returns the number of blocks of the KV cache.
     fn kv_blocks(&self) -> usize;
-    /// Whether `Want::Sample` is understood.
-    fn samples(&self) -> bool {
+    /// Returns whether `OutputKind::SampledId` is supported.
+    fn samples_on_device(&self) -> bool {
         false
     }
-    /// Computes a step. The cache of other sequences is left alone, also on failure.
-    fn step(&mut self, parts: &[SeqPart<'_>], out: &mut StepOutput) -> Result<(), BackendError>;
-    /// Device, kernels and weight type, in words.
+    /// Computes a step. Does not change the KV cache of other sequences, even if it fails.
+    fn step(&mut self, chunks: &[SequenceChunk<'_>], out: &mut StepOutput) -> Result<(), BackendError>;
+    /// Describes device, kernels and weight type.
     fn describe(&self) -> String;
-    /// Bytes of weights held.
+    /// Returns the bytes of the weights.
     fn weight_bytes(&self) -> usize;
 }

@@ -1,107 +1,114 @@
-//! Blocks of the paged KV cache: who holds which, and which hold a known prefix.
+//! Allocation of the blocks of the paged KV cache, and prefix caching.
 //!
-//! Pure bookkeeping, no tensors. A block is *held* by one or more sequences, or *cached* (nobody holds it,
-//! but its tokens are known and a later prompt with the same beginning may take it), or *free*. Cached blocks
-//! are taken, least recently used first, when free ones run out. Called by the scheduler.
+//! Only bookkeeping, without tensors. A block is in one of three states: *used* by one or more sequences; *cached*
+//! (unused, but its tokens are known, so a later prompt with the same prefix can reuse it); or *free*. When no free
+//! block is left, the least recently used cached block is evicted. Called by the scheduler.
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::backend::BLOCK;
+use crate::backend::BLOCK_SIZE;
 
-/// Number of a block.
+/// Number of a block in the KV cache.
 pub type BlockId = u32;
 
-/// A full block's identity: its tokens, after a given chain of blocks.
+/// Key of a full block in the prefix cache: its tokens and the prefix before them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-struct Prefix {
-    /// The chain before it; `ROOT` for none. Chain numbers are never reused, so equality is exact and no
-    /// collision of hashes can hand one user's cache to another.
+struct PrefixKey {
+    /// Id of the prefix before this block, or `ROOT_PREFIX`. Ids are not reused, and keys are compared exactly: a
+    /// hash collision can never share one user's blocks with another.
     parent: u64,
-    tokens: [u32; BLOCK],
+    tokens: [u32; BLOCK_SIZE],
 }
 
-/// The empty chain.
-pub const ROOT: u64 = 0;
+impl PrefixKey {
+    fn new(parent: u64, block: &[u32]) -> Self {
+        let mut tokens = [0; BLOCK_SIZE];
+        tokens.copy_from_slice(block);
+        Self { parent, tokens }
+    }
+}
+
+/// Id of the empty prefix.
+pub const ROOT_PREFIX: u64 = 0;
 
 #[derive(Debug, Default, Clone)]
 struct Block {
-    holders: u32,
-    /// Chain number and identity, when full and known.
-    known: Option<(u64, Prefix)>,
-    /// When it was last let go, for the order of eviction.
+    /// Number of sequences that use the block.
+    ref_count: u32,
+    /// Id and key of the prefix that ends with this block, if it is in the prefix cache.
+    prefix: Option<(u64, PrefixKey)>,
+    /// When it was last freed, for LRU eviction.
     freed_at: u64,
 }
 
-/// The bookkeeping of all blocks.
+/// Allocates the blocks of the KV cache.
 #[derive(Debug)]
-pub struct KvCache {
+pub struct KvCacheManager {
     blocks: Vec<Block>,
     free: Vec<BlockId>,
-    /// Blocks by identity.
-    by_prefix: HashMap<Prefix, BlockId>,
-    /// Cached blocks by the time they were let go.
+    /// Prefix cache.
+    by_prefix: HashMap<PrefixKey, BlockId>,
+    /// Cached blocks by the time at which they were freed.
     cached: BTreeMap<u64, BlockId>,
     clock: u64,
-    next_chain: u64,
-    sharing: bool,
+    next_prefix: u64,
+    prefix_caching: bool,
 }
 
-impl KvCache {
-    /// `count` free blocks; `sharing` off forgets prefixes.
-    pub fn new(count: usize, sharing: bool) -> Self {
+impl KvCacheManager {
+    /// Creates a manager of `count` free blocks.
+    pub fn new(count: usize, prefix_caching: bool) -> Self {
         Self {
             blocks: vec![Block::default(); count],
             free: (0..count as BlockId).rev().collect(),
             by_prefix: HashMap::new(),
             cached: BTreeMap::new(),
             clock: 0,
-            next_chain: ROOT + 1,
-            sharing,
+            next_prefix: ROOT_PREFIX + 1,
+            prefix_caching,
         }
     }
 
-    /// All blocks.
+    /// Returns the number of all blocks.
     pub fn total(&self) -> usize {
         self.blocks.len()
     }
 
-    /// Blocks that a sequence could get now.
+    /// Returns the number of blocks that can be allocated: free and cached ones.
     pub fn available(&self) -> usize {
         self.free.len() + self.cached.len()
     }
 
-    /// Blocks held by sequences.
-    pub fn held(&self) -> usize {
+    /// Returns the number of blocks that sequences use.
+    pub fn used(&self) -> usize {
         self.total() - self.available()
     }
 
-    /// Takes the longest known chain of full blocks at the start of `tokens`, leaving at least one token to
-    /// compute. Gives the blocks (now held) and their chain numbers.
-    pub fn take_prefix(&mut self, tokens: &[u32]) -> (Vec<BlockId>, Vec<u64>) {
-        let (mut blocks, mut chains, mut parent) = (Vec::new(), Vec::new(), ROOT);
-        if !self.sharing {
-            return (blocks, chains);
+    /// Allocates the cached blocks of the longest cached prefix of `tokens`. At least one token stays uncomputed,
+    /// because its logits are needed. Returns the blocks and their prefix ids.
+    pub fn allocate_prefix(&mut self, tokens: &[u32]) -> (Vec<BlockId>, Vec<u64>) {
+        let (mut blocks, mut prefixes, mut parent) = (Vec::new(), Vec::new(), ROOT_PREFIX);
+        if !self.prefix_caching {
+            return (blocks, prefixes);
         }
-        let usable = tokens.len().saturating_sub(1) / BLOCK;
-        for chunk in tokens.chunks_exact(BLOCK).take(usable) {
-            let mut key = Prefix { parent, tokens: [0; BLOCK] };
-            key.tokens.copy_from_slice(chunk);
-            let Some(id) = self.by_prefix.get(&key).copied() else { break };
+        let usable = tokens.len().saturating_sub(1) / BLOCK_SIZE;
+        for chunk in tokens.chunks_exact(BLOCK_SIZE).take(usable) {
+            let Some(id) = self.by_prefix.get(&PrefixKey::new(parent, chunk)).copied() else { break };
             let block = &mut self.blocks[id as usize];
-            let chain = block.known.as_ref().map_or(ROOT, |k| k.0);
-            if block.holders == 0 {
+            let prefix = block.prefix.as_ref().map_or(ROOT_PREFIX, |p| p.0);
+            if block.ref_count == 0 {
                 self.cached.remove(&block.freed_at);
             }
-            block.holders += 1;
+            block.ref_count += 1;
             blocks.push(id);
-            chains.push(chain);
-            parent = chain;
+            prefixes.push(prefix);
+            parent = prefix;
         }
-        (blocks, chains)
+        (blocks, prefixes)
     }
 
-    /// `count` fresh blocks, or None (and nothing taken) when there are not so many.
-    pub fn take(&mut self, count: usize) -> Option<Vec<BlockId>> {
+    /// Allocates `count` blocks without contents, or returns None and allocates nothing if too few are available.
+    pub fn allocate(&mut self, count: usize) -> Option<Vec<BlockId>> {
         if count > self.available() {
             return None;
         }
@@ -111,7 +118,7 @@ impl KvCache {
                 Some(id) => id,
                 None => self.evict()?,
             };
-            self.blocks[id as usize].holders = 1;
+            self.blocks[id as usize].ref_count = 1;
             out.push(id);
         }
         Some(out)
@@ -119,41 +126,40 @@ impl KvCache {
 
     fn evict(&mut self) -> Option<BlockId> {
         let (_, id) = self.cached.pop_first()?;
-        if let Some((_, prefix)) = self.blocks[id as usize].known.take() {
-            self.by_prefix.remove(&prefix);
+        if let Some((_, key)) = self.blocks[id as usize].prefix.take() {
+            self.by_prefix.remove(&key);
         }
         Some(id)
     }
 
-    /// Says that a held block is now full of `tokens`, after the chain `parent`. Gives its chain number.
-    pub fn filled(&mut self, id: BlockId, parent: u64, tokens: &[u32]) -> u64 {
-        let mut key = Prefix { parent, tokens: [0; BLOCK] };
-        key.tokens.copy_from_slice(tokens);
-        if !self.sharing {
-            return ROOT;
+    /// Adds a used block, now full of `tokens`, to the prefix cache. Returns the id of the prefix that ends with it.
+    pub fn cache_full_block(&mut self, id: BlockId, parent: u64, tokens: &[u32]) -> u64 {
+        let key = PrefixKey::new(parent, tokens);
+        if !self.prefix_caching {
+            return ROOT_PREFIX;
         }
         if let Some(other) = self.by_prefix.get(&key) {
-            // Somebody computed the same meanwhile: theirs stays the shared one, ours stays private.
-            return self.blocks[*other as usize].known.as_ref().map_or(ROOT, |k| k.0);
+            // Another sequence has computed the same block meanwhile. That one stays in the prefix cache.
+            return self.blocks[*other as usize].prefix.as_ref().map_or(ROOT_PREFIX, |p| p.0);
         }
-        let chain = self.next_chain;
-        self.next_chain += 1;
+        let prefix = self.next_prefix;
+        self.next_prefix += 1;
         self.by_prefix.insert(key.clone(), id);
-        self.blocks[id as usize].known = Some((chain, key));
-        chain
+        self.blocks[id as usize].prefix = Some((prefix, key));
+        prefix
     }
 
-    /// Lets go of a sequence's blocks.
-    pub fn release(&mut self, blocks: &[BlockId]) {
-        // Last first: of a chain, its end is evicted before its beginning.
+    /// Frees the blocks of a sequence.
+    pub fn free(&mut self, blocks: &[BlockId]) {
+        // In reverse, so that the end of a prefix is evicted before its beginning.
         for id in blocks.iter().rev() {
             let block = &mut self.blocks[*id as usize];
-            debug_assert!(block.holders > 0, "block {id} released twice");
-            block.holders = block.holders.saturating_sub(1);
-            if block.holders > 0 {
+            debug_assert!(block.ref_count > 0, "block {id} freed twice");
+            block.ref_count = block.ref_count.saturating_sub(1);
+            if block.ref_count > 0 {
                 continue;
             }
-            if block.known.is_some() {
+            if block.prefix.is_some() {
                 self.clock += 1;
                 block.freed_at = self.clock;
                 self.cached.insert(self.clock, *id);
@@ -169,85 +175,85 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn fill(cache: &mut KvCache, blocks: &[BlockId], tokens: &[u32]) {
-        let mut parent = ROOT;
-        for (id, chunk) in blocks.iter().zip(tokens.chunks_exact(BLOCK)) {
-            parent = cache.filled(*id, parent, chunk);
+    fn fill(cache: &mut KvCacheManager, blocks: &[BlockId], tokens: &[u32]) {
+        let mut parent = ROOT_PREFIX;
+        for (id, chunk) in blocks.iter().zip(tokens.chunks_exact(BLOCK_SIZE)) {
+            parent = cache.cache_full_block(*id, parent, chunk);
         }
     }
 
     #[test]
-    fn a_prefix_is_shared_and_survives_its_first_holder() {
-        let mut cache = KvCache::new(8, true);
+    fn a_cached_prefix_is_shared_and_stays_cached_after_its_first_sequence_ends() {
+        let mut cache = KvCacheManager::new(8, true);
         let tokens: Vec<u32> = (0..40).collect();
-        let blocks = cache.take(3).unwrap();
+        let blocks = cache.allocate(3).unwrap();
         fill(&mut cache, &blocks, &tokens);
-        let (shared, _) = cache.take_prefix(&tokens);
+        let (shared, _) = cache.allocate_prefix(&tokens);
         assert_eq!(shared, blocks[..2]);
-        cache.release(&blocks);
-        cache.release(&shared);
-        assert_eq!((cache.held(), cache.available()), (0, 8));
-        // Exactly two blocks long: the last token must still be computed, so only one block is taken.
-        assert_eq!(cache.take_prefix(&tokens[..32]).0, blocks[..1]);
+        cache.free(&blocks);
+        cache.free(&shared);
+        assert_eq!((cache.used(), cache.available()), (0, 8));
+        // Exactly two blocks long: the last token must still be computed, so only one block is reused.
+        assert_eq!(cache.allocate_prefix(&tokens[..32]).0, blocks[..1]);
     }
 
     #[test]
-    fn the_same_tokens_after_another_beginning_are_not_shared() {
-        let mut cache = KvCache::new(8, true);
+    fn equal_tokens_after_a_different_prefix_are_not_shared() {
+        let mut cache = KvCacheManager::new(8, true);
         let first: Vec<u32> = (0..48).collect();
-        let blocks = cache.take(3).unwrap();
+        let blocks = cache.allocate(3).unwrap();
         fill(&mut cache, &blocks, &first);
         let mut second = first.clone();
         second[0] = 99;
-        assert!(cache.take_prefix(&second).0.is_empty());
+        assert!(cache.allocate_prefix(&second).0.is_empty());
     }
 
     #[test]
-    fn eviction_takes_the_end_of_the_oldest_chain_first() {
-        let mut cache = KvCache::new(4, true);
+    fn eviction_starts_at_the_end_of_the_least_recently_used_prefix() {
+        let mut cache = KvCacheManager::new(4, true);
         let tokens: Vec<u32> = (0..64).collect();
-        let blocks = cache.take(4).unwrap();
+        let blocks = cache.allocate(4).unwrap();
         fill(&mut cache, &blocks, &tokens);
-        cache.release(&blocks);
-        let fresh = cache.take(1).unwrap();
+        cache.free(&blocks);
+        let fresh = cache.allocate(1).unwrap();
         assert_eq!(fresh[0], blocks[3]);
-        assert_eq!(cache.take_prefix(&tokens).0, blocks[..3]);
-        assert!(cache.take(1).is_none());
+        assert_eq!(cache.allocate_prefix(&tokens).0, blocks[..3]);
+        assert!(cache.allocate(1).is_none());
     }
 
     proptest! {
-        /// Whatever is done in whatever order, blocks are neither lost nor handed out twice.
+        /// Holds for random sequences of allocations and frees.
         #[test]
-        fn no_block_is_lost(actions in prop::collection::vec((0u8..4, 0usize..6, 0u32..3), 1..200)) {
-            let mut cache = KvCache::new(12, true);
+        fn blocks_are_neither_lost_nor_allocated_twice(actions in prop::collection::vec((0u8..4, 0usize..6, 0u32..3), 1..200)) {
+            let mut cache = KvCacheManager::new(12, true);
             let mut sequences: Vec<Vec<BlockId>> = Vec::new();
-            for (action, size, flavour) in actions {
-                let tokens: Vec<u32> = (0..(size * BLOCK) as u32 + 1).map(|t| t / 20 * flavour).collect();
+            for (action, size, salt) in actions {
+                let tokens: Vec<u32> = (0..(size * BLOCK_SIZE) as u32 + 1).map(|t| t / 20 * salt).collect();
                 match action {
                     0 | 1 => {
-                        let (mut blocks, _) = cache.take_prefix(&tokens);
-                        match cache.take(size + 1 - blocks.len()) {
+                        let (mut blocks, _) = cache.allocate_prefix(&tokens);
+                        match cache.allocate(size + 1 - blocks.len()) {
                             Some(more) => {
                                 blocks.extend(more);
                                 fill(&mut cache, &blocks, &tokens);
                                 sequences.push(blocks);
                             }
-                            None => cache.release(&blocks),
+                            None => cache.free(&blocks),
                         }
                     }
                     _ if !sequences.is_empty() => {
                         let blocks = sequences.swap_remove(size % sequences.len());
-                        cache.release(&blocks);
+                        cache.free(&blocks);
                     }
                     _ => {}
                 }
-                let mut held: Vec<BlockId> = sequences.iter().flatten().copied().collect();
-                held.sort_unstable();
-                held.dedup();
-                prop_assert_eq!(held.len(), cache.held());
+                let mut used: Vec<BlockId> = sequences.iter().flatten().copied().collect();
+                used.sort_unstable();
+                used.dedup();
+                prop_assert_eq!(used.len(), cache.used());
             }
             for blocks in &sequences {
-                cache.release(blocks);
+                cache.free(blocks);
             }
             prop_assert_eq!(cache.available(), 12);
         }

@@ -1,22 +1,22 @@
-//! From ids to what the client sees: text without half characters, cut at stop strings.
+//! Turns generated ids into the text that the client receives: complete characters only, cut at stop strings.
 //!
-//! Called by the engine for each new token.
+//! Called by the engine for each generated token.
 
 use crate::tokenizer::{Detokenizer, TextTokenizer, TokenizerError};
 
-/// Why a generation ended.
+/// Why a request finished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Finish {
-    /// An end token or a stop string.
+pub enum FinishReason {
+    /// An end token, a stop token or a stop string.
     Stop,
-    /// The token limit or the context's end.
+    /// The limit of output tokens, or the end of the context.
     Length,
-    /// The client went away.
+    /// The client disconnected, or the engine failed.
     Abort,
 }
 
-impl Finish {
-    /// The API's word.
+impl FinishReason {
+    /// Returns the value of `finish_reason` in the API.
     pub fn name(self) -> &'static str {
         match self {
             Self::Stop => "stop",
@@ -26,58 +26,64 @@ impl Finish {
     }
 }
 
-/// Text of a generation as it grows.
+/// The text of a generation, built token by token.
 #[derive(Debug)]
-pub struct TextOutput {
+pub struct OutputText {
     detokenizer: Detokenizer,
-    stops: Vec<String>,
+    stop_strings: Vec<String>,
     include_stop: bool,
-    /// Text that may be the beginning of a stop string.
-    held: String,
+    /// Text not yet sent, because it may be the beginning of a stop string.
+    pending: String,
 }
 
-impl TextOutput {
-    /// For a request with these stop strings.
-    pub fn new(stops: Vec<String>, include_stop: bool, skip_special: bool) -> Self {
-        Self { detokenizer: Detokenizer::new(skip_special), stops, include_stop, held: String::new() }
+impl OutputText {
+    /// Creates an empty text for a request with these stop strings.
+    pub fn new(stop_strings: Vec<String>, include_stop: bool, skip_special: bool) -> Self {
+        Self {
+            detokenizer: Detokenizer::new(skip_special),
+            stop_strings,
+            include_stop,
+            pending: String::new(),
+        }
     }
 
-    /// Takes a token; gives the text that is certain, and whether a stop string was met.
+    /// Adds a token. Returns the text that can be sent, and whether a stop string was found.
     pub fn push(&mut self, tokenizer: &TextTokenizer, id: u32) -> Result<(String, bool), TokenizerError> {
-        let piece = self.detokenizer.push(tokenizer, id)?;
-        Ok(self.add(&piece))
+        let text = self.detokenizer.push(tokenizer, id)?;
+        Ok(self.append(&text))
     }
 
-    /// The text still held back when the generation ends without a stop string.
+    /// Returns the pending text at the end of a generation that no stop string ended.
     pub fn finish(&mut self, tokenizer: &TextTokenizer) -> Result<String, TokenizerError> {
-        let piece = self.detokenizer.finish(tokenizer)?;
-        let (mut text, stopped) = self.add(&piece);
+        let rest = self.detokenizer.finish(tokenizer)?;
+        let (mut text, stopped) = self.append(&rest);
         if !stopped {
-            text += &std::mem::take(&mut self.held);
+            text += &std::mem::take(&mut self.pending);
         }
         Ok(text)
     }
 
-    fn add(&mut self, piece: &str) -> (String, bool) {
-        if self.stops.is_empty() {
-            return (piece.to_owned(), false);
+    fn append(&mut self, text: &str) -> (String, bool) {
+        if self.stop_strings.is_empty() {
+            return (text.to_owned(), false);
         }
-        self.held += piece;
-        let first = self.stops.iter().filter_map(|s| self.held.find(s).map(|at| (at, s.len()))).min();
+        self.pending += text;
+        let first =
+            self.stop_strings.iter().filter_map(|s| self.pending.find(s).map(|at| (at, s.len()))).min();
         if let Some((at, len)) = first {
-            let mut text = std::mem::take(&mut self.held);
+            let mut text = std::mem::take(&mut self.pending);
             text.truncate(if self.include_stop { at + len } else { at });
             return (text, true);
         }
-        // Keep back the longest tail that begins a stop string.
+        // The longest suffix that begins a stop string stays pending.
         let keep = self
-            .held
+            .pending
             .char_indices()
             .map(|(at, _)| at)
-            .find(|at| self.stops.iter().any(|s| s.starts_with(&self.held[*at..])))
-            .unwrap_or(self.held.len());
-        let rest = self.held.split_off(keep);
-        (std::mem::replace(&mut self.held, rest), false)
+            .find(|at| self.stop_strings.iter().any(|s| s.starts_with(&self.pending[*at..])))
+            .unwrap_or(self.pending.len());
+        let rest = self.pending.split_off(keep);
+        (std::mem::replace(&mut self.pending, rest), false)
     }
 }
 
@@ -86,20 +92,20 @@ mod tests {
     use super::*;
 
     fn run(stops: &[&str], include: bool, pieces: &[&str]) -> (String, bool, String) {
-        let mut out = TextOutput::new(stops.iter().map(|s| (*s).to_owned()).collect(), include, true);
+        let mut out = OutputText::new(stops.iter().map(|s| (*s).to_owned()).collect(), include, true);
         let mut text = String::new();
         for piece in pieces {
-            let (more, stopped) = out.add(piece);
+            let (more, stopped) = out.append(piece);
             text += &more;
             if stopped {
                 return (text, true, String::new());
             }
         }
-        (text, false, out.held)
+        (text, false, out.pending)
     }
 
     #[test]
-    fn a_stop_string_across_pieces_is_cut_and_never_shown() {
+    fn a_stop_string_split_across_tokens_ends_the_text_before_it() {
         assert_eq!(run(&["END"], false, &["ab E", "N", "D x"]), ("ab ".into(), true, String::new()));
         assert_eq!(run(&["END"], true, &["ab E", "N", "D x"]), ("ab END".into(), true, String::new()));
         assert_eq!(run(&["END"], false, &["ab E", "N", "o"]), ("ab ENo".into(), false, String::new()));

@@ -1,84 +1,85 @@
-//! What goes into the engine and what comes out.
+//! Requests to the engine and the events that it sends back.
 
 use std::time::Instant;
 
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::{
-    output::Finish,
-    sampling::{Sampling, TokenLogprobs},
+    output::FinishReason,
+    sampling::{SamplingParams, TokenLogprobs},
 };
 
-/// A sequence to generate, or to embed.
+/// One sequence to generate or to embed.
 #[derive(Debug)]
 pub struct Request {
-    /// Prompt; never empty, shorter than the context.
+    /// Prompt; not empty, and shorter than the context length.
     pub prompt: Vec<u32>,
-    /// What to do with it.
-    pub work: Work,
-    /// Where events go. When its receiver is dropped the request is cancelled.
+    /// What to compute.
+    pub task: Task,
+    /// Channel for events. Dropping its receiver cancels the request.
     pub events: UnboundedSender<Event>,
-    /// When the request came in.
+    /// Time at which the request arrived.
     pub arrived: Instant,
-    /// Shared by the choices of one request: they wait for the first one's prompt, then share its blocks.
+    /// Number shared by the choices of one API request: the first one computes the prompt, the others wait and then
+    /// share its KV blocks.
     pub group: u64,
 }
 
-/// What is asked for.
+/// What a request computes.
 #[derive(Debug)]
-pub enum Work {
-    /// Tokens after the prompt.
-    Generate(Box<Generate>),
-    /// The mean of the prompt's last hidden states.
+pub enum Task {
+    /// Tokens that continue the prompt.
+    Generate(Box<GenerationParams>),
+    /// An embedding: the mean of the prompt's last hidden states.
     Embed,
 }
 
-/// Settings of a generation.
+/// Parameters of a generation.
 #[derive(Debug, Clone, Default)]
-pub struct Generate {
-    /// At most so many tokens, at least 1.
+pub struct GenerationParams {
+    /// Maximum number of generated tokens, at least 1.
     pub max_tokens: usize,
-    /// At least so many before an end token is chosen.
+    /// Number of tokens before which end and stop tokens are not sampled.
     pub min_tokens: usize,
-    /// How tokens are chosen.
-    pub sampling: Sampling,
-    /// Texts that end it.
+    /// How tokens are sampled.
+    pub sampling: SamplingParams,
+    /// Stop strings.
     pub stop: Vec<String>,
-    /// Ids that end it, besides the model's own.
-    pub stop_ids: Vec<u32>,
-    /// Show the stop string.
+    /// Stop tokens, in addition to the model's end tokens.
+    pub stop_token_ids: Vec<u32>,
+    /// Whether the output includes the stop string.
     pub include_stop: bool,
-    /// Do not end at the model's end tokens.
+    /// Whether generation continues after the model's end tokens.
     pub ignore_eos: bool,
-    /// Leave special tokens out of the text.
+    /// Whether the text leaves out special tokens.
     pub skip_special: bool,
-    /// Report log-probabilities of the prompt's tokens.
+    /// Number of alternatives per prompt token to report log-probabilities for; None reports nothing.
     pub prompt_logprobs: Option<usize>,
 }
 
-/// News of a request.
+/// An event of a request.
 #[derive(Debug)]
 pub enum Event {
-    /// The prompt's log-probabilities (the first token has none).
-    Prompt(Vec<TokenLogprobs>),
-    /// A token, with the text that became certain by it (perhaps none).
+    /// Log-probabilities of the prompt's tokens, except the first, which has none.
+    PromptLogprobs(Vec<TokenLogprobs>),
+    /// A generated token.
     Token {
         /// Its id.
         id: u32,
-        /// Text to append.
+        /// Text to append. Empty while a character or a possible stop string is incomplete.
         text: String,
-        /// Its log-probability, when asked for.
+        /// Its log-probabilities, if requested.
         logprobs: Option<TokenLogprobs>,
     },
-    /// The embedding (unit length).
+    /// The embedding, normalised to unit length.
     Embedding(Vec<f32>),
-    /// The end; nothing follows.
-    Done {
-        /// Why.
-        finish: Finish,
-        /// Prompt tokens that the prefix cache held.
-        cached: usize,
+    /// The request has finished. This is the last event.
+    Finished {
+        /// Why it finished.
+        reason: FinishReason,
+        /// Prompt tokens found in the prefix cache.
+        cached_tokens: usize,
     },
-    /// The engine failed; nothing follows.
+    /// The engine failed. This is the last event.
     Failed(String),
 }

@@ -1,41 +1,41 @@
-//! Choosing the next token from logits.
+//! Samples the next token from logits.
 //!
-//! Input: a row of logits, the request's [`Sampling`] and what was generated so far. Output: an id and, where
-//! asked for, log-probabilities (of the model's own distribution, before penalties and temperature, as vLLM
-//! reports them). Greedy is exact: the highest logit, the lowest id of equals. Called by the engine.
+//! Input: a row of logits, the request's [`SamplingParams`] and its output so far. Output: a token id and, if
+//! requested, log-probabilities (of the model's own distribution, before penalties and temperature, as in vLLM).
+//! Greedy sampling is exact: the highest logit, and the lowest id among equal ones. Called by the engine.
 
 use std::collections::HashMap;
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-use crate::backend::DeviceSample;
+use crate::backend::DeviceSampling;
 
-/// How a request wants its tokens chosen.
+/// Parameters of sampling.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
-    /// 0 is greedy.
+pub struct SamplingParams {
+    /// Temperature; 0 is greedy.
     pub temperature: f32,
-    /// Smallest set of tokens whose probabilities reach this sum; 1 is off.
+    /// Samples from the smallest set of most likely tokens whose probabilities reach this sum; 1 is off.
     pub top_p: f32,
-    /// So many best tokens; 0 is off.
+    /// Samples from this many most likely tokens; 0 is off.
     pub top_k: u32,
-    /// Tokens at least this likely relative to the best; 0 is off.
+    /// Minimum probability of a token, relative to the most likely one; 0 is off.
     pub min_p: f32,
-    /// Subtracted from the logits of tokens that were generated.
+    /// Subtracted from the logit of each token in the output.
     pub presence_penalty: f32,
-    /// Subtracted once per occurrence.
+    /// Subtracted from the logit of each token in the output, once per occurrence.
     pub frequency_penalty: f32,
-    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
+    /// Divides positive logits and multiplies negative logits of the tokens in prompt and output; 1 is off.
     pub repetition_penalty: f32,
-    /// Added to logits by id.
+    /// Values to add to logits, by token id.
     pub logit_bias: Vec<(u32, f32)>,
-    /// Makes the choice repeatable.
+    /// Seed that makes the output repeatable.
     pub seed: Option<u64>,
-    /// Number of alternatives to report per token; None reports nothing.
+    /// Number of alternatives per token to report log-probabilities for; None reports nothing.
     pub logprobs: Option<usize>,
 }
 
-impl Default for Sampling {
+impl Default for SamplingParams {
     fn default() -> Self {
         Self {
             temperature: 1.0,
@@ -55,84 +55,85 @@ impl Default for Sampling {
 /// Log-probabilities of one position.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the chosen token.
+    /// Log-probability of the token at this position.
     pub chosen: f32,
-    /// The likeliest tokens, best first.
+    /// The most likely tokens and their log-probabilities, most likely first.
     pub top: Vec<(u32, f32)>,
 }
 
-/// A request's sampler: its settings, random numbers and counts.
+/// Samples the tokens of one request.
 #[derive(Debug)]
 pub struct Sampler {
-    settings: Sampling,
+    params: SamplingParams,
     rng: StdRng,
-    /// Occurrences in the output.
+    /// Occurrences of each token in the output.
     counts: HashMap<u32, u32>,
-    /// Tokens of the prompt, kept only for the repetition penalty.
+    /// Distinct tokens of the prompt, sorted; empty without a repetition penalty.
     prompt: Vec<u32>,
-    scratch: Vec<f32>,
+    modified_logits: Vec<f32>,
 }
 
 impl Sampler {
-    /// For a request with this prompt.
-    pub fn new(settings: Sampling, prompt: &[u32]) -> Self {
-        let rng = settings.seed.map_or_else(StdRng::from_os_rng, StdRng::seed_from_u64);
+    /// Creates a sampler for a request with this prompt.
+    pub fn new(params: SamplingParams, prompt: &[u32]) -> Self {
+        let rng = params.seed.map_or_else(StdRng::from_os_rng, StdRng::seed_from_u64);
         let mut tokens = Vec::new();
-        if settings.repetition_penalty != 1.0 {
+        if params.repetition_penalty != 1.0 {
             tokens = prompt.to_vec();
             tokens.sort_unstable();
             tokens.dedup();
         }
-        Self { settings, rng, counts: HashMap::new(), prompt: tokens, scratch: Vec::new() }
+        Self { params, rng, counts: HashMap::new(), prompt: tokens, modified_logits: Vec::new() }
     }
 
-    /// Whether logits are changed before the choice.
-    fn edits(&self) -> bool {
-        let s = &self.settings;
+    /// Returns whether penalties or biases change the logits.
+    fn modifies_logits(&self) -> bool {
+        let s = &self.params;
         s.presence_penalty != 0.0
             || s.frequency_penalty != 0.0
             || s.repetition_penalty != 1.0
             || !s.logit_bias.is_empty()
     }
 
-    /// The same choice for a device, unless it needs what only the host has.
-    pub fn on_device(&mut self) -> Option<DeviceSample> {
-        let s = &self.settings;
-        if self.edits() || s.logprobs.is_some() {
+    /// Returns the parameters for sampling the next token on the device, or None if it must be sampled on the host.
+    pub fn device_sampling(&mut self) -> Option<DeviceSampling> {
+        let s = &self.params;
+        if self.modifies_logits() || s.logprobs.is_some() {
             return None;
         }
         let (temperature, top_k, top_p, min_p) = (s.temperature, s.top_k, s.top_p, s.min_p);
         let uniform = if temperature == 0.0 { 0.0 } else { self.rng.random() };
-        Some(DeviceSample { temperature, top_k, top_p, min_p, uniform })
+        Some(DeviceSampling { temperature, top_k, top_p, min_p, uniform })
     }
 
-    /// Notes a token that a device chose.
-    pub fn note(&mut self, id: u32) {
+    /// Records a token that was sampled on the device.
+    pub fn record(&mut self, id: u32) {
         *self.counts.entry(id).or_default() += 1;
     }
 
-    /// Chooses from `logits`; ids in `banned` are not chosen.
-    pub fn choose(&mut self, logits: &[f32], banned: &[u32]) -> (u32, Option<TokenLogprobs>) {
-        let id = if self.edits() || !banned.is_empty() {
-            let mut edited = std::mem::take(&mut self.scratch);
-            edited.clear();
-            edited.extend_from_slice(logits);
-            self.edit(&mut edited);
+    /// Samples a token from `logits`, but none of `banned`.
+    pub fn sample(&mut self, logits: &[f32], banned: &[u32]) -> (u32, Option<TokenLogprobs>) {
+        let id = if self.modifies_logits() || !banned.is_empty() {
+            let mut modified = std::mem::take(&mut self.modified_logits);
+            modified.clear();
+            modified.extend_from_slice(logits);
+            self.apply_penalties(&mut modified);
             for id in banned {
-                edited[*id as usize] = f32::NEG_INFINITY;
+                modified[*id as usize] = f32::NEG_INFINITY;
             }
-            let id = self.pick(&edited);
-            self.scratch = edited;
+            let id = self.sample_from(&modified);
+            self.modified_logits = modified;
             id
         } else {
-            self.pick(logits)
+            self.sample_from(logits)
         };
-        self.note(id);
-        (id, self.settings.logprobs.map(|n| logprobs(logits, id, n)))
+        self.record(id);
+        (id, self.params.logprobs.map(|n| logprobs(logits, id, n)))
     }
 
-    fn edit(&self, logits: &mut [f32]) {
-        let s = &self.settings;
+    /// Applies penalties and biases.
+    fn apply_penalties(&self, logits: &mut [f32]) {
+        let s = &self.params;
         if s.repetition_penalty != 1.0 {
             let generated = self.counts.keys().filter(|id| self.prompt.binary_search(id).is_err());
             for id in self.prompt.iter().chain(generated) {
@@ -148,9 +149,9 @@ impl Sampler {
         }
     }
 
-    fn pick(&mut self, logits: &[f32]) -> u32 {
+    fn sample_from(&mut self, logits: &[f32]) -> u32 {
         let best = argmax(logits);
-        if self.settings.temperature == 0.0 {
+        if self.params.temperature == 0.0 {
             return best;
         }
         let candidates = self.candidates(logits, logits[best as usize]);
@@ -165,12 +166,12 @@ impl Sampler {
         candidates.last().map_or(best, |c| c.0)
     }
 
-    /// Tokens that may be chosen, with weights relative to the best token's 1.
+    /// Returns the tokens that top-k, top-p and min-p leave, with their probabilities relative to the most likely one.
     fn candidates(&self, logits: &[f32], max: f32) -> Vec<(u32, f32)> {
-        let s = &self.settings;
+        let s = &self.params;
         let weight = |l: f32| ((l - max) / s.temperature).exp();
         let mut all: Vec<(u32, f32)> = Vec::new();
-        // Everything below this floor weighs nothing in f32, so leaving it out changes no choice.
+        // Probabilities below this logit are zero in f32, so leaving them out changes nothing.
         let floor = (max - 25.0 * s.temperature).max(if s.min_p > 0.0 {
             max + s.min_p.ln() * s.temperature
         } else {
@@ -188,7 +189,7 @@ impl Sampler {
         if s.top_p < 1.0 {
             let total: f64 = all.iter().map(|c| f64::from(c.1)).sum();
             let goal = total * f64::from(s.top_p);
-            // Most of the mass lies in few tokens: sort those first, the rest only if they do not suffice.
+            // A few tokens usually reach the sum, so more are sorted only when needed.
             let mut sorted = 0;
             let mut sum = 0.0;
             let mut keep = all.len();
@@ -213,9 +214,9 @@ impl Sampler {
     }
 }
 
-/// Id of the highest logit, the lowest of equals.
+/// Returns the id of the highest logit, and the lowest id among equal ones.
 pub fn argmax(logits: &[f32]) -> u32 {
-    // Two passes that vectorise beat one that carries an index.
+    // Two vectorised passes are faster than one that tracks the index.
     let mut lanes = [f32::NEG_INFINITY; 16];
     let (whole, rest) = logits.as_chunks::<16>();
     for chunk in whole {
@@ -227,7 +228,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
     logits.iter().position(|v| *v == max).unwrap_or(0) as u32
 }
 
-/// Log-probabilities of a row: of `id`, and of the `n` likeliest.
+/// Returns the log-probabilities of `id` and of the `n` most likely tokens of a row of logits.
 pub fn logprobs(logits: &[f32], id: u32, n: usize) -> TokenLogprobs {
     let max = logits[argmax(logits) as usize];
     let sum: f64 = logits.iter().map(|l| f64::from(l - max).exp()).sum();
@@ -247,80 +248,80 @@ pub fn logprobs(logits: &[f32], id: u32, n: usize) -> TokenLogprobs {
 mod tests {
     use super::*;
 
-    fn frequencies(settings: Sampling, logits: &[f32], draws: usize) -> Vec<f64> {
-        let mut sampler = Sampler::new(Sampling { seed: Some(5), ..settings }, &[]);
+    fn frequencies(params: SamplingParams, logits: &[f32], samples: usize) -> Vec<f64> {
+        let mut sampler = Sampler::new(SamplingParams { seed: Some(5), ..params }, &[]);
         let mut counts = vec![0.0; logits.len()];
-        for _ in 0..draws {
-            counts[sampler.pick(logits) as usize] += 1.0 / draws as f64;
+        for _ in 0..samples {
+            counts[sampler.sample_from(logits) as usize] += 1.0 / samples as f64;
         }
         counts
     }
 
     #[test]
-    fn draws_follow_the_distribution_and_its_cuts() {
+    fn samples_follow_the_distribution_after_top_k_top_p_min_p_and_temperature() {
         let p = [0.5f32, 0.25, 0.15, 0.1];
         let logits: Vec<f32> = p.iter().map(|p| p.ln()).collect();
         let close = |got: Vec<f64>, want: [f64; 4]| {
             for (g, w) in got.iter().zip(want) {
-                assert!((g - w).abs() < 0.02, "{got:?} is not {want:?}");
+                assert!((g - w).abs() < 0.02, "got {got:?}, expected {want:?}");
             }
         };
-        let base = Sampling::default();
+        let base = SamplingParams::default();
         close(frequencies(base.clone(), &logits, 20_000), [0.5, 0.25, 0.15, 0.1]);
         close(
-            frequencies(Sampling { top_k: 2, ..base.clone() }, &logits, 20_000),
+            frequencies(SamplingParams { top_k: 2, ..base.clone() }, &logits, 20_000),
             [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0],
         );
         close(
-            frequencies(Sampling { top_p: 0.74, ..base.clone() }, &logits, 20_000),
+            frequencies(SamplingParams { top_p: 0.74, ..base.clone() }, &logits, 20_000),
             [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0],
         );
         close(
-            frequencies(Sampling { min_p: 0.29, ..base.clone() }, &logits, 20_000),
+            frequencies(SamplingParams { min_p: 0.29, ..base.clone() }, &logits, 20_000),
             [0.5555, 0.2777, 0.1666, 0.0],
         );
         close(
-            frequencies(Sampling { temperature: 0.5, ..base }, &logits, 20_000),
+            frequencies(SamplingParams { temperature: 0.5, ..base }, &logits, 20_000),
             [0.7246, 0.1812, 0.0652, 0.029],
         );
     }
 
     #[test]
-    fn top_p_over_a_flat_large_vocabulary_sorts_as_far_as_needed() {
+    fn top_p_keeps_the_right_number_of_tokens_of_a_flat_distribution() {
         let logits: Vec<f32> = (0..5000).map(|i| (i % 7) as f32 * 1e-3).collect();
-        let sampler = Sampler::new(Sampling { top_p: 0.9, ..Sampling::default() }, &[]);
+        let sampler = Sampler::new(SamplingParams { top_p: 0.9, ..SamplingParams::default() }, &[]);
         let kept = sampler.candidates(&logits, 6e-3).len();
         assert!((4400..=4600).contains(&kept), "{kept}");
     }
 
     #[test]
-    fn a_seed_makes_it_repeatable_and_greedy_ignores_it() {
+    fn equal_seeds_sample_equal_tokens_and_greedy_takes_the_highest_logit() {
         let logits = [1.0, 1.1, 0.9, 1.05];
-        let draw = |seed| {
-            let mut s = Sampler::new(Sampling { seed: Some(seed), ..Sampling::default() }, &[]);
-            (0..50).map(|_| s.choose(&logits, &[]).0).collect::<Vec<_>>()
+        let sample = |seed| {
+            let mut s = Sampler::new(SamplingParams { seed: Some(seed), ..SamplingParams::default() }, &[]);
+            (0..50).map(|_| s.sample(&logits, &[]).0).collect::<Vec<_>>()
         };
-        assert_eq!(draw(1), draw(1));
-        assert_ne!(draw(1), draw(2));
-        let mut greedy = Sampler::new(Sampling { temperature: 0.0, ..Sampling::default() }, &[]);
-        assert_eq!(greedy.choose(&[1.0, 3.0, 3.0, 2.0], &[]).0, 1);
-        assert_eq!(greedy.choose(&[1.0, 3.0, 3.0, 2.0], &[1, 2]).0, 3);
+        assert_eq!(sample(1), sample(1));
+        assert_ne!(sample(1), sample(2));
+        let mut greedy = Sampler::new(SamplingParams { temperature: 0.0, ..SamplingParams::default() }, &[]);
+        assert_eq!(greedy.sample(&[1.0, 3.0, 3.0, 2.0], &[]).0, 1);
+        assert_eq!(greedy.sample(&[1.0, 3.0, 3.0, 2.0], &[1, 2]).0, 3);
     }
 
     #[test]
-    fn penalties_and_bias_change_the_choice() {
+    fn penalties_and_logit_bias_change_the_sampled_token() {
         let logits = [2.0, 1.9, -1.0, 0.0];
-        let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
-        let mut s = Sampler::new(Sampling { presence_penalty: 0.5, ..greedy.clone() }, &[]);
-        assert_eq!([s.choose(&logits, &[]).0, s.choose(&logits, &[]).0, s.choose(&logits, &[]).0], [0, 1, 0]);
-        let mut s = Sampler::new(Sampling { repetition_penalty: 2.0, ..greedy.clone() }, &[0]);
-        assert_eq!(s.choose(&logits, &[]).0, 1);
-        let mut s = Sampler::new(Sampling { logit_bias: vec![(2, 100.0)], ..greedy }, &[]);
-        assert_eq!(s.choose(&logits, &[]).0, 2);
+        let greedy = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
+        let mut s = Sampler::new(SamplingParams { presence_penalty: 0.5, ..greedy.clone() }, &[]);
+        assert_eq!([s.sample(&logits, &[]).0, s.sample(&logits, &[]).0, s.sample(&logits, &[]).0], [0, 1, 0]);
+        let mut s = Sampler::new(SamplingParams { repetition_penalty: 2.0, ..greedy.clone() }, &[0]);
+        assert_eq!(s.sample(&logits, &[]).0, 1);
+        let mut s = Sampler::new(SamplingParams { logit_bias: vec![(2, 100.0)], ..greedy }, &[]);
+        assert_eq!(s.sample(&logits, &[]).0, 2);
     }
 
     #[test]
-    fn logprobs_are_the_models_own() {
+    fn logprobs_are_those_of_the_softmax() {
         let p = [0.5f32, 0.25, 0.15, 0.1];
         let logits: Vec<f32> = p.iter().map(|p| p.ln() + 3.0).collect();
         let l = logprobs(&logits, 2, 2);

@@ -1,13 +1,13 @@
-//! A Llama's shape and constants, read from GGUF metadata or `config.json`, and its rotary frequencies.
+//! Configuration of a Llama model, read from GGUF metadata or `config.json`, and its rotary frequencies.
 //!
-//! Pure. Rotary scaling follows Hugging Face's `modeling_rope_utils` (linear, dynamic is refused, yarn,
-//! llama3) and, for GGUF, the `rope_freqs.weight` tensor that llama.cpp's converter writes for llama3.
+//! Without I/O. Rotary scaling follows Hugging Face's `modeling_rope_utils` (linear, yarn and llama3; dynamic is not
+//! supported) and, for GGUF, the `rope_freqs.weight` tensor that llama.cpp's converter writes for llama3.
 
 use serde_json::Value as Json;
 
 use crate::weights::{WeightError, gguf::Gguf};
 
-/// Numbers that define the architecture.
+/// Configuration of a Llama model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LlamaConfig {
     /// Width of the residual stream.
@@ -30,49 +30,49 @@ pub struct LlamaConfig {
     pub eps: f32,
     /// Base of the rotary frequencies.
     pub rope_base: f64,
-    /// How the rotary frequencies are stretched.
+    /// Scaling of the rotary frequencies.
     pub rope: RopeScaling,
-    /// Output head shares the embedding.
+    /// Whether the output head shares the weights of the embedding.
     pub tied: bool,
-    /// Ids that end a generation.
+    /// Ids of the end tokens.
     pub eos: Vec<u32>,
 }
 
 /// Variants of rotary position scaling.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// As trained.
+    /// No scaling.
     None,
     /// All positions divided by a factor.
     Linear {
         /// The factor.
         factor: f64,
     },
-    /// Llama 3.1's: low frequencies stretched, high ones kept, a smooth band between.
+    /// Llama 3.1's: divides low frequencies by a factor, keeps high ones, and interpolates in a band between.
     Llama3 {
-        /// Stretch of the low frequencies.
+        /// Divisor of the low frequencies.
         factor: f64,
         /// Lower edge of the band.
         low: f64,
         /// Upper edge of the band.
         high: f64,
-        /// Context of the original training.
+        /// Context length of the original training.
         original: f64,
     },
     /// YaRN.
     Yarn {
-        /// Stretch.
+        /// Divisor of the low frequencies.
         factor: f64,
-        /// Context of the original training.
+        /// Context length of the original training.
         original: f64,
-        /// Ramp's fast edge.
+        /// Number of rotations at the high-frequency end of the ramp.
         beta_fast: f64,
-        /// Ramp's slow edge.
+        /// Number of rotations at the low-frequency end of the ramp.
         beta_slow: f64,
-        /// Scale of cos and sin, when the file states one.
+        /// Factor of cos and sin, if the file states one.
         attention: Option<f64>,
     },
-    /// Per-frequency divisors stored in the file.
+    /// Divisors of each frequency, from the file.
     Divisors(Vec<f32>),
 }
 
@@ -81,7 +81,7 @@ fn bad(what: impl Into<String>) -> WeightError {
 }
 
 impl LlamaConfig {
-    /// From a GGUF's `llama.*` metadata.
+    /// Reads the `llama.*` metadata of a GGUF file.
     pub fn from_gguf(g: &Gguf) -> Result<Self, WeightError> {
         let arch = g.str("general.architecture").ok_or_else(|| bad("general.architecture is missing"))?;
         if arch != "llama" {
@@ -123,13 +123,13 @@ impl LlamaConfig {
         };
         if int("rope.dimension_count").is_ok_and(|d| d != head_dim) {
             return Err(bad(format!(
-                "partial rotary embedding (of {head_dim} values per head) is not supported"
+                "llama.rope.dimension_count differs from the head size {head_dim}: partial rotary embeddings are not supported"
             )));
         }
         config.check()
     }
 
-    /// From a Hugging Face `config.json`.
+    /// Reads a Hugging Face `config.json`.
     pub fn from_hf(c: &Json) -> Result<Self, WeightError> {
         let arch = c["architectures"][0].as_str().or(c["model_type"].as_str()).unwrap_or("(none named)");
         if !matches!(arch, "LlamaForCausalLM" | "MistralForCausalLM" | "llama" | "mistral") {
@@ -180,41 +180,42 @@ impl LlamaConfig {
         .check()
     }
 
+    /// Returns the configuration if all values are within their limits.
     fn check(self) -> Result<Self, WeightError> {
-        let sane = |name: &str, v: usize, max: usize| {
+        let in_range = |name: &str, v: usize, max: usize| {
             if v == 0 || v > max { Err(bad(format!("{name} is {v}, expected 1 to {max}"))) } else { Ok(()) }
         };
-        sane("the hidden size", self.hidden, 1 << 17)?;
-        sane("the feed-forward size", self.ffn, 1 << 20)?;
-        sane("the layer count", self.layers, 1024)?;
-        sane("the head count", self.heads, 1024)?;
-        sane("the head size", self.head_dim, 256)?;
-        sane("the key/value head count", self.kv_heads, self.heads)?;
-        sane("the vocabulary size", self.vocab, 1 << 24)?;
-        sane("the context length", self.context, 1 << 24)?;
+        in_range("the hidden size", self.hidden, 1 << 17)?;
+        in_range("the feed-forward size", self.ffn, 1 << 20)?;
+        in_range("the layer count", self.layers, 1024)?;
+        in_range("the head count", self.heads, 1024)?;
+        in_range("the head size", self.head_dim, 256)?;
+        in_range("the key/value head count", self.kv_heads, self.heads)?;
+        in_range("the vocabulary size", self.vocab, 1 << 24)?;
+        in_range("the context length", self.context, 1 << 24)?;
         if !self.heads.is_multiple_of(self.kv_heads) || !self.head_dim.is_multiple_of(2) {
             return Err(bad(format!(
-                "{} heads of {} values over {} key/value heads do not divide",
+                "{} query heads of {} values and {} key/value heads: the head count must be a multiple of the key/value head count, and the head size must be even",
                 self.heads, self.head_dim, self.kv_heads
             )));
         }
         Ok(self)
     }
 
-    /// Width of all query heads.
+    /// Returns the width of all query heads together.
     pub fn q_dim(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    /// Width of all key heads (and of all value heads).
+    /// Returns the width of all key heads together, which is also that of the value heads.
     pub fn kv_dim(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 
-    /// Rotary frequencies (`head_dim / 2` of them, radians per position) and the factor on cos and sin.
+    /// Returns the rotary frequencies (`head_dim / 2` of them, in radians per position) and the factor of cos and sin.
     pub fn rope_frequencies(&self) -> (Vec<f32>, f32) {
         let half = self.head_dim / 2;
-        // In f32 from here on, as transformers computes them, so that long positions round alike.
+        // In f32, as in transformers, so that angles at high positions are rounded equally.
         let plain: Vec<f32> = (0..half)
             .map(|i| 1.0 / (self.rope_base as f32).powf((2 * i) as f32 / self.head_dim as f32))
             .collect();
@@ -223,13 +224,13 @@ impl LlamaConfig {
             RopeScaling::Linear { factor } => (plain.iter().map(|f| f / *factor as f32).collect(), 1.0),
             RopeScaling::Divisors(d) => (plain.iter().zip(d).map(|(f, d)| f / d).collect(), 1.0),
             RopeScaling::Llama3 { factor, low, high, original } => {
-                let stretch = |f: &f32| {
+                let scale = |f: &f32| {
                     let f = f64::from(*f);
                     let wavelength = std::f64::consts::TAU / f;
                     let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
                     ((1.0 - smooth) * f / factor + smooth * f) as f32
                 };
-                (plain.iter().map(stretch).collect(), 1.0)
+                (plain.iter().map(scale).collect(), 1.0)
             }
             RopeScaling::Yarn { factor, original, beta_fast, beta_slow, attention } => {
                 let dim = self.head_dim as f64;
@@ -255,7 +256,7 @@ impl LlamaConfig {
     }
 }
 
-/// The ids in `eos_token_id`, a number or a list.
+/// Returns the ids in `eos_token_id`, which is a number or a list.
 pub fn eos_ids(value: &Json) -> Vec<u32> {
     let one = |v: &Json| v.as_u64().and_then(|v| u32::try_from(v).ok());
     match value {
@@ -289,7 +290,9 @@ fn hf_rope(c: &Json) -> Result<RopeScaling, WeightError> {
     let s = if c["rope_scaling"].is_object() { &c["rope_scaling"] } else { &c["rope_parameters"] };
     let kind = s["rope_type"].as_str().or(s["type"].as_str()).unwrap_or("default");
     let need = |key: &str| {
-        s[key].as_f64().ok_or_else(|| bad(format!("config.json: rope_scaling has no number `{key}`")))
+        s[key]
+            .as_f64()
+            .ok_or_else(|| bad(format!("config.json: `{key}` of rope_scaling is missing or is not a number")))
     };
     Ok(match kind {
         "default" => RopeScaling::None,
@@ -305,7 +308,9 @@ fn hf_rope(c: &Json) -> Result<RopeScaling, WeightError> {
             original: s["original_max_position_embeddings"]
                 .as_f64()
                 .or(c["max_position_embeddings"].as_f64())
-                .ok_or_else(|| bad("config.json: yarn needs original_max_position_embeddings"))?,
+                .ok_or_else(|| {
+                    bad("config.json: rope scaling `yarn` needs original_max_position_embeddings")
+                })?,
             beta_fast: s["beta_fast"].as_f64().unwrap_or(32.0),
             beta_slow: s["beta_slow"].as_f64().unwrap_or(1.0),
             attention: s["attention_factor"].as_f64(),
@@ -331,10 +336,10 @@ mod tests {
         }))
     }
 
-    /// The values are transformers 5.23's (`ROPE_INIT_FUNCTIONS`).
+    /// The expected values are those of transformers 5.23 (`ROPE_INIT_FUNCTIONS`).
     #[test]
-    #[allow(clippy::excessive_precision, reason = "as transformers prints them")]
-    fn rotary_frequencies_are_those_of_transformers() {
+    #[allow(clippy::excessive_precision, reason = "copied from transformers")]
+    fn rotary_frequencies_equal_those_of_transformers() {
         for (rope, frequencies, scale) in [
             (
                 json!({"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
@@ -374,14 +379,14 @@ mod tests {
             let (got, got_scale) = config(rope.clone()).unwrap().rope_frequencies();
             assert!((got_scale - scale).abs() < 1e-6, "{rope}");
             for (g, w) in got.iter().zip(frequencies) {
-                assert!((g - w).abs() <= 2e-6 * w, "{rope}: {got:?} is not {frequencies:?}");
+                assert!((g - w).abs() <= 2e-6 * w, "{rope}: got {got:?}, expected {frequencies:?}");
             }
         }
         assert!(config(json!({"rope_type": "longrope"})).unwrap_err().to_string().contains("longrope"));
     }
 
     #[test]
-    fn absurd_or_foreign_configurations_are_refused_by_name() {
+    fn unsupported_and_invalid_configurations_are_rejected_with_the_name_of_the_field() {
         let base = json!({"architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96,
                           "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 10});
         for (key, value, says) in [
@@ -389,7 +394,7 @@ mod tests {
             ("hidden_size", json!("many"), "hidden_size"),
             ("hidden_size", json!(0), "hidden size"),
             ("num_hidden_layers", json!(4_000_000_000u64), "layer count"),
-            ("num_key_value_heads", json!(3), "do not divide"),
+            ("num_key_value_heads", json!(3), "must be a multiple"),
             ("hidden_act", json!("gelu"), "gelu"),
             ("attention_bias", json!(true), "biases"),
         ] {

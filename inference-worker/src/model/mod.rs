@@ -1,10 +1,10 @@
-//! Loading a model: configuration, tokenizer, chat template and a backend with its weights.
+//! Loads a model: configuration, tokenizer, chat template, and a backend with the weights.
 //!
-//! Input: a path (GGUF file or Hugging Face folder) and [`LoadOptions`]. Output: a [`Model`]. Called by the
-//! registry, at start-up and for hot swaps; it blocks for seconds and so belongs on a thread of its own.
+//! Input: a path (GGUF file or Hugging Face directory) and [`LoadOptions`]. Output: a [`Model`]. Called by the
+//! engine's thread at start-up and when a model is replaced; loading blocks for seconds.
 
 mod config;
-pub mod load;
+pub mod tensors;
 
 use std::{
     path::{Path, PathBuf},
@@ -15,105 +15,108 @@ pub use config::{LlamaConfig, RopeScaling};
 use tch::{Device, Kind};
 
 use crate::{
-    backend::{BLOCK, Backend, native::NativeBackend, torch::TorchBackend},
-    chat::{CHATML, ChatError, ChatTemplate},
+    backend::{BLOCK_SIZE, Backend, native::NativeBackend, torch::TorchBackend},
+    chat_template::{CHATML, ChatTemplate, ChatTemplateError},
     tokenizer::{TextTokenizer, TokenizerError},
     weights::{
         WeightError, WeightSource,
         gguf::Gguf,
-        hf::{HfFolder, read_json},
+        hf::{HfDirectory, read_json},
     },
 };
 
-/// Float type of the weights.
+/// Type of the weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum DtypeChoice {
-    /// The file's own type on the CPU, bf16 on CUDA.
+    /// The type in the file on the CPU, bf16 on CUDA
     Auto,
-    /// Dequantised to f32.
+    /// Dequantised to f32
     F32,
-    /// f16 (libtorch backend).
+    /// f16, with the libtorch backend
     F16,
-    /// bf16 (libtorch backend).
+    /// bf16, with the libtorch backend
     Bf16,
 }
 
-/// Who computes.
+/// Backend that computes the model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum BackendChoice {
-    /// This crate's kernels on the CPU, libtorch on CUDA and for 16-bit floats.
+    /// The native backend on the CPU, libtorch on CUDA and for f16 and bf16
     Auto,
-    /// This crate's kernels.
+    /// This program's own kernels, on the CPU
     Native,
-    /// libtorch.
+    /// libtorch, on the CPU and on CUDA
     Torch,
 }
 
-/// How to load a model.
+/// Options for loading a model.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Where it runs.
+    /// Device that computes the model.
     pub device: Device,
-    /// Float type.
+    /// Type of the weights.
     pub dtype: DtypeChoice,
-    /// Who computes.
+    /// Backend that computes the model.
     pub backend: BackendChoice,
     /// Compute threads on the CPU.
     pub threads: usize,
-    /// KV-cache budget in bytes; None is 1 GiB on the CPU, 85 % of the free memory on CUDA.
+    /// Size of the KV cache in bytes; None is 1 GiB on the CPU, and 85 % of the free memory on CUDA.
     pub kv_bytes: Option<usize>,
-    /// Upper bound of the context length.
+    /// Maximum context length; None is that of the model.
     pub max_context: Option<usize>,
 }
 
-/// A model ready to run.
+/// A loaded model.
 pub struct Model {
-    /// Shape and constants.
+    /// Configuration.
     pub config: LlamaConfig,
-    /// Its tokenizer.
+    /// Tokenizer.
     pub tokenizer: Arc<TextTokenizer>,
-    /// Its chat template.
+    /// Chat template.
     pub template: ChatTemplate,
-    /// Its weights on a device.
+    /// Weights on a device.
     pub backend: Box<dyn Backend>,
-    /// Longest sequence served: the model's context, cut by options and by the KV budget.
+    /// Maximum context length: that of the model, limited by the options and by the KV cache.
     pub max_context: usize,
-    /// Ids that end a generation.
+    /// Ids of the end tokens.
     pub eos: Vec<u32>,
 }
 
 /// Why a model could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The weights.
+    /// The weights cannot be used.
     #[error(transparent)]
     Weights(#[from] WeightError),
-    /// The tokenizer.
+    /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// The chat template.
+    /// The chat template cannot be used.
     #[error(transparent)]
-    Chat(#[from] ChatError),
-    /// Path, device or options.
+    Chat(#[from] ChatTemplateError),
+    /// Path, device or options are not usable.
     #[error("{0}")]
     Options(String),
 }
 
-/// Whatever a path held.
-enum Files {
+/// The files of a model.
+enum ModelFiles {
     Gguf(Box<Gguf>),
-    Folder(HfFolder),
+    Directory(HfDirectory),
 }
 
-impl Files {
+impl ModelFiles {
     fn open(path: &Path) -> Result<Self, LoadError> {
         if path.is_dir() {
-            // Said before anything about its weights: a model that cannot be served.
+            // Reports an unsupported architecture before problems with the weights.
             LlamaConfig::from_hf(&read_json(&path.join("config.json"))?)?;
-            return Ok(Self::Folder(HfFolder::open(path)?));
+            return Ok(Self::Directory(HfDirectory::open(path)?));
         }
         if !path.exists() {
-            return Err(LoadError::Options(format!("no model at {}", path.display())));
+            return Err(LoadError::Options(format!(
+                "no model at {}: no such file or directory",
+                path.display()
+            )));
         }
         Ok(Self::Gguf(Box::new(Gguf::open(path)?)))
     }
@@ -121,28 +124,28 @@ impl Files {
     fn weights(&self) -> &dyn WeightSource {
         match self {
             Self::Gguf(g) => &**g,
-            Self::Folder(f) => f,
+            Self::Directory(f) => f,
         }
     }
 
     fn config(&self) -> Result<LlamaConfig, WeightError> {
         match self {
             Self::Gguf(g) => LlamaConfig::from_gguf(g),
-            Self::Folder(f) => LlamaConfig::from_hf(&f.config),
+            Self::Directory(f) => LlamaConfig::from_hf(&f.config),
         }
     }
 
     fn tokenizer(&self) -> Result<TextTokenizer, TokenizerError> {
         match self {
             Self::Gguf(g) => TextTokenizer::from_gguf(g),
-            Self::Folder(f) => TextTokenizer::from_folder(&f.path),
+            Self::Directory(f) => TextTokenizer::from_directory(&f.path),
         }
     }
 
     fn template(&self) -> Option<String> {
         match self {
             Self::Gguf(g) => g.str("tokenizer.chat_template").map(str::to_owned),
-            Self::Folder(f) => {
+            Self::Directory(f) => {
                 if let Ok(text) = std::fs::read_to_string(f.path.join("chat_template.jinja")) {
                     return Some(text);
                 }
@@ -159,8 +162,9 @@ impl Files {
         }
     }
 
-    fn extra_eos(&self) -> Vec<u32> {
-        let Self::Folder(f) = self else { return Vec::new() };
+    /// Returns the end tokens of `generation_config.json`.
+    fn generation_eos(&self) -> Vec<u32> {
+        let Self::Directory(f) = self else { return Vec::new() };
         read_json(&f.path.join("generation_config.json"))
             .map(|g| config::eos_ids(&g["eos_token_id"]))
             .unwrap_or_default()
@@ -169,14 +173,14 @@ impl Files {
 
 /// Loads the model at `path`.
 pub fn load_model(path: &Path, options: &LoadOptions) -> Result<Model, LoadError> {
-    let files = Files::open(path)?;
+    let files = ModelFiles::open(path)?;
     let config = files.config()?;
     let tokenizer = files.tokenizer()?;
     tokenizer.check_against(config.vocab)?;
     let template = files.template().unwrap_or_else(|| CHATML.into());
     let template = ChatTemplate::new(&template, &tokenizer.bos, &tokenizer.eos)?;
     let mut eos = config.eos.clone();
-    eos.extend(files.extra_eos());
+    eos.extend(files.generation_eos());
     eos.extend(
         ["<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"]
             .iter()
@@ -185,10 +189,10 @@ pub fn load_model(path: &Path, options: &LoadOptions) -> Result<Model, LoadError
     eos.sort_unstable();
     eos.dedup();
     let backend = make_backend(files.weights(), &config, options)?;
-    let cache = backend.kv_blocks() * BLOCK;
-    let wanted = options.max_context.unwrap_or(config.context).min(config.context);
+    let cache = backend.kv_blocks() * BLOCK_SIZE;
+    let max_context = options.max_context.unwrap_or(config.context).min(config.context);
     Ok(Model {
-        max_context: wanted.min(cache),
+        max_context: max_context.min(cache),
         config,
         tokenizer: Arc::new(tokenizer),
         template,
@@ -207,17 +211,17 @@ fn make_backend(
         let Device::Cuda(index) = o.device else { unreachable!("is_cuda") };
         if index as i64 >= count {
             return Err(LoadError::Options(format!(
-                "device cuda:{index} is not there: libtorch sees {count} CUDA devices (a CUDA build of libtorch, \
-                 a driver and a GPU are needed); use --device cpu"
+                "device cuda:{index} not found: libtorch sees {count} CUDA devices. CUDA needs a GPU, its driver and a \
+                 libtorch built with CUDA; without them use --device cpu"
             )));
         }
     }
-    let sixteen = matches!(o.dtype, DtypeChoice::F16 | DtypeChoice::Bf16);
+    let is_16_bit = matches!(o.dtype, DtypeChoice::F16 | DtypeChoice::Bf16);
     let native = match o.backend {
-        BackendChoice::Auto => !o.device.is_cuda() && !sixteen,
-        BackendChoice::Native if o.device.is_cuda() || sixteen => {
+        BackendChoice::Auto => !o.device.is_cuda() && !is_16_bit,
+        BackendChoice::Native if o.device.is_cuda() || is_16_bit => {
             return Err(LoadError::Options(
-                "the native backend runs on the CPU with the file's own weights or f32: use --backend torch"
+                "the native backend needs --device cpu and --dtype auto or f32; for others use --backend torch"
                     .into(),
             ));
         }
@@ -231,11 +235,11 @@ fn make_backend(
         DtypeChoice::Bf16 => Kind::BFloat16,
     };
     let element = if native { 4 } else { kind.elt_size_in_bytes() };
-    let block_bytes = BLOCK * c.kv_dim() * 2 * c.layers * element;
-    let blocks = kv_budget(c, o, element) / block_bytes;
+    let block_bytes = BLOCK_SIZE * c.kv_dim() * 2 * c.layers * element;
+    let blocks = kv_cache_bytes(c, o, element) / block_bytes;
     if blocks < 2 {
         return Err(LoadError::Options(format!(
-            "the KV cache holds {blocks} blocks of {block_bytes} bytes, at least 2 are needed: raise --kv-cache-mib"
+            "the KV cache has only {blocks} blocks of {block_bytes} bytes, and at least 2 are needed: raise --kv-cache-mib"
         )));
     }
     Ok(if native {
@@ -245,8 +249,8 @@ fn make_backend(
     })
 }
 
-/// Bytes for the KV cache.
-fn kv_budget(c: &LlamaConfig, o: &LoadOptions, element: usize) -> usize {
+/// Returns the size of the KV cache in bytes.
+fn kv_cache_bytes(c: &LlamaConfig, o: &LoadOptions, element: usize) -> usize {
     if let Some(bytes) = o.kv_bytes {
         return bytes;
     }
@@ -259,7 +263,7 @@ fn kv_budget(c: &LlamaConfig, o: &LoadOptions, element: usize) -> usize {
     1 << 30
 }
 
-/// A model's name when the user gives none: the file's or folder's.
+/// Returns the name of a model that has no explicit name: the file name without its extension, or the directory name.
 pub fn default_name(path: &Path) -> String {
     let stem: PathBuf = if path.is_dir() { path.into() } else { path.with_extension("") };
     stem.file_name().map_or_else(|| "model".into(), |n| n.to_string_lossy().into_owned())

@@ -1,8 +1,8 @@
-//! A `tokenizer.json` made from GGUF metadata, for files that carry nothing else.
+//! Converts the tokenizer metadata of a GGUF file to the format of `tokenizer.json`.
 //!
-//! Byte-level BPE (`gpt2`) with the pre-tokenizers of the Llama family, and SentencePiece (`llama`).
-//! The `smollm` pre-tokenizer splits digits one by one before the GPT-2 pattern; leaving that out changes
-//! ids where white space precedes a digit.
+//! Supports byte-level BPE (`gpt2`) with the pre-tokenizers of the Llama family, and SentencePiece (`llama`). The
+//! `smollm` pre-tokenizer splits off each digit before it applies the GPT-2 pattern, which changes ids where white
+//! space precedes a digit.
 
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
-/// The definition, in the format of `tokenizer.json`.
+/// Returns the tokenizer in the format of `tokenizer.json`.
 pub fn definition(file: &Gguf) -> Result<Json, String> {
     let tokens = file.strings("tokenizer.ggml.tokens").ok_or("tokenizer.ggml.tokens is missing")?;
     let types = file.ints("tokenizer.ggml.token_type").unwrap_or_default();
@@ -38,7 +38,7 @@ pub fn definition(file: &Gguf) -> Result<Json, String> {
         Some("llama") => sentence_piece(file, tokens, &vocab)?,
         other => {
             return Err(format!(
-                "tokenizer.ggml.model is {}, supported are `gpt2` (byte-level BPE) and `llama` (SentencePiece)",
+                "tokenizer.ggml.model is {}, expected `gpt2` (byte-level BPE) or `llama` (SentencePiece)",
                 other.unwrap_or("missing")
             ));
         }
@@ -52,6 +52,7 @@ pub fn definition(file: &Gguf) -> Result<Json, String> {
     Ok(json)
 }
 
+/// Returns a byte-level BPE model.
 fn byte_level(file: &Gguf, vocab: &HashMap<&str, usize>) -> Result<Json, String> {
     let merges = file.strings("tokenizer.ggml.merges").ok_or("tokenizer.ggml.merges is missing")?;
     let pre = file.str("tokenizer.ggml.pre").unwrap_or("default");
@@ -79,11 +80,12 @@ fn byte_level(file: &Gguf, vocab: &HashMap<&str, usize>) -> Result<Json, String>
     }))
 }
 
-/// SentencePiece BPE: merges follow from the scores. Two pieces merge with the priority of their whole.
+/// Returns a SentencePiece BPE model. Its merges are derived from the scores: the priority of a merge is the score of
+/// the resulting token.
 fn sentence_piece(file: &Gguf, tokens: &[String], vocab: &HashMap<&str, usize>) -> Result<Json, String> {
     let scores = file.floats("tokenizer.ggml.scores").ok_or("tokenizer.ggml.scores is missing")?;
     if scores.len() != tokens.len() {
-        return Err(format!("{} scores for {} tokens", scores.len(), tokens.len()));
+        return Err(format!("tokenizer.ggml.scores has {} scores for {} tokens", scores.len(), tokens.len()));
     }
     let mut merges: Vec<(f32, usize, usize, String)> = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
@@ -120,11 +122,13 @@ fn sentence_piece(file: &Gguf, tokens: &[String], vocab: &HashMap<&str, usize>) 
     }))
 }
 
+/// Adds a post-processor that puts the begin token before the text.
 fn add_bos(file: &Gguf, tokens: &[String], json: &mut Json) -> Result<(), String> {
-    let id =
-        file.int("tokenizer.ggml.bos_token_id").ok_or("add_bos_token is set but bos_token_id is missing")?;
+    let id = file
+        .int("tokenizer.ggml.bos_token_id")
+        .ok_or("tokenizer.ggml.add_bos_token is set, but tokenizer.ggml.bos_token_id is missing")?;
     let text = usize::try_from(id).ok().and_then(|i| tokens.get(i));
-    let text = text.ok_or_else(|| format!("bos_token_id {id} is outside the vocabulary"))?;
+    let text = text.ok_or_else(|| format!("tokenizer.ggml.bos_token_id {id} is outside the vocabulary"))?;
     let bos = json!({"SpecialToken": {"id": text, "type_id": 0}});
     json["post_processor"] = json!({
         "type": "TemplateProcessing",

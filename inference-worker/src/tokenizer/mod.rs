@@ -1,7 +1,7 @@
-//! Text to token ids and back.
+//! Converts text to token ids and back.
 //!
-//! Input: a `tokenizer.json` or a GGUF's tokenizer metadata ([`gguf`]). Output: [`TextTokenizer`], used by
-//! the API (encode) and the engine (incremental decode through [`Detokenizer`]).
+//! Input: a `tokenizer.json`, or the tokenizer metadata of a GGUF file ([`gguf`]). Output: [`TextTokenizer`], which
+//! the API uses to encode, and the engine to decode incrementally ([`Detokenizer`]).
 
 mod gguf;
 #[cfg(test)]
@@ -13,21 +13,21 @@ use tokenizers::Tokenizer;
 
 use crate::weights::gguf::Gguf;
 
-/// Why a tokenizer cannot be built or a text not encoded.
+/// Why a tokenizer cannot be loaded, or a text cannot be encoded or decoded.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// The definition is broken.
+    /// The tokenizer is not valid.
     #[error("tokenizer {from}: {what}")]
-    Broken {
-        /// File or metadata it came from.
+    Invalid {
+        /// Its file.
         from: String,
         /// What is wrong.
         what: String,
     },
     /// The tokenizer belongs to another model.
     #[error(
-        "the tokenizer has token id {highest}, but the model knows only ids below {model}: \
-         this tokenizer belongs to another model"
+        "the tokenizer has token id {highest}, but the model has only {model} tokens: \
+         the tokenizer belongs to another model"
     )]
     WrongModel {
         /// Highest id of the tokenizer.
@@ -44,20 +44,20 @@ pub enum TokenizerError {
 #[derive(Debug, Clone)]
 pub struct TextTokenizer {
     inner: Tokenizer,
-    /// Text of the begin-of-text token, for chat templates.
+    /// Text of the begin token, for chat templates.
     pub bos: String,
-    /// Text of the end-of-text token, for chat templates.
+    /// Text of the end token, for chat templates.
     pub eos: String,
 }
 
 impl TextTokenizer {
-    /// From a `tokenizer.json`, beside it `tokenizer_config.json` for the names of BOS and EOS.
-    pub fn from_folder(folder: &Path) -> Result<Self, TokenizerError> {
-        let path = folder.join("tokenizer.json");
-        let broken = |what: String| TokenizerError::Broken { from: path.display().to_string(), what };
-        let bytes = std::fs::read(&path).map_err(|e| broken(e.to_string()))?;
-        let inner = Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
-        let config: serde_json::Value = std::fs::read(folder.join("tokenizer_config.json"))
+    /// Reads `tokenizer.json` of a model directory, and begin and end token from `tokenizer_config.json`.
+    pub fn from_directory(directory: &Path) -> Result<Self, TokenizerError> {
+        let path = directory.join("tokenizer.json");
+        let invalid = |what: String| TokenizerError::Invalid { from: path.display().to_string(), what };
+        let bytes = std::fs::read(&path).map_err(|e| invalid(e.to_string()))?;
+        let inner = Tokenizer::from_bytes(&bytes).map_err(|e| invalid(e.to_string()))?;
+        let config: serde_json::Value = std::fs::read(directory.join("tokenizer_config.json"))
             .ok()
             .and_then(|b| serde_json::from_slice(&b).ok())
             .unwrap_or_default();
@@ -68,12 +68,12 @@ impl TextTokenizer {
         Ok(Self { inner, bos: text("bos_token"), eos: text("eos_token") })
     }
 
-    /// From a GGUF's `tokenizer.ggml.*` metadata.
+    /// Reads the `tokenizer.ggml.*` metadata of a GGUF file.
     pub fn from_gguf(file: &Gguf) -> Result<Self, TokenizerError> {
-        let broken = |what: String| TokenizerError::Broken { from: "of the GGUF file".into(), what };
-        let json = gguf::definition(file).map_err(broken)?;
-        let bytes = serde_json::to_vec(&json).map_err(|e| broken(e.to_string()))?;
-        let inner = Tokenizer::from_bytes(&bytes).map_err(|e| broken(e.to_string()))?;
+        let invalid = |what: String| TokenizerError::Invalid { from: "of the GGUF file".into(), what };
+        let json = gguf::definition(file).map_err(invalid)?;
+        let bytes = serde_json::to_vec(&json).map_err(|e| invalid(e.to_string()))?;
+        let inner = Tokenizer::from_bytes(&bytes).map_err(|e| invalid(e.to_string()))?;
         let text = |key: &str| {
             let id = file.int(key).and_then(|id| u32::try_from(id).ok());
             id.and_then(|id| inner.id_to_token(id)).unwrap_or_default()
@@ -82,7 +82,7 @@ impl TextTokenizer {
         Ok(Self { inner, bos, eos })
     }
 
-    /// Refuses a tokenizer that could produce ids the model has no embedding for.
+    /// Checks that the model has an embedding for each token.
     pub fn check_against(&self, vocab: usize) -> Result<(), TokenizerError> {
         let highest = self.inner.get_vocab(true).into_values().max().unwrap_or(0);
         if highest as usize >= vocab {
@@ -91,34 +91,35 @@ impl TextTokenizer {
         Ok(())
     }
 
-    /// Ids of `text`; `special` adds what the model wants around a plain prompt (BOS).
+    /// Returns the ids of `text`. `special` adds the special tokens that the model expects around a prompt, such as
+    /// BOS.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         let encoding =
             self.inner.encode_fast(text, special).map_err(|e| TokenizerError::Failed(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Text of `ids`.
+    /// Returns the text of `ids`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
         self.inner.decode(ids, skip_special).map_err(|e| TokenizerError::Failed(e.to_string()))
     }
 
-    /// Text of one token, special or not, for log-probabilities.
+    /// Returns the text of one token, including special tokens.
     pub fn token_text(&self, id: u32) -> String {
         self.inner.decode(&[id], false).unwrap_or_default()
     }
 
-    /// Id of a special token's text.
+    /// Returns the id of the token with this text.
     pub fn token_id(&self, text: &str) -> Option<u32> {
         self.inner.token_to_id(text)
     }
 }
 
-/// Turns a growing list of ids into text without ever splitting a character.
+/// Decodes ids one by one to text, without splitting a character.
 ///
-/// A byte-level token may hold part of a UTF-8 character, and some decoders glue words depending on what
-/// came before: so each step decodes a short window twice and emits the difference, unless it ends in an
-/// unfinished character.
+/// A byte-level token may have only a part of a UTF-8 character, and some decoders add spaces that depend on the
+/// tokens before. Therefore each step decodes a short window with and without the new token, and returns the
+/// difference, unless it ends in an incomplete character.
 #[derive(Debug, Default, Clone)]
 pub struct Detokenizer {
     ids: Vec<u32>,
@@ -128,12 +129,12 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// A fresh one, for a generation's output.
+    /// Creates a detokenizer for the output of one generation.
     pub fn new(skip_special: bool) -> Self {
         Self { skip_special, ..Self::default() }
     }
 
-    /// Takes one more id; gives the text that became certain.
+    /// Adds an id. Returns the text that is complete with it.
     pub fn push(&mut self, tokenizer: &TextTokenizer, id: u32) -> Result<String, TokenizerError> {
         self.ids.push(id);
         let before = tokenizer.decode(&self.ids[self.window..self.emitted], self.skip_special)?;
@@ -147,7 +148,7 @@ impl Detokenizer {
         Ok(text)
     }
 
-    /// What is still held back when the generation ends (an unfinished character shows as U+FFFD).
+    /// Returns the remaining text at the end of the generation, with U+FFFD for an incomplete character.
     pub fn finish(&mut self, tokenizer: &TextTokenizer) -> Result<String, TokenizerError> {
         let before = tokenizer.decode(&self.ids[self.window..self.emitted], self.skip_special)?;
         let after = tokenizer.decode(&self.ids[self.window..], self.skip_special)?;

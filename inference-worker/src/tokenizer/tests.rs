@@ -7,9 +7,9 @@ fn smollm() -> TextTokenizer {
     TextTokenizer::from_gguf(&Gguf::open(&path).unwrap()).unwrap()
 }
 
-/// The ids are llama.cpp's, with special tokens parsed.
+/// The expected ids are those of llama.cpp with parsing of special tokens.
 #[test]
-fn digits_are_split_one_by_one_also_after_white_space() {
+fn smollm_splits_each_digit_even_after_white_space() {
     let tokenizer = smollm();
     for (text, ids) in [
         ("12345 costs", vec![33, 34, 35, 36, 37, 3499]),
@@ -23,7 +23,7 @@ fn digits_are_split_one_by_one_also_after_white_space() {
 }
 
 #[test]
-fn incremental_text_equals_whole_text() {
+fn incremental_decoding_returns_the_whole_text_in_complete_characters() {
     let tokenizer = smollm();
     for text in ["Café – naïve 東京 😀 12345 costs $3.50;", "🏳️‍🌈 ok\n\n  x", "plain"] {
         let ids = tokenizer.encode(text, false).unwrap();
@@ -40,18 +40,18 @@ fn incremental_text_equals_whole_text() {
 }
 
 #[test]
-fn a_tokenizer_of_a_larger_model_is_refused() {
+fn a_tokenizer_with_more_tokens_than_the_model_is_rejected() {
     let error = smollm().check_against(100).unwrap_err().to_string();
     assert!(error.contains("49151") && error.contains("another model"), "{error}");
     smollm().check_against(49152).unwrap();
 }
 
 #[test]
-fn a_broken_tokenizer_json_is_named() {
+fn an_invalid_or_missing_tokenizer_json_is_named_in_the_error() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("tokenizer.json"), "{\"model\": 3}").unwrap();
-    let error = TextTokenizer::from_folder(dir.path()).unwrap_err().to_string();
+    let error = TextTokenizer::from_directory(dir.path()).unwrap_err().to_string();
     assert!(error.contains("tokenizer.json"), "{error}");
-    let missing = TextTokenizer::from_folder(&PathBuf::from("/nonexistent")).unwrap_err();
+    let missing = TextTokenizer::from_directory(&PathBuf::from("/nonexistent")).unwrap_err();
     assert!(missing.to_string().contains("/nonexistent"));
 }

@@ -1,12 +1,11 @@
 //! Tensor element types of GGUF and safetensors files, and their dequantisation to f32.
 //!
-//! Input: raw little-endian bytes of whole blocks. Output: f32 values. Called by the weight loaders,
-//! the native backend's packing step and the embedding lookup. Block layouts follow the GGML
-//! specification (ggml.h's `block_*` structs).
+//! Input: little-endian bytes of whole blocks. Output: f32 values. Called by the backends when they load weights.
+//! Block layouts follow the `block_*` structs of ggml-common.h.
 
 use half::{bf16, f16};
 
-/// How the elements of a tensor are stored.
+/// Element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types)]
 #[expect(missing_docs, reason = "the names are those of the GGML specification")]
@@ -25,7 +24,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// The type behind GGML's type number, or None where this worker cannot read it.
+    /// Returns the type with GGML's number `id`, or None if it is not supported.
     pub fn from_ggml(id: u32) -> Option<Self> {
         Some(match id {
             0 => Self::F32,
@@ -43,7 +42,7 @@ impl DType {
         })
     }
 
-    /// GGML's name of a type number, for error messages.
+    /// Returns GGML's name of a type number, for error messages.
     pub fn ggml_name(id: u32) -> &'static str {
         match id {
             0 => "F32",
@@ -82,7 +81,7 @@ impl DType {
         }
     }
 
-    /// Elements in one block.
+    /// Returns the number of elements per block.
     pub const fn block_elements(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
@@ -91,7 +90,7 @@ impl DType {
         }
     }
 
-    /// Bytes of one block.
+    /// Returns the number of bytes per block.
     pub const fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -107,23 +106,27 @@ impl DType {
         }
     }
 
-    /// Bytes of `elements` values, or None when they are no whole number of blocks.
+    /// Returns the bytes of `elements` values, or None if they are not a whole number of blocks.
     pub fn bytes_for(self, elements: usize) -> Option<usize> {
         (elements.is_multiple_of(self.block_elements()))
             .then(|| (elements / self.block_elements()).checked_mul(self.block_bytes()))
             .flatten()
     }
 
-    /// Dequantises whole blocks. `src` must hold exactly `dst.len()` elements of this type.
+    /// Dequantises whole blocks.
     ///
     /// # Panics
-    /// When the lengths disagree: callers slice by [`Self::bytes_for`].
+    /// If `src` does not have exactly `dst.len()` elements of this type.
     pub fn dequantise(self, src: &[u8], dst: &mut [f32]) {
-        assert_eq!(Some(src.len()), self.bytes_for(dst.len()), "{self:?}: source and destination disagree");
+        assert_eq!(
+            Some(src.len()),
+            self.bytes_for(dst.len()),
+            "{self:?}: source and destination differ in length"
+        );
         match self {
-            Self::F32 => each(src, dst, 4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-            Self::F16 => each(src, dst, 2, |b| f16_at(b, 0)),
-            Self::BF16 => each(src, dst, 2, |b| bf16::from_le_bytes([b[0], b[1]]).to_f32()),
+            Self::F32 => convert_each(src, dst, 4, |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+            Self::F16 => convert_each(src, dst, 2, |b| f16_at(b, 0)),
+            Self::BF16 => convert_each(src, dst, 2, |b| bf16::from_le_bytes([b[0], b[1]]).to_f32()),
             _ => {
                 let blocks = src.chunks_exact(self.block_bytes());
                 for (block, out) in blocks.zip(dst.chunks_exact_mut(self.block_elements())) {
@@ -144,13 +147,13 @@ impl DType {
     }
 }
 
-fn each(src: &[u8], dst: &mut [f32], size: usize, read: impl Fn(&[u8]) -> f32) {
+fn convert_each(src: &[u8], dst: &mut [f32], size: usize, read: impl Fn(&[u8]) -> f32) {
     for (bytes, out) in src.chunks_exact(size).zip(dst) {
         *out = read(bytes);
     }
 }
 
-/// The f16 at byte `at`.
+/// Returns the f16 at byte `at` as f32.
 pub(crate) fn f16_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
@@ -171,7 +174,7 @@ fn q4_1(b: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The fifth bits of a Q5 block: bit j belongs to element j.
+/// Returns elements j and j + 16 of a Q5 block. Bit j of `qh` is the fifth bit of element j.
 fn q5_values(qh: u32, qs: &[u8], j: usize) -> (f32, f32) {
     let lo = (qs[j] & 15) | ((((qh >> j) & 1) << 4) as u8);
     let hi = (qs[j] >> 4) | ((((qh >> (j + 16)) & 1) << 4) as u8);
@@ -205,7 +208,7 @@ fn q8_0(b: &[u8], out: &mut [f32]) {
     }
 }
 
-/// Six-bit scale and minimum number `j` of a K block's 12 packed bytes.
+/// Returns the 6-bit scale and minimum number `j` from the 12 packed bytes of a K block.
 pub(crate) fn k_scale_min(j: usize, s: &[u8]) -> (u8, u8) {
     if j < 4 {
         (s[j] & 63, s[j + 4] & 63)
@@ -243,7 +246,7 @@ fn q5_k(b: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The 256 signed values (−32..=31) of a Q6_K block, before scaling.
+/// Returns the 256 values (−32..=31) of a Q6_K block before scaling.
 pub(crate) fn q6_k_values(b: &[u8]) -> [i8; 256] {
     let (ql, qh) = (&b[0..128], &b[128..192]);
     let mut q = [0i8; 256];

@@ -1,6 +1,6 @@
-//! Hugging Face model folders: `config.json` and one or more `*.safetensors` files.
+//! Hugging Face model directories: `config.json` and one or more `*.safetensors` files.
 //!
-//! Input: a folder. Output: [`HfFolder`], which implements `WeightSource` by Hugging Face's own names.
+//! Input: a directory. Output: [`HfDirectory`], which implements `WeightSource`.
 
 use std::{
     collections::HashMap,
@@ -13,19 +13,20 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::{DType, RawTensor, RopeLayout, WeightError, WeightSource};
 
-/// An open model folder.
+/// An open model directory.
 #[derive(Debug)]
-pub struct HfFolder {
-    /// The folder.
+pub struct HfDirectory {
+    /// The directory.
     pub path: PathBuf,
-    /// `config.json`.
+    /// Contents of `config.json`.
     pub config: serde_json::Value,
     maps: Vec<Mmap>,
-    tensors: HashMap<String, Place>,
+    tensors: HashMap<String, TensorLocation>,
 }
 
+/// Location and type of a tensor.
 #[derive(Debug)]
-struct Place {
+struct TensorLocation {
     file: usize,
     start: usize,
     len: usize,
@@ -33,11 +34,11 @@ struct Place {
     dtype: Result<DType, String>,
 }
 
-impl HfFolder {
-    /// Reads the configuration and maps every safetensors file of `path`.
+impl HfDirectory {
+    /// Reads the configuration and maps all safetensors files in `path`.
     pub fn open(path: &Path) -> Result<Self, WeightError> {
         let config = read_json(&path.join("config.json"))?;
-        let mut folder = Self { path: path.into(), config, maps: Vec::new(), tensors: HashMap::new() };
+        let mut directory = Self { path: path.into(), config, maps: Vec::new(), tensors: HashMap::new() };
         let io = |source| WeightError::Io { path: path.into(), source };
         let mut files: Vec<PathBuf> = std::fs::read_dir(path)
             .map_err(io)?
@@ -47,16 +48,17 @@ impl HfFolder {
         files.sort();
         if files.is_empty() {
             return Err(WeightError::Metadata(format!(
-                "{} holds no .safetensors file; weights in pickled .bin files are not read: convert them",
+                "{} has no .safetensors file; if it has .bin files, convert them to safetensors",
                 path.display()
             )));
         }
         for file in files {
-            folder.add(&file)?;
+            directory.add(&file)?;
         }
-        Ok(folder)
+        Ok(directory)
     }
 
+    /// Maps a safetensors file.
     fn add(&mut self, path: &Path) -> Result<(), WeightError> {
         let io = |source| WeightError::Io { path: path.into(), source };
         let file = File::open(path).map_err(io)?;
@@ -64,7 +66,7 @@ impl HfFolder {
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         let damaged = |e: safetensors::SafeTensorError| WeightError::Damaged {
             path: path.into(),
-            what: format!("{e}; if it was downloaded, fetch it again"),
+            what: format!("{e}; the file may be truncated, fetch it again"),
         };
         let parsed = SafeTensors::deserialize(&map).map_err(damaged)?;
         let base = map.as_ptr() as usize;
@@ -75,14 +77,14 @@ impl HfFolder {
                 Dtype::BF16 => Ok(DType::BF16),
                 other => Err(format!("{other:?}")),
             };
-            let place = Place {
+            let location = TensorLocation {
                 file: self.maps.len(),
                 start: view.data().as_ptr() as usize - base,
                 len: view.data().len(),
                 shape: view.shape().to_vec(),
                 dtype,
             };
-            self.tensors.insert(name, place);
+            self.tensors.insert(name, location);
         }
         drop(parsed);
         self.maps.push(map);
@@ -90,22 +92,22 @@ impl HfFolder {
     }
 }
 
-/// Reads a JSON file of a model folder.
+/// Reads a JSON file of a model directory.
 pub fn read_json(path: &Path) -> Result<serde_json::Value, WeightError> {
     let bytes = std::fs::read(path).map_err(|source| WeightError::Io { path: path.into(), source })?;
     serde_json::from_slice(&bytes)
-        .map_err(|e| WeightError::Damaged { path: path.into(), what: format!("not JSON: {e}") })
+        .map_err(|e| WeightError::Damaged { path: path.into(), what: format!("not valid JSON: {e}") })
 }
 
-impl WeightSource for HfFolder {
+impl WeightSource for HfDirectory {
     fn tensor(&self, name: &str) -> Result<Option<RawTensor<'_>>, WeightError> {
-        let Some(place) = self.tensors.get(name) else { return Ok(None) };
-        let dtype = place
+        let Some(location) = self.tensors.get(name) else { return Ok(None) };
+        let dtype = location
             .dtype
             .clone()
             .map_err(|dtype| WeightError::UnsupportedType { tensor: name.into(), dtype })?;
-        let bytes = &self.maps[place.file][place.start..place.start + place.len];
-        Ok(Some(RawTensor { dtype, shape: place.shape.clone(), bytes }))
+        let bytes = &self.maps[location.file][location.start..location.start + location.len];
+        Ok(Some(RawTensor { dtype, shape: location.shape.clone(), bytes }))
     }
 
     fn rope_layout(&self) -> RopeLayout {

@@ -1,12 +1,12 @@
-"""Makes `smollm2.json`: what transformers computes in f32 for the default model.
+"""Writes `smollm2.json`: the output of transformers in f32 for the default model.
 
     python make_reference.py MODEL.gguf OUT.json
 
-Needs torch 2.11, transformers 5.23, gguf, tokenizers. The GGUF's weights are dequantised by the `gguf`
-package and put into a LlamaForCausalLM in f32; the tokenizer is built here, because transformers' own GGUF
-loader leaves the digit split out. For each prompt: its ids, 32 greedy tokens without stopping at the end
-token, the margin between best and second at each, and the first step's logits in part (top 20, each
-1,000th) and as sum and norm.
+Needs torch 2.11, transformers 5.23, gguf, tokenizers. The `gguf` package dequantises the weights of the file
+for a LlamaForCausalLM in f32. The tokenizer is built here, because transformers' GGUF loader omits the digit
+split. For each prompt, the file has its ids, 32 greedy tokens without stopping at the end token, the margin
+between the two most likely tokens at each position, and of the first step's logits the top 20, every
+1,000th, their sum and their norm.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Speed of llama.cpp on the same model file: `python measure_llama_cpp.py MODEL.gguf`.
+"""Measures llama.cpp on the same model file: `python measure_llama_cpp.py MODEL.gguf`.
 
-llama.cpp comes inside PyPI's xllamacpp, whose one library exports llama.cpp's C API; it is called here
-directly, with as little Python around a step as the batch needs. Decode at several batch sizes and prefill of
-512 tokens as in measure_transformers.py; best of three, tokens/s, one JSON object. Before it, a
-line with its version and the instructions that it was built for.
+llama.cpp is part of PyPI's xllamacpp, whose library exports llama.cpp's C API. This script calls the API
+directly, to spend little time in Python. It measures decode at several batch sizes and prefill of 512 tokens
+as measure_transformers.py does, takes the best of three runs, and prints a line with the version and the
+instruction sets of the build, and one JSON object in tokens/s.
 """
 
 import ctypes as c
@@ -16,14 +16,14 @@ import time
 
 path = sys.argv[1]
 TOKENS = 24
-# LB_MEASURE=cpu: one thread, and tokens per second of processor time, for machines that are busy.
+# LB_MEASURE=cpu measures tokens per second of CPU time with one thread, for busy machines.
 by_cpu = os.environ.get("LB_MEASURE") == "cpu"
 now = time.process_time if by_cpu else time.perf_counter
 threads = 1 if by_cpu else len(os.sched_getaffinity(0))
 
 
 class Params(c.Structure):
-    """llama_context_params: the head that is set here, and room for the rest, which keeps its defaults."""
+    """llama_context_params: the fields that are set here, and space for the others, which keep their defaults."""
 
     _fields_ = [(n, c.c_uint32) for n in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max")] + [("rest", c.c_uint8 * 1008)]
 
@@ -85,7 +85,7 @@ batch = llama.llama_batch_init(1024, 0, 1)
 
 
 def step(tokens):
-    """One step over (id, position, sequence, wants logits)."""
+    """Computes one step of tokens (id, position, sequence, needs logits)."""
     for i, (token, position, sequence, wants) in enumerate(tokens):
         batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
         batch.seq_id[i][0], batch.logits[i] = sequence, wants
@@ -95,7 +95,7 @@ def step(tokens):
 
 
 def finish(row):
-    """Waits for the logits of a row, as reading them does, and takes one."""
+    """Reads a logit of a row, which waits for the end of the step."""
     return llama.llama_get_logits_ith(context, row)[vocab - 1]
 
 
@@ -110,7 +110,7 @@ for size in (1, 4, 8, 16):
     for _ in range(3):
         began = now()
         for t in range(TOKENS):
-            # The ids do not matter for speed; choosing them in Python would.
+            # Always the same id: the ids do not affect the speed, but sampling in Python would.
             step([(prompt[t], 64 + t, s, True) for s in range(size)])
             finish(size - 1)
         best = max(best, size * TOKENS / (now() - began))

@@ -1,7 +1,7 @@
-"""Speed of transformers in f32 on the same model file: `python measure_transformers.py MODEL.gguf`.
+"""Measures transformers in f32 on the same model file: `python measure_transformers.py MODEL.gguf`.
 
-Decode by the model's own forward pass with its KV cache (no generate() around it), prefill of 512 tokens;
-best of three, tokens/s, one JSON object.
+Measures decode with the model's forward pass and its KV cache, without generate(), and prefill of 512 tokens.
+Takes the best of three runs, and prints one JSON object in tokens/s.
 """
 
 import json
@@ -14,7 +14,7 @@ from make_reference import build
 
 path = sys.argv[1]
 TOKENS = 24
-# LB_MEASURE=cpu: one thread, and tokens per second of processor time, for machines that are busy.
+# LB_MEASURE=cpu measures tokens per second of CPU time with one thread, for busy machines.
 by_cpu = os.environ.get("LB_MEASURE") == "cpu"
 now = time.process_time if by_cpu else time.perf_counter
 torch.set_num_threads(1 if by_cpu else len(os.sched_getaffinity(0)))

@@ -1,33 +1,32 @@
-//! Buffers that start at a cache line, so that no vector load or store straddles two.
+//! Buffers aligned to cache lines, so that vector loads and stores never cross a line.
 //!
-//! Input: lengths. Output: [`AlignedF32`], which the native backend keeps activations, decoded weights and
-//! the KV cache in.
+//! The native backend uses [`AlignedF32`] for activations, decoded weights and the KV cache.
 
 use std::ops::{Deref, DerefMut};
 
-/// Values of a cache line.
+/// Values per cache line.
 const LINE: usize = 16;
 
-/// `f32` values whose first lies at a multiple of 64 bytes.
+/// `f32` values that start at a multiple of 64 bytes.
 #[derive(Default)]
 pub struct AlignedF32 {
-    /// The values, after fewer than [`LINE`] that are not used.
+    /// Up to `LINE` - 1 unused values, then the values.
     values: Vec<f32>,
     start: usize,
     len: usize,
 }
 
 impl AlignedF32 {
-    /// `len` zeros. The system gives memory only to pages that are written.
+    /// Creates `len` zeros. The kernel allocates memory only for pages that are written.
     pub fn zeroed(len: usize) -> Self {
         let values = vec![0.0f32; len + LINE - 1];
         let start = values.as_ptr().align_offset(LINE * size_of::<f32>());
-        assert!(start < LINE, "f32 values lie at multiples of their size");
+        assert!(start < LINE, "f32 values are aligned to their size");
         Self { values, start, len }
     }
 
-    /// Room for at least `len` values: as it is, or new and all zero.
-    pub fn need(&mut self, len: usize) {
+    /// Ensures space for at least `len` values. If the buffer grows, all values become zero.
+    pub fn ensure_len(&mut self, len: usize) {
         if self.len < len {
             *self = Self::zeroed(len);
         }
@@ -53,15 +52,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_starts_at_a_cache_line_and_grows_to_zeros() {
+    fn buffers_are_aligned_and_become_zero_when_they_grow() {
         let mut buffer = AlignedF32::default();
         assert!(buffer.is_empty());
         for len in [1, 3, 16, 1000, 100_003] {
-            buffer.need(len);
+            buffer.ensure_len(len);
             assert_eq!((buffer.len(), buffer.as_ptr().addr() % 64), (len, 0));
             assert!(buffer.iter().all(|v| *v == 0.0));
             buffer.fill(1.0);
-            buffer.need(len - 1);
+            buffer.ensure_len(len - 1);
             assert!(buffer.len() == len && buffer.iter().all(|v| *v == 1.0));
         }
     }

@@ -1,21 +1,21 @@
-//! Matrix products of packed weights and f32 activations, with the vector kernels of the processor at hand.
+//! Matrix products of packed weights and f32 activations, with kernels for several instruction sets.
 //!
-//! Input: a [`Packed`] matrix, activations `[tokens][ldx]` (zero beyond `cols`). Output: `[tokens][ldy]`,
-//! set or added to. Weights are decoded in registers to the very f32 values they stand for and multiplied
-//! in f32, and each output is summed in the same order whatever the batch: a batched product equals the
-//! unbatched one bit for bit. Called by the native backend through [`Isa`], chosen once at start-up.
+//! Input: a [`PackedMatrix`] and activations `[tokens][ldx]` (zero beyond `cols`). Output: `[tokens][ldy]`,
+//! overwritten or added to. Weights are decoded in registers to exact f32 values and multiplied in f32. The order of
+//! additions of an output does not depend on the batch, so that batched and unbatched products are equal bit by bit.
+//! Called by the native backend with an [`Isa`] that is detected once at start-up.
 
 use std::{cell::RefCell, ops::Range};
 
 use super::aligned::AlignedF32;
-use super::packed::{Format, Packed, STRIP, TILE, decode_row};
+use super::packed::{Format, PackedMatrix, STRIP, TILE, decode_row};
 use super::pool::Pool;
 
-mod ahead;
+mod dense;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-/// Instruction sets with kernels of their own.
+/// Instruction sets that have their own kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// AVX-512 F, BW and VL.
@@ -27,7 +27,8 @@ pub enum Isa {
 }
 
 impl Isa {
-    /// The best that this processor has; `LB_CPU_ISA` (avx512, avx2, portable) can lower it.
+    /// Returns the best one that this processor supports. The environment variable `LB_CPU_ISA` (avx512, avx2,
+    /// portable) can select a lower one.
     pub fn detect() -> Self {
         let best = Self::best();
         match std::env::var("LB_CPU_ISA").as_deref() {
@@ -57,7 +58,7 @@ impl Isa {
         Self::Portable
     }
 
-    /// Sets that this processor can run, best first; for tests.
+    /// Returns all that this processor supports, best first; for tests.
     pub fn available() -> Vec<Self> {
         let all = [Self::Avx512, Self::Avx2, Self::Portable];
         let best = all.iter().position(|i| *i == Self::best()).unwrap_or(2);
@@ -65,13 +66,13 @@ impl Isa {
     }
 }
 
-/// Tokens whose activations are kept in the first-level cache while the weights stream by.
+/// Tokens per pass over the weights, so that their activations stay in the L1 cache.
 const TOKEN_BLOCK: usize = 24;
 
-/// Tiles of a strip, or of a part of it.
+/// The tiles of a strip, or of a part of it.
 #[derive(Clone, Copy)]
 pub struct Strip<'a> {
-    /// Layout of its tiles.
+    /// Format of its tiles.
     pub format: Format,
     /// Its values.
     pub values: &'a [u8],
@@ -79,108 +80,108 @@ pub struct Strip<'a> {
     pub scales: &'a [u8],
 }
 
-/// Tiles of a chunk where eight tokens or so, the whole of long rows, would not stay in the first-level cache.
-const CHUNK: usize = 24;
-/// Strips that take a chunk of columns in turn.
-const TURN: usize = 4;
-/// Values of the sums of one strip that rest between chunks: a vector of 16 per row and token.
-const RESTING: usize = STRIP * 12 * 16;
+/// Tiles per column chunk. With long rows, whole rows of about eight tokens do not fit into the L1 cache.
+const CHUNK_TILES: usize = 24;
+/// Strips that process one column chunk before the next chunk.
+const STRIPS_PER_CHUNK: usize = 4;
+/// Values of the partial sums of a strip between chunks: a vector of 16 per row and token.
+const PARTIAL_SUMS_LEN: usize = STRIP * 12 * 16;
 
-/// Some columns of a strip, and where its sums rest between them.
-pub struct Chunk<'a> {
+/// A range of columns of a strip, and its partial sums.
+pub struct ColumnChunk<'a> {
     /// The tiles.
     pub tiles: Range<usize>,
-    /// Room for the sums; none is needed where the tiles are all.
-    pub rest: &'a mut [f32],
+    /// Sums of the columns before this chunk; empty if the chunk has all columns.
+    pub partial_sums: &'a mut [f32],
 }
 
 thread_local! {
-    static REST: RefCell<AlignedF32> = RefCell::default();
+    static PARTIAL_SUMS: RefCell<AlignedF32> = RefCell::default();
 }
 
-/// What a packed kernel gives: totals of a strip's rows for up to twelve tokens.
+/// Results of a packed kernel: sums of a strip's rows for up to twelve tokens.
 type Sums = [[f32; STRIP]; 12];
 
-fn packed_strip(w: &Packed, strip: usize) -> Strip<'_> {
+fn packed_strip(w: &PackedMatrix, strip: usize) -> Strip<'_> {
     let (values, scales) = w.strip(strip);
     Strip { format: w.format, values, scales }
 }
 
-/// A mutable buffer that several threads write at disjoint places.
+/// A mutable buffer to which several threads write disjoint parts.
 #[derive(Clone, Copy)]
-pub struct SharedOut(pub *mut f32, pub usize);
+pub struct SharedOutput(pub *mut f32, pub usize);
 
-// SAFETY: the threads of one job write disjoint elements: each caller states which.
-unsafe impl Sync for SharedOut {}
+// SAFETY: the threads of a job write disjoint elements; each caller of `slice` states which.
+unsafe impl Sync for SharedOutput {}
 // SAFETY: as above.
-unsafe impl Send for SharedOut {}
+unsafe impl Send for SharedOutput {}
 
-impl SharedOut {
-    /// Over a slice that nobody else touches while the job runs.
+impl SharedOutput {
+    /// Wraps a slice that nothing else uses while the job runs.
     pub fn new(slice: &mut [f32]) -> Self {
         Self(slice.as_mut_ptr(), slice.len())
     }
 
-    /// An address within the buffer.
-    pub fn at(&self, index: usize) -> *const f32 {
-        assert!(index < self.1, "value {index} of a buffer of {}", self.1);
-        // SAFETY: in bounds by the assertion.
+    /// Returns the address of an element.
+    pub fn ptr(&self, index: usize) -> *const f32 {
+        assert!(index < self.1, "index {index} in a buffer of {}", self.1);
+        // SAFETY: in bounds, as asserted.
         unsafe { self.0.add(index) }
     }
 
-    /// Part of the buffer.
+    /// Returns a part of the buffer.
     ///
     /// # Safety
-    /// No other thread may use an overlapping part while the slice lives.
-    #[expect(clippy::mut_from_ref, reason = "the point of the type: disjoint parts, one per thread")]
-    pub unsafe fn part(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start + len <= self.1, "part {start}+{len} of a buffer of {}", self.1);
-        // SAFETY: in bounds by the assertion, disjoint by the caller's word.
+    /// No other thread uses an overlapping part during the lifetime of the slice.
+    #[expect(clippy::mut_from_ref, reason = "threads get disjoint parts")]
+    pub unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
+        assert!(start + len <= self.1, "{len} values at {start} in a buffer of {}", self.1);
+        // SAFETY: in bounds, as asserted, and disjoint, as promised by the caller.
         unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
     }
 }
 
-/// Operands of a product: `y[t][row] (+)= Σ_c w[row][c] · x[t][c]`.
-pub struct Product<'a> {
+/// A matrix product: `y[t][row] (+)= Σ_c w[row][c] · x[t][c]`.
+pub struct MatMul<'a> {
     /// Weights.
-    pub w: &'a Packed,
-    /// Activations, rows of `ldx` values of which those beyond `w.cols` are zero up to a multiple of 32.
+    pub w: &'a PackedMatrix,
+    /// Activations: rows of `ldx` values, which are zero from `w.cols` up to the next multiple of 32.
     pub x: &'a [f32],
-    /// Distance between tokens in `x`.
+    /// Distance between the rows of `x`.
     pub ldx: usize,
     /// Number of tokens.
     pub tokens: usize,
-    /// Distance between tokens in the output.
+    /// Distance between the rows of the output.
     pub ldy: usize,
-    /// Add to the output rather than set it.
+    /// Whether to add to the output instead of overwriting it.
     pub add: bool,
 }
 
-/// Runs a product on the pool's threads.
-pub fn product(isa: Isa, pool: &mut Pool, p: &Product<'_>, y: &mut [f32]) {
+/// Computes a product on the pool's threads.
+pub fn matmul(isa: Isa, pool: &mut Pool, p: &MatMul<'_>, y: &mut [f32]) {
     assert!(p.ldx >= p.w.tiles() * TILE && p.x.len() >= p.tokens * p.ldx, "activations too short");
     assert!(p.ldy >= p.w.rows && y.len() >= (p.tokens.max(1) - 1) * p.ldy + p.w.rows, "output too short");
     if p.tokens == 0 {
         return;
     }
-    let out = SharedOut::new(y);
-    if p.tokens >= ahead::FROM && isa != Isa::Portable {
-        return ahead::product(isa, pool, p, out);
+    let out = SharedOutput::new(y);
+    if p.tokens >= dense::MIN_TOKENS && isa != Isa::Portable {
+        return dense::matmul(isa, pool, p, out);
     }
     let strips = p.w.strips();
-    // Enough parts to even out threads of unequal speed, few enough that taking one costs nothing.
+    // Several parts per thread balance threads of different speed; more parts would add overhead.
     let parts = (pool.threads() * 8).min(strips);
-    let in_chunks = isa == Isa::Avx512 && p.tokens > 6 && p.w.tiles() > CHUNK;
+    let in_column_chunks = isa == Isa::Avx512 && p.tokens > 6 && p.w.tiles() > CHUNK_TILES;
     pool.run(parts, &|part| {
         let strips = strips * part / parts..strips * (part + 1) / parts;
-        if in_chunks {
-            return REST.with_borrow_mut(|rest| strips_in_chunks(isa, p, strips, rest, out));
+        if in_column_chunks {
+            return PARTIAL_SUMS.with_borrow_mut(|sums| strips_in_chunks(isa, p, strips, sums, out));
         }
         let mut from = 0;
         while from < p.tokens {
             let n = TOKEN_BLOCK.min(p.tokens - from);
             for strip in strips.clone() {
-                let whole = Chunk { tiles: 0..p.w.tiles(), rest: &mut [] };
+                let whole = ColumnChunk { tiles: 0..p.w.tiles(), partial_sums: &mut [] };
                 strip_product(isa, p, strip, from..from + n, whole, out);
             }
             from += n;
@@ -188,29 +189,38 @@ pub fn product(isa: Isa, pool: &mut Pool, p: &Product<'_>, y: &mut [f32]) {
     });
 }
 
-/// All tokens, at most twelve, through some strips: a few strips take the first chunk of columns, then the
-/// same the next, so that the activations are in the first-level cache for all but one of them.
-fn strips_in_chunks(isa: Isa, p: &Product<'_>, strips: Range<usize>, rest: &mut AlignedF32, out: SharedOut) {
-    rest.need(TURN * RESTING);
+/// Computes some strips for all tokens, at most twelve. A few strips process the first column chunk, then the next
+/// one, and so on, so that all but the first of them find the activations in the L1 cache.
+fn strips_in_chunks(
+    isa: Isa,
+    p: &MatMul<'_>,
+    strips: Range<usize>,
+    partial_sums: &mut AlignedF32,
+    out: SharedOutput,
+) {
+    partial_sums.ensure_len(STRIPS_PER_CHUNK * PARTIAL_SUMS_LEN);
     let tiles = p.w.tiles();
-    for turn in strips.clone().step_by(TURN) {
-        for first in (0..tiles).step_by(CHUNK) {
-            let chunk = first..(first + CHUNK).min(tiles);
-            for (strip, rest) in (turn..strips.end.min(turn + TURN)).zip(rest.chunks_exact_mut(RESTING)) {
-                strip_product(isa, p, strip, 0..p.tokens, Chunk { tiles: chunk.clone(), rest }, out);
+    for first_strip in strips.clone().step_by(STRIPS_PER_CHUNK) {
+        for first in (0..tiles).step_by(CHUNK_TILES) {
+            let chunk = first..(first + CHUNK_TILES).min(tiles);
+            let group = first_strip..strips.end.min(first_strip + STRIPS_PER_CHUNK);
+            for (strip, sums) in group.zip(partial_sums.chunks_exact_mut(PARTIAL_SUMS_LEN)) {
+                let chunk = ColumnChunk { tiles: chunk.clone(), partial_sums: sums };
+                strip_product(isa, p, strip, 0..p.tokens, chunk, out);
             }
         }
     }
 }
 
-/// One strip for some tokens. Writes rows `strip·4..` of those tokens only, and those with the last chunk.
+/// Computes one column chunk of one strip for some tokens. Writes the strip's rows of these tokens after the last
+/// chunk.
 fn strip_product(
     isa: Isa,
-    p: &Product<'_>,
+    p: &MatMul<'_>,
     strip: usize,
     tokens: Range<usize>,
-    chunk: Chunk<'_>,
-    out: SharedOut,
+    chunk: ColumnChunk<'_>,
+    out: SharedOutput,
 ) {
     let weights = packed_strip(p.w, strip);
     let rows = STRIP.min(p.w.rows - strip * STRIP);
@@ -222,8 +232,9 @@ fn strip_product(
         let step = match isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
-                let chunk = Chunk { tiles: chunk.tiles.clone(), rest: &mut *chunk.rest };
-                // SAFETY: `Isa::best` saw the features; `product` checked that x holds these tokens.
+                let chunk =
+                    ColumnChunk { tiles: chunk.tiles.clone(), partial_sums: &mut *chunk.partial_sums };
+                // SAFETY: `Isa::best` detected the features; `matmul` checked that x has these tokens.
                 unsafe { x86::strip_avx512(p, weights, t, left, chunk, &mut sums) }
             }
             #[cfg(target_arch = "x86_64")]
@@ -232,8 +243,8 @@ fn strip_product(
             _ => strip_portable(p, weights, t, left, &mut sums),
         };
         for (i, sums) in sums.iter().enumerate().take(if is_last { step } else { 0 }) {
-            // SAFETY: these rows of token t + i belong to this strip, which one thread works on.
-            let y = unsafe { out.part((t + i) * p.ldy + strip * STRIP, rows) };
+            // SAFETY: these rows of token t + i belong to this strip, which only this thread computes.
+            let y = unsafe { out.slice((t + i) * p.ldy + strip * STRIP, rows) };
             for (y, sum) in y.iter_mut().zip(sums) {
                 *y = if p.add { *y + sum } else { *sum };
             }
@@ -242,7 +253,7 @@ fn strip_product(
     }
 }
 
-fn strip_portable(p: &Product<'_>, strip: Strip<'_>, from: usize, left: usize, sums: &mut Sums) -> usize {
+fn strip_portable(p: &MatMul<'_>, strip: Strip<'_>, from: usize, left: usize, sums: &mut Sums) -> usize {
     let n = left.min(4);
     let Strip { format, values, scales } = strip;
     let (vb, sb) = (format.tile_bytes(), format.scale_bytes());
@@ -268,7 +279,7 @@ fn strip_portable(p: &Product<'_>, strip: Strip<'_>, from: usize, left: usize, s
     n
 }
 
-/// Name of the kernel path, for logs and docs.
+/// Returns the name of the kernels.
 pub fn describe(isa: Isa) -> &'static str {
     match isa {
         Isa::Avx512 => "AVX-512",
@@ -283,7 +294,7 @@ mod tests {
     use crate::weights::{DType, RawTensor};
     use rand::{Rng, SeedableRng, rngs::StdRng};
 
-    /// Random but finite blocks of a type.
+    /// Returns random, finite blocks of a type.
     fn random_tensor(dtype: DType, rows: usize, cols: usize, rng: &mut StdRng) -> Vec<u8> {
         let blocks = rows * cols / dtype.block_elements();
         let mut bytes = Vec::new();
@@ -315,26 +326,29 @@ mod tests {
         let mut pool = Pool::new(2).unwrap();
         use DType::*;
         for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K] {
-            // Columns beyond a chunk of the kernels that decode ahead.
+            // More columns than a chunk of the dense kernels.
             let (rows, cols) = (13, 1024);
             let bytes = random_tensor(dtype, rows, cols, &mut rng);
             let tensor = RawTensor { dtype, shape: vec![rows, cols], bytes: &bytes };
-            let packed = Packed::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());
+            let packed = PackedMatrix::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());
             let dense = tensor.to_f32();
             let mut row = vec![0.0; cols];
             for r in 0..rows {
                 packed.row(r, &mut row);
                 for (a, b) in row.iter().zip(&dense[r * cols..]) {
-                    assert!((a - b).abs() <= 1e-6 * b.abs().max(1e-3), "{dtype:?} row {r}: {a} is not {b}");
+                    assert!(
+                        (a - b).abs() <= 1e-6 * b.abs().max(1e-3),
+                        "{dtype:?} row {r}: got {a}, expected {b}"
+                    );
                 }
             }
-            // The last: enough to be shared out among threads.
+            // 211 tokens are enough to be distributed to several threads.
             for tokens in (1..=16).chain([23, 24, 25, 31, 211]) {
                 let x: Vec<f32> = (0..tokens * cols).map(|_| rng.random_range(-1.0..1.0)).collect();
                 for isa in Isa::available() {
-                    let p = Product { w: &packed, x: &x, ldx: cols, tokens, ldy: rows + 2, add: true };
+                    let p = MatMul { w: &packed, x: &x, ldx: cols, tokens, ldy: rows + 2, add: true };
                     let mut y = vec![1.0; tokens * (rows + 2)];
-                    product(isa, &mut pool, &p, &mut y);
+                    matmul(isa, &mut pool, &p, &mut y);
                     for t in 0..tokens {
                         for r in 0..rows {
                             let terms = || {
@@ -345,7 +359,7 @@ mod tests {
                             let got = f64::from(y[t * (rows + 2) + r]);
                             assert!(
                                 (got - want).abs() < 1e-6 * scale,
-                                "{dtype:?} {isa:?} tokens {tokens} t {t} r {r}: {got} is not {want}"
+                                "{dtype:?} {isa:?} tokens {tokens} t {t} r {r}: got {got}, expected {want}"
                             );
                         }
                         assert_eq!(y[t * (rows + 2) + rows], 1.0, "wrote beyond its rows");
@@ -356,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_gives_the_same_bits_as_its_members() {
+    fn batched_and_unbatched_products_are_equal_bit_by_bit() {
         let mut rng = StdRng::seed_from_u64(8);
         let mut pool = Pool::new(2).unwrap();
         for (dtype, cols) in [
@@ -370,7 +384,7 @@ mod tests {
             let rows = 62;
             let bytes = random_tensor(dtype, rows, cols, &mut rng);
             let tensor = RawTensor { dtype, shape: vec![rows, cols], bytes: &bytes };
-            let packed = Packed::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());
+            let packed = PackedMatrix::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>());
             for tokens in [29, 211] {
                 let ldx = packed.tiles() * TILE;
                 let mut x = vec![0.0; tokens * ldx];
@@ -380,10 +394,10 @@ mod tests {
                 for isa in Isa::available() {
                     let run = |pool: &mut Pool, x: &[f32], tokens: usize| {
                         let mut y = vec![0.0; tokens * rows];
-                        product(
+                        matmul(
                             isa,
                             pool,
-                            &Product { w: &packed, x, ldx, tokens, ldy: rows, add: false },
+                            &MatMul { w: &packed, x, ldx, tokens, ldy: rows, add: false },
                             &mut y,
                         );
                         y

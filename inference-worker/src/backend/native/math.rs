@@ -1,11 +1,11 @@
-//! Everything of a Llama step that is not a matrix product: norms, rotation, activation, softmax.
+//! The operations of a Llama step other than matrix products: RMSNorm, rotary embedding, SwiGLU and softmax.
 //!
-//! Plain loops over arrays, compiled once per instruction set ([`Isa`]) so that the compiler vectorises them
-//! for it. Called by the native backend; all slices are row-major f32.
+//! Loops over arrays that are compiled once per instruction set ([`Isa`]), so that the compiler vectorises them.
+//! Called by the native backend. All slices are row-major f32.
 
 use super::kernels::Isa;
 
-/// Defines a function that is compiled for each instruction set and picks at run time.
+/// Defines a function that is compiled for each instruction set and selects one at run time.
 macro_rules! per_isa {
     ($(#[$doc:meta])* pub fn $name:ident / $body:ident ($($arg:ident: $ty:ty),* $(,)?)) => {
         $(#[$doc])*
@@ -20,7 +20,7 @@ macro_rules! per_isa {
                 #[allow(clippy::too_many_arguments)]
                 fn avx2($($arg: $ty),*) { $body::<true>($($arg),*) }
                 match isa {
-                    // SAFETY: `Isa::best` saw these features (avx512dq comes with bw and vl).
+                    // SAFETY: `Isa::best` detected these features (avx512dq comes with bw and vl).
                     Isa::Avx512 => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above.
                     Isa::Avx2 => return unsafe { avx2($($arg),*) },
@@ -33,13 +33,13 @@ macro_rules! per_isa {
     };
 }
 
-/// a·b + c, fused where the instruction set has it.
+/// Returns a·b + c, as a fused operation if FUSED.
 #[inline(always)]
 fn fma<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// e^x to about 2 ulp, without branches, so that loops over it vectorise (Cephes' expf).
+/// Returns e^x to about 2 ulp, without branches, so that loops can be vectorised (Cephes' expf).
 #[inline(always)]
 fn exp<const FUSED: bool>(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5·2^23: adding it rounds to a whole number
@@ -58,7 +58,7 @@ fn exp<const FUSED: bool>(x: f32) -> f32 {
     )
 }
 
-/// Sum of f(i) over lanes of 16, so that the order does not depend on the instruction set's width.
+/// Adds sixteen lanes, in an order that does not depend on the instruction set.
 #[inline(always)]
 fn lanes_sum(acc: [f32; 16]) -> f32 {
     let mut acc = acc;
@@ -71,7 +71,7 @@ fn lanes_sum(acc: [f32; 16]) -> f32 {
 }
 
 per_isa! {
-    /// RMSNorm of each row of `x` (`[rows][width]`) into `out` (`[rows][ldo]`).
+    /// Writes the RMSNorm of each row of `x` (`[rows][width]`) to `out` (`[rows][ldo]`).
     pub fn rms_norm / rms_norm_body(x: &[f32], width: usize, weight: &[f32], eps: f32, out: &mut [f32], ldo: usize)
 }
 
@@ -103,7 +103,7 @@ fn rms_norm_body<const FUSED: bool>(
 }
 
 per_isa! {
-    /// SwiGLU: `out = silu(gate) · up`, where a row of `gu` holds `width` gates, then `width` ups.
+    /// Writes SwiGLU, `out = silu(gate) · up`. A row of `gu` has `width` gate values, then `width` up values.
     pub fn swiglu / swiglu_body(gu: &[f32], width: usize, out: &mut [f32], ldo: usize)
 }
 
@@ -117,7 +117,7 @@ fn swiglu_body<const FUSED: bool>(gu: &[f32], width: usize, out: &mut [f32], ldo
     }
 }
 
-/// Rotates the heads of `x` (`[heads][dim]`, Hugging Face's half-and-half order) by one position's angles.
+/// Applies the rotary embedding to the heads of `x` (`[heads][dim]`, in Hugging Face's order of halves).
 pub fn rotate(x: &mut [f32], dim: usize, cos: &[f32], sin: &[f32]) {
     let half = dim / 2;
     for head in x.chunks_exact_mut(dim) {
@@ -130,20 +130,20 @@ pub fn rotate(x: &mut [f32], dim: usize, cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Turns scores into weights (not yet normalised); returns one over their sum. Those past `seen` become 0.
+/// Replaces scores by their exponentials, and those from `visible` on by 0. Returns the reciprocal of the sum.
 #[inline(always)]
-pub fn softmax<const FUSED: bool>(scores: &mut [f32], seen: usize) -> f32 {
-    let (live, dead) = scores.split_at_mut(seen);
-    dead.fill(0.0);
+pub fn softmax<const FUSED: bool>(scores: &mut [f32], visible: usize) -> f32 {
+    let (scores, masked) = scores.split_at_mut(visible);
+    masked.fill(0.0);
     let mut top = [f32::NEG_INFINITY; 16];
-    for chunk in live.chunks(16) {
+    for chunk in scores.chunks(16) {
         for (t, s) in top.iter_mut().zip(chunk) {
             *t = if *s > *t { *s } else { *t };
         }
     }
     let max = top.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut acc = [0.0f32; 16];
-    let (whole, rest) = live.as_chunks_mut::<16>();
+    let (whole, rest) = scores.as_chunks_mut::<16>();
     for c in whole {
         for i in 0..16 {
             c[i] = exp::<FUSED>(c[i] - max);
@@ -162,12 +162,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exp_is_accurate() {
+    fn exp_is_accurate_to_3e_7() {
         for i in -8700..8800 {
             let x = i as f32 / 100.0;
             for got in [exp::<false>(x), exp::<true>(x)] {
                 let want = f64::from(x).exp();
-                assert!(((f64::from(got) - want) / want).abs() < 3e-7, "exp({x}) = {got}, not {want}");
+                assert!(((f64::from(got) - want) / want).abs() < 3e-7, "exp({x}) = {got}, expected {want}");
             }
         }
         assert_eq!(exp::<false>(0.0), 1.0);
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn norm_and_activation_agree_with_their_definitions() {
+    fn rms_norm_and_swiglu_agree_with_their_definitions_in_f64() {
         let x: Vec<f32> = (0..2 * 37).map(|i| (i as f32 * 0.37).sin() * 3.0).collect();
         let w: Vec<f32> = (0..37).map(|i| 1.0 + i as f32 * 0.01).collect();
         for isa in Isa::available() {

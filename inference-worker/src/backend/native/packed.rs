@@ -1,11 +1,11 @@
-//! Weight matrices laid out for the native kernels.
+//! Weight matrices in the layout of the native kernels.
 //!
-//! A matrix is cut into strips of 4 rows, a strip into tiles of 4 rows × 32 columns. A tile is decoded to
-//! eight vectors of 16 f32 (row 0 columns 0–15, row 0 columns 16–31, row 1 …), and its bytes are arranged so
-//! that decoding needs as few instructions as possible. Quantised files keep their own values: nothing is
-//! quantised here, and nothing rounded, so that the product is that of the dequantised f32 matrix.
+//! A matrix consists of strips of 4 rows, and a strip of tiles of 4 rows × 32 columns. A tile is decoded to eight
+//! vectors of 16 f32 (row 0 columns 0–15, row 0 columns 16–31, row 1 …), and its bytes are ordered for decoding with
+//! few instructions. Quantised values stay as they are in the file, without rounding or quantising again, so that
+//! products equal those of the dequantised f32 matrix.
 //!
-//! Input: tensors as stored. Output: [`Packed`], consumed by `kernels`.
+//! Input: tensors of the file. Output: [`PackedMatrix`], which `kernels` reads.
 
 use half::f16;
 
@@ -14,34 +14,34 @@ use crate::weights::{
     dtype::{f16_at, k_scale_min, q6_k_values},
 };
 
-/// Rows of a strip.
+/// Rows per strip.
 pub const STRIP: usize = 4;
-/// Columns of a tile.
+/// Columns per tile.
 pub const TILE: usize = 32;
 
-/// How a tile is stored.
+/// Storage format of a tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Format {
-    /// 4-bit values q with value = q·d + m; d and m as f16: 4 d, then 4 m, one per row.
-    /// Dword i of the 64 bytes holds lane i of all eight vectors, vector j in bits 4j..4j+4.
+    /// 4-bit values q, where weight = q·d + m. d and m are f16: 4 d, then 4 m, one per row.
+    /// Dword i of the 64 bytes contains lane i of all eight vectors, vector j in bits 4j..4j+4.
     Q4F16 = 0,
-    /// The same with d and m as f32.
+    /// As `Q4F16`, with d and m as f32.
     Q4F32 = 1,
-    /// Signed 8-bit values, row after row; one f16 scale per row.
+    /// Signed 8-bit values in row-major order; one f16 scale per row.
     Q8F16 = 2,
     /// Signed 8-bit values; one f32 scale per row and half row (16 columns).
     Q8F32 = 3,
-    /// bf16, row after row.
+    /// bf16 in row-major order.
     BF16 = 4,
-    /// f16, row after row.
+    /// f16 in row-major order.
     F16 = 5,
-    /// f32, row after row.
+    /// f32 in row-major order.
     F32 = 6,
 }
 
 impl Format {
-    /// Bytes of a tile's values.
+    /// Returns the bytes of a tile's values.
     pub const fn tile_bytes(self) -> usize {
         match self {
             Self::Q4F16 | Self::Q4F32 => 64,
@@ -51,7 +51,7 @@ impl Format {
         }
     }
 
-    /// Bytes of a tile's scales.
+    /// Returns the bytes of a tile's scales.
     pub const fn scale_bytes(self) -> usize {
         match self {
             Self::Q4F16 => 16,
@@ -69,14 +69,14 @@ impl Format {
             DType::Q6_K => Self::Q8F32,
             DType::BF16 => Self::BF16,
             DType::F16 => Self::F16,
-            // Five-bit types are rare; they are served exactly, at the price of memory.
+            // 5-bit types are rare, so they have no packed format and take the memory of f32.
             DType::F32 | DType::Q5_0 | DType::Q5_1 | DType::Q5_K => Self::F32,
         }
     }
 }
 
 /// Bytes aligned to a cache line.
-pub struct Aligned {
+pub struct AlignedBytes {
     lines: Vec<Line>,
     len: usize,
 }
@@ -85,13 +85,13 @@ pub struct Aligned {
 #[repr(C, align(64))]
 struct Line([u8; 64]);
 
-impl Aligned {
-    /// `len` zero bytes.
+impl AlignedBytes {
+    /// Creates `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
         Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
     }
 
-    /// The bytes.
+    /// Returns the bytes.
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: `lines` is initialised, contiguous, and at least `len` bytes long.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
@@ -103,85 +103,84 @@ impl Aligned {
     }
 }
 
-/// A packed matrix: `rows` outputs, `cols` inputs.
-pub struct Packed {
-    /// Outputs.
+/// A packed matrix.
+pub struct PackedMatrix {
+    /// Rows: output features.
     pub rows: usize,
-    /// Inputs.
+    /// Columns: input features.
     pub cols: usize,
-    /// Tile layout.
+    /// Format of its tiles.
     pub format: Format,
-    values: Aligned,
-    scales: Aligned,
+    values: AlignedBytes,
+    scales: AlignedBytes,
 }
 
-impl std::fmt::Debug for Packed {
+impl std::fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Packed({} x {}, {:?})", self.rows, self.cols, self.format)
+        write!(f, "PackedMatrix({} x {}, {:?})", self.rows, self.cols, self.format)
     }
 }
 
-/// A row to be packed: its tensor, and which row of it.
+/// A row to pack: its tensor, and its index there.
 type Source<'a> = (&'a RawTensor<'a>, usize);
 
-impl Packed {
-    /// Packs the rows in `order`, which may come from several tensors of equal type and width.
-    pub fn new(order: &[Source<'_>]) -> Self {
-        let first = order[0].0;
-        let same = order.iter().all(|(t, _)| t.dtype == first.dtype);
+impl PackedMatrix {
+    /// Packs rows of one or more tensors of equal width. If their types differ, all become f32.
+    pub fn new(rows: &[Source<'_>]) -> Self {
+        let first = rows[0].0;
+        let same = rows.iter().all(|(t, _)| t.dtype == first.dtype);
         let cols = first.shape.last().copied().unwrap_or(0);
         let format = if same { Format::for_dtype(first.dtype) } else { Format::F32 };
         let aligned_cols = cols.is_multiple_of(TILE);
         let format =
             if aligned_cols || matches!(format, Format::BF16 | Format::F16) { format } else { Format::F32 };
-        let rows = order.len();
-        let tiles = rows.div_ceil(STRIP) * cols.div_ceil(TILE);
+        let tiles = rows.len().div_ceil(STRIP) * cols.div_ceil(TILE);
         let mut packed = Self {
-            rows,
+            rows: rows.len(),
             cols,
             format,
-            values: Aligned::zeroed(tiles * format.tile_bytes()),
-            scales: Aligned::zeroed(tiles * format.scale_bytes()),
+            values: AlignedBytes::zeroed(tiles * format.tile_bytes()),
+            scales: AlignedBytes::zeroed(tiles * format.scale_bytes()),
         };
-        for (row, (tensor, source)) in order.iter().enumerate() {
+        for (row, (tensor, source)) in rows.iter().enumerate() {
             packed.put_row(row, tensor, *source);
         }
         packed
     }
 
-    /// Packs a dense f32 matrix.
+    /// Packs a row-major f32 matrix.
     pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         let tensor = RawTensor { dtype: DType::F32, shape: vec![rows, cols], bytes: &bytes };
         Self::new(&(0..rows).map(|r| (&tensor, r)).collect::<Vec<_>>())
     }
 
-    /// Tiles of a strip.
+    /// Returns the number of tiles per strip.
     pub fn tiles(&self) -> usize {
         self.cols.div_ceil(TILE)
     }
 
-    /// Strips of the matrix.
+    /// Returns the number of strips.
     pub fn strips(&self) -> usize {
         self.rows.div_ceil(STRIP)
     }
 
-    /// Values and scales of a strip.
+    /// Returns values and scales of a strip.
     pub fn strip(&self, strip: usize) -> (&[u8], &[u8]) {
         let (v, s) = (self.tiles() * self.format.tile_bytes(), self.tiles() * self.format.scale_bytes());
         (&self.values.bytes()[strip * v..][..v], &self.scales.bytes()[strip * s..][..s])
     }
 
-    /// Values of a strip of `Format::F32`.
+    /// Returns the values of a strip in `Format::F32`.
     pub fn strip_f32(&self, strip: usize) -> &[f32] {
-        assert_eq!(self.format, Format::F32, "only f32 can be read as it lies");
+        assert_eq!(self.format, Format::F32, "only f32 can be read without decoding");
         let values = self.strip(strip).0;
         // SAFETY: the bytes are those of f32 values, and strips start at multiples of 512 bytes of an
         // aligned buffer.
         unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len() / size_of::<f32>()) }
     }
 
-    /// Bytes held.
+    /// Returns the number of bytes.
     pub fn bytes(&self) -> usize {
         self.values.len + self.scales.len
     }
@@ -197,8 +196,10 @@ impl Packed {
         }
     }
 
+    /// Writes one row.
     fn put_row(&mut self, row: usize, tensor: &RawTensor<'_>, source: usize) {
-        let bytes_per_row = tensor.dtype.bytes_for(self.cols).expect("loaders refuse rows of partial blocks");
+        let bytes_per_row =
+            tensor.dtype.bytes_for(self.cols).expect("loaders reject rows that are not whole blocks");
         let bytes = &tensor.bytes[source * bytes_per_row..][..bytes_per_row];
         let (strip, r) = (row / STRIP, row % STRIP);
         let (vb, sb, tiles) = (self.format.tile_bytes(), self.format.scale_bytes(), self.tiles());
@@ -283,7 +284,7 @@ fn f32_at(bytes: &[u8], at: usize) -> f32 {
     f32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// The 32 values of row `r` of a tile: the portable definition that the vector kernels must agree with.
+/// Decodes the 32 values of row `r` of a tile. The vector kernels must return the same values.
 #[inline]
 pub fn decode_row(format: Format, v: &[u8], s: &[u8], r: usize) -> [f32; TILE] {
     let mut out = [0.0; TILE];

@@ -1,11 +1,11 @@
 //! A small thread pool for data-parallel loops of a few microseconds.
 //!
-//! Input: a closure and a number of items. Output: when [`Pool::run`] returns, each item has been done once.
-//! Called by the native backend some 150 times per decode step, so waking must cost well under a
-//! microsecond: workers spin for a bounded time after a job and only then sleep. Each thread begins with a
-//! stretch of its own, the same one in every job of as many items, so that what it wrote in one job is still
-//! in its cache in the next; then it takes what is left of the others'. A worker that the system has put
-//! aside is not waited for: whoever is awake takes its items, and a latecomer finds the gate shut.
+//! Input: a closure and a number of items. When [`Pool::run`] returns, the closure has been called once per item. The
+//! native backend calls it about 150 times per decode step, so starting a job must take much less than a microsecond:
+//! after a job, workers spin for a limited time before they sleep. Each thread has its own range of items, which is
+//! the same in all jobs of equal size, so that the data it wrote in one job is still in its cache in the next. A
+//! thread that has finished its range takes items from the other ranges. `run` does not wait for a worker that the
+//! kernel has not scheduled: the other threads take its items, and the worker cannot join a job that is closed.
 
 use std::{
     cell::UnsafeCell,
@@ -21,41 +21,42 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long an idle worker spins before it sleeps: about the gap between two decode steps.
+/// How long an idle worker spins before it sleeps: about the time between two decode steps.
 const SPIN: Duration = Duration::from_micros(100);
 
-/// The gate: bit 0 open, bits 1..16 workers inside, the rest the job's number.
+/// Bits of the state word: bit 0 is set while the job is open, bits 1..16 count the active workers, and the rest is
+/// the number of the job.
 const OPEN: u64 = 1;
-const ONE_INSIDE: u64 = 2;
-const INSIDE_MASK: u64 = 0xFFFE;
+const ONE_ACTIVE: u64 = 2;
+const ACTIVE_MASK: u64 = 0xFFFE;
 const ONE_JOB: u64 = 1 << 16;
 
 type Job = *const (dyn Fn(usize) + Sync);
 
-/// The next item of a thread's stretch, in a cache line (and its neighbour) of its own.
+/// The next item of a thread's range. Aligned to two cache lines, because processors prefetch pairs of lines.
 #[derive(Default)]
 #[repr(align(128))]
 struct Cursor(AtomicUsize);
 
 struct Shared {
-    gate: AtomicU64,
-    /// One for each thread, the caller's first.
+    state: AtomicU64,
+    /// One per thread; the first one is that of the caller.
     next: Vec<Cursor>,
     items: AtomicUsize,
-    /// Valid while the gate is open or somebody is inside.
+    /// Valid while the job is open or a worker is active.
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     panicked: AtomicBool,
     sleeping: Vec<AtomicBool>,
 }
 
-// SAFETY: `job` is written only by the one thread in `run` (it holds `&mut Pool`) while the gate is shut and
-// nobody is inside; workers read it only after they entered an open gate (Acquire).
+// SAFETY: `job` is written only by the one thread in `run` (which has `&mut Pool`) while the job is closed and no
+// worker is active; workers read it only after they have joined an open job (Acquire).
 unsafe impl Sync for Shared {}
-// SAFETY: as above; the raw pointer is only dereferenced under that protocol.
+// SAFETY: as above; the raw pointer is dereferenced only under that protocol.
 unsafe impl Send for Shared {}
 
-/// The pool. `run` uses the calling thread as one of its threads.
+/// A thread pool. `run` uses the calling thread as one of its threads.
 pub struct Pool {
     shared: Arc<Shared>,
     threads: Vec<Thread>,
@@ -63,11 +64,11 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool of `threads` threads, the caller's included.
+    /// Creates a pool of `threads` threads, including the caller's.
     pub fn new(threads: usize) -> std::io::Result<Self> {
         let extra = threads.saturating_sub(1);
         let shared = Arc::new(Shared {
-            gate: AtomicU64::new(0),
+            state: AtomicU64::new(0),
             next: (0..=extra).map(|_| Cursor::default()).collect(),
             items: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
@@ -85,52 +86,52 @@ impl Pool {
         Ok(Self { shared, threads, handles })
     }
 
-    /// Number of threads that work on a job.
+    /// Returns the number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.threads.len() + 1
     }
 
-    /// Calls `job(i)` for every i in `0..items`, each exactly once, on all threads.
+    /// Calls `job(i)` exactly once for every i in `0..items`, on all threads.
     ///
     /// # Panics
-    /// When `job` panicked on a worker.
+    /// If `job` panicked on a worker.
     pub fn run(&mut self, items: usize, job: &(dyn Fn(usize) + Sync)) {
         if items <= 1 || self.threads.is_empty() {
             (0..items).for_each(job);
             return;
         }
         let s = &*self.shared;
-        // SAFETY: only the lifetime is erased. Everybody who uses the pointer is inside the gate, and this
-        // function does not return (nor unwind: see `Shut`) before the gate is shut and empty.
+        // SAFETY: only the lifetime is erased. Only active workers use the pointer, and this function neither returns
+        // nor unwinds (see `CloseOnDrop`) before the job is closed and no worker is active.
         let erased: Job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(job) };
-        // SAFETY: the gate is shut and empty between runs, so no worker reads the cell now.
+        // SAFETY: between jobs no worker is active, so none reads the cell now.
         unsafe { *s.job.get() = Some(erased) };
         for (thread, cursor) in s.next.iter().enumerate() {
-            cursor.0.store(stretch(items, thread, s.next.len()).start, Relaxed);
+            cursor.0.store(thread_range(items, thread, s.next.len()).start, Relaxed);
         }
         s.items.store(items, Relaxed);
-        let number = s.gate.load(Relaxed) & !(OPEN | INSIDE_MASK);
-        s.gate.store((number + ONE_JOB) | OPEN, SeqCst);
+        let number = s.state.load(Relaxed) & !(OPEN | ACTIVE_MASK);
+        s.state.store((number + ONE_JOB) | OPEN, SeqCst);
         for (asleep, thread) in s.sleeping.iter().zip(&self.threads) {
             if asleep.load(SeqCst) {
                 thread.unpark();
             }
         }
-        let shut = Shut(s);
-        take_items(s, 0, job);
-        drop(shut);
+        let close = CloseOnDrop(s);
+        run_items(s, 0, job);
+        drop(close);
         assert!(!s.panicked.swap(false, Relaxed), "a compute thread panicked");
     }
 }
 
-/// Shuts the gate and waits until nobody is inside, also when the caller's own items panic.
-struct Shut<'a>(&'a Shared);
+/// Closes the job and waits until no worker is active, even if an item of the caller panics.
+struct CloseOnDrop<'a>(&'a Shared);
 
-impl Drop for Shut<'_> {
+impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.gate.fetch_and(!OPEN, AcqRel);
+        self.0.state.fetch_and(!OPEN, AcqRel);
         let mut spins = 0u32;
-        while self.0.gate.load(Acquire) & INSIDE_MASK != 0 {
+        while self.0.state.load(Acquire) & ACTIVE_MASK != 0 {
             spins += 1;
             if spins > 2_000 {
                 thread::yield_now();
@@ -141,17 +142,17 @@ impl Drop for Shut<'_> {
     }
 }
 
-/// Which items a thread begins with.
-fn stretch(items: usize, thread: usize, threads: usize) -> Range<usize> {
+/// Returns the range of a thread.
+fn thread_range(items: usize, thread: usize, threads: usize) -> Range<usize> {
     items * thread / threads..items * (thread + 1) / threads
 }
 
-/// Does the items of thread `me`'s stretch, then what others have left.
-fn take_items(s: &Shared, me: usize, job: &(dyn Fn(usize) + Sync)) {
+/// Runs the items of thread `me`'s range, then the remaining items of the other ranges.
+fn run_items(s: &Shared, me: usize, job: &(dyn Fn(usize) + Sync)) {
     let (items, threads) = (s.items.load(Relaxed), s.next.len());
     for thread in (me..threads).chain(0..me) {
-        let (end, next) = (stretch(items, thread, threads).end, &s.next[thread].0);
-        // A look first: other threads' cursors are left in their caches when nothing is to be had.
+        let (end, next) = (thread_range(items, thread, threads).end, &s.next[thread].0);
+        // Reads before it writes, so that cursors of finished ranges stay shared in all caches.
         while next.load(Relaxed) < end {
             let i = next.fetch_add(1, Relaxed);
             if i >= end {
@@ -167,21 +168,21 @@ fn worker(s: &Shared, me: usize) {
     let mut idle_since = Instant::now();
     let mut spins = 0u32;
     while !s.stop.load(Relaxed) {
-        let gate = s.gate.load(Acquire);
-        if gate & OPEN != 0 && gate / ONE_JOB != done {
-            if s.gate.compare_exchange(gate, gate + ONE_INSIDE, AcqRel, Relaxed).is_err() {
+        let state = s.state.load(Acquire);
+        if state & OPEN != 0 && state / ONE_JOB != done {
+            if s.state.compare_exchange(state, state + ONE_ACTIVE, AcqRel, Relaxed).is_err() {
                 continue;
             }
-            done = gate / ONE_JOB;
-            // SAFETY: this thread is inside the gate, so `run` keeps the closure alive.
+            done = state / ONE_JOB;
+            // SAFETY: this worker is active, so `run` keeps the closure alive.
             let job = unsafe { (*s.job.get()).map(|j| &*j) };
             if let Some(job) = job
-                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| take_items(s, me + 1, job)))
+                && std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run_items(s, me + 1, job)))
                     .is_err()
             {
                 s.panicked.store(true, Relaxed);
             }
-            s.gate.fetch_sub(ONE_INSIDE, AcqRel);
+            s.state.fetch_sub(ONE_ACTIVE, AcqRel);
             idle_since = Instant::now();
             spins = 0;
             continue;
@@ -190,9 +191,9 @@ fn worker(s: &Shared, me: usize) {
         spins += 1;
         if spins.is_multiple_of(64) && idle_since.elapsed() > SPIN {
             s.sleeping[me].store(true, SeqCst);
-            let gate = s.gate.load(SeqCst);
-            let job_waits = gate & OPEN != 0 && gate / ONE_JOB != done;
-            if !job_waits && !s.stop.load(SeqCst) {
+            let state = s.state.load(SeqCst);
+            let job_is_open = state & OPEN != 0 && state / ONE_JOB != done;
+            if !job_is_open && !s.stop.load(SeqCst) {
                 thread::park();
             }
             s.sleeping[me].store(false, SeqCst);
@@ -216,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_item_is_done_once_also_after_a_sleep() {
+    fn every_item_runs_once_even_after_workers_slept() {
         let mut pool = Pool::new(3).unwrap();
         for round in 0..2_000usize {
             let items = round % 17;
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_on_a_worker_reaches_the_caller_and_the_pool_lives_on() {
+    fn a_panic_on_a_worker_reaches_the_caller_and_the_pool_stays_usable() {
         let mut pool = Pool::new(2).unwrap();
         let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             pool.run(64, &|i| {

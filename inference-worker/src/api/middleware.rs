@@ -1,4 +1,4 @@
-//! What happens around every request: its id, keys, counting, load headers, and closing connections.
+//! Middleware: request ids, counting, load headers, API keys, and closing connections.
 
 use std::{
     net::SocketAddr,
@@ -21,33 +21,33 @@ use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use super::{App, RequestId, error::ApiError, status};
 use crate::metrics::StatusLabel;
 
-/// The client's address, put into each request by `serve`.
+/// Address of the client; `serve` adds it to each request.
 #[derive(Debug, Clone, Copy)]
-pub struct Peer(pub SocketAddr);
+pub struct PeerAddress(pub SocketAddr);
 
-/// Counts a request until its response's last byte, or until it is dropped.
-struct Active(Arc<App>);
+/// Counts a request as active until it is dropped.
+struct ActiveRequest(Arc<App>);
 
-impl Active {
+impl ActiveRequest {
     fn new(app: &Arc<App>) -> Self {
         app.active.fetch_add(1, Relaxed);
         Self(app.clone())
     }
 }
 
-impl Drop for Active {
+impl Drop for ActiveRequest {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Relaxed);
     }
 }
 
-/// A body that keeps its request counted.
-struct Counted {
+/// A response body that keeps its request active until its last byte.
+struct TrackedBody {
     inner: Body,
-    _active: Active,
+    _active: ActiveRequest,
 }
 
-impl HttpBody for Counted {
+impl HttpBody for TrackedBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -67,16 +67,16 @@ impl HttpBody for Counted {
     }
 }
 
-/// Wraps every request.
-pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+/// Counts each request, and adds the headers that all responses have.
+pub async fn track_request(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let load_format = request.headers().get("endpoint-load-metrics-format").cloned();
-    // State is asked for all the time and by many: it is not traffic, and must not hold up a drain.
-    let state = matches!(
+    // Probes and scrapes are frequent. They do not count as active requests, so that they cannot delay a drain.
+    let is_probe = matches!(
         request.uri().path(),
         "/health" | "/ping" | "/ready" | "/metrics" | "/replica" | "/get_load"
     ) || request.uri().path().starts_with("/v2/health");
-    let active = (!state).then(|| Active::new(&app));
+    let active = (!is_probe).then(|| ActiveRequest::new(&app));
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = next.run(request).await;
     let status = response.status();
@@ -84,68 +84,74 @@ pub async fn around(State(app): State<Arc<App>>, mut request: Request, next: Nex
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert("x-request-id", value);
     }
-    // Behind a layer-4 balancer nothing else tells a client who answered.
+    // Behind a layer-4 load balancer, a client cannot see otherwise which worker answered.
     if let Some(name) = &app.settings.name {
         response.headers_mut().insert("x-worker", name.clone());
     }
     if let Some(value) = load_format.and_then(|f| status::load_header(&app, f.to_str().unwrap_or_default())) {
         response.headers_mut().insert("endpoint-load-metrics", value);
     }
-    // A layer-4 balancer places connections, so a client can only be moved by ending its connection. That is
-    // done after the response, never instead of it.
-    if status == StatusCode::TOO_MANY_REQUESTS || (!state && app.sheds()) {
+    // A layer-4 load balancer distributes connections. To move a client to another worker, its connection must be
+    // closed, after the response.
+    if status == StatusCode::TOO_MANY_REQUESTS || (!is_probe && app.closes_connections()) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     match active {
-        Some(active) => response.map(|inner| Body::new(Counted { inner, _active: active }.boxed_unsync())),
+        Some(active) => {
+            response.map(|inner| Body::new(TrackedBody { inner, _active: active }.boxed_unsync()))
+        }
         None => response,
     }
 }
 
+/// Returns the client's `x-request-id` if it is valid, else a random id.
 fn request_id(request: &Request) -> String {
-    let given = request.headers().get("x-request-id").and_then(|v| v.to_str().ok());
-    let usable = |id: &&str| {
+    let header = request.headers().get("x-request-id").and_then(|v| v.to_str().ok());
+    let is_valid = |id: &&str| {
         (1..=128).contains(&id.len())
             && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
     };
-    given.filter(usable).map_or_else(|| format!("{:032x}", rand::random::<u128>()), str::to_owned)
+    header.filter(is_valid).map_or_else(|| format!("{:032x}", rand::random::<u128>()), str::to_owned)
 }
 
-fn bearer(request: &Request) -> Option<&str> {
+/// Returns the bearer token of a request.
+fn bearer_token(request: &Request) -> Option<&str> {
     let value = request.headers().get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, key) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
 
-/// Compares without telling by its duration how much was right.
-fn same(a: &str, b: &str) -> bool {
+/// Compares keys in constant time.
+fn keys_equal(a: &str, b: &str) -> bool {
     a.len() == b.len() && a.bytes().zip(b.bytes()).fold(0, |d, (x, y)| d | (x ^ y)) == 0
 }
 
-/// Lets a request pass that has one of the API keys, or any where there are none.
-pub async fn check_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+/// Rejects requests without a valid API key, if there are API keys.
+pub async fn require_api_key(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let keys = &app.settings.api_keys;
-    let known = |key: &str| keys.iter().fold(false, |found, k| found | same(k, key));
-    if keys.is_empty() || bearer(&request).is_some_and(known) {
+    let is_valid = |key: &str| keys.iter().fold(false, |found, k| found | keys_equal(k, key));
+    if keys.is_empty() || bearer_token(&request).is_some_and(is_valid) {
         next.run(request).await
     } else {
         ApiError::unauthorized().into_response()
     }
 }
 
-/// Lets a request pass that has the admin key; without such a key, only from this machine.
-pub async fn check_admin(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+/// Rejects requests without the admin key. If there is no admin key, rejects requests from other hosts.
+pub async fn require_admin(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let allowed = match &app.settings.admin_key {
-        Some(admin) => bearer(&request).is_some_and(|key| same(admin, key)),
-        None => request.extensions().get::<Peer>().is_some_and(|p| p.0.ip().to_canonical().is_loopback()),
+        Some(admin) => bearer_token(&request).is_some_and(|key| keys_equal(admin, key)),
+        None => {
+            request.extensions().get::<PeerAddress>().is_some_and(|p| p.0.ip().to_canonical().is_loopback())
+        }
     };
     if allowed {
         return next.run(request).await;
     }
     let hint = if app.settings.admin_key.is_some() {
-        "The admin API needs the admin key: send `Authorization: Bearer KEY`."
+        "Missing or wrong admin key: send `Authorization: Bearer KEY`."
     } else {
-        "The admin API answers only this machine; start the worker with --admin-key-file to use it from elsewhere."
+        "The admin API is available only from this host; start the worker with --admin-key-file to use it from other hosts."
     };
     ApiError::forbidden(hint).into_response()
 }

@@ -1,4 +1,4 @@
-//! Names of a Llama's tensors, and fetching them with their shape checked.
+//! Names of the tensors of a Llama model, and access to them with a check of their shapes.
 //!
 //! Called by both backends.
 
@@ -6,22 +6,22 @@ use crate::weights::{RawTensor, WeightError, WeightSource};
 
 /// The embedding, `[vocab, hidden]`.
 pub const EMBEDDING: &str = "model.embed_tokens.weight";
-/// The output head, `[vocab, hidden]`, absent when tied to the embedding.
+/// The output head, `[vocab, hidden]`; absent if tied to the embedding.
 pub const HEAD: &str = "lm_head.weight";
-/// The last norm.
+/// The final norm.
 pub const NORM: &str = "model.norm.weight";
-/// The query projection of a layer.
-pub const Q: &str = "self_attn.q_proj.weight";
-/// The key projection of a layer.
-pub const K: &str = "self_attn.k_proj.weight";
+/// Query projection of a layer.
+pub const Q_PROJ: &str = "self_attn.q_proj.weight";
+/// Key projection of a layer.
+pub const K_PROJ: &str = "self_attn.k_proj.weight";
 
-/// Full name of a layer's tensor.
+/// Returns the full name of a layer's tensor.
 pub fn layer_name(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.{name}")
 }
 
-/// The tensor `name`, which must have `shape`.
-pub fn need<'a>(
+/// Returns the tensor `name`, or an error if it is missing or does not have `shape`.
+pub fn require<'a>(
     source: &'a dyn WeightSource,
     name: &str,
     shape: &[usize],
