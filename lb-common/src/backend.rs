@@ -3,6 +3,14 @@
 use crate::{Address, Be16, map_value};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+/// Bits of the values of [`crate::names::OWN_ADDRESSES`].
+pub mod own_address {
+    /// Packets to a worker in mode `nat` have it as source.
+    pub const TRANSLATED: u32 = 1 << 0;
+    /// A worker has it.
+    pub const WORKER: u32 = 1 << 1;
+}
+
 /// Bits of [`Backend::flags`].
 pub mod flags {
     /// The entry belongs to a backend.

@@ -14,8 +14,9 @@ pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
 pub const EXACT: &str = "EXACT";
 /// `ARRAY<Line>`, memory-mapped: filter of addresses that may be VIPs; see [`crate::exact`]. Not pinned.
 pub const VIP_FILTER: &str = "VIP_FILTER";
-/// `HASH<Address, u32>`: source addresses of packets to workers in mode `nat`, except pools. Not pinned.
-pub const NAT_SOURCES: &str = "NAT_SOURCES";
+/// `HASH<Address, u32>`: addresses of workers, and source addresses of packets to workers in mode `nat` except pools, as
+/// bits of [`crate::backend::own_address`]. Not pinned.
+pub const OWN_ADDRESSES: &str = "OWN_ADDRESSES";
 /// `HASH<VipKey, Vip>`: services of a VIP for port ranges and any port.
 pub const VIPS: &str = "VIPS";
 /// `ARRAY<Service>`, memory-mapped.

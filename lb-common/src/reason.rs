@@ -204,7 +204,7 @@ reasons! {
 
     /// Invalid source address: loopback, multicast, unspecified or reserved (RFC 1812 5.3.7, RFC 4291 2.5)
     MartianSource = "martian_source", Drop;
-    /// Source address is a VIP, or a source that mode nat uses for packets to workers: forged, or in a loop
+    /// Source is a VIP, an address that mode nat uses for packets to workers, or a worker's own service (UDP): forged, or in a loop
     OwnSource = "own_source", Drop;
     /// Mode nat: packet of an unknown flow that neither starts a flow nor can belong to an established one (a reset, or without an acknowledgement)
     NatStray = "nat_stray", Drop;

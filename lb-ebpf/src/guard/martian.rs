@@ -6,6 +6,8 @@
 //! * **VIPs.** Workers answer from them, and to clients: an answer that comes back as a request is answered in its turn,
 //!   without end, because each answer has a fresh TTL.
 //! * **Addresses that mode `nat` translates to**: checked where a flow would be bound ([`crate::nat`]).
+//! * **A worker's address with the port that it serves**, of datagrams ([`check_worker`]): the answer to such a datagram
+//!   is a request to that worker. With other ports a worker is a client like any other.
 //!
 //! Not among them is what a host may send: private and shared addresses, documentation's, and link-local ones. A client
 //! on the ingress host's own link may use one of these (RFC 3927, RFC 4291 2.5.6), and nothing can go in a circle by it.
@@ -25,7 +27,7 @@ use crate::{
     Tables,
     packet::parse::{Headers, pair},
 };
-use lb_common::{Reason, exact};
+use lb_common::{Reason, exact, service::UDP};
 
 /// Whether no host sends from this IPv4 address (as loaded).
 #[inline(always)]
@@ -88,6 +90,15 @@ pub fn check<T: Tables>(tables: &T, headers: &Headers) -> Result<(), Reason> {
         Some(reason) => Err(reason),
         None => Ok(()),
     }
+}
+
+/// Drops a datagram from the port on which a worker serves ([`Reason::OwnSource`]): the worker that gets it answers, and
+/// the other takes the answer for a request. `served` is the port of the worker that gets it, as loaded. Workers' own
+/// connections to a VIP have other ports, and TCP answers a SYN and ACK that nobody asked for with a reset.
+#[inline(always)]
+pub fn check_worker<T: Tables>(tables: &T, headers: &Headers, served: u16) -> Result<(), Reason> {
+    let is_served = headers.protocol == UDP && headers.source_port == served;
+    if is_served && tables.is_worker(headers.source) { Err(Reason::OwnSource) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -219,6 +219,10 @@ fn balance<F: Frame, T: Tables>(
     if common.is_martian() {
         return Some(refuse(tables, Reason::MartianSource));
     }
+    // Perhaps a worker's own service: see `martian::check_worker`.
+    if common.protocol == UDP && common.source_port == common.port {
+        return None;
+    }
     // Perhaps a VIP itself.
     if tables.has_vip_bit(exact::filter_bit(common.source)) {
         return None;

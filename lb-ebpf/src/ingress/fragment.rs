@@ -133,6 +133,7 @@ fn first<F: Frame, T: Tables + FragmentTable>(
     units: [u16; 2],
 ) -> Result<(Place, bool), Refusal> {
     parse_first(frame, network)?;
+    martian::check_worker(tables, &network.headers, network.headers.port)?;
     let placed = place(tables, settings, &network.headers);
     let (place, is_new) = match placed {
         Ok(placed) => placed,

@@ -73,7 +73,8 @@ pub fn process<F: Frame + Fib, T: Tables>(
 /// not looked at. It comes early, as the verifier walks all that follows once for each state in which it gets here.
 #[inline(always)]
 fn screen<T: Tables>(tables: &T, settings: &IngressSettings, headers: &Headers) -> Result<(), Reason> {
-    let checked = martian::check(tables, headers);
+    let source = martian::check(tables, headers);
+    let checked = source.and_then(|()| martian::check_worker(tables, headers, headers.port));
     let Err(reason) = checked.and_then(|()| guard::check(tables, settings, headers.source)) else {
         return Ok(());
     };

@@ -18,7 +18,7 @@ use super::{NatScratch, NatTables};
 use crate::{
     Frame, Verdict,
     forward::varied,
-    guard::limit::is_limited,
+    guard::{limit::is_limited, martian},
     packet::{
         fib::{Fib, FibQuery},
         network::Network,
@@ -158,6 +158,7 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     if is_own_source(tables, headers, scratch) {
         return Err(Reason::OwnSource);
     }
+    martian::check_worker(tables, headers, u16::from_ne_bytes(scratch.nat.port.to_bytes()))?;
     scratch.reply = Reply {
         flow: scratch.key,
         vip: headers.destination_address(),

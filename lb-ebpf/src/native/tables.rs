@@ -327,6 +327,12 @@ impl Tables for HashTables {
         self.backends.get(&index)
     }
 
+    fn is_worker(&self, address: [u32; 4]) -> bool {
+        use lb_common::backend::flags::USED;
+        let address: Address = zerocopy::transmute!(address);
+        self.backends.values().any(|b| b.flags & USED != 0 && b.address == address)
+    }
+
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         before_access();
         self.table(table).borrow_mut().used(key).copied()

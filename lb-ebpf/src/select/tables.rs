@@ -50,6 +50,11 @@ pub trait Tables {
     fn is_vip(&self, vip: [u64; 2]) -> bool {
         self.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()
     }
+    /// Whether a worker has this address; a function of its own in the kernel.
+    #[inline(always)]
+    fn is_worker(&self, _address: [u32; 4]) -> bool {
+        false
+    }
     /// [`crate::guard::martian::fault`]; a function of its own likewise.
     #[inline(always)]
     fn source_fault(&self, source: [u32; 4]) -> Option<Reason>

@@ -19,7 +19,9 @@ use crate::{
 use forwarding::forwarding;
 use lb_common::{Backend, Reason, ServiceView, backend, service::flags};
 use lb_ebpf::{
-    Tables, nat,
+    Tables,
+    guard::martian,
+    nat,
     packet::parse::{Headers, tcp, words},
     select::{
         choose::{Choice, Why, choose},
@@ -194,7 +196,9 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
     let live = Live::new(reader);
     let headers = headers(&query, 0);
     let mut explanation = Explanation::new(query);
-    if let Some(reason) = live.source_fault(headers.source) {
+    let checked =
+        martian::check(&live, &headers).and_then(|()| martian::check_worker(&live, &headers, headers.port));
+    if let Err(reason) = checked {
         explanation.steps.push(format!("dropped if the destination is a VIP: {}", reason.describe()));
         return explanation;
     }

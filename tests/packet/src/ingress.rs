@@ -12,7 +12,7 @@ use aya::{
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Nat, Reason, Reply, ReplyKey, Service, ServiceKey,
     ServiceView, Slot, Vip, VipKey,
-    backend::{self, mode},
+    backend::{self, mode, own_address},
     exact,
     fragment::{Fragment, FragmentKey},
     names,
@@ -234,9 +234,12 @@ impl Ingress {
     /// Writes a backend, and from where its packets come in mode `nat`, as `lbd` does.
     pub fn backend(&mut self, index: u32, backend: Backend) {
         let is_used = backend.flags & backend::flags::USED != 0;
+        let mut own: HashMap<&mut MapData, Address, u32> = self.map(names::OWN_ADDRESSES);
         if is_used && backend.mode == mode::NAT && backend.source_bits == 0 {
-            let mut sources: HashMap<&mut MapData, Address, u32> = self.map(names::NAT_SOURCES);
-            sources.insert(backend.source, 1, 0).expect("room");
+            own.insert(backend.source, own_address::TRANSLATED, 0).expect("room");
+        }
+        if is_used {
+            own.insert(backend.address, own_address::WORKER, 0).expect("room");
         }
         let mut backends: Array<&mut MapData, Backend> = self.map(names::BACKENDS);
         backends.set(index, backend, 0).expect("in range");
@@ -332,7 +335,7 @@ impl Ingress {
             let mut map: Array<&mut MapData, Line> = self.map(names::VIP_FILTER);
             map.set(place, Line::default(), 0).expect("in range");
         }
-        clear::<Address, u32>(self.map(names::NAT_SOURCES));
+        clear::<Address, u32>(self.map(names::OWN_ADDRESSES));
         clear::<u32, QuicConfig>(self.map(names::QUIC_CONFIGS));
         clear::<ServerIdKey, u32>(self.map(names::QUIC_SERVERS));
         self.forget_flows();

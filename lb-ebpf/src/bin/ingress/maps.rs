@@ -65,8 +65,8 @@ pub static NAT_FLOWS: HashMap<FlowKey, Nat> = HashMap::with_max_entries(limits::
 pub static NAT_REPLIES: HashMap<ReplyKey, Reply> =
     HashMap::with_max_entries(limits::NAT_FLOWS, BPF_F_NO_PREALLOC);
 #[map]
-pub static NAT_SOURCES: HashMap<Address, u32> =
-    HashMap::with_max_entries(limits::NAT_SOURCES, BPF_F_NO_PREALLOC);
+pub static OWN_ADDRESSES: HashMap<Address, u32> =
+    HashMap::with_max_entries(limits::NAT_SOURCES + limits::BACKENDS, BPF_F_NO_PREALLOC);
 #[map]
 pub static NAT_EMBRYONIC: PerCpuArray<Embryonic> = PerCpuArray::with_max_entries(limits::NAT_EMBRYONIC, 0);
 #[map]

@@ -4,11 +4,12 @@
 use crate::{
     Xdp,
     maps::{NETWORK, PRIMARIES, SECONDARIES, SERVICES, SETTINGS, WRITE_BUDGETS},
-    tables::{Line, Maps, coarse_now_ns, syn_state, view_at, word},
+    tables::{Line, Maps, coarse_now_ns, has_own_address, syn_state, view_at, word},
 };
 use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
     Reason, Slot, VipKey,
+    backend::own_address,
     limit::FULL_S,
     syn_cache::{self, CachedSyn},
 };
@@ -129,6 +130,13 @@ pub extern "C" fn parse_headers(ctx: *mut xdp_md) -> u32 {
 #[unsafe(no_mangle)]
 pub extern "C" fn is_vip(first: u64, second: u64) -> u32 {
     Maps.vip(&VipKey { vip: zerocopy::transmute!([first, second]) }).is_some() as u32
+}
+
+/// Whether a worker has an address. A global function likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn is_worker(a: u32, b: u32, c: u32, d: u32) -> u32 {
+    has_own_address(&zerocopy::transmute!([a, b, c, d]), own_address::WORKER) as u32
 }
 
 /// [`martian::fault`]. A global function likewise.

@@ -10,7 +10,9 @@ use aya_ebpf::{
 };
 use lb_common::{
     Address, Backend, Flow, FlowKey, Nat, Reason, Reply, ReplyKey, Service, ServiceKey, ServiceView, Vip,
-    VipKey, exact, flow,
+    VipKey,
+    backend::own_address,
+    exact, flow,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState},
     limit::SourceKey,
@@ -138,6 +140,13 @@ pub fn coarse_now_ns() -> u64 {
             bpf_ktime_get_ns()
         }
     }
+}
+
+/// Whether an address has one of these bits of [`own_address`].
+#[inline(always)]
+pub fn has_own_address(address: &Address, bits: u32) -> bool {
+    // SAFETY: without preallocation an element is not reused before a grace period has passed; one aligned word.
+    unsafe { OWN_ADDRESSES.get(address).is_some_and(|known| known & bits != 0) }
 }
 
 /// The maps of this object.
@@ -468,6 +477,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn is_worker(&self, address: [u32; 4]) -> bool {
+        is_worker(address[0], address[1], address[2], address[3]) != 0
+    }
+
+    #[inline(always)]
     fn is_denied(&self, source: [u32; 4]) -> bool {
         guard_source(source[0], source[1], source[2], source[3]) != 0
     }
@@ -620,8 +634,7 @@ impl NatTables for Maps {
 
     #[inline(always)]
     fn is_translated(&self, source: &Address) -> bool {
-        // SAFETY: nothing is read of the entry.
-        unsafe { NAT_SOURCES.get(source).is_some() }
+        has_own_address(source, own_address::TRANSLATED)
     }
 
     #[inline(always)]

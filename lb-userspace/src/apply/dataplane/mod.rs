@@ -23,7 +23,7 @@ mod mapped;
 mod migrate;
 mod object;
 mod options;
-mod own_sources;
+mod own_addresses;
 mod pins;
 mod probes;
 mod reader;
@@ -72,7 +72,7 @@ use lb_ebpf::FlowTable;
 use lookup_cache::LookupCache;
 use mapped::MappedArray;
 use options::{request, settings, sizes};
-use own_sources::OwnSources;
+use own_addresses::OwnAddresses;
 use reader::hash_map;
 use slots::MappedSlots;
 use std::{fs, path::PathBuf, sync::Arc};
@@ -82,7 +82,7 @@ pub struct Dataplane {
     service_index: HashMap<MapData, ServiceKey, u32>,
     vips: HashMap<MapData, VipKey, Vip>,
     lookup_cache: LookupCache,
-    own_sources: OwnSources,
+    own_addresses: OwnAddresses,
     services: MappedArray<Service>,
     slots: MappedSlots,
     backends: MappedArray<Backend>,
@@ -158,13 +158,13 @@ impl Dataplane {
         let service_index: HashMap<MapData, ServiceKey, u32> = take(&mut bpf, names::SERVICE_INDEX)?;
         let vips: HashMap<MapData, VipKey, Vip> = take(&mut bpf, names::VIPS)?;
         let lookup_cache = LookupCache::fill(&mut bpf, &service_index, &vips)?;
-        let own_sources = OwnSources::new(take(&mut bpf, names::NAT_SOURCES)?, &backends)?;
+        let own_addresses = OwnAddresses::new(take(&mut bpf, names::OWN_ADDRESSES)?, &backends)?;
         let identity = takeover.as_ref().and_then(Takeover::identity).map(|all| all.within(&limits));
         Ok(Self {
             service_index,
             vips,
             lookup_cache,
-            own_sources,
+            own_addresses,
             services,
             slots,
             backends,
@@ -226,7 +226,7 @@ impl Dataplane {
         self.options = options;
         // These maps belong to the program; it has run without them until now.
         self.lookup_cache = LookupCache::fill(&mut self.bpf, &self.service_index, &self.vips)?;
-        self.own_sources = OwnSources::new(take(&mut self.bpf, names::NAT_SOURCES)?, &self.backends)?;
+        self.own_addresses = OwnAddresses::new(take(&mut self.bpf, names::OWN_ADDRESSES)?, &self.backends)?;
         Ok(())
     }
 
@@ -324,7 +324,7 @@ impl Dataplane {
             let resolved = lb_common::backend::flags::RESOLVED;
             let unresolved = Backend { flags: new.flags & !resolved, ..*new };
             let old = self.backends.load(*index).ok_or(missing(names::BACKENDS, *index))?;
-            self.own_sources.change(&old, new)?;
+            self.own_addresses.change(&old, new)?;
             let first = if old.flags & resolved == 0 { &unresolved } else { new };
             stored(self.backends.store(*index, first), names::BACKENDS, *index)?;
             if first.flags != new.flags {

@@ -92,6 +92,7 @@ pub(super) fn sizes(l: &MapLimits) -> Vec<(&'static str, u32)> {
         (names::BACKEND_STATS, l.backends),
         (names::QUIC_SERVERS, l.backends),
         (names::LOADS, l.backends),
+        (names::OWN_ADDRESSES, l.backends + limits::NAT_SOURCES),
         (names::ROUND_ROBIN, l.services),
         (names::FLOWS, l.flows),
         (names::UDP_FLOWS, l.flows),

@@ -156,6 +156,13 @@ impl Reader {
         self.slots.load(place)
     }
 
+    /// Whether a backend has this address.
+    pub fn has_worker(&self, address: &Address) -> bool {
+        (0..self.backends.len())
+            .filter_map(|index| self.backends.load(index))
+            .any(|b| b.flags & lb_common::backend::flags::USED != 0 && b.address == *address)
+    }
+
     /// Reads a backend's entry.
     pub fn backend(&self, index: u32) -> Option<Backend> {
         self.backends.load(index)

@@ -96,6 +96,10 @@ impl Tables for Live<'_> {
         self.vip.get_or_init(|| self.reader.vip(key)).as_ref()
     }
 
+    fn is_worker(&self, address: [u32; 4]) -> bool {
+        self.reader.has_worker(&zerocopy::transmute!(address))
+    }
+
     fn is_vip(&self, vip: [u64; 2]) -> bool {
         // Not cached: the source address is looked up too.
         self.reader.vip(&VipKey { vip: zerocopy::transmute!(vip) }).is_some()

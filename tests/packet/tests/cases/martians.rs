@@ -373,3 +373,53 @@ fn nat_strays_make_no_state() {
         });
     }
 }
+
+/// A datagram from a worker's own service, which would answer what another worker answers, without end. From another port
+/// the worker is a client, and TCP goes nowhere by itself.
+#[test]
+fn datagrams_from_a_workers_service() {
+    for family in [V4, V6] {
+        for mode in MODES {
+            for more in [0, flags::UDP_STATELESS, flags::QUIC] {
+                for vlan in [Vlan::None, Vlan::One] {
+                    let packet = Packet { vlan, ..udp(family) };
+                    let what = format!("{family:?} mode {mode} {more:x} {vlan:?}");
+                    with(Loaded::Default, |ingress| {
+                        fill(ingress, &packet, mode, family, more);
+                        let worker = of_mode(mode, family).1;
+                        let from = |port| Packet { source: (worker.address, port), ..packet.clone() };
+                        let served = packet.destination.1;
+                        let mut bad = vec![(from(served).bytes(), Reason::OwnSource)];
+                        if mode == mode::NAT {
+                            bad.push((from(worker.port.get()).bytes(), Reason::OwnSource));
+                        }
+                        all_dropped(ingress, &bad, &what);
+                        let stranger = Packet { source: (packet.source.0, served), ..packet.clone() };
+                        let sent_on = if mode == mode::LOCAL { xdp::PASS } else { xdp::TX };
+                        for good in [from(20_001), stranger] {
+                            let run = ingress.run(&good.bytes()).expect("runs");
+                            assert_eq!(run.verdict, sent_on, "{what}: {:?}", ingress.counts());
+                        }
+                    });
+                }
+            }
+        }
+        with(Loaded::Default, |ingress| {
+            let asked = sized(Packet { dont_fragment: false, ..udp(family) }, 4_000);
+            fill(ingress, &asked, mode::IPIP, family, 0);
+            let looping =
+                Packet { source: (backend(1, mode::IPIP, family).address, asked.destination.1), ..asked };
+            let first = [looping.ethernet(), part(&looping, 0, 1_480, true)].concat();
+            all_dropped(ingress, &[(first, Reason::OwnSource)], "the first part");
+            let later = [looping.ethernet(), part(&looping, 1_480, 2_960, true)].concat();
+            assert_eq!(ingress.run(&later).expect("runs").verdict, xdp::DROP);
+        });
+        with(Loaded::Default, |ingress| {
+            let packet = tcp(family, SYN);
+            fill(ingress, &packet, mode::IPIP, family, 0);
+            let source = (backend(1, mode::IPIP, family).address, packet.destination.1);
+            let run = ingress.run(&Packet { source, ..packet }.bytes()).expect("runs");
+            assert_eq!(run.verdict, xdp::TX, "TCP");
+        });
+    }
+}

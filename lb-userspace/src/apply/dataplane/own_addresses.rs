@@ -1,6 +1,7 @@
-//! Source addresses of packets to workers in mode `nat`, for the program: no other host sends from them.
+//! Addresses that the program must know as its own system's: those of workers, and the source addresses of packets to
+//! workers in mode `nat`, from which no other host sends.
 //!
-//! Input: writes of backends. Output: `NAT_SOURCES`, which belongs to the program and is filled again with each load.
+//! Input: writes of backends. Output: `OWN_ADDRESSES`, which belongs to the program and is filled again with each load.
 //! Pools are not in it: all backends of a family share one, and the program compares with it. Used by
 //! [`super::Dataplane`] only.
 
@@ -8,18 +9,21 @@ use super::{DataplaneError, mapped::MappedArray};
 use aya::maps::{HashMap, MapData, MapError};
 use lb_common::{
     Address, Backend,
-    backend::{flags, mode},
+    backend::{
+        flags, mode,
+        own_address::{TRANSLATED, WORKER},
+    },
     names,
 };
 use std::collections::HashMap as Counts;
 
-/// The map, and the number of backends for each of its addresses.
-pub(super) struct OwnSources {
+/// The map, and the number of backends for each of its addresses and bits.
+pub(super) struct OwnAddresses {
     map: HashMap<MapData, Address, u32>,
-    counts: Counts<Address, u32>,
+    counts: Counts<AddressBit, u32>,
 }
 
-impl OwnSources {
+impl OwnAddresses {
     /// Fills the map of a newly loaded program.
     pub fn new(
         map: HashMap<MapData, Address, u32>,
@@ -34,14 +38,26 @@ impl OwnSources {
 
     /// Applies a change of a backend's entry. Call it before the entry is written.
     pub fn change(&mut self, old: &Backend, new: &Backend) -> Result<(), DataplaneError> {
-        let failed = |source| DataplaneError::Map { map: names::NAT_SOURCES, source };
-        let (added, removed) = count(&mut self.counts, source_of(old), source_of(new));
-        if let Some(address) = added {
-            self.map.insert(address, 1, 0).map_err(failed)?;
+        for (bit, of) in [(TRANSLATED, source_of as fn(&Backend) -> Option<Address>), (WORKER, worker_of)] {
+            let with_bit = |address| (address, bit);
+            let (added, removed) = count(&mut self.counts, of(old).map(with_bit), of(new).map(with_bit));
+            for (address, _) in added.into_iter().chain(removed) {
+                self.write(address)?;
+            }
         }
-        match removed.map(|address| self.map.remove(&address)) {
-            None | Some(Ok(()) | Err(MapError::KeyNotFound)) => Ok(()),
-            Some(Err(error)) => Err(failed(error)),
+        Ok(())
+    }
+
+    /// Writes the bits of an address, or removes it.
+    fn write(&mut self, address: Address) -> Result<(), DataplaneError> {
+        let bits = [TRANSLATED, WORKER].into_iter().filter(|bit| self.counts.contains_key(&(address, *bit)));
+        let written = match bits.fold(0, |all, bit| all | bit) {
+            0 => self.map.remove(&address),
+            bits => self.map.insert(address, bits, 0),
+        };
+        match written {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            Err(source) => Err(DataplaneError::Map { map: names::OWN_ADDRESSES, source }),
         }
     }
 }
@@ -55,12 +71,20 @@ fn source_of(backend: &Backend) -> Option<Address> {
     is_single.then_some(backend.source)
 }
 
+/// The address of a worker.
+fn worker_of(backend: &Backend) -> Option<Address> {
+    (backend.flags & flags::USED != 0).then_some(backend.address)
+}
+
+/// An address and its bit.
+type AddressBit = (Address, u32);
+
 /// Counts a change from one address to another; returns the address that is new, and the one that is no longer used.
 fn count(
-    counts: &mut Counts<Address, u32>,
-    old: Option<Address>,
-    new: Option<Address>,
-) -> (Option<Address>, Option<Address>) {
+    counts: &mut Counts<AddressBit, u32>,
+    old: Option<AddressBit>,
+    new: Option<AddressBit>,
+) -> (Option<AddressBit>, Option<AddressBit>) {
     if old == new {
         return (None, None);
     }
@@ -87,8 +111,8 @@ mod tests {
     use super::*;
     use lb_common::mapped;
 
-    const A: Address = mapped([10, 1, 0, 1]);
-    const B: Address = mapped([10, 2, 0, 1]);
+    const A: AddressBit = (mapped([10, 1, 0, 1]), TRANSLATED);
+    const B: AddressBit = (mapped([10, 2, 0, 1]), TRANSLATED);
 
     #[test]
     fn an_address_is_there_while_a_backend_has_it() {
@@ -105,9 +129,14 @@ mod tests {
 
     #[test]
     fn only_translated_backends_with_one_address_have_one() {
-        let nat =
-            Backend { flags: flags::USED, mode: mode::NAT, source: A, source_bits: 0, ..Backend::default() };
-        assert_eq!(source_of(&nat), Some(A));
+        let nat = Backend {
+            flags: flags::USED,
+            mode: mode::NAT,
+            source: A.0,
+            source_bits: 0,
+            ..Backend::default()
+        };
+        assert_eq!(source_of(&nat), Some(A.0));
         for other in [
             Backend { flags: 0, ..nat },
             Backend { mode: mode::IPIP, ..nat },
