@@ -59,6 +59,9 @@ impl Opener {
     ) -> Result<Arc<dyn Store>, StoreError> {
         match address {
             Address::File(directory) => {
+                if let Err(error) = etcd::forget_saved_state(&*cache).await {
+                    tracing::warn!(%error, "cannot forget the state of the etcd store that this host followed before");
+                }
                 let (local, keep, path) = (self.local.clone(), self.keep, directory.clone());
                 let open = move || RedbStore::beside(local, &path, keep);
                 match tokio::task::spawn_blocking(open).await {

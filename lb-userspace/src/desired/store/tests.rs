@@ -199,3 +199,17 @@ async fn a_damaged_store_is_refused_or_read_correctly() {
     }
     assert!(refused > 3, "some damage must have hit something");
 }
+
+/// Whoever goes back to etcd later must not get the state that this host had before it followed a file.
+#[tokio::test]
+async fn the_last_known_state_is_forgotten_when_a_file_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let local = LocalFile::open(dir.path()).unwrap();
+    local.save("last-known-state", b"{}".to_vec()).await.unwrap();
+    let opener = Opener { local: local.clone(), keep: 100, access: Default::default(), id: None };
+    let file = Address::File(dir.path().to_owned());
+    opener.open_other(&file).await.unwrap();
+    assert_eq!(local.load("last-known-state").await.unwrap(), Some(b"{}".to_vec()), "only filled");
+    opener.open(&file).await.unwrap();
+    assert_eq!(local.load("last-known-state").await.unwrap(), Some(Vec::new()));
+}

@@ -60,6 +60,25 @@ struct SavedState {
     nonce: String,
     revision: Revision,
     desired: Arc<crate::desired::model::Desired>,
+    /// Prefix of the keys in etcd; earlier versions did not save it.
+    #[serde(default)]
+    prefix: Option<String>,
+}
+
+impl SavedState {
+    /// Whether this is the state of the store that is opened now: not of another prefix, and not of data that an operator
+    /// leaves behind by giving another id.
+    fn is_of(&self, prefix: &str, id: Option<&str>) -> bool {
+        self.prefix.as_ref().is_none_or(|saved| saved == prefix) && id.is_none_or(|id| id == self.id)
+    }
+}
+
+/// Forgets the last known state: from now on this host follows another store, so it is not what the host serves.
+pub async fn forget_saved_state(local: &dyn Local) -> Result<(), StoreError> {
+    match local.load(SAVED_STATE).await? {
+        Some(bytes) if !bytes.is_empty() => local.save(SAVED_STATE, Vec::new()).await,
+        _ => Ok(()),
+    }
 }
 
 /// Options for opening a store.
@@ -85,6 +104,8 @@ pub struct EtcdStore {
 struct EtcdInner {
     client: Client,
     keys: Keys,
+    /// Prefix of the keys.
+    prefix: String,
     /// Addresses and prefix, for messages.
     place: String,
     keep: u64,
@@ -131,6 +152,7 @@ impl EtcdStore {
         let client = client.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
         let cache: Option<SavedState> = match local.load(SAVED_STATE).await? {
             None => None,
+            Some(bytes) if bytes.is_empty() => None,
             Some(bytes) => match serde_json::from_slice(&bytes) {
                 Ok(cache) => Some(cache),
                 Err(error) => {
@@ -139,10 +161,9 @@ impl EtcdStore {
                 }
             },
         };
-        // An operator who gives another id wants to leave the old data behind.
-        let cache = cache.filter(|c| id.as_ref().is_none_or(|id| *id == c.id));
+        let cache = cache.filter(|saved| saved.is_of(&prefix, id.as_deref()));
         let (known_id, known) = match cache {
-            Some(SavedState { id, nonce, revision, desired }) => {
+            Some(SavedState { id, nonce, revision, desired, .. }) => {
                 (Some(id), KnownRevision { stored: Stored { revision, desired }, nonce })
             }
             None => (id, KnownRevision::zero()),
@@ -160,6 +181,7 @@ impl EtcdStore {
         let inner = Arc::new(EtcdInner {
             client,
             keys: Keys::new(&prefix),
+            prefix,
             place,
             keep: keep.max(2),
             id: Mutex::new(known_id),
@@ -200,7 +222,8 @@ async fn save(inner: Arc<EtcdInner>, local: Arc<dyn Local>) {
         let id = locked(&inner.id).clone();
         if let Some(id) = id {
             let KnownRevision { stored: Stored { revision, desired }, nonce } = known;
-            let cache = SavedState { id, nonce, revision, desired };
+            let prefix = Some(inner.prefix.clone());
+            let cache = SavedState { id, nonce, revision, desired, prefix };
             let bytes = serde_json::to_vec(&cache).expect("a state has a JSON form");
             if let Err(error) = local.save(SAVED_STATE, bytes).await {
                 tracing::error!(%error, "cannot save the last known state");
@@ -452,5 +475,25 @@ impl Store for EtcdStore {
 
     fn locks(&self) -> BoxFuture<'_, Result<Vec<Lock>, StoreError>> {
         Box::pin(session::locks(&self.inner))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_saved_state_belongs_to_one_store() {
+        let saved = |prefix: Option<&str>| SavedState {
+            id: "a".to_owned(),
+            nonce: String::new(),
+            revision: KnownRevision::zero().stored.revision,
+            desired: Arc::default(),
+            prefix: prefix.map(str::to_owned),
+        };
+        assert!(saved(Some("lb")).is_of("lb", None) && saved(Some("lb")).is_of("lb", Some("a")));
+        assert!(!saved(Some("lb")).is_of("other", None) && !saved(Some("lb")).is_of("lb", Some("b")));
+        // Of an earlier version.
+        assert!(saved(None).is_of("lb", None));
     }
 }
