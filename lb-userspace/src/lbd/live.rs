@@ -81,6 +81,7 @@ fn applied(applied: &reconcile::Applied, error: Option<String>) -> Applied {
         slots_changed: applied.written.slots.into(),
         took_us: applied.took.as_micros() as u64,
         error,
+        waiting: applied.waiting.iter().map(ToString::to_string).collect(),
     }
 }
 

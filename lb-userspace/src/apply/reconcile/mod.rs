@@ -327,8 +327,13 @@ impl<M: Maps> Reconciler<M> {
         }
         let (written, shortages) = self.mirror.apply(&mut self.maps, &compiled.plan, &rooms)?;
         let features = self.maps.use_features(self.desired.features());
-        let applied = Applied { revision: self.revision, written, took: clock::boot().saturating_sub(began) };
         self.problems = problem::collect(&compiled, grants.shortages, &shortages);
+        let applied = Applied {
+            revision: self.revision,
+            written,
+            took: clock::boot().saturating_sub(began),
+            waiting: self.problems.keys().cloned().collect(),
+        };
         self.finish(compiled, &shortages, &applied, *guard.as_ref().unwrap_or(&None));
         // These errors concern all services alike, and must not keep any service from its table.
         guard?;

@@ -21,6 +21,9 @@ pub struct Applied {
     pub written: Written,
     /// Time from the arrival of the event to the last write.
     pub took: Duration,
+    /// Services that are not as desired in the maps yet.
+    #[serde(default)]
+    pub waiting: Vec<Name>,
 }
 
 /// Data of the tables for API, metrics and status.

@@ -16,7 +16,7 @@ pub struct SlotSpace {
 /// No region of this size is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no room for a table of {wanted} slots: the largest free region has {largest} ({free} free in total); give a service a smaller --table-size, or start lbd with a larger --max-slots"
+    "no room for a table of {wanted} slots: the largest free region has {largest} ({free} free in total, of which a region of {kept} stays free to move tables); waits until tables in transition give up slots; otherwise give a service a smaller --table-size, or start lbd with a larger --max-slots"
 )]
 pub struct NoRoom {
     /// Slots asked for.
@@ -25,6 +25,8 @@ pub struct NoRoom {
     pub largest: u32,
     /// Free slots in total.
     pub free: u32,
+    /// Slots of the free region through which tables are moved.
+    pub kept: u32,
 }
 
 impl SlotSpace {
@@ -63,12 +65,12 @@ impl SlotSpace {
 
     /// Allocates `count` slots such that a region of `keep` slots stays free.
     pub fn take_keeping(&mut self, count: u32, keep: u32) -> Result<u32, NoRoom> {
-        if self.can_take(count, keep) { self.take(count) } else { Err(self.shortage(count)) }
+        if self.can_take(count, keep) { self.take(count) } else { Err(NoRoom { kept: keep, ..self.shortage(count) }) }
     }
 
     fn shortage(&self, wanted: u32) -> NoRoom {
         let largest = self.free.iter().map(|r| r.1).max().unwrap_or(0);
-        NoRoom { wanted, largest, free: self.free() }
+        NoRoom { wanted, largest, free: self.free(), kept: 0 }
     }
 
     /// Allocates `count` slots.
@@ -88,7 +90,7 @@ impl SlotSpace {
         match self.free.iter().position(|&(b, n)| b == base && n >= count) {
             Some(i) if self.free[i].1 == count => drop(self.free.remove(i)),
             Some(i) => self.free[i] = (base + count, self.free[i].1 - count),
-            None => return Err(NoRoom { wanted: count, largest: 0, free: self.free() }),
+            None => return Err(self.shortage(count)),
         }
         Ok(base)
     }
@@ -155,7 +157,7 @@ mod tests {
         let a = space.take(60).unwrap();
         let b = space.take(40).unwrap();
         space.give_back(a, 60);
-        assert_eq!(space.take(60), Err(NoRoom { wanted: 60, largest: 0, free: 0 }));
+        assert_eq!(space.take(60), Err(NoRoom { wanted: 60, largest: 0, free: 0, kept: 0 }));
         space.give_back(b, 40);
         space.release();
         assert_eq!(space.take(100), Ok(0));

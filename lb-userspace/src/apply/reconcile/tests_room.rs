@@ -180,6 +180,7 @@ fn a_waiting_service_does_not_take_the_room_that_it_waits_for() {
         bed.set(state, i as u64 + 1).unwrap();
     }
     assert!(!bed.published.borrow().problems.is_empty());
+    assert_eq!(bed.published.borrow().applied.waiting, [name("s0")]);
     for _ in 0..2 {
         bed.reconciler.age(Duration::from_secs(301));
         bed.reconciler.step(Vec::new(), clock::boot());

@@ -73,11 +73,13 @@ pub fn summary(what: &str, change: &Change) -> String {
     match &change.applied {
         None => format!("{what}: unchanged (revision {})", change.revision),
         Some(applied) => {
-            format!(
-                "{what} (revision {}, applied in {})",
-                change.revision,
-                super::units::micros(applied.took_us)
-            )
+            let took = super::units::micros(applied.took_us);
+            let but = match &applied.waiting[..] {
+                [] => String::new(),
+                [one] => format!(", but not yet to service {one}: see `lbctl status`"),
+                all => format!(", but not yet to {} services: see `lbctl status`", all.len()),
+            };
+            format!("{what} (revision {}, applied in {took}{but})", change.revision)
         }
     }
 }

@@ -66,7 +66,7 @@ impl MemoryEngine {
     }
 
     fn build(&self, desired: &Desired, revision: u64) -> Snapshot {
-        let applied = Applied { revision, slots_changed: 0, took_us: 100, error: None };
+        let applied = Applied { revision, slots_changed: 0, took_us: 100, error: None, waiting: Vec::new() };
         let mut snapshot = Snapshot { applied, ..Snapshot::default() };
         let mut next = 0;
         for (index, (service, s)) in desired.services.iter().enumerate() {

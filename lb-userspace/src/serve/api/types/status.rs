@@ -103,6 +103,9 @@ pub struct Applied {
     /// Why the newest revision could not be applied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Services that are not as desired in the maps yet; the problems say why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waiting: Vec<String>,
 }
 
 /// An interface that the program is attached to.
