@@ -95,6 +95,7 @@ impl RedbStore {
             contact_ms: now_ms,
             problem: None,
             set_back: None,
+            moved: moved.clone(),
         };
         let inner = RedbInner {
             database: Reopening::new(file.clone(), database),
@@ -174,11 +175,11 @@ impl RedbInner {
             if let Some(id) = id {
                 *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
             }
-            let mut retired = self.retired.lock().unwrap_or_else(PoisonError::into_inner);
-            match (moved, &*retired) {
-                // Only this process knows that the store is being copied.
-                (None, Retire::Moving(_)) => {}
-                (moved, _) => *retired = moved.map_or(Retire::Back, Retire::Moved),
+            let is_moving =
+                matches!(&*self.retired.lock().unwrap_or_else(PoisonError::into_inner), Retire::Moving(_));
+            // Only this process knows that the store is being copied.
+            if moved.is_some() || !is_moving {
+                self.set_retired(moved.map_or(Retire::Back, Retire::Moved));
             }
             self.head.send_if_modified(|head| {
                 let is_other = *head != stored;
@@ -419,6 +420,11 @@ impl RedbInner {
     }
 
     fn set_retired(&self, how: Retire) {
+        let moved = match &how {
+            Retire::Moved(to) => Some(to.clone()),
+            Retire::Moving(_) | Retire::Back => None,
+        };
+        self.link.send_modify(|link| link.moved = moved);
         *self.retired.lock().unwrap_or_else(PoisonError::into_inner) = how;
     }
 

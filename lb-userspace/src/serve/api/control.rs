@@ -306,6 +306,12 @@ impl Control {
                 }
                 self.engine.check(desired.clone()).await?;
             }
+            if query.dry_run
+                && is_changed
+                && let Some(refusal) = self.link().refusal()
+            {
+                return Err(refusal.into());
+            }
             if query.dry_run || !is_changed {
                 return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
             }

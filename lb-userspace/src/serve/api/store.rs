@@ -258,7 +258,7 @@ impl Control {
             }
             Err(error) => {
                 if let Err(also) = self.store.retire(Retire::Back).await {
-                    tracing::error!(error = %also, "the migration failed, and the store still refuses changes: use `lbctl store unretire`");
+                    tracing::error!(error = %also, "the migration failed, and the store still refuses changes: use `lbctl store unretire --yes`");
                 }
                 Err(error)
             }

@@ -4,7 +4,7 @@ use super::{Control, Peer, memory::MemoryEngine, routes, types::*};
 use crate::{
     desired::{
         model::Desired,
-        store::{Commit, RedbStore},
+        store::{Commit, RedbStore, Retire},
     },
     lbctl::client::{Client, ClientError},
     observed::health::HealthRegistry,
@@ -338,4 +338,34 @@ async fn rollback_brings_a_state_back() {
     let head = bed.control.head();
     assert_eq!((head.revision.number, head.revision.message.as_str()), (3, "rollback to revision 1"));
     assert_eq!(bed.control.store.get(1).await.unwrap().desired, head.desired);
+}
+
+/// Until the operator goes to the other store, or undoes the migration.
+#[tokio::test]
+async fn a_retired_store_is_a_problem_and_refuses_dry_runs() {
+    let bed = bed(true).await;
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    let there = "etcd://there:2379/lb".to_owned();
+    bed.control.store.retire(Retire::Moved(there.clone())).await.unwrap();
+    let status = bed.send(Method::GET, "/v1/status", Value::Null).await.unwrap();
+    let problems = status["problems"].as_array().unwrap();
+    let told = problems.iter().filter_map(Value::as_str).find(|p| p.contains("was migrated to"));
+    let told = told.unwrap_or_else(|| panic!("{problems:?}"));
+    assert!(told.contains(&format!("--store {there}")) && !told.contains('\n'), "{told}");
+    assert!(told.contains("`lbctl store unretire --yes`"), "{told}");
+    assert_eq!(status["healthy"], json!(false));
+    let info = bed.send(Method::GET, "/v1/store", Value::Null).await.unwrap();
+    assert_eq!(info["link"]["moved"], json!(there));
+    for query in ["", "?dry_run=true"] {
+        let (code, message, _) = bed.error(Method::POST, &format!("/v1/services/w2{query}"), web2()).await;
+        assert_eq!((code.as_str(), message.as_str()), ("moved", told), "{query}");
+    }
+    bed.send(Method::POST, "/v1/store/unretire", Value::Null).await.unwrap();
+    let status = bed.send(Method::GET, "/v1/status", Value::Null).await.unwrap();
+    assert!(!status["problems"].to_string().contains("migrated"), "{status}");
+    bed.send(Method::POST, "/v1/services/w2?dry_run=true", web2()).await.unwrap();
+}
+
+fn web2() -> Value {
+    json!({"vip": "10.0.0.2", "port": 80, "protocol": "tcp"})
 }

@@ -396,6 +396,7 @@ fn general_problems(status: &Status) -> Vec<String> {
         found.push(orphaned_problem(status.orphaned_services));
     }
     let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    found.extend(status.store.refusal().map(|refusal| refusal.to_string()));
     if !status.store.connected {
         let for_s = clock::unix_ms().saturating_sub(status.store.since_ms) / 1_000;
         let why = status.store.problem.as_deref().unwrap_or("not connected yet");
