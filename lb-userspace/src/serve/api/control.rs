@@ -332,7 +332,7 @@ impl Control {
                 Err(error) => return Err(error.into()),
                 Ok(stored) => {
                     let revision = stored.revision.number;
-                    tracing::info!(revision, author = author.name, message, "desired state changed");
+                    tracing::info!(revision, author = author.name, change = message, "desired state changed");
                     let applied = Some(self.wait_applied(revision).await?);
                     return Ok(Change { revision, dry_run: false, differences, applied });
                 }

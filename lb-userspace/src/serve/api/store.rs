@@ -18,6 +18,7 @@ use crate::{
             backup::Backup,
         },
     },
+    printable,
 };
 use axum::{
     Json,
@@ -156,6 +157,7 @@ pub struct Filled {
 #[serde(deny_unknown_fields)]
 pub struct LockRequest {
     /// Why the lock is taken.
+    #[serde(deserialize_with = "printable::reason")]
     pub reason: String,
     /// Seconds after which the lock expires unless it is renewed.
     pub ttl_s: u64,

@@ -369,3 +369,49 @@ async fn a_retired_store_is_a_problem_and_refuses_dry_runs() {
 fn web2() -> Value {
     json!({"vip": "10.0.0.2", "port": 80, "protocol": "tcp"})
 }
+
+/// A message with a line break could forge a line of the log, one with an escape sequence anything on a terminal.
+#[tokio::test]
+async fn texts_with_control_characters_are_refused() {
+    let bed = bed(true).await;
+    let place = "/v1/services/web?dry_run=true&message=drained%0A2026-01-01%20ERROR%20forged";
+    let (code, message, _) = bed.error(Method::POST, place, web()).await;
+    let told = "query of /v1/services/web: message: character 8 of the message is the control character U+000A; a \
+                message is one line of text";
+    assert_eq!((code.as_str(), message.as_str()), ("bad_request", told));
+    bed.send(Method::POST, "/v1/services/web?message=drained%20f%C3%BCr%20w1", web()).await.unwrap();
+    for (path, body) in [
+        ("/v1/locks/rollout", json!({"reason": "\u{1b}[2J", "ttl_s": 60})),
+        ("/v1/host/drain", json!({"reason": "\u{1b}[2J"})),
+        ("/v1/rollouts/pause", json!({"reason": "\u{1b}[2J"})),
+    ] {
+        let (code, message, _) = bed.error(Method::POST, path, body).await;
+        let told = "character 1 of the reason is the control character U+001B";
+        assert!(code == "bad_request" && message.contains(told), "{path}: {message}");
+    }
+}
+
+/// Texts that were stored before lbd refused such ones, or come from another host.
+#[tokio::test]
+async fn stored_control_characters_do_not_reach_the_terminal() {
+    use crate::{desired::store::Revision, lbctl::render};
+    let revision =
+        Revision { number: 1, author: "a\x1b[2Jnn".into(), time_ms: 1, message: "one\n  2  forged".into() };
+    let lock = crate::desired::store::Lock {
+        name: "n\n".into(),
+        holder: "h\x1b[1m".into(),
+        reason: "r\nforged".into(),
+        since_ms: 1,
+        left_s: 1,
+        token: None,
+    };
+    let mut written = Vec::new();
+    let mut out = render::Out::new(&mut written, false, false);
+    render::observe::history(&mut out, &[revision]).unwrap();
+    render::store::locks(&mut out, &[lock]).unwrap();
+    let painted = out.paint(render::Tone::Bad, "host drains: a\nb\x1b[2J");
+    let text = String::from_utf8(written).unwrap();
+    assert!(text.lines().count() == 4 && !text.contains('\x1b'), "{text}");
+    assert!(text.contains(r"one\n  2  forged") && text.contains(r"a\u{1b}[2Jnn"), "{text}");
+    assert_eq!(painted, r"host drains: a\nb\u{1b}[2J");
+}
