@@ -11,6 +11,7 @@ pub mod lbctl;
 pub mod lbd;
 pub mod observed;
 pub mod plan;
+pub mod printable;
 pub mod serve;
 
 /// Where `lbd` listens, and `lbctl` looks for it, unless told otherwise.

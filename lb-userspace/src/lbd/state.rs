@@ -45,6 +45,9 @@ pub async fn open_store(
         revision,
         "store opened"
     );
+    if let Some(refusal) = link.refusal() {
+        tracing::warn!("{refusal}");
+    }
     let host = match &settings.host {
         Some(host) => host.clone(),
         None => std::fs::read_to_string("/proc/sys/kernel/hostname")

@@ -268,17 +268,22 @@ pub async fn what_has_moved_takes_no_changes(fixture: &impl Fixture) -> Result<(
             matches!(error, StoreError::Moved { .. }) && text.contains(&format!("migrated to {there}")),
             "{text}"
         );
-        ensure!(text.contains("`lbctl store unretire`"), "{text}");
+        ensure!(text.contains("`lbctl store unretire --yes`"), "{text}");
     }
+    let moved = |store: &dyn Store| store.link().borrow().moved.clone();
+    ensure!(moved(&*store).as_ref() == Some(&there), "{:?}", moved(&*store));
     drop(store);
     let store = fixture.open(100).await?;
+    ensure!(moved(&*store).as_ref() == Some(&there), "{:?}", moved(&*store));
     let error = refused(store.commit(commit(1, state(&[]))).await)?;
     ensure!(matches!(error, StoreError::Moved { .. }), "{error}");
     ensure!(store.head().revision.number == 1);
     store.retire(Retire::Back).await?;
+    ensure!(moved(&*store).is_none(), "{:?}", moved(&*store));
     store.commit(commit(1, state(&[("a", 2, &[])]))).await?;
     drop(store);
     let store = fixture.open(100).await?;
+    ensure!(moved(&*store).is_none(), "{:?}", moved(&*store));
     store.commit(commit(2, state(&[("a", 3, &[])]))).await?;
     Ok(())
 }

@@ -495,7 +495,9 @@ async fn a_migrated_store_is_the_same_store() -> Result<()> {
     other.import(Some(id.clone()), lb_userspace::desired::store::backup::revisions(&one).await?).await?;
     one.retire(Retire::Moved(to.cluster.url("lb"))).await?;
     let error = refusal(two.commit(commit(5, state(&[]))).await)?;
-    ensure!(error.contains("migrated to etcd://") && error.contains("lbctl store unretire"), "{error}");
+    ensure!(error.contains("migrated to etcd://") && error.contains("lbctl store unretire --yes"), "{error}");
+    eventually("both show it", || [&one, &two].iter().all(|host| host.link().borrow().moved.is_some()))
+        .await?;
     tokio::time::sleep(Duration::from_millis(300)).await;
     drop((one, two));
     // A host with a last known state, and another address.

@@ -152,7 +152,7 @@ pub enum StoreError {
     /// The data were migrated to another store.
     #[error(
         "store {store} was migrated to {to}, and accepts no changes: restart lbd with --store {to} if that store holds \
-         the data (`lbctl store status` there shows the revision); otherwise undo the migration with `lbctl store unretire`"
+         the data (`lbctl store status` there shows the revision); otherwise undo the migration with `lbctl store unretire --yes`"
     )]
     Moved {
         /// File, or addresses.

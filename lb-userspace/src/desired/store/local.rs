@@ -3,17 +3,13 @@
 
 use super::{
     Claim, HostValues, Local, Lock, StoreError,
-    redb::{failed, guarded, open},
+    redb::{Reopening, failed, guarded, open},
 };
 use crate::clock;
 use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, TableDefinition};
 use serde::{Deserialize, Serialize};
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 use tokio::sync::{Mutex, watch};
 
 /// Table of the values of [`Local`].
@@ -24,12 +20,7 @@ const LOCKS: &str = "locks";
 /// `local.redb` in a directory. Clones share it.
 #[derive(Clone)]
 pub struct LocalFile {
-    inner: Arc<LocalInner>,
-}
-
-struct LocalInner {
-    database: Database,
-    file: PathBuf,
+    inner: Arc<Reopening>,
 }
 
 impl LocalFile {
@@ -41,32 +32,44 @@ impl LocalFile {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
         let file = directory.join("local.redb");
         let database = guarded(&file, || {
-            let (database, _) = open(&file)?;
-            let table = || -> Result<(), redb::Error> {
+            let table = |database: &Database| -> Result<(), redb::Error> {
                 let write = database.begin_write()?;
                 write.open_table(LOCAL)?;
                 Ok(write.commit()?)
             };
-            table().map_err(|e| failed(&file, e))?;
+            let database = open(&file, table)?;
+            // A start on a full disk must not fail for a write that changes nothing.
+            let is_there = || -> Result<bool, redb::Error> {
+                match database.begin_read()?.open_table(LOCAL) {
+                    Ok(_) => Ok(true),
+                    Err(redb::TableError::TableDoesNotExist(_)) => Ok(false),
+                    Err(error) => Err(error.into()),
+                }
+            };
+            if !is_there().map_err(|e| failed(&file, e))? {
+                table(&database).map_err(|e| failed(&file, e))?;
+            }
             Ok(database)
         })
         .map_err(|error| match error {
             StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
             other => other,
         })?;
-        Ok(Self { inner: Arc::new(LocalInner { database, file }) })
+        Ok(Self { inner: Arc::new(Reopening::new(file, database)) })
     }
 
     /// Runs blocking work off the async threads.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&LocalInner) -> Result<T, redb::Error> + Send + 'static,
+        work: impl FnOnce(&Database) -> Result<T, redb::Error> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
-        match tokio::task::spawn_blocking(move || work(&inner).map_err(|e| failed(&inner.file, e))).await {
+        let run =
+            move || inner.with(|_| Ok(()), |database| work(database).map_err(|e| failed(inner.file(), e)));
+        match tokio::task::spawn_blocking(run).await {
             Ok(result) => result,
             Err(e) => {
-                Err(StoreError::Failed { file: self.inner.file.display().to_string(), what: e.to_string() })
+                Err(StoreError::Failed { file: self.inner.file().display().to_string(), what: e.to_string() })
             }
         }
     }
@@ -74,15 +77,15 @@ impl LocalFile {
 
 impl Local for LocalFile {
     fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>> {
-        Box::pin(self.blocking(move |inner| {
-            let table = inner.database.begin_read()?.open_table(LOCAL)?;
+        Box::pin(self.blocking(move |database| {
+            let table = database.begin_read()?.open_table(LOCAL)?;
             Ok(table.get(key)?.map(|v| v.value().to_vec()))
         }))
     }
 
     fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.blocking(move |inner| {
-            let write = inner.database.begin_write()?;
+        Box::pin(self.blocking(move |database| {
+            let write = database.begin_write()?;
             write.open_table(LOCAL)?.insert(key, &*value)?;
             Ok(write.commit()?)
         }))

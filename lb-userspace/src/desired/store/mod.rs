@@ -104,6 +104,17 @@ pub struct Link {
     /// Revision that the store was set back to, and that is ignored until an operator accepts it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set_back: Option<u64>,
+    /// Address of the store that the data were migrated to; this store refuses changes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved: Option<String>,
+}
+
+impl Link {
+    /// The refusal of a store whose data were migrated elsewhere.
+    pub fn refusal(&self) -> Option<StoreError> {
+        let to = self.moved.clone()?;
+        Some(StoreError::Moved { store: self.place.clone(), to })
+    }
 }
 
 /// Description of a store, as `lbctl store status` shows it.

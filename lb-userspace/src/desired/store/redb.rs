@@ -7,14 +7,17 @@ mod file;
 
 use super::{
     About, Claim, Commit, HostValues, Link, Local, LocalFile, Lock, Member, Retire, Revision, Store,
-    StoreError, Stored, delta, local::Alone,
+    StoreError, Stored, delta, local::Alone, new_id,
 };
-use crate::desired::model::{Desired, guard::ListName};
+use crate::{
+    clock,
+    desired::model::{Desired, guard::ListName},
+};
 use file::{
-    LISTS, META, NOTES, REVISIONS, RevisionRecord, SERVICES, notes, part_key, prepare, read_head,
-    read_revision,
+    LISTS, META, NOTES, REVISIONS, RevisionRecord, SERVICES, part_key, prepare, read_head, read_notes,
+    read_revision, write_id,
 };
-pub(super) use file::{failed, guarded, open};
+pub(super) use file::{Reopening, failed, guarded, open};
 use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, ReadableTable};
 use serde::Serialize;
@@ -22,12 +25,15 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::UNIX_EPOCH,
+    time::{Duration, UNIX_EPOCH},
 };
 use tokio::sync::watch;
 
 /// Version of the file's contents. Increased when an older lbd could no longer read it.
 pub const FORMAT: u64 = 1;
+
+/// Interval at which a store that could not be written is tried again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Desired state in one redb file, local data in another. Clones share them.
 #[derive(Clone)]
@@ -38,7 +44,7 @@ pub struct RedbStore {
 }
 
 struct RedbInner {
-    database: Database,
+    database: Reopening,
     file: PathBuf,
     id: Mutex<String>,
     keep: u64,
@@ -67,26 +73,32 @@ impl RedbStore {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
         let file = directory.join("lb.redb");
         let (database, stored, id, moved) = guarded(&file, || {
-            let (database, fresh) = open(&file)?;
-            if fresh {
-                prepare(&database).map_err(|e| failed(&file, e))?;
-            }
+            let database = open(&file, prepare)?;
             let stored = read_head(&database, &file)?;
-            let (id, moved) = notes(&database).map_err(|e| failed(&file, e))?;
+            let (id, moved) = read_notes(&database).map_err(|e| failed(&file, e))?;
+            let id = match id {
+                Some(id) => id,
+                None => {
+                    let id = new_id();
+                    write_id(&database, &id).map_err(|e| failed(&file, e))?;
+                    id
+                }
+            };
             Ok((database, stored, id, moved))
         })?;
-        let now_ms = std::time::SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let now_ms = clock::unix_ms();
         let link = Link {
             engine: "redb".to_owned(),
             place: file.display().to_string(),
             connected: true,
-            since_ms: now_ms as u64,
-            contact_ms: now_ms as u64,
+            since_ms: now_ms,
+            contact_ms: now_ms,
             problem: None,
             set_back: None,
+            moved: moved.clone(),
         };
         let inner = RedbInner {
-            database,
+            database: Reopening::new(file.clone(), database),
             file,
             id: Mutex::new(id),
             keep: keep.max(2),
@@ -118,7 +130,7 @@ impl RedbStore {
     /// Runs blocking work off the async threads.
     async fn blocking<T: Send + 'static>(
         &self,
-        work: impl FnOnce(&RedbInner) -> Result<T, StoreError> + Send + 'static,
+        work: impl FnOnce(&Arc<RedbInner>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
         match tokio::task::spawn_blocking(move || work(&inner)).await {
@@ -155,23 +167,124 @@ impl RedbInner {
         })
     }
 
-    fn commit(&self, commit: Commit) -> Result<Stored, StoreError> {
+    /// Runs a request, on a file that is opened again if an earlier one failed.
+    fn with<T>(&self, request: impl FnOnce(&Database) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        let reread = |database: &Database| {
+            let stored = read_head(database, &self.file)?;
+            let (id, moved) = read_notes(database).map_err(|e| self.failed(e))?;
+            if let Some(id) = id {
+                *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+            }
+            let is_moving =
+                matches!(&*self.retired.lock().unwrap_or_else(PoisonError::into_inner), Retire::Moving(_));
+            // Only this process knows that the store is being copied.
+            if moved.is_some() || !is_moving {
+                self.set_retired(moved.map_or(Retire::Back, Retire::Moved));
+            }
+            self.head.send_if_modified(|head| {
+                let is_other = *head != stored;
+                *head = stored;
+                is_other
+            });
+            Ok(())
+        };
+        self.database.with(reread, request)
+    }
+
+    /// Runs a write. After an I/O failure the file is opened again at once, to learn whether the write was stored.
+    fn write<T>(
+        self: &Arc<Self>,
+        write: impl FnOnce(&Database) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let write = self.database.begin_write().map_err(|e| self.failed(e))?;
-        let head = self.head.borrow().clone();
-        let found = head.revision.number;
-        if found != commit.expected {
-            return Err(StoreError::Conflict { expected: commit.expected, found });
+        let before = self.head.borrow().revision.number;
+        let error = match self.with(write) {
+            Ok(done) => {
+                self.set_writable();
+                return Ok(done);
+            }
+            Err(error @ StoreError::Io { .. }) => error,
+            Err(other) => return Err(other),
+        };
+        let again = self.with(|_| Ok(()));
+        self.set_failed(&error);
+        match error {
+            StoreError::Io { file, source }
+                if again.is_err() || self.head.borrow().revision.number != before =>
+            {
+                Err(StoreError::Unsure { store: file, what: source.to_string() })
+            }
+            error => Err(error),
         }
-        self.ensure_in_use()?;
-        let number = found + 1;
-        let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-        let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
-        let stored = Stored { revision, desired: commit.desired };
-        self.append(&write, &head.desired, &stored)?;
-        write.commit().map_err(|e| self.failed(e))?;
-        self.head.send_replace(stored.clone());
-        Ok(stored)
+    }
+
+    /// Records that a write succeeded.
+    fn set_writable(&self) {
+        let now_ms = clock::unix_ms();
+        let changed = self.link.send_if_modified(|link| {
+            let was_connected = std::mem::replace(&mut link.connected, true);
+            if !was_connected {
+                (link.since_ms, link.contact_ms, link.problem) = (now_ms, now_ms, None);
+            }
+            !was_connected
+        });
+        if changed {
+            tracing::info!(file = %self.file.display(), "the store can be written again");
+        }
+    }
+
+    /// Records that a write failed, and tries from time to time whether the file can be written again.
+    fn set_failed(self: &Arc<Self>, error: &StoreError) {
+        let problem = error.to_string();
+        let mut was_connected = false;
+        self.link.send_modify(|link| {
+            was_connected = std::mem::replace(&mut link.connected, false);
+            if was_connected {
+                link.since_ms = clock::unix_ms();
+            }
+            link.problem = Some(problem.clone());
+        });
+        if !was_connected {
+            return;
+        }
+        tracing::error!(problem, "the store cannot be written; forwarding goes on");
+        let inner = Arc::downgrade(self);
+        // A thread, because a store may be opened and used outside of an async runtime. If none can be started, the next
+        // change is the next attempt.
+        let retry = move || {
+            loop {
+                std::thread::sleep(RETRY);
+                let Some(inner) = inner.upgrade() else { return };
+                let id = inner.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                let attempt = |database: &Database| write_id(database, &id).map_err(|e| inner.failed(e));
+                if inner.link.borrow().connected || inner.write(attempt).is_ok() {
+                    return;
+                }
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("store-retry".to_owned()).spawn(retry) {
+            tracing::error!(%error, "cannot start the thread that tries to write the store");
+        }
+    }
+
+    fn commit(self: &Arc<Self>, commit: Commit) -> Result<Stored, StoreError> {
+        self.write(|database| {
+            let write = database.begin_write().map_err(|e| self.failed(e))?;
+            let head = self.head.borrow().clone();
+            let found = head.revision.number;
+            if found != commit.expected {
+                return Err(StoreError::Conflict { expected: commit.expected, found });
+            }
+            self.ensure_in_use()?;
+            let number = found + 1;
+            let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
+            let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
+            let stored = Stored { revision, desired: commit.desired };
+            self.append(&write, &head.desired, &stored)?;
+            write.commit().map_err(|e| self.failed(e))?;
+            self.head.send_replace(stored.clone());
+            Ok(stored)
+        })
     }
 
     /// Writes a revision that follows `before`.
@@ -243,54 +356,76 @@ impl RedbInner {
         }
     }
 
-    fn import(&self, id: Option<String>, all: Vec<Stored>) -> Result<(), StoreError> {
+    fn import(self: &Arc<Self>, id: Option<String>, all: Vec<Stored>) -> Result<(), StoreError> {
+        self.write(|database| {
+            self.ensure_in_use()?;
+            let count = self.head.borrow().revision.number;
+            if count > 0 {
+                return Err(StoreError::NotEmpty { store: self.file.display().to_string(), count });
+            }
+            let write = database.begin_write().map_err(|e| self.failed(e))?;
+            let mut before = Arc::<Desired>::default();
+            for stored in &all {
+                self.append(&write, &before, stored)?;
+                before = stored.desired.clone();
+            }
+            if let Some(id) = &id {
+                let mut notes = write.open_table(NOTES).map_err(|e| self.failed(e))?;
+                notes.insert("id", &**id).map_err(|e| self.failed(e))?;
+            }
+            write.commit().map_err(|e| self.failed(e))?;
+            if let Some(id) = id {
+                *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
+            }
+            if let Some(last) = all.into_iter().next_back() {
+                self.head.send_replace(last);
+            }
+            Ok(())
+        })
+    }
+
+    fn retire(self: &Arc<Self>, how: Retire) -> Result<(), StoreError> {
+        let note = |to: Option<&str>| {
+            self.write(|database| {
+                let write = || -> Result<(), redb::Error> {
+                    let write = database.begin_write()?;
+                    match to {
+                        Some(to) => write.open_table(NOTES)?.insert("moved", to)?.map(drop),
+                        None => write.open_table(NOTES)?.remove("moved")?.map(drop),
+                    };
+                    Ok(write.commit()?)
+                };
+                write().map_err(|e| self.failed(e))?;
+                self.set_retired(to.map_or(Retire::Back, |to| Retire::Moved(to.to_owned())));
+                Ok(())
+            })
+        };
+        match &how {
+            Retire::Moved(to) => return note(Some(to)),
+            Retire::Back => match self.ensure_in_use() {
+                Ok(()) => return Err(StoreError::NotMoved { store: self.file.display().to_string() }),
+                Err(StoreError::Moving { .. }) => {}
+                Err(_) => return note(None),
+            },
+            Retire::Moving(_) => {}
+        }
+        // Only this process writes to the file, so the state `Moving` need not outlive the process, and its end needs no
+        // write, which a full disk could prevent.
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        self.ensure_in_use()?;
-        let count = self.head.borrow().revision.number;
-        if count > 0 {
-            return Err(StoreError::NotEmpty { store: self.file.display().to_string(), count });
+        if matches!(how, Retire::Moving(_)) {
+            self.ensure_in_use()?;
         }
-        let write = self.database.begin_write().map_err(|e| self.failed(e))?;
-        let mut before = Arc::<Desired>::default();
-        for stored in &all {
-            self.append(&write, &before, stored)?;
-            before = stored.desired.clone();
-        }
-        if let Some(id) = &id {
-            let mut notes = write.open_table(NOTES).map_err(|e| self.failed(e))?;
-            notes.insert("id", &**id).map_err(|e| self.failed(e))?;
-        }
-        write.commit().map_err(|e| self.failed(e))?;
-        if let Some(id) = id {
-            *self.id.lock().unwrap_or_else(PoisonError::into_inner) = id;
-        }
-        if let Some(last) = all.into_iter().next_back() {
-            self.head.send_replace(last);
-        }
+        self.set_retired(how);
         Ok(())
     }
 
-    fn retire(&self, how: Retire) -> Result<(), StoreError> {
-        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let note = |to: Option<&str>| -> Result<(), redb::Error> {
-            let write = self.database.begin_write()?;
-            match to {
-                Some(to) => write.open_table(NOTES)?.insert("moved", to)?.map(drop),
-                None => write.open_table(NOTES)?.remove("moved")?.map(drop),
-            };
-            Ok(write.commit()?)
+    fn set_retired(&self, how: Retire) {
+        let moved = match &how {
+            Retire::Moved(to) => Some(to.clone()),
+            Retire::Moving(_) | Retire::Back => None,
         };
-        match &how {
-            // Only this process writes to the file, so the state need not outlive the process.
-            Retire::Moving(_) => self.ensure_in_use()?,
-            Retire::Moved(to) => note(Some(to)).map_err(|e| self.failed(e))?,
-            Retire::Back if self.ensure_in_use().is_ok() => {
-                return Err(StoreError::NotMoved { store: self.file.display().to_string() });
-            }
-            Retire::Back => note(None).map_err(|e| self.failed(e))?,
-        }
+        self.link.send_modify(|link| link.moved = moved);
         *self.retired.lock().unwrap_or_else(PoisonError::into_inner) = how;
-        Ok(())
     }
 
     /// Removes revisions beyond those to keep, and services that only they refer to.
@@ -325,17 +460,29 @@ impl RedbInner {
     }
 
     fn get(&self, number: u64) -> Result<Stored, StoreError> {
-        let read = self.database.begin_read().map_err(|e| self.failed(e))?;
-        let revisions = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;
-        let oldest = revisions.first().map_err(|e| self.failed(e))?.map_or(0, |(k, _)| k.value());
-        // Revision 0 is empty by definition, but where later ones were removed it is no longer kept either.
-        let found = if number == 0 && oldest > 1 { None } else { read_revision(&read, &self.file, number)? };
-        let newest = self.head.borrow().revision.number;
-        found.ok_or(StoreError::NoRevision { number, oldest, newest })
+        self.with(|database| {
+            let read = database.begin_read().map_err(|e| self.failed(e))?;
+            let revisions = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;
+            let oldest = revisions.first().map_err(|e| self.failed(e))?.map_or(0, |(k, _)| k.value());
+            // Revision 0 is empty by definition, but where later ones were removed it is no longer kept either.
+            let found =
+                if number == 0 && oldest > 1 { None } else { read_revision(&read, &self.file, number)? };
+            let newest = self.head.borrow().revision.number;
+            found.ok_or(StoreError::NoRevision { number, oldest, newest })
+        })
     }
 
     fn history(&self, before: Option<u64>, limit: usize) -> Result<Vec<Revision>, StoreError> {
-        let read = self.database.begin_read().map_err(|e| self.failed(e))?;
+        self.with(|database| self.read_history(database, before, limit))
+    }
+
+    fn read_history(
+        &self,
+        database: &Database,
+        before: Option<u64>,
+        limit: usize,
+    ) -> Result<Vec<Revision>, StoreError> {
+        let read = database.begin_read().map_err(|e| self.failed(e))?;
         let table = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;
         let range = table.range(0..before.unwrap_or(u64::MAX)).map_err(|e| self.failed(e))?;
         let mut found = Vec::new();
@@ -377,14 +524,15 @@ impl Store for RedbStore {
     fn about(&self) -> BoxFuture<'_, About> {
         let place = self.inner.file.display().to_string();
         let size_bytes = std::fs::metadata(&self.inner.file).map_or(0, |m| m.len());
+        let link = self.inner.link.borrow().clone();
         let member = Member {
             name: "this host".to_owned(),
             address: place.clone(),
-            healthy: true,
+            healthy: link.connected,
             leader: true,
             version: format!("format {FORMAT}"),
             size_bytes,
-            problem: None,
+            problem: link.problem,
         };
         let id = self.inner.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let about = About { engine: "redb".to_owned(), place, id, members: vec![member] };

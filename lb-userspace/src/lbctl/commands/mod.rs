@@ -29,6 +29,7 @@ use crate::{
         client::{Client, ClientError},
         render::{self, Out, Tone},
     },
+    printable::escape,
     serve::api::types::{Change, WriteQuery},
 };
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
@@ -231,7 +232,12 @@ fn report(failure: &Failure) -> Exit {
     let colour = render::wants_colour(&io::stderr());
     let mut sink = io::sink();
     let out = Out::new(&mut sink, colour, false);
-    let mut text = format!("{} {failure}\n", out.paint(Tone::Bad, "error:"));
+    // An error of lbd may contain texts of other users.
+    let what = match failure {
+        Failure::Client(error) => escape(&error.to_string()).into_owned(),
+        other => other.to_string(),
+    };
+    let mut text = format!("{} {what}\n", out.paint(Tone::Bad, "error:"));
     let (exit, fix, details) = match failure {
         Failure::Client(ClientError::Unreachable { fix, .. }) => {
             (Exit::Unreachable, Some((*fix).to_owned()), &[][..])
@@ -245,7 +251,7 @@ fn report(failure: &Failure) -> Exit {
         Failure::Output(_) | Failure::Internal(_) => (Exit::No, None, &[][..]),
     };
     for detail in details {
-        text.push_str(&format!("  {detail}\n"));
+        text.push_str(&format!("  {}\n", escape(detail)));
     }
     if let Some(fix) = fix {
         text.push_str(&format!("  {} {fix}\n", out.paint(Tone::Strong, "fix:")));

@@ -18,7 +18,7 @@ use std::{
 /// Subcommands of `lbctl store`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Show the store, its members, and the lag of each region (exit code 1 if disconnected or a member is unhealthy)
+    /// Show the store, its members, and the lag of each region (exit code 1 if disconnected, migrated elsewhere, or a member is unhealthy)
     Status,
     /// Copy all revisions to another, empty store; this store then refuses changes
     #[command(after_help = "Example: lbctl store migrate --to etcd://10.0.0.1,10.0.0.2,10.0.0.3\n\
@@ -149,8 +149,10 @@ fn status(context: &mut Context<'_>, info: &StoreInfo) -> Result<Exit, Failure> 
     } else {
         render::status(&mut context.out, info)?;
     }
-    let is_healthy =
-        info.link.connected && info.orphaned_services == 0 && info.about.members.iter().all(|m| m.healthy);
+    let is_healthy = info.link.connected
+        && info.link.moved.is_none()
+        && info.orphaned_services == 0
+        && info.about.members.iter().all(|m| m.healthy);
     Ok(if is_healthy { Exit::Ok } else { Exit::No })
 }
 

@@ -14,7 +14,7 @@ pub mod store;
 pub mod table;
 pub mod units;
 
-use crate::clock;
+use crate::{clock, printable::escape};
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
@@ -91,9 +91,10 @@ impl<'a> Out<'a> {
         self.line(text.map_err(io::Error::other)?)
     }
 
-    /// Returns the text in the colour of a tone, if colour is on.
+    /// Returns the text in the colour of a tone, if colour is on. Control characters are escaped.
     pub fn paint(&self, tone: Tone, text: &str) -> String {
-        if self.colour { format!("\x1b[{}m{text}\x1b[0m", tone.code()) } else { text.to_owned() }
+        let text = escape(text);
+        if self.colour { format!("\x1b[{}m{text}\x1b[0m", tone.code()) } else { text.into_owned() }
     }
 
     /// Flushes the writer.
@@ -116,7 +117,7 @@ fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0) + 1;
     for (name, value) in pairs {
         let label = format!("{:<width$}", format!("{name}:"));
-        out.line(format!("{} {value}", out.paint(Tone::Strong, &label)))?;
+        out.line(format!("{} {}", out.paint(Tone::Strong, &label), escape(value)))?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use super::{
     table::{Table, plain, toned},
     units,
 };
-use crate::{desired::store::Revision, serve::api::types::*};
+use crate::{desired::store::Revision, printable::escape, serve::api::types::*};
 use std::io;
 
 /// Formats the store's engine, its location, and whether lbd is connected to it.
@@ -200,7 +200,7 @@ pub fn flows(out: &mut Out<'_>, list: &Flows) -> io::Result<()> {
 /// Writing failed.
 pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
     for (i, step) in e.steps.iter().enumerate() {
-        out.line(format!("{:>2}. {step}", i + 1))?;
+        out.line(format!("{:>2}. {}", i + 1, escape(step)))?;
     }
     for answer in &e.answers {
         let line = match &answer.backend {

@@ -45,15 +45,16 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     } else {
         format!("by {}, {}", r.author, units::time(r.time_ms))
     };
-    fields(
-        out,
-        &[
-            ("store", format!("{} at {}", s.about.engine, s.about.place)),
-            ("id", s.about.id.clone()),
-            ("this host", link),
-            ("revision", format!("{} {by}", r.number)),
-        ],
-    )?;
+    let mut pairs = vec![
+        ("store", format!("{} at {}", s.about.engine, s.about.place)),
+        ("id", s.about.id.clone()),
+        ("this host", link),
+        ("revision", format!("{} {by}", r.number)),
+    ];
+    if let Some(refusal) = s.link.refusal() {
+        pairs.push(("retired", refusal.to_string()));
+    }
+    fields(out, &pairs)?;
     out.line("")?;
     members(out, s)?;
     if s.hosts.is_empty() {

@@ -1,6 +1,7 @@
 //! Tables: columns aligned by spaces, without lines, as kubectl prints them.
 
 use super::{Out, Tone};
+use crate::printable::escape;
 use comfy_table::{
     Attribute, Cell, CellAlignment, Color, ContentArrangement, Table as Inner, presets::NOTHING,
 };
@@ -38,7 +39,7 @@ impl Table {
     /// Adds a row.
     pub fn row(&mut self, cells: impl IntoIterator<Item = (String, Option<Tone>)>) {
         let cells = cells.into_iter().map(|(text, tone)| {
-            let cell = Cell::new(text);
+            let cell = Cell::new(escape(&text));
             match tone {
                 Some(Tone::Good) => cell.fg(Color::Green),
                 Some(Tone::Warn) => cell.fg(Color::Yellow),

@@ -306,6 +306,12 @@ impl Control {
                 }
                 self.engine.check(desired.clone()).await?;
             }
+            if query.dry_run
+                && is_changed
+                && let Some(refusal) = self.link().refusal()
+            {
+                return Err(refusal.into());
+            }
             if query.dry_run || !is_changed {
                 return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
             }
@@ -326,7 +332,7 @@ impl Control {
                 Err(error) => return Err(error.into()),
                 Ok(stored) => {
                     let revision = stored.revision.number;
-                    tracing::info!(revision, author = author.name, message, "desired state changed");
+                    tracing::info!(revision, author = author.name, change = message, "desired state changed");
                     let applied = Some(self.wait_applied(revision).await?);
                     return Ok(Change { revision, dry_run: false, differences, applied });
                 }

@@ -13,6 +13,7 @@ use crate::{
     apply::announce::Announcement,
     clock,
     desired::store::{Local, StoreError},
+    printable,
 };
 use axum::{Json, body::Bytes, extract::State, http::StatusCode};
 use serde::{Deserialize, Serialize};
@@ -46,7 +47,7 @@ pub struct HostDrain {
 #[serde(deny_unknown_fields)]
 pub struct DrainRequest {
     /// Why.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "printable::reason")]
     pub reason: String,
 }
 

@@ -23,6 +23,7 @@ use crate::{
     },
     observed::regions::{Explained, RegionShown, RegionSnapshot, RolloutShown},
     plan::policy::audit::{BackendUse, Residency, audit},
+    printable,
 };
 use axum::{
     Json,
@@ -72,7 +73,11 @@ pub struct WhichRollout {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<Name>,
     /// Why, for the record.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "printable::optional_reason"
+    )]
     pub reason: Option<String>,
 }
 

@@ -18,6 +18,7 @@ use crate::{
             backup::Backup,
         },
     },
+    printable,
 };
 use axum::{
     Json,
@@ -156,6 +157,7 @@ pub struct Filled {
 #[serde(deny_unknown_fields)]
 pub struct LockRequest {
     /// Why the lock is taken.
+    #[serde(deserialize_with = "printable::reason")]
     pub reason: String,
     /// Seconds after which the lock expires unless it is renewed.
     pub ttl_s: u64,
@@ -258,7 +260,7 @@ impl Control {
             }
             Err(error) => {
                 if let Err(also) = self.store.retire(Retire::Back).await {
-                    tracing::error!(error = %also, "the migration failed, and the store still refuses changes: use `lbctl store unretire`");
+                    tracing::error!(error = %also, "the migration failed, and the store still refuses changes: use `lbctl store unretire --yes`");
                 }
                 Err(error)
             }

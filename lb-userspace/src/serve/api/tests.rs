@@ -4,7 +4,7 @@ use super::{Control, Peer, memory::MemoryEngine, routes, types::*};
 use crate::{
     desired::{
         model::Desired,
-        store::{Commit, RedbStore},
+        store::{Commit, RedbStore, Retire},
     },
     lbctl::client::{Client, ClientError},
     observed::health::HealthRegistry,
@@ -338,4 +338,80 @@ async fn rollback_brings_a_state_back() {
     let head = bed.control.head();
     assert_eq!((head.revision.number, head.revision.message.as_str()), (3, "rollback to revision 1"));
     assert_eq!(bed.control.store.get(1).await.unwrap().desired, head.desired);
+}
+
+/// Until the operator goes to the other store, or undoes the migration.
+#[tokio::test]
+async fn a_retired_store_is_a_problem_and_refuses_dry_runs() {
+    let bed = bed(true).await;
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    let there = "etcd://there:2379/lb".to_owned();
+    bed.control.store.retire(Retire::Moved(there.clone())).await.unwrap();
+    let status = bed.send(Method::GET, "/v1/status", Value::Null).await.unwrap();
+    let problems = status["problems"].as_array().unwrap();
+    let told = problems.iter().filter_map(Value::as_str).find(|p| p.contains("was migrated to"));
+    let told = told.unwrap_or_else(|| panic!("{problems:?}"));
+    assert!(told.contains(&format!("--store {there}")) && !told.contains('\n'), "{told}");
+    assert!(told.contains("`lbctl store unretire --yes`"), "{told}");
+    assert_eq!(status["healthy"], json!(false));
+    let info = bed.send(Method::GET, "/v1/store", Value::Null).await.unwrap();
+    assert_eq!(info["link"]["moved"], json!(there));
+    for query in ["", "?dry_run=true"] {
+        let (code, message, _) = bed.error(Method::POST, &format!("/v1/services/w2{query}"), web2()).await;
+        assert_eq!((code.as_str(), message.as_str()), ("moved", told), "{query}");
+    }
+    bed.send(Method::POST, "/v1/store/unretire", Value::Null).await.unwrap();
+    let status = bed.send(Method::GET, "/v1/status", Value::Null).await.unwrap();
+    assert!(!status["problems"].to_string().contains("migrated"), "{status}");
+    bed.send(Method::POST, "/v1/services/w2?dry_run=true", web2()).await.unwrap();
+}
+
+fn web2() -> Value {
+    json!({"vip": "10.0.0.2", "port": 80, "protocol": "tcp"})
+}
+
+/// A message with a line break could forge a line of the log, one with an escape sequence anything on a terminal.
+#[tokio::test]
+async fn texts_with_control_characters_are_refused() {
+    let bed = bed(true).await;
+    let place = "/v1/services/web?dry_run=true&message=drained%0A2026-01-01%20ERROR%20forged";
+    let (code, message, _) = bed.error(Method::POST, place, web()).await;
+    let told = "query of /v1/services/web: message: character 8 of the message is the control character U+000A; a \
+                message is one line of text";
+    assert_eq!((code.as_str(), message.as_str()), ("bad_request", told));
+    bed.send(Method::POST, "/v1/services/web?message=drained%20f%C3%BCr%20w1", web()).await.unwrap();
+    for (path, body) in [
+        ("/v1/locks/rollout", json!({"reason": "\u{1b}[2J", "ttl_s": 60})),
+        ("/v1/host/drain", json!({"reason": "\u{1b}[2J"})),
+        ("/v1/rollouts/pause", json!({"reason": "\u{1b}[2J"})),
+    ] {
+        let (code, message, _) = bed.error(Method::POST, path, body).await;
+        let told = "character 1 of the reason is the control character U+001B";
+        assert!(code == "bad_request" && message.contains(told), "{path}: {message}");
+    }
+}
+
+/// Texts that were stored before lbd refused such ones, or come from another host.
+#[tokio::test]
+async fn stored_control_characters_do_not_reach_the_terminal() {
+    use crate::{desired::store::Revision, lbctl::render};
+    let revision =
+        Revision { number: 1, author: "a\x1b[2Jnn".into(), time_ms: 1, message: "one\n  2  forged".into() };
+    let lock = crate::desired::store::Lock {
+        name: "n\n".into(),
+        holder: "h\x1b[1m".into(),
+        reason: "r\nforged".into(),
+        since_ms: 1,
+        left_s: 1,
+        token: None,
+    };
+    let mut written = Vec::new();
+    let mut out = render::Out::new(&mut written, false, false);
+    render::observe::history(&mut out, &[revision]).unwrap();
+    render::store::locks(&mut out, &[lock]).unwrap();
+    let painted = out.paint(render::Tone::Bad, "host drains: a\nb\x1b[2J");
+    let text = String::from_utf8(written).unwrap();
+    assert!(text.lines().count() == 4 && !text.contains('\x1b'), "{text}");
+    assert!(text.contains(r"one\n  2  forged") && text.contains(r"a\u{1b}[2Jnn"), "{text}");
+    assert_eq!(painted, r"host drains: a\nb\u{1b}[2J");
 }

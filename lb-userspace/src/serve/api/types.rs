@@ -13,6 +13,7 @@ use crate::{
         store::Revision,
     },
     observed::{health, replica},
+    printable,
 };
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -284,7 +285,7 @@ pub struct WriteQuery {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expected: Option<u64>,
     /// Message for the history; generated from the change if none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "printable::message")]
     pub message: Option<String>,
 }
 

@@ -396,13 +396,18 @@ fn general_problems(status: &Status) -> Vec<String> {
         found.push(orphaned_problem(status.orphaned_services));
     }
     let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    found.extend(status.store.refusal().map(|refusal| refusal.to_string()));
     if !status.store.connected {
         let for_s = clock::unix_ms().saturating_sub(status.store.since_ms) / 1_000;
         let why = status.store.problem.as_deref().unwrap_or("not connected yet");
         let number = status.revision.number;
-        found.push(format!(
-            "cut off from the store for {for_s} s: forwarding by revision {number}, refusing changes: {why}"
-        ));
+        // A file is always within reach, but not always writable.
+        let what = if status.store.engine == "redb" {
+            "the store cannot be written"
+        } else {
+            "cut off from the store"
+        };
+        found.push(format!("{what} for {for_s} s: forwarding by revision {number}, refusing changes: {why}"));
     }
     match &status.applied.error {
         Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),

@@ -137,7 +137,11 @@ impl Scrape {
         let (link, report) = (self.control.link(), self.control.report());
         let up = f64::from(u8::from(link.connected));
         let labels = [("engine", link.engine.as_str())];
-        out.gauges("lb_store_connected", "Whether the store answers", std::iter::once((labels, up)))?;
+        out.gauges(
+            "lb_store_connected",
+            "Whether the store answers; for a file, whether it can be written",
+            std::iter::once((labels, up)),
+        )?;
         let help = "Services in the maps although the store is empty; see `lbctl status`";
         out.gauge("lb_store_orphaned_services", help, self.control.orphaned() as f64)?;
         // A local file is always reachable.

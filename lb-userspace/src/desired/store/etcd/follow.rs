@@ -155,6 +155,9 @@ impl EtcdInner {
     async fn read_all(&self) -> Result<i64, StoreError> {
         self.identify().await?;
         let at = self.catch_up().await?;
+        let moved = self.range(self.keys.key("moved"), Vec::new(), SortOrder::None, 1).await;
+        let moved = moved.map_err(|e| self.call_failed(e))?;
+        self.set_moved(moved.kvs.first().map(|kv| &*kv.value));
         let begin = self.keys.key("leased/");
         let leased = self.range(begin.clone(), end_of(&begin), SortOrder::None, 0).await;
         let leased = leased.map_err(|e| self.call_failed(e))?;

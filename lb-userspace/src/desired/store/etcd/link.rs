@@ -1,6 +1,6 @@
 //! State of the connection to etcd, as it is published; and acceptance by an operator.
 
-use super::{EtcdInner, StoreError, keys::Head, locked};
+use super::{EtcdInner, StoreError, keys::Head, locked, retire::refusal};
 use crate::clock;
 
 impl EtcdInner {
@@ -14,6 +14,23 @@ impl EtcdInner {
         let found = head.number;
         *locked(&self.set_back) = Some(head);
         StoreError::SetBack { store: self.place.clone(), found, seen }
+    }
+
+    /// Records the value of the key `moved`; none if there is no such key.
+    pub(super) fn set_moved(&self, value: Option<&[u8]>) {
+        let moved = match value.map(|value| refusal(self, value)) {
+            Some(StoreError::Moved { to, .. }) => Some(to),
+            // While the data are copied, the store is in use.
+            _ => None,
+        };
+        let is_new = self.link.send_if_modified(|link| {
+            let is_other = link.moved != moved;
+            link.moved = moved;
+            is_other
+        });
+        if is_new && let Some(refusal) = self.link.borrow().refusal() {
+            tracing::warn!("{refusal}");
+        }
     }
 
     /// Records that etcd answers.

@@ -177,6 +177,7 @@ impl EtcdStore {
             contact_ms: 0,
             problem: None,
             set_back: None,
+            moved: None,
         };
         let inner = Arc::new(EtcdInner {
             client,

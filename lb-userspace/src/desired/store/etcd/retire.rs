@@ -32,8 +32,16 @@ pub(super) async fn retire(inner: &Arc<EtcdInner>, how: Retire) -> Result<(), St
     inner.ensure_connected()?;
     match how {
         Retire::Moving(to) => begin(inner, &to).await,
-        Retire::Moved(to) => finish(inner, to).await,
-        Retire::Back => undo(inner).await,
+        Retire::Moved(to) => {
+            finish(inner, to.clone()).await?;
+            inner.set_moved(Some(to.as_bytes()));
+            Ok(())
+        }
+        Retire::Back => {
+            undo(inner).await?;
+            inner.set_moved(None);
+            Ok(())
+        }
     }
 }
 

@@ -44,8 +44,10 @@ impl EtcdInner {
                 self.head_changed(&kv, is_put, seen).await?;
             } else if self.keys.after("store", &kv.key) == Some("") {
                 return Err(End::Again("the store's identity was written".to_owned()));
+            } else if self.keys.after("moved", &kv.key) == Some("") {
+                self.set_moved(is_put.then_some(&*kv.value));
             }
-            // The other keys (`snapshots/`, `parts/`, `moved`, `locks/`) are read when they are needed.
+            // The other keys (`snapshots/`, `parts/`, `locks/`) are read when they are needed.
         }
         if let Some(values) = values {
             self.host_values.send_replace(Arc::new(values));

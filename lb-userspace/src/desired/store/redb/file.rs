@@ -1,17 +1,22 @@
 //! Tables and records of the store's file, and how they are read.
 
 use super::{
-    super::{Revision, StoreError, Stored, new_id},
+    super::{Revision, StoreError, Stored},
     FORMAT,
 };
 use crate::desired::model::{
     Desired, Name, Service,
     guard::{ListName, Part},
 };
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, TableDefinition};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, PoisonError, RwLock},
+};
 
 /// Keys `format` and `head`.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
@@ -71,6 +76,9 @@ pub(in super::super) fn failed(file: &Path, error: impl Into<redb::Error>) -> St
             StoreError::Denied { file: name }
         }
         redb::Error::Io(source) => StoreError::Io { file: name, source },
+        redb::Error::PreviousIo => {
+            StoreError::Io { file: name, source: io::Error::other("an earlier read or write failed") }
+        }
         other @ (redb::Error::TableTypeMismatch { .. } | redb::Error::TypeDefinitionChanged { .. }) => {
             StoreError::Corrupt { file: name, what: other.to_string() }
         }
@@ -78,16 +86,93 @@ pub(in super::super) fn failed(file: &Path, error: impl Into<redb::Error>) -> St
     }
 }
 
-/// Opens a file, or creates it; the second value tells whether it was created. An unfinished first start leaves an empty
-/// file; any other file that is not a store is left as it is.
-pub(in super::super) fn open(file: &Path) -> Result<(Database, bool), StoreError> {
-    let fresh = std::fs::metadata(file).map_or(true, |m| m.len() == 0);
-    let opened = if fresh { Database::create(file) } else { Database::open(file) };
-    let mut database = opened.map_err(|e| failed(file, e))?;
-    if !fresh && !database.check_integrity().map_err(|e| failed(file, e))? {
-        tracing::warn!(file = %file.display(), "the store was not closed cleanly; it has been repaired");
+/// Opens a file, or creates it with the contents that `prepare` writes. A new file gets its name when it is complete, so
+/// that a start or a migration on a full disk leaves none that is incomplete; any other file that is not a store is left
+/// as it is.
+pub(in super::super) fn open(
+    file: &Path,
+    prepare: impl FnOnce(&Database) -> Result<(), redb::Error>,
+) -> Result<Database, StoreError> {
+    let io_failed = |e: io::Error| failed(file, redb::Error::Io(e));
+    let directory = file.parent().unwrap_or(Path::new("."));
+    // Two processes that start at once must not replace each other's file. A file system without locks on directories
+    // (NFS) goes without this protection.
+    let turn = std::fs::File::open(directory).map_err(io_failed)?;
+    let _ = turn.lock();
+    let new = file.with_extension("redb.new");
+    // Left by a process that ended while it created the file.
+    remove_if_there(&new).map_err(io_failed)?;
+    // Earlier versions could leave an empty file.
+    let is_missing = std::fs::metadata(file).map_or(true, |m| m.len() == 0);
+    if !is_missing {
+        let mut database = Database::open(file).map_err(|e| failed(file, e))?;
+        if !database.check_integrity().map_err(|e| failed(file, e))? {
+            tracing::warn!(file = %file.display(), "the store was not closed cleanly; it has been repaired");
+        }
+        return Ok(database);
     }
-    Ok((database, fresh))
+    let create = || -> Result<Database, redb::Error> {
+        let database = Database::create(&new)?;
+        prepare(&database)?;
+        std::fs::rename(&new, file)?;
+        turn.sync_all()?;
+        Ok(database)
+    };
+    create().map_err(|error| {
+        // The space may be needed for the next attempt.
+        let _ = remove_if_there(&new);
+        failed(file, error)
+    })
+}
+
+fn remove_if_there(file: &Path) -> io::Result<()> {
+    match std::fs::remove_file(file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// A database that is opened again after an I/O failure, because redb refuses all transactions after one.
+pub(in super::super) struct Reopening {
+    file: PathBuf,
+    /// None after a failure, until the next request.
+    database: RwLock<Option<Database>>,
+}
+
+impl Reopening {
+    pub fn new(file: PathBuf, database: Database) -> Self {
+        Self { file, database: RwLock::new(Some(database)) }
+    }
+
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Runs a request. `reread` is called before the first request after the file was opened again: a write that
+    /// reported a failure may have been stored.
+    pub fn with<T>(
+        &self,
+        reread: impl Fn(&Database) -> Result<(), StoreError>,
+        request: impl FnOnce(&Database) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let result = loop {
+            if let Some(database) = &*self.database.read().unwrap_or_else(PoisonError::into_inner) {
+                break request(database);
+            }
+            let mut slot = self.database.write().unwrap_or_else(PoisonError::into_inner);
+            if slot.is_none() {
+                *slot = Some(guarded(&self.file, || {
+                    let database = Database::open(&self.file).map_err(|e| failed(&self.file, e))?;
+                    reread(&database)?;
+                    Ok(database)
+                })?);
+            }
+        };
+        if matches!(result, Err(StoreError::Io { .. })) {
+            *self.database.write().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        result
+    }
 }
 
 /// Turns panics of redb into errors: it asserts where a damaged file is inconsistent, and that must not
@@ -114,25 +199,23 @@ pub(super) fn prepare(database: &Database) -> Result<(), redb::Error> {
     Ok(())
 }
 
-/// Reads the id of the data, generating it if there is none yet, and the address that they were migrated to.
-pub(super) fn notes(database: &Database) -> Result<(String, Option<String>), redb::Error> {
-    let write = database.begin_write()?;
-    let found = {
-        let mut notes = write.open_table(NOTES)?;
-        let moved = notes.get("moved")?.map(|v| v.value().to_owned());
-        let id = notes.get("id")?.map(|v| v.value().to_owned());
-        let id = match id {
-            Some(id) => id,
-            None => {
-                let id = new_id();
-                notes.insert("id", &*id)?;
-                id
-            }
-        };
-        (id, moved)
+/// Reads the id of the data, if there is one yet, and the address that they were migrated to.
+pub(super) fn read_notes(database: &Database) -> Result<(Option<String>, Option<String>), redb::Error> {
+    let notes = match database.begin_read()?.open_table(NOTES) {
+        Err(redb::TableError::TableDoesNotExist(_)) => return Ok((None, None)),
+        other => other?,
     };
-    write.commit()?;
-    Ok(found)
+    let text = |key: &str| -> Result<Option<String>, redb::Error> {
+        Ok(notes.get(key)?.map(|v| v.value().to_owned()))
+    };
+    Ok((text("id")?, text("moved")?))
+}
+
+/// Writes the id of the data.
+pub(super) fn write_id(database: &Database, id: &str) -> Result<(), redb::Error> {
+    let write = database.begin_write()?;
+    write.open_table(NOTES)?.insert("id", id)?;
+    Ok(write.commit()?)
 }
 
 pub(super) fn read_head(database: &Database, file: &Path) -> Result<Stored, StoreError> {
