@@ -65,7 +65,11 @@ impl SlotSpace {
 
     /// Allocates `count` slots such that a region of `keep` slots stays free.
     pub fn take_keeping(&mut self, count: u32, keep: u32) -> Result<u32, NoRoom> {
-        if self.can_take(count, keep) { self.take(count) } else { Err(NoRoom { kept: keep, ..self.shortage(count) }) }
+        if self.can_take(count, keep) {
+            self.take(count)
+        } else {
+            Err(NoRoom { kept: keep, ..self.shortage(count) })
+        }
     }
 
     fn shortage(&self, wanted: u32) -> NoRoom {
