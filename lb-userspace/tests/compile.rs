@@ -298,11 +298,11 @@ fn what_does_not_fit_is_refused_with_its_name() {
     host.settings.limits.slots = 500;
     let error = host.try_at(1, &two()).unwrap_err().to_string();
     assert!(
-        error.contains("753 slots needed")
+        error.contains("1255 slots needed")
             && error.contains("service s has the largest table with 251 slots"),
         "{error}"
     );
-    assert!(error.contains("--max-slots 753"), "{error}");
+    assert!(error.contains("--max-slots 1255"), "{error}");
 }
 
 #[test]

@@ -39,8 +39,8 @@ pub enum CompileError {
     GuardOff,
     /// The Maglev tables do not fit.
     #[error(
-        "Maglev tables do not fit: {needed} slots needed (including {spare} to write a changed table and the old one \
-         beside the live one), {limit} available; service {largest} has the largest table with {largest_slots} slots: \
+        "Maglev tables do not fit: {needed} slots needed (including {spare} to write a changed table beside the live \
+         one, and to move tables), {limit} available; service {largest} has the largest table with {largest_slots} slots: \
          reduce its table_size, or start lbd with --max-slots {needed}"
     )]
     TooManySlots {
