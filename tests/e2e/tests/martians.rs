@@ -273,9 +273,12 @@ fn carries_no_more(mode: &'static str) -> Result<()> {
     }
     // `explain` says the same.
     let at = format!("{}:{ECHO}", vip_v4(1));
-    for (source, expected) in
-        [(at.as_str(), "Source address is a VIP"), ("127.0.0.1:5", "Invalid source address")]
-    {
+    let own = format!("{}:{ECHO}", stage.bed.workers[0].v4);
+    for (source, expected) in [
+        (at.as_str(), "Source is a VIP"),
+        (own.as_str(), "Source is a VIP"),
+        ("127.0.0.1:5", "Invalid source address"),
+    ] {
         let output = stage.lbctl.output(&["explain", source, &at, "udp"])?;
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(text.contains(expected) && output.status.code() == Some(1), "{text}");
