@@ -275,7 +275,7 @@ impl HashTables {
         self.stats.borrow().get(&backend).copied().unwrap_or_default()
     }
 
-    /// PassiveFailures of a worker.
+    /// Passive failures of a worker.
     pub fn signs(&self, worker: &Address) -> PassiveFailures {
         self.signs.borrow().get(&passive::index_of(worker)).copied().unwrap_or_default()
     }

@@ -288,7 +288,7 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
     {
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
-    let recent = tables.cached_syn(key, syn_hash, now_s);
+    let recent = tables.cached_syn(key, syn_hash);
     let is_cached = recent.is_some() && recent.age_s <= SYN_TIMEOUT_S;
     if is_cached && is_up(backend_flags(tables, recent.backend, key.service)) {
         if recent.sequence != upper_half(headers.sequence) {
@@ -381,7 +381,7 @@ fn choose_established<T: Tables>(
     }
     // A SYN that came after the entry's flow had closed, or its backend gone down, goes before it.
     // One whose numbers do not go on from the SYN's is another flow's packet: the SYN was forged.
-    let recent = tables.cached_syn(key, syn_hash, now_s);
+    let recent = tables.cached_syn(key, syn_hash);
     if recent.is_some()
         && recent.age_s <= SYN_TIMEOUT_S
         && continues(recent.sequence, headers.sequence)

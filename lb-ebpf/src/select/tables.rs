@@ -55,7 +55,7 @@ pub trait Tables {
     fn is_worker(&self, _address: [u32; 4]) -> bool {
         false
     }
-    /// [`crate::guard::martian::fault`]; a function of its own likewise.
+    /// [`crate::guard::martian::fault`]; a function of its own in the kernel.
     #[inline(always)]
     fn source_fault(&self, source: [u32; 4]) -> Option<Reason>
     where
@@ -88,7 +88,7 @@ pub trait Tables {
         crate::packet::network::parse_network(frame, settings, place)?;
         Ok(place)
     }
-    /// [`crate::packet::parse::parse`]; a function of its own likewise.
+    /// [`crate::packet::parse::parse`]; a function of its own in the kernel.
     #[inline(always)]
     fn parse<'a, F: crate::Frame>(
         &self,
@@ -128,11 +128,11 @@ pub trait Tables {
     }
     /// Looks up where a flow's recent SYN was placed.
     #[inline(always)]
-    fn cached_syn(&self, key: &FlowKey, _syn_hash: u64, now_s: u32) -> CachedSyn {
+    fn cached_syn(&self, key: &FlowKey, _syn_hash: u64) -> CachedSyn {
         self.flow(FlowTable::Syns, key).map_or(CachedSyn::NONE, |flow| CachedSyn {
             backend: flow.backend,
             sequence: upper_half(flow.created_s),
-            age_s: now_s.saturating_sub(flow.last_seen_s),
+            age_s: self.now_s().saturating_sub(flow.last_seen_s),
         })
     }
     /// Caches where a SYN is placed, over the flow's earlier entry. False if there is no room.
@@ -155,7 +155,7 @@ pub trait Tables {
     fn record_flow(&self, key: &FlowKey, _syn_hash: u64, flow: &Flow) -> bool {
         self.record(FlowTable::Flows, key, flow)
     }
-    /// Places a new flow: [`crate::select::scheduler::schedule`]; a function of its own likewise.
+    /// Places a new flow: [`crate::select::scheduler::schedule`]; a function of its own in the kernel.
     #[inline(always)]
     fn schedule(
         &self,
@@ -169,7 +169,7 @@ pub trait Tables {
     {
         crate::select::scheduler::schedule(self, service, view, place, now_s)
     }
-    /// One step of a comparison of loads; a function of its own likewise.
+    /// One step of a comparison of loads; a function of its own in the kernel.
     #[inline(always)]
     fn less_loaded(&self, service: u32, at: u32, best: u64, now_s: u32) -> u64
     where
@@ -177,7 +177,7 @@ pub trait Tables {
     {
         crate::select::scheduler::less_loaded(self, service, at, best, now_s)
     }
-    /// [`crate::select::others::others_of`]; a function of its own likewise.
+    /// [`crate::select::others::others_of`]; a function of its own in the kernel.
     #[inline(always)]
     fn others(&self, service: u32, view: &ServiceView, number: u32, chosen: u32) -> u64
     where
@@ -283,8 +283,8 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     }
 
     #[inline(always)]
-    fn cached_syn(&self, key: &FlowKey, syn_hash: u64, now_s: u32) -> CachedSyn {
-        self.0.cached_syn(key, syn_hash, now_s)
+    fn cached_syn(&self, key: &FlowKey, syn_hash: u64) -> CachedSyn {
+        self.0.cached_syn(key, syn_hash)
     }
 
     #[inline(always)]

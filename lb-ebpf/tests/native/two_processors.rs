@@ -11,9 +11,7 @@ use crate::{
 use lb_common::{service::TCP, settings::IngressSettings};
 use lb_ebpf::native::{self, HashTables, VecFrame};
 use std::{
-    cell::Cell,
     iter,
-    rc::Rc,
     sync::{Arc, Condvar, Mutex},
     thread,
 };
@@ -77,6 +75,10 @@ unsafe impl Sync for Shared {}
 // SAFETY: nothing in the tables belongs to a thread.
 unsafe impl Send for Shared {}
 
+fn deliver(tables: &HashTables, packet: &Packet, settings: &IngressSettings) {
+    native::run(&mut VecFrame::new(&packet.bytes()).from_interface(1), tables, settings);
+}
+
 /// Runs both packets with a switch after each of these numbers of accesses; returns the tables and both numbers of accesses.
 fn run(
     tables: HashTables,
@@ -97,8 +99,7 @@ fn run(
                     number,
                     move || step.step(number),
                     || {
-                        let mut frame = VecFrame::new(&packet.bytes()).from_interface(1);
-                        native::run(&mut frame, &shared.0, &settings);
+                        deliver(&shared.0, packet, &settings);
                     },
                 );
                 baton.end(number);
@@ -109,17 +110,17 @@ fn run(
     (shared.0, accesses)
 }
 
-/// Runs two packets in all orders with up to three switches, and checks the tables after each. With `heals`, after one
-/// more packet of each flow: without an atomic exchange of an entry, a processor that takes an unconfirmed flow's port may
-/// take it from the flow that has just done so.
+/// Runs two packets in all orders with up to three switches, and checks the tables after each: at once with up to
+/// `at_once` switches, otherwise after one more packet of each flow. Without an atomic exchange of an entry, a processor
+/// that takes an unconfirmed flow's port may take it from the flow that has just done so.
 fn all_orders(
     make: impl Fn() -> HashTables,
     packets: &[Packet; 2],
     settings: IngressSettings,
-    heals: bool,
+    at_once: usize,
     check: impl Fn(&HashTables, &[usize]),
 ) {
-    let orders = Rc::new(Cell::new(0));
+    let mut orders = 0;
     for packets in [packets.clone(), [packets[1].clone(), packets[0].clone()]] {
         let (_, [first, second]) = run(make(), &packets, settings, &[]);
         let thirds: Vec<usize> =
@@ -129,22 +130,18 @@ fn all_orders(
             for j in 1..=second {
                 for steps in iter::once(vec![i, j]).chain(thirds.iter().map(|k| vec![i, j, *k])) {
                     let (tables, _) = run(make(), &packets, settings, &steps);
-                    if heals {
+                    if steps.len() > at_once {
                         for packet in &packets {
-                            native::run(
-                                &mut VecFrame::new(&packet.bytes()).from_interface(1),
-                                &tables,
-                                &settings,
-                            );
+                            deliver(&tables, packet, &settings);
                         }
                     }
                     check(&tables, &steps);
-                    orders.set(orders.get() + 1);
+                    orders += 1;
                 }
             }
         }
     }
-    assert!(orders.get() > 20, "{} orders", orders.get());
+    assert!(orders > 20, "{orders} orders");
 }
 
 /// Asserts that both entries of each binding belong to each other, and that no port is two flows'.
@@ -161,64 +158,47 @@ fn assert_consistent(tables: &HashTables, steps: &[usize]) {
     }
 }
 
-/// Tables with a single port for each worker, and settings that say so.
-fn one_port() -> (HashTables, IngressSettings) {
-    (tables(false), IngressSettings { nat_first: 20_000, nat_last: 20_000, ..IngressSettings::DEFAULT })
+/// Settings with a single port for each worker.
+const ONE_PORT: IngressSettings =
+    IngressSettings { nat_first: 20_000, nat_last: 20_000, ..IngressSettings::DEFAULT };
+
+fn new_flow(port: u16) -> Packet {
+    request(false, TCP, port, SYN)
+}
+
+/// Tables whose only port is that of an unconfirmed flow.
+fn with_unconfirmed() -> HashTables {
+    let tables = tables(false);
+    deliver(&tables, &new_flow(999), &ONE_PORT);
+    assert_eq!(tables.nats().len(), 1);
+    tables
 }
 
 #[test]
 fn two_new_flows_do_not_share_a_port() {
-    let settings = one_port().1;
-    let packets = [request(false, TCP, 1_000, SYN), request(false, TCP, 1_001, SYN)];
-    all_orders(|| one_port().0, &packets, settings, true, assert_consistent);
+    let packets = [new_flow(1_000), new_flow(1_001)];
+    all_orders(|| tables(false), &packets, ONE_PORT, 2, assert_consistent);
 }
 
 #[test]
 fn two_new_flows_do_not_share_the_port_of_an_unconfirmed_one() {
-    let settings = one_port().1;
-    let make = || {
-        let tables = one_port().0;
-        native::run(
-            &mut VecFrame::new(&request(false, TCP, 999, SYN).bytes()).from_interface(1),
-            &tables,
-            &settings,
-        );
-        assert_eq!(tables.nats().len(), 1);
-        tables
-    };
-    let packets = [request(false, TCP, 1_000, SYN), request(false, TCP, 1_001, SYN)];
-    all_orders(make, &packets, settings, true, assert_consistent);
+    let packets = [new_flow(1_000), new_flow(1_001)];
+    all_orders(with_unconfirmed, &packets, ONE_PORT, 0, assert_consistent);
 }
 
 #[test]
 fn two_first_packets_of_a_flow_make_one_binding() {
-    let settings = IngressSettings::DEFAULT;
-    let packets = [request(false, TCP, 1_000, SYN), request(false, TCP, 1_000, SYN)];
-    all_orders(
-        || tables(false),
-        &packets,
-        settings,
-        false,
-        |tables, steps| {
-            assert_consistent(tables, steps);
-            assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1), "{steps:?}");
-        },
-    );
+    let packets = [new_flow(1_000), new_flow(1_000)];
+    let check = |tables: &HashTables, steps: &[usize]| {
+        assert_consistent(tables, steps);
+        assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1), "{steps:?}");
+    };
+    all_orders(|| tables(false), &packets, IngressSettings::DEFAULT, 3, check);
 }
 
 #[test]
 fn an_answer_and_a_new_flow_that_takes_its_port() {
-    let settings = one_port().1;
-    let make = || {
-        let tables = one_port().0;
-        native::run(
-            &mut VecFrame::new(&request(false, TCP, 999, SYN).bytes()).from_interface(1),
-            &tables,
-            &settings,
-        );
-        tables
-    };
-    let nat = make().nats()[0].1;
-    let packets = [request(false, TCP, 1_000, SYN), answer(&nat, TCP, 0x12)];
-    all_orders(make, &packets, settings, true, assert_consistent);
+    let nat = with_unconfirmed().nats()[0].1;
+    let packets = [new_flow(1_000), answer(&nat, TCP, 0x12)];
+    all_orders(with_unconfirmed, &packets, ONE_PORT, 3, assert_consistent);
 }

@@ -38,7 +38,7 @@ pub extern "C" fn guard_source(a: u32, b: u32, c: u32, d: u32) -> u32 {
 }
 
 /// [`limit::admit`] for the view whose table begins at `slot_base`: 0 if the flow may begin, 1 if its source has had its
-/// share, 2 if the service has. A global function likewise.
+/// share, 2 if the service has.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) -> u32 {
@@ -52,7 +52,7 @@ pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) 
     }
 }
 
-/// Whether a table may take one more flow of a service. A global function likewise.
+/// Whether a table may take one more flow of a service.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
@@ -107,7 +107,7 @@ pub extern "C" fn parse_frame(ctx: *mut xdp_md) -> u32 {
     }
 }
 
-/// [`parse`] into `NETWORK`. A global function likewise.
+/// [`parse`] into `NETWORK`.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn parse_headers(ctx: *mut xdp_md) -> u32 {
@@ -125,28 +125,28 @@ pub extern "C" fn parse_headers(ctx: *mut xdp_md) -> u32 {
     }
 }
 
-/// Whether an address, as two words, is a VIP. A global function likewise.
+/// Whether an address, as two words, is a VIP.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn is_vip(first: u64, second: u64) -> u32 {
     Maps.vip(&VipKey { vip: zerocopy::transmute!([first, second]) }).is_some() as u32
 }
 
-/// Whether a worker has an address. A global function likewise.
+/// Whether a worker has an address.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn is_worker(a: u32, b: u32, c: u32, d: u32) -> u32 {
     has_own_address(&zerocopy::transmute!([a, b, c, d]), own_address::WORKER) as u32
 }
 
-/// [`martian::fault`]. A global function likewise.
+/// [`martian::fault`].
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn source_fault(a: u32, b: u32, c: u32, d: u32) -> u32 {
     martian::encode(martian::fault(&Maps, [a, b, c, d]))
 }
 
-/// [`service::find`] for a port (low half) and protocol. A global function likewise.
+/// [`service::find`] for a port (low half) and protocol.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn find_service(first: u64, second: u64, port_protocol: u32) -> u64 {
@@ -174,7 +174,7 @@ pub extern "C" fn schedule_flow(service: u32, slot_base: u32, number: u32, now_s
     encode(schedule(&Maps, service, view, SlotRef { slot: Slot { primary, secondary }, number }, now_s))
 }
 
-/// [`others_of`] for the view whose table begins at `slot_base`. A global function likewise.
+/// [`others_of`] for the view whose table begins at `slot_base`.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn others_in(service: u32, slot_base: u32, number: u32, chosen: u32) -> u64 {
@@ -190,7 +190,7 @@ pub extern "C" fn less_loaded_of(service: u32, at: u32, best: u64, now_s: u32) -
     less_loaded(&Maps, service, at, best, now_s)
 }
 
-/// [`quic::read_id`] of the id in `QUIC_WORK`. A global function likewise.
+/// [`quic::read_id`] of the id in `QUIC_WORK`.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn read_quic_id(service: u32, key: u32) -> u64 {

@@ -327,7 +327,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn cached_syn(&self, _: &FlowKey, syn_hash: u64, _: u32) -> CachedSyn {
+    fn cached_syn(&self, _: &FlowKey, syn_hash: u64) -> CachedSyn {
         CachedSyn::decode(find_syn(syn_hash))
     }
 

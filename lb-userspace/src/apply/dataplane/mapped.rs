@@ -162,7 +162,8 @@ impl<T: FromBytes + IntoBytes + Immutable + Copy + Default> MappedArray<T> {
         Some(self.half_word(index, offset)?.load(Ordering::Acquire))
     }
 
-    /// Stores the 16-bit word at byte `offset` of an entry atomically, after all earlier writes.
+    /// Stores the 16-bit word at byte `offset` of an entry atomically, after all earlier writes, unless it has this value:
+    /// programs on other CPUs read the line.
     #[must_use]
     pub fn store_u16(&self, index: u32, offset: usize, value: u16) -> bool {
         let Some(word) = self.half_word(index, offset).filter(|_| self.writable) else { return false };

@@ -49,7 +49,7 @@ pub use pins::detach;
 pub use probes::ProbeDataplane;
 pub use reader::{FLOW_TABLES, HASH_MAPS, Reader, flow_map};
 pub use stages::RefusedProgram;
-pub use syn_cache::{Scan, SynCache};
+pub use syn_cache::{Scan, SynCache, now_tick};
 pub use takeover::{IndexAssignment, Takeover};
 pub use variant::PAGE_MTU;
 pub use waiting::{Interfaces, WaitingInterface};

@@ -65,6 +65,11 @@ fn tick_of(now: Duration) -> u32 {
     syn_cache::tick_of(now.as_nanos() as u64)
 }
 
+/// The current tick.
+pub fn now_tick() -> u32 {
+    tick_of(clock::boot())
+}
+
 impl SynCache {
     /// Opens the pin.
     pub fn open(pin_path: &Path) -> Result<Self, DataplaneError> {
@@ -131,15 +136,21 @@ impl SynCache {
     /// Looks up the placement of a flow's SYN.
     pub fn get(&self, key: &FlowKey) -> CachedSyn {
         let hash = self.hash(key);
-        syn_cache::find(&self.line(syn_cache::line_of(hash)), hash, || tick_of(clock::boot()))
+        syn_cache::find(&self.line(syn_cache::line_of(hash)), hash, now_tick)
     }
 
-    /// Caches a SYN that was placed `age` ago, if no newer one of its flow is cached; true if none was cached.
+    /// Caches a SYN that was placed `age_s` ago, if no newer one of its flow is cached; true if none was cached.
     pub fn set(&self, key: &FlowKey, syn: CachedSyn) -> bool {
-        let (hash, now) = (self.hash(key), clock::boot());
+        let hash = self.hash(key);
+        self.write_syn(syn_cache::line_of(hash), hash, syn)
+    }
+
+    /// Caches a SYN of a flow of which the tag of the hash is known, in a line that it may belong to; see [`Self::set`].
+    pub fn write_syn(&self, place: u32, hash: u64, syn: CachedSyn) -> bool {
+        let now = clock::boot();
         let written = now.saturating_sub(Duration::from_secs(syn.age_s.into()));
         let head = syn_cache::head(hash, syn.backend, tick_of(written));
-        self.write(syn_cache::line_of(hash), head, syn.sequence, tick_of(now))
+        self.write(place, head, syn.sequence, tick_of(now))
     }
 
     /// Writes an entry into a line, unless there is a newer one of the same flow; true if there was none.
@@ -267,32 +278,30 @@ mod tests {
         assert_eq!(left, [1, 3, 4, 5, 9], "the second was the oldest");
     }
 
-    /// Sets the filter bit for an entry in the table, as the program does.
-    fn record(cache: &SynCache, key: &FlowKey) {
-        let (state, hash) = (cache.state(), cache.hash(key));
-        let place = syn_cache::line_of(hash);
-        let mut line = cache.lines.load(place).unwrap();
-        line.added[(state.epoch & 1) as usize] |= syn_cache::added_bit(hash);
-        assert!(cache.lines.store(place, &line));
-    }
-
-    /// A copy of a line.
-    struct Copied(Line);
-
-    impl syn_cache::FilterLine for Copied {
+    /// Programs write the filter; lbd only rebuilds it.
+    impl syn_cache::FilterLine for MappedLine<'_> {
         fn swept(&self) -> (u64, u16) {
-            (self.0.swept, self.0.swept_second)
+            let line = self.lines.load(self.place).unwrap();
+            (line.swept, line.swept_second)
         }
         fn added(&self) -> [u16; 2] {
-            self.0.added
+            self.lines.load(self.place).unwrap().added
         }
-        fn set_added(&self, _: bool, _: u16) {}
+        fn set_added(&self, is_first: bool, bits: u16) {
+            let offset = offset_of!(Line, added) + 2 * usize::from(!is_first);
+            assert!(self.lines.store_u16(self.place, offset, bits));
+        }
+    }
+
+    /// Sets the filter bit for an entry in the table, as the program does.
+    fn record(cache: &SynCache, key: &FlowKey) {
+        let hash = cache.hash(key);
+        syn_cache::add(&cache.line(syn_cache::line_of(hash)), cache.state().epoch, hash);
     }
 
     fn may_hold(cache: &SynCache, key: &FlowKey) -> bool {
         let hash = cache.hash(key);
-        let line = cache.lines.load(syn_cache::line_of(hash)).unwrap();
-        syn_cache::may_hold(&Copied(line), hash)
+        syn_cache::may_hold(&cache.line(syn_cache::line_of(hash)), hash)
     }
 
     #[test]

@@ -54,8 +54,10 @@ impl Mirror {
         needs.sort_by_key(|need| i64::from(need.from_to.1) - i64::from(need.from_to.0));
         let mut grants = Grants::default();
         self.is_granting = false;
+        // Moving a table leaves its size.
+        let largest_live = self.largest_room();
         for need in needs {
-            let largest = self.largest_room().max(need.slots);
+            let largest = largest_live.max(need.slots);
             let mut region = self.take(maps, need.slots, largest);
             // A region granted in this attempt holds no table yet, and cannot be moved until the next attempt.
             if region.is_err() && grants.regions.is_empty() {

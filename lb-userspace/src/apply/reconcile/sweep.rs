@@ -11,7 +11,7 @@ use super::{
     sweep_schedule::{self, EmptyTables, MeterSignals, PERIOD},
 };
 use crate::{
-    apply::dataplane::{DataplaneError, Reader},
+    apply::dataplane::{DataplaneError, Reader, now_tick},
     clock,
 };
 use lb_common::{
@@ -230,7 +230,7 @@ fn sweep_table(
 
 /// Sweeps the SYN cache; only recent SYNs count. Returns the numbers of entries left and removed.
 fn sweep_syns(reader: &Reader, counts: &mut SweepCounts<'_>) -> (u64, u64) {
-    let tick = syn_cache::tick_of(clock::boot().as_nanos() as u64);
+    let tick = now_tick();
     let (mut count, mut removed) = (0, 0);
     reader.syn_cache().for_each(|place, head, _| {
         let index = syn_cache::backend(head);
