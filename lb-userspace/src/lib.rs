@@ -1,8 +1,9 @@
 //! The control plane of the balancer: everything behind `lbd` and `lbctl`.
 //!
-//! Inside, pure (no clock, no random source, no I/O; time and seeds are arguments):
-//! [`model`] ← `policy`, `maglev` ← `compile`. Around it, the edges: `dataplane` (aya maps and
-//! programs), `store`, `health`, `replica`, `regions`, `neighbour`, `api`, `cli`. `reconcile` ties them together.
+//! Rooms from top to bottom; each imports only those below it (`cargo xtask rooms` shows how): [`lbctl`], the command
+//! line; [`lbd`], the daemon; [`serve`], the API; [`apply`], the maps and programs of the kernel; [`observed`], what is
+//! measured; [`plan`], which is pure (no clock, no I/O): policies, Maglev, contents of the maps; [`desired`], the model,
+//! the settings and the store.
 
 pub mod apply;
 pub mod clock;

@@ -17,7 +17,7 @@ use lb_common::{
 };
 use lb_userspace::{
     desired::model::{BackendId, Desired, ForwardingMode, Health, NextHop, Observed, Scheduler, Service},
-    plan::compile::{Cache, CompileError, Compiled, Cost, Memory, Settings, compile},
+    plan::compile::{Cache, CompileError, Compiled, Cost, DeploymentSettings, Memory, compile},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -29,7 +29,7 @@ use std::{
 /// The compiling part of a daemon.
 #[derive(Default)]
 struct Host {
-    settings: Settings,
+    settings: DeploymentSettings,
     observed: Observed,
     memory: Memory,
     cache: Cache,

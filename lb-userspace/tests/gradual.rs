@@ -4,7 +4,7 @@
 use lb_common::backend::flags::{DOWN, DRAINING};
 use lb_userspace::{
     desired::model::{BackendId, Desired, Health, Observed, Readiness},
-    plan::compile::{Cache, Compiled, Memory, Settings, compile},
+    plan::compile::{Cache, Compiled, DeploymentSettings, Memory, compile},
 };
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn id(backend: &str) -> BackendId {
 impl Host {
     fn at(&mut self, seconds: u64, desired: &Desired) -> Compiled {
         self.observed.now = Duration::from_secs(seconds);
-        let settings = Settings::default();
+        let settings = DeploymentSettings::default();
         let compiled = compile(desired, &self.observed, &self.memory, &settings, &mut self.cache).unwrap();
         self.memory = compiled.memory.clone();
         compiled

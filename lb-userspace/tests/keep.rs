@@ -21,7 +21,7 @@ use lb_userspace::{
     desired::model::{
         BackendId, BackendState, Desired, Health, HealthCheck, HealthKind, Name, Observed, Service,
     },
-    plan::compile::{Cache, Memory, Plan, Settings, compile},
+    plan::compile::{Cache, DeploymentSettings, Memory, Plan, compile},
 };
 use proptest::prelude::*;
 use std::{
@@ -158,9 +158,14 @@ impl World {
 
     fn compile(&mut self) {
         self.observed.now = Duration::from_secs(self.now_s.into());
-        let compiled =
-            compile(&self.desired, &self.observed, &self.memory, &Settings::default(), &mut self.cache)
-                .unwrap();
+        let compiled = compile(
+            &self.desired,
+            &self.observed,
+            &self.memory,
+            &DeploymentSettings::default(),
+            &mut self.cache,
+        )
+        .unwrap();
         self.memory = compiled.memory;
         self.plan = compiled.plan;
         check_plan(&self.plan);

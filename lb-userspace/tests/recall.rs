@@ -4,7 +4,7 @@
 
 use lb_userspace::{
     desired::model::{Backend, BackendState, Desired, Name, Observed, Service},
-    plan::compile::{Cache, Compiled, Memory, Past, Settings, compile},
+    plan::compile::{Cache, Compiled, DeploymentSettings, Memory, Past, compile},
 };
 use proptest::prelude::*;
 use std::{net::IpAddr, sync::Arc, time::Duration};
@@ -115,7 +115,7 @@ fn difference(a: &Seen, b: &Seen) -> Option<String> {
 
 fn run(memory: &Memory, desired: &Desired, now_s: u64) -> Compiled {
     let observed = Observed { now: Duration::from_secs(now_s), ..Observed::default() };
-    compile(desired, &observed, memory, &Settings::default(), &mut Cache::default()).unwrap()
+    compile(desired, &observed, memory, &DeploymentSettings::default(), &mut Cache::default()).unwrap()
 }
 
 proptest! {
@@ -147,7 +147,7 @@ proptest! {
             newcomer.adopt(&witness.plan, now_s as i64 * 1_000);
         }
         prop_assert!(newcomer.lacks_history(&desired) || desired.services.is_empty());
-        newcomer.replay_history(&past, &Settings::default(), now_s as i64 * 1_000);
+        newcomer.replay_history(&past, &DeploymentSettings::default(), now_s as i64 * 1_000);
         prop_assert!(!newcomer.lacks_history(&desired));
         let told = run(&newcomer, &desired, now_s);
         prop_assert_eq!(difference(&seen(&told), &seen(&witness)), None);
@@ -170,7 +170,7 @@ fn a_newcomer_gives_a_removed_backend_an_index() {
     let past = [(1_000, before), (2_000_000, desired.clone())]
         .map(|(from_ms, desired)| Past { from_ms, desired: Arc::new(desired) });
     let mut memory = Memory::default();
-    memory.replay_history(&past, &Settings::default(), 2_100_000);
+    memory.replay_history(&past, &DeploymentSettings::default(), 2_100_000);
     let compiled = run(&memory, &desired, 2_100);
     let status = &compiled.status[0];
     assert_eq!(status.backends.len(), 3);
@@ -191,7 +191,7 @@ fn odd_times_do_no_harm() {
         past.push(Past { from_ms, desired: Arc::new(desired.clone()) });
     }
     let mut memory = Memory::default();
-    memory.replay_history(&past, &Settings::default(), 1_000_000);
+    memory.replay_history(&past, &DeploymentSettings::default(), 1_000_000);
     let service = memory.services.values().next().unwrap();
     assert!(service.epochs.iter().all(|e| e.from_ms <= 1_000_000));
     assert!(service.epochs.is_sorted_by_key(|e| e.from_ms));

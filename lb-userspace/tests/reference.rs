@@ -54,7 +54,7 @@ fn lbctl_page() {
 #[test]
 fn lbd_page() {
     use clap::CommandFactory;
-    page("lbd.md", &cli::page(lb_userspace::lbd::args::Cli::command(), cli::LBD));
+    page("lbd.md", &cli::page(lb_userspace::lbd::args::LbdArgs::command(), cli::LBD));
 }
 
 #[test]

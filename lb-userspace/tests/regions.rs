@@ -8,7 +8,7 @@ use lb_common::{
 };
 use lb_userspace::{
     desired::model::{BackendId, Canary, Desired, Health, Locality, Name, Observed, RegionShares, Share},
-    plan::compile::{Cache, Compiled, Memory, Past, Settings, compile},
+    plan::compile::{Cache, Compiled, DeploymentSettings, Memory, Past, compile},
 };
 use serde_json::{Value, json};
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -31,7 +31,7 @@ fn desired(settings: Value) -> Desired {
 }
 
 struct Host {
-    settings: Settings,
+    settings: DeploymentSettings,
     observed: Observed,
     memory: Memory,
     cache: Cache,
@@ -42,7 +42,7 @@ impl Host {
     fn new(region: &str) -> Self {
         let here = Locality { region: name(region), zone: name("a") };
         let mut host = Self {
-            settings: Settings { here, ..Settings::default() },
+            settings: DeploymentSettings { here, ..DeploymentSettings::default() },
             observed: Observed::default(),
             memory: Memory::default(),
             cache: Cache::default(),

@@ -13,6 +13,8 @@ mod dist;
 mod docs;
 mod inference;
 mod kernels;
+#[cfg(test)]
+mod names;
 mod rooms;
 mod setup;
 mod shell;

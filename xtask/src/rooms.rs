@@ -70,7 +70,7 @@ struct Names {
     modules: Vec<String>,
 }
 
-fn is_test(attributes: &[syn::Attribute]) -> bool {
+pub(crate) fn is_test(attributes: &[syn::Attribute]) -> bool {
     attributes.iter().any(|a| a.path().is_ident("cfg") && quoted(a).contains("test"))
 }
 

@@ -75,7 +75,7 @@ const EXPECTED_SKIPS: [(&str, &str); 4] = [
 /// Flaky tests that a run may have; more cannot be explained by pauses of a busy machine.
 const FLAKY_MAX: usize = 2;
 
-struct Outcome {
+struct SuiteOutcome {
     suite: Suite,
     took: Duration,
     result: Result<String>,
@@ -106,12 +106,12 @@ pub fn run(options: &Options) -> Result<()> {
         if let Err(error) = &result {
             println!("{}: {error:#}", suite.name());
         }
-        outcomes.push(Outcome { suite, took: started.elapsed(), result, flaky });
+        outcomes.push(SuiteOutcome { suite, took: started.elapsed(), result, flaky });
     }
     summarise(&outcomes)
 }
 
-fn summarise(outcomes: &[Outcome]) -> Result<()> {
+fn summarise(outcomes: &[SuiteOutcome]) -> Result<()> {
     println!("\n{:<10} {:>8}  result", "suite", "time");
     for outcome in outcomes {
         let result = match &outcome.result {
@@ -448,7 +448,7 @@ mod tests {
     #[test]
     fn a_run_with_more_flaky_tests_than_two_fails() {
         let run = |counts: &[usize]| {
-            let outcomes = counts.iter().map(|&count| Outcome {
+            let outcomes = counts.iter().map(|&count| SuiteOutcome {
                 suite: Suite::E2e,
                 took: Duration::ZERO,
                 result: Ok(String::new()),

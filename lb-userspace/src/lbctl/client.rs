@@ -60,13 +60,13 @@ pub const LOCK_TOKEN_VARIABLE: &str = "LBCTL_LOCK_TOKEN";
 
 /// A client of lbd, which connects at the first request.
 #[derive(Clone, Debug)]
-pub struct Client {
+pub struct ApiClient {
     http: reqwest::Client,
     socket: PathBuf,
     timeout: Duration,
 }
 
-impl Client {
+impl ApiClient {
     /// Creates a client of the lbd on this socket.
     ///
     /// # Errors

@@ -19,19 +19,19 @@ the environment, and the environment over the file.";
 /// XDP load balancer: the daemon
 #[derive(Debug, Parser)]
 #[command(name = "lbd", version, after_help = EXIT_CODES, max_term_width = 100, disable_help_subcommand = true)]
-pub struct Cli {
+pub struct LbdArgs {
     /// Subcommand
     #[command(subcommand)]
-    pub command: Command,
+    pub command: LbdCommand,
 }
 
 /// Subcommands of `lbd`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum LbdCommand {
     /// Run the load balancer on this host's interfaces
     Ingress(Box<Ingress>),
     /// Decapsulate packets on a worker and pass them to its network stack
-    Worker(Worker),
+    Worker(WorkerArgs),
     /// Stop forwarding: remove the programs and maps that a daemon left pinned
     Detach(Detach),
 }
@@ -60,7 +60,7 @@ pub struct Detach {
 
 /// Arguments of `lbd worker`.
 #[derive(Debug, Args)]
-pub struct Worker {
+pub struct WorkerArgs {
     /// Interface on which encapsulated packets arrive; may be repeated
     #[arg(
         long,
@@ -120,6 +120,6 @@ mod tests {
 
     #[test]
     fn the_definition_is_sound() {
-        super::Cli::command().debug_assert();
+        super::LbdArgs::command().debug_assert();
     }
 }

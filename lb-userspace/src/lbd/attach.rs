@@ -7,7 +7,8 @@ use super::{nat_ports, processors, xdp_log};
 use crate::{
     apply::{
         dataplane::{
-            AttachOptions, Dataplane, Kernel, MapLimits, Migrated, ON_DEMAND, Takeover, loaded_features,
+            AttachOptions, Dataplane, KernelFeatures, MapLimits, Migrated, ON_DEMAND, Takeover,
+            loaded_features,
         },
         offloads,
         reconcile::{Event, start_sweeper},
@@ -114,15 +115,15 @@ pub fn compile_settings(
     attached: BTreeMap<u32, String>,
     here: Locality,
     lost: u32,
-) -> compile::Settings {
-    compile::Settings {
+) -> compile::DeploymentSettings {
+    compile::DeploymentSettings {
         here,
         ipip_source_v4: settings.ipip_source_v4,
         ipip_source_v6: settings.ipip_source_v6,
         nat_source_v4: settings.nat_source_v4,
         nat_source_v6: settings.nat_source_v6,
         attached,
-        limits: compile::MapLimits {
+        limits: compile::TableLimits {
             services: limits.services,
             backends: limits.backends,
             slots: limits.slots,
@@ -138,7 +139,7 @@ pub fn compile_settings(
 
 /// Logs which programs are attached where, and which are not available.
 fn log_programs(dataplane: &Dataplane) {
-    let kernel = Kernel::get();
+    let kernel = KernelFeatures::get();
     tracing::info!(frags = dataplane.frags, ?kernel, "programs loaded");
     for one in &dataplane.left_out {
         tracing::warn!(

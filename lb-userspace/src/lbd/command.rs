@@ -10,7 +10,7 @@ use crate::{
         store::StoreError,
     },
     lbd::{
-        args::{Cli, Command, Ingress},
+        args::{Ingress, LbdArgs, LbdCommand},
         describe, logging, run, worker,
     },
     serve::{api::SocketError, metrics::MetricsError},
@@ -24,13 +24,13 @@ use std::{
 
 /// Runs the command; the exit codes are documented in the help.
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Ingress(ingress) => start(*ingress),
-        Command::Worker(args) => {
+    let result = match LbdArgs::parse().command {
+        LbdCommand::Ingress(ingress) => start(*ingress),
+        LbdCommand::Worker(args) => {
             logging::init(args.log_level, args.log_format);
             on_runtime(worker::run(args))
         }
-        Command::Detach(args) => on_runtime(detach(args.pin_path)),
+        LbdCommand::Detach(args) => on_runtime(detach(args.pin_path)),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,7 +4,7 @@
 
 use crate::{
     apply::{
-        dataplane::{Interfaces, Kernel, PAGE_MTU, Reader, RefusedProgram},
+        dataplane::{Interfaces, KernelFeatures, PAGE_MTU, Reader, RefusedProgram},
         ethtool::Ethtool,
         offloads,
         reconcile::Event,
@@ -36,12 +36,12 @@ pub struct Hardware {
     reader: Arc<Reader>,
     /// Services that need a program which the kernel refused, and why they are not served.
     refused: Mutex<BTreeMap<Name, String>>,
-    last_sample: Mutex<Sample>,
+    last_sample: Mutex<Readings>,
 }
 
 /// Results of the last sample.
 #[derive(Default)]
-struct Sample {
+struct Readings {
     truncated: Alarm,
     problems: Vec<String>,
 }
@@ -79,7 +79,7 @@ impl Hardware {
 
     /// Returns the interfaces that the program is attached to.
     pub fn attached(&self) -> Vec<types::Interface> {
-        let one = |i: crate::apply::dataplane::Interface| types::Interface {
+        let one = |i: crate::apply::dataplane::AttachedInterface| types::Interface {
             name: i.name,
             ifindex: i.ifindex,
             mode: i.mode.to_owned(),
@@ -103,7 +103,7 @@ impl Hardware {
             feature: one.feature_name().to_owned(),
             reason: one.reason.clone(),
         });
-        let kernel = Kernel::get().list().into_iter().map(|(name, has)| (name.to_owned(), has));
+        let kernel = KernelFeatures::get().list().into_iter().map(|(name, has)| (name.to_owned(), has));
         Loaded {
             frags: self.frags,
             kernel: kernel.collect(),

@@ -4,10 +4,10 @@
 //! or SIGINT; the dataplane continues to forward afterwards. Called by [`super::command`].
 
 use super::{
-    Live, attach, describe,
+    LiveEngine, attach, describe,
     hardware::Hardware,
     notify, own_thread, report,
-    services_file::{Load, load_services, reload},
+    services_file::{LoadWhen, load_services, reload},
     state::{self, MEMORY},
     supervise,
 };
@@ -72,7 +72,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let mut dataplane = attach::attach(&settings, &store.head()).await?;
     let (takeover, home) = (dataplane.takeover(), dataplane.home.clone());
 
-    let mut daemon = Daemon { settings, local, store, parts: supervise::Parts::default() };
+    let mut daemon = Daemon { settings, local, store, parts: supervise::Tasks::default() };
     let mut observers = daemon.restore_observers(&fleet.host).await;
     let (events, inbox) = mpsc::channel(EVENTS);
     let core = daemon.start_reconciler(dataplane, &mut observers, &events, inbox).await?;
@@ -117,7 +117,7 @@ struct Daemon {
     settings: Settings,
     local: Arc<LocalFile>,
     store: Arc<dyn Store>,
-    parts: supervise::Parts,
+    parts: supervise::Tasks,
 }
 
 /// What is known about backends and regions.
@@ -229,7 +229,7 @@ impl Daemon {
     ) -> anyhow::Result<(Arc<Control>, Arc<HostState>, HostReport)> {
         let (published, hardware) = (core.published.clone(), core.hardware.clone());
         let engine =
-            Arc::new(Live::new(events.clone(), published, core.reader.clone(), hardware, core.limits));
+            Arc::new(LiveEngine::new(events.clone(), published, core.reader.clone(), hardware, core.limits));
         let (health, replicas) = (observers.health.clone(), observers.replicas.clone());
         let control = Control::with_replicas(self.store.clone(), engine, health, replicas);
         let report = HostReport {
@@ -309,7 +309,7 @@ impl Daemon {
         path: &Path,
         desired: Desired,
     ) -> anyhow::Result<()> {
-        match load_services(control, &*self.local, path, desired, Load::IfChanged).await {
+        match load_services(control, &*self.local, path, desired, LoadWhen::IfChanged).await {
             // An unreachable store must not prevent a host from forwarding.
             Err(error) if !control.link().connected => {
                 tracing::error!("cannot load the services of the configuration file: {}", describe(&error));

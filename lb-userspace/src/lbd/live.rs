@@ -14,7 +14,7 @@ use crate::{
             engine::{
                 AppliedBackend, AppliedService, Counters, FlowFilter, Removed, ServiceProblem, Snapshot,
             },
-            types::{Applied, FlowInfo, Interface, Loaded, Room},
+            types::{AppliedStatus, FlowInfo, Interface, Loaded, Room},
         },
         explain::{Explanation, Query, explain},
     },
@@ -31,7 +31,7 @@ use std::{
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// [`Engine`] over live maps.
-pub struct Live {
+pub struct LiveEngine {
     events: mpsc::Sender<Event>,
     published: watch::Receiver<Arc<Published>>,
     reader: Arc<Reader>,
@@ -41,7 +41,7 @@ pub struct Live {
     last: Mutex<Option<(Arc<Published>, Arc<Snapshot>)>>,
 }
 
-impl Live {
+impl LiveEngine {
     /// Creates an engine over a reconciler's channels and a reader of its maps.
     pub fn new(
         events: mpsc::Sender<Event>,
@@ -75,8 +75,8 @@ impl Live {
     }
 }
 
-fn applied(applied: &reconcile::Applied, error: Option<String>) -> Applied {
-    Applied {
+fn applied(applied: &reconcile::Applied, error: Option<String>) -> AppliedStatus {
+    AppliedStatus {
         revision: applied.revision,
         slots_changed: applied.written.slots.into(),
         took_us: applied.took.as_micros() as u64,
@@ -203,7 +203,7 @@ fn ip(address: lb_common::Address) -> IpAddr {
     Ipv6Addr::from(address).to_canonical()
 }
 
-impl Engine for Live {
+impl Engine for LiveEngine {
     fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>> {
         Box::pin(async move {
             self.hardware.check(&desired).map_err(|what| EngineError::Refused { what })?;
@@ -213,7 +213,11 @@ impl Engine for Live {
         })
     }
 
-    fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
+    fn apply(
+        &self,
+        desired: Arc<Desired>,
+        revision: u64,
+    ) -> BoxFuture<'_, Result<AppliedStatus, EngineError>> {
         Box::pin(async move {
             let desired = self.hardware.served(desired, true);
             let (tell, answer) = oneshot::channel();

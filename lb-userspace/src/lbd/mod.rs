@@ -20,7 +20,7 @@ pub mod xdp_log;
 
 pub use hardware::TRUNCATED_RISES;
 pub use ingress::run;
-pub use live::Live;
+pub use live::LiveEngine;
 
 use sd_notify::NotifyState;
 

@@ -18,7 +18,7 @@ const FILE_SERVICES: &str = "config-file";
 
 /// When a file's services become the desired state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Load {
+pub enum LoadWhen {
     /// If they differ from those that were last loaded from the file, so that changes made by `lbctl` since then stay.
     IfChanged,
     /// Always, because the operator asked for it.
@@ -31,10 +31,10 @@ pub async fn load_services(
     local: &dyn Local,
     path: &Path,
     desired: Desired,
-    load: Load,
+    load: LoadWhen,
 ) -> anyhow::Result<()> {
     let text = export(&desired).into_bytes();
-    if load == Load::IfChanged && local.load(FILE_SERVICES).await?.as_ref() == Some(&text) {
+    if load == LoadWhen::IfChanged && local.load(FILE_SERVICES).await?.as_ref() == Some(&text) {
         tracing::info!(file = %path.display(), "services of the file are unchanged since they were last loaded: keeping the store's state");
         return Ok(());
     }
@@ -70,7 +70,7 @@ pub async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>,
             tracing::warn!("[lbd] has changed: restart lbd to apply it (no packet is lost)");
         }
         match file.desired {
-            Some(desired) => load_services(control, local, path, desired, Load::Always).await,
+            Some(desired) => load_services(control, local, path, desired, LoadWhen::Always).await,
             None => Ok(()),
         }
     };

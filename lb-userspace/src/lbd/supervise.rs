@@ -9,12 +9,12 @@ use tokio::{
 
 /// The tasks of a daemon, with names.
 #[derive(Default)]
-pub struct Parts {
+pub struct Tasks {
     tasks: JoinSet<Result<(), String>>,
     names: HashMap<Id, &'static str>,
 }
 
-impl Parts {
+impl Tasks {
     /// Starts a task.
     pub fn add<E: Display>(
         &mut self,
@@ -87,7 +87,7 @@ impl Signals {
     }
 
     /// Waits for the next event.
-    pub async fn next(&mut self, parts: &mut Parts) -> Incident {
+    pub async fn next(&mut self, parts: &mut Tasks) -> Incident {
         let watchdog = async {
             match &mut self.watchdog {
                 Some(interval) => interval.tick().await,

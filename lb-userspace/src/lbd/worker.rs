@@ -12,7 +12,7 @@ use crate::{
     desired::config::SettingsError,
     lbd::{
         worker_route,
-        {args::Worker, xdp_log},
+        {args::WorkerArgs, xdp_log},
     },
     observed::neighbour::netlink::address_in,
     serve::metrics,
@@ -52,7 +52,7 @@ const OVERHEAD: u32 = 40 + 8 + 4;
 ///
 /// # Errors
 /// The start failed; nothing that ran before was touched.
-pub async fn run(args: Worker) -> anyhow::Result<()> {
+pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot open a netlink socket")?;
     tokio::spawn(connection);
     if args.detach {
@@ -102,7 +102,7 @@ async fn bind_metrics(address: &str) -> anyhow::Result<Option<tokio::net::TcpLis
 }
 
 /// Returns the addresses at which encapsulated packets arrive.
-async fn worker_addresses(handle: &Handle, args: &Worker) -> anyhow::Result<BTreeSet<IpAddr>> {
+async fn worker_addresses(handle: &Handle, args: &WorkerArgs) -> anyhow::Result<BTreeSet<IpAddr>> {
     let addresses = if args.address.is_empty() {
         own_addresses(handle, &args.iface).await?
     } else {
@@ -119,7 +119,7 @@ async fn worker_addresses(handle: &Handle, args: &Worker) -> anyhow::Result<BTre
 /// Attaches the program, fills its maps, and assigns the VIPs.
 async fn attach(
     handle: &Handle,
-    args: &Worker,
+    args: &WorkerArgs,
     addresses: &BTreeSet<IpAddr>,
 ) -> anyhow::Result<DecapDataplane> {
     if args.fix_offloads {
@@ -279,7 +279,7 @@ async fn remove_addresses(handle: &Handle, which: impl Fn(IpAddr, bool) -> bool)
 }
 
 /// Removes the programs, the pins, and the VIPs that this worker added.
-async fn detach_worker(handle: &Handle, args: &Worker) -> anyhow::Result<()> {
+async fn detach_worker(handle: &Handle, args: &WorkerArgs) -> anyhow::Result<()> {
     let pins = args.pin_path.clone();
     let served = tokio::task::spawn_blocking(move || {
         let served = pinned_vips(&pins)?;
@@ -299,7 +299,7 @@ fn sysctl(path: &str) -> Option<u32> {
 }
 
 /// Returns a warning, with the command that fixes it, for each host setting that would drop packets.
-async fn warnings(handle: &Handle, args: &Worker) -> Vec<String> {
+async fn warnings(handle: &Handle, args: &WorkerArgs) -> Vec<String> {
     let mut found = Vec::new();
     let (v4, v6) = (args.vip.iter().any(IpAddr::is_ipv4), args.vip.iter().any(IpAddr::is_ipv6));
     for name in &args.iface {

@@ -4,7 +4,7 @@
 //! known; without it the stack answers. Clients are reached by the default route, which is found by looking up
 //! documentation addresses. Called by [`crate::lbd::worker`].
 
-use crate::{apply::dataplane::DecapDataplane, observed::neighbour::netlink::Kernel};
+use crate::{apply::dataplane::DecapDataplane, observed::neighbour::netlink::Netlink};
 use lb_common::reply::ReplyHop;
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -20,7 +20,7 @@ const PROBE_ADDRESSES: [IpAddr; 2] =
 
 /// Keeps the next hops of both families up to date, forever.
 pub async fn keep_updated(decap: Arc<Mutex<DecapDataplane>>) {
-    let kernel = match Kernel::open() {
+    let kernel = match Netlink::open() {
         Ok((kernel, _)) => kernel,
         Err(error) => {
             tracing::warn!(%error, "cannot open netlink: the network stack sends SYN cookies instead of the XDP program");
@@ -40,7 +40,7 @@ pub async fn keep_updated(decap: Arc<Mutex<DecapDataplane>>) {
 }
 
 /// Looks up the next hop towards an address; None if it is not known (yet).
-async fn lookup_next_hop(kernel: &Kernel, address: IpAddr) -> Option<ReplyHop> {
+async fn lookup_next_hop(kernel: &Netlink, address: IpAddr) -> Option<ReplyHop> {
     let route = kernel.route(address).await.ok()?;
     let gateway = route.gateway?;
     // Makes the kernel resolve the gateway and keep it resolved.

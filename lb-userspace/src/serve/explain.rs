@@ -30,7 +30,7 @@ use lb_ebpf::{
         service::{Match, lookup_service},
     },
 };
-use live::Live;
+use live::MapReader;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 
@@ -193,7 +193,7 @@ impl Explanation {
 
 /// Explains a flow.
 pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation {
-    let live = Live::new(reader);
+    let live = MapReader::new(reader);
     let headers = headers(&query, 0);
     let mut explanation = Explanation::new(query);
     let checked =
@@ -263,7 +263,7 @@ impl Explanation {
         self.matched = Some(how.to_owned());
     }
 
-    fn add_slot(&mut self, live: &Live<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
+    fn add_slot(&mut self, live: &MapReader<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
         let hash = flow_hash(view.seed, headers);
         self.hash = Some(format!("{hash:016x}"));
         self.slots = Some(view.slot_count);
@@ -296,7 +296,7 @@ impl Explanation {
     fn add_flow_entries(
         &mut self,
         reader: &Reader,
-        live: &Live<'_>,
+        live: &MapReader<'_>,
         names: &impl Names,
         index: u32,
         headers: &Headers,
@@ -325,7 +325,7 @@ impl Explanation {
     fn add_nat_binding(
         &mut self,
         reader: &Reader,
-        live: &Live<'_>,
+        live: &MapReader<'_>,
         names: &impl Names,
         index: u32,
         headers: &Headers,
@@ -351,7 +351,7 @@ impl Explanation {
 
     fn add_answer(
         &mut self,
-        live: &Live<'_>,
+        live: &MapReader<'_>,
         names: &impl Names,
         index: u32,
         view: &ServiceView,

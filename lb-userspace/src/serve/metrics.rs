@@ -104,8 +104,8 @@ pub fn text(control: &Arc<Control>) -> Result<String, String> {
 /// The text cannot be encoded, which does not happen.
 pub fn worker_text(reasons: &[(Reason, u64)]) -> Result<String, String> {
     #[derive(Debug)]
-    struct Worker(Vec<(Reason, u64)>);
-    impl prometheus_client::collector::Collector for Worker {
+    struct WorkerCollector(Vec<(Reason, u64)>);
+    impl prometheus_client::collector::Collector for WorkerCollector {
         fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
             let mut out = Encoder(encoder);
             out.counters(
@@ -115,7 +115,7 @@ pub fn worker_text(reasons: &[(Reason, u64)]) -> Result<String, String> {
             )
         }
     }
-    encode(Worker(reasons.to_vec()))
+    encode(WorkerCollector(reasons.to_vec()))
 }
 
 fn encode(collector: impl prometheus_client::collector::Collector) -> Result<String, String> {

@@ -3,7 +3,7 @@
 use super::text::{cell, check_described, code, head, table};
 use lb_userspace::{
     desired::store::RedbStore,
-    lbctl::client::{Client, ClientError},
+    lbctl::client::{ApiClient, ClientError},
     observed::health::HealthRegistry,
     serve::api::{self, Control, memory::MemoryEngine},
 };
@@ -165,7 +165,7 @@ fn check_routes_exist() {
         let (listener, writers) = api::bind(&socket, 0o660, None).unwrap();
         tokio::spawn(control.clone().run_apply_loop());
         tokio::spawn(api::serve(listener, control, writers, std::future::pending()));
-        let client = Client::new(&socket).unwrap();
+        let client = ApiClient::new(&socket).unwrap();
         for (method, path, ..) in ROWS {
             let list = if path.starts_with("/v1/guard") { "deny" } else { "none" };
             let filled = path.replace("{list}", list).replace(['{', '}'], "");

@@ -10,7 +10,7 @@ use lb_userspace::{
         config::{Settings, keys},
         model::{Backend, HealthCheck, Region, RegionRules, ReplicaSource, Rollout, Service},
     },
-    lbd::args::{Cli, Command},
+    lbd::args::{LbdArgs, LbdCommand},
 };
 use serde_json::{Value, json};
 
@@ -54,7 +54,7 @@ fn section(out: &mut String, part: &Table) {
 
 /// Rows of `[lbd]`, from the definition of the flags.
 fn daemon_rows() -> Vec<Vec<String>> {
-    let ingress = Cli::command();
+    let ingress = LbdArgs::command();
     let ingress = ingress.find_subcommand("ingress").unwrap();
     let row = |key: &&str| {
         let argument = ingress.get_arguments().find(|a| a.get_id().as_str() == *key);
@@ -162,8 +162,8 @@ fn the_parser_knows_what_serde_knows() {
 
 fn resolve(arguments: &[String]) -> Settings {
     let given = ["lbd", "ingress", "--iface", "eth0"].map(str::to_owned);
-    let cli = Cli::try_parse_from(given.iter().chain(arguments)).unwrap_or_else(|e| panic!("{e}"));
-    let Command::Ingress(ingress) = cli.command else { panic!("not ingress") };
+    let cli = LbdArgs::try_parse_from(given.iter().chain(arguments)).unwrap_or_else(|e| panic!("{e}"));
+    let LbdCommand::Ingress(ingress) = cli.command else { panic!("not ingress") };
     let mut settings = ingress.options.resolve().unwrap_or_else(|e| panic!("{arguments:?}: {e}"));
     // These only record that the value was set explicitly.
     (settings.metrics_required, settings.nat_ports_required) = (false, false);
@@ -173,7 +173,7 @@ fn resolve(arguments: &[String]) -> Settings {
 /// Setting a flag to the default in its help does not change the settings.
 #[test]
 fn flags_without_effect_are_their_defaults() {
-    let ingress = Cli::command();
+    let ingress = LbdArgs::command();
     let ingress = ingress.find_subcommand("ingress").unwrap();
     let plain = resolve(&[]);
     let mut compared = 0;

@@ -42,7 +42,7 @@ const QUESTION: &str = "What is gravity? Answer in two sentences.";
 /// What the set-up found or built; passed to a run through sudo, because root
 /// has another cache.
 #[derive(Clone, Debug)]
-pub struct Tools {
+pub struct LlmTools {
     /// The worker and the model.
     pub program: Program,
     /// A Python with OpenAI's client, if the set-up has created one.
@@ -50,9 +50,9 @@ pub struct Tools {
 }
 
 /// Builds the worker; fetches libtorch and the model if they are missing.
-pub fn prepare() -> Result<Tools> {
+pub fn prepare() -> Result<LlmTools> {
     let worker = inference::build_worker()?;
-    Ok(Tools {
+    Ok(LlmTools {
         program: Program { worker, model: model::ensure()? },
         python: python::existing(python::TEST)?,
     })
@@ -62,7 +62,7 @@ pub fn prepare() -> Result<Tools> {
 type Workers = BTreeMap<usize, Process>;
 
 /// Runs the LLM phases. The returned workers end when dropped.
-pub fn run_all(stage: &Stage, tools: &Tools, report: &mut Report) -> Result<Workers> {
+pub fn run_all(stage: &Stage, tools: &LlmTools, report: &mut Report) -> Result<Workers> {
     let count = if memory_available()? < THREE_WORKERS_KIB { 2 } else { 3 };
     println!(
         "\n{count} LLM workers (SmolLM2-135M-Instruct, one thread each) join, behind port {}:",
@@ -86,7 +86,7 @@ fn memory_available() -> Result<u64> {
     number.context("/proc/meminfo has no valid MemAvailable")
 }
 
-fn start(stage: &Stage, tools: &Tools, backends: &[usize], report: &mut Report) -> Result<Workers> {
+fn start(stage: &Stage, tools: &LlmTools, backends: &[usize], report: &mut Report) -> Result<Workers> {
     let began = Instant::now();
     llm::add_services(stage, backends)?;
     let (workers, unready) = llm::start_workers(stage, &tools.program, backends)?;
@@ -109,7 +109,7 @@ fn ask(stage: &Stage, ask: Ask) -> Result<Completion> {
 }
 
 /// Streams one answer with each common client and prints its text as it arrives.
-fn chat(stage: &Stage, tools: &Tools, report: &mut Report) -> Result<()> {
+fn chat(stage: &Stage, tools: &LlmTools, report: &mut Report) -> Result<()> {
     let [v4, v6] = llm::targets()[..] else { bail!("a VIP of each family was expected") };
     let url = format!("http://{v4}/v1/chat/completions");
     let body = json!({
@@ -198,22 +198,22 @@ fn follow(command: &mut Command) -> Result<Completion> {
 }
 
 /// What the load observed while `during` ran.
-struct Seen {
+struct TokenCounts {
     account: Account,
     tokens: usize,
     took: Duration,
 }
 
-fn watch<T>(load: &Running, during: impl FnOnce() -> Result<T>) -> Result<(T, Seen)> {
+fn watch<T>(load: &Running, during: impl FnOnce() -> Result<T>) -> Result<(T, TokenCounts)> {
     load.take();
     load.take_tokens();
     let began = Instant::now();
     let result = during()?;
     let took = began.elapsed();
-    Ok((result, Seen { tokens: load.take_tokens(), account: load.take(), took }))
+    Ok((result, TokenCounts { tokens: load.take_tokens(), account: load.take(), took }))
 }
 
-impl Seen {
+impl TokenCounts {
     fn phase(&self, name: &str) -> Phase {
         let mut phase = phase(name, self.took, &self.account, self.tokens);
         note_failures(&mut phase, self.account.failures());
@@ -295,7 +295,7 @@ fn concurrent(load: &Running, count: usize, report: &mut Report) -> Result<()> {
 
 fn kill(
     stage: &Stage,
-    tools: &Tools,
+    tools: &LlmTools,
     load: &Running,
     workers: &mut Workers,
     report: &mut Report,

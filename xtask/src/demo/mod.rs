@@ -85,9 +85,9 @@ impl Options {
     }
 
     /// Returns the tools that the unprivileged part passed.
-    fn tools(&self) -> Option<inference::Tools> {
+    fn tools(&self) -> Option<inference::LlmTools> {
         let program = Program { worker: self.llm_worker.clone()?, model: self.llm_model.clone()? };
-        Some(inference::Tools { program, python: self.llm_python.clone() })
+        Some(inference::LlmTools { program, python: self.llm_python.clone() })
     }
 }
 
@@ -103,7 +103,7 @@ fn build() -> Result<()> {
 }
 
 /// Runs this command again as root, without the build.
-fn run_as_root(tools: Option<&inference::Tools>) -> Result<()> {
+fn run_as_root(tools: Option<&inference::LlmTools>) -> Result<()> {
     if shell::which("sudo").is_none() {
         bail!("the demo creates network namespaces: run it as root, or install sudo");
     }
@@ -163,7 +163,7 @@ fn play_regions(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn play(options: &Options, tools: Option<&inference::Tools>) -> Result<()> {
+fn play(options: &Options, tools: Option<&inference::LlmTools>) -> Result<()> {
     let mode = if options.mode == "gue" { "gue" } else { "ipip" };
     println!(
         "\nA client, an ingress host and {} workers, each in its own network namespace:",

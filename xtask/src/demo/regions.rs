@@ -8,7 +8,7 @@ use serde::Serialize;
 use test_support::story::{Step, Story};
 
 #[derive(Serialize)]
-struct Report {
+struct RegionsReport {
     ok: bool,
     steps: Vec<Step>,
 }
@@ -49,7 +49,7 @@ The workers simulate an LLM server's queue and reports: four real ones would nee
         sum(|s| s.broken)
     );
     if let Some(path) = report {
-        let text = serde_json::to_string_pretty(&Report { ok, steps }).context("cannot write JSON")?;
+        let text = serde_json::to_string_pretty(&RegionsReport { ok, steps }).context("cannot write JSON")?;
         fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
         println!("results written to {}", path.display());
     }

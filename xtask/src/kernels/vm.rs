@@ -51,7 +51,7 @@ pub struct Machine<'a> {
 
 /// Result of a machine.
 #[derive(Debug)]
-pub struct Outcome {
+pub struct RunOutcome {
     /// Boots that hung before init.
     pub hung: u32,
     /// Time from the first boot to the end.
@@ -61,7 +61,7 @@ pub struct Outcome {
 }
 
 /// Boots the machine and waits for its end; passes each line of the guest's log to `on_line`.
-pub fn run(machine: &Machine, mut on_line: impl FnMut(&str)) -> Result<Outcome> {
+pub fn run(machine: &Machine, mut on_line: impl FnMut(&str)) -> Result<RunOutcome> {
     let started = Instant::now();
     let directory = machine.directory;
     let _ = fs::remove_dir_all(directory);
@@ -76,7 +76,7 @@ pub fn run(machine: &Machine, mut on_line: impl FnMut(&str)) -> Result<Outcome> 
         let mut qemu = Qemu::start(directory)?;
         if qemu.wait_for_boot(&out)? {
             let status = qemu.watch(&out, machine.limit, &mut on_line)?;
-            return Ok(Outcome { hung, took: started.elapsed(), status });
+            return Ok(RunOutcome { hung, took: started.elapsed(), status });
         }
         drop(qemu);
         hung += 1;

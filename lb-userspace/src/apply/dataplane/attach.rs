@@ -6,9 +6,9 @@
 
 use super::{
     DataplaneError,
-    kernel::Kernel,
+    kernel::KernelFeatures,
     layout::{Layout, write_own},
-    links::{self, GENERIC, Interface, XdpLink},
+    links::{self, AttachedInterface, GENERIC, XdpLink},
     load::{LoadedObject, Switches, load},
     pins::{self, Home},
     stages::{self, RefusedProgram},
@@ -64,7 +64,7 @@ pub struct Attached {
     /// The loaded object.
     pub bpf: Ebpf,
     /// Interfaces that it runs on, or will once the other ABI version's flows are taken over.
-    pub interfaces: Vec<Interface>,
+    pub interfaces: Vec<AttachedInterface>,
     /// Interfaces that it does not run on yet, with the error of each.
     pub waiting: Vec<(String, DataplaneError)>,
     /// Whether it is loaded with the frags flag.
@@ -221,7 +221,7 @@ fn open(request: &Request<'_>, other: &Home) -> Result<Predecessor, DataplaneErr
 /// Result of a successful start.
 struct Started {
     loaded: LoadedObject,
-    interfaces: Vec<Interface>,
+    interfaces: Vec<AttachedInterface>,
     /// Interfaces whose drivers refuse the program.
     failed: Vec<(String, DataplaneError)>,
     takeover: Option<Takeover>,
@@ -230,7 +230,7 @@ struct Started {
 /// Result of attaching to interfaces without a link of ours.
 enum New {
     Done {
-        interfaces: Vec<Interface>,
+        interfaces: Vec<AttachedInterface>,
         failed: Vec<(String, DataplaneError)>,
     },
     /// An interface needs generic mode, so all programs must be loaded without frags.
@@ -287,7 +287,7 @@ fn load_and_attach(
 }
 
 /// Undoes what a failed start has attached and created.
-fn undo(request: &Request<'_>, new: &[Interface], loaded: &LoadedObject) {
+fn undo(request: &Request<'_>, new: &[AttachedInterface], loaded: &LoadedObject) {
     for interface in new {
         if let Err(error) = links::detach(request.pin_path, interface) {
             tracing::warn!(%error, "cannot detach after a failed start; the link is left behind");
@@ -318,7 +318,7 @@ fn situation(
     let running = homes.filter_map(|home| home.program_of(&ids)).next();
     let running = running.and_then(|program| or_unknown(variant::of_program(&program).map(Some)));
     Situation {
-        kernel_has: Kernel::get().frags,
+        kernel_has: KernelFeatures::get().frags,
         mtu: links::largest_mtu(present.iter().map(|(name, _)| *name)),
         is_generic: found.iter().flatten().any(|link| link.interface.mode == GENERIC),
         users,
@@ -374,8 +374,8 @@ fn finish_start(
     adopted: bool,
     (loaded, predecessors): (&mut LoadedObject, Vec<Predecessor>),
     found: Vec<Option<XdpLink>>,
-    new: &[Interface],
-) -> Result<(Vec<Interface>, Option<Takeover>), DataplaneError> {
+    new: &[AttachedInterface],
+) -> Result<(Vec<AttachedInterface>, Option<Takeover>), DataplaneError> {
     let must_wait = !predecessors.is_empty();
     if !must_wait {
         stages::chain(&mut loaded.bpf, request.chained)?;
@@ -391,7 +391,7 @@ fn finish_start(
             link.update(&program)?;
         }
     }
-    let order = |i: &Interface| request.interfaces.iter().position(|name| *name == i.name);
+    let order = |i: &AttachedInterface| request.interfaces.iter().position(|name| *name == i.name);
     interfaces.sort_by_key(order);
     let mut takeover = Takeover {
         pin_path: request.pin_path.to_owned(),

@@ -40,7 +40,7 @@ const XDP_PASS: i32 = 2;
 
 /// Kernel features that our programs, links or tools depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Kernel {
+pub struct KernelFeatures {
     /// XDP programs can support packets in several pieces, and query their length (Linux 5.18).
     pub frags: bool,
     /// `bpf_fib_lookup` returns the source address (Linux 6.7).
@@ -53,10 +53,10 @@ pub struct Kernel {
     pub tcx: bool,
 }
 
-impl Kernel {
+impl KernelFeatures {
     /// Features of the running kernel, tried once per process.
     pub fn get() -> Self {
-        static KERNEL: OnceLock<Kernel> = OnceLock::new();
+        static KERNEL: OnceLock<KernelFeatures> = OnceLock::new();
         *KERNEL.get_or_init(Self::probe)
     }
 
@@ -206,9 +206,9 @@ mod tests {
     #[test]
     fn programs_are_told_what_they_may_use() {
         use lb_common::settings::kernel::{FIB_SRC, FRAGS};
-        let old = Kernel::default();
+        let old = KernelFeatures::default();
         assert_eq!(old.bits(false), 0);
-        let new = Kernel { frags: true, fib_src: true, tcx: true, ..old };
+        let new = KernelFeatures { frags: true, fib_src: true, tcx: true, ..old };
         assert_eq!(new.bits(false), FIB_SRC, "a kernel that has frags, programs without it");
         assert_eq!(new.bits(true), FIB_SRC | FRAGS);
     }

@@ -15,7 +15,7 @@ use std::{
 
 /// An interface that the program runs on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Interface {
+pub struct AttachedInterface {
     /// Name.
     pub name: String,
     /// Index.
@@ -29,7 +29,7 @@ pub struct Interface {
 /// A pinned link that is attached.
 pub struct XdpLink {
     /// Interface and mode of the link.
-    pub interface: Interface,
+    pub interface: AttachedInterface,
     fd: OwnedFd,
 }
 
@@ -112,7 +112,7 @@ pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<XdpLink>
         rename(&found.path, &path)?;
         tracing::info!(interface = name, was = %found.path.display(), "renamed the pinned link of a renamed interface");
     }
-    let interface = Interface { name: name.to_owned(), ifindex, mode: found.mode, why_generic: None };
+    let interface = AttachedInterface { name: name.to_owned(), ifindex, mode: found.mode, why_generic: None };
     Ok(Some(XdpLink { interface, fd: found.fd }))
 }
 
@@ -147,7 +147,7 @@ pub fn attach(
     name: &str,
     ifindex: u32,
     allow_generic: bool,
-) -> Result<Interface, DataplaneError> {
+) -> Result<AttachedInterface, DataplaneError> {
     let had_carrier = has_carrier(name);
     let mut why_generic = None;
     let (link, mode) = match create(program, name, ifindex, DRV_MODE) {
@@ -167,7 +167,7 @@ pub fn attach(
     if had_carrier {
         wait_for_carrier(name);
     }
-    Ok(Interface { name: name.to_owned(), ifindex, mode, why_generic })
+    Ok(AttachedInterface { name: name.to_owned(), ifindex, mode, why_generic })
 }
 
 fn create(program: &impl AsFd, name: &str, ifindex: u32, mode: u32) -> Result<OwnedFd, DataplaneError> {
@@ -220,7 +220,7 @@ fn wait_for_carrier(name: &str) {
 }
 
 /// Detaches from an interface, by removing the pin of its link.
-pub fn detach(pin_path: &Path, interface: &Interface) -> Result<(), DataplaneError> {
+pub fn detach(pin_path: &Path, interface: &AttachedInterface) -> Result<(), DataplaneError> {
     pins::remove(&link_path(pin_path, &interface.name, interface.mode))
 }
 

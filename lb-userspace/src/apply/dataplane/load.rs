@@ -6,7 +6,7 @@
 use super::{
     DataplaneError,
     attach::Request,
-    kernel::Kernel,
+    kernel::KernelFeatures,
     object::{self, Object},
     pins::{self, Home},
     refused::{self, VerifierVerdict},
@@ -49,8 +49,12 @@ pub fn load(request: &Request<'_>, home: &Home, frags: bool) -> Result<LoadedObj
     let arrays = shared.chain([home.path.join(names::STAGES)]);
     let arrays = arrays.map(|path| ArrayPin::of(path, frags)).collect::<Result<Vec<_>, _>>()?;
     loop {
-        let mut bpf =
-            load_object(request, home, Switches { kernel: Kernel::get().bits(frags), features }, &arrays)?;
+        let mut bpf = load_object(
+            request,
+            home,
+            Switches { kernel: KernelFeatures::get().bits(frags), features },
+            &arrays,
+        )?;
         let stages = Stages::load(&mut bpf, request.stages, features)?;
         let lost = stages.lost();
         let known: BTreeSet<&str> = left_out.iter().map(|one| one.program).collect();
@@ -97,7 +101,8 @@ fn leave_out(
     features: u32,
     error: DataplaneError,
 ) -> Result<Vec<RefusedProgram>, DataplaneError> {
-    let settings = |features| (request.settings)(Switches { kernel: Kernel::get().bits(frags), features });
+    let settings =
+        |features| (request.settings)(Switches { kernel: KernelFeatures::get().bits(frags), features });
     let has_parts = settings(0) != settings(features);
     if !has_parts || !matches!(error, DataplaneError::Verifier { .. }) {
         return Err(error);
@@ -106,7 +111,7 @@ fn leave_out(
     for part in PARTS.into_iter().filter(|part| features & part != 0) {
         rest &= !part;
         less.push(RefusedProgram { program: request.program, feature: part, reason: error.to_string() });
-        let switches = Switches { kernel: Kernel::get().bits(frags), features: rest };
+        let switches = Switches { kernel: KernelFeatures::get().bits(frags), features: rest };
         let mut bpf = load_object(request, home, switches, arrays)?;
         match stages::load(&mut bpf, request.program) {
             Ok(_) => return Ok(less),

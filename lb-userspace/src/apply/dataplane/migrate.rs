@@ -91,7 +91,7 @@ pub fn for_each<K: FromBytes, V: FromBytes>(
 }
 
 /// Common interface of the values that describe flows.
-trait FlowEntry: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
+trait FlowValue: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
     type Key: FromBytes + IntoBytes + Immutable + Copy;
     /// Index of the entry's service.
     fn service(key: &Self::Key, value: &Self) -> u32;
@@ -116,7 +116,7 @@ fn later<E: PartialEq + Copy>(
     }
 }
 
-impl FlowEntry for Flow {
+impl FlowValue for Flow {
     type Key = FlowKey;
 
     fn service(key: &FlowKey, _: &Self) -> u32 {
@@ -141,7 +141,7 @@ impl FlowEntry for Flow {
     }
 }
 
-impl FlowEntry for Nat {
+impl FlowValue for Nat {
     type Key = FlowKey;
 
     fn service(key: &FlowKey, _: &Self) -> u32 {
@@ -164,7 +164,7 @@ impl FlowEntry for Nat {
     }
 }
 
-impl FlowEntry for Reply {
+impl FlowValue for Reply {
     type Key = ReplyKey;
 
     fn service(_: &ReplyKey, value: &Self) -> u32 {
@@ -277,7 +277,7 @@ impl Copier {
         Ok(())
     }
 
-    fn copy<E: FlowEntry>(
+    fn copy<E: FlowValue>(
         &self,
         table: &TablePair,
         since_s: u32,
@@ -312,7 +312,7 @@ impl Copier {
 }
 
 /// Updates one of our entries; true if there was none.
-fn put<E: FlowEntry>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
+fn put<E: FlowValue>(map: &OwnedFd, key: &E::Key, value: &E) -> io::Result<bool> {
     let (key, mut known) = (key.as_bytes(), *value);
     if sys::lookup(map, key, known.as_mut_bytes())? {
         if let Some(merged) = value.merged(&known) {

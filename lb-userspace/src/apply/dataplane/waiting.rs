@@ -1,7 +1,7 @@
 //! Interfaces that the program runs on, and those that wait for it: missing when lbd started, removed since, or
 //! with a driver that refused the program. They are retried while lbd runs.
 
-use super::{AttachOptions, DataplaneError, Interface, Kernel, PAGE_MTU, attach, links};
+use super::{AttachOptions, AttachedInterface, DataplaneError, KernelFeatures, PAGE_MTU, attach, links};
 use std::{
     collections::BTreeMap,
     path::PathBuf,
@@ -10,7 +10,7 @@ use std::{
 
 /// An interface that the program does not run on yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WaitingInterface {
+pub struct PendingInterface {
     /// Name.
     pub name: String,
     /// Reason, with advice.
@@ -33,7 +33,7 @@ pub struct Interfaces {
 
 #[derive(Default)]
 struct AttachState {
-    attached: BTreeMap<String, Interface>,
+    attached: BTreeMap<String, AttachedInterface>,
     waiting: BTreeMap<String, String>,
 }
 
@@ -43,7 +43,7 @@ impl Interfaces {
         program: &'static str,
         options: &AttachOptions,
         frags: bool,
-        attached: Vec<Interface>,
+        attached: Vec<AttachedInterface>,
         waiting: Vec<(String, DataplaneError)>,
     ) -> Self {
         let how = (options.pin_path.clone(), options.interfaces.clone(), options.allow_generic);
@@ -55,7 +55,7 @@ impl Interfaces {
         program: &'static str,
         (pin_path, wanted, allow_generic): (PathBuf, Vec<String>, bool),
         frags: bool,
-        attached: Vec<Interface>,
+        attached: Vec<AttachedInterface>,
         waiting: Vec<(String, DataplaneError)>,
     ) -> Self {
         let state = AttachState {
@@ -76,23 +76,23 @@ impl Interfaces {
     }
 
     /// Interfaces that the program runs on, in the order of the settings.
-    pub fn attached(&self) -> Vec<Interface> {
+    pub fn attached(&self) -> Vec<AttachedInterface> {
         let state = self.state();
         self.wanted.iter().filter_map(|name| state.attached.get(name).cloned()).collect()
     }
 
     /// Interfaces that the program does not run on yet.
-    pub fn waiting(&self) -> Vec<WaitingInterface> {
+    pub fn waiting(&self) -> Vec<PendingInterface> {
         let state = self.state();
         let all = self.wanted.iter().filter_map(|name| {
-            Some(WaitingInterface { name: name.clone(), reason: state.waiting.get(name)?.clone() })
+            Some(PendingInterface { name: name.clone(), reason: state.waiting.get(name)?.clone() })
         });
         all.collect()
     }
 
     /// Tries to attach to waiting interfaces, and to those that were removed and are back. Returns the newly attached
     /// interfaces. Blocks.
-    pub fn try_again(&self) -> Vec<Interface> {
+    pub fn try_again(&self) -> Vec<AttachedInterface> {
         let _held = self.hold();
         let mut new = Vec::new();
         for name in &self.wanted {
@@ -129,7 +129,7 @@ impl Interfaces {
     /// Error text, with the advice to restart lbd where that helps.
     fn with_advice(&self, name: &str, error: &DataplaneError) -> String {
         let needs_frags =
-            !self.frags && Kernel::get().frags && links::largest_mtu([name].into_iter()) > PAGE_MTU;
+            !self.frags && KernelFeatures::get().frags && links::largest_mtu([name].into_iter()) > PAGE_MTU;
         match error {
             DataplaneError::NotTaken { .. } if needs_frags => {
                 format!(
@@ -140,7 +140,7 @@ impl Interfaces {
         }
     }
 
-    fn attach(&self, name: &str, ifindex: u32) -> Result<Option<Interface>, DataplaneError> {
+    fn attach(&self, name: &str, ifindex: u32) -> Result<Option<AttachedInterface>, DataplaneError> {
         let Some(program) = attach::running(&self.pin_path, self.program)? else { return Ok(None) };
         if let Some(link) = links::find(&self.pin_path, name, ifindex)? {
             link.update(&program)?;

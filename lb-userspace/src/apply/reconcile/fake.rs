@@ -44,7 +44,7 @@ pub struct FakeMaps {
 
 /// Maps that a test can inspect while a reconciler owns them.
 #[derive(Clone)]
-pub struct Shared(pub Arc<Mutex<FakeMaps>>);
+pub struct SharedMaps(pub Arc<Mutex<FakeMaps>>);
 
 /// Whether two regions, of a base and a length, share a slot. An empty one shares none, wherever it lies.
 fn overlap((a, n): (u32, u32), (b, m): (u32, u32)) -> bool {
@@ -138,7 +138,7 @@ impl FakeMaps {
     }
 }
 
-impl Maps for Shared {
+impl Maps for SharedMaps {
     fn sizes(&self) -> (u32, u32, u32) {
         let m = self.0.lock().unwrap();
         (m.services.len() as u32, m.slots.len() as u32, m.backends.len() as u32)

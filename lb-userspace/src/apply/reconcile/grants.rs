@@ -9,7 +9,7 @@ use super::{Maps, Mirror, NoRoom};
 use crate::{
     apply::dataplane::DataplaneError,
     desired::model::Name,
-    plan::compile::{Hashing, RegionNeed, ServiceId, Waiting},
+    plan::compile::{Hashing, RegionNeed, ServiceId, WaitingForRoom},
 };
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ pub(super) struct Grants {
     /// Regions, base and length.
     pub regions: BTreeMap<ServiceId, (u32, u32)>,
     /// Services that wait, for `compile`.
-    pub waiting: Waiting,
+    pub waiting: WaitingForRoom,
     /// Why services wait, for status.
     pub shortages: BTreeMap<Name, NoRoom>,
 }

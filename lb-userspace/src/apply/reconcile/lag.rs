@@ -48,12 +48,12 @@ impl Lags {
 
 /// Verdicts on their way to the maps.
 #[derive(Debug, Default)]
-pub(super) struct Waiting {
+pub(super) struct PendingVerdicts {
     since: Vec<Duration>,
     lags: Lags,
 }
 
-impl Waiting {
+impl PendingVerdicts {
     /// Adds a verdict of this time that is not yet in the maps.
     pub(super) fn add(&mut self, at: Duration) {
         self.since.push(at);
@@ -74,7 +74,7 @@ mod tests {
 
     #[test]
     fn verdicts_count_when_they_are_written() {
-        let mut waiting = Waiting::default();
+        let mut waiting = PendingVerdicts::default();
         let ms = Duration::from_millis;
         waiting.add(ms(1_000));
         waiting.add(ms(1_400));

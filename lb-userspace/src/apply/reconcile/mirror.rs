@@ -8,7 +8,7 @@
 use super::{
     maps::Maps,
     slots::{NoRoom, SlotSpace},
-    tables::{LiveService, Room},
+    tables::{LiveService, TableRoom},
 };
 use crate::{
     apply::dataplane::DataplaneError,
@@ -163,7 +163,7 @@ impl Mirror {
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        rooms: &BTreeMap<u32, Room>,
+        rooms: &BTreeMap<u32, TableRoom>,
     ) -> Result<(Written, BTreeMap<u32, NoRoom>), DataplaneError> {
         let mut written = Written::default();
         match self.write(maps, wanted, rooms, &mut written) {
@@ -193,7 +193,7 @@ impl Mirror {
         &mut self,
         maps: &mut impl Maps,
         wanted: &Plan,
-        rooms: &BTreeMap<u32, Room>,
+        rooms: &BTreeMap<u32, TableRoom>,
         written: &mut Written,
     ) -> Result<BTreeMap<u32, NoRoom>, DataplaneError> {
         for ifindex in wanted.egress.difference(&self.egress.clone()) {
@@ -204,10 +204,10 @@ impl Mirror {
         self.write_quic(maps, wanted, written)?;
         let mut shortages = BTreeMap::new();
         for (index, entry) in &wanted.services {
-            let room = rooms.get(index).copied().unwrap_or(Room::Free);
+            let room = rooms.get(index).copied().unwrap_or(TableRoom::Free);
             match self.write_service(maps, wanted, (*index, entry), room, written)? {
                 Some(shortage) => drop(shortages.insert(*index, shortage)),
-                None => self.is_granting |= matches!(room, Room::Granted(..)),
+                None => self.is_granting |= matches!(room, TableRoom::Granted(..)),
             }
         }
         self.write_keys(maps, wanted, written)?;

@@ -42,7 +42,7 @@ use crate::{
     clock,
     desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, RegionShares},
     plan::compile::{
-        Cache, Compiled, Memory, Past, ServiceMemory, Settings, admit, check_guard, compile_each,
+        Cache, Compiled, DeploymentSettings, Memory, Past, ServiceMemory, admit, check_guard, compile_each,
         region_needs,
     },
 };
@@ -52,13 +52,13 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use tables::Room;
+use tables::TableRoom;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// Owner of the maps: applies events to them.
 pub struct Reconciler<M: Maps> {
     maps: M,
-    settings: Settings,
+    settings: DeploymentSettings,
     desired: Arc<Desired>,
     /// Whether `desired` has been received and is not just empty: until then nothing is written, because the first
     /// event after a restart (a sweep, a next hop) would remove every service.
@@ -78,7 +78,7 @@ pub struct Reconciler<M: Maps> {
     /// Services that differ from the desired state, and why.
     problems: BTreeMap<Name, Problem>,
     keeper: Keeper,
-    verdicts: lag::Waiting,
+    verdicts: lag::PendingVerdicts,
     publish: watch::Sender<Arc<Published>>,
 }
 
@@ -96,7 +96,7 @@ impl<M: Maps> Reconciler<M> {
     /// Takes over the contents of the maps. `kept` is the state that the last daemon saved, if any.
     pub fn new(
         mut maps: M,
-        settings: Settings,
+        settings: DeploymentSettings,
         kept: Option<&[u8]>,
         keep: Keep,
     ) -> Result<(Self, watch::Receiver<Arc<Published>>), DataplaneError> {
@@ -135,7 +135,7 @@ impl<M: Maps> Reconciler<M> {
             next_change: None,
             problems: BTreeMap::new(),
             keeper: Keeper::new(keep),
-            verdicts: lag::Waiting::default(),
+            verdicts: lag::PendingVerdicts::default(),
             publish,
         };
         Ok((reconciler, published))
@@ -317,11 +317,11 @@ impl<M: Maps> Reconciler<M> {
         let guard = self.apply_guard();
         let mut rooms = BTreeMap::new();
         for id in grants.waiting.changing.keys() {
-            rooms.extend(compiled.memory.services.get(id).map(|memory| (memory.index, Room::Held)));
+            rooms.extend(compiled.memory.services.get(id).map(|memory| (memory.index, TableRoom::Held)));
         }
         for (id, (base, room)) in grants.regions {
             match compiled.memory.services.get(&id).filter(|_| !compiled.unchanged.contains(&id)) {
-                Some(memory) => drop(rooms.insert(memory.index, Room::Granted(base, room))),
+                Some(memory) => drop(rooms.insert(memory.index, TableRoom::Granted(base, room))),
                 None => self.mirror.take_back((base, room)),
             }
         }

@@ -30,7 +30,7 @@ pub(super) struct LiveService {
 
 /// Where a service's table may go if it cannot be written in place.
 #[derive(Clone, Copy, Debug)]
-pub enum Room {
+pub enum TableRoom {
     /// Into any free region.
     Free,
     /// Into this region, base and length, granted before compilation.
@@ -74,7 +74,7 @@ impl Mirror {
         maps: &mut impl Maps,
         wanted: &Plan,
         (index, entry): (u32, &ServiceEntry),
-        room: Room,
+        room: TableRoom,
         written: &mut Written,
     ) -> Result<Option<NoRoom>, DataplaneError> {
         let live = self.services.get(&index);
@@ -82,7 +82,7 @@ impl Mirror {
             && (live.entry.view == entry.view && same_table(&live.entry, entry)
                 || fits_in_place(&live.entry, entry))
         {
-            if let Room::Granted(base, room) = room {
+            if let TableRoom::Granted(base, room) = room {
                 self.space.give_back_unused(base, room);
             }
             self.write_in_place(maps, index, entry, written)?;
@@ -99,7 +99,7 @@ impl Mirror {
             Err(shortage) => Some(shortage),
         };
         if has_same_hashing && let Some(live) = self.services.get(&index) {
-            let reduced = in_live_layout(live, entry, wanted, matches!(room, Room::Held));
+            let reduced = in_live_layout(live, entry, wanted, matches!(room, TableRoom::Held));
             // Without its old table, the service may fit in place, or leave room for others.
             self.is_granting |= reduced.table.len() < live.entry.table.len();
             self.write_in_place(maps, index, &reduced, written)?;
@@ -112,14 +112,14 @@ impl Mirror {
         &mut self,
         maps: &mut impl Maps,
         entry: &ServiceEntry,
-        room: Room,
+        room: TableRoom,
     ) -> Result<Option<(u32, u32)>, NoRoom> {
         let len = entry.table.len() as u32;
         match room {
-            Room::Held => return Ok(None),
-            Room::Granted(base, room) if room >= len => return Ok(Some((base, room))),
-            Room::Granted(base, room) => self.space.give_back_unused(base, room),
-            Room::Free => {}
+            TableRoom::Held => return Ok(None),
+            TableRoom::Granted(base, room) if room >= len => return Ok(Some((base, room))),
+            TableRoom::Granted(base, room) => self.space.give_back_unused(base, room),
+            TableRoom::Free => {}
         }
         match self.take(maps, entry.room, self.largest_room()) {
             Ok(base) => Ok(Some((base, entry.room))),

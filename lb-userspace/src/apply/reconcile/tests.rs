@@ -69,19 +69,19 @@ pub(super) fn desired(services: Vec<(&str, Service)>) -> Arc<Desired> {
 
 /// A reconciler over shared maps, and the state that it saved.
 pub(super) struct Bed {
-    pub maps: Shared,
+    pub maps: SharedMaps,
     kept: Arc<Mutex<Vec<u8>>>,
     pub published: watch::Receiver<Arc<Published>>,
-    pub reconciler: Reconciler<Shared>,
-    settings: Settings,
+    pub reconciler: Reconciler<SharedMaps>,
+    settings: DeploymentSettings,
 }
 
-fn start(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>) -> Bed {
-    start_with(maps, kept, Settings::default())
+fn start(maps: SharedMaps, kept: &Arc<Mutex<Vec<u8>>>) -> Bed {
+    start_with(maps, kept, DeploymentSettings::default())
 }
 
 /// Starts a reconciler over `maps` with these settings.
-pub(super) fn start_with(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>, settings: Settings) -> Bed {
+pub(super) fn start_with(maps: SharedMaps, kept: &Arc<Mutex<Vec<u8>>>, settings: DeploymentSettings) -> Bed {
     let bytes = kept.lock().unwrap().clone();
     let keep = Arc::clone(kept);
     let (reconciler, published) = Reconciler::new(
@@ -95,7 +95,7 @@ pub(super) fn start_with(maps: Shared, kept: &Arc<Mutex<Vec<u8>>>, settings: Set
 }
 
 fn bed() -> Bed {
-    start(Shared(Arc::new(Mutex::new(FakeMaps::new(16, 32_768, 64)))), &Arc::default())
+    start(SharedMaps(Arc::new(Mutex::new(FakeMaps::new(16, 32_768, 64)))), &Arc::default())
 }
 
 impl Bed {

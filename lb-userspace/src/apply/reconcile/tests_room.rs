@@ -6,14 +6,18 @@ use lb_common::{limits, slot::NO_BACKEND};
 use proptest::prelude::*;
 use std::sync::Mutex;
 
-fn room(services: u32, slots: u32) -> Shared {
-    Shared(Arc::new(Mutex::new(FakeMaps { is_large: true, ..FakeMaps::new(services, slots, 16_384) })))
+fn room(services: u32, slots: u32) -> SharedMaps {
+    SharedMaps(Arc::new(Mutex::new(FakeMaps { is_large: true, ..FakeMaps::new(services, slots, 16_384) })))
 }
 
 /// A test bed over maps of these sizes, whose settings know them.
 fn large(services: u32, slots: u32) -> Bed {
-    let limits = compile::MapLimits { services, slots, ..compile::MapLimits::default() };
-    start_with(room(services, slots), &Arc::default(), Settings { limits, ..Settings::default() })
+    let limits = compile::TableLimits { services, slots, ..compile::TableLimits::default() };
+    start_with(
+        room(services, slots),
+        &Arc::default(),
+        DeploymentSettings { limits, ..DeploymentSettings::default() },
+    )
 }
 
 /// `count` services with backends of their own and one backend that all share, which is called `shared`.
@@ -172,9 +176,10 @@ fn a_waiting_service_does_not_take_the_room_that_it_waits_for() {
         of(ForwardingMode::Ipip, 1_021, None, &[]),
         of(ForwardingMode::Gue, 251, Some(2), &[("b0", "10.1.0.1", 1)]),
     ];
-    let limits = compile::MapLimits { services: 16, slots: 3 * 1_021, ..compile::MapLimits::default() };
-    let maps = Shared(Arc::new(Mutex::new(FakeMaps::new(16, limits.slots, 64))));
-    let mut bed = start_with(maps, &Arc::default(), Settings { limits, ..Settings::default() });
+    let limits = compile::TableLimits { services: 16, slots: 3 * 1_021, ..compile::TableLimits::default() };
+    let maps = SharedMaps(Arc::new(Mutex::new(FakeMaps::new(16, limits.slots, 64))));
+    let mut bed =
+        start_with(maps, &Arc::default(), DeploymentSettings { limits, ..DeploymentSettings::default() });
     for (i, state) in states.iter().enumerate() {
         // Less room than the check asks for, as a state that an earlier version accepted may have.
         bed.set(state, i as u64 + 1).unwrap();
@@ -240,9 +245,9 @@ proptest! {
     /// assert after each write that every live table is complete, and that nothing is written that may still be read.
     #[test]
     fn what_is_accepted_comes_into_force(states in any_states(), slots in 2_000u32..14_000) {
-        let limits = compile::MapLimits { services: 16, slots, ..compile::MapLimits::default() };
-        let maps = Shared(Arc::new(Mutex::new(FakeMaps::new(16, slots, 64))));
-        let mut bed = start_with(maps, &Arc::default(), Settings { limits, ..Settings::default() });
+        let limits = compile::TableLimits { services: 16, slots, ..compile::TableLimits::default() };
+        let maps = SharedMaps(Arc::new(Mutex::new(FakeMaps::new(16, slots, 64))));
+        let mut bed = start_with(maps, &Arc::default(), DeploymentSettings { limits, ..DeploymentSettings::default() });
         let mut accepted = Arc::new(Desired::default());
         for (revision, (state, minutes, restart)) in states.into_iter().enumerate() {
             if state.check().is_empty() && bed.check(&state).is_ok() {

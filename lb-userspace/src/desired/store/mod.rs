@@ -87,7 +87,7 @@ fn new_id() -> String {
 
 /// State of the connection between this host and the store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Link {
+pub struct StoreLink {
     /// `redb` or `etcd`.
     pub engine: String,
     /// File, or addresses and prefix.
@@ -109,7 +109,7 @@ pub struct Link {
     pub moved: Option<String>,
 }
 
-impl Link {
+impl StoreLink {
     /// The refusal of a store whose data were migrated elsewhere.
     pub fn refusal(&self) -> Option<StoreError> {
         let to = self.moved.clone()?;
@@ -127,12 +127,12 @@ pub struct About {
     /// Id of the data.
     pub id: String,
     /// Members of the cluster; one for a file.
-    pub members: Vec<Member>,
+    pub members: Vec<StoreMember>,
 }
 
 /// A member of the store's cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Member {
+pub struct StoreMember {
     /// Name.
     pub name: String,
     /// Address.
@@ -227,7 +227,7 @@ pub trait Store: Send + Sync {
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>>;
 
     /// Watches the state of the connection to the store.
-    fn link(&self) -> watch::Receiver<Link>;
+    fn link(&self) -> watch::Receiver<StoreLink>;
 
     /// Describes engine and members.
     fn about(&self) -> BoxFuture<'_, About>;

@@ -73,7 +73,7 @@ impl Opener {
             }
             Address::Etcd { members, prefix, tls } => {
                 let access = Access { members: members.clone(), tls: *tls, ..self.access.clone() };
-                let options = etcd::Options { access, prefix: prefix.clone(), keep: self.keep, id };
+                let options = etcd::EtcdOptions { access, prefix: prefix.clone(), keep: self.keep, id };
                 Ok(Arc::new(EtcdStore::open(options, cache).await?))
             }
         }

@@ -4,21 +4,20 @@
 //! themselves are stored once per change. A change of one service among thousands therefore writes only that one.
 
 mod file;
+mod store;
 
 use super::{
-    About, Claim, Commit, HostValues, Link, Local, LocalFile, Lock, Member, Retire, Revision, Store,
-    StoreError, Stored, delta, local::Alone, new_id,
+    Commit, LocalFile, Retire, Revision, StoreError, StoreLink, Stored, delta, local::Alone, new_id,
 };
 use crate::{
     clock,
     desired::model::{Desired, guard::ListName},
 };
 use file::{
-    LISTS, META, NOTES, REVISIONS, RevisionRecord, SERVICES, part_key, prepare, read_head, read_notes,
+    FileRevision, LISTS, META, NOTES, REVISIONS, SERVICES, part_key, prepare, read_head, read_notes,
     read_revision, write_id,
 };
 pub(super) use file::{Reopening, failed, guarded, open};
-use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, ReadableTable};
 use serde::Serialize;
 use std::{
@@ -51,7 +50,7 @@ struct RedbInner {
     /// Held from reading `head` to its change, because redb lets the next writer in before that.
     writing: Mutex<()>,
     head: watch::Sender<Stored>,
-    link: watch::Sender<Link>,
+    link: watch::Sender<StoreLink>,
     retired: Mutex<Retire>,
 }
 
@@ -87,7 +86,7 @@ impl RedbStore {
             Ok((database, stored, id, moved))
         })?;
         let now_ms = clock::unix_ms();
-        let link = Link {
+        let link = StoreLink {
             engine: "redb".to_owned(),
             place: file.display().to_string(),
             connected: true,
@@ -159,7 +158,7 @@ impl RedbInner {
         &self,
         table: &impl ReadableTable<u64, &'static [u8]>,
         number: u64,
-    ) -> Result<Option<RevisionRecord>, StoreError> {
+    ) -> Result<Option<FileRevision>, StoreError> {
         let Some(bytes) = table.get(number).map_err(|e| self.failed(e))? else { return Ok(None) };
         serde_json::from_slice(bytes.value()).map(Some).map_err(|e| StoreError::Corrupt {
             file: self.file.display().to_string(),
@@ -338,7 +337,7 @@ impl RedbInner {
             }
         }
         let rest = delta::rest(desired).map_err(|e| self.json_failed(&e))?;
-        let record = RevisionRecord { author, time_ms: revision.time_ms, message, services, lists, rest };
+        let record = FileRevision { author, time_ms: revision.time_ms, message, services, lists, rest };
         revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
         self.prune(&mut revisions, &mut table, &mut list_table, number)?;
         let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
@@ -441,8 +440,7 @@ impl RedbInner {
             if oldest + self.keep > newest {
                 return Ok(());
             }
-            let of =
-                |record: Option<RevisionRecord>| record.map(|r| (r.services, r.lists)).unwrap_or_default();
+            let of = |record: Option<FileRevision>| record.map(|r| (r.services, r.lists)).unwrap_or_default();
             let (old, old_lists) = of(self.record(revisions, oldest)?);
             let (next, next_lists) = of(self.record(revisions, oldest + 1)?);
             for (key, since) in old_lists {
@@ -489,7 +487,7 @@ impl RedbInner {
         for entry in range.rev().take(limit) {
             let (number, bytes) = entry.map_err(|e| self.failed(e))?;
             let number = number.value();
-            let record: RevisionRecord =
+            let record: FileRevision =
                 serde_json::from_slice(bytes.value()).map_err(|e| StoreError::Corrupt {
                     file: self.file.display().to_string(),
                     what: format!("revision {number}: {e}"),
@@ -497,89 +495,5 @@ impl RedbInner {
             found.push(record.revision(number));
         }
         Ok(found)
-    }
-}
-
-impl Store for RedbStore {
-    fn watch(&self) -> watch::Receiver<Stored> {
-        self.inner.head.subscribe()
-    }
-
-    fn commit(&self, commit: Commit) -> BoxFuture<'_, Result<Stored, StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.commit(commit)))
-    }
-
-    fn get(&self, number: u64) -> BoxFuture<'_, Result<Stored, StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.get(number)))
-    }
-
-    fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.history(before, limit)))
-    }
-
-    fn link(&self) -> watch::Receiver<Link> {
-        self.inner.link.subscribe()
-    }
-
-    fn about(&self) -> BoxFuture<'_, About> {
-        let place = self.inner.file.display().to_string();
-        let size_bytes = std::fs::metadata(&self.inner.file).map_or(0, |m| m.len());
-        let link = self.inner.link.borrow().clone();
-        let member = Member {
-            name: "this host".to_owned(),
-            address: place.clone(),
-            healthy: link.connected,
-            leader: true,
-            version: format!("format {FORMAT}"),
-            size_bytes,
-            problem: link.problem,
-        };
-        let id = self.inner.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let about = About { engine: "redb".to_owned(), place, id, members: vec![member] };
-        Box::pin(async { about })
-    }
-
-    fn import(&self, id: Option<String>, revisions: Vec<Stored>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.import(id, revisions)))
-    }
-
-    fn retire(&self, how: Retire) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.blocking(move |inner| inner.retire(how)))
-    }
-
-    /// A file cannot be set back while the daemon has it open.
-    fn accept(&self, _: u64) -> Result<(), StoreError> {
-        let number = self.inner.head.borrow().revision.number;
-        Err(StoreError::NothingToAccept { why: format!("this host works by the store's revision {number}") })
-    }
-
-    fn publish(&self, key: &str, value: Option<Vec<u8>>) {
-        self.alone.publish(key, value);
-    }
-
-    fn published(&self) -> watch::Receiver<HostValues> {
-        self.alone.published()
-    }
-
-    fn lock(&self, claim: Claim) -> BoxFuture<'_, Result<Lock, StoreError>> {
-        Box::pin(self.alone.lock(claim))
-    }
-
-    fn unlock(&self, name: String, token: Option<String>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.alone.unlock(name, token))
-    }
-
-    fn locks(&self) -> BoxFuture<'_, Result<Vec<Lock>, StoreError>> {
-        Box::pin(self.alone.locks())
-    }
-}
-
-impl Local for RedbStore {
-    fn load(&self, key: &'static str) -> BoxFuture<'_, Result<Option<Vec<u8>>, StoreError>> {
-        self.local.load(key)
-    }
-
-    fn save(&self, key: &'static str, value: Vec<u8>) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.local.save(key, value)
     }
 }

@@ -15,9 +15,9 @@ use std::path::PathBuf;
 
 /// Subcommands of `lbctl config`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum ConfigCommand {
     /// Check a file for mistakes, without contacting lbd (exit code 1 if it has any)
-    Check(Check),
+    Check(CheckArgs),
     /// Show what applying a file would change (exit code 1 if anything would)
     Diff {
         /// File, or - for standard input
@@ -40,13 +40,13 @@ pub enum Command {
 
 /// Arguments of `config check`.
 #[derive(Debug, Args)]
-pub struct Check {
+pub struct CheckArgs {
     /// File, or - for standard input
     file: PathBuf,
 }
 
 /// Checks a file, without contacting lbd.
-pub fn check(out: &mut Out<'_>, check: &Check) -> Result<Exit, Failure> {
+pub fn check(out: &mut Out<'_>, check: &CheckArgs) -> Result<Exit, Failure> {
     let problems = match File::read(&check.file) {
         Err(error @ ConfigError::Read { .. }) => {
             return Err(refused(&error));
@@ -117,10 +117,10 @@ fn desired(file: &std::path::Path) -> Result<(Desired, Option<u64>), Failure> {
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: ConfigCommand) -> Result<Exit, Failure> {
     match command {
-        Command::Check(args) => check(&mut context.out, &args),
-        Command::Diff { file } => {
+        ConfigCommand::Check(args) => check(&mut context.out, &args),
+        ConfigCommand::Diff { file } => {
             // The dry run of `config apply`, so that both report the same differences.
             let (desired, revision) = desired(&file)?;
             let body = Config { revision, desired };
@@ -134,14 +134,14 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             }
             Ok(if found.is_empty() { Exit::Ok } else { Exit::No })
         }
-        Command::Apply { file, write } => {
+        ConfigCommand::Apply { file, write } => {
             let (desired, revision) = desired(&file)?;
             let body = Config { revision, desired };
             let mut query = write.query();
             query.message.get_or_insert_with(|| format!("config apply {}", file.display()));
             context.write("configuration applied", Method::PUT, "/v1/config", &query, Some(&body)).await
         }
-        Command::Export { with_revision } => {
+        ConfigCommand::Export { with_revision } => {
             let mut config: Config = context.client.get("/v1/config", &()).await?;
             // An lbd of an earlier version leaves them out.
             config.desired.name_sizes();

@@ -2,7 +2,7 @@
 
 use super::{Context, Exit, Failure};
 use crate::lbctl::{
-    doctor::{self, DaemonView, Finding, Level, Plan},
+    doctor::{self, DaemonView, DoctorPlan, Finding, Level},
     render::Tone,
 };
 use clap::Args;
@@ -35,7 +35,7 @@ pub async fn run(context: &mut Context<'_>, doctor: Doctor) -> Result<Exit, Fail
         Err(Failure::Client(error)) => Err(error),
         Err(other) => return Err(other),
     };
-    let plan = Plan { pin_path: doctor.pin_path, probe: !doctor.no_probes };
+    let plan = DoctorPlan { pin_path: doctor.pin_path, probe: !doctor.no_probes };
     let mut found = doctor::examine(&plan, view.as_ref().ok()).await;
     if let Err(error) = view {
         found.push(Finding {

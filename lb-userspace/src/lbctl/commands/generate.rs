@@ -35,7 +35,7 @@ pub fn man(man: &Man) -> Result<Exit, Failure> {
     let directory = &man.directory;
     let write = || {
         std::fs::create_dir_all(directory)?;
-        clap_mangen::generate_to(crate::lbd::args::Cli::command(), directory)?;
+        clap_mangen::generate_to(crate::lbd::args::LbdArgs::command(), directory)?;
         clap_mangen::generate_to(super::command(), directory)
     };
     write().map_err(|e| Failure::Refused {

@@ -17,7 +17,7 @@ const LISTED_LINES: usize = 20;
 
 /// Subcommands of `lbctl guard`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum GuardCommand {
     /// Show the number of entries, and how many packets they have dropped
     Show,
     /// Manage the deny list: sources whose packets to services are dropped
@@ -37,13 +37,13 @@ pub enum Command {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Add entries to the list
-    Add(Add),
+    Add(AddEntriesArgs),
     /// Remove entries, written as they were added
     Rm(Rm),
     /// List entries
     List(ListArgs),
     /// Replace the list with the entries of a file: one address or prefix per line, comments after #
-    Load(Load),
+    Load(LoadArgs),
     /// Remove all entries
     Flush {
         #[command(flatten)]
@@ -53,7 +53,7 @@ pub enum Verb {
 
 /// Arguments of `lbctl guard LIST add`.
 #[derive(Debug, Args)]
-pub struct Add {
+pub struct AddEntriesArgs {
     /// Addresses or prefixes
     #[arg(required = true, value_name = "PREFIX", value_parser = parse)]
     prefixes: Vec<IpNet>,
@@ -87,7 +87,7 @@ pub struct ListArgs {
 
 /// Arguments of `lbctl guard LIST load`.
 #[derive(Debug, Args)]
-pub struct Load {
+pub struct LoadArgs {
     /// File, or - for standard input
     file: PathBuf,
     /// Keep the entries that are already on the list
@@ -101,9 +101,9 @@ pub struct Load {
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: GuardCommand) -> Result<Exit, Failure> {
     match command {
-        Command::Show => {
+        GuardCommand::Show => {
             let info: GuardInfo = context.client.get("/v1/guard", &()).await?;
             if context.out.json {
                 context.out.json(&info, false)?;
@@ -112,7 +112,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             }
             Ok(Exit::Ok)
         }
-        Command::Check { address } => {
+        GuardCommand::Check { address } => {
             let decision: GuardDecision =
                 context.client.get("/v1/guard/check", &json!({ "address": address })).await?;
             if context.out.json {
@@ -122,8 +122,8 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             }
             Ok(if decision.denied { Exit::No } else { Exit::Ok })
         }
-        Command::Deny(list) => run_list(context, ListName::Deny, list).await,
-        Command::Allow(list) => run_list(context, ListName::Allow, list).await,
+        GuardCommand::Deny(list) => run_list(context, ListName::Deny, list).await,
+        GuardCommand::Allow(list) => run_list(context, ListName::Allow, list).await,
     }
 }
 
@@ -132,7 +132,7 @@ async fn run_list(context: &mut Context<'_>, name: ListName, list: Verb) -> Resu
     let label = name.label();
     let (what, change, write) = match list {
         Verb::List(args) => return entries(context, name, args).await,
-        Verb::Add(Add { prefixes, time, write }) => {
+        Verb::Add(AddEntriesArgs { prefixes, time, write }) => {
             let change = ListChange { add: texts(&prefixes), for_s: seconds(time)?, ..ListChange::default() };
             (format!("{label} list: {} added", count(prefixes.len())), change, write)
         }
@@ -140,7 +140,7 @@ async fn run_list(context: &mut Context<'_>, name: ListName, list: Verb) -> Resu
             let change = ListChange { remove: texts(&prefixes), ..ListChange::default() };
             (format!("{label} list: {} removed", count(prefixes.len())), change, write)
         }
-        Verb::Load(Load { file, keep, time, write }) => {
+        Verb::Load(LoadArgs { file, keep, time, write }) => {
             let nets = read(&file)?;
             let add: Vec<String> = nets.iter().map(ToString::to_string).collect();
             let change = ListChange { add, replace: !keep, for_s: seconds(time)?, ..ListChange::default() };

@@ -7,7 +7,7 @@ use reqwest::Method;
 
 /// Arguments of `lbctl history`.
 #[derive(Debug, Args)]
-pub struct History {
+pub struct HistoryArgs {
     /// Maximum number of revisions to list
     #[arg(long, value_name = "N", default_value_t = 20)]
     limit: usize,
@@ -18,7 +18,7 @@ pub struct History {
 
 /// Arguments of `lbctl rollback`.
 #[derive(Debug, Args)]
-pub struct Rollback {
+pub struct RollbackArgs {
     /// Revision whose state is restored
     revision: u64,
     #[command(flatten)]
@@ -26,7 +26,7 @@ pub struct Rollback {
 }
 
 /// Lists revisions.
-pub async fn history(context: &mut Context<'_>, history: History) -> Result<Exit, Failure> {
+pub async fn history(context: &mut Context<'_>, history: HistoryArgs) -> Result<Exit, Failure> {
     let mut query = vec![("limit", history.limit as u64)];
     query.extend(history.before.map(|b| ("before", b)));
     let list: types::History = context.client.get("/v1/history", &query).await?;
@@ -41,7 +41,7 @@ pub async fn history(context: &mut Context<'_>, history: History) -> Result<Exit
 }
 
 /// Restores the state of an earlier revision.
-pub async fn rollback(context: &mut Context<'_>, rollback: Rollback) -> Result<Exit, Failure> {
+pub async fn rollback(context: &mut Context<'_>, rollback: RollbackArgs) -> Result<Exit, Failure> {
     let body = types::Rollback { revision: rollback.revision };
     let what = format!("rolled back to revision {}", rollback.revision);
     context.write(&what, Method::POST, "/v1/rollback", &rollback.write.query(), Some(&body)).await

@@ -16,7 +16,7 @@ const QUIET_MS: u64 = 2_000;
 
 /// Subcommands of `lbctl host`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum HostCommand {
     /// Show the VIPs that this host announces, and its drain
     Show,
     /// Withdraw this host's VIPs, so that routers send clients elsewhere; packets that still arrive are forwarded
@@ -34,15 +34,15 @@ pub enum Command {
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit, Failure> {
     let (info, exit) = match command {
-        Command::Show => (context.client.get("/v1/host", &()).await?, Exit::Ok),
-        Command::Undrain => {
+        HostCommand::Show => (context.client.get("/v1/host", &()).await?, Exit::Ok),
+        HostCommand::Undrain => {
             let info: HostInfo =
                 context.client.send(Method::POST, "/v1/host/undrain", &(), None::<&()>).await?;
             (info, Exit::Ok)
         }
-        Command::Drain { reason, wait } => drain(context, reason, wait).await?,
+        HostCommand::Drain { reason, wait } => drain(context, reason, wait).await?,
     };
     if context.out.json {
         context.out.json(&info, false)?;

@@ -26,7 +26,7 @@ mod words;
 
 use crate::{
     lbctl::{
-        client::{Client, ClientError},
+        client::{ApiClient, ClientError},
         render::{self, Out, Tone},
     },
     printable::escape,
@@ -67,20 +67,20 @@ Exit codes:
 /// Manage a running XDP load balancer: services, their backends, and where flows go
 #[derive(Debug, Parser)]
 #[command(name = "lbctl", version, after_help = EXIT_CODES, max_term_width = 100, disable_help_subcommand = true)]
-pub struct Cli {
+pub struct LbctlArgs {
     /// Path of lbd's Unix socket
     #[arg(long, global = true, value_name = "PATH", env = "LBD_SOCKET", hide_env_values = true, default_value = crate::DEFAULT_SOCKET)]
     socket: PathBuf,
     /// Output format
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
-    output: Output,
+    #[arg(short, long, global = true, value_enum, default_value_t = OutputFormat::Table)]
+    output: OutputFormat,
     #[command(subcommand)]
     noun: Noun,
 }
 
 /// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
+enum OutputFormat {
     /// Aligned columns, for people
     Table,
     /// JSON, for programs
@@ -91,42 +91,42 @@ enum Output {
 enum Noun {
     /// Manage services: the virtual addresses that clients connect to
     #[command(subcommand, visible_alias = "services")]
-    Service(Box<service::Command>),
+    Service(Box<service::ServiceCommand>),
     /// Manage backends: the workers that serve a service
     #[command(subcommand, visible_alias = "backends")]
-    Backend(backend::Command),
+    Backend(backend::BackendCommand),
     /// Show replicas: the readiness and load that the process behind each backend reports
     #[command(subcommand, visible_alias = "replicas")]
-    Replica(replica::Command),
+    Replica(replica::ReplicaCommand),
     /// Show whether the load balancer is healthy, and each problem (exit code 1 if unhealthy)
     Status,
     /// Check this host and the path to each worker: problems, their fixes, and the MSS that fits
     Doctor(doctor::Doctor),
     /// Show counters of backends and of the dataplane
-    Stats(observe::Stats),
+    Stats(observe::StatsArgs),
     /// List tracked flows: UDP and NAT flows, and TCP flows that a stateless lookup would misplace
-    Flows(observe::Flows),
+    Flows(observe::FlowsArgs),
     /// Explain where a packet goes, step by step
     Explain(observe::Explain),
     /// Manage the deny and allow lists of client addresses
     #[command(subcommand)]
-    Guard(guard::Command),
+    Guard(guard::GuardCommand),
     /// Check, compare, apply or export the desired state as one TOML file
     #[command(subcommand)]
-    Config(config::Command),
+    Config(config::ConfigCommand),
     /// List revisions of the desired state, newest first
-    History(history::History),
+    History(history::HistoryArgs),
     /// Restore the state of an earlier revision as a new revision
-    Rollback(history::Rollback),
+    Rollback(history::RollbackArgs),
     /// Manage the store of the desired state: status, backup, restore, migration
     #[command(subcommand)]
-    Store(store::Command),
+    Store(store::StoreCommand),
     /// Show the VIPs that this host announces, or take the host out of service
     #[command(subcommand)]
-    Host(host::Command),
+    Host(host::HostCommand),
     /// Manage regions: list their distance, health and ready backends; declare or drain them
     #[command(subcommand, visible_alias = "regions")]
-    Region(region::Command),
+    Region(region::RegionCommand),
     /// Explain how a service is spread over regions and versions
     #[command(subcommand)]
     Policy(region::Policy),
@@ -135,7 +135,7 @@ enum Noun {
     Audit(region::Audit),
     /// Roll out new model versions gradually, and manage the lock that admits one rollout at a time
     #[command(subcommand)]
-    Rollout(rollout::Command),
+    Rollout(rollout::RolloutCommand),
     /// Print a completion script for a shell
     Completions(generate::Completions),
     /// Write man pages to a directory
@@ -183,7 +183,7 @@ enum Failure {
 
 /// What every command receives: the connection to lbd, and the output.
 struct Context<'a> {
-    client: Client,
+    client: ApiClient,
     out: Out<'a>,
 }
 
@@ -212,7 +212,7 @@ impl Context<'_> {
 
 /// Parses the arguments, runs the command, and gives the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = LbctlArgs::parse();
     let mut stdout = io::BufWriter::new(io::stdout().lock());
     let colour = render::wants_colour(&io::stdout());
     let exit = run(cli, &mut stdout, colour).and_then(|exit| Ok(stdout.flush().map(|()| exit)?));
@@ -265,18 +265,18 @@ fn write_stderr(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> {
-    let mut out = Out::new(writer, colour, cli.output == Output::Json);
+fn run(cli: LbctlArgs, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> {
+    let mut out = Out::new(writer, colour, cli.output == OutputFormat::Json);
     // These commands need neither lbd nor a runtime.
     match &cli.noun {
-        Noun::Config(config::Command::Check(check)) => return config::check(&mut out, check),
+        Noun::Config(config::ConfigCommand::Check(check)) => return config::check(&mut out, check),
         Noun::Completions(completions) => return generate::completions(&mut out, completions),
         Noun::Man(man) => return generate::man(man),
         _ => {}
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| Failure::Internal(format!("cannot start the async runtime: {e}")))?;
-    let client = Client::new(&cli.socket)
+    let client = ApiClient::new(&cli.socket)
         .map_err(|e| Failure::Internal(format!("cannot set up the HTTP client: {e}")))?;
     let mut context = Context { client, out };
     runtime.block_on(async {
@@ -306,7 +306,7 @@ fn run(cli: Cli, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> 
 
 /// The whole command, for completions and man pages.
 pub fn command() -> clap::Command {
-    Cli::command()
+    LbctlArgs::command()
 }
 
 #[cfg(test)]

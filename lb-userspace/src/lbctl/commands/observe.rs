@@ -11,7 +11,7 @@ use std::{net::SocketAddr, time::Duration};
 
 /// Arguments of `lbctl stats`.
 #[derive(Debug, Args)]
-pub struct Stats {
+pub struct StatsArgs {
     /// Print repeatedly, with rates
     #[arg(short, long)]
     watch: bool,
@@ -25,7 +25,7 @@ pub struct Stats {
 
 /// Arguments of `lbctl flows`.
 #[derive(Debug, Args)]
-pub struct Flows {
+pub struct FlowsArgs {
     /// List only flows of this service
     #[arg(long, value_name = "SERVICE")]
     service: Option<Name>,
@@ -64,7 +64,7 @@ pub async fn status(context: &mut Context<'_>) -> Result<Exit, Failure> {
 }
 
 /// Prints counters, once or repeatedly.
-pub async fn stats(context: &mut Context<'_>, stats: Stats) -> Result<Exit, Failure> {
+pub async fn stats(context: &mut Context<'_>, stats: StatsArgs) -> Result<Exit, Failure> {
     let mut before: Option<types::Stats> = None;
     let mut printed = 0;
     loop {
@@ -92,7 +92,7 @@ pub async fn stats(context: &mut Context<'_>, stats: Stats) -> Result<Exit, Fail
 }
 
 /// Lists tracked flows.
-pub async fn flows(context: &mut Context<'_>, flows: Flows) -> Result<Exit, Failure> {
+pub async fn flows(context: &mut Context<'_>, flows: FlowsArgs) -> Result<Exit, Failure> {
     let mut query = vec![("limit", flows.limit.to_string())];
     query.extend(flows.service.map(|s| ("service", s.to_string())));
     query.extend(flows.backend.map(|b| ("backend", b.to_string())));

@@ -10,24 +10,24 @@ use reqwest::Method;
 
 /// Subcommands of `lbctl region`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum RegionCommand {
     /// List regions: round-trip time, which hosts see them up, and how many backends take flows
     #[command(visible_aliases = ["ls", "status"])]
     List,
     /// Declare a region; once any region is declared, undeclared names are refused as mistakes
-    Add(One),
+    Add(OneRegion),
     /// Stop sending new flows to a region's backends; established flows continue. One region at a time
-    Drain(One),
+    Drain(OneRegion),
     /// Send new flows to a drained region again
-    Undrain(One),
+    Undrain(OneRegion),
     /// Remove the declaration of a region
     #[command(visible_alias = "remove")]
-    Rm(One),
+    Rm(OneRegion),
 }
 
 /// Arguments of `add`, `drain`, `undrain` and `rm`.
 #[derive(Debug, Args)]
-pub struct One {
+pub struct OneRegion {
     /// Name of the region
     name: Name,
     #[command(flatten)]
@@ -52,9 +52,9 @@ pub enum Audit {
 }
 
 /// Runs `lbctl region`.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: RegionCommand) -> Result<Exit, Failure> {
     let (one, method, tail, what) = match command {
-        Command::List => {
+        RegionCommand::List => {
             let list: Regions = context.client.get("/v1/regions", &()).await?;
             if context.out.json {
                 context.out.json(&list, false)?;
@@ -63,10 +63,10 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             }
             return Ok(Exit::Ok);
         }
-        Command::Add(one) => (one, Method::POST, "", "declared"),
-        Command::Drain(one) => (one, Method::POST, "/drain", "drains"),
-        Command::Undrain(one) => (one, Method::POST, "/undrain", "takes new flows again"),
-        Command::Rm(one) => (one, Method::DELETE, "", "is no longer declared"),
+        RegionCommand::Add(one) => (one, Method::POST, "", "declared"),
+        RegionCommand::Drain(one) => (one, Method::POST, "/drain", "drains"),
+        RegionCommand::Undrain(one) => (one, Method::POST, "/undrain", "takes new flows again"),
+        RegionCommand::Rm(one) => (one, Method::DELETE, "", "is no longer declared"),
     };
     let path = format!("/v1/regions/{}{tail}", one.name);
     let what = format!("region {} {what}", one.name);

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 
 /// Subcommands of `lbctl replica`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum ReplicaCommand {
     /// List replicas: the state they report, their load, and the age of their last report
     #[command(visible_alias = "ls")]
     List {
@@ -39,9 +39,9 @@ async fn fetch(
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: ReplicaCommand) -> Result<Exit, Failure> {
     match command {
-        Command::List { service } => {
+        ReplicaCommand::List { service } => {
             let list = fetch(context, service.as_ref(), None).await?;
             if context.out.json {
                 context.out.json(&list, false)?;
@@ -54,7 +54,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             }
             Ok(Exit::Ok)
         }
-        Command::Watch(Watch { service, count }) => {
+        ReplicaCommand::Watch(Watch { service, count }) => {
             let (mut after, mut printed) = (None, 0);
             loop {
                 let list = tokio::select! {

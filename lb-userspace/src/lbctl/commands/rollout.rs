@@ -25,7 +25,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Subcommands of `lbctl rollout`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum RolloutCommand {
     /// Send a share of the new flows to replicas of a new version, and abort if they do badly
     #[command(after_help = "Example: lbctl rollout start --model llama-8b --version v2 --to 5%")]
     Start(Start),
@@ -175,16 +175,18 @@ pub struct UnlockArgs {
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: RolloutCommand) -> Result<Exit, Failure> {
     match command {
-        Command::Start(args) => start(context, args).await,
-        Command::Promote(which) => {
+        RolloutCommand::Start(args) => start(context, args).await,
+        RolloutCommand::Promote(which) => {
             change(context, "promote", "the new version gets all new flows", which).await
         }
-        Command::Abort(which) => change(context, "abort", "the new version gets no new flows", which).await,
-        Command::Clear(which) => change(context, "clear", "rollout cleared", which).await,
-        Command::Lock(args) => lock(context, args).await,
-        Command::Unlock(UnlockArgs { name, token, force }) => {
+        RolloutCommand::Abort(which) => {
+            change(context, "abort", "the new version gets no new flows", which).await
+        }
+        RolloutCommand::Clear(which) => change(context, "clear", "rollout cleared", which).await,
+        RolloutCommand::Lock(args) => lock(context, args).await,
+        RolloutCommand::Unlock(UnlockArgs { name, token, force }) => {
             let path = format!("/v1/locks/{name}");
             let query = Unlock { token, force };
             let left: Vec<Lock> = context.client.send(Method::DELETE, &path, &query, None::<&()>).await?;
@@ -194,7 +196,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             say!("lock {name} released");
             Ok(Exit::Ok)
         }
-        Command::Status { name } => {
+        RolloutCommand::Status { name } => {
             let mut locks: Vec<Lock> = context.client.get("/v1/locks", &()).await?;
             locks.retain(|lock| name.as_ref().is_none_or(|name| *name.as_str() == lock.name));
             let rollouts: Vec<RolloutShown> = match name {

@@ -3,8 +3,8 @@
 use super::{
     Context, Exit, Failure, WriteFlags,
     words::{
-        Check, Optional, OptionalBool, OptionalRate, Residency, Source, Statuses, Vip, header, metric,
-        optional, optional_bool, optional_rate, quic, region_weight, regions, word,
+        CheckSpec, Optional, OptionalBool, OptionalRate, ResidencySpec, Source, Statuses, Vip, header,
+        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, word,
     },
 };
 use crate::{
@@ -23,10 +23,10 @@ use std::{path::PathBuf, time::Duration};
 
 /// Subcommands of `lbctl service`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum ServiceCommand {
     /// Add a service
     #[command(after_help = "Example: lbctl service add web --vip 10.0.0.1:80/tcp --health http:/healthz")]
-    Add(Add),
+    Add(AddServiceArgs),
     /// List services
     #[command(visible_alias = "ls")]
     List,
@@ -49,14 +49,14 @@ pub enum Command {
 
 /// Arguments of `lbctl service add`.
 #[derive(Debug, Args)]
-pub struct Add {
+pub struct AddServiceArgs {
     /// Name of the service, unique among services
     name: Name,
     /// Virtual address that clients connect to, optionally with port and protocol, such as 10.0.0.1:80/tcp
     #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
     vip: Vip,
     #[command(flatten)]
-    settings: Settings,
+    settings: ServiceSettings,
     #[command(flatten)]
     write: WriteFlags,
 }
@@ -70,14 +70,14 @@ pub struct Set {
     #[arg(long, value_name = "ADDRESS[:PORT[/PROTOCOL]]")]
     vip: Option<Vip>,
     #[command(flatten)]
-    settings: Settings,
+    settings: ServiceSettings,
     #[command(flatten)]
     write: WriteFlags,
 }
 
 /// Settings that `service add` and `service set` take.
 #[derive(Debug, Args)]
-struct Settings {
+struct ServiceSettings {
     /// Port, range of ports (FIRST-LAST), or any
     #[arg(long)]
     port: Option<Ports>,
@@ -117,7 +117,7 @@ struct Settings {
     /// Health check: none, tcp, tls, http, https, grpc or grpcs, or with details KIND:PORT, http:PORT/PATH or
     /// grpc:PORT/SERVICE [default: none]
     #[arg(long, value_name = "CHECK")]
-    health: Option<Check>,
+    health: Option<CheckSpec>,
     /// Host header of an http check, or authority of a grpc check [default: the VIP]
     #[arg(long, value_name = "HOST")]
     health_host: Option<String>,
@@ -190,7 +190,7 @@ struct Settings {
     replica_metric: Vec<(Quantity, Selector)>,
     /// Residency: the only regions that may receive the service's packets, or any [default: any]
     #[arg(long, value_name = "REGION,...|any", value_parser = regions)]
-    regions: Option<Residency>,
+    regions: Option<ResidencySpec>,
     /// How flows are spread over regions: active-active, active-passive or weighted [default: active-active]
     #[arg(long, value_parser = word::<RegionPolicy>)]
     region_policy: Option<RegionPolicy>,
@@ -243,7 +243,7 @@ struct Settings {
 }
 
 /// Builds the merge patch of the flags about regions.
-fn regions_patch(s: &Settings) -> Result<Map<String, Value>, Failure> {
+fn regions_patch(s: &ServiceSettings) -> Result<Map<String, Value>, Failure> {
     let mut patch = Map::new();
     let mut set = |key: &str, value: Option<Value>| value.map(|v| patch.insert(key.to_owned(), v));
     set("allowed", s.regions.as_ref().map(|r| json!(r.0)));
@@ -260,7 +260,7 @@ fn regions_patch(s: &Settings) -> Result<Map<String, Value>, Failure> {
 }
 
 /// Builds the merge patch of the flags about replica state: null for `--replica none`, None without such flags.
-fn replica_patch(s: &Settings) -> Result<Option<Value>, Failure> {
+fn replica_patch(s: &ServiceSettings) -> Result<Option<Value>, Failure> {
     let mut replica = Patch::default();
     let mut metrics = Map::new();
     match &s.replica {
@@ -313,7 +313,7 @@ fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
 }
 
 /// Builds the merge patch of the flags about health checks.
-fn health_patch(s: &Settings) -> Map<String, Value> {
+fn health_patch(s: &ServiceSettings) -> Map<String, Value> {
     let mut health = Patch::default();
     if let Some(check) = &s.health {
         // A new kind starts from its own defaults, without the settings of the old kind.
@@ -347,7 +347,7 @@ fn health_patch(s: &Settings) -> Map<String, Value> {
 }
 
 /// Builds the merge patch of all flags.
-fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure> {
+fn patch(vip: Option<&Vip>, s: &ServiceSettings) -> Result<Map<String, Value>, Failure> {
     let mut patch = Patch::default();
     patch.set("vip", vip.map(|v| v.address));
     let twice = |flag: &str| Failure::Usage {
@@ -394,7 +394,7 @@ fn patch(vip: Option<&Vip>, s: &Settings) -> Result<Map<String, Value>, Failure>
 }
 
 /// Builds the body of `service add`, without unset values.
-fn new_service(add: &Add) -> Result<Map<String, Value>, Failure> {
+fn new_service(add: &AddServiceArgs) -> Result<Map<String, Value>, Failure> {
     let mut body = patch(Some(&add.vip), &add.settings)?;
     for (key, flag) in [("port", "--port"), ("protocol", "--protocol")] {
         if !body.contains_key(key) {
@@ -428,9 +428,9 @@ fn new_service(add: &Add) -> Result<Map<String, Value>, Failure> {
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<Exit, Failure> {
     match command {
-        Command::Add(add) => {
+        ServiceCommand::Add(add) => {
             let body = new_service(&add)?;
             let name = add.name;
             let path = format!("/v1/services/{name}");
@@ -438,7 +438,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                 .write(&format!("service {name} added"), Method::POST, &path, &add.write.query(), Some(&body))
                 .await
         }
-        Command::Set(set) => {
+        ServiceCommand::Set(set) => {
             let body = patch(set.vip.as_ref(), &set.settings)?;
             if body.is_empty() {
                 return Err(Failure::Usage { what: "nothing to set: give at least one setting".to_owned() });
@@ -449,12 +449,12 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
                 .write(&format!("service {name} set"), Method::PATCH, &path, &set.write.query(), Some(&body))
                 .await
         }
-        Command::Rm { name, write } => {
+        ServiceCommand::Rm { name, write } => {
             let path = format!("/v1/services/{name}");
             let what = format!("service {name} removed");
             context.write(&what, Method::DELETE, &path, &write.query(), None::<&()>).await
         }
-        Command::List => {
+        ServiceCommand::List => {
             let list: Vec<ServiceInfo> = context.client.get("/v1/services", &()).await?;
             if context.out.json {
                 context.out.json(&list, false)?;
@@ -465,7 +465,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             }
             Ok(Exit::Ok)
         }
-        Command::Show { name } => {
+        ServiceCommand::Show { name } => {
             let service: ServiceInfo = context.client.get(&format!("/v1/services/{name}"), &()).await?;
             if context.out.json {
                 context.out.json(&service, false)?;

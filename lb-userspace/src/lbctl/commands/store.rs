@@ -17,7 +17,7 @@ use std::{
 
 /// Subcommands of `lbctl store`.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum StoreCommand {
     /// Show the store, its members, and the lag of each region (exit code 1 if disconnected, migrated elsewhere, or a member is unhealthy)
     Status,
     /// Copy all revisions to another, empty store; this store then refuses changes
@@ -56,13 +56,13 @@ pub enum Command {
 }
 
 /// Runs a subcommand.
-pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Failure> {
+pub async fn run(context: &mut Context<'_>, command: StoreCommand) -> Result<Exit, Failure> {
     match command {
-        Command::Status => {
+        StoreCommand::Status => {
             let info: StoreInfo = context.client.get("/v1/store", &()).await?;
             status(context, &info)
         }
-        Command::Migrate { to } => {
+        StoreCommand::Migrate { to } => {
             let body = Migrate { to };
             let client = context.client.with_long_timeout();
             let filled: Filled = client.send(Method::POST, "/v1/store/migrate", &(), Some(&body)).await?;
@@ -74,7 +74,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             say!("this store now refuses changes: restart each lbd with --store {store}");
             Ok(Exit::Ok)
         }
-        Command::Backup { file } => {
+        StoreCommand::Backup { file } => {
             let backup: Backup = context.client.with_long_timeout().get("/v1/store/backup", &()).await?;
             let bytes = backup.to_bytes().map_err(|e| Failure::Internal(e.to_string()))?;
             if file == Path::new("-") {
@@ -86,7 +86,7 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             say!("{} revisions, up to {newest}, written to {}", backup.revisions.len(), file.display());
             Ok(Exit::Ok)
         }
-        Command::Restore { file, write } => {
+        StoreCommand::Restore { file, write } => {
             let mut bytes = Vec::new();
             let read = if file == Path::new("-") {
                 std::io::stdin().read_to_end(&mut bytes)
@@ -104,17 +104,17 @@ pub async fn run(context: &mut Context<'_>, command: Command) -> Result<Exit, Fa
             let filled: Filled = client.send(Method::POST, path, &write.query(), Some(&backup)).await?;
             report_restored(context, &filled)
         }
-        Command::Accept { revision: None } => {
+        StoreCommand::Accept { revision: None } => {
             let info: StoreInfo = context.client.get("/v1/store", &()).await?;
             Err(describe_acceptable(&info))
         }
-        Command::Accept { revision: Some(revision) } => {
+        StoreCommand::Accept { revision: Some(revision) } => {
             let body = Some(Accept { revision });
             let info: StoreInfo =
                 context.client.send(Method::POST, "/v1/store/accept", &(), body.as_ref()).await?;
             status(context, &info)
         }
-        Command::Unretire { .. } => {
+        StoreCommand::Unretire { .. } => {
             let info: StoreInfo =
                 context.client.send(Method::POST, "/v1/store/unretire", &(), None::<&()>).await?;
             say!("this store accepts changes again, from revision {} on", info.revision.number);

@@ -89,14 +89,14 @@ impl FromStr for Vip {
 
 /// A health check: `none`, `KIND[:PORT]`, `http[s][:[PORT][/PATH]]`, `grpc[s][:[PORT][/SERVICE]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Check {
+pub(super) struct CheckSpec {
     pub(super) kind: &'static str,
     pub(super) port: Option<u16>,
     pub(super) path: Option<String>,
     pub(super) service: Option<String>,
 }
 
-impl FromStr for Check {
+impl FromStr for CheckSpec {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         let bad = || {
@@ -163,14 +163,14 @@ impl FromStr for Source {
 
 /// Names of regions, or `any`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Residency(pub(super) Option<Vec<Name>>);
+pub(super) struct ResidencySpec(pub(super) Option<Vec<Name>>);
 
-pub(super) fn regions(text: &str) -> Result<Residency, String> {
+pub(super) fn regions(text: &str) -> Result<ResidencySpec, String> {
     if text == "any" {
-        return Ok(Residency(None));
+        return Ok(ResidencySpec(None));
     }
     let names = text.split(',').map(|name| name.trim().parse::<Name>().map_err(|e| e.to_string()));
-    Ok(Residency(Some(names.collect::<Result<_, _>>()?)))
+    Ok(ResidencySpec(Some(names.collect::<Result<_, _>>()?)))
 }
 
 /// Parses `REGION=N`.
@@ -247,7 +247,7 @@ mod tests {
 
     #[test]
     fn checks_are_short() {
-        let check = |t: &str| t.parse::<Check>().map(|c| (c.kind, c.port, c.path.or(c.service)));
+        let check = |t: &str| t.parse::<CheckSpec>().map(|c| (c.kind, c.port, c.path.or(c.service)));
         assert_eq!(check("none"), Ok(("none", None, None)));
         assert_eq!(check("tcp:81"), Ok(("tcp", Some(81), None)));
         assert_eq!(check("http"), Ok(("http", None, Some("/".into()))));

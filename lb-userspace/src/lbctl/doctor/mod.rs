@@ -75,7 +75,7 @@ pub struct DaemonView {
 
 /// What to check.
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct DoctorPlan {
     /// Directory in which lbd pins its programs and maps.
     pub pin_path: PathBuf,
     /// Whether to send packets to the workers.
@@ -83,7 +83,7 @@ pub struct Plan {
 }
 
 /// Runs all checks. Takes some seconds if workers do not answer.
-pub async fn examine(plan: &Plan, view: Option<&DaemonView>) -> Vec<Finding> {
+pub async fn examine(plan: &DoctorPlan, view: Option<&DaemonView>) -> Vec<Finding> {
     let mut found = host::examine(&plan.pin_path);
     let Some(view) = view else { return found };
     found.extend(host::daemon(&view.status));

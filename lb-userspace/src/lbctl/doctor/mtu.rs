@@ -57,7 +57,7 @@ pub fn measure(targets: &BTreeMap<IpAddr, u16>) -> io::Result<BTreeMap<IpAddr, P
 
 /// The result of trying one size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+enum SizeOutcome {
     Arrived,
     /// A router or this host refuses the size, and may say which size fits.
     TooBig(Option<u16>),
@@ -70,15 +70,19 @@ fn path(address: IpAddr, link_mtu: u16, number: u16) -> io::Result<Path> {
 }
 
 /// Finds the largest size that arrives.
-fn search(least: u16, most: u16, mut attempt: impl FnMut(u16) -> io::Result<Outcome>) -> io::Result<Path> {
+fn search(
+    least: u16,
+    most: u16,
+    mut attempt: impl FnMut(u16) -> io::Result<SizeOutcome>,
+) -> io::Result<Path> {
     let most = most.max(least);
     // A size that a router suggested and that is still to be tried.
     let mut suggested = match attempt(most)? {
-        Outcome::Arrived => return Ok(Path::Takes(most)),
-        Outcome::TooBig(size) => size,
-        Outcome::Lost => None,
+        SizeOutcome::Arrived => return Ok(Path::Takes(most)),
+        SizeOutcome::TooBig(size) => size,
+        SizeOutcome::Lost => None,
     };
-    if attempt(least)? != Outcome::Arrived {
+    if attempt(least)? != SizeOutcome::Arrived {
         return Ok(Path::Silent);
     }
     let (mut fits, mut too_big) = (least, most);
@@ -86,14 +90,14 @@ fn search(least: u16, most: u16, mut attempt: impl FnMut(u16) -> io::Result<Outc
         let suggestion = suggested.take().filter(|size| (fits + 1..too_big).contains(size));
         let size = suggestion.unwrap_or(fits + (too_big - fits) / 2);
         match attempt(size)? {
-            Outcome::Arrived => {
+            SizeOutcome::Arrived => {
                 fits = size;
                 // If the suggestion is exact, one more byte does not fit.
                 suggested = suggestion.map(|size| size + 1);
             }
             outcome => {
                 too_big = size;
-                suggested = if let Outcome::TooBig(size) = outcome { size } else { None };
+                suggested = if let SizeOutcome::TooBig(size) = outcome { size } else { None };
             }
         }
     }
@@ -123,7 +127,7 @@ impl Pinger {
         })
     }
 
-    fn try_size(&mut self, size: u16) -> io::Result<Outcome> {
+    fn try_size(&mut self, size: u16) -> io::Result<SizeOutcome> {
         let is_ipv4 = self.address.is_ipv4();
         for _ in 0..TRIES {
             self.sequence = self.sequence.wrapping_add(1);
@@ -134,7 +138,7 @@ impl Pinger {
             packet::write_checksum(&mut echo, 2, protocol, self.own, self.address);
             let whole = packet::ip(protocol, self.own, self.address, &echo);
             if !packet::send(&self.sender, &whole, self.address)? {
-                return Ok(Outcome::TooBig(None));
+                return Ok(SizeOutcome::TooBig(None));
             }
             let reply = packet::receive(&self.listener, is_ipv4, PATIENCE, |_, icmp| {
                 if is_ipv4 { parse_icmp(icmp, &echo[4..8]) } else { parse_icmpv6(icmp, &echo[4..8]) }
@@ -143,33 +147,33 @@ impl Pinger {
                 return Ok(outcome);
             }
         }
-        Ok(Outcome::Lost)
+        Ok(SizeOutcome::Lost)
     }
 }
 
 /// Parses an ICMP message about the echo request with this identifier and sequence number.
-fn parse_icmp(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
+fn parse_icmp(icmp: &[u8], echo: &[u8]) -> Option<SizeOutcome> {
     match icmp.get(..2)? {
-        [0, 0] if icmp.get(4..8)? == echo => Some(Outcome::Arrived),
+        [0, 0] if icmp.get(4..8)? == echo => Some(SizeOutcome::Arrived),
         [3, 4] => {
             let quote = icmp.get(8..)?;
             let header = usize::from(quote.first()? & 15) * 4;
             let is_ours = quote.get(header + 4..header + 8)? == echo;
             let mtu = u16::from_be_bytes([icmp[6], icmp[7]]);
-            is_ours.then_some(Outcome::TooBig((mtu != 0).then_some(mtu)))
+            is_ours.then_some(SizeOutcome::TooBig((mtu != 0).then_some(mtu)))
         }
         _ => None,
     }
 }
 
 /// Parses an ICMPv6 message about the echo request with this identifier and sequence number.
-fn parse_icmpv6(icmp: &[u8], echo: &[u8]) -> Option<Outcome> {
+fn parse_icmpv6(icmp: &[u8], echo: &[u8]) -> Option<SizeOutcome> {
     match icmp.first()? {
-        129 if icmp.get(4..8)? == echo => Some(Outcome::Arrived),
+        129 if icmp.get(4..8)? == echo => Some(SizeOutcome::Arrived),
         2 => {
             let is_ours = icmp.get(8 + 40 + 4..8 + 40 + 8)? == echo;
             let mtu = u32::from_be_bytes(icmp.get(4..8)?.try_into().ok()?);
-            is_ours.then_some(Outcome::TooBig(u16::try_from(mtu).ok()))
+            is_ours.then_some(SizeOutcome::TooBig(u16::try_from(mtu).ok()))
         }
         _ => None,
     }
@@ -198,9 +202,9 @@ mod tests {
         let path = search(576, link, |size| {
             count += 1;
             Ok(match size <= mtu {
-                true => Outcome::Arrived,
-                false if reports => Outcome::TooBig(Some(mtu)),
-                false => Outcome::Lost,
+                true => SizeOutcome::Arrived,
+                false if reports => SizeOutcome::TooBig(Some(mtu)),
+                false => SizeOutcome::Lost,
             })
         });
         (path.expect("nothing fails here"), count)
@@ -222,13 +226,13 @@ mod tests {
     #[test]
     fn a_router_that_lies_misleads_nobody() {
         let path = search(576, 1_500, |size| {
-            Ok(if size <= 1_400 { Outcome::Arrived } else { Outcome::TooBig(Some(600)) })
+            Ok(if size <= 1_400 { SizeOutcome::Arrived } else { SizeOutcome::TooBig(Some(600)) })
         });
         assert_eq!(path.expect("nothing fails here"), Path::Takes(1_400));
     }
 
     #[test]
     fn who_answers_nothing_is_silent() {
-        assert_eq!(search(576, 1_500, |_| Ok(Outcome::Lost)).expect("nothing fails here"), Path::Silent);
+        assert_eq!(search(576, 1_500, |_| Ok(SizeOutcome::Lost)).expect("nothing fails here"), Path::Silent);
     }
 }

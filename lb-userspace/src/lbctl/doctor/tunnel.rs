@@ -25,8 +25,8 @@ pub fn examine(workers: &[WorkerPath]) -> Vec<Finding> {
         let Some(port) = testable_port(worker) else { continue };
         let about = format!("tunnel to {}/{}", worker.service, worker.backend);
         found.push(match attempt(worker, port, number as u16) {
-            Ok(Some(Answer::Accepts)) => Finding::ok(about, format!("{}:{port} answers through the tunnel", worker.spec.vip)),
-            Ok(Some(Answer::Refuses)) => Finding::fail(
+            Ok(Some(WorkerReply::Accepts)) => Finding::ok(about, format!("{}:{port} answers through the tunnel", worker.spec.vip)),
+            Ok(Some(WorkerReply::Refuses)) => Finding::fail(
                 about,
                 format!("the worker decapsulates packets, but nothing listens on {}:{port}", worker.spec.vip),
                 "start the service on the worker, or make it listen on all addresses",
@@ -63,12 +63,12 @@ fn testable_port(worker: &WorkerPath) -> Option<u16> {
 
 /// A worker's reply to a connection attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Answer {
+enum WorkerReply {
     Accepts,
     Refuses,
 }
 
-fn attempt(worker: &WorkerPath, port: u16, number: u16) -> io::Result<Option<Answer>> {
+fn attempt(worker: &WorkerPath, port: u16, number: u16) -> io::Result<Option<WorkerReply>> {
     let (vip, is_ipv4) = (worker.spec.vip, worker.address.is_ipv4());
     let own = packet::own_address(worker.address)?;
     let (sender, listener) = (packet::sender(is_ipv4)?, packet::listener(is_ipv4, TCP)?);
@@ -97,12 +97,12 @@ fn syn(own: IpAddr, own_port: u16, vip: IpAddr, port: u16) -> Vec<u8> {
 }
 
 /// Parses a TCP header from the VIP's port to our port.
-fn parse_reply(tcp: &[u8], port: u16, own_port: u16) -> Option<Answer> {
+fn parse_reply(tcp: &[u8], port: u16, own_port: u16) -> Option<WorkerReply> {
     let ports = [port.to_be_bytes(), own_port.to_be_bytes()].concat();
     let flags = tcp.get(..4).filter(|found| *found == &ports[..]).and(tcp.get(13))?;
     match flags & (SYN | ACK | RST) {
-        bits if bits & RST != 0 => Some(Answer::Refuses),
-        bits if bits == SYN | ACK => Some(Answer::Accepts),
+        bits if bits & RST != 0 => Some(WorkerReply::Refuses),
+        bits if bits == SYN | ACK => Some(WorkerReply::Accepts),
         _ => None,
     }
 }
@@ -133,8 +133,8 @@ mod tests {
             tcp.push(flags);
             tcp
         };
-        assert_eq!(parse_reply(&answer(SYN | ACK), 80, 2_000), Some(Answer::Accepts));
-        assert_eq!(parse_reply(&answer(RST | ACK), 80, 2_000), Some(Answer::Refuses));
+        assert_eq!(parse_reply(&answer(SYN | ACK), 80, 2_000), Some(WorkerReply::Accepts));
+        assert_eq!(parse_reply(&answer(RST | ACK), 80, 2_000), Some(WorkerReply::Refuses));
         assert_eq!(parse_reply(&answer(ACK), 80, 2_000), None);
         assert_eq!(parse_reply(&answer(SYN | ACK), 80, 2_001), None);
         assert_eq!(parse_reply(&[0; 3], 80, 2_000), None);

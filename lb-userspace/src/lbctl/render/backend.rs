@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone, ago, fields,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{
@@ -46,7 +46,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
         "SERVICE", "NAME", "ADDRESS", ">WEIGHT", "STATE", "HEALTH", ">SLOTS", ">SHARE", ">FLOWS", ">PACKETS",
         ">BYTES", "SINCE", "NOTE",
     ];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for b in list {
         let readiness = b.status.replica.as_ref().map(|r| r.readiness);
         let note = match (&b.status.drain, &b.status.last_probe, readiness) {
@@ -154,7 +154,7 @@ fn next_hop(s: &BackendStatus) -> String {
 
 /// Prints the changes of a backend's health.
 fn health_history(out: &mut Out<'_>, s: &BackendStatus) -> io::Result<()> {
-    let mut table = Table::new(&["TIME", "FROM", "TO", "REASON"], out.colour);
+    let mut table = TextTable::new(&["TIME", "FROM", "TO", "REASON"], out.colour);
     for t in &s.history {
         table.row([plain(units::time(t.time_ms)), health_tone(t.from), health_tone(t.to), plain(&t.reason)]);
     }

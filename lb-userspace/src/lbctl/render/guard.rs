@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone, fields,
-    table::{Table, plain},
+    table::{TextTable, plain},
     units,
 };
 use crate::serve::api::guard::{Entries, EntryInfo, GuardDecision, GuardInfo};
@@ -36,7 +36,7 @@ pub fn show(out: &mut Out<'_>, info: &GuardInfo) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn entries(out: &mut Out<'_>, found: &Entries) -> io::Result<()> {
-    let mut table = Table::new(&["PREFIX", "EXPIRES IN"], out.colour);
+    let mut table = TextTable::new(&["PREFIX", "EXPIRES IN"], out.colour);
     for entry in &found.entries {
         table.row([plain(entry.prefix), plain(expiry(entry))]);
     }

@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone, ago, fields,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{
@@ -54,7 +54,7 @@ pub fn host(out: &mut Out<'_>, h: &HostInfo) -> io::Result<()> {
     fields(out, &pairs)?;
     let Some(a) = h.announcement.as_ref().filter(|a| !a.vips.is_empty()) else { return Ok(()) };
     out.line("")?;
-    let mut table = Table::new(&["VIP", "ANNOUNCED", "SINCE", "WHY"], out.colour);
+    let mut table = TextTable::new(&["VIP", "ANNOUNCED", "SINCE", "WHY"], out.colour);
     for v in &a.vips {
         let on = if v.on { toned("on", Tone::Good) } else { toned("off", Tone::Bad) };
         let why = if v.foreign.is_some() { vip_state(v) } else { v.decision.to_string() };

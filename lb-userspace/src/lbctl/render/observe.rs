@@ -4,14 +4,14 @@ use super::{
     Out, Tone, ago,
     backend::drain,
     fields,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{desired::store::Revision, printable::escape, serve::api::types::*};
 use std::io;
 
 /// Formats the store's engine, its location, and whether lbd is connected to it.
-fn store(link: &crate::desired::store::Link) -> String {
+fn store(link: &crate::desired::store::StoreLink) -> String {
     let word = if link.connected { "connected" } else { "disconnected" };
     format!("{} at {}, {word} for {}", link.engine, link.place, ago(link.since_ms))
 }
@@ -36,7 +36,7 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
     fields(out, &status_fields(s))?;
     if !s.unhealthy.is_empty() {
         out.line("")?;
-        let mut table = Table::new(&["UNHEALTHY", "SINCE", "REASON"], out.colour);
+        let mut table = TextTable::new(&["UNHEALTHY", "SINCE", "REASON"], out.colour);
         for u in &s.unhealthy {
             let name = format!("{}/{}", u.service, u.backend);
             table.row([toned(name, Tone::Bad), plain(ago(u.since_ms)), plain(&u.reason)]);
@@ -45,7 +45,7 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
     }
     if !s.draining.is_empty() {
         out.line("")?;
-        let mut table = Table::new(&["DRAINING", "PROGRESS"], out.colour);
+        let mut table = TextTable::new(&["DRAINING", "PROGRESS"], out.colour);
         for d in &s.draining {
             table.row([toned(format!("{}/{}", d.service, d.backend), Tone::Warn), plain(drain(&d.drain))]);
         }
@@ -124,7 +124,7 @@ fn reasons<'a>(
     title: &str,
     list: impl Iterator<Item = &'a ReasonCount>,
 ) -> io::Result<()> {
-    let mut table = Table::new(&[title, ">PACKETS", "FATE", "MEANING"], out.colour);
+    let mut table = TextTable::new(&[title, ">PACKETS", "FATE", "MEANING"], out.colour);
     for r in list {
         let tone = match r.fate.as_str() {
             "drop" => Some(Tone::Bad),
@@ -146,7 +146,7 @@ pub fn stats(out: &mut Out<'_>, now: &Stats, before: Option<&Stats>) -> io::Resu
     if seconds.is_some() {
         headings.extend([">FLOWS/S", ">PACKETS/S", ">RATE"]);
     }
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for b in &now.backends {
         let mut row = vec![
             plain(&b.service),
@@ -178,7 +178,7 @@ pub fn stats(out: &mut Out<'_>, now: &Stats, before: Option<&Stats>) -> io::Resu
 /// Writing failed.
 pub fn flows(out: &mut Out<'_>, list: &Flows) -> io::Result<()> {
     let headings = ["TABLE", "CLIENT", ">PORT", "SERVICE", "BACKEND", ">AGE", ">IDLE", "STATE"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for f in &list.flows {
         table.row([
             plain(&f.table),
@@ -223,7 +223,7 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn history(out: &mut Out<'_>, list: &[Revision]) -> io::Result<()> {
-    let mut table = Table::new(&[">REVISION", "TIME", "AUTHOR", "CHANGE"], out.colour);
+    let mut table = TextTable::new(&[">REVISION", "TIME", "AUTHOR", "CHANGE"], out.colour);
     for r in list {
         table.row([
             toned(r.number, Tone::Strong),

@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone, ago, fields,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{
@@ -59,7 +59,7 @@ pub fn rules(rules: &RegionRules) -> String {
 /// Writing failed.
 pub fn regions(out: &mut Out<'_>, list: &Regions) -> io::Result<()> {
     let headings = ["REGION", "STATE", "SEEN", ">RTT", ">HOSTS", ">BACKENDS", ">READY", "VOTES"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for r in &list.regions {
         let name = if r.is_local { format!("{} (here)", r.name) } else { r.name.to_string() };
         let state = match r.state {
@@ -91,7 +91,7 @@ pub fn regions(out: &mut Out<'_>, list: &Regions) -> io::Result<()> {
 
 fn places(out: &mut Out<'_>, heading: &str, list: &[Place], weights: &[Share]) -> io::Result<()> {
     let headings = [heading, "SHARE", ">BACKENDS", ">CAPACITY", ">LOAD", ">FREE", ">RTT", "NOTE"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for p in list {
         let name = if p.is_local { format!("{} (here)", p.name) } else { p.name.to_string() };
         let share = weights.iter().find(|s| s.name == p.name).map_or(0, |s| s.permille);
@@ -177,7 +177,7 @@ pub fn explained(out: &mut Out<'_>, e: &Explained) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn residency(out: &mut Out<'_>, list: &[Residency]) -> io::Result<()> {
-    let mut table = Table::new(&["SERVICE", "ALLOWED", "BACKENDS (READY)", "FINDINGS"], out.colour);
+    let mut table = TextTable::new(&["SERVICE", "ALLOWED", "BACKENDS (READY)", "FINDINGS"], out.colour);
     for r in list {
         let places: Vec<String> = r
             .places
@@ -224,7 +224,7 @@ fn tally(t: &Tally) -> String {
 /// Writing failed.
 pub fn rollouts(out: &mut Out<'_>, list: &[RolloutShown]) -> io::Result<()> {
     let headings = ["SERVICE", "MODEL", "VERSION", "STATE", ">SHARE", "SINCE", "NEW", "OLD", "VERDICT"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for r in list {
         let state = match r.rollout.state {
             RolloutState::Running => toned("running", Tone::Warn),

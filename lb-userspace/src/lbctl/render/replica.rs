@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{
@@ -53,7 +53,7 @@ pub fn list(out: &mut Out<'_>, list: &Replicas) -> io::Result<()> {
         ">AGE",
         "NOTE",
     ];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for r in &list.replicas {
         let report = r.state.report.as_ref();
         let count = |value: fn(&Report) -> u32| or_dash(report.map(value), |n| n.to_string());
@@ -116,7 +116,7 @@ pub fn lines(entry: &ReplicaEntry) -> Vec<(&'static str, String)> {
 /// # Errors
 /// Writing failed.
 pub fn history(out: &mut Out<'_>, entry: &ReplicaEntry) -> io::Result<()> {
-    let mut table = Table::new(&["TIME", "REPLICA FROM", "TO", "REASON"], out.colour);
+    let mut table = TextTable::new(&["TIME", "REPLICA FROM", "TO", "REASON"], out.colour);
     for t in &entry.history {
         table.row([plain(units::time(t.time_ms)), readiness(t.from), readiness(t.to), plain(&t.reason)]);
     }
@@ -128,7 +128,7 @@ pub fn history(out: &mut Out<'_>, entry: &ReplicaEntry) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn not_ready(out: &mut Out<'_>, list: &[NotReady]) -> io::Result<()> {
-    let mut table = Table::new(&["REPLICA", "STATE", ">FLOWS LEFT", "REASON"], out.colour);
+    let mut table = TextTable::new(&["REPLICA", "STATE", ">FLOWS LEFT", "REASON"], out.colour);
     for r in list {
         let (state, tone) = readiness(r.readiness);
         let name = (format!("{}/{}", r.service, r.backend), tone);

@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone, fields,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{
@@ -30,7 +30,7 @@ fn mode(service: &Service) -> String {
 pub fn services(out: &mut Out<'_>, list: &[ServiceInfo]) -> io::Result<()> {
     let headings =
         ["NAME", "VIP", "PROTOCOL", "MODE", "HEALTH", "BACKENDS", ">SLOTS", ">FLOWS", ">PACKETS", ">BYTES"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for s in list {
         let (eligible, all) = (s.status.eligible, s.spec.backends.len());
         let backends = format!("{eligible}/{all}");

@@ -2,7 +2,7 @@
 
 use super::{
     Out, Tone, ago, fields,
-    table::{Table, plain, toned},
+    table::{TextTable, plain, toned},
     units,
 };
 use crate::{
@@ -67,7 +67,7 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 }
 
 fn members(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
-    let mut table = Table::new(&["MEMBER", "ADDRESS", "ROLE", "VERSION", ">SIZE", "STATE"], out.colour);
+    let mut table = TextTable::new(&["MEMBER", "ADDRESS", "ROLE", "VERSION", ">SIZE", "STATE"], out.colour);
     for m in &s.about.members {
         let state = match (&m.problem, m.healthy) {
             (None, true) => toned("healthy", Tone::Good),
@@ -89,7 +89,7 @@ fn members(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 
 fn regions(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let headings = ["REGION", ">HOSTS", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for region in &s.regions {
         let [last, mean, max] = lag(&region.lag);
         table.row([
@@ -107,7 +107,7 @@ fn regions(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 fn hosts(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     let headings =
         ["HOST", "REGION", "ZONE", ">REVISION", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX", "TABLES", "SINCE"];
-    let mut table = Table::new(&headings, out.colour);
+    let mut table = TextTable::new(&headings, out.colour);
     for host in &s.hosts {
         let [last, mean, max] = lag(&host.lag);
         table.row([
@@ -131,7 +131,7 @@ fn hosts(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn locks(out: &mut Out<'_>, list: &[Lock]) -> io::Result<()> {
-    let mut table = Table::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">EXPIRES IN"], out.colour);
+    let mut table = TextTable::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">EXPIRES IN"], out.colour);
     for lock in list {
         table.row([
             toned(&lock.name, Tone::Strong),

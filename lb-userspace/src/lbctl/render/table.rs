@@ -8,12 +8,12 @@ use comfy_table::{
 use std::io;
 
 /// A table under construction.
-pub struct Table {
+pub struct TextTable {
     inner: Inner,
     columns: usize,
 }
 
-impl Table {
+impl TextTable {
     /// Creates a table with these headings; columns whose heading starts with `>` are aligned to the right.
     pub fn new(headings: &[&str], colour: bool) -> Self {
         let mut inner = Inner::new();

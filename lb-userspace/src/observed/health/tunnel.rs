@@ -10,7 +10,7 @@
 
 use crate::{
     desired::model::{ForwardingMode, Service, Via},
-    observed::neighbour::netlink::Kernel,
+    observed::neighbour::netlink::Netlink,
 };
 use lb_common::{
     Be16,
@@ -72,7 +72,7 @@ pub struct Tunnel {
 }
 
 struct Ready {
-    kernel: Kernel,
+    kernel: Netlink,
     inner: Mutex<Inner>,
 }
 
@@ -94,7 +94,7 @@ impl Tunnel {
                 for ifindex in (self.attached)() {
                     programs.attach(ifindex)?;
                 }
-                let (kernel, _) = Kernel::open().map_err(|e| e.to_string())?;
+                let (kernel, _) = Netlink::open().map_err(|e| e.to_string())?;
                 let inner = Mutex::new(Inner { programs, marks: BTreeMap::new() });
                 Ok(Ready { kernel, inner })
             };

@@ -14,7 +14,7 @@ use crate::desired::{
     store::Stored,
 };
 use futures_util::{StreamExt, stream::BoxStream};
-use netlink::{Effect, Kernel, Message};
+use netlink::{Effect, Message, Netlink};
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
@@ -61,7 +61,7 @@ pub enum NeighbourError {
 
 /// Keeps next hops up to date.
 pub struct Resolver {
-    kernel: Kernel,
+    kernel: Netlink,
     messages: BoxStream<'static, Message>,
     table: NeighbourTable,
     wanted: BTreeSet<IpAddr>,
@@ -79,7 +79,7 @@ impl Resolver {
     /// # Errors
     /// The sockets cannot be opened.
     pub fn open() -> Result<Self, NeighbourError> {
-        let (kernel, messages) = Kernel::open()?;
+        let (kernel, messages) = Netlink::open()?;
         Ok(Self {
             kernel,
             messages,

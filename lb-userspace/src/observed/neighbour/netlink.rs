@@ -74,7 +74,7 @@ pub enum Effect {
 }
 
 /// Netlink connection for queries.
-pub struct Kernel {
+pub struct Netlink {
     handle: Handle,
     /// Whether the kernel keeps neighbours resolved by itself (NTF_EXT_MANAGED, Linux 5.16).
     managed: AtomicBool,
@@ -92,7 +92,7 @@ const GROUPS: [MulticastGroup; 9] = [
     MulticastGroup::Nexthop,
 ];
 
-impl Kernel {
+impl Netlink {
     /// Opens one socket for queries and one for watching, so that a flood on one does not affect the other.
     pub fn open() -> Result<(Self, BoxStream<'static, Message>), NeighbourError> {
         let (connection, handle, _) = new_connection()?;
@@ -102,7 +102,7 @@ impl Kernel {
         Ok((Self { handle, managed: AtomicBool::new(true) }, messages.boxed()))
     }
 
-    /// Whether the kernel keeps neighbours resolved after a single [`Kernel::keep`].
+    /// Whether the kernel keeps neighbours resolved after a single [`Netlink::keep`].
     pub fn keeps_neighbours(&self) -> bool {
         self.managed.load(Ordering::Relaxed)
     }

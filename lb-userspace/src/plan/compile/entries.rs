@@ -1,6 +1,6 @@
 //! Converts model values to map entries, and back.
 
-use super::{Plan, ServiceId, Settings, memory};
+use super::{DeploymentSettings, Plan, ServiceId, memory};
 use crate::{
     desired::model::{ForwardingMode, NextHop, Ports, Protocol, Service},
     plan::maglev::mix,
@@ -68,7 +68,7 @@ pub fn backend_entry(
     service_index: u32,
     next_hop: Option<&NextHop>,
     state: u32,
-    settings: &Settings,
+    settings: &DeploymentSettings,
 ) -> Backend {
     let (mode, port) = match service.mode {
         ForwardingMode::Ipip => (mode::IPIP, 0),
@@ -133,7 +133,7 @@ fn worker_port(address: IpAddr, service: &Service) -> u16 {
 }
 
 /// Whether a service's packets carry a second chance header with other backends.
-pub fn has_second_chance_header(service: &Service, settings: &Settings) -> bool {
+pub fn has_second_chance_header(service: &Service, settings: &DeploymentSettings) -> bool {
     service.has_second_chance() && settings.features_off & features::SECOND_CHANCE == 0
 }
 

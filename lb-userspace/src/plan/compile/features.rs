@@ -1,11 +1,15 @@
 //! Features of the loaded program that services need.
 
-use super::{CompileError, Settings};
+use super::{CompileError, DeploymentSettings};
 use crate::desired::model::{ForwardingMode, Name, Scheduler, Service};
 use lb_common::settings::features;
 
 /// Checks that the loaded program supports a service.
-pub(super) fn check_features(name: &Name, wanted: &Service, settings: &Settings) -> Result<(), CompileError> {
+pub(super) fn check_features(
+    name: &Name,
+    wanted: &Service,
+    settings: &DeploymentSettings,
+) -> Result<(), CompileError> {
     for (bit, what) in program_needs(wanted) {
         if settings.features_off & bit != 0 {
             let feature = features::NAMES.iter().find(|(_, b)| *b == bit).map_or("?", |(name, _)| name);

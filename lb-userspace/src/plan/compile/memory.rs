@@ -3,7 +3,7 @@
 //! `reconcile` keeps it in a file, so that a restart changes nothing. Indices can also be read back from the
 //! live maps ([`Memory::adopt`]), which are authoritative for them.
 
-use super::{MapLimits, Plan, ServiceId, entries};
+use super::{Plan, ServiceId, TableLimits, entries};
 use crate::{
     desired::model::{Desired, Ports, Protocol},
     plan::maglev,
@@ -235,7 +235,7 @@ impl Iterator for Unused {
 
 impl Memory {
     /// Unused indices. Computed once per compilation.
-    pub fn free_indices(&self, limits: &MapLimits) -> FreeIndices {
+    pub fn free_indices(&self, limits: &TableLimits) -> FreeIndices {
         let retired = || self.retired.iter();
         let services = self.services.values().map(|s| s.index).chain(retired().map(|r| r.service));
         let backends = self.services.values().flat_map(|s| s.backends.values().map(|b| b.index));

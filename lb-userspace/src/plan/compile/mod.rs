@@ -1,6 +1,6 @@
 //! Compiles desired state and observations into the contents of all maps.
 //!
-//! Input: [`Desired`], [`Observed`], the [`Memory`] of earlier compilations, [`Settings`]. Output: a
+//! Input: [`Desired`], [`Observed`], the [`Memory`] of earlier compilations, [`DeploymentSettings`]. Output: a
 //! [`Plan`] (the contents of all maps), the new memory, and a status of each service. Pure:
 //! the clock is `Observed::now`. Called by `reconcile`, which writes the differences to the live maps.
 //!
@@ -27,7 +27,7 @@ pub use error::CompileError;
 pub use features::features_needed;
 pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
 pub use replay_history::Past;
-pub use room::{RegionNeed, Waiting, admit, max_slots, region_needs};
+pub use room::{RegionNeed, WaitingForRoom, admit, max_slots, region_needs};
 pub use status::{CompiledBackend, CompiledService};
 pub use table::Hashing;
 
@@ -48,7 +48,7 @@ use std::{
 
 /// Settings of the deployment, fixed at start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Settings {
+pub struct DeploymentSettings {
     /// Outer IPv4 source of ipip packets; its host bits vary by flow. None uses the route's source.
     pub ipip_source_v4: Option<Ipv4Net>,
     /// Outer IPv6 source of ipip packets; its host bits vary by flow. None uses the route's source.
@@ -60,7 +60,7 @@ pub struct Settings {
     /// Interfaces that the program is attached to: answers to translated packets must arrive on one of them.
     pub attached: BTreeMap<u32, String>,
     /// Sizes of the maps.
-    pub limits: MapLimits,
+    pub limits: TableLimits,
     /// Bits of [`lb_common::settings::features`] that the program was loaded without.
     pub features_off: u32,
     /// Region and zone of this host.
@@ -69,7 +69,7 @@ pub struct Settings {
 
 /// Sizes of the maps, fixed when they are created.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MapLimits {
+pub struct TableLimits {
     /// Number of services.
     pub services: u32,
     /// Backends of all services, including draining ones.
@@ -88,7 +88,7 @@ pub struct MapLimits {
     pub guard_entries: u32,
 }
 
-impl Default for MapLimits {
+impl Default for TableLimits {
     fn default() -> Self {
         Self {
             services: limits::SERVICES,
@@ -239,11 +239,11 @@ pub fn compile(
     desired: &Desired,
     observed: &Observed,
     memory: &Memory,
-    settings: &Settings,
+    settings: &DeploymentSettings,
     cache: &mut Cache,
 ) -> Result<Compiled, CompileError> {
     admit(desired, &Desired::default(), memory, settings)?;
-    let mut compiled = compile_each(desired, observed, memory, settings, cache, &Waiting::default());
+    let mut compiled = compile_each(desired, observed, memory, settings, cache, &WaitingForRoom::default());
     match compiled.failed.pop_first() {
         None => Ok(compiled),
         Some((_, error)) => Err(error),
@@ -255,9 +255,9 @@ pub fn compile_each(
     desired: &Desired,
     observed: &Observed,
     memory: &Memory,
-    settings: &Settings,
+    settings: &DeploymentSettings,
     cache: &mut Cache,
-    waiting: &Waiting,
+    waiting: &WaitingForRoom,
 ) -> Compiled {
     let now_ms = observed.now.as_millis() as i64;
     let mut memory = memory.clone();
@@ -321,7 +321,7 @@ pub fn compile_each(
 
 impl Compiled {
     /// Adds a compiled service, without its backends.
-    fn add_service(&mut self, id: &ServiceId, compiled: &service::Output) {
+    fn add_service(&mut self, id: &ServiceId, compiled: &service::ServiceOutput) {
         let plan = &mut self.plan;
         plan.costs.extend(compiled.costs.iter().copied());
         plan.egress.extend(compiled.egress.iter().copied());
@@ -396,7 +396,7 @@ fn check_maps(
 ///
 /// # Errors
 /// The lists do not fit, or the program was loaded without them.
-pub fn check_guard(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
+pub fn check_guard(desired: &Desired, settings: &DeploymentSettings) -> Result<(), CompileError> {
     if desired.guard.is_empty() {
         return Ok(());
     }

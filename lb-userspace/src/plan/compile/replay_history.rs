@@ -10,7 +10,7 @@
 //! had moved elsewhere is in no history; with `gue` the second chance finds such flows.
 
 use super::{
-    BackendMemory, Memory, ServiceId, ServiceMemory, Settings,
+    BackendMemory, DeploymentSettings, Memory, ServiceId, ServiceMemory,
     spread::{excluded_backends, region_shares, region_weights},
     table::{Hashing, build_shape},
 };
@@ -45,7 +45,7 @@ impl Memory {
     }
 
     /// Replays the history of services without epochs. `past` is oldest first; the last state is in effect now.
-    pub fn replay_history(&mut self, past: &[Past], settings: &Settings, now_ms: i64) {
+    pub fn replay_history(&mut self, past: &[Past], settings: &DeploymentSettings, now_ms: i64) {
         let Some(newest) = past.last() else { return };
         let by_id: Vec<(i64, &Desired, BTreeMap<ServiceId, &Service>)> = monotonic_times(past, now_ms)
             .map(|(from_ms, desired)| {

@@ -9,20 +9,21 @@
 //! much again through which tables are moved where the free slots are not contiguous.
 
 use super::{
-    CompileError, Memory, ServiceId, Settings, entries, features::check_features, slot_layout, table::Hashing,
+    CompileError, DeploymentSettings, Memory, ServiceId, entries, features::check_features, slot_layout,
+    table::Hashing,
 };
 use crate::desired::model::{Desired, Name, Scheduler, Service};
 use lb_common::limits;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Whether second choices are stored behind the service's table.
-pub(super) fn has_second_choices(wanted: &Service, settings: &Settings) -> bool {
+pub(super) fn has_second_choices(wanted: &Service, settings: &DeploymentSettings) -> bool {
     let is_capped = wanted.scheduler == Scheduler::SourceHash && wanted.load_cap.is_some();
     wanted.scheduler == Scheduler::P2c || is_capped || entries::has_second_chance_header(wanted, settings)
 }
 
 /// Largest number of slots of a service with a table of this size, including everything behind it except an old table.
-pub fn max_slots(wanted: &Service, settings: &Settings, size: u32) -> u32 {
+pub fn max_slots(wanted: &Service, settings: &DeploymentSettings, size: u32) -> u32 {
     if size == 0 {
         return 0;
     }
@@ -50,7 +51,7 @@ pub struct RegionNeed {
 pub fn region_needs(
     desired: &Desired,
     memory: &Memory,
-    settings: &Settings,
+    settings: &DeploymentSettings,
     live: impl Fn(u32) -> Option<(Hashing, u32)>,
 ) -> Vec<RegionNeed> {
     let mut needs = Vec::new();
@@ -86,7 +87,7 @@ struct SlotDemand<'a> {
     largest: Option<(&'a Name, u32)>,
 }
 
-fn slot_demand<'a>(desired: &'a Desired, memory: &Memory, settings: &Settings) -> SlotDemand<'a> {
+fn slot_demand<'a>(desired: &'a Desired, memory: &Memory, settings: &DeploymentSettings) -> SlotDemand<'a> {
     let mut all = SlotDemand { tables: 0, spare: 0, largest: None };
     let default = super::ServiceMemory::default();
     for (name, wanted) in &desired.services {
@@ -112,7 +113,7 @@ pub fn admit(
     desired: &Desired,
     current: &Desired,
     memory: &Memory,
-    settings: &Settings,
+    settings: &DeploymentSettings,
 ) -> Result<(), CompileError> {
     super::check_guard(desired, settings)?;
     for (name, wanted) in &desired.services {
@@ -138,7 +139,11 @@ pub fn admit(
 }
 
 /// Checks the indices of services and backends, including those that flow tables may still contain.
-fn admit_indices(desired: &Desired, memory: &Memory, settings: &Settings) -> Result<(), CompileError> {
+fn admit_indices(
+    desired: &Desired,
+    memory: &Memory,
+    settings: &DeploymentSettings,
+) -> Result<(), CompileError> {
     let wanted: BTreeSet<ServiceId> = desired.services.values().map(|s| ServiceId::of(s)).collect();
     let leaving = memory.services.iter().filter(|(id, _)| !wanted.contains(id));
     let (mut services, mut backends) = leaving.fold((0, 0), |(s, b), (_, m)| (s + 1, b + m.backends.len()));
@@ -172,7 +177,7 @@ fn admit_indices(desired: &Desired, memory: &Memory, settings: &Settings) -> Res
     Ok(())
 }
 
-fn admit_vips(desired: &Desired, settings: &Settings) -> Result<(), CompileError> {
+fn admit_vips(desired: &Desired, settings: &DeploymentSettings) -> Result<(), CompileError> {
     let vips: BTreeSet<_> = desired.services.values().map(|s| s.vip).collect();
     let limit = settings.limits.vips as usize;
     match vips.iter().nth(limit) {
@@ -212,7 +217,7 @@ pub(super) fn too_many_quic(needed: u64, first: &Name) -> CompileError {
 
 /// Services whose change waits for free slots.
 #[derive(Clone, Debug, Default)]
-pub struct Waiting {
+pub struct WaitingForRoom {
     /// Services that wait for their first table: left out, or unchanged.
     pub new: BTreeSet<ServiceId>,
     /// Services that wait for a change of size, seed or hash, with the hashing that they keep meanwhile.

@@ -3,8 +3,8 @@
 //! `table` builds its slots; `spread` decides on exclusions and weights.
 
 use super::{
-    BackendMemory, CompileError, CompiledService, Cost, ServiceEntry, ServiceId, ServiceMemory, Settings,
-    Shape, View, entries,
+    BackendMemory, CompileError, CompiledService, Cost, DeploymentSettings, ServiceEntry, ServiceId,
+    ServiceMemory, Shape, View, entries,
     features::check_features,
     memory::FreeIndices,
     slot_layout, slow,
@@ -50,13 +50,13 @@ pub(super) struct Input<'a> {
     /// Names of interfaces.
     pub links: &'a BTreeMap<u32, String>,
     pub now_ms: i64,
-    pub settings: &'a Settings,
+    pub settings: &'a DeploymentSettings,
     /// Size, seed and hash that the service keeps until there is room for a change.
     pub held: Option<Hashing>,
 }
 
 /// Output of a service's compilation.
-pub(super) struct Output {
+pub(super) struct ServiceOutput {
     pub index: u32,
     pub entry: ServiceEntry,
     pub backends: Vec<(u32, Backend)>,
@@ -84,7 +84,7 @@ struct Last {
     excluded: Vec<Option<Excluded>>,
     next_hops: Vec<Option<NextHop>>,
     held: Option<Hashing>,
-    output: Arc<Output>,
+    output: Arc<ServiceOutput>,
 }
 
 impl Cached {
@@ -135,7 +135,7 @@ pub(super) fn compile(
     memory: Option<&Arc<ServiceMemory>>,
     free: &mut FreeIndices,
     cached: &mut Cached,
-) -> Result<Arc<Output>, CompileError> {
+) -> Result<Arc<ServiceOutput>, CompileError> {
     // The memory of the last output has an entry for each backend.
     let next_hops = |memory: &ServiceMemory| -> Vec<Option<NextHop>> {
         memory.backends.keys().map(|address| input.next_hops.get(address).copied()).collect()
@@ -174,7 +174,7 @@ fn compile_uncached(
     before: Option<&Arc<ServiceMemory>>,
     free: &mut FreeIndices,
     tables: &mut Tables,
-) -> Result<Output, CompileError> {
+) -> Result<ServiceOutput, CompileError> {
     let wanted = input.wanted;
     check_features(input.name, wanted, input.settings)?;
     let drain_ms = i64::from(wanted.drain_s) * 1_000;
@@ -215,7 +215,7 @@ fn compile_uncached(
     status.exceptions = had_exceptions || memory.exceptions;
     let window_ends = memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
     let next_change_ms = [window_ends, start.next_ms].into_iter().flatten().min();
-    Ok(Output {
+    Ok(ServiceOutput {
         index: memory.index,
         entry,
         costs: costs(wanted, &memory, &weighted.weights),
@@ -449,7 +449,7 @@ fn backend_entries(
     (entries, egress)
 }
 
-fn build_view(wanted: &Service, shape: &Shape, settings: &Settings) -> View {
+fn build_view(wanted: &Service, shape: &Shape, settings: &DeploymentSettings) -> View {
     let mut bits = 0;
     if wanted.protocol == Protocol::Udp && wanted.udp_stateless {
         bits |= flags::UDP_STATELESS;

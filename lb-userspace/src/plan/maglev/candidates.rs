@@ -29,7 +29,7 @@ enum Kind {
     /// Few different weights: many seats have the same surplus, and their order decides which of them give.
     Classes(WeightClasses),
     /// Many different weights: the seats with the greatest surpluses give.
-    Keys(Keys),
+    Keys(SeatQueue),
 }
 
 impl Candidates {
@@ -40,7 +40,7 @@ impl Candidates {
         for weight in weights {
             if !different.contains(weight) {
                 if different.len() == limit {
-                    return Self { size, kind: Kind::Keys(Keys::new(size, weights.len())) };
+                    return Self { size, kind: Kind::Keys(SeatQueue::new(size, weights.len())) };
                 }
                 different.push(*weight);
             }
@@ -94,7 +94,7 @@ impl Candidates {
 }
 
 /// Seats, keyed by the total weight at which they may give next.
-struct Keys {
+struct SeatQueue {
     size: f32,
     /// For each seat, the bits of the total weight from which on its rank is at least [`MIN_RANK`], rounded down to one in
     /// 2^15 and relative to `base`. Empty until needed.
@@ -102,7 +102,7 @@ struct Keys {
     base: i32,
 }
 
-impl Keys {
+impl SeatQueue {
     /// Key that is never due, and the largest key that may be due.
     const NEVER: i16 = i16::MAX;
     const LAST: i32 = Self::NEVER as i32 - 2;

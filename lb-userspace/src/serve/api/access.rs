@@ -35,7 +35,7 @@ pub(super) enum Right {
 }
 
 /// A row of the route table: method, path, required right, and handler.
-pub(super) struct Route {
+pub(super) struct Endpoint {
     #[cfg_attr(not(test), expect(dead_code, reason = "the handler has it too; only the tests read it"))]
     pub method: Method,
     pub path: &'static str,
@@ -43,7 +43,7 @@ pub(super) struct Route {
     handler: MethodRouter<Arc<Control>>,
 }
 
-impl Route {
+impl Endpoint {
     /// Creates a row.
     pub fn new<H, T>(method: Method, path: &'static str, right: Right, handler: H) -> Self
     where
@@ -62,8 +62,8 @@ impl Route {
 }
 
 /// Builds the router of all rows.
-pub(super) fn router(rows: Vec<Route>) -> Router<Arc<Control>> {
-    rows.into_iter().fold(Router::new(), |router, Route { path, right, handler, .. }| {
+pub(super) fn router(rows: Vec<Endpoint>) -> Router<Arc<Control>> {
+    rows.into_iter().fold(Router::new(), |router, Endpoint { path, right, handler, .. }| {
         router.route(path, handler.route_layer(from_fn_with_state(right, authorize)))
     })
 }

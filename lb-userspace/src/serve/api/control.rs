@@ -7,16 +7,17 @@ use super::{
     engine::{EngineError, FlowFilter},
     host::HostState,
     store::{FleetMember, HostReport},
-    types::{Applied, Change, Explanation, Flows, WriteQuery},
+    types::{AppliedStatus, Change, Explanation, Flows, WriteQuery},
 };
 use crate::{
     desired::{
         model::{Desired, differences},
-        store::{Commit, Link, Store, StoreError, Stored},
+        store::{Commit, Store, StoreError, StoreLink, Stored},
     },
     observed::{health::HealthRegistry, regions::CommitDesired, replica},
     serve::explain::Query,
 };
+use axum::extract::State;
 use futures_util::future::BoxFuture;
 use std::{
     sync::{Arc, OnceLock},
@@ -38,8 +39,11 @@ enum Sizes {
     Kept,
 }
 
+/// What the handlers share.
+pub(super) type SharedControl = State<Arc<Control>>;
+
 /// Outcome of the last application: the revision, and the result.
-type Outcome = Option<(u64, Result<Applied, EngineError>)>;
+type LastApply = Option<(u64, Result<AppliedStatus, EngineError>)>;
 
 /// Store, engine, health and replicas, as the API and the metrics use them.
 pub struct Control {
@@ -59,7 +63,7 @@ pub struct Control {
     pub(super) report: watch::Sender<HostReport>,
     /// Held shared by each commit, exclusively by a migration or restore.
     pub(super) commit_lock: RwLock<()>,
-    outcome: watch::Sender<Outcome>,
+    outcome: watch::Sender<LastApply>,
     /// Services that the maps held when lbd started with an empty store; 0 after `accept` or a first change.
     orphaned: watch::Sender<usize>,
 }
@@ -105,7 +109,7 @@ impl Control {
     }
 
     /// State of the connection to the store.
-    pub fn link(&self) -> Link {
+    pub fn link(&self) -> StoreLink {
         self.store.link().borrow().clone()
     }
 
@@ -192,7 +196,7 @@ impl Control {
             match &result {
                 Ok(applied) => {
                     retry = RETRY.0;
-                    let Applied { slots_changed, took_us, .. } = applied;
+                    let AppliedStatus { slots_changed, took_us, .. } = applied;
                     tracing::info!(revision = number, slots_changed, took_us, "desired state applied");
                 }
                 Err(error) => {
@@ -211,9 +215,9 @@ impl Control {
     ///
     /// # Errors
     /// Applying it failed, or took longer than [`APPLY_TIMEOUT`].
-    pub async fn wait_applied(&self, revision: u64) -> Result<Applied, ApiError> {
+    pub async fn wait_applied(&self, revision: u64) -> Result<AppliedStatus, ApiError> {
         let mut outcome = self.outcome.subscribe();
-        let reached = |o: &Outcome| o.as_ref().is_some_and(|(number, _)| *number >= revision);
+        let reached = |o: &LastApply| o.as_ref().is_some_and(|(number, _)| *number >= revision);
         let wait = tokio::time::timeout(APPLY_TIMEOUT, outcome.wait_for(reached)).await;
         let stored = format!("revision {revision} is stored, but");
         match wait {
@@ -234,7 +238,7 @@ impl Control {
     }
 
     /// Result of the newest application.
-    pub(super) fn outcome(&self) -> Outcome {
+    pub(super) fn outcome(&self) -> LastApply {
         self.outcome.borrow().clone()
     }
 

@@ -1,7 +1,7 @@
 //! The API's interface to the reconciler and the dataplane: a trait, so that tests serve the API without a
 //! kernel.
 
-use super::types::{Applied, FlowInfo, Interface, Loaded, Room};
+use super::types::{AppliedStatus, FlowInfo, Interface, Loaded, Room};
 use crate::{
     apply::reconcile::Lags,
     desired::model::{BackendId, Desired, Name, NextHop},
@@ -32,7 +32,7 @@ pub enum EngineError {
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// Result of the last write to the maps.
-    pub applied: Applied,
+    pub applied: AppliedStatus,
     /// State in the maps by service.
     pub services: BTreeMap<Name, AppliedService>,
     /// State in the maps by backend.
@@ -151,7 +151,11 @@ pub trait Engine: Send + Sync + 'static {
     fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>>;
 
     /// Applies a state; returns when the maps are written.
-    fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>>;
+    fn apply(
+        &self,
+        desired: Arc<Desired>,
+        revision: u64,
+    ) -> BoxFuture<'_, Result<AppliedStatus, EngineError>>;
 
     /// The applied state. Does not block.
     fn snapshot(&self) -> Arc<Snapshot>;

@@ -4,8 +4,9 @@
 //! not at all; it also removes expired entries. Called by `routes`.
 
 use super::{
-    ApiError, Control,
+    ApiError,
     access::Writer,
+    control::SharedControl,
     routes::{Params, Reply, body},
     types::{Change, WriteQuery},
 };
@@ -24,14 +25,12 @@ use axum::{
 use ipnet::IpNet;
 use lb_common::Reason;
 use serde::{Deserialize, Serialize};
-use std::{net::IpAddr, sync::Arc};
+use std::net::IpAddr;
 
 /// Entries listed by default.
 const ENTRIES: usize = 1_000;
 /// Largest number of invalid entries that an error lists.
 const WRONG: usize = 20;
-
-type Ctl = State<Arc<Control>>;
 
 /// `GET /v1/guard`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,7 +113,7 @@ fn entry_info(prefix: IpNet, until: u64, now_s: u64) -> EntryInfo {
     EntryInfo { prefix, left_s: (until != 0).then(|| until.saturating_sub(now_s)) }
 }
 
-pub(super) async fn show(State(control): Ctl) -> Reply<GuardInfo> {
+pub(super) async fn show(State(control): SharedControl) -> Reply<GuardInfo> {
     let counters = control.read_engine(|engine| engine.counters()).await?;
     let guard = &control.head().desired.guard;
     let snapshot = control.engine().snapshot();
@@ -136,7 +135,10 @@ pub(super) struct CheckQuery {
     address: IpAddr,
 }
 
-pub(super) async fn check(State(control): Ctl, Params(query): Params<CheckQuery>) -> Reply<GuardDecision> {
+pub(super) async fn check(
+    State(control): SharedControl,
+    Params(query): Params<CheckQuery>,
+) -> Reply<GuardDecision> {
     let now_s = clock::unix().as_secs();
     let address = query.address.to_canonical();
     let found = control.head().desired.guard.deciding_entry(address, now_s);
@@ -156,7 +158,7 @@ pub(super) struct EntriesQuery {
 }
 
 pub(super) async fn entries(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(list): Path<String>,
     Params(query): Params<EntriesQuery>,
 ) -> Reply<Entries> {
@@ -195,7 +197,7 @@ fn parse_prefixes(texts: &[String]) -> Result<Vec<IpNet>, ApiError> {
 }
 
 pub(super) async fn change(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(list): Path<String>,
     Params(query): Params<WriteQuery>,
     Writer(author): Writer,

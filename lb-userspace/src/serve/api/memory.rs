@@ -3,7 +3,7 @@
 
 use super::{
     engine::*,
-    types::{Applied, FlowInfo, Interface, Room},
+    types::{AppliedStatus, FlowInfo, Interface, Room},
 };
 use crate::{
     desired::model::{BackendId, BackendState as State, Desired},
@@ -66,7 +66,8 @@ impl MemoryEngine {
     }
 
     fn build(&self, desired: &Desired, revision: u64) -> Snapshot {
-        let applied = Applied { revision, slots_changed: 0, took_us: 100, error: None, waiting: Vec::new() };
+        let applied =
+            AppliedStatus { revision, slots_changed: 0, took_us: 100, error: None, waiting: Vec::new() };
         let mut snapshot = Snapshot { applied, ..Snapshot::default() };
         let mut next = 0;
         for (index, (service, s)) in desired.services.iter().enumerate() {
@@ -111,7 +112,11 @@ impl Engine for MemoryEngine {
         })
     }
 
-    fn apply(&self, desired: Arc<Desired>, revision: u64) -> BoxFuture<'_, Result<Applied, EngineError>> {
+    fn apply(
+        &self,
+        desired: Arc<Desired>,
+        revision: u64,
+    ) -> BoxFuture<'_, Result<AppliedStatus, EngineError>> {
         Box::pin(async move {
             self.wait().await;
             if let Some(what) = self.fail.lock().unwrap_or_else(PoisonError::into_inner).clone() {

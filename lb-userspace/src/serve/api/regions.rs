@@ -10,6 +10,7 @@
 use super::{
     ApiError, Control,
     access::{Author, Caller},
+    control::SharedControl,
     engine::Snapshot,
     routes::{Params, Reply, body, name},
     types::{Change, WriteQuery},
@@ -351,13 +352,11 @@ fn unknown_region(region: &Name, desired: &Desired) -> ApiError {
     }
 }
 
-type Ctl = State<Arc<Control>>;
-
-pub(super) async fn policies(State(control): Ctl) -> Reply<Vec<Explained>> {
+pub(super) async fn policies(State(control): SharedControl) -> Reply<Vec<Explained>> {
     Ok(Json(control.wait_region_snapshot().await.services.values().cloned().collect()))
 }
 
-pub(super) async fn policy(State(control): Ctl, Path(service): Path<String>) -> Reply<Explained> {
+pub(super) async fn policy(State(control): SharedControl, Path(service): Path<String>) -> Reply<Explained> {
     let service = name(&service)?;
     let head = control.head();
     let wanted = find_service(&head, &service)?;
@@ -373,11 +372,11 @@ pub(super) async fn policy(State(control): Ctl, Path(service): Path<String>) -> 
     Ok(Json(found.ok_or_else(plain)?))
 }
 
-pub(super) async fn residency(State(control): Ctl) -> Reply<Vec<Residency>> {
+pub(super) async fn residency(State(control): SharedControl) -> Reply<Vec<Residency>> {
     Ok(Json(control.residency()))
 }
 
-pub(super) async fn regions(State(control): Ctl) -> Reply<Regions> {
+pub(super) async fn regions(State(control): SharedControl) -> Reply<Regions> {
     let decided = control.wait_region_snapshot().await;
     let here = decided.regions.iter().find(|r| r.is_local).map(|r| r.name.clone());
     let here = here.ok_or_else(|| ApiError::not_found("this lbd does not know any regions yet"))?;
@@ -385,7 +384,7 @@ pub(super) async fn regions(State(control): Ctl) -> Reply<Regions> {
 }
 
 pub(super) async fn region_add(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -400,7 +399,7 @@ pub(super) async fn region_add(
 }
 
 pub(super) async fn region_remove(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -414,7 +413,7 @@ pub(super) async fn region_remove(
 }
 
 pub(super) async fn region_drain(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -423,7 +422,7 @@ pub(super) async fn region_drain(
 }
 
 pub(super) async fn region_undrain(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(region): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -431,14 +430,14 @@ pub(super) async fn region_undrain(
     Ok(Json(control.set_region_state(&author, &query, name(&region)?, RegionState::Up).await?))
 }
 
-pub(super) async fn rollouts(State(control): Ctl) -> Reply<Vec<RolloutShown>> {
+pub(super) async fn rollouts(State(control): SharedControl) -> Reply<Vec<RolloutShown>> {
     Ok(Json(
         control.wait_region_snapshot().await.services.values().filter_map(|e| e.rollout.clone()).collect(),
     ))
 }
 
 pub(super) async fn rollout_start(
-    State(control): Ctl,
+    State(control): SharedControl,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
     bytes: Bytes,
@@ -448,7 +447,7 @@ pub(super) async fn rollout_start(
 }
 
 pub(super) async fn rollout_change(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(verb): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,

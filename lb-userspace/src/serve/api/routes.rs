@@ -3,6 +3,7 @@
 use super::{
     ApiError, Control,
     access::Caller,
+    control::SharedControl,
     engine::FlowFilter,
     types::*,
     view::{find_service, no_backend, no_service},
@@ -33,7 +34,6 @@ const REVISIONS: (usize, usize) = (20, 10_000);
 /// Longest wait for a change of the replicas.
 const REPLICAS_WAIT: Duration = Duration::from_secs(20);
 
-type Ctl = State<Arc<Control>>;
 pub(super) type Reply<T> = Result<Json<T>, ApiError>;
 
 /// Builds the router of all routes.
@@ -130,23 +130,26 @@ fn backend_mut<'a>(
     s.backends.get_mut(backend).ok_or_else(|| ApiError::not_found(format!("there is no backend {backend}")))
 }
 
-pub(super) async fn status(State(control): Ctl) -> Reply<Status> {
+pub(super) async fn status(State(control): SharedControl) -> Reply<Status> {
     let view = control.view().await?;
     Ok(Json(control.status(&view)))
 }
 
-pub(super) async fn service_list(State(control): Ctl) -> Reply<Vec<ServiceInfo>> {
+pub(super) async fn service_list(State(control): SharedControl) -> Reply<Vec<ServiceInfo>> {
     let view = control.view().await?;
     Ok(Json(control.services(&view)))
 }
 
-pub(super) async fn service_show(State(control): Ctl, Path(service): Path<String>) -> Reply<ServiceInfo> {
+pub(super) async fn service_show(
+    State(control): SharedControl,
+    Path(service): Path<String>,
+) -> Reply<ServiceInfo> {
     let view = control.view().await?;
     Ok(Json(control.service(&view, &name(&service)?)?))
 }
 
 pub(super) async fn service_add(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -165,7 +168,7 @@ pub(super) async fn service_add(
 }
 
 pub(super) async fn service_set(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -181,7 +184,7 @@ pub(super) async fn service_set(
 }
 
 pub(super) async fn service_remove(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(service): Path<String>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -195,13 +198,13 @@ pub(super) async fn service_remove(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
-pub(super) async fn backend_list_all(State(control): Ctl) -> Reply<Vec<BackendInfo>> {
+pub(super) async fn backend_list_all(State(control): SharedControl) -> Reply<Vec<BackendInfo>> {
     let view = control.view().await?;
     Ok(Json(control.backends(&view, None)?))
 }
 
 pub(super) async fn backend_list(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(service): Path<String>,
 ) -> Reply<Vec<BackendInfo>> {
     let view = control.view().await?;
@@ -209,7 +212,7 @@ pub(super) async fn backend_list(
 }
 
 pub(super) async fn backend_show(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(path): Path<(String, String)>,
 ) -> Reply<BackendInfo> {
     let (service, backend) = names(&path)?;
@@ -218,7 +221,7 @@ pub(super) async fn backend_show(
 }
 
 pub(super) async fn backend_add(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -239,7 +242,7 @@ pub(super) async fn backend_add(
 }
 
 pub(super) async fn backend_set(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -255,7 +258,7 @@ pub(super) async fn backend_set(
 }
 
 pub(super) async fn backend_remove(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -270,7 +273,7 @@ pub(super) async fn backend_remove(
 }
 
 pub(super) async fn backend_drain(
-    control: Ctl,
+    control: SharedControl,
     path: Path<(String, String)>,
     query: Params<WriteQuery>,
     caller: Caller,
@@ -279,7 +282,7 @@ pub(super) async fn backend_drain(
 }
 
 pub(super) async fn backend_undrain(
-    control: Ctl,
+    control: SharedControl,
     path: Path<(String, String)>,
     query: Params<WriteQuery>,
     caller: Caller,
@@ -288,7 +291,7 @@ pub(super) async fn backend_undrain(
 }
 
 async fn set_backend_state(
-    State(control): Ctl,
+    State(control): SharedControl,
     Path(path): Path<(String, String)>,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
@@ -310,12 +313,15 @@ pub(super) struct ReplicasQuery {
     wait_ms: Option<u64>,
 }
 
-pub(super) async fn replicas(State(control): Ctl, Params(query): Params<ReplicasQuery>) -> Reply<Replicas> {
+pub(super) async fn replicas(
+    State(control): SharedControl,
+    Params(query): Params<ReplicasQuery>,
+) -> Reply<Replicas> {
     let wait = query.wait_ms.map_or(REPLICAS_WAIT, Duration::from_millis).min(REPLICAS_WAIT);
     Ok(Json(control.replicas_after(query.service.as_ref(), query.after, wait).await?))
 }
 
-pub(super) async fn stats(State(control): Ctl) -> Reply<Stats> {
+pub(super) async fn stats(State(control): SharedControl) -> Reply<Stats> {
     Ok(Json(control.view().await?.stats_info()))
 }
 
@@ -327,7 +333,7 @@ pub(super) struct FlowsQuery {
     limit: Option<usize>,
 }
 
-pub(super) async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>) -> Reply<Flows> {
+pub(super) async fn flows(State(control): SharedControl, Params(query): Params<FlowsQuery>) -> Reply<Flows> {
     let stored = control.head();
     if let Some(service) = &query.service {
         let s = find_service(&stored, service)?;
@@ -342,7 +348,7 @@ pub(super) async fn flows(State(control): Ctl, Params(query): Params<FlowsQuery>
 }
 
 pub(super) async fn explain_flow(
-    State(control): Ctl,
+    State(control): SharedControl,
     Params(query): Params<ExplainQuery>,
 ) -> Reply<Explanation> {
     let ExplainQuery { source, destination, protocol, connection_id } = query;
@@ -364,7 +370,7 @@ pub(super) struct ExplainQuery {
     connection_id: Option<explain::ConnectionId>,
 }
 
-pub(super) async fn config_export(State(control): Ctl) -> Reply<Config> {
+pub(super) async fn config_export(State(control): SharedControl) -> Reply<Config> {
     let head = control.head();
     let Desired { services, regions, guard: _ } = (*head.desired).clone();
     let mut desired = Desired { services, regions, guard: crate::desired::model::Guard::default() };
@@ -374,7 +380,7 @@ pub(super) async fn config_export(State(control): Ctl) -> Reply<Config> {
 }
 
 pub(super) async fn config_apply(
-    State(control): Ctl,
+    State(control): SharedControl,
     Params(mut query): Params<WriteQuery>,
     Caller(author): Caller,
     bytes: Bytes,
@@ -397,13 +403,16 @@ pub(super) struct HistoryQuery {
     limit: Option<usize>,
 }
 
-pub(super) async fn history(State(control): Ctl, Params(query): Params<HistoryQuery>) -> Reply<History> {
+pub(super) async fn history(
+    State(control): SharedControl,
+    Params(query): Params<HistoryQuery>,
+) -> Reply<History> {
     let limit = query.limit.unwrap_or(REVISIONS.0).min(REVISIONS.1);
     Ok(Json(History { revisions: control.store.history(query.before, limit).await? }))
 }
 
 pub(super) async fn rollback(
-    State(control): Ctl,
+    State(control): SharedControl,
     Params(query): Params<WriteQuery>,
     Caller(author): Caller,
     bytes: Bytes,

@@ -14,7 +14,7 @@ use crate::{
     desired::{
         model::Name,
         store::{
-            About, Address, Claim, Link, Lock, Opener, Retire, Revision, Store, StoreError, backup,
+            About, Address, Claim, Lock, Opener, Retire, Revision, Store, StoreError, StoreLink, backup,
             backup::Backup,
         },
     },
@@ -105,7 +105,7 @@ pub struct StoreInfo {
     /// Engine, place, id and members.
     pub about: About,
     /// This host's connection to the store.
-    pub link: Link,
+    pub link: StoreLink,
     /// Newest revision that this host knows.
     pub revision: Revision,
     /// Regions, by name.

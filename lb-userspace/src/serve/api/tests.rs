@@ -6,7 +6,7 @@ use crate::{
         model::Desired,
         store::{Commit, RedbStore, Retire},
     },
-    lbctl::client::{Client, ClientError},
+    lbctl::client::{ApiClient, ClientError},
     observed::health::HealthRegistry,
 };
 use axum::extract::connect_info::MockConnectInfo;
@@ -18,7 +18,7 @@ struct Bed {
     _directory: tempfile::TempDir,
     engine: Arc<MemoryEngine>,
     control: Arc<Control>,
-    client: Client,
+    client: ApiClient,
 }
 
 async fn bed(may_write: bool) -> Bed {
@@ -32,7 +32,7 @@ async fn bed(may_write: bool) -> Bed {
     let peer = Peer { user: "ann".into(), may_write };
     let router = routes::router(control.clone()).layer(MockConnectInfo(peer));
     tokio::spawn(async move { axum::serve(listener, router).await });
-    let client = Client::new(&socket).unwrap();
+    let client = ApiClient::new(&socket).unwrap();
     Bed { _directory: directory, engine, control, client }
 }
 

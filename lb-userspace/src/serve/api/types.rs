@@ -245,7 +245,7 @@ pub struct Change {
     pub differences: Vec<Difference>,
     /// What was written to the maps; none if nothing was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub applied: Option<Applied>,
+    pub applied: Option<AppliedStatus>,
 }
 
 /// `GET /v1/history`.

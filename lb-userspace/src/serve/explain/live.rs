@@ -16,7 +16,7 @@ use lb_ebpf::{
 use std::cell::{Cell, OnceCell, RefCell};
 
 /// The maps, and a cache of the entries that the query has read.
-pub(super) struct Live<'a> {
+pub(super) struct MapReader<'a> {
     pub(super) reader: &'a Reader,
     vip: OnceCell<Option<Vip>>,
     view: OnceCell<Option<ServiceView>>,
@@ -30,7 +30,7 @@ pub(super) struct Live<'a> {
     pub(super) work: RefCell<Work>,
 }
 
-impl<'a> Live<'a> {
+impl<'a> MapReader<'a> {
     pub(super) fn new(reader: &'a Reader) -> Self {
         Self {
             reader,
@@ -65,7 +65,7 @@ impl<'a> Live<'a> {
     }
 }
 
-impl GuardTables for Live<'_> {
+impl GuardTables for MapReader<'_> {
     fn guard_block(&self, word: u32) -> u32 {
         self.reader.guard_word(true, word)
     }
@@ -83,7 +83,7 @@ impl GuardTables for Live<'_> {
     }
 }
 
-impl Tables for Live<'_> {
+impl Tables for MapReader<'_> {
     fn is_denied(&self, source: [u32; 4]) -> bool {
         lb_ebpf::guard::is_denied(self, source)
     }
@@ -173,7 +173,7 @@ impl Tables for Live<'_> {
     }
 }
 
-impl QuicTables for Live<'_> {
+impl QuicTables for MapReader<'_> {
     fn quic_config(&self, key: u32) -> Option<&QuicConfig> {
         self.quic.get_or_init(|| self.reader.quic_config(key)).as_ref()
     }

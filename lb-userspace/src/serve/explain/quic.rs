@@ -1,6 +1,6 @@
 //! Explains where a QUIC packet goes because of its connection id.
 
-use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::Live};
+use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::MapReader};
 use crate::desired::model::{from_hex, to_hex};
 use lb_common::{Reason, ServiceView, quic::TOGETHER_MAX};
 use lb_ebpf::{Tables, native::route_id, select::hash::flow_hash};
@@ -69,7 +69,7 @@ impl Explanation {
     /// Adds the backend that the connection id names, which takes precedence; without an id, a note that it would.
     pub(super) fn add_connection_id(
         &mut self,
-        live: &Live<'_>,
+        live: &MapReader<'_>,
         names: &impl Names,
         index: u32,
         view: &ServiceView,

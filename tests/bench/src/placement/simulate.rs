@@ -18,7 +18,7 @@ use lb_ebpf::{
 };
 use lb_userspace::{
     desired::model::{Desired, Observed, Scheduler},
-    plan::compile::{Cache, Memory, Settings, compile},
+    plan::compile::{Cache, DeploymentSettings, Memory, compile},
 };
 
 /// Requests that a worker serves at once; more wait.
@@ -140,9 +140,10 @@ impl Host {
         // Long after the service was made: nothing is in transition.
         let observed = Observed { now: Duration::from_secs(1_000), ..Observed::default() };
         let mut cache = Cache::default();
-        let plan = compile(&desired, &observed, &Memory::default(), &Settings::default(), &mut cache)
-            .expect("it fits")
-            .plan;
+        let plan =
+            compile(&desired, &observed, &Memory::default(), &DeploymentSettings::default(), &mut cache)
+                .expect("it fits")
+                .plan;
         let entry = &plan.services[&SERVICE];
         let view = ServiceView {
             seed: entry.view.seed,

@@ -29,7 +29,7 @@ enum SynSource {
     /// Lines like ours.
     Lines(OwnedFd, Conversion),
     /// Lines of version 5.
-    Version5(OwnedFd, version_5::Fields),
+    Version5(OwnedFd, version_5::LineFields),
     /// A table by flow, before version 5.
     Table(OwnedFd, Conversion),
 }
@@ -45,16 +45,16 @@ mod version_5 {
     pub const LINES: u32 = 16_384;
 
     /// Offsets of the fields of a line.
-    pub struct Fields {
+    pub struct LineFields {
         pub heads: usize,
         pub sequences: usize,
         pub size: usize,
     }
 
     /// Opens the map; returns the key of its hashes too.
-    pub fn open_map(home: &Path, layout: &Layout) -> Result<(OwnedFd, Fields, [u64; 2]), String> {
+    pub fn open_map(home: &Path, layout: &Layout) -> Result<(OwnedFd, LineFields, [u64; 2]), String> {
         let sizes = layout.sizes(NOTES)?;
-        let fields = Fields {
+        let fields = LineFields {
             heads: layout.value_field(NOTES, "heads", 8 * WAYS)?,
             sequences: layout.value_field(NOTES, "sequences", 4 * WAYS)?,
             size: sizes.1,
@@ -71,7 +71,7 @@ mod version_5 {
     }
 
     /// The entries of a line: hash without the bits that select the line, second modulo 256, backend, sequence number.
-    pub fn entries(line: &[u8], fields: &Fields) -> impl Iterator<Item = (u64, u8, u32, u32)> {
+    pub fn entries(line: &[u8], fields: &LineFields) -> impl Iterator<Item = (u64, u8, u32, u32)> {
         (0..WAYS).filter_map(move |way| {
             let (head, sequence) = (fields.heads + 8 * way, fields.sequences + 4 * way);
             let head = u64::from_ne_bytes(line.get(head..head + 8)?.try_into().ok()?);

@@ -93,7 +93,7 @@ pub enum CallError {
 }
 
 /// Members of one etcd cluster.
-pub struct Client {
+pub struct EtcdClient {
     members: Vec<(String, Channel)>,
     /// The member that answered last.
     preferred: AtomicUsize,
@@ -105,7 +105,7 @@ fn read(file: &PathBuf) -> Result<Vec<u8>, AccessError> {
     std::fs::read(file).map_err(|source| AccessError::File { file: file.display().to_string(), source })
 }
 
-impl Client {
+impl EtcdClient {
     /// Creates a client; connections are made when first needed. Blocks for the files.
     ///
     /// # Errors

@@ -8,7 +8,7 @@
 
 use super::{
     Arc, EtcdInner, KnownRevision, READ, RECENT, StoreError, StoreIdentity, Stored, end_of,
-    keys::{FORMAT, Head, Parts, RevisionRecord, Snapshot, is_absent, put},
+    keys::{FORMAT, Head, RevisionRecord, StoredSnapshot, ValueParts, is_absent, put},
     locked,
     proto::{KeyValue, SortOrder, TxnRequest, TxnResponse, WatchCreateRequest, WatchRequest, WatchResponse},
     watched::Seen,
@@ -336,13 +336,13 @@ impl EtcdInner {
         let base = match found.kvs.first() {
             None => KnownRevision::zero(),
             Some(kv) => {
-                let parts: Parts =
+                let parts: ValueParts =
                     serde_json::from_slice(&kv.value).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
                 let bytes = self.parts(&parts).await?;
-                let snapshot: Snapshot =
+                let snapshot: StoredSnapshot =
                     serde_json::from_slice(&bytes).map_err(|e| self.corrupt(format!("snapshot: {e}")))?;
                 *locked(&self.weights) = (bytes.len(), 0);
-                let Snapshot { revision, nonce, desired } = snapshot;
+                let StoredSnapshot { revision, nonce, desired } = snapshot;
                 KnownRevision { stored: Stored { revision, desired }, nonce }
             }
         };
@@ -392,7 +392,7 @@ impl EtcdInner {
     }
 
     /// Reads a value that is stored in parts.
-    async fn parts(&self, parts: &Parts) -> Result<Vec<u8>, StoreError> {
+    async fn parts(&self, parts: &ValueParts) -> Result<Vec<u8>, StoreError> {
         let mut bytes = Vec::new();
         for i in 0..parts.count {
             let key = self.keys.key(&format!("parts/{}/{i:06}", parts.nonce));

@@ -7,7 +7,7 @@
 //! | `store` | [`StoreIdentity`]: id of the data |
 //! | `head` | [`Head`]: the newest revision; the only key that every commit compares and changes |
 //! | `revisions/N` | [`RevisionRecord`]: change of revision N |
-//! | `snapshots/N` | [`Parts`] of a [`Snapshot`]: the complete state at N |
+//! | `snapshots/N` | [`ValueParts`] of a [`StoredSnapshot`]: the complete state at N |
 //! | `parts/NONCE/I` | a part of a value that is too large for one request |
 //! | `moved` | address that the data were migrated to, if any |
 //! | `leased/KEY` | a value that a host publishes, under its lease |
@@ -125,7 +125,7 @@ pub struct RevisionRecord {
     pub delta: Option<Value>,
     /// Parts of a large difference.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parts: Option<Parts>,
+    pub parts: Option<ValueParts>,
 }
 
 impl RevisionRecord {
@@ -138,7 +138,7 @@ impl RevisionRecord {
 
 /// A value in parts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Parts {
+pub struct ValueParts {
     /// The keys begin with `parts/NONCE/`.
     pub nonce: String,
     /// Number of parts.
@@ -147,7 +147,7 @@ pub struct Parts {
 
 /// A complete state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Snapshot {
+pub struct StoredSnapshot {
     /// Number, author, time and message.
     pub revision: Revision,
     /// Nonce of the revision's record.

@@ -19,12 +19,13 @@ mod write;
 pub use client::Access;
 
 use self::{
-    client::{CallError, Client},
+    client::{CallError, EtcdClient},
     keys::{Head, Keys, KnownRevision, LockValue, StoreIdentity, end_of, range},
     proto::{RangeResponse, SortOrder},
 };
 use super::{
-    About, Claim, Commit, HostValues, Link, Local, Lock, Member, Retire, Revision, Store, StoreError, Stored,
+    About, Claim, Commit, HostValues, Local, Lock, Retire, Revision, Store, StoreError, StoreLink,
+    StoreMember, Stored,
 };
 use crate::clock;
 use futures_util::future::BoxFuture;
@@ -83,7 +84,7 @@ pub async fn forget_saved_state(local: &dyn Local) -> Result<(), StoreError> {
 
 /// Options for opening a store.
 #[derive(Clone, Debug)]
-pub struct Options {
+pub struct EtcdOptions {
     /// Addresses and credentials of etcd.
     pub access: Access,
     /// Prefix of all keys.
@@ -102,7 +103,7 @@ pub struct EtcdStore {
 }
 
 struct EtcdInner {
-    client: Client,
+    client: EtcdClient,
     keys: Keys,
     /// Prefix of the keys.
     prefix: String,
@@ -114,7 +115,7 @@ struct EtcdInner {
     /// The latest revisions, the head last.
     recent: Mutex<BTreeMap<u64, KnownRevision>>,
     head: watch::Sender<Stored>,
-    link: watch::Sender<Link>,
+    link: watch::Sender<StoreLink>,
     host_values: watch::Sender<HostValues>,
     /// Values that this host publishes.
     published: Mutex<BTreeMap<String, Vec<u8>>>,
@@ -144,11 +145,11 @@ impl EtcdStore {
     /// # Errors
     /// The access is invalid, the data have another id or a later format, or etcd does not answer and
     /// there is no last known state.
-    pub async fn open(options: Options, local: Arc<dyn Local>) -> Result<Self, StoreError> {
-        let Options { access, prefix, keep, id } = options;
+    pub async fn open(options: EtcdOptions, local: Arc<dyn Local>) -> Result<Self, StoreError> {
+        let EtcdOptions { access, prefix, keep, id } = options;
         let place = format!("{} (prefix {prefix})", access.members.join(", "));
         let failed = |what: String| StoreError::Failed { file: place.clone(), what };
-        let client = tokio::task::spawn_blocking(move || Client::new(&access)).await;
+        let client = tokio::task::spawn_blocking(move || EtcdClient::new(&access)).await;
         let client = client.map_err(|e| failed(e.to_string()))?.map_err(|e| failed(e.to_string()))?;
         let cache: Option<SavedState> = match local.load(SAVED_STATE).await? {
             None => None,
@@ -169,7 +170,7 @@ impl EtcdStore {
             None => (id, KnownRevision::zero()),
         };
         let has_state = known.stored.revision.number > 0;
-        let link = Link {
+        let link = StoreLink {
             engine: "etcd".to_owned(),
             place: place.clone(),
             connected: false,
@@ -359,10 +360,10 @@ impl EtcdInner {
         let list: Result<proto::MemberListResponse, _> =
             self.client.call("/etcdserverpb.Cluster/MemberList", &proto::Empty {}, READ).await;
         let named = list.map(|l| l.members).unwrap_or_default();
-        let mut members: Vec<Member> = Vec::new();
+        let mut members: Vec<StoreMember> = Vec::new();
         let mut asked = Vec::new();
         for (address, answer) in self.client.statuses().await {
-            let mut member = Member { address: address.clone(), ..Member::default() };
+            let mut member = StoreMember { address: address.clone(), ..StoreMember::default() };
             match answer {
                 Ok(status) => {
                     let id = status.header.as_ref().map_or(0, |h| h.member_id);
@@ -387,10 +388,15 @@ impl EtcdInner {
             if !known {
                 let address = other.client_urls.join(",");
                 let problem = Some("not among the configured addresses".to_owned());
-                members.push(Member { name: other.name.clone(), address, problem, ..Member::default() });
+                members.push(StoreMember {
+                    name: other.name.clone(),
+                    address,
+                    problem,
+                    ..StoreMember::default()
+                });
             }
         }
-        let by_address = |m: &Member| m.address.clone();
+        let by_address = |m: &StoreMember| m.address.clone();
         members.sort_by_key(by_address);
         let id = locked(&self.id).clone().unwrap_or_default();
         About { engine: "etcd".to_owned(), place: self.place.clone(), id, members }
@@ -414,7 +420,7 @@ impl Store for EtcdStore {
         Box::pin(self.inner.history(before, limit))
     }
 
-    fn link(&self) -> watch::Receiver<Link> {
+    fn link(&self) -> watch::Receiver<StoreLink> {
         self.inner.link.subscribe()
     }
 

@@ -222,11 +222,11 @@ pub struct WatchResponse {
     #[prost(string, tag = "6")]
     pub cancel_reason: String,
     #[prost(message, repeated, tag = "11")]
-    pub events: Vec<Event>,
+    pub events: Vec<WatchEvent>,
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Event {
+pub struct WatchEvent {
     /// 0 is a put, 1 a deletion.
     #[prost(int32, tag = "1")]
     pub kind: i32,
@@ -281,7 +281,7 @@ pub struct LeaseTtlResponse {
 pub struct Empty {}
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Member {
+pub struct MemberInfo {
     #[prost(uint64, tag = "1")]
     pub id: u64,
     #[prost(string, tag = "2")]
@@ -297,7 +297,7 @@ pub struct MemberListResponse {
     #[prost(message, optional, tag = "1")]
     pub header: Option<ResponseHeader>,
     #[prost(message, repeated, tag = "2")]
-    pub members: Vec<Member>,
+    pub members: Vec<MemberInfo>,
 }
 
 #[derive(Clone, PartialEq, Message)]

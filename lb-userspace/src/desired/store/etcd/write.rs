@@ -7,7 +7,7 @@
 
 use super::{
     Arc, CallError, Commit, EtcdInner, KnownRevision, Revision, StoreError, Stored, TXN, end_of,
-    keys::{Head, Parts, RevisionRecord, Snapshot, delete, get, is_absent, is_value, put},
+    keys::{Head, RevisionRecord, StoredSnapshot, ValueParts, delete, get, is_absent, is_value, put},
     locked,
     proto::{Compare, OpResponse, RequestOp, SortOrder, TxnRequest, TxnResponse},
 };
@@ -162,7 +162,7 @@ impl EtcdInner {
         &self,
         before: &KnownRevision,
         known: &KnownRevision,
-    ) -> Result<(Vec<u8>, Option<(Parts, Vec<u8>)>), StoreError> {
+    ) -> Result<(Vec<u8>, Option<(ValueParts, Vec<u8>)>), StoreError> {
         let (revision, old, new) = (&known.stored.revision, &before.stored.desired, &known.stored.desired);
         let delta = delta::diff(old, new).map_err(|e| self.failed(e))?;
         let mut record = RevisionRecord {
@@ -178,7 +178,7 @@ impl EtcdInner {
         let mut large = None;
         if bytes.len() > PIECE {
             let count = bytes.len().div_ceil(PIECE) as u32;
-            let parts = Parts { nonce: new_id(), count };
+            let parts = ValueParts { nonce: new_id(), count };
             record.parts = Some(parts.clone());
             large = Some((parts, bytes));
         } else {
@@ -249,7 +249,7 @@ impl EtcdInner {
     }
 
     /// Writes a value in parts, while the conditions hold.
-    async fn write_parts(&self, parts: &Parts, bytes: &[u8], when: &[Compare]) -> Result<(), CallError> {
+    async fn write_parts(&self, parts: &ValueParts, bytes: &[u8], when: &[Compare]) -> Result<(), CallError> {
         for (i, piece) in bytes.chunks(PIECE).enumerate() {
             let key = self.keys.key(&format!("parts/{}/{i:06}", parts.nonce));
             let (compare, success) = (when.to_vec(), vec![put(key, piece.to_vec(), 0)]);
@@ -263,9 +263,10 @@ impl EtcdInner {
     async fn snapshot(&self, known: &KnownRevision, when: &[Compare]) -> Result<RequestOp, StoreError> {
         let KnownRevision { stored: Stored { revision, desired }, nonce } = known.clone();
         let number = revision.number;
-        let bytes = serde_json::to_vec(&Snapshot { revision, nonce, desired }).map_err(|e| self.failed(e))?;
+        let bytes =
+            serde_json::to_vec(&StoredSnapshot { revision, nonce, desired }).map_err(|e| self.failed(e))?;
         let count = bytes.len().div_ceil(PIECE) as u32;
-        let parts = Parts { nonce: format!("s{number:020}-{}", new_id()), count };
+        let parts = ValueParts { nonce: format!("s{number:020}-{}", new_id()), count };
         self.write_parts(&parts, &bytes, when).await.map_err(|e| self.call_failed(e))?;
         *locked(&self.weights) = (bytes.len(), 0);
         Ok(put(self.keys.snapshot(number), serde_json::to_vec(&parts).map_err(|e| self.failed(e))?, 0))

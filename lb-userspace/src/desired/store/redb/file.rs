@@ -20,7 +20,7 @@ use std::{
 
 /// Keys `format` and `head`.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
-/// Revision number → [`RevisionRecord`] as JSON.
+/// Revision number → [`FileRevision`] as JSON.
 pub(super) const REVISIONS: TableDefinition<u64, &[u8]> = TableDefinition::new("revisions");
 /// Service name and the revision of its last change → service as JSON.
 pub(super) const SERVICES: TableDefinition<(&str, u64), &[u8]> = TableDefinition::new("services");
@@ -31,7 +31,7 @@ pub(super) const NOTES: TableDefinition<&str, &str> = TableDefinition::new("note
 
 /// Stored form of a revision.
 #[derive(Serialize, Deserialize)]
-pub(super) struct RevisionRecord {
+pub(super) struct FileRevision {
     pub author: String,
     pub time_ms: u64,
     pub message: String,
@@ -50,7 +50,7 @@ pub(super) fn part_key(list: ListName, part: &str) -> String {
     format!("{}/{part}", list.label())
 }
 
-impl RevisionRecord {
+impl FileRevision {
     pub fn revision(&self, number: u64) -> Revision {
         let (author, message) = (self.author.clone(), self.message.clone());
         Revision { number, author, time_ms: self.time_ms, message }
@@ -255,7 +255,7 @@ pub(super) fn read_revision(
     let corrupt = |what: String| StoreError::Corrupt { file: file.display().to_string(), what };
     let revisions = read.open_table(REVISIONS).map_err(|e| failed(file, e))?;
     let Some(bytes) = revisions.get(number).map_err(|e| failed(file, e))? else { return Ok(None) };
-    let record: RevisionRecord =
+    let record: FileRevision =
         serde_json::from_slice(bytes.value()).map_err(|e| corrupt(format!("revision {number}: {e}")))?;
     let table = read.open_table(SERVICES).map_err(|e| failed(file, e))?;
     let mut desired: Desired = serde_json::from_value(Value::Object(record.rest.clone()))

@@ -28,14 +28,14 @@ pub struct Status {
     /// Time since lbd started, in seconds.
     pub uptime_s: u64,
     /// The store, and whether this host is connected to it.
-    pub store: crate::desired::store::Link,
+    pub store: crate::desired::store::StoreLink,
     /// Newest revision of the desired state.
     pub revision: Revision,
     /// Services in the maps although the store is empty: lbd keeps forwarding for them until `accept` or a first change.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub orphaned_services: usize,
     /// What was last written to the maps.
-    pub applied: Applied,
+    pub applied: AppliedStatus,
     /// Interfaces that the program is attached to.
     pub interfaces: Vec<Interface>,
     /// Which programs were loaded, and what the kernel supports.
@@ -93,7 +93,7 @@ fn is_zero(count: &usize) -> bool {
 
 /// What was last written to the maps.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Applied {
+pub struct AppliedStatus {
     /// Revision of the desired state in the maps.
     pub revision: u64,
     /// Slots that the last write changed.
