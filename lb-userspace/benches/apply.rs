@@ -13,7 +13,7 @@ use lb_userspace::{
     },
     clock,
     desired::model::{self, Desired, Name},
-    plan::compile::{Cost, Settings},
+    plan::compile::{Cost, DeploymentSettings},
 };
 use std::{
     collections::BTreeMap,
@@ -172,7 +172,7 @@ fn main() {
         costs: BTreeMap::new(),
     };
     let (mut reconciler, published) =
-        Reconciler::new(maps, Settings::default(), None, Box::new(|_| ())).expect("maps in memory");
+        Reconciler::new(maps, DeploymentSettings::default(), None, Box::new(|_| ())).expect("maps in memory");
     let mut state = desired();
     let mut change = |state: &Desired, revision| {
         let (applied, mut answer) = oneshot::channel();

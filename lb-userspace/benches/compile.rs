@@ -4,7 +4,7 @@
 use criterion::{Criterion, criterion_group, criterion_main};
 use lb_userspace::{
     desired::model::{Backend, Desired, Name, Observed, Service},
-    plan::compile::{Cache, Memory, Settings, compile},
+    plan::compile::{Cache, DeploymentSettings, Memory, compile},
 };
 use std::{
     collections::BTreeSet,
@@ -36,7 +36,7 @@ fn compilations(c: &mut Criterion) {
     let mut group = c.benchmark_group("compile");
     group.sample_size(20);
     let before = desired();
-    let settings = Settings::default();
+    let settings = DeploymentSettings::default();
     let mut observed = Observed { now: Duration::from_secs(1), ..Observed::default() };
     let mut cache = Cache::default();
     let first = compile(&before, &observed, &Memory::default(), &settings, &mut cache).expect("fits");

@@ -124,13 +124,13 @@ pub fn page() -> String {
     out
 }
 
-/// Method, path and right of each row `Route::new(METHOD, "PATH", RIGHT, …)` of the route table. Every row must be
+/// Method, path and right of each row `Endpoint::new(METHOD, "PATH", RIGHT, …)` of the route table. Every row must be
 /// described.
 fn rights() -> Vec<(String, String, String)> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/serve/api/table.rs");
     let source = fs::read_to_string(&file).unwrap();
     let rows: Vec<_> = source
-        .split("Route::new(")
+        .split("Endpoint::new(")
         .skip(1)
         .map(|row| {
             let mut parts = row.split(',').map(str::trim);

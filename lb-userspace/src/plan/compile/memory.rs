@@ -410,14 +410,14 @@ mod epochs {
     use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
     #[derive(Serialize, Deserialize)]
-    struct File<S> {
+    struct StoredEpochs<S> {
         shapes: Vec<S>,
         /// Start, and position in `shapes`.
         from: Vec<(i64, usize)>,
     }
 
     pub fn serialize<S: Serializer>(epochs: &[Epoch], to: S) -> Result<S::Ok, S::Error> {
-        let mut file = File { shapes: Vec::<&Shape>::new(), from: Vec::new() };
+        let mut file = StoredEpochs { shapes: Vec::<&Shape>::new(), from: Vec::new() };
         for epoch in epochs {
             let known = file.shapes.iter().position(|shape| **shape == *epoch.shape);
             let at = known.unwrap_or_else(|| {
@@ -430,7 +430,7 @@ mod epochs {
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Epoch>, D::Error> {
-        let file = File::<Shape>::deserialize(from)?;
+        let file = StoredEpochs::<Shape>::deserialize(from)?;
         let shapes: Vec<Arc<Shape>> = file.shapes.into_iter().map(Arc::new).collect();
         let epoch = |(from_ms, at): (i64, usize)| {
             let shape = shapes.get(at).ok_or_else(|| D::Error::custom("epoch without a shape"))?;
