@@ -26,6 +26,8 @@ pub mod source {
     pub const FLOWS: u32 = 1;
     /// Reports that also give the cost of a flow: shares of a replica's capacity.
     pub const CAPACITY: u32 = 2;
+    /// As [`CAPACITY`]; while the replica reports nothing, the daemon's count of live flows.
+    pub const CAPACITY_OR_FLOWS: u32 = 3;
 }
 
 /// Load of a backend.
@@ -41,8 +43,20 @@ pub struct Load {
     pub cost: u32,
     /// Source of the score, see [`source`].
     pub source: u32,
-    /// Zero.
-    pub reserved: u64,
+    /// Factor of reported scores and costs, in units of [`FLOW`]: above it for a backend whose share is below the mean of
+    /// its service. 0, which an earlier `lbd` leaves: [`FLOW`]. Read and written by `lbd` only.
+    pub factor: u32,
+    /// Whether the score is the replica's; written by `lbd` only.
+    pub is_reported: u32,
+}
+
+impl Load {
+    /// Multiplies a reported score or cost by the backend's factor; at least 1 for what is above 0.
+    pub fn scaled(&self, reported: u32) -> u32 {
+        let factor = if self.factor == 0 { FLOW } else { self.factor };
+        let scaled = u64::from(reported) * u64::from(factor) / u64::from(FLOW);
+        u32::try_from(scaled).unwrap_or(u32::MAX).max(reported.min(1))
+    }
 }
 
 /// Number of the report after this one; 0 means "none so far".
@@ -134,6 +148,14 @@ mod tests {
         let sum = charged(first, 0, NOW_S, 8 * FLOW);
         assert_eq!(added(first, sum, NOW_S + 10) / FLOW, 8);
         assert_eq!(added(first, sum, NOW_S + 2 * REPORTED_HALF_LIFE_S) / FLOW, 2);
+    }
+
+    #[test]
+    fn a_share_below_the_mean_makes_reports_weigh_more() {
+        let of = |factor| Load { factor, ..Load::default() };
+        assert_eq!([of(0).scaled(700), of(FLOW).scaled(700), of(4 * FLOW).scaled(700)], [700, 700, 2_800]);
+        assert_eq!([of(FLOW / 2).scaled(1), of(FLOW / 2).scaled(0)], [1, 0]);
+        assert_eq!(of(u32::MAX).scaled(u32::MAX), u32::MAX);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use lb_common::{
     Be16, VipKey,
     backend::{flags, mode},
-    load::source,
+    load::{FLOW, source},
     mapped,
     service::{
         NO_SERVICE, TCP, UDP,
@@ -455,20 +455,29 @@ fn lists_and_costs_follow_the_backends() {
     let mut host = Host::default();
     let mut desired =
         service(&[("a", r#""address":"10.1.0.1","weight":3"#), ("b", r#""address":"10.1.0.2""#)]);
-    let mut with = |scheduler: Scheduler| {
-        desired.service_mut(&"s".parse().unwrap()).unwrap().scheduler = scheduler;
+    let mut with = |scheduler: Scheduler, has_replicas: bool| {
+        let service = desired.service_mut(&"s".parse().unwrap()).unwrap();
+        service.scheduler = scheduler;
+        service.replica = has_replicas.then(|| serde_json::from_str(r#"{"kind":"stream"}"#).unwrap());
         let plan = host.at(1, &desired).plan;
         let entry = &plan.services[&0];
         let list: Vec<u32> = entry.table[entry.slots().len()..].iter().map(|s| s.primary_index()).collect();
-        assert_eq!(list.len(), entry.view.list_count as usize);
+        if scheduler != Scheduler::P2c {
+            assert_eq!(list.len(), entry.view.list_count as usize, "no transition");
+        }
         (entry.view.scheduler, list, plan.costs)
     };
     let (reports, flows) = (source::REPORTS, source::FLOWS);
     let costs = |source| BTreeMap::from([(0, Cost { flow: 682, source }), (1, Cost { flow: 2_048, source })]);
-    assert_eq!(with(Scheduler::Rr), (scheduler::ROUND_ROBIN, vec![0, 1], costs(reports)));
-    assert_eq!(with(Scheduler::Wrr), (scheduler::ROUND_ROBIN, vec![0, 0, 1, 0], costs(reports)));
-    assert_eq!(with(Scheduler::Lc), (scheduler::LEAST_CONN, vec![0, 1], costs(flows)));
-    assert_eq!(with(Scheduler::Random), (scheduler::RANDOM, vec![], costs(reports)));
+    assert_eq!(with(Scheduler::Rr, false), (scheduler::ROUND_ROBIN, vec![0, 1], costs(reports)));
+    assert_eq!(with(Scheduler::Wrr, false), (scheduler::ROUND_ROBIN, vec![0, 0, 1, 0], costs(reports)));
+    assert_eq!(with(Scheduler::Lc, false), (scheduler::LEAST_CONN, vec![0, 1], costs(flows)));
+    assert_eq!(with(Scheduler::Random, false), (scheduler::RANDOM, vec![], costs(reports)));
+    // With replica reports: weights are in p2c's table, but not in the list of lc.
+    let capacity = Cost { flow: FLOW, source: source::CAPACITY };
+    assert_eq!(with(Scheduler::P2c, true).2, BTreeMap::from([(0, capacity), (1, capacity)]));
+    let by_capacity = costs(source::CAPACITY_OR_FLOWS);
+    assert_eq!(with(Scheduler::Lc, true), (scheduler::LEAST_CONN, vec![0, 1], by_capacity));
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub const TABLES: &[Table] = &[
                 "scheduler",
                 "string",
                 "maglev",
-                "How a new flow gets its backend. `maglev`: weighted consistent hashing. `p2c`: the less loaded of the slot's two backends. `rr`, `wrr`: round robin, plain or weighted. `random`: weighted random. `lc`: fewest live flows for its weight. `source-hash`: by the client's address alone.",
+                "How a new flow gets its backend. `maglev`: weighted consistent hashing. `p2c`: the less loaded of the slot's two backends. `rr`, `wrr`: round robin, plain or weighted. `random`: weighted random. `lc`: least loaded for its weight, by `replica` if given, else by live flows. `source-hash`: by the client's address alone.",
             ),
             (
                 "load_cap",

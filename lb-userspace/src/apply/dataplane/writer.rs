@@ -62,12 +62,10 @@ impl Maps for Dataplane {
         self.clear_backend_stats(index)
     }
     fn cost(&self, index: u32) -> Cost {
-        let load = self.loads().get(index).unwrap_or_default();
-        let is_reported = load.source == lb_common::load::source::CAPACITY;
-        Cost { flow: if is_reported { 0 } else { load.cost }, source: load.source }
+        self.loads().cost(index)
     }
     fn set_cost(&mut self, index: u32, cost: Cost) -> Result<(), DataplaneError> {
-        self.loads().set_cost(index, cost.flow, cost.source)
+        self.loads().set_cost(index, cost)
     }
     fn clear_load(&mut self, index: u32) -> Result<(), DataplaneError> {
         self.loads().clear(index)

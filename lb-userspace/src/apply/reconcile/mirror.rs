@@ -18,6 +18,7 @@ use crate::{
 use lb_common::{
     Backend, ServiceKey, ServiceView, Vip, VipKey,
     backend::flags::USED,
+    load::source,
     quic::{QuicConfig, ServerIdKey},
     service::{NO_SERVICE, flags},
 };
@@ -138,9 +139,9 @@ impl Mirror {
         memory.epochs.last().is_some_and(|e| live == Some(Hashing::from(&*e.shape)))
     }
 
-    /// Backends whose load is their number of flows.
+    /// Backends whose load is their number of flows, always or while no replica reports.
     pub fn counted(&self) -> impl Iterator<Item = (&u32, &Cost)> {
-        self.costs.iter().filter(|(_, cost)| cost.source == lb_common::load::source::FLOWS)
+        self.costs.iter().filter(|(_, cost)| matches!(cost.source, source::FLOWS | source::CAPACITY_OR_FLOWS))
     }
 
     /// Contents of the maps, as a plan.

@@ -78,7 +78,7 @@ pub enum Scheduler {
     Wrr,
     /// At random, weighted.
     Random,
-    /// The backend with the fewest live flows for its weight.
+    /// The least loaded backend for its weight: by replica reports if there are any, else by live flows.
     Lc,
     /// By the client's address alone: a client stays with one backend, up to `load_cap`.
     SourceHash,

@@ -103,15 +103,20 @@ impl Scores {
         });
         for (index, (id, score, cost)) in wanted {
             let before = written.get(&index).map(|(_, score)| *score);
-            // A report that arrived meanwhile has already written its own score.
-            let score = match (score, before) {
-                (Some(_), Some(_)) => continue,
-                (Some(score), None) => score,
-                (None, _) => neutral.get(id.service.as_str()).copied().unwrap_or(0),
-            };
-            if before != Some(score) {
-                self.sink.set(index, score, cost);
-                written.insert(index, (id, score));
+            let neutral = neutral.get(id.service.as_str()).copied();
+            match (score.or(neutral), before) {
+                // A report that arrived meanwhile has already written its own score.
+                (Some(_), Some(_)) if score.is_some() => {}
+                (Some(score), _) if before != Some(score) => {
+                    self.sink.set(index, score, cost);
+                    written.insert(index, (id, score));
+                }
+                // No replica of the service reports any more.
+                (None, Some(_)) => {
+                    self.sink.set(index, 0, 0);
+                    written.remove(&index);
+                }
+                _ => {}
             }
         }
     }
@@ -207,8 +212,13 @@ pub(super) mod tests {
         scores.refresh(&book, 5_400);
         assert_eq!(
             fake.take(),
-            [(3, 0), (4, 0), (5, 0), (3, 0)],
+            [(3, 0), (4, 0), (5, 0)],
             "the index is reused by a backend without a report"
         );
+        *places.0.lock().unwrap() = vec![(id("a"), 3), (id("b"), 4)];
+        scores.refresh(&book, 5_500);
+        assert_eq!(fake.take(), [(3, 10), (4, 10)]);
+        scores.refresh(&book, 60_000);
+        assert_eq!(fake.take(), [(3, 0), (4, 0)], "nobody reports: the service goes by what else is known");
     }
 }

@@ -321,14 +321,15 @@ fn load_unit(wanted: &Service) -> u32 {
 
 /// Costs of a flow on each backend.
 fn costs(wanted: &Service, memory: &ServiceMemory, region_weights: &[u32]) -> Vec<(u32, Cost)> {
-    let source = match wanted.scheduler {
-        Scheduler::Lc => source::FLOWS,
-        // Replicas of different sizes compare by shares of their capacity, which their reports contain.
-        _ if wanted.replica.is_some() => {
-            let cost = Cost { flow: 0, source: source::CAPACITY };
+    // Replicas of different sizes compare by shares of their capacity, which their reports contain.
+    let source = match (wanted.scheduler, &wanted.replica) {
+        (Scheduler::Lc, Some(_)) => source::CAPACITY_OR_FLOWS,
+        (Scheduler::Lc, None) => source::FLOWS,
+        (_, Some(_)) => {
+            let cost = Cost { flow: FLOW, source: source::CAPACITY };
             return memory.backends.values().map(|b| (b.index, cost)).collect();
         }
-        _ => source::REPORTS,
+        (_, None) => source::REPORTS,
     };
     // Least connections compares flows relative to each backend's share.
     let weights: Vec<u32> = match wanted.scheduler {

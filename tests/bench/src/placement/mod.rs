@@ -37,14 +37,18 @@ struct Row {
 
 /// What a worker that pushes its state is behind, at most.
 const PUSHED_S: f64 = 0.1;
+/// What a stream that sends each change is.
+const STREAMED_S: f64 = 0.005;
 /// What a scraped one is.
 const SCRAPED_S: f64 = 1.0;
 
-const ROWS: [Row; 8] = [
+const ROWS: [Row; 10] = [
     Row { name: "ideal", placer: Placer::Ideal, report_s: PUSHED_S },
     Row { name: "p2c", placer: Placer::Ours(Scheduler::P2c), report_s: PUSHED_S },
     Row { name: "p2c, reports each 1 s", placer: Placer::Ours(Scheduler::P2c), report_s: SCRAPED_S },
     Row { name: "p2c, no reports", placer: Placer::Ours(Scheduler::P2c), report_s: f64::INFINITY },
+    Row { name: "lc", placer: Placer::Ours(Scheduler::Lc), report_s: PUSHED_S },
+    Row { name: "lc, reports each 5 ms", placer: Placer::Ours(Scheduler::Lc), report_s: STREAMED_S },
     Row { name: "lc, counts each 1 s", placer: Placer::Ours(Scheduler::Lc), report_s: SCRAPED_S },
     Row { name: "rr", placer: Placer::Ours(Scheduler::Rr), report_s: PUSHED_S },
     Row { name: "random", placer: Placer::Ours(Scheduler::Random), report_s: PUSHED_S },
