@@ -74,6 +74,9 @@ pub struct LbctlArgs {
     /// Output format
     #[arg(short, long, global = true, value_enum, default_value_t = OutputFormat::Table)]
     output: OutputFormat,
+    /// Show all columns and whole lines, even if they are wider than the terminal
+    #[arg(long, global = true)]
+    wide: bool,
     #[command(subcommand)]
     noun: Noun,
 }
@@ -266,7 +269,8 @@ fn write_stderr(text: &str) {
 }
 
 fn run(cli: LbctlArgs, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> {
-    let mut out = Out::new(writer, colour, cli.output == OutputFormat::Json);
+    let width = render::terminal_width().filter(|_| !cli.wide);
+    let mut out = Out::new(writer, colour, cli.output == OutputFormat::Json).with_width(width);
     // These commands need neither lbd nor a runtime.
     match &cli.noun {
         Noun::Config(config::ConfigCommand::Check(check)) => return config::check(&mut out, check),

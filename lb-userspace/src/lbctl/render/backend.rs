@@ -43,8 +43,19 @@ pub(super) fn drain(drain: &Drain) -> String {
 /// Writing failed.
 pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
     let headings = [
-        "SERVICE", "NAME", "ADDRESS", ">WEIGHT", "STATE", "HEALTH", ">SLOTS", ">SHARE", ">FLOWS", ">PACKETS",
-        ">BYTES", "SINCE", "NOTE",
+        "SERVICE",
+        "NAME",
+        "ADDRESS",
+        "~>WEIGHT",
+        "STATE",
+        "HEALTH",
+        "~>SLOTS",
+        ">SHARE",
+        ">FLOWS",
+        "~>PACKETS",
+        "~>BYTES",
+        "~SINCE",
+        "NOTE",
     ];
     let mut table = TextTable::new(&headings, out.colour);
     for b in list {

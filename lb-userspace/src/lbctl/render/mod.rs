@@ -18,6 +18,9 @@ use crate::{clock, printable::escape};
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
 
+/// Spaces by which the second line of a wrapped text is further in than its first.
+const INDENT: usize = 4;
+
 /// The destination and the format of output.
 pub struct Out<'a> {
     writer: &'a mut dyn Write,
@@ -25,6 +28,8 @@ pub struct Out<'a> {
     pub colour: bool,
     /// Whether to print JSON instead of text.
     pub json: bool,
+    /// Width of the terminal, in columns; None: lines may have any length.
+    width: Option<u16>,
 }
 
 /// The meaning of a text, shown as a colour.
@@ -63,15 +68,32 @@ pub fn wants_colour(stream: &impl IsTerminal) -> bool {
 impl<'a> Out<'a> {
     /// Creates an output to a writer.
     pub fn new(writer: &'a mut dyn Write, colour: bool, json: bool) -> Self {
-        Self { writer, colour, json }
+        Self { writer, colour, json, width: None }
     }
 
-    /// Writes a line.
+    /// Fits tables and text to a terminal of this width.
+    pub fn with_width(self, width: Option<u16>) -> Self {
+        Self { width, ..self }
+    }
+
+    /// Writes a line of text. One that is wider than the terminal is wrapped, and indented below its first word.
     ///
     /// # Errors
     /// Writing failed, for example because the reader closed the pipe.
     pub fn line(&mut self, text: impl AsRef<str>) -> io::Result<()> {
-        writeln!(self.writer, "{}", text.as_ref())
+        let text = text.as_ref();
+        let Some(width) =
+            self.width.map(usize::from).filter(|&width| textwrap::core::display_width(text) > width)
+        else {
+            return writeln!(self.writer, "{text}");
+        };
+        let indent = " ".repeat(text.len() - text.trim_start().len() + INDENT);
+        let options = textwrap::Options::new(width)
+            .subsequent_indent(&indent)
+            .break_words(false)
+            .word_splitter(textwrap::WordSplitter::NoHyphenation)
+            .wrap_algorithm(textwrap::WrapAlgorithm::FirstFit);
+        textwrap::wrap(text, options).iter().try_for_each(|line| writeln!(self.writer, "{line}"))
     }
 
     /// Writes bytes unchanged.
@@ -88,7 +110,7 @@ impl<'a> Out<'a> {
     /// Writing failed.
     pub fn json(&mut self, value: &impl Serialize, stream: bool) -> io::Result<()> {
         let text = if stream { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
-        self.line(text.map_err(io::Error::other)?)
+        writeln!(self.writer, "{}", text.map_err(io::Error::other)?)
     }
 
     /// Returns the text in the colour of a tone, if colour is on. Control characters are escaped.
@@ -106,6 +128,12 @@ impl<'a> Out<'a> {
     }
 }
 
+/// Width of the terminal that standard output is, if it is one.
+pub fn terminal_width() -> Option<u16> {
+    // A terminal may be 0 wide if nobody told it its size.
+    terminal_size::terminal_size_of(io::stdout()).map(|(width, _)| width.0).filter(|&width| width >= 40)
+}
+
 /// Time since a moment in milliseconds since 1970; `-` if there is none (0).
 fn ago(ms: u64) -> String {
     let now = clock::unix_ms();
@@ -120,4 +148,25 @@ fn fields(out: &mut Out<'_>, pairs: &[(&str, String)]) -> io::Result<()> {
         out.line(format!("{} {}", out.paint(Tone::Strong, &label), escape(value)))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_line_is_wrapped_for_a_terminal_only() {
+        let text = "  ! the store is empty, but the maps hold 1 service: \x1b[31mlbd\x1b[0m keeps forwarding";
+        let printed = |width| {
+            let mut written = Vec::new();
+            Out::new(&mut written, false, false).with_width(width).line(text).unwrap();
+            String::from_utf8(written).unwrap()
+        };
+        assert_eq!(printed(None), format!("{text}\n"));
+        assert_eq!(printed(Some(73)), format!("{text}\n"), "colours have no width");
+        assert_eq!(
+            printed(Some(44)),
+            "  ! the store is empty, but the maps hold 1\n      service: \x1b[31mlbd\x1b[0m keeps forwarding\n"
+        );
+    }
 }

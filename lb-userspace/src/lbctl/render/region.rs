@@ -223,7 +223,7 @@ fn tally(t: &Tally) -> String {
 /// # Errors
 /// Writing failed.
 pub fn rollouts(out: &mut Out<'_>, list: &[RolloutShown]) -> io::Result<()> {
-    let headings = ["SERVICE", "MODEL", "VERSION", "STATE", ">SHARE", "SINCE", "NEW", "OLD", "VERDICT"];
+    let headings = ["SERVICE", "~MODEL", "VERSION", "STATE", ">SHARE", "~SINCE", "~NEW", "~OLD", "VERDICT"];
     let mut table = TextTable::new(&headings, out.colour);
     for r in list {
         let state = match r.rollout.state {

@@ -40,17 +40,17 @@ pub fn list(out: &mut Out<'_>, list: &Replicas) -> io::Result<()> {
     let headings = [
         "SERVICE",
         "BACKEND",
-        "SOURCE",
+        "~SOURCE",
         "STATE",
         ">LOAD",
         ">RUNNING",
         ">WAITING",
-        ">CAPACITY",
-        ">KV CACHE",
-        ">TOKENS/S",
-        "MODEL",
+        "~>CAPACITY",
+        "~>KV CACHE",
+        "~>TOKENS/S",
+        "~MODEL",
         "VERSION",
-        ">AGE",
+        "~>AGE",
         "NOTE",
     ];
     let mut table = TextTable::new(&headings, out.colour);

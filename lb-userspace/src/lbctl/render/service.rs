@@ -28,8 +28,18 @@ fn mode(service: &Service) -> String {
 /// # Errors
 /// Writing failed.
 pub fn services(out: &mut Out<'_>, list: &[ServiceInfo]) -> io::Result<()> {
-    let headings =
-        ["NAME", "VIP", "PROTOCOL", "MODE", "HEALTH", "BACKENDS", ">SLOTS", ">FLOWS", ">PACKETS", ">BYTES"];
+    let headings = [
+        "NAME",
+        "VIP",
+        "PROTOCOL",
+        "~MODE",
+        "~HEALTH",
+        "BACKENDS",
+        "~>SLOTS",
+        ">FLOWS",
+        "~>PACKETS",
+        "~>BYTES",
+    ];
     let mut table = TextTable::new(&headings, out.colour);
     for s in list {
         let (eligible, all) = (s.status.eligible, s.spec.backends.len());

@@ -67,7 +67,7 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 }
 
 fn members(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
-    let mut table = TextTable::new(&["MEMBER", "ADDRESS", "ROLE", "VERSION", ">SIZE", "STATE"], out.colour);
+    let mut table = TextTable::new(&["MEMBER", "ADDRESS", "ROLE", "~VERSION", "~>SIZE", "STATE"], out.colour);
     for m in &s.about.members {
         let state = match (&m.problem, m.healthy) {
             (None, true) => toned("healthy", Tone::Good),
@@ -105,8 +105,18 @@ fn regions(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 }
 
 fn hosts(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
-    let headings =
-        ["HOST", "REGION", "ZONE", ">REVISION", ">BEHIND", ">LAG LAST", ">MEAN", ">MAX", "TABLES", "SINCE"];
+    let headings = [
+        "HOST",
+        "REGION",
+        "ZONE",
+        ">REVISION",
+        ">BEHIND",
+        ">LAG LAST",
+        "~>MEAN",
+        "~>MAX",
+        "~TABLES",
+        "SINCE",
+    ];
     let mut table = TextTable::new(&headings, out.colour);
     for host in &s.hosts {
         let [last, mean, max] = lag(&host.lag);

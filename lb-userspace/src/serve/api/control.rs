@@ -349,6 +349,10 @@ impl Control {
     /// # Errors
     /// As [`Control::write`], or the store no longer keeps the revision.
     pub async fn rollback(&self, author: &Author, query: &WriteQuery, to: u64) -> Result<Change, ApiError> {
+        if to == 0 {
+            return Err(ApiError::bad_request("revision 0 is the empty state before the first change")
+                .fix("choose a revision of `lbctl history`; to remove everything, apply an empty file"));
+        }
         let old = self.store.get(to).await?;
         let message = query.message.clone().unwrap_or_else(|| format!("rollback to revision {to}"));
         let query = WriteQuery { message: Some(message), ..query.clone() };

@@ -173,6 +173,14 @@ async fn refusals_say_what_and_how_to_mend_it() {
         (Method::GET, "/v1/history?limt=3", Value::Null, "bad_request", "unknown field `limt`", None),
         (Method::POST, "/v1/services/x?expected=9", web(), "conflict", "at revision 1 by now, not 9", None),
         (Method::POST, "/v1/rollback", json!({"revision": 44}), "not_found", "revision 44 is not kept", None),
+        (
+            Method::POST,
+            "/v1/rollback",
+            json!({"revision": 0}),
+            "bad_request",
+            "revision 0 is the empty state",
+            Some("choose a revision of `lbctl history`; to remove everything, apply an empty file"),
+        ),
     ] {
         let (got_code, got, got_fix) = bed.error(method, path, body).await;
         assert_eq!(got_code, code, "{path}: {got}");
