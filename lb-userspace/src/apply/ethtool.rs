@@ -39,6 +39,17 @@ pub struct Feature {
 #[derive(Debug)]
 pub struct Ethtool(OwnedFd);
 
+/// State of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// Up, with a carrier.
+    Up,
+    /// Set down by an administrator.
+    Down,
+    /// Up, without a carrier.
+    NoCarrier,
+}
+
 impl Ethtool {
     /// Opens a socket for the ioctls.
     ///
@@ -104,16 +115,20 @@ impl Ethtool {
         Ok(unsafe { answer.ifr_ifru.ifru_mtu }.cast_unsigned())
     }
 
-    /// Whether the link is up and has a carrier.
+    /// State of the link.
     ///
     /// # Errors
     /// The interface does not exist.
-    pub fn has_carrier(&self, interface: &str) -> io::Result<bool> {
+    pub fn state(&self, interface: &str) -> io::Result<LinkState> {
         let value = libc::__c_anonymous_ifr_ifru { ifru_flags: 0 };
         let answer = self.ioctl(interface, libc::SIOCGIFFLAGS as _, value)?;
         // SAFETY: the kernel has written this member.
         let flags = i32::from(unsafe { answer.ifr_ifru.ifru_flags });
-        Ok(flags & libc::IFF_RUNNING != 0)
+        Ok(match (flags & libc::IFF_UP != 0, flags & libc::IFF_RUNNING != 0) {
+            (false, _) => LinkState::Down,
+            (true, false) => LinkState::NoCarrier,
+            (true, true) => LinkState::Up,
+        })
     }
 
     /// Returns the names of all offloads, by number.

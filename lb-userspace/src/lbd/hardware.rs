@@ -5,7 +5,7 @@
 use crate::{
     apply::{
         dataplane::{Interfaces, KernelFeatures, PAGE_MTU, Reader, RefusedProgram},
-        ethtool::Ethtool,
+        ethtool::{Ethtool, LinkState},
         offloads,
         reconcile::Event,
     },
@@ -93,6 +93,7 @@ impl Hardware {
         let waiting = self.interfaces.waiting();
         let mut problems: Vec<String> =
             waiting.iter().map(|w| format!("interface {} is not attached: {}", w.name, w.reason)).collect();
+        problems.extend(self.interfaces.unpinned());
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         problems.extend(refused.iter().map(|(name, why)| format!("service {name} is not served: {why}")));
         drop(refused);
@@ -174,7 +175,7 @@ impl Hardware {
                 if sample {
                     this.sample();
                 }
-                this.interfaces.try_again()
+                this.interfaces.repair()
             };
             let Ok(new) = tokio::task::spawn_blocking(check).await else { return };
             for i in &new {
@@ -207,6 +208,16 @@ impl Hardware {
         let mut problems = Vec::new();
         let Ok(tool) = Ethtool::open() else { return problems };
         for i in self.interfaces.attached() {
+            match tool.state(&i.name) {
+                Ok(LinkState::Up) | Err(_) => {}
+                Ok(LinkState::Down) => {
+                    problems.push(format!("interface {} is down: `ip link set dev {} up`", i.name, i.name));
+                }
+                Ok(LinkState::NoCarrier) => problems.push(format!(
+                    "interface {} has no carrier: check cable, switch port and `ip link show dev {}`",
+                    i.name, i.name
+                )),
+            }
             if i.mode != "driver" {
                 if self.frags {
                     problems.push(format!(

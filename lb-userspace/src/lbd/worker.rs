@@ -183,7 +183,7 @@ async fn attach_later(interfaces: Arc<Interfaces>) {
     loop {
         tokio::time::sleep(ATTACH_INTERVAL).await;
         let interfaces = interfaces.clone();
-        let Ok(new) = tokio::task::spawn_blocking(move || interfaces.try_again()).await else { return };
+        let Ok(new) = tokio::task::spawn_blocking(move || interfaces.repair()).await else { return };
         for i in new {
             tracing::info!(interface = i.name, mode = i.mode, "attached");
         }

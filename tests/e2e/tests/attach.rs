@@ -3,12 +3,13 @@
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use std::{process::Output, time::Duration};
+use std::{fs, path::Path, process::Output, time::Duration};
 use test_support::{
     bed::{Bed, Layout, binary},
     check::{ensure_none_failed, request},
     daemon::Ingress,
-    nginx,
+    http::{Load, Running},
+    nginx, program,
     stage::{Plan, Stage, WEB},
     wait,
 };
@@ -33,13 +34,23 @@ fn add_refusing(bed: &Bed, name: &str, peer: &str) -> Result<()> {
     Ok(())
 }
 
+/// Starts another lbd on the pins of the first.
+fn lbd_at(bed: &Bed, pins: &Path) -> Result<Output> {
+    let pins = pins.display().to_string();
+    start(bed, &["--iface", "eth0", "--pin-path", &pins])
+}
+
 fn lbd(bed: &Bed, arguments: &[&str]) -> Result<Output> {
+    let pins = bed.pin_path("second").display().to_string();
+    start(bed, &[arguments, &["--pin-path", &pins]].concat())
+}
+
+fn start(bed: &Bed, arguments: &[&str]) -> Result<Output> {
     let mut command = bed.ingress.command(binary("lbd")?);
     command.arg("ingress").args(arguments).args(["--metrics", "off"]);
     for (flag, name) in [("--state-dir", "state-2"), ("--socket", "lbd-2.sock")] {
         command.arg(flag).arg(bed.path(name));
     }
-    command.arg("--pin-path").arg(bed.pin_path("second"));
     command.output().context("cannot start lbd")
 }
 
@@ -142,6 +153,77 @@ fn a_renamed_interface_keeps_its_link() -> Result<()> {
         .collect();
     names.sort();
     ensure!(names == ["link-driver-a0", "link-driver-a1", "link-driver-eth0"], "{names:?}");
+    Ok(())
+}
+
+/// Paths of the pins under a directory, sorted.
+fn pins(directory: &Path) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            all.extend(pins(&path)?);
+        } else {
+            all.push(path.display().to_string());
+        }
+    }
+    all.sort();
+    Ok(all)
+}
+
+#[test]
+fn removed_pins_come_back_and_no_packet_is_lost() -> Result<()> {
+    let mut stage = Stage::start(Plan { offers: vec![WEB], ..Plan::default() })?;
+    status(&stage.ingress)?;
+    let load = Running::start(&stage.bed.client, Load::new(stage.targets(nginx::PORT)))?;
+    let more = |count: usize| -> Result<()> {
+        let seen = load.count();
+        wait::until("requests go on", PATIENCE, || load.count() > seen + count).map(drop)
+    };
+    more(100)?;
+    let directory = stage.bed.pin_path("ingress");
+    let before = pins(&directory)?;
+    for round in 0..2 {
+        fs::remove_dir_all(&directory).context("bpffs lets root remove pins")?;
+        wait::until("the pins are back", PATIENCE, || pins(&directory).is_ok_and(|now| now == before))
+            .with_context(|| format!("round {round}: {before:?}, now {:?}", pins(&directory)))?;
+        more(100)?;
+    }
+    let found = status(&stage.ingress)?;
+    ensure!(found["healthy"] == true, "{found:#}");
+
+    // They are the same objects: a later daemon finds its links, programs and maps there.
+    let second = lbd_at(&stage.bed, &directory)?;
+    ensure!(second.status.code() == Some(4), "another lbd started: {second:?}");
+    stage.ingress.stop(Signal::SIGKILL)?;
+    more(100)?;
+    stage.ingress.start_again(&stage.bed)?;
+    let found = status(&stage.ingress)?;
+    ensure!(found["healthy"] == true, "{found:#}");
+    more(100)?;
+    ensure_none_failed(&load.finish()?)
+}
+
+#[test]
+fn a_detached_program_is_attached_again_and_a_link_that_is_down_is_named() -> Result<()> {
+    let stage = Stage::start(Plan { offers: vec![WEB], ..Plan::default() })?;
+    status(&stage.ingress)?;
+    let index = || status(&stage.ingress).map(|s| s["interfaces"][0]["ifindex"].clone());
+    let before = index()?;
+    program::detach_link(&stage.bed.pin_path("ingress").join("link-driver-eth0"))?;
+    let shown = |name: &str| stage.bed.ingress.ip(&["link", "show", "dev", name]);
+    ensure!(!shown("eth0")?.contains("prog/xdp"), "the link is detached");
+    wait::until("the program is attached again", PATIENCE, || {
+        shown("eth0").is_ok_and(|text| text.contains("prog/xdp"))
+    })?;
+    ensure!(index()? == before, "it is the same interface");
+    ensure_none_failed(&request(&stage, stage.targets(nginx::PORT), 100)?)?;
+
+    let names = |words: &str| status(&stage.ingress).is_ok_and(|s| s["problems"].to_string().contains(words));
+    stage.bed.ingress.ip(&["link", "set", "eth0", "down"])?;
+    wait::until("status names it", PATIENCE, || names("interface eth0 is down"))?;
+    stage.bed.ingress.ip(&["link", "set", "eth0", "up"])?;
+    wait::until("it is forgotten", PATIENCE, || !names("interface eth0"))?;
     Ok(())
 }
 

@@ -5,8 +5,10 @@
 //! its own; without one they are lost, and the sender counts them as sent.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    path::Path,
 };
 
 use anyhow::{Context, Result};
@@ -14,7 +16,9 @@ use anyhow::{Context, Result};
 use crate::netns::Namespace;
 
 const BPF_PROG_LOAD: libc::c_long = 5;
+const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 pub(crate) const BPF_PROG_TYPE_XDP: u32 = 6;
 pub(crate) const BPF_XDP: u32 = 37;
@@ -103,6 +107,22 @@ pub fn attach_tagger(namespace: &Namespace, interface: &str, vlan: u16) -> Resul
     namespace.run("ethtool", &["-K", interface, "txvlan", "off"])?;
     attach(namespace, interface, &tagger(vlan), (BPF_PROG_TYPE_SCHED_CLS, BPF_TCX_EGRESS, 0))
         .with_context(|| format!("cannot attach a VLAN tagger to {interface} in {}", namespace.name()))
+}
+
+/// Detaches a pinned link from its interface, as `bpftool link detach` does.
+pub fn detach_link(pin: &Path) -> Result<()> {
+    #[repr(C)]
+    struct Get {
+        path: u64,
+        descriptor: u32,
+        flags: u32,
+    }
+    let path = CString::new(pin.as_os_str().as_encoded_bytes())?;
+    let link = bpf(BPF_OBJ_GET, &Get { path: path.as_ptr() as u64, descriptor: 0, flags: 0 })
+        .with_context(|| format!("cannot open {}", pin.display()))?;
+    call(BPF_LINK_DETACH, &link.as_raw_fd().cast_unsigned())
+        .map(drop)
+        .with_context(|| format!("cannot detach {}", pin.display()))
 }
 
 /// `kind` is the program's type, its place of attachment, its load flags.

@@ -3,7 +3,7 @@
 //! A link belongs to an interface index; the name of its pin is for people, and changes when the interface is renamed.
 
 use super::{DataplaneError, advice::Refusal, extack, kernel::BPF_XDP, pins, sys};
-use crate::apply::ethtool::Ethtool;
+use crate::apply::ethtool::{Ethtool, LinkState};
 use serde::Serialize;
 use std::{
     collections::BTreeSet,
@@ -201,7 +201,7 @@ fn refusal(name: &str, is_generic: bool, sentence: Option<String>, errno: i32) -
 }
 
 fn has_carrier(name: &str) -> bool {
-    Ethtool::open().and_then(|tool| tool.has_carrier(name)).unwrap_or(false)
+    Ethtool::open().and_then(|tool| tool.state(name)).is_ok_and(|state| state == LinkState::Up)
 }
 
 /// Waits for the carrier. Interfaces are attached one by one, so a host with two uplinks keeps one while the other resets.

@@ -13,6 +13,7 @@ mod error;
 mod extack;
 mod grace;
 mod guard;
+mod kept;
 mod kernel;
 mod layout;
 mod links;

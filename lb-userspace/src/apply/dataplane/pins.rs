@@ -121,7 +121,8 @@ impl Home {
     }
 }
 
-fn file_name(path: &Path) -> String {
+/// Name of a pin.
+pub fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
@@ -206,6 +207,11 @@ pub fn replace(object: &impl std::os::fd::AsFd, path: &Path) -> Result<(), Datap
 /// Path of the successor of a pin until it replaces the pin.
 pub fn next(path: &Path) -> PathBuf {
     path.with_file_name(format!("{}-next", file_name(path)))
+}
+
+/// Whether a pin is a successor that waits to replace a pin, as in [`next`].
+pub fn is_next(path: &Path) -> bool {
+    file_name(path).ends_with("-next")
 }
 
 /// Removes all pins; links first, so that forwarding stops at once and not with half of the maps removed.

@@ -1,9 +1,12 @@
 //! Interfaces that the program runs on, and those that wait for it: missing when lbd started, removed since, or
-//! with a driver that refused the program. They are retried while lbd runs.
+//! with a driver that refused the program. They are retried while lbd runs; links that somebody detached are made again,
+//! and so are pins.
 
-use super::{AttachOptions, AttachedInterface, DataplaneError, KernelFeatures, PAGE_MTU, attach, links};
+use super::{
+    AttachOptions, AttachedInterface, DataplaneError, KernelFeatures, PAGE_MTU, attach, kept::KeptPins, links,
+};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -29,12 +32,15 @@ pub struct Interfaces {
     state: Mutex<AttachState>,
     /// Held while programs are replaced or attached.
     changes: Mutex<()>,
+    kept: Mutex<KeptPins>,
 }
 
 #[derive(Default)]
 struct AttachState {
     attached: BTreeMap<String, AttachedInterface>,
     waiting: BTreeMap<String, String>,
+    /// Why pins are missing.
+    unpinned: Option<String>,
 }
 
 impl Interfaces {
@@ -61,16 +67,20 @@ impl Interfaces {
         let state = AttachState {
             attached: attached.into_iter().map(|i| (i.name.clone(), i)).collect(),
             waiting: waiting.into_iter().map(|(name, error)| (name, error.to_string())).collect(),
+            unpinned: None,
         };
         let (state, changes) = (Mutex::new(state), Mutex::default());
-        Self { program, pin_path, wanted, allow_generic, frags, state, changes }
+        let kept = Mutex::new(KeptPins::new(&pin_path));
+        let this = Self { program, pin_path, wanted, allow_generic, frags, state, changes, kept };
+        this.keep_pins();
+        this
     }
 
     fn state(&self) -> MutexGuard<'_, AttachState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Locks out [`Self::try_again`] until the guard is dropped.
+    /// Locks out [`Self::repair`] until the guard is dropped.
     pub fn hold(&self) -> MutexGuard<'_, ()> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -90,15 +100,56 @@ impl Interfaces {
         all.collect()
     }
 
-    /// Tries to attach to waiting interfaces, and to those that were removed and are back. Returns the newly attached
-    /// interfaces. Blocks.
-    pub fn try_again(&self) -> Vec<AttachedInterface> {
+    /// Why pins are missing that cannot be restored.
+    pub fn unpinned(&self) -> Option<String> {
+        self.state().unpinned.clone()
+    }
+
+    /// Pins again what somebody unpinned, and takes hold of what is pinned now.
+    fn keep_pins(&self) {
+        let attached: BTreeSet<u32> = self.state().attached.values().map(|i| i.ifindex).collect();
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = kept.restore();
+        let result = result.and_then(|restored| kept.refresh(&attached).map(|()| restored));
+        let path = self.pin_path.display();
+        let problem = match result {
+            Ok(0) => None,
+            Ok(restored) => {
+                tracing::warn!(
+                    restored,
+                    "pins under {path} were removed and are restored; forwarding went on"
+                );
+                None
+            }
+            Err(error) => Some(format!(
+                "pins under {path} are missing, so forwarding would end with lbd, and they cannot be restored: {error}"
+            )),
+        };
+        let mut state = self.state();
+        if let Some(problem) = problem.as_ref().filter(|_| state.unpinned != problem) {
+            tracing::error!("{problem}");
+        }
+        state.unpinned = problem;
+    }
+
+    /// Restores pins and links that somebody removed, and tries to attach to interfaces that wait or are back. Returns
+    /// the newly attached interfaces. Blocks.
+    pub fn repair(&self) -> Vec<AttachedInterface> {
         let _held = self.hold();
+        self.keep_pins();
+        let new = self.attach_missing();
+        if !new.is_empty() {
+            self.keep_pins();
+        }
+        new
+    }
+
+    fn attach_missing(&self) -> Vec<AttachedInterface> {
         let mut new = Vec::new();
         for name in &self.wanted {
             let known = self.state().attached.get(name).map(|i| i.ifindex);
             let result = match links::index_of(name) {
-                Ok(ifindex) if known == Some(ifindex) => continue,
+                Ok(ifindex) if known == Some(ifindex) && self.has_link(name, ifindex) => continue,
                 Ok(ifindex) => self.attach(name, ifindex),
                 Err(error) => Err(error),
             };
@@ -124,6 +175,18 @@ impl Interfaces {
             }
         }
         new
+    }
+
+    /// Whether the link that lbd made is still attached. If that cannot be determined, it is.
+    fn has_link(&self, name: &str, ifindex: u32) -> bool {
+        let has_link = links::find(&self.pin_path, name, ifindex).map_or(true, |link| link.is_some());
+        if !has_link {
+            tracing::warn!(
+                interface = name,
+                "somebody detached the program from the interface; attaching it again"
+            );
+        }
+        has_link
     }
 
     /// Error text, with the advice to restart lbd where that helps.
