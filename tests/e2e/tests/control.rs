@@ -1,12 +1,12 @@
 //! The control plane against a real kernel: starts that must be refused, routes and neighbours that
 //! change, configuration files, workers' VIPs, and who may do what.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::{
     fs,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Output},
@@ -37,6 +37,38 @@ fn ensure_refused(what: &str, output: &Output, code: i32, words: &[&str]) -> Res
         ensure!(text.contains(word), "{what}: {word:?} is not in {text}");
     }
     Ok(())
+}
+
+#[test]
+fn a_backend_that_nobody_checks_and_nobody_can_reach_is_a_problem() -> Result<()> {
+    let stage = Stage::start(Plan { offers: vec![WEB], ..Plan::default() })?;
+    let lbctl = &stage.lbctl;
+    lbctl.run(&["service", "add", "plain", "--vip", &format!("{}:81/tcp", vip_v4(1))])?;
+    stage.change_backend_of("plain", "add", 0)?;
+    let ghost = match stage.backend_address(0, false) {
+        IpAddr::V4(address) => Ipv4Addr::from(u32::from(address) | 0xfa).to_string(),
+        IpAddr::V6(_) => bail!("it was asked for IPv4"),
+    };
+    lbctl.run(&["backend", "add", "plain", "ghost", &ghost])?;
+    let says = |words: &str| {
+        let output = lbctl.output(&["status"])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        anyhow::Ok(output.status.code() == Some(1) && text.contains(words))
+    };
+    let problem = "plain/ghost cannot be reached";
+    wait::until("status names it", PATIENCE * 2, || says(problem).unwrap_or(false))?;
+    let list = lbctl.run(&["backend", "list", "plain"])?;
+    let health =
+        |name: &str| list.lines().find(|line| line.contains(&format!("  {name} "))).map(str::to_owned);
+    ensure!(health("ghost").is_some_and(|line| line.contains("unreachable")), "{list}");
+    ensure!(health("w1").is_some_and(|line| line.contains("unchecked")), "{list}");
+
+    // A check takes the ghost out, so that it is unhealthy instead.
+    lbctl.run(&["service", "set", "plain", "--health", "tcp", "--health-interval", "200ms"])?;
+    wait::until("the check decides", PATIENCE * 2, || {
+        says("unhealthy").unwrap_or(false) && !says(problem).unwrap_or(true)
+    })
+    .map(drop)
 }
 
 #[test]

@@ -11,8 +11,17 @@ use crate::{
 };
 use std::io;
 
-fn health_tone(health: Health) -> (String, Option<Tone>) {
-    match health {
+/// The verdict on a backend, or what is known without one.
+fn health_tone(status: &BackendStatus) -> (String, Option<Tone>) {
+    match status.health {
+        Health::Healthy if status.unchecked && status.unreachable => toned("unreachable", Tone::Bad),
+        Health::Healthy if status.unchecked => toned("unchecked", Tone::Dim),
+        verdict => verdict_tone(verdict),
+    }
+}
+
+fn verdict_tone(verdict: Health) -> (String, Option<Tone>) {
+    match verdict {
         Health::Healthy => toned("healthy", Tone::Good),
         Health::Unhealthy => toned("unhealthy", Tone::Bad),
         Health::Unknown => toned("unknown", Tone::Warn),
@@ -74,7 +83,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
             plain(b.spec.address),
             plain(b.spec.weight),
             state_tone(b.spec.state),
-            health_tone(b.status.health),
+            health_tone(&b.status),
             plain(b.status.slots),
             plain(units::share(b.status.slots, b.status.table_size)),
             plain(b.status.flows),
@@ -93,7 +102,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
 /// Writing failed.
 pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     let s = &b.status;
-    let health = health_tone(s.health).0;
+    let health = health_tone(s).0;
     let mut pairs = vec![
         ("backend", format!("{}/{}", b.service, b.name)),
         ("address", b.spec.address.to_string()),
@@ -167,7 +176,12 @@ fn next_hop(s: &BackendStatus) -> String {
 fn health_history(out: &mut Out<'_>, s: &BackendStatus) -> io::Result<()> {
     let mut table = TextTable::new(&["TIME", "FROM", "TO", "REASON"], out.colour);
     for t in &s.history {
-        table.row([plain(units::time(t.time_ms)), health_tone(t.from), health_tone(t.to), plain(&t.reason)]);
+        table.row([
+            plain(units::time(t.time_ms)),
+            verdict_tone(t.from),
+            verdict_tone(t.to),
+            plain(&t.reason),
+        ]);
     }
     table.print(out)
 }

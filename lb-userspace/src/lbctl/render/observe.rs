@@ -93,8 +93,8 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
         (
             "backends",
             format!(
-                "{}: {} healthy, {} unhealthy, {} unknown; {} draining, {} down",
-                b.total, b.healthy, b.unhealthy, b.unknown, b.draining, b.down
+                "{}: {} healthy, {} unhealthy, {} unknown, {} unchecked; {} draining, {} down",
+                b.total, b.healthy, b.unhealthy, b.unknown, b.unchecked, b.draining, b.down
             ),
         ),
     ];

@@ -141,7 +141,7 @@ impl Control {
         }
         self.orphaned.send_replace(services);
         let place = self.link().place;
-        tracing::error!(services, place, "{}", super::view::orphaned_problem(services));
+        tracing::error!(services, place, "{}", super::problems::orphaned_problem(services));
     }
 
     /// Number of services in the maps while the store is empty.

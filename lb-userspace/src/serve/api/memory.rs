@@ -84,6 +84,7 @@ impl MemoryEngine {
                     slots,
                     tracked_flows: 2,
                     takes_flows,
+                    resolved: true,
                     ..AppliedBackend::default()
                 };
                 snapshot.backends.insert(id, state);

@@ -15,6 +15,7 @@ pub mod host;
 mod listener;
 pub mod memory;
 mod peer;
+mod problems;
 pub mod regions;
 mod routes;
 pub mod store;

@@ -126,6 +126,10 @@ pub struct BackendInfo {
     pub status: BackendStatus,
 }
 
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
 /// Actual state of a backend.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct BackendStatus {
@@ -134,6 +138,12 @@ pub struct BackendStatus {
     pub index: Option<u32>,
     /// Verdict of the health checks.
     pub health: Health,
+    /// Whether nothing checks the backend: no health check, and no replica state. Its verdict is `healthy`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub unchecked: bool,
+    /// Whether the next hop is unknown: no route, or no answer to ARP or neighbour discovery.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub unreachable: bool,
     /// Start of the verdict, in milliseconds since 1970 UTC; 0 if there is no verdict yet.
     pub health_since_ms: u64,
     /// Slots of the service's table that belong to this backend.

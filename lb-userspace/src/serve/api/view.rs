@@ -3,6 +3,7 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
+    problems::{general_problems, is_checked, is_old, not_up_to_date_problems, unreachable_problem},
     types::*,
 };
 use crate::{
@@ -100,12 +101,14 @@ impl Control {
     }
 
     fn service_status(&self, view: &StateView, name: &Name, service: &Service, status: &mut Status) {
+        let mut unreachable = Vec::new();
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
             let entry = self.health.get(&id).unwrap_or_default();
             let counts = &mut status.backends;
             counts.total += 1;
             match entry.health {
+                Health::Healthy if !is_checked(service) => counts.unchecked += 1,
                 Health::Healthy => counts.healthy += 1,
                 Health::Unhealthy => counts.unhealthy += 1,
                 Health::Unknown => counts.unknown += 1,
@@ -139,10 +142,14 @@ impl Control {
             if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
                 status.problems.push(format!("{id}: {problem}"));
             }
-            if applied.is_some_and(|a| !a.resolved) {
+            if let Some(applied) = applied.filter(|a| !a.resolved) {
+                if !is_checked(service) && applied.slots > 0 && is_old(status) {
+                    unreachable.push(id.to_string());
+                }
                 status.unresolved.push(id);
             }
         }
+        status.problems.extend(unreachable_problem(name, &unreachable));
         let applied = view.snapshot.services.get(name);
         if applied.is_some_and(|a| a.eligible == 0) {
             status.no_backend.push(name.clone());
@@ -269,6 +276,8 @@ impl Control {
         let status = BackendStatus {
             index: applied.map(|a| a.index),
             health,
+            unchecked: !is_checked(s),
+            unreachable: applied.is_some_and(|a| !a.resolved),
             health_since_ms: since_ms,
             slots: applied.map_or(0, |a| a.slots),
             table_size: view.snapshot.services.get(service).map_or(0, |s| s.table_size),
@@ -363,107 +372,6 @@ pub fn fate_label(reason: Reason) -> &'static str {
         Fate::Answer => "answer",
         Fate::Note => "note",
     }
-}
-
-/// The problem of an empty store while the maps hold services, and what to do about it.
-pub(super) fn orphaned_problem(services: usize) -> String {
-    let services = if services == 1 { "1 service".to_owned() } else { format!("{services} services") };
-    format!(
-        "the store is empty, but the maps hold {services}: lbd keeps forwarding for them, without following health and \
-         drains. Start lbd with its earlier --store or --state-dir, or restore the state with \
-         `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
-         store is meant to be empty, `lbctl store accept 0` removes the services"
-    )
-}
-
-/// Services that could not be brought up to date: the first ten by name, the rest as a number.
-fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<String> {
-    const NAMED: usize = 10;
-    let all = &snapshot.problems;
-    let named = all
-        .iter()
-        .take(NAMED)
-        .map(|(name, problem)| format!("service {name} is not up to date: {}", problem.text));
-    let rest = all.len().saturating_sub(NAMED);
-    let more = (rest > 0)
-        .then(|| format!("{rest} more services are not up to date; `lbctl status -o json` names them"));
-    named.chain(more).collect()
-}
-
-fn general_problems(status: &Status) -> Vec<String> {
-    let mut found = Vec::new();
-    if status.orphaned_services > 0 {
-        found.push(orphaned_problem(status.orphaned_services));
-    }
-    let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
-    found.extend(status.store.refusal().map(|refusal| refusal.to_string()));
-    if !status.store.connected {
-        let for_s = clock::unix_ms().saturating_sub(status.store.since_ms) / 1_000;
-        let why = status.store.problem.as_deref().unwrap_or("not connected yet");
-        let number = status.revision.number;
-        // A file is always within reach, but not always writable.
-        let what = if status.store.engine == "redb" {
-            "the store cannot be written"
-        } else {
-            "cut off from the store"
-        };
-        found.push(format!("{what} for {for_s} s: forwarding by revision {number}, refusing changes: {why}"));
-    }
-    match &status.applied.error {
-        Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
-        None if status.applied.revision < status.revision.number => {
-            found.push(format!("revision {} is not applied yet", status.revision.number));
-        }
-        None => {}
-    }
-    if status.interfaces.is_empty() {
-        found.push("the program is not attached to any interface".to_owned());
-    }
-    found.extend(status.loaded.problems.iter().cloned());
-    if let Some(drain) = &status.host_drain {
-        let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
-        found.push(format!("this host is draining, requested by {}{by}", drain.author));
-    }
-    if let Some(announcement) = &status.announcement {
-        found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
-        let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
-        found.extend(stuck.filter_map(|v| {
-            let other = v.foreign.as_ref()?;
-            Some(format!(
-                "VIP {} should be off ({}), but is on {other}: lbd did not add it there and does not remove it",
-                v.vip, v.decision
-            ))
-        }));
-    }
-    if !status.no_backend.is_empty() {
-        found.push(format!("no backend takes new flows in: {}", names(&status.no_backend)));
-    }
-    if !status.panic.is_empty() {
-        found
-            .push(format!("too few backends are healthy, so health is ignored in: {}", names(&status.panic)));
-    }
-    if !status.flood.is_empty() {
-        found.push(format!("under flood, so the hash alone places new flows in: {}", names(&status.flood)));
-    }
-    match status.unhealthy.len() {
-        0 => {}
-        1 => found.push("1 backend is unhealthy".to_owned()),
-        n => found.push(format!("{n} backends are unhealthy")),
-    }
-    let count =
-        |wanted: fn(Readiness) -> bool| status.replicas.iter().filter(|r| wanted(r.readiness)).count();
-    let plural = |n: usize, what: &str| {
-        if n == 1 { format!("1 replica {what}") } else { format!("{n} replicas {what}") }
-    };
-    for (n, what) in [
-        (count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
-        (count(|r| r == Readiness::Unknown), "without a report"),
-    ] {
-        if n > 0 {
-            found.push(plural(n, what));
-        }
-    }
-    found
 }
 
 /// Finds a desired service by name.

@@ -163,8 +163,11 @@ pub struct WaitingInterface {
 pub struct BackendCounts {
     /// All backends.
     pub total: usize,
-    /// Backends that passed their checks, or are not checked.
+    /// Backends that passed their checks.
     pub healthy: usize,
+    /// Backends that nothing checks: no health check, and no replica state.
+    #[serde(default)]
+    pub unchecked: usize,
     /// Backends that failed their checks.
     pub unhealthy: usize,
     /// Backends without a verdict yet.

@@ -1,0 +1,134 @@
+//! What status calls a problem, in words for an operator: what is wrong, since when, and what to do.
+
+use super::{engine::Snapshot, types::*};
+use crate::{
+    clock,
+    desired::model::{HealthKind, Name, Readiness, Service},
+};
+use std::time::Duration;
+
+/// How long a next hop may take to be resolved after a change or a start.
+const RESOLVED_AFTER: Duration = Duration::from_secs(5);
+
+/// The problem of an empty store while the maps hold services, and what to do about it.
+pub(super) fn orphaned_problem(services: usize) -> String {
+    let services = if services == 1 { "1 service".to_owned() } else { format!("{services} services") };
+    format!(
+        "the store is empty, but the maps hold {services}: lbd keeps forwarding for them, without following health and \
+         drains. Start lbd with its earlier --store or --state-dir, or restore the state with \
+         `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
+         store is meant to be empty, `lbctl store accept 0` removes the services"
+    )
+}
+
+/// Services that could not be brought up to date: the first ten by name, the rest as a number.
+pub(super) fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<String> {
+    const NAMED: usize = 10;
+    let all = &snapshot.problems;
+    let named = all
+        .iter()
+        .take(NAMED)
+        .map(|(name, problem)| format!("service {name} is not up to date: {}", problem.text));
+    let rest = all.len().saturating_sub(NAMED);
+    let more = (rest > 0)
+        .then(|| format!("{rest} more services are not up to date; `lbctl status -o json` names them"));
+    named.chain(more).collect()
+}
+
+/// Whether anything can take a backend of the service out by itself.
+pub(super) fn is_checked(service: &Service) -> bool {
+    service.health.kind != HealthKind::None || service.replica.is_some()
+}
+
+/// Whether the newest revision and this daemon are old enough for its next hops to be resolved.
+pub(super) fn is_old(status: &Status) -> bool {
+    let revision_ms = clock::unix_ms().saturating_sub(status.revision.time_ms);
+    status.uptime_s >= RESOLVED_AFTER.as_secs() && u128::from(revision_ms) >= RESOLVED_AFTER.as_millis()
+}
+
+/// The problem of a service that sends new flows to backends which cannot be reached, because nothing checks them.
+pub(super) fn unreachable_problem(service: &Name, backends: &[String]) -> Option<String> {
+    let (first, rest) = backends.split_first()?;
+    let others = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+    Some(format!(
+        "{first}{others} cannot be reached (no route, or no answer to ARP or neighbour discovery) and still \
+         gets new flows: fix the network, or add a health check to service {service}"
+    ))
+}
+
+/// Problems of the host as a whole.
+pub(super) fn general_problems(status: &Status) -> Vec<String> {
+    let mut found = Vec::new();
+    if status.orphaned_services > 0 {
+        found.push(orphaned_problem(status.orphaned_services));
+    }
+    let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    found.extend(status.store.refusal().map(|refusal| refusal.to_string()));
+    if !status.store.connected {
+        let for_s = clock::unix_ms().saturating_sub(status.store.since_ms) / 1_000;
+        let why = status.store.problem.as_deref().unwrap_or("not connected yet");
+        let number = status.revision.number;
+        // A file is always within reach, but not always writable.
+        let what = if status.store.engine == "redb" {
+            "the store cannot be written"
+        } else {
+            "cut off from the store"
+        };
+        found.push(format!("{what} for {for_s} s: forwarding by revision {number}, refusing changes: {why}"));
+    }
+    match &status.applied.error {
+        Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
+        None if status.applied.revision < status.revision.number => {
+            found.push(format!("revision {} is not applied yet", status.revision.number));
+        }
+        None => {}
+    }
+    if status.interfaces.is_empty() {
+        found.push("the program is not attached to any interface".to_owned());
+    }
+    found.extend(status.loaded.problems.iter().cloned());
+    if let Some(drain) = &status.host_drain {
+        let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
+        found.push(format!("this host is draining, requested by {}{by}", drain.author));
+    }
+    if let Some(announcement) = &status.announcement {
+        found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
+        let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
+        found.extend(stuck.filter_map(|v| {
+            let other = v.foreign.as_ref()?;
+            Some(format!(
+                "VIP {} should be off ({}), but is on {other}: lbd did not add it there and does not remove it",
+                v.vip, v.decision
+            ))
+        }));
+    }
+    if !status.no_backend.is_empty() {
+        found.push(format!("no backend takes new flows in: {}", names(&status.no_backend)));
+    }
+    if !status.panic.is_empty() {
+        found
+            .push(format!("too few backends are healthy, so health is ignored in: {}", names(&status.panic)));
+    }
+    if !status.flood.is_empty() {
+        found.push(format!("under flood, so the hash alone places new flows in: {}", names(&status.flood)));
+    }
+    match status.unhealthy.len() {
+        0 => {}
+        1 => found.push("1 backend is unhealthy".to_owned()),
+        n => found.push(format!("{n} backends are unhealthy")),
+    }
+    let count =
+        |wanted: fn(Readiness) -> bool| status.replicas.iter().filter(|r| wanted(r.readiness)).count();
+    let plural = |n: usize, what: &str| {
+        if n == 1 { format!("1 replica {what}") } else { format!("{n} replicas {what}") }
+    };
+    for (n, what) in [
+        (count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
+        (count(|r| r == Readiness::Unknown), "without a report"),
+    ] {
+        if n > 0 {
+            found.push(plural(n, what));
+        }
+    }
+    found
+}
