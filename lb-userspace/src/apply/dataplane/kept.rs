@@ -5,7 +5,6 @@
 //! while no lbd runs.
 
 use super::{DataplaneError, pins, pins::Home, sys};
-use lb_common::names;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -47,9 +46,9 @@ impl KeptPins {
         let home = Home::ours(&self.pin_path);
         let mut now = BTreeMap::new();
         let mut paths = pins::entries(&self.pin_path)?;
-        paths.retain(|path| is_kept(path));
+        paths.retain(|path| pins::is_shared(path));
         paths.extend(if home.exists() { pins::entries(&home.path)? } else { Vec::new() });
-        for path in paths {
+        for path in paths.into_iter().filter(|path| !pins::is_next(path)) {
             // What is renamed or removed meanwhile is found, or missed, the next time.
             let Ok(metadata) = fs::metadata(&path) else { continue };
             let inode = metadata.ino();
@@ -57,11 +56,10 @@ impl KeptPins {
             let Some(held) = known.or_else(|| Some(Held { inode, object: sys::open(&path).ok()? })) else {
                 continue;
             };
-            if !is_link(&path) || interface_of(&held.object).is_some_and(|i| interfaces.contains(&i)) {
+            if !pins::is_link(&path) || interface_of(&held.object).is_some_and(|i| interfaces.contains(&i)) {
                 now.insert(path, held);
             }
         }
-        now.retain(|path, _| !pins::is_next(path));
         self.held = now;
         Ok(())
     }
@@ -79,13 +77,13 @@ impl KeptPins {
         // A link whose pin was renamed with its interface.
         let present: BTreeSet<u32> = pins::entries(&self.pin_path)?
             .iter()
-            .filter(|path| is_link(path))
+            .filter(|path| pins::is_link(path))
             .filter_map(|path| interface_of(&sys::open(path).ok()?))
             .collect();
         let mut restored = 0;
         for path in missing {
             let Some(held) = self.held.get(path) else { continue };
-            if is_link(path) && interface_of(&held.object).is_none_or(|i| present.contains(&i)) {
+            if pins::is_link(path) && interface_of(&held.object).is_none_or(|i| present.contains(&i)) {
                 continue;
             }
             sys::pin(&held.object, path).map_err(|source| DataplaneError::Pin {
@@ -97,16 +95,6 @@ impl KeptPins {
         }
         Ok(restored)
     }
-}
-
-fn is_link(path: &Path) -> bool {
-    pins::file_name(path).starts_with("link-")
-}
-
-/// Whether an entry of the pin directory itself is kept.
-fn is_kept(path: &Path) -> bool {
-    let name = pins::file_name(path);
-    is_link(path) || name == names::ABI || names::SHARED.iter().any(|(_, pinned)| *pinned == name)
 }
 
 /// Index of the interface that a link is attached to.

@@ -53,8 +53,6 @@ const DRV_MODE: u32 = 1 << 2;
 const DRIVER: &str = "driver";
 /// Generic mode, which every interface supports.
 pub const GENERIC: &str = "generic";
-/// Prefix of the names of pinned links.
-const PREFIX: &str = "link-";
 /// Longest time until an interface has its carrier again: some drivers reinitialise their rings for a program.
 const CARRIER: Duration = Duration::from_secs(10);
 /// Interval at which the carrier is checked.
@@ -62,7 +60,7 @@ const CARRIER_POLL: Duration = Duration::from_millis(50);
 
 /// Path of an interface's pinned link. Names in a BPF filesystem have no dots.
 fn link_path(pin_path: &Path, interface: &str, mode: &str) -> PathBuf {
-    pin_path.join(format!("{PREFIX}{mode}-{}", interface.replace('.', "-")))
+    pin_path.join(format!("{}{mode}-{}", pins::LINK, interface.replace('.', "-")))
 }
 
 /// Returns the index of an interface.
@@ -90,7 +88,7 @@ fn pinned(pin_path: &Path) -> Result<Vec<Pinned>, DataplaneError> {
     let mut all = Vec::new();
     for path in pins::entries(pin_path)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
+        let Some(rest) = name.strip_prefix(pins::LINK) else { continue };
         let mode = if rest.starts_with(GENERIC) { GENERIC } else { DRIVER };
         let pin = |source| DataplaneError::Pin { what: "cannot open link", path: path.clone(), source };
         let fd = sys::open(&path).map_err(pin)?;

@@ -34,6 +34,8 @@ pub struct Home {
 }
 
 const PREFIX: &str = "abi-";
+/// Prefix of the names of pinned links.
+pub const LINK: &str = "link-";
 
 impl Home {
     /// Home of this version.
@@ -111,12 +113,7 @@ impl Home {
             }
             return remove_directory(&self.path);
         }
-        let is_shared = |name: &str| {
-            name.starts_with("link-")
-                || name == names::ABI
-                || names::SHARED.iter().any(|(_, pinned)| *pinned == name)
-        };
-        let own = entries(&self.path)?.into_iter().filter(|p| !p.is_dir() && !is_shared(&file_name(p)));
+        let own = entries(&self.path)?.into_iter().filter(|p| !p.is_dir() && !is_shared(p));
         own.into_iter().try_for_each(|p| remove(&p))
     }
 }
@@ -124,6 +121,17 @@ impl Home {
 /// Name of a pin.
 pub fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// Whether a pin is that of a link.
+pub fn is_link(path: &Path) -> bool {
+    file_name(path).starts_with(LINK)
+}
+
+/// Whether an entry of the pin directory belongs to all ABI versions.
+pub fn is_shared(path: &Path) -> bool {
+    let name = file_name(path);
+    is_link(path) || name == names::ABI || names::SHARED.iter().any(|(_, pinned)| *pinned == name)
 }
 
 /// Creates the pin directory; true if it did not exist.
@@ -217,7 +225,7 @@ pub fn is_next(path: &Path) -> bool {
 /// Removes all pins; links first, so that forwarding stops at once and not with half of the maps removed.
 pub fn remove_all(pin_path: &Path) -> Result<(), DataplaneError> {
     let mut all = entries(pin_path)?;
-    all.sort_by_key(|p| !file_name(p).starts_with("link-"));
+    all.sort_by_key(|p| !is_link(p));
     for path in all {
         if path.is_dir() {
             entries(&path)?.iter().try_for_each(|p| remove(p))?;
