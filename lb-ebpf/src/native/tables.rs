@@ -347,7 +347,7 @@ impl Tables for HashTables {
         before_access();
         if let Some(flow) = self.table(table).borrow_mut().used(key) {
             flow.last_seen_s = now_s;
-            flow.flags |= flags;
+            flow.flags = flags;
         }
     }
 

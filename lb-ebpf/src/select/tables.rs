@@ -114,7 +114,7 @@ pub trait Tables {
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
     /// Remembers a flow, replacing what was known of it. False if there is no room.
     fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool;
-    /// Notes in place that a remembered flow was seen now, and these further flag bits.
+    /// Writes in place when a remembered flow was last seen, and its flags.
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32);
     /// Notes in place that an established flow was seen now; and that it does not end, if there is data.
     #[inline(always)]

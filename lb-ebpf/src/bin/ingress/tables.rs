@@ -290,9 +290,7 @@ impl Tables for Maps {
             // SAFETY: the entry stays mapped during the run; single words are written.
             unsafe {
                 (*flow).last_seen_s = now_s;
-                if flags != 0 {
-                    (*flow).flags |= flags;
-                }
+                (*flow).flags = flags;
             }
         }
     }
