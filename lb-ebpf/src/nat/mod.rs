@@ -138,7 +138,8 @@ pub struct NatScratch {
     reply: Reply,
     /// Flow of a binding that is removed for this one.
     victim: FlowKey,
-    /// Last packet's second of the oldest unconfirmed binding met, which may be dropped early; all ones: none.
+    /// Rank of the first binding met that may be dropped early: the second of its last packet, behind all unconfirmed ones
+    /// if it is an assured one of UDP. All ones: none.
     yields_s: u32,
     /// Its address and port.
     yields: (Address, Be16),
