@@ -105,8 +105,8 @@ pub const SYN_TIMEOUT_S: u32 = 130;
 /// after it (an initial window). To forge a SYN on a live flow, an attacker would have to guess the flow's number.
 pub const SYN_WINDOW: u32 = 65_535;
 
-/// Idle time in seconds beyond which a tracked TCP flow no longer counts as live. The flow is still followed: only the
-/// least recently used entries are removed, and only when the table needs room.
+/// Idle time in seconds beyond which a sweep removes a tracked TCP flow: two hours and four minutes (RFC 5382). Until then
+/// the flow is followed.
 pub const TCP_IDLE_S: u32 = 7_440;
 
 /// Seconds for which a closing flow is still followed; after this time a sweep may remove it.

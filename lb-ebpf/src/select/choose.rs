@@ -27,7 +27,7 @@ use crate::{
     packet::parse::Headers,
     select::{
         hash::slot_of,
-        scheduler::{SlotRef, is_in_transition, previous, slot_hash},
+        scheduler::{SlotRef, is_at_home, is_in_transition, previous, slot_hash},
     },
 };
 use lb_common::{
@@ -241,9 +241,7 @@ impl Packet<'_> {
     /// Whether a flow on this backend is found there without any table.
     #[inline(always)]
     fn is_at_home(&self, backend: u32) -> bool {
-        backend == self.place.slot.primary_index()
-            && !is_in_transition(self.view, self.place.slot)
-            && self.view.flags & flags::COUNT_FLOWS == 0
+        is_at_home(self.view, self.place.slot, backend)
     }
 }
 
