@@ -19,7 +19,7 @@
 use super::{NatScratch, NatTables};
 use crate::{
     Frame, Verdict,
-    forward::varied,
+    forward::{known_hop, varied},
     guard::{limit::is_limited, martian},
     packet::{
         fib::{Fib, FibQuery},
@@ -145,7 +145,8 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     scratch.hash = hash;
     scratch.udp_timeout_s = view.udp_timeout_s;
     scratch.nat = Nat {
-        source: backend.source,
+        source: known_hop(tables, choice.backend, backend)
+            .map_or(backend.source, |(_, source)| address(source)),
         worker: backend.address,
         source_port: Be16::ZERO,
         port: if backend.port.get() == 0 { scratch.key.port } else { backend.port },

@@ -28,7 +28,7 @@ pub use fragment::process as process_fragment;
 
 use crate::{
     Frame, Packet, Tables, Verdict,
-    forward::filled_in,
+    forward::known_hop,
     icmp::too_big::run_stage,
     packet::{
         fib::{Fib, FibQuery, Hop},
@@ -41,7 +41,7 @@ use crate::{
 use bind::worker;
 use lb_common::{
     Address, Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
-    backend::flags::{DOWN, DRAINING, RESOLVED},
+    backend::flags::{DOWN, DRAINING},
     fragment::{Fragment, FragmentKey, PARTS},
     names::stage,
     nat::{self, Embryonic, flags},
@@ -314,11 +314,12 @@ fn from_client<F: Frame + Fib, T: NatTables>(
         port: raw(nat.port),
     };
     let backend = worker(tables, nat.backend, service, headers.is_ipv6)?;
-    let hop = if backend.flags & RESOLVED != 0 {
-        filled_in(backend)
-    } else {
-        tables.count(Reason::FibLookup);
-        by_fib(frame, headers, &scratch.to)?
+    let hop = match known_hop(tables, nat.backend, backend) {
+        Some((hop, _)) => hop,
+        None => {
+            tables.count(Reason::FibLookup);
+            by_fib(frame, headers, &scratch.to)?
+        }
     };
     scratch.mtu = hop.mtu;
     scratch.hop = as_last_hop(&hop);

@@ -110,6 +110,11 @@ pub trait Tables {
     fn secondary(&self, place: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, index: u32) -> Option<&Backend>;
+    /// A backend's entry before the change that is under way: see [`lb_common::backend::flags::CHANGING`].
+    #[inline(always)]
+    fn changing_backend(&self, _index: u32) -> Option<&Backend> {
+        None
+    }
     /// A remembered flow.
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
     /// Remembers a flow, replacing what was known of it. False if there is no room.
@@ -259,6 +264,11 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<&Backend> {
         self.0.backend(index)
+    }
+
+    #[inline(always)]
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        self.0.changing_backend(index)
     }
 
     #[inline(always)]

@@ -253,6 +253,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        CHANGING_BACKENDS.get(index)
+    }
+
+    #[inline(always)]
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         // SAFETY: an entry that the LRU reuses meanwhile gives another live flow's backend for this
         // one packet; each word is whole.
