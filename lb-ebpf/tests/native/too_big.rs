@@ -252,3 +252,27 @@ fn a_change_of_the_next_hop_needs_no_fib() {
         }
     }
 }
+
+/// An error about a packet is sent once, about its first part: the others have no ports (RFC 1122 3.2.2).
+#[test]
+fn only_the_first_part_of_a_packet_is_answered() {
+    /// A part of `len` bytes of IPv4 that begins at this multiple of 8 bytes.
+    fn part(len: usize, offset: u16, has_more: bool) -> Vec<u8> {
+        let mut frame = packet(false, Vlan::None, len).bytes();
+        let fragment = offset | if has_more { 0x2000 } else { 0 };
+        frame[18..20].copy_from_slice(&[0, 7]);
+        frame[20..22].copy_from_slice(&fragment.to_be_bytes());
+        frame[24..26].fill(0);
+        let check = !sum(&frame[14..34]);
+        frame[24..26].copy_from_slice(&check.to_be_bytes());
+        frame
+    }
+    let outcome = |tables: &HashTables, frame: &[u8]| {
+        lb_ebpf::native::run(&mut VecFrame::new(frame), tables, &IngressSettings::DEFAULT).1
+    };
+    let tables = tables(backend(mode::IPIP, false, 1_000));
+    assert!(matches!(outcome(&tables, &part(20 + 800, 0, true)), Outcome::Forwarded { .. }));
+    assert!(matches!(outcome(&tables, &part(20 + 800, 100, true)), Outcome::Forwarded { .. }));
+    assert_eq!(outcome(&tables, &part(20 + 1_000, 200, false)), Outcome::Not(Reason::TooBigDropped));
+    assert_eq!(outcome(&tables, &part(20 + 1_000, 0, true)), Outcome::Not(Reason::TooBigAnswered));
+}
