@@ -360,14 +360,15 @@ fn is_known<T: NatTables>(
 }
 
 /// Whether a SYN begins a new flow where there was one before. A SYN on a live flow follows it; one on a flow that is
-/// over has its place chosen anew, and gets the same port if that is the same worker.
+/// over, or whose worker is down, has its place chosen anew, and gets the same port if that is the same worker.
 #[inline(always)]
 fn starts_anew<T: NatTables>(tables: &T, binding: &Nat, backend_flags: u32, now_s: u32) -> bool {
     let reply = tables.reply(&reply_key(binding, TCP), |reply| (reply.flags, reply.last_seen_s));
     let Some((state, worker_s)) = reply else { return true };
     nat::is_over(state)
         || nat::is_expired(nat::tcp_idle_s(state), binding.last_seen_s, worker_s, now_s)
-        || (state & flags::ANSWERED == 0 && backend_flags & (DOWN | DRAINING) != 0)
+        || backend_flags & DOWN != 0
+        || (state & flags::ANSWERED == 0 && backend_flags & DRAINING != 0)
 }
 
 #[inline(always)]

@@ -414,6 +414,26 @@ fn a_syn_starts_anew_when_the_flow_is_over() {
     }
 }
 
+/// A client that vanished without a FIN, whose worker is found dead, and that connects from the same port again.
+#[test]
+fn a_syn_leaves_a_worker_that_is_down() {
+    for (packets, is_down) in [(&[][..], true), (&[(true, ACK), (false, ACK)], true), (&[], false)] {
+        let mut tables = tables(false);
+        let nat = after(&tables, 40_000, packets);
+        if is_down {
+            tables.backends.get_mut(&1).unwrap().flags |= backend_flags::DOWN;
+        }
+        for slot in &mut tables.slots {
+            slot.primary = 3;
+        }
+        let sent = |flags| send(&tables, &request(false, TCP, 40_000, flags)).worker;
+        assert_eq!(sent(ACK), nat.worker, "the flow stays, in case the check is wrong");
+        let now = if is_down { worker(3, false) } else { nat.worker };
+        assert_eq!([sent(SYN), sent(SYN), sent(ACK)], [now; 3], "{packets:?}");
+        assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1));
+    }
+}
+
 #[test]
 fn the_same_client_port_gets_the_same_port_again() {
     let tables = tables(false);
