@@ -151,15 +151,7 @@ pub fn run_stage<F: Frame, T: Tables>(
         Ok(network) => network,
         Err(reason) => return refuse(tables, reason),
     };
-    let result = match decide(frame, network) {
-        // Only the first part of an IPv4 packet may be answered (RFC 1122 3.2.2): it has the ports.
-        Err(Refusal::TooBig(_))
-            if !network.headers.is_ipv6 && network.fragment.is_some_and(|part| part.offset != 0) =>
-        {
-            Err(Reason::TooBigDropped.into())
-        }
-        result => result,
-    };
+    let result = decide(frame, network);
     conclude(frame, tables, settings, &network.headers, result)
 }
 
