@@ -27,6 +27,9 @@ pub const PRIMARIES: &str = "PRIMARIES";
 pub const SECONDARIES: &str = "SECONDARIES";
 /// `ARRAY<Backend>`, memory-mapped.
 pub const BACKENDS: &str = "BACKENDS";
+/// `ARRAY<Backend>`, memory-mapped, by backend index: entries as they were before the change that is under way
+/// ([`crate::backend::flags::CHANGING`]). Not pinned: without an entry in it, a program asks the FIB.
+pub const CHANGING_BACKENDS: &str = "CHANGING_BACKENDS";
 /// `ARRAY<Load>`, memory-mapped, by backend index.
 pub const LOADS: &str = "LOADS";
 /// `PERCPU_ARRAY<u64>`, by service index: positions of `rr` and `wrr`. Not pinned: the starting position does not matter.

@@ -28,7 +28,7 @@ pub use fragment::process as process_fragment;
 
 use crate::{
     Frame, Packet, Tables, Verdict,
-    forward::filled_in,
+    forward::known_hop,
     icmp::too_big::run_stage,
     packet::{
         fib::{Fib, FibQuery, Hop},
@@ -41,7 +41,7 @@ use crate::{
 use bind::worker;
 use lb_common::{
     Address, Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
-    backend::flags::{DOWN, DRAINING, RESOLVED},
+    backend::flags::{DOWN, DRAINING},
     fragment::{Fragment, FragmentKey, PARTS},
     names::stage,
     nat::{self, Embryonic, flags},
@@ -138,7 +138,8 @@ pub struct NatScratch {
     reply: Reply,
     /// Flow of a binding that is removed for this one.
     victim: FlowKey,
-    /// Last packet's second of the oldest unconfirmed binding met, which may be dropped early; all ones: none.
+    /// Rank of the first binding met that may be dropped early: the second of its last packet, behind all unconfirmed ones
+    /// if it is an assured one of UDP. All ones: none.
     yields_s: u32,
     /// Its address and port.
     yields: (Address, Be16),
@@ -313,11 +314,12 @@ fn from_client<F: Frame + Fib, T: NatTables>(
         port: raw(nat.port),
     };
     let backend = worker(tables, nat.backend, service, headers.is_ipv6)?;
-    let hop = if backend.flags & RESOLVED != 0 {
-        filled_in(backend)
-    } else {
-        tables.count(Reason::FibLookup);
-        by_fib(frame, headers, &scratch.to)?
+    let hop = match known_hop(tables, nat.backend, backend) {
+        Some((hop, _)) => hop,
+        None => {
+            tables.count(Reason::FibLookup);
+            by_fib(frame, headers, &scratch.to)?
+        }
     };
     scratch.mtu = hop.mtu;
     scratch.hop = as_last_hop(&hop);
@@ -358,14 +360,15 @@ fn is_known<T: NatTables>(
 }
 
 /// Whether a SYN begins a new flow where there was one before. A SYN on a live flow follows it; one on a flow that is
-/// over has its place chosen anew, and gets the same port if that is the same worker.
+/// over, or whose worker is down, has its place chosen anew, and gets the same port if that is the same worker.
 #[inline(always)]
 fn starts_anew<T: NatTables>(tables: &T, binding: &Nat, backend_flags: u32, now_s: u32) -> bool {
     let reply = tables.reply(&reply_key(binding, TCP), |reply| (reply.flags, reply.last_seen_s));
     let Some((state, worker_s)) = reply else { return true };
     nat::is_over(state)
         || nat::is_expired(nat::tcp_idle_s(state), binding.last_seen_s, worker_s, now_s)
-        || (state & flags::ANSWERED == 0 && backend_flags & (DOWN | DRAINING) != 0)
+        || backend_flags & DOWN != 0
+        || (state & flags::ANSWERED == 0 && backend_flags & DRAINING != 0)
 }
 
 #[inline(always)]

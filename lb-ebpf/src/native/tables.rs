@@ -92,6 +92,8 @@ pub struct HashTables {
     pub slots: Vec<Slot>,
     /// `BACKENDS`.
     pub backends: HashMap<u32, Backend>,
+    /// `CHANGING_BACKENDS`.
+    pub changing_backends: HashMap<u32, Backend>,
     /// `DECAP_ADDRESSES`.
     pub decap_addresses: HashSet<Address>,
     /// `DECAP_VIPS`.
@@ -135,6 +137,7 @@ impl Default for HashTables {
             services: HashMap::new(),
             slots: Vec::new(),
             backends: HashMap::new(),
+            changing_backends: HashMap::new(),
             loads: RefCell::default(),
             decap_addresses: HashSet::new(),
             decap_vips: HashSet::new(),
@@ -327,6 +330,10 @@ impl Tables for HashTables {
         self.backends.get(&index)
     }
 
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        self.changing_backends.get(&index)
+    }
+
     fn is_worker(&self, address: [u32; 4]) -> bool {
         use lb_common::backend::flags::USED;
         let address: Address = zerocopy::transmute!(address);
@@ -347,7 +354,7 @@ impl Tables for HashTables {
         before_access();
         if let Some(flow) = self.table(table).borrow_mut().used(key) {
             flow.last_seen_s = now_s;
-            flow.flags |= flags;
+            flow.flags = flags;
         }
     }
 

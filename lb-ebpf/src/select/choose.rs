@@ -27,7 +27,7 @@ use crate::{
     packet::parse::Headers,
     select::{
         hash::slot_of,
-        scheduler::{SlotRef, is_in_transition, previous, slot_hash},
+        scheduler::{SlotRef, is_at_home, is_in_transition, previous, slot_hash},
     },
 };
 use lb_common::{
@@ -241,9 +241,7 @@ impl Packet<'_> {
     /// Whether a flow on this backend is found there without any table.
     #[inline(always)]
     fn is_at_home(&self, backend: u32) -> bool {
-        backend == self.place.slot.primary_index()
-            && !is_in_transition(self.view, self.place.slot)
-            && self.view.flags & flags::COUNT_FLOWS == 0
+        is_at_home(self.view, self.place.slot, backend)
     }
 }
 
@@ -286,6 +284,14 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         && known.flags & flow::flags::CLOSING == 0
         && is_up(backend_flags(tables, known.backend, key.service))
     {
+        if is_foreign(known, headers, now_s) {
+            // The client may have begun anew without a FIN: what follows this SYN does not follow the entry.
+            if tables.admits(key.service, FlowTable::Syns, now_s) {
+                cache_syn(tables, headers, (key, syn_hash), known.backend);
+            } else {
+                tables.count(Reason::FlowFlood);
+            }
+        }
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
     let recent = tables.cached_syn(key, syn_hash);
@@ -311,7 +317,7 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         && known.flags & flow::flags::CLOSING == 0
     {
         // Its backend is gone, but may be back before this handshake is complete.
-        tables.touch(FlowTable::Flows, key, now_s, flow::flags::CLOSING);
+        tables.touch(FlowTable::Flows, key, now_s, known.flags | flow::flags::CLOSING);
     }
     Ok(choice)
 }
@@ -368,13 +374,21 @@ fn choose_established<T: Tables>(
     let found = |backend, why| Ok(Choice { backend, is_new: false, why });
     let syn_hash = tables.syn_hash(headers, key.service);
     let known = known(tables, key, syn_hash);
-    let mut stays = false;
+    let state = Flow::follow(known.flags, known.created_s, headers.sequence, now_s);
+    let is_foreign = state & flow::flags::FOREIGN != 0;
+    let (mut stays, mut is_live) = (false, false);
     if is_some(known) {
         let backend = backend_flags(tables, known.backend, key.service);
         stays = keeps(backend, view);
-        if is_up(backend) && known.flags & flow::flags::CLOSING == 0 {
-            if known.last_seen_s != now_s || end != 0 {
-                tables.touch(FlowTable::Flows, key, now_s, end);
+        is_live = is_up(backend) && known.flags & flow::flags::CLOSING == 0;
+        if is_foreign {
+            if known.flags & flow::flags::DISPUTED == 0 {
+                let flags = known.flags | flow::flags::DISPUTED;
+                tables.touch(FlowTable::Flows, key, known.last_seen_s, flags);
+            }
+        } else if is_live {
+            if known.last_seen_s != now_s || state | end != known.flags {
+                tables.touch(FlowTable::Flows, key, now_s, state | end);
             }
             return found(known.backend, Why::Tracked);
         }
@@ -387,9 +401,14 @@ fn choose_established<T: Tables>(
         && continues(recent.sequence, headers.sequence)
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
+        // An entry that another flow's packets follow stays as it is: whose SYN was forged is not known.
+        if is_live {
+            return found(recent.backend, Why::RecentSyn);
+        }
         // Nothing need be written where a stateless lookup gives the same.
         let needs_entry = is_some(known) || !packet.is_at_home(recent.backend);
-        let is_recorded = needs_entry && record_flow(tables, (key, syn_hash), recent.backend, now_s, end);
+        let flags = Flow::begun_at(headers.sequence) | end;
+        let is_recorded = needs_entry && record_flow(tables, (key, syn_hash), recent.backend, now_s, flags);
         if is_recorded {
             tables.count(Reason::FlowPromoted);
         }
@@ -398,7 +417,9 @@ fn choose_established<T: Tables>(
         }
         return found(recent.backend, Why::RecentSyn);
     }
-    if is_some(known) {
+    if is_foreign {
+        // Where a stateless lookup finds it.
+    } else if is_some(known) {
         if stays {
             if features & KEEP != 0 && known.flags & flow::flags::CLOSING != 0 && end == 0 {
                 // Anybody can forge a FIN or RST, as nothing here knows its sequence numbers: so the flow stays as long as
@@ -414,7 +435,8 @@ fn choose_established<T: Tables>(
     let backend = previous(tables, view, headers, slot);
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
         // Forged packets would fill the table. A flow that lives has more of them: one will be let through.
-        if tables.admits(key.service, FlowTable::Flows, now_s)
+        if !is_foreign
+            && tables.admits(key.service, FlowTable::Flows, now_s)
             && record_flow(tables, (key, syn_hash), backend, now_s, end)
         {
             tables.count(Reason::FlowPromoted);
@@ -438,7 +460,7 @@ fn choose_udp<T: Tables>(
         // A client that goes on asking a dead worker would hold the entry for ever: it moves.
         if is_up(backend_flags(tables, known.backend, key.service)) {
             if known.last_seen_s != now_s {
-                tables.touch(FlowTable::UdpFlows, key, now_s, 0);
+                tables.touch(FlowTable::UdpFlows, key, now_s, known.flags);
             }
             let is_young = now_s.saturating_sub(known.created_s) <= UDP_YOUNG_S;
             let why = if is_young && packet.view.flags & flags::SECOND_CHANCE != 0 {
@@ -495,6 +517,12 @@ fn known<T: Tables>(tables: &T, key: &FlowKey, syn_hash: u64) -> Flow {
     } else {
         NO_FLOW
     }
+}
+
+/// Whether a packet is not one of the flow whose handshake wrote an entry, see [`Flow::follow`].
+#[inline(always)]
+const fn is_foreign(known: Flow, headers: &Headers, now_s: u32) -> bool {
+    Flow::follow(known.flags, known.created_s, headers.sequence, now_s) & flow::flags::FOREIGN != 0
 }
 
 /// Writes a TCP flow down.

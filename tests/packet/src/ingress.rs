@@ -105,6 +105,7 @@ impl Ingress {
             .map_max_entries(names::SECONDARIES, 65_536 / LINE)
             .map_max_entries(names::SERVICES, 128)
             .map_max_entries(names::BACKENDS, 256)
+            .map_max_entries(names::CHANGING_BACKENDS, 256)
             .map_max_entries(names::BACKEND_STATS, 256)
             // More than any run makes bindings: which of them go depends on which processor made them.
             .map_max_entries(names::NAT_EMBRYONIC, 1 << 18);
@@ -242,6 +243,12 @@ impl Ingress {
             own.insert(backend.address, own_address::WORKER, 0).expect("room");
         }
         let mut backends: Array<&mut MapData, Backend> = self.map(names::BACKENDS);
+        backends.set(index, backend, 0).expect("in range");
+    }
+
+    /// Writes a backend's entry before the change that is under way.
+    pub fn changing_backend(&mut self, index: u32, backend: Backend) {
+        let mut backends: Array<&mut MapData, Backend> = self.map(names::CHANGING_BACKENDS);
         backends.set(index, backend, 0).expect("in range");
     }
 

@@ -48,6 +48,8 @@ pub static SECONDARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LI
 #[map]
 pub static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
+pub static CHANGING_BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map]
 pub static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
 pub static ROUND_ROBIN: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES, 0);

@@ -253,6 +253,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        CHANGING_BACKENDS.get(index)
+    }
+
+    #[inline(always)]
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         // SAFETY: an entry that the LRU reuses meanwhile gives another live flow's backend for this
         // one packet; each word is whole.
@@ -290,9 +295,7 @@ impl Tables for Maps {
             // SAFETY: the entry stays mapped during the run; single words are written.
             unsafe {
                 (*flow).last_seen_s = now_s;
-                if flags != 0 {
-                    (*flow).flags |= flags;
-                }
+                (*flow).flags = flags;
             }
         }
     }

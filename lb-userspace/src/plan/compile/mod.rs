@@ -25,7 +25,7 @@ mod table;
 pub use entries::{from_address, to_address};
 pub use error::CompileError;
 pub use features::features_needed;
-pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
+pub use memory::{BackendMemory, Epoch, Memory, Quiet, Retired, ServiceMemory, Shape, ShapeMember};
 pub use replay_history::Past;
 pub use room::{RegionNeed, WaitingForRoom, admit, max_slots, region_needs};
 pub use status::{CompiledBackend, CompiledService};

@@ -6,8 +6,8 @@
 //! transition, so it has an entry; only older flows have none, and they started on that primary, which
 //! had been the slot's for a whole window or was its first.
 //!
-//! A slot is *tracked* from its first change until a scan of the flow tables finds none of the service's
-//! flows: only then does its primary alone determine the backend again.
+//! A slot is *tracked* from its first change until a sweep of the flow table finds none of its flows: only then does its
+//! primary alone determine the backend again.
 //!
 //! When a scheduler that places flows anywhere is replaced, all slots are tracked until a sweep finds none of its
 //! flows.
