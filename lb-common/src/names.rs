@@ -9,7 +9,7 @@ pub const PROGRAM_DECAP: &str = "decap";
 
 /// `HASH<ServiceKey, u32>`: exact port → index in [`SERVICES`].
 pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
-/// `ARRAY<exact::Line>`, memory-mapped: cache of most of [`SERVICE_INDEX`], cheaper to look up; see [`crate::exact`]. Not
+/// `ARRAY<ExactLine>`, memory-mapped: cache of most of [`SERVICE_INDEX`], cheaper to look up; see [`crate::exact`]. Not
 /// pinned: a program that finds nothing in it looks up [`SERVICE_INDEX`].
 pub const EXACT: &str = "EXACT";
 /// `ARRAY<Line>`, memory-mapped: filter of addresses that may be VIPs; see [`crate::exact`]. Not pinned.

@@ -83,7 +83,7 @@ pub struct HashTables {
     /// `SERVICE_INDEX`.
     pub service_index: HashMap<ServiceKey, u32>,
     /// `EXACT` and `VIP_FILTER`, see [`HashTables::spare_lookups`].
-    exact: Option<(HashMap<u32, exact::Line>, HashSet<u32>)>,
+    exact: Option<(HashMap<u32, exact::ExactLine>, HashSet<u32>)>,
     /// `VIPS`.
     pub vips: HashMap<VipKey, Vip>,
     /// `SERVICES`: the live views.
@@ -213,7 +213,7 @@ impl HashTables {
 
     /// Fills `EXACT` and `VIP_FILTER` from what services there are, as `lbd` does.
     pub fn spare_lookups(&mut self) {
-        let mut lines: HashMap<u32, exact::Line> = HashMap::new();
+        let mut lines: HashMap<u32, exact::ExactLine> = HashMap::new();
         for (key, service) in &self.service_index {
             let (line, entry) = exact::entry(key, *service);
             let line = lines.entry(line).or_default();
@@ -298,7 +298,7 @@ impl Tables for HashTables {
         self.service_index.get(key).copied()
     }
 
-    fn exact(&self, line: u32) -> Option<&exact::Line> {
+    fn exact(&self, line: u32) -> Option<&exact::ExactLine> {
         self.exact.as_ref()?.0.get(&line)
     }
 

@@ -1,6 +1,8 @@
 //! Service lookup, hash, choice of a backend, schedulers, and the trait over the maps.
 
+mod choice;
 pub mod choose;
+mod entries;
 pub mod fragments;
 pub mod hash;
 pub mod others;

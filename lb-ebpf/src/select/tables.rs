@@ -29,7 +29,7 @@ pub trait Tables {
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
     /// A line of exact ports. Without any, services are found by [`Tables::service_index`].
     #[inline(always)]
-    fn exact(&self, _line: u32) -> Option<&exact::Line> {
+    fn exact(&self, _line: u32) -> Option<&exact::ExactLine> {
         None
     }
     /// Whether an address that has this bit in the filter cannot be a VIP.

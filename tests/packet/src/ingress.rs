@@ -135,7 +135,7 @@ impl Ingress {
     /// Writes what spares the lookup of an exact port, as `lbd` does.
     fn spare(&mut self, key: &ServiceKey, index: u32) {
         let (place, entry) = exact::entry(key, index);
-        let mut lines: Array<&mut MapData, exact::Line> = self.map(names::EXACT);
+        let mut lines: Array<&mut MapData, exact::ExactLine> = self.map(names::EXACT);
         let mut line = lines.get(&place, 0).expect("in range");
         let known = line.entries.iter().position(|known| known.is_of(&entry));
         let free = line.entries.iter().position(|known| known.port_and_service == 0);
@@ -335,8 +335,8 @@ impl Ingress {
         clear::<VipKey, Vip>(self.map(names::VIPS));
         let (lines, words) = std::mem::take(&mut self.spared);
         for place in lines {
-            let mut map: Array<&mut MapData, exact::Line> = self.map(names::EXACT);
-            map.set(place, exact::Line::default(), 0).expect("in range");
+            let mut map: Array<&mut MapData, exact::ExactLine> = self.map(names::EXACT);
+            map.set(place, exact::ExactLine::default(), 0).expect("in range");
         }
         for place in words {
             let mut map: Array<&mut MapData, Line> = self.map(names::VIP_FILTER);

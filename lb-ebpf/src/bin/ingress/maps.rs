@@ -34,7 +34,7 @@ pub static SETTINGS: Global<IngressSettings> = Global::new(IngressSettings::DEFA
 #[map]
 pub static SERVICE_INDEX: HashMap<ServiceKey, u32> = HashMap::with_max_entries(limits::SERVICES, 0);
 #[map]
-pub static EXACT: Array<exact::Line> = Array::with_max_entries(exact::LINES, BPF_F_MMAPABLE);
+pub static EXACT: Array<exact::ExactLine> = Array::with_max_entries(exact::LINES, BPF_F_MMAPABLE);
 #[map]
 pub static VIP_FILTER: Array<Line> = Array::with_max_entries(exact::FILTER_WORDS / LINE, BPF_F_MMAPABLE);
 #[map]
@@ -56,7 +56,8 @@ pub static ROUND_ROBIN: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits:
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
-pub static SYN_CACHE: Array<syn_cache::Line> = Array::with_max_entries(syn_cache::LINES + 1, BPF_F_MMAPABLE);
+pub static SYN_CACHE: Array<syn_cache::SynCacheLine> =
+    Array::with_max_entries(syn_cache::LINES + 1, BPF_F_MMAPABLE);
 #[map]
 pub static UDP_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]

@@ -57,7 +57,7 @@ pub fn syn_state() -> Option<&'static syn_cache::State> {
 }
 
 /// A line of the SYN cache and the flow filter.
-pub struct Line(*mut syn_cache::Line);
+pub struct Line(*mut syn_cache::SynCacheLine);
 
 impl Line {
     /// The line of a flow.
@@ -172,7 +172,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn exact(&self, line: u32) -> Option<&exact::Line> {
+    fn exact(&self, line: u32) -> Option<&exact::ExactLine> {
         EXACT.get(line)
     }
 

@@ -25,7 +25,7 @@ struct Banks {
 }
 
 /// How an entry is written.
-struct Change {
+struct HopChange {
     index: u32,
     new: Backend,
     /// Whether packets may use the entry's next hop meanwhile, so that it is switched off and on again.
@@ -66,7 +66,7 @@ impl Backends {
 
 impl Banks {
     /// How each entry is to be written.
-    fn changes(&self, backends: &[(u32, Backend)]) -> Result<Vec<Change>, DataplaneError> {
+    fn changes(&self, backends: &[(u32, Backend)]) -> Result<Vec<HopChange>, DataplaneError> {
         let mut changes = Vec::with_capacity(backends.len());
         for (index, new) in backends {
             let old = self.load(*index)?;
@@ -74,7 +74,7 @@ impl Banks {
             // Packets read the entry by the tables of now, or will by those to come.
             let is_used = old.flags & USED != 0 && old.service == new.service;
             let is_switched = is_torn || is_used && old.flags & RESOLVED == 0 && new.flags & RESOLVED != 0;
-            changes.push(Change { index: *index, new: *new, is_torn, is_switched });
+            changes.push(HopChange { index: *index, new: *new, is_torn, is_switched });
         }
         Ok(changes)
     }
@@ -83,7 +83,7 @@ impl Banks {
     fn write(
         &self,
         read: &mut BTreeSet<u32>,
-        changes: &[Change],
+        changes: &[HopChange],
         mut before: impl FnMut(&Backend, &Backend) -> Result<(), DataplaneError>,
         mut grace: impl FnMut(),
     ) -> Result<(), DataplaneError> {
@@ -92,7 +92,7 @@ impl Banks {
             grace();
             read.clear();
         }
-        for Change { index, .. } in torn() {
+        for HopChange { index, .. } in torn() {
             let old = self.load(*index)?;
             stored(self.changing.store(*index, &old), names::CHANGING_BACKENDS, *index)?;
             self.store_flags(*index, old.flags & !RESOLVED | CHANGING)?;
@@ -101,7 +101,7 @@ impl Banks {
         if torn().next().is_some() {
             grace();
         }
-        for Change { index, new, is_torn, is_switched } in changes {
+        for HopChange { index, new, is_torn, is_switched } in changes {
             before(&self.load(*index)?, new)?;
             let switch = if *is_torn { CHANGING } else { 0 };
             let flags = if *is_switched { new.flags & !RESOLVED | switch } else { new.flags };
@@ -111,7 +111,7 @@ impl Banks {
             // A program that has loaded words of the entry before the last of them was written does not see the switch.
             grace();
         }
-        for Change { index, new, .. } in changes.iter().filter(|change| change.is_switched) {
+        for HopChange { index, new, .. } in changes.iter().filter(|change| change.is_switched) {
             self.store_flags(*index, new.flags)?;
         }
         Ok(())

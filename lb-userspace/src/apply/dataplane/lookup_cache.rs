@@ -17,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 
 /// Lookup cache of a loaded program: both tables.
 pub(super) struct LookupCache {
-    lines: MappedArray<exact::Line>,
+    lines: MappedArray<exact::ExactLine>,
     filter: MappedArray<Line>,
     vips: HashSet<Address>,
     /// Number of VIPs for each bit of the filter.
@@ -26,7 +26,7 @@ pub(super) struct LookupCache {
 
 impl LookupCache {
     /// Tables of a newly loaded program: empty, and not used yet.
-    pub fn new(lines: MappedArray<exact::Line>, filter: MappedArray<Line>) -> Self {
+    pub fn new(lines: MappedArray<exact::ExactLine>, filter: MappedArray<Line>) -> Self {
         Self { lines, filter, vips: HashSet::new(), by_bit: HashMap::new() }
     }
 

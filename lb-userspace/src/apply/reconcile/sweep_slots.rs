@@ -8,19 +8,19 @@ use lb_ebpf::select::scheduler::{is_at_home, number_of};
 use std::collections::{BTreeMap, HashMap};
 
 /// What determines the slot of a flow: seed, number of slots, and whether only the client's address is hashed.
-pub type Hashing = ([u64; 2], u32, bool);
+pub type SlotHashing = ([u64; 2], u32, bool);
 
 /// Slots of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotSet {
     /// Hashing by which flows are assigned to slots.
-    pub hashing: Hashing,
+    pub hashing: SlotHashing,
     /// A bit for each slot.
     pub bits: Vec<u64>,
 }
 
 impl SlotSet {
-    fn new(hashing: Hashing) -> Self {
+    fn new(hashing: SlotHashing) -> Self {
         Self { hashing, bits: vec![0; hashing.1.div_ceil(64) as usize] }
     }
 
@@ -30,7 +30,7 @@ impl SlotSet {
     }
 }
 
-fn hashing(view: &ServiceView) -> Hashing {
+fn hashing(view: &ServiceView) -> SlotHashing {
     (view.seed, view.slot_count, view.flags & flags::HASH_SOURCE != 0)
 }
 
