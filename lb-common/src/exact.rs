@@ -30,7 +30,7 @@ pub const FILTER_WORDS: u32 = FILTER_ARMED + crate::slot::LINE;
 pub struct Entry {
     /// The VIP, as two words in memory order.
     pub vip: [u64; 2],
-    /// [`port_word`] in the low half, index in `SERVICES` in the high half; 0: unused. Stored last, and cleared first.
+    /// [`port_word`] in the low half, index in `SERVICES` in the high half; 0: unused. Stored last; alone when an entry is removed.
     pub port_and_service: u64,
     /// Zero.
     pub pad: u64,

@@ -63,7 +63,7 @@ pub const GUARD_FILTER: &str = "GUARD_FILTER";
 pub const GUARD_STATE: &str = "GUARD_STATE";
 /// `HASH<GuardKey, u32>`: prefixes of the deny and allow lists, see [`crate::guard::verdict`].
 pub const GUARD_ENTRIES: &str = "GUARD_ENTRIES";
-/// `ARRAY<u64>`, by service index: bucket of the service's new flows, see [`crate::limit::take`].
+/// `ARRAY<u64>`, by service index: bucket of the service's new flows, see [`crate::rate_limit::take`].
 pub const LIMITS: &str = "LIMITS";
 /// `LRU_HASH<SourceKey, u64>`: buckets of new flows of sources.
 pub const SOURCES: &str = "SOURCES";

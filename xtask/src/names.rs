@@ -28,8 +28,8 @@ const LONG_FILES: [(&str, &str); 2] = [
     ("lb-ebpf/src/native/tables.rs", "the same operations over vectors, in the same order"),
 ];
 
-/// Stands in for the modules whose types it names again, in a build for upgrade tests.
-const OTHER_ABI: &str = "other_abi";
+/// Modules of tests: types of another ABI version for upgrade tests, and the simulation of regions.
+const NOT_SHIPPED: [&str; 2] = ["other_abi", "simulation"];
 
 /// Types that a file defines at module level, outside of tests.
 #[derive(Default)]
@@ -69,7 +69,7 @@ fn is_test_file(path: &Path) -> bool {
         || name.starts_with("tests_")
         || name.ends_with("_tests")
         || path.ends_with("bin")
-        || name == OTHER_ABI
+        || NOT_SHIPPED.contains(&&*name)
 }
 
 /// Sources under a folder, without tests and programs.

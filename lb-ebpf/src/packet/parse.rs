@@ -102,8 +102,7 @@ impl Headers {
         self.tcp_flags & (tcp::FIN | tcp::RST) != 0
     }
 
-    /// Whether ICMP may be sent to the packet's source at all (RFC 1122 3.2.2, RFC 4443 2.4): not about a later part of an
-    /// IPv4 packet, which has no ports.
+    /// Whether ICMP may be sent to the packet's source at all (RFC 1122 3.2.2, RFC 4443 2.4).
     #[inline(always)]
     pub fn is_answerable(&self) -> bool {
         if self.is_ipv6 {
@@ -111,7 +110,7 @@ impl Headers {
             first >> 24 != 0xff && (self.source[0] | self.source[1] | self.source[2] | self.source[3]) != 0
         } else {
             let first = u32::from_be(self.source[3]) >> 24;
-            first != 0 && first != 127 && first < 224 && self.port != 0
+            first != 0 && first != 127 && first < 224
         }
     }
 

@@ -22,7 +22,7 @@
 //! Input: [`Tables`], a service's live view, [`Headers`] and the flow's hash. Output: [`Choice`].
 
 pub use super::choice::{Choice, Why};
-use super::entries::{NO_FLOW, cache_syn, counted, is_foreign, is_some, known, record_flow};
+use super::flow_entries::{NO_FLOW, cache_syn, counted, is_foreign, is_some, known, record_flow};
 use crate::{
     FlowTable, Tables,
     guard::limit::is_limited,

@@ -2,7 +2,7 @@
 
 mod choice;
 pub mod choose;
-mod entries;
+mod flow_entries;
 pub mod fragments;
 pub mod hash;
 pub mod others;

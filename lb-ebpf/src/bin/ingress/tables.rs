@@ -15,11 +15,11 @@ use lb_common::{
     exact, flow,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState},
-    limit::SourceKey,
     load,
     nat::Embryonic,
     passive::{self, PassiveFailure},
     quic::{QuicConfig, ServerIdKey},
+    rate_limit::SourceKey,
     settings::{IngressSettings, kernel},
     slot::{self, LINE},
     syn_cache::{self, CachedSyn, FilterLine, SynLine},
@@ -155,7 +155,7 @@ pub struct Maps;
 impl Maps {
     /// Notes that a table had no room.
     #[inline(always)]
-    fn is_full(service: u32, table: FlowTable) {
+    fn mark_full(service: u32, table: FlowTable) {
         let Some(budget) = WRITE_BUDGETS.get_ptr_mut(service) else { return };
         let now_s = Self.now_s();
         // SAFETY: this CPU's own, and programs do not preempt each other.
@@ -264,7 +264,7 @@ impl Tables for Maps {
         unsafe {
             match table {
                 FlowTable::Flows => FLOWS.get(key).copied(),
-                // See `note`.
+                // They are in `SYN_CACHE`.
                 FlowTable::Syns => None,
                 FlowTable::UdpFlows => UDP_FLOWS.get(key).copied(),
             }
@@ -279,7 +279,7 @@ impl Tables for Maps {
             FlowTable::UdpFlows => UDP_FLOWS.insert(key, flow, 0).is_ok(),
         };
         if !written {
-            Self::is_full(key.service, table);
+            Self::mark_full(key.service, table);
         }
         written
     }

@@ -19,7 +19,7 @@ use lb_common::{
     Flow, FlowKey,
     backend::flags::{DOWN, DRAINING, USED},
     flow::{CLOSING_S, TCP_IDLE_S, flags::CLOSING},
-    limit::{FULL_S, WriteBudget},
+    rate_limit::{FULL_S, WriteBudget},
     service, syn_cache,
 };
 use lb_ebpf::FlowTable;

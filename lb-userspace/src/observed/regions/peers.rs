@@ -1,30 +1,32 @@
 //! Reads the decisions of other regions and zones from the reports of their hosts.
 //!
-//! Input: reports as the store delivers them, one per host. Output: one [`Peer`] per region or zone. The first host by
+//! Input: reports as the store delivers them, one per host. Output: one [`PeerPlace`] per region or zone. The first host by
 //! name of a region decides for it. A report that names no share of a service says that its region keeps its flows.
 
 use super::PeerReport;
 use crate::{
     desired::model::{Locality, Name, RegionShares, Share, WHOLE},
-    plan::policy::region::{Peer, RegionDecision},
+    plan::policy::region::{PeerPlace, RegionDecision},
 };
 use std::collections::BTreeMap;
 
 /// Decisions of other regions for a service.
-pub fn regions(service: &Name, here: &Locality, peers: &[PeerReport]) -> Vec<Peer> {
+pub fn regions(service: &Name, here: &Locality, peers: &[PeerReport]) -> Vec<PeerPlace> {
     let elsewhere = peers.iter().filter(|p| p.region != here.region.as_str());
     let decided = elsewhere.filter_map(|p| Some((p.region.parse().ok()?, p, &p.steers.get(service)?.shares)));
     first_by_place(decided)
 }
 
 /// Decisions of other zones of the own region for a service.
-pub fn zones(service: &Name, here: &Locality, peers: &[PeerReport]) -> Vec<Peer> {
+pub fn zones(service: &Name, here: &Locality, peers: &[PeerReport]) -> Vec<PeerPlace> {
     let near = peers.iter().filter(|p| p.region == here.region.as_str() && p.zone != here.zone.as_str());
     let decided = near.filter_map(|p| Some((p.zone.parse().ok()?, p, &p.steers.get(service)?.zones)));
     first_by_place(decided)
 }
 
-fn first_by_place<'a>(decided: impl Iterator<Item = (Name, &'a PeerReport, &'a Vec<Share>)>) -> Vec<Peer> {
+fn first_by_place<'a>(
+    decided: impl Iterator<Item = (Name, &'a PeerReport, &'a Vec<Share>)>,
+) -> Vec<PeerPlace> {
     let mut first: BTreeMap<Name, (&PeerReport, &Vec<Share>)> = BTreeMap::new();
     for (place, report, shares) in decided.filter(|(_, _, shares)| !shares.is_empty()) {
         let known = first.entry(place).or_insert((report, shares));
@@ -34,7 +36,11 @@ fn first_by_place<'a>(decided: impl Iterator<Item = (Name, &'a PeerReport, &'a V
     }
     first
         .into_iter()
-        .map(|(name, (report, shares))| Peer { name, shares: shares.clone(), rtt_us: report.rtt_us.clone() })
+        .map(|(name, (report, shares))| PeerPlace {
+            name,
+            shares: shares.clone(),
+            rtt_us: report.rtt_us.clone(),
+        })
         .collect()
 }
 

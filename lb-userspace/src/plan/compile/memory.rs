@@ -3,7 +3,7 @@
 //! `reconcile` keeps it in a file, so that a restart changes nothing. Indices can also be read back from the
 //! live maps ([`Memory::adopt`]), which are authoritative for them.
 
-use super::{Plan, ServiceId, TableLimits, entries};
+use super::{Plan, ServiceId, TableLimits, map_values};
 use crate::{
     desired::model::{Desired, Ports, Protocol},
     plan::maglev,
@@ -327,7 +327,7 @@ impl Memory {
     /// Services that the maps do not have are dropped; those that the memory does not have are added.
     pub fn adopt(&mut self, live: &Plan, now_ms: i64) {
         let known = std::mem::take(&mut self.services);
-        let live_ids = entries::service_ids(live);
+        let live_ids = map_values::service_ids(live);
         for (&index, id) in &live_ids {
             let mut memory = known.get(id).map(|m| (**m).clone()).unwrap_or_default();
             if memory.index != index {
@@ -337,7 +337,7 @@ impl Memory {
             let of_service = live.backends.iter().filter(|(_, b)| b.service == index);
             memory.backends = of_service
                 .map(|(&backend, entry)| {
-                    let address = entries::from_address(&entry.address);
+                    let address = map_values::from_address(&entry.address);
                     let before = memory.backends.get(&address);
                     let removed_ms = before.and_then(|b| b.removed_ms);
                     (

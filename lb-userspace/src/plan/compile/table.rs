@@ -13,7 +13,7 @@
 //! flows.
 
 use super::{
-    Epoch, ServiceMemory, Shape, ShapeMember, View, entries, room::has_second_choices, service::Input,
+    Epoch, ServiceMemory, Shape, ShapeMember, View, map_values, room::has_second_choices, service::Input,
     slot_layout,
 };
 use crate::{
@@ -42,7 +42,7 @@ const KEPT_TABLES: usize = 4;
 pub(super) fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     match memory.epochs.last() {
         Some(last) if wanted.backends.is_empty() && !memory.backends.is_empty() => last.shape.size,
-        _ => entries::table_size(wanted),
+        _ => map_values::table_size(wanted),
     }
 }
 
@@ -67,7 +67,7 @@ impl Hashing {
     /// Hashing of a desired service.
     pub(super) fn wanted(wanted: &Service, memory: &ServiceMemory) -> Self {
         Self {
-            seed: entries::seed(wanted),
+            seed: map_values::seed(wanted),
             size: table_size(wanted, memory),
             by_source: wanted.scheduler == Scheduler::SourceHash,
         }

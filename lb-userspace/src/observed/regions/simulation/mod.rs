@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     desired::model::{Locality, Name, RegionRules, Share, WHOLE},
-    plan::policy::region::{Inputs, Peer, RegionDecision, decide},
+    plan::policy::region::{Inputs, PeerPlace, RegionDecision, decide},
 };
 use std::collections::{BTreeMap, VecDeque};
 use workers::{Random, Worker};
@@ -266,12 +266,12 @@ impl World {
             place.rtt_us = (at != own).then(|| rtt_us(own, at));
             place.service_ms = seen(own).service_ms;
         }
-        let peer = |i: usize| Peer {
+        let peer = |i: usize| PeerPlace {
             name: name(i),
             shares: seen(i).shares[i].clone(),
             rtt_us: (0..self.regions.len()).map(|to| (name(to), rtt_us(i, to))).collect::<BTreeMap<_, _>>(),
         };
-        let peers: Vec<Peer> = (0..self.regions.len()).filter(|&i| i != own).map(peer).collect();
+        let peers: Vec<PeerPlace> = (0..self.regions.len()).filter(|&i| i != own).map(peer).collect();
         let here = Locality { region: name(own), zone: name(own) };
         let inputs = Inputs {
             here: &here,

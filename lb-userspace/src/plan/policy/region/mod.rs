@@ -102,7 +102,7 @@ impl Place {
 
 /// Decision of another region's or zone's hosts for the service, as they published it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Peer {
+pub struct PeerPlace {
     /// Name of the region or zone.
     pub name: Name,
     /// Shares of its clients' flows.
@@ -123,9 +123,9 @@ pub struct Inputs<'a> {
     /// Zones of the own region.
     pub zones: &'a [Place],
     /// Decisions of other regions.
-    pub region_peers: &'a [Peer],
+    pub region_peers: &'a [PeerPlace],
     /// Decisions of other zones of the own region.
-    pub zone_peers: &'a [Peer],
+    pub zone_peers: &'a [PeerPlace],
     /// Interval of the replicas' reports, in milliseconds.
     pub interval_ms: u64,
     /// A monotonic clock, in milliseconds.

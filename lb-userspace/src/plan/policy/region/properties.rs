@@ -110,10 +110,10 @@ proptest! {
             }
             last = next;
         }
-        // Converges in one direction: no share occurs twice.
-        let rises = changes.windows(2).all(|pair| pair[0] <= pair[1]);
-        let falls = changes.windows(2).all(|pair| pair[0] >= pair[1]);
-        prop_assert!(rises || falls, "{changes:?}");
+        // No cycle: it turns at most once, when a place that it fills turns out to be overloaded by others.
+        let turns: Vec<bool> = changes.windows(2).filter(|p| p[0] != p[1]).map(|p| p[0] < p[1]).collect();
+        let turns = turns.windows(2).filter(|pair| pair[0] != pair[1]).count();
+        prop_assert!(turns <= 1, "{changes:?}");
         let again = decide(&Inputs::alone(&here(0), &rules, (&places, &[]), 1_000_000), &last);
         prop_assert_eq!(again.shares, last.shares);
     }

@@ -11,7 +11,7 @@
 //! * What is sent to one place shrinks when that place is overloaded, or when others ask for the same slots.
 
 use super::{
-    Peer, Place, STEP,
+    PeerPlace, Place, STEP,
     allocate::{Allocation, Site, allocate},
     estimate::{Estimate, Estimator},
 };
@@ -57,6 +57,9 @@ pub struct Spill {
     /// Since when the demand has been small enough to shrink.
     #[serde(skip)]
     below_since_ms: Option<u64>,
+    /// Places whose share was cut because they were overloaded, and that still are.
+    #[serde(skip)]
+    cut: Vec<Name>,
     #[serde(skip)]
     estimator: Estimator,
 }
@@ -89,7 +92,7 @@ pub(super) struct LocalFirst<'a> {
     /// Other places that can take flows, nearest first.
     pub others: &'a [&'a Place],
     /// Decisions of other places.
-    pub peers: &'a [Peer],
+    pub peers: &'a [PeerPlace],
     /// Load in percent of capacity at which spill begins.
     pub at: u16,
     /// Load in percent of capacity below which spill shrinks.
@@ -106,7 +109,7 @@ pub(super) struct LocalFirst<'a> {
 }
 
 /// Own part of an allocation.
-struct Plan {
+struct SpillPlan {
     /// Slots that have to leave.
     excess: f64,
     /// Thousandths of the demand by place, in the order of `others`.
@@ -116,11 +119,13 @@ struct Plan {
     unplaced: f64,
     /// Full slots and waiting requests by capacity of each place that is overloaded, otherwise 0.
     overload: Vec<f64>,
+    /// Whether a place is overloaded, by whatever.
+    is_full: Vec<bool>,
     /// Whether others ask for a place's slots.
     contended: Vec<bool>,
 }
 
-impl Plan {
+impl SpillPlan {
     /// Thousandths of a demand that have to leave, whether there is room or not.
     fn share_away(&self, demand: f64) -> f64 {
         self.excess / demand.max(1e-9) * f64::from(WHOLE)
@@ -179,7 +184,7 @@ impl LocalFirst<'_> {
     }
 
     /// Allocates the free slots of all places, if the own demand is `demand`.
-    fn plan(&self, estimates: &BTreeMap<Name, Estimate>, spill: &Spill, demand: f64) -> Plan {
+    fn plan(&self, estimates: &BTreeMap<Name, Estimate>, spill: &Spill, demand: f64) -> SpillPlan {
         let (at, until) = (f64::from(self.at) / 100.0, f64::from(self.until) / 100.0);
         let place = |name: &Name| self.others.iter().find(|p| p.name == *name);
         let mut names: Vec<&Name> = self.others.iter().map(|p| &p.name).collect();
@@ -211,21 +216,23 @@ impl LocalFirst<'_> {
         let sites: Vec<Site> = all.iter().map(site).collect();
         let Allocation { given, unplaced, is_contended } = allocate(&sites, at.midpoint(until), at);
         let part = |to: usize| given[0][to] / demand.max(1e-9) * f64::from(WHOLE);
-        let overload = |p: &&Place| {
+        let is_full = |p: &&Place| {
             let e = estimates.get(&p.name).copied().unwrap_or_default();
             let is_over = e.load > OVERLOAD * at.max(1.0) * e.capacity && e.waiting > e.capacity / 4.0;
-            let is_flooded = e.waiting > 2.0 * e.capacity;
-            match (is_over || is_flooded) && spill.share_of(p) > 0 {
-                true => 1.0 + e.waiting / e.capacity.max(1.0),
-                false => 0.0,
-            }
+            is_over || e.waiting > 2.0 * e.capacity
         };
-        Plan {
+        let overload = |p: &&Place| {
+            let e = estimates.get(&p.name).copied().unwrap_or_default();
+            let is_mine = is_full(p) && spill.share_of(p) > 0;
+            if is_mine { 1.0 + e.waiting / e.capacity.max(1.0) } else { 0.0 }
+        };
+        SpillPlan {
             excess: given[0].iter().sum::<f64>() + unplaced[0],
             placed: nearest.iter().map(|&to| part(to)).sum(),
             targets: nearest.iter().map(|&to| part(to)).collect(),
             unplaced: unplaced[0],
             overload: self.others.iter().map(overload).collect(),
+            is_full: self.others.iter().map(is_full).collect(),
             contended: nearest.iter().map(|&to| is_contended[to]).collect(),
         }
     }
@@ -265,13 +272,14 @@ impl LocalFirst<'_> {
         let falls = !is_pending && (own.load < limit(self.until) || own.most < limit(self.until));
         let since_ms = self.now_ms.saturating_sub(next.changed_ms);
         let mut given = self.keep(next, &plan, since_ms);
+        self.note_cuts(next, &plan, &given);
         let wanted = in_steps(needed.share_away(own.least)).min(self.most);
         let is_held = self.holds_below(next, falls);
         let may_rise = next.sum() == 0 || since_ms >= RISE_MS;
         if self.waits_for_senders(next, rises && wanted > next.sum()) {
             // Nothing: what is sent here goes first.
         } else if rises && may_rise {
-            self.give(&mut given, &plan, wanted);
+            self.give(&mut given, (&plan, &next.cut), wanted);
         } else if !rises && falls && !is_held {
             take(&mut given, in_steps(plan.placed));
             next.below_since_ms = None;
@@ -285,7 +293,7 @@ impl LocalFirst<'_> {
     }
 
     /// What is free although all shares had their effect may be used, whatever the estimates say: half of it per step.
-    fn use_free_slots(&self, plan: &mut Plan, spill: &Spill, estimates: &BTreeMap<Name, Estimate>) {
+    fn use_free_slots(&self, plan: &mut SpillPlan, spill: &Spill, estimates: &BTreeMap<Name, Estimate>) {
         let demand = estimates.get(self.here).map_or(0.0, |own| own.demand).max(1.0);
         for (target, place) in plan.targets.iter_mut().zip(self.others) {
             let e = estimates.get(&place.name).copied().unwrap_or_default();
@@ -359,7 +367,7 @@ impl LocalFirst<'_> {
     }
 
     /// What each place keeps of its share: less if it is overloaded or contended, nothing if it is not measured.
-    fn keep(&self, spill: &Spill, plan: &Plan, since_ms: u64) -> Vec<u16> {
+    fn keep(&self, spill: &Spill, plan: &SpillPlan, since_ms: u64) -> Vec<u16> {
         let keep = |(i, place): (usize, &&Place)| {
             let (has, target) = (spill.share_of(place), in_steps(plan.targets[i]));
             if place.capacity.is_none_or(|c| c == 0) {
@@ -378,10 +386,24 @@ impl LocalFirst<'_> {
         self.others.iter().enumerate().map(keep).collect()
     }
 
-    /// Raises the sum of the shares to `goal`: each place gets up to its target, the nearest first.
-    fn give(&self, given: &mut [u16], plan: &Plan, goal: u16) {
+    /// Remembers places that have just lost share by overload, until they are no longer overloaded.
+    fn note_cuts(&self, spill: &mut Spill, plan: &SpillPlan, given: &[u16]) {
+        let places = self.others.iter().zip(given).zip(plan.is_full.iter().zip(&plan.overload));
+        let cut = places.filter(|((place, share), (is_full, overload))| {
+            let is_cut = **overload > 0.0 && **share < spill.share_of(place);
+            **is_full && (is_cut || spill.cut.contains(&place.name))
+        });
+        spill.cut = cut.map(|((place, _), _)| place.name.clone()).collect();
+    }
+
+    /// Raises the sum of the shares to `goal`: each place gets up to its target, the nearest first. One that was cut gets no
+    /// more while it is overloaded, or it would be cut and raised for ever.
+    fn give(&self, given: &mut [u16], (plan, cut): (&SpillPlan, &[Name]), goal: u16) {
         let mut sum: u16 = given.iter().sum();
-        for (share, target) in given.iter_mut().zip(&plan.targets) {
+        for ((share, target), place) in given.iter_mut().zip(&plan.targets).zip(self.others) {
+            if cut.contains(&place.name) {
+                continue;
+            }
             let more = goal.saturating_sub(sum).min(in_steps(*target).saturating_sub(*share));
             *share += more;
             sum += more;
@@ -417,7 +439,7 @@ impl LocalFirst<'_> {
     }
 
     /// All flows by the plan; what has no room goes where the most capacity is.
-    fn all_away(&self, plan: &Plan, demand: f64, is_unknown: bool) -> Vec<u16> {
+    fn all_away(&self, plan: &SpillPlan, demand: f64, is_unknown: bool) -> Vec<u16> {
         let mut given: Vec<u16> = vec![0; self.others.len()];
         if is_unknown && plan.overload.iter().all(|o| *o == 0.0) {
             given[0] = WHOLE;
@@ -459,7 +481,7 @@ fn take(given: &mut [u16], goal: u16) {
 }
 
 /// Places in the order in which a peer asks them: the nearest to it first.
-fn order_of(peer: &Peer, all: &[&Name]) -> Vec<usize> {
+fn order_of(peer: &PeerPlace, all: &[&Name]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..all.len()).filter(|&i| *all[i] != peer.name).collect();
     order.sort_by_key(|&i| (peer.rtt_us.get(all[i]).copied().unwrap_or(u32::MAX), all[i]));
     order
