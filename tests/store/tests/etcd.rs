@@ -8,7 +8,7 @@ use std::sync::{
 use anyhow::Result;
 use lb_userspace::desired::store::{
     Address, EtcdStore, LocalFile, Store,
-    etcd::{Access, Options},
+    etcd::{Access, EtcdOptions},
 };
 use tempfile::TempDir;
 use test_store::{Fixture, conformance};
@@ -29,7 +29,7 @@ impl Etcd {
         let number = self.opened.fetch_add(1, Ordering::Relaxed);
         let local = Arc::new(LocalFile::open(&self.directory.path().join(format!("host-{number}")))?);
         let access = Access { members, tls, ..Access::default() };
-        Ok(Arc::new(EtcdStore::open(Options { access, prefix, keep, id: None }, local).await?))
+        Ok(Arc::new(EtcdStore::open(EtcdOptions { access, prefix, keep, id: None }, local).await?))
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use lb_userspace::desired::store::{
     Address, EtcdStore, LocalFile, Retire, Store, StoreError,
-    etcd::{Access, Options},
+    etcd::{Access, EtcdOptions},
 };
 use tempfile::TempDir;
 use test_store::{commit, state};
@@ -34,12 +34,12 @@ fn bed(members: usize) -> Result<Bed> {
 }
 
 impl Bed {
-    fn options(&self) -> Result<Options> {
+    fn options(&self) -> Result<EtcdOptions> {
         let Address::Etcd { members, prefix, tls } = self.cluster.url("lb").parse()? else {
             bail!("not the address of an etcd")
         };
         let access = Access { members, tls, ..Access::default() };
-        Ok(Options { access, prefix, keep: 100, id: None })
+        Ok(EtcdOptions { access, prefix, keep: 100, id: None })
     }
 
     fn local(&self, host: &str) -> Result<Arc<LocalFile>, StoreError> {
@@ -52,7 +52,7 @@ impl Bed {
         Ok(local)
     }
 
-    async fn try_open(&self, host: &str, options: Options) -> Result<EtcdStore, StoreError> {
+    async fn try_open(&self, host: &str, options: EtcdOptions) -> Result<EtcdStore, StoreError> {
         EtcdStore::open(options, self.local(host)?).await
     }
 
@@ -150,7 +150,7 @@ async fn other_data_is_refused_by_name() -> Result<()> {
     let error = refusal(bed.try_open("one", bed.options()?).await)?;
     ensure!(error.contains(&id) && error.contains("--store-id feedfeedfeedfeed"), "{error}");
     // Whoever names it gets it.
-    let options = Options { id: Some("feedfeedfeedfeed".into()), ..bed.options()? };
+    let options = EtcdOptions { id: Some("feedfeedfeedfeed".into()), ..bed.options()? };
     ensure!(connected(&bed.try_open("one", options).await?));
     // A later version's data.
     bed.cluster.etcdctl(&["put", "lb/store", r#"{"format":7,"id":"feedfeedfeedfeed"}"#])?;
@@ -556,16 +556,16 @@ async fn tls_is_spoken_both_ways() -> Result<()> {
     let path = |name: &str| bed.directory.path().join(name);
     let identity = Some((path("host.pem"), path("host.key")));
     let access = Access { tls: true, ca: Some(path("ca.pem")), identity, ..options.access.clone() };
-    let one = bed.try_open("one", Options { access: access.clone(), ..options.clone() }).await?;
+    let one = bed.try_open("one", EtcdOptions { access: access.clone(), ..options.clone() }).await?;
     one.commit(commit(0, state(&[("a", 1, &[])]))).await?;
     // Without our certificate, and without knowledge of theirs.
     for access in [Access { identity: None, ..access.clone() }, Access { ca: None, ..access.clone() }] {
-        let error = refusal(bed.try_open("two", Options { access, ..options.clone() }).await)?;
+        let error = refusal(bed.try_open("two", EtcdOptions { access, ..options.clone() }).await)?;
         ensure!(error.contains("cannot reach the store"), "{error}");
         println!("{error}");
     }
     let missing = Access { ca: Some(path("no.pem")), ..access };
-    let error = refusal(bed.try_open("two", Options { access: missing, ..options }).await)?;
+    let error = refusal(bed.try_open("two", EtcdOptions { access: missing, ..options }).await)?;
     ensure!(error.contains("no.pem"), "{error}");
     Ok(())
 }
@@ -589,10 +589,10 @@ async fn a_user_with_a_password_is_let_in() -> Result<()> {
     println!("{error}");
     ensure!(error.contains("user name is empty") || error.contains("permission"), "{error}");
     let file = bed.directory.path().join("password");
-    let with = |text: &str| -> Result<Options> {
+    let with = |text: &str| -> Result<EtcdOptions> {
         std::fs::write(&file, text)?;
         let access = Access { user: Some(("lb".into(), file.clone())), ..options.access.clone() };
-        Ok(Options { access, ..options.clone() })
+        Ok(EtcdOptions { access, ..options.clone() })
     };
     let error = refusal(bed.try_open("wrong", with("wrong\n")?).await)?;
     ensure!(error.contains("authentication failed"), "{error}");
