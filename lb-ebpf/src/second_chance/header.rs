@@ -25,12 +25,11 @@
 
 use crate::{
     Frame, Tables,
-    forward::known_hop,
     packet::{
         parse::{ETHERNET, Headers, VLAN_TAG, words},
         wire::{Chain4, Chain6},
     },
-    select::others::split,
+    select::{next_hop::known_hop, others::split},
 };
 use lb_common::{
     Backend,

@@ -5,6 +5,7 @@ pub mod choose;
 mod flow_entries;
 pub mod fragments;
 pub mod hash;
+pub mod next_hop;
 pub mod others;
 pub mod scheduler;
 pub mod service;
