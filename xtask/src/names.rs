@@ -28,8 +28,8 @@ const LONG_FILES: [(&str, &str); 2] = [
     ("lb-ebpf/src/native/tables.rs", "the same operations over vectors, in the same order"),
 ];
 
-/// Modules of tests: types of another ABI version for upgrade tests, and the simulation of regions.
-const NOT_SHIPPED: [&str; 2] = ["other_abi", "simulation"];
+/// Modules of tests: types of another ABI version.
+const NOT_SHIPPED: [&str; 1] = ["other_abi"];
 
 /// Types that a file defines at module level, outside of tests.
 #[derive(Default)]
