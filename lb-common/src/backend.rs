@@ -21,6 +21,9 @@ pub mod flags {
     pub const DOWN: u32 = 1 << 2;
     /// The next hop fields are valid; otherwise the program asks the kernel's FIB.
     pub const RESOLVED: u32 = 1 << 3;
+    /// Not [`RESOLVED`], because the entry is being changed: next hop and source are those of the entry in
+    /// [`crate::names::CHANGING_BACKENDS`]. Programs that do not know this bit ask the FIB.
+    pub const CHANGING: u32 = 1 << 4;
 }
 
 /// Forwarding modes, as [`Backend::mode`] holds them.
@@ -51,7 +54,9 @@ pub mod mode {
 /// A backend of one service. A worker that serves two services has two entries, so that
 /// one counter update per packet counts for both the service and the backend.
 ///
-/// To change an entry in place: clear [`flags::RESOLVED`], wait for a grace period, write the rest, set the flag again.
+/// To change an entry in place: copy it to [`crate::names::CHANGING_BACKENDS`], set [`flags::CHANGING`] instead of
+/// [`flags::RESOLVED`], wait for a grace period, write the rest, wait again, exchange the flags again. A copy is not
+/// written anew before another grace period. So a packet sees all of the old hop or all of the new one.
 #[repr(C, align(8))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 pub struct Backend {

@@ -9,7 +9,7 @@ use crate::{
     names,
     nat::{LastHop, Nat, Reply, ReplyKey},
     service::{PortRange, ServiceKey, Vip, VipKey},
-    syn_cache::Line as SynCacheLine,
+    syn_cache::SynCacheLine,
 };
 use core::mem::offset_of;
 

@@ -1,6 +1,6 @@
 //! Two tables that spare most packets a hash map lookup: services of exact ports, and a filter of VIP addresses.
 //!
-//! Both repeat entries of `SERVICE_INDEX` and `VIPS`, and never hold more. A [`Line`] holds two exact ports, and a hash
+//! Both repeat entries of `SERVICE_INDEX` and `VIPS`, and never hold more. An [`ExactLine`] holds two exact ports, and a hash
 //! of VIP and port selects the line; a port that finds no free entry is in `SERVICE_INDEX` only. The filter has one bit
 //! per hash of an address: a clear bit means that the address is not a VIP, a set bit that it may be one. A newly loaded
 //! program begins with both tables empty, and ignores the filter until lbd has [armed](FILTER_ARMED) it.
@@ -30,7 +30,7 @@ pub const FILTER_WORDS: u32 = FILTER_ARMED + crate::slot::LINE;
 pub struct Entry {
     /// The VIP, as two words in memory order.
     pub vip: [u64; 2],
-    /// [`port_word`] in the low half, index in `SERVICES` in the high half; 0: unused. Stored last, and cleared first.
+    /// [`port_word`] in the low half, index in `SERVICES` in the high half; 0: unused. Stored last; alone when an entry is removed.
     pub port_and_service: u64,
     /// Zero.
     pub pad: u64,
@@ -39,7 +39,7 @@ pub struct Entry {
 /// A cache line of exact ports.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-pub struct Line {
+pub struct ExactLine {
     /// Entries of the line.
     pub entries: [Entry; ENTRIES],
 }
@@ -98,4 +98,4 @@ impl Entry {
     }
 }
 
-map_value!(Entry, Line);
+map_value!(Entry, ExactLine);

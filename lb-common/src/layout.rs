@@ -6,12 +6,12 @@ use crate::{
     flow::*,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState, Lengths},
-    limit::{RateLimiter, SourceKey, WriteBudget},
     load::Load,
     nat::*,
     passive::PassiveFailures,
     probe::*,
     quic::{QuicConfig, ServerIdKey},
+    rate_limit::{RateLimiter, SourceKey, WriteBudget},
     reply::ReplyHop,
     service::*,
     settings::*,
@@ -36,7 +36,7 @@ layout! {
         old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64, flow_interval_ns @ 72, source_bits @ 104 };
     Service: 256 / 8 { active @ 0, used @ 4, views @ 8 };
     exact::Entry: 32 / 8 { vip @ 0, port_and_service @ 16 };
-    exact::Line: 64 / 8 { entries @ 0 };
+    exact::ExactLine: 64 / 8 { entries @ 0 };
     Slot: 8 / 8 { primary @ 0, secondary @ 4 };
     Line: 64 / 8 { words @ 0 };
     Backend: 64 / 8 { address @ 0, source @ 16, next_hop @ 32, mtu @ 38, egress_mac @ 40, vlan @ 46,

@@ -9,7 +9,7 @@ pub const PROGRAM_DECAP: &str = "decap";
 
 /// `HASH<ServiceKey, u32>`: exact port → index in [`SERVICES`].
 pub const SERVICE_INDEX: &str = "SERVICE_INDEX";
-/// `ARRAY<exact::Line>`, memory-mapped: cache of most of [`SERVICE_INDEX`], cheaper to look up; see [`crate::exact`]. Not
+/// `ARRAY<ExactLine>`, memory-mapped: cache of most of [`SERVICE_INDEX`], cheaper to look up; see [`crate::exact`]. Not
 /// pinned: a program that finds nothing in it looks up [`SERVICE_INDEX`].
 pub const EXACT: &str = "EXACT";
 /// `ARRAY<Line>`, memory-mapped: filter of addresses that may be VIPs; see [`crate::exact`]. Not pinned.
@@ -27,6 +27,9 @@ pub const PRIMARIES: &str = "PRIMARIES";
 pub const SECONDARIES: &str = "SECONDARIES";
 /// `ARRAY<Backend>`, memory-mapped.
 pub const BACKENDS: &str = "BACKENDS";
+/// `ARRAY<Backend>`, memory-mapped, by backend index: entries as they were before the change that is under way
+/// ([`crate::backend::flags::CHANGING`]). Not pinned: without an entry in it, a program asks the FIB.
+pub const CHANGING_BACKENDS: &str = "CHANGING_BACKENDS";
 /// `ARRAY<Load>`, memory-mapped, by backend index.
 pub const LOADS: &str = "LOADS";
 /// `PERCPU_ARRAY<u64>`, by service index: positions of `rr` and `wrr`. Not pinned: the starting position does not matter.
@@ -60,7 +63,7 @@ pub const GUARD_FILTER: &str = "GUARD_FILTER";
 pub const GUARD_STATE: &str = "GUARD_STATE";
 /// `HASH<GuardKey, u32>`: prefixes of the deny and allow lists, see [`crate::guard::verdict`].
 pub const GUARD_ENTRIES: &str = "GUARD_ENTRIES";
-/// `ARRAY<u64>`, by service index: bucket of the service's new flows, see [`crate::limit::take`].
+/// `ARRAY<u64>`, by service index: bucket of the service's new flows, see [`crate::rate_limit::take`].
 pub const LIMITS: &str = "LIMITS";
 /// `LRU_HASH<SourceKey, u64>`: buckets of new flows of sources.
 pub const SOURCES: &str = "SOURCES";

@@ -91,7 +91,7 @@ reasons! {
     NatReply = "nat_reply", Note;
     /// Mode nat: binding of a flow that has ended, reused for a new flow
     NatReused = "nat_reused", Note;
-    /// Mode nat: unconfirmed binding (its client has not acknowledged an answer), removed for a newer one
+    /// Mode nat: unconfirmed binding (its client has not acknowledged an answer), or in a full table the longest idle one of UDP, removed for a newer one
     NatGaveWay = "nat_gave_way", Note;
     /// Mode nat: checksum that the sender had left to a network card, completed
     NatCompleted = "nat_completed", Note;

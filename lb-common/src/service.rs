@@ -160,7 +160,7 @@ pub struct ServiceView {
     pub load_cap: u32,
     /// Zero.
     pub pad2: u32,
-    /// Time in which the service earns a new flow, see [`crate::limit::take`].
+    /// Time in which the service earns a new flow, see [`crate::rate_limit::take`].
     pub flow_interval_ns: u64,
     /// Time for all but one flow of the service's largest burst.
     pub flow_tolerance_ns: u64,

@@ -28,7 +28,7 @@ pub struct IngressSettings {
     pub nat_first: u16,
     /// Last source port of mode `nat`.
     pub nat_last: u16,
-    /// SYNs that may be cached for one service, by one CPU, per second; see [`crate::limit::Budgets`].
+    /// SYNs that may be cached for one service, by one CPU, per second; see [`crate::rate_limit::Budgets`].
     pub syns_per_s: u32,
     /// TCP flows from before a transition that may be written for one service, by one CPU, per second.
     pub flows_per_s: u32,

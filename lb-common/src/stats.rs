@@ -30,10 +30,11 @@ impl IcmpBudget {
     #[inline(always)]
     pub fn take(&mut self, now_ns: u64, per_s: u32, burst: u32) -> bool {
         let ns_per_message = 1_000_000_000 / if per_s == 0 { 1 } else { per_s as u64 };
-        let earned =
-            now_ns.wrapping_sub(self.refilled_ns) / if ns_per_message == 0 { 1 } else { ns_per_message };
+        let ns_per_message = if ns_per_message == 0 { 1 } else { ns_per_message };
+        let earned = now_ns.wrapping_sub(self.refilled_ns) / ns_per_message;
         if earned != 0 {
-            self.refilled_ns = now_ns;
+            // What remains is earned with the next message.
+            self.refilled_ns = self.refilled_ns.wrapping_add(earned.wrapping_mul(ns_per_message));
             let tokens = self.tokens.saturating_add(earned);
             self.tokens = if tokens > burst as u64 { burst as u64 } else { tokens };
         }
@@ -46,3 +47,34 @@ impl IcmpBudget {
 }
 
 map_value!(BackendStats, IcmpBudget);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Messages that a steady demand gets in ten seconds.
+    fn granted(per_s: u32, burst: u32, asked_per_s: u64) -> u64 {
+        let mut budget = IcmpBudget::default();
+        let start_ns = 77_777_777_777;
+        while budget.take(start_ns, per_s, burst) {}
+        let take = |i: &u64| budget.take(start_ns + i * 1_000_000_000 / asked_per_s, per_s, burst);
+        (1..=10 * asked_per_s).filter(take).count() as u64
+    }
+
+    #[test]
+    fn the_rate_is_what_it_says_whatever_is_asked() {
+        for asked in [1_001, 1_100, 1_500, 1_999, 5_000, 1_000_000] {
+            assert!((9_999..=10_000).contains(&granted(1_000, 100, asked)), "{asked}/s");
+        }
+        assert_eq!(granted(1_000, 100, 500), 5_000, "less than the rate");
+    }
+
+    #[test]
+    fn a_pause_earns_a_burst_and_no_more() {
+        let mut budget = IcmpBudget::default();
+        let now_ns = 5_000_000_000;
+        assert_eq!((0..1_000).filter(|_| budget.take(now_ns, 1_000, 100)).count(), 100);
+        assert_eq!((0..1_000).filter(|_| budget.take(now_ns + 500_000, 1_000, 100)).count(), 0);
+        assert_eq!((0..1_000).filter(|_| budget.take(now_ns + 1_000_000, 1_000, 100)).count(), 1);
+    }
+}

@@ -14,6 +14,7 @@ use lb_ebpf::{
     select::{
         choose::{choose, flow_key},
         hash::flow_hash,
+        scheduler::{is_at_home, number_of},
         service::lookup_service,
     },
 };
@@ -21,7 +22,7 @@ use lb_userspace::{
     desired::model::{
         BackendId, BackendState, Desired, Health, HealthCheck, HealthKind, Name, Observed, Service,
     },
-    plan::compile::{Cache, DeploymentSettings, Memory, Plan, compile},
+    plan::compile::{Cache, DeploymentSettings, Memory, Plan, Quiet, compile},
 };
 use proptest::prelude::*;
 use std::{
@@ -287,24 +288,51 @@ impl World {
             let age_s = self.now_s - f.last_seen_s;
             match table {
                 FlowTable::Syns => age_s > flow::SYN_TIMEOUT_S,
-                _ => f.flags & flow::flags::CLOSING != 0 && age_s > flow::CLOSING_S,
-            }
-        };
-        let (mut tracked, mut named) = (BTreeSet::new(), BTreeSet::new());
-        for table in [FlowTable::Flows, FlowTable::Syns] {
-            for (key, entry) in self.tables.flows(table) {
-                if over(table, &entry) {
-                    self.tables.forget(table, &key);
-                } else {
-                    tracked.insert(key.service);
-                    named.insert(entry.backend);
+                _ => {
+                    age_s
+                        > if f.flags & flow::flags::CLOSING != 0 { flow::CLOSING_S } else { flow::TCP_IDLE_S }
                 }
             }
+        };
+        let (mut slots, mut named) = (BTreeMap::<u32, Vec<u64>>::new(), BTreeSet::new());
+        let mut with_syns = BTreeSet::new();
+        for (key, entry) in self.tables.flows(FlowTable::Syns) {
+            if over(FlowTable::Syns, &entry) {
+                self.tables.forget(FlowTable::Syns, &key);
+            } else {
+                with_syns.insert(key.service);
+                named.insert(entry.backend);
+            }
         }
-        let stable = self.plan.services.iter().filter(|(_, s)| !s.in_transition());
-        for index in stable.map(|(i, _)| *i).filter(|i| !tracked.contains(i)) {
-            self.memory.untrack(index);
+        for (key, entry) in self.tables.flows(FlowTable::Flows) {
+            let view = *self.tables.service(key.service).expect("this world's service stays");
+            let number = (view.slot_count != 0).then(|| number_of(&view, &key, &mapped(VIP)));
+            let slot = number.map(|number| self.tables.slots[(view.slot_base + number) as usize]);
+            if over(FlowTable::Flows, &entry)
+                || slot.is_some_and(|slot| is_at_home(&view, slot, entry.backend))
+            {
+                self.tables.forget(FlowTable::Flows, &key);
+                continue;
+            }
+            let bits =
+                slots.entry(key.service).or_insert_with(|| vec![0; view.slot_count.div_ceil(64) as usize]);
+            if let Some(number) = number {
+                bits[number as usize / 64] |= 1 << (number % 64);
+            }
+            named.insert(entry.backend);
         }
+        let stable: BTreeSet<u32> =
+            self.plan.services.iter().filter(|(_, s)| !s.in_transition()).map(|(index, _)| *index).collect();
+        let plan = &self.plan;
+        self.memory.untrack_all(|index| match slots.get(&index) {
+            _ if !stable.contains(&index) || with_syns.contains(&index) => Quiet::No,
+            None => Quiet::All,
+            Some(bits) => {
+                let view = &plan.services[&index].view;
+                let by_source = view.flags & lb_common::service::flags::HASH_SOURCE != 0;
+                Quiet::But((view.seed, view.slot_count, by_source), bits)
+            }
+        });
         let drained = self.memory.drained(&self.desired, i64::from(self.now_s) * 1_000);
         self.memory.release(&BTreeSet::new(), &drained.into_iter().filter(|i| !named.contains(i)).collect());
         self.compile();
@@ -467,4 +495,62 @@ fn without_the_old_table_connections_would_move() {
         }
         assert_eq!(world.show().is_err(), forget);
     }
+}
+
+/// A client that vanished keeps the mark of its own slot until its entry expires, and of no other.
+#[test]
+fn one_silent_flow_keeps_one_slot_tracked() {
+    let mut world = World::new();
+    for i in 0..4 {
+        world.step(&Step::Add(i, 1)).unwrap();
+    }
+    world.step(&Step::Connect(39)).unwrap();
+    world.wait(1_000).unwrap();
+    world.step(&Step::State(2, BackendState::Draining)).unwrap();
+    world.show().unwrap();
+    // All leave but one, which is on the drained backend and says nothing more.
+    let silent = world
+        .connections
+        .iter()
+        .position(|c| c.home.is_some_and(|(_, address)| address == to_address(self::address(2))));
+    let silent = world.connections.swap_remove(silent.expect("one of 39 is on each of four backends"));
+    world.close(39);
+    world.now_s += DRAIN_S + 1;
+    world.tables.advance_s(DRAIN_S + 1);
+    // The window ends.
+    world.compile();
+    world.step(&Step::Sweep).unwrap();
+    let tracked = |world: &World| {
+        let slots = world.plan.services.values().flat_map(|s| s.table.iter());
+        slots.filter(|slot| slot.is_tracked()).count()
+    };
+    assert_eq!((tracked(&world), world.tables.flows(FlowTable::Flows).len()), (1, 1));
+    assert_eq!(world.send(&silent.headers), silent.home.map(|(index, _)| index), "it is still followed");
+    world.now_s += flow::TCP_IDLE_S + 1;
+    world.tables.advance_s(flow::TCP_IDLE_S + 1);
+    world.step(&Step::Sweep).unwrap();
+    assert_eq!((tracked(&world), world.tables.flows(FlowTable::Flows).len()), (0, 0));
+}
+
+/// When a table changes back, flows that it tracked meanwhile are found without their entries.
+#[test]
+fn entries_that_say_what_the_table_says_are_removed() {
+    let mut world = World::new();
+    for i in 0..4 {
+        world.step(&Step::Add(i, 1)).unwrap();
+    }
+    world.step(&Step::Connect(39)).unwrap();
+    world.wait(1_000).unwrap();
+    for state in [BackendState::Draining, BackendState::Up] {
+        world.step(&Step::State(2, state)).unwrap();
+        world.show().unwrap();
+    }
+    assert!(!world.tables.flows(FlowTable::Flows).is_empty());
+    world.wait(700).unwrap();
+    world.step(&Step::Sweep).unwrap();
+    assert_eq!(world.tables.flows(FlowTable::Flows), []);
+    world.wait(700).unwrap();
+    world.step(&Step::Sweep).unwrap();
+    assert!(world.plan.services.values().all(|s| s.table.iter().all(|slot| !slot.is_tracked())));
+    world.show().unwrap();
 }

@@ -10,18 +10,19 @@
 
 mod outer;
 
+pub use crate::select::next_hop::{filled_in, known_hop};
 pub use outer::{PROTOCOL_IPV4, PROTOCOL_IPV6, source as outer_source, varied};
 
 use crate::{
-    Frame, Packet, Verdict,
+    Frame, Packet, Tables, Verdict,
     packet::{
         fib::{Fib, FibQuery, Hop},
-        parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
+        parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, words},
         verdict::Refusal,
         wire::Gue,
     },
 };
-use lb_common::{Backend, Reason, backend::flags, backend::mode, is_mapped, settings::IngressSettings};
+use lb_common::{Backend, Reason, backend::mode, is_mapped, settings::IngressSettings};
 
 /// UDP and GUE headers.
 pub const GUE_OVERHEAD: usize = 8 + size_of::<Gue>();
@@ -44,11 +45,12 @@ pub fn overhead(backend: &Backend) -> Option<usize> {
 
 /// Encapsulates a packet for its backend, or gives it the worker's MAC, and says where it leaves.
 #[inline(always)]
-pub fn forward<F: Frame + Fib>(
+pub fn forward<F: Frame + Fib, T: Tables>(
     frame: &mut F,
+    tables: &T,
     settings: &IngressSettings,
     headers: &Headers,
-    backend: &Backend,
+    (index, backend): (u32, &Backend),
     hash: u64,
 ) -> Result<Verdict, Refusal> {
     let outer_is_ipv6 = !is_mapped(&backend.address);
@@ -67,12 +69,13 @@ pub fn forward<F: Frame + Fib>(
     if len > u16::MAX as u32 {
         return Err(Refusal::TooBig(u16::MAX as u32 - overhead as u32));
     }
-    let hop = if backend.flags & flags::RESOLVED != 0 {
-        filled_in(backend)
+    let hop = if let Some((hop, from)) = known_hop(tables, index, backend) {
+        source = varied(from, backend.source_bits as u32, hash);
+        hop
     } else {
         let query = FibQuery {
             source,
-            destination: crate::packet::parse::words(backend.address),
+            destination: words(backend.address),
             is_ipv6: outer_is_ipv6,
             // A router would look at the packet's own destination, and bring it back here.
             on_link: is_l2,
@@ -122,21 +125,6 @@ pub fn forward<F: Frame + Fib>(
         return Err(Reason::NoHeadroom.into());
     }
     if hop.ifindex == frame.ifindex() { Ok(Verdict::Transmit) } else { Ok(Verdict::Redirect(hop.ifindex)) }
-}
-
-/// The next hop that the daemon filled in.
-#[inline(always)]
-pub fn filled_in(backend: &Backend) -> Hop {
-    let words: &[u64; 8] = zerocopy::transmute_ref!(backend);
-    // Words 4 and 5 hold a MAC and 16 bits each. The BPF target is little-endian.
-    let mac = |word: u64| (word as u32, (word >> 32) as u16);
-    Hop {
-        next_hop: mac(words[4].to_le()),
-        egress_mac: mac(words[5].to_le()),
-        vlan: (words[5].to_le() >> 48) as u16,
-        ifindex: backend.ifindex,
-        mtu: (words[4].to_le() >> 48) as u32,
-    }
 }
 
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! Limits of new flows, per service and per source; the arithmetic is [`lb_common::limit`]'s.
+//! Limits of new flows, per service and per source; the arithmetic is [`lb_common::rate_limit`]'s.
 //!
 //! Only packets that begin a flow are counted: SYNs, and datagrams of flows that are not known. So nothing that is
 //! established is ever refused. Called by `choose`, and by mode `nat` for what needs a binding without being a SYN.
@@ -7,7 +7,7 @@ use crate::{guard::is_v4, packet::parse::address};
 use lb_common::{
     Reason, ServiceView,
     guard::mask64,
-    limit::{SourceKey, take},
+    rate_limit::{SourceKey, take},
     service::flags,
 };
 

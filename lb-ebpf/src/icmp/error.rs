@@ -64,7 +64,7 @@ pub fn deliver<F: Frame + Fib, T: Tables>(
     let hash = flow_hash(view.seed, &flow);
     let choice = choose(&ReadOnly(tables), service, view, &flow, hash)?;
     let backend = backend_of(tables, choice.backend, service)?;
-    let verdict = match forward(frame, settings, &network.headers, backend, hash) {
+    let verdict = match forward(frame, tables, settings, &network.headers, (choice.backend, backend), hash) {
         Ok(verdict) => verdict,
         Err(Refusal::Reason(reason)) => return Err(reason),
         // Never an error about an error (RFC 1122 3.2.2).

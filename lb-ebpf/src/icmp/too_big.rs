@@ -22,7 +22,8 @@ const IPV6_HEADERS: usize = 48;
 /// Turns the frame into the answer to its sender.
 #[inline(always)]
 pub fn answer_too_big<F: Frame>(frame: &mut F, headers: &Headers, mtu: u32) -> Result<(), Reason> {
-    if !headers.is_answerable() {
+    // A later part of an IPv4 packet, which has no ports, is not answered (RFC 1122 3.2.2).
+    if !headers.is_answerable() || (!headers.is_ipv6 && headers.port == 0) {
         return Err(Reason::TooBigDropped);
     }
     // One call per length of the Ethernet header, so that all offsets are constants.

@@ -303,7 +303,7 @@ fn forward<F: Frame>(
     if mtu != 0 && len > mtu || len > u16::MAX as u32 {
         return None;
     }
-    let outer = Outer {
+    let outer = OuterHeader {
         tos: common.tos,
         ttl: settings.outer_ttl,
         inner: if common.is_ipv6 { PROTOCOL_IPV6 } else { PROTOCOL_IPV4 },
@@ -336,7 +336,7 @@ fn forward<F: Frame>(
 }
 
 /// What goes in front of a packet. Words are in memory's order, little-endian.
-struct Outer {
+struct OuterHeader {
     tos: u8,
     ttl: u8,
     /// Protocol of the inner packet.
@@ -353,7 +353,7 @@ struct Outer {
     macs: (u64, u64),
 }
 
-impl Outer {
+impl OuterHeader {
     #[inline(always)]
     fn write_macs<const N: usize>(&self, mut window: Window<N>, is_ipv6: bool) {
         // The last two bytes of each are overwritten by what follows.

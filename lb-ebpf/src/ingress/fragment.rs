@@ -95,7 +95,7 @@ fn balance<F: Frame + Fib, T: Tables + FragmentTable>(
         }
     };
     let backend = backend_of(tables, place.backend, place.service)?;
-    let verdict = forward(frame, settings, &network.headers, backend, place.hash)?;
+    let verdict = forward(frame, tables, settings, &network.headers, (place.backend, backend), place.hash)?;
     if settings.stats != 0 {
         tables.account(place.backend, network.headers.ip_len, is_new);
     }

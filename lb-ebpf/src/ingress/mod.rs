@@ -102,8 +102,8 @@ fn balance<F: Frame + Fib, T: Tables>(
     let is_young = choice.is_new || choice.why == Why::TrackedYoung;
     let chosen = hide(choice.backend as u64 | (choice.is_new as u64) << 32 | (is_young as u64) << 33, hash);
     let (index, is_new, is_young) = (chosen as u32, chosen >> 32 & 1 != 0, chosen >> 33 & 1 != 0);
-    let mut backend = backend_of(tables, index, service)?;
-    if backend.flags & flags::RESOLVED == 0 {
+    let (mut at, mut backend) = (index, backend_of(tables, index, service)?);
+    if backend.flags & (flags::RESOLVED | flags::CHANGING) == 0 {
         tables.count(Reason::FibLookup);
     }
     let has_feature = settings.features & features::SECOND_CHANCE != 0;
@@ -112,13 +112,13 @@ fn balance<F: Frame + Fib, T: Tables>(
         (has_chain, others) = (true, others::others(tables, service, view, headers, hash, index));
         let first = others as u32;
         if first != NO_BACKEND && header::asks_first(headers, is_young) {
-            backend = tables.backend(first).ok_or(Reason::BrokenTable)?;
+            (at, backend) = (first, tables.backend(first).ok_or(Reason::BrokenTable)?);
             others = others::list(index, NO_BACKEND);
         }
     }
     let (has_chain, others) = (hide(has_chain as u64, hash), hide(others, hash));
-    let verdict = forward(frame, settings, headers, backend, hash)?;
-    if has_feature && has_chain != 0 && !header::write(frame, tables, backend, others) {
+    let verdict = forward(frame, tables, settings, headers, (at, backend), hash)?;
+    if has_feature && has_chain != 0 && !header::write(frame, tables, (at, backend), others) {
         return Err(Reason::BrokenTable.into());
     }
     if settings.stats != 0 {

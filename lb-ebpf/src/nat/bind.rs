@@ -11,13 +11,15 @@
 //! processor puts its new bindings into a ring (`NAT_EMBRYONIC`). The binding that a newer one displaces is removed
 //! unless its client has shown itself ([`lb_common::nat::is_assured`]), so a flood has a bounded number of bindings
 //! and each handshake the time of one round. Where all of a worker's ports that are tried are taken, the oldest such
-//! binding among them gives up its port. A rate limit would not do: it cannot tell a rush from a flood, and refuses
+//! binding among them gives up its port. Where the tables have no room either, the least recently used UDP binding among
+//! them goes even if it is assured, as in conntrack: two forged datagrams and an answer make an assured one. Above seven
+//! eighths of the tables lbd removes UDP bindings in that order, so this is rare. A rate limit would not do: it cannot tell a rush from a flood, and refuses
 //! clients as readily as forged packets.
 
 use super::{NatScratch, NatTables};
 use crate::{
     Frame, Verdict,
-    forward::varied,
+    forward::{known_hop, varied},
     guard::{limit::is_limited, martian},
     packet::{
         fib::{Fib, FibQuery},
@@ -37,12 +39,15 @@ use lb_common::{
     is_mapped,
     names::stage,
     nat::{self, Embryonic},
-    service::TCP,
+    service::{TCP, UDP},
     settings::{IngressSettings, features},
 };
 
 /// Ports that are tried before a flow is refused. At nine tenths of all in use one flow in 29 finds none.
 const TRIES: u32 = 32;
+
+/// In [`NatScratch::yields_s`]: the binding is an assured one of UDP. Seconds since boot do not reach this bit.
+const ASSURED_UDP: u32 = 1 << 31;
 
 /// What came of writing an entry where there must be none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,7 +145,8 @@ fn choose_worker<F: Frame + Fib, T: NatTables>(
     scratch.hash = hash;
     scratch.udp_timeout_s = view.udp_timeout_s;
     scratch.nat = Nat {
-        source: backend.source,
+        source: known_hop(tables, choice.backend, backend)
+            .map_or(backend.source, |(_, source)| address(source)),
         worker: backend.address,
         source_port: Be16::ZERO,
         port: if backend.port.get() == 0 { scratch.key.port } else { backend.port },
@@ -329,10 +335,11 @@ fn take_port<T: NatTables>(
         }
     }
     let none = if full { Reason::NatNoRoom } else { Reason::NatNoPort };
-    if scratch.yields_s == u32::MAX {
+    // Assured bindings are dropped early only where there is no room at all.
+    if scratch.yields_s == u32::MAX || (!full && scratch.yields_s & ASSURED_UDP != 0) {
         return Err(none);
     }
-    // The oldest of those that were met and whose client has not shown itself.
+    // The oldest of those that were met and that are not assured, else the least recently used of UDP.
     (scratch.reply_key.source, scratch.reply_key.source_port) = scratch.yields;
     if !release(tables, &scratch.reply_key, &mut scratch.victim) {
         return Err(none);
@@ -346,7 +353,8 @@ fn take_port<T: NatTables>(
 }
 
 /// Removes the binding that has this port if it has expired; true if it was this call that did. Otherwise it is
-/// recorded as the one to drop early, if it is unconfirmed and older than those before.
+/// recorded as the one to drop early, if it comes before those that were met so far: unconfirmed bindings first, then
+/// those of UDP, the longest idle first.
 #[inline(always)]
 fn reclaim<T: NatTables>(tables: &T, scratch: &mut NatScratch) -> bool {
     let NatScratch {
@@ -371,9 +379,16 @@ fn reclaim<T: NatTables>(tables: &T, scratch: &mut NatScratch) -> bool {
         if nat::is_expired(idle_s, client_s, reply.last_seen_s, now_s) {
             return true;
         }
+        let rank = if !nat::is_assured(reply.flags) {
+            reply.last_seen_s
+        } else if key.protocol == UDP as u32 {
+            ASSURED_UDP | client_s.max(reply.last_seen_s)
+        } else {
+            u32::MAX
+        };
         // Without the client's entry, another processor is making this binding right now.
-        if client_s != 0 && !nat::is_assured(reply.flags) && reply.last_seen_s < *yields_s {
-            *yields_s = reply.last_seen_s;
+        if client_s != 0 && rank < *yields_s {
+            *yields_s = rank;
             *yields = (key.source, key.source_port);
         }
         false

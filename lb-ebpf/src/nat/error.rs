@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     Frame, Verdict,
-    forward::filled_in,
+    forward::known_hop,
     guard::martian,
     packet::{
         network::{self, ICMP, ICMPV6, Network},
@@ -24,7 +24,6 @@ use crate::{
 };
 use lb_common::{
     Be16, FlowKey, LastHop, Reason, ReplyKey,
-    backend::flags::RESOLVED,
     service::{self, TCP, UDP},
     settings::IngressSettings,
 };
@@ -138,10 +137,7 @@ fn to_worker<F: Frame, T: NatTables>(
     };
     let backend = super::worker(tables, binding.backend, service, outer.headers.is_ipv6)?;
     // Rare, and TCP and UDP expect errors to get lost: the kernel's FIB is not asked, for which the stack has no room.
-    if backend.flags & RESOLVED == 0 {
-        return Err(Reason::NoNeighbour.into());
-    }
-    let hop = filled_in(backend);
+    let (hop, _) = known_hop(tables, binding.backend, backend).ok_or(Reason::NoNeighbour)?;
     rewrite(frame, outer, inner, &to)?;
     let verdict = transmit(frame, outer.headers.l2_len(), outer.headers.is_ipv6, &as_last_hop(&hop))?;
     tables.count(Reason::NatError);

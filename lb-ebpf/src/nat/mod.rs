@@ -20,6 +20,7 @@
 mod bind;
 mod error;
 mod fragment;
+mod hop;
 mod rewrite;
 
 pub use bind::{Added, is_in_pool, process as process_new, reply_key};
@@ -27,21 +28,22 @@ pub use error::process as process_error;
 pub use fragment::process as process_fragment;
 
 use crate::{
-    Frame, Packet, Tables, Verdict,
-    forward::filled_in,
+    Frame, Tables, Verdict,
+    forward::known_hop,
     icmp::too_big::run_stage,
     packet::{
-        fib::{Fib, FibQuery, Hop},
+        fib::Fib,
         network::Network,
-        parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG, parse_transport, tcp, words},
+        parse::{Headers, parse_transport, tcp, words},
         verdict::{Outcome, Refusal},
     },
     select::{choose::flow_key, service::lookup_service},
 };
 use bind::worker;
+use hop::{NO_HOP, as_last_hop, by_fib, last_hop, raw, transmit};
 use lb_common::{
     Address, Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
-    backend::flags::{DOWN, DRAINING, RESOLVED},
+    backend::flags::{DOWN, DRAINING},
     fragment::{Fragment, FragmentKey, PARTS},
     names::stage,
     nat::{self, Embryonic, flags},
@@ -138,7 +140,8 @@ pub struct NatScratch {
     reply: Reply,
     /// Flow of a binding that is removed for this one.
     victim: FlowKey,
-    /// Last packet's second of the oldest unconfirmed binding met, which may be dropped early; all ones: none.
+    /// Rank of the first binding met that may be dropped early: the second of its last packet, behind all unconfirmed ones
+    /// if it is an assured one of UDP. All ones: none.
     yields_s: u32,
     /// Its address and port.
     yields: (Address, Be16),
@@ -205,7 +208,6 @@ impl NatScratch {
 }
 
 const NO_FLOW: FlowKey = FlowKey { source: [0; 16], source_port: Be16::ZERO, port: Be16::ZERO, service: 0 };
-const NO_HOP: LastHop = LastHop { macs: [Be16::ZERO; 6], tags: [Be16::ZERO; 4], ifindex: 0 };
 
 #[inline(always)]
 fn receive<F: Frame + Fib, T: NatTables>(
@@ -313,11 +315,12 @@ fn from_client<F: Frame + Fib, T: NatTables>(
         port: raw(nat.port),
     };
     let backend = worker(tables, nat.backend, service, headers.is_ipv6)?;
-    let hop = if backend.flags & RESOLVED != 0 {
-        filled_in(backend)
-    } else {
-        tables.count(Reason::FibLookup);
-        by_fib(frame, headers, &scratch.to)?
+    let hop = match known_hop(tables, nat.backend, backend) {
+        Some((hop, _)) => hop,
+        None => {
+            tables.count(Reason::FibLookup);
+            by_fib(frame, headers, &scratch.to)?
+        }
     };
     scratch.mtu = hop.mtu;
     scratch.hop = as_last_hop(&hop);
@@ -358,14 +361,15 @@ fn is_known<T: NatTables>(
 }
 
 /// Whether a SYN begins a new flow where there was one before. A SYN on a live flow follows it; one on a flow that is
-/// over has its place chosen anew, and gets the same port if that is the same worker.
+/// over, or whose worker is down, has its place chosen anew, and gets the same port if that is the same worker.
 #[inline(always)]
 fn starts_anew<T: NatTables>(tables: &T, binding: &Nat, backend_flags: u32, now_s: u32) -> bool {
     let reply = tables.reply(&reply_key(binding, TCP), |reply| (reply.flags, reply.last_seen_s));
     let Some((state, worker_s)) = reply else { return true };
     nat::is_over(state)
         || nat::is_expired(nat::tcp_idle_s(state), binding.last_seen_s, worker_s, now_s)
-        || (state & flags::ANSWERED == 0 && backend_flags & (DOWN | DRAINING) != 0)
+        || backend_flags & DOWN != 0
+        || (state & flags::ANSWERED == 0 && backend_flags & DRAINING != 0)
 }
 
 #[inline(always)]
@@ -422,25 +426,6 @@ fn update_from_client<T: NatTables>(tables: &T, headers: &Headers, scratch: &Nat
         });
     }
     true
-}
-
-/// The way that the kernel's routes give.
-#[inline(always)]
-fn by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, to: &Rewrite) -> Result<Hop, Refusal> {
-    let query = FibQuery {
-        source: to.source,
-        destination: to.destination,
-        is_ipv6: headers.is_ipv6,
-        on_link: false,
-        tos: headers.tos,
-        protocol: headers.protocol,
-        len: headers.ip_len,
-    };
-    match frame.lookup(&query) {
-        Ok(answer) => Ok(answer.hop),
-        Err((Reason::TooBigAnswered, mtu)) => Err(Refusal::TooBig(mtu)),
-        Err((reason, _)) => Err(reason.into()),
-    }
 }
 
 /// A worker's packet: back to the client, if it belongs to a flow.
@@ -512,85 +497,4 @@ fn update_from_worker(reply: &mut Reply, headers: &Headers, now_s: u32) {
     if reply.last_seen_s != now_s {
         reply.last_seen_s = now_s;
     }
-}
-
-/// A way to a worker in the form of one to a client.
-#[inline(always)]
-fn as_last_hop(hop: &Hop) -> LastHop {
-    let be = |w: u16| Be16::from_bytes(w.to_ne_bytes());
-    // Halves of a word in the order of its bytes; the BPF target is little-endian, as `filled_in` knows.
-    let pair = |w: u32| [be(w.to_le() as u16), be((w.to_le() >> 16) as u16)];
-    let ([a, b], [d, e]) = (pair(hop.next_hop.0), pair(hop.egress_mac.0));
-    let tag = if hop.vlan == 0 { Be16::ZERO } else { Be16::new(ETH_VLAN) };
-    LastHop {
-        macs: [a, b, be(hop.next_hop.1), d, e, be(hop.egress_mac.1)],
-        tags: [tag, be(hop.vlan), Be16::ZERO, Be16::ZERO],
-        ifindex: hop.ifindex,
-    }
-}
-
-/// Where a frame comes from, and its tags.
-#[inline(always)]
-fn last_hop<F: Frame>(frame: &F, headers: &Headers) -> Option<LastHop> {
-    let packet = frame.packet();
-    let [a, b, c, d, e, f]: [u16; 6] = packet.read(0)?;
-    let (mut first, mut second) = ([0u16; 2], [0u16; 2]);
-    if headers.l2_len() > ETHERNET {
-        first = packet.read(12)?;
-    }
-    if headers.l2_len() > ETHERNET + VLAN_TAG {
-        second = packet.read(ETHERNET + 2)?;
-    }
-    let be = |w: u16| Be16::from_bytes(w.to_ne_bytes());
-    Some(LastHop {
-        macs: [be(d), be(e), be(f), be(a), be(b), be(c)],
-        tags: [be(first[0]), be(first[1]), be(second[0]), be(second[1])],
-        ifindex: frame.ifindex(),
-    })
-}
-
-/// Sends a frame that keeps its IP packet out by a hop.
-#[inline(always)]
-fn transmit<F: Frame>(
-    frame: &mut F,
-    l2_len: usize,
-    is_ipv6: bool,
-    hop: &LastHop,
-) -> Result<Verdict, Refusal> {
-    let tagged = raw(hop.tags[0]) != 0;
-    let twice = raw(hop.tags[2]) != 0;
-    let len = ETHERNET + if tagged { VLAN_TAG } else { 0 } + if twice { VLAN_TAG } else { 0 };
-    if !frame.adjust_head(l2_len as i32 - len as i32) {
-        return Err(Reason::NoHeadroom.into());
-    }
-    let mut packet = frame.packet();
-    let [a, b, c, d, e, f] = hop.macs;
-    let macs = [raw(a), raw(b), raw(c), raw(d), raw(e), raw(f)];
-    let kind = if is_ipv6 { ETH_IPV6 } else { ETH_IPV4 }.to_be();
-    // Each length has its own constants.
-    let written = packet.write(0, macs)
-        && match (tagged, twice) {
-            (false, _) => packet.write(12, kind),
-            (true, false) => write_tag(&mut packet, 12, hop, 0) && packet.write(16, kind),
-            (true, true) => {
-                write_tag(&mut packet, 12, hop, 0)
-                    && write_tag(&mut packet, 16, hop, 2)
-                    && packet.write(20, kind)
-            }
-        };
-    if !written {
-        return Err(Reason::NoHeadroom.into());
-    }
-    Ok(if hop.ifindex == frame.ifindex() { Verdict::Transmit } else { Verdict::Redirect(hop.ifindex) })
-}
-
-#[inline(always)]
-fn write_tag(packet: &mut Packet, at: usize, hop: &LastHop, first: usize) -> bool {
-    packet.write(at, [raw(hop.tags[first]), raw(hop.tags[first + 1])])
-}
-
-/// A number in network order as loaded.
-#[inline(always)]
-fn raw(number: Be16) -> u16 {
-    u16::from_ne_bytes(number.to_bytes())
 }

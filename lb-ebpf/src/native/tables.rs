@@ -83,7 +83,7 @@ pub struct HashTables {
     /// `SERVICE_INDEX`.
     pub service_index: HashMap<ServiceKey, u32>,
     /// `EXACT` and `VIP_FILTER`, see [`HashTables::spare_lookups`].
-    exact: Option<(HashMap<u32, exact::Line>, HashSet<u32>)>,
+    exact: Option<(HashMap<u32, exact::ExactLine>, HashSet<u32>)>,
     /// `VIPS`.
     pub vips: HashMap<VipKey, Vip>,
     /// `SERVICES`: the live views.
@@ -92,6 +92,8 @@ pub struct HashTables {
     pub slots: Vec<Slot>,
     /// `BACKENDS`.
     pub backends: HashMap<u32, Backend>,
+    /// `CHANGING_BACKENDS`.
+    pub changing_backends: HashMap<u32, Backend>,
     /// `DECAP_ADDRESSES`.
     pub decap_addresses: HashSet<Address>,
     /// `DECAP_VIPS`.
@@ -135,6 +137,7 @@ impl Default for HashTables {
             services: HashMap::new(),
             slots: Vec::new(),
             backends: HashMap::new(),
+            changing_backends: HashMap::new(),
             loads: RefCell::default(),
             decap_addresses: HashSet::new(),
             decap_vips: HashSet::new(),
@@ -210,7 +213,7 @@ impl HashTables {
 
     /// Fills `EXACT` and `VIP_FILTER` from what services there are, as `lbd` does.
     pub fn spare_lookups(&mut self) {
-        let mut lines: HashMap<u32, exact::Line> = HashMap::new();
+        let mut lines: HashMap<u32, exact::ExactLine> = HashMap::new();
         for (key, service) in &self.service_index {
             let (line, entry) = exact::entry(key, *service);
             let line = lines.entry(line).or_default();
@@ -295,7 +298,7 @@ impl Tables for HashTables {
         self.service_index.get(key).copied()
     }
 
-    fn exact(&self, line: u32) -> Option<&exact::Line> {
+    fn exact(&self, line: u32) -> Option<&exact::ExactLine> {
         self.exact.as_ref()?.0.get(&line)
     }
 
@@ -327,6 +330,10 @@ impl Tables for HashTables {
         self.backends.get(&index)
     }
 
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        self.changing_backends.get(&index)
+    }
+
     fn is_worker(&self, address: [u32; 4]) -> bool {
         use lb_common::backend::flags::USED;
         let address: Address = zerocopy::transmute!(address);
@@ -347,7 +354,7 @@ impl Tables for HashTables {
         before_access();
         if let Some(flow) = self.table(table).borrow_mut().used(key) {
             flow.last_seen_s = now_s;
-            flow.flags |= flags;
+            flow.flags = flags;
         }
     }
 

@@ -139,7 +139,7 @@ fn balance<F: Frame + Fib, T: Tables + QuicTables>(
         }
     };
     let backend = backend_of(tables, index, service)?;
-    let verdict = forward(frame, settings, headers, backend, hash)?;
+    let verdict = forward(frame, tables, settings, headers, (index, backend), hash)?;
     if settings.stats != 0 {
         tables.account(index, headers.ip_len, is_new);
     }

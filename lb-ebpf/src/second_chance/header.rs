@@ -29,11 +29,11 @@ use crate::{
         parse::{ETHERNET, Headers, VLAN_TAG, words},
         wire::{Chain4, Chain6},
     },
-    select::others::split,
+    select::{next_hop::known_hop, others::split},
 };
 use lb_common::{
     Backend,
-    backend::{self, flags, mode},
+    backend::{self, mode},
     is_mapped,
     service::UDP,
     slot::NO_BACKEND,
@@ -62,10 +62,14 @@ pub fn asks_first(headers: &Headers, is_young: bool) -> bool {
 /// Writes the private data's content into a packet that `forward` has encapsulated for `backend`. False if it is
 /// not there, which cannot be.
 #[inline(always)]
-pub fn write<F: Frame, T: Tables>(frame: &mut F, tables: &T, backend: &Backend, others: u64) -> bool {
+pub fn write<F: Frame, T: Tables>(
+    frame: &mut F,
+    tables: &T,
+    (index, backend): (u32, &Backend),
+    others: u64,
+) -> bool {
     let others = split(others);
-    let is_resolved = backend.flags & flags::RESOLVED != 0;
-    let has_tag = is_resolved && u16::from_ne_bytes(backend.vlan.to_bytes()) != 0;
+    let has_tag = known_hop(tables, index, backend).is_some_and(|(hop, _)| hop.vlan != 0);
     // One call per length, so that all offsets are constants.
     match (has_tag, is_mapped(&backend.address)) {
         (false, true) => write_ipv4(frame, tables, ETHERNET + 20 + 12, others),

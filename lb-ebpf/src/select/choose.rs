@@ -21,13 +21,15 @@
 //! UDP has no SYN, so its flows are remembered from the first packet unless the service is stateless.
 //! Input: [`Tables`], a service's live view, [`Headers`] and the flow's hash. Output: [`Choice`].
 
+pub use super::choice::{Choice, Why};
+use super::flow_entries::{NO_FLOW, cache_syn, counted, is_foreign, is_some, known, record_flow};
 use crate::{
     FlowTable, Tables,
     guard::limit::is_limited,
     packet::parse::Headers,
     select::{
         hash::slot_of,
-        scheduler::{SlotRef, is_in_transition, previous, slot_hash},
+        scheduler::{SlotRef, is_at_home, is_in_transition, previous, slot_hash},
     },
 };
 use lb_common::{
@@ -45,44 +47,6 @@ pub const UDP_YOUNG_S: u32 = 3;
 /// Beside the features of a program: flows that were said to end are kept while they go on. Whole packets do that; the
 /// stages have no stack left for it.
 pub const KEEP: u32 = 1 << 31;
-
-/// Why a backend was chosen, for `explain`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    /// The slot's primary; the slot has no exceptions.
-    Primary,
-    /// The slot's primary, for a new flow of a slot that may have exceptions.
-    NewFlow,
-    /// The slot's primary, for a flow in no table of a slot that may have exceptions.
-    NotTracked,
-    /// The flow table names it.
-    Tracked,
-    /// The same, for a UDP flow so young that its backend may have no connected socket for it yet.
-    TrackedYoung,
-    /// A recent SYN was placed there.
-    RecentSyn,
-    /// The slot's previous primary, for a flow from before the transition.
-    Previous,
-    /// The slot's second choice, for a new flow, because it has less load than the primary.
-    LessLoaded,
-    /// A new flow: it is this one's turn.
-    RoundRobin,
-    /// A new flow: drawn by lot.
-    Random,
-    /// A new flow: the least load of the list.
-    LeastConn,
-}
-
-/// A chosen backend.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
-    /// Index in `BACKENDS`.
-    pub backend: u32,
-    /// Whether this packet starts a flow.
-    pub is_new: bool,
-    /// Why.
-    pub why: Why,
-}
 
 /// Chooses the backend of a packet.
 #[inline(always)]
@@ -205,7 +169,7 @@ fn find<T: Tables>(
     } else {
         Slot { secondary: tables.secondary(at).ok_or(Reason::BrokenTable)?, ..slot }
     };
-    let flow = Packet { service, view, headers, place: SlotRef { slot, number }, is_maglev };
+    let flow = FlowPacket { service, view, headers, place: SlotRef { slot, number }, is_maglev };
     let key = flow_key(service, headers);
     if is_udp {
         return choose_udp(tables, features, &flow, &key);
@@ -218,7 +182,7 @@ fn find<T: Tables>(
 }
 
 /// A packet and what was found out about it so far.
-struct Packet<'a> {
+struct FlowPacket<'a> {
     service: u32,
     view: &'a ServiceView,
     headers: &'a Headers,
@@ -227,7 +191,7 @@ struct Packet<'a> {
     is_maglev: bool,
 }
 
-impl Packet<'_> {
+impl FlowPacket<'_> {
     /// Places a new flow.
     #[inline(always)]
     fn schedule<T: Tables>(&self, tables: &T, now_s: u32) -> Result<Choice, Reason> {
@@ -241,9 +205,7 @@ impl Packet<'_> {
     /// Whether a flow on this backend is found there without any table.
     #[inline(always)]
     fn is_at_home(&self, backend: u32) -> bool {
-        backend == self.place.slot.primary_index()
-            && !is_in_transition(self.view, self.place.slot)
-            && self.view.flags & flags::COUNT_FLOWS == 0
+        is_at_home(self.view, self.place.slot, backend)
     }
 }
 
@@ -276,7 +238,7 @@ fn backend_flags<T: Tables>(tables: &T, index: u32, service: u32) -> Option<u32>
 
 /// A SYN of a slot that may have exceptions.
 #[inline(always)]
-fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Result<Choice, Reason> {
+fn choose_syn<T: Tables>(tables: &T, packet: &FlowPacket<'_>, key: &FlowKey) -> Result<Choice, Reason> {
     let (headers, now_s) = (packet.headers, tables.now_s());
     let syn_hash = tables.syn_hash(headers, key.service);
     let known = known(tables, key, syn_hash);
@@ -286,6 +248,14 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         && known.flags & flow::flags::CLOSING == 0
         && is_up(backend_flags(tables, known.backend, key.service))
     {
+        if is_foreign(known, headers, now_s) {
+            // The client may have begun anew without a FIN: what follows this SYN does not follow the entry.
+            if tables.admits(key.service, FlowTable::Syns, now_s) {
+                cache_syn(tables, headers, (key, syn_hash), known.backend);
+            } else {
+                tables.count(Reason::FlowFlood);
+            }
+        }
         return Ok(Choice { backend: known.backend, is_new: false, why: Why::Tracked });
     }
     let recent = tables.cached_syn(key, syn_hash);
@@ -311,14 +281,14 @@ fn choose_syn<T: Tables>(tables: &T, packet: &Packet<'_>, key: &FlowKey) -> Resu
         && known.flags & flow::flags::CLOSING == 0
     {
         // Its backend is gone, but may be back before this handshake is complete.
-        tables.touch(FlowTable::Flows, key, now_s, flow::flags::CLOSING);
+        tables.touch(FlowTable::Flows, key, now_s, known.flags | flow::flags::CLOSING);
     }
     Ok(choice)
 }
 
 /// Where a flow's later packets will be sent if nothing is written of its SYN: there the SYN must go, too.
 #[inline(always)]
-fn uncached<T: Tables>(tables: &T, packet: &Packet<'_>, known: Flow) -> Result<Choice, Reason> {
+fn uncached<T: Tables>(tables: &T, packet: &FlowPacket<'_>, known: Flow) -> Result<Choice, Reason> {
     let (view, slot) = (packet.view, packet.place.slot);
     let stays = |backend| keeps(backend_flags(tables, backend, packet.service), view);
     let mut backend = previous(tables, view, packet.headers, slot);
@@ -359,22 +329,30 @@ fn keeps(backend_flags: Option<u32>, view: &ServiceView) -> bool {
 fn choose_established<T: Tables>(
     tables: &T,
     features: u32,
-    packet: &Packet<'_>,
+    packet: &FlowPacket<'_>,
     key: &FlowKey,
 ) -> Result<Choice, Reason> {
-    let Packet { view, headers, place: SlotRef { slot, .. }, .. } = *packet;
+    let FlowPacket { view, headers, place: SlotRef { slot, .. }, .. } = *packet;
     let now_s = tables.now_s();
     let end = if headers.is_closing() { flow::flags::CLOSING } else { 0 };
     let found = |backend, why| Ok(Choice { backend, is_new: false, why });
     let syn_hash = tables.syn_hash(headers, key.service);
     let known = known(tables, key, syn_hash);
-    let mut stays = false;
+    let state = Flow::follow(known.flags, known.created_s, headers.sequence, now_s);
+    let is_foreign = state & flow::flags::FOREIGN != 0;
+    let (mut stays, mut is_live) = (false, false);
     if is_some(known) {
         let backend = backend_flags(tables, known.backend, key.service);
         stays = keeps(backend, view);
-        if is_up(backend) && known.flags & flow::flags::CLOSING == 0 {
-            if known.last_seen_s != now_s || end != 0 {
-                tables.touch(FlowTable::Flows, key, now_s, end);
+        is_live = is_up(backend) && known.flags & flow::flags::CLOSING == 0;
+        if is_foreign {
+            if known.flags & flow::flags::DISPUTED == 0 {
+                let flags = known.flags | flow::flags::DISPUTED;
+                tables.touch(FlowTable::Flows, key, known.last_seen_s, flags);
+            }
+        } else if is_live {
+            if known.last_seen_s != now_s || state | end != known.flags {
+                tables.touch(FlowTable::Flows, key, now_s, state | end);
             }
             return found(known.backend, Why::Tracked);
         }
@@ -387,9 +365,14 @@ fn choose_established<T: Tables>(
         && continues(recent.sequence, headers.sequence)
         && keeps(backend_flags(tables, recent.backend, key.service), view)
     {
+        // An entry that another flow's packets follow stays as it is: whose SYN was forged is not known.
+        if is_live {
+            return found(recent.backend, Why::RecentSyn);
+        }
         // Nothing need be written where a stateless lookup gives the same.
         let needs_entry = is_some(known) || !packet.is_at_home(recent.backend);
-        let is_recorded = needs_entry && record_flow(tables, (key, syn_hash), recent.backend, now_s, end);
+        let flags = Flow::begun_at(headers.sequence) | end;
+        let is_recorded = needs_entry && record_flow(tables, (key, syn_hash), recent.backend, now_s, flags);
         if is_recorded {
             tables.count(Reason::FlowPromoted);
         }
@@ -398,7 +381,9 @@ fn choose_established<T: Tables>(
         }
         return found(recent.backend, Why::RecentSyn);
     }
-    if is_some(known) {
+    if is_foreign {
+        // Where a stateless lookup finds it.
+    } else if is_some(known) {
         if stays {
             if features & KEEP != 0 && known.flags & flow::flags::CLOSING != 0 && end == 0 {
                 // Anybody can forge a FIN or RST, as nothing here knows its sequence numbers: so the flow stays as long as
@@ -414,7 +399,8 @@ fn choose_established<T: Tables>(
     let backend = previous(tables, view, headers, slot);
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
         // Forged packets would fill the table. A flow that lives has more of them: one will be let through.
-        if tables.admits(key.service, FlowTable::Flows, now_s)
+        if !is_foreign
+            && tables.admits(key.service, FlowTable::Flows, now_s)
             && record_flow(tables, (key, syn_hash), backend, now_s, end)
         {
             tables.count(Reason::FlowPromoted);
@@ -429,7 +415,7 @@ fn choose_established<T: Tables>(
 fn choose_udp<T: Tables>(
     tables: &T,
     features: u32,
-    packet: &Packet<'_>,
+    packet: &FlowPacket<'_>,
     key: &FlowKey,
 ) -> Result<Choice, Reason> {
     let now_s = tables.now_s();
@@ -438,7 +424,7 @@ fn choose_udp<T: Tables>(
         // A client that goes on asking a dead worker would hold the entry for ever: it moves.
         if is_up(backend_flags(tables, known.backend, key.service)) {
             if known.last_seen_s != now_s {
-                tables.touch(FlowTable::UdpFlows, key, now_s, 0);
+                tables.touch(FlowTable::UdpFlows, key, now_s, known.flags);
             }
             let is_young = now_s.saturating_sub(known.created_s) <= UDP_YOUNG_S;
             let why = if is_young && packet.view.flags & flags::SECOND_CHANCE != 0 {
@@ -469,64 +455,6 @@ fn choose_udp<T: Tables>(
     }
     // In no table: the next packet must be sent to the same one.
     primary(packet.place.slot, true, Why::NewFlow)
-}
-
-/// A flow that no table knows. Not an `Option`: of its contents LLVM leaves nothing on the stack where there are none, and
-/// yet reads them before it asks whether there are; kernels before 6.3 refuse that.
-const NO_FLOW: Flow = Flow {
-    backend: NO_BACKEND,
-    last_seen_s: 0,
-    created_s: 0,
-    flags: 0,
-    #[cfg(feature = "other-abi")]
-    other: 0,
-};
-
-#[inline(always)]
-const fn is_some(flow: Flow) -> bool {
-    flow.backend != NO_BACKEND
-}
-
-/// What the table of TCP flows says of a flow, where it may say anything.
-#[inline(always)]
-fn known<T: Tables>(tables: &T, key: &FlowKey, syn_hash: u64) -> Flow {
-    if tables.may_hold_flow(syn_hash) {
-        tables.flow(FlowTable::Flows, key).unwrap_or(NO_FLOW)
-    } else {
-        NO_FLOW
-    }
-}
-
-/// Writes a TCP flow down.
-#[inline(always)]
-fn record_flow<T: Tables>(
-    tables: &T,
-    (key, syn_hash): (&FlowKey, u64),
-    backend: u32,
-    now_s: u32,
-    flags: u32,
-) -> bool {
-    counted(tables, tables.record_flow(key, syn_hash, &Flow::new(backend, now_s, now_s, flags)))
-}
-
-/// Caches where a SYN went, and its sequence number.
-#[inline(always)]
-fn cache_syn<T: Tables>(
-    tables: &T,
-    headers: &Headers,
-    (key, syn_hash): (&FlowKey, u64),
-    backend: u32,
-) -> bool {
-    counted(tables, tables.cache_syn(key, syn_hash, backend, headers.sequence))
-}
-
-/// Counts what was not written for want of room.
-#[inline(always)]
-fn counted<T: Tables>(tables: &T, written: bool) -> bool {
-    if !written {
-        tables.count(Reason::FlowNotRecorded);
-    }
-    written
 }
 
 /// A chosen backend's entry. Another service's: this run was halted while its table was written anew.

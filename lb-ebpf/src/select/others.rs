@@ -7,7 +7,12 @@ use super::{
     scheduler::{SlotRef, second, slot_hash},
 };
 use crate::{Tables, packet::parse::Headers};
-use lb_common::{ServiceView, Slot, backend::flags, is_mapped, slot::NO_BACKEND};
+use lb_common::{
+    ServiceView, Slot,
+    backend::{flags, mode},
+    is_mapped,
+    slot::NO_BACKEND,
+};
 
 /// Backends that may have a flow which `chosen` lacks, as a [`list`] in the order in which to ask them;
 /// [`NO_BACKEND`] for none.
@@ -37,6 +42,7 @@ pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number
         index != chosen
             && matches!(tables.backend(index), Some(b) if b.flags & (flags::USED | flags::DOWN) == flags::USED
                 && b.service == service
+                && b.mode == mode::GUE_CHAIN
                 && is_mapped(&b.address) == is_ipv4)
     };
     // Where new flows are placed, and where they were before the slot changed.

@@ -9,14 +9,14 @@
 
 use crate::{
     Tables,
-    packet::parse::Headers,
+    packet::parse::{Headers, words},
     select::{
         choose::Why,
-        hash::{slot_of, source_hash},
+        hash::{flow_hash, slot_of, source_hash},
     },
 };
 use lb_common::{
-    Reason, ServiceView, Slot, backend,
+    Address, FlowKey, Reason, ServiceView, Slot, backend,
     service::{flags, scheduler},
     slot::{BACKEND_MASK, NO_BACKEND},
 };
@@ -39,10 +39,30 @@ pub fn slot_hash(view: &ServiceView, headers: &Headers, hash: u64) -> u64 {
     if view.flags & flags::HASH_SOURCE != 0 { source_hash(view.seed, headers) } else { hash }
 }
 
+/// Number of the slot of a flow of a service with this VIP, for those who have no packet of it. The table has slots.
+pub fn number_of(view: &ServiceView, key: &FlowKey, vip: &Address) -> u32 {
+    let headers = Headers {
+        source: words(key.source),
+        destination: words(*vip),
+        source_port: u16::from_ne_bytes(key.source_port.to_bytes()),
+        port: u16::from_ne_bytes(key.port.to_bytes()),
+        protocol: view.protocol,
+        is_ipv6: !lb_common::is_mapped(vip),
+        ..Headers::default()
+    };
+    slot_of(slot_hash(view, &headers, flow_hash(view.seed, &headers)), view.slot_count)
+}
+
 /// Whether flows of this slot that no table names may belong elsewhere than to its primary.
 #[inline(always)]
 pub fn is_in_transition(view: &ServiceView, slot: Slot) -> bool {
     view.old_count != 0 || slot.is_transition()
+}
+
+/// Whether a flow on this backend is found there without any table.
+#[inline(always)]
+pub fn is_at_home(view: &ServiceView, slot: Slot, backend: u32) -> bool {
+    backend == slot.primary_index() && !is_in_transition(view, slot) && view.flags & flags::COUNT_FLOWS == 0
 }
 
 /// Where a flow from before the transition is; [`NO_BACKEND`] if there is no transition.
@@ -50,11 +70,8 @@ pub fn is_in_transition(view: &ServiceView, slot: Slot) -> bool {
 pub fn previous<T: Tables>(tables: &T, view: &ServiceView, headers: &Headers, slot: Slot) -> u32 {
     if view.old_count != 0 {
         let by_source = view.flags & flags::OLD_HASH_SOURCE != 0;
-        let hash = if by_source {
-            source_hash(view.old_seed, headers)
-        } else {
-            crate::select::hash::flow_hash(view.old_seed, headers)
-        };
+        let hash =
+            if by_source { source_hash(view.old_seed, headers) } else { flow_hash(view.old_seed, headers) };
         let place = view.old_base().wrapping_add(slot_of(hash, view.old_count));
         tables.primary(place).unwrap_or(NO_BACKEND) & BACKEND_MASK
     } else if slot.is_transition() {

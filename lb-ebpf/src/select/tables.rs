@@ -29,7 +29,7 @@ pub trait Tables {
     fn service_index(&self, key: &ServiceKey) -> Option<u32>;
     /// A line of exact ports. Without any, services are found by [`Tables::service_index`].
     #[inline(always)]
-    fn exact(&self, _line: u32) -> Option<&exact::Line> {
+    fn exact(&self, _line: u32) -> Option<&exact::ExactLine> {
         None
     }
     /// Whether an address that has this bit in the filter cannot be a VIP.
@@ -110,11 +110,16 @@ pub trait Tables {
     fn secondary(&self, place: u32) -> Option<u32>;
     /// A backend.
     fn backend(&self, index: u32) -> Option<&Backend>;
+    /// A backend's entry before the change that is under way: see [`lb_common::backend::flags::CHANGING`].
+    #[inline(always)]
+    fn changing_backend(&self, _index: u32) -> Option<&Backend> {
+        None
+    }
     /// A remembered flow.
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow>;
     /// Remembers a flow, replacing what was known of it. False if there is no room.
     fn record(&self, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool;
-    /// Notes in place that a remembered flow was seen now, and these further flag bits.
+    /// Writes in place when a remembered flow was last seen, and its flags.
     fn touch(&self, table: FlowTable, key: &FlowKey, now_s: u32, flags: u32);
     /// Notes in place that an established flow was seen now; and that it does not end, if there is data.
     #[inline(always)]
@@ -259,6 +264,11 @@ impl<T: Tables> Tables for ReadOnly<'_, T> {
     #[inline(always)]
     fn backend(&self, index: u32) -> Option<&Backend> {
         self.0.backend(index)
+    }
+
+    #[inline(always)]
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        self.0.changing_backend(index)
     }
 
     #[inline(always)]

@@ -7,7 +7,10 @@ use lb_common::{
     Flow, Reason, Slot,
     backend::flags::{DOWN, DRAINING, USED},
     flow::{SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
-    service::flags::{REFUSED_BY_RESIDENCY, RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
+    service::{
+        flags::{REFUSED_BY_RESIDENCY, RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
+        scheduler::P2C,
+    },
     settings::features,
     slot::{NO_BACKEND, TRACKED, TRANSITION},
 };
@@ -154,7 +157,7 @@ impl Case {
         for table in [Flows, Syns, UdpFlows] {
             for (k, f) in tables.flows(table) {
                 assert_eq!(k, key, "{}: no other flow is touched", self.name);
-                after.push((table, f.backend, now_s.wrapping_sub(f.last_seen_s), f.flags));
+                after.push((table, f.backend, now_s.wrapping_sub(f.last_seen_s), f.flags & CLOSING));
             }
         }
         assert_eq!(after, self.after, "{}: flow tables", self.name);
@@ -648,4 +651,110 @@ fn a_handshake_is_completed_by_its_own_numbers() {
         tables.slots.iter_mut().for_each(|slot| slot.primary = 3 | TRACKED);
         assert_eq!(ask(&tables, ACK, packet), Ok(1), "SYNs {syns:?}, packet {packet}");
     }
+}
+
+/// A flow that no table names, at home on its slot's primary, and a forger who knows its addresses and ports.
+struct Forged {
+    tables: lb_ebpf::native::HashTables,
+}
+
+impl Forged {
+    const CLIENT: u32 = 900_000_000;
+
+    /// A service that has placed the forged flow on backend 2.
+    fn new() -> Self {
+        let mut tables = tables(Slot { primary: 1, secondary: 2 }, UDP_SLOT);
+        let view = tables.services.get_mut(&TCP_SERVICE).unwrap();
+        (view.scheduler, view.flags) = (P2C, TRACK_ALL);
+        tables.report(1, 50);
+        tables.report(2, 10);
+        Self { tables }
+    }
+
+    fn send(&self, flags: u8, sequence: u32) -> (u32, Why) {
+        let view = self.tables.services[&TCP_SERVICE];
+        let mut headers = headers(&tcp(flags, 40_000));
+        headers.sequence = sequence;
+        let hash = flow_hash(view.seed, &headers);
+        let choice =
+            choose_with(&self.tables, features::ALL | KEEP, TCP_SERVICE, &view, &headers, hash).unwrap();
+        (choice.backend, choice.why)
+    }
+
+    /// A handshake that begins at this number.
+    fn open(&self, sequence: u32) {
+        assert_eq!(self.send(SYN, sequence).0, 2);
+        assert_eq!(self.send(ACK, sequence + 1).0, 2);
+    }
+}
+
+#[test]
+fn a_forged_handshake_moves_no_flow() {
+    let world = Forged::new();
+    assert_eq!(world.send(ACK, Forged::CLIENT), (1, NotTracked));
+    world.open(7);
+    for step in 0..200 {
+        let sequence = Forged::CLIENT + step * 1_000_000;
+        assert_eq!(world.send(ACK, sequence), (1, NotTracked), "after {step} s");
+        world.tables.advance_s(1);
+    }
+    assert_eq!(world.send(RST, Forged::CLIENT), (1, NotTracked), "nor does its end end the forged flow");
+    assert_eq!(world.send(ACK, 9), (2, Tracked));
+    // The client begins anew: its SYN follows the entry, and so does what goes on from it.
+    assert_eq!(world.send(SYN, 2_000_000_000), (2, Tracked));
+    assert_eq!(world.send(ACK, 2_000_000_001), (2, RecentSyn));
+}
+
+#[test]
+fn a_forged_handshake_takes_no_flow_from_its_entry() {
+    let world = Forged::new();
+    world.open(Forged::CLIENT);
+    for sequence in [7, 1_000_000_000, 3_000_000_000] {
+        assert_eq!(world.send(SYN, sequence), (2, Tracked));
+        assert_eq!(world.send(ACK, sequence + 1), (2, RecentSyn));
+        assert_eq!(world.send(ACK, sequence + 10_000_000), (1, NotTracked));
+        assert_eq!(world.send(FIN, sequence + 20_000_000), (1, NotTracked));
+    }
+    for step in 0..200 {
+        assert_eq!(world.send(ACK, Forged::CLIENT.wrapping_add(step * 3_000_000)), (2, Tracked));
+        world.tables.advance_s(1);
+    }
+}
+
+/// In a transition, a packet that does not fit does not overwrite the entry of the flow that does.
+#[test]
+fn a_forged_packet_overwrites_no_new_flow_of_a_slot_in_transition() {
+    let mut world = Forged::new();
+    world
+        .tables
+        .slots
+        .iter_mut()
+        .for_each(|slot| *slot = Slot { primary: 2 | TRACKED, secondary: 1 | TRANSITION });
+    world.tables.services.get_mut(&TCP_SERVICE).unwrap().scheduler = 0;
+    world.open(Forged::CLIENT);
+    assert_eq!(world.send(ACK, 7), (1, Previous));
+    assert_eq!(world.send(ACK, Forged::CLIENT + 9), (2, Tracked));
+}
+
+/// Packets of one flow: far apart in time, sent again, reordered, and beyond the end of the sequence numbers.
+#[test]
+fn a_flow_follows_its_entry_wherever_its_numbers_go() {
+    let world = Forged::new();
+    let first = u32::MAX - 5_000_000;
+    world.open(first);
+    for step in 0..3_000_u32 {
+        let sequence = first.wrapping_add(step.wrapping_mul(2_000_000));
+        for sent in [
+            sequence,
+            sequence.wrapping_sub(2_000_000),
+            sequence.wrapping_add(1_900_000),
+            sequence.wrapping_sub(1),
+        ] {
+            assert_eq!(world.send(ACK, sent), (2, Tracked), "step {step}");
+        }
+        world.tables.advance_ns(1_000_000);
+    }
+    // An old flow that goes on after it was seen by another host.
+    world.tables.advance_s(lb_common::flow::YOUNG_S + 1);
+    assert_eq!(world.send(ACK, first.wrapping_add(2_000_000_000)), (2, Tracked));
 }

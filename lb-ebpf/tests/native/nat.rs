@@ -16,6 +16,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     Verdict,
+    nat::NatTables,
     native::{self, HashTables, VecFrame},
     packet::{
         fib::{FibAnswer, FibQuery, Hop},
@@ -413,6 +414,26 @@ fn a_syn_starts_anew_when_the_flow_is_over() {
     }
 }
 
+/// A client that vanished without a FIN, whose worker is found dead, and that connects from the same port again.
+#[test]
+fn a_syn_leaves_a_worker_that_is_down() {
+    for (packets, is_down) in [(&[][..], true), (&[(true, ACK), (false, ACK)], true), (&[], false)] {
+        let mut tables = tables(false);
+        let nat = after(&tables, 40_000, packets);
+        if is_down {
+            tables.backends.get_mut(&1).unwrap().flags |= backend_flags::DOWN;
+        }
+        for slot in &mut tables.slots {
+            slot.primary = 3;
+        }
+        let sent = |flags| send(&tables, &request(false, TCP, 40_000, flags)).worker;
+        assert_eq!(sent(ACK), nat.worker, "the flow stays, in case the check is wrong");
+        let now = if is_down { worker(3, false) } else { nat.worker };
+        assert_eq!([sent(SYN), sent(SYN), sent(ACK)], [now; 3], "{packets:?}");
+        assert_eq!((tables.nats().len(), tables.replies().len()), (1, 1));
+    }
+}
+
 #[test]
 fn the_same_client_port_gets_the_same_port_again() {
     let tables = tables(false);
@@ -634,6 +655,48 @@ fn a_full_table_refuses_new_flows_and_keeps_the_old() {
     for (i, nat) in live.iter().enumerate() {
         assert_eq!(send(&tables, &request(false, TCP, 1_000 + i as u16, ACK)).source_port, nat.source_port);
         reply(&tables, nat, TCP, ACK);
+    }
+}
+
+/// A binding of UDP is assured by two datagrams and an answer, all of which a forger can cause.
+#[test]
+fn assured_udp_bindings_give_way_in_a_full_table_and_those_of_tcp_never() {
+    let settings = IngressSettings { nat_first: 20_000, nat_last: 20_007, ..IngressSettings::DEFAULT };
+    for protocol in [UDP, TCP] {
+        let mut tables = tables(false);
+        let ask = |tables: &HashTables, port, flags| {
+            run_with(tables, &request(false, protocol, port, flags).bytes(), 1, &settings).0 != Verdict::Drop
+        };
+        for port in 1_000..1_007 {
+            assert!(ask(&tables, port, SYN));
+            reply(&tables, &binding(&tables, &request(false, protocol, port, SYN)).0, protocol, SYN_ACK);
+            tables.advance_s(1);
+            assert!(ask(&tables, port, ACK));
+        }
+        // Since then, the oldest has been used again.
+        tables.advance_s(1);
+        assert!(ask(&tables, 1_000, ACK));
+        let ports = |tables: &HashTables| -> Vec<u16> {
+            tables.nats().iter().map(|(key, _)| key.source_port.get()).collect()
+        };
+        assert!(ask(&tables, 2_000, SYN), "a port is free, and there is room");
+        reply(&tables, &binding(&tables, &request(false, protocol, 2_000, SYN)).0, protocol, SYN_ACK);
+        assert!(ask(&tables, 2_000, ACK));
+        assert!(!ask(&tables, 2_001, SYN), "all ports are taken, but there is room");
+        assert_eq!(tables.counted(Reason::NatNoPort), 1);
+        let (nat, _) = binding(&tables, &request(false, protocol, 1_006, SYN));
+        assert!(tables.remove_reply(&lb_ebpf::nat::reply_key(&nat, protocol)));
+        assert!(tables.remove_nat(&tables.nats()[6].0));
+        tables.capacity = 7;
+        assert_eq!(ask(&tables, 2_001, SYN), protocol == UDP);
+        let expected: &[u16] = if protocol == UDP {
+            &[1_000, 1_002, 1_003, 1_004, 1_005, 2_000, 2_001]
+        } else {
+            &[1_000, 1_001, 1_002, 1_003, 1_004, 1_005, 2_000]
+        };
+        assert_eq!(ports(&tables), expected, "{protocol}");
+        assert_eq!(tables.counted(Reason::NatGaveWay), u64::from(protocol == UDP));
+        assert_eq!(tables.counted(Reason::NatNoRoom), u64::from(protocol == TCP));
     }
 }
 

@@ -174,6 +174,8 @@ fn who_can_not_have_it_is_not_asked() {
     assert_eq!(ask(&|t| set(t, 2, Backend { flags: 0, ..chained(2, false, 0) }), 1), [NO, NO]);
     assert_eq!(ask(&|t| set(t, 2, Backend { service: 9, ..chained(2, false, 0) }), 1), [NO, NO]);
     assert_eq!(ask(&|t| set(t, 2, chained(2, true, 0)), 1), [NO, NO], "another family has no room");
+    let forbidden = Backend { mode: mode::FORBIDDEN, ..chained(2, false, 0) };
+    assert_eq!(ask(&|t| set(t, 2, forbidden), 1), [NO, NO], "residency forbids it");
     assert_eq!(ask(&|t| t.slots.truncate(0), 1), [NO, NO]);
 }
 

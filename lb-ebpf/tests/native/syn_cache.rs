@@ -1,8 +1,8 @@
 //! Lines of the SYN cache and of the flow filter, against models.
 
 use lb_common::syn_cache::{
-    self, CachedSyn, FilterLine, LINES, Line, SynLine, WAYS, add, find, forget, head, insert, line_of,
-    may_hold, tick_of,
+    self, CachedSyn, FilterLine, LINES, SynCacheLine, SynLine, WAYS, add, find, forget, head, insert,
+    line_of, may_hold, tick_of,
 };
 use proptest::prelude::*;
 use std::{
@@ -11,10 +11,10 @@ use std::{
 };
 
 #[derive(Clone, Default)]
-struct Native(Cell<Line>);
+struct Native(Cell<SynCacheLine>);
 
 impl Native {
-    fn change(&self, f: impl FnOnce(&mut Line)) {
+    fn change(&self, f: impl FnOnce(&mut SynCacheLine)) {
         let mut line = self.0.get();
         f(&mut line);
         self.0.set(line);

@@ -216,3 +216,63 @@ fn a_path_too_narrow_for_any_quote_is_only_counted() {
     let packet = packet(false, Vlan::None, 400).bytes();
     assert_eq!(run(&packet, &tables, IngressSettings::DEFAULT).1, Outcome::Not(Reason::TooBigDropped));
 }
+
+/// While an entry is being changed, packets take the whole of the hop before, in any mode, and no FIB is asked: natively,
+/// it would have no answer.
+#[test]
+fn a_change_of_the_next_hop_needs_no_fib() {
+    let modes = [mode::IPIP, mode::GUE, mode::GUE_CHAIN, mode::L2, mode::IPIP];
+    for (outer6, mode, vlan) in [false, true]
+        .into_iter()
+        .flat_map(|six| modes.into_iter().flat_map(move |mode| [0, 5].map(|vlan| (six, mode, vlan))))
+    {
+        let mut old = backend(mode, outer6, 1_500);
+        old.vlan = lb_common::Be16::new(vlan);
+        let request = packet(outer6, Vlan::None, 200).bytes();
+        let before = run(&request, &tables(old), IngressSettings::DEFAULT);
+        assert!(matches!(before.0, Verdict::Transmit), "mode {mode}: {:?}", before.1);
+        let torn = Backend {
+            next_hop: [0xee; 6],
+            source: [0xee; 16],
+            ifindex: 99,
+            mtu: 77,
+            flags: flags::USED | flags::CHANGING,
+            ..old
+        };
+        let mut changing = tables(torn);
+        changing.changing_backends.insert(1, old);
+        let now = run(&request, &changing, IngressSettings::DEFAULT);
+        assert!(now == before, "mode {mode}, tag {vlan}: {:?} instead of {:?}", now.1, before.1);
+        assert_eq!(changing.counted(Reason::FibLookup), 0);
+        // A program that was loaded in the middle of a change has no copy, or that of another entry.
+        for copy in [None, Some(Backend::default()), Some(Backend { service: 9, ..old })] {
+            changing.changing_backends = copy.map(|copy| (1, copy)).into_iter().collect();
+            let outcome = run(&request, &changing, IngressSettings::DEFAULT).1;
+            assert!(!matches!(outcome, Outcome::Forwarded { .. }), "mode {mode}: {outcome:?}");
+        }
+    }
+}
+
+/// An error about a packet is sent once, about its first part: the others have no ports (RFC 1122 3.2.2).
+#[test]
+fn only_the_first_part_of_a_packet_is_answered() {
+    /// A part of `len` bytes of IPv4 that begins at this multiple of 8 bytes.
+    fn part(len: usize, offset: u16, has_more: bool) -> Vec<u8> {
+        let mut frame = packet(false, Vlan::None, len).bytes();
+        let fragment = offset | if has_more { 0x2000 } else { 0 };
+        frame[18..20].copy_from_slice(&[0, 7]);
+        frame[20..22].copy_from_slice(&fragment.to_be_bytes());
+        frame[24..26].fill(0);
+        let check = !sum(&frame[14..34]);
+        frame[24..26].copy_from_slice(&check.to_be_bytes());
+        frame
+    }
+    let outcome = |tables: &HashTables, frame: &[u8]| {
+        lb_ebpf::native::run(&mut VecFrame::new(frame), tables, &IngressSettings::DEFAULT).1
+    };
+    let tables = tables(backend(mode::IPIP, false, 1_000));
+    assert!(matches!(outcome(&tables, &part(20 + 800, 0, true)), Outcome::Forwarded { .. }));
+    assert!(matches!(outcome(&tables, &part(20 + 800, 100, true)), Outcome::Forwarded { .. }));
+    assert_eq!(outcome(&tables, &part(20 + 1_000, 200, false)), Outcome::Not(Reason::TooBigDropped));
+    assert_eq!(outcome(&tables, &part(20 + 1_000, 0, true)), Outcome::Not(Reason::TooBigAnswered));
+}

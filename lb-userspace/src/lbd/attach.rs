@@ -22,7 +22,7 @@ use crate::{
 };
 use anyhow::Context;
 use lb_common::{
-    limit::{self, Budgets},
+    rate_limit::{self, Budgets},
     settings::{IngressSettings, features},
 };
 use std::{
@@ -82,7 +82,7 @@ fn attach_options(settings: &Settings, used: u32) -> AttachOptions {
         slots: settings.max_slots,
         flows: settings.max_flows,
         nat_flows: settings.max_nat_flows,
-        nat_embryonic: limit::nat_embryonic(
+        nat_embryonic: rate_limit::nat_embryonic(
             settings.max_nat_flows,
             u32::from(settings.ingress.nat_last.saturating_sub(settings.ingress.nat_first)) + 1,
             processors::online(),

@@ -27,6 +27,7 @@ use lb_ebpf::{
         choose::{Choice, Why, choose},
         hash::{flow_hash, slot_of},
         others::{others, split},
+        scheduler::{is_in_transition, slot_hash},
         service::{Match, lookup_service},
     },
 };
@@ -264,7 +265,7 @@ impl Explanation {
     }
 
     fn add_slot(&mut self, live: &MapReader<'_>, names: &impl Names, view: &ServiceView, headers: &Headers) {
-        let hash = flow_hash(view.seed, headers);
+        let hash = slot_hash(view, headers, flow_hash(view.seed, headers));
         self.hash = Some(format!("{hash:016x}"));
         self.slots = Some(view.slot_count);
         if view.slot_count == 0 {
@@ -277,15 +278,17 @@ impl Explanation {
         let Some(slot) = live.reader.slot(view.slot_base + number) else { return };
         self.primary = live.backend_view(names, slot.primary_index());
         self.secondary = live.backend_view(names, slot.secondary_index());
-        self.transition = slot.is_transition();
+        self.transition = is_in_transition(view, slot);
         self.tracked = slot.is_tracked() || view.flags & flags::TRACK_ALL != 0;
         let label = |b: &Option<BackendView>| b.as_ref().map_or("none".to_owned(), BackendView::label);
         self.steps.push(format!(
             "pair: primary {}, {} {}{}",
             label(&self.primary),
-            if self.transition { "previous primary" } else { "secondary" },
+            if slot.is_transition() { "previous primary" } else { "secondary" },
             label(&self.secondary),
             match (self.transition, self.tracked) {
+                (true, _) if view.old_count != 0 =>
+                    "; in transition from a table of another size, seed or hash",
                 (true, _) => "; in transition",
                 (false, true) => "; tracked",
                 (false, false) => "; stable",

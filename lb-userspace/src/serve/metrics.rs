@@ -4,7 +4,7 @@
 //! address. Served over HTTP at `/metrics`. Called by the daemon and by `lbd worker`.
 
 mod encoder;
-mod scrape;
+mod families;
 
 use crate::serve::api::Control;
 use axum::{
@@ -14,9 +14,9 @@ use axum::{
     routing::get,
 };
 use encoder::{Encoder, reason_sample};
+use families::Scrape;
 use lb_common::Reason;
 use prometheus_client::{encoding::DescriptorEncoder, registry::Registry};
-use scrape::Scrape;
 use std::{fmt, future::Future, net::SocketAddr, sync::Arc};
 use tokio::net::TcpListener;
 

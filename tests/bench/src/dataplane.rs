@@ -236,7 +236,7 @@ impl Ingress {
     /// As `lbd` does.
     fn spare_lookups(&mut self, key: &ServiceKey, index: u32) -> Result<()> {
         let (line, entry) = exact::entry(key, index);
-        let mut lines: Array<&mut MapData, exact::Line> = self.map(names::EXACT)?;
+        let mut lines: Array<&mut MapData, exact::ExactLine> = self.map(names::EXACT)?;
         let mut value = lines.get(&line, 0)?;
         if let Some(free) = value.entries.iter_mut().find(|known| known.port_and_service == 0) {
             *free = entry;

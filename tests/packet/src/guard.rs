@@ -5,8 +5,8 @@ use aya::maps::{Array, HashMap, MapData};
 use ipnet::IpNet;
 use lb_common::{
     guard::{GuardKey, GuardState, block, level, verdict},
-    limit::SourceKey,
     names,
+    rate_limit::SourceKey,
     slot::{LINE, Line},
 };
 use lb_userspace::plan::compile::guard::{ALL_BLOCKS, GuardTable, key_of};

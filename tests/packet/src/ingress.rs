@@ -105,6 +105,7 @@ impl Ingress {
             .map_max_entries(names::SECONDARIES, 65_536 / LINE)
             .map_max_entries(names::SERVICES, 128)
             .map_max_entries(names::BACKENDS, 256)
+            .map_max_entries(names::CHANGING_BACKENDS, 256)
             .map_max_entries(names::BACKEND_STATS, 256)
             // More than any run makes bindings: which of them go depends on which processor made them.
             .map_max_entries(names::NAT_EMBRYONIC, 1 << 18);
@@ -134,7 +135,7 @@ impl Ingress {
     /// Writes what spares the lookup of an exact port, as `lbd` does.
     fn spare(&mut self, key: &ServiceKey, index: u32) {
         let (place, entry) = exact::entry(key, index);
-        let mut lines: Array<&mut MapData, exact::Line> = self.map(names::EXACT);
+        let mut lines: Array<&mut MapData, exact::ExactLine> = self.map(names::EXACT);
         let mut line = lines.get(&place, 0).expect("in range");
         let known = line.entries.iter().position(|known| known.is_of(&entry));
         let free = line.entries.iter().position(|known| known.port_and_service == 0);
@@ -245,6 +246,12 @@ impl Ingress {
         backends.set(index, backend, 0).expect("in range");
     }
 
+    /// Writes a backend's entry before the change that is under way.
+    pub fn changing_backend(&mut self, index: u32, backend: Backend) {
+        let mut backends: Array<&mut MapData, Backend> = self.map(names::CHANGING_BACKENDS);
+        backends.set(index, backend, 0).expect("in range");
+    }
+
     /// Writes a backend's load.
     pub fn set_load(&mut self, index: u32, load: Load) {
         let mut loads: Array<&mut MapData, Load> = self.map(names::LOADS);
@@ -328,8 +335,8 @@ impl Ingress {
         clear::<VipKey, Vip>(self.map(names::VIPS));
         let (lines, words) = std::mem::take(&mut self.spared);
         for place in lines {
-            let mut map: Array<&mut MapData, exact::Line> = self.map(names::EXACT);
-            map.set(place, exact::Line::default(), 0).expect("in range");
+            let mut map: Array<&mut MapData, exact::ExactLine> = self.map(names::EXACT);
+            map.set(place, exact::ExactLine::default(), 0).expect("in range");
         }
         for place in words {
             let mut map: Array<&mut MapData, Line> = self.map(names::VIP_FILTER);

@@ -380,7 +380,7 @@ fn forged(i: u32) -> Address {
 }
 
 fn metered(flows: u32) -> IngressSettings {
-    let budgets = lb_common::limit::Budgets::of(flows, flows, flows, 1);
+    let budgets = lb_common::rate_limit::Budgets::of(flows, flows, flows, 1);
     IngressSettings {
         syns_per_s: budgets.syns,
         flows_per_s: budgets.flows,

@@ -120,6 +120,7 @@ impl<S: Pod> Object<'_, S> {
         for (map, size) in [
             (names::SERVICES, 128),
             (names::BACKENDS, 256),
+            (names::CHANGING_BACKENDS, 256),
             (names::BACKEND_STATS, 256),
             (names::FLOWS, 1_024),
             (names::UDP_FLOWS, 1_024),

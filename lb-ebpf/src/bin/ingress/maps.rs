@@ -11,12 +11,12 @@ use lb_common::{
     Vip, VipKey, exact,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState, block, level},
-    limit::{SourceKey, WriteBudget},
     limits,
     names::{LAYOUT_LEN, stage},
     nat::Embryonic,
     passive::{self, PassiveFailures},
     quic::{QuicConfig, ServerIdKey},
+    rate_limit::{SourceKey, WriteBudget},
     settings::IngressSettings,
     slot::{LINE, Line},
     stats::IcmpBudget,
@@ -34,7 +34,7 @@ pub static SETTINGS: Global<IngressSettings> = Global::new(IngressSettings::DEFA
 #[map]
 pub static SERVICE_INDEX: HashMap<ServiceKey, u32> = HashMap::with_max_entries(limits::SERVICES, 0);
 #[map]
-pub static EXACT: Array<exact::Line> = Array::with_max_entries(exact::LINES, BPF_F_MMAPABLE);
+pub static EXACT: Array<exact::ExactLine> = Array::with_max_entries(exact::LINES, BPF_F_MMAPABLE);
 #[map]
 pub static VIP_FILTER: Array<Line> = Array::with_max_entries(exact::FILTER_WORDS / LINE, BPF_F_MMAPABLE);
 #[map]
@@ -48,13 +48,16 @@ pub static SECONDARIES: Array<Line> = Array::with_max_entries(limits::SLOTS / LI
 #[map]
 pub static BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
+pub static CHANGING_BACKENDS: Array<Backend> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map]
 pub static LOADS: Array<Load> = Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map]
 pub static ROUND_ROBIN: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::SERVICES, 0);
 #[map]
 pub static FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::FLOWS, 0);
 #[map]
-pub static SYN_CACHE: Array<syn_cache::Line> = Array::with_max_entries(syn_cache::LINES + 1, BPF_F_MMAPABLE);
+pub static SYN_CACHE: Array<syn_cache::SynCacheLine> =
+    Array::with_max_entries(syn_cache::LINES + 1, BPF_F_MMAPABLE);
 #[map]
 pub static UDP_FLOWS: HashMap<FlowKey, Flow> = HashMap::with_max_entries(limits::UDP_FLOWS, 0);
 #[map]

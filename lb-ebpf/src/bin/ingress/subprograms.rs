@@ -10,7 +10,7 @@ use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use lb_common::{
     Reason, Slot, VipKey,
     backend::own_address,
-    limit::FULL_S,
+    rate_limit::FULL_S,
     syn_cache::{self, CachedSyn},
 };
 use lb_ebpf::{

@@ -15,11 +15,11 @@ use lb_common::{
     exact, flow,
     fragment::{Fragment, FragmentKey},
     guard::{GuardKey, GuardState},
-    limit::SourceKey,
     load,
     nat::Embryonic,
     passive::{self, PassiveFailure},
     quic::{QuicConfig, ServerIdKey},
+    rate_limit::SourceKey,
     settings::{IngressSettings, kernel},
     slot::{self, LINE},
     syn_cache::{self, CachedSyn, FilterLine, SynLine},
@@ -57,7 +57,7 @@ pub fn syn_state() -> Option<&'static syn_cache::State> {
 }
 
 /// A line of the SYN cache and the flow filter.
-pub struct Line(*mut syn_cache::Line);
+pub struct Line(*mut syn_cache::SynCacheLine);
 
 impl Line {
     /// The line of a flow.
@@ -155,7 +155,7 @@ pub struct Maps;
 impl Maps {
     /// Notes that a table had no room.
     #[inline(always)]
-    fn is_full(service: u32, table: FlowTable) {
+    fn mark_full(service: u32, table: FlowTable) {
         let Some(budget) = WRITE_BUDGETS.get_ptr_mut(service) else { return };
         let now_s = Self.now_s();
         // SAFETY: this CPU's own, and programs do not preempt each other.
@@ -172,7 +172,7 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn exact(&self, line: u32) -> Option<&exact::Line> {
+    fn exact(&self, line: u32) -> Option<&exact::ExactLine> {
         EXACT.get(line)
     }
 
@@ -253,13 +253,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn changing_backend(&self, index: u32) -> Option<&Backend> {
+        CHANGING_BACKENDS.get(index)
+    }
+
+    #[inline(always)]
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         // SAFETY: an entry that the LRU reuses meanwhile gives another live flow's backend for this
         // one packet; each word is whole.
         unsafe {
             match table {
                 FlowTable::Flows => FLOWS.get(key).copied(),
-                // See `note`.
+                // They are in `SYN_CACHE`.
                 FlowTable::Syns => None,
                 FlowTable::UdpFlows => UDP_FLOWS.get(key).copied(),
             }
@@ -274,7 +279,7 @@ impl Tables for Maps {
             FlowTable::UdpFlows => UDP_FLOWS.insert(key, flow, 0).is_ok(),
         };
         if !written {
-            Self::is_full(key.service, table);
+            Self::mark_full(key.service, table);
         }
         written
     }
@@ -290,9 +295,7 @@ impl Tables for Maps {
             // SAFETY: the entry stays mapped during the run; single words are written.
             unsafe {
                 (*flow).last_seen_s = now_s;
-                if flags != 0 {
-                    (*flow).flags |= flags;
-                }
+                (*flow).flags = flags;
             }
         }
     }

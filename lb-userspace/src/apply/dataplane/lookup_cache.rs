@@ -17,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 
 /// Lookup cache of a loaded program: both tables.
 pub(super) struct LookupCache {
-    lines: MappedArray<exact::Line>,
+    lines: MappedArray<exact::ExactLine>,
     filter: MappedArray<Line>,
     vips: HashSet<Address>,
     /// Number of VIPs for each bit of the filter.
@@ -26,7 +26,7 @@ pub(super) struct LookupCache {
 
 impl LookupCache {
     /// Tables of a newly loaded program: empty, and not used yet.
-    pub fn new(lines: MappedArray<exact::Line>, filter: MappedArray<Line>) -> Self {
+    pub fn new(lines: MappedArray<exact::ExactLine>, filter: MappedArray<Line>) -> Self {
         Self { lines, filter, vips: HashSet::new(), by_bit: HashMap::new() }
     }
 
@@ -63,7 +63,9 @@ impl LookupCache {
         let known = line.entries.iter().position(|known| known.is_of(&entry));
         let free = || line.entries.iter().position(|known| known.port_and_service == 0);
         let Some(place) = known.or_else(|| service.and_then(|_| free())) else { return Ok(()) };
-        line.entries[place] = if service.is_some() { entry } else { exact::Entry::default() };
+        // One store takes an entry away: its other words stay until the place is used again.
+        line.entries[place] =
+            if service.is_some() { entry } else { exact::Entry { port_and_service: 0, ..entry } };
         if self.lines.store(index, &line) { Ok(()) } else { Err(missing()) }
     }
 
@@ -147,6 +149,20 @@ mod tests {
         lookup_cache.set(&b, None).unwrap();
         lookup_cache.set(&b, None).unwrap();
         assert_eq!((find(&lookup_cache, &a), find(&lookup_cache, &b)), (Some(7), None));
+    }
+
+    /// Of an entry that is removed, a program sees all or nothing: never the port without its VIP.
+    #[test]
+    fn a_removal_is_one_store() {
+        let mut lookup_cache = lookup_cache();
+        let key = key(vip(1), 80);
+        lookup_cache.set(&key, Some(5)).unwrap();
+        let (line, entry) = exact::entry(&key, 5);
+        let before = lookup_cache.lines.load(line).expect("inside");
+        lookup_cache.set(&key, None).unwrap();
+        let after = lookup_cache.lines.load(line).expect("inside");
+        let place = before.entries.iter().position(|known| *known == entry).expect("it was written");
+        assert_eq!(after.entries[place], exact::Entry { port_and_service: 0, ..entry });
     }
 
     #[test]

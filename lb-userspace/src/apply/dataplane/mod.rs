@@ -5,6 +5,7 @@
 
 mod advice;
 mod attach;
+mod backends;
 mod batch;
 mod bindings;
 mod bond;
@@ -64,6 +65,7 @@ use aya::{
         xdp::{DevMapHash, XdpMapError},
     },
 };
+use backends::Backends;
 use guard::GuardWriter;
 use lb_common::{
     Backend, BackendStats, Flow, FlowKey, Service, ServiceKey, ServiceView, Slot, Vip, VipKey, names,
@@ -86,7 +88,7 @@ pub struct Dataplane {
     own_addresses: OwnAddresses,
     services: MappedArray<Service>,
     slots: MappedSlots,
-    backends: MappedArray<Backend>,
+    backends: Backends,
     loads: Arc<Loads>,
     egress: DevMapHash<MapData>,
     flows: [HashMap<MapData, FlowKey, Flow>; 2],
@@ -160,6 +162,7 @@ impl Dataplane {
         let vips: HashMap<MapData, VipKey, Vip> = take(&mut bpf, names::VIPS)?;
         let lookup_cache = LookupCache::fill(&mut bpf, &service_index, &vips)?;
         let own_addresses = OwnAddresses::new(take(&mut bpf, names::OWN_ADDRESSES)?, &backends)?;
+        let backends = Backends::new(backends, map_array(&mut bpf, names::CHANGING_BACKENDS)?);
         let identity = takeover.as_ref().and_then(Takeover::identity).map(|all| all.within(&limits));
         Ok(Self {
             service_index,
@@ -227,7 +230,9 @@ impl Dataplane {
         self.options = options;
         // These maps belong to the program; it has run without them until now.
         self.lookup_cache = LookupCache::fill(&mut self.bpf, &self.service_index, &self.vips)?;
-        self.own_addresses = OwnAddresses::new(take(&mut self.bpf, names::OWN_ADDRESSES)?, &self.backends)?;
+        self.own_addresses =
+            OwnAddresses::new(take(&mut self.bpf, names::OWN_ADDRESSES)?, self.backends.entries())?;
+        self.backends.renew(map_array(&mut self.bpf, names::CHANGING_BACKENDS)?);
         Ok(())
     }
 
@@ -304,40 +309,13 @@ impl Dataplane {
 
     /// Reads a backend's entry.
     pub fn backend(&self, index: u32) -> Option<Backend> {
-        self.backends.load(index)
+        self.backends.entries().load(index)
     }
 
-    /// Writes backends. While more than one word of a live entry changes, packets are sent by the kernel's FIB, so that
-    /// they never see a mixture of two next hops.
+    /// Writes backends. A packet sees all of an entry's old next hop or all of its new one.
     pub fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError> {
-        let mut torn = false;
-        for (index, new) in backends {
-            let old = self.backends.load(*index).ok_or(missing(names::BACKENDS, *index))?;
-            if is_torn(&old, new) {
-                self.store_backend_flags(*index, old.flags & !lb_common::backend::flags::RESOLVED)?;
-                torn = true;
-            }
-        }
-        if torn {
-            grace_period();
-        }
-        for (index, new) in backends {
-            let resolved = lb_common::backend::flags::RESOLVED;
-            let unresolved = Backend { flags: new.flags & !resolved, ..*new };
-            let old = self.backends.load(*index).ok_or(missing(names::BACKENDS, *index))?;
-            self.own_addresses.change(&old, new)?;
-            let first = if old.flags & resolved == 0 { &unresolved } else { new };
-            stored(self.backends.store(*index, first), names::BACKENDS, *index)?;
-            if first.flags != new.flags {
-                self.store_backend_flags(*index, new.flags)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn store_backend_flags(&mut self, index: u32, flags: u32) -> Result<(), DataplaneError> {
-        let offset = std::mem::offset_of!(Backend, flags);
-        stored(self.backends.store_u32(index, offset, flags), names::BACKENDS, index)
+        let own_addresses = &mut self.own_addresses;
+        self.backends.write(backends, |old, new| own_addresses.change(old, new), grace_period)
     }
 
     /// Sets a backend's counters to zero, for an index that is reused.
@@ -468,15 +446,4 @@ fn absent_is_fine(result: Result<(), aya::maps::MapError>) -> Result<(), aya::ma
         Err(MapError::SyscallError(e)) if e.io_error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         other => other,
     }
-}
-
-/// Whether a reader could see a mixture of the old and the new next hop.
-fn is_torn(old: &Backend, new: &Backend) -> bool {
-    use lb_common::backend::flags::{RESOLVED, USED};
-    // An entry that is being cleared is no longer in any table.
-    if old.flags & RESOLVED == 0 || new.flags & USED == 0 {
-        return false;
-    }
-    let (a, b): (&[u64; 8], &[u64; 8]) = (zerocopy::transmute_ref!(old), zerocopy::transmute_ref!(new));
-    (0..8).filter(|i| a[*i] != b[*i]).count() > 1
 }

@@ -89,6 +89,7 @@ pub(super) fn sizes(l: &MapLimits) -> Vec<(&'static str, u32)> {
         (names::PRIMARIES, l.slots.div_ceil(LINE)),
         (names::SECONDARIES, l.slots.div_ceil(LINE)),
         (names::BACKENDS, l.backends),
+        (names::CHANGING_BACKENDS, l.backends),
         (names::BACKEND_STATS, l.backends),
         (names::QUIC_SERVERS, l.backends),
         (names::LOADS, l.backends),

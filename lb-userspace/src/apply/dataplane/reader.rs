@@ -9,10 +9,10 @@ use aya::maps::{HashMap, Map, MapData, PerCpuArray};
 use lb_common::{
     Address, Backend, BackendStats, Flow, FlowKey, Load, Reason, Service, ServiceKey, Slot, Vip, VipKey,
     guard::{GuardKey, GuardState},
-    limit::WriteBudget,
     limits, names,
     passive::{self, PassiveFailures},
     quic::{QuicConfig, ServerIdKey},
+    rate_limit::WriteBudget,
     slot::{LINE, Line},
 };
 use lb_ebpf::FlowTable;

@@ -6,13 +6,13 @@ use crate::clock;
 use aya::maps::MapData;
 use lb_common::{
     FlowKey, names,
-    syn_cache::{self, CachedSyn, Line, State, SynLine, WAYS},
+    syn_cache::{self, CachedSyn, State, SynCacheLine, SynLine, WAYS},
 };
 use std::{mem::offset_of, path::Path, time::Duration};
 
 /// The memory-mapped SYN cache and flow filter.
 pub struct SynCache {
-    lines: MappedArray<Line>,
+    lines: MappedArray<SynCacheLine>,
 }
 
 /// New contents of the filter, gathered by a scan of the table of flows; see [`SynCache::begin`].
@@ -37,25 +37,28 @@ const CHECKED: &str = "`new` has checked the number of lines and mapped them wri
 
 /// A line of the memory-mapped cache.
 struct MappedLine<'a> {
-    lines: &'a MappedArray<Line>,
+    lines: &'a MappedArray<SynCacheLine>,
     place: u32,
 }
 
 impl SynLine for MappedLine<'_> {
     fn head(&self, way: usize) -> u64 {
-        self.lines.load_u64(self.place, offset_of!(Line, heads) + 8 * way).expect(CHECKED)
+        self.lines.load_u64(self.place, offset_of!(SynCacheLine, heads) + 8 * way).expect(CHECKED)
     }
 
     fn sequence(&self, way: usize) -> u16 {
-        self.lines.load_u16(self.place, offset_of!(Line, sequences) + 2 * way).expect(CHECKED)
+        self.lines.load_u16(self.place, offset_of!(SynCacheLine, sequences) + 2 * way).expect(CHECKED)
     }
 
     fn set_head(&self, way: usize, head: u64) {
-        assert!(self.lines.store_u64(self.place, offset_of!(Line, heads) + 8 * way, head), "{CHECKED}");
+        assert!(
+            self.lines.store_u64(self.place, offset_of!(SynCacheLine, heads) + 8 * way, head),
+            "{CHECKED}"
+        );
     }
 
     fn set_sequence(&self, way: usize, sequence: u16) {
-        let offset = offset_of!(Line, sequences) + 2 * way;
+        let offset = offset_of!(SynCacheLine, sequences) + 2 * way;
         assert!(self.lines.store_u16(self.place, offset, sequence), "{CHECKED}");
     }
 }
@@ -125,7 +128,7 @@ impl SynCache {
         self.disarm();
         self.set_key(key);
         for place in 0..syn_cache::LINES {
-            assert!(self.lines.store(place, &Line::default()), "{CHECKED}");
+            assert!(self.lines.store(place, &SynCacheLine::default()), "{CHECKED}");
         }
     }
 
@@ -181,7 +184,7 @@ impl SynCache {
     pub fn remove(&self, place: u32, head: u64) {
         let line = self.line(place);
         if let Some(way) = (0..WAYS).find(|way| line.head(*way) == head) {
-            self.lines.clear_u64(place, offset_of!(Line, heads) + 8 * way, head);
+            self.lines.clear_u64(place, offset_of!(SynCacheLine, heads) + 8 * way, head);
         }
     }
 
@@ -203,12 +206,12 @@ impl SynCache {
 
     /// Applies a complete scan to the filter, and ends the old epoch.
     pub fn settle(&self, scan: &Scan) {
-        let added = offset_of!(Line, added) + 2 * scan.ends as usize;
+        let added = offset_of!(SynCacheLine, added) + 2 * scan.ends as usize;
         for (place, &(first, second)) in scan.swept.iter().enumerate() {
             let place = place as u32;
-            let is_stored = (self.lines.load_u64(place, offset_of!(Line, swept)) == Some(first)
-                || self.lines.store_u64(place, offset_of!(Line, swept), first))
-                && self.lines.store_u16(place, offset_of!(Line, swept_second), second)
+            let is_stored = (self.lines.load_u64(place, offset_of!(SynCacheLine, swept)) == Some(first)
+                || self.lines.store_u64(place, offset_of!(SynCacheLine, swept), first))
+                && self.lines.store_u16(place, offset_of!(SynCacheLine, swept_second), second)
                 // A word of its own: programs write that of the other epoch.
                 && self.lines.store_u16(place, added, 0);
             assert!(is_stored, "{CHECKED}");
@@ -288,7 +291,7 @@ mod tests {
             self.lines.load(self.place).unwrap().added
         }
         fn set_added(&self, is_first: bool, bits: u16) {
-            let offset = offset_of!(Line, added) + 2 * usize::from(!is_first);
+            let offset = offset_of!(SynCacheLine, added) + 2 * usize::from(!is_first);
             assert!(self.lines.store_u16(self.place, offset, bits));
         }
     }

@@ -19,6 +19,7 @@ mod sweep;
 mod sweep_counts;
 mod sweep_nat;
 mod sweep_schedule;
+mod sweep_slots;
 mod tables;
 #[cfg(test)]
 mod tests;
@@ -42,11 +43,12 @@ use crate::{
     clock,
     desired::model::{BackendId, Desired, Health, Name, Observed, Paths, Readiness, RegionShares},
     plan::compile::{
-        Cache, Compiled, DeploymentSettings, Memory, Past, ServiceMemory, admit, check_guard, compile_each,
-        region_needs,
+        Cache, Compiled, DeploymentSettings, Memory, Past, Quiet, ServiceMemory, admit, check_guard,
+        compile_each, region_needs,
     },
 };
 use kept::{Keeper, boot_id};
+use lb_common::flow::SYN_TIMEOUT_S;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -452,8 +454,19 @@ impl<M: Maps> Reconciler<M> {
     fn apply_sweep(&mut self, sweep: Arc<Sweep>) -> bool {
         let before = self.memory.clone();
         let unstable = &self.unstable;
-        let settled = |index: &u32| unstable.get(index).is_none_or(|t| *t + SETTLE < sweep.began);
-        self.memory.untrack_all(|index| !sweep.services_tcp.contains(&index) && settled(&index));
+        self.memory.untrack_all(|index| {
+            // A SYN that was cached before the service became stable may still write an entry.
+            let has_syns = sweep.services_syns.contains(&index);
+            let settle = if has_syns { Duration::from_secs(SYN_TIMEOUT_S.into()) } else { SETTLE };
+            let is_settled = unstable.get(&index).is_none_or(|t| *t + settle < sweep.began);
+            match (is_settled, sweep.services_tcp.contains(&index)) {
+                (false, _) => Quiet::No,
+                (true, false) => Quiet::All,
+                (true, true) => {
+                    sweep.slots.get(&index).map_or(Quiet::No, |set| Quiet::But(set.hashing, &set.bits))
+                }
+            }
+        });
         let began_ms = sweep.began.as_millis() as i64;
         let services: BTreeSet<u32> = self
             .memory

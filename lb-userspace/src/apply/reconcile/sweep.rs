@@ -9,6 +9,7 @@ use super::{
     sweep_counts::SweepCounts,
     sweep_nat::sweep_bindings,
     sweep_schedule::{self, EmptyTables, MeterSignals, PERIOD},
+    sweep_slots::{FlowSlots, SlotSet},
 };
 use crate::{
     apply::dataplane::{DataplaneError, Reader, now_tick},
@@ -18,7 +19,7 @@ use lb_common::{
     Flow, FlowKey,
     backend::flags::{DOWN, DRAINING, USED},
     flow::{CLOSING_S, TCP_IDLE_S, flags::CLOSING},
-    limit::{FULL_S, WriteBudget},
+    rate_limit::{FULL_S, WriteBudget},
     service, syn_cache,
 };
 use lb_ebpf::FlowTable;
@@ -40,8 +41,12 @@ pub struct Sweep {
     pub began: Duration,
     /// Live tracked flows by backend index.
     pub flows: BTreeMap<u32, u64>,
-    /// Services with TCP entries.
+    /// Services with tracked TCP flows.
     pub services_tcp: BTreeSet<u32>,
+    /// Services with cached SYNs.
+    pub services_syns: BTreeSet<u32>,
+    /// Slots of tracked TCP flows, by service; none for a service whose table changed meanwhile.
+    pub slots: BTreeMap<u32, SlotSet>,
     /// Services with any entries.
     pub services: BTreeSet<u32>,
     /// Backends that entries name.
@@ -81,8 +86,6 @@ fn flood(pressure: &[WriteBudget], now_s: u32) -> Flood {
 /// Conditions for the expiry of entries.
 struct ExpiryRules {
     now_s: u32,
-    /// Whether the table was more than half full at the last sweep: then flows that are idle for long are removed.
-    is_tight: bool,
 }
 
 impl ExpiryRules {
@@ -91,11 +94,8 @@ impl ExpiryRules {
         let age_s = self.now_s.saturating_sub(flow.last_seen_s);
         let aged = match table {
             FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
-            // A client that vanished would keep a removed backend's index in use for ever.
-            // The table never evicts, so only the sweep makes room.
-            FlowTable::Flows | FlowTable::Syns => {
-                age_s > TCP_IDLE_S && (self.is_tight || counts.is_leaving(key.service, flow.backend))
-            }
+            // A client that vanished would keep its slot tracked, and a removed backend's index in use, for ever.
+            FlowTable::Flows | FlowTable::Syns => age_s > TCP_IDLE_S,
             FlowTable::UdpFlows => age_s > counts.udp_timeout_s(key.service).unwrap_or(0),
         };
         aged || !counts.is_served(key.service, flow.backend)
@@ -142,9 +142,11 @@ impl Sweeper {
         let walk = self.empty_tables.next(signals, memory, result.began);
         let mut counts = SweepCounts::new(reader);
         for table in ORDER.into_iter().filter(|table| walk.tables[*table as usize]) {
-            let room = u64::from(reader.flow_room(table));
-            let rules = ExpiryRules { now_s, is_tight: self.last.entries[table as usize] > room / 2 };
-            let (entries, removed) = sweep_table(reader, table, &rules, &mut counts)?;
+            let (entries, removed) = match table {
+                FlowTable::Syns => sweep_syns(reader, &mut counts),
+                FlowTable::Flows => sweep_flows(reader, now_s, &mut counts, &mut result.slots)?,
+                FlowTable::UdpFlows => sweep_udp(reader, now_s, &mut counts)?,
+            };
             self.empty_tables.walked(table, entries + removed);
             result.entries[table as usize] = entries;
             result.removed += removed;
@@ -194,38 +196,75 @@ impl Sweeper {
     }
 }
 
-/// Sweeps a table; returns the numbers of entries left and removed.
-fn sweep_table(
+/// Sweeps the tracked TCP flows: removes those that expired or need no entry any more, and collects the slots of the
+/// others. Returns the numbers of entries left and removed.
+fn sweep_flows(
     reader: &Reader,
-    table: FlowTable,
-    rules: &ExpiryRules,
+    now_s: u32,
+    counts: &mut SweepCounts<'_>,
+    slots: &mut BTreeMap<u32, SlotSet>,
+) -> Result<(u64, u64), DataplaneError> {
+    let (table, rules) = (FlowTable::Flows, ExpiryRules { now_s });
+    let mut flow_slots = FlowSlots::new(reader)?;
+    let (mut over, mut count) = (Vec::new(), 0u64);
+    let mut scan = reader.syn_cache().begin();
+    reader.for_each_flow(table, |key, flow| {
+        scan.add(&key);
+        if rules.is_expired(counts, table, &key, &flow) || flow_slots.is_redundant(&key, &flow) {
+            over.push(key);
+            return;
+        }
+        count += 1;
+        counts.count(key.service, flow.backend, true, rules.is_live(table, &flow));
+        flow_slots.add(&key);
+    })?;
+    reader.syn_cache().settle(&scan);
+    let mut removed = 0;
+    for key in over {
+        // A packet may have come since the walk, or a change of the table.
+        let Some(flow) = reader.flow(table, &key) else { continue };
+        if rules.is_expired(counts, table, &key, &flow) || flow_slots.is_redundant(&key, &flow) {
+            reader.remove_flow(table, &key)?;
+            removed += 1;
+        } else {
+            count += 1;
+            counts.count(key.service, flow.backend, true, rules.is_live(table, &flow));
+            flow_slots.add(&key);
+        }
+    }
+    *slots = flow_slots.into_slots();
+    Ok((count, removed))
+}
+
+/// Sweeps the UDP flows; returns the numbers of entries left and removed.
+fn sweep_udp(
+    reader: &Reader,
+    now_s: u32,
     counts: &mut SweepCounts<'_>,
 ) -> Result<(u64, u64), DataplaneError> {
-    if table == FlowTable::Syns {
-        return Ok(sweep_syns(reader, counts));
-    }
-    let mut over = Vec::new();
-    let mut count = 0u64;
-    let mut scan = (table == FlowTable::Flows).then(|| reader.syn_cache().begin());
+    let (table, rules) = (FlowTable::UdpFlows, ExpiryRules { now_s });
+    let (mut over, mut count) = (Vec::new(), 0u64);
     reader.for_each_flow(table, |key, flow| {
-        if let Some(scan) = &mut scan {
-            scan.add(&key);
-        }
         if rules.is_expired(counts, table, &key, &flow) {
             over.push(key);
             return;
         }
         count += 1;
-        let is_tcp = table != FlowTable::UdpFlows;
-        counts.count(key.service, flow.backend, is_tcp, rules.is_live(table, &flow));
+        counts.count(key.service, flow.backend, false, rules.is_live(table, &flow));
     })?;
-    if let Some(scan) = &scan {
-        reader.syn_cache().settle(scan);
+    let mut removed = 0;
+    for key in over {
+        // A packet may have come since the walk.
+        let Some(flow) = reader.flow(table, &key) else { continue };
+        if rules.is_expired(counts, table, &key, &flow) {
+            reader.remove_flow(table, &key)?;
+            removed += 1;
+        } else {
+            count += 1;
+            counts.count(key.service, flow.backend, false, rules.is_live(table, &flow));
+        }
     }
-    for key in &over {
-        reader.remove_flow(table, key)?;
-    }
-    Ok((count, over.len() as u64))
+    Ok((count, removed))
 }
 
 /// Sweeps the SYN cache; only recent SYNs count. Returns the numbers of entries left and removed.
@@ -238,7 +277,7 @@ fn sweep_syns(reader: &Reader, counts: &mut SweepCounts<'_>) -> (u64, u64) {
         match backend.filter(|_| syn_cache::is_fresh(head, tick)) {
             Some(backend) if counts.is_served(backend.service, index) => {
                 count += 1;
-                counts.count(backend.service, index, true, false);
+                counts.count_syn(backend.service, index);
             }
             _ => {
                 reader.syn_cache().remove(place, head);

@@ -5,7 +5,7 @@
 
 use super::sweep::Sweep;
 use crate::apply::dataplane::Reader;
-use lb_common::backend::flags::{DOWN, DRAINING, USED};
+use lb_common::backend::flags::USED;
 
 /// Facts about a service that the expiry of flows depends on.
 #[derive(Clone, Copy, Default)]
@@ -13,16 +13,15 @@ struct ServiceSeen {
     /// Idle time of its UDP flows, once the service was found.
     udp_timeout_s: Option<u32>,
     has_tcp: bool,
+    has_syns: bool,
     has_any: bool,
 }
 
-/// Facts about a backend that the expiry of flows depends on.
+/// What is known of a backend.
 #[derive(Clone, Copy, Default)]
 struct BackendSeen {
     /// Index of its service, once the backend was found.
     service: Option<u32>,
-    /// Flags of its entry.
-    flags: u32,
     is_named: bool,
     flows: u64,
 }
@@ -63,28 +62,24 @@ impl<'a> SweepCounts<'a> {
     /// Whether a backend belongs to an existing service. A negative answer is looked up each time, because a backend
     /// that was added meanwhile must not lose its entries.
     pub fn is_served(&mut self, service: u32, backend: u32) -> bool {
-        self.read_backend(backend, service).is_some() && self.udp_timeout_s(service).is_some()
+        self.has_backend(backend, service) && self.udp_timeout_s(service).is_some()
     }
 
-    /// Whether a backend takes no new flows, or does not exist.
-    pub fn is_leaving(&mut self, service: u32, backend: u32) -> bool {
-        self.read_backend(backend, service).is_none_or(|flags| flags & (DRAINING | DOWN) != 0)
+    /// Whether a service has this backend.
+    fn has_backend(&mut self, backend: u32, service: u32) -> bool {
+        let is_known = self.backends.get(backend as usize).is_some_and(|seen| seen.service == Some(service));
+        let is_there = |entry: lb_common::Backend| entry.flags & USED != 0 && entry.service == service;
+        if !is_known && !self.reader.backend(backend).is_some_and(is_there) {
+            return false;
+        }
+        place(&mut self.backends, backend).service = Some(service);
+        true
     }
 
-    /// Reads the flags of a backend of this service.
-    fn read_backend(&mut self, backend: u32, service: u32) -> Option<u32> {
-        if let Some(seen) = self.backends.get(backend as usize)
-            && seen.service == Some(service)
-        {
-            return Some(seen.flags);
-        }
-        let entry = self.reader.backend(backend)?;
-        if entry.flags & USED == 0 || entry.service != service {
-            return None;
-        }
-        let seen = place(&mut self.backends, backend);
-        (seen.service, seen.flags) = (Some(service), entry.flags);
-        Some(entry.flags)
+    /// Counts a cached SYN.
+    pub fn count_syn(&mut self, service: u32, backend: u32) {
+        self.count(service, backend, false, false);
+        place(&mut self.services, service).has_syns = true;
     }
 
     /// Counts an entry that stays, of an existing service and backend.
@@ -103,6 +98,9 @@ impl<'a> SweepCounts<'a> {
             sweep.services.insert(service);
             if seen.has_tcp {
                 sweep.services_tcp.insert(service);
+            }
+            if seen.has_syns {
+                sweep.services_syns.insert(service);
             }
         }
         for (backend, seen) in (0..).zip(&self.backends).filter(|(_, seen)| seen.is_named) {

@@ -7,7 +7,7 @@
 //!
 //! A walk of 2.7 million empty places every second costs a hundredth of a processor.
 
-use lb_common::limit::{RateLimiter, WriteBudget};
+use lb_common::rate_limit::{RateLimiter, WriteBudget};
 use lb_ebpf::FlowTable;
 use std::time::Duration;
 

@@ -38,7 +38,7 @@ fn state_tone(state: BackendState) -> (String, Option<Tone>) {
 
 /// Formats the progress of a drain.
 pub(super) fn drain(drain: &Drain) -> String {
-    let flows = format!("{} flows left", drain.flows_left);
+    let flows = format!("{} tracked flows left", drain.flows_left);
     if drain.deadline_s == 0 {
         format!("{flows}, drain time is over")
     } else {

@@ -128,7 +128,7 @@ pub fn history(out: &mut Out<'_>, entry: &ReplicaEntry) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn not_ready(out: &mut Out<'_>, list: &[NotReady]) -> io::Result<()> {
-    let mut table = TextTable::new(&["REPLICA", "STATE", ">FLOWS LEFT", "REASON"], out.colour);
+    let mut table = TextTable::new(&["REPLICA", "STATE", ">TRACKED FLOWS", "REASON"], out.colour);
     for r in list {
         let (state, tone) = readiness(r.readiness);
         let name = (format!("{}/{}", r.service, r.backend), tone);

@@ -3,7 +3,7 @@
 //! `reconcile` keeps it in a file, so that a restart changes nothing. Indices can also be read back from the
 //! live maps ([`Memory::adopt`]), which are authoritative for them.
 
-use super::{Plan, ServiceId, TableLimits, entries};
+use super::{Plan, ServiceId, TableLimits, map_values};
 use crate::{
     desired::model::{Desired, Ports, Protocol},
     plan::maglev,
@@ -80,6 +80,18 @@ pub struct BackendMemory {
     /// Time of its removal from the desired state, if removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_ms: Option<i64>,
+}
+
+/// What a sweep of the flow table found of a service that is stable.
+#[derive(Clone, Copy, Debug)]
+pub enum Quiet<'a> {
+    /// Nothing can be said of its slots.
+    No,
+    /// No flow has an entry.
+    All,
+    /// No flow has an entry but those of these slots, a bit each, under this hashing: seed, number of slots, and whether
+    /// only the client's address is hashed.
+    But(([u64; 2], u32, bool), &'a [u64]),
 }
 
 /// A period with one table.
@@ -288,14 +300,25 @@ impl Memory {
     /// Clears the tracked mark of a service's slots, after a scan that began when they had become stable found none of
     /// its flows. The next compilation marks slots that are still in transition again.
     pub fn untrack(&mut self, service: u32) {
-        self.untrack_all(|index| index == service);
+        self.untrack_all(|index| if index == service { Quiet::All } else { Quiet::No });
     }
 
-    /// Clears the tracked mark of the slots of all services whose index `is_quiet` accepts.
-    pub fn untrack_all(&mut self, is_quiet: impl Fn(u32) -> bool) {
-        for memory in self.services.values_mut().filter(|s| is_quiet(s.index)) {
-            if memory.tracked.iter().any(|&word| word != 0) {
-                Arc::make_mut(memory).tracked = Arc::new(vec![0; memory.tracked.len()]);
+    /// Clears the tracked mark of slots in which no flow has an entry, by service index.
+    pub fn untrack_all<'a>(&mut self, quiet: impl Fn(u32) -> Quiet<'a>) {
+        for memory in self.services.values_mut() {
+            let left: Vec<u64> = match quiet(memory.index) {
+                Quiet::No => continue,
+                Quiet::All => vec![0; memory.tracked.len()],
+                Quiet::But(hashing, slots) => {
+                    let shape = memory.epochs.last().map(|epoch| &epoch.shape);
+                    if shape.is_none_or(|s| (s.seed, s.size, s.by_source) != hashing) {
+                        continue;
+                    }
+                    memory.tracked.iter().zip(slots).map(|(tracked, slots)| tracked & slots).collect()
+                }
+            };
+            if left.len() == memory.tracked.len() && left != *memory.tracked {
+                Arc::make_mut(memory).tracked = Arc::new(left);
             }
         }
     }
@@ -304,7 +327,7 @@ impl Memory {
     /// Services that the maps do not have are dropped; those that the memory does not have are added.
     pub fn adopt(&mut self, live: &Plan, now_ms: i64) {
         let known = std::mem::take(&mut self.services);
-        let live_ids = entries::service_ids(live);
+        let live_ids = map_values::service_ids(live);
         for (&index, id) in &live_ids {
             let mut memory = known.get(id).map(|m| (**m).clone()).unwrap_or_default();
             if memory.index != index {
@@ -314,7 +337,7 @@ impl Memory {
             let of_service = live.backends.iter().filter(|(_, b)| b.service == index);
             memory.backends = of_service
                 .map(|(&backend, entry)| {
-                    let address = entries::from_address(&entry.address);
+                    let address = map_values::from_address(&entry.address);
                     let before = memory.backends.get(&address);
                     let removed_ms = before.and_then(|b| b.removed_ms);
                     (

@@ -7,13 +7,14 @@
 //! Guarantee: a flow without an entry in a flow table stays with its backend as long as that backend exists.
 //! [`table`] describes how.
 
-mod entries;
 mod error;
 mod features;
 pub mod guard;
+mod map_values;
 mod memory;
 mod quic;
 mod replay_history;
+mod residency;
 mod room;
 mod service;
 mod slot_layout;
@@ -22,10 +23,10 @@ mod spread;
 mod status;
 mod table;
 
-pub use entries::{from_address, to_address};
 pub use error::CompileError;
 pub use features::features_needed;
-pub use memory::{BackendMemory, Epoch, Memory, Retired, ServiceMemory, Shape, ShapeMember};
+pub use map_values::{from_address, to_address};
+pub use memory::{BackendMemory, Epoch, Memory, Quiet, Retired, ServiceMemory, Shape, ShapeMember};
 pub use replay_history::Past;
 pub use room::{RegionNeed, WaitingForRoom, admit, max_slots, region_needs};
 pub use status::{CompiledBackend, CompiledService};
@@ -279,7 +280,7 @@ pub fn compile_each(
             wanted,
             verdicts: service::observations(name, wanted, &mut health, &mut replicas),
             steer: spread::region_shares(wanted, &settings.here, observed.steers.get(name)),
-            excluded: spread::excluded_backends(wanted, &settings.here, &desired.regions),
+            excluded: residency::excluded_backends(wanted, &settings.here, &desired.regions),
             next_hops: &observed.paths.next_hops,
             links: &observed.paths.links,
             now_ms,
@@ -326,7 +327,7 @@ impl Compiled {
         plan.costs.extend(compiled.costs.iter().copied());
         plan.egress.extend(compiled.egress.iter().copied());
         plan.services.insert(compiled.index, compiled.entry.clone());
-        entries::add_service(id, compiled.index, plan);
+        map_values::add_service(id, compiled.index, plan);
         self.next_change_ms = [self.next_change_ms, compiled.next_change_ms].into_iter().flatten().min();
         self.status.push(compiled.status.clone());
     }
@@ -356,7 +357,7 @@ impl Plan {
     pub fn copy_service(&mut self, id: &ServiceId, index: u32, live: &Self) {
         let Some(entry) = live.services.get(&index) else { return };
         self.services.insert(index, entry.clone());
-        entries::add_service(id, index, self);
+        map_values::add_service(id, index, self);
         for (&backend, entry) in live.backends.iter().filter(|(_, b)| b.service == index) {
             self.backends.insert(backend, *entry);
             self.costs.extend(live.costs.get(&backend).map(|cost| (backend, *cost)));

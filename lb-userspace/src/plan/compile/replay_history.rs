@@ -11,7 +11,8 @@
 
 use super::{
     BackendMemory, DeploymentSettings, Memory, ServiceId, ServiceMemory,
-    spread::{excluded_backends, region_shares, region_weights},
+    residency::excluded_backends,
+    spread::{region_shares, region_weights},
     table::{Hashing, build_shape},
 };
 use crate::{

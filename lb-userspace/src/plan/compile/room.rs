@@ -9,7 +9,7 @@
 //! much again through which tables are moved where the free slots are not contiguous.
 
 use super::{
-    CompileError, DeploymentSettings, Memory, ServiceId, entries, features::check_features, slot_layout,
+    CompileError, DeploymentSettings, Memory, ServiceId, features::check_features, map_values, slot_layout,
     table::Hashing,
 };
 use crate::desired::model::{Desired, Name, Scheduler, Service};
@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Whether second choices are stored behind the service's table.
 pub(super) fn has_second_choices(wanted: &Service, settings: &DeploymentSettings) -> bool {
     let is_capped = wanted.scheduler == Scheduler::SourceHash && wanted.load_cap.is_some();
-    wanted.scheduler == Scheduler::P2c || is_capped || entries::has_second_chance_header(wanted, settings)
+    wanted.scheduler == Scheduler::P2c || is_capped || map_values::has_second_chance_header(wanted, settings)
 }
 
 /// Largest number of slots of a service with a table of this size, including everything behind it except an old table.

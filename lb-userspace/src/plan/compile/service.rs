@@ -1,21 +1,23 @@
 //! Compiles one service: its view, memory, backend entries and costs.
 //!
-//! `table` builds its slots; `spread` decides on exclusions and weights.
+//! `table` builds its slots; `residency` decides on exclusions, `spread` on weights.
 
 use super::{
     BackendMemory, CompileError, CompiledService, Cost, DeploymentSettings, ServiceEntry, ServiceId,
-    ServiceMemory, Shape, View, entries,
+    ServiceMemory, Shape, View,
     features::check_features,
+    map_values,
     memory::FreeIndices,
+    residency::Excluded,
     slot_layout, slow,
-    spread::{Excluded, region_weights},
+    spread::region_weights,
     status::compile_status,
     table::{Hashing, Tables, build_region, build_shape, mark_changes, replay_changes},
 };
 use crate::{
     desired::model::{
-        self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
-        RegionShares, Scheduler, Service, region_list,
+        BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
+        RegionShares, Scheduler, Service,
     },
     plan::policy::{self, BackendObservation, Candidate, region::Weighted},
 };
@@ -294,25 +296,6 @@ fn record_epoch(
     previous
 }
 
-impl Input<'_> {
-    pub(super) fn is_excluded(&self, backend: usize) -> bool {
-        self.excluded.get(backend).is_some_and(Option::is_some)
-    }
-
-    /// Why a backend is excluded, in words.
-    pub(super) fn exclusion_reason(&self, backend: usize, b: &model::Backend) -> Option<String> {
-        let region = b.region.as_ref().unwrap_or(&self.settings.here.region);
-        let allowed = self.wanted.regions.iter().flat_map(|rules| rules.allowed.iter().flatten());
-        match (*self.excluded.get(backend)?)? {
-            Excluded::Residency if b.region.is_none() => {
-                Some(format!("residency: only {}, and the backend has no region", region_list(allowed)))
-            }
-            Excluded::Residency => Some(format!("residency: only {}, not {region}", region_list(allowed))),
-            Excluded::RegionDrains => Some(format!("region {region} drains")),
-        }
-    }
-}
-
 /// Cost of a flow in a service's loads: with replica reports, a request's share of the configured capacity.
 fn load_unit(wanted: &Service) -> u32 {
     let Some(source) = &wanted.replica else { return FLOW };
@@ -439,7 +422,7 @@ fn backend_entries(
             }
             let state = states.get(&address).copied().unwrap_or(DRAINING);
             let mut entry =
-                entries::backend_entry(address, input.wanted, memory.index, hop, state, input.settings);
+                map_values::backend_entry(address, input.wanted, memory.index, hop, state, input.settings);
             if backend.forbidden {
                 // Ends all flows to the backend, including established ones.
                 entry.mode = mode::FORBIDDEN;
@@ -461,7 +444,7 @@ fn build_view(wanted: &Service, shape: &Shape, settings: &DeploymentSettings) ->
     if wanted.on_down == OnDown::Reset {
         bits |= flags::RESET_ON_DOWN;
     }
-    if entries::has_second_chance_header(wanted, settings) {
+    if map_values::has_second_chance_header(wanted, settings) {
         bits |= flags::SECOND_CHANCE;
     }
     if wanted.mode == ForwardingMode::Nat {

@@ -1,40 +1,15 @@
-//! Excludes backends that must not take flows whatever their health, and computes weights of regions and versions.
+//! Computes weights of regions and versions.
 //!
-//! Input: the service, and the decision of `regions`. Output: reasons of exclusion, and weights. Pure.
+//! Input: the service, and the decision of `regions`. Output: weights. Pure.
 
 use crate::{
-    desired::model::{Canary, Locality, Name, Region, RegionShares, RegionState, Service},
+    desired::model::{Canary, Locality, RegionShares, Service},
     plan::policy::{
         self,
         region::{RegionMember, Weighted, weights as member_weights},
     },
 };
-use std::{collections::BTreeMap, sync::Arc};
-
-/// Why a backend must not take flows, whatever its health.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Excluded {
-    /// The service may not run in the backend's region.
-    Residency,
-    /// The backend's region drains.
-    RegionDrains,
-}
-
-/// Excluded backends, in the order of the service's backends; empty if none is excluded.
-pub(super) fn excluded_backends(
-    wanted: &Service,
-    here: &Locality,
-    regions: &BTreeMap<Name, Region>,
-) -> Vec<Option<Excluded>> {
-    let drains = |name: &Name| regions.get(name).is_some_and(|r| r.state == RegionState::Draining);
-    let all = wanted.backends.values().map(|b| match b.region.as_ref().unwrap_or(&here.region) {
-        _ if !wanted.allows(b) => Some(Excluded::Residency),
-        region if drains(region) => Some(Excluded::RegionDrains),
-        _ => None,
-    });
-    let all: Vec<_> = all.collect();
-    if all.iter().all(Option::is_none) { Vec::new() } else { all }
-}
+use std::sync::Arc;
 
 /// Region shares of a service: as decided, or the initial ones without a decision.
 pub(super) fn region_shares(

@@ -6,14 +6,14 @@
 //! transition, so it has an entry; only older flows have none, and they started on that primary, which
 //! had been the slot's for a whole window or was its first.
 //!
-//! A slot is *tracked* from its first change until a scan of the flow tables finds none of the service's
-//! flows: only then does its primary alone determine the backend again.
+//! A slot is *tracked* from its first change until a sweep of the flow table finds none of its flows: only then does its
+//! primary alone determine the backend again.
 //!
 //! When a scheduler that places flows anywhere is replaced, all slots are tracked until a sweep finds none of its
 //! flows.
 
 use super::{
-    Epoch, ServiceMemory, Shape, ShapeMember, View, entries, room::has_second_choices, service::Input,
+    Epoch, ServiceMemory, Shape, ShapeMember, View, map_values, room::has_second_choices, service::Input,
     slot_layout,
 };
 use crate::{
@@ -42,7 +42,7 @@ const KEPT_TABLES: usize = 4;
 pub(super) fn table_size(wanted: &Service, memory: &ServiceMemory) -> u32 {
     match memory.epochs.last() {
         Some(last) if wanted.backends.is_empty() && !memory.backends.is_empty() => last.shape.size,
-        _ => entries::table_size(wanted),
+        _ => map_values::table_size(wanted),
     }
 }
 
@@ -67,7 +67,7 @@ impl Hashing {
     /// Hashing of a desired service.
     pub(super) fn wanted(wanted: &Service, memory: &ServiceMemory) -> Self {
         Self {
-            seed: entries::seed(wanted),
+            seed: map_values::seed(wanted),
             size: table_size(wanted, memory),
             by_source: wanted.scheduler == Scheduler::SourceHash,
         }

@@ -14,7 +14,7 @@ use super::{
     engine::Snapshot,
     routes::{Params, Reply, body, name},
     types::{Change, WriteQuery},
-    view::{find_service, no_service},
+    view::{backend_id, find_service, no_service},
 };
 use crate::{
     clock,
@@ -179,6 +179,10 @@ impl Control {
             tracing::warn!(%error, "cannot release lock {LOCK}; it expires by itself");
         }
         result
+    }
+
+    fn add_plain_backends(&self, regions: &mut [RegionShown], here: &Name) {
+        add_plain_backends(regions, here, &self.head().desired, &self.engine.snapshot());
     }
 
     /// Declares all regions in use, if none is declared yet: afterwards, undeclared regions are errors.
@@ -380,7 +384,24 @@ pub(super) async fn regions(State(control): SharedControl) -> Reply<Regions> {
     let decided = control.wait_region_snapshot().await;
     let here = decided.regions.iter().find(|r| r.is_local).map(|r| r.name.clone());
     let here = here.ok_or_else(|| ApiError::not_found("this lbd does not know any regions yet"))?;
-    Ok(Json(Regions { here, regions: decided.regions.clone() }))
+    let mut regions = decided.regions.clone();
+    control.add_plain_backends(&mut regions, &here);
+    Ok(Json(Regions { here, regions }))
+}
+
+/// Adds the backends of services whose backends no policy distinguishes: the controller counts those of the others.
+fn add_plain_backends(regions: &mut [RegionShown], here: &Name, desired: &Desired, snapshot: &Snapshot) {
+    let plain = desired.services.iter().filter(|(_, s)| !s.is_regional() && s.rollout.is_none());
+    for (service, name, backend) in
+        plain.flat_map(|(service, s)| s.backends.iter().map(move |(n, b)| (service, n, b)))
+    {
+        let region = backend.region.as_ref().unwrap_or(here);
+        if let Some(region) = regions.iter_mut().find(|r| r.name == *region) {
+            region.backends += 1;
+            let applied = snapshot.backends.get(&backend_id(service, name));
+            region.ready += usize::from(applied.is_some_and(|b| b.takes_flows));
+        }
+    }
 }
 
 pub(super) async fn region_add(
@@ -455,4 +476,39 @@ pub(super) async fn rollout_change(
 ) -> Reply<Change> {
     let which: WhichRollout = body(&bytes)?;
     Ok(Json(control.change_rollout(&author, &query, &verb, which).await?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::serve::api::engine::AppliedBackend;
+    use serde_json::json;
+
+    #[test]
+    fn backends_of_services_without_a_policy_count_too() {
+        let shown = |name: &str| -> RegionShown {
+            serde_json::from_value(json!({
+                "name": name, "is_local": name == "eu", "is_declared": true, "state": "up", "agreed": "up",
+                "votes": [], "hosts": 1, "backends": 0, "ready": 0,
+            }))
+            .unwrap()
+        };
+        let service = |more: serde_json::Value| {
+            let mut service = json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "backends": {
+                "a": {"address": "10.1.0.1"}, "b": {"address": "10.1.0.2"}}});
+            service.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            service
+        };
+        let regional = json!({"port": 81, "regions": {"policy": "active-active"}});
+        let desired: Desired = serde_json::from_value(json!({"services": {
+            "plain": service(json!({})), "regional": service(regional)}}))
+        .unwrap();
+        let id = backend_id(&"plain".parse().unwrap(), &"a".parse().unwrap());
+        let mut snapshot = Snapshot::default();
+        snapshot.backends.insert(id, AppliedBackend { takes_flows: true, ..AppliedBackend::default() });
+        let mut regions = vec![shown("us"), shown("eu")];
+        add_plain_backends(&mut regions, &"eu".parse().unwrap(), &desired, &snapshot);
+        assert_eq!([regions[1].backends, regions[1].ready], [2, 1], "no region: that of the host");
+        assert_eq!([regions[0].backends, regions[0].ready], [0, 0]);
+    }
 }

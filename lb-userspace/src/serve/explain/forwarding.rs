@@ -51,7 +51,8 @@ impl Forwarding {
 
 pub(super) fn forwarding(entry: &Backend, hash: u64) -> Forwarding {
     let resolved = entry.flags & backend::flags::RESOLVED != 0 && entry.mode != backend::mode::LOCAL;
-    let has_source = matches!(entry.mode, backend::mode::IPIP | backend::mode::GUE | backend::mode::NAT);
+    let has_source =
+        backend::mode::is_gue(entry.mode) || matches!(entry.mode, backend::mode::IPIP | backend::mode::NAT);
     let source = lb_ebpf::packet::parse::address(lb_ebpf::forward::outer_source(entry, hash));
     let overhead = lb_ebpf::forward::overhead(entry).unwrap_or(0) as u32;
     Forwarding {
@@ -86,5 +87,33 @@ pub fn from_ip(ip: IpAddr) -> Address {
     match ip {
         IpAddr::V4(v4) => mapped(v4.octets()),
         IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lb_common::mapped;
+
+    #[test]
+    fn every_mode_with_an_outer_header_has_a_source() {
+        use backend::mode::{FORBIDDEN, GUE, GUE_CHAIN, IPIP, L2, LOCAL, NAT};
+        for (mode, has_source) in [
+            (IPIP, true),
+            (GUE, true),
+            (GUE_CHAIN, true),
+            (NAT, true),
+            (L2, false),
+            (LOCAL, false),
+            (FORBIDDEN, false),
+        ] {
+            let entry = Backend {
+                address: mapped([10, 1, 0, 1]),
+                source: mapped([10, 9, 0, 1]),
+                mode,
+                ..Backend::default()
+            };
+            assert_eq!(forwarding(&entry, 7).outer_source.is_some(), has_source, "mode {mode}");
+        }
     }
 }

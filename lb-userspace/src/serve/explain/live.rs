@@ -133,8 +133,9 @@ impl Tables for MapReader<'_> {
 
     fn flow(&self, table: FlowTable, key: &FlowKey) -> Option<Flow> {
         let flow = self.reader.flow(table, key)?;
-        // A query has no sequence number; assume one that continues the SYN's.
-        Some(if table == FlowTable::Syns { Flow { created_s: 0, ..flow } } else { flow })
+        // A query has no sequence number; assume one that continues the SYN's and the handshake's.
+        let flags = flow.flags & !lb_common::flow::flags::HANDSHAKE;
+        Some(Flow { created_s: if table == FlowTable::Syns { 0 } else { flow.created_s }, flags, ..flow })
     }
 
     fn record(&self, _: FlowTable, _: &FlowKey, _: &Flow) -> bool {

@@ -8,7 +8,7 @@ use crate::case::{
 use lb_common::{
     Backend, Be16, Reason,
     backend::{
-        flags::USED,
+        flags::{CHANGING, USED},
         mode::{GUE, IPIP},
     },
     mapped,
@@ -102,4 +102,34 @@ fn not_in_the_device_map() {
         assert_eq!(run.verdict, test_packet::xdp::DROP);
         assert_eq!(ingress.counts(), [(Reason::NoEgress, 1)]);
     });
+}
+
+/// While an entry is being changed, packets take the next hop from the entry before; the FIB is not asked.
+#[test]
+fn a_hop_that_is_being_changed() {
+    for backend in [tagged(IPIP, V4, 300), elsewhere(IPIP, V4), tagged(GUE, V6, 9), elsewhere(GUE, V6)] {
+        let case = case(backend);
+        crate::case::with(crate::case::Loaded::Default, |ingress| {
+            case.fill(ingress);
+            let send = |ingress: &test_packet::Ingress| {
+                let run = ingress.run(&case.packet.bytes()).expect("runs");
+                (run.verdict, run.packet)
+            };
+            let before = send(ingress);
+            let torn = Backend {
+                next_hop: [0xee; 6],
+                source: [0xee; 16],
+                vlan: Be16::new(77),
+                ifindex: UNLISTED,
+                flags: USED | CHANGING,
+                ..backend
+            };
+            ingress.backend(1, torn);
+            ingress.changing_backend(1, backend);
+            assert!(send(ingress) == before, "{backend:?}");
+            assert_eq!(ingress.counts(), []);
+            ingress.changing_backend(1, Backend::default());
+            assert!(send(ingress) != before, "without a copy, by the FIB");
+        });
+    }
 }

@@ -12,11 +12,19 @@ use lb_common::{
         flags::{DOWN, DRAINING, RESOLVED, USED},
         mode::IPIP,
     },
-    flow::{SYN_TIMEOUT_S, flags::CLOSING},
+    flow::{
+        Flow, SYN_TIMEOUT_S,
+        flags::{CLOSING, DISPUTED, HANDSHAKE},
+    },
     names::{FLOWS, SYN_CACHE, UDP_FLOWS},
     service::flags::{RESET_ON_DOWN, TRACK_ALL},
 };
-use test_packet::{Packet, Pair};
+use test_packet::{Packet, Pair, SEQUENCE};
+
+/// Flags of an entry that a handshake wrote, with the upper half of its latest sequence number.
+const fn begun(half: u32) -> u32 {
+    HANDSHAKE | half << 16
+}
 
 /// Slots hold 1, formerly 2; tables name 3.
 fn case(packet: Packet, pair: Pair) -> Case {
@@ -51,7 +59,7 @@ cases! {
     transition_syn_repeated: moving(SYN).knows(SYN_CACHE, 3, 60, 0).goes_to(3, false).leaves(SYN_CACHE, 3, 0, false);
     transition_syn_repeated_too_late: moving(SYN).knows(SYN_CACHE, 3, SYN_TIMEOUT_S + 5, 0).goes_to(1, true).leaves(SYN_CACHE, 1, 0, true);
     transition_syn_of_a_live_flow: moving(SYN).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, false);
-    transition_handshake_is_promoted: moving(ACK).knows(SYN_CACHE, 3, 60, 0).goes_to(3, false).counts(Reason::FlowPromoted).leaves(FLOWS, 3, 0, true);
+    transition_handshake_is_promoted: moving(ACK).knows(SYN_CACHE, 3, 60, 0).goes_to(3, false).counts(Reason::FlowPromoted).leaves(FLOWS, 3, Flow::begun_at(SEQUENCE), true);
     transition_established_goes_to_the_previous: moving(ACK).goes_to(2, false).counts(Reason::FlowPromoted).leaves(FLOWS, 2, 0, true);
     transition_fin_is_written_as_closing: moving(FIN).goes_to(2, false).counts(Reason::FlowPromoted).leaves(FLOWS, 2, CLOSING, true);
     transition_known_is_followed: moving(ACK).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
@@ -73,6 +81,10 @@ cases! {
         case.backends[2].1.service = 9;
         case.knows(FLOWS, 3, 60, 0).goes_to(1, false).counts(Reason::FlowStale).leaves(FLOWS, 3, 0, false)
     };
+    handshake_is_followed: marked(ACK).knows(FLOWS, 3, 60, begun(0x0100)).goes_to(3, false).leaves(FLOWS, 3, begun(0x0102), true);
+    handshake_of_another_flow_is_not_followed: marked(ACK).knows(FLOWS, 3, 60, begun(0x9000)).goes_to(1, false).leaves(FLOWS, 3, begun(0x9000) | DISPUTED, false);
+    handshake_of_another_flow_in_transition: moving(ACK).knows(FLOWS, 3, 60, begun(0x9000)).goes_to(2, false).leaves(FLOWS, 3, begun(0x9000) | DISPUTED, false);
+    syn_on_the_handshake_of_another_flow: marked(SYN).knows(FLOWS, 3, 60, begun(0x9000)).goes_to(3, false).leaves(FLOWS, 3, begun(0x9000), false).leaves(SYN_CACHE, 3, 0, true);
     track_all_looks_up_in_a_stable_slot: case(tcp(V4, ACK), Pair::Stable(1)).view(TRACK_ALL).knows(FLOWS, 3, 60, 0).goes_to(3, false).leaves(FLOWS, 3, 0, true);
     udp_expired_is_placed_anew: case(udp(V4), Pair::Stable(1)).knows(UDP_FLOWS, 3, 65, 0).goes_to(1, true).leaves(UDP_FLOWS, 1, 0, true);
     udp_down_moves: three(case(udp(V4), Pair::Stable(1)), USED | RESOLVED | DOWN).knows(UDP_FLOWS, 3, 5, 0).goes_to(1, true).counts(Reason::FlowStale).leaves(UDP_FLOWS, 1, 0, true);
@@ -97,7 +109,7 @@ fn a_flow_from_syn_to_syn() {
         let table = |ingress: &mut test_packet::Ingress, name| {
             ingress.flows(name).iter().map(|(_, flow)| (flow.backend, flow.flags)).collect::<Vec<_>>()
         };
-        assert_eq!(table(ingress, FLOWS), [(1, CLOSING)]);
+        assert_eq!(table(ingress, FLOWS), [(1, CLOSING | Flow::begun_at(SEQUENCE))]);
         assert_eq!(ingress.cached_syns(), 1);
         assert_eq!(ingress.flow(SYN_CACHE, &case.key()).map(|flow| flow.backend), Some(1));
         assert_eq!(ingress.counts(), [(Reason::FlowPromoted, 1)]);

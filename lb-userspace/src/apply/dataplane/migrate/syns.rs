@@ -156,7 +156,8 @@ impl SynCachePair {
             SynSource::Lines(map, conversion) => {
                 let (key_size, value_size) = conversion.source_sizes();
                 batch::for_each_raw(map, key_size, value_size, |key, value| {
-                    let Some((place, line)) = conversion.entry::<u32, syn_cache::Line>(key, value) else {
+                    let Some((place, line)) = conversion.entry::<u32, syn_cache::SynCacheLine>(key, value)
+                    else {
                         return;
                     };
                     if place >= syn_cache::LINES {
