@@ -452,14 +452,14 @@ pub const TABLES: &[Table] = &[
             (
                 "spill_most_percent",
                 "integer, percent",
-                "50",
+                "90",
                 "Largest share of new flows that may go to other regions.",
             ),
             (
                 "hold_s",
                 "integer, seconds",
                 "10",
-                "How long a spill lasts before it is reduced. At most 86400.",
+                "How long the demand must be small before a spill is reduced. At most 86400.",
             ),
             ("zone_first", "boolean", "true", "Within the own region, prefer the own zone by the same rule."),
         ],

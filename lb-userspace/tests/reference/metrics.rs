@@ -78,6 +78,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_service_region_share_ratio", &["service", "region"]),
     ("lb_service_region_capacity", &["service", "region"]),
     ("lb_service_region_load", &["service", "region"]),
+    ("lb_service_spill_unplaced_requests", &["service"]),
     ("lb_rollout_share_ratio", &["service", "version", "state"]),
     ("lb_worker_packets", &["reason", "fate"]),
 ];

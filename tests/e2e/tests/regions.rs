@@ -149,8 +149,14 @@ fn what_a_region_has_no_room_for_goes_to_the_next_and_comes_back() -> Result<()>
             .is_some_and(|why| why.contains("% of its capacity") && why.contains("to us spill")),
         "{explained}"
     );
-    // What us still takes of a load that does not go away, and then rests.
-    std::thread::sleep(Duration::from_secs(3));
+    // Once us has no more free slots, the share rests.
+    bench.say(2, "ready-8")?;
+    bench.say(3, "ready-7")?;
+    bench.until("the share rests", |b| {
+        let before = b.away();
+        std::thread::sleep(Duration::from_secs(4));
+        b.away() == before && before > 0.1
+    })?;
     let away = bench.away();
     let account = bench.count(1_500)?;
     let got = part(&account, &["w3", "w4"]);

@@ -74,7 +74,7 @@ pub struct RegionRules {
     /// Largest share of new flows that may spill, in percent.
     #[serde(default = "default_spill_most")]
     pub spill_most_percent: u16,
-    /// How long a spill lasts before it is reduced, in seconds.
+    /// How long the demand must be small before a spill is reduced, in seconds.
     #[serde(default = "default_hold_s")]
     pub hold_s: u32,
     /// Whether, within the own region, the own zone is preferred by the same rule.
@@ -106,7 +106,7 @@ fn default_spill_until() -> u16 {
 }
 
 fn default_spill_most() -> u16 {
-    50
+    90
 }
 
 fn default_hold_s() -> u32 {

@@ -203,10 +203,10 @@ struct ServiceSettings {
     /// Use of the local capacity, in percent, below which flows stop spilling [default: 70]
     #[arg(long, value_name = "PERCENT")]
     spill_until: Option<u16>,
-    /// Largest share of new flows, in percent, that may spill [default: 50]
+    /// Largest share of new flows, in percent, that may spill [default: 90]
     #[arg(long, value_name = "PERCENT")]
     spill_most: Option<u16>,
-    /// Time for which a spill is held before it is reduced [default: 10s]
+    /// Time for which the demand must be small before a spill is reduced [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     region_hold: Option<Duration>,
     /// Prefer backends in the host's own zone within the region [default: true]

@@ -100,7 +100,7 @@ fn places(out: &mut Out<'_>, heading: &str, list: &[Place], weights: &[Share]) -
             (!p.is_allowed, "not allowed (residency)"),
             (p.is_draining, "draining"),
             (p.is_down, "down, as other hosts agree"),
-            (p.is_spilling, "spills its own flows, so takes none"),
+            (p.is_spilling, "spills its own flows"),
             (p.is_stale, "stale report"),
         ]
         .into_iter()
@@ -145,7 +145,7 @@ pub fn explained(out: &mut Out<'_>, e: &Explained) -> io::Result<()> {
         ),
     ];
     if demand > 0 {
-        pairs.insert(6, ("demand", format!("{demand} requests would be in this region without the spill")));
+        pairs.insert(6, ("demand", format!("{demand} slots would be busy here without the spill")));
     }
     if !e.steer.zones.is_empty() {
         pairs.push(("zones", shares(&e.steer.zones)));

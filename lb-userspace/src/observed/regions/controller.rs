@@ -2,7 +2,8 @@
 
 use super::{
     Explained, KEY, PeerReport, RegionShown, RegionSnapshot,
-    measure::{self, MeasuredBackend, ReportTimes},
+    measure::{self, Counting, KnownGood, MeasuredBackend, ReportTimes, VersionShares},
+    peers::{self, is_spilling, resume_decision},
     rollouts::Rollouts,
     rtt::{self, Targets, Times},
 };
@@ -10,7 +11,6 @@ use crate::{
     desired::{
         model::{
             Canary, Desired, Locality, Name, RegionRules, RegionShares, RegionState, RolloutState, Service,
-            Share, WHOLE,
         },
         store::{HostValues, Local, Store},
     },
@@ -55,6 +55,7 @@ pub struct RegionController {
     replicas: Arc<replica::ReplicaRegistry>,
     began: Instant,
     report_times: ReportTimes,
+    known_good: BTreeMap<Name, KnownGood>,
     rollouts: Rollouts,
     decisions: BTreeMap<Name, RegionDecision>,
     steers: BTreeMap<Name, Arc<RegionShares>>,
@@ -76,10 +77,31 @@ pub trait CommitDesired: Send + Sync + 'static {
     ) -> BoxFuture<'static, Result<(), String>>;
 }
 
+/// Hosts whose decisions this host follows; none where it decides itself.
+#[derive(Clone, Copy)]
+struct Leaders<'a> {
+    /// For the shares of regions: the first host of the region by name.
+    region: Option<&'a PeerReport>,
+    /// For the shares of zones: the first host of the zone by name.
+    zone: Option<&'a PeerReport>,
+}
+
+impl<'a> Leaders<'a> {
+    fn of(peers: &'a [PeerReport], own: &PeerReport) -> Self {
+        let first = |in_zone: bool| {
+            let near = peers.iter().filter(|p| p.region == own.region && (!in_zone || p.zone == own.zone));
+            near.min_by(|a, b| a.host.cmp(&b.host)).filter(|p| p.host < own.host)
+        };
+        Self { region: first(false), zone: first(true) }
+    }
+}
+
 /// Result of one evaluation of all services.
 struct Evaluation {
     snapshot: RegionSnapshot,
     aborts: Vec<(Name, String, String)>,
+    /// Whether other hosts may follow this one: it is the first of its zone.
+    is_leader: bool,
 }
 
 impl RegionController {
@@ -107,6 +129,7 @@ impl RegionController {
             replicas,
             began: Instant::now(),
             report_times: ReportTimes::default(),
+            known_good: BTreeMap::new(),
             rollouts: Rollouts::default(),
             decisions,
             steers: BTreeMap::new(),
@@ -198,16 +221,17 @@ impl RegionController {
         self.report.sees = visible_regions(measured.iter().flatten());
         self.report.rtt_us = (*times).clone();
         let regions = self.show_regions(desired, &peers, &measured);
+        self.known_good.retain(|name, _| desired.services.contains_key(name));
         self.rollouts.retain(|name| desired.services.get(name).is_some_and(|s| s.rollout.is_some()));
-        let leader = peers.iter().filter(|p| p.region == self.report.region && p.zone == self.report.zone);
-        let leader = leader.min_by(|a, b| a.host.cmp(&b.host)).filter(|p| p.host < self.host);
+        let leaders = Leaders::of(&peers, &self.report);
+        let is_leader = leaders.zone.is_none();
         let is_first = peers.iter().all(|peer| peer.host > self.host);
         let (mut snapshot, mut aborts) = (RegionSnapshot::default(), Vec::new());
         let mut steers = BTreeMap::new();
         let mut decisions = BTreeMap::new();
         for ((name, service), backends) in wanted.into_iter().zip(&measured) {
             let (explained, decision, abort) =
-                self.decide_service(name, service, backends, (&regions, &peers, leader), now_ms);
+                self.decide_service(name, service, backends, (&regions, &peers, leaders), now_ms);
             if let Some(why) = abort.filter(|_| is_first) {
                 let version = service.rollout.as_ref().map(|r| r.version.clone()).unwrap_or_default();
                 aborts.push((name.clone(), version, why));
@@ -222,7 +246,7 @@ impl RegionController {
         }
         (self.steers, self.decisions) = (steers, decisions);
         snapshot.regions = regions;
-        Evaluation { snapshot, aborts }
+        Evaluation { snapshot, aborts, is_leader }
     }
 
     /// Decides for one service. Returns the decision with its inputs, and why its roll-out must be aborted, if so.
@@ -231,15 +255,21 @@ impl RegionController {
         name: &Name,
         service: &Service,
         backends: &[MeasuredBackend],
-        (regions, peers, leader): (&[RegionShown], &[PeerReport], Option<&PeerReport>),
+        (regions, peers, leaders): (&[RegionShown], &[PeerReport], Leaders<'_>),
         now_ms: u64,
     ) -> (Explained, RegionDecision, Option<String>) {
         let default = RegionRules::default();
         let rules = service.regions.as_ref().unwrap_or(&default);
+        let service_ms = self.report_times.service_ms(name, service);
         let mut notes = Vec::new();
         // Under residency, a backend without a region belongs to no region.
         let has_place = |b: &MeasuredBackend| b.is_placed || rules.allowed.is_none();
-        let mut places = measure::sum_places(backends, |b| has_place(b).then_some(&b.region), &mut notes);
+        let most = self.known_good.entry(name.clone()).or_default().update(backends, now_ms);
+        let versions = service.rollout.as_ref().map(|r| r.share());
+        let versions = |home| versions.map(|new| VersionShares { new, home });
+        let counting = Counting { most, versions: versions(Some(&self.here.region)) };
+        let mut places =
+            measure::sum_places(backends, |b| has_place(b).then_some(&b.region), counting, &mut notes);
         for place in &mut places {
             let shown = regions.iter().find(|r| r.name == place.name);
             place.is_local = place.name == self.here.region;
@@ -247,27 +277,29 @@ impl RegionController {
             place.is_draining = shown.is_some_and(|r| r.state == RegionState::Draining);
             place.is_down = shown.is_some_and(|r| r.agreed == Agreed::Down);
             place.rtt_us = shown.and_then(|r| r.rtt_us).filter(|_| !place.is_local);
+            place.service_ms = service_ms;
             place.is_spilling = is_spilling(&place.name, name, peers);
         }
         let is_here = |b: &MeasuredBackend| has_place(b) && b.region == self.here.region;
-        let mut zones = measure::sum_places(backends, |b| is_here(b).then_some(&b.zone), &mut Vec::new());
-        zones.iter_mut().for_each(|zone| zone.is_local = zone.name == self.here.zone);
-        let inputs = Inputs { rules, regions: &places, zones: &zones, now_ms };
+        let counting = Counting { most, versions: versions(None) };
+        let mut zones =
+            measure::sum_places(backends, |b| is_here(b).then_some(&b.zone), counting, &mut Vec::new());
+        for zone in &mut zones {
+            (zone.is_local, zone.service_ms) = (zone.name == self.here.zone, service_ms);
+        }
+        let inputs = Inputs {
+            here: &self.here,
+            rules,
+            regions: &places,
+            zones: &zones,
+            region_peers: &peers::regions(name, &self.here, peers),
+            zone_peers: &peers::zones(name, &self.here, peers),
+            interval_ms: service.replica.as_ref().map_or(0, |source| source.interval_ms.into()),
+            now_ms,
+        };
         let before = self.decisions.get(name).cloned().unwrap_or_default();
         let mut decision = decide(&inputs, &before);
-        let (mut steer, mut decided_by) = (decision.region_shares(), self.host.clone());
-        if let Some(leader) = leader
-            && let Some(theirs) = leader.steers.get(name)
-        {
-            // The state to continue from if the leader disappears.
-            let resumed = resume_decision(theirs, &self.here);
-            let changed = resumed.spill.shares != before.spill.shares;
-            decision.spill = resumed.spill;
-            decision.zone_spill = resumed.zone_spill;
-            decision.spill.changed_ms = if changed { now_ms } else { before.spill.changed_ms };
-            steer = RegionShares { canary: None, ..theirs.clone() };
-            decided_by.clone_from(&leader.host);
-        }
+        let (mut steer, decided_by) = self.follow_leaders(name, &mut decision, &before, leaders, now_ms);
         let mut abort = None;
         let rollout = service.rollout.as_ref().map(|rollout| {
             let (backends, shown, verdict) = self.rollouts.update(name, service, rollout, &self.replicas);
@@ -292,6 +324,31 @@ impl RegionController {
             rollout,
         };
         (explained, decision, abort)
+    }
+
+    /// Replaces the decision by those of the hosts that this one follows. Returns the shares in effect, and who decided.
+    fn follow_leaders(
+        &self,
+        name: &Name,
+        decision: &mut RegionDecision,
+        before: &RegionDecision,
+        leaders: Leaders<'_>,
+        now_ms: u64,
+    ) -> (RegionShares, String) {
+        let (mut steer, mut decided_by) = (decision.region_shares(), self.host.clone());
+        // All hosts of a region have its load, so one of them decides where its flows go; and one per zone, between zones.
+        if let Some((leader, theirs)) = leaders.region.and_then(|l| Some((l, l.steers.get(name)?))) {
+            let resumed = resume_decision(theirs, &self.here);
+            decision.spill.follow(&before.spill, resumed.spill.shares, now_ms);
+            (steer.shares, steer.order) = (theirs.shares.clone(), theirs.order.clone());
+            decided_by.clone_from(&leader.host);
+        }
+        if let Some(theirs) = leaders.zone.and_then(|leader| leader.steers.get(name)) {
+            let resumed = resume_decision(theirs, &self.here);
+            decision.zone_spill.follow(&before.zone_spill, resumed.zone_spill.shares, now_ms);
+            steer.zones.clone_from(&theirs.zones);
+        }
+        (steer, decided_by)
     }
 
     /// All known regions, with the votes on them.
@@ -366,8 +423,10 @@ impl RegionController {
     fn publish_report(&mut self, evaluation: &Evaluation) {
         let shares =
             |(name, e): (&Name, &Explained)| (name.clone(), RegionShares { canary: None, ..e.steer.clone() });
-        let is_own = |(_, e): &(&Name, &Explained)| e.decided_by == self.host;
-        let steers = evaluation.snapshot.services.iter().filter(is_own).map(shares).collect();
+        let steers = match evaluation.is_leader {
+            true => evaluation.snapshot.services.iter().map(shares).collect(),
+            false => BTreeMap::new(),
+        };
         let report = PeerReport { steers, ..self.report.clone() };
         let key = format!("{KEY}{}", self.host);
         let value = serde_json::to_vec(&report).expect("names and numbers have a JSON form");
@@ -427,30 +486,4 @@ fn visible_regions<'a>(measured: impl Iterator<Item = &'a MeasuredBackend>) -> B
         }
     }
     sees
-}
-
-/// Whether hosts of a region send flows of a service to other regions.
-fn is_spilling(region: &Name, service: &Name, peers: &[PeerReport]) -> bool {
-    let of_region = peers.iter().filter(|peer| peer.region == region.as_str());
-    of_region.filter_map(|peer| peer.steers.get(service)).any(|steer| {
-        let here = steer.shares.iter().find(|s| s.name == *region).map_or(0, |s| s.permille);
-        // A region without usable backends sends everything away, and cannot receive a spill anyway.
-        here > 0 && here < WHOLE
-    })
-}
-
-/// Rebuilds a decision to continue from, given only its shares.
-fn resume_decision(steer: &RegionShares, here: &Locality) -> RegionDecision {
-    let away = |shares: &[Share], own: &Name| -> Vec<Share> {
-        shares.iter().filter(|s| s.name != *own).cloned().collect()
-    };
-    let mut decision = RegionDecision {
-        shares: steer.shares.clone(),
-        zones: steer.zones.clone(),
-        order: steer.order.clone(),
-        ..RegionDecision::default()
-    };
-    decision.spill.shares = away(&steer.shares, &here.region);
-    decision.zone_spill.shares = away(&steer.zones, &here.zone);
-    decision
 }

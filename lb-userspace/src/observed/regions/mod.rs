@@ -6,16 +6,21 @@
 //! [`crate::plan::policy::region`]. Called by the daemon.
 //!
 //! Hosts of one region and zone must use the same shares, or a flow that routers move from one host to another would be
-//! sent to another worker. So the first of them by name decides and publishes its decision; the others follow it. A host
-//! that is disconnected from the store decides for itself.
+//! sent to another worker. So the first host of a region by name decides the region's shares, and the first of a zone
+//! those between zones; the others follow. A host that is disconnected from the store decides for itself. What they
+//! publish also tells other regions where a region's flows go ([`peers`]).
 //!
 //! What was decided is kept in the local store, so a restart moves nothing. What a host tells is under its lease, so
 //! when it dies the next one decides.
 
 mod controller;
 pub mod measure;
+pub mod peers;
 pub mod rollouts;
 pub mod rtt;
+pub mod service_time;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;
 
@@ -150,6 +155,15 @@ impl RegionSnapshot {
         for (name, explained) in &self.services {
             if explained.decision.shares.is_empty() {
                 found.push(format!("service {name}: {}", explained.decision.reason));
+            }
+            let Explained { region, decision, .. } = explained;
+            if decision.spill.unplaced > 0 {
+                found.push(format!(
+                    "service {name}: spill wanted, nowhere to go: about {} requests of region {region} have no room in any \
+                     allowed region; add replicas, allow more regions (lbctl service set {name} --regions), or limit the \
+                     demand",
+                    decision.spill.unplaced
+                ));
             }
             found.extend(explained.notes.iter().map(|note| format!("service {name}: {note}")));
             if let Some(rollout) = &explained.rollout

@@ -7,11 +7,17 @@
 
 use super::RolloutShown;
 use crate::{
-    desired::model::{Answers, BackendId, Name, Rollout, RolloutState, Service},
+    desired::model::{Answers, BackendId, Name, Report, Rollout, RolloutState, Service},
     observed::replica,
     plan::policy::canary::{CanaryVerdict, Tally, judge},
 };
 use std::collections::{BTreeMap, BTreeSet};
+
+/// Whether a replica reports the version that is being rolled out.
+pub fn runs_new(report: &Report, rollout: &Rollout) -> bool {
+    report.version.as_ref() == Some(&rollout.version)
+        && report.model.as_ref().is_none_or(|model| *model == rollout.model)
+}
 
 /// Counts of one roll-out.
 #[derive(Debug, Default)]
@@ -55,8 +61,7 @@ impl Rollouts {
             for backend in service.backends.keys() {
                 let id = BackendId { service: name.clone(), backend: backend.clone() };
                 let Some(report) = entries.get(&id).and_then(|e| e.report.as_ref()) else { continue };
-                let is_new = report.version.as_ref() == Some(&rollout.version)
-                    && report.model.as_ref().is_none_or(|model| *model == rollout.model);
+                let is_new = runs_new(report, rollout);
                 if is_new {
                     new_backends.insert(backend.clone());
                 }

@@ -52,7 +52,8 @@ fn eu(
     let health = health::HealthRegistry::default();
     let backends = measure_backends(&name("s"), &service(), &here, (&health, replicas, report_times), now_ms);
     let mut notes = Vec::new();
-    let mut places = sum_places(&backends, |b| Some(&b.region), &mut notes);
+    let counting = Counting { most: KnownGood::default().update(&backends, now_ms), versions: None };
+    let mut places = sum_places(&backends, |b| Some(&b.region), counting, &mut notes);
     (places.remove(0), notes)
 }
 
@@ -134,4 +135,100 @@ fn a_new_version_is_found_and_counted_from_the_beginning_of_its_roll_out() {
         matches!(look(&again), (_, 0, 0, 0, CanaryVerdict::Waiting(_))),
         "another roll-out is counted anew"
     );
+}
+
+/// A replica in a region, as measured.
+fn measured(
+    region: &str,
+    backend: &str,
+    (running, waiting): (u64, u64),
+    capacity: u32,
+    is_new: bool,
+) -> MeasuredBackend {
+    MeasuredBackend {
+        name: name(backend),
+        region: name(region),
+        zone: name("a"),
+        is_placed: true,
+        takes: true,
+        is_up: Some(true),
+        load: Some((running, waiting)),
+        capacity: Some(capacity),
+        is_new,
+        is_fresh: true,
+    }
+}
+
+fn sum(backends: &[MeasuredBackend], new: Option<u16>) -> Vec<(String, Option<u64>, u64)> {
+    let home = name("eu");
+    let versions = new.map(|new| VersionShares { new, home: Some(&home) });
+    let counting = Counting { most: KnownGood::default().update(backends, 0), versions };
+    let places = sum_places(backends, |b| Some(&b.region), counting, &mut Vec::new());
+    places.into_iter().map(|p| (p.name.to_string(), p.capacity, p.load)).collect()
+}
+
+#[test]
+fn a_tie_of_liars_does_not_raise_the_bound_on_capacity() {
+    let mut west = [
+        measured("eu", "ea", (4, 0), 4, false),
+        measured("eu", "eb", (4, 0), 4, false),
+        measured("us", "wa", (0, 0), 1_000_000, false),
+        measured("us", "wb", (0, 0), 1_000_000, false),
+    ];
+    assert_eq!(sum(&west, None)[1], ("us".to_owned(), Some(64), 0), "the lower median bounds them");
+    // The same if the honest ones no longer take flows: what they have said still counts.
+    west[0].takes = false;
+    assert_eq!(sum(&west, None)[1], ("us".to_owned(), Some(64), 0));
+    // And if they are gone: the median that was known changes slowly.
+    let mut good = KnownGood::default();
+    assert_eq!(good.update(&west, 0), 32);
+    assert_eq!(good.update(&west[2..], 59_000), 32);
+    assert_eq!(good.update(&west[2..], 60_000), 64);
+    assert_eq!(good.update(&west[2..], 61_000), 64);
+}
+
+#[test]
+fn a_backlog_that_one_replica_claims_is_bounded_by_its_neighbours() {
+    let two = [measured("eu", "ea", (4, 1), 4, false), measured("eu", "eb", (900_000, 900_000), 4, false)];
+    assert_eq!(sum(&two, None), [("eu".to_owned(), Some(8), 4 + 1 + 4 + 12)]);
+}
+
+#[test]
+fn capacity_counts_what_both_versions_can_take_by_their_shares() {
+    let east = [
+        measured("eu", "ea", (8, 5), 8, false),
+        measured("eu", "eb", (0, 0), 8, true),
+        measured("us", "wa", (0, 0), 8, false),
+    ];
+    assert_eq!(sum(&east, None)[0], ("eu".to_owned(), Some(16), 13));
+    let canary = sum(&east, Some(50));
+    assert_eq!(canary[0], ("eu".to_owned(), Some(8), 13), "13 of 8 is overload, not 81 %");
+    assert_eq!(canary[1].1, Some(8), "us has the version with most of the flows");
+    let promoted = sum(&east, Some(1_000));
+    assert_eq!(promoted[0], ("eu".to_owned(), Some(8), 0), "only the new version counts");
+    assert_eq!(promoted[1].1, Some(0), "us does not have it, so it has no room");
+    assert_eq!(
+        sum(&east[..1], Some(1_000))[0].1,
+        Some(8),
+        "the own region serves its clients by what it has"
+    );
+}
+
+#[test]
+fn the_first_host_of_a_region_tells_where_its_flows_go() {
+    let report = |host: &str, region: &str, zone: &str, away: u16| -> PeerReport {
+        serde_json::from_value(json!({"host": host, "region": region, "zone": zone, "rtt_us": {"eu": 900},
+            "steers": {"s": {"shares": [{"name": region, "permille": 1_000 - away}, {"name": "eu", "permille": away}],
+                "zones": [{"name": zone, "permille": 1_000}]}}}))
+        .unwrap()
+    };
+    let all = [report("h2", "us", "a", 100), report("h1", "us", "b", 200), report("h3", "eu", "b", 0)];
+    let here = Locality { region: name("eu"), zone: name("a") };
+    let regions = peers::regions(&name("s"), &here, &all);
+    assert_eq!((regions.len(), regions[0].shares[1].permille, regions[0].rtt_us[&name("eu")]), (1, 200, 900));
+    let zones = peers::zones(&name("s"), &here, &all);
+    assert_eq!((zones.len(), &zones[0].name), (1, &name("b")));
+    // An older report without shares says that the region keeps its flows.
+    let old = serde_json::from_value(json!({"host": "h", "region": "us", "zone": "a"})).unwrap();
+    assert!(peers::regions(&name("s"), &here, &[old]).is_empty());
 }

@@ -270,6 +270,12 @@ impl Scrape {
         out.gauges("lb_service_region_capacity", help, places(|p| p.capacity))?;
         let help = "Requests running and waiting on the region's replicas";
         out.gauges("lb_service_region_load", help, places(|p| p.capacity.map(|_| p.load)))?;
+        let unplaced = decided
+            .services
+            .values()
+            .map(|e| ([("service", e.service.to_string())], e.decision.spill.unplaced as f64));
+        let help = "Requests that should run in another region, but no allowed region has room for them";
+        out.gauges("lb_service_spill_unplaced_requests", help, unplaced)?;
         let rollouts = decided.services.values().filter_map(|e| e.rollout.as_ref()).map(|r| {
             let version = ("version", r.rollout.version.clone());
             let state = ("state", r.rollout.state.label().to_owned());

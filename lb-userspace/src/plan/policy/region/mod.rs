@@ -4,22 +4,20 @@
 //! replica state, round-trip time, votes), and the previous decision. Output: a [`RegionDecision`] with shares that always
 //! add up, and a reason. Pure; called by `regions`. [`weights`] converts a decision to weights, for `compile`.
 //!
-//! * **Local first.** As long as the own region has room, it gets all flows. Load is running and waiting requests
-//!   against capacity, as the replicas report them. From `spill_at` on, the excess goes to the nearest regions
-//!   with room, up to their own `spill_at`; it returns below `spill_until`.
-//! * **No flapping.** Whether a spill grows or shrinks depends on the local load alone, which the spill itself
-//!   can only lower; between the two thresholds nothing changes. A spill grows at most once a second, and only while the
-//!   last increase did not help; it shrinks after `hold_s`. Shares change in steps.
+//! * **Local first.** As long as the own region has room, it gets all flows. From `spill_at` on, or when work is
+//!   pending, the excess goes to the nearest regions with room; it returns when the demand is below `spill_until`.
+//! * **Demand is arrivals, not load** ([`estimate`]): neither a backlog nor what others have sent here counts as demand.
+//! * **What is free is shared** ([`allocate`]): all hosts compute the same allocation from the same reports.
+//! * **No flapping** ([`spill`]): a spill grows at once and shrinks after `hold_s`. Shares change in steps.
 //! * **No loops.** A spilled packet goes directly to a worker of the other region, and no ingress host sees it
-//!   again. To avoid loops of decisions, no region spills to a region that spills itself.
+//!   again. A region that asks for slots gives none.
 //! * **Residency** is enforced by `compile`, regardless of the decision.
 //!
-//! Decisions are shares in steps, so noise in measured capacity changes no share and no table. Demand follows from
-//! the load and the share that is away; it bounds how much is moved, and the local load alone decides the direction.
-//! Several regions may use the same free capacity: each takes a part of it, up to the middle between the thresholds,
-//! and returns a part when it was too much. Property tests assert that constant input comes to rest, and that a
-//! closed loop of up to four regions with a lag of up to three seconds does.
+//! ARCHITECTURE.md argues why this is stable. The simulation in `observed::regions` closes the loop with queues, late
+//! reports and lies; property tests here assert that constant input comes to rest.
 
+mod allocate;
+mod estimate;
 mod spill;
 mod votes;
 mod weights;
@@ -38,6 +36,7 @@ use crate::desired::model::{
 };
 use serde::{Deserialize, Serialize};
 use spill::LocalFirst;
+use std::collections::BTreeMap;
 
 /// Step size of shares, in thousandths.
 pub const STEP: u16 = 25;
@@ -63,6 +62,12 @@ pub struct Place {
     pub capacity: Option<u64>,
     /// Running and waiting requests of these backends.
     pub load: u64,
+    /// Waiting requests of these backends.
+    #[serde(default)]
+    pub waiting: u64,
+    /// Mean service time of a request, in milliseconds; none if the replicas do not count requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_ms: Option<u32>,
     /// Whether too many reports are stale to use the load.
     pub is_stale: bool,
     /// Round-trip time from this host, in microseconds.
@@ -70,34 +75,77 @@ pub struct Place {
 }
 
 impl Place {
+    /// A place that may be used, without measurements.
+    pub fn unknown(name: &Name) -> Self {
+        Self {
+            name: name.clone(),
+            is_local: false,
+            is_allowed: true,
+            is_draining: false,
+            is_down: false,
+            is_spilling: false,
+            backends: 1,
+            capacity: None,
+            load: 0,
+            waiting: 0,
+            service_ms: None,
+            is_stale: false,
+            rtt_us: None,
+        }
+    }
+
     /// Whether it can take flows.
     fn is_usable(&self) -> bool {
         self.is_allowed && !self.is_draining && self.backends > 0
     }
+}
 
-    /// Requests that still fit until `percent` of the capacity is in use; negative if there are more already. None if
-    /// the capacity is unknown.
-    fn room(&self, percent: u16) -> Option<i64> {
-        let full = i64::try_from(self.capacity?).ok()?.saturating_mul(percent.into()) / 100;
-        Some(full.saturating_sub(i64::try_from(self.load).unwrap_or(i64::MAX)))
-    }
+/// Decision of another region's or zone's hosts for the service, as they published it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerPlace {
+    /// Name of the region or zone.
+    pub name: Name,
+    /// Shares of its clients' flows.
+    pub shares: Vec<Share>,
+    /// Round-trip times from there, in microseconds; empty if unknown.
+    pub rtt_us: BTreeMap<Name, u32>,
 }
 
 /// Inputs of a decision.
 #[derive(Clone, Debug)]
 pub struct Inputs<'a> {
+    /// Place of the host.
+    pub here: &'a Locality,
     /// The service's rules.
     pub rules: &'a RegionRules,
     /// The service's regions, including the host's own if it has backends there.
     pub regions: &'a [Place],
     /// Zones of the own region.
     pub zones: &'a [Place],
+    /// Decisions of other regions.
+    pub region_peers: &'a [PeerPlace],
+    /// Decisions of other zones of the own region.
+    pub zone_peers: &'a [PeerPlace],
+    /// Interval of the replicas' reports, in milliseconds.
+    pub interval_ms: u64,
     /// A monotonic clock, in milliseconds.
     pub now_ms: u64,
 }
 
+impl<'a> Inputs<'a> {
+    /// Inputs of a host that hears no other host.
+    pub fn alone(
+        here: &'a Locality,
+        rules: &'a RegionRules,
+        (regions, zones): (&'a [Place], &'a [Place]),
+        now_ms: u64,
+    ) -> Self {
+        Self { here, rules, regions, zones, region_peers: &[], zone_peers: &[], interval_ms: 1_000, now_ms }
+    }
+}
+
 /// A decision, with the state that the next decision needs.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RegionDecision {
     /// Shares of the regions, which add up to [`WHOLE`]; empty if no region may take flows.
     pub shares: Vec<Share>,
@@ -246,8 +294,11 @@ fn active_active(
     let local = candidates.iter().find(|p| p.is_local).copied();
     let others: Vec<&Place> = candidates.iter().filter(|p| !p.is_local).copied().collect();
     let first = LocalFirst {
+        here: &inputs.here.region,
         local,
         others: &others,
+        peers: inputs.region_peers,
+        interval_ms: inputs.interval_ms,
         at: rules.spill_at_percent,
         until: rules.spill_until_percent,
         most: rules.spill_most_percent.min(100) * 10,
@@ -302,8 +353,11 @@ fn decide_zones(inputs: &Inputs<'_>, before: &RegionDecision, next: &mut RegionD
         return;
     }
     let first = LocalFirst {
+        here: &local.name,
         local: Some(local),
         others: &others,
+        peers: inputs.zone_peers,
+        interval_ms: inputs.interval_ms,
         at: inputs.rules.spill_at_percent,
         until: inputs.rules.spill_until_percent,
         // Keep some flows local, so that the local load is still measured.
@@ -333,22 +387,10 @@ pub fn initial(service: &Service, here: &Locality) -> Option<RegionShares> {
         .collect();
     names.sort();
     names.dedup();
-    let place = |name: &Name| Place {
-        name: name.clone(),
-        is_local: *name == here.region,
-        is_allowed: true,
-        is_draining: false,
-        is_down: false,
-        is_spilling: false,
-        backends: 1,
-        capacity: None,
-        load: 0,
-        is_stale: false,
-        rtt_us: None,
-    };
+    let place = |name: &Name| Place { is_local: *name == here.region, ..Place::unknown(name) };
     let regions: Vec<Place> = names.into_iter().map(place).collect();
-    let mut decision =
-        decide(&Inputs { rules, regions: &regions, zones: &[], now_ms: 0 }, &RegionDecision::default());
+    let inputs = Inputs::alone(here, rules, (&regions, &[]), 0);
+    let mut decision = decide(&inputs, &RegionDecision::default());
     if rules.zone_first {
         decision.zones = all_to(&here.zone);
     }
