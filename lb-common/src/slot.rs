@@ -14,6 +14,9 @@ pub const NO_BACKEND: u32 = BACKEND_MASK;
 pub const TRACKED: u32 = 1 << 31;
 /// In `secondary`: the slot is in transition; the secondary is its previous primary.
 pub const TRANSITION: u32 = 1 << 31;
+/// In `secondary`: one more backend may have flows of this slot. The secondary behind the table names it, beside the
+/// second choice ([`crate::service::flags::SECONDS`]).
+pub const EARLIER: u32 = 1 << 30;
 
 /// A pair of backends. A table is written completely before a service points to it.
 #[repr(C, align(8))]
@@ -21,7 +24,7 @@ pub const TRANSITION: u32 = 1 << 31;
 pub struct Slot {
     /// Index of the primary, and [`TRACKED`].
     pub primary: u32,
-    /// Index of the secondary, and [`TRANSITION`].
+    /// Index of the secondary, [`TRANSITION`] and [`EARLIER`].
     pub secondary: u32,
 }
 
@@ -51,6 +54,12 @@ impl Slot {
     #[inline(always)]
     pub const fn is_transition(self) -> bool {
         self.secondary & TRANSITION != 0
+    }
+
+    /// Whether one more backend may have flows of this slot.
+    #[inline(always)]
+    pub const fn has_earlier(self) -> bool {
+        self.secondary & EARLIER != 0
     }
 }
 

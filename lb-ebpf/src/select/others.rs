@@ -11,7 +11,8 @@ use lb_common::{
     ServiceView, Slot,
     backend::{flags, mode},
     is_mapped,
-    slot::NO_BACKEND,
+    service::{flags::SECONDS, scheduler},
+    slot::{BACKEND_MASK, NO_BACKEND},
 };
 
 /// Backends that may have a flow which `chosen` lacks, as a [`list`] in the order in which to ask them;
@@ -45,17 +46,27 @@ pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number
                 && b.mode == mode::GUE_CHAIN
                 && is_mapped(&b.address) == is_ipv4)
     };
-    // Where new flows are placed, and where they were before the slot changed.
-    let primary = slot.primary_index();
-    let mut found = if usable(primary) { add(NONE, primary) } else { NONE };
     let second = second(tables, view, SlotRef { slot, number });
-    if second != primary && usable(second) {
-        found = add(found, second);
-    }
-    if previous != primary && previous != second && usable(previous) {
-        found = add(found, previous);
+    let earlier = earlier(tables, view, SlotRef { slot, number });
+    // Where new flows are placed, and where they were before. Only two schedulers place flows on second choices.
+    let by_pair = matches!(view.scheduler, scheduler::P2C | scheduler::BOUNDED_LOAD);
+    let [b, c, d] = if by_pair { [second, previous, earlier] } else { [previous, earlier, second] };
+    let mut found = NONE;
+    for index in [slot.primary_index(), b, c, d] {
+        if !is_in(found, index) && usable(index) {
+            found = add(found, index);
+        }
     }
     found
+}
+
+/// One more backend that may have flows of a slot: it was in the pair less than the drain time ago.
+#[inline(always)]
+fn earlier<T: Tables>(tables: &T, view: &ServiceView, place: SlotRef) -> u32 {
+    if !place.slot.has_earlier() || view.flags & SECONDS == 0 {
+        return NO_BACKEND;
+    }
+    tables.secondary(view.seconds_base().wrapping_add(place.number)).unwrap_or(NO_BACKEND) & BACKEND_MASK
 }
 
 /// No backend, twice.
@@ -65,6 +76,12 @@ pub const NONE: u64 = list(NO_BACKEND, NO_BACKEND);
 #[inline(always)]
 pub const fn list(first: u32, second: u32) -> u64 {
     (second as u64) << 32 | first as u64
+}
+
+/// Whether a list has an index.
+#[inline(always)]
+const fn is_in(found: u64, index: u32) -> bool {
+    found as u32 == index || (found >> 32) as u32 == index
 }
 
 /// Puts an index into the first free half.

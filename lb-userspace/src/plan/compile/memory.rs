@@ -3,7 +3,7 @@
 //! `reconcile` keeps it in a file, so that a restart changes nothing. Indices can also be read back from the
 //! live maps ([`Memory::adopt`]), which are authoritative for them.
 
-use super::{Plan, ServiceId, TableLimits, map_values};
+use super::{Plan, ServiceEntry, ServiceId, TableLimits, map_values, table::Hashing};
 use crate::{
     desired::model::{Desired, Ports, Protocol},
     plan::maglev,
@@ -55,6 +55,12 @@ pub struct ServiceMemory {
     /// Whether the current scheduler places flows on other backends than their slots' primaries.
     #[serde(default)]
     pub exceptions: bool,
+    /// When a slot last got an earlier backend; None if no slot has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub earlier_ms: Option<i64>,
+    /// The table in effect with the second choices behind it, and its hashing. Read back from the live table.
+    #[serde(skip)]
+    pub pairs: Option<(Hashing, Arc<Vec<Slot>>)>,
     /// When each slot last changed its primary (ms since boot), [`i64::MIN`] if not in the window. Derived from `epochs`.
     #[serde(skip)]
     pub changed_ms: Arc<Vec<i64>>,
@@ -353,6 +359,9 @@ impl Memory {
                 })
                 .collect();
             let entry = live.services.get(&index);
+            memory.pairs = entry.and_then(ServiceEntry::pairs);
+            let has_earlier = entry.is_some_and(|s| s.slots().iter().any(|slot| slot.has_earlier()));
+            memory.earlier_ms = has_earlier.then(|| memory.earlier_ms.unwrap_or(now_ms));
             memory.tracked = Arc::new(entry.map_or_else(Vec::new, |s| tracked_bits(s.slots())));
             memory.exceptions = entry.is_some_and(|s| s.view.flags & service::flags::TRACK_ALL != 0);
             self.services.insert(*id, Arc::new(memory));
@@ -390,6 +399,7 @@ impl Memory {
         }
         for service in self.services.values_mut().map(Arc::make_mut) {
             service.epochs.iter_mut().for_each(|e| e.from_ms += by_ms);
+            service.earlier_ms = service.earlier_ms.map(|t| t + by_ms);
             service.backends.values_mut().filter_map(|b| b.removed_ms.as_mut()).for_each(|t| *t += by_ms);
         }
     }

@@ -12,6 +12,7 @@ mod features;
 pub mod guard;
 mod map_values;
 mod memory;
+mod pairs;
 mod quic;
 mod replay_history;
 mod residency;
@@ -170,6 +171,12 @@ impl ServiceEntry {
     /// Slots of the table alone.
     pub fn slots(&self) -> &[Slot] {
         &self.table[..(self.view.slot_count as usize).min(self.table.len())]
+    }
+
+    /// The table with the second choices behind it, and its hashing; None without second choices.
+    pub fn pairs(&self) -> Option<(Hashing, Arc<Vec<Slot>>)> {
+        let has_seconds = self.view.flags & lb_common::service::flags::SECONDS != 0;
+        has_seconds.then(|| (Hashing::of(&self.view), self.table.clone()))
     }
 
     /// Whether a flow without an entry may belong to another backend than its slot's primary.

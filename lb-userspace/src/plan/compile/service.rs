@@ -213,10 +213,12 @@ fn compile_uncached(
     let longest = slot_layout::max_list_len(wanted);
     let room = (region.len() as u32 - view.list_count) + view.list_count.max(longest);
     let entry = ServiceEntry { view, table: Arc::new(region), room };
+    memory.pairs = entry.pairs();
     let mut status = compile_status(input, &memory, &shape, (&rule, &start), &entry, &backends, drain_ms);
     status.exceptions = had_exceptions || memory.exceptions;
     let window_ends = memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
-    let next_change_ms = [window_ends, start.next_ms].into_iter().flatten().min();
+    let earlier_ends = memory.earlier_ms.map(|since| since + drain_ms).filter(|&t| t > input.now_ms);
+    let next_change_ms = [window_ends, start.next_ms, earlier_ends].into_iter().flatten().min();
     Ok(ServiceOutput {
         index: memory.index,
         entry,

@@ -13,7 +13,10 @@
 //! flows.
 
 use super::{
-    Epoch, ServiceMemory, Shape, ShapeMember, View, map_values, room::has_second_choices, service::Input,
+    Epoch, ServiceMemory, Shape, ShapeMember, View, map_values,
+    pairs::{NewSlot, Pairs},
+    room::has_second_choices,
+    service::Input,
     slot_layout,
 };
 use crate::{
@@ -22,8 +25,8 @@ use crate::{
 };
 use lb_common::{
     Slot,
-    service::flags,
-    slot::{NO_BACKEND, TRACKED, TRANSITION},
+    service::{flags, scheduler},
+    slot::{EARLIER, NO_BACKEND, TRACKED, TRANSITION},
 };
 use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
@@ -192,31 +195,55 @@ pub(super) fn build_region(
     } else if memory.tracked.len() == tracked.len() {
         tracked.copy_from_slice(&memory.tracked);
     }
+    let has_seconds = has_second_choices(input.wanted, input.settings);
+    let by_pair = matches!(view.scheduler, scheduler::P2C | scheduler::BOUNDED_LOAD);
+    let is_kept = memory.earlier_ms.is_some_and(|since| since > window_ms);
+    let mut pairs = Pairs::new(memory, shape, by_pair, is_kept);
     let mut slots = vec![Slot::EMPTY; size];
+    let mut seconds = Vec::with_capacity(if has_seconds { size } else { 0 });
     for (i, slot) in slots.iter_mut().enumerate() {
-        slot.primary = index_of(&index, current.primary[i]);
-        slot.secondary = index_of(&index, current.secondary[i]);
-        if !has_old && memory.changed_ms[i] > window_ms {
-            // A forgotten base backend has no flows; the primary replaces it, so that flows are still
-            // recorded.
-            let previous = index_of(&base_index, base.primary[i]);
-            slot.secondary = if previous == NO_BACKEND { slot.primary } else { previous } | TRANSITION;
+        let primary = index_of(&index, current.primary[i]);
+        // A forgotten base backend has no flows; the primary replaces it, so that flows are still recorded.
+        let previous = (!has_old && memory.changed_ms[i] > window_ms)
+            .then(|| index_of(&base_index, base.primary[i]))
+            .map(|previous| if previous == NO_BACKEND { primary } else { previous });
+        let by_table = index_of(&index, current.secondary[i]);
+        let base = match has_old {
+            false => [&base.primary, &base.secondary].map(|of| index_of(&base_index, of[i])),
+            true => [NO_BACKEND; 2],
+        };
+        let (second, earlier) = match has_seconds {
+            true => pairs.decide(i, NewSlot { primary, by_table, previous, base }),
+            false => (by_table, NO_BACKEND),
+        };
+        *slot = Slot { primary, secondary: second };
+        if let Some(previous) = previous {
+            slot.secondary = previous | TRANSITION;
             tracked[i / 64] |= 1 << (i % 64);
+        }
+        if earlier != NO_BACKEND {
+            slot.secondary |= EARLIER;
         }
         if tracked[i / 64] >> (i % 64) & 1 != 0 {
             slot.primary |= TRACKED;
         }
+        if has_seconds {
+            seconds.push(Slot { primary: second, secondary: earlier });
+        }
     }
+    memory.earlier_ms = match (pairs.has_new, pairs.has_any) {
+        (true, _) => Some(input.now_ms),
+        (false, true) => memory.earlier_ms,
+        (false, false) => None,
+    };
     if *memory.tracked != tracked {
         memory.tracked = Arc::new(tracked);
     }
 
     // Only slots in transition need second choices, but storing all lets a transition begin and end in place.
-    if has_second_choices(input.wanted, input.settings) {
+    if has_seconds {
         view.flags |= flags::SECONDS;
-        slots.extend(
-            current.secondary.iter().map(|&member| slot_layout::primary_only(index_of(&index, member))),
-        );
+        slots.extend(seconds);
     }
     let list = slot_layout::scheduler_list(input.wanted.scheduler, &shape.members, &index);
     view.list_count = list.len() as u32;
