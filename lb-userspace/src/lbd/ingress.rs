@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     apply::{
-        announce::{self, Announcement, Announcer},
+        announce::{self, Announcement, Announcer, Peers},
         dataplane::{Dataplane, Interfaces, Loads, MapLimits, ProbeDataplane, Reader, Takeover},
         reconcile::{Event, Published, Reconciler},
     },
@@ -68,7 +68,12 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     let metrics = metrics::bind(settings.metrics, settings.metrics_required).await?;
 
     attach::check_nat_ports(&settings)?;
-    let (announcer, announcement) = settings.announce.as_deref().map(Announcer::open).transpose()?.unzip();
+    let (announcer, announcement) = settings
+        .announce
+        .as_deref()
+        .map(|interface| Announcer::open(interface, Peers::new(fleet.host.clone(), store.clone())))
+        .transpose()?
+        .unzip();
     let mut dataplane = attach::attach(&settings, &store.head()).await?;
     let (takeover, home) = (dataplane.takeover(), dataplane.home.clone());
 

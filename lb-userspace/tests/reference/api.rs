@@ -73,7 +73,12 @@ const ROWS: &[Row] = &[
     ("GET", "/v1/regions", "", "Regions: distance, health, state"),
     ("POST", "/v1/regions/{region}", "", "Name a region"),
     ("DELETE", "/v1/regions/{region}", "", "Remove a region"),
-    ("POST", "/v1/regions/{region}/drain", "", "Send no new flows to a region"),
+    (
+        "POST",
+        "/v1/regions/{region}/drain",
+        "`force`",
+        "Send no new flows to a region; without `force` refused if services would have no backend left",
+    ),
     ("POST", "/v1/regions/{region}/undrain", "", "Send new flows to a region again"),
     ("GET", "/v1/rollouts", "", "Roll-outs of model versions"),
     (

@@ -187,6 +187,12 @@ pub const TABLES: &[Table] = &[
                 "What happens to established flows of a backend that is found down. `keep`: they stay. `reset`: they move to another backend, whose RST ends the connection at once.",
             ),
             (
+                "when_all_down",
+                "string",
+                "keep",
+                "What happens to the VIP on hosts that announce it when no backend takes new flows and no other host serves the VIP. `keep`: it stays announced so that established flows continue, for `drain_s` and while flows remain. `withdraw`: it is removed at once. A VIP of several services stays if any of them says `keep`.",
+            ),
+            (
                 "panic_percent",
                 "integer, percent",
                 "0",

@@ -25,6 +25,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_kernel_feature", &["feature"]),
     ("lb_host_draining", &[]),
     ("lb_announce_vip", &["vip"]),
+    ("lb_announce_vip_unserved_seconds", &["vip"]),
     ("lb_announce_changes", &["interface"]),
     ("lb_announce_failed", &[]),
     ("lb_control_revision", &[]),

@@ -29,10 +29,11 @@ fn is_a_replica() -> Result<()> {
     replica::serve()
 }
 
+/// A service whose VIP goes when nothing serves it; `keep` has its own tests.
 fn service(name: &str, vip: IpAddr, port: u16, check: u16) -> Offer {
     let text = format!(
         "[[service]]\nname = \"{name}\"\nvip = \"{vip}\"\nport = {port}\nprotocol = \"tcp\"\nmode = \"gue\"\n\
-         scheduler = \"p2c\"\n[service.health]\nkind = \"http\"\npath = \"/\"\nport = {check}\ninterval_ms = 300\n\
+         when_all_down = \"withdraw\"\nscheduler = \"p2c\"\n[service.health]\nkind = \"http\"\npath = \"/\"\nport = {check}\ninterval_ms = 300\n\
          timeout_ms = 2000\nrise = 1\nfall = 2\ndamping = false\n"
     );
     Offer { text, only: None }

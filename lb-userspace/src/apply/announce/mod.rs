@@ -1,15 +1,19 @@
 //! Adds VIPs to this host and removes them, so that BIRD, FRR or ExaBGP, which announce the addresses of an
-//! interface, announce exactly the VIPs that are served.
+//! interface, announce exactly the VIPs that are served, or kept for established flows.
 //!
-//! Input: the reconciler's snapshots, the drain of this host, and the kernel's list of addresses (rtnetlink, watched).
-//! Output: addresses (/32, /128) of one interface, marked as lbd's; and an [`Announcement`] for API, metrics and the
-//! other hosts. The rule is [`crate::plan::policy::announce`]. Called by the daemon.
+//! Input: the reconciler's snapshots, the drain of this host, the kernel's list of addresses (rtnetlink, watched), and
+//! what other hosts publish ([`Peers`]). Output: addresses (/32, /128) of one interface, marked as lbd's; an
+//! [`Announcement`] for API, metrics and the other hosts; and this host's part of a handover. The rule is
+//! [`crate::plan::policy::announce`]. Called by the daemon.
 //!
 //! Our addresses carry a mark in the kernel (`IFA_PROTO`), so no memory of lbd can be wrong after a crash or with
 //! another lbd. The drain of a host is kept in the local file and not in the desired state: it works while the store
 //! is away, and no rollback ends it.
 
 pub mod addresses;
+mod peers;
+
+pub use peers::Peers;
 
 use crate::{
     apply::{
@@ -17,10 +21,10 @@ use crate::{
         reconcile::Published,
     },
     clock,
-    desired::model::Health,
+    desired::model::{Health, HealthCheck, HealthKind, WhenAllDown},
     plan::{
         compile::CompiledBackend,
-        policy::announce::{ServiceAt, VipDecision, decide},
+        policy::announce::{Kept, Now, ServiceAt, VipDecision, VipPolicy},
     },
 };
 use addresses::HostAddress;
@@ -44,6 +48,11 @@ const HOLD: Duration = Duration::from_secs(1);
 const RESYNC: Duration = Duration::from_secs(10);
 /// Time between a failure and the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
+
+/// Longest time between two hosts applying the same revision, in milliseconds.
+const STORE_SPREAD_MS: u64 = 500;
+/// Bound of the time for which a host waits for the others' verdicts: its new flows are dropped meanwhile.
+const MAX_SPREAD_MS: u64 = 5_000;
 
 /// Why VIPs cannot be added or removed.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +103,9 @@ pub struct VipState {
     /// Interface that had the VIP without lbd, which therefore leaves it alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub foreign: Option<String>,
+    /// For a VIP that is kept although nothing serves it: since when, and until when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Kept>,
 }
 
 /// VIPs that this host announces.
@@ -116,6 +128,11 @@ impl Announcement {
         self.vips.iter().filter(|v| v.on).map(|v| v.vip)
     }
 
+    /// VIPs that are kept although nothing serves them.
+    pub fn kept(&self) -> impl Iterator<Item = (IpAddr, Kept)> {
+        self.vips.iter().filter_map(|v| Some((v.vip, v.kept?)))
+    }
+
     /// State of a VIP.
     pub fn vip(&self, vip: IpAddr) -> Option<&VipState> {
         self.vips.iter().find(|v| v.vip == vip)
@@ -127,6 +144,8 @@ pub struct Announcer {
     handle: Handle,
     changed: BoxStream<'static, ()>,
     interface: String,
+    policy: VipPolicy,
+    peers: Peers,
     /// Published state.
     shown: watch::Sender<Announcement>,
     /// When each VIP was last removed.
@@ -145,7 +164,10 @@ impl Announcer {
     ///
     /// # Errors
     /// The interface does not exist, the kernel is too old, or the sockets cannot be opened.
-    pub fn open(interface: &str) -> Result<(Self, watch::Receiver<Announcement>), AnnounceError> {
+    pub fn open(
+        interface: &str,
+        peers: Peers,
+    ) -> Result<(Self, watch::Receiver<Announcement>), AnnounceError> {
         index_of(interface)?;
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         if !keeps_marks(&release) {
@@ -162,6 +184,8 @@ impl Announcer {
             handle,
             changed: messages.map(drop).boxed(),
             interface: interface.to_owned(),
+            policy: VipPolicy::new(peers.host().to_owned()),
+            peers,
             shown,
             off: BTreeMap::new(),
             changes: 0,
@@ -200,6 +224,7 @@ impl Announcer {
             tokio::select! {
                 changed = published.changed() => if changed.is_err() { return Ok(()) },
                 changed = is_draining.changed() => if changed.is_err() { return Ok(()) },
+                () = self.peers.changed() => {}
                 _ = self.changed.next() => {}
                 () = sleep_until(again) => {}
             }
@@ -213,7 +238,8 @@ impl Announcer {
         let (ours, others): (Vec<HostAddress>, Vec<HostAddress>) =
             found.into_iter().partition(|f| f.is_marked);
         let on: BTreeSet<IpAddr> = ours.iter().filter(|f| f.ifindex == ifindex).map(|f| f.address).collect();
-        let decisions = decide(services, &on, is_draining);
+        let now = Now { boot_ms: clock::boot().as_millis() as u64, unix_ms: clock::unix_ms() };
+        let decisions = self.policy.decide(services, &on, is_draining, self.peers.known(), now);
         let foreign: BTreeMap<IpAddr, u32> = others
             .iter()
             .filter(|f| decisions.contains_key(&f.address))
@@ -235,6 +261,9 @@ impl Announcer {
         let now = Instant::now();
         self.off.retain(|_, at| *at + HOLD > now);
         let mut again = now + RESYNC;
+        if let Some(left) = self.policy.next_expiry() {
+            again = again.min(now + left);
+        }
         let mut up = on;
         up.retain(|vip| decisions.get(vip).is_some_and(|d| d.is_on()));
         for (&vip, _) in decisions.iter().filter(|(vip, d)| d.is_on() && !foreign.contains_key(vip)) {
@@ -253,6 +282,8 @@ impl Announcer {
             self.changes += 1;
         }
         self.publish(&decisions, &up, &foreign);
+        // Only now: what is told to other hosts must be true.
+        self.peers.publish(self.policy.handover(&up, self.peers.known()));
         Ok(again)
     }
 
@@ -272,7 +303,8 @@ impl Announcer {
                 let on = up.contains(&vip) || foreign.is_some();
                 let before = shown.vip(vip).filter(|before| before.on == on);
                 let since_ms = before.map_or_else(clock::unix_ms, |before| before.since_ms);
-                VipState { vip, interface: shown.interface.clone(), on, decision, since_ms, foreign }
+                let kept = self.policy.kept(vip).filter(|_| decision == VipDecision::Kept);
+                VipState { vip, interface: shown.interface.clone(), on, decision, since_ms, foreign, kept }
             });
             let new = Announcement {
                 interface: shown.interface.clone(),
@@ -287,13 +319,31 @@ impl Announcer {
     }
 }
 
+/// Longest time between two hosts noticing the same change of a service's backends: probes of hosts differ in phase and in
+/// how long an answer takes, and the store's changes reach them at different times.
+fn notice_spread_ms(health: &HealthCheck) -> u64 {
+    let probes_ms = match health.kind {
+        HealthKind::None => 0,
+        _ => u64::from(health.interval_ms) + u64::from(health.timeout_ms),
+    };
+    (probes_ms + STORE_SPREAD_MS).min(MAX_SPREAD_MS)
+}
+
 /// Facts about each service that the rule needs.
 fn services(published: &Published) -> Vec<ServiceAt> {
     let all = published.services.iter().filter_map(|(name, status)| {
         let service = published.desired.services.get(name)?;
         let good = |b: &CompiledBackend| b.eligible && b.health == Health::Healthy;
         let proven = status.panic || status.backends.iter().any(good);
-        Some(ServiceAt { vip: service.vip, served: status.eligible > 0, proven })
+        Some(ServiceAt {
+            vip: service.vip,
+            served: status.eligible > 0,
+            proven,
+            keeps: service.when_all_down == WhenAllDown::Keep,
+            has_flows: status.backends.iter().any(|b| published.tracked_flows(b.index) > 0),
+            drain_ms: u64::from(service.drain_s) * 1_000,
+            spread_ms: notice_spread_ms(&service.health),
+        })
     });
     all.collect()
 }

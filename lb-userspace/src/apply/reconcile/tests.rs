@@ -3,6 +3,7 @@
 use super::{fake::*, *};
 use crate::desired::model::{
     Backend, BackendState, ForwardingMode, HealthCheck, NextHop, OnDown, Ports, Protocol, Scheduler, Service,
+    WhenAllDown,
 };
 use proptest::prelude::*;
 use std::sync::Mutex;
@@ -49,6 +50,7 @@ pub(super) fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) ->
         udp_timeout_s: 60,
         gue_port: 6080,
         on_down: OnDown::Keep,
+        when_all_down: WhenAllDown::Keep,
         panic_percent: 0,
         seating: Vec::new(),
         replica: None,

@@ -33,6 +33,7 @@ pub const SERVICE: &[&str] = &[
     "source_prefix_v4",
     "source_prefix_v6",
     "on_down",
+    "when_all_down",
     "panic_percent",
     "seating",
     "health",

@@ -119,6 +119,38 @@ pub enum OnDown {
     Reset,
 }
 
+/// What happens to a service's VIP when no backend takes new flows and no other host serves the VIP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", try_from = "String")]
+pub enum WhenAllDown {
+    /// It stays announced for established flows: for the drain time, and while flows remain.
+    #[default]
+    Keep,
+    /// It is withdrawn at once.
+    Withdraw,
+}
+
+impl TryFrom<String> for WhenAllDown {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "keep" => Ok(Self::Keep),
+            "withdraw" => Ok(Self::Withdraw),
+            "reset" => Err(
+                "when_all_down = reset is not supported: lbd cannot answer clients with a TCP reset when \
+                            no backend is left; use keep or withdraw"
+                    .to_owned(),
+            ),
+            _ => Err(format!("when_all_down is keep or withdraw, not {text:?}")),
+        }
+    }
+}
+
+fn is_keep(when: &WhenAllDown) -> bool {
+    *when == WhenAllDown::Keep
+}
+
 /// A backend's administrative state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -184,6 +216,10 @@ pub struct Service {
     /// What happens to established flows of a backend that is down.
     #[serde(default)]
     pub on_down: OnDown,
+    /// What happens to the VIP when no backend takes new flows. The default is not written: hosts of versions
+    /// without this key read the same state.
+    #[serde(default, skip_serializing_if = "is_keep")]
+    pub when_all_down: WhenAllDown,
     /// Panic threshold: when less than this share of the backends' weight is healthy, health is ignored, in percent; 0: never.
     #[serde(default)]
     pub panic_percent: u8,

@@ -8,6 +8,7 @@ use super::{
     Backend, BackendState, Desired, ForwardingMode, GrpcCheck, Guard, HealthCheck, HealthKind, HttpCheck,
     Name, OnDown, Ports, Protocol, Quantity, QuicConfig, Rate, Region, RegionPolicy, RegionRules,
     RegionState, ReplicaSource, Rollout, RolloutState, Scheduler, Service, SourceKind, TlsCheck, Via,
+    WhenAllDown,
 };
 use lb_common::limits::TABLE_SIZES;
 use proptest::prelude::*;
@@ -244,6 +245,7 @@ impl Draw {
             quic: if kind == 1 { vec![QuicConfig { key, ..quic }] } else { Vec::new() },
             gue_port: 1_000 + self.count(900) as u16,
             on_down: if self.yes() { OnDown::Reset } else { OnDown::Keep },
+            when_all_down: if self.yes() { WhenAllDown::Withdraw } else { WhenAllDown::Keep },
             panic_percent: self.count(100) as u8,
             seating: Vec::new(),
             new_flow_rate: Some(self.rate()).filter(|_| is_limited),

@@ -21,7 +21,7 @@ mod sizes;
 mod source;
 
 pub use check::{Invalid, Subject};
-pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service};
+pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service, WhenAllDown};
 pub use difference::{Difference, differences};
 pub use guard::{Guard, ListName};
 pub use health::{

@@ -197,7 +197,7 @@ impl Context<'_> {
         what: &str,
         method: Method,
         path: &str,
-        query: &WriteQuery,
+        query: &impl Serialize,
         body: Option<&impl Serialize>,
     ) -> Result<Exit, Failure> {
         let change: Change = self.client.send(method, path, query, body).await?;

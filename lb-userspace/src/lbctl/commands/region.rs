@@ -2,8 +2,11 @@
 
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
-    desired::model::Name, lbctl::render::region as render, observed::regions::Explained,
-    plan::policy::audit::Residency, serve::api::regions::Regions,
+    desired::model::Name,
+    lbctl::render::region as render,
+    observed::regions::Explained,
+    plan::policy::audit::Residency,
+    serve::api::{region_drain::RegionDrain, regions::Regions},
 };
 use clap::{Args, Subcommand};
 use reqwest::Method;
@@ -16,8 +19,9 @@ pub enum RegionCommand {
     List,
     /// Declare a region; once any region is declared, undeclared names are refused as mistakes
     Add(OneRegion),
-    /// Stop sending new flows to a region's backends; established flows continue. One region at a time
-    Drain(OneRegion),
+    /// Stop sending new flows to a region's backends; established flows continue, and VIPs that no host serves afterwards
+    /// stay announced for them. One region at a time
+    Drain(DrainRegion),
     /// Send new flows to a drained region again
     Undrain(OneRegion),
     /// Remove the declaration of a region
@@ -25,13 +29,23 @@ pub enum RegionCommand {
     Rm(OneRegion),
 }
 
-/// Arguments of `add`, `drain`, `undrain` and `rm`.
+/// Arguments of `add`, `undrain` and `rm`.
 #[derive(Debug, Args)]
 pub struct OneRegion {
     /// Name of the region
     name: Name,
     #[command(flatten)]
     write: WriteFlags,
+}
+
+/// Arguments of `drain`.
+#[derive(Debug, Args)]
+pub struct DrainRegion {
+    #[command(flatten)]
+    one: OneRegion,
+    /// Drain the region although this leaves services without any backend that takes new flows
+    #[arg(long)]
+    force: bool,
 }
 
 /// Subcommands of `lbctl policy`.
@@ -64,7 +78,12 @@ pub async fn run(context: &mut Context<'_>, command: RegionCommand) -> Result<Ex
             return Ok(Exit::Ok);
         }
         RegionCommand::Add(one) => (one, Method::POST, "", "declared"),
-        RegionCommand::Drain(one) => (one, Method::POST, "/drain", "drains"),
+        RegionCommand::Drain(DrainRegion { one, force }) => {
+            let query = RegionDrain::new(one.write.query(), force);
+            let (what, path) =
+                (format!("region {} drains", one.name), format!("/v1/regions/{}/drain", one.name));
+            return context.write(&what, Method::POST, &path, &query, None::<&()>).await;
+        }
         RegionCommand::Undrain(one) => (one, Method::POST, "/undrain", "takes new flows again"),
         RegionCommand::Rm(one) => (one, Method::DELETE, "", "is no longer declared"),
     };

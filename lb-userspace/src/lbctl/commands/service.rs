@@ -10,7 +10,7 @@ use super::{
 use crate::{
     desired::model::{
         ForwardingMode, Name, OnDown, Ports, Protocol, Quantity, QuicConfig, RegionPolicy, Scheduler,
-        Selector, Via,
+        Selector, Via, WhenAllDown,
     },
     lbctl::render::{service as render, units::parse_duration},
     serve::api::types::{BackendInfo, ServiceInfo},
@@ -237,6 +237,10 @@ struct ServiceSettings {
     /// What happens to established flows of a backend that is down: keep or reset [default: keep]
     #[arg(long, value_parser = word::<OnDown>)]
     on_down: Option<OnDown>,
+    /// What happens to the VIP when no backend takes new flows and no other host serves it: keep announces it for the
+    /// drain time and while flows remain, withdraw removes it at once [default: keep]
+    #[arg(long, value_name = "keep|withdraw", value_parser = word::<WhenAllDown>)]
+    when_all_down: Option<WhenAllDown>,
     /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 0]
     #[arg(long, value_name = "PERCENT")]
     panic: Option<u8>,
@@ -386,6 +390,7 @@ fn patch(vip: Option<&Vip>, s: &ServiceSettings) -> Result<Map<String, Value>, F
     patch.set("source_prefix_v4", s.source_prefix_v4);
     patch.set("source_prefix_v6", s.source_prefix_v6);
     patch.set("on_down", s.on_down);
+    patch.set("when_all_down", s.when_all_down);
     patch.set("panic_percent", s.panic);
     patch.set("health", Some(health_patch(s)).filter(|h| !h.is_empty()));
     patch.set("replica", replica_patch(s)?);

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     apply::announce::{Announcement, VipState},
+    clock,
     serve::api::host::HostInfo,
 };
 use std::io;
@@ -16,6 +17,7 @@ pub fn vip_state(v: &VipState) -> String {
     let interface = &v.interface;
     match (&v.foreign, v.on, v.decision.is_on()) {
         (Some(other), ..) => format!("on {other}, not by lbd, which leaves it alone"),
+        (None, true, true) if v.kept.is_some() => format!("on {interface}, {}", reason(v)),
         (None, true, true) => format!("on {interface}"),
         (None, false, true) => "about to be added".to_owned(),
         (None, true, false) => format!("about to be removed: {}", v.decision),
@@ -23,10 +25,22 @@ pub fn vip_state(v: &VipState) -> String {
     }
 }
 
+/// Why a VIP is on or off.
+fn reason(v: &VipState) -> String {
+    match &v.kept {
+        Some(kept) => format!("{}, {}", v.decision, kept.describe(clock::unix_ms())),
+        None => v.decision.to_string(),
+    }
+}
+
 /// Summarises the announcement on one line, for `lbctl status`.
 pub fn summary(a: &Announcement) -> String {
     let on = a.on().count();
-    format!("{on} of {} VIPs on {}", a.vips.len(), a.interface)
+    let kept = match a.kept().count() {
+        0 => String::new(),
+        kept => format!(", {kept} of them kept although nothing serves them"),
+    };
+    format!("{on} of {} VIPs on {}{kept}", a.vips.len(), a.interface)
 }
 
 /// Prints `lbctl host show`.
@@ -57,7 +71,7 @@ pub fn host(out: &mut Out<'_>, h: &HostInfo) -> io::Result<()> {
     let mut table = TextTable::new(&["VIP", "ANNOUNCED", "SINCE", "WHY"], out.colour);
     for v in &a.vips {
         let on = if v.on { toned("on", Tone::Good) } else { toned("off", Tone::Bad) };
-        let why = if v.foreign.is_some() { vip_state(v) } else { v.decision.to_string() };
+        let why = if v.foreign.is_some() { vip_state(v) } else { reason(v) };
         table.row([toned(v.vip, Tone::Strong), on, plain(ago(v.since_ms)), plain(why)]);
     }
     table.print(out)

@@ -80,6 +80,7 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("health check", health_check(&s.spec)),
         ("drain time", units::span(s.spec.drain_s.into())),
         ("on down", format!("{:?} established flows", s.spec.on_down).to_lowercase()),
+        ("when all down", format!("{:?} the VIP", s.spec.when_all_down).to_lowercase().replace("vip", "VIP")),
         ("table", format!("{} slots, {} in transition", s.status.table_size, s.status.transition_slots)),
         ("eligible", format!("{} of {} backends", s.status.eligible, s.spec.backends.len())),
         ("forwarded", format!("{} packets, {}", s.status.packets, units::bytes(s.status.bytes))),

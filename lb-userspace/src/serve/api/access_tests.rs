@@ -90,7 +90,7 @@ fn sample(method: &Method, path: &str, directory: &Path) -> Sample {
         ("POST", "/v1/host/undrain") => ("/v1/host/undrain", Value::Null),
         ("POST", "/v1/regions/{region}") => ("/v1/regions/asia", Value::Null),
         ("DELETE", "/v1/regions/{region}") => ("/v1/regions/us", Value::Null),
-        ("POST", "/v1/regions/{region}/drain") => ("/v1/regions/eu/drain", Value::Null),
+        ("POST", "/v1/regions/{region}/drain") => ("/v1/regions/us/drain", Value::Null),
         ("POST", "/v1/regions/{region}/undrain") => {
             before["regions"]["eu"]["state"] = json!("draining");
             ("/v1/regions/eu/undrain", Value::Null)
@@ -292,7 +292,7 @@ async fn what_the_holder_of_the_lock_asks_for_is_done_under_it() {
     let token = bed.store.lock(claim).await.unwrap().token.unwrap();
     let (_, writer) = bed.peer("writer", true);
     let drain = async |token: &str| {
-        ask_holding(&writer, &Method::POST, "/v1/regions/eu/drain", &Value::Null, token).await
+        ask_holding(&writer, &Method::POST, "/v1/regions/us/drain", &Value::Null, token).await
     };
     let state = bed.state().await;
     assert_eq!((drain("").await, drain("12ab").await), (409, 409));

@@ -16,6 +16,7 @@ mod listener;
 pub mod memory;
 mod peer;
 mod problems;
+pub mod region_drain;
 pub mod regions;
 mod routes;
 pub mod store;

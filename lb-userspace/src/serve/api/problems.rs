@@ -4,8 +4,9 @@ use super::{engine::Snapshot, types::*};
 use crate::{
     clock,
     desired::model::{HealthKind, Name, Readiness, Service},
+    plan::policy::announce::Kept,
 };
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 /// How long a next hop may take to be resolved after a change or a start.
 const RESOLVED_AFTER: Duration = Duration::from_secs(5);
@@ -18,6 +19,15 @@ pub(super) fn orphaned_problem(services: usize) -> String {
          drains. Start lbd with its earlier --store or --state-dir, or restore the state with \
          `lbctl store restore FILE` or `lbctl config apply FILE` (any change replaces what the maps hold). If the \
          store is meant to be empty, `lbctl store accept 0` removes the services"
+    )
+}
+
+/// The problem of a VIP that is announced although nothing serves it.
+fn kept_problem(vip: IpAddr, kept: Kept) -> String {
+    format!(
+        "VIP {vip} is kept although no backend takes new flows and no other host serves it, {}: established flows continue, \
+         new ones are dropped (`lbctl service set NAME --when-all-down withdraw` takes it off)",
+        kept.describe(clock::unix_ms())
     )
 }
 
@@ -93,6 +103,7 @@ pub(super) fn general_problems(status: &Status) -> Vec<String> {
     }
     if let Some(announcement) = &status.announcement {
         found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
+        found.extend(announcement.kept().map(|(vip, kept)| kept_problem(vip, kept)));
         let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
         found.extend(stuck.filter_map(|v| {
             let other = v.foreign.as_ref()?;

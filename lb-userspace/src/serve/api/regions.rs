@@ -83,7 +83,7 @@ pub struct WhichRollout {
 }
 
 /// The operation in progress that holds the lock, with the command that ends it.
-fn operation_in_progress(desired: &Desired) -> Option<String> {
+pub(super) fn operation_in_progress(desired: &Desired) -> Option<String> {
     let draining = desired.regions.iter().find(|(_, r)| r.state == RegionState::Draining);
     if let Some((region, _)) = draining {
         return Some(format!("region {region} drains: `lbctl region undrain {region}` ends the drain"));
@@ -155,7 +155,7 @@ impl Control {
     }
 
     /// Changes the desired state while holding the lock: the caller's lock, if the caller holds it.
-    async fn write_locked(
+    pub(super) async fn write_locked(
         &self,
         author: &Author,
         query: &WriteQuery,
@@ -186,7 +186,7 @@ impl Control {
     }
 
     /// Declares all regions in use, if none is declared yet: afterwards, undeclared regions are errors.
-    fn declare_regions(&self, desired: &mut Desired) {
+    pub(super) fn declare_regions(&self, desired: &mut Desired) {
         if !desired.regions.is_empty() {
             return;
         }
@@ -197,35 +197,6 @@ impl Control {
         let mut all: Vec<Name> = used.cloned().collect();
         all.extend(self.region_snapshot().regions.iter().map(|r| r.name.clone()));
         desired.regions = all.into_iter().map(|name| (name, Region::default())).collect();
-    }
-
-    async fn set_region_state(
-        &self,
-        author: &Author,
-        query: &WriteQuery,
-        region: Name,
-        state: RegionState,
-    ) -> Result<Change, ApiError> {
-        let change = |desired: &mut Desired| {
-            self.declare_regions(desired);
-            if state == RegionState::Draining
-                && desired.regions.get(&region).is_none_or(|r| r.state != state)
-                && let Some(what) = operation_in_progress(desired)
-            {
-                return Err(operation_error(&what));
-            }
-            let Some(known) = desired.regions.get_mut(&region) else {
-                return Err(unknown_region(&region, desired));
-            };
-            known.state = state;
-            Ok(())
-        };
-        match state {
-            RegionState::Up => self.write(author, query, change).await,
-            RegionState::Draining => {
-                self.write_locked(author, query, &format!("drain of region {region}"), change).await
-            }
-        }
     }
 
     /// Services whose replicas report a model.
@@ -344,11 +315,11 @@ fn audit_residency(desired: &Desired, snapshot: &Snapshot) -> Vec<Residency> {
     audit(desired, seen, |name| snapshot.services.get(name).map_or_else(Vec::new, |s| s.regions.clone()))
 }
 
-fn operation_error(what: &str) -> ApiError {
+pub(super) fn operation_error(what: &str) -> ApiError {
     ApiError { code: "held", ..ApiError::exists(format!("not possible now: {what}")) }
 }
 
-fn unknown_region(region: &Name, desired: &Desired) -> ApiError {
+pub(super) fn unknown_region(region: &Name, desired: &Desired) -> ApiError {
     let error = ApiError::not_found(format!("there is no region {region}"));
     match nearest(region.as_str(), desired.regions.keys().map(Name::as_str)) {
         Some(near) => error.fix(format!("did you mean {near}?")),
@@ -431,24 +402,6 @@ pub(super) async fn region_remove(
         None => Err(unknown_region(&region, desired)),
     };
     Ok(Json(control.write(&author, &query, change).await?))
-}
-
-pub(super) async fn region_drain(
-    State(control): SharedControl,
-    Path(region): Path<String>,
-    Params(query): Params<WriteQuery>,
-    Caller(author): Caller,
-) -> Reply<Change> {
-    Ok(Json(control.set_region_state(&author, &query, name(&region)?, RegionState::Draining).await?))
-}
-
-pub(super) async fn region_undrain(
-    State(control): SharedControl,
-    Path(region): Path<String>,
-    Params(query): Params<WriteQuery>,
-    Caller(author): Caller,
-) -> Reply<Change> {
-    Ok(Json(control.set_region_state(&author, &query, name(&region)?, RegionState::Up).await?))
 }
 
 pub(super) async fn rollouts(State(control): SharedControl) -> Reply<Vec<RolloutShown>> {

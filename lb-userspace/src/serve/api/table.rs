@@ -5,7 +5,7 @@ use super::{
         Endpoint,
         Right::{DryRun, Read, Write},
     },
-    guard, host, regions, routes, store,
+    guard, host, region_drain, regions, routes, store,
 };
 use axum::http::Method;
 
@@ -68,8 +68,8 @@ pub(super) fn table() -> Vec<Endpoint> {
         Endpoint::new(GET, "/v1/regions", Read, regions::regions),
         Endpoint::new(POST, "/v1/regions/{region}", DryRun, regions::region_add),
         Endpoint::new(DELETE, "/v1/regions/{region}", DryRun, regions::region_remove),
-        Endpoint::new(POST, "/v1/regions/{region}/drain", DryRun, regions::region_drain),
-        Endpoint::new(POST, "/v1/regions/{region}/undrain", DryRun, regions::region_undrain),
+        Endpoint::new(POST, "/v1/regions/{region}/drain", DryRun, region_drain::region_drain),
+        Endpoint::new(POST, "/v1/regions/{region}/undrain", DryRun, region_drain::region_undrain),
         Endpoint::new(GET, "/v1/rollouts", Read, regions::rollouts),
         Endpoint::new(POST, "/v1/rollouts", DryRun, regions::rollout_start),
         Endpoint::new(POST, "/v1/rollouts/{verb}", DryRun, regions::rollout_change),

@@ -423,3 +423,48 @@ async fn stored_control_characters_do_not_reach_the_terminal() {
     assert!(text.contains(r"one\n  2  forged") && text.contains(r"a\u{1b}[2Jnn"), "{text}");
     assert_eq!(painted, r"host drains: a\nb\u{1b}[2J");
 }
+
+#[tokio::test]
+async fn a_drain_that_leaves_a_service_with_nothing_needs_force() {
+    let bed = bed(true).await;
+    let mut service = web();
+    service["backends"]["a"]["region"] = json!("eu");
+    bed.send(Method::POST, "/v1/services/web", service).await.unwrap();
+    for query in ["", "?dry_run=true", "?force=false"] {
+        let path = format!("/v1/regions/eu/drain{query}");
+        let (code, message, fix) = bed.error(Method::POST, &path, Value::Null).await;
+        assert_eq!(code, "no_place", "{message}");
+        assert!(
+            message.contains("service web") && fix.is_some_and(|fix| fix.contains("force=true")),
+            "{message}"
+        );
+    }
+    assert_eq!(bed.revision(), 1);
+    bed.send(Method::POST, "/v1/regions/eu/drain?force=true&dry_run=true", Value::Null).await.unwrap();
+    assert_eq!(bed.revision(), 1);
+    bed.send(Method::POST, "/v1/regions/eu/drain?force=true", Value::Null).await.unwrap();
+    assert_eq!(bed.revision(), 2);
+    // What is done already is no change, and needs no force.
+    bed.send(Method::POST, "/v1/regions/eu/drain", Value::Null).await.unwrap();
+    assert_eq!(bed.revision(), 2);
+}
+
+#[tokio::test]
+async fn a_service_says_what_happens_to_its_vip_when_all_is_down() {
+    let bed = bed(true).await;
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    let patch = |when: &str| json!({"when_all_down": when});
+    let (_, message, _) = bed.error(Method::PATCH, "/v1/services/web", patch("reset")).await;
+    assert!(
+        message.contains("reset is not supported") && message.contains("use keep or withdraw"),
+        "{message}"
+    );
+    bed.error(Method::PATCH, "/v1/services/web", patch("stay")).await;
+    assert_eq!(bed.revision(), 1);
+    bed.send(Method::PATCH, "/v1/services/web", patch("withdraw")).await.unwrap();
+    let shown = bed.send(Method::GET, "/v1/services/web", Value::Null).await.unwrap();
+    assert!(shown.to_string().contains(r#""when_all_down":"withdraw""#), "{shown}");
+    bed.send(Method::PATCH, "/v1/services/web", patch("keep")).await.unwrap();
+    let shown = bed.send(Method::GET, "/v1/services/web", Value::Null).await.unwrap();
+    assert!(!shown.to_string().contains("when_all_down"), "the default is not stored: {shown}");
+}

@@ -2,6 +2,7 @@
 
 use super::encoder::{Encoder, is_worker_reason, reason_sample};
 use crate::{
+    apply::announce::VipState,
     clock,
     desired::model::Health,
     serve::api::{Control, Engine},
@@ -125,6 +126,13 @@ impl Scrape {
             "lb_announce_vip",
             "Whether the VIP is assigned to this host, so that it is announced",
             vips,
+        )?;
+        let now_ms = clock::unix_ms();
+        let unserved = |v: &VipState| v.kept.map_or(0, |kept| now_ms.saturating_sub(kept.since_ms));
+        out.gauges(
+            "lb_announce_vip_unserved_seconds",
+            "Time for which the VIP is kept although no backend takes new flows; 0 if it is not kept",
+            announcement.vips.iter().map(|v| ([("vip", v.vip.to_string())], unserved(v) as f64 / 1e3)),
         )?;
         let changes =
             std::iter::once(([("interface", announcement.interface.as_str())], announcement.changes));
