@@ -443,11 +443,31 @@ fn second_choices_stand_behind_the_table_of_who_uses_them() {
     );
     let moving = host.at(1_000, &with(3)).plan.services[&0].clone();
     assert_eq!((moving.view.flags & SECONDS, moving.table.len()), (SECONDS, 502));
+    let seconds = |entry: &lb_userspace::plan::compile::ServiceEntry| -> Vec<u32> {
+        entry.table[251..].iter().map(|s| s.primary_index()).collect()
+    };
+    let moved: Vec<usize> =
+        (0..251).filter(|&i| moving.table[i].primary_index() != stable.table[i].primary_index()).collect();
+    assert!(moved.len() > 60, "the third takes its share: {}", moved.len());
+    for i in 0..251 {
+        let (was, is) = (stable.table[i], seconds(&moving)[i]);
+        assert_eq!(is, was.secondary_index(), "slot {i} keeps its second choice for the drain time");
+    }
     let after = host.at(2_000, &with(3)).plan.services[&0].clone();
-    let then = moving.table[251..].iter().map(|s| s.primary_index());
-    assert!(then.eq(after.table[251..].iter().map(|s| s.primary_index())), "nothing behind the table moves");
-    let then = moving.table[251..].iter().map(|s| s.primary_index());
-    assert!(then.eq(after.slots().iter().map(|s| s.secondary_index())), "the same pairs afterwards");
+    let then: Vec<u32> = after.slots().iter().map(|s| s.secondary_index()).collect();
+    assert_eq!(then, seconds(&after), "the same pairs afterwards");
+    let changed = |i: &usize| seconds(&after)[*i] != seconds(&moving)[*i];
+    for i in (0..251).filter(changed) {
+        assert_eq!(
+            after.table[251 + i].secondary_index(),
+            seconds(&moving)[i],
+            "slot {i} is asked there too"
+        );
+        assert!(after.table[i].has_earlier());
+    }
+    assert!((0..251).filter(changed).count() > 60, "second choices follow the table");
+    let last = host.at(3_000, &with(3)).plan.services[&0].clone();
+    assert!(last.slots().iter().all(|s| !s.has_earlier()), "for one drain time");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -45,6 +45,36 @@ impl Load {
     pub fn new(targets: Vec<SocketAddr>) -> Self {
         Self { targets, closing: 6, keeping: 6, pause: Duration::from_millis(10), attempts: 1 }
     }
+}
+
+/// Requests that arrive whether or not earlier ones have been answered, each on a connection of its own.
+#[derive(Clone, Debug)]
+pub struct Arrivals {
+    /// Where to.
+    pub target: SocketAddr,
+    /// Requests per second now; may be changed at any time.
+    pub per_second: Arc<AtomicU32>,
+}
+
+impl Arrivals {
+    /// Starts them in `namespace`. Requests that are under way at the end are awaited.
+    pub fn start(self, namespace: &Namespace) -> Result<Running> {
+        let load = Load::new(vec![self.target]);
+        Running::start_with(namespace, load, |shared| arrive(shared, self.per_second))
+    }
+}
+
+async fn arrive(shared: Shared, per_second: Arc<AtomicU32>) {
+    let mut requests = tokio::task::JoinSet::new();
+    let mut next = tokio::time::Instant::now();
+    while !shared.stop.load(Ordering::Relaxed) {
+        tokio::time::sleep_until(next).await;
+        next += Duration::from_secs(1) / per_second.load(Ordering::Relaxed).max(1);
+        let shared = shared.clone();
+        requests.spawn(async move { request(&shared, shared.load.targets[0], &mut None, false).await });
+        while requests.try_join_next().is_some() {}
+    }
+    requests.join_all().await;
 }
 
 /// One request as it went.
@@ -120,10 +150,18 @@ pub struct Running {
 impl Running {
     /// Starts the load in `namespace`.
     pub fn start(namespace: &Namespace, load: Load) -> Result<Self> {
+        Self::start_with(namespace, load, run)
+    }
+
+    fn start_with<F: Future<Output = ()>>(
+        namespace: &Namespace,
+        load: Load,
+        make: impl FnOnce(Shared) -> F + Send + 'static,
+    ) -> Result<Self> {
         let account = Arc::new(Mutex::new(Account::default()));
         let stop = Arc::new(AtomicBool::new(false));
         let shared = Shared { account: account.clone(), stop: stop.clone(), load: Arc::new(load) };
-        let thread = namespace.spawn_async(move || run(shared))?;
+        let thread = namespace.spawn_async(move || make(shared))?;
         Ok(Self { account, stop, thread: Some(thread) })
     }
 
@@ -185,23 +223,33 @@ async fn client(shared: Shared, number: usize, keep: bool) {
     while !shared.stop.load(Ordering::Relaxed) {
         let target = kept.as_ref().map_or(load.targets[turn % load.targets.len()], |(kept, _)| kept.target);
         turn += 1;
-        let mut request = Request {
-            started: Instant::now(),
-            took: Duration::ZERO,
-            local: None,
-            target,
-            worker: None,
-            refused: 0,
-            failure: None,
-        };
-        match attempt(load, &mut kept, &mut request, keep).await {
-            Ok(answer) => request.worker = Some(answer),
-            Err(error) => request.failure = Some(format!("{error:#}")),
-        }
-        request.took = request.started.elapsed();
-        lock(&shared.account).requests.push(request);
+        request(&shared, target, &mut kept, keep).await;
         tokio::time::sleep(load.pause).await;
     }
+}
+
+/// Makes one request and accounts for it.
+async fn request(
+    shared: &Shared,
+    target: SocketAddr,
+    kept: &mut Option<(Connection, Option<String>)>,
+    keep: bool,
+) {
+    let mut request = Request {
+        started: Instant::now(),
+        took: Duration::ZERO,
+        local: None,
+        target,
+        worker: None,
+        refused: 0,
+        failure: None,
+    };
+    match attempt(&shared.load, kept, &mut request, keep).await {
+        Ok(answer) => request.worker = Some(answer),
+        Err(error) => request.failure = Some(format!("{error:#}")),
+    }
+    request.took = request.started.elapsed();
+    lock(&shared.account).requests.push(request);
 }
 
 async fn attempt(

@@ -42,12 +42,12 @@ const MTU: u32 = 1_700;
 const CORE_AS: u32 = 64_512;
 const START: Duration = Duration::from_secs(30);
 /// Names of the regions.
-pub const NAMES: [&str; 2] = ["east", "west"];
+pub const NAMES: [&str; 3] = ["east", "west", "north"];
 
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// How many regions: 1 or 2.
+    /// How many regions: 1 to 3.
     pub regions: usize,
     /// Whether hosts share an etcd; otherwise each has a file, and is configured by itself.
     pub etcd: bool,
@@ -73,7 +73,7 @@ pub struct Offer {
 /// One region.
 #[derive(Debug)]
 pub struct Region {
-    /// `east` or `west`.
+    /// One of [`NAMES`].
     pub name: &'static str,
     number: u8,
     /// Its router.
@@ -305,6 +305,14 @@ impl Regions {
         cluster.members[number].start_again(Some(&self.members[number]))
     }
 
+    /// Sends all clients of a VIP into one region, whoever else announces it.
+    pub fn enter_by(&self, index: usize, vip: Ipv4Addr) -> Result<()> {
+        let gateway = address(0, self.regions[index].number, 2).to_string();
+        // BIRD's routes have metric 32.
+        let route = ["route", "add", &format!("{vip}/32"), "via", &gateway, "metric", "1"];
+        self.bed.ingress.ip(&route).map(drop)
+    }
+
     /// Cuts a region off from the core, or ends that.
     pub fn cut_region(&mut self, index: usize, is_cut: bool) -> Result<()> {
         let attach = if is_cut { program::attach_drop } else { program::attach_pass };
@@ -406,7 +414,7 @@ fn network(bed: &Bed, number: u8) -> Result<(Namespace, [OwnedFd; 2])> {
 
 /// One member in each region, one beside the core.
 fn etcd(bed: &Bed, networks: &[(Namespace, [OwnedFd; 2])]) -> Result<(Vec<Namespace>, Option<Cluster>)> {
-    ensure!(networks.len() == 2, "etcd's members stand in two regions and beside the core");
+    ensure!(networks.len() >= 2, "etcd's members stand in two regions and beside the core");
     let mut members = Vec::new();
     for (number, router) in [(1, &networks[0].0), (2, &networks[1].0), (0, &bed.ingress)] {
         let member = bed.namespace(&format!("m{}", members.len()))?;

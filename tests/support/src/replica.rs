@@ -9,6 +9,7 @@
 use std::{
     net::{Ipv6Addr, SocketAddr},
     process::Command,
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -50,14 +51,16 @@ struct Work {
     told: watch::Sender<(u64, Duration)>,
     /// Being computed, and waiting to be.
     counts: watch::Sender<(u64, u64)>,
+    finished: AtomicU64,
 }
 
 impl Work {
     /// The report that is true.
     fn body(&self) -> String {
         let ((slots, _), (running, waiting)) = (*self.told.borrow(), *self.counts.borrow());
+        let finished = self.finished.load(Ordering::Relaxed);
         format!(
-            r#"{{"protocol":1,"phase":"ready","model":"fake","version":"1","running":{running},"waiting":{waiting},"capacity":{{"running":{slots}}}}}"#
+            r#"{{"protocol":1,"phase":"ready","model":"fake","version":"1","running":{running},"waiting":{waiting},"capacity":{{"running":{slots}}},"answers":{{"finished":{finished},"failed":0,"first_token_ms":0,"first_tokens":{finished}}}}}"#
         )
     }
 
@@ -86,6 +89,7 @@ impl Work {
             if took {
                 place.1 = true;
                 tokio::time::sleep(time).await;
+                self.finished.fetch_add(1, Ordering::Relaxed);
                 return;
             }
             tokio::select! { _ = counts.changed() => {}, _ = told.changed() => {} }

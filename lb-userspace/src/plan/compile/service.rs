@@ -207,7 +207,8 @@ fn compile_uncached(
     let reshaped =
         previous.is_some_and(|p| !p.is_comparable(&shape)) || (had_exceptions && !memory.exceptions);
     let window_ms = input.now_ms - drain_ms;
-    let region = build_region(input, &mut memory, &shape, window_ms, reshaped, tables, &mut view);
+    let built = (&shape, &weighted.groups[..]);
+    let region = build_region(input, &mut memory, built, (window_ms, reshaped), tables, &mut view);
 
     let (backends, egress) = backend_entries(input, &memory, rule.panic);
     let longest = slot_layout::max_list_len(wanted);

@@ -32,7 +32,12 @@ pub(super) fn region_weights(
     eligible: &[bool],
 ) -> Weighted {
     let Some(steer) = steer else {
-        return Weighted { weights: weights.to_vec(), takes: eligible.to_vec(), scale: 1 };
+        return Weighted {
+            weights: weights.to_vec(),
+            takes: eligible.to_vec(),
+            scale: 1,
+            groups: Vec::new(),
+        };
     };
     let new_backends = steer.canary.as_ref().map(|c| &c.backends);
     // The share comes from the desired state; the backends of the version were observed.

@@ -14,7 +14,7 @@
 
 use super::{
     Epoch, ServiceMemory, Shape, ShapeMember, View, map_values,
-    pairs::{NewSlot, Pairs},
+    pairs::{self, NewSlot, Pairs, SecondChoices},
     room::has_second_choices,
     service::Input,
     slot_layout,
@@ -166,7 +166,7 @@ fn member_indices(memory: &ServiceMemory, members: &[ShapeMember]) -> Vec<u32> {
 }
 
 /// Backend index of a member.
-fn index_of(indices: &[u32], member: u16) -> u32 {
+pub(super) fn index_of(indices: &[u32], member: u16) -> u32 {
     indices.get(member as usize).copied().unwrap_or(NO_BACKEND)
 }
 
@@ -175,9 +175,8 @@ fn index_of(indices: &[u32], member: u16) -> u32 {
 pub(super) fn build_region(
     input: &Input<'_>,
     memory: &mut ServiceMemory,
-    shape: &Arc<Shape>,
-    window_ms: i64,
-    reshaped: bool,
+    (shape, groups): (&Arc<Shape>, &[u32]),
+    (window_ms, reshaped): (i64, bool),
     tables: &mut Tables,
     view: &mut View,
 ) -> Vec<Slot> {
@@ -198,7 +197,11 @@ pub(super) fn build_region(
     let has_seconds = has_second_choices(input.wanted, input.settings);
     let by_pair = matches!(view.scheduler, scheduler::P2C | scheduler::BOUNDED_LOAD);
     let is_kept = memory.earlier_ms.is_some_and(|since| since > window_ms);
-    let mut pairs = Pairs::new(memory, shape, by_pair, is_kept);
+    let addresses = input.wanted.backends.values().map(|b| &b.address);
+    let groups = pairs::groups(memory, addresses, groups);
+    let [choices, base_choices] = [(&current, &index), (&base, &base_index)]
+        .map(|(table, index)| SecondChoices::new(table, index, groups.as_ref()));
+    let mut pairs = Pairs::new(memory, shape, groups.as_ref(), &input.down_backends(), (by_pair, is_kept));
     let mut slots = vec![Slot::EMPTY; size];
     let mut seconds = Vec::with_capacity(if has_seconds { size } else { 0 });
     for (i, slot) in slots.iter_mut().enumerate() {
@@ -207,13 +210,16 @@ pub(super) fn build_region(
         let previous = (!has_old && memory.changed_ms[i] > window_ms)
             .then(|| index_of(&base_index, base.primary[i]))
             .map(|previous| if previous == NO_BACKEND { primary } else { previous });
-        let by_table = index_of(&index, current.secondary[i]);
-        let base = match has_old {
-            false => [&base.primary, &base.secondary].map(|of| index_of(&base_index, of[i])),
+        let by_table = choices.of(i);
+        let [base_primary, base_second] = match has_old {
+            false => [index_of(&base_index, base.primary[i]), base_choices.of(i)],
             true => [NO_BACKEND; 2],
         };
         let (second, earlier) = match has_seconds {
-            true => pairs.decide(i, NewSlot { primary, by_table, previous, base }),
+            true => {
+                let new = NewSlot { primary, previous, base: base_primary };
+                pairs.decide(i, new, by_table, base_second)
+            }
             false => (by_table, NO_BACKEND),
         };
         *slot = Slot { primary, secondary: second };
@@ -299,6 +305,12 @@ impl<T: Copy + Default> PerBackend<T> {
 
     fn at(&self, index: u32) -> usize {
         (index.wrapping_sub(self.first) as usize).min(self.values.len() - 1)
+    }
+
+    /// The values changed one by one.
+    #[cfg(test)]
+    pub(super) fn map<U: Copy + Default>(&self, change: impl Fn(T) -> U) -> PerBackend<U> {
+        PerBackend { first: self.first, values: self.values.iter().map(|&value| change(value)).collect() }
     }
 
     /// Value of the backend with this index.

@@ -38,6 +38,8 @@ pub struct Weighted {
     pub takes: Vec<bool>,
     /// Factor of these weights over the configured ones.
     pub scale: u32,
+    /// Number of each member's group, from 1: members of a group have one share together. Empty if there is one group.
+    pub groups: Vec<u32>,
 }
 
 /// Members that share one share: region, version, and zone if zones count.
@@ -104,7 +106,20 @@ pub fn weights<'a>(
         weights: members.iter().zip(&rates).map(weight).collect(),
         takes: rates.iter().map(|&rate| rate > 0.0).collect(),
         scale,
+        groups: number_groups(members.iter().map(|m| group(m.region, m.is_new, m.zone))),
     }
+}
+
+/// Numbers groups from 1; nothing if there is only one.
+fn number_groups<'a>(groups: impl Iterator<Item = Group<'a>>) -> Vec<u32> {
+    let mut numbers = BTreeMap::new();
+    let all: Vec<u32> = groups
+        .map(|group| {
+            let next = numbers.len() as u32 + 1;
+            *numbers.entry(group).or_insert(next)
+        })
+        .collect();
+    if numbers.len() > 1 { all } else { Vec::new() }
 }
 
 /// Each group's part of all flows: by region, within it by version, and in the own region by zone.
