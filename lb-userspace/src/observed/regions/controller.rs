@@ -10,7 +10,8 @@ use super::{
 use crate::{
     desired::{
         model::{
-            Canary, Desired, Locality, Name, RegionRules, RegionShares, RegionState, RolloutState, Service,
+            Canary, Desired, Locality, Name, RegionPolicy, RegionRules, RegionShares, RegionState,
+            RolloutState, Service,
         },
         store::{HostValues, Local, Store},
     },
@@ -278,7 +279,9 @@ impl RegionController {
             place.is_down = shown.is_some_and(|r| r.agreed == Agreed::Down);
             place.rtt_us = shown.and_then(|r| r.rtt_us).filter(|_| !place.is_local);
             place.service_ms = service_ms;
-            place.is_spilling = is_spilling(&place.name, name, peers);
+            // By weight, every region sends flows elsewhere, and takes its share nevertheless.
+            place.is_spilling =
+                rules.policy == RegionPolicy::ActiveActive && is_spilling(&place.name, name, peers);
         }
         let is_here = |b: &MeasuredBackend| has_place(b) && b.region == self.here.region;
         let counting = Counting { most, versions: versions(None) };

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     desired::{
-        model::{Backend, BackendState, Desired, Name, Protocol, Service},
+        model::{Backend, BackendState, Desired, Name, Protocol, RegionPolicy, Service},
         store::delta,
     },
     serve::explain,
@@ -22,7 +22,7 @@ use axum::{
     http::{StatusCode, request::Parts},
 };
 use serde::{Deserialize, de::DeserializeOwned};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// Largest body: the whole state of about 100,000 backends.
@@ -167,6 +167,16 @@ pub(super) async fn service_add(
     Ok(Json(control.write(&author, &query, change).await?))
 }
 
+/// Weights of regions go with the policy that they are for: a patch to another policy that does not name them clears
+/// them.
+fn clear_weights(patch: &mut Value) {
+    let Some(Value::Object(regions)) = patch.get_mut("regions") else { return };
+    let weighted = json!(RegionPolicy::Weighted);
+    if regions.get("policy").is_some_and(|policy| *policy != weighted) {
+        regions.entry("weights").or_insert(Value::Null);
+    }
+}
+
 pub(super) async fn service_set(
     State(control): SharedControl,
     Path(service): Path<String>,
@@ -174,7 +184,8 @@ pub(super) async fn service_set(
     Caller(author): Caller,
     bytes: Bytes,
 ) -> Reply<Change> {
-    let (service, patch) = (name(&service)?, body::<Value>(&bytes)?);
+    let (service, mut patch) = (name(&service)?, body::<Value>(&bytes)?);
+    clear_weights(&mut patch);
     let change = |desired: &mut Desired| {
         let s = service_mut(desired, &service)?;
         *s = apply_patch(s, &patch, &format!("service {service}"))?;

@@ -104,6 +104,28 @@ async fn writes_are_applied_when_they_return() {
     assert_eq!(history.revisions[2].message, "+ service web");
 }
 
+/// Weights are for policy weighted only, and no value of a flag would clear them.
+#[tokio::test]
+async fn weights_of_regions_go_with_their_policy() {
+    let bed = bed(true).await;
+    bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
+    let patch = |regions: Value| bed.send(Method::PATCH, "/v1/services/web", json!({"regions": regions}));
+    let rules = async || {
+        let shown: ServiceInfo = bed.client.get("/v1/services/web", &()).await.unwrap();
+        shown.spec.regions.clone().unwrap()
+    };
+    patch(json!({"policy": "weighted", "weights": {"eu": 3, "us": 1}})).await.unwrap();
+    patch(json!({"policy": "weighted", "hold_s": 20})).await.unwrap();
+    assert_eq!(rules().await.weights.len(), 2, "they stay with the policy");
+    patch(json!({"policy": "active-active"})).await.unwrap();
+    assert!(rules().await.weights.is_empty());
+    let refused = patch(json!({"policy": "active-active", "weights": {"eu": 3}})).await.unwrap_err();
+    assert!(refused.message.contains("weights are for policy weighted"), "{}", refused.message);
+    patch(json!({"policy": "weighted", "weights": {"eu": 3}})).await.unwrap();
+    patch(json!({"policy": null})).await.unwrap();
+    assert!(rules().await.weights.is_empty(), "the default policy is another one");
+}
+
 #[tokio::test]
 async fn refusals_say_what_and_how_to_mend_it() {
     let bed = bed(true).await;
