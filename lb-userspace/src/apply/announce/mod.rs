@@ -24,7 +24,7 @@ use crate::{
     desired::model::{Health, HealthCheck, HealthKind, WhenAllDown},
     plan::{
         compile::CompiledBackend,
-        policy::announce::{Kept, Now, ServiceAt, VipDecision, VipPolicy},
+        policy::announce::{KeptVip, Now, ServiceAt, VipDecision, VipPolicy},
     },
 };
 use addresses::HostAddress;
@@ -105,7 +105,7 @@ pub struct VipState {
     pub foreign: Option<String>,
     /// For a VIP that is kept although nothing serves it: since when, and until when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kept: Option<Kept>,
+    pub kept: Option<KeptVip>,
 }
 
 /// VIPs that this host announces.
@@ -129,7 +129,7 @@ impl Announcement {
     }
 
     /// VIPs that are kept although nothing serves them.
-    pub fn kept(&self) -> impl Iterator<Item = (IpAddr, Kept)> {
+    pub fn kept(&self) -> impl Iterator<Item = (IpAddr, KeptVip)> {
         self.vips.iter().filter_map(|v| Some((v.vip, v.kept?)))
     }
 

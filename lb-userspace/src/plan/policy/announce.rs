@@ -87,7 +87,7 @@ impl fmt::Display for VipDecision {
 
 /// A VIP that is kept although nothing serves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Kept {
+pub struct KeptVip {
     /// When the VIP was last served, in milliseconds since 1970 UTC; differs each time.
     pub since_ms: u64,
     /// Time until which the VIP is kept at least unless another host serves it, in milliseconds since 1970 UTC.
@@ -96,7 +96,7 @@ pub struct Kept {
     pub has_flows: bool,
 }
 
-impl Kept {
+impl KeptVip {
     /// Since when and until when the VIP is kept, in words.
     pub fn describe(&self, now_ms: u64) -> String {
         let since_s = now_ms.saturating_sub(self.since_ms) / 1_000;
@@ -112,7 +112,7 @@ impl Kept {
 pub struct Handover {
     /// VIPs that the host keeps.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub kept: BTreeMap<IpAddr, Kept>,
+    pub kept: BTreeMap<IpAddr, KeptVip>,
     /// VIPs that the host announces and serves: names of hosts that keep them, and since when. These may withdraw.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub covers: BTreeMap<IpAddr, BTreeMap<String, u64>>,
@@ -161,7 +161,7 @@ struct Unserved {
     covered_boot_ms: Option<u64>,
     /// Time from the last decision after which the next may differ, if nothing else changes.
     left: Option<Duration>,
-    kept: Kept,
+    kept: KeptVip,
 }
 
 /// Decides about the VIPs of one host; remembers when each stopped being served.
@@ -220,7 +220,7 @@ impl VipPolicy {
         let last = &mut self.last_epoch;
         let unserved = self.unserved.entry(vip).or_insert_with(|| {
             *last = now.unix_ms.max(*last + 1);
-            let kept = Kept { since_ms: *last, until_ms: 0, has_flows: false };
+            let kept = KeptVip { since_ms: *last, until_ms: 0, has_flows: false };
             Unserved { since_boot_ms: now.boot_ms, covered_boot_ms: None, left: None, kept }
         });
         unserved.kept.until_ms = unserved.kept.since_ms.saturating_add(at.drain_ms);
@@ -248,7 +248,7 @@ impl VipPolicy {
     }
 
     /// Since when and until when a VIP is kept, if it is on and not served.
-    pub fn kept(&self, vip: IpAddr) -> Option<Kept> {
+    pub fn kept(&self, vip: IpAddr) -> Option<KeptVip> {
         self.unserved.get(&vip).map(|unserved| unserved.kept)
     }
 

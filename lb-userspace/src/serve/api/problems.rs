@@ -4,7 +4,7 @@ use super::{engine::Snapshot, types::*};
 use crate::{
     clock,
     desired::model::{HealthKind, Name, Readiness, Service},
-    plan::policy::announce::Kept,
+    plan::policy::announce::KeptVip,
 };
 use std::{net::IpAddr, time::Duration};
 
@@ -23,7 +23,7 @@ pub(super) fn orphaned_problem(services: usize) -> String {
 }
 
 /// The problem of a VIP that is announced although nothing serves it.
-fn kept_problem(vip: IpAddr, kept: Kept) -> String {
+fn kept_problem(vip: IpAddr, kept: KeptVip) -> String {
     format!(
         "VIP {vip} is kept although no backend takes new flows and no other host serves it, {}: established flows continue, \
          new ones are dropped (`lbctl service set NAME --when-all-down withdraw` takes it off)",

@@ -91,7 +91,7 @@ fn a_vip_is_kept_only_for_services_that_ask_for_it() {
 #[test]
 fn flows_of_another_host_that_keeps_the_vip_count() {
     let (mut policy, gone, on) = (policy(), [at(1, false, false)], BTreeSet::from([vip(1)]));
-    let kept = Kept { since_ms: 1, until_ms: 2, has_flows: true };
+    let kept = KeptVip { since_ms: 1, until_ms: 2, has_flows: true };
     let peer = Handover { kept: BTreeMap::from([(vip(1), kept)]), ..Handover::default() };
     let peers = BTreeMap::from([("b".to_owned(), peer)]);
     policy.decide(&gone, &on, false, &peers, now(0));
