@@ -182,8 +182,9 @@ fn what_a_region_has_no_room_for_goes_to_the_next_and_comes_back() -> Result<()>
     bench.until("all are home", |b| b.away() == 0.0)?;
     ensure!(part(&bench.count(300)?, &["w1", "w2"]) == 1.0, "local first");
 
-    // A region drains, and no second one.
-    bench.stage.lbctl.run(&["region", "drain", "eu"])?;
+    // A region drains, and no second one. Other services have no workers elsewhere, which takes a word more.
+    bench.refused(&["region", "drain", "eu"], "leaves services web, web6 without any backend")?;
+    bench.stage.lbctl.run(&["region", "drain", "eu", "--force"])?;
     bench.until("eu takes nothing new", |b| b.away() == 1.0)?;
     ensure!(part(&bench.count(300)?, &["w3", "w4"]) == 1.0, "drained");
     bench.refused(&["region", "drain", "us"], "region eu drains")?;
