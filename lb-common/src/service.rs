@@ -92,6 +92,12 @@ pub mod scheduler {
     pub const LEAST_CONN: u8 = 4;
     /// The primary, unless its load is above the service's cap and the secondary's is lower.
     pub const BOUNDED_LOAD: u8 = 5;
+
+    /// Whether new flows are placed on either backend of their slot's pair.
+    #[inline(always)]
+    pub const fn is_by_pair(scheduler: u8) -> bool {
+        matches!(scheduler, P2C | BOUNDED_LOAD)
+    }
 }
 
 /// Bits of [`ServiceView::flags`].

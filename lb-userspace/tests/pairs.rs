@@ -62,7 +62,7 @@ struct Host {
 
 impl Host {
     fn new() -> Self {
-        let mut settings = Self {
+        let mut host = Self {
             desired: service(),
             observed: Observed::default(),
             memory: Memory::default(),
@@ -71,11 +71,11 @@ impl Host {
             now_s: 1_000,
         };
         for i in 0..BACKENDS {
-            settings.observed.health.insert(id(i), Health::Healthy);
+            host.observed.health.insert(id(i), Health::Healthy);
         }
-        settings.spill(0);
-        settings.compile();
-        settings
+        host.spill(0);
+        host.compile();
+        host
     }
 
     fn spill(&mut self, steps: u16) {

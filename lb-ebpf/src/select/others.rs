@@ -48,9 +48,12 @@ pub fn others_of<T: Tables>(tables: &T, service: u32, view: &ServiceView, number
     };
     let second = second(tables, view, SlotRef { slot, number });
     let earlier = earlier(tables, view, SlotRef { slot, number });
-    // Where new flows are placed, and where they were before. Only two schedulers place flows on second choices.
-    let by_pair = matches!(view.scheduler, scheduler::P2C | scheduler::BOUNDED_LOAD);
-    let [b, c, d] = if by_pair { [second, previous, earlier] } else { [previous, earlier, second] };
+    // Where new flows are placed, and where they were before.
+    let [b, c, d] = if scheduler::is_by_pair(view.scheduler) {
+        [second, previous, earlier]
+    } else {
+        [previous, earlier, second]
+    };
     let mut found = NONE;
     for index in [slot.primary_index(), b, c, d] {
         if !is_in(found, index) && usable(index) {

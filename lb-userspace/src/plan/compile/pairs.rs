@@ -17,13 +17,10 @@
 
 use super::{
     ServiceMemory, Shape,
-    service::Input,
+    service::{Input, is_down},
     table::{PerBackend, index_of},
 };
-use crate::{
-    desired::model::{BackendState, Health, Readiness},
-    plan::maglev,
-};
+use crate::plan::maglev;
 use lb_common::{Slot, slot::NO_BACKEND};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -43,8 +40,8 @@ pub(super) struct NewSlot {
     pub primary: u32,
     /// The previous primary, if the slot is in transition.
     pub previous: Option<u32>,
-    /// The primary of the window's start; [`NO_BACKEND`] if that table has other slots.
-    pub base: u32,
+    /// The pair of the window's start; [`NO_BACKEND`] where it cannot be compared or flows are not placed by pairs.
+    pub base: [u32; 2],
 }
 
 /// Groups of backends by index, see [`crate::plan::policy::region::Weighted`]; 0 for unknown backends.
@@ -69,12 +66,7 @@ impl Input<'_> {
     /// Backends on which flows are lost.
     pub(super) fn down_backends(&self) -> BTreeSet<IpAddr> {
         let seen = self.wanted.backends.values().zip(&self.verdicts);
-        let down = seen.filter(|(b, seen)| {
-            b.state == BackendState::Down
-                || seen.health == Health::Unhealthy
-                || seen.readiness == Readiness::Failed
-        });
-        down.map(|(b, _)| b.address).collect()
+        seen.filter(|(b, seen)| is_down(b, seen, false)).map(|(b, _)| b.address).collect()
     }
 }
 
@@ -119,8 +111,8 @@ impl<'a> SecondChoices<'a> {
             return by_table;
         }
         let reach = self.reach.get(&group).copied().unwrap_or(0);
-        let next = (1..reach).map(|step| self.primary((number + step) % self.table.primary.len()));
-        next.into_iter().find(fits).unwrap_or(NO_BACKEND)
+        let mut next = (1..reach).map(|step| self.primary((number + step) % self.table.primary.len()));
+        next.find(fits).unwrap_or(NO_BACKEND)
     }
 }
 
@@ -142,7 +134,8 @@ pub(super) struct Pairs<'a> {
 }
 
 impl<'a> Pairs<'a> {
-    /// `by_pair`: whether new flows are placed on second choices; `is_kept`: whether the earlier backends of the region in effect are kept.
+    /// `by_pair`: whether new flows are placed on second choices; `is_kept`: whether the earlier backends of the region
+    /// in effect are kept.
     pub(super) fn new(
         memory: &ServiceMemory,
         shape: &Shape,
@@ -165,21 +158,19 @@ impl<'a> Pairs<'a> {
         Self { before, size, backends, groups, by_pair, is_kept, has_any: false, has_new: false }
     }
 
-    /// Second choice and earlier backend of the slot with this number; [`NO_BACKEND`] for none. `by_table` and
-    /// `base_second` are the second choices by the tables of now and of the window's start.
+    /// Second choice and earlier backend of the slot with this number; [`NO_BACKEND`] for none. `by_table` is the second
+    /// choice by the table alone.
     pub(super) fn decide(
         &mut self,
         number: usize,
         new: NewSlot,
-        by_table: u32,
-        base_second: u32,
+        by_table: impl FnOnce() -> u32,
     ) -> (u32, u32) {
         let [was, behind] =
             [number, self.size + number].map(|at| self.before.get(at).copied().unwrap_or(Slot::EMPTY));
         let was_second = behind.primary_index();
         let was_earlier = if was.has_earlier() { behind.secondary_index() } else { NO_BACKEND };
-        let [base_primary, base_second] =
-            if self.by_pair { [new.base, base_second] } else { [NO_BACKEND; 2] };
+        let [base_primary, base_second] = new.base;
         let is_of_group =
             |index| self.groups.is_none_or(|groups| groups.get(index) == groups.get(new.primary));
         let can_be_second = |&index: &u32| {
@@ -188,10 +179,8 @@ impl<'a> Pairs<'a> {
         let second = match [base_second, base_primary].into_iter().find(can_be_second) {
             Some(index) => index,
             // Flows from before the window may be on both of that pair, and a packet names three.
-            None if [base_primary, base_second].iter().all(|&i| i != new.primary && self.has_flows(i)) => {
-                NO_BACKEND
-            }
-            None => by_table,
+            None if new.base.iter().all(|&i| i != new.primary && self.has_flows(i)) => NO_BACKEND,
+            None => by_table(),
         };
         let left = [
             base_second,
@@ -252,7 +241,8 @@ mod tests {
     /// The decision for a slot whose pair was 0 and 1 when the window began.
     fn decide(pairs: &mut Pairs<'_>, primary: u32, by_table: u32) -> (u32, u32) {
         let previous = (primary != 0).then_some(0);
-        pairs.decide(0, NewSlot { primary, previous, base: 0 }, by_table, 1)
+        let base = if pairs.by_pair { [0, 1] } else { [NO_BACKEND; 2] };
+        pairs.decide(0, NewSlot { primary, previous, base }, || by_table)
     }
 
     const NO: u32 = NO_BACKEND;
@@ -281,8 +271,8 @@ mod tests {
         assert_eq!(decide(&mut same, 0, 3), (1, 2));
         assert_eq!((same.has_any, same.has_new), (true, false));
         // The window moves on: the second choice is that of another table.
-        let moved = NewSlot { primary: 2, previous: None, base: 2 };
-        assert_eq!(pairs(ALL, [2, 1, NO], true).decide(0, moved, 3, 3), (3, 1));
+        let moved = NewSlot { primary: 2, previous: None, base: [2, 3] };
+        assert_eq!(pairs(ALL, [2, 1, NO], true).decide(0, moved, || 3), (3, 1));
     }
 
     #[test]
@@ -304,8 +294,8 @@ mod tests {
         let mut other = pairs(ALL, [0, 1, 2], true);
         other.before = Arc::default();
         assert_eq!(decide(&mut other, 0, 3), (1, NO));
-        let reshaped = NewSlot { primary: 0, previous: None, base: NO };
-        assert_eq!(other.decide(0, reshaped, 3, NO), (3, NO));
+        let reshaped = NewSlot { primary: 0, previous: None, base: [NO, NO] };
+        assert_eq!(other.decide(0, reshaped, || 3), (3, NO));
     }
 
     /// Backends 0 to 2 and 3 to 4 have shares of their own.
@@ -325,8 +315,8 @@ mod tests {
         *pairs.backends.get_mut(1) |= DOWN;
         assert_eq!(decide(&mut pairs, 3, 4), (4, NO), "nothing to be found");
         // The window's start was there already.
-        let new = NewSlot { primary: 3, previous: None, base: 3 };
-        assert_eq!(pairs.decide(0, new, 4, 4), (4, 0));
+        let new = NewSlot { primary: 3, previous: None, base: [3, 4] };
+        assert_eq!(pairs.decide(0, new, || 4), (4, 0));
     }
 
     #[test]

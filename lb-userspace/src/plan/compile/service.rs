@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     desired::model::{
-        BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
+        self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
         RegionShares, Scheduler, Service,
     },
     plan::policy::{self, BackendObservation, Candidate, region::Weighted},
@@ -389,6 +389,13 @@ fn allocate_indices(
     error
 }
 
+/// Whether flows on a backend are lost. Under panic verdicts are ignored: otherwise flows placed now would count as stale.
+pub(super) fn is_down(b: &model::Backend, seen: &BackendObservation, panic: bool) -> bool {
+    b.state == BackendState::Down
+        || seen.readiness == Readiness::Failed
+        || (seen.health == Health::Unhealthy && !panic)
+}
+
 /// Entries of all backends with an index, and their egress interfaces.
 fn backend_entries(
     input: &Input<'_>,
@@ -405,9 +412,7 @@ fn backend_entries(
         if b.state == BackendState::Draining || seen.readiness.declines() {
             state |= DRAINING;
         }
-        // Under panic ignore the verdicts: otherwise flows placed now would count as stale.
-        let down = seen.readiness == Readiness::Failed || (seen.health == Health::Unhealthy && !panic);
-        if b.state == BackendState::Down || down {
+        if is_down(b, seen, panic) {
             state |= DOWN;
         }
         states.insert(b.address, state);

@@ -195,7 +195,7 @@ pub(super) fn build_region(
         tracked.copy_from_slice(&memory.tracked);
     }
     let has_seconds = has_second_choices(input.wanted, input.settings);
-    let by_pair = matches!(view.scheduler, scheduler::P2C | scheduler::BOUNDED_LOAD);
+    let by_pair = scheduler::is_by_pair(view.scheduler);
     let is_kept = memory.earlier_ms.is_some_and(|since| since > window_ms);
     let addresses = input.wanted.backends.values().map(|b| &b.address);
     let groups = pairs::groups(memory, addresses, groups);
@@ -210,17 +210,13 @@ pub(super) fn build_region(
         let previous = (!has_old && memory.changed_ms[i] > window_ms)
             .then(|| index_of(&base_index, base.primary[i]))
             .map(|previous| if previous == NO_BACKEND { primary } else { previous });
-        let by_table = choices.of(i);
-        let [base_primary, base_second] = match has_old {
-            false => [index_of(&base_index, base.primary[i]), base_choices.of(i)],
-            true => [NO_BACKEND; 2],
+        let base = match by_pair && !has_old {
+            true => [index_of(&base_index, base.primary[i]), base_choices.of(i)],
+            false => [NO_BACKEND; 2],
         };
         let (second, earlier) = match has_seconds {
-            true => {
-                let new = NewSlot { primary, previous, base: base_primary };
-                pairs.decide(i, new, by_table, base_second)
-            }
-            false => (by_table, NO_BACKEND),
+            true => pairs.decide(i, NewSlot { primary, previous, base }, || choices.of(i)),
+            false => (choices.of(i), NO_BACKEND),
         };
         *slot = Slot { primary, secondary: second };
         if let Some(previous) = previous {
