@@ -43,6 +43,17 @@ pub fn overhead(backend: &Backend) -> Option<usize> {
     }
 }
 
+/// What becomes of a packet to a backend whose mode sends it no further from here.
+#[inline(always)]
+pub fn without_header(backend: &Backend) -> Result<Verdict, Reason> {
+    match backend.mode {
+        // This host serves it itself: nothing is changed.
+        mode::LOCAL => Ok(Verdict::Pass),
+        mode::FORBIDDEN => Err(Reason::Residency),
+        _ => Err(Reason::BadMode),
+    }
+}
+
 /// Encapsulates a packet for its backend, or gives it the worker's MAC, and says where it leaves.
 #[inline(always)]
 pub fn forward<F: Frame + Fib, T: Tables>(
@@ -55,12 +66,7 @@ pub fn forward<F: Frame + Fib, T: Tables>(
 ) -> Result<Verdict, Refusal> {
     let outer_is_ipv6 = !is_mapped(&backend.address);
     let Some(overhead) = overhead(backend) else {
-        // This host serves it itself: nothing is changed.
-        return match backend.mode {
-            mode::LOCAL => Ok(Verdict::Pass),
-            mode::FORBIDDEN => Err(Reason::Residency.into()),
-            _ => Err(Reason::BadMode.into()),
-        };
+        return Ok(without_header(backend)?);
     };
     let is_l2 = backend.mode == mode::L2;
     let mut source = outer_source(backend, hash);

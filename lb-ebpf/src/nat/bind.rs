@@ -18,7 +18,7 @@
 
 use super::{NatScratch, NatTables};
 use crate::{
-    Frame, Verdict,
+    Frame, Tables, Verdict,
     forward::{known_hop, varied},
     guard::{limit::is_limited, martian},
     packet::{
@@ -62,7 +62,7 @@ pub enum Added {
 
 /// The entry of a chosen backend, if it is one that addresses can be translated for.
 #[inline(always)]
-pub fn worker<T: NatTables>(tables: &T, index: u32, service: u32, is_ipv6: bool) -> Result<&Backend, Reason> {
+pub fn worker<T: Tables>(tables: &T, index: u32, service: u32, is_ipv6: bool) -> Result<&Backend, Reason> {
     let backend = tables.backend(index).ok_or(Reason::BrokenTable)?;
     if backend.flags & flags::USED == 0 || backend.service != service {
         return Err(Reason::BrokenTable);

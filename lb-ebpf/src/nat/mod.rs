@@ -23,7 +23,7 @@ mod fragment;
 mod hop;
 mod rewrite;
 
-pub use bind::{Added, is_in_pool, process as process_new, reply_key};
+pub use bind::{Added, is_in_pool, process as process_new, reply_key, worker};
 pub use error::process as process_error;
 pub use fragment::process as process_fragment;
 
@@ -39,7 +39,6 @@ use crate::{
     },
     select::{choose::flow_key, service::lookup_service},
 };
-use bind::worker;
 use hop::{NO_HOP, as_last_hop, by_fib, last_hop, raw, transmit};
 use lb_common::{
     Address, Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,

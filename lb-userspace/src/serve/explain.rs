@@ -19,7 +19,7 @@ use crate::{
 use forwarding::forwarding;
 use lb_common::{Backend, Reason, ServiceView, backend, service::flags};
 use lb_ebpf::{
-    Tables,
+    Tables, forward,
     guard::martian,
     nat,
     packet::parse::{Headers, tcp, words},
@@ -345,8 +345,12 @@ impl Explanation {
             worker: SocketAddr::new(to_ip(nat.worker), nat.port.get()),
             idle_s: live.now_s().saturating_sub(seen_s),
         };
+        let fate = match lb_ebpf::nat::worker(live, nat.backend, index, headers.is_ipv6) {
+            Ok(_) => "sent there".to_owned(),
+            Err(reason) => format!("dropped: {}", reason.describe()),
+        };
         self.steps.push(format!(
-            "NAT binding {} → {} on {}, idle for {} s: its packets are sent there",
+            "NAT binding {} → {} on {}, idle for {} s: its packets are {fate}",
             binding.source, binding.worker, binding.backend, binding.idle_s
         ));
         self.binding = Some(binding);
@@ -370,12 +374,19 @@ impl Explanation {
                 _ => Ok(choice),
             }
         });
-        let (backend, why) = match choice {
-            Ok(Choice { backend, why, .. }) => {
+        let sent = choice.map(|c| sent(live, index, view, headers.is_ipv6, c.backend));
+        let (backend, why) = match (choice, sent) {
+            (Ok(Choice { backend, why, .. }), Ok(Ok(()))) => {
                 (live.backend_view(names, backend), describe_choice(why).to_owned())
             }
-            Err(reason) => (None, reason.describe().to_owned()),
+            (Ok(Choice { backend, why, .. }), Ok(Err(reason))) => {
+                let to = live.backend_view(names, backend).map_or("none".to_owned(), |b| b.label());
+                (None, format!("{}; backend {to}: {}", reason.describe(), describe_choice(why)))
+            }
+            (Err(reason), _) | (_, Err(reason)) => (None, reason.describe().to_owned()),
         };
+        // What is not sent has neither a next hop nor further choices.
+        let choice = choice.and_then(|c| sent.and_then(|sent| sent).map(|()| c));
         let forwarding = choice.ok().and_then(|c| live.backend(c.backend)).map(|b| forwarding(b, hash));
         let to = backend.as_ref().map_or("nowhere".to_owned(), BackendView::label);
         self.steps.push(format!("{packet} → {to}: {why}"));
@@ -402,6 +413,24 @@ impl Explanation {
         }
         let records = live.recorded.get();
         self.answers.push(Answer { packet: packet.to_owned(), backend, why, records, forwarding, chain });
+    }
+}
+
+/// What becomes of a packet to the chosen backend, by the code of the stage that sends it.
+fn sent(
+    live: &MapReader<'_>,
+    service: u32,
+    view: &ServiceView,
+    is_ipv6: bool,
+    backend: u32,
+) -> Result<(), Reason> {
+    if view.flags & flags::NAT != 0 {
+        return nat::worker(live, backend, service, is_ipv6).map(drop);
+    }
+    let entry = live.backend(backend).ok_or(Reason::BrokenTable)?;
+    match forward::overhead(entry) {
+        Some(_) => Ok(()),
+        None => forward::without_header(entry).map(drop),
     }
 }
 

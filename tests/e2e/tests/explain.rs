@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use test_support::{
     bed::Layout,
     hold::{Held, Holder},
-    stage::{ECHO, LINES, Plan, Stage},
+    stage::{ECHO, LINE, LINES, Plan, Stage},
     udp::Flows,
 };
 
@@ -55,5 +55,33 @@ fn explain_agrees_with_the_packets() -> Result<()> {
             ensure!(said == answer, "explain says {said}, {source} went to {answer}");
         }
     }
+    Ok(())
+}
+
+/// Packets of a flow whose backend residency forbids are dropped there, and `explain` must not say that they arrive.
+#[test]
+fn explain_knows_residency_of_established_flows() -> Result<()> {
+    let layout = Layout { workers: 2, ..Layout::default() };
+    let stage = Stage::start(Plan { layout, ..Plan::default() })?;
+    for (worker, region) in stage.bed.workers.iter().zip(["eu", "us"]) {
+        stage.lbctl.run(&["backend", "set", LINE.name, &worker.name, "--region", region])?;
+    }
+    let weights = ["--region-policy", "weighted", "--region-weight", "eu=1", "--region-weight", "us=1"];
+    let set: Vec<&str> = ["service", "set", LINE.name].into_iter().chain(weights).collect();
+    stage.lbctl.run(&set)?;
+    let targets: Vec<SocketAddr> = stage.targets(LINES).into_iter().filter(SocketAddr::is_ipv4).collect();
+    let held = Holder::open(&stage.bed.client, &targets, 40)?.exchange()?;
+    let outside = &stage.bed.workers[1].name;
+    let flow = held.iter().find(|h| h.worker == *outside).context("no flow went to us")?;
+    ensure!(explained(&stage, flow.local, flow.target, "tcp")? == *outside, "allowed");
+
+    stage.lbctl.run(&["service", "set", LINE.name, "--region-policy", "active-active", "--regions", "eu"])?;
+    let (source, target) = (flow.local.to_string(), flow.target.to_string());
+    let said = stage.lbctl.json(&["explain", &source, &target, "tcp"])?;
+    let answers = said["answers"].as_array().context("explain gives no answers")?;
+    let begun = answers.iter().find(|a| a["packet"] == "established").context("no answer")?;
+    ensure!(begun["backend"].is_null() && begun["forwarding"].is_null(), "{said}");
+    let why = begun["why"].as_str().unwrap_or_default();
+    ensure!(why.starts_with("Residency: ") && why.contains(outside.as_str()), "{why}");
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Explains where a QUIC packet goes because of its connection id.
 
-use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::MapReader};
+use super::{Answer, BackendView, Explanation, Names, forwarding, headers, live::MapReader, sent};
 use crate::desired::model::{from_hex, to_hex};
 use lb_common::{Reason, ServiceView, quic::TOGETHER_MAX};
 use lb_ebpf::{Tables, native::route_id, select::hash::flow_hash};
@@ -100,12 +100,17 @@ impl Explanation {
                 return;
             }
         };
-        let why = format!("the connection id names this backend: {read}");
-        let to = live.backend_view(names, backend);
+        let headers = headers(&self.query, 0);
+        let mut to = live.backend_view(names, backend);
         let label = to.as_ref().map_or("nowhere".to_owned(), BackendView::label);
         self.steps.push(format!("connection id {id}: {read} → {label}, whatever the client's address"));
-        let hash = flow_hash(view.seed, &headers(&self.query, 0));
-        let forwarding = live.backend(backend).map(|entry| forwarding(entry, hash));
+        let mut why = format!("the connection id names this backend: {read}");
+        let mut forwarding = live.backend(backend).map(|e| forwarding(e, flow_hash(view.seed, &headers)));
+        if let Err(reason) = sent(live, index, view, headers.is_ipv6, backend) {
+            self.steps.push(format!("dropped: {}", reason.describe()));
+            why = format!("{}; {why}", reason.describe());
+            (to, forwarding) = (None, None);
+        }
         if let Some(f) = &forwarding {
             self.steps.push(f.describe());
         }
