@@ -277,6 +277,7 @@ impl Daemon {
         }
         let run = report::run(control.clone(), self.store.clone(), report, core.published.clone());
         self.parts.add("report to the other hosts", run);
+        self.parts.add("member record", infallible(control.clone().run_member()));
     }
 
     /// Starts region decisions, health checks and replica state.

@@ -15,6 +15,8 @@ use tokio::sync::watch;
 
 /// Key of the reconciler's memory in the local store.
 pub const MEMORY: &str = "reconciler";
+/// Key of this host's instance id in the local store.
+const INSTANCE: &str = "instance";
 /// How long a start without saved memory reads the store's history.
 const HISTORY_TIMEOUT: Duration = Duration::from_secs(3);
 /// Maximum number of revisions that such a start reads.
@@ -53,8 +55,25 @@ pub async fn open_store(
         None => std::fs::read_to_string("/proc/sys/kernel/hostname")
             .map_or_else(|_| "default".to_owned(), |name| name.trim().to_owned()),
     };
+    store.join(&host, &instance(&local).await?);
     let (region, zone) = (settings.region.to_string(), settings.zone.to_string());
     Ok((Arc::new(local), store, FleetMember { host, region, zone, opener }))
+}
+
+/// This host's instance: what distinguishes it from another host of the same name, and stays over a restart of lbd. The
+/// boot id is part of it because an image that is copied may hold a state directory.
+async fn instance(local: &LocalFile) -> anyhow::Result<String> {
+    let saved = local.load(INSTANCE).await?.and_then(|bytes| String::from_utf8(bytes).ok());
+    let id = match saved.filter(|id| !id.is_empty()) {
+        Some(id) => id,
+        None => {
+            let id = format!("{:016x}", rand::random::<u64>());
+            local.save(INSTANCE, id.clone().into_bytes()).await?;
+            id
+        }
+    };
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    Ok(format!("{id} {}", boot.trim()))
 }
 
 /// Reads the states that were in force within the longest drain time of any service.

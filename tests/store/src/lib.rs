@@ -77,6 +77,7 @@ macro_rules! conformance {
             a_migration_that_is_cut_short_leaves_the_store_in_use
             what_was_in_force_at_a_time_is_found
             values_are_told_and_taken_back
+            members_stay_until_they_are_forgotten
             a_lock_has_one_holder
             a_lock_runs_out
         }

@@ -338,6 +338,28 @@ pub async fn values_are_told_and_taken_back(fixture: &impl Fixture) -> Result<()
     Ok(())
 }
 
+/// A record of a host outlives its report, and only that of a host that is gone can be removed.
+pub async fn members_stay_until_they_are_forgotten(fixture: &impl Fixture) -> Result<()> {
+    let one = fixture.open(100).await?;
+    let two = if fixture.is_shared() { fixture.open(100).await? } else { one.clone() };
+    let seen = |key: &str| two.published().borrow().get(key).cloned();
+    one.join("a", "first");
+    one.keep_member("a", b"1".to_vec());
+    one.publish("hosts/a", Some(b"1".to_vec()));
+    eventually("record and report are seen", || seen("hosts/a").is_some() && seen("members/a").is_some())
+        .await?;
+    let lives = two.forget_member("a".to_owned()).await;
+    ensure!(matches!(lives, Err(StoreError::MemberLives { .. })), "{lives:?}");
+    one.publish("hosts/a", None);
+    eventually("it is gone", || seen("hosts/a").is_none()).await?;
+    ensure!(seen("members/a") == Some(b"1".to_vec()));
+    two.forget_member("a".to_owned()).await?;
+    eventually("it is forgotten", || seen("members/a").is_none()).await?;
+    let unknown = two.forget_member("a".to_owned()).await;
+    ensure!(matches!(unknown, Err(StoreError::NoMember { .. })), "{unknown:?}");
+    Ok(())
+}
+
 fn claim(name: &str, holder: &str, ttl_s: u64, token: Option<String>) -> Claim {
     let (name, holder) = (name.to_owned(), holder.to_owned());
     Claim { name, holder, reason: "drain".to_owned(), ttl: Duration::from_secs(ttl_s), token }

@@ -603,3 +603,45 @@ async fn a_user_with_a_password_is_let_in() -> Result<()> {
     eventually("it is told", || told.borrow().len() == 1).await?;
     Ok(())
 }
+
+/// Two hosts named alike: the second one publishes nothing, and says why, for as long as the first one is there. The
+/// first one, started again, is itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_live_name_is_refused_to_another_host() -> Result<()> {
+    let bed = bed(1)?;
+    let (one, two, watcher) = (bed.host("one").await?, bed.host("two").await?, bed.host("three").await?);
+    let told = |key: &str| watcher.published().borrow().get(key).cloned();
+    let taken = |store: &EtcdStore| store.link().borrow().name_taken.clone();
+    let begin = |store: &EtcdStore, instance: &str| {
+        store.join("ea", instance);
+        store.publish("hosts/ea", Some(instance.into()));
+        store.keep_member("ea", instance.into());
+    };
+    begin(&one, "first");
+    eventually("the first is told", || told("hosts/ea") == Some(b"first".to_vec())).await?;
+    begin(&two, "second");
+    eventually("the second is refused", || taken(&two).as_deref() == Some("ea")).await?;
+    let shown = || (told("hosts/ea"), told("members/ea"));
+    let first = (Some(b"first".to_vec()), Some(b"first".to_vec()));
+    for _ in 0..30 {
+        ensure!(shown() == first && taken(&one).is_none(), "{:?}", shown());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+
+    // Killed and started again at once: its lease is still there, but it need not wait for it.
+    drop(one);
+    let began = Instant::now();
+    let one = bed.host("one").await?;
+    begin(&one, "first");
+    one.publish("hosts/ea", Some(b"again".to_vec()));
+    eventually("it is itself", || told("hosts/ea") == Some(b"again".to_vec())).await?;
+    ensure!(began.elapsed() < Duration::from_secs(5), "locked out for {:?}", began.elapsed());
+    ensure!(taken(&one).is_none() && taken(&two).is_some());
+
+    // Gone for good: the name is free after its lease.
+    drop(one);
+    let took = eventually("the second has the name", || told("hosts/ea") == Some(b"second".to_vec())).await?;
+    println!("the name was free after {took:?}");
+    ensure!(taken(&two).is_none());
+    Ok(())
+}

@@ -13,6 +13,18 @@ pub enum StoreError {
         /// Newest revision.
         found: u64,
     },
+    /// There is no record of such a host.
+    #[error("no host {name} is known")]
+    NoMember {
+        /// Name.
+        name: String,
+    },
+    /// The host is live.
+    #[error("host {name} is live: stop its lbd first, or it would be listed again at once")]
+    MemberLives {
+        /// Name.
+        name: String,
+    },
     /// The revision never existed, or is no longer kept.
     #[error("revision {number} is not kept: revisions {oldest} to {newest} are")]
     NoRevision {

@@ -107,6 +107,9 @@ pub struct StoreLink {
     /// Address of the store that the data were migrated to; this store refuses changes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved: Option<String>,
+    /// This host's name, if another live host has it: then this host publishes nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name_taken: Option<String>,
 }
 
 impl StoreLink {
@@ -194,6 +197,11 @@ pub enum Retire {
     Back,
 }
 
+/// Prefix of the keys of hosts' reports, which last as long as the host.
+pub const HOSTS: &str = "hosts/";
+/// Prefix of the keys of member records, which stay until they are removed.
+pub const MEMBERS: &str = "members/";
+
 /// Values that hosts publish to each other: small values by key (`hosts/NAME` and so on).
 pub type HostValues = Arc<BTreeMap<String, Vec<u8>>>;
 
@@ -257,6 +265,19 @@ pub trait Store: Send + Sync {
     /// Publishes a value to all hosts, until this lbd ends (and some seconds more); none withdraws it.
     /// It is sent as soon as the store can be reached.
     fn publish(&self, key: &str, value: Option<Vec<u8>>);
+
+    /// Joins the fleet under a name. From now on, values are published only while no other live host has that name:
+    /// one of another `instance`. Until the name is free, the link says that it is taken.
+    fn join(&self, name: &str, instance: &str);
+
+    /// Publishes this host's member record (`members/NAME`), which stays when this lbd ends.
+    fn keep_member(&self, name: &str, value: Vec<u8>);
+
+    /// Removes the record of a member that is not live.
+    ///
+    /// # Errors
+    /// [`StoreError::NoMember`], [`StoreError::MemberLives`], or writing fails.
+    fn forget_member(&self, name: String) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// Watches the values that all hosts publish, including this one.
     fn published(&self) -> watch::Receiver<HostValues>;

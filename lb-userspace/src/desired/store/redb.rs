@@ -95,6 +95,7 @@ impl RedbStore {
             problem: None,
             set_back: None,
             moved: moved.clone(),
+            name_taken: None,
         };
         let inner = RedbInner {
             database: Reopening::new(file.clone(), database),

@@ -3,7 +3,10 @@
 use super::{Context, Exit, Failure};
 use crate::{
     lbctl::render::{host as render, units::parse_duration},
-    serve::api::host::{DrainRequest, HostInfo},
+    serve::api::{
+        host::{DrainRequest, HostInfo},
+        members::HostMember,
+    },
 };
 use clap::Subcommand;
 use reqwest::Method;
@@ -31,10 +34,39 @@ pub enum HostCommand {
     },
     /// Announce this host's VIPs again
     Undrain,
+    /// List all hosts of the fleet: live or gone, version, revision, last seen, clock (exit code 1 if one is gone)
+    List,
+    /// Forget a host that left for good
+    Forget {
+        /// Name of the host
+        name: String,
+    },
 }
 
 /// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit, Failure> {
+    let command = match command {
+        HostCommand::List => {
+            let list: Vec<HostMember> = context.client.get("/v1/hosts", &()).await?;
+            return hosts(context, &list);
+        }
+        HostCommand::Forget { name } => {
+            // A path segment of any host name.
+            let escaped: String = name
+                .bytes()
+                .map(|byte| match byte {
+                    b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => {
+                        char::from(byte).to_string()
+                    }
+                    _ => format!("%{byte:02X}"),
+                })
+                .collect();
+            let path = format!("/v1/hosts/{escaped}");
+            let list: Vec<HostMember> = context.client.send(Method::DELETE, &path, &(), None::<&()>).await?;
+            return hosts(context, &list).map(|_| Exit::Ok);
+        }
+        other => other,
+    };
     let (info, exit) = match command {
         HostCommand::Show => (context.client.get("/v1/host", &()).await?, Exit::Ok),
         HostCommand::Undrain => {
@@ -42,6 +74,7 @@ pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit
                 context.client.send(Method::POST, "/v1/host/undrain", &(), None::<&()>).await?;
             (info, Exit::Ok)
         }
+        HostCommand::List | HostCommand::Forget { .. } => unreachable!("handled above"),
         HostCommand::Drain { reason, wait } => drain(context, reason, wait).await?,
     };
     if context.out.json {
@@ -50,6 +83,15 @@ pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit
         render::host(&mut context.out, &info)?;
     }
     Ok(exit)
+}
+
+fn hosts(context: &mut Context<'_>, list: &[HostMember]) -> Result<Exit, Failure> {
+    if context.out.json {
+        context.out.json(&list, false)?;
+    } else {
+        render::hosts(&mut context.out, list)?;
+    }
+    Ok(if list.iter().all(|h| h.is_live) { Exit::Ok } else { Exit::No })
 }
 
 async fn drain(

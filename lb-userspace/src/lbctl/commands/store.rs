@@ -152,6 +152,8 @@ fn status(context: &mut Context<'_>, info: &StoreInfo) -> Result<Exit, Failure> 
     let is_healthy = info.link.connected
         && info.link.moved.is_none()
         && info.orphaned_services == 0
+        && info.gone.is_empty()
+        && info.link.name_taken.is_none()
         && info.about.members.iter().all(|m| m.healthy);
     Ok(if is_healthy { Exit::Ok } else { Exit::No })
 }

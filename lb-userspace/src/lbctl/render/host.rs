@@ -8,7 +8,7 @@ use super::{
 use crate::{
     apply::announce::{Announcement, VipState},
     clock,
-    serve::api::host::HostInfo,
+    serve::api::{host::HostInfo, members::HostMember},
 };
 use std::io;
 
@@ -31,6 +31,37 @@ fn reason(v: &VipState) -> String {
         Some(kept) => format!("{}, {}", v.decision, kept.describe(clock::unix_ms())),
         None => v.decision.to_string(),
     }
+}
+
+/// Prints `lbctl host list`, and the hosts that are gone in `lbctl store status`.
+///
+/// # Errors
+/// Writing failed.
+pub fn hosts(out: &mut Out<'_>, list: &[HostMember]) -> io::Result<()> {
+    let headings = ["HOST", "REGION", "ZONE", "STATE", "~VERSION", ">REVISION", "LAST SEEN", ">CLOCK"];
+    let mut table = TextTable::new(&headings, out.colour);
+    for h in list {
+        let r = &h.record;
+        let state = if h.is_live { toned("live", Tone::Good) } else { toned("gone", Tone::Bad) };
+        let name = if h.is_self { format!("{} (here)", r.host) } else { r.host.clone() };
+        // The others' clocks as seen from here.
+        let clock = match h.skew_ms {
+            _ if h.is_self => "-".to_owned(),
+            Some(ms) => format!("{:+.1} s", -ms as f64 / 1_000.0),
+            None => "?".to_owned(),
+        };
+        table.row([
+            toned(name, Tone::Strong),
+            plain(&r.region),
+            plain(&r.zone),
+            state,
+            plain(&r.version),
+            plain(r.revision),
+            plain(ago(r.seen_ms)),
+            plain(clock),
+        ]);
+    }
+    table.print(out)
 }
 
 /// Summarises the announcement on one line, for `lbctl status`.

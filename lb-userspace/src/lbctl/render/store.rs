@@ -63,7 +63,12 @@ pub fn status(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
     out.line("")?;
     regions(out, s)?;
     out.line("")?;
-    hosts(out, s)
+    hosts(out, s)?;
+    if s.gone.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    super::host::hosts(out, &s.gone)
 }
 
 fn members(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {

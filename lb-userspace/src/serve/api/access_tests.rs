@@ -88,6 +88,7 @@ fn sample(method: &Method, path: &str, directory: &Path) -> Sample {
         ("DELETE", "/v1/locks/{name}") => ("/v1/locks/held?force=true", Value::Null),
         ("POST", "/v1/host/drain") => ("/v1/host/drain", json!({"reason": "r"})),
         ("POST", "/v1/host/undrain") => ("/v1/host/undrain", Value::Null),
+        ("DELETE", "/v1/hosts/{host}") => ("/v1/hosts/gone", Value::Null),
         ("POST", "/v1/regions/{region}") => ("/v1/regions/asia", Value::Null),
         ("DELETE", "/v1/regions/{region}") => ("/v1/regions/us", Value::Null),
         ("POST", "/v1/regions/{region}/drain") => ("/v1/regions/us/drain", Value::Null),
@@ -150,6 +151,7 @@ impl Bed {
             token: None,
         };
         self.store.lock(claim("held")).await.unwrap();
+        self.store.keep_member("gone", b"{}".to_vec());
         if path == "/v1/store/unretire" {
             self.store.retire(Retire::Moved("file:///there".into())).await.unwrap();
         }
@@ -191,7 +193,8 @@ impl Bed {
         let retired = matches!(self.store.retired(), Retire::Moved(_));
         let locks: Vec<String> = self.store.locks().await.unwrap().into_iter().map(|l| l.name).collect();
         let (head, drain, orphaned) = (self.store.head(), self.control.host_drain(), self.control.orphaned());
-        format!("{head:?} retired {retired} {locks:?} drain {drain:?} orphaned {orphaned}")
+        let published: Vec<String> = self.store.published().borrow().keys().cloned().collect();
+        format!("{head:?} {published:?} retired {retired} {locks:?} drain {drain:?} orphaned {orphaned}")
     }
 }
 

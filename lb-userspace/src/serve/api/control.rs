@@ -61,6 +61,8 @@ pub struct Control {
     pub(super) region_decisions: OnceLock<watch::Receiver<Arc<crate::observed::regions::RegionSnapshot>>>,
     /// What this host last reported about itself.
     pub(super) report: watch::Sender<HostReport>,
+    /// Differences between the hosts' clocks.
+    pub(super) clocks: std::sync::Mutex<super::members::Clocks>,
     /// Held shared by each commit, exclusively by a migration or restore.
     pub(super) commit_lock: RwLock<()>,
     outcome: watch::Sender<LastApply>,
@@ -92,6 +94,7 @@ impl Control {
             host_state: OnceLock::new(),
             region_decisions: OnceLock::new(),
             report: watch::Sender::default(),
+            clocks: std::sync::Mutex::default(),
             commit_lock: RwLock::default(),
             outcome: watch::Sender::new(None),
             orphaned: watch::Sender::default(),

@@ -90,7 +90,10 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         let (status, code) = match error {
             StoreError::Conflict { .. } => (StatusCode::CONFLICT, "conflict"),
-            StoreError::NoRevision { .. } => (StatusCode::NOT_FOUND, "not_found"),
+            StoreError::NoRevision { .. } | StoreError::NoMember { .. } => {
+                (StatusCode::NOT_FOUND, "not_found")
+            }
+            StoreError::MemberLives { .. } => (StatusCode::CONFLICT, "live"),
             StoreError::CutOff { .. } | StoreError::Unreachable { .. } => {
                 (StatusCode::SERVICE_UNAVAILABLE, "cut_off")
             }

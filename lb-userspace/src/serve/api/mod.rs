@@ -13,6 +13,7 @@ pub mod error;
 pub mod guard;
 pub mod host;
 mod listener;
+pub mod members;
 pub mod memory;
 mod peer;
 mod problems;

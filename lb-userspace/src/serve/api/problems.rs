@@ -86,6 +86,12 @@ pub(super) fn general_problems(status: &Status) -> Vec<String> {
         };
         found.push(format!("{what} for {for_s} s: forwarding by revision {number}, refusing changes: {why}"));
     }
+    if let Some(name) = &status.store.name_taken {
+        found.push(format!(
+            "another live host is named {name} too: this host publishes nothing, so that others do not see it, until the \
+             name is free: give each host a name of its own (--host)"
+        ));
+    }
     match &status.applied.error {
         Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
         None if status.applied.revision < status.revision.number => {

@@ -6,6 +6,7 @@
 use super::{
     ApiError, Control,
     access::{Author, Writer},
+    members::HostMember,
     routes::{Params, Reply, body, name},
     types::{Change, WriteQuery},
 };
@@ -14,8 +15,8 @@ use crate::{
     desired::{
         model::Name,
         store::{
-            About, Address, Claim, Lock, Opener, Retire, Revision, Store, StoreError, StoreLink, backup,
-            backup::Backup,
+            About, Address, Claim, HOSTS, Lock, Opener, Retire, Revision, Store, StoreError, StoreLink,
+            backup, backup::Backup,
         },
     },
     printable,
@@ -28,8 +29,6 @@ use axum::{
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
-/// Prefix of the keys of the hosts' reports.
-const HOSTS: &str = "hosts/";
 /// Shortest and longest TTL of a lock, in seconds.
 const LOCK_TTL_S: (u64, u64) = (5, 86_400);
 
@@ -112,6 +111,9 @@ pub struct StoreInfo {
     pub regions: Vec<RegionLag>,
     /// Hosts, by region and name.
     pub hosts: Vec<HostReport>,
+    /// Hosts that are known, but do not report now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gone: Vec<HostMember>,
     /// Services in this host's maps although the store is empty: lbd keeps forwarding for them until `accept` or a
     /// first change.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -217,6 +219,7 @@ impl Control {
             revision,
             regions,
             hosts,
+            gone: self.hosts().into_iter().filter(|h| !h.is_live).collect(),
             orphaned_services,
         }
     }

@@ -5,7 +5,7 @@ use super::{
         Endpoint,
         Right::{DryRun, Read, Write},
     },
-    guard, host, region_drain, regions, routes, store,
+    guard, host, members, region_drain, regions, routes, store,
 };
 use axum::http::Method;
 
@@ -62,6 +62,8 @@ pub(super) fn table() -> Vec<Endpoint> {
         Endpoint::new(GET, "/v1/host", Read, host::show),
         Endpoint::new(POST, "/v1/host/drain", Write, host::drain),
         Endpoint::new(POST, "/v1/host/undrain", Write, host::undrain),
+        Endpoint::new(GET, "/v1/hosts", Read, members::list),
+        Endpoint::new(DELETE, "/v1/hosts/{host}", Write, members::forget),
         Endpoint::new(GET, "/v1/policy", Read, regions::policies),
         Endpoint::new(GET, "/v1/policy/{service}", Read, regions::policy),
         Endpoint::new(GET, "/v1/residency", Read, regions::residency),

@@ -94,6 +94,7 @@ impl Control {
         }
         let general = general_problems(&status);
         status.problems.splice(0..0, general);
+        status.problems.extend(self.host_problems());
         status.problems.extend(self.region_snapshot().problems());
         status.problems.extend(not_up_to_date_problems(&view.snapshot));
         status.healthy = status.problems.is_empty();

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     clock,
-    desired::store::{delta, new_id},
+    desired::store::{MEMBERS, delta, new_id},
 };
 use rand::Rng;
 use std::{collections::BTreeMap, convert::Infallible, time::Duration, time::Instant};
@@ -161,11 +161,15 @@ impl EtcdInner {
         let begin = self.keys.key("leased/");
         let leased = self.range(begin.clone(), end_of(&begin), SortOrder::None, 0).await;
         let leased = leased.map_err(|e| self.call_failed(e))?;
-        let values: BTreeMap<String, Vec<u8>> = leased
+        let mut values: BTreeMap<String, Vec<u8>> = leased
             .kvs
             .into_iter()
             .filter_map(|kv| Some((self.keys.after("leased/", &kv.key)?.to_owned(), kv.value)))
             .collect();
+        let begin = self.keys.key(MEMBERS);
+        let members = self.range(begin.clone(), end_of(&begin), SortOrder::None, 0).await;
+        let members = members.map_err(|e| self.call_failed(e))?;
+        values.extend(members.kvs.into_iter().filter_map(|kv| Some((self.keys.plain(&kv.key)?, kv.value))));
         if **self.host_values.borrow() != values {
             self.host_values.send_replace(Arc::new(values));
         }

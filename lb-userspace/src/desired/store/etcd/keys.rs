@@ -11,6 +11,8 @@
 //! | `parts/NONCE/I` | a part of a value that is too large for one request |
 //! | `moved` | address that the data were migrated to, if any |
 //! | `leased/KEY` | a value that a host publishes, under its lease |
+//! | `leased/names/NAME` | instance of the host that has a name, under its lease |
+//! | `members/NAME` | a host's record, which stays until it is removed |
 //! | `locks/NAME` | [`LockValue`], under a lease of its own |
 //!
 //! Revisions are written once and never changed, so reads are consistent during writes.
@@ -45,6 +47,11 @@ impl Keys {
     /// Returns a key, or the common prefix of several.
     pub fn key(&self, name: &str) -> Vec<u8> {
         format!("{}/{name}", self.prefix).into_bytes()
+    }
+
+    /// Returns a key without the prefix.
+    pub fn plain(&self, key: &[u8]) -> Option<String> {
+        self.after("", key).map(str::to_owned)
     }
 
     /// Returns the key of revision `n`; the numbers sort as text.

@@ -2,14 +2,16 @@
 //!
 //! etcd is the engine: it orders the commits (a compare-and-set on one key), stores them, and notifies every host.
 //! This module defines the layout ([`keys`]), follows others' changes ([`follow`]), writes our own
-//! ([`write`]), and keeps leases and locks ([`session`]). The last known state is also saved on this host:
+//! ([`write`]), and keeps leases, names and locks ([`session`], [`member`]). The last known state is also saved on this host:
 //! when etcd is unreachable, even at the start, the host uses that state, serves reads, refuses writes,
 //! and reports it. Called by the daemon.
 
+mod about;
 pub mod client;
 mod follow;
 mod keys;
 mod link;
+mod member;
 pub mod proto;
 mod retire;
 mod session;
@@ -120,6 +122,10 @@ struct EtcdInner {
     /// Values that this host publishes.
     published: Mutex<BTreeMap<String, Vec<u8>>>,
     published_changed: Notify,
+    /// This host's name and instance, once it has joined.
+    joined: Mutex<Option<(String, String)>>,
+    /// This host's name and member record.
+    member: Mutex<Option<(String, Vec<u8>)>>,
     /// Head that the store was set back to, and that is ignored until an operator accepts it.
     set_back: Mutex<Option<Head>>,
     /// Head that an operator accepted; no other is accepted.
@@ -179,6 +185,7 @@ impl EtcdStore {
             problem: None,
             set_back: None,
             moved: None,
+            name_taken: None,
         };
         let inner = Arc::new(EtcdInner {
             client,
@@ -193,6 +200,8 @@ impl EtcdStore {
             host_values: watch::Sender::default(),
             published: Mutex::default(),
             published_changed: Notify::new(),
+            joined: Mutex::default(),
+            member: Mutex::default(),
             set_back: Mutex::default(),
             accepted: Mutex::default(),
             moving: Mutex::default(),
@@ -355,52 +364,6 @@ impl EtcdInner {
         }
         Ok(found)
     }
-
-    async fn about(&self) -> About {
-        let list: Result<proto::MemberListResponse, _> =
-            self.client.call("/etcdserverpb.Cluster/MemberList", &proto::Empty {}, READ).await;
-        let named = list.map(|l| l.members).unwrap_or_default();
-        let mut members: Vec<StoreMember> = Vec::new();
-        let mut asked = Vec::new();
-        for (address, answer) in self.client.statuses().await {
-            let mut member = StoreMember { address: address.clone(), ..StoreMember::default() };
-            match answer {
-                Ok(status) => {
-                    let id = status.header.as_ref().map_or(0, |h| h.member_id);
-                    asked.push(id);
-                    member.name = named.iter().find(|m| m.id == id).map_or(String::new(), |m| m.name.clone());
-                    member.leader = status.leader == id && id != 0;
-                    member.healthy = status.leader != 0 && status.errors.is_empty();
-                    member.version = status.version;
-                    member.size_bytes = status.db_size.max(0) as u64;
-                    let no_leader = (status.leader == 0).then(|| "the member sees no leader".to_owned());
-                    member.problem = status.errors.first().cloned().or(no_leader);
-                }
-                Err(error) => member.problem = Some(error.to_string()),
-            }
-            members.push(member);
-        }
-        let silent: Vec<String> =
-            members.iter().filter(|m| m.name.is_empty()).map(|m| m.address.clone()).collect();
-        for other in named.iter().filter(|m| !asked.contains(&m.id)) {
-            // A member that did not answer is in the list already, perhaps with another spelling of its address.
-            let known = other.client_urls.iter().any(|url| silent.iter().any(|a| url.ends_with(a.as_str())));
-            if !known {
-                let address = other.client_urls.join(",");
-                let problem = Some("not among the configured addresses".to_owned());
-                members.push(StoreMember {
-                    name: other.name.clone(),
-                    address,
-                    problem,
-                    ..StoreMember::default()
-                });
-            }
-        }
-        let by_address = |m: &StoreMember| m.address.clone();
-        members.sort_by_key(by_address);
-        let id = locked(&self.id).clone().unwrap_or_default();
-        About { engine: "etcd".to_owned(), place: self.place.clone(), id, members }
-    }
 }
 
 impl Store for EtcdStore {
@@ -466,6 +429,20 @@ impl Store for EtcdStore {
             None => published.remove(key),
         };
         self.inner.published_changed.notify_one();
+    }
+
+    fn join(&self, name: &str, instance: &str) {
+        *locked(&self.inner.joined) = Some((name.to_owned(), instance.to_owned()));
+        self.inner.published_changed.notify_one();
+    }
+
+    fn keep_member(&self, name: &str, value: Vec<u8>) {
+        *locked(&self.inner.member) = Some((name.to_owned(), value));
+        self.inner.published_changed.notify_one();
+    }
+
+    fn forget_member(&self, name: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(member::forget(&self.inner, name))
     }
 
     fn published(&self) -> watch::Receiver<HostValues> {

@@ -24,7 +24,7 @@ const TTL: Duration = Duration::from_secs(10);
 /// Shortest time of a lock's lease: it must outlast an election of etcd.
 const LOCK_TTL: Duration = Duration::from_secs(5);
 /// Timeout of a call.
-const CALL: Duration = Duration::from_secs(4);
+pub(super) const CALL: Duration = Duration::from_secs(4);
 
 /// Keeps the lease and publishes values, until the store is dropped; the lease ends then, or soon after.
 pub(super) async fn run(inner: Arc<EtcdInner>) {
@@ -61,14 +61,23 @@ impl EtcdInner {
         }
     }
 
-    /// Runs one lease: publishes changed values and renews it.
+    /// Runs one lease: claims the name, publishes changed values and renews it.
     async fn session(&self) -> Result<(), CallError> {
         let lease = self.grant(TTL).await?;
         let mut sent: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         let mut due = tokio::time::Instant::now() + TTL / 3;
-        let mut failures = 0;
+        let (mut failures, mut is_claimed, mut member) = (0, false, None);
         loop {
-            let wanted = locked(&self.published).clone();
+            let has_joined = locked(&self.joined).is_some();
+            let may_publish = is_claimed || self.claim_name(lease).await?;
+            is_claimed = may_publish && has_joined;
+            let wanted = if may_publish {
+                self.send_member(&mut member).await?;
+                locked(&self.published).clone()
+            } else {
+                due = due.min(tokio::time::Instant::now() + TTL / 10);
+                BTreeMap::new()
+            };
             let mut ops = Vec::new();
             for (key, value) in wanted.iter().filter(|(key, value)| sent.get(*key) != Some(value)) {
                 ops.push(put(self.keys.key(&format!("leased/{key}")), value.clone(), lease));

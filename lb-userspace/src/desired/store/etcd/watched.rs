@@ -7,6 +7,7 @@ use super::{
     locked,
     proto::{KeyValue, WatchResponse},
 };
+use crate::desired::store::MEMBERS;
 use std::collections::BTreeMap;
 
 /// Messages of the watch so far.
@@ -30,7 +31,8 @@ impl EtcdInner {
         for event in message.events {
             let Some(kv) = event.kv else { continue };
             let is_put = event.kind == 0;
-            if let Some(key) = self.keys.after("leased/", &kv.key) {
+            let member = self.keys.plain(&kv.key).filter(|key| key.starts_with(MEMBERS));
+            if let Some(key) = member.as_deref().or_else(|| self.keys.after("leased/", &kv.key)) {
                 let values = values.get_or_insert_with(|| (**self.host_values.borrow()).clone());
                 match is_put {
                     true => values.insert(key.to_owned(), kv.value),

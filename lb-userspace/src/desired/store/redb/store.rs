@@ -2,8 +2,8 @@
 
 use super::{FORMAT, RedbStore};
 use crate::desired::store::{
-    About, Claim, Commit, HostValues, Local, Lock, Retire, Revision, Store, StoreError, StoreLink,
-    StoreMember, Stored,
+    About, Claim, Commit, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, Store, StoreError,
+    StoreLink, StoreMember, Stored,
 };
 use futures_util::future::BoxFuture;
 use std::sync::PoisonError;
@@ -64,6 +64,24 @@ impl Store for RedbStore {
 
     fn publish(&self, key: &str, value: Option<Vec<u8>>) {
         self.alone.publish(key, value);
+    }
+
+    /// Only this host uses the file, so its name cannot be taken.
+    fn join(&self, _: &str, _: &str) {}
+
+    fn keep_member(&self, name: &str, value: Vec<u8>) {
+        self.alone.publish(&format!("{MEMBERS}{name}"), Some(value));
+    }
+
+    fn forget_member(&self, name: String) -> BoxFuture<'_, Result<(), StoreError>> {
+        let key = format!("{MEMBERS}{name}");
+        let has = |key: &str| self.alone.published().borrow().contains_key(key);
+        let result = match (has(&format!("{HOSTS}{name}")), has(&key)) {
+            (true, _) => Err(StoreError::MemberLives { name }),
+            (false, false) => Err(StoreError::NoMember { name }),
+            (false, true) => Ok(self.alone.publish(&key, None)),
+        };
+        Box::pin(async { result })
     }
 
     fn published(&self) -> watch::Receiver<HostValues> {
