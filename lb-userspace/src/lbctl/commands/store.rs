@@ -18,7 +18,7 @@ use std::{
 /// Subcommands of `lbctl store`.
 #[derive(Debug, Subcommand)]
 pub enum StoreCommand {
-    /// Show the store, its members, and the lag of each region (exit code 1 if disconnected, migrated elsewhere, or a member is unhealthy)
+    /// Show the store, its members, and the lag of each region (exit code 1 if disconnected, migrated elsewhere, a host is gone, or a member is unhealthy)
     Status,
     /// Copy all revisions to another, empty store; this store then refuses changes
     #[command(after_help = "Example: lbctl store migrate --to etcd://10.0.0.1,10.0.0.2,10.0.0.3\n\

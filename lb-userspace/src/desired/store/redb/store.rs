@@ -79,7 +79,10 @@ impl Store for RedbStore {
         let result = match (has(&format!("{HOSTS}{name}")), has(&key)) {
             (true, _) => Err(StoreError::MemberLives { name }),
             (false, false) => Err(StoreError::NoMember { name }),
-            (false, true) => Ok(self.alone.publish(&key, None)),
+            (false, true) => {
+                self.alone.publish(&key, None);
+                Ok(())
+            }
         };
         Box::pin(async { result })
     }
