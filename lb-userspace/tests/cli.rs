@@ -58,6 +58,7 @@ fn start(directory: &Path) -> std::path::PathBuf {
                 opener,
             });
             control.publish_report(HostReport { host, region, zone, ..HostReport::default() });
+            tokio::spawn(control.clone().run_member());
             tokio::spawn(control.clone().run_apply_loop());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();

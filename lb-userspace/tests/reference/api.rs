@@ -67,6 +67,8 @@ const ROWS: &[Row] = &[
     ("GET", "/v1/host", "", "VIPs that this host announces, and its drain"),
     ("POST", "/v1/host/drain", "body: `{\"reason\"}`", "Take this host out of service"),
     ("POST", "/v1/host/undrain", "", "Put this host back into service"),
+    ("GET", "/v1/hosts", "", "All hosts of the fleet: live or gone, version, revision, last seen, clock"),
+    ("DELETE", "/v1/hosts/{host}", "", "Forget a host that left for good"),
     ("GET", "/v1/policy", "", "How services are spread over regions and versions"),
     ("GET", "/v1/policy/{service}", "", "How one service is spread: inputs and decision"),
     ("GET", "/v1/residency", "", "Backends and flows that break a residency rule"),

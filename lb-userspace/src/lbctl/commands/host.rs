@@ -9,6 +9,7 @@ use crate::{
     },
 };
 use clap::Subcommand;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use reqwest::Method;
 use std::time::Duration;
 
@@ -45,28 +46,6 @@ pub enum HostCommand {
 
 /// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit, Failure> {
-    let command = match command {
-        HostCommand::List => {
-            let list: Vec<HostMember> = context.client.get("/v1/hosts", &()).await?;
-            return hosts(context, &list);
-        }
-        HostCommand::Forget { name } => {
-            // A path segment of any host name.
-            let escaped: String = name
-                .bytes()
-                .map(|byte| match byte {
-                    b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' => {
-                        char::from(byte).to_string()
-                    }
-                    _ => format!("%{byte:02X}"),
-                })
-                .collect();
-            let path = format!("/v1/hosts/{escaped}");
-            let list: Vec<HostMember> = context.client.send(Method::DELETE, &path, &(), None::<&()>).await?;
-            return hosts(context, &list).map(|_| Exit::Ok);
-        }
-        other => other,
-    };
     let (info, exit) = match command {
         HostCommand::Show => (context.client.get("/v1/host", &()).await?, Exit::Ok),
         HostCommand::Undrain => {
@@ -74,8 +53,16 @@ pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit
                 context.client.send(Method::POST, "/v1/host/undrain", &(), None::<&()>).await?;
             (info, Exit::Ok)
         }
-        HostCommand::List | HostCommand::Forget { .. } => unreachable!("handled above"),
         HostCommand::Drain { reason, wait } => drain(context, reason, wait).await?,
+        HostCommand::List => {
+            let list: Vec<HostMember> = context.client.get("/v1/hosts", &()).await?;
+            return hosts(context, &list);
+        }
+        HostCommand::Forget { name } => {
+            let path = format!("/v1/hosts/{}", utf8_percent_encode(&name, NON_ALPHANUMERIC));
+            let list: Vec<HostMember> = context.client.send(Method::DELETE, &path, &(), None::<&()>).await?;
+            return hosts(context, &list).map(|_| Exit::Ok);
+        }
     };
     if context.out.json {
         context.out.json(&info, false)?;
