@@ -15,7 +15,10 @@ use clap::ValueEnum;
 
 use crate::{inference, kernels, setup, shell};
 
+mod ahead;
 mod properties;
+
+use ahead::Ahead;
 
 /// Which suites to run.
 #[derive(clap::Args, Debug)]
@@ -72,6 +75,9 @@ const EXPECTED_SKIPS: [(&str, &str); 4] = [
     ("no-previous-lbd", "runs only if LB_PREVIOUS_LBD names an lbd that was built from an earlier commit"),
 ];
 
+/// Module of the tests of suite e2e that measure times: they run one at a time.
+const ALONE: &str = "alone::";
+
 /// Flaky tests that a run may have; more cannot be explained by pauses of a busy machine.
 const FLAKY_MAX: usize = 2;
 
@@ -98,9 +104,18 @@ pub fn run(options: &Options) -> Result<()> {
         inference: suites.contains(&Suite::Inference),
     })?;
     let mut outcomes = Vec::new();
-    for suite in suites {
+    let mut ahead = None;
+    for &suite in &suites {
         println!("\n── {} ──", suite.name());
         let started = Instant::now();
+        if suite.needs_root() && ahead.is_none() && suites.contains(&Suite::Inference) {
+            ahead = Some(Ahead::start("the inference worker", inference_builds()?)?);
+        }
+        if suite == Suite::Inference
+            && let Some(ahead) = ahead.take()
+        {
+            ahead.finish();
+        }
         let mut flaky = Vec::new();
         let result = run_suite(suite, options, &mut flaky);
         if let Err(error) = &result {
@@ -148,7 +163,7 @@ fn run_suite(suite: Suite, options: &Options, flaky: &mut Vec<String>) -> Result
     let _ = fs::remove_file(&skips);
     let mut passed = 0;
     let filter = options.filter.as_deref();
-    let mut commands = suite.commands(options.release)?;
+    let mut commands = suite.commands(options.release, filter)?;
     if let Some(reason) = obstacle.filter(|_| suite == Suite::Inference) {
         // The tests of the worker alone need no namespaces.
         skip(reason)?;
@@ -309,17 +324,18 @@ impl Suite {
         !matches!(self, Self::Fmt | Self::Clippy)
     }
 
-    /// Returns arguments of the test runner: tests with real traffic run one at a time, so as not to disturb each other.
+    /// Returns arguments of the test runner. Tests that measure times or load the machine run one at a time, so as not to
+    /// disturb each other; those of suite e2e are divided by [`Suite::commands`].
     fn runner_arguments(self) -> &'static [&'static str] {
         match self {
-            Self::E2e | Self::Fault => &["--test-threads=1"],
+            Self::Fault => &["--test-threads=1"],
             // Each test starts its own etcd members.
             Self::Store => &["--test-threads=2"],
             _ => &[],
         }
     }
 
-    fn commands(self, release: bool) -> Result<Vec<Command>> {
+    fn commands(self, release: bool, filter: Option<&str>) -> Result<Vec<Command>> {
         let profile = if release { ["--profile", "release"] } else { ["--profile", "dev"] };
         Ok(match self {
             Self::Fmt => vec![cargo(&["fmt", "--all", "--check"])],
@@ -350,12 +366,24 @@ impl Suite {
             }
             Self::Packet | Self::Verifier | Self::E2e | Self::Fault => {
                 let manifest = format!("tests/{}/Cargo.toml", self.name());
-                let mut command = cargo(&["test", "--no-fail-fast", "--manifest-path", &manifest]);
-                command.args(profile);
-                run_as_root(&mut command);
+                let test = |arguments: &[&str]| {
+                    let mut command = cargo(&["test", "--no-fail-fast", "--manifest-path", &manifest]);
+                    command.args(profile);
+                    run_as_root(&mut command);
+                    command.args(arguments);
+                    command
+                };
                 let mut build = cargo(&["build", "--package", "lb-userspace", "--bins"]);
                 build.args(profile);
-                let mut commands = vec![build, command];
+                let mut commands = vec![build];
+                if self == Self::E2e && filter.is_none() {
+                    let both =
+                        ["--test", "e2e", "--test", "kernel", "--", "--test-threads=2", "--skip", ALONE];
+                    commands.push(test(&both));
+                    commands.push(test(&["--test", "e2e", "--", "--test-threads=1", ALONE]));
+                } else {
+                    commands.push(test(&["--", "--test-threads=1"]));
+                }
                 if self == Self::Fault {
                     // The other version of upgrade tests.
                     let other = ["--features", "other-abi", "--bin", "lbd-other-abi"];
@@ -381,24 +409,40 @@ fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
+const INFERENCE_WORKER: [&str; 3] = ["--release", "--package", "inference-worker"];
+
 /// Number of leading [`inference_commands`] that do not need network namespaces.
 const INFERENCE_ALONE: usize = 2;
 
 /// Returns the tests of the worker alone, then behind the load balancer. Always optimised: unoptimised kernels take
 /// minutes, and libtorch's bindings would be built twice.
 fn inference_commands() -> Result<Vec<Command>> {
-    let package = ["--release", "--package", "inference-worker"];
     let mut behind_lb = cargo(&["test", "--manifest-path", "tests/e2e/Cargo.toml", "--test", "inference"]);
     run_as_root(&mut behind_lb);
     behind_lb.env("LB_INFERENCE_WORKER", inference::build_worker()?);
     behind_lb.env("LB_INFERENCE_MODEL", inference::model::ensure()?);
     behind_lb.args(["--", "--ignored", "--test-threads=1"]);
     let balancer = cargo(&["build", "--package", "lb-userspace", "--bins"]);
-    let mut clippy = inference::cargo(&[&["clippy"], &package[..], &["--all-targets"]].concat())?;
-    clippy.args(["--", "-D", "warnings"]);
-    let mut test = inference::cargo(&[&["test", "--no-fail-fast"], &package[..]].concat())?;
+    let clippy = inference_clippy()?;
+    let mut test = inference_test(&[])?;
     test.env("LB_TEST_PYTHON", inference::python::ensure(inference::python::TEST)?);
     Ok(vec![clippy, test, balancer, behind_lb])
+}
+
+fn inference_test(arguments: &[&str]) -> Result<Command> {
+    inference::cargo(&[&["test", "--no-fail-fast"], &INFERENCE_WORKER[..], arguments].concat())
+}
+
+fn inference_clippy() -> Result<Command> {
+    let mut clippy = inference::cargo(&[&["clippy"], &INFERENCE_WORKER[..], &["--all-targets"]].concat())?;
+    clippy.args(["--", "-D", "warnings"]);
+    Ok(clippy)
+}
+
+/// What [`inference_commands`] build.
+fn inference_builds() -> Result<Vec<Command>> {
+    let worker = inference::cargo(&[&["build"], &INFERENCE_WORKER[..]].concat())?;
+    Ok(vec![inference_test(&["--no-run"])?, worker, inference_clippy()?])
 }
 
 fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {

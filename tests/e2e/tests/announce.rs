@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::REPLICA;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use test_support::{
@@ -20,14 +21,6 @@ use test_support::{
 
 const PATIENCE: Duration = Duration::from_secs(15);
 const CONNECTIONS: usize = 200;
-const REPLICA: &str = "is_a_replica";
-
-/// What a worker process runs.
-#[test]
-#[ignore = "started as a worker by the other tests"]
-fn is_a_replica() -> Result<()> {
-    replica::serve()
-}
 
 /// A service whose VIP goes when nothing serves it; `keep` has its own tests.
 fn service(name: &str, vip: IpAddr, port: u16, check: u16) -> Offer {

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use crate::REPLICA;
 use anyhow::{Context, Result, ensure};
 use test_support::{
     bed::vip_v4,
@@ -15,14 +16,6 @@ use test_support::{
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const CONNECTIONS: usize = 60;
-const REPLICA: &str = "is_a_replica";
-
-/// What a worker process runs.
-#[test]
-#[ignore = "started as a worker by the other tests"]
-fn is_a_replica() -> Result<()> {
-    replica::serve()
-}
 
 /// A service that may run in the east only, whose health check is another process than its lines.
 fn bound(name: &str, port: u16) -> Offer {

@@ -1,6 +1,7 @@
 //! Regions and new versions: one ingress host in eu, two workers there and two in us, which report what they are told
 //! to. Where new connections go is counted on the connections themselves.
 
+use crate::REPLICA;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -19,12 +20,6 @@ const SPILLED: Duration = Duration::from_secs(2);
 /// Workers' regions, in their order.
 const REGIONS: [&str; 4] = ["eu", "eu", "us", "us"];
 
-#[test]
-#[ignore = "not a test: the worker process of the others"]
-fn worker() -> Result<()> {
-    replica::serve()
-}
-
 struct Bench {
     workers: Vec<Option<Process>>,
     stage: Stage,
@@ -36,7 +31,7 @@ impl Bench {
         let layout = Layout { workers: 4, ..Layout::default() };
         let arguments = &["--region", "eu", "--zone", "a"];
         let stage = Stage::start(Plan { layout, offers: vec![WEB], arguments, ..Plan::default() })?;
-        let workers = replica::start_all(&stage.bed, "worker")?;
+        let workers = replica::start_all(&stage.bed, REPLICA)?;
         replica::add_service(&stage, settings)?;
         for (index, region) in REGIONS.iter().enumerate() {
             let worker = &stage.bed.workers[index].name;

@@ -1,6 +1,7 @@
 //! Replica state to placement: a worker that is killed, drains, fails or lies, and where new flows go from then
 //! on, measured by connections that come all the time.
 
+use crate::REPLICA;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::{Duration, Instant};
@@ -24,12 +25,6 @@ const BUSY: Duration = Duration::from_secs(5);
 /// How often each is measured.
 const ROUNDS: usize = 5;
 
-#[test]
-#[ignore = "not a test: the worker process of the others"]
-fn worker() -> Result<()> {
-    replica::serve()
-}
-
 struct Bench {
     workers: Vec<Option<Process>>,
     stage: Stage,
@@ -40,7 +35,7 @@ impl Bench {
     fn start(check: &[&str]) -> Result<Self> {
         let layout = Layout { workers: 3, ..Layout::default() };
         let stage = Stage::start(Plan { layout, offers: vec![WEB], ..Plan::default() })?;
-        let workers = replica::start_all(&stage.bed, "worker")?;
+        let workers = replica::start_all(&stage.bed, REPLICA)?;
         replica::add_service(&stage, check)?;
         for index in 0..3 {
             stage.change_backend_of("llm", "add", index)?;
@@ -108,8 +103,7 @@ impl Bench {
     }
 
     fn restart(&mut self, index: usize) -> Result<()> {
-        self.workers[index] =
-            Some(replica::start(&self.stage.bed, &self.stage.bed.workers[index], "worker")?);
+        self.workers[index] = Some(replica::start(&self.stage.bed, &self.stage.bed.workers[index], REPLICA)?);
         self.wait_state(index, "ready")
     }
 }

@@ -11,6 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::REPLICA;
 use anyhow::{Result, ensure};
 use test_support::{
     bed::vip_v4,
@@ -19,7 +20,6 @@ use test_support::{
     replica,
 };
 
-const REPLICA: &str = "is_a_replica";
 /// Four requests at once on each worker, 200 ms each.
 const WORK: &str = "auto-4-200";
 const SERVICE_TIME: Duration = Duration::from_millis(200);
@@ -28,13 +28,6 @@ const CALM: u32 = 10;
 const HOLD: Duration = Duration::from_secs(60);
 /// Of each load held: the time in which shares may still move.
 const SETTLE: Duration = Duration::from_secs(15);
-
-/// What a worker process runs.
-#[test]
-#[ignore = "started as a worker by the other test"]
-fn is_a_replica() -> Result<()> {
-    replica::serve()
-}
 
 fn start() -> Result<Regions> {
     let text = format!(
