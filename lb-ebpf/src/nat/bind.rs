@@ -16,13 +16,13 @@
 //! eighths of the tables lbd removes UDP bindings in that order, so this is rare. A rate limit would not do: it cannot tell a rush from a flood, and refuses
 //! clients as readily as forged packets.
 
-use super::{NatScratch, NatTables};
+use super::{NatScratch, NatTables, hop::by_fib};
 use crate::{
     Frame, Tables, Verdict,
     forward::{known_hop, varied},
     guard::{limit::is_limited, martian},
     packet::{
-        fib::{Fib, FibQuery},
+        fib::Fib,
         network::Network,
         parse::{Headers, address, mapped, tcp, words},
         verdict::{Outcome, refuse},
@@ -204,16 +204,8 @@ fn is_own_source<T: NatTables>(tables: &T, headers: &Headers, scratch: &mut NatS
 /// The address of this host that the kernel's routes give packets to a backend.
 #[inline(always)]
 fn source_by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, backend: &Backend) -> Result<Address, Reason> {
-    let query = FibQuery {
-        source: if headers.is_ipv6 { [0; 4] } else { mapped(0) },
-        destination: words(backend.address),
-        is_ipv6: headers.is_ipv6,
-        on_link: false,
-        tos: headers.tos,
-        protocol: headers.protocol,
-        len: headers.ip_len,
-    };
-    match frame.lookup(&query) {
+    let unset = if headers.is_ipv6 { [0; 4] } else { mapped(0) };
+    match by_fib(frame, headers, (unset, words(backend.address))) {
         // Kernels before 6.7 choose no source; answers to a VIP would reach any host, so the daemon has to say it.
         Ok(answer) if answer.source[3] == 0 && answer.source[0] == 0 => Err(Reason::NoRoute),
         Ok(answer) => Ok(address(answer.source)),

@@ -4,7 +4,7 @@ use super::rewrite::Rewrite;
 use crate::{
     Frame, Packet, Verdict,
     packet::{
-        fib::{Fib, FibQuery, Hop},
+        fib::{Fib, FibAnswer, FibQuery, Hop},
         parse::{ETH_IPV4, ETH_IPV6, ETH_VLAN, ETHERNET, Headers, VLAN_TAG},
         verdict::Refusal,
     },
@@ -14,19 +14,21 @@ use lb_common::{Be16, LastHop, Reason};
 /// No hop.
 pub const NO_HOP: LastHop = LastHop { macs: [Be16::ZERO; 6], tags: [Be16::ZERO; 4], ifindex: 0 };
 
-/// The hop that the kernel's routes give.
+/// What the kernel's routes say of a packet between other addresses.
 #[inline(always)]
-pub fn by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, to: &Rewrite) -> Result<Hop, Refusal> {
-    let query = FibQuery {
-        source: to.source,
-        destination: to.destination,
-        is_ipv6: headers.is_ipv6,
-        on_link: false,
-        tos: headers.tos,
-        protocol: headers.protocol,
-        len: headers.ip_len,
-    };
-    match frame.lookup(&query) {
+pub fn by_fib<F: Frame + Fib>(
+    frame: &F,
+    headers: &Headers,
+    (source, destination): ([u32; 4], [u32; 4]),
+) -> Result<FibAnswer, (Reason, u32)> {
+    let &Headers { is_ipv6, tos, protocol, ip_len: len, .. } = headers;
+    frame.lookup(&FibQuery { source, destination, is_ipv6, on_link: false, tos, protocol, len })
+}
+
+/// The hop that they give.
+#[inline(always)]
+pub fn hop_by_fib<F: Frame + Fib>(frame: &F, headers: &Headers, to: &Rewrite) -> Result<Hop, Refusal> {
+    match by_fib(frame, headers, (to.source, to.destination)) {
         Ok(answer) => Ok(answer.hop),
         Err((Reason::TooBigAnswered, mtu)) => Err(Refusal::TooBig(mtu)),
         Err((reason, _)) => Err(reason.into()),

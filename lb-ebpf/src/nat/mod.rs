@@ -39,7 +39,7 @@ use crate::{
     },
     select::{choose::flow_key, service::lookup_service},
 };
-use hop::{NO_HOP, as_last_hop, by_fib, last_hop, raw, transmit};
+use hop::{NO_HOP, as_last_hop, hop_by_fib, last_hop, raw, transmit};
 use lb_common::{
     Address, Be16, FlowKey, LastHop, Nat, Reason, Reply, ReplyKey, ServiceView,
     backend::flags::{DOWN, DRAINING},
@@ -318,7 +318,7 @@ fn from_client<F: Frame + Fib, T: NatTables>(
         Some((hop, _)) => hop,
         None => {
             tables.count(Reason::FibLookup);
-            by_fib(frame, headers, &scratch.to)?
+            hop_by_fib(frame, headers, &scratch.to)?
         }
     };
     scratch.mtu = hop.mtu;

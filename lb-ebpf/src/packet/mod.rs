@@ -5,6 +5,7 @@
 
 pub mod csum;
 pub mod fib;
+pub mod ip;
 pub mod network;
 pub mod parse;
 pub mod verdict;

@@ -7,8 +7,12 @@
 use crate::{
     packet::{Frame, MAX_OFFSET, Packet},
     packet::{
-        parse::{ETH_IPV4, ETH_IPV6, Headers, is_mapped, mapped, parse_ethernet},
-        wire::{Extension, Ipv4, Ipv6},
+        ip::{
+            MAX_EXTENSION_BYTES, MAX_EXTENSIONS,
+            extension::{DESTINATION, FRAGMENT, HOP_BY_HOP, ROUTING},
+            ipv4_header, ipv6_header, read_extension,
+        },
+        parse::{ETH_IPV4, ETH_IPV6, Headers, parse_ethernet},
     },
 };
 use lb_common::{Reason, settings::IngressSettings};
@@ -17,11 +21,6 @@ use lb_common::{Reason, settings::IngressSettings};
 pub const ICMP: u8 = 1;
 /// IP protocol number of ICMPv6.
 pub const ICMPV6: u8 = 58;
-/// IPv6 extension headers that are looked through before giving up.
-const MAX_EXTENSIONS: usize = 6;
-/// Bytes of extension headers that are looked through.
-const MAX_EXTENSION_BYTES: usize = 400;
-
 /// What IP says of a packet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Network {
@@ -87,29 +86,14 @@ pub fn parse_ipv4(packet: &Packet, l3: usize) -> Result<Network, Reason> {
 /// The same into a place.
 #[inline(always)]
 fn read_ipv4(packet: &Packet, l3: usize, network: &mut Network) -> Result<(), Reason> {
-    let ip: Ipv4 = packet.read(l3).ok_or(Reason::Truncated)?;
-    let header_len = ((ip.version_len & 0x0f) as usize) * 4;
-    let ip_len = u16::from_be(ip.total_len) as usize;
-    if ip.version_len >> 4 != 4 || header_len < 20 || ip_len < header_len {
-        return Err(Reason::BadIpv4);
-    }
-    let fragment = u16::from_be(ip.fragment);
+    let ip = ipv4_header(packet, l3)?;
     let part =
-        Part { id: ip.id as u32, offset: (fragment as u32 & 0x1fff) * 8, more: fragment & 0x2000 != 0 };
+        Part { id: ip.id as u32, offset: (ip.fragment as u32 & 0x1fff) * 8, more: ip.fragment & 0x2000 != 0 };
     *network = Network {
-        headers: Headers {
-            source: mapped(ip.source),
-            destination: mapped(ip.destination),
-            protocol: ip.protocol,
-            tos: ip.tos,
-            dont_fragment: fragment & 0x4000 != 0,
-            l2_len: l3,
-            ip_len: ip_len as u32,
-            ..Headers::default()
-        },
-        l4: l3 + header_len,
-        l4_len: ip_len - header_len,
-        fragment: (fragment & 0x3fff != 0).then_some(part),
+        l4: l3 + ip.len,
+        l4_len: ip.payload(),
+        fragment: (ip.fragment & 0x3fff != 0).then_some(part),
+        headers: ip.headers,
     };
     Ok(())
 }
@@ -125,28 +109,9 @@ pub fn parse_ipv6(packet: &Packet, l3: usize) -> Result<Network, Reason> {
 /// The same into a place.
 #[inline(always)]
 fn read_ipv6(packet: &Packet, l3: usize, network: &mut Network) -> Result<(), Reason> {
-    let ip: Ipv6 = packet.read(l3).ok_or(Reason::Truncated)?;
-    let version_class = u32::from_be(ip.version_class_label) >> 20;
-    if version_class >> 8 != 6 || is_mapped(&ip.source) || is_mapped(&ip.destination) {
-        return Err(Reason::BadIpv6);
-    }
-    let payload = u16::from_be(ip.payload_len) as usize;
-    *network = Network {
-        headers: Headers {
-            source: ip.source,
-            destination: ip.destination,
-            protocol: ip.next,
-            tos: version_class as u8,
-            is_ipv6: true,
-            dont_fragment: true,
-            l2_len: l3,
-            ip_len: (payload + 40) as u32,
-            ..Headers::default()
-        },
-        l4: l3 + 40,
-        l4_len: payload,
-        fragment: None,
-    };
+    let headers = ipv6_header(packet, l3)?;
+    let payload = headers.ip_len as usize - 40;
+    *network = Network { headers, l4: l3 + 40, l4_len: payload, fragment: None };
     let skipped = skip_extensions(packet, l3 + 40, network)?;
     if skipped > payload {
         return Err(Reason::BadIpv6);
@@ -160,10 +125,6 @@ fn read_ipv6(packet: &Packet, l3: usize, network: &mut Network) -> Result<(), Re
 /// fragment header is looked at only in the first part.
 #[inline(always)]
 fn skip_extensions(packet: &Packet, start: usize, network: &mut Network) -> Result<usize, Reason> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const DESTINATION: u8 = 60;
     let mut skipped = 0;
     for _ in 0..MAX_EXTENSIONS {
         let next = network.headers.protocol;
@@ -174,28 +135,22 @@ fn skip_extensions(packet: &Packet, start: usize, network: &mut Network) -> Resu
         if skipped > MAX_EXTENSION_BYTES {
             return Err(Reason::BadExtension);
         }
-        let extension: Extension = packet.read(start + skipped).ok_or(Reason::Truncated)?;
+        let (len, extension) = read_extension(packet, start + skipped, next)?;
         network.headers.protocol = extension.next;
         if next == FRAGMENT {
             let place = u16::from_be(extension.more);
             let id: u32 = packet.read(start + skipped + 4).ok_or(Reason::Truncated)?;
-            skipped += 8;
             if place & 0xfff9 != 0 {
                 if network.fragment.is_some() {
                     return Err(Reason::BadExtension);
                 }
                 network.fragment = Some(Part { id, offset: (place & 0xfff8) as u32, more: place & 1 != 0 });
                 if place & 0xfff8 != 0 {
-                    return Ok(skipped);
+                    return Ok(skipped + len);
                 }
             }
-        } else {
-            // Segments left: the VIP is only a stop on the packet's way.
-            if next == ROUTING && extension.more & 0x00ff_u16.to_be() != 0 {
-                return Err(Reason::BadExtension);
-            }
-            skipped += (extension.len as usize + 1) * 8;
         }
+        skipped += len;
     }
     match network.headers.protocol {
         HOP_BY_HOP | ROUTING | DESTINATION | FRAGMENT => Err(Reason::BadExtension),

@@ -9,8 +9,13 @@
 use crate::{
     packet::{Frame, Packet},
     packet::{
+        ip::{
+            MAX_EXTENSION_BYTES, MAX_EXTENSIONS,
+            extension::{DESTINATION, FRAGMENT, HOP_BY_HOP, ROUTING},
+            ipv4_header, ipv6_header, read_extension,
+        },
         network::{ICMP, ICMPV6},
-        wire::{Extension, Ipv4, Ipv6, Tcp, Udp},
+        wire::{Tcp, Udp},
     },
 };
 use lb_common::{
@@ -45,11 +50,6 @@ pub mod tcp {
     /// ACK.
     pub const ACK: u8 = 0x10;
 }
-
-/// IPv6 extension headers that are looked through before giving up.
-const MAX_EXTENSIONS: usize = 6;
-/// Bytes from the IPv6 header on within which the transport header must begin.
-const MAX_EXTENSION_BYTES: usize = 400;
 
 /// What later stages need of a packet's headers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -213,64 +213,32 @@ fn holds<F: Frame>(frame: &F, packet: &Packet, len: usize) -> bool {
 
 #[inline(always)]
 fn parse_ipv4<F: Frame>(frame: &F, packet: &Packet, l3: usize) -> Result<Headers, Reason> {
-    let ip: Ipv4 = packet.read(l3).ok_or(Reason::Truncated)?;
-    let header_len = ((ip.version_len & 0x0f) as usize) * 4;
-    let ip_len = u16::from_be(ip.total_len) as usize;
-    if ip.version_len >> 4 != 4 || header_len < 20 || ip_len < header_len {
-        return Err(Reason::BadIpv4);
-    }
-    if !holds(frame, packet, l3 + ip_len) {
+    let ip = ipv4_header(packet, l3)?;
+    if !holds(frame, packet, l3 + ip.headers.ip_len as usize) {
         return Err(Reason::Truncated);
     }
     // More fragments, or an offset.
-    if ip.fragment & 0x3fff_u16.to_be() != 0 {
+    if ip.fragment & 0x3fff != 0 {
         return Err(Reason::Fragment);
     }
-    let mut headers = Headers {
-        source: mapped(ip.source),
-        destination: mapped(ip.destination),
-        protocol: ip.protocol,
-        tos: ip.tos,
-        dont_fragment: ip.fragment & 0x4000_u16.to_be() != 0,
-        l2_len: l3,
-        ip_len: ip_len as u32,
-        ..Headers::default()
-    };
-    if header_len == 20 {
-        parse_transport(packet, l3 + 20, ip_len - 20, &mut headers)?;
+    let (len, payload) = (ip.len, ip.payload());
+    let mut headers = ip.headers;
+    if len == 20 {
+        parse_transport(packet, l3 + 20, payload, &mut headers)?;
     } else {
-        parse_transport(packet, l3 + header_len, ip_len - header_len, &mut headers)?;
+        parse_transport(packet, l3 + len, payload, &mut headers)?;
     }
     Ok(headers)
 }
 
 #[inline(always)]
 fn parse_ipv6<F: Frame>(frame: &F, packet: &Packet, l3: usize) -> Result<Headers, Reason> {
-    let ip: Ipv6 = packet.read(l3).ok_or(Reason::Truncated)?;
-    let version_class = u32::from_be(ip.version_class_label) >> 20;
-    if version_class >> 8 != 6 {
-        return Err(Reason::BadIpv6);
-    }
-    // Never on the wire (RFC 4291 2.5.5.2), and to the maps it would be a client or VIP of IPv4.
-    if is_mapped(&ip.source) || is_mapped(&ip.destination) {
-        return Err(Reason::BadIpv6);
-    }
-    let payload = u16::from_be(ip.payload_len) as usize;
+    let mut headers = ipv6_header(packet, l3)?;
+    let payload = headers.ip_len as usize - 40;
     if !holds(frame, packet, l3 + 40 + payload) {
         return Err(Reason::Truncated);
     }
-    let mut headers = Headers {
-        source: ip.source,
-        destination: ip.destination,
-        protocol: ip.next,
-        tos: version_class as u8,
-        is_ipv6: true,
-        dont_fragment: true,
-        l2_len: l3,
-        ip_len: (payload + 40) as u32,
-        ..Headers::default()
-    };
-    if ip.next == TCP || ip.next == UDP {
+    if headers.protocol == TCP || headers.protocol == UDP {
         parse_transport(packet, l3 + 40, payload, &mut headers)?;
     } else {
         let skipped = skip_extensions(packet, l3 + 40, &mut headers.protocol)?;
@@ -285,10 +253,6 @@ fn parse_ipv6<F: Frame>(frame: &F, packet: &Packet, l3: usize) -> Result<Headers
 /// Length of the extension headers from `start` on; leaves what follows them in `next`.
 #[inline(always)]
 fn skip_extensions(packet: &Packet, start: usize, next: &mut u8) -> Result<usize, Reason> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const DESTINATION: u8 = 60;
     let mut skipped = 0;
     for _ in 0..MAX_EXTENSIONS {
         if skipped > MAX_EXTENSION_BYTES {
@@ -300,20 +264,12 @@ fn skip_extensions(packet: &Packet, start: usize, next: &mut u8) -> Result<usize
             ICMPV6 => return Err(Reason::Icmp),
             _ => return Err(Reason::OtherProtocol),
         }
-        let extension: Extension = packet.read(start + skipped).ok_or(Reason::Truncated)?;
+        let (len, extension) = read_extension(packet, start + skipped, *next)?;
         // A fragment header with neither offset nor more to come holds a whole packet (RFC 6946).
-        if *next == FRAGMENT {
-            if extension.more & 0xfff9_u16.to_be() != 0 {
-                return Err(Reason::Fragment);
-            }
-            skipped += 8;
-        } else {
-            // Segments left: the VIP is only a stop on the packet's way.
-            if *next == ROUTING && extension.more & 0x00ff_u16.to_be() != 0 {
-                return Err(Reason::BadExtension);
-            }
-            skipped += (extension.len as usize + 1) * 8;
+        if *next == FRAGMENT && extension.more & 0xfff9_u16.to_be() != 0 {
+            return Err(Reason::Fragment);
         }
+        skipped += len;
         *next = extension.next;
     }
     match *next {

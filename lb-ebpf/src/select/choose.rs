@@ -22,7 +22,7 @@
 //! Input: [`Tables`], a service's live view, [`Headers`] and the flow's hash. Output: [`Choice`].
 
 pub use super::choice::{Choice, Why};
-use super::flow_entries::{NO_FLOW, cache_syn, counted, is_foreign, is_some, known, record_flow};
+use super::flow_entries::{NO_FLOW, cache_syn, count_if_full, is_foreign, is_some, known, record_flow};
 use crate::{
     FlowTable, Tables,
     guard::limit::is_limited,
@@ -447,7 +447,7 @@ fn choose_udp<T: Tables>(
     if tables.admits(key.service, FlowTable::UdpFlows, now_s) {
         let choice = packet.schedule(tables, now_s)?;
         let flow = Flow::new(choice.backend, now_s, now_s, 0);
-        if counted(tables, tables.record(FlowTable::UdpFlows, key, &flow)) {
+        if count_if_full(tables, tables.record(FlowTable::UdpFlows, key, &flow)) {
             return Ok(choice);
         }
     } else {

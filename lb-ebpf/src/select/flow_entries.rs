@@ -45,7 +45,7 @@ pub fn record_flow<T: Tables>(
     now_s: u32,
     flags: u32,
 ) -> bool {
-    counted(tables, tables.record_flow(key, syn_hash, &Flow::new(backend, now_s, now_s, flags)))
+    count_if_full(tables, tables.record_flow(key, syn_hash, &Flow::new(backend, now_s, now_s, flags)))
 }
 
 /// Caches where a SYN went, and its sequence number.
@@ -56,12 +56,12 @@ pub fn cache_syn<T: Tables>(
     (key, syn_hash): (&FlowKey, u64),
     backend: u32,
 ) -> bool {
-    counted(tables, tables.cache_syn(key, syn_hash, backend, headers.sequence))
+    count_if_full(tables, tables.cache_syn(key, syn_hash, backend, headers.sequence))
 }
 
 /// Counts what was not written for want of room.
 #[inline(always)]
-pub fn counted<T: Tables>(tables: &T, written: bool) -> bool {
+pub fn count_if_full<T: Tables>(tables: &T, written: bool) -> bool {
     if !written {
         tables.count(Reason::FlowNotRecorded);
     }
