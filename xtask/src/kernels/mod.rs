@@ -8,6 +8,7 @@ use std::{
     env,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -73,6 +74,13 @@ pub struct Summary {
 }
 
 impl Summary {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed.extend(other.failed);
+        self.skips.extend(other.skips);
+        self.hung += other.hung;
+    }
+
     /// The suite's closing line.
     pub fn line(&self) -> String {
         let mut line =
@@ -94,6 +102,7 @@ pub fn run(options: &Options, release: bool) -> Result<Summary> {
     let all = store.kernels()?;
     let programs = build(release, &work)?;
     let mut summary = Summary::default();
+    let mut kernels = Vec::new();
     for line in lines {
         let Some(kernel) = newest_of(&all, &line) else {
             summary.skips.push(format!("no-kernel-{line}\tkernels: the package lists have no kernel {line}"));
@@ -101,11 +110,31 @@ pub fn run(options: &Options, release: bool) -> Result<Summary> {
         };
         let kernel = store.unpack(kernel)?;
         println!("kernel {line}: {} ({})", kernel.kernel.release, kernel.kernel.version);
+        kernels.push((line, kernel));
+    }
+    // A booting guest, and one in its verifier, keep one processor busy: two machines at once take little longer than
+    // one. With --full each result is recorded at once, and a day's run need not be fast.
+    let at_once = if options.full { 1 } else { 2 };
+    let test = |(line, kernel): &(String, Unpacked)| -> Result<Summary> {
+        let mut summary = Summary::default();
         for work in &work {
-            let checks = boot(&tools, &kernel, work, &programs, &mut summary)?;
+            let checks = boot(&tools, (line, kernel), work, &programs, &mut summary)?;
             if options.full {
-                record(&tools, &line, &kernel.kernel, work, checks)?;
+                record(&tools, line, &kernel.kernel, work, checks)?;
             }
+        }
+        Ok(summary)
+    };
+    for some in kernels.chunks(at_once) {
+        let results: Vec<Result<Summary>> = thread::scope(|scope| {
+            let running: Vec<_> = some.iter().map(|kernel| scope.spawn(|| test(kernel))).collect();
+            running
+                .into_iter()
+                .map(|thread| thread.join().expect("a test of a kernel does not panic"))
+                .collect()
+        });
+        for result in results {
+            summary.add(result?);
         }
     }
     println!("{}", summary.line());
@@ -133,13 +162,13 @@ fn newest_of<'a>(all: &'a [Kernel], line: &str) -> Option<&'a Kernel> {
 /// Boots a machine, and prints and counts its checks.
 fn boot(
     tools: &Tools,
-    kernel: &Unpacked,
+    (line, kernel): (&str, &Unpacked),
     work: &Work,
     programs: &[(Program, PathBuf)],
     summary: &mut Summary,
 ) -> Result<Vec<Check>> {
-    println!("  {}", work.name());
-    let directory = shell::workspace().join("target/kernels");
+    println!("{line:<7} {}", work.name());
+    let directory = shell::workspace().join("target/kernels").join(line);
     let slowness = vm::load_factor();
     let path = programs.iter().find(|(program, _)| *program == work.driver.program);
     let (_, path) = path.context("a test program was not built")?;
@@ -162,7 +191,7 @@ fn boot(
         if let Some((mut check, seconds)) = found {
             check.detail = anonymise(&check.detail);
             let result = if check.passed { "ok" } else { "FAILED" };
-            println!("    {:<14} {result:<6} {seconds:>6.1} s  {}", check.name, check.detail);
+            println!("{line:<7} {:<14} {result:<6} {seconds:>6.1} s  {}", check.name, check.detail);
             checks.push(check);
         }
     };
@@ -184,10 +213,10 @@ fn boot(
                 }
                 Some(_) => kernel_problem(&directory.join("out/dmesg")),
             };
-            checks.extend(problem.map(|detail| failed("machine", detail)));
-            println!("    {:.0} s", outcome.took.as_secs_f32());
+            checks.extend(problem.map(|detail| failed(line, "machine", detail)));
+            println!("{line:<7} {:.0} s", outcome.took.as_secs_f32());
         }
-        Err(error) => checks.push(failed("boot", format!("{error:#}"))),
+        Err(error) => checks.push(failed(line, "boot", format!("{error:#}"))),
     }
     for check in &mut checks {
         check.detail = anonymise(&check.detail);
@@ -200,8 +229,8 @@ fn boot(
     Ok(checks)
 }
 
-fn failed(name: &str, detail: String) -> Check {
-    println!("    {name:<14} FAILED           {detail}");
+fn failed(line: &str, name: &str, detail: String) -> Check {
+    println!("{line:<7} {name:<14} FAILED           {detail}");
     Check { name: name.to_owned(), passed: false, detail: detail.replace('\n', " | ") }
 }
 
