@@ -1,26 +1,26 @@
 //! `POST /v1/chat/completions`.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     Extension,
     extract::State,
     response::{IntoResponse, Response},
 };
-use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
 use serde_json::{Value as Json, json};
 
 use super::{
     App, RequestId,
+    chunks::{Chunks, stream_chunks, usage},
     error::ApiError,
     extract::Body,
-    generation::{self, Choice, PendingChoices},
+    generation::{self, Choice},
     params::CommonParams,
     sse,
 };
 use crate::{
-    engine::{Engine, Event, sampling::TokenLogprobs},
+    engine::{Engine, output::FinishReason, sampling::TokenLogprobs},
     unix_now,
 };
 
@@ -100,11 +100,12 @@ pub async fn complete(
         model: request.params.model.clone().unwrap_or_else(|| engine.name.clone()),
         created: unix_now(),
         prompt_tokens,
+        n,
         engine,
     };
     if request.params.stream == Some(true) {
-        let include_usage = request.params.includes_usage();
-        return Ok(sse::respond(stream(response, pending, n, include_usage)));
+        let chunks = stream_chunks(response, pending, request.params.includes_usage());
+        return Ok(sse::respond(chunks));
     }
     let choices = pending.collect().await?;
     Ok(axum::Json(response.body(&choices, logprobs.is_some())).into_response())
@@ -133,6 +134,7 @@ struct ChatResponse {
     model: String,
     created: u64,
     prompt_tokens: usize,
+    n: usize,
     engine: Arc<Engine>,
 }
 
@@ -164,18 +166,6 @@ impl ChatResponse {
             "finish_reason": choice.finish_reason.map(|f| f.name()),
         })
     }
-
-    /// Returns a chunk of a stream.
-    fn chunk(&self, choices: Vec<Json>) -> Json {
-        json!({"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model,
-               "system_fingerprint": null, "choices": choices})
-    }
-}
-
-/// Returns the `usage` object of a response.
-pub fn usage(prompt: usize, generated: usize, cached: usize) -> Json {
-    json!({"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
-           "prompt_tokens_details": {"cached_tokens": cached}})
 }
 
 /// Returns the log-probabilities of a token in the format of chat completions.
@@ -189,56 +179,38 @@ fn logprob_entry(engine: &Engine, id: u32, logprobs: &TokenLogprobs) -> Json {
     entry
 }
 
-/// Streams the chunks of a response.
-fn stream(
-    response: ChatResponse,
-    pending: PendingChoices,
-    n: usize,
-    include_usage: bool,
-) -> impl Stream<Item = Json> + Send {
-    let role = (0..n).map(|index| {
-        json!({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": null, "finish_reason": null})
-    });
-    let first: Vec<Json> = role.map(|c| with_null_usage(response.chunk(vec![c]), include_usage)).collect();
-    let mut generated: HashMap<usize, usize> = HashMap::new();
-    let (mut cached, mut unfinished) = (0, n);
-    let events = pending.stream().flat_map(move |(index, event)| {
-        let mut out = Vec::new();
-        let mut choice = |delta: Json, logprobs: Json, finish: Option<&str>| {
-            let c = json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish});
-            out.push(with_null_usage(response.chunk(vec![c]), include_usage));
-        };
-        match event {
-            Event::Token { id, text, logprobs } => {
-                *generated.entry(index).or_default() += 1;
-                let entry = logprobs
-                    .map(|l| json!({"content": [logprob_entry(&response.engine, id, &l)], "refusal": null}));
-                if !text.is_empty() || entry.is_some() {
-                    choice(json!({"content": text}), entry.unwrap_or(Json::Null), None);
-                }
-            }
-            Event::Finished { reason, cached_tokens } => {
-                choice(json!({}), Json::Null, Some(reason.name()));
-                cached = if index == 0 { cached_tokens } else { cached };
-                unfinished -= 1;
-                if unfinished == 0 && include_usage {
-                    let mut last = response.chunk(Vec::new());
-                    last["usage"] = usage(response.prompt_tokens, generated.values().sum(), cached);
-                    out.push(last);
-                }
-            }
-            Event::Failed(failure) => out.push(ApiError::internal(failure).body()),
-            Event::PromptLogprobs(_) | Event::Embedding(_) => {}
-        }
-        futures_util::stream::iter(out)
-    });
-    futures_util::stream::iter(first).chain(events)
+impl Chunks for ChatResponse {
+    fn chunk(&self, choices: Vec<Json>) -> Json {
+        json!({"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model,
+               "system_fingerprint": null, "choices": choices})
+    }
+
+    fn opening(&self) -> Vec<Json> {
+        let role = json!({"role": "assistant", "content": ""});
+        (0..self.n).map(|index| delta(index, role.clone(), Json::Null, None)).collect()
+    }
+
+    fn token(&self, index: usize, id: u32, text: &str, logprobs: Option<&TokenLogprobs>) -> Option<Json> {
+        let entry =
+            logprobs.map(|l| json!({"content": [logprob_entry(&self.engine, id, l)], "refusal": null}));
+        (!text.is_empty() || entry.is_some())
+            .then(|| delta(index, json!({"content": text}), entry.unwrap_or(Json::Null), None))
+    }
+
+    fn ending(&self, index: usize, reason: FinishReason) -> Json {
+        delta(index, json!({}), Json::Null, Some(reason))
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        (1, self.n)
+    }
 }
 
-/// Adds `usage: null` to a chunk that is not the last, as OpenAI does with `include_usage`.
-pub fn with_null_usage(mut chunk: Json, include_usage: bool) -> Json {
-    if include_usage {
-        chunk["usage"] = Json::Null;
-    }
-    chunk
+/// A choice of a chunk.
+fn delta(index: usize, delta: Json, logprobs: Json, finish: Option<FinishReason>) -> Json {
+    json!({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish.map(|f| f.name())})
 }

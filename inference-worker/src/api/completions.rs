@@ -7,21 +7,20 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use futures_util::{Stream, StreamExt};
 use serde::Deserialize;
 use serde_json::{Map, Value as Json, json};
 
 use super::{
     App, RequestId,
-    chat::{usage, with_null_usage},
+    chunks::{Chunks, stream_chunks, usage},
     error::ApiError,
     extract::Body,
-    generation::{self, Choice, PendingChoices},
+    generation::{self, Choice},
     params::CommonParams,
     sse,
 };
 use crate::{
-    engine::{Engine, Event, sampling::TokenLogprobs},
+    engine::{Engine, output::FinishReason, sampling::TokenLogprobs},
     unix_now,
 };
 
@@ -139,21 +138,19 @@ pub async fn complete(
         model: p.model.clone().unwrap_or_else(|| engine.name.clone()),
         created: unix_now(),
         echo,
+        logprobs: logprobs.is_some(),
         n,
         prompts,
         engine,
     };
     if p.stream == Some(true) {
-        return Ok(sse::respond(stream(response, pending, p.includes_usage(), logprobs.is_some())));
+        return Ok(sse::respond(stream_chunks(response, pending, p.includes_usage())));
     }
     let choices = pending.collect().await?;
     let generated = choices.iter().map(|c| c.tokens.len()).sum();
     let cached = choices.iter().step_by(n).map(|c| c.cached_tokens).sum();
-    let list = choices
-        .iter()
-        .enumerate()
-        .map(|(i, c)| response.choice(i, c, logprobs.is_some()))
-        .collect::<Result<Vec<_>, _>>()?;
+    let list =
+        choices.iter().enumerate().map(|(i, c)| response.choice(i, c)).collect::<Result<Vec<_>, _>>()?;
     let mut body = response.chunk(list);
     body["usage"] = usage(response.prompt_tokens(), generated, cached);
     Ok(axum::Json(body).into_response())
@@ -165,28 +162,19 @@ struct CompletionResponse {
     model: String,
     created: u64,
     echo: bool,
+    logprobs: bool,
     n: usize,
     prompts: Vec<Vec<u32>>,
     engine: Arc<Engine>,
 }
 
 impl CompletionResponse {
-    /// Returns a chunk of a stream, or the body of a response that is not streamed.
-    fn chunk(&self, choices: Vec<Json>) -> Json {
-        json!({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
-               "system_fingerprint": null, "choices": choices})
-    }
-
-    fn prompt_tokens(&self) -> usize {
-        self.prompts.iter().map(Vec::len).sum()
-    }
-
     /// Returns the prompt of a choice.
     fn prompt_of(&self, index: usize) -> &[u32] {
         &self.prompts[index / self.n]
     }
 
-    fn choice(&self, index: usize, choice: &Choice, logprobs: bool) -> Result<Json, ApiError> {
+    fn choice(&self, index: usize, choice: &Choice) -> Result<Json, ApiError> {
         let prompt = self.prompt_of(index);
         let mut list = LogprobLists::default();
         let mut text = String::new();
@@ -201,7 +189,7 @@ impl CompletionResponse {
             list.add(&self.engine, token.id, token.logprobs.as_ref());
         }
         text += &choice.text;
-        Ok(json!({"index": index, "text": text, "logprobs": logprobs.then(|| list.to_json()),
+        Ok(json!({"index": index, "text": text, "logprobs": self.logprobs.then(|| list.to_json()),
                   "finish_reason": choice.finish_reason.map(|f| f.name())}))
     }
 }
@@ -238,55 +226,41 @@ impl LogprobLists {
     }
 }
 
-/// Streams the chunks of a response.
-fn stream(
-    response: CompletionResponse,
-    pending: PendingChoices,
-    include_usage: bool,
-    logprobs: bool,
-) -> impl Stream<Item = Json> + Send {
-    let total = response.prompts.len() * response.n;
-    let mut first = Vec::new();
-    if response.echo {
-        for index in 0..total {
-            let text =
-                response.engine.info.tokenizer.decode(response.prompt_of(index), true).unwrap_or_default();
-            let choice = json!({"index": index, "text": text, "logprobs": null, "finish_reason": null});
-            first.push(with_null_usage(response.chunk(vec![choice]), include_usage));
-        }
+impl Chunks for CompletionResponse {
+    fn chunk(&self, choices: Vec<Json>) -> Json {
+        json!({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model,
+               "system_fingerprint": null, "choices": choices})
     }
-    let (mut generated, mut cached, mut unfinished) = (0, 0, total);
-    let events = pending.stream().flat_map(move |(index, event)| {
-        let mut out = Vec::new();
-        let mut choice = |text: &str, logprobs: Json, finish: Option<&str>| {
-            let c = json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish});
-            out.push(with_null_usage(response.chunk(vec![c]), include_usage));
-        };
-        match event {
-            Event::Token { id, text, logprobs: entry } => {
-                generated += 1;
-                if logprobs {
-                    let mut list = LogprobLists::default();
-                    list.add(&response.engine, id, entry.as_ref());
-                    choice(&text, list.to_json(), None);
-                } else if !text.is_empty() {
-                    choice(&text, Json::Null, None);
-                }
-            }
-            Event::Finished { reason, cached_tokens } => {
-                choice("", Json::Null, Some(reason.name()));
-                cached += if index % response.n == 0 { cached_tokens } else { 0 };
-                unfinished -= 1;
-                if unfinished == 0 && include_usage {
-                    let mut last = response.chunk(Vec::new());
-                    last["usage"] = usage(response.prompt_tokens(), generated, cached);
-                    out.push(last);
-                }
-            }
-            Event::Failed(failure) => out.push(ApiError::internal(failure).body()),
-            Event::PromptLogprobs(_) | Event::Embedding(_) => {}
+
+    fn opening(&self) -> Vec<Json> {
+        let echoed = if self.echo { self.prompts.len() * self.n } else { 0 };
+        let text = |index| self.engine.info.tokenizer.decode(self.prompt_of(index), true).unwrap_or_default();
+        (0..echoed).map(|index| piece(index, &text(index), Json::Null, None)).collect()
+    }
+
+    fn token(&self, index: usize, id: u32, text: &str, logprobs: Option<&TokenLogprobs>) -> Option<Json> {
+        if self.logprobs {
+            let mut list = LogprobLists::default();
+            list.add(&self.engine, id, logprobs);
+            return Some(piece(index, text, list.to_json(), None));
         }
-        futures_util::stream::iter(out)
-    });
-    futures_util::stream::iter(first).chain(events)
+        (!text.is_empty()).then(|| piece(index, text, Json::Null, None))
+    }
+
+    fn ending(&self, index: usize, reason: FinishReason) -> Json {
+        piece(index, "", Json::Null, Some(reason))
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        self.prompts.iter().map(Vec::len).sum()
+    }
+
+    fn counts(&self) -> (usize, usize) {
+        (self.prompts.len(), self.n)
+    }
+}
+
+/// A choice of a chunk.
+fn piece(index: usize, text: &str, logprobs: Json, finish: Option<FinishReason>) -> Json {
+    json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish.map(|f| f.name())})
 }

@@ -5,6 +5,7 @@
 
 mod admin;
 mod chat;
+mod chunks;
 mod completions;
 mod error;
 mod extract;
