@@ -22,7 +22,7 @@ macro_rules! reasons {
             /// Fate of a packet with this reason.
             pub const fn fate(self) -> Fate { match self { $(Self::$name => Fate::$fate,)+ } }
             /// Description in one line.
-            pub const fn describe(self) -> &'static str { match self { $(Self::$name => concat!($($doc),+),)+ } }
+            pub const fn describe(self) -> &'static str { match self { $(Self::$name => concat!($($doc),+).trim_ascii(),)+ } }
         }
     };
 }
@@ -197,7 +197,7 @@ reasons! {
     RateService = "rate_service", Drop;
     /// New flow above the rate limit of its source
     RateSource = "rate_source", Drop;
-    /// New flow of a service under flood, or without room in a flow table: placed by hash, which needs no entry
+    /// New flow of a service under flood, or without room in a flow table: placed by hash, which needs no entry. Or packet of a flow from before a transition that is not recorded yet for the same reason: it goes to its backend for as long as the transition lasts
     FlowFlood = "flow_flood", Note;
     /// Residency: no allowed region of the service takes flows, or the flow was established in a region that is not allowed
     Residency = "residency", Drop;

@@ -164,8 +164,9 @@ pub struct ServiceView {
     pub list_count: u32,
     /// Load above which [`scheduler::BOUNDED_LOAD`] considers the secondary.
     pub load_cap: u32,
-    /// Zero.
-    pub pad2: u32,
+    /// Factor of the write budget for flows from before a transition, see [`crate::rate_limit::record_factor`]; 0, which
+    /// an earlier `lbd` leaves: 1.
+    pub record_factor: u32,
     /// Time in which the service earns a new flow, see [`crate::rate_limit::take`].
     pub flow_interval_ns: u64,
     /// Time for all but one flow of the service's largest burst.

@@ -436,6 +436,10 @@ impl Tables for HashTables {
     fn admits(&self, _: u32, _: FlowTable, _: u32) -> bool {
         !self.is_flooded.get()
     }
+
+    fn admits_record(&self, _: u32, _: &ServiceView, _: u32) -> bool {
+        !self.is_flooded.get()
+    }
 }
 
 impl FragmentTable for HashTables {

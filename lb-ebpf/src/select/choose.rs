@@ -399,10 +399,11 @@ fn choose_established<T: Tables>(
     let backend = previous(tables, view, headers, slot);
     if backend != NO_BACKEND && keeps(backend_flags(tables, backend, key.service), view) {
         // Forged packets would fill the table. A flow that lives has more of them: one will be let through.
-        if !is_foreign
-            && tables.admits(key.service, FlowTable::Flows, now_s)
-            && record_flow(tables, (key, syn_hash), backend, now_s, end)
-        {
+        if is_foreign {
+            // Nor is the entry's flow known to be over.
+        } else if !tables.admits_record(key.service, view, now_s) {
+            tables.count(Reason::FlowFlood);
+        } else if record_flow(tables, (key, syn_hash), backend, now_s, end) {
             tables.count(Reason::FlowPromoted);
         }
         return found(backend, Why::Previous);

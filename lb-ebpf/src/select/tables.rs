@@ -230,6 +230,11 @@ pub trait Tables {
     fn admits(&self, _service: u32, _table: FlowTable, _now_s: u32) -> bool {
         true
     }
+    /// Whether one more flow from before a transition may be written, by the service's [`ServiceView::record_factor`].
+    #[inline(always)]
+    fn admits_record(&self, _service: u32, _view: &ServiceView, _now_s: u32) -> bool {
+        true
+    }
 }
 
 /// Tables to which nothing is written: for a choice that must leave no trace.

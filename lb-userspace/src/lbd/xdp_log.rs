@@ -55,7 +55,7 @@ impl log::Log for ReasonNames {
 fn with_reason_name(text: &str) -> Cow<'_, str> {
     let number = text.strip_prefix("reason ").and_then(|rest| rest.parse().ok());
     match number.and_then(Reason::from_index) {
-        Some(reason) => format!("{}: {}", reason.label(), reason.describe().trim()).into(),
+        Some(reason) => format!("{}: {}", reason.label(), reason.describe()).into(),
         None => text.into(),
     }
 }

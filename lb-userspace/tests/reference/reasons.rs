@@ -137,7 +137,7 @@ pub fn page() -> String {
         let rows: Vec<_> = ours
             .map(|reason| {
                 let what = advice(reason.label()).expect("checked above");
-                vec![code(reason.label()), cell(reason.describe().trim()), cell(what)]
+                vec![code(reason.label()), cell(reason.describe()), cell(what)]
             })
             .collect();
         out.push_str(&table(&["reason", "meaning", "what to do"], &rows));

@@ -469,7 +469,8 @@ fn new_flows_stay_together_under_flood() {
     // No budget at all: each new flow is one too many.
     let settings =
         IngressSettings { syns_per_s: 0, flows_per_s: 0, udp_per_s: 0, ..IngressSettings::DEFAULT };
-    for (pair, home) in [(Pair::Tracked(1), 1), (Pair::Transition(1, 2), 2)] {
+    // In a transition each later packet is one that may not be recorded.
+    for (pair, home, withheld) in [(Pair::Tracked(1), 1, 200), (Pair::Transition(1, 2), 2, 800)] {
         let mut ingress = load(settings, 64, by_lot, pair);
         for i in 0..200 {
             verdict_of(&ingress, &tcp(forged(i), 8, SYN));
@@ -480,7 +481,29 @@ fn new_flows_stay_together_under_flood() {
         let stats = ingress.stats(home);
         assert_eq!((stats.packets, stats.flows), (800, 200), "backend {home}");
         assert_eq!((ingress.cached_syns(), ingress.flows(names::FLOWS).len()), (0, 0));
-        assert_eq!(ingress.count(Reason::FlowFlood), 200);
+        assert_eq!(ingress.count(Reason::FlowFlood), withheld);
+    }
+}
+
+/// A service whose drain time is short records its flows as much faster; what is not recorded is counted.
+#[test]
+fn flows_of_a_short_transition_are_recorded_in_time() {
+    const PER_S: u32 = 100;
+    let settings = IngressSettings { flows_per_s: PER_S, ..IngressSettings::DEFAULT };
+    for factor in [0, 1, 16] {
+        let view = ServiceView { record_factor: factor, ..Ingress::view() };
+        let mut ingress = load(settings, 4_096, view, Pair::Transition(1, 2));
+        let began = now_s();
+        for i in 0..1_000 {
+            assert_eq!(verdict_of(&ingress, &tcp(forged(i), 7, ACK)), xdp::TX);
+        }
+        // Each second admits as many again.
+        let seconds = now_s() - began + 1;
+        let most = (PER_S * factor.max(1) * seconds).min(1_000) as usize;
+        let recorded = ingress.flows(names::FLOWS).len();
+        assert!(recorded <= most && recorded >= most.min(100), "factor {factor}: {recorded} of {most}");
+        assert!(factor < 16 || recorded == 1_000, "factor {factor}: {recorded}");
+        assert_eq!(ingress.count(Reason::FlowFlood), 1_000 - recorded as u64, "factor {factor}");
     }
 }
 

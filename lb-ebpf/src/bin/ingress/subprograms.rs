@@ -52,10 +52,10 @@ pub extern "C" fn limit_flow(service: u32, slot_base: u32, high: u64, low: u64) 
     }
 }
 
-/// Whether a table may take one more flow of a service.
+/// Whether a table may take one more flow of a service. `factor` is that of the budget for flows from before a transition.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
+pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32, factor: u32) -> u32 {
     const SYNS: u32 = FlowTable::Syns as u32;
     const UDP: u32 = FlowTable::UdpFlows as u32;
     let Some(budget) = WRITE_BUDGETS.get_ptr_mut(service) else { return 0 };
@@ -69,7 +69,7 @@ pub extern "C" fn admits_flow(service: u32, table: u32, now_s: u32) -> u32 {
     let is_admitted = match table {
         SYNS => budget.syns.allow(now_s, settings.syns_per_s),
         UDP => budget.udp.allow(now_s, settings.udp_per_s),
-        _ => budget.flows.allow_each_second(now_s, settings.flows_per_s),
+        _ => budget.flows.allow_each_second(now_s, settings.flows_per_s.saturating_mul(factor.max(1))),
     };
     is_admitted as u32
 }

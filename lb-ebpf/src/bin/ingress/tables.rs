@@ -501,7 +501,12 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn admits(&self, service: u32, table: FlowTable, now_s: u32) -> bool {
-        admits_flow(service, table as u32, now_s) != 0
+        admits_flow(service, table as u32, now_s, 1) != 0
+    }
+
+    #[inline(always)]
+    fn admits_record(&self, service: u32, view: &ServiceView, now_s: u32) -> bool {
+        admits_flow(service, FlowTable::Flows as u32, now_s, view.record_factor) != 0
     }
 }
 

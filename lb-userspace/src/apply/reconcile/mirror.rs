@@ -384,6 +384,7 @@ fn plan_view(view: &ServiceView) -> View {
         old_count: view.old_count,
         old_seed: view.old_seed,
         load_cap: view.load_cap,
+        record_factor: view.record_factor,
         limits: RateLimits {
             flags: view.flags & (flags::LIMIT_FLOWS | flags::LIMIT_SOURCES),
             flow_ns: (view.flow_interval_ns, view.flow_tolerance_ns),
@@ -403,6 +404,7 @@ pub(super) fn service_view(view: &View, base: u32) -> ServiceView {
         old_count: view.old_count,
         old_seed: view.old_seed,
         load_cap: view.load_cap,
+        record_factor: view.record_factor,
         flags: view.flags,
         scheduler: view.scheduler,
         protocol: view.protocol,

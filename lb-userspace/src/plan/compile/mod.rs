@@ -152,6 +152,8 @@ pub struct View {
     pub old_seed: [u64; 2],
     /// See [`lb_common::ServiceView::load_cap`].
     pub load_cap: u32,
+    /// See [`lb_common::ServiceView::record_factor`].
+    pub record_factor: u32,
     /// Limits of new flows.
     pub limits: crate::desired::model::RateLimits,
 }

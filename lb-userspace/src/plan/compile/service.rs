@@ -479,6 +479,7 @@ fn build_view(wanted: &Service, shape: &Shape, settings: &DeploymentSettings) ->
         udp_timeout_s: wanted.udp_timeout_s,
         slot_count: shape.size,
         load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(load_unit(wanted))),
+        record_factor: lb_common::rate_limit::record_factor(wanted.drain_s),
         ..View::default()
     }
 }

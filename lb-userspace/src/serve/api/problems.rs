@@ -127,7 +127,11 @@ pub(super) fn general_problems(status: &Status) -> Vec<String> {
             .push(format!("too few backends are healthy, so health is ignored in: {}", names(&status.panic)));
     }
     if !status.flood.is_empty() {
-        found.push(format!("under flood, so the hash alone places new flows in: {}", names(&status.flood)));
+        found.push(format!(
+            "under flood: more new flows, or flows of changed slots, than may be recorded; the hash alone places new \
+             flows in: {}",
+            names(&status.flood)
+        ));
     }
     match status.unhealthy.len() {
         0 => {}

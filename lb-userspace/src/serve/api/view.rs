@@ -349,7 +349,7 @@ impl StateView {
                 reason: r.label().to_owned(),
                 fate: fate_label(r).to_owned(),
                 packets,
-                about: r.describe().trim().to_owned(),
+                about: r.describe().to_owned(),
             })
             .collect()
     }
