@@ -72,6 +72,7 @@ fn hop(ifindex: u32, source: Option<&str>) -> NextHop {
         egress_mac: [1; 6],
         next_hop: [2; 6],
         mtu: 1_500,
+        path_mtu: None,
         source: source.map(|s| s.parse().unwrap()),
         is_routed: false,
     }
@@ -541,6 +542,34 @@ fn l2_reaches_no_further_than_the_segment() {
     host.observed.paths.next_hops.insert(address("10.1.0.2"), hop(3, None));
     let status = host.at(2, &desired).status;
     assert!(status[0].backends.iter().all(|b| b.eligible && b.problem.is_none() && b.resolved));
+}
+
+#[test]
+fn what_a_router_says_lowers_the_mtu_as_far_as_clients_heed_it() {
+    let mut host = Host::default();
+    let of = |vip: &str, address: &str| {
+        let mut desired = service(&[("a", &format!(r#""address":"{address}""#))]);
+        Arc::make_mut(desired.services.values_mut().next().unwrap()).vip = vip.parse().unwrap();
+        desired
+    };
+    let mut seen = |vip: &str, at: &str, path_mtu: Option<u16>| {
+        let source = if at.contains(':') { "fd00::1" } else { "10.0.0.1" };
+        let told = NextHop { path_mtu, ..hop(3, Some(source)) };
+        host.observed.paths.next_hops.insert(address(at), told);
+        let compiled = host.at(1, &of(vip, at));
+        let status = &compiled.status[0].backends[0];
+        assert!(status.eligible);
+        (compiled.plan.backends[&status.index].mtu, status.problem.is_some())
+    };
+    // Mode ipip: 20 bytes over IPv4, 40 over IPv6.
+    for (path, expected) in [(None, 1_500), (Some(1_400), 1_400), (Some(600), 600), (Some(9_000), 1_500)] {
+        assert_eq!(seen("10.0.0.9", "10.1.0.1", path), (expected, false), "{path:?}");
+    }
+    let narrow = [(None, (1_500, false)), (Some(1_400), (1_400, false)), (Some(1_310), (1_320, true))];
+    for (path, expected) in narrow {
+        assert_eq!(seen("fd00::9", "fd00:1::1", path), expected, "{path:?}");
+    }
+    assert_eq!(seen("fd00::9", "10.1.0.1", Some(1_290)), (1_300, true));
 }
 
 #[test]

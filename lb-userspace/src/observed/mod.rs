@@ -3,5 +3,6 @@
 pub mod health;
 mod http;
 pub mod neighbour;
+pub mod path_mtu;
 pub mod regions;
 pub mod replica;

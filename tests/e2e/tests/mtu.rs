@@ -6,10 +6,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
 use test_support::{
-    bed::Layout,
+    bed::{Layout, make_router},
     check::block_on,
     http::{Answer, Connection},
-    nginx,
+    netns::{self, Namespace},
+    nginx, program,
     stage::{Plan, Stage},
 };
 
@@ -124,6 +125,65 @@ fn nat_over_a_narrow_link() -> Result<()> {
 #[test]
 fn v4_service_on_v6_backends_upload_completes() -> Result<()> {
     uploads("ipip", true)
+}
+
+/// Puts a router between the ingress host and the first worker: 1,600 bytes on this side, 1,500 on the other.
+fn put_router(stage: &Stage) -> Result<(Namespace, std::os::fd::OwnedFd)> {
+    let (ingress, worker) = (&stage.bed.ingress, &stage.bed.workers[0].namespace);
+    let router = stage.bed.namespace("router")?;
+    make_router(&router)?;
+    ingress.ip(&["link", "set", "w1", "netns", router.name()])?;
+    for (namespace, interface) in [(&router, "w1"), (worker, "eth0")] {
+        namespace.ip(&["link", "set", interface, "mtu", "1500", "up"])?;
+    }
+    router.add_address("w1", "10.1.1.1".parse()?, 24)?;
+    router.add_address("w1", "fd00:1:1::1".parse()?, 64)?;
+    netns::connect((ingress, "near"), (&router, "near"), 1_600)?;
+    let pass = program::attach_pass(&router, "near")?;
+    for (namespace, v4, v6) in [(ingress, "10.2.0.1", "fd00:2::1"), (&router, "10.2.0.2", "fd00:2::2")] {
+        namespace.add_address("near", v4.parse()?, 24)?;
+        namespace.add_address("near", v6.parse()?, 64)?;
+    }
+    ingress.ip(&["route", "add", "10.1.1.0/24", "via", "10.2.0.2"])?;
+    ingress.ip(&["-6", "route", "add", "fd00:1:1::/64", "via", "fd00:2::2"])?;
+    router.add_default_route("10.2.0.1".parse()?)?;
+    router.add_default_route("fd00:2::1".parse()?)?;
+    netns::wait_up(&router, "w1")?;
+    // Its default route went with the link's other end in IPv6 only; the kernel keeps those of IPv4.
+    worker.ip(&["-6", "route", "replace", "default", "via", "fd00:1:1::1"])?;
+    worker.ip(&["route", "replace", "default", "via", "10.1.1.1"])?;
+    Ok((router, pass))
+}
+
+fn heard_from_a_router(mode: &'static str, overhead: [u64; 2]) -> Result<()> {
+    let layout = Layout { workers: 1, ..Layout::default() };
+    let stage = Stage::start(Plan { layout, mode, ..Plan::default() })?;
+    let _router = put_router(&stage)?;
+    stage.wait_healthy(&[0])?;
+    for target in stage.targets(nginx::PORT) {
+        let answer = upload(&stage, target)?;
+        ensure!(answer.status == 200, "{mode} {target}: {answer:?}");
+        let learnt = learnt_mtu(&stage, target.ip())?;
+        let expected = 1_500 - overhead[usize::from(target.is_ipv6())];
+        ensure!(learnt == Some(expected), "{mode} {target}: learnt {learnt:?}, expected {expected}");
+    }
+    let status = stage.lbctl.run(&["status"])?;
+    ensure!(status.contains("path MTU:") && status.contains("web/w1 1500"), "{status}");
+    let backend = stage.lbctl.json(&["backend", "show", "web", "w1"])?;
+    ensure!(backend["status"]["next_hop"]["path_mtu"] == 1_500, "{backend}");
+    Ok(())
+}
+
+/// The link that is too narrow is one that the ingress host knows nothing of.
+#[test]
+fn a_router_on_the_way_is_heard_by_ipip() -> Result<()> {
+    heard_from_a_router("ipip", [20, 40])
+}
+
+#[test]
+fn a_router_on_the_way_is_heard_by_gue() -> Result<()> {
+    // Of one worker a packet names no others, but has room for them.
+    heard_from_a_router("gue", [44, 88])
 }
 
 /// Frames of 9,000 bytes span several buffers; the program must attach to such

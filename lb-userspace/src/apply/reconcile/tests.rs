@@ -154,6 +154,7 @@ fn what_comes_before_the_first_state_writes_nothing() {
     let before = bed.writes();
     let mut bed = bed.restart();
     let hop = NextHop {
+        path_mtu: None,
         ifindex: 7,
         vlan: 0,
         egress_mac: [2; 6],

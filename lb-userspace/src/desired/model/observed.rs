@@ -45,6 +45,9 @@ pub struct NextHop {
     pub next_hop: [u8; 6],
     /// Largest IP packet on the path: MTU of the route or of the egress interface.
     pub mtu: u16,
+    /// Largest IP packet by what a router further on said, if that is smaller.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_mtu: Option<u16>,
     /// Preferred source address of the route.
     pub source: Option<IpAddr>,
     /// Whether the next hop is a router, and not the backend itself.

@@ -152,7 +152,16 @@ fn privileges(status: &str) -> Option<Finding> {
     let held = u64::from_str_radix(line.trim(), 16).ok()?;
     // Root has all of them. Kernels before 5.8 have CAP_SYS_ADMIN in place of the last two.
     let missing: Vec<&str> = NEEDED.iter().filter(|(bit, _)| held >> bit & 1 == 0).map(|(_, n)| *n).collect();
-    Some(if missing.is_empty() {
+    const CAP_NET_RAW: u32 = 13;
+    Some(if missing.is_empty() && held >> CAP_NET_RAW & 1 == 0 {
+        let what =
+            "lbd lacks CAP_NET_RAW, so it cannot hear routers that have no room for encapsulated packets";
+        Finding::warn(
+            "privileges",
+            what,
+            "grant it in lbd.service (AmbientCapabilities, CapabilityBoundingSet)",
+        )
+    } else if missing.is_empty() {
         Finding::ok("privileges", "lbd has the capabilities it needs")
     } else {
         let fix = "grant it in lbd.service (AmbientCapabilities, CapabilityBoundingSet)";
@@ -189,8 +198,9 @@ mod tests {
     #[test]
     fn privileges_are_those_of_the_process() {
         let status = |held: u64| format!("Name:\tlbd\nCapEff:\t{held:016x}\n");
-        let all = 1 << 12 | 1 << 38 | 1 << 39;
+        let all = 1 << 12 | 1 << 13 | 1 << 38 | 1 << 39;
         assert_eq!(privileges(&status(all)).map(|f| f.level), Some(Level::Ok));
+        assert_eq!(privileges(&status(all & !(1 << 13))).map(|f| f.level), Some(Level::Warn));
         let lacking = privileges(&status(all & !(1 << 39))).expect("it was read");
         assert!(lacking.level == Level::Fail && lacking.what.contains("CAP_BPF"), "{lacking:?}");
         assert_eq!(privileges(""), None);

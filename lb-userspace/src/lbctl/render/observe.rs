@@ -116,6 +116,11 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
         let more = if s.unresolved.len() > 5 { ", ..." } else { "" };
         pairs.push(("no next hop", format!("{}: {}{more}", s.unresolved.len(), names.join(", "))));
     }
+    if !s.narrow_paths.is_empty() {
+        let some = s.narrow_paths.iter().take(5).map(|path| format!("{} {}", path.backend, path.mtu));
+        let more = if s.narrow_paths.len() > 5 { ", ..." } else { "" };
+        pairs.push(("path MTU", format!("{}{more} (a router said so)", some.collect::<Vec<_>>().join(", "))));
+    }
     pairs
 }
 

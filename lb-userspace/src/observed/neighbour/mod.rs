@@ -9,9 +9,12 @@
 pub mod netlink;
 pub mod table;
 
-use crate::desired::{
-    model::{Desired, ForwardingMode, Paths, Service},
-    store::Stored,
+use crate::{
+    desired::{
+        model::{Desired, ForwardingMode, Paths, Service},
+        store::Stored,
+    },
+    observed::path_mtu::{self, PathMtus},
 };
 use futures_util::{StreamExt, stream::BoxStream};
 use netlink::{Effect, Message, Netlink};
@@ -71,6 +74,7 @@ pub struct Resolver {
     kept: BTreeSet<(u32, IpAddr)>,
     published: Option<Paths>,
     unresolved: BTreeMap<IpAddr, String>,
+    path_mtus: PathMtus,
 }
 
 impl Resolver {
@@ -89,6 +93,7 @@ impl Resolver {
             kept: BTreeSet::new(),
             published: None,
             unresolved: BTreeMap::new(),
+            path_mtus: PathMtus::default(),
         })
     }
 
@@ -111,8 +116,10 @@ impl Resolver {
         let (mut resync, mut refresh) = (Instant::now() + RESYNC, Instant::now() + REFRESH);
         let mut routes_at = Instant::now();
         let (mut due, mut routes_stale) = (None::<Instant>, false);
+        let mut heard = path_mtu::listen();
         loop {
-            let act = due.unwrap_or(resync.min(refresh));
+            let mtu_ends = self.path_mtus.next_end().map_or(resync, Instant::from_std);
+            let act = due.unwrap_or(resync.min(refresh).min(mtu_ends));
             tokio::select! {
                 message = self.messages.next() => {
                     let Some(message) = message else { return Err(NeighbourError::Closed) };
@@ -124,6 +131,13 @@ impl Resolver {
                     }
                     let at = Instant::now() + DEBOUNCE;
                     due = Some(due.unwrap_or(at));
+                }
+                Some(said) = heard.recv() => {
+                    let is_backend = self.wanted.contains(&said.destination);
+                    if is_backend && self.path_mtus.hear(&said, std::time::Instant::now()) {
+                        tracing::warn!(backend = %said.destination, mtu = said.mtu, "a router on the path to the backend has a smaller MTU");
+                        due = Some(Instant::now());
+                    }
                 }
                 changed = desired.changed() => {
                     if changed.is_err() { return Ok(()); }
@@ -209,7 +223,10 @@ impl Resolver {
     }
 
     async fn publish(&mut self, paths: &mpsc::Sender<Paths>) {
-        let (found, missing) = self.table.next_hops();
+        let (mut found, missing) = self.table.next_hops();
+        let now = std::time::Instant::now();
+        self.path_mtus.retain(|address| self.wanted.contains(address), now);
+        self.path_mtus.apply(&mut found, now);
         let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
         for (address, why) in news.iter().take(MAX_LOGGED) {
             tracing::info!(%address, why, "backend has no next hop: its packets consult the kernel's FIB");

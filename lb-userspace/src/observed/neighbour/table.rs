@@ -150,7 +150,8 @@ impl NeighbourTable {
         let mtu = route.mtu.unwrap_or(u32::MAX).min(link.mtu).min(physical.mtu);
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
         let is_routed = route.gateway.is_some();
-        Ok(NextHop { ifindex, vlan, egress_mac, next_hop, mtu, source: route.source, is_routed })
+        let (source, path_mtu) = (route.source, None);
+        Ok(NextHop { ifindex, vlan, egress_mac, next_hop, mtu, path_mtu, source, is_routed })
     }
 
     fn link(&self, index: u32) -> Result<&Link, String> {
@@ -222,6 +223,7 @@ mod tests {
             egress_mac: [2; 6],
             next_hop: [0xbb; 6],
             mtu: 1_500,
+            path_mtu: None,
             source: Some(ip("10.0.0.1")),
             is_routed: false,
         };

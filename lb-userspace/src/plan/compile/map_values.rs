@@ -117,13 +117,27 @@ pub fn backend_entry(
     let next_hop = next_hop.filter(|hop| mode != mode::L2 || !hop.is_routed);
     if let (Some(hop), true) = (next_hop, source.is_some() || mode == mode::L2) {
         entry.next_hop = hop.next_hop;
-        entry.mtu = hop.mtu;
+        entry.mtu = mtu(&entry, hop, service.vip.is_ipv6());
         entry.egress_mac = hop.egress_mac;
         entry.vlan = Be16::new(hop.vlan);
         entry.ifindex = hop.ifindex;
         entry.flags |= flags::RESOLVED;
     }
     entry
+}
+
+/// Largest outer packet. What a router said never makes packets of IPv6 clients smaller than the 1,280 bytes that they may
+/// rely on: they would not heed it (RFC 8201 section 4), and anybody can forge it.
+fn mtu(entry: &Backend, hop: &NextHop, is_ipv6: bool) -> u16 {
+    let Some(path) = hop.path_mtu else { return hop.mtu };
+    let least = if is_ipv6 { least_for_ipv6(entry) } else { 0 };
+    hop.mtu.min(path.max(least))
+}
+
+/// Largest outer packet that a path to a backend must carry for packets of 1,280 bytes.
+pub fn least_for_ipv6(entry: &Backend) -> u16 {
+    const IPV6_MIN_MTU: usize = 1_280;
+    (IPV6_MIN_MTU + lb_ebpf::forward::overhead(entry).unwrap_or(0)) as u16
 }
 
 /// Port of the worker; 0 if it is the client's destination port.

@@ -357,6 +357,23 @@ pub(super) fn forwarding_problem(input: &Input<'_>, address: IpAddr) -> Option<S
     }
 }
 
+/// Whether packets that clients of an IPv6 VIP may send at any time do not fit the path to a backend. It takes flows
+/// nevertheless: what a router says can be forged, and small packets arrive.
+pub(super) fn path_problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
+    let hop = input.next_hops.get(&address).filter(|_| input.wanted.vip.is_ipv6())?;
+    let (mtu, entry) = (
+        hop.path_mtu.map_or(hop.mtu, |path| path.min(hop.mtu)),
+        map_values::backend_entry(address, input.wanted, 0, None, 0, input.settings),
+    );
+    let needed = map_values::least_for_ipv6(&entry);
+    (mtu < needed).then(|| {
+        format!(
+            "the path to {address} carries packets of {mtu} bytes, but IPv6 clients send 1,280 bytes whatever they are \
+             told (RFC 8201), which makes {needed} with the outer headers: larger ones are lost; raise the MTU on the path"
+        )
+    })
+}
+
 /// Gives each backend an index, and notes removed and returned backends. Returns an error if indices ran out.
 fn allocate_indices(
     input: &Input<'_>,

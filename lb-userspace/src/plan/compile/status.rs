@@ -2,7 +2,7 @@
 
 use super::{
     Backend, ServiceEntry, ServiceId, ServiceMemory, Shape,
-    service::{Input, forwarding_problem},
+    service::{Input, forwarding_problem, path_problem},
     slow,
     table::{PerBackend, table_hash},
 };
@@ -133,7 +133,7 @@ fn desired_backends(
             excluded: input.exclusion_reason(i, b),
             slots: share(index),
             resolved: is_resolved(index),
-            problem: forwarding_problem(input, b.address),
+            problem: forwarding_problem(input, b.address).or_else(|| path_problem(input, b.address)),
             removed_until_ms: None,
         })
     })

@@ -69,6 +69,7 @@ impl Control {
             panic: Vec::new(),
             flood: Vec::new(),
             unresolved: Vec::new(),
+            narrow_paths: Vec::new(),
             reasons: view.reasons(),
             room: view.snapshot.room.clone(),
             not_up_to_date: view
@@ -143,6 +144,8 @@ impl Control {
             if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
                 status.problems.push(format!("{id}: {problem}"));
             }
+            let told = applied.and_then(|a| a.next_hop).and_then(|hop| hop.path_mtu);
+            status.narrow_paths.extend(told.map(|mtu| NarrowPath { backend: id.clone(), mtu }));
             if let Some(applied) = applied.filter(|a| !a.resolved) {
                 if !is_checked(service) && applied.slots > 0 && is_old(status) {
                     unreachable.push(id.to_string());

@@ -67,6 +67,9 @@ pub struct Status {
     pub flood: Vec<Name>,
     /// Backends whose next hop is not resolved: each packet consults the kernel's FIB.
     pub unresolved: Vec<BackendId>,
+    /// Backends with a smaller MTU on the path than that of this host's interface, as a router said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub narrow_paths: Vec<NarrowPath>,
     /// Reasons with at least one packet.
     pub reasons: Vec<ReasonCount>,
     /// How full the maps are.
@@ -74,6 +77,15 @@ pub struct Status {
     /// Services that could not be brought up to date. They keep their current tables and are retried.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_up_to_date: Vec<NotUpToDate>,
+}
+
+/// A backend whose path has a smaller MTU than this host's interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NarrowPath {
+    /// The backend.
+    pub backend: BackendId,
+    /// Largest IP packet on the path, in bytes.
+    pub mtu: u16,
 }
 
 /// A service that could not be brought up to date.
