@@ -177,8 +177,11 @@ pub struct ServiceView {
     pub source_tolerance_ns: u64,
     /// Number of leading bits of a client's address, IPv4 and IPv6, that make up a source.
     pub source_bits: [u32; 2],
+    /// Idle time after which a tracked TCP flow is removed, in seconds; 0, which an earlier `lbd` leaves:
+    /// [`crate::flow::TCP_IDLE_S`]. For `lbd` only.
+    pub tcp_timeout_s: u32,
     /// Zero.
-    pub reserved: [u64; 1],
+    pub reserved: u32,
 }
 
 impl ServiceView {

@@ -133,6 +133,12 @@ pub const TABLES: &[Table] = &[
                 "UDP only: a flow that is idle for this long is forgotten.",
             ),
             (
+                "tcp_timeout_s",
+                "integer, seconds",
+                "7440",
+                "TCP only: a flow in the flow table, or a binding of mode `nat`, that is idle for this long is forgotten (default: RFC 5382). A client that vanished counts for `lc` until then; a connection that is quiet for longer may be placed anew, so keep it above the clients' keep-alive. 10 to 604800.",
+            ),
+            (
                 "quic",
                 "array of strings",
                 "[]",

@@ -1,12 +1,16 @@
 //! New connections and datagrams spread over all workers, in every forwarding
 //! mode and over every mix of families.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use test_support::{
     check::{ensure_none_failed, ensure_shared, request},
+    hold::Holder,
     nginx,
-    stage::{ECHO, Plan, Stage},
+    stage::{ECHO, LINE, LINES, Plan, Stage},
     udp::Flows,
+    wait,
 };
 
 const WORKERS: [&str; 3] = ["w1", "w2", "w3"];
@@ -66,4 +70,25 @@ fn nat() -> Result<()> {
 #[test]
 fn attached_to_several_interfaces() -> Result<()> {
     balances(Plan { arguments: &["--iface", "w1", "--iface", "w2"], ..Plan::default() })
+}
+
+/// A client that vanished no longer counts as load once the service's time is over; one that speaks does.
+#[test]
+fn idle_connections_count_for_the_services_time() -> Result<()> {
+    let stage = Stage::start(Plan { offers: vec![LINE], ..Plan::default() })?;
+    stage.lbctl.run(&["service", "set", LINE.name, "--scheduler", "lc", "--tcp-timeout", "10s"])?;
+    let targets = [stage.targets(LINES)[0]];
+    let (vanished, speaking) =
+        (Holder::open(&stage.bed.client, &targets, 5)?, Holder::open(&stage.bed.client, &targets, 3)?);
+    vanished.exchange()?;
+    let counted = || Some(stage.lbctl.json(&["flows"]).ok()?["flows"].as_array()?.len());
+    wait::until("all connections count", Duration::from_secs(10), || {
+        speaking.exchange().is_ok() && counted() == Some(8)
+    })?;
+    let forgotten = wait::until("those that are idle do not", Duration::from_secs(60), || {
+        std::thread::sleep(Duration::from_secs(1));
+        speaking.exchange().is_ok() && counted() == Some(3)
+    })?;
+    ensure!(forgotten > Duration::from_secs(5), "after {forgotten:?}");
+    Ok(())
 }

@@ -1,7 +1,7 @@
 //! `lbctl explain` names the worker that a flow really meets: for 1,000 random
 //! flows, old and new, before and after a change of backends.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use test_support::{
@@ -9,6 +9,7 @@ use test_support::{
     hold::{Held, Holder},
     stage::{ECHO, LINE, LINES, Plan, Stage},
     udp::Flows,
+    wait,
 };
 
 /// The backend that `explain` names for a packet of a flow that has begun.
@@ -70,9 +71,13 @@ fn explain_knows_residency_of_established_flows() -> Result<()> {
     let set: Vec<&str> = ["service", "set", LINE.name].into_iter().chain(weights).collect();
     stage.lbctl.run(&set)?;
     let targets: Vec<SocketAddr> = stage.targets(LINES).into_iter().filter(SocketAddr::is_ipv4).collect();
-    let held = Holder::open(&stage.bed.client, &targets, 40)?.exchange()?;
     let outside = &stage.bed.workers[1].name;
-    let flow = held.iter().find(|h| h.worker == *outside).context("no flow went to us")?;
+    // Weights take effect with the next decision.
+    let (_held, flow) = wait::until_some("a flow goes to us", Duration::from_secs(10), || {
+        let held = Holder::open(&stage.bed.client, &targets, 40).ok()?;
+        let flow = held.exchange().ok()?.into_iter().find(|h| h.worker == *outside)?;
+        Some((held, flow))
+    })?;
     ensure!(explained(&stage, flow.local, flow.target, "tcp")? == *outside, "allowed");
 
     stage.lbctl.run(&["service", "set", LINE.name, "--region-policy", "active-active", "--regions", "eu"])?;

@@ -18,7 +18,7 @@ use crate::{
 use lb_common::{
     Flow, FlowKey,
     backend::flags::{DOWN, DRAINING, USED},
-    flow::{CLOSING_S, TCP_IDLE_S, flags::CLOSING},
+    flow::{CLOSING_S, flags::CLOSING},
     rate_limit::{FULL_S, WriteBudget},
     service, syn_cache,
 };
@@ -92,19 +92,20 @@ impl ExpiryRules {
     /// Whether an entry can be removed.
     fn is_expired(&self, counts: &mut SweepCounts<'_>, table: FlowTable, key: &FlowKey, flow: &Flow) -> bool {
         let age_s = self.now_s.saturating_sub(flow.last_seen_s);
-        let aged = match table {
-            FlowTable::Flows if flow.flags & CLOSING != 0 => age_s > CLOSING_S,
+        let Some(timeouts) = counts.timeouts(key.service) else { return true };
+        let idle_s = match table {
+            FlowTable::Flows if flow.flags & CLOSING != 0 => CLOSING_S.min(timeouts.tcp_s),
             // A client that vanished would keep its slot tracked, and a removed backend's index in use, for ever.
-            FlowTable::Flows | FlowTable::Syns => age_s > TCP_IDLE_S,
-            FlowTable::UdpFlows => age_s > counts.udp_timeout_s(key.service).unwrap_or(0),
+            FlowTable::Flows | FlowTable::Syns => timeouts.tcp_s,
+            FlowTable::UdpFlows => timeouts.udp_s,
         };
-        aged || !counts.is_served(key.service, flow.backend)
+        age_s > idle_s || !counts.is_served(key.service, flow.backend)
     }
 
-    fn is_live(&self, table: FlowTable, flow: &Flow) -> bool {
-        let age_s = self.now_s.saturating_sub(flow.last_seen_s);
+    /// Whether a flow that is not expired goes on.
+    fn is_live(table: FlowTable, flow: &Flow) -> bool {
         match table {
-            FlowTable::Flows => flow.flags & CLOSING == 0 && age_s <= TCP_IDLE_S,
+            FlowTable::Flows => flow.flags & CLOSING == 0,
             FlowTable::UdpFlows => true,
             FlowTable::Syns => false,
         }
@@ -215,7 +216,7 @@ fn sweep_flows(
             return;
         }
         count += 1;
-        counts.count(key.service, flow.backend, true, rules.is_live(table, &flow));
+        counts.count(key.service, flow.backend, true, ExpiryRules::is_live(table, &flow));
         flow_slots.add(&key);
     })?;
     reader.syn_cache().settle(&scan);
@@ -228,7 +229,7 @@ fn sweep_flows(
             removed += 1;
         } else {
             count += 1;
-            counts.count(key.service, flow.backend, true, rules.is_live(table, &flow));
+            counts.count(key.service, flow.backend, true, ExpiryRules::is_live(table, &flow));
             flow_slots.add(&key);
         }
     }
@@ -250,7 +251,7 @@ fn sweep_udp(
             return;
         }
         count += 1;
-        counts.count(key.service, flow.backend, false, rules.is_live(table, &flow));
+        counts.count(key.service, flow.backend, false, ExpiryRules::is_live(table, &flow));
     })?;
     let mut removed = 0;
     for key in over {
@@ -261,7 +262,7 @@ fn sweep_udp(
             removed += 1;
         } else {
             count += 1;
-            counts.count(key.service, flow.backend, false, rules.is_live(table, &flow));
+            counts.count(key.service, flow.backend, false, ExpiryRules::is_live(table, &flow));
         }
     }
     Ok((count, removed))

@@ -5,16 +5,25 @@
 
 use super::sweep::Sweep;
 use crate::apply::dataplane::Reader;
-use lb_common::backend::flags::USED;
+use lb_common::{backend::flags::USED, flow::TCP_IDLE_S};
 
 /// Facts about a service that the expiry of flows depends on.
 #[derive(Clone, Copy, Default)]
 struct ServiceSeen {
-    /// Idle time of its UDP flows, once the service was found.
-    udp_timeout_s: Option<u32>,
+    /// Idle times of its flows, once the service was found.
+    timeouts: Option<Timeouts>,
     has_tcp: bool,
     has_syns: bool,
     has_any: bool,
+}
+
+/// Idle times of a service's flows, in seconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// Of UDP flows.
+    pub udp_s: u32,
+    /// Of TCP flows.
+    pub tcp_s: u32,
 }
 
 /// What is known of a backend.
@@ -48,21 +57,23 @@ impl<'a> SweepCounts<'a> {
         Self { reader, services: Vec::new(), backends: Vec::new() }
     }
 
-    /// Idle time of UDP flows of a service; none if the service does not exist.
-    pub fn udp_timeout_s(&mut self, service: u32) -> Option<u32> {
-        let known = self.services.get(service as usize).and_then(|s| s.udp_timeout_s);
+    /// Idle times of a service's flows; none if the service does not exist.
+    pub fn timeouts(&mut self, service: u32) -> Option<Timeouts> {
+        let known = self.services.get(service as usize).and_then(|s| s.timeouts);
         known.or_else(|| {
             let entry = self.reader.service(service).filter(|s| s.used != 0)?;
-            let timeout_s = entry.views[(entry.active & 1) as usize].udp_timeout_s;
-            place(&mut self.services, service).udp_timeout_s = Some(timeout_s);
-            Some(timeout_s)
+            let view = &entry.views[(entry.active & 1) as usize];
+            let tcp_s = if view.tcp_timeout_s == 0 { TCP_IDLE_S } else { view.tcp_timeout_s };
+            let timeouts = Timeouts { udp_s: view.udp_timeout_s, tcp_s };
+            place(&mut self.services, service).timeouts = Some(timeouts);
+            Some(timeouts)
         })
     }
 
     /// Whether a backend belongs to an existing service. A negative answer is looked up each time, because a backend
     /// that was added meanwhile must not lose its entries.
     pub fn is_served(&mut self, service: u32, backend: u32) -> bool {
-        self.has_backend(backend, service) && self.udp_timeout_s(service).is_some()
+        self.has_backend(backend, service) && self.timeouts(service).is_some()
     }
 
     /// Whether a service has this backend.

@@ -93,8 +93,9 @@ fn is_removable(
     now_s: u32,
 ) -> bool {
     let service = reply.flow.service;
-    let Some(udp_timeout_s) = counts.udp_timeout_s(service) else { return true };
-    let idle_s = if protocol == u32::from(TCP) { tcp_idle_s(reply.flags) } else { udp_timeout_s };
+    let Some(timeouts) = counts.timeouts(service) else { return true };
+    let idle_s =
+        if protocol == u32::from(TCP) { tcp_idle_s(reply.flags).min(timeouts.tcp_s) } else { timeouts.udp_s };
     !counts.is_served(service, backend) || is_expired(idle_s, client_s, reply.last_seen_s, now_s)
 }
 

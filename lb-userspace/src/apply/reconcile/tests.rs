@@ -47,6 +47,7 @@ pub(super) fn service(vip: &str, port: Ports, backends: &[(&str, &str, u32)]) ->
         drain_s: 300,
         udp_stateless: false,
         quic: Vec::new(),
+        tcp_timeout_s: 7_440,
         udp_timeout_s: 60,
         gue_port: 6080,
         on_down: OnDown::Keep,

@@ -24,6 +24,7 @@ pub const SERVICE: &[&str] = &[
     "slow_start_s",
     "udp_stateless",
     "udp_timeout_s",
+    "tcp_timeout_s",
     "quic",
     "gue_port",
     "new_flow_rate",

@@ -9,6 +9,9 @@ use super::{
 use lb_common::limits::TABLE_SIZES;
 use std::{collections::BTreeMap, net::IpAddr};
 
+/// Idle times of TCP flows, in seconds: below ten a sweep could not keep up, and a week is longer than any keep-alive.
+const MIN_TCP_TIMEOUT_S: u32 = 10;
+const MAX_TCP_TIMEOUT_S: u32 = 604_800;
 /// Largest load cap, in flows: scores have 32 bits.
 const MAX_LOAD_CAP: u32 = u32::MAX / lb_common::load::FLOW;
 
@@ -72,6 +75,12 @@ impl Service {
         }
         if self.udp_timeout_s == 0 {
             setting("udp_timeout_s is 0: give at least 1".to_owned());
+        }
+        if !(MIN_TCP_TIMEOUT_S..=MAX_TCP_TIMEOUT_S).contains(&self.tcp_timeout_s) {
+            setting(format!(
+                "tcp_timeout_s {} is out of range: {MIN_TCP_TIMEOUT_S} to {MAX_TCP_TIMEOUT_S}",
+                self.tcp_timeout_s
+            ));
         }
     }
 

@@ -207,6 +207,9 @@ pub struct Service {
     /// UDP only: idle time after which a flow is removed, in seconds.
     #[serde(default = "default_udp_timeout_s")]
     pub udp_timeout_s: u32,
+    /// TCP only: idle time after which a tracked flow is removed, in seconds.
+    #[serde(default = "default_tcp_timeout_s", skip_serializing_if = "is_default_tcp_timeout_s")]
+    pub tcp_timeout_s: u32,
     /// UDP only: configs of QUIC connection ids, by which packets are routed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub quic: Vec<QuicConfig>,
@@ -307,6 +310,14 @@ fn is_zero(value: &u32) -> bool {
 
 fn default_udp_timeout_s() -> u32 {
     120
+}
+
+fn default_tcp_timeout_s() -> u32 {
+    lb_common::flow::TCP_IDLE_S
+}
+
+fn is_default_tcp_timeout_s(value: &u32) -> bool {
+    *value == default_tcp_timeout_s()
 }
 
 fn default_gue_port() -> u16 {

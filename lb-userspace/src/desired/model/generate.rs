@@ -242,6 +242,7 @@ impl Draw {
             slow_start_s: self.count(900),
             udp_stateless: kind == 2,
             udp_timeout_s: 120 + self.count(900),
+            tcp_timeout_s: 60 + self.count(9_000),
             quic: if kind == 1 { vec![QuicConfig { key, ..quic }] } else { Vec::new() },
             gue_port: 1_000 + self.count(900) as u16,
             on_down: if self.yes() { OnDown::Reset } else { OnDown::Keep },

@@ -227,6 +227,9 @@ struct ServiceSettings {
     /// Idle time after which a UDP flow expires [default: 2m]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     udp_timeout: Option<Duration>,
+    /// Idle time after which a tracked TCP flow is forgotten, from 10s [default: 2h4m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    tcp_timeout: Option<Duration>,
     /// Route UDP packets by QUIC connection ID (QUIC-LB): config ID, length of server ID and of nonce in bytes, and the
     /// key if they are encrypted; may be repeated; or off [default: off]
     #[arg(long, value_name = "ID:BYTES:BYTES[:KEY]|off", value_parser = quic, value_delimiter = ',')]
@@ -376,6 +379,7 @@ fn patch(vip: Option<&Vip>, s: &ServiceSettings) -> Result<Map<String, Value>, F
     patch.set("seed", s.seed.map(|n| n.0));
     patch.set("udp_stateless", s.udp_stateless);
     patch.set("udp_timeout_s", seconds(s.udp_timeout, "--udp-timeout")?);
+    patch.set("tcp_timeout_s", seconds(s.tcp_timeout, "--tcp-timeout")?);
     patch
         .set("quic", Some(&s.quic).filter(|q| !q.is_empty()).map(|q| q.iter().flatten().collect::<Vec<_>>()));
     patch.set("gue_port", s.gue_port);

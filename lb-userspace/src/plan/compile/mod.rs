@@ -142,6 +142,8 @@ pub struct View {
     pub protocol: u8,
     /// Idle time of UDP flows, in seconds.
     pub udp_timeout_s: u32,
+    /// Idle time of tracked TCP flows, in seconds.
+    pub tcp_timeout_s: u32,
     /// Slots of the table; 0 if the service has no backends.
     pub slot_count: u32,
     /// Entries of the scheduler's list behind the table.

@@ -494,6 +494,7 @@ fn build_view(wanted: &Service, shape: &Shape, settings: &DeploymentSettings) ->
         scheduler,
         protocol: wanted.protocol.number(),
         udp_timeout_s: wanted.udp_timeout_s,
+        tcp_timeout_s: wanted.tcp_timeout_s,
         slot_count: shape.size,
         load_cap: wanted.load_cap.map_or(0, |flows| flows.saturating_mul(load_unit(wanted))),
         record_factor: lb_common::rate_limit::record_factor(wanted.drain_s),
