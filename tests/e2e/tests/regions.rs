@@ -285,10 +285,14 @@ fn a_new_version_gets_its_share_and_is_aborted_when_it_fails() -> Result<()> {
     println!("aborted {:?} after the replica's word: {}", told.elapsed(), rollout()?["reason"]);
     ensure!(part(&bench.count(300)?, &["w4"]) == 0.0, "aborted");
     let history = bench.stage.lbctl.run(&["history"])?;
-    ensure!(history.contains("roll-out of v2 on llm aborted: 23.3 % of 90 requests failed"), "{history}");
+    ensure!(
+        history.contains("roll-out of v2 of fake aborted: on service llm, 23.3 % of 90 requests failed"),
+        "{history}"
+    );
 
     // Another try, and everything.
-    bench.stage.lbctl.run(&["rollout", "clear"])?;
+    bench.refused(&["rollout", "clear"], "v2 gets 25 % in region eu (w4) instead of 0 %")?;
+    bench.stage.lbctl.run(&["rollout", "clear", "--force"])?;
     bench.until("all are alike", |b| b.slots().is_ok_and(|s| s.iter().all(|s| (s - 0.25).abs() < 0.002)))?;
     bench.stage.lbctl.run(&["rollout", "start", "--model", "fake", "--version", "v2", "--to", "5%"])?;
     bench.stage.lbctl.run(&["rollout", "promote"])?;

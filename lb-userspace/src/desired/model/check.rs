@@ -160,6 +160,7 @@ impl Desired {
         };
         let rules = service.regions.iter();
         let named = rules.flat_map(|rules| rules.allowed.iter().flatten().chain(rules.weights.keys()));
+        let named = named.chain(service.rollout.iter().flat_map(|rollout| &rollout.regions));
         let mut seen = BTreeSet::new();
         for what in named.filter(|region| seen.insert(*region)).filter_map(unknown) {
             found.push(Invalid::Setting { service: name.clone(), what });
