@@ -187,8 +187,8 @@ fn what_a_region_has_no_room_for_goes_to_the_next_and_comes_back() -> Result<()>
     bench.stage.lbctl.run(&["region", "drain", "eu", "--force"])?;
     bench.until("eu takes nothing new", |b| b.away() == 1.0)?;
     ensure!(part(&bench.count(300)?, &["w3", "w4"]) == 1.0, "drained");
-    bench.refused(&["region", "drain", "us"], "region eu drains")?;
-    bench.refused(&["rollout", "lock"], "region eu drains")?;
+    bench.refused(&["region", "drain", "us"], "drain of region eu")?;
+    bench.refused(&["rollout", "lock"], "drain of region eu")?;
     bench.stage.lbctl.run(&["region", "undrain", "eu"])?;
     bench.until("eu serves again", |b| b.away() == 0.0).map(drop)
 }
@@ -261,7 +261,7 @@ fn a_new_version_gets_its_share_and_is_aborted_when_it_fails() -> Result<()> {
         })
     })?;
     bench.stage.lbctl.run(&["rollout", "start", "--model", "fake", "--version", "v2", "--to", "5%"])?;
-    bench.refused(&["region", "drain", "eu"], "version v2 of fake is being rolled out on service llm")?;
+    bench.refused(&["region", "drain", "eu"], "roll-out of v2 of fake on service llm")?;
     bench.until("w4 has its share of the slots", |b| b.slots().is_ok_and(|s| (s[3] - 0.05).abs() < 0.002))?;
     let account = bench.count(3_000)?;
     let got = part(&account, &["w4"]);

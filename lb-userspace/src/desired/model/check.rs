@@ -150,7 +150,7 @@ impl Desired {
                 return None;
             }
             let hint = match nearest(region.as_str(), self.regions.keys().map(Name::as_str)) {
-                Some(near) => format!("did you mean {near}?"),
+                Some(near) => format!("did you mean {near}? `lbctl region add {region}` declares it"),
                 None => format!(
                     "known regions: {}; add it with [[region]] or `lbctl region add {region}`",
                     region_list(self.regions.keys())

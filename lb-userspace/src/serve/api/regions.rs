@@ -196,6 +196,7 @@ impl Control {
         let used = named.chain(backends.filter_map(|b| b.region.as_ref()));
         let mut all: Vec<Name> = used.cloned().collect();
         all.extend(self.region_snapshot().regions.iter().map(|r| r.name.clone()));
+        all.extend(self.hosts().iter().filter_map(|host| host.record.region.parse().ok()));
         desired.regions = all.into_iter().map(|name| (name, Region::default())).collect();
     }
 }
@@ -307,6 +308,23 @@ pub(super) async fn region_add(
     Ok(Json(note_declared(done, &region)))
 }
 
+/// What names a region: a backend, a rule, or a roll-out.
+fn region_user(desired: &Desired, region: &Name) -> Option<String> {
+    desired.services.iter().find_map(|(name, s)| {
+        let backend = s.backends.iter().find(|(_, b)| b.region.as_ref() == Some(region));
+        let by_rules = s.regions.as_ref().is_some_and(|rules| {
+            rules.weights.contains_key(region) || rules.allowed.iter().flatten().any(|name| name == region)
+        });
+        let by_rollout = s.rollout.as_ref().is_some_and(|r| r.regions.contains(region));
+        match backend {
+            Some((backend, _)) => Some(format!("backend {name}/{backend}")),
+            None if by_rules => Some(format!("the region rules of service {name}")),
+            None if by_rollout => Some(format!("the roll-out on service {name}")),
+            None => None,
+        }
+    })
+}
+
 pub(super) async fn region_remove(
     State(control): SharedControl,
     Path(region): Path<String>,
@@ -314,9 +332,19 @@ pub(super) async fn region_remove(
     Caller(author): Caller,
 ) -> Reply<Change> {
     let region = name(&region)?;
-    let change = |desired: &mut Desired| match desired.regions.remove(&region) {
-        Some(_) => Ok(()),
-        None => Err(unknown_region(&region, desired)),
+    let change = |desired: &mut Desired| {
+        if !desired.regions.contains_key(&region) {
+            return Err(unknown_region(&region, desired));
+        }
+        // Without the last declaration, names are not checked.
+        if desired.regions.len() > 1
+            && let Some(user) = region_user(desired, &region)
+        {
+            return Err(ApiError::exists(format!("region {region} is in use by {user}"))
+                .fix(format!("remove it, or give it another region, before `lbctl region rm {region}`")));
+        }
+        desired.regions.remove(&region);
+        Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))
 }

@@ -119,4 +119,10 @@ async fn declaring_the_first_region_says_which_others_are_declared_with_it() {
     );
     let done = bed.send(Method::POST, "/v1/regions/south", Value::Null).await.unwrap();
     assert!(done.get("notes").is_none(), "{done}");
+    let (_, message, _) = bed.error(Method::DELETE, "/v1/regions/west", Value::Null).await;
+    assert_eq!(message, "region west is in use by backend web/west1");
+    bed.send(Method::DELETE, "/v1/regions/south", Value::Null).await.unwrap();
+    let move_away = json!({"region": "east"});
+    bed.send(Method::PATCH, "/v1/services/web/backends/west1", move_away).await.unwrap();
+    bed.send(Method::DELETE, "/v1/regions/west", Value::Null).await.unwrap();
 }
