@@ -76,6 +76,20 @@ proptest! {
         }
     }
 
+    /// Weights change, and others leave, at once: a seat whose weight fell by less than those of others gains slots.
+    #[test]
+    fn shares_are_exact_whatever_changed_at_once(
+        members in members_strategy(60), before in prop::collection::vec(1u32..=1_000, 60), seed: [u64; 2],
+    ) {
+        let history: Vec<SeatChange> = members.iter().zip(before).map(|(m, weight)| (m.seat, weight)).collect();
+        let table = build(seed, SIZE, &history, &members);
+        check_well_formed(&table, &members);
+        for ((i, share), ideal) in shares(&table.primary, members.len()).into_iter().enumerate().zip(ideal(&members)) {
+            let off = (f64::from(share) - ideal).abs();
+            prop_assert!(off < 3.0, "member {}: {} slots instead of {:.1}", i, share, ideal);
+        }
+    }
+
     #[test]
     fn the_order_of_the_members_does_not_matter(members in members_strategy(200), seed: [u64; 2], by in any::<prop::sample::Index>()) {
         let mut other = members.clone();

@@ -71,3 +71,39 @@ fn reasons_page() {
 fn api_page() {
     page("api.md", &api::page());
 }
+
+/// Alerts name metrics and labels that exist: a misspelt one would never fire.
+#[test]
+fn alerts_name_metrics_that_exist() {
+    let metrics = metrics::names();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("deploy/alerts.yml");
+    let text = fs::read_to_string(file).unwrap();
+    let words = |text: &str| -> Vec<String> {
+        text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').map(str::to_owned).collect()
+    };
+    let mut named = Vec::new();
+    for rule in text.split("- alert: ").skip(1) {
+        let alert = rule.lines().next().unwrap();
+        let used: Vec<String> = words(rule).into_iter().filter(|word| word.starts_with("lb_")).collect();
+        assert!(!used.is_empty(), "{alert} names no metric");
+        for metric in &used {
+            assert!(metrics.contains_key(metric), "{alert}: there is no metric {metric}");
+        }
+        let known: Vec<&str> = used.iter().flat_map(|m| &metrics[m]).map(String::as_str).collect();
+        let shown = rule.split("$labels.").skip(1).filter_map(|rest| words(rest).into_iter().next());
+        let grouped = rule
+            .split(" (")
+            .zip(rule.split(" (").skip(1))
+            .filter(|(before, _)| ["by", "on"].iter().any(|word| before.ends_with(word)));
+        let grouped = grouped.flat_map(|(_, list)| words(list.split(')').next().unwrap()));
+        for label in shown.chain(grouped).filter(|label| !label.is_empty()) {
+            // Prometheus adds the instance.
+            let is_known = label == "instance" || known.contains(&label.as_str());
+            assert!(is_known, "{alert}: its metrics have no label {label}");
+        }
+        named.extend(used);
+    }
+    for needed in ["lb_service_spill_unplaced_requests", "lb_rollout_region_ready_backends"] {
+        assert!(named.iter().any(|metric| metric == needed), "no alert for {needed}");
+    }
+}

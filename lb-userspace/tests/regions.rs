@@ -63,7 +63,7 @@ impl Host {
         let steer = RegionShares {
             shares: shares.iter().map(|&(n, permille)| Share { name: name(n), permille }).collect(),
             order: ["eu", "uk", "us"].map(name).into(),
-            canary: Some(Canary { permille: 0, backends: new.iter().map(|n| name(n)).collect() }),
+            canary: Some(Canary { backends: new.iter().map(|n| name(n)).collect(), ..Canary::default() }),
             ..RegionShares::default()
         };
         self.observed.steers = BTreeMap::from([(name("s"), Arc::new(steer))]);
@@ -212,6 +212,28 @@ fn a_new_version_has_its_share_until_it_is_promoted_or_aborted() {
         [("uk-1", 1_000)].into(),
         "better far than wrong"
     );
+}
+
+#[test]
+fn a_roll_out_that_is_limited_to_regions_leaves_the_others_alone() {
+    let rollout = |regions: Value| {
+        desired(json!({"replica": {"kind": "stream"}, "rollout": {"model": "m", "version": "v2",
+            "permille": 200, "regions": regions}}))
+    };
+    let mut host = Host::new("eu");
+    host.steer(&[("eu", 500), ("us", 500)], &["eu-2", "us-2"]);
+    assert_eq!(
+        shares(&host.compile(&rollout(json!(["eu"]))).0),
+        [("eu-1", 400), ("eu-2", 100), ("us-1", 500)].into()
+    );
+    assert_eq!(
+        shares(&host.compile(&rollout(json!(["eu", "us"]))).0),
+        [("eu-1", 400), ("eu-2", 100), ("us-1", 400), ("us-2", 100)].into(),
+        "widened"
+    );
+    // All that is left in a region runs a version that may not be used there: the old one elsewhere takes its flows.
+    host.health("us-1", Health::Unhealthy);
+    assert_eq!(shares(&host.compile(&rollout(json!(["eu"]))).0), [("eu-1", 900), ("eu-2", 100)].into());
 }
 
 #[test]

@@ -93,6 +93,7 @@ fn copy_files(root: &Path) -> Result<()> {
     copy_all(&workspace.join("deploy"), &examples, "toml")?;
     copy_all(&workspace.join("deploy"), &examples, "env")?;
     copy_all(&workspace.join("deploy"), &examples, "conf")?;
+    copy_all(&workspace.join("deploy"), &examples, "yml")?;
     copy_all(&workspace.join("docs"), &documents, "md")?;
     for folder in ["operate", "reference"] {
         let target = make_directory(root, &format!("share/doc/lb/{folder}"))?;

@@ -86,14 +86,14 @@ const ROWS: &[Row] = &[
     (
         "POST",
         "/v1/rollouts",
-        "body: `{\"model\", \"version\", \"permille\", \"services\"?}`",
+        "body: `{\"model\", \"version\", \"permille\", \"regions\"?, \"services\"?}`",
         "Start a roll-out",
     ),
     (
         "POST",
         "/v1/rollouts/{verb}",
-        "body: `{\"model\"?, \"service\"?, \"reason\"?}`",
-        "`promote`, `abort` or `clear` a roll-out",
+        "body: `{\"model\"?, \"service\"?, \"reason\"?, \"permille\"?, \"regions\"?, \"force\"?}`",
+        "`step` (`permille`, `regions`), `promote`, `abort` or `clear` a roll-out",
     ),
     ("GET", "/v1/guard", "", "Sizes of the deny and allow lists"),
     ("GET", "/v1/guard/check", "`address`", "Entry that matches an address"),

@@ -490,6 +490,12 @@ pub const TABLES: &[Table] = &[
                 "Share of new flows for the new version while the roll-out runs: 1 to 1000.",
             ),
             (
+                "regions",
+                "list of strings",
+                "[]",
+                "Regions that the roll-out includes; in others the old version serves. `[]`: all.",
+            ),
+            (
                 "state",
                 "string",
                 "running",

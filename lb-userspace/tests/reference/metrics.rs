@@ -81,6 +81,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_service_region_load", &["service", "region"]),
     ("lb_service_spill_unplaced_requests", &["service"]),
     ("lb_rollout_share_ratio", &["service", "version", "state"]),
+    ("lb_rollout_region_ready_backends", &["service", "region", "version"]),
     ("lb_worker_packets", &["reason", "fate"]),
 ];
 
@@ -104,6 +105,18 @@ pub fn page() -> String {
         out.push_str(&table(&["metric", "type", "unit", "labels", "meaning"], &rows));
     }
     out
+}
+
+/// Names of all metrics, as they are queried, with their labels.
+pub fn names() -> BTreeMap<String, Vec<String>> {
+    let served = [ingress_text(), metrics::worker_text(&[(lb_common::Reason::DecapIpip, 1)]).unwrap()];
+    let all = served.iter().flat_map(|text| families(text));
+    let named = |family: Family| {
+        let (_, labels) = LABELS.iter().find(|(known, _)| *known == family.name).expect("`page` asserts it");
+        let ending = if family.kind == "counter" { "_total" } else { "" };
+        (format!("{}{ending}", family.name), labels.iter().map(|&label| label.to_owned()).collect())
+    };
+    all.map(named).collect()
 }
 
 /// A metric family of a served page.

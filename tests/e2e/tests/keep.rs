@@ -58,6 +58,16 @@ fn ensure_announced(world: &Regions, when: &str) -> Result<()> {
     Ok(())
 }
 
+/// All hosts keep the VIP, and five seconds later nothing is broken.
+fn ensure_kept(world: &Regions, holder: &Holder, when: &str) -> Result<()> {
+    for host in world.hosts() {
+        wait_decision(host, "kept")?;
+    }
+    std::thread::sleep(Duration::from_secs(5));
+    ensure_announced(world, when)?;
+    ensure_unbroken(holder, when)
+}
+
 #[test]
 fn nobody_is_cut_off_when_nothing_is_left_and_a_host_with_a_sibling_withdraws() -> Result<()> {
     let mut world = Regions::start(Plan {
@@ -95,16 +105,21 @@ fn nobody_is_cut_off_when_nothing_is_left_and_a_host_with_a_sibling_withdraws() 
     }
     ensure_unbroken(&holder, "after the drain")?;
 
-    // Both health endpoints are gone, and the data path works.
+    // Both health endpoints answer 503, and then are gone, and the data path works.
+    for worker in &world.regions[0].workers {
+        replica::say(&worker.worker, replica::FAILING)?;
+    }
+    ensure_kept(&world, &holder, "while the health endpoints answer 503")?;
+    for worker in &world.regions[0].workers {
+        replica::say(&worker.worker, "ready")?;
+    }
+    for host in world.hosts() {
+        wait_decision(host, "served")?;
+    }
     for worker in &mut world.regions[0].workers {
         worker.http = None;
     }
-    for host in world.hosts() {
-        wait_decision(host, "kept")?;
-    }
-    std::thread::sleep(Duration::from_secs(5));
-    ensure_announced(&world, "without health endpoints")?;
-    ensure_unbroken(&holder, "without health endpoints")?;
+    ensure_kept(&world, &holder, "without health endpoints")?;
     let bed = &world.bed;
     for worker in &mut world.regions[0].workers {
         worker.revive(bed, REPLICA, "ready")?;

@@ -182,8 +182,8 @@ fn what_a_region_has_no_room_for_goes_to_the_next_and_comes_back() -> Result<()>
     bench.stage.lbctl.run(&["region", "drain", "eu", "--force"])?;
     bench.until("eu takes nothing new", |b| b.away() == 1.0)?;
     ensure!(part(&bench.count(300)?, &["w3", "w4"]) == 1.0, "drained");
-    bench.refused(&["region", "drain", "us"], "region eu drains")?;
-    bench.refused(&["rollout", "lock"], "region eu drains")?;
+    bench.refused(&["region", "drain", "us"], "drain of region eu")?;
+    bench.refused(&["rollout", "lock"], "drain of region eu")?;
     bench.stage.lbctl.run(&["region", "undrain", "eu"])?;
     bench.until("eu serves again", |b| b.away() == 0.0).map(drop)
 }
@@ -256,7 +256,7 @@ fn a_new_version_gets_its_share_and_is_aborted_when_it_fails() -> Result<()> {
         })
     })?;
     bench.stage.lbctl.run(&["rollout", "start", "--model", "fake", "--version", "v2", "--to", "5%"])?;
-    bench.refused(&["region", "drain", "eu"], "version v2 of fake is being rolled out on service llm")?;
+    bench.refused(&["region", "drain", "eu"], "roll-out of v2 of fake on service llm")?;
     bench.until("w4 has its share of the slots", |b| b.slots().is_ok_and(|s| (s[3] - 0.05).abs() < 0.002))?;
     let account = bench.count(3_000)?;
     let got = part(&account, &["w4"]);
@@ -280,10 +280,14 @@ fn a_new_version_gets_its_share_and_is_aborted_when_it_fails() -> Result<()> {
     println!("aborted {:?} after the replica's word: {}", told.elapsed(), rollout()?["reason"]);
     ensure!(part(&bench.count(300)?, &["w4"]) == 0.0, "aborted");
     let history = bench.stage.lbctl.run(&["history"])?;
-    ensure!(history.contains("roll-out of v2 on llm aborted: 23.3 % of 90 requests failed"), "{history}");
+    ensure!(
+        history.contains("roll-out of v2 of fake aborted: on service llm, 23.3 % of 90 requests failed"),
+        "{history}"
+    );
 
     // Another try, and everything.
-    bench.stage.lbctl.run(&["rollout", "clear"])?;
+    bench.refused(&["rollout", "clear"], "v2 gets 25 % in region eu (w4) instead of 0 %")?;
+    bench.stage.lbctl.run(&["rollout", "clear", "--force"])?;
     bench.until("all are alike", |b| b.slots().is_ok_and(|s| s.iter().all(|s| (s - 0.25).abs() < 0.002)))?;
     bench.stage.lbctl.run(&["rollout", "start", "--model", "fake", "--version", "v2", "--to", "5%"])?;
     bench.stage.lbctl.run(&["rollout", "promote"])?;

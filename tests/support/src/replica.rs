@@ -4,7 +4,7 @@
 //! Told `auto-SLOTS-MILLISECONDS`, it computes so many requests at once, each for so long, and reports what is so.
 //!
 //! In: `/say/WORDS` on any connection sets what `GET /replica` reports from then on. Out: `GET /` answers with the
-//! worker's name. A test binary that uses it has one ignored test that calls [`serve`].
+//! worker's name, or with status 503 if told [`FAILING`]. A test binary that uses it has one ignored test that calls [`serve`].
 
 use std::{
     net::{Ipv6Addr, SocketAddr},
@@ -31,6 +31,8 @@ use crate::{
 
 /// The port that it serves and reports on.
 pub const PORT: u16 = 8000;
+/// Word with which its health endpoint answers 503.
+pub const FAILING: &str = "failing";
 /// Names the worker to the program that is to be one.
 const NAME: &str = "LB_REPLICA_WORKER";
 /// How often it reports without a change.
@@ -200,12 +202,13 @@ async fn answer(
     }
     let request = String::from_utf8_lossy(&request[..length]).into_owned();
     let path = request.split(' ').nth(1).unwrap_or("/");
-    let whole = |body: &str| {
+    let with_status = |status: &str, body: &str| {
         let length = body.len();
         format!(
-            "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nX-Worker: {name}\r\nConnection: close\r\n\r\n{body}"
+            "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nX-Worker: {name}\r\nConnection: close\r\n\r\n{body}"
         )
     };
+    let whole = |body: &str| with_status("200 OK", body);
     if let Some(words) = path.strip_prefix("/say/") {
         if let Some(told) = auto(words) {
             work.told.send_replace(told);
@@ -218,7 +221,8 @@ async fn answer(
         if works && path == "/" {
             work.serve().await;
         }
-        return stream.write_all(whole(name).as_bytes()).await;
+        let status = if *said.borrow() == FAILING { "503 Service Unavailable" } else { "200 OK" };
+        return stream.write_all(with_status(status, name).as_bytes()).await;
     }
     let (mut said, mut counts) = (said.subscribe(), work.counts.subscribe());
     let body = |words: &str| if auto(words).is_some() { work.body() } else { body(words) };

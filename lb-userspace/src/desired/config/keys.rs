@@ -102,6 +102,7 @@ pub const ROLLOUT: &[&str] = &[
     "model",
     "version",
     "permille",
+    "regions",
     "state",
     "since_ms",
     "reason",

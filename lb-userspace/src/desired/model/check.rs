@@ -150,7 +150,7 @@ impl Desired {
                 return None;
             }
             let hint = match nearest(region.as_str(), self.regions.keys().map(Name::as_str)) {
-                Some(near) => format!("did you mean {near}?"),
+                Some(near) => format!("did you mean {near}? `lbctl region add {region}` declares it"),
                 None => format!(
                     "known regions: {}; add it with [[region]] or `lbctl region add {region}`",
                     region_list(self.regions.keys())
@@ -160,6 +160,7 @@ impl Desired {
         };
         let rules = service.regions.iter();
         let named = rules.flat_map(|rules| rules.allowed.iter().flatten().chain(rules.weights.keys()));
+        let named = named.chain(service.rollout.iter().flat_map(|rollout| &rollout.regions));
         let mut seen = BTreeSet::new();
         for what in named.filter(|region| seen.insert(*region)).filter_map(unknown) {
             found.push(Invalid::Setting { service: name.clone(), what });

@@ -2,7 +2,7 @@
 //!
 //! Pure. Called by the API (`--dry-run`, history) and by `lbctl config diff`; `render` prints them.
 
-use super::{Desired, ListName, Name, Service};
+use super::{Desired, ListName, Name, Rollout, Service};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::{collections::BTreeMap, fmt};
@@ -38,7 +38,7 @@ pub enum Difference {
         /// Name of the backend, if it is a setting of one.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         backend: Option<Name>,
-        /// Setting, dotted (`health.interval_ms`).
+        /// Setting, dotted (`health.interval_ms`); `rollout` as a whole.
         field: String,
         /// Old value, null if it was not set.
         from: Value,
@@ -88,6 +88,9 @@ impl fmt::Display for Difference {
             }
             Self::Add { service, backend, .. } => write!(f, "+ {}", thing(service, backend)),
             Self::Remove { service, backend, .. } => write!(f, "- {}", thing(service, backend)),
+            Self::Set { service, backend: None, field, from, to } if field == "rollout" => {
+                write!(f, "{service}: {}", rollout_change(from, to))
+            }
             Self::Set { service, backend, field, from, to } => {
                 let text = |v: &Value| match v {
                     Value::Null => "unset".to_owned(),
@@ -106,6 +109,18 @@ impl fmt::Display for Difference {
                 write!(f, "{} list: {} ({}{more})", list.label(), counts.join(", "), first.join(", "))
             }
         }
+    }
+}
+
+/// A change of a roll-out, in words.
+fn rollout_change(from: &Value, to: &Value) -> String {
+    let rollout = |value: &Value| serde_json::from_value::<Rollout>(value.clone()).ok();
+    match (rollout(from), rollout(to)) {
+        (None, Some(new)) => format!("roll-out of {} at {}", new.title(), new.scope()),
+        (Some(old), None) => format!("roll-out of {} cleared", old.title()),
+        (Some(old), Some(new)) => new.changes(&old),
+        // Written by another version of lbd.
+        (None, None) => format!("rollout {from} → {to}"),
     }
 }
 
@@ -180,7 +195,7 @@ fn whole(thing: &impl Serialize) -> Value {
 fn settings(service: &Service) -> BTreeMap<String, Value> {
     let Value::Object(mut all) = value(service) else { return BTreeMap::new() };
     all.remove("backends");
-    let parts = ["health", "replica", "regions", "rollout"].map(|part| (part, all.remove(part)));
+    let parts = ["health", "replica", "regions"].map(|part| (part, all.remove(part)));
     let mut flat: BTreeMap<String, Value> = all.into_iter().collect();
     for (part, fields) in parts {
         if let Some(Value::Object(fields)) = fields {
@@ -314,5 +329,35 @@ mod tests {
         assert!(differences(&new, &new).is_empty());
         let back: Vec<Difference> = serde_json::from_value(value(&found)).unwrap();
         assert_eq!(back, found);
+    }
+
+    #[test]
+    fn a_roll_out_is_one_readable_line() {
+        let with = |rollout: Value| {
+            state(json!({"chat": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "rollout": rollout}}))
+        };
+        let rollout = |more: Value| {
+            let mut all = json!({"model": "m", "version": "v2", "permille": 50, "since_ms": 1});
+            all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            with(all)
+        };
+        let line = |old: &Desired, new: &Desired| {
+            let found = differences(old, new);
+            assert_eq!(found.len(), 1, "{found:?}");
+            found[0].to_string()
+        };
+        let (none, start) = (with(Value::Null), rollout(json!({})));
+        assert_eq!(line(&none, &start), "chat: roll-out of v2 of m at 5 %");
+        let east = rollout(json!({"regions": ["east"]}));
+        assert_eq!(line(&none, &east), "chat: roll-out of v2 of m at 5 % in east");
+        let wider = rollout(json!({"regions": ["east", "west"], "permille": 200}));
+        assert_eq!(line(&east, &wider), "chat: roll-out of v2 of m: 5 % in east → 20 % in east, west");
+        let aborted = rollout(json!({"state": "aborted", "reason": "slow"}));
+        assert_eq!(line(&start, &aborted), "chat: roll-out of v2 of m: aborted (slow)");
+        assert_eq!(line(&aborted, &none), "chat: roll-out of v2 of m cleared");
+        let judged = rollout(json!({"least_requests": 7}));
+        assert_eq!(line(&start, &judged), "chat: roll-out of v2 of m: least_requests 20 → 7");
+        let next = rollout(json!({"version": "v3"}));
+        assert_eq!(line(&start, &next), "chat: roll-out of v3 of m at 5 % replaces that of v2 of m");
     }
 }

@@ -200,6 +200,7 @@ impl Draw {
             model: self.text("model"),
             version: self.text("v"),
             permille: self.count(1_000) as u16,
+            regions: if self.yes() { vec![name("r1"), name("r0")] } else { Vec::new() },
             state: self.one_of(&[RolloutState::Promoted, RolloutState::Aborted]),
             since_ms: 1_700_000_000_000 + self.below(1 << 20),
             reason: self.text("because"),

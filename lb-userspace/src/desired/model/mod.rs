@@ -16,6 +16,7 @@ mod quic;
 mod rate;
 mod region;
 mod replica;
+mod rollout;
 mod seats;
 mod sizes;
 mod source;
@@ -34,13 +35,13 @@ pub use quic::{QuicConfig, QuicError, ServerId};
 pub(crate) use quic::{from_hex, to_hex};
 pub use rate::{Rate, RateError, RateLimits};
 pub use region::{
-    Canary, Locality, Region, RegionPolicy, RegionRules, RegionShares, RegionState, Rollout, RolloutState,
-    Share, WHOLE, list as region_list,
+    Locality, Region, RegionPolicy, RegionRules, RegionShares, RegionState, Share, WHOLE, list as region_list,
 };
 pub use replica::{
     Answers, ClockWatch, GpuMemory, MOST_REQUESTS, PROTOCOL, Phase, REPORT_LIMIT, Readiness, Report,
     ReportError, gpu_memory, name as report_name, requests, share, tokens,
 };
+pub use rollout::{Canary, Rollout, RolloutState, percent};
 pub use seats::MAX_SEATS;
 pub use sizes::by_need;
 pub use source::{Quantity, ReplicaSource, Selector, SelectorError, SourceKind};

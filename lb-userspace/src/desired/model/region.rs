@@ -1,9 +1,8 @@
-//! Regions: where backends are, where a service may run, how its new flows are spread over them, and how a new version
-//! of a model is rolled out.
+//! Regions: where backends are, where a service may run, and how its new flows are spread over them.
 //!
 //! Pure data with its own rules. [`crate::plan::policy::region`] decides by them, `compile` enforces them.
 
-use super::{Backend, Name};
+use super::{Backend, Canary, Name};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -190,111 +189,6 @@ pub fn list<'a>(names: impl IntoIterator<Item = &'a Name>) -> String {
     names.into_iter().map(Name::as_str).collect::<Vec<_>>().join(", ")
 }
 
-/// State of a roll-out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum RolloutState {
-    /// The new version has its share, and is monitored.
-    Running,
-    /// The new version gets all new flows.
-    Promoted,
-    /// The new version gets no new flows.
-    Aborted,
-}
-
-impl RolloutState {
-    /// Name of the state in configuration files.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Promoted => "promoted",
-            Self::Aborted => "aborted",
-        }
-    }
-}
-
-/// A roll-out: a new version of a model gets part of a service's new flows, on the replicas that report it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rollout {
-    /// Name of the model, as replicas report it.
-    pub model: String,
-    /// New version, as replicas report it.
-    pub version: String,
-    /// Share of new flows for the new version while the roll-out runs, in thousandths.
-    pub permille: u16,
-    /// State of the roll-out.
-    #[serde(default = "running")]
-    pub state: RolloutState,
-    /// Start time, in milliseconds since 1970 UTC.
-    #[serde(default)]
-    pub since_ms: u64,
-    /// Why the roll-out is in this state.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub reason: String,
-    /// Abort when more than this share of the new version's requests fail, in percent; 0: never.
-    #[serde(default = "default_most_errors")]
-    pub most_errors_percent: u8,
-    /// Abort when the new version's time to first token is above this share of the old version's, in percent; 0: never.
-    #[serde(default = "default_most_latency")]
-    pub most_latency_percent: u32,
-    /// Requests that the new version must have answered before it is judged.
-    #[serde(default = "default_least_requests")]
-    pub least_requests: u32,
-}
-
-impl Rollout {
-    /// Share of new flows for the new version, in thousandths.
-    pub fn share(&self) -> u16 {
-        match self.state {
-            RolloutState::Running => self.permille.min(1_000),
-            RolloutState::Promoted => 1_000,
-            RolloutState::Aborted => 0,
-        }
-    }
-
-    pub(super) fn check(&self, setting: &mut dyn FnMut(String)) {
-        for (what, text) in [("model", &self.model), ("version", &self.version)] {
-            if text.is_empty() || text.len() > 256 || text.chars().any(char::is_control) {
-                setting(format!(
-                    "rollout.{what} {text:?} must have 1 to 256 printable bytes, as the replicas report it"
-                ));
-            }
-        }
-        if self.permille == 0 || self.permille > 1_000 {
-            setting(format!("rollout.permille {} is out of range: 1 to 1000", self.permille));
-        }
-        if self.most_errors_percent > 100 {
-            setting(format!("rollout.most_errors_percent {} is above 100", self.most_errors_percent));
-        }
-        if (1..=100).contains(&self.most_latency_percent) || self.most_latency_percent > 100_000 {
-            setting(format!(
-                "rollout.most_latency_percent {} must be above 100 (as slow as the old version), or 0 for never",
-                self.most_latency_percent
-            ));
-        }
-        if self.least_requests == 0 {
-            setting("rollout.least_requests is 0: give at least 1".to_owned());
-        }
-    }
-}
-
-fn running() -> RolloutState {
-    RolloutState::Running
-}
-
-fn default_most_errors() -> u8 {
-    5
-}
-
-fn default_most_latency() -> u32 {
-    200
-}
-
-fn default_least_requests() -> u32 {
-    20
-}
-
 /// The whole, in thousandths.
 pub const WHOLE: u16 = 1_000;
 
@@ -338,13 +232,4 @@ pub struct RegionShares {
     /// The new version of the model, while it has a share of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary: Option<Canary>,
-}
-
-/// Share and backends of a new version.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Canary {
-    /// Share of new flows, in thousandths.
-    pub permille: u16,
-    /// Backends whose replicas run the new version.
-    pub backends: BTreeSet<Name>,
 }

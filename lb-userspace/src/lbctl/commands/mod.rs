@@ -208,6 +208,9 @@ impl Context<'_> {
                 render::change::differences(&mut self.out, &change.differences)?;
             }
             say!("{}", render::change::summary(what, &change));
+            for note in &change.notes {
+                say!("  note: {}", escape(note));
+            }
         }
         Ok(Exit::Ok)
     }

@@ -3,7 +3,7 @@
 use super::{Context, Exit, Failure, WriteFlags};
 use crate::{
     desired::{
-        model::{Name, Rollout},
+        model::{Name, Rollout, percent},
         store::Lock,
     },
     lbctl::{
@@ -12,8 +12,8 @@ use crate::{
     },
     observed::regions::RolloutShown,
     serve::api::{
-        regions::{StartRollout, WhichRollout},
-        store::{LockRequest, Unlock},
+        locks::{HeldLock, LockRequest, Unlock},
+        rollouts::{StartRollout, WhichRollout},
     },
 };
 use clap::{Args, Subcommand};
@@ -29,12 +29,15 @@ pub enum RolloutCommand {
     /// Send a share of the new flows to replicas of a new version, and abort if they do badly
     #[command(after_help = "Example: lbctl rollout start --model llama-8b --version v2 --to 5%")]
     Start(Start),
-    /// Send all new flows to the new version
-    Promote(Which),
+    /// Change the share of a running rollout, or the regions that it includes
+    #[command(after_help = "Example: lbctl rollout step --to 25% --regions east,west")]
+    Step(Step),
+    /// Send all new flows to the new version, in all regions; where no replica runs it, the old version serves
+    Promote(Forced),
     /// Send no new flows to the new version
     Abort(Which),
     /// Remove a rollout: all replicas take flows by their weights again
-    Clear(Which),
+    Clear(Forced),
     /// Take or renew the lock; with a command, hold the lock while the command runs
     #[command(
         after_help = "Examples:\n  lbctl rollout lock --reason 'new kernel in eu' -- ./drain-and-upgrade eu\n  \
@@ -62,6 +65,9 @@ pub struct Start {
     /// Share of the new flows that the new version gets, in percent
     #[arg(long, value_name = "PERCENT", value_parser = share)]
     to: u16,
+    /// Regions that the rollout includes, separated by commas; in others, the old version serves [default: all]
+    #[arg(long, value_name = "REGIONS", value_delimiter = ',')]
+    regions: Vec<Name>,
     /// Name of a service; may be repeated [default: all whose replicas report the model]
     #[arg(long, value_name = "SERVICE")]
     service: Vec<Name>,
@@ -78,7 +84,7 @@ pub struct Start {
     write: WriteFlags,
 }
 
-/// Arguments of `lbctl rollout promote`, `abort` and `clear`.
+/// Arguments of `lbctl rollout step`, `promote`, `abort` and `clear`.
 #[derive(Debug, Args)]
 pub struct Which {
     /// Name of the model [default: the only one with a rollout]
@@ -92,6 +98,34 @@ pub struct Which {
     reason: Option<String>,
     #[command(flatten)]
     write: WriteFlags,
+}
+
+/// Arguments of `lbctl rollout promote` and `clear`.
+#[derive(Debug, Args)]
+pub struct Forced {
+    #[command(flatten)]
+    which: Which,
+    /// Also if this sends flows to a version that the rollout keeps them from: one that was aborted, in regions that
+    /// the rollout does not include, or more than its share
+    #[arg(long)]
+    force: bool,
+}
+
+/// Arguments of `lbctl rollout step`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("what").required(true).multiple(true)))]
+pub struct Step {
+    /// Share of the new flows that the new version gets, in percent [default: unchanged]
+    #[arg(long, value_name = "PERCENT", value_parser = share, group = "what")]
+    to: Option<u16>,
+    /// Regions that the rollout includes, separated by commas [default: unchanged]
+    #[arg(long, value_name = "REGIONS", value_delimiter = ',', group = "what")]
+    regions: Vec<Name>,
+    /// Include all regions
+    #[arg(long, group = "what", conflicts_with = "regions")]
+    all_regions: bool,
+    #[command(flatten)]
+    which: Which,
 }
 
 /// Parses `5%`, `2.5 %` or `5` to thousandths.
@@ -109,21 +143,34 @@ fn whole_percent(text: &str) -> Result<u32, String> {
     text.trim_end_matches('%').trim().parse().map_err(|_| "give a whole percentage, such as 5%".to_owned())
 }
 
-async fn change(context: &mut Context<'_>, verb: &str, done: &str, which: Which) -> Result<Exit, Failure> {
+async fn change(
+    context: &mut Context<'_>,
+    (verb, done): (&str, &str),
+    which: Which,
+    more: WhichRollout,
+) -> Result<Exit, Failure> {
     let Which { model, service, reason, write } = which;
-    let body = WhichRollout { model, service, reason };
+    let body = WhichRollout { model, service, reason, ..more };
     let path = format!("/v1/rollouts/{verb}");
     context.write(done, Method::POST, &path, &write.query(), Some(&body)).await
 }
 
+async fn step(context: &mut Context<'_>, args: Step) -> Result<Exit, Failure> {
+    let Step { to, regions, all_regions, which } = args;
+    let is_set = all_regions || !regions.is_empty();
+    let more = WhichRollout { permille: to, regions: is_set.then_some(regions), ..WhichRollout::default() };
+    change(context, ("step", "rollout changed"), which, more).await
+}
+
 async fn start(context: &mut Context<'_>, args: Start) -> Result<Exit, Failure> {
-    let Start { model, version, to, service, max_errors, max_latency, min_requests, write } = args;
+    let Start { model, version, to, regions, service, max_errors, max_latency, min_requests, write } = args;
     let too_much = |_| Failure::Usage { what: format!("--max-errors {max_errors} is above 100") };
-    let what = format!("version {version} of {model} gets {}", render_region::percent(to));
+    let what = format!("version {version} of {model} gets {}", percent(to));
     let rollout = Rollout {
         model,
         version,
         permille: to,
+        regions,
         state: crate::desired::model::RolloutState::Running,
         since_ms: 0,
         reason: String::new(),
@@ -178,48 +225,59 @@ pub struct UnlockArgs {
 pub async fn run(context: &mut Context<'_>, command: RolloutCommand) -> Result<Exit, Failure> {
     match command {
         RolloutCommand::Start(args) => start(context, args).await,
-        RolloutCommand::Promote(which) => {
-            change(context, "promote", "the new version gets all new flows", which).await
+        RolloutCommand::Step(args) => step(context, args).await,
+        RolloutCommand::Promote(Forced { which, force }) => {
+            let more = WhichRollout { force, ..WhichRollout::default() };
+            change(context, ("promote", "the new version is promoted"), which, more).await
         }
         RolloutCommand::Abort(which) => {
-            change(context, "abort", "the new version gets no new flows", which).await
+            let done = "the new version gets no new flows";
+            change(context, ("abort", done), which, WhichRollout::default()).await
         }
-        RolloutCommand::Clear(which) => change(context, "clear", "rollout cleared", which).await,
+        RolloutCommand::Clear(Forced { which, force }) => {
+            let more = WhichRollout { force, ..WhichRollout::default() };
+            change(context, ("clear", "rollout cleared"), which, more).await
+        }
         RolloutCommand::Lock(args) => lock(context, args).await,
         RolloutCommand::Unlock(UnlockArgs { name, token, force }) => {
             let path = format!("/v1/locks/{name}");
             let query = Unlock { token, force };
-            let left: Vec<Lock> = context.client.send(Method::DELETE, &path, &query, None::<&()>).await?;
+            let left: Vec<HeldLock> = context.client.send(Method::DELETE, &path, &query, None::<&()>).await?;
             if context.out.json {
                 context.out.json(&left, false)?;
             }
             say!("lock {name} released");
             Ok(Exit::Ok)
         }
-        RolloutCommand::Status { name } => {
-            let mut locks: Vec<Lock> = context.client.get("/v1/locks", &()).await?;
-            locks.retain(|lock| name.as_ref().is_none_or(|name| *name.as_str() == lock.name));
-            let rollouts: Vec<RolloutShown> = match name {
-                Some(_) => Vec::new(),
-                None => context.client.get("/v1/rollouts", &()).await?,
-            };
-            if context.out.json && name.is_none() {
-                context.out.json(&serde_json::json!({ "rollouts": rollouts, "locks": locks }), false)?;
-                return Ok(Exit::Ok);
-            }
-            if !rollouts.is_empty() {
-                render_region::rollouts(&mut context.out, &rollouts)?;
-            }
-            if context.out.json {
-                context.out.json(&locks, false)?;
-            } else if locks.is_empty() {
-                say!("no lock is held");
-            } else {
-                render::locks(&mut context.out, &locks)?;
-            }
-            Ok(if name.is_some() && !locks.is_empty() { Exit::No } else { Exit::Ok })
-        }
+        RolloutCommand::Status { name } => status(context, name).await,
     }
+}
+
+async fn status(context: &mut Context<'_>, name: Option<Name>) -> Result<Exit, Failure> {
+    let mut locks: Vec<HeldLock> = context.client.get("/v1/locks", &()).await?;
+    locks.retain(|held| name.as_ref().is_none_or(|name| *name.as_str() == held.lock.name));
+    let rollouts: Vec<RolloutShown> = match name {
+        Some(_) => Vec::new(),
+        None => context.client.get("/v1/rollouts", &()).await?,
+    };
+    if context.out.json && name.is_none() {
+        context.out.json(&serde_json::json!({ "rollouts": rollouts, "locks": locks }), false)?;
+        return Ok(Exit::Ok);
+    }
+    if !rollouts.is_empty() {
+        render_region::rollouts(&mut context.out, &rollouts)?;
+    }
+    if context.out.json {
+        context.out.json(&locks, false)?;
+    } else if locks.is_empty() {
+        say!("no lock is held");
+    } else {
+        if !rollouts.is_empty() {
+            context.out.line("")?;
+        }
+        render::locks(&mut context.out, &locks)?;
+    }
+    Ok(if name.is_some() && !locks.is_empty() { Exit::No } else { Exit::Ok })
 }
 
 async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure> {

@@ -6,24 +6,17 @@ use super::{
     units,
 };
 use crate::{
-    desired::model::{RegionPolicy, RegionRules, RegionState, RolloutState, Share, region_list},
+    desired::model::{RegionPolicy, RegionRules, RegionState, RolloutState, Share, percent, region_list},
     observed::regions::{Explained, RolloutShown},
     plan::policy::{
         audit::Residency,
         canary::Tally,
         region::{Agreed, Place},
     },
+    printable::escape,
     serve::api::regions::Regions,
 };
 use std::io;
-
-/// Formats thousandths as a percentage: `5 %`, `2.5 %`.
-pub fn percent(permille: u16) -> String {
-    match permille % 10 {
-        0 => format!("{} %", permille / 10),
-        tenth => format!("{}.{tenth} %", permille / 10),
-    }
-}
 
 /// Formats shares: `eu 70 %, us 30 %`.
 fn shares(shares: &[Share]) -> String {
@@ -101,6 +94,7 @@ fn places(out: &mut Out<'_>, heading: &str, list: &[Place], weights: &[Share]) -
             (p.is_draining, "draining"),
             (p.is_down, "down, as other hosts agree"),
             (p.is_spilling, "spills its own flows"),
+            (p.lacks_version, "lacks the new version"),
             (p.is_stale, "stale report"),
         ]
         .into_iter()
@@ -203,14 +197,8 @@ pub fn residency(out: &mut Out<'_>, list: &[Residency]) -> io::Result<()> {
 }
 
 fn rollout_text(r: &RolloutShown) -> String {
-    let share = percent(r.rollout.share());
-    format!(
-        "{} of {}, {} at {share}: {}",
-        r.rollout.version,
-        r.rollout.model,
-        r.rollout.state.label(),
-        r.verdict
-    )
+    let (title, scope) = (r.rollout.title(), r.rollout.scope());
+    format!("{title}, {} at {scope}: {}; {}", r.rollout.state.label(), r.verdict, r.coverage.text)
 }
 
 fn tally(t: &Tally) -> String {
@@ -223,17 +211,13 @@ fn tally(t: &Tally) -> String {
 /// # Errors
 /// Writing failed.
 pub fn rollouts(out: &mut Out<'_>, list: &[RolloutShown]) -> io::Result<()> {
-    let headings = ["SERVICE", "~MODEL", "VERSION", "STATE", ">SHARE", "~SINCE", "~NEW", "~OLD", "VERDICT"];
+    let headings = ["SERVICE", "~MODEL", "VERSION", "STATE", ">SHARE", "~SINCE", "~NEW", "~OLD"];
     let mut table = TextTable::new(&headings, out.colour);
     for r in list {
         let state = match r.rollout.state {
             RolloutState::Running => toned("running", Tone::Warn),
             RolloutState::Promoted => toned("promoted", Tone::Good),
             RolloutState::Aborted => toned("aborted", Tone::Bad),
-        };
-        let verdict = match r.rollout.reason.as_str() {
-            "" => r.verdict.clone(),
-            reason => reason.to_owned(),
         };
         table.row([
             toned(&r.service, Tone::Strong),
@@ -244,8 +228,41 @@ pub fn rollouts(out: &mut Out<'_>, list: &[RolloutShown]) -> io::Result<()> {
             plain(ago(r.rollout.since_ms)),
             plain(tally(&r.new)),
             plain(tally(&r.old)),
-            plain(verdict),
         ]);
     }
-    table.print(out)
+    table.print(out)?;
+    for r in list {
+        let verdict = if r.rollout.reason.is_empty() { &r.verdict } else { &r.rollout.reason };
+        out.line(format!("{}: {}; {}", r.service, escape(verdict), escape(&r.coverage.text)))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_roll_out_fits_eighty_columns_and_says_where_the_version_runs() {
+        let tally = json!({"replicas": 2, "counting": 2, "finished": 100, "failed": 1, "first_token_ms": 5000.0,
+            "first_tokens": 100});
+        let shown: RolloutShown = serde_json::from_value(json!({"service": "chat-completions", "model": "llama-8b",
+            "version": "2026-11-29", "permille": 50, "state": "promoted", "since_ms": 1, "reason": "by ann",
+            "new": tally, "old": tally, "verdict": "v",
+            "coverage": {"text": "2026-11-29 in 2 of 3 regions; north still serves 2026-11-01", "with": 2, "of": 3,
+                "regions": []}}))
+        .unwrap();
+        let mut written = Vec::new();
+        let mut out = Out::new(&mut written, false, false).with_width(Some(80));
+        rollouts(&mut out, &[shown]).unwrap();
+        let text = String::from_utf8(written).unwrap();
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+        let lines: Vec<&str> = text.lines().map(str::trim).collect();
+        assert_eq!(
+            lines[2..].join(" "),
+            "chat-completions: by ann; 2026-11-29 in 2 of 3 regions; north still serves 2026-11-01"
+        );
+        assert!(text.contains("promoted") && text.contains("100 %"), "{text}");
+    }
 }

@@ -5,9 +5,9 @@ use super::{
     table::{TextTable, plain, toned},
     units,
 };
-use crate::{
-    desired::store::Lock,
-    serve::api::store::{Lag, StoreInfo},
+use crate::serve::api::{
+    locks::HeldLock,
+    store::{Lag, StoreInfo},
 };
 use std::io;
 
@@ -145,15 +145,15 @@ fn hosts(out: &mut Out<'_>, s: &StoreInfo) -> io::Result<()> {
 ///
 /// # Errors
 /// Writing failed.
-pub fn locks(out: &mut Out<'_>, list: &[Lock]) -> io::Result<()> {
-    let mut table = TextTable::new(&["LOCK", "HOLDER", "REASON", "SINCE", ">EXPIRES IN"], out.colour);
-    for lock in list {
+pub fn locks(out: &mut Out<'_>, list: &[HeldLock]) -> io::Result<()> {
+    let mut table = TextTable::new(&["LOCK", "HOLDER", "REASON", "~SINCE", ">EXPIRES IN"], out.colour);
+    for HeldLock { lock, is_operation } in list {
         table.row([
             toned(&lock.name, Tone::Strong),
             plain(&lock.holder),
             plain(&lock.reason),
             plain(ago(lock.since_ms)),
-            plain(units::span(lock.left_s)),
+            plain(if *is_operation { "-".to_owned() } else { units::span(lock.left_s) }),
         ]);
     }
     table.print(out)

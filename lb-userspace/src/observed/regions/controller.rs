@@ -4,7 +4,7 @@ use super::{
     Explained, KEY, PeerReport, RegionShown, RegionSnapshot,
     measure::{self, Counting, KnownGood, MeasuredBackend, ReportTimes, VersionShares},
     peers::{self, is_spilling, resume_decision},
-    rollouts::Rollouts,
+    rollouts::{self, Abort, Rollouts},
     rtt::{self, Targets, Times},
 };
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
     },
     plan::policy::{
         canary::CanaryVerdict,
+        coverage::Coverage,
         region::{Agreed, Inputs, RegionDecision, Vote, count_votes, decide},
     },
 };
@@ -28,10 +29,7 @@ use futures_util::future::BoxFuture;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 use tokio::{
@@ -100,7 +98,7 @@ impl<'a> Leaders<'a> {
 /// Result of one evaluation of all services.
 struct Evaluation {
     snapshot: RegionSnapshot,
-    aborts: Vec<(Name, String, String)>,
+    aborts: Vec<Abort>,
     /// Whether other hosts may follow this one: it is the first of its zone.
     is_leader: bool,
 }
@@ -183,7 +181,7 @@ impl RegionController {
                 sent = Some(self.steers.clone());
             }
             self.publish_report(&evaluation);
-            self.abort_rollouts(&control, evaluation.aborts);
+            rollouts::abort(&control, &self.aborting, evaluation.aborts);
             self.snapshots.send_replace(Arc::new(evaluation.snapshot));
             tokio::time::sleep(pause).await;
             tokio::select! {
@@ -233,10 +231,7 @@ impl RegionController {
         for ((name, service), backends) in wanted.into_iter().zip(&measured) {
             let (explained, decision, abort) =
                 self.decide_service(name, service, backends, (&regions, &peers, leaders), now_ms);
-            if let Some(why) = abort.filter(|_| is_first) {
-                let version = service.rollout.as_ref().map(|r| r.version.clone()).unwrap_or_default();
-                aborts.push((name.clone(), version, why));
-            }
+            aborts.extend(abort.filter(|_| is_first));
             let steer = match self.steers.get(name) {
                 Some(same) if **same == explained.steer => same.clone(),
                 _ => Arc::new(explained.steer.clone()),
@@ -250,7 +245,7 @@ impl RegionController {
         Evaluation { snapshot, aborts, is_leader }
     }
 
-    /// Decides for one service. Returns the decision with its inputs, and why its roll-out must be aborted, if so.
+    /// Decides for one service. Returns the decision with its inputs, and the abort of its roll-out, if it must be.
     fn decide_service(
         &mut self,
         name: &Name,
@@ -258,7 +253,7 @@ impl RegionController {
         backends: &[MeasuredBackend],
         (regions, peers, leaders): (&[RegionShown], &[PeerReport], Leaders<'_>),
         now_ms: u64,
-    ) -> (Explained, RegionDecision, Option<String>) {
+    ) -> (Explained, RegionDecision, Option<Abort>) {
         let default = RegionRules::default();
         let rules = service.regions.as_ref().unwrap_or(&default);
         let service_ms = self.report_times.service_ms(name, service);
@@ -266,25 +261,35 @@ impl RegionController {
         // Under residency, a backend without a region belongs to no region.
         let has_place = |b: &MeasuredBackend| b.is_placed || rules.allowed.is_none();
         let most = self.known_good.entry(name.clone()).or_default().update(backends, now_ms);
-        let versions = service.rollout.as_ref().map(|r| r.share());
-        let versions = |home| versions.map(|new| VersionShares { new, home });
-        let counting = Counting { most, versions: versions(Some(&self.here.region)) };
+        let here = &self.here.region;
+        // By these policies, clients of all regions have the same shares, so no region is the home of any.
+        let home = (rules.policy == RegionPolicy::ActiveActive).then_some(here);
+        let rollout = service.rollout.as_ref();
+        let versions = |home, zones_of| rollout.map(|rollout| VersionShares { rollout, zones_of, home });
+        let counting = Counting { most, versions: versions(home, None) };
+        let is_allowed = |region| rules.allowed.as_ref().is_none_or(|names| names.contains(region));
+        let placed = || backends.iter().filter(|b| has_place(b) && is_allowed(&b.region));
+        let by_version = rollout.map_or_else(Vec::new, |r| measure::versions_by_region(placed(), r));
         let mut places =
             measure::sum_places(backends, |b| has_place(b).then_some(&b.region), counting, &mut notes);
         for place in &mut places {
             let shown = regions.iter().find(|r| r.name == place.name);
             place.is_local = place.name == self.here.region;
-            place.is_allowed = rules.allowed.as_ref().is_none_or(|names| names.contains(&place.name));
+            place.is_allowed = is_allowed(&place.name);
             place.is_draining = shown.is_some_and(|r| r.state == RegionState::Draining);
             place.is_down = shown.is_some_and(|r| r.agreed == Agreed::Down);
             place.rtt_us = shown.and_then(|r| r.rtt_us).filter(|_| !place.is_local);
             place.service_ms = service_ms;
+            place.lacks_version = rollout.is_some_and(|rollout| {
+                let region = by_version.iter().find(|v| v.region == place.name);
+                region.is_some_and(|v| v.lacks_version(rollout, home.is_none_or(|home| *home == place.name)))
+            });
             // By weight, every region sends flows elsewhere, and takes its share nevertheless.
             place.is_spilling =
                 rules.policy == RegionPolicy::ActiveActive && is_spilling(&place.name, name, peers);
         }
         let is_here = |b: &MeasuredBackend| has_place(b) && b.region == self.here.region;
-        let counting = Counting { most, versions: versions(None) };
+        let counting = Counting { most, versions: versions(None, Some(here)) };
         let mut zones =
             measure::sum_places(backends, |b| is_here(b).then_some(&b.zone), counting, &mut Vec::new());
         for zone in &mut zones {
@@ -304,12 +309,15 @@ impl RegionController {
         let mut decision = decide(&inputs, &before);
         let (mut steer, decided_by) = self.follow_leaders(name, &mut decision, &before, leaders, now_ms);
         let mut abort = None;
-        let rollout = service.rollout.as_ref().map(|rollout| {
-            let (backends, shown, verdict) = self.rollouts.update(name, service, rollout, &self.replicas);
+        let rollout = rollout.map(|rollout| {
+            let coverage = Coverage::new(rollout, by_version);
+            let (backends, shown, verdict) =
+                self.rollouts.update((name, service), rollout, &self.replicas, coverage);
             if let (CanaryVerdict::Abort(why), RolloutState::Running) = (verdict, rollout.state) {
-                abort = Some(why);
+                abort = Some(Abort::new(name, rollout, why));
             }
-            steer.canary = Some(Canary { permille: rollout.share(), backends });
+            let (permille, regions) = (rollout.share(), rollout.regions.clone());
+            steer.canary = Some(Canary { permille, regions, backends });
             shown
         });
         let explained = Explained {
@@ -447,36 +455,6 @@ impl RegionController {
         if let Err(error) = self.local.save(DECISIONS_KEY, bytes).await {
             tracing::error!(%error, "cannot save the decisions about regions");
         }
-    }
-
-    /// Aborts roll-outs whose new version performs badly; at most one task writes at a time.
-    fn abort_rollouts(&self, control: &Arc<impl CommitDesired>, aborts: Vec<(Name, String, String)>) {
-        if aborts.is_empty() || self.aborting.swap(true, Relaxed) {
-            return;
-        }
-        let (control, aborting) = (control.clone(), self.aborting.clone());
-        tokio::spawn(async move {
-            for (service, version, why) in aborts {
-                tracing::warn!(%service, version, why, "aborting roll-out");
-                let message = format!("roll-out of {version} on {service} aborted: {why}");
-                let (named, of, reason) = (service.clone(), version.clone(), why.clone());
-                let change = move |desired: &mut Desired| {
-                    let rollout = desired.service_mut(&named).and_then(|s| s.rollout.as_mut());
-                    // Skip if it is another roll-out, or no longer running.
-                    if let Some(rollout) =
-                        rollout.filter(|r| r.version == of && r.state == RolloutState::Running)
-                    {
-                        rollout.state = RolloutState::Aborted;
-                        rollout.reason.clone_from(&reason);
-                    }
-                };
-                let done = control.clone().commit_as_daemon(message, Box::new(change));
-                if let Err(error) = done.await {
-                    tracing::error!(%service, %error, "cannot abort roll-out");
-                }
-            }
-            aborting.store(false, Relaxed);
-        });
     }
 }
 

@@ -10,13 +10,13 @@ use super::{
 };
 use crate::{
     desired::model::{
-        Backend, BackendId, BackendState, Health, Locality, Name, Readiness, Report, Service, WHOLE,
+        Backend, BackendId, BackendState, Health, Locality, Name, Readiness, Report, Rollout, Service, WHOLE,
     },
     observed::{
         health,
         replica::{self, scores::stale_after},
     },
-    plan::policy::{BackendObservation, region::Place},
+    plan::policy::{BackendObservation, coverage::RegionVersions, region::Place},
 };
 use std::collections::BTreeMap;
 
@@ -99,11 +99,13 @@ impl KnownGood {
     }
 }
 
-/// Shares of a roll-out's versions.
+/// A roll-out, for the shares of its versions.
 #[derive(Clone, Copy, Debug)]
 pub struct VersionShares<'a> {
-    /// Share of the new version, in thousandths.
-    pub new: u16,
+    /// The roll-out.
+    pub rollout: &'a Rollout,
+    /// Region of the places, if they are zones; none if they are regions.
+    pub zones_of: Option<&'a Name>,
     /// Region whose own flows are served by whatever it has; all places if none.
     pub home: Option<&'a Name>,
 }
@@ -138,6 +140,8 @@ pub struct MeasuredBackend {
     pub capacity: Option<u32>,
     /// Whether the replica runs the version that is being rolled out.
     pub is_new: bool,
+    /// Version that the replica reports.
+    pub version: Option<String>,
     /// Whether the last report is recent.
     pub is_fresh: bool,
 }
@@ -173,10 +177,38 @@ pub fn measure_backends(
             load: report.as_ref().map(|r| (r.running.into(), r.waiting.into())),
             capacity: report.as_ref().and_then(|r| r.capacity.or(configured)),
             is_new: report.as_ref().is_some_and(is_new),
+            version: report.as_ref().and_then(|r| r.version.clone()),
             is_fresh: report_times.is_fresh(&id, old_ms, now_ms),
         }
     };
     service.backends.iter().map(measure).collect()
+}
+
+/// Versions of a service's replicas by region, in name order.
+pub fn versions_by_region<'a>(
+    backends: impl Iterator<Item = &'a MeasuredBackend>,
+    rollout: &Rollout,
+) -> Vec<RegionVersions> {
+    let mut regions: BTreeMap<&Name, RegionVersions> = BTreeMap::new();
+    for b in backends {
+        let empty = || RegionVersions::new(b.region.clone(), rollout);
+        let region = regions.entry(&b.region).or_insert_with(empty);
+        region.new += u32::from(b.is_new);
+        if !b.takes {
+            continue;
+        }
+        if b.is_new {
+            region.new_ready += 1;
+            continue;
+        }
+        region.old_ready += 1;
+        if let Some(version) = &b.version
+            && let Err(at) = region.old_versions.binary_search(version)
+        {
+            region.old_versions.insert(at, version.clone());
+        }
+    }
+    regions.into_values().collect()
 }
 
 /// Sums over the backends of one place and version.
@@ -231,9 +263,9 @@ impl Sum {
 
 /// What both versions of a place can take together: each gets its share of the flows, so the one that is full first
 /// limits both. A version without a share does not count, and a spill has no room where its version is missing.
-fn limiting(old: Sum, new: Sum, versions: VersionShares<'_>, is_home: bool) -> Sum {
+fn limiting(old: Sum, new: Sum, share: u16, is_home: bool) -> Sum {
     let backends = old.backends + new.backends;
-    let parts = [(old, WHOLE - versions.new.min(WHOLE)), (new, versions.new.min(WHOLE))];
+    let parts = [(old, WHOLE - share.min(WHOLE)), (new, share.min(WHOLE))];
     let mut served = parts.into_iter().filter(|(sum, part)| sum.backends > 0 && *part > 0);
     let limits = match (old.backends > 0, new.backends > 0) {
         (true, true) => {
@@ -297,7 +329,10 @@ pub fn sum_places<'a>(
     }
     let place = |(name, [old, new]): (&Name, [Sum; 2])| {
         let sum = match counting.versions {
-            Some(versions) => limiting(old, new, versions, versions.home.is_none_or(|home| home == name)),
+            Some(VersionShares { rollout, zones_of, home }) => {
+                let share = rollout.share_in(zones_of.unwrap_or(name));
+                limiting(old, new, share, home.is_none_or(|home| home == name))
+            }
             None => old.and(new),
         };
         // If half of the backends or more report no capacity, the sum does not represent the place.

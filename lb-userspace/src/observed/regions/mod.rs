@@ -27,9 +27,10 @@ mod tests;
 pub use controller::{CommitDesired, RegionController};
 
 use crate::{
-    desired::model::{Name, RegionPolicy, RegionShares, RegionState, Rollout},
+    desired::model::{Name, RegionPolicy, RegionShares, RegionState, Rollout, RolloutState},
     plan::policy::{
         canary::Tally,
+        coverage::Coverage,
         region::{Agreed, Place, RegionDecision, Vote},
     },
 };
@@ -91,6 +92,37 @@ pub struct Explained {
     pub rollout: Option<RolloutShown>,
 }
 
+impl Explained {
+    /// The problem of requests that have no room anywhere, and what to do about it.
+    fn no_room(&self) -> Option<String> {
+        let Self { service, region, decision, policy, .. } = self;
+        let requests = Some(decision.spill.unplaced).filter(|&n| n > 0)?;
+        if *policy == RegionPolicy::ActiveActive {
+            return Some(format!(
+                "service {service}: spill wanted, nowhere to go: about {requests} requests of region {region} have no room in \
+                 any allowed region; add replicas, allow more regions (lbctl service set {service} --regions), or limit the \
+                 demand"
+            ));
+        }
+        let used = |p: &&Place| decision.full.contains(&p.name);
+        let percent = |p: &Place| {
+            let capacity = p.capacity.unwrap_or(1).max(1);
+            format!("{} at {} %", p.name, p.load.saturating_mul(100) / capacity)
+        };
+        let full: Vec<String> = self.regions.iter().filter(used).map(percent).collect();
+        Some(format!(
+            "service {service}: full: {} of the capacity, {requests} requests wait, and policy {} sends them nowhere else; add \
+             replicas, {}, or limit the demand",
+            full.join(", "),
+            policy.label(),
+            match policy {
+                RegionPolicy::Weighted => "change the weights",
+                _ => "use policy active-active",
+            }
+        ))
+    }
+}
+
 /// A roll-out and its results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RolloutShown {
@@ -105,6 +137,23 @@ pub struct RolloutShown {
     pub old: Tally,
     /// Verdict on the new version, in words.
     pub verdict: String,
+    /// Where the new version runs.
+    #[serde(default)]
+    pub coverage: Coverage,
+}
+
+impl RolloutShown {
+    /// What an operator has to know: it was aborted, or it is not where it should be.
+    fn problem(&self) -> Option<String> {
+        let Self { service, rollout: Rollout { version, reason, .. }, coverage, .. } = self;
+        if self.rollout.state == RolloutState::Aborted {
+            return Some(format!("roll-out of {version} on service {service} was aborted: {reason}"));
+        }
+        let text = &coverage.text;
+        coverage.is_incomplete(&self.rollout).then(|| {
+            format!("roll-out of {version} on service {service} is promoted, but not everywhere: {text}")
+        })
+    }
 }
 
 /// A region as this host sees it: `GET /v1/regions`.
@@ -156,22 +205,9 @@ impl RegionSnapshot {
             if explained.decision.shares.is_empty() {
                 found.push(format!("service {name}: {}", explained.decision.reason));
             }
-            let Explained { region, decision, .. } = explained;
-            if decision.spill.unplaced > 0 {
-                found.push(format!(
-                    "service {name}: spill wanted, nowhere to go: about {} requests of region {region} have no room in any \
-                     allowed region; add replicas, allow more regions (lbctl service set {name} --regions), or limit the \
-                     demand",
-                    decision.spill.unplaced
-                ));
-            }
+            found.extend(explained.no_room());
             found.extend(explained.notes.iter().map(|note| format!("service {name}: {note}")));
-            if let Some(rollout) = &explained.rollout
-                && rollout.rollout.state == crate::desired::model::RolloutState::Aborted
-            {
-                let Rollout { version, reason, .. } = &rollout.rollout;
-                found.push(format!("roll-out of {version} on service {name} was aborted: {reason}"));
-            }
+            found.extend(explained.rollout.as_ref().and_then(RolloutShown::problem));
         }
         found
     }

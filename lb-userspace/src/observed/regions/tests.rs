@@ -119,7 +119,8 @@ fn a_new_version_is_found_and_counted_from_the_beginning_of_its_roll_out() {
     say("a", "v1", 1_000, 900);
     say("b", "v2", 500, 400);
     let mut look = |rollout: &Rollout| {
-        let (who, shown, verdict) = rollouts.update(&name("s"), &service, rollout, &book);
+        let (who, shown, verdict) =
+            rollouts.update((&name("s"), &service), rollout, &book, Default::default());
         (who, shown.new.finished, shown.new.failed, shown.old.finished, verdict)
     };
     use crate::plan::policy::canary::CanaryVerdict;
@@ -155,13 +156,18 @@ fn measured(
         load: Some((running, waiting)),
         capacity: Some(capacity),
         is_new,
+        version: Some(if is_new { "v2" } else { "v1" }.to_owned()),
         is_fresh: true,
     }
 }
 
 fn sum(backends: &[MeasuredBackend], new: Option<u16>) -> Vec<(String, Option<u64>, u64)> {
     let home = name("eu");
-    let versions = new.map(|new| VersionShares { new, home: Some(&home) });
+    let rollout = new.map(|permille| -> Rollout {
+        serde_json::from_value(json!({"model": "m", "version": "v2", "permille": permille})).unwrap()
+    });
+    let versions =
+        rollout.as_ref().map(|rollout| VersionShares { rollout, zones_of: None, home: Some(&home) });
     let counting = Counting { most: KnownGood::default().update(backends, 0), versions };
     let places = sum_places(backends, |b| Some(&b.region), counting, &mut Vec::new());
     places.into_iter().map(|p| (p.name.to_string(), p.capacity, p.load)).collect()
@@ -231,4 +237,147 @@ fn the_first_host_of_a_region_tells_where_its_flows_go() {
     // An older report without shares says that the region keeps its flows.
     let old = serde_json::from_value(json!({"host": "h", "region": "us", "zone": "a"})).unwrap();
     assert!(peers::regions(&name("s"), &here, &[old]).is_empty());
+}
+
+#[test]
+fn capacity_of_a_region_that_a_roll_out_leaves_out_is_that_of_the_old_version() {
+    let all = [
+        measured("eu", "ea", (0, 0), 8, true),
+        measured("us", "wa", (4, 0), 16, false),
+        measured("us", "wb", (0, 0), 8, true),
+    ];
+    let home = name("eu");
+    let count = |regions: serde_json::Value| {
+        let rollout: Rollout = serde_json::from_value(
+            json!({"model": "m", "version": "v2", "permille": 1_000, "regions": regions}),
+        )
+        .unwrap();
+        let versions = Some(VersionShares { rollout: &rollout, zones_of: None, home: Some(&home) });
+        let places = sum_places(&all, |b| Some(&b.region), Counting { most: 100, versions }, &mut Vec::new());
+        let zones_of = Some(&home);
+        let versions = Some(VersionShares { rollout: &rollout, zones_of, home: None });
+        let zones =
+            sum_places(&all[..1], |b| Some(&b.zone), Counting { most: 100, versions }, &mut Vec::new());
+        (places[1].capacity, zones[0].capacity)
+    };
+    assert_eq!(count(json!([])), (Some(8), Some(8)));
+    assert_eq!(count(json!(["eu"])), (Some(16), Some(8)), "us serves the old version");
+}
+
+#[test]
+fn versions_are_counted_by_region() {
+    let mut all = [
+        measured("eu", "ea", (0, 0), 8, false),
+        measured("eu", "eb", (0, 0), 8, true),
+        measured("us", "wa", (0, 0), 8, false),
+    ];
+    all[1].takes = false;
+    let rollout: Rollout = serde_json::from_value(
+        json!({"model": "m", "version": "v2", "permille": 1_000, "state": "promoted", "regions": ["eu"]}),
+    )
+    .unwrap();
+    let found = versions_by_region(all.iter(), &rollout);
+    let counts: Vec<_> = found.iter().map(|v| (v.region.as_str(), v.new, v.new_ready, v.old_ready)).collect();
+    assert_eq!(counts, [("eu", 1, 0, 1), ("us", 0, 0, 1)]);
+    assert_eq!((found[0].is_included, found[1].is_included), (true, false));
+    assert_eq!(found[0].old_versions, ["v1"]);
+}
+
+#[test]
+fn an_abort_stops_the_roll_out_on_all_services_of_the_model() {
+    let service = |port: u16, rollout: serde_json::Value| json!({"vip": "10.0.0.1", "port": port, "protocol": "tcp", "rollout": rollout});
+    let running = |model: &str, version: &str| json!({"model": model, "version": version, "permille": 50});
+    let mut desired: crate::desired::model::Desired = serde_json::from_value(json!({"services": {
+        "chat": service(1, running("m", "v2")), "batch": service(2, running("m", "v2")),
+        "other": service(3, running("n", "v2")), "newer": service(4, running("m", "v3")),
+        "done": service(5, json!({"model": "m", "version": "v2", "permille": 50, "state": "promoted"})),
+        "none": service(6, json!(null)),
+    }}))
+    .unwrap();
+    let judged = desired.services[&name("chat")].rollout.clone().unwrap();
+    rollouts::Abort::new(&name("chat"), &judged, "20.0 % of 50 requests failed".to_owned())
+        .apply(&mut desired);
+    let state = |service: &str| {
+        let rollout = desired.services[&name(service)].rollout.as_ref();
+        rollout.map(|r| (r.state, r.reason.as_str()))
+    };
+    let why = "20.0 % of 50 requests failed";
+    assert_eq!(state("chat"), Some((RolloutState::Aborted, why)));
+    let there = format!("on service chat, {why}");
+    assert_eq!(state("batch"), Some((RolloutState::Aborted, there.as_str())));
+    for (service, expected) in
+        [("other", RolloutState::Running), ("newer", RolloutState::Running), ("done", RolloutState::Promoted)]
+    {
+        assert_eq!(state(service).map(|s| s.0), Some(expected), "{service}");
+    }
+}
+
+/// A snapshot with one service, whose decision is given.
+fn problems(policy: &str, decision: serde_json::Value, rollout: serde_json::Value) -> Vec<String> {
+    let place = |name: &str, load: u64| {
+        json!({"name": name, "is_local": name == "eu", "is_allowed": true, "is_draining": false, "is_down": false,
+            "is_spilling": false, "backends": 1, "capacity": 8, "load": load, "is_stale": false, "rtt_us": null})
+    };
+    let share = json!([{"name": "eu", "permille": 1000}]);
+    let mut all = json!({"shares": share, "reason": "why"});
+    all.as_object_mut().unwrap().extend(decision.as_object().unwrap().clone());
+    let explained: Explained = serde_json::from_value(json!({"service": "s", "region": "eu", "zone": "a",
+        "policy": policy, "decided_by": "h", "regions": [place("eu", 16), place("us", 28)], "zones": [],
+        "decision": all, "steer": {"shares": share}, "rollout": rollout}))
+    .unwrap();
+    let services = [(name("s"), explained)].into();
+    RegionSnapshot { services, ..RegionSnapshot::default() }.problems()
+}
+
+#[test]
+fn full_regions_are_a_problem_under_every_policy() {
+    let unplaced = json!({"shares": [], "changed_ms": 0, "load_then": 0, "demand": 0, "unplaced": 28});
+    let full = json!({"spill": unplaced, "full": ["eu", "us"]});
+    assert_eq!(
+        problems("weighted", full.clone(), json!(null)),
+        [
+            "service s: full: eu at 200 %, us at 350 % of the capacity, 28 requests wait, and policy weighted sends them \
+          nowhere else; add replicas, change the weights, or limit the demand"
+        ]
+    );
+    assert!(
+        problems("active-passive", full, json!(null))[0]
+            .contains("add replicas, use policy active-active, or"),
+    );
+    let spill = problems("active-active", json!({"spill": unplaced}), json!(null));
+    assert!(
+        spill[0].starts_with("service s: spill wanted, nowhere to go: about 28 requests of region eu"),
+        "{spill:?}"
+    );
+    assert!(problems("weighted", json!({}), json!(null)).is_empty());
+}
+
+#[test]
+fn a_promoted_version_that_a_region_lacks_is_a_problem() {
+    let region = |name: &str, new: u32| {
+        json!({"region": name, "is_included": true, "new": new, "new_ready": new, "old_ready": 1,
+            "old_versions": ["v1"]})
+    };
+    let shown = |state: &str, us: u32| {
+        let tally = json!({"replicas": 0, "counting": 0, "finished": 0, "failed": 0, "first_token_ms": 0.0,
+            "first_tokens": 0});
+        let rollout = json!({"model": "m", "version": "v2", "permille": 50, "state": state});
+        let regions = serde_json::from_value(json!([region("eu", 1), region("us", us)])).unwrap();
+        let coverage = crate::plan::policy::coverage::Coverage::new(
+            &serde_json::from_value(rollout.clone()).unwrap(),
+            regions,
+        );
+        let mut all =
+            json!({"service": "s", "new": tally, "old": tally, "verdict": "", "coverage": coverage});
+        all.as_object_mut().unwrap().extend(rollout.as_object().unwrap().clone());
+        all
+    };
+    assert_eq!(
+        problems("active-active", json!({}), shown("promoted", 0)),
+        [
+            "roll-out of v2 on service s is promoted, but not everywhere: v2 in 1 of 2 regions; us still serves v1"
+        ]
+    );
+    assert!(problems("active-active", json!({}), shown("promoted", 1)).is_empty());
+    assert!(problems("active-active", json!({}), shown("running", 0)).is_empty(), "it is not finished");
 }

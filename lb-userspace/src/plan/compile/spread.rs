@@ -42,11 +42,11 @@ pub(super) fn region_weights(
     let new_backends = steer.canary.as_ref().map(|c| &c.backends);
     // The share comes from the desired state; the backends of the version were observed.
     let steer = RegionShares {
-        canary: wanted
-            .rollout
-            .as_ref()
-            .zip(steer.canary.clone())
-            .map(|(rollout, canary)| Canary { permille: rollout.share(), ..canary }),
+        canary: wanted.rollout.as_ref().zip(steer.canary.clone()).map(|(rollout, canary)| Canary {
+            permille: rollout.share(),
+            regions: rollout.regions.clone(),
+            ..canary
+        }),
         ..steer.clone()
     };
     let members: Vec<RegionMember<'_>> = wanted

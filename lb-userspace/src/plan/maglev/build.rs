@@ -195,7 +195,10 @@ impl TableBuilder {
             may.push(lacks.ceil().max(0.0) as u32);
             must.push(lacks.floor().max(0.0) as u32);
         }
-        changes.iter().for_each(|&(seat, _)| (may[seat as usize], must[seat as usize]) = (0, 0));
+        // A seat whose weight falls takes slots only if others fall further, so that its share grows.
+        for seat in changes.iter().map(|change| change.0 as usize).filter(|&seat| must[seat] == 0) {
+            may[seat] = 0;
+        }
         let mut owed = must.iter().sum::<u32>() as usize;
         for (i, &slot) in pool.iter().enumerate() {
             let lacking = if pool.len() - i <= owed { &must } else { &may };

@@ -7,6 +7,7 @@
 pub mod announce;
 pub mod audit;
 pub mod canary;
+pub mod coverage;
 pub mod damp;
 pub mod load;
 pub mod region;

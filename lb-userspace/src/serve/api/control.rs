@@ -320,7 +320,8 @@ impl Control {
                 return Err(refusal.into());
             }
             if query.dry_run || !is_changed {
-                return Ok(Change { revision: found, dry_run: query.dry_run, differences, applied: None });
+                let (revision, dry_run) = (found, query.dry_run);
+                return Ok(Change { revision, dry_run, differences, applied: None, notes: Vec::new() });
             }
             let message = query.message.clone().unwrap_or_else(|| summarize(&differences));
             let commit = Commit {
@@ -341,7 +342,8 @@ impl Control {
                     let revision = stored.revision.number;
                     tracing::info!(revision, author = author.name, change = message, "desired state changed");
                     let applied = Some(self.wait_applied(revision).await?);
-                    return Ok(Change { revision, dry_run: false, differences, applied });
+                    let notes = Vec::new();
+                    return Ok(Change { revision, dry_run: false, differences, applied, notes });
                 }
             }
         }

@@ -180,6 +180,11 @@ impl Control {
     /// Writes this host's record, and compares clocks, until the store is gone.
     pub async fn run_member(self: Arc<Self>) {
         let mut values = self.store.published();
+        // Another part makes this host's first report: the record, made of it, must not wait for a heartbeat more.
+        let mut reports = self.report.subscribe();
+        if reports.wait_for(|report| !report.host.is_empty()).await.is_err() {
+            return;
+        }
         let mut due = tokio::time::Instant::now();
         loop {
             tokio::select! {
@@ -305,5 +310,28 @@ mod tests {
         assert_eq!(own.len(), 1);
         assert!(own[0].starts_with("this host's clock is 5.0 s behind those of 3 of 3"), "{own:?}");
         assert!(problems(&[host("b", 999), host("c", -1_000)], 2).is_empty());
+    }
+
+    /// The report and the record are made by different parts, in any order.
+    #[tokio::test]
+    async fn a_host_is_listed_as_soon_as_it_has_reported() {
+        use crate::{
+            desired::store::RedbStore,
+            observed::health::HealthRegistry,
+            serve::api::{memory::MemoryEngine, store::HostReport},
+        };
+        let directory = tempfile::tempdir().unwrap();
+        let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
+        let engine = Arc::new(MemoryEngine::new(5));
+        let control = Control::new(store, engine, Arc::new(HealthRegistry::default()));
+        tokio::spawn(control.clone().run_member());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        control.publish_report(HostReport { host: "h".to_owned(), ..HostReport::default() });
+        let listed = async {
+            while control.hosts().is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(HEARTBEAT / 3, listed).await.expect("its record is there before a heartbeat");
     }
 }

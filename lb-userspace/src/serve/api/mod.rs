@@ -13,12 +13,14 @@ pub mod error;
 pub mod guard;
 pub mod host;
 mod listener;
+pub mod locks;
 pub mod members;
 pub mod memory;
 mod peer;
 mod problems;
 pub mod region_drain;
 pub mod regions;
+pub mod rollouts;
 mod routes;
 pub mod store;
 mod table;
@@ -55,5 +57,7 @@ pub use peer::Writers;
 
 #[cfg(test)]
 mod access_tests;
+#[cfg(test)]
+mod rollout_tests;
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use super::{
     ApiError, Control,
     access::{Author, Caller},
     control::SharedControl,
-    regions::{operation_error, operation_in_progress, unknown_region},
+    regions::{note_declared, operation_error, operation_in_progress, unknown_region},
     routes::{Params, Reply, name},
     types::{Change, WriteQuery},
 };
@@ -89,7 +89,7 @@ fn refuse_drain(region: &Name, services: &[Name]) -> ApiError {
 
 impl Control {
     /// Region of this host.
-    fn own_region(&self) -> Option<Name> {
+    pub(super) fn own_region(&self) -> Option<Name> {
         self.fleet_member.get().and_then(|member| member.region.parse().ok())
     }
 
@@ -108,9 +108,9 @@ impl Control {
                 return Err(unknown_region(&region, desired));
             };
             if known.state != RegionState::Draining
-                && let Some(what) = operation_in_progress(desired)
+                && let Some(operation) = operation_in_progress(desired)
             {
-                return Err(operation_error(&what));
+                return Err(operation_error(&operation));
             }
             let left = left_without_backend(desired, &region, here.as_ref());
             if !force && !left.is_empty() {
@@ -119,7 +119,8 @@ impl Control {
             desired.regions.entry(region.clone()).or_default().state = RegionState::Draining;
             Ok(())
         };
-        self.write_locked(author, &query, &format!("drain of region {region}"), change).await
+        let done = self.write_locked(author, &query, &format!("drain of region {region}"), change).await?;
+        Ok(note_declared(done, &region))
     }
 
     async fn undrain_region(
@@ -136,7 +137,7 @@ impl Control {
             known.state = RegionState::Up;
             Ok(())
         };
-        self.write(author, query, change).await
+        Ok(note_declared(self.write(author, query, change).await?, &region))
     }
 }
 

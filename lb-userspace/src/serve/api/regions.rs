@@ -1,4 +1,4 @@
-//! API of regions, policy and roll-outs.
+//! API of regions and policy, and the lock that drains and roll-outs hold.
 //!
 //! Input: requests, and the decisions of `observed::regions`. Output: JSON of its types. Called by `routes`. Draining
 //! a region and rolling out a version take the lock `rollout`, and refuse it to others until they are over: two
@@ -12,23 +12,24 @@ use super::{
     access::{Author, Caller},
     control::SharedControl,
     engine::Snapshot,
-    routes::{Params, Reply, body, name},
+    locks::HeldLock,
+    routes::{Params, Reply, name},
     types::{Change, WriteQuery},
-    view::{backend_id, find_service, no_service},
+    view::{backend_id, find_service},
 };
 use crate::{
-    clock,
     desired::{
-        model::{BackendId, Desired, Name, Region, RegionState, Rollout, RolloutState, nearest, region_list},
+        model::{
+            BackendId, Desired, Difference, Name, Region, RegionState, RolloutState, Service, nearest,
+            region_list,
+        },
         store::{Claim, Lock, StoreError},
     },
-    observed::regions::{Explained, RegionShown, RegionSnapshot, RolloutShown},
+    observed::regions::{Explained, RegionShown, RegionSnapshot},
     plan::policy::audit::{BackendUse, Residency, audit},
-    printable,
 };
 use axum::{
     Json,
-    body::Bytes,
     extract::{Path, State},
 };
 use serde::{Deserialize, Serialize};
@@ -51,49 +52,48 @@ pub struct Regions {
     pub regions: Vec<RegionShown>,
 }
 
-/// Body of `POST /v1/rollouts`: the version to roll out, the services, and the share.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StartRollout {
-    /// Services; if empty, all whose replicas report the model.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub services: Vec<Name>,
-    /// The roll-out.
-    #[serde(flatten)]
-    pub rollout: Rollout,
+/// An operation that holds the lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Operation {
+    /// What is in progress.
+    what: String,
+    /// Command that ends it.
+    ends_by: String,
+    since_ms: u64,
 }
 
-/// Body of `POST /v1/rollouts/VERB`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WhichRollout {
-    /// Model of the roll-out; if none, the only model with a roll-out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub model: Option<String>,
-    /// Service of the roll-out; if none, all services.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub service: Option<Name>,
-    /// Why, for the record.
-    #[serde(
-        default,
-        skip_serializing_if = "Option::is_none",
-        deserialize_with = "printable::optional_reason"
-    )]
-    pub reason: Option<String>,
+impl Operation {
+    /// The operation as holder of the lock.
+    pub(super) fn as_lock(&self) -> HeldLock {
+        let Self { what, ends_by, since_ms } = self;
+        let lock = Lock {
+            name: LOCK.to_owned(),
+            holder: what.clone(),
+            reason: format!("until {ends_by}"),
+            since_ms: *since_ms,
+            left_s: 0,
+            token: None,
+        };
+        HeldLock { lock, is_operation: true }
+    }
 }
 
-/// The operation in progress that holds the lock, with the command that ends it.
-pub(super) fn operation_in_progress(desired: &Desired) -> Option<String> {
+/// The operation in progress that holds the lock.
+pub(super) fn operation_in_progress(desired: &Desired) -> Option<Operation> {
     let draining = desired.regions.iter().find(|(_, r)| r.state == RegionState::Draining);
     if let Some((region, _)) = draining {
-        return Some(format!("region {region} drains: `lbctl region undrain {region}` ends the drain"));
+        return Some(Operation {
+            what: format!("drain of region {region}"),
+            ends_by: format!("`lbctl region undrain {region}`"),
+            since_ms: 0,
+        });
     }
-    desired.services.iter().find_map(|(name, s)| {
-        let rollout = s.rollout.as_ref().filter(|r| r.state == RolloutState::Running)?;
-        let Rollout { model, version, .. } = rollout;
-        Some(format!(
-            "version {version} of {model} is being rolled out on service {name}: `lbctl rollout promote` or `lbctl rollout abort` ends it"
-        ))
+    let running = |s: &Service| s.rollout.clone().filter(|r| r.state == RolloutState::Running);
+    let (name, rollout) = desired.services.iter().find_map(|(name, s)| Some((name, running(s)?)))?;
+    Some(Operation {
+        what: format!("roll-out of {} on service {name}", rollout.title()),
+        ends_by: "`lbctl rollout promote` or `lbctl rollout abort`".to_owned(),
+        since_ms: rollout.since_ms,
     })
 }
 
@@ -109,7 +109,7 @@ impl Control {
     }
 
     /// Waits for the decisions on the newest known state; after [`DECISION_TIMEOUT`], returns the previous ones.
-    async fn wait_region_snapshot(&self) -> Arc<RegionSnapshot> {
+    pub(super) async fn wait_region_snapshot(&self) -> Arc<RegionSnapshot> {
         if let Some(mut watch) = self.region_decisions.get().cloned() {
             let newest = self.head().revision.number;
             let _ =
@@ -130,12 +130,12 @@ impl Control {
     pub(super) async fn refuse_during_operation(&self) -> Result<(), ApiError> {
         let head = self.newest_desired().await?;
         match operation_in_progress(&head) {
-            Some(what) => Err(operation_error(&what)),
+            Some(operation) => Err(operation_error(&operation)),
             None => Ok(()),
         }
     }
 
-    async fn newest_desired(&self) -> Result<Arc<Desired>, ApiError> {
+    pub(super) async fn newest_desired(&self) -> Result<Arc<Desired>, ApiError> {
         let mut head = self.head();
         loop {
             match self.store.get(head.revision.number + 1).await {
@@ -196,111 +196,26 @@ impl Control {
         let used = named.chain(backends.filter_map(|b| b.region.as_ref()));
         let mut all: Vec<Name> = used.cloned().collect();
         all.extend(self.region_snapshot().regions.iter().map(|r| r.name.clone()));
+        all.extend(self.hosts().iter().filter_map(|host| host.record.region.parse().ok()));
         desired.regions = all.into_iter().map(|name| (name, Region::default())).collect();
     }
+}
 
-    /// Services whose replicas report a model.
-    fn services_of_model(&self, desired: &Desired, model: &str) -> Vec<Name> {
-        let reports = |service: &Name| {
-            self.replicas.read(|all| {
-                let of = all.iter().filter(|(id, _)| id.service == *service);
-                of.filter_map(|(_, e)| e.report.as_ref()).any(|r| r.model.as_deref() == Some(model))
-            })
-        };
-        desired.services.keys().filter(|name| reports(name)).cloned().collect()
+/// Notes which regions were declared besides the one that was asked for.
+pub(super) fn note_declared(mut change: Change, asked: &Name) -> Change {
+    let declared = |d: &Difference| match d {
+        Difference::Region { region, from: serde_json::Value::Null, .. } => Some(region.clone()),
+        _ => None,
+    };
+    let all: Vec<Name> = change.differences.iter().filter_map(declared).collect();
+    let others = || all.iter().filter(|name| *name != asked);
+    if others().next().is_some() {
+        change.notes.push(format!(
+            "no region was declared before, so those in use are declared with it: {}; from now on, others are refused",
+            region_list(others())
+        ));
     }
-
-    async fn start_rollout(
-        &self,
-        author: &Author,
-        query: &WriteQuery,
-        start: StartRollout,
-    ) -> Result<Change, ApiError> {
-        let StartRollout { services, rollout } = start;
-        let rollout = Rollout {
-            state: RolloutState::Running,
-            since_ms: clock::unix_ms(),
-            reason: String::new(),
-            ..rollout
-        };
-        let what = format!("version {} of {}", rollout.version, rollout.model);
-        let change = |desired: &mut Desired| {
-            let chosen = if services.is_empty() {
-                self.services_of_model(desired, &rollout.model)
-            } else {
-                services.clone()
-            };
-            if chosen.is_empty() {
-                return Err(ApiError::not_found(format!(
-                    "no service's replicas report model {}",
-                    rollout.model
-                ))
-                .fix("`lbctl replica list` shows the reported models; choose the service with --service"));
-            }
-            if let Some(what) = operation_in_progress(desired) {
-                return Err(operation_error(&what));
-            }
-            for name in &chosen {
-                let known: Vec<Name> = desired.services.keys().cloned().collect();
-                let service = desired.service_mut(name).ok_or_else(|| no_service(name, known.iter()))?;
-                service.rollout = Some(rollout.clone());
-            }
-            Ok(())
-        };
-        self.write_locked(author, query, &format!("roll-out of {what}"), change).await
-    }
-
-    async fn change_rollout(
-        &self,
-        author: &Author,
-        query: &WriteQuery,
-        verb: &str,
-        which: WhichRollout,
-    ) -> Result<Change, ApiError> {
-        let WhichRollout { model, service, reason } = which;
-        let state = match verb {
-            "promote" => Some(RolloutState::Promoted),
-            "abort" => Some(RolloutState::Aborted),
-            "clear" => None,
-            _ => {
-                return Err(ApiError::not_found(format!(
-                    "{verb:?} is not a roll-out command: use promote, abort or clear"
-                )));
-            }
-        };
-        let change = |desired: &mut Desired| {
-            let matches = |name: &Name, r: &Rollout| {
-                model.as_ref().is_none_or(|m| *m == r.model) && service.as_ref().is_none_or(|s| s == name)
-            };
-            let all = desired.services.iter().filter_map(|(name, s)| Some((name, s.rollout.as_ref()?)));
-            let found: Vec<(Name, String)> = all
-                .filter(|(name, r)| matches(name, r))
-                .map(|(name, r)| (name.clone(), r.model.clone()))
-                .collect();
-            let Some((_, first)) = found.first() else {
-                return Err(ApiError::not_found("no roll-out matches")
-                    .fix("`lbctl rollout status` lists all roll-outs"));
-            };
-            if let Some((_, other)) = found.iter().find(|(_, model)| model != first) {
-                return Err(ApiError::bad_request(format!(
-                    "both {first} and {other} have roll-outs: choose one with --model"
-                )));
-            }
-            for (name, _) in &found {
-                let Some(service) = desired.service_mut(name) else { continue };
-                match (state, &mut service.rollout) {
-                    (None, rollout) => *rollout = None,
-                    (Some(state), Some(rollout)) => {
-                        rollout.state = state;
-                        rollout.reason = reason.clone().unwrap_or_else(|| format!("by {}", author.name));
-                    }
-                    (Some(_), None) => {}
-                }
-            }
-            Ok(())
-        };
-        self.write(author, query, change).await
-    }
+    change
 }
 
 /// Audits residency: compares the desired state with what is in the maps.
@@ -315,8 +230,10 @@ fn audit_residency(desired: &Desired, snapshot: &Snapshot) -> Vec<Residency> {
     audit(desired, seen, |name| snapshot.services.get(name).map_or_else(Vec::new, |s| s.regions.clone()))
 }
 
-pub(super) fn operation_error(what: &str) -> ApiError {
-    ApiError { code: "held", ..ApiError::exists(format!("not possible now: {what}")) }
+pub(super) fn operation_error(operation: &Operation) -> ApiError {
+    let Operation { what, ends_by, .. } = operation;
+    let text = format!("not possible now: the {what} holds the lock {LOCK}");
+    ApiError { code: "held", ..ApiError::exists(text) }.fix(format!("{ends_by} ends it"))
 }
 
 pub(super) fn unknown_region(region: &Name, desired: &Desired) -> ApiError {
@@ -387,7 +304,25 @@ pub(super) async fn region_add(
         desired.regions.entry(region.clone()).or_default();
         Ok(())
     };
-    Ok(Json(control.write(&author, &query, change).await?))
+    let done = control.write(&author, &query, change).await?;
+    Ok(Json(note_declared(done, &region)))
+}
+
+/// What names a region: a backend, a rule, or a roll-out.
+fn region_user(desired: &Desired, region: &Name) -> Option<String> {
+    desired.services.iter().find_map(|(name, s)| {
+        let backend = s.backends.iter().find(|(_, b)| b.region.as_ref() == Some(region));
+        let by_rules = s.regions.as_ref().is_some_and(|rules| {
+            rules.weights.contains_key(region) || rules.allowed.iter().flatten().any(|name| name == region)
+        });
+        let by_rollout = s.rollout.as_ref().is_some_and(|r| r.regions.contains(region));
+        match backend {
+            Some((backend, _)) => Some(format!("backend {name}/{backend}")),
+            None if by_rules => Some(format!("the region rules of service {name}")),
+            None if by_rollout => Some(format!("the roll-out on service {name}")),
+            None => None,
+        }
+    })
 }
 
 pub(super) async fn region_remove(
@@ -397,38 +332,21 @@ pub(super) async fn region_remove(
     Caller(author): Caller,
 ) -> Reply<Change> {
     let region = name(&region)?;
-    let change = |desired: &mut Desired| match desired.regions.remove(&region) {
-        Some(_) => Ok(()),
-        None => Err(unknown_region(&region, desired)),
+    let change = |desired: &mut Desired| {
+        if !desired.regions.contains_key(&region) {
+            return Err(unknown_region(&region, desired));
+        }
+        // Without the last declaration, names are not checked.
+        if desired.regions.len() > 1
+            && let Some(user) = region_user(desired, &region)
+        {
+            return Err(ApiError::exists(format!("region {region} is in use by {user}"))
+                .fix(format!("remove it, or give it another region, before `lbctl region rm {region}`")));
+        }
+        desired.regions.remove(&region);
+        Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))
-}
-
-pub(super) async fn rollouts(State(control): SharedControl) -> Reply<Vec<RolloutShown>> {
-    Ok(Json(
-        control.wait_region_snapshot().await.services.values().filter_map(|e| e.rollout.clone()).collect(),
-    ))
-}
-
-pub(super) async fn rollout_start(
-    State(control): SharedControl,
-    Params(query): Params<WriteQuery>,
-    Caller(author): Caller,
-    bytes: Bytes,
-) -> Reply<Change> {
-    let start: StartRollout = body(&bytes)?;
-    Ok(Json(control.start_rollout(&author, &query, start).await?))
-}
-
-pub(super) async fn rollout_change(
-    State(control): SharedControl,
-    Path(verb): Path<String>,
-    Params(query): Params<WriteQuery>,
-    Caller(author): Caller,
-    bytes: Bytes,
-) -> Reply<Change> {
-    let which: WhichRollout = body(&bytes)?;
-    Ok(Json(control.change_rollout(&author, &query, &verb, which).await?))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! API of the store: status, migration, backups, and locks.
+//! API of the store: status, migration and backups.
 //!
 //! Input: requests, and the reports of all hosts. Output: JSON of the types below.
 //! Called by `routes`; the host's own report by the daemon.
@@ -7,30 +7,18 @@ use super::{
     ApiError, Control,
     access::{Author, Writer},
     members::HostMember,
-    routes::{Params, Reply, body, name},
+    routes::{Params, Reply, body},
     types::{Change, WriteQuery},
 };
 use crate::{
     clock,
-    desired::{
-        model::Name,
-        store::{
-            About, Address, Claim, HOSTS, Lock, Opener, Retire, Revision, Store, StoreError, StoreLink,
-            backup, backup::Backup,
-        },
+    desired::store::{
+        About, Address, HOSTS, Opener, Retire, Revision, Store, StoreError, StoreLink, backup, backup::Backup,
     },
-    printable,
 };
-use axum::{
-    Json,
-    body::Bytes,
-    extract::{Path, State},
-};
+use axum::{Json, body::Bytes, extract::State};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
-
-/// Shortest and longest TTL of a lock, in seconds.
-const LOCK_TTL_S: (u64, u64) = (5, 86_400);
 
 /// This host's identity in the fleet, and the opener of other stores.
 pub struct FleetMember {
@@ -152,32 +140,6 @@ pub struct Filled {
     /// What changed on this host; none for a migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change: Option<Box<Change>>,
-}
-
-/// Body of `POST /v1/locks/NAME`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LockRequest {
-    /// Why the lock is taken.
-    #[serde(deserialize_with = "printable::reason")]
-    pub reason: String,
-    /// Seconds after which the lock expires unless it is renewed.
-    pub ttl_s: u64,
-    /// Token of the lock, to renew it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub token: Option<String>,
-}
-
-/// Query of `DELETE /v1/locks/NAME`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Unlock {
-    /// Token of the holder.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub token: Option<String>,
-    /// Release the lock without its token.
-    #[serde(default)]
-    pub force: bool,
 }
 
 /// Sums up the hosts' lag by region; `newest` is the newest revision.
@@ -407,57 +369,6 @@ pub(super) async fn unretire(
 ) -> Reply<StoreInfo> {
     control.unretire(&author).await?;
     Ok(Json(control.store_info().await))
-}
-
-pub(super) async fn locks(State(control): State<Arc<Control>>) -> Reply<Vec<Lock>> {
-    Ok(Json(control.store.locks().await?))
-}
-
-pub(super) async fn lock(
-    State(control): State<Arc<Control>>,
-    Path(path): Path<String>,
-    Writer(author): Writer,
-    bytes: Bytes,
-) -> Reply<Lock> {
-    let (name, request): (Name, LockRequest) = (name(&path)?, body(&bytes)?);
-    if !(LOCK_TTL_S.0..=LOCK_TTL_S.1).contains(&request.ttl_s) {
-        let (least, most) = LOCK_TTL_S;
-        return Err(ApiError::bad_request(format!(
-            "ttl_s is {}, must be {least} to {most} seconds",
-            request.ttl_s
-        )));
-    }
-    let holder = control.lock_holder(&author);
-    let ttl = Duration::from_secs(request.ttl_s);
-    let is_new = request.token.is_none();
-    let claim = Claim { name: name.to_string(), holder, reason: request.reason, ttl, token: request.token };
-    let lock = control.store.lock(claim).await?;
-    // Checked while holding the lock: a drain or roll-out commits its state under the same lock.
-    if is_new
-        && name.as_str() == super::regions::LOCK
-        && let Err(refused) = control.refuse_during_operation().await
-    {
-        control.store.unlock(name.to_string(), lock.token).await?;
-        return Err(refused);
-    }
-    Ok(Json(lock))
-}
-
-pub(super) async fn unlock(
-    State(control): State<Arc<Control>>,
-    Path(path): Path<String>,
-    Params(query): Params<Unlock>,
-    Writer(author): Writer,
-) -> Reply<Vec<Lock>> {
-    let name: Name = name(&path)?;
-    if query.token.is_none() && !query.force {
-        return Err(ApiError::bad_request("give the token of the lock, or force"));
-    }
-    if query.force {
-        tracing::warn!(author = author.name, %name, "a lock was released by force");
-    }
-    control.store.unlock(name.to_string(), query.token.filter(|_| !query.force)).await?;
-    Ok(Json(control.store.locks().await?))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use super::{
         Endpoint,
         Right::{DryRun, Read, Write},
     },
-    guard, host, members, region_drain, regions, routes, store,
+    guard, host, locks, members, region_drain, regions, rollouts, routes, store,
 };
 use axum::http::Method;
 
@@ -56,9 +56,9 @@ pub(super) fn table() -> Vec<Endpoint> {
         // Only writers may send bodies this large, even for a dry run.
         Endpoint::new(POST, "/v1/store/restore", Write, store::restore).limit(BACKUP_LIMIT),
         Endpoint::new(POST, "/v1/store/accept", Write, store::accept),
-        Endpoint::new(GET, "/v1/locks", Read, store::locks),
-        Endpoint::new(POST, "/v1/locks/{name}", Write, store::lock),
-        Endpoint::new(DELETE, "/v1/locks/{name}", Write, store::unlock),
+        Endpoint::new(GET, "/v1/locks", Read, locks::locks),
+        Endpoint::new(POST, "/v1/locks/{name}", Write, locks::lock),
+        Endpoint::new(DELETE, "/v1/locks/{name}", Write, locks::unlock),
         Endpoint::new(GET, "/v1/host", Read, host::show),
         Endpoint::new(POST, "/v1/host/drain", Write, host::drain),
         Endpoint::new(POST, "/v1/host/undrain", Write, host::undrain),
@@ -72,9 +72,9 @@ pub(super) fn table() -> Vec<Endpoint> {
         Endpoint::new(DELETE, "/v1/regions/{region}", DryRun, regions::region_remove),
         Endpoint::new(POST, "/v1/regions/{region}/drain", DryRun, region_drain::region_drain),
         Endpoint::new(POST, "/v1/regions/{region}/undrain", DryRun, region_drain::region_undrain),
-        Endpoint::new(GET, "/v1/rollouts", Read, regions::rollouts),
-        Endpoint::new(POST, "/v1/rollouts", DryRun, regions::rollout_start),
-        Endpoint::new(POST, "/v1/rollouts/{verb}", DryRun, regions::rollout_change),
+        Endpoint::new(GET, "/v1/rollouts", Read, rollouts::rollouts),
+        Endpoint::new(POST, "/v1/rollouts", DryRun, rollouts::rollout_start),
+        Endpoint::new(POST, "/v1/rollouts/{verb}", DryRun, rollouts::rollout_change),
         Endpoint::new(GET, "/v1/guard", Read, guard::show),
         Endpoint::new(GET, "/v1/guard/check", Read, guard::check),
         Endpoint::new(GET, "/v1/guard/{list}", Read, guard::entries),

@@ -14,14 +14,14 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};
 
-struct Bed {
+pub(super) struct Bed {
     _directory: tempfile::TempDir,
     engine: Arc<MemoryEngine>,
-    control: Arc<Control>,
+    pub(super) control: Arc<Control>,
     client: ApiClient,
 }
 
-async fn bed(may_write: bool) -> Bed {
+pub(super) async fn bed(may_write: bool) -> Bed {
     let directory = tempfile::tempdir().unwrap();
     let store = Arc::new(RedbStore::open(directory.path(), 100).unwrap());
     let engine = Arc::new(MemoryEngine::new(1_000));
@@ -37,7 +37,7 @@ async fn bed(may_write: bool) -> Bed {
 }
 
 impl Bed {
-    async fn send(&self, method: Method, path: &str, body: Value) -> Result<Value, ErrorInfo> {
+    pub(super) async fn send(&self, method: Method, path: &str, body: Value) -> Result<Value, ErrorInfo> {
         let body = Some(body).filter(|b| !b.is_null());
         match self.client.send(method, path, &(), body.as_ref()).await {
             Ok(value) => Ok(value),
@@ -46,17 +46,22 @@ impl Bed {
         }
     }
 
-    async fn error(&self, method: Method, path: &str, body: Value) -> (String, String, Option<String>) {
+    pub(super) async fn error(
+        &self,
+        method: Method,
+        path: &str,
+        body: Value,
+    ) -> (String, String, Option<String>) {
         let info = self.send(method, path, body).await.expect_err(path);
         (info.code, info.message, info.fix)
     }
 
-    fn revision(&self) -> u64 {
+    pub(super) fn revision(&self) -> u64 {
         self.control.head().revision.number
     }
 }
 
-fn web() -> Value {
+pub(super) fn web() -> Value {
     json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "backends": {"a": {"address": "10.1.0.1"}}})
 }
 
@@ -438,7 +443,7 @@ async fn stored_control_characters_do_not_reach_the_terminal() {
     let mut written = Vec::new();
     let mut out = render::Out::new(&mut written, false, false);
     render::observe::history(&mut out, &[revision]).unwrap();
-    render::store::locks(&mut out, &[lock]).unwrap();
+    render::store::locks(&mut out, &[super::locks::HeldLock { lock, is_operation: false }]).unwrap();
     let painted = out.paint(render::Tone::Bad, "host drains: a\nb\x1b[2J");
     let text = String::from_utf8(written).unwrap();
     assert!(text.lines().count() == 4 && !text.contains('\x1b'), "{text}");

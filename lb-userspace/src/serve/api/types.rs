@@ -256,6 +256,9 @@ pub struct Change {
     /// What was written to the maps; none if nothing was written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applied: Option<AppliedStatus>,
+    /// What the change means beyond what was asked for, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// `GET /v1/history`.

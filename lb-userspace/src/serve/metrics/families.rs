@@ -282,14 +282,22 @@ impl Scrape {
             .services
             .values()
             .map(|e| ([("service", e.service.to_string())], e.decision.spill.unplaced as f64));
-        let help = "Requests that should run in another region, but no allowed region has room for them";
+        let help = "Requests that no region may take: their own is full, and the others are full or get none by the policy";
         out.gauges("lb_service_spill_unplaced_requests", help, unplaced)?;
         let rollouts = decided.services.values().filter_map(|e| e.rollout.as_ref()).map(|r| {
             let version = ("version", r.rollout.version.clone());
             let state = ("state", r.rollout.state.label().to_owned());
             ([("service", r.service.to_string()), version, state], f64::from(r.rollout.share()) / 1e3)
         });
-        out.gauges("lb_rollout_share_ratio", "Share of new flows that the new version should get", rollouts)
+        out.gauges("lb_rollout_share_ratio", "Share of new flows that the new version should get", rollouts)?;
+        let covered = decided.services.values().filter_map(|e| e.rollout.as_ref()).flat_map(|r| {
+            r.coverage.regions.iter().map(|region| {
+                let [service, place] = labels(&r.service, &region.region);
+                ([service, place, ("version", r.rollout.version.clone())], f64::from(region.new_ready))
+            })
+        });
+        let help = "Backends of the new version that take new flows, by region; 0 where it is missing";
+        out.gauges("lb_rollout_region_ready_backends", help, covered)
     }
 
     fn replicas(&self, out: &mut Encoder<'_>) -> fmt::Result {

@@ -147,6 +147,7 @@ impl Worker {
             is_up: Some(self.is_up),
             load: Some((said.0, said.1)),
             capacity: Some(slots),
+            version: None,
             is_fresh: self.voice != Voice::Silent,
             is_new: false,
         }

@@ -8,6 +8,7 @@
 //!   pending, the excess goes to the nearest regions with room; it returns when the demand is below `spill_until`.
 //! * **Demand is arrivals, not load** ([`estimate`]): neither a backlog nor what others have sent here counts as demand.
 //! * **What is free is shared** ([`allocate`]): all hosts compute the same allocation from the same reports.
+//! * **Full regions are reported**: as a spill that finds no room, or ([`full`]) where the policy sends nothing elsewhere.
 //! * **No flapping** ([`spill`]): a spill grows at once and shrinks after `hold_s`. Shares change in steps.
 //! * **No loops.** A spilled packet goes directly to a worker of the other region, and no ingress host sees it
 //!   again. A region that asks for slots gives none.
@@ -18,6 +19,7 @@
 
 mod allocate;
 mod estimate;
+mod full;
 mod spill;
 mod votes;
 mod weights;
@@ -56,6 +58,9 @@ pub struct Place {
     pub is_down: bool,
     /// Whether it sends flows of this service elsewhere.
     pub is_spilling: bool,
+    /// Whether none of its replicas that take flows runs the version which a roll-out wants.
+    #[serde(default)]
+    pub lacks_version: bool,
     /// Backends that can take new flows.
     pub backends: u32,
     /// Requests that these backends can run concurrently; none if unknown.
@@ -84,6 +89,7 @@ impl Place {
             is_draining: false,
             is_down: false,
             is_spilling: false,
+            lacks_version: false,
             backends: 1,
             capacity: None,
             load: 0,
@@ -164,6 +170,9 @@ pub struct RegionDecision {
     /// `active-passive`: since when a better region than the active one is up again (monotonic clock).
     #[serde(default)]
     pub better_since_ms: Option<u64>,
+    /// `weighted` and `active-passive`: regions that are full, and get their share nevertheless.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub full: Vec<Name>,
     /// Reason in words.
     pub reason: String,
 }
@@ -207,18 +216,7 @@ fn order_regions(inputs: &Inputs<'_>) -> Vec<Name> {
 pub fn decide(inputs: &Inputs<'_>, before: &RegionDecision) -> RegionDecision {
     let order = order_regions(inputs);
     let place = |name: &Name| inputs.regions.iter().find(|p| p.name == *name);
-    let usable = |and_up: bool| -> Vec<&Place> {
-        let all = order.iter().filter_map(place);
-        all.filter(|p| p.is_usable() && !(and_up && p.is_down)).collect()
-    };
-    let (up, mut note) = (usable(true), String::new());
-    let candidates = if up.is_empty() {
-        // The vote may be wrong, and trying is better than refusing all flows.
-        note = "; hosts vote it down, but no other region is left".to_owned();
-        usable(false)
-    } else {
-        up
-    };
+    let (candidates, note) = candidates(order.iter().filter_map(place).filter(|p| p.is_usable()).collect());
     let mut next = RegionDecision { order: order.clone(), ..RegionDecision::default() };
     let Some(first) = candidates.first() else {
         next.reason = refusal_reason(inputs);
@@ -238,9 +236,30 @@ pub fn decide(inputs: &Inputs<'_>, before: &RegionDecision) -> RegionDecision {
             }
         }
     }
+    if inputs.rules.policy != RegionPolicy::ActiveActive {
+        full::note(inputs, before, &mut next);
+    }
     next.reason.push_str(&note);
     decide_zones(inputs, before, &mut next);
     next
+}
+
+/// The usable regions without those that are down or lack the version of a roll-out, if any others are left; and a note.
+fn candidates(usable: Vec<&Place>) -> (Vec<&Place>, String) {
+    let up: Vec<&Place> = usable.iter().filter(|p| !p.is_down).copied().collect();
+    if up.is_empty() {
+        // The vote may be wrong, and trying is better than refusing all flows.
+        return (usable, "; hosts vote it down, but no other region is left".to_owned());
+    }
+    let with_version: Vec<&Place> = up.iter().filter(|p| !p.lacks_version).copied().collect();
+    if with_version.is_empty() {
+        return (up, String::new());
+    }
+    let note = match up.iter().find(|p| p.lacks_version && p.is_local) {
+        Some(home) => format!("; no replica of the rolled-out version takes flows in {}", home.name),
+        None => String::new(),
+    };
+    (with_version, note)
 }
 
 /// Why no region may take flows.

@@ -69,6 +69,13 @@ impl Spill {
         self.shares.iter().find(|s| s.name == place.name).map_or(0, |s| s.permille)
     }
 
+    /// Notes requests without a place; they count once they have lasted.
+    pub(super) fn note_unplaced(&mut self, unplaced: f64, now_ms: u64) {
+        self.unplaced_since_ms = (unplaced >= 1.0).then(|| self.unplaced_since_ms.unwrap_or(now_ms));
+        let lasts = self.unplaced_since_ms.is_some_and(|at| now_ms.saturating_sub(at) >= UNPLACED_MS);
+        self.unplaced = if lasts { unplaced.round() as u64 } else { 0 };
+    }
+
     fn sum(&self) -> u16 {
         self.shares.iter().map(|s| s.permille).sum::<u16>().min(WHOLE)
     }
@@ -287,7 +294,7 @@ impl LocalFirst<'_> {
         take(&mut given, self.most);
         self.set(next, given.iter().copied().enumerate().filter(|(_, share)| *share > 0).collect());
         next.demand = own.demand.round() as u64;
-        self.note_unplaced(next, if rises { needed.unplaced } else { 0.0 });
+        next.note_unplaced(if rises { needed.unplaced } else { 0.0 }, self.now_ms);
         let used = local.load.saturating_mul(100) / capacity;
         self.reason(name, used, (rises, falls && is_held), next)
     }
@@ -319,13 +326,6 @@ impl LocalFirst<'_> {
         let since = falls.then(|| spill.below_since_ms.unwrap_or(self.now_ms));
         spill.below_since_ms = since;
         since.is_some_and(|at| self.now_ms.saturating_sub(at.max(spill.changed_ms)) < self.hold_ms)
-    }
-
-    fn note_unplaced(&self, spill: &mut Spill, unplaced: f64) {
-        let is_short = unplaced >= 1.0;
-        spill.unplaced_since_ms = is_short.then(|| spill.unplaced_since_ms.unwrap_or(self.now_ms));
-        let lasts = spill.unplaced_since_ms.is_some_and(|at| self.now_ms.saturating_sub(at) >= UNPLACED_MS);
-        spill.unplaced = if lasts { unplaced.round() as u64 } else { 0 };
     }
 
     fn reason(&self, name: &Name, used: u64, (rises, is_held): (bool, bool), spill: &Spill) -> String {
@@ -429,7 +429,7 @@ impl LocalFirst<'_> {
                 self.set(next, given.into_iter().enumerate().filter(|(_, share)| *share > 0).collect());
             }
         }
-        self.note_unplaced(next, plan.unplaced);
+        next.note_unplaced(plan.unplaced, self.now_ms);
         let to: Vec<String> =
             next.shares.iter().map(|s| format!("{} to {}", percent(s.permille), s.name)).collect();
         match to.len() {

@@ -356,3 +356,60 @@ fn a_new_version_has_its_share_and_no_more() {
     assert_eq!(table(&only, &steer(&[("eu", 1_000)], Some(50))).0, [50, 950]);
     assert_eq!(table(&only[..1], &steer(&[("eu", 1_000)], Some(0))).0, [1_000], "nobody else is left at all");
 }
+
+#[test]
+fn a_region_without_the_version_is_left_while_another_has_it() {
+    let lacks = |text: &str| Place { lacks_version: true, ..place(text, 100, 10) };
+    let mut host = Host::new(rules());
+    let all = [lacks("eu"), lacks("uk"), place("us", 100, 10)];
+    assert_eq!(host.after(1, &all), "us 1000", "the nearest lacks it as well");
+    assert!(
+        host.last.reason.ends_with("; no replica of the rolled-out version takes flows in eu"),
+        "{}",
+        host.last.reason
+    );
+    assert_eq!(host.after(1, &[lacks("eu"), lacks("uk")]), "eu 1000", "any version rather than none");
+    let down = Place { is_down: true, ..place("us", 100, 10) };
+    assert_eq!(host.after(1, &[lacks("eu"), down]), "eu 1000", "and rather than a region that is down");
+    assert_eq!(host.after(1, &[place("eu", 100, 10), lacks("uk")]), "eu 1000");
+    // It is no destination of a spill either, and its weight goes to the others.
+    let full = Host::after(&mut Host::new(rules()), 20, &[place("eu", 100, 300), lacks("uk")]);
+    assert_eq!(full, "eu 1000");
+    let weights = [("eu", 1), ("uk", 1)].map(|(n, w)| (name(n), w)).into();
+    let mut host = Host::new(RegionRules { policy: RegionPolicy::Weighted, weights, ..rules() });
+    assert_eq!(host.after(1, &[place("eu", 100, 10), lacks("uk")]), "eu 1000");
+}
+
+#[test]
+fn full_regions_are_reported_by_policies_that_send_nothing_elsewhere() {
+    let weights: BTreeMap<Name, u32> = [("eu", 3), ("us", 1)].map(|(n, w)| (name(n), w)).into();
+    let weighted = RegionRules { policy: RegionPolicy::Weighted, weights, ..rules() };
+    let passive = RegionRules {
+        policy: RegionPolicy::ActivePassive,
+        allowed: Some(["eu", "us"].map(name).into()),
+        ..rules()
+    };
+    let full_for = |rules: &RegionRules, seconds: u64, eu: u64, us: u64| {
+        let mut host = Host::new(rules.clone());
+        host.after(seconds, &[place("eu", 100, eu), place("us", 100, us)]);
+        let full: Vec<String> = host.last.full.iter().map(ToString::to_string).collect();
+        (full.join(" "), host.last.spill.unplaced, host.last.reason)
+    };
+    let (full, waiting, reason) = full_for(&weighted, 10, 200, 350);
+    assert_eq!((full.as_str(), waiting), ("eu us", 350));
+    assert_eq!(reason, "by weight over the regions that are up; full: eu at 200 %, us at 350 %");
+    assert_eq!(full_for(&weighted, 10, 50, 350).0, "us");
+    assert_eq!(
+        full_for(&weighted, 10, 149, 149),
+        (String::new(), 0, "by weight over the regions that are up".into())
+    );
+    assert_eq!(full_for(&weighted, 2, 200, 350).0, "", "a moment is no finding");
+    assert_eq!(full_for(&passive, 10, 200, 350).0, "eu", "the passive one gets nothing");
+    assert_eq!(full_for(&passive, 10, 20, 350).0, "");
+    // It ends with the load.
+    let mut host = Host::new(weighted);
+    host.after(10, &[place("eu", 100, 300), place("us", 100, 0)]);
+    assert_eq!(host.last.full, [name("eu")]);
+    host.after(1, &[place("eu", 100, 90), place("us", 100, 0)]);
+    assert!(host.last.full.is_empty() && host.last.spill.unplaced == 0);
+}

@@ -6,7 +6,7 @@
 //! A spill moves its own share of the slots and about a tenth of that more; when it ends every slot is back where it
 //! was.
 
-use crate::desired::model::{Locality, Name, RegionShares, Share, WHOLE};
+use crate::desired::model::{Canary, Locality, Name, RegionShares, Share, WHOLE};
 use std::collections::BTreeMap;
 
 /// Largest factor by which weights are scaled up.
@@ -139,12 +139,13 @@ fn group_parts<'a>(
     };
     let mut parts: BTreeMap<(&'a Name, bool), f64> = BTreeMap::new();
     for (region, share) in normalize_shares(&steer.shares, |r| has(r, None), fallback(None)) {
+        let share_in = |canary: &Canary| f64::from(canary.share_in(region)) / f64::from(WHOLE);
         let new = match (&steer.canary, has(region, Some(true)), has(region, Some(false))) {
-            (Some(canary), true, true) => f64::from(canary.permille.min(WHOLE)) / f64::from(WHOLE),
+            (Some(canary), true, true) => share_in(canary),
             // Only the new version exists in this region: the rest goes to the old version elsewhere, if it exists.
             (Some(canary), true, false) => match fallback(Some(false)) {
                 Some(other) => {
-                    let new = f64::from(canary.permille.min(WHOLE)) / f64::from(WHOLE);
+                    let new = share_in(canary);
                     *parts.entry((other, false)).or_default() += share * (1.0 - new);
                     *parts.entry((region, true)).or_default() += share * new;
                     continue;
