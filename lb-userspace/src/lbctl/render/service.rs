@@ -6,9 +6,10 @@ use super::{
     units,
 };
 use crate::{
-    desired::model::{HealthKind, ReplicaSource, Service},
+    desired::model::{HealthKind, Protocol, ReplicaSource, Service},
     serve::api::types::{BackendInfo, ServiceInfo},
 };
+use lb_common::flow::TCP_IDLE_S;
 use std::{io, net::IpAddr};
 
 /// Formats a VIP with its ports: `10.0.0.1:80`, `[fd00::1]:any`.
@@ -130,6 +131,9 @@ fn optional_settings(s: &ServiceInfo) -> Vec<(&'static str, String)> {
     }
     if s.spec.slow_start_s > 0 {
         pairs.push(("slow start", units::span(s.spec.slow_start_s.into())));
+    }
+    if s.spec.protocol == Protocol::Tcp && s.spec.tcp_timeout_s != TCP_IDLE_S {
+        pairs.push(("tcp timeout", units::span(s.spec.tcp_timeout_s.into())));
     }
     if let Some(rate) = s.spec.new_flow_rate {
         let burst = rate.burst(s.spec.new_flow_burst);

@@ -1,7 +1,7 @@
 //! The region controller: evaluates all inputs, decides, publishes the decisions, and sends them to the reconciler.
 
 use super::{
-    Explained, KEY, PeerReport, RegionShown, RegionSnapshot,
+    Explained, KEY, PeerReport, RegionShown, RegionSnapshot, RolloutShown,
     measure::{self, Counting, KnownGood, MeasuredBackend, ReportTimes, VersionShares},
     peers::{self, is_spilling, resume_decision},
     rollouts::{self, Abort, Rollouts},
@@ -10,7 +10,7 @@ use super::{
 use crate::{
     desired::{
         model::{
-            Canary, Desired, Locality, Name, RegionPolicy, RegionRules, RegionShares, RegionState,
+            Canary, Desired, Locality, Name, RegionPolicy, RegionRules, RegionShares, RegionState, Rollout,
             RolloutState, Service,
         },
         store::{HostValues, Local, Store},
@@ -21,8 +21,8 @@ use crate::{
     },
     plan::policy::{
         canary::CanaryVerdict,
-        coverage::Coverage,
-        region::{Agreed, Inputs, RegionDecision, Vote, count_votes, decide},
+        coverage::{Coverage, RegionVersions},
+        region::{Agreed, Inputs, Place, RegionDecision, Vote, count_votes, decide},
     },
 };
 use futures_util::future::BoxFuture;
@@ -273,13 +273,8 @@ impl RegionController {
         let mut places =
             measure::sum_places(backends, |b| has_place(b).then_some(&b.region), counting, &mut notes);
         for place in &mut places {
-            let shown = regions.iter().find(|r| r.name == place.name);
-            place.is_local = place.name == self.here.region;
+            self.describe_place(place, regions, service_ms);
             place.is_allowed = is_allowed(&place.name);
-            place.is_draining = shown.is_some_and(|r| r.state == RegionState::Draining);
-            place.is_down = shown.is_some_and(|r| r.agreed == Agreed::Down);
-            place.rtt_us = shown.and_then(|r| r.rtt_us).filter(|_| !place.is_local);
-            place.service_ms = service_ms;
             place.lacks_version = rollout.is_some_and(|rollout| {
                 let region = by_version.iter().find(|v| v.region == place.name);
                 region.is_some_and(|v| v.lacks_version(rollout, home.is_none_or(|home| *home == place.name)))
@@ -308,17 +303,10 @@ impl RegionController {
         let before = self.decisions.get(name).cloned().unwrap_or_default();
         let mut decision = decide(&inputs, &before);
         let (mut steer, decided_by) = self.follow_leaders(name, &mut decision, &before, leaders, now_ms);
-        let mut abort = None;
-        let rollout = rollout.map(|rollout| {
-            let coverage = Coverage::new(rollout, by_version);
-            let (backends, shown, verdict) =
-                self.rollouts.update((name, service), rollout, &self.replicas, coverage);
-            if let (CanaryVerdict::Abort(why), RolloutState::Running) = (verdict, rollout.state) {
-                abort = Some(Abort::new(name, rollout, why));
-            }
-            let (permille, regions) = (rollout.share(), rollout.regions.clone());
-            steer.canary = Some(Canary { permille, regions, backends });
-            shown
+        let judged = rollout.map(|rollout| self.judge_rollout((name, service), rollout, by_version));
+        let (rollout, abort) = judged.map_or((None, None), |(shown, canary, abort)| {
+            steer.canary = Some(canary);
+            (Some(shown), abort)
         });
         let explained = Explained {
             service: name.clone(),
@@ -335,6 +323,34 @@ impl RegionController {
             rollout,
         };
         (explained, decision, abort)
+    }
+
+    /// Fills in what is known of a region whatever the service.
+    fn describe_place(&self, place: &mut Place, regions: &[RegionShown], service_ms: Option<u32>) {
+        let shown = regions.iter().find(|r| r.name == place.name);
+        place.is_local = place.name == self.here.region;
+        place.is_draining = shown.is_some_and(|r| r.state == RegionState::Draining);
+        place.is_down = shown.is_some_and(|r| r.agreed == Agreed::Down);
+        place.rtt_us = shown.and_then(|r| r.rtt_us).filter(|_| !place.is_local);
+        place.service_ms = service_ms;
+    }
+
+    /// Judges a roll-out. Returns its results, the share and backends of the new version, and the abort, if it must be.
+    fn judge_rollout(
+        &mut self,
+        (name, service): (&Name, &Service),
+        rollout: &Rollout,
+        by_version: Vec<RegionVersions>,
+    ) -> (RolloutShown, Canary, Option<Abort>) {
+        let coverage = Coverage::new(rollout, by_version);
+        let (backends, shown, verdict) =
+            self.rollouts.update((name, service), rollout, &self.replicas, coverage);
+        let abort = match (verdict, rollout.state) {
+            (CanaryVerdict::Abort(why), RolloutState::Running) => Some(Abort::new(name, rollout, why)),
+            _ => None,
+        };
+        let (permille, regions) = (rollout.share(), rollout.regions.clone());
+        (shown, Canary { permille, regions, backends }, abort)
     }
 
     /// Replaces the decision by those of the hosts that this one follows. Returns the shares in effect, and who decided.
