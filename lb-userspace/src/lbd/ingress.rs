@@ -386,12 +386,16 @@ impl Drop for SocketFile {
     }
 }
 
-/// Runs the reconciler on its own thread, because it compiles and writes maps without yielding.
+/// Runs the reconciler on its own thread, because it compiles and writes maps without yielding. The thread has a runtime of
+/// its own: that of the daemon ends first when lbd stops, and timers of a runtime that has ended panic.
 fn spawn_reconciler(
     reconciler: Reconciler<Dataplane>,
     inbox: mpsc::Receiver<Event>,
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
-    let runtime = tokio::runtime::Handle::current();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .context("cannot start the reconciler's runtime")?;
     let run = move || runtime.block_on(reconciler.run(inbox));
     std::thread::Builder::new().name("reconcile".to_owned()).spawn(run).context("cannot start the reconciler")
 }

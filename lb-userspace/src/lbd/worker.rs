@@ -7,6 +7,7 @@
 use crate::{
     apply::{
         dataplane::{DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, pinned_vips},
+        link_events::LinkEvents,
         offloads,
     },
     desired::config::SettingsError,
@@ -39,8 +40,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// Address protocol (IFA_PROTO) of the addresses that we add to the loopback interface: `ip address` shows it, and it
 /// identifies them if the pins are gone. Kernels before 5.18 do not store it; the pinned maps also list our addresses.
 const OWN_PROTOCOL: u8 = 0x6c;
-/// How often to look for missing interfaces.
-const ATTACH_INTERVAL: Duration = Duration::from_secs(1);
 /// Index of the loopback interface: the first in every network namespace.
 const LOOPBACK: u32 = 1;
 /// Largest packet of a client whose path has the usual MTU.
@@ -65,7 +64,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let mut decap = attach(&handle, &args, &addresses).await?;
-    tokio::spawn(attach_later(decap.interfaces.clone()));
+    tokio::spawn(watch_interfaces(decap.interfaces.clone()));
     for warning in warnings(&handle, &args).await {
         tracing::warn!("{warning}");
     }
@@ -178,13 +177,14 @@ fn log_programs(decap: &DecapDataplane) {
     }
 }
 
-/// Attaches to interfaces that appear or reappear while the worker runs.
-async fn attach_later(interfaces: Arc<Interfaces>) {
+/// Compares and repairs the interfaces while the worker runs.
+async fn watch_interfaces(interfaces: Arc<Interfaces>) {
+    let mut changes = LinkEvents::open();
     loop {
-        tokio::time::sleep(ATTACH_INTERVAL).await;
+        changes.next().await;
         let interfaces = interfaces.clone();
-        let Ok(new) = tokio::task::spawn_blocking(move || interfaces.repair()).await else { return };
-        for i in new {
+        let Ok(repaired) = tokio::task::spawn_blocking(move || interfaces.repair()).await else { return };
+        for i in repaired.new {
             tracing::info!(interface = i.name, mode = i.mode, "attached");
         }
     }

@@ -135,7 +135,8 @@ impl Engine for MemoryEngine {
     }
 
     fn interfaces(&self) -> Vec<Interface> {
-        vec![Interface { name: "memory".into(), ifindex: 0, mode: "driver".into(), why_generic: None }]
+        let (name, mode) = ("memory".into(), "driver".into());
+        vec![Interface { name, ifindex: 0, mode, why_generic: None, problem: None }]
     }
 
     fn counters(&self) -> Result<Counters, EngineError> {
