@@ -6,7 +6,10 @@
 
 use crate::{
     apply::{
-        dataplane::{DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, pinned_vips},
+        dataplane::{
+            DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, interfaces_with_programs,
+            pinned_vips,
+        },
         link_events::LinkEvents,
         offloads,
     },
@@ -283,11 +286,23 @@ async fn detach_worker(handle: &Handle, args: &WorkerArgs) -> anyhow::Result<()>
     let pins = args.pin_path.clone();
     let served = tokio::task::spawn_blocking(move || {
         let served = pinned_vips(&pins)?;
-        detach(&pins).map(|()| served)
+        detach(&pins).map(|()| (served, interfaces_with_programs()))
     });
-    // Without maps, the marked addresses are ours.
-    let served = served.await??.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
-    let is_ours = |ip: &IpAddr, is_marked: bool| served.as_ref().map_or(is_marked, |all| all.contains(ip));
+    let (served, running) = served.await??;
+    let served = served.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
+    if served.is_none() && !running.is_empty() {
+        tracing::warn!(
+            "nothing was pinned in {}, and an XDP program runs on {}: VIPs that lbd added to the loopback interface stay, \
+             except those given with --vip. Is --pin-path right?",
+            args.pin_path.display(),
+            running.join(", ")
+        );
+    }
+    // Without maps, the marked addresses are ours, unless another worker's program serves them.
+    let without_maps = |is_marked: bool| is_marked && running.is_empty();
+    let is_ours = |ip: &IpAddr, is_marked: bool| {
+        served.as_ref().map_or(without_maps(is_marked), |all| all.contains(ip))
+    };
     remove_addresses(handle, |ip, is_marked| is_ours(&ip, is_marked) || args.vip.contains(&ip)).await?;
     tracing::info!(pins = %args.pin_path.display(), "detached");
     Ok(())

@@ -52,6 +52,7 @@ pub use options::{AttachOptions, MapLimits, ON_DEMAND, loaded_features};
 pub use pins::detach;
 pub use probes::ProbeDataplane;
 pub use reader::{FLOW_TABLES, HASH_MAPS, Reader, flow_map};
+pub use seen::interfaces_with_programs;
 pub use stages::RefusedProgram;
 pub use syn_cache::{Scan, SynCache, now_tick};
 pub use takeover::{IndexAssignment, Takeover};

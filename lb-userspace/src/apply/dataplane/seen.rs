@@ -75,6 +75,15 @@ impl Questions {
     }
 }
 
+/// Names of the interfaces that XDP programs run on, whosever they are.
+pub fn interfaces_with_programs() -> Vec<String> {
+    let (Ok(questions), Ok(all)) = (Questions::open(), nix::net::if_::if_nameindex()) else {
+        return Vec::new();
+    };
+    let seen = all.iter().filter_map(|i| questions.by_index(i.index()).ok()?);
+    seen.filter(|seen| !seen.programs.is_empty()).map(|seen| seen.name).collect()
+}
+
 fn drain(socket: &OwnedFd) {
     let mut buffer = [0u8; 16];
     let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
