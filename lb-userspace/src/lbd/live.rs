@@ -130,6 +130,7 @@ fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
                 slow_start_percent: b.slow_start_percent,
                 next_hop,
                 resolved: b.resolved,
+                unreachable: published.observed.paths.unreachable.get(&b.address).cloned(),
                 problem,
                 takes_flows: b.eligible,
                 excluded: b.excluded.clone(),

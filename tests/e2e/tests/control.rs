@@ -55,12 +55,17 @@ fn a_backend_that_nobody_checks_and_nobody_can_reach_is_a_problem() -> Result<()
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         anyhow::Ok(output.status.code() == Some(1) && text.contains(words))
     };
-    let problem = "plain/ghost cannot be reached";
+    let problem = "unreachable: plain/ghost";
     wait::until("status names it", PATIENCE * 2, || says(problem).unwrap_or(false))?;
     let list = lbctl.run(&["backend", "list", "plain"])?;
     let health =
         |name: &str| list.lines().find(|line| line.contains(&format!("  {name} "))).map(str::to_owned);
     ensure!(health("ghost").is_some_and(|line| line.contains("unreachable")), "{list}");
+    let slots = |name: &str| -> Result<u64> {
+        let shown = lbctl.json(&["backend", "show", "plain", name])?;
+        shown["status"]["slots"].as_u64().context("it has a number of slots")
+    };
+    ensure!(slots("ghost")? == 0 && slots("w1")? > 0, "new flows go where nothing is: {list}");
     ensure!(health("w1").is_some_and(|line| line.contains("unchecked")), "{list}");
 
     // A check takes the ghost out, so that it is unhealthy instead.

@@ -6,6 +6,7 @@
 //! address consult the kernel's FIB. [`table`] is pure; [`netlink`] talks to the kernel.
 //! Called by the daemon.
 
+mod lost;
 pub mod netlink;
 pub mod table;
 
@@ -14,6 +15,7 @@ use crate::desired::{
     store::Stored,
 };
 use futures_util::{StreamExt, stream::BoxStream};
+use lost::Lost;
 use netlink::{Effect, Message, Netlink};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +23,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use table::NeighbourTable;
+use table::{NeighbourTable, NoHop};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
@@ -70,7 +72,8 @@ pub struct Resolver {
     /// Neighbours that the kernel was asked to keep resolved.
     kept: BTreeSet<(u32, IpAddr)>,
     published: Option<Paths>,
-    unresolved: BTreeMap<IpAddr, String>,
+    unresolved: BTreeMap<IpAddr, NoHop>,
+    lost: Lost,
 }
 
 impl Resolver {
@@ -89,6 +92,7 @@ impl Resolver {
             kept: BTreeSet::new(),
             published: None,
             unresolved: BTreeMap::new(),
+            lost: Lost::default(),
         })
     }
 
@@ -113,6 +117,7 @@ impl Resolver {
         let (mut due, mut routes_stale) = (None::<Instant>, false);
         loop {
             let act = due.unwrap_or(resync.min(refresh));
+            let act = self.lost.next(Instant::now()).map_or(act, |at| at.min(act));
             tokio::select! {
                 message = self.messages.next() => {
                     let Some(message) = message else { return Err(NeighbourError::Closed) };
@@ -211,8 +216,12 @@ impl Resolver {
     async fn publish(&mut self, paths: &mpsc::Sender<Paths>) {
         let (found, missing) = self.table.next_hops();
         let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
-        for (address, why) in news.iter().take(MAX_LOGGED) {
-            tracing::info!(%address, why, "backend has no next hop: its packets consult the kernel's FIB");
+        for (address, NoHop { why, is_unreachable }) in news.iter().take(MAX_LOGGED) {
+            if *is_unreachable {
+                tracing::warn!(%address, why, "backend has no next hop");
+            } else {
+                tracing::info!(%address, why, "backend has no next hop known to lbd: its packets consult the kernel's FIB");
+            }
         }
         if news.len() > MAX_LOGGED {
             tracing::info!(
@@ -227,7 +236,8 @@ impl Resolver {
             _ => tracing::info!(backends = resolved.len(), "next hops resolved"),
         }
         self.unresolved = missing;
-        let found = Paths { next_hops: found, links: self.table.ethernet() };
+        let unreachable = self.lost.update(&self.unresolved, Instant::now());
+        let found = Paths { next_hops: found, unreachable, links: self.table.ethernet() };
         if self.published.as_ref() != Some(&found) {
             self.published = Some(found.clone());
             let _ = paths.send(found).await;

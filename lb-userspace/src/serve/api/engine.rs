@@ -92,6 +92,8 @@ pub struct AppliedBackend {
     pub next_hop: Option<NextHop>,
     /// Whether the next hop is in the maps; otherwise each packet consults the kernel's FIB.
     pub resolved: bool,
+    /// Why packets cannot reach the backend: no route, or no answer of the next hop.
+    pub unreachable: Option<String>,
     /// Why packets cannot reach the backend.
     pub problem: Option<String>,
     /// Whether the backend can take new flows: healthy, up, and not excluded.

@@ -86,6 +86,7 @@ impl MemoryEngine {
                     takes_flows,
                     resolved: true,
                     ..AppliedBackend::default()
+                    unreachable: None,
                 };
                 snapshot.backends.insert(id, state);
                 next += 1;

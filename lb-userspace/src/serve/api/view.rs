@@ -3,7 +3,7 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
-    problems::{general_problems, is_checked, is_old, not_up_to_date_problems, unreachable_problem},
+    problems::{general_problems, is_checked, not_up_to_date_problems, unreachable_problem},
     types::*,
 };
 use crate::{
@@ -102,7 +102,7 @@ impl Control {
     }
 
     fn service_status(&self, view: &StateView, name: &Name, service: &Service, status: &mut Status) {
-        let mut unreachable = Vec::new();
+        let (mut unreachable, mut takes_flows) = (Vec::new(), false);
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
             let entry = self.health.get(&id).unwrap_or_default();
@@ -143,14 +143,18 @@ impl Control {
             if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
                 status.problems.push(format!("{id}: {problem}"));
             }
-            if let Some(applied) = applied.filter(|a| !a.resolved) {
-                if !is_checked(service) && applied.slots > 0 && is_old(status) {
-                    unreachable.push(id.to_string());
-                }
+            if let Some(why) = applied.and_then(|a| a.unreachable.as_ref())
+                && b.state == BackendState::Up
+                && !is_checked(service)
+            {
+                takes_flows |= applied.is_some_and(|a| a.slots > 0);
+                unreachable.push(format!("{id} ({why})"));
+            }
+            if applied.is_some_and(|a| !a.resolved) {
                 status.unresolved.push(id);
             }
         }
-        status.problems.extend(unreachable_problem(name, &unreachable));
+        status.problems.extend(unreachable_problem(&unreachable, takes_flows));
         let applied = view.snapshot.services.get(name);
         if applied.is_some_and(|a| a.eligible == 0) {
             status.no_backend.push(name.clone());
@@ -278,7 +282,7 @@ impl Control {
             index: applied.map(|a| a.index),
             health,
             unchecked: !is_checked(s),
-            unreachable: applied.is_some_and(|a| !a.resolved),
+            unreachable: applied.and_then(|a| a.unreachable.clone()),
             health_since_ms: since_ms,
             slots: applied.map_or(0, |a| a.slots),
             table_size: view.snapshot.services.get(service).map_or(0, |s| s.table_size),
