@@ -159,6 +159,11 @@ pub trait Engine: Send + Sync + 'static {
         revision: u64,
     ) -> BoxFuture<'_, Result<AppliedStatus, EngineError>>;
 
+    /// Addresses of this host's interfaces, loopback excepted, with the name of the interface.
+    fn own_addresses(&self) -> BTreeMap<IpAddr, String> {
+        BTreeMap::new()
+    }
+
     /// The applied state. Does not block.
     fn snapshot(&self) -> Arc<Snapshot>;
 

@@ -56,4 +56,6 @@ pub use peer::Writers;
 #[cfg(test)]
 mod access_tests;
 #[cfg(test)]
+mod force_tests;
+#[cfg(test)]
 mod tests;

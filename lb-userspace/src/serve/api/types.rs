@@ -297,6 +297,9 @@ pub struct WriteQuery {
     /// Message for the history; generated from the change if none.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "printable::message")]
     pub message: Option<String>,
+    /// Allow a VIP that is an address of this host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 /// Body of an error.

@@ -94,6 +94,7 @@ impl Control {
         }
         let general = general_problems(&status);
         status.problems.splice(0..0, general);
+        status.problems.extend(self.file_problem());
         status.problems.extend(self.host_problems());
         status.problems.extend(self.region_snapshot().problems());
         status.problems.extend(not_up_to_date_problems(&view.snapshot));
@@ -121,10 +122,8 @@ impl Control {
             }
             // Backends that an operator drained or switched off are not a problem.
             if entry.health == Health::Unhealthy && b.state == BackendState::Up {
-                let reason =
-                    entry.last.map(|p| p.reason).or_else(|| entry.history.back().map(|t| t.reason.clone()));
+                let reason = unhealthy_reason(&entry, service.health.rise);
                 let (service, backend) = (name.clone(), backend.clone());
-                let reason = reason.unwrap_or_default();
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
             let applied = view.snapshot.backends.get(&id);
@@ -356,6 +355,18 @@ impl StateView {
                 about: r.describe().trim().to_owned(),
             })
             .collect()
+    }
+}
+
+/// Why a backend is unhealthy. A last probe that passed is no reason: a backend needs several in a row.
+fn unhealthy_reason(entry: &HealthEntry, rise: u8) -> String {
+    let of_verdict = || entry.history.back().map(|t| t.reason.clone()).unwrap_or_default();
+    match &entry.last {
+        Some(probe) if probe.ok => {
+            format!("{}; the last probe passed ({}), {rise} in a row are needed", of_verdict(), probe.reason)
+        }
+        Some(probe) => probe.reason.clone(),
+        None => of_verdict(),
     }
 }
 
