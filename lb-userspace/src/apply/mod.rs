@@ -3,6 +3,7 @@
 pub mod announce;
 pub mod dataplane;
 pub mod ethtool;
+pub mod link_events;
 pub mod objects;
 pub mod offloads;
 pub mod reconcile;

@@ -43,7 +43,8 @@ pub fn main() -> ExitCode {
 }
 
 fn start(ingress: Ingress) -> anyhow::Result<()> {
-    let file = ingress.config.as_deref().map(File::read).transpose()?;
+    let (file, mistakes) = ingress.config.as_deref().map(File::read_leniently).transpose()?.unzip();
+    let mistakes = mistakes.flatten();
     let from_file = file.as_ref().map(|f| f.options.clone()).unwrap_or_default();
     let settings = ingress.options.or(from_file).resolve()?;
     if ingress.detach {
@@ -55,7 +56,7 @@ fn start(ingress: Ingress) -> anyhow::Result<()> {
         return Err(SettingsError { setting: "iface", what }.into());
     }
     logging::init(settings.log_level, settings.log_format);
-    on_runtime(run(settings, ingress.config, file))
+    on_runtime(run(settings, ingress.config, file, mistakes))
 }
 
 /// Withdraws the VIPs, then removes the programs: routers must stop sending before forwarding stops.

@@ -5,7 +5,8 @@
 use crate::{
     apply::{
         dataplane::{Interfaces, KernelFeatures, PAGE_MTU, Reader, RefusedProgram},
-        ethtool::{Ethtool, LinkState},
+        ethtool::Ethtool,
+        link_events::LinkEvents,
         offloads,
         reconcile::Event,
     },
@@ -21,8 +22,6 @@ use std::{
 };
 use tokio::{sync::mpsc, time::Instant};
 
-/// How often to look for missing interfaces.
-const ATTACH_INTERVAL: Duration = Duration::from_secs(1);
 /// How often to sample counters and offloads.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(5);
 /// Packets per sample without headers in the linear part that malformed packets alone do not explain.
@@ -79,7 +78,9 @@ impl Hardware {
 
     /// Returns the interfaces that the program is attached to.
     pub fn attached(&self) -> Vec<types::Interface> {
+        let mut troubles = self.interfaces.troubles();
         let one = |i: crate::apply::dataplane::AttachedInterface| types::Interface {
+            problem: troubles.remove(&i.name),
             name: i.name,
             ifindex: i.ifindex,
             mode: i.mode.to_owned(),
@@ -93,6 +94,7 @@ impl Hardware {
         let waiting = self.interfaces.waiting();
         let mut problems: Vec<String> =
             waiting.iter().map(|w| format!("interface {} is not attached: {}", w.name, w.reason)).collect();
+        problems.extend(self.interfaces.troubles().into_values());
         problems.extend(self.interfaces.unpinned());
         let refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         problems.extend(refused.iter().map(|(name, why)| format!("service {name} is not served: {why}")));
@@ -162,8 +164,10 @@ impl Hardware {
         served
     }
 
-    /// Attaches to interfaces that appear later, and samples problems, until the receiver of events is gone.
+    /// Compares and repairs the interfaces after each change of one, and once a second; samples problems. Runs until the
+    /// receiver of events is gone.
     pub async fn run(self: Arc<Self>, events: mpsc::Sender<Event>) {
+        let mut changes = LinkEvents::open();
         let mut next_sample = Instant::now();
         loop {
             let sample = Instant::now() >= next_sample;
@@ -177,18 +181,18 @@ impl Hardware {
                 }
                 this.interfaces.repair()
             };
-            let Ok(new) = tokio::task::spawn_blocking(check).await else { return };
-            for i in &new {
-                tracing::info!(interface = i.name, mode = i.mode, "attached");
+            let Ok(repaired) = tokio::task::spawn_blocking(check).await else { return };
+            for i in &repaired.new {
+                tracing::info!(interface = i.name, ifindex = i.ifindex, mode = i.mode, "attached");
             }
-            if !new.is_empty() {
+            if repaired.has_changed {
                 let attached = self.interfaces.attached();
                 let attached = attached.into_iter().map(|i| (i.ifindex, i.name)).collect();
                 if events.send(Event::Attached(attached)).await.is_err() {
                     return;
                 }
             }
-            tokio::time::sleep(ATTACH_INTERVAL).await;
+            changes.next().await;
         }
     }
 
@@ -208,16 +212,6 @@ impl Hardware {
         let mut problems = Vec::new();
         let Ok(tool) = Ethtool::open() else { return problems };
         for i in self.interfaces.attached() {
-            match tool.state(&i.name) {
-                Ok(LinkState::Up) | Err(_) => {}
-                Ok(LinkState::Down) => {
-                    problems.push(format!("interface {} is down: `ip link set dev {} up`", i.name, i.name));
-                }
-                Ok(LinkState::NoCarrier) => problems.push(format!(
-                    "interface {} has no carrier: check cable, switch port and `ip link show dev {}`",
-                    i.name, i.name
-                )),
-            }
             if i.mode != "driver" {
                 if self.frags {
                     problems.push(format!(

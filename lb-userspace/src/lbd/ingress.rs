@@ -7,7 +7,7 @@ use super::{
     LiveEngine, attach, describe,
     hardware::Hardware,
     notify, own_thread, report,
-    services_file::{LoadWhen, load_services, reload},
+    services_file::{self, load_services, reload},
     state::{self, MEMORY},
     supervise,
 };
@@ -19,7 +19,7 @@ use crate::{
     },
     clock,
     desired::{
-        config::{File, OnStop, Options, Settings},
+        config::{ConfigError, File, OnStop, Options, Settings},
         model::{Desired, Health, Locality, Paths},
         store::{Local, LocalFile, Store},
     },
@@ -59,9 +59,15 @@ const EVENTS: usize = 16_384;
 ///
 /// # Errors
 /// The start failed, in which case nothing that ran before was changed, or a part of lbd ended.
-pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>) -> anyhow::Result<()> {
+pub async fn run(
+    settings: Settings,
+    config: Option<PathBuf>,
+    file: Option<File>,
+    mistakes: Option<ConfigError>,
+) -> anyhow::Result<()> {
     let mut signals = supervise::Signals::new().context("cannot listen for signals")?;
     let (local, store, fleet) = state::open_store(&settings).await?;
+    let mistakes = services_file::tolerate(mistakes, &store.head())?;
     let (listener, writers) =
         api::bind(&settings.socket, settings.socket_mode, settings.socket_group.as_deref())?;
     let _socket = SocketFile(settings.socket.clone());
@@ -87,6 +93,7 @@ pub async fn run(settings: Settings, config: Option<PathBuf>, file: Option<File>
     daemon.start_announcements(&control, &core, announcer, &host, report);
     daemon.start_checks(&core, observers, scores, &control, &events);
 
+    control.set_file_problem(mistakes);
     let File { options: file_options, desired, .. } = file.unwrap_or_default();
     if let (Some(path), Some(desired)) = (&config, desired) {
         daemon.load_file_services(&control, path, desired).await?;
@@ -315,10 +322,12 @@ impl Daemon {
         path: &Path,
         desired: Desired,
     ) -> anyhow::Result<()> {
-        match load_services(control, &*self.local, path, desired, LoadWhen::IfChanged).await {
-            // An unreachable store must not prevent a host from forwarding.
-            Err(error) if !control.link().connected => {
-                tracing::error!("cannot load the services of the configuration file: {}", describe(&error));
+        match load_services(control, &*self.local, path, desired).await {
+            // Neither an unreachable store nor a file that does not fit must prevent a host from forwarding.
+            Err(error) if !control.link().connected || control.head().revision.number > 0 => {
+                let what = describe(&error);
+                tracing::error!("cannot load the services of the configuration file: {what}");
+                control.set_file_problem(Some(what));
                 Ok(())
             }
             other => other,
@@ -386,12 +395,16 @@ impl Drop for SocketFile {
     }
 }
 
-/// Runs the reconciler on its own thread, because it compiles and writes maps without yielding.
+/// Runs the reconciler on its own thread, because it compiles and writes maps without yielding. The thread has a runtime of
+/// its own: that of the daemon ends first when lbd stops, and timers of a runtime that has ended panic.
 fn spawn_reconciler(
     reconciler: Reconciler<Dataplane>,
     inbox: mpsc::Receiver<Event>,
 ) -> anyhow::Result<std::thread::JoinHandle<()>> {
-    let runtime = tokio::runtime::Handle::current();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .context("cannot start the reconciler's runtime")?;
     let run = move || runtime.block_on(reconciler.run(inbox));
     std::thread::Builder::new().name("reconcile".to_owned()).spawn(run).context("cannot start the reconciler")
 }

@@ -23,7 +23,7 @@ use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, flow::flags::CLOSING};
 use lb_ebpf::FlowTable;
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -130,6 +130,7 @@ fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
                 slow_start_percent: b.slow_start_percent,
                 next_hop,
                 resolved: b.resolved,
+                unreachable: published.observed.paths.unreachable.get(&b.address).cloned(),
                 problem,
                 takes_flows: b.eligible,
                 excluded: b.excluded.clone(),
@@ -224,6 +225,18 @@ impl Engine for LiveEngine {
             let event = Event::Desired { desired, revision, applied: Some(tell) };
             Ok(applied(&self.request(event, answer).await?, None))
         })
+    }
+
+    fn own_addresses(&self) -> BTreeMap<IpAddr, String> {
+        let Ok(all) = nix::ifaddrs::getifaddrs() else { return BTreeMap::new() };
+        let address = |i: &nix::ifaddrs::InterfaceAddress| {
+            let address = i.address.as_ref()?;
+            let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
+        };
+        all.filter(|i| !i.flags.contains(nix::net::if_::InterfaceFlags::IFF_LOOPBACK))
+            .filter_map(|i| Some((address(&i)?, i.interface_name)))
+            .collect()
     }
 
     fn snapshot(&self) -> Arc<Snapshot> {

@@ -6,7 +6,11 @@
 
 use crate::{
     apply::{
-        dataplane::{DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, pinned_vips},
+        dataplane::{
+            DataplaneError, DecapDataplane, DecapOptions, Interfaces, detach, interfaces_with_programs,
+            pinned_vips,
+        },
+        link_events::LinkEvents,
         offloads,
     },
     desired::config::SettingsError,
@@ -39,8 +43,6 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 /// Address protocol (IFA_PROTO) of the addresses that we add to the loopback interface: `ip address` shows it, and it
 /// identifies them if the pins are gone. Kernels before 5.18 do not store it; the pinned maps also list our addresses.
 const OWN_PROTOCOL: u8 = 0x6c;
-/// How often to look for missing interfaces.
-const ATTACH_INTERVAL: Duration = Duration::from_secs(1);
 /// Index of the loopback interface: the first in every network namespace.
 const LOOPBACK: u32 = 1;
 /// Largest packet of a client whose path has the usual MTU.
@@ -65,7 +67,7 @@ pub async fn run(args: WorkerArgs) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
 
     let mut decap = attach(&handle, &args, &addresses).await?;
-    tokio::spawn(attach_later(decap.interfaces.clone()));
+    tokio::spawn(watch_interfaces(decap.interfaces.clone()));
     for warning in warnings(&handle, &args).await {
         tracing::warn!("{warning}");
     }
@@ -178,13 +180,14 @@ fn log_programs(decap: &DecapDataplane) {
     }
 }
 
-/// Attaches to interfaces that appear or reappear while the worker runs.
-async fn attach_later(interfaces: Arc<Interfaces>) {
+/// Compares and repairs the interfaces while the worker runs.
+async fn watch_interfaces(interfaces: Arc<Interfaces>) {
+    let mut changes = LinkEvents::open();
     loop {
-        tokio::time::sleep(ATTACH_INTERVAL).await;
+        changes.next().await;
         let interfaces = interfaces.clone();
-        let Ok(new) = tokio::task::spawn_blocking(move || interfaces.repair()).await else { return };
-        for i in new {
+        let Ok(repaired) = tokio::task::spawn_blocking(move || interfaces.repair()).await else { return };
+        for i in repaired.new {
             tracing::info!(interface = i.name, mode = i.mode, "attached");
         }
     }
@@ -283,11 +286,23 @@ async fn detach_worker(handle: &Handle, args: &WorkerArgs) -> anyhow::Result<()>
     let pins = args.pin_path.clone();
     let served = tokio::task::spawn_blocking(move || {
         let served = pinned_vips(&pins)?;
-        detach(&pins).map(|()| served)
+        detach(&pins).map(|()| (served, interfaces_with_programs()))
     });
-    // Without maps, the marked addresses are ours.
-    let served = served.await??.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
-    let is_ours = |ip: &IpAddr, is_marked: bool| served.as_ref().map_or(is_marked, |all| all.contains(ip));
+    let (served, running) = served.await??;
+    let served = served.map(|all| all.iter().map(to_ip).collect::<BTreeSet<_>>());
+    if served.is_none() && !running.is_empty() {
+        tracing::warn!(
+            "nothing was pinned in {}, and an XDP program runs on {}: VIPs that lbd added to the loopback interface stay, \
+             except those given with --vip. Is --pin-path right?",
+            args.pin_path.display(),
+            running.join(", ")
+        );
+    }
+    // Without maps, the marked addresses are ours, unless another worker's program serves them.
+    let without_maps = |is_marked: bool| is_marked && running.is_empty();
+    let is_ours = |ip: &IpAddr, is_marked: bool| {
+        served.as_ref().map_or(without_maps(is_marked), |all| all.contains(ip))
+    };
     remove_addresses(handle, |ip, is_marked| is_ours(&ip, is_marked) || args.vip.contains(&ip)).await?;
     tracing::info!(pins = %args.pin_path.display(), "detached");
     Ok(())

@@ -9,7 +9,7 @@ mod families;
 use crate::serve::api::Control;
 use axum::{
     Router,
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -68,11 +68,11 @@ pub async fn serve_text(
     stop: impl Future<Output = ()> + Send + 'static,
     text: impl Fn() -> Result<String, String> + Clone + Send + Sync + 'static,
 ) -> std::io::Result<()> {
-    let scrape = move || {
+    let scrape = move |headers: HeaderMap| {
         let text = text.clone();
         async move {
             match tokio::task::spawn_blocking(text).await {
-                Ok(Ok(text)) => page(text),
+                Ok(Ok(text)) => page(text, accepts_openmetrics(&headers)),
                 Ok(Err(error)) => (StatusCode::INTERNAL_SERVER_ERROR, error).into_response(),
                 Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
             }
@@ -84,9 +84,44 @@ pub async fn serve_text(
     axum::serve(listener, router).with_graceful_shutdown(stop).await
 }
 
-fn page(text: String) -> Response {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// Whether the client asks for OpenMetrics, as Prometheus does; others get the older text format.
+fn accepts_openmetrics(headers: &HeaderMap) -> bool {
+    let mut all = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    all.any(|value| value.contains("application/openmetrics-text"))
+}
+
+fn page(text: String, is_openmetrics: bool) -> Response {
+    let (kind, text) = if is_openmetrics {
+        ("application/openmetrics-text; version=1.0.0; charset=utf-8", text)
+    } else {
+        ("text/plain; version=0.0.4; charset=utf-8", prometheus_text(&text))
+    };
     ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+/// Turns OpenMetrics into the text format 0.0.4: there, a counter's metadata has the name of its samples, and there is
+/// no mark of the end. The families have no units and no exemplars.
+fn prometheus_text(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let lines: Vec<&str> = text.lines().filter(|line| *line != "# EOF").collect();
+    for (i, line) in lines.iter().enumerate() {
+        let words: Vec<&str> = line.splitn(4, ' ').collect();
+        let is_counter = |words: &[&str], name: &str| words.starts_with(&["#", "TYPE", name, "counter"]);
+        match words[..] {
+            ["#", what @ ("HELP" | "TYPE"), name, rest] => {
+                // The help stands before the type.
+                let next =
+                    lines.get(i + 1).map(|line| line.split(' ').collect::<Vec<_>>()).unwrap_or_default();
+                let total = if is_counter(&words, name) || is_counter(&next, name) { "_total" } else { "" };
+                out.push_str(&format!("# {what} {name}{total} {rest}\n"));
+            }
+            _ => {
+                out.push_str(line);
+                out.push('\n');
+            }
+        }
+    }
+    out
 }
 
 /// All metrics of a daemon as text.
@@ -124,4 +159,39 @@ fn encode(collector: impl prometheus_client::collector::Collector) -> Result<Str
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).map_err(|e| e.to_string())?;
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_older_format_names_counters_as_their_samples() {
+        let open = worker_text(&[(Reason::Truncated, 3)]).expect("it is encoded");
+        assert!(open.contains("# TYPE lb_worker_packets counter\n") && open.ends_with("# EOF\n"), "{open}");
+        let old = prometheus_text(&open);
+        assert!(old.contains("# HELP lb_worker_packets_total Packets"), "{old}");
+        assert!(old.contains("# TYPE lb_worker_packets_total counter\n"), "{old}");
+        assert!(!old.contains("EOF"), "{old}");
+        let samples = |text: &str| -> Vec<String> {
+            text.lines().filter(|line| !line.starts_with('#')).map(str::to_owned).collect()
+        };
+        assert_eq!(samples(&old), samples(&open));
+        let gauge =
+            "# HELP a Of a.\n# TYPE a gauge\na 1\n# HELP b Of b.\n# TYPE b counter\nb_total 1\n# EOF\n";
+        let expected =
+            "# HELP a Of a.\n# TYPE a gauge\na 1\n# HELP b_total Of b.\n# TYPE b_total counter\nb_total 1\n";
+        assert_eq!(prometheus_text(gauge), expected);
+    }
+
+    #[test]
+    fn the_format_is_the_one_that_is_asked_for() {
+        let accepts = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT, text.parse().expect("a header"));
+            accepts_openmetrics(&headers)
+        };
+        assert!(accepts("application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.4"));
+        assert!(!accepts("text/plain") && !accepts("*/*") && !accepts_openmetrics(&HeaderMap::new()));
+    }
 }

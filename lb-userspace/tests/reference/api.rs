@@ -124,8 +124,8 @@ pub fn page() -> String {
     out.push_str(&table(&heads, &rows.collect::<Vec<_>>()));
     out.push_str(
         "\nChanges of services, backends, regions, roll-outs and configuration take `dry_run=true` (only report what would \
-         change), `expected=REVISION` (refuse unless this is the newest revision) and `message=TEXT` (one line, shown in the \
-         history). They return when the maps are written.\n\nErrors are `{\"error\": {\"code\", \"message\", \"fix\"?, \"details\"?}}` \
+         change), `expected=REVISION` (refuse unless this is the newest revision), `message=TEXT` (one line, shown in the \
+         history) and `force=true` (allow a VIP that is an address of this host). They return when the maps are written.\n\nErrors are `{\"error\": {\"code\", \"message\", \"fix\"?, \"details\"?}}` \
          with a status of 4xx or 5xx.\n",
     );
     out

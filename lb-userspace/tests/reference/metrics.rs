@@ -20,6 +20,8 @@ use tokio::sync::watch;
 const LABELS: &[(&str, &[&str])] = &[
     ("lb_build_info", &["version", "abi"]),
     ("lb_interface_info", &["interface", "mode"]),
+    ("lb_interface_attached", &["interface"]),
+    ("lb_interface_problem", &["interface"]),
     ("lb_interface_waiting", &["interface"]),
     ("lb_program_left_out", &["program", "feature"]),
     ("lb_kernel_feature", &["feature"]),

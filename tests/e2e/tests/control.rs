@@ -55,12 +55,17 @@ fn a_backend_that_nobody_checks_and_nobody_can_reach_is_a_problem() -> Result<()
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         anyhow::Ok(output.status.code() == Some(1) && text.contains(words))
     };
-    let problem = "plain/ghost cannot be reached";
+    let problem = "unreachable: plain/ghost";
     wait::until("status names it", PATIENCE * 2, || says(problem).unwrap_or(false))?;
     let list = lbctl.run(&["backend", "list", "plain"])?;
     let health =
         |name: &str| list.lines().find(|line| line.contains(&format!("  {name} "))).map(str::to_owned);
     ensure!(health("ghost").is_some_and(|line| line.contains("unreachable")), "{list}");
+    let slots = |name: &str| -> Result<u64> {
+        let shown = lbctl.json(&["backend", "show", "plain", name])?;
+        shown["status"]["slots"].as_u64().context("it has a number of slots")
+    };
+    ensure!(slots("ghost")? == 0 && slots("w1")? > 0, "new flows go where nothing is: {list}");
     ensure!(health("w1").is_some_and(|line| line.contains("unchecked")), "{list}");
 
     // A check takes the ghost out, so that it is unhealthy instead.
@@ -91,7 +96,7 @@ fn a_start_that_cannot_work_is_refused_and_touches_nothing() -> Result<()> {
     let first_state = path(&bed.path("state"));
     let first_socket = path(&bed.path("lbd.sock"));
     // Exit code, and what is said.
-    let cases: [(&str, &[&str], i32, &[&str]); 7] = [
+    let cases: [(&str, &[&str], i32, &[&str]); 6] = [
         (
             "the same pins",
             &["--iface", "eth0", "--pin-path", &first_pins],
@@ -115,12 +120,6 @@ fn a_start_that_cannot_work_is_refused_and_touches_nothing() -> Result<()> {
             &["--iface", "eth0", "--pin-path", &other_pins, "--socket", &first_socket],
             4,
             &["served by another lbd", "--socket"],
-        ),
-        (
-            "no such interface",
-            &["--iface", "eth9", "--pin-path", &other_pins],
-            5,
-            &["interface eth9 does not exist"],
         ),
         (
             "no driver support",
@@ -263,13 +262,21 @@ fn a_file_is_loaded_reloaded_and_refused_whole() -> Result<()> {
     ensure!(weight()? == Some(3));
     lbctl.run(&["backend", "set", "web", "a", "--weight", "4"])?;
 
-    // A restart does not undo what was changed since; a reload does, for it was asked for.
+    lbctl.run(&["backend", "drain", "web", "a", "--message", "RAM swap"])?;
+    let draining = || -> Result<bool> {
+        Ok(lbctl.json(&["backend", "show", "web", "a"])?["spec"]["state"] == "draining")
+    };
+
+    // Neither a restart nor a reload undoes what was changed since the file was loaded.
     ingress.stop(Signal::SIGTERM)?;
     ingress.start_again(&bed)?;
     wait::until("the daemon answers", PATIENCE, || lbctl.run(&["status"]).is_ok())?;
     ensure!(weight()? == Some(4), "the file won over the store");
     ingress.process().signal(Signal::SIGHUP)?;
-    wait::until("the reload is applied", PATIENCE, || weight().ok().flatten() == Some(3))?;
+    wait::until("the reload is done", PATIENCE, || {
+        ingress.process().output().contains("configuration reloaded")
+    })?;
+    ensure!(weight()? == Some(4) && draining()?, "the reload undid what lbctl changed");
 
     let revision = || -> Result<Value> {
         Ok(lbctl.json(&["history", "--limit", "1"])?["revisions"][0]["number"].clone())
@@ -281,9 +288,36 @@ fn a_file_is_loaded_reloaded_and_refused_whole() -> Result<()> {
         ingress.process().output().contains("did you mean weight?")
     })?;
     ensure!(revision()? == before, "a wrong file changed something");
+    let problem = "services of the configuration file are not in force";
+    let tells = || -> Result<bool> {
+        let output = lbctl.output(&["status"])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(output.status.code() == Some(1) && text.contains(problem) && text.contains("did you mean weight?"))
+    };
+    wait::until("status tells it too", PATIENCE, || tells().unwrap_or(false))?;
+    // A start with that file goes on with what is stored.
+    ingress.stop(Signal::SIGTERM)?;
+    ingress.start_again(&bed)?;
+    wait::until("status tells it", PATIENCE, || tells().unwrap_or(false))?;
+    ensure!(weight()? == Some(4) && draining()?, "the state was lost");
     fs::write(&file, FILE.replace("weight = 3", "weight = 5"))?;
     ingress.process().signal(Signal::SIGHUP)?;
     wait::until("the mended file is applied", PATIENCE, || weight().ok().flatten() == Some(5))?;
+    ensure!(draining()?, "the file changed the weight alone");
+    wait::until("the problem is over", PATIENCE, || {
+        lbctl.output(&["status"]).is_ok_and(|o| !String::from_utf8_lossy(&o.stdout).contains(problem))
+    })?;
+
+    // An address of this host is no VIP without a second thought.
+    let own = ["service", "add", "own", "--vip", "10.0.0.1:81/tcp"];
+    let refused = lbctl.output(&own)?;
+    ensure_refused(
+        "an own address",
+        &refused,
+        4,
+        &["10.0.0.1 is an address of this host (on eth0)", "--force"],
+    )?;
+    lbctl.run(&[&own[..], &["--force"]].concat())?;
 
     let other =
         lbd(&bed.ingress, &["ingress", "--config", &file_text, "--iface", "eth0", "--metrics", "nonsense"])?;

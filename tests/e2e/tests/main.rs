@@ -22,6 +22,7 @@ mod control;
 mod doctor;
 mod explain;
 mod fragments;
+mod interfaces;
 mod keep;
 mod martians;
 mod modes;

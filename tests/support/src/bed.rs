@@ -132,14 +132,7 @@ impl Bed {
         let client = Namespace::create(&format!("{PREFIX}{id}-client"))?;
         let ingress = Namespace::create(&format!("{PREFIX}{id}-ingress"))?;
         make_router(&ingress)?;
-        let device = connect_client(&client, &ingress, &layout)?;
-        for (namespace, v4, v6) in [(&client, CLIENT_V4, CLIENT_V6), (&ingress, INGRESS_V4, INGRESS_V6)] {
-            namespace.add_address(device, v4.into(), 24)?;
-            namespace.add_address(device, v6.into(), 64)?;
-        }
-        make_client(&client)?;
-        let client_program =
-            if layout.client_xdp { Some(program::attach_pass(&client, "eth0")?) } else { None };
+        let client_program = join_client(&client, &ingress, &layout)?;
 
         let mut bed = Self {
             id,
@@ -178,6 +171,12 @@ impl Bed {
         Ok(index)
     }
 
+    /// Makes the client's link again after one end of it was deleted: new interfaces with the same names and addresses.
+    pub fn join_client_again(&mut self, layout: &Layout) -> Result<()> {
+        self._client_program = join_client(&self.client, &self.ingress, layout)?;
+        Ok(())
+    }
+
     /// A directory of this bed's own for files, sockets and logs.
     pub fn directory(&self) -> &Path {
         &self.directory
@@ -212,6 +211,17 @@ impl Bed {
     pub fn id(&self) -> &str {
         &self.id
     }
+}
+
+/// Makes the client's link with its addresses and routes; returns the program on the client's end.
+fn join_client(client: &Namespace, ingress: &Namespace, layout: &Layout) -> Result<Option<OwnedFd>> {
+    let device = connect_client(client, ingress, layout)?;
+    for (namespace, v4, v6) in [(client, CLIENT_V4, CLIENT_V6), (ingress, INGRESS_V4, INGRESS_V6)] {
+        namespace.add_address(device, v4.into(), 24)?;
+        namespace.add_address(device, v6.into(), 64)?;
+    }
+    make_client(client)?;
+    layout.client_xdp.then(|| program::attach_pass(client, "eth0")).transpose()
 }
 
 /// Makes the client's link, and names the device at both ends that has the addresses.

@@ -18,6 +18,7 @@ use crate::netns::Namespace;
 const BPF_PROG_LOAD: libc::c_long = 5;
 const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
 const BPF_LINK_DETACH: libc::c_long = 34;
 const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
 pub(crate) const BPF_PROG_TYPE_XDP: u32 = 6;
@@ -109,8 +110,7 @@ pub fn attach_tagger(namespace: &Namespace, interface: &str, vlan: u16) -> Resul
         .with_context(|| format!("cannot attach a VLAN tagger to {interface} in {}", namespace.name()))
 }
 
-/// Detaches a pinned link from its interface, as `bpftool link detach` does.
-pub fn detach_link(pin: &Path) -> Result<()> {
+fn open_pin(pin: &Path) -> Result<OwnedFd> {
     #[repr(C)]
     struct Get {
         path: u64,
@@ -118,8 +118,31 @@ pub fn detach_link(pin: &Path) -> Result<()> {
         flags: u32,
     }
     let path = CString::new(pin.as_os_str().as_encoded_bytes())?;
-    let link = bpf(BPF_OBJ_GET, &Get { path: path.as_ptr() as u64, descriptor: 0, flags: 0 })
-        .with_context(|| format!("cannot open {}", pin.display()))?;
+    bpf(BPF_OBJ_GET, &Get { path: path.as_ptr() as u64, descriptor: 0, flags: 0 })
+        .with_context(|| format!("cannot open {}", pin.display()))
+}
+
+/// Puts XDP_PASS in the place of the program under a pinned link, as `bpftool link update` does.
+pub fn replace_by_pass(pin: &Path) -> Result<()> {
+    #[repr(C)]
+    struct Update {
+        link: u32,
+        program: u32,
+        flags: u32,
+        old: u32,
+    }
+    let link = open_pin(pin)?;
+    // The new program must have the same flags as the one under the link, which has no frags at usual MTUs.
+    let program = load(&PASS, (BPF_PROG_TYPE_XDP, BPF_XDP, 0))?;
+    let (link, program) = (link.as_raw_fd().cast_unsigned(), program.as_raw_fd().cast_unsigned());
+    call(BPF_LINK_UPDATE, &Update { link, program, flags: 0, old: 0 })
+        .map(drop)
+        .with_context(|| format!("cannot replace the program under {}", pin.display()))
+}
+
+/// Detaches a pinned link from its interface, as `bpftool link detach` does.
+pub fn detach_link(pin: &Path) -> Result<()> {
+    let link = open_pin(pin)?;
     call(BPF_LINK_DETACH, &link.as_raw_fd().cast_unsigned())
         .map(drop)
         .with_context(|| format!("cannot detach {}", pin.display()))

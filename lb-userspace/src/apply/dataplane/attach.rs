@@ -22,6 +22,7 @@ use aya::{
 };
 use lb_common::{ABI_VERSION, names};
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -81,7 +82,8 @@ pub struct Attached {
     pub lock: fs::File,
 }
 
-/// Creates the pin directory, checks its contents, loads and attaches.
+/// Creates the pin directory, checks its contents, loads and attaches. An interface that does not exist is waited for, even
+/// if no other exists either: it may appear later.
 pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
     if request.object.is_empty() {
         return Err(DataplaneError::NoPrograms);
@@ -92,11 +94,6 @@ pub fn attach(request: &Request<'_>) -> Result<Attached, DataplaneError> {
             Ok(ifindex) => present.push((name.as_str(), ifindex)),
             Err(error) => waiting.push((name.clone(), error)),
         }
-    }
-    if present.is_empty()
-        && let Some((_, error)) = waiting.pop()
-    {
-        return Err(error);
     }
     let is_new = pins::make_directory(request.pin_path)?;
     let lock = pins::lock(request.pin_path)?;
@@ -144,7 +141,7 @@ fn attach_locked(
 /// old program stays. Returns none while another ABI version's program still forwards. `frags`: flag of the loaded program.
 pub fn replace(request: &Request<'_>, frags: bool) -> Result<Option<Ebpf>, DataplaneError> {
     let home = Home::ours(request.pin_path);
-    if home.programs().is_disjoint(&links::programs(request.pin_path)?) {
+    if is_other_running(request.pin_path, &home)? {
         return Ok(None);
     }
     let LoadedObject { mut bpf, .. } = load(request, &home, frags)?;
@@ -168,12 +165,28 @@ fn program_path(home: &Home, name: &str) -> PathBuf {
     home.path.join(format!("program-{name}"))
 }
 
-/// Returns the program that runs under our links, for another link; none while another ABI version's program runs.
-/// Where all interfaces are gone, it is the program that was pinned last.
+/// Whether another ABI version's program runs under our links. Without objects of another version, a program that is not
+/// ours is somebody else's, under a link that they changed.
+fn is_other_running(pin_path: &Path, home: &Home) -> Result<bool, DataplaneError> {
+    let running = links::programs(pin_path)?;
+    let is_ours = running.is_empty() || !home.programs().is_disjoint(&running);
+    Ok(!is_ours && !Home::others(pin_path)?.is_empty())
+}
+
+/// Ids of the programs of all ABI versions that are pinned.
+pub fn pinned_programs(pin_path: &Path) -> Result<BTreeSet<u32>, DataplaneError> {
+    if !pin_path.exists() {
+        return Ok(BTreeSet::new());
+    }
+    let homes = Home::others(pin_path)?.into_iter().chain([Home::ours(pin_path)]);
+    Ok(homes.flat_map(|home| home.programs()).collect())
+}
+
+/// Returns our program, for a link; none while another ABI version's program runs. Where all interfaces are gone, it is
+/// the program that was pinned last.
 pub fn running(pin_path: &Path, program: &str) -> Result<Option<OwnedFd>, DataplaneError> {
     let home = Home::ours(pin_path);
-    let running = links::programs(pin_path)?;
-    if !running.is_empty() && home.programs().is_disjoint(&running) {
+    if is_other_running(pin_path, &home)? {
         return Ok(None);
     }
     let path = program_path(&home, program);

@@ -23,7 +23,10 @@ const XDP_FLAGS_UPDATE_IF_NOEXIST: u32 = 1;
 const SOL_NETLINK: libc::c_int = 270;
 const NETLINK_CAP_ACK: libc::c_int = 10;
 const NETLINK_EXT_ACK: libc::c_int = 11;
-const HEADER: usize = 16;
+/// Length of a message's header.
+pub const HEADER: usize = 16;
+/// Longest answer: that to a question about an interface with all its attributes, except statistics.
+const ANSWER: usize = 65_536;
 
 /// Returns the driver's message about attaching a program after a link has just failed with the same flags (`mode`);
 /// none if there is no message. If the attempt succeeds this time, it is undone at once.
@@ -38,7 +41,8 @@ pub fn reason(program: &impl AsFd, ifindex: u32, mode: u32) -> Option<String> {
     sentence(&answer)
 }
 
-fn open() -> io::Result<OwnedFd> {
+/// Opens a socket for requests about interfaces.
+pub fn open() -> io::Result<OwnedFd> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
     // SAFETY: no address is passed.
     let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE) };
@@ -80,28 +84,35 @@ fn request(ifindex: u32, program: i32, flags: u32) -> Vec<u8> {
     message
 }
 
-fn ask(socket: &OwnedFd, request: &[u8]) -> io::Result<Vec<u8>> {
+/// Sends a request and returns the answer.
+pub fn ask(socket: &OwnedFd, request: &[u8]) -> io::Result<Vec<u8>> {
     let fd = socket.as_raw_fd();
     // SAFETY: the buffer has the given length.
     if unsafe { libc::send(fd, request.as_ptr().cast(), request.len(), 0) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    let mut answer = vec![0u8; 4_096];
+    let mut answer = vec![0u8; ANSWER];
     // SAFETY: the buffer has the given length.
-    let len = unsafe { libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0) };
+    let len = unsafe { libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), libc::MSG_TRUNC) };
     if len < 0 {
         return Err(io::Error::last_os_error());
     }
-    answer.truncate(len.cast_unsigned());
+    let len = len.cast_unsigned();
+    if len > answer.len() {
+        let text = format!("the kernel's answer of {len} bytes is longer than {ANSWER}");
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    answer.truncate(len);
     Ok(answer)
 }
 
-fn half(bytes: &[u8], at: usize) -> Option<u16> {
+/// Reads 16 bits.
+pub fn half(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
 /// Error number of an answer: 0 for success.
-fn error_of(answer: &[u8]) -> Option<i32> {
+pub fn error_of(answer: &[u8]) -> Option<i32> {
     if half(answer, 4)? != NLMSG_ERROR {
         return None;
     }

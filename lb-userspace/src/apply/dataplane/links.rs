@@ -2,7 +2,7 @@
 //!
 //! A link belongs to an interface index; the name of its pin is for people, and changes when the interface is renamed.
 
-use super::{DataplaneError, advice::Refusal, extack, kernel::BPF_XDP, pins, sys};
+use super::{DataplaneError, advice::Refusal, expected::OurLink, extack, kernel::BPF_XDP, pins, sys};
 use crate::apply::ethtool::{Ethtool, LinkState};
 use serde::Serialize;
 use std::{
@@ -112,6 +112,30 @@ pub fn find(pin_path: &Path, name: &str, ifindex: u32) -> Result<Option<XdpLink>
     }
     let interface = AttachedInterface { name: name.to_owned(), ifindex, mode: found.mode, why_generic: None };
     Ok(Some(XdpLink { interface, fd: found.fd }))
+}
+
+/// Lists our links.
+pub fn ours(pin_path: &Path) -> Result<Vec<OurLink>, DataplaneError> {
+    if !pin_path.exists() {
+        return Ok(Vec::new());
+    }
+    let all = pinned(pin_path)?.into_iter().filter(|pin| pin.info.ifindex != 0);
+    Ok(all.map(|pin| OurLink { ifindex: pin.info.ifindex, program: pin.info.program }).collect())
+}
+
+/// Index of the interface of the link that is pinned under an interface's name, whatever the interface's name is now.
+pub fn pinned_to(pin_path: &Path, name: &str) -> Option<u32> {
+    let path = [DRIVER, GENERIC]
+        .map(|mode| link_path(pin_path, name, mode))
+        .into_iter()
+        .find(|path| path.exists())?;
+    let info = sys::link_info(&sys::open(&path).ok()?).ok()?;
+    (info.ifindex != 0).then_some(info.ifindex)
+}
+
+/// Mode of our link to an interface.
+pub fn mode_of(pin_path: &Path, ifindex: u32) -> Option<&'static str> {
+    pinned(pin_path).ok()?.into_iter().find(|pin| pin.info.ifindex == ifindex).map(|pin| pin.mode)
 }
 
 /// Frees the path of a link's pin: a link to another interface, which had this name before, gets a temporary name until

@@ -220,7 +220,11 @@ impl Takeover {
     /// Last steps of any start: unpins programs that ran before, detaches from interfaces that are no longer configured,
     /// and records the version.
     pub(super) fn settle(&mut self) -> Result<(), DataplaneError> {
-        let wanted = self.interfaces.iter().filter_map(|name| links::index_of(name).ok());
+        // A link that is pinned under the name of an interface that is missing belongs to one that was renamed, or moved.
+        let wanted = self
+            .interfaces
+            .iter()
+            .filter_map(|name| links::index_of(name).ok().or_else(|| links::pinned_to(&self.pin_path, name)));
         links::drop_others(&self.pin_path, &wanted.collect())?;
         self.arrays.iter_mut().try_for_each(ArrayPin::settle)?;
         for name in &self.programs {

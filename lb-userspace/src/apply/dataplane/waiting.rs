@@ -1,9 +1,13 @@
-//! Interfaces that the program runs on, and those that wait for it: missing when lbd started, removed since, or
-//! with a driver that refused the program. They are retried while lbd runs; links that somebody detached are made again,
-//! and so are pins.
+//! The configured interfaces: those that the program runs on, and those that it waits for. While lbd runs, each is
+//! compared with what the kernel shows ([`Interfaces::repair`]): removed pins, detached and replaced programs are put back,
+//! and interfaces that are missing, or whose driver refuses the program, are retried.
 
 use super::{
-    AttachOptions, AttachedInterface, DataplaneError, KernelFeatures, PAGE_MTU, attach, kept::KeptPins, links,
+    AttachOptions, AttachedInterface, DataplaneError, KernelFeatures, PAGE_MTU, attach,
+    expected::{Absence, Action, Facts, Trouble, decide},
+    kept::KeptPins,
+    links,
+    seen::Questions,
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,10 +39,23 @@ pub struct Interfaces {
     kept: Mutex<KeptPins>,
 }
 
+/// What [`Interfaces::repair`] did.
+#[derive(Debug, Default)]
+pub struct Repaired {
+    /// Interfaces that the program was attached to just now.
+    pub new: Vec<AttachedInterface>,
+    /// Whether the program runs on other interfaces than before, or anew on one.
+    pub has_changed: bool,
+}
+
 #[derive(Default)]
 struct AttachState {
     attached: BTreeMap<String, AttachedInterface>,
     waiting: BTreeMap<String, String>,
+    /// Index of the interface that the program was last on, by name.
+    last: BTreeMap<String, u32>,
+    /// What is wrong with attached interfaces, by name.
+    troubles: BTreeMap<String, Trouble>,
     /// Why pins are missing.
     unpinned: Option<String>,
 }
@@ -64,10 +81,16 @@ impl Interfaces {
         attached: Vec<AttachedInterface>,
         waiting: Vec<(String, DataplaneError)>,
     ) -> Self {
+        let mut last: BTreeMap<String, u32> = wanted
+            .iter()
+            .filter_map(|name| Some((name.clone(), links::pinned_to(&pin_path, name)?)))
+            .collect();
+        last.extend(attached.iter().map(|i| (i.name.clone(), i.ifindex)));
         let state = AttachState {
             attached: attached.into_iter().map(|i| (i.name.clone(), i)).collect(),
             waiting: waiting.into_iter().map(|(name, error)| (name, error.to_string())).collect(),
-            unpinned: None,
+            last,
+            ..AttachState::default()
         };
         let (state, changes) = (Mutex::new(state), Mutex::default());
         let kept = Mutex::new(KeptPins::new(&pin_path));
@@ -98,6 +121,12 @@ impl Interfaces {
             Some(PendingInterface { name: name.clone(), reason: state.waiting.get(name)?.clone() })
         });
         all.collect()
+    }
+
+    /// What is wrong with interfaces that the program runs on, as sentences by name.
+    pub fn troubles(&self) -> BTreeMap<String, String> {
+        let state = self.state();
+        state.troubles.iter().map(|(name, trouble)| (name.clone(), trouble.sentence(name))).collect()
     }
 
     /// Why pins are missing that cannot be restored.
@@ -132,61 +161,129 @@ impl Interfaces {
         state.unpinned = problem;
     }
 
-    /// Restores pins and links that somebody removed, and tries to attach to interfaces that wait or are back. Returns
-    /// the newly attached interfaces. Blocks.
-    pub fn repair(&self) -> Vec<AttachedInterface> {
+    /// Compares the interfaces with what the kernel shows, and repairs pins, links and programs. Blocks.
+    pub fn repair(&self) -> Repaired {
         let _held = self.hold();
         self.keep_pins();
-        let new = self.attach_missing();
+        let before: Vec<u32> = self.attached().iter().map(|i| i.ifindex).collect();
+        let new: Vec<AttachedInterface> = match Questions::open() {
+            Ok(questions) => {
+                self.wanted.iter().filter_map(|name| self.repair_one(name, &questions)).collect()
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot look at the interfaces");
+                Vec::new()
+            }
+        };
         if !new.is_empty() {
             self.keep_pins();
         }
-        new
+        let has_changed =
+            !new.is_empty() || before != self.attached().iter().map(|i| i.ifindex).collect::<Vec<_>>();
+        Repaired { new, has_changed }
     }
 
-    fn attach_missing(&self) -> Vec<AttachedInterface> {
-        let mut new = Vec::new();
-        for name in &self.wanted {
-            let known = self.state().attached.get(name).map(|i| i.ifindex);
-            let result = match links::index_of(name) {
-                Ok(ifindex) if known == Some(ifindex) && self.has_link(name, ifindex) => continue,
-                Ok(ifindex) => self.attach(name, ifindex),
-                Err(error) => Err(error),
-            };
-            let mut state = self.state();
-            match result {
-                Ok(Some(interface)) => {
-                    state.waiting.remove(name);
-                    state.attached.insert(name.clone(), interface.clone());
-                    new.push(interface);
+    /// Gathers the facts about an interface. Under the lock of changes, so that no program is replaced meanwhile.
+    fn facts(&self, name: &str, questions: &Questions) -> Result<Facts, DataplaneError> {
+        let attached_to = self.state().last.get(name).copied();
+        let ask = |source| DataplaneError::Attach { interface: name.to_owned(), source };
+        let named = questions.by_name(name).map_err(ask)?;
+        let indexed =
+            attached_to.map(|ifindex| questions.by_index(ifindex)).transpose().map_err(ask)?.flatten();
+        Ok(Facts {
+            attached_to,
+            named,
+            indexed,
+            links: links::ours(&self.pin_path)?,
+            ours: attach::pinned_programs(&self.pin_path)?,
+        })
+    }
+
+    /// Compares and repairs one interface; returns it if the program was attached to it just now.
+    fn repair_one(&self, name: &str, questions: &Questions) -> Option<AttachedInterface> {
+        let facts = match self.facts(name, questions) {
+            Ok(facts) => facts,
+            Err(error) => {
+                // Unknown is not gone: the interface stays what it was.
+                tracing::debug!(interface = name, %error, "cannot look at the interface");
+                return None;
+            }
+        };
+        let (action, trouble) = decide(&facts);
+        self.note_trouble(name, trouble, matches!(action, Action::Wait(_)));
+        match action {
+            Action::Nothing => self.note_running(name, &facts),
+            Action::Wait(absence) => self.note_waiting(name, absence_reason(name, absence)),
+            Action::Attach(ifindex) | Action::Update(ifindex) => {
+                if matches!(action, Action::Update(_)) {
+                    tracing::warn!(
+                        interface = name,
+                        "somebody replaced the program under lbd's link; putting it back"
+                    );
+                } else if facts.attached_to == Some(ifindex) && self.is_attached(name) {
+                    tracing::warn!(
+                        interface = name,
+                        "somebody detached the program from the interface; attaching it again"
+                    );
                 }
-                // Another ABI version's program still forwards.
-                Ok(None) => {}
-                Err(error) => {
-                    state.attached.remove(name);
-                    let reason = self.with_advice(name, &error);
-                    if state.waiting.insert(name.clone(), reason.clone()).as_ref() != Some(&reason) {
-                        tracing::warn!(
-                            interface = name,
-                            "cannot attach to the interface, retrying each second: {reason}"
-                        );
-                    }
+                match self.attach(name, action) {
+                    Ok(Some(interface)) => return Some(self.note_attached(interface)),
+                    // Another ABI version's program still forwards.
+                    Ok(None) => {}
+                    Err(error) => self.note_waiting(name, self.with_advice(name, &error)),
                 }
             }
         }
-        new
+        None
     }
 
-    /// Whether the link that lbd made is still attached. If that cannot be determined, it is.
-    fn has_link(&self, name: &str, ifindex: u32) -> bool {
-        let has_link = links::find(&self.pin_path, name, ifindex).map_or(true, |link| link.is_some());
-        if !has_link {
-            tracing::warn!(
-                interface = name,
-                "somebody detached the program from the interface; attaching it again"
-            );
+    fn is_attached(&self, name: &str) -> bool {
+        self.state().attached.contains_key(name)
+    }
+
+    /// Notes that the program runs on an interface, perhaps after a restart of lbd under another name of the interface.
+    fn note_running(&self, name: &str, facts: &Facts) {
+        let Some(ifindex) = facts.named.as_ref().or(facts.indexed.as_ref()).map(|seen| seen.ifindex) else {
+            return;
+        };
+        if self.state().attached.get(name).is_some_and(|i| i.ifindex == ifindex) {
+            return;
         }
-        has_link
+        if let Some(mode) = links::mode_of(&self.pin_path, ifindex) {
+            self.note_attached(AttachedInterface { name: name.to_owned(), ifindex, mode, why_generic: None });
+        }
+    }
+
+    fn note_attached(&self, interface: AttachedInterface) -> AttachedInterface {
+        let mut state = self.state();
+        let name = interface.name.clone();
+        state.waiting.remove(&name);
+        state.last.insert(name.clone(), interface.ifindex);
+        state.attached.insert(name, interface.clone());
+        interface
+    }
+
+    fn note_waiting(&self, name: &str, reason: String) {
+        let mut state = self.state();
+        state.attached.remove(name);
+        if state.waiting.insert(name.to_owned(), reason.clone()).as_ref() != Some(&reason) {
+            tracing::warn!(interface = name, "not attached, retrying every second: {reason}");
+        }
+    }
+
+    fn note_trouble(&self, name: &str, trouble: Option<Trouble>, is_absent: bool) {
+        let mut state = self.state();
+        match &trouble {
+            Some(new) if state.troubles.get(name) != Some(new) => tracing::warn!("{}", new.sentence(name)),
+            None if !is_absent && state.troubles.contains_key(name) => {
+                tracing::info!(interface = name, "interface is as expected again");
+            }
+            _ => {}
+        }
+        match trouble {
+            Some(trouble) => state.troubles.insert(name.to_owned(), trouble),
+            None => state.troubles.remove(name),
+        };
     }
 
     /// Error text, with the advice to restart lbd where that helps.
@@ -203,13 +300,34 @@ impl Interfaces {
         }
     }
 
-    fn attach(&self, name: &str, ifindex: u32) -> Result<Option<AttachedInterface>, DataplaneError> {
+    fn attach(&self, name: &str, action: Action) -> Result<Option<AttachedInterface>, DataplaneError> {
         let Some(program) = attach::running(&self.pin_path, self.program)? else { return Ok(None) };
-        if let Some(link) = links::find(&self.pin_path, name, ifindex)? {
-            link.update(&program)?;
-            return Ok(Some(link.interface));
-        }
+        let ifindex = match action {
+            Action::Update(ifindex) => match links::find(&self.pin_path, name, ifindex)? {
+                Some(link) => {
+                    link.update(&program)?;
+                    return Ok(Some(link.interface));
+                }
+                None => ifindex,
+            },
+            Action::Attach(ifindex) => ifindex,
+            Action::Nothing | Action::Wait(_) => return Ok(None),
+        };
         let allow_generic = self.allow_generic && !self.frags;
         links::attach(&self.pin_path, &program, name, ifindex, allow_generic).map(Some)
+    }
+}
+
+/// Why the program is not on an interface that does not exist here.
+fn absence_reason(name: &str, absence: Absence) -> String {
+    match absence {
+        Absence::NeverSeen => match links::index_of(name) {
+            Err(error) => error.to_string(),
+            Ok(_) => "it has just appeared".to_owned(),
+        },
+        Absence::Gone => "it was deleted; lbd attaches to it when it is back".to_owned(),
+        Absence::Moved => {
+            "it has moved to another network namespace; lbd attaches to it when it is back".to_owned()
+        }
     }
 }

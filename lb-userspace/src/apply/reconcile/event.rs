@@ -43,7 +43,7 @@ pub enum Event {
     Steers(BTreeMap<Name, Arc<RegionShares>>),
     /// Next hops of all backends.
     Paths(Paths),
-    /// All interfaces that the program is attached to: index and name.
+    /// All interfaces that the program is attached to, index and name, after it was attached or detached.
     Attached(BTreeMap<u32, String>),
     /// Result of a sweep of the flow tables.
     Swept(Arc<Sweep>),

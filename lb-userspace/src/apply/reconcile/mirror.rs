@@ -70,6 +70,8 @@ pub struct Mirror {
     keys: BTreeMap<ServiceKey, u32>,
     vips: BTreeMap<VipKey, Vip>,
     egress: BTreeSet<u32>,
+    /// Whether to write all of `egress` again.
+    is_egress_doubtful: bool,
     quic_configs: BTreeMap<u32, QuicConfig>,
     quic_servers: BTreeMap<ServerIdKey, u32>,
     pub(super) space: SlotSpace,
@@ -104,6 +106,7 @@ impl Mirror {
             vips: maps.vips()?.into_iter().collect(),
             // Cannot be listed; writing it again does no harm.
             egress: BTreeSet::new(),
+            is_egress_doubtful: false,
             quic_configs: maps.quic_configs()?.into_iter().collect(),
             quic_servers: maps.quic_servers()?.into_iter().collect(),
             space,
@@ -185,6 +188,12 @@ impl Mirror {
         }
     }
 
+    /// Writes all egress interfaces again at the next change. The kernel removes an interface that is deleted or moved from
+    /// the map, and another one may have its index by now.
+    pub fn doubt_egress(&mut self) {
+        self.is_egress_doubtful = true;
+    }
+
     /// Takes a granted region back from a service that does not use it.
     pub fn take_back(&mut self, (base, room): (u32, u32)) {
         self.space.give_back_unused(base, room);
@@ -197,10 +206,13 @@ impl Mirror {
         rooms: &BTreeMap<u32, TableRoom>,
         written: &mut Written,
     ) -> Result<BTreeMap<u32, NoRoom>, DataplaneError> {
-        for ifindex in wanted.egress.difference(&self.egress.clone()) {
-            maps.set_egress(*ifindex, true)?;
-            self.egress.insert(*ifindex);
+        let is_known = |ifindex: &u32| !self.is_egress_doubtful && self.egress.contains(ifindex);
+        let missing: Vec<u32> = wanted.egress.iter().copied().filter(|i| !is_known(i)).collect();
+        for ifindex in missing {
+            maps.set_egress(ifindex, true)?;
+            self.egress.insert(ifindex);
         }
+        self.is_egress_doubtful = false;
         self.write_backends(maps, wanted, written)?;
         self.write_quic(maps, wanted, written)?;
         let mut shortages = BTreeMap::new();

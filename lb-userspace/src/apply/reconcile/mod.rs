@@ -240,7 +240,8 @@ impl<M: Maps> Reconciler<M> {
                     self.observed.paths = paths;
                 }
                 Event::Attached(attached) => {
-                    changed |= self.settings.attached != attached;
+                    changed = true;
+                    self.mirror.doubt_egress();
                     self.settings.attached = attached;
                 }
                 // Before the desired state is known, the maps' contents are not judged.

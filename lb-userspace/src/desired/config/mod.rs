@@ -6,12 +6,14 @@
 mod export;
 pub mod keys;
 mod options;
+mod ownership;
 mod parse;
 mod resolve;
 mod shared;
 
 pub use export::export;
 pub use options::{LogFormat, LogLevel, OnStop, Options};
+pub use ownership::merge;
 pub use resolve::{Settings, SettingsError};
 
 pub use crate::desired::model::nearest;
@@ -97,6 +99,23 @@ impl File {
         };
         let text = text.map_err(|source| ConfigError::Read { file: file.clone(), source })?;
         Self::parse(&text).map_err(|problems| ConfigError::Problems { file, problems })
+    }
+
+    /// Reads a file at the start of `lbd`. Mistakes in the services alone are returned beside the settings, so that a
+    /// host can go on with the state that it has stored.
+    ///
+    /// # Errors
+    /// The file cannot be read, or has mistakes elsewhere.
+    pub fn read_leniently(path: &Path) -> Result<(Self, Option<ConfigError>), ConfigError> {
+        let error = match Self::read(path) {
+            Ok(file) => return Ok((file, None)),
+            Err(error) => error,
+        };
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        match parse::parse_options(&text).filter(|_| matches!(error, ConfigError::Problems { .. })) {
+            Some(options) => Ok((Self { options, ..Self::default() }, Some(error))),
+            None => Err(error),
+        }
     }
 
     /// Parses a file's text.

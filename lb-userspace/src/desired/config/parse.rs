@@ -25,6 +25,17 @@ pub fn parse(text: &str) -> Result<File, Vec<ConfigProblem>> {
     if parser.problems.is_empty() { Ok(file) } else { Err(parser.finish()) }
 }
 
+/// Reads `[lbd]` alone, where the services have mistakes; none if there are mistakes elsewhere.
+pub fn parse_options(text: &str) -> Option<Options> {
+    let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
+    let (table, errors) = DeTable::parse_recoverable(text);
+    let mut table = table.into_inner();
+    table.remove("service");
+    table.remove("region");
+    let file = parser.file(table);
+    (errors.is_empty() && parser.problems.is_empty()).then_some(file.options)
+}
+
 fn line_starts(text: &str) -> Vec<usize> {
     std::iter::once(0).chain(text.match_indices('\n').map(|(i, _)| i + 1)).collect()
 }

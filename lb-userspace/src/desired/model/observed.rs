@@ -60,6 +60,8 @@ pub struct NextHop {
 pub struct Paths {
     /// Next hops by backend address; an address that is missing is left to the kernel's FIB.
     pub next_hops: BTreeMap<IpAddr, NextHop>,
+    /// Backend addresses that packets have not been able to reach for a while, not even by the kernel's FIB, and why.
+    pub unreachable: BTreeMap<IpAddr, String>,
     /// Ethernet interfaces that the kernel's FIB may answer with, VLAN interfaces excepted: index and name.
     pub links: BTreeMap<u32, String>,
 }

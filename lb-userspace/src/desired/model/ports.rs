@@ -69,7 +69,7 @@ pub struct PortsError {
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum PortsText {
-    Number(u16),
+    Number(i64),
     Text(String),
 }
 
@@ -86,7 +86,7 @@ impl TryFrom<PortsText> for Ports {
 impl From<Ports> for PortsText {
     fn from(ports: Ports) -> Self {
         match ports {
-            Ports::One(port) => Self::Number(port),
+            Ports::One(port) => Self::Number(port.into()),
             other => Self::Text(other.to_string()),
         }
     }

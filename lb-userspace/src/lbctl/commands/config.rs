@@ -1,6 +1,6 @@
 //! `lbctl config`.
 
-use super::{Context, Exit, Failure, WriteFlags};
+use super::{Context, Exit, Failure, Force, WriteFlags};
 use crate::{
     desired::{
         config::{ConfigError, File, export},
@@ -27,6 +27,8 @@ pub enum ConfigCommand {
     Apply {
         /// File, or - for standard input
         file: PathBuf,
+        #[command(flatten)]
+        force: Force,
         #[command(flatten)]
         write: WriteFlags,
     },
@@ -124,7 +126,7 @@ pub async fn run(context: &mut Context<'_>, command: ConfigCommand) -> Result<Ex
             // The dry run of `config apply`, so that both report the same differences.
             let (desired, revision) = desired(&file)?;
             let body = Config { revision, desired };
-            let query = WriteQuery { dry_run: true, ..WriteQuery::default() };
+            let query = WriteQuery { dry_run: true, force: true, ..WriteQuery::default() };
             let change: Change = context.client.send(Method::PUT, "/v1/config", &query, Some(&body)).await?;
             let found = change.differences;
             if context.out.json {
@@ -134,10 +136,10 @@ pub async fn run(context: &mut Context<'_>, command: ConfigCommand) -> Result<Ex
             }
             Ok(if found.is_empty() { Exit::Ok } else { Exit::No })
         }
-        ConfigCommand::Apply { file, write } => {
+        ConfigCommand::Apply { file, force, write } => {
             let (desired, revision) = desired(&file)?;
             let body = Config { revision, desired };
-            let mut query = write.query();
+            let mut query = write.query_with(force);
             query.message.get_or_insert_with(|| format!("config apply {}", file.display()));
             context.write("configuration applied", Method::PUT, "/v1/config", &query, Some(&body)).await
         }

@@ -161,8 +161,21 @@ struct WriteFlags {
 
 impl WriteFlags {
     fn query(&self) -> WriteQuery {
-        WriteQuery { dry_run: self.dry_run, expected: self.if_revision, message: self.message.clone() }
+        let (dry_run, expected, message) = (self.dry_run, self.if_revision, self.message.clone());
+        WriteQuery { dry_run, expected, message, force: false }
     }
+
+    fn query_with(&self, force: Force) -> WriteQuery {
+        WriteQuery { force: force.force, ..self.query() }
+    }
+}
+
+/// Flag of commands that may set a VIP.
+#[derive(Clone, Copy, Debug, Default, Args)]
+struct Force {
+    /// Allow a VIP that is an address of this host, whose own connections to it are then balanced
+    #[arg(long)]
+    force: bool,
 }
 
 /// Why a command failed.

@@ -33,7 +33,7 @@ pub struct FlowsArgs {
     #[arg(long, value_name = "BACKEND", requires = "service")]
     backend: Option<Name>,
     /// Maximum number of flows to list
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
 }
 

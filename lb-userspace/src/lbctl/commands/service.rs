@@ -1,7 +1,7 @@
 //! `lbctl service`.
 
 use super::{
-    Context, Exit, Failure, WriteFlags,
+    Context, Exit, Failure, Force, WriteFlags,
     words::{
         CheckSpec, Optional, OptionalBool, OptionalRate, ResidencySpec, Source, Statuses, Vip, header,
         metric, optional, optional_bool, optional_rate, quic, region_weight, regions, word,
@@ -58,6 +58,8 @@ pub struct AddServiceArgs {
     #[command(flatten)]
     settings: ServiceSettings,
     #[command(flatten)]
+    force: Force,
+    #[command(flatten)]
     write: WriteFlags,
 }
 
@@ -71,6 +73,8 @@ pub struct Set {
     vip: Option<Vip>,
     #[command(flatten)]
     settings: ServiceSettings,
+    #[command(flatten)]
+    force: Force,
     #[command(flatten)]
     write: WriteFlags,
 }
@@ -444,7 +448,13 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             let name = add.name;
             let path = format!("/v1/services/{name}");
             context
-                .write(&format!("service {name} added"), Method::POST, &path, &add.write.query(), Some(&body))
+                .write(
+                    &format!("service {name} added"),
+                    Method::POST,
+                    &path,
+                    &add.write.query_with(add.force),
+                    Some(&body),
+                )
                 .await
         }
         ServiceCommand::Set(set) => {
@@ -455,7 +465,13 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             let name = set.name;
             let path = format!("/v1/services/{name}");
             context
-                .write(&format!("service {name} set"), Method::PATCH, &path, &set.write.query(), Some(&body))
+                .write(
+                    &format!("service {name} set"),
+                    Method::PATCH,
+                    &path,
+                    &set.write.query_with(set.force),
+                    Some(&body),
+                )
                 .await
         }
         ServiceCommand::Rm { name, write } => {

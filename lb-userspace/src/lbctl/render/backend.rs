@@ -14,7 +14,9 @@ use std::io;
 /// The verdict on a backend, or what is known without one.
 fn health_tone(status: &BackendStatus) -> (String, Option<Tone>) {
     match status.health {
-        Health::Healthy if status.unchecked && status.unreachable => toned("unreachable", Tone::Bad),
+        Health::Healthy if status.unchecked && status.unreachable.is_some() => {
+            toned("unreachable", Tone::Bad)
+        }
         Health::Healthy if status.unchecked => toned("unchecked", Tone::Dim),
         verdict => verdict_tone(verdict),
     }
@@ -163,12 +165,13 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
 /// Formats the next hop towards a backend.
 fn next_hop(s: &BackendStatus) -> String {
     let mac = |m: [u8; 6]| m.map(|b| format!("{b:02x}")).join(":");
-    match &s.next_hop {
-        Some(hop) => {
+    match (&s.next_hop, &s.unreachable) {
+        (Some(hop), _) => {
             let vlan = if hop.vlan > 0 { format!(", VLAN {}", hop.vlan) } else { String::new() };
             format!("{} by interface {}{vlan}, MTU {}", mac(hop.next_hop), hop.ifindex, hop.mtu)
         }
-        None => "not resolved: each packet is routed by a kernel lookup".to_owned(),
+        (None, Some(why)) => format!("none: {why}"),
+        (None, None) => "not resolved: each packet is routed by a kernel lookup".to_owned(),
     }
 }
 

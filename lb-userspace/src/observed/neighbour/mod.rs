@@ -6,6 +6,7 @@
 //! address consult the kernel's FIB. [`table`] is pure; [`netlink`] talks to the kernel.
 //! Called by the daemon.
 
+mod lost;
 pub mod netlink;
 pub mod table;
 
@@ -17,6 +18,7 @@ use crate::{
     observed::path_mtu::{self, PathMtus},
 };
 use futures_util::{StreamExt, stream::BoxStream};
+use lost::Lost;
 use netlink::{Effect, Message, Netlink};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,7 +26,7 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use table::NeighbourTable;
+use table::{NeighbourTable, NoHop};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until},
@@ -73,7 +75,8 @@ pub struct Resolver {
     /// Neighbours that the kernel was asked to keep resolved.
     kept: BTreeSet<(u32, IpAddr)>,
     published: Option<Paths>,
-    unresolved: BTreeMap<IpAddr, String>,
+    unresolved: BTreeMap<IpAddr, NoHop>,
+    lost: Lost,
     path_mtus: PathMtus,
 }
 
@@ -93,6 +96,7 @@ impl Resolver {
             kept: BTreeSet::new(),
             published: None,
             unresolved: BTreeMap::new(),
+            lost: Lost::default(),
             path_mtus: PathMtus::default(),
         })
     }
@@ -120,6 +124,7 @@ impl Resolver {
         loop {
             let mtu_ends = self.path_mtus.next_end().map_or(resync, Instant::from_std);
             let act = due.unwrap_or(resync.min(refresh).min(mtu_ends));
+            let act = self.lost.next(Instant::now()).map_or(act, |at| at.min(act));
             tokio::select! {
                 message = self.messages.next() => {
                     let Some(message) = message else { return Err(NeighbourError::Closed) };
@@ -228,8 +233,12 @@ impl Resolver {
         self.path_mtus.retain(|address| self.wanted.contains(address), now);
         self.path_mtus.apply(&mut found, now);
         let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
-        for (address, why) in news.iter().take(MAX_LOGGED) {
-            tracing::info!(%address, why, "backend has no next hop: its packets consult the kernel's FIB");
+        for (address, NoHop { why, is_unreachable }) in news.iter().take(MAX_LOGGED) {
+            if *is_unreachable {
+                tracing::warn!(%address, why, "backend has no next hop");
+            } else {
+                tracing::info!(%address, why, "backend has no next hop known to lbd: its packets consult the kernel's FIB");
+            }
         }
         if news.len() > MAX_LOGGED {
             tracing::info!(
@@ -244,7 +253,8 @@ impl Resolver {
             _ => tracing::info!(backends = resolved.len(), "next hops resolved"),
         }
         self.unresolved = missing;
-        let found = Paths { next_hops: found, links: self.table.ethernet() };
+        let unreachable = self.lost.update(&self.unresolved, Instant::now());
+        let found = Paths { next_hops: found, unreachable, links: self.table.ethernet() };
         if self.published.as_ref() != Some(&found) {
             self.published = Some(found.clone());
             let _ = paths.send(found).await;

@@ -55,6 +55,23 @@ pub struct Neighbour {
     pub fixed: bool,
 }
 
+/// Why there is no next hop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoHop {
+    /// The reason, in words.
+    pub why: String,
+    /// Whether the kernel cannot send there either. Otherwise it can, but lbd does not know how.
+    pub is_unreachable: bool,
+}
+
+fn unreachable(why: impl Into<String>) -> NoHop {
+    NoHop { why: why.into(), is_unreachable: true }
+}
+
+fn for_the_kernel(why: String) -> NoHop {
+    NoHop { why, is_unreachable: false }
+}
+
 /// All links, routes and neighbours.
 #[derive(Clone, Debug, Default)]
 pub struct NeighbourTable {
@@ -113,10 +130,11 @@ impl NeighbourTable {
     }
 
     /// Next hops, and for backends without one the reason.
-    pub fn next_hops(&self) -> (BTreeMap<IpAddr, NextHop>, BTreeMap<IpAddr, String>) {
+    pub fn next_hops(&self) -> (BTreeMap<IpAddr, NextHop>, BTreeMap<IpAddr, NoHop>) {
         let (mut found, mut missing) = (BTreeMap::new(), BTreeMap::new());
         for (address, route) in &self.routes {
-            match route.clone().and_then(|route| self.next_hop(*address, &route)) {
+            let route = route.as_ref().map_err(|why| unreachable(why.as_str()));
+            match route.and_then(|route| self.next_hop(*address, route)) {
                 Ok(hop) => {
                     found.insert(*address, hop);
                 }
@@ -128,25 +146,28 @@ impl NeighbourTable {
         (found, missing)
     }
 
-    fn next_hop(&self, address: IpAddr, route: &Route) -> Result<NextHop, String> {
+    fn next_hop(&self, address: IpAddr, route: &Route) -> Result<NextHop, NoHop> {
         let link = self.link(route.ifindex)?;
         let (ifindex, vlan, physical) = match link.vlan {
             None => (route.ifindex, 0, link),
             Some(vlan) => {
                 let parent = self.link(vlan.parent)?;
                 if parent.vlan.is_some() || !vlan.is_8021q {
-                    return Err(format!(
+                    return Err(for_the_kernel(format!(
                         "{} has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)",
                         link.name
-                    ));
+                    )));
                 }
                 (vlan.parent, vlan.id, parent)
             }
         };
-        let egress_mac = link.mac.ok_or_else(|| format!("{} is not an Ethernet interface", link.name))?;
+        let egress_mac =
+            link.mac.ok_or_else(|| for_the_kernel(format!("{} is not an Ethernet interface", link.name)))?;
         let hop = route.gateway.unwrap_or(address);
         let neighbour = self.neighbours.get(&(route.ifindex, hop)).and_then(|n| n.mac);
-        let next_hop = neighbour.ok_or_else(|| format!("{hop} does not answer on {}", link.name))?;
+        let asked = if hop.is_ipv4() { "ARP" } else { "neighbour discovery" };
+        let next_hop = neighbour
+            .ok_or_else(|| unreachable(format!("{hop} does not answer {asked} on {}", link.name)))?;
         let mtu = route.mtu.unwrap_or(u32::MAX).min(link.mtu).min(physical.mtu);
         let mtu = u16::try_from(mtu).unwrap_or(u16::MAX);
         let is_routed = route.gateway.is_some();
@@ -154,10 +175,10 @@ impl NeighbourTable {
         Ok(NextHop { ifindex, vlan, egress_mac, next_hop, mtu, path_mtu, source, is_routed })
     }
 
-    fn link(&self, index: u32) -> Result<&Link, String> {
+    fn link(&self, index: u32) -> Result<&Link, NoHop> {
         match self.links.get(&index) {
-            None => Err(format!("interface {index} does not exist")),
-            Some(link) if !link.up => Err(format!("{} is down", link.name)),
+            None => Err(unreachable(format!("interface {index} does not exist"))),
+            Some(link) if !link.up => Err(unreachable(format!("{} is down", link.name))),
             Some(link) => Ok(link),
         }
     }
@@ -203,7 +224,7 @@ mod tests {
         }
     }
 
-    fn resolve(route: Result<Route, String>) -> Result<NextHop, String> {
+    fn resolve(route: Result<Route, String>) -> Result<NextHop, NoHop> {
         let mut table = table();
         table.routes.insert(ip("10.0.0.7"), route);
         let (found, missing) = table.next_hops();
@@ -240,16 +261,17 @@ mod tests {
 
     #[test]
     fn unresolved_routes_say_why() {
-        for (route, why) in [
-            (Err("no route".to_owned()), "no route"),
-            (on(9, None), "interface 9 does not exist"),
-            (on(5, None), "eth1 is down"),
-            (on(1, None), "lo is not an Ethernet interface"),
-            (on(4, None), "eth0.100.7 has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)"),
-            (on(6, None), "eth0.ad has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)"),
-            (on(2, Some("10.0.0.9")), "10.0.0.9 does not answer on eth0"),
+        let nested = "has nested or 802.1ad VLAN tags, which only the kernel handles (QinQ)";
+        for (route, why, is_unreachable) in [
+            (Err("no route".to_owned()), "no route".to_owned(), true),
+            (on(9, None), "interface 9 does not exist".to_owned(), true),
+            (on(5, None), "eth1 is down".to_owned(), true),
+            (on(1, None), "lo is not an Ethernet interface".to_owned(), false),
+            (on(4, None), format!("eth0.100.7 {nested}"), false),
+            (on(6, None), format!("eth0.ad {nested}"), false),
+            (on(2, Some("10.0.0.9")), "10.0.0.9 does not answer ARP on eth0".to_owned(), true),
         ] {
-            assert_eq!(resolve(route), Err(why.to_owned()));
+            assert_eq!(resolve(route), Err(NoHop { why, is_unreachable }));
         }
     }
 

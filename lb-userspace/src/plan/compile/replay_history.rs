@@ -125,6 +125,7 @@ fn replay_state(
         state: b.state,
         health: Health::Healthy,
         declines: excluded.get(i).is_some_and(Option::is_some),
+        is_unreachable: false,
     };
     let candidates: Vec<_> = then.backends.values().enumerate().map(candidate).collect();
     let weights: Vec<u32> = then.backends.values().map(|b| b.weight).collect();

@@ -102,13 +102,18 @@ pub(super) fn observations<'a>(
     wanted: &Service,
     health: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Health)>>,
     replicas: &mut Peekable<impl Iterator<Item = (&'a BackendId, &'a Readiness)>>,
+    unreachable: &BTreeMap<IpAddr, String>,
 ) -> Vec<BackendObservation> {
     let health = values_of_service(name, wanted, health);
     let replicas = values_of_service(name, wanted, replicas);
     health
         .into_iter()
         .zip(replicas)
-        .map(|(health, ready)| BackendObservation::of(wanted, health, ready))
+        .zip(wanted.backends.values())
+        .map(|((health, ready), backend)| {
+            let is_unreachable = unreachable.contains_key(&backend.address);
+            BackendObservation { is_unreachable, ..BackendObservation::of(wanted, health, ready) }
+        })
         .collect()
 }
 
@@ -249,6 +254,7 @@ fn eligibility(input: &Input<'_>, memory: &ServiceMemory) -> policy::Eligibility
             declines: seen.readiness.declines()
                 || input.is_excluded(i)
                 || !memory.backends.contains_key(&b.address),
+            is_unreachable: seen.is_unreachable,
         })
         .collect();
     policy::eligible(&candidates, memory.settled, input.wanted.panic_percent)

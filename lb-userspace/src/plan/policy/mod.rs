@@ -21,6 +21,8 @@ pub struct BackendObservation {
     pub health: Health,
     /// Readiness that the replica reports.
     pub readiness: Readiness,
+    /// Whether packets cannot reach it: no route, or no answer of the next hop.
+    pub is_unreachable: bool,
 }
 
 impl BackendObservation {
@@ -35,7 +37,7 @@ impl BackendObservation {
             (false, Readiness::Unknown) if service.replica.is_some() => Health::Unknown,
             (false, _) => Health::Healthy,
         };
-        Self { health, readiness }
+        Self { health, readiness, is_unreachable: false }
     }
 }
 
@@ -50,6 +52,8 @@ pub struct Candidate {
     pub health: Health,
     /// Whether the replica itself declines new flows.
     pub declines: bool,
+    /// Whether packets cannot reach it.
+    pub is_unreachable: bool,
 }
 
 /// Result of [`eligible`].
@@ -70,6 +74,7 @@ pub struct Eligibility {
 /// `settled`, that is until all have had their first verdict: at a cold start nothing is known and all serve, while a
 /// backend added later must pass its checks first. If no backend is healthy, those without a verdict serve.
 /// If less than `panic_percent` of the weight would serve, health is ignored, so that the rest is not overloaded.
+/// Last, an unreachable backend takes no flows while a reachable one does: packets to it are lost for certain.
 pub fn eligible(candidates: &[Candidate], settled: bool, panic_percent: u8) -> Eligibility {
     let wanted = |c: &Candidate| c.weight > 0 && c.state == BackendState::Up && !c.declines;
     let weight_of = |flags: &[bool]| -> u64 {
@@ -93,6 +98,11 @@ pub fn eligible(candidates: &[Candidate], settled: bool, panic_percent: u8) -> E
     if panic {
         eligible = all;
     }
+    if candidates.iter().zip(&eligible).any(|(c, &takes)| takes && !c.is_unreachable) {
+        for (takes, c) in eligible.iter_mut().zip(candidates) {
+            *takes &= !c.is_unreachable;
+        }
+    }
     Eligibility { eligible, panic, settled: settled || !has(Health::Unknown) }
 }
 
@@ -105,7 +115,13 @@ mod tests {
     fn rule(candidates: &[(u32, BackendState, Health)], settled: bool, panic: u8) -> (Vec<bool>, bool, bool) {
         let candidates: Vec<_> = candidates
             .iter()
-            .map(|&(weight, state, health)| Candidate { weight, state, health, declines: false })
+            .map(|&(weight, state, health)| Candidate {
+                weight,
+                state,
+                health,
+                declines: false,
+                is_unreachable: false,
+            })
             .collect();
         let e = eligible(&candidates, settled, panic);
         (e.eligible, e.panic, e.settled)
@@ -147,7 +163,8 @@ mod tests {
 
     #[test]
     fn a_replica_that_declines_takes_nothing_even_under_panic() {
-        let candidate = |health, declines| Candidate { weight: 1, state: Up, health, declines };
+        let candidate =
+            |health, declines| Candidate { weight: 1, state: Up, health, declines, is_unreachable: false };
         let rule = |all: &[Candidate], panic| eligible(all, true, panic);
         let e = rule(&[candidate(Healthy, true), candidate(Healthy, false)], 50);
         assert_eq!(
@@ -158,6 +175,25 @@ mod tests {
         let e = rule(&[candidate(Healthy, true), candidate(Unhealthy, false)], 50);
         assert_eq!((e.eligible, e.panic), (vec![false, true], true));
         assert_eq!(rule(&[candidate(Healthy, true)], 100).eligible, [false]);
+    }
+
+    #[test]
+    fn an_unreachable_backend_serves_only_where_none_is_reachable() {
+        let candidate = |health, is_unreachable| Candidate {
+            weight: 1,
+            state: Up,
+            health,
+            declines: false,
+            is_unreachable,
+        };
+        let rule = |all: &[Candidate], panic| eligible(all, true, panic).eligible;
+        let (near, far) = (candidate(Healthy, false), candidate(Healthy, true));
+        assert_eq!(rule(&[near, far], 0), [true, false]);
+        assert_eq!(rule(&[far, far], 0), [true, true], "the kernel may know a way that lbd does not");
+        assert_eq!(rule(&[near, far, far], 100), [true, false, false], "even under panic");
+        assert_eq!(rule(&[candidate(Unhealthy, false), far], 0), [false, true]);
+        let unhealthy = candidate(Unhealthy, false);
+        assert_eq!(rule(&[unhealthy, far], 100), [true, false], "health is ignored, the way is not");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     desired::{
-        model::{Desired, differences},
+        model::{Desired, ForwardingMode, Service, differences},
         store::{Commit, Store, StoreError, StoreLink, Stored},
     },
     observed::{health::HealthRegistry, regions::CommitDesired, replica},
@@ -20,7 +20,9 @@ use crate::{
 use axum::extract::State;
 use futures_util::future::BoxFuture;
 use std::{
-    sync::{Arc, OnceLock},
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::{Arc, OnceLock, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::{RwLock, watch};
@@ -68,6 +70,8 @@ pub struct Control {
     outcome: watch::Sender<LastApply>,
     /// Services that the maps held when lbd started with an empty store; 0 after `accept` or a first change.
     orphaned: watch::Sender<usize>,
+    /// Why the services of the configuration file are not in force.
+    file_problem: std::sync::Mutex<Option<String>>,
 }
 
 impl Control {
@@ -98,6 +102,7 @@ impl Control {
             commit_lock: RwLock::default(),
             outcome: watch::Sender::new(None),
             orphaned: watch::Sender::default(),
+            file_problem: std::sync::Mutex::default(),
         })
     }
 
@@ -134,6 +139,20 @@ impl Control {
     /// The newest desired state.
     pub fn head(&self) -> Stored {
         self.store.head()
+    }
+
+    /// Sets why the services of the configuration file are not in force; none once they are.
+    pub fn set_file_problem(&self, problem: Option<String>) {
+        *self.file_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
+    }
+
+    /// The problem of the configuration file, for status.
+    pub(super) fn file_problem(&self) -> Option<String> {
+        let problem = self.file_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        Some(format!(
+            "the services of the configuration file are not in force, those of the store are: {problem} (fix the file, then \
+             `systemctl reload lbd`)"
+        ))
     }
 
     /// Sets how many services the maps held at start. With an empty store lbd keeps forwarding for them until
@@ -277,6 +296,26 @@ impl Control {
         self.write_sized(author, query, Sizes::Kept, change).await
     }
 
+    /// Refuses a new VIP that is an address of this host: its own connections to that address would be balanced, among
+    /// them perhaps the one over which the change is made.
+    fn refuse_own_addresses(&self, old: &Desired, new: &Desired) -> Result<(), ApiError> {
+        let known: BTreeSet<IpAddr> = old.services.values().map(|s| s.vip).collect();
+        let is_fresh = |s: &Service| !known.contains(&s.vip) && s.mode != ForwardingMode::Local;
+        let fresh: Vec<_> = new.services.iter().filter(|(_, s)| is_fresh(s)).collect();
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let own = self.engine.own_addresses();
+        match fresh.into_iter().find_map(|(name, s)| Some((name, s.vip, own.get(&s.vip)?))) {
+            None => Ok(()),
+            Some((name, vip, interface)) => Err(ApiError::needs_force(format!(
+                "service {name}: the VIP {vip} is an address of this host (on {interface}), so connections to the host \
+                 itself, such as SSH, would be balanced or dropped"
+            ))
+            .fix("choose an address that no host has, or give --force (API: force=true)")),
+        }
+    }
+
     async fn write_sized(
         &self,
         author: &Author,
@@ -312,6 +351,9 @@ impl Control {
                     return Err(ApiError::invalid(&broken));
                 }
                 self.engine.check(desired.clone()).await?;
+                if sizes == Sizes::Chosen && !query.force {
+                    self.refuse_own_addresses(&head.desired, &desired)?;
+                }
             }
             if query.dry_run
                 && is_changed

@@ -92,6 +92,8 @@ pub struct AppliedBackend {
     pub next_hop: Option<NextHop>,
     /// Whether the next hop is in the maps; otherwise each packet consults the kernel's FIB.
     pub resolved: bool,
+    /// Why packets cannot reach the backend: no route, or no answer of the next hop.
+    pub unreachable: Option<String>,
     /// Why packets cannot reach the backend.
     pub problem: Option<String>,
     /// Whether the backend can take new flows: healthy, up, and not excluded.
@@ -156,6 +158,11 @@ pub trait Engine: Send + Sync + 'static {
         desired: Arc<Desired>,
         revision: u64,
     ) -> BoxFuture<'_, Result<AppliedStatus, EngineError>>;
+
+    /// Addresses of this host's interfaces, loopback excepted, with the name of the interface.
+    fn own_addresses(&self) -> BTreeMap<IpAddr, String> {
+        BTreeMap::new()
+    }
 
     /// The applied state. Does not block.
     fn snapshot(&self) -> Arc<Snapshot>;

@@ -47,6 +47,11 @@ impl ApiError {
         Self::new(StatusCode::CONFLICT, "exists", message)
     }
 
+    /// 409: refused without `force`.
+    pub fn needs_force(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "needs_force", message)
+    }
+
     /// 409: another operation is in progress.
     pub fn busy(message: impl Into<String>) -> Self {
         Self::new(StatusCode::CONFLICT, "busy", message)

@@ -12,7 +12,8 @@ use crate::{
 use futures_util::future::BoxFuture;
 use lb_common::{BackendStats, Reason, limits};
 use std::{
-    net::SocketAddr,
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -85,6 +86,7 @@ impl MemoryEngine {
                     tracked_flows: 2,
                     takes_flows,
                     resolved: true,
+                    unreachable: None,
                     ..AppliedBackend::default()
                 };
                 snapshot.backends.insert(id, state);
@@ -100,7 +102,14 @@ impl MemoryEngine {
     }
 }
 
+/// Address that this host claims to have.
+pub const OWN_ADDRESS: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 250));
+
 impl Engine for MemoryEngine {
+    fn own_addresses(&self) -> BTreeMap<IpAddr, String> {
+        BTreeMap::from([(OWN_ADDRESS, "eth0".to_owned())])
+    }
+
     fn check(&self, desired: Arc<Desired>) -> BoxFuture<'_, Result<(), EngineError>> {
         let count: usize = desired.services.values().map(|s| s.backends.len()).sum();
         let limit = self.max_backends;
@@ -135,7 +144,8 @@ impl Engine for MemoryEngine {
     }
 
     fn interfaces(&self) -> Vec<Interface> {
-        vec![Interface { name: "memory".into(), ifindex: 0, mode: "driver".into(), why_generic: None }]
+        let (name, mode) = ("memory".into(), "driver".into());
+        vec![Interface { name, ifindex: 0, mode, why_generic: None, problem: None }]
     }
 
     fn counters(&self) -> Result<Counters, EngineError> {

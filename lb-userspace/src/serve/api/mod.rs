@@ -58,6 +58,8 @@ pub use peer::Writers;
 #[cfg(test)]
 mod access_tests;
 #[cfg(test)]
+mod force_tests;
+#[cfg(test)]
 mod rollout_tests;
 #[cfg(test)]
 mod tests;

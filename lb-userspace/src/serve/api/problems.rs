@@ -6,10 +6,7 @@ use crate::{
     desired::model::{HealthKind, Name, Readiness, Service},
     plan::policy::announce::KeptVip,
 };
-use std::{net::IpAddr, time::Duration};
-
-/// How long a next hop may take to be resolved after a change or a start.
-const RESOLVED_AFTER: Duration = Duration::from_secs(5);
+use std::net::IpAddr;
 
 /// The problem of an empty store while the maps hold services, and what to do about it.
 pub(super) fn orphaned_problem(services: usize) -> String {
@@ -50,20 +47,12 @@ pub(super) fn is_checked(service: &Service) -> bool {
     service.health.kind != HealthKind::None || service.replica.is_some()
 }
 
-/// Whether the newest revision and this daemon are old enough for its next hops to be resolved.
-pub(super) fn is_old(status: &Status) -> bool {
-    let revision_ms = clock::unix_ms().saturating_sub(status.revision.time_ms);
-    status.uptime_s >= RESOLVED_AFTER.as_secs() && u128::from(revision_ms) >= RESOLVED_AFTER.as_millis()
-}
-
-/// The problem of a service that sends new flows to backends which cannot be reached, because nothing checks them.
-pub(super) fn unreachable_problem(service: &Name, backends: &[String]) -> Option<String> {
+/// The problem of backends of a service without a health check that cannot be reached. With one, they are unhealthy.
+pub(super) fn unreachable_problem(backends: &[String], takes_flows: bool) -> Option<String> {
     let (first, rest) = backends.split_first()?;
     let others = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-    Some(format!(
-        "{first}{others} cannot be reached (no route, or no answer to ARP or neighbour discovery) and still \
-         gets new flows: fix the network, or add a health check to service {service}"
-    ))
+    let flows = if takes_flows { "get new flows, because none is reachable" } else { "get no new flows" };
+    Some(format!("unreachable: {first}{others}; {flows}. Fix the route or the network"))
 }
 
 /// Problems of the host as a whole.

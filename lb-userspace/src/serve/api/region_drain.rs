@@ -46,7 +46,7 @@ pub struct RegionDrain {
 impl RegionDrain {
     /// The drain that a write asks for.
     pub fn new(write: WriteQuery, force: bool) -> Self {
-        let WriteQuery { dry_run, expected, message } = write;
+        let WriteQuery { dry_run, expected, message, force: _ } = write;
         Self { dry_run, expected, message, force }
     }
 }
@@ -100,7 +100,7 @@ impl Control {
         region: Name,
     ) -> Result<Change, ApiError> {
         let RegionDrain { dry_run, expected, message, force } = drain;
-        let query = WriteQuery { dry_run, expected, message };
+        let query = WriteQuery { dry_run, expected, message, force: false };
         let here = self.own_region();
         let change = |desired: &mut Desired| {
             self.declare_regions(desired);

@@ -141,9 +141,9 @@ pub struct BackendStatus {
     /// Whether nothing checks the backend: no health check, and no replica state. Its verdict is `healthy`.
     #[serde(default, skip_serializing_if = "is_false")]
     pub unchecked: bool,
-    /// Whether the next hop is unknown: no route, or no answer to ARP or neighbour discovery.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub unreachable: bool,
+    /// Why packets cannot reach the backend: no route, or no answer to ARP or neighbour discovery.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreachable: Option<String>,
     /// Start of the verdict, in milliseconds since 1970 UTC; 0 if there is no verdict yet.
     pub health_since_ms: u64,
     /// Slots of the service's table that belong to this backend.
@@ -300,6 +300,9 @@ pub struct WriteQuery {
     /// Message for the history; generated from the change if none.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "printable::message")]
     pub message: Option<String>,
+    /// Allow a VIP that is an address of this host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub force: bool,
 }
 
 /// Body of an error.

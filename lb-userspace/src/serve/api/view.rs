@@ -3,7 +3,7 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
-    problems::{general_problems, is_checked, is_old, not_up_to_date_problems, unreachable_problem},
+    problems::{general_problems, is_checked, not_up_to_date_problems, unreachable_problem},
     types::*,
 };
 use crate::{
@@ -95,6 +95,7 @@ impl Control {
         }
         let general = general_problems(&status);
         status.problems.splice(0..0, general);
+        status.problems.extend(self.file_problem());
         status.problems.extend(self.host_problems());
         status.problems.extend(self.region_snapshot().problems());
         status.problems.extend(not_up_to_date_problems(&view.snapshot));
@@ -103,7 +104,7 @@ impl Control {
     }
 
     fn service_status(&self, view: &StateView, name: &Name, service: &Service, status: &mut Status) {
-        let mut unreachable = Vec::new();
+        let (mut unreachable, mut takes_flows) = (Vec::new(), false);
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
             let entry = self.health.get(&id).unwrap_or_default();
@@ -122,10 +123,8 @@ impl Control {
             }
             // Backends that an operator drained or switched off are not a problem.
             if entry.health == Health::Unhealthy && b.state == BackendState::Up {
-                let reason =
-                    entry.last.map(|p| p.reason).or_else(|| entry.history.back().map(|t| t.reason.clone()));
+                let reason = unhealthy_reason(&entry, service.health.rise);
                 let (service, backend) = (name.clone(), backend.clone());
-                let reason = reason.unwrap_or_default();
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
             let applied = view.snapshot.backends.get(&id);
@@ -146,14 +145,18 @@ impl Control {
             }
             let told = applied.and_then(|a| a.next_hop).and_then(|hop| hop.path_mtu);
             status.narrow_paths.extend(told.map(|mtu| NarrowPath { backend: id.clone(), mtu }));
-            if let Some(applied) = applied.filter(|a| !a.resolved) {
-                if !is_checked(service) && applied.slots > 0 && is_old(status) {
-                    unreachable.push(id.to_string());
-                }
+            if let Some(why) = applied.and_then(|a| a.unreachable.as_ref())
+                && b.state == BackendState::Up
+                && !is_checked(service)
+            {
+                takes_flows |= applied.is_some_and(|a| a.slots > 0);
+                unreachable.push(format!("{id} ({why})"));
+            }
+            if applied.is_some_and(|a| !a.resolved) {
                 status.unresolved.push(id);
             }
         }
-        status.problems.extend(unreachable_problem(name, &unreachable));
+        status.problems.extend(unreachable_problem(&unreachable, takes_flows));
         let applied = view.snapshot.services.get(name);
         if applied.is_some_and(|a| a.eligible == 0) {
             status.no_backend.push(name.clone());
@@ -281,7 +284,7 @@ impl Control {
             index: applied.map(|a| a.index),
             health,
             unchecked: !is_checked(s),
-            unreachable: applied.is_some_and(|a| !a.resolved),
+            unreachable: applied.and_then(|a| a.unreachable.clone()),
             health_since_ms: since_ms,
             slots: applied.map_or(0, |a| a.slots),
             table_size: view.snapshot.services.get(service).map_or(0, |s| s.table_size),
@@ -355,6 +358,18 @@ impl StateView {
                 about: r.describe().to_owned(),
             })
             .collect()
+    }
+}
+
+/// Why a backend is unhealthy. A last probe that passed is no reason: a backend needs several in a row.
+fn unhealthy_reason(entry: &HealthEntry, rise: u8) -> String {
+    let of_verdict = || entry.history.back().map(|t| t.reason.clone()).unwrap_or_default();
+    match &entry.last {
+        Some(probe) if probe.ok => {
+            format!("{}; the last probe passed ({}), {rise} in a row are needed", of_verdict(), probe.reason)
+        }
+        Some(probe) => probe.reason.clone(),
+        None => of_verdict(),
     }
 }
 

@@ -39,6 +39,22 @@ impl Scrape {
     /// Which programs were loaded, and what the kernel supports.
     fn loaded(&self, out: &mut Encoder<'_>) -> fmt::Result {
         let loaded = self.control.engine().loaded();
+        let attached = self.control.engine().interfaces();
+        let is_attached = attached.iter().map(|i| (i.name.as_str(), 1.0));
+        let is_attached = is_attached.chain(loaded.waiting.iter().map(|w| (w.name.as_str(), 0.0)));
+        out.gauges(
+            "lb_interface_attached",
+            "Whether the program is attached to the configured interface",
+            is_attached.map(|(name, is)| ([("interface", name)], is)),
+        )?;
+        let has_problem = attached
+            .iter()
+            .map(|i| ([("interface", i.name.as_str())], f64::from(u8::from(i.problem.is_some()))));
+        out.gauges(
+            "lb_interface_problem",
+            "Whether an interface that the program is attached to is down, has no carrier, or was renamed",
+            has_problem,
+        )?;
         let waiting = loaded.waiting.iter().map(|w| ([("interface", w.name.as_str())], 1.0));
         out.gauges(
             "lb_interface_waiting",

@@ -132,6 +132,9 @@ pub struct Interface {
     /// Why the driver does not run the program, if known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why_generic: Option<String>,
+    /// What is wrong with the interface although the program is attached: down, no carrier, or renamed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// Which programs were loaded, and what the kernel supports.
