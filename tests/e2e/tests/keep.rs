@@ -15,7 +15,7 @@ use test_support::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
-const CONNECTIONS: usize = 60;
+const CONNECTIONS: usize = 300;
 
 /// A service that may run in the east only, whose health check is another process than its lines.
 fn bound(name: &str, port: u16) -> Offer {
