@@ -381,8 +381,10 @@ impl Suite {
                         ["--test", "e2e", "--test", "kernel", "--", "--test-threads=2", "--skip", ALONE];
                     commands.push(test(&both));
                     commands.push(test(&["--test", "e2e", "--", "--test-threads=1", ALONE]));
-                } else {
+                } else if self == Self::E2e {
                     commands.push(test(&["--", "--test-threads=1"]));
+                } else {
+                    commands.push(test(&[]));
                 }
                 if self == Self::Fault {
                     // The other version of upgrade tests.

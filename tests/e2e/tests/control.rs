@@ -270,7 +270,7 @@ fn a_file_is_loaded_reloaded_and_refused_whole() -> Result<()> {
     // Neither a restart nor a reload undoes what was changed since the file was loaded.
     ingress.stop(Signal::SIGTERM)?;
     ingress.start_again(&bed)?;
-    wait::until("the daemon answers", PATIENCE, || lbctl.run(&["status"]).is_ok())?;
+    wait::until("the daemon answers", PATIENCE, || weight().is_ok())?;
     ensure!(weight()? == Some(4), "the file won over the store");
     ingress.process().signal(Signal::SIGHUP)?;
     wait::until("the reload is done", PATIENCE, || {
