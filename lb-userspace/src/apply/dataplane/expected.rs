@@ -1,7 +1,7 @@
 //! Compares what lbd attached with what the kernel shows: what to repair, and what to report. Pure: `waiting` gathers the
 //! facts and carries the decision out.
 
-use super::seen::Seen;
+use super::seen::SeenInterface;
 use std::collections::BTreeSet;
 
 /// A pinned link of ours.
@@ -19,9 +19,9 @@ pub struct Facts {
     /// Index of the interface that the program was last seen on under the configured name.
     pub attached_to: Option<u32>,
     /// The interface that has the configured name now.
-    pub named: Option<Seen>,
+    pub named: Option<SeenInterface>,
     /// The interface that has the index `attached_to` now.
-    pub indexed: Option<Seen>,
+    pub indexed: Option<SeenInterface>,
     /// Our pinned links to the indices of the two.
     pub links: Vec<OurLink>,
     /// Programs that lbd of any ABI version has pinned.
@@ -54,7 +54,7 @@ pub enum Absence {
 
 /// What is wrong with an interface that the program runs on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum LinkTrouble {
     /// An administrator has set it down.
     Down,
     /// Up, without a carrier.
@@ -66,7 +66,7 @@ pub enum Trouble {
     },
 }
 
-impl Trouble {
+impl LinkTrouble {
     /// The trouble of the interface with this name, as a sentence with advice.
     pub fn sentence(&self, name: &str) -> String {
         match self {
@@ -83,11 +83,11 @@ impl Trouble {
 }
 
 /// Decides about one interface.
-pub fn decide(facts: &Facts) -> (Action, Option<Trouble>) {
+pub fn decide(facts: &Facts) -> (Action, Option<LinkTrouble>) {
     let Some(named) = &facts.named else { return decide_without(facts) };
     let trouble = match (named.is_up, named.has_carrier) {
-        (false, _) => Some(Trouble::Down),
-        (true, false) => Some(Trouble::NoCarrier),
+        (false, _) => Some(LinkTrouble::Down),
+        (true, false) => Some(LinkTrouble::NoCarrier),
         (true, true) => None,
     };
     let action = match link_on(facts, named) {
@@ -99,13 +99,13 @@ pub fn decide(facts: &Facts) -> (Action, Option<Trouble>) {
 }
 
 /// Decides where no interface has the configured name.
-fn decide_without(facts: &Facts) -> (Action, Option<Trouble>) {
+fn decide_without(facts: &Facts) -> (Action, Option<LinkTrouble>) {
     if let Some(seen) = &facts.indexed
         && let Some(link) = link_on(facts, seen)
     {
         let action =
             if facts.ours.contains(&link.program) { Action::Nothing } else { Action::Update(seen.ifindex) };
-        return (action, Some(Trouble::Renamed { now: seen.name.clone() }));
+        return (action, Some(LinkTrouble::Renamed { now: seen.name.clone() }));
     }
     let absence = match facts.attached_to {
         None => Absence::NeverSeen,
@@ -118,7 +118,7 @@ fn decide_without(facts: &Facts) -> (Action, Option<Trouble>) {
 
 /// Our link to an interface, if the program under the link runs on it, or one of ours that it is just replacing. Where none
 /// does, the link belongs to an interface with the same index in another network namespace.
-fn link_on(facts: &Facts, seen: &Seen) -> Option<OurLink> {
+fn link_on(facts: &Facts, seen: &SeenInterface) -> Option<OurLink> {
     let is_on =
         |link: &OurLink| seen.programs.contains(&link.program) || !seen.programs.is_disjoint(&facts.ours);
     let runs = |link: &&OurLink| link.ifindex == seen.ifindex && is_on(link);
@@ -132,9 +132,9 @@ mod tests {
     const OURS: u32 = 40;
     const OTHER: u32 = 77;
 
-    fn seen(ifindex: u32, name: &str, programs: &[u32]) -> Seen {
+    fn seen(ifindex: u32, name: &str, programs: &[u32]) -> SeenInterface {
         let programs = programs.iter().copied().collect();
-        Seen { ifindex, name: name.to_owned(), is_up: true, has_carrier: true, programs }
+        SeenInterface { ifindex, name: name.to_owned(), is_up: true, has_carrier: true, programs }
     }
 
     /// Attached to eth0 with index 5, and well.
@@ -185,16 +185,19 @@ mod tests {
         let strangers = without(Facts { indexed: Some(seen(5, "eth7", &[])), ..well() });
         assert_eq!(decide(&strangers), (Action::Wait(Absence::Moved), None), "the index is another's now");
         let renamed = without(Facts { indexed: Some(seen(5, "lan0", &[OURS])), ..well() });
-        assert_eq!(decide(&renamed), (Action::Nothing, Some(Trouble::Renamed { now: "lan0".to_owned() })));
+        assert_eq!(
+            decide(&renamed),
+            (Action::Nothing, Some(LinkTrouble::Renamed { now: "lan0".to_owned() }))
+        );
         let never = Facts { ours: [OURS].into(), ..Facts::default() };
         assert_eq!(decide(&never), (Action::Wait(Absence::NeverSeen), None), "it has never been there");
         let mut down = well();
         let named = down.named.as_mut().expect("it exists");
         named.has_carrier = false;
-        assert_eq!(decide(&down), (Action::Nothing, Some(Trouble::NoCarrier)));
+        assert_eq!(decide(&down), (Action::Nothing, Some(LinkTrouble::NoCarrier)));
         down.named.as_mut().expect("it exists").is_up = false;
-        assert_eq!(decide(&down), (Action::Nothing, Some(Trouble::Down)));
-        let sentence = Trouble::Down.sentence("eth0");
+        assert_eq!(decide(&down), (Action::Nothing, Some(LinkTrouble::Down)));
+        let sentence = LinkTrouble::Down.sentence("eth0");
         assert_eq!(sentence, "interface eth0 is down: `ip link set dev eth0 up`");
     }
 }

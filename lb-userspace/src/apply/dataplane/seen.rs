@@ -25,7 +25,7 @@ const NESTED: u16 = 1 << 15;
 
 /// An interface of this network namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct SeenInterface {
     /// Index.
     pub ifindex: u32,
     /// Name.
@@ -49,7 +49,7 @@ impl Questions {
     }
 
     /// Returns the interface with this name; none if there is none.
-    pub fn by_name(&self, name: &str) -> io::Result<Option<Seen>> {
+    pub fn by_name(&self, name: &str) -> io::Result<Option<SeenInterface>> {
         let mut attribute = name.as_bytes().to_vec();
         attribute.push(0);
         if attribute.len() > libc::IFNAMSIZ {
@@ -59,11 +59,11 @@ impl Questions {
     }
 
     /// Returns the interface with this index; none if there is none.
-    pub fn by_index(&self, ifindex: u32) -> io::Result<Option<Seen>> {
+    pub fn by_index(&self, ifindex: u32) -> io::Result<Option<SeenInterface>> {
         self.ask(&request(ifindex, None))
     }
 
-    fn ask(&self, request: &[u8]) -> io::Result<Option<Seen>> {
+    fn ask(&self, request: &[u8]) -> io::Result<Option<SeenInterface>> {
         // An answer that was left behind by an interrupted question would be taken for the answer to this one.
         drain(&self.0);
         let answer = ask(&self.0, request)?;
@@ -128,16 +128,16 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-fn parse(answer: &[u8]) -> Option<Seen> {
+fn parse(answer: &[u8]) -> Option<SeenInterface> {
     if half(answer, 4)? != RTM_NEWLINK {
         return None;
     }
     let flags = word(answer, HEADER + 8)? as i32;
-    let mut seen = Seen {
+    let mut seen = SeenInterface {
         ifindex: word(answer, HEADER + 4)?,
         is_up: flags & libc::IFF_UP != 0,
         has_carrier: flags & libc::IFF_RUNNING != 0,
-        ..Seen::default()
+        ..SeenInterface::default()
     };
     for (kind, value) in attributes(answer.get(HEADER + INFO..)?) {
         match kind {

@@ -4,7 +4,7 @@
 
 use super::{
     AttachOptions, AttachedInterface, DataplaneError, KernelFeatures, PAGE_MTU, attach,
-    expected::{Absence, Action, Facts, Trouble, decide},
+    expected::{Absence, Action, Facts, LinkTrouble, decide},
     kept::KeptPins,
     links,
     seen::Questions,
@@ -55,7 +55,7 @@ struct AttachState {
     /// Index of the interface that the program was last on, by name.
     last: BTreeMap<String, u32>,
     /// What is wrong with attached interfaces, by name.
-    troubles: BTreeMap<String, Trouble>,
+    troubles: BTreeMap<String, LinkTrouble>,
     /// Why pins are missing.
     unpinned: Option<String>,
 }
@@ -271,7 +271,7 @@ impl Interfaces {
         }
     }
 
-    fn note_trouble(&self, name: &str, trouble: Option<Trouble>, is_absent: bool) {
+    fn note_trouble(&self, name: &str, trouble: Option<LinkTrouble>, is_absent: bool) {
         let mut state = self.state();
         match &trouble {
             Some(new) if state.troubles.get(name) != Some(new) => tracing::warn!("{}", new.sentence(name)),

@@ -6,7 +6,7 @@
 use crate::desired::model::Desired;
 use serde_json::{Map, Value};
 
-type Fields = Map<String, Value>;
+type JsonFields = Map<String, Value>;
 
 /// Merges a file into a state. `before`: the file when it was last loaded. What is the same in the file as before is left
 /// as it is in the state, with or without such a field; what differs is taken from the file.
@@ -16,9 +16,9 @@ type Fields = Map<String, Value>;
 pub fn merge(before: &Desired, file: &Desired, state: &Desired) -> Result<Desired, serde_json::Error> {
     let fields = |one: &Desired| serde_json::to_value(one).map(object);
     let (before, file, state) = (fields(before)?, fields(file)?, fields(state)?);
-    let mut merged = Fields::new();
+    let mut merged = JsonFields::new();
     for field in ["services", "regions"] {
-        let of = |all: &Fields| object(all.get(field).cloned().unwrap_or_default());
+        let of = |all: &JsonFields| object(all.get(field).cloned().unwrap_or_default());
         // Services, their fields, and the backends among those; their fields. Regions are taken as a whole.
         let levels = if field == "services" { SERVICES } else { 1 };
         merged.insert(field.to_owned(), merge_fields(&of(&before), &of(&file), &of(&state), levels).into());
@@ -31,15 +31,15 @@ pub fn merge(before: &Desired, file: &Desired, state: &Desired) -> Result<Desire
 /// Levels of maps below the services: names, fields, names of backends, fields of backends.
 const SERVICES: u32 = 4;
 
-fn object(value: Value) -> Fields {
+fn object(value: Value) -> JsonFields {
     match value {
         Value::Object(fields) => fields,
-        _ => Fields::new(),
+        _ => JsonFields::new(),
     }
 }
 
 /// Merges maps whose values are merged for `levels` levels, and compared as a whole below.
-fn merge_fields(before: &Fields, file: &Fields, state: &Fields, levels: u32) -> Fields {
+fn merge_fields(before: &JsonFields, file: &JsonFields, state: &JsonFields, levels: u32) -> JsonFields {
     let mut merged = state.clone();
     for name in before.keys().chain(file.keys()) {
         let new = file.get(name);

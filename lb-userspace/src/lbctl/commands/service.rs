@@ -447,15 +447,8 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             let body = new_service(&add)?;
             let name = add.name;
             let path = format!("/v1/services/{name}");
-            context
-                .write(
-                    &format!("service {name} added"),
-                    Method::POST,
-                    &path,
-                    &add.write.query_with(add.force),
-                    Some(&body),
-                )
-                .await
+            let (what, query) = (format!("service {name} added"), add.write.query_with(add.force));
+            context.write(&what, Method::POST, &path, &query, Some(&body)).await
         }
         ServiceCommand::Set(set) => {
             let body = patch(set.vip.as_ref(), &set.settings)?;
@@ -464,15 +457,8 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             }
             let name = set.name;
             let path = format!("/v1/services/{name}");
-            context
-                .write(
-                    &format!("service {name} set"),
-                    Method::PATCH,
-                    &path,
-                    &set.write.query_with(set.force),
-                    Some(&body),
-                )
-                .await
+            let (what, query) = (format!("service {name} set"), set.write.query_with(set.force));
+            context.write(&what, Method::PATCH, &path, &query, Some(&body)).await
         }
         ServiceCommand::Rm { name, write } => {
             let path = format!("/v1/services/{name}");
@@ -494,11 +480,11 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             let service: ServiceInfo = context.client.get(&format!("/v1/services/{name}"), &()).await?;
             if context.out.json {
                 context.out.json(&service, false)?;
-            } else {
-                let path = format!("/v1/services/{name}/backends");
-                let backends: Vec<BackendInfo> = context.client.get(&path, &()).await?;
-                render::service(&mut context.out, &service, &backends)?;
+                return Ok(Exit::Ok);
             }
+            let path = format!("/v1/services/{name}/backends");
+            let backends: Vec<BackendInfo> = context.client.get(&path, &()).await?;
+            render::service(&mut context.out, &service, &backends)?;
             Ok(Exit::Ok)
         }
     }

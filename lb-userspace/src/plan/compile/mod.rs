@@ -14,6 +14,7 @@ mod map_values;
 mod memory;
 mod pairs;
 mod quic;
+mod reach;
 mod replay_history;
 mod residency;
 mod room;

@@ -8,6 +8,7 @@ use super::{
     features::check_features,
     map_values,
     memory::FreeIndices,
+    reach::forwarding_problem,
     residency::Excluded,
     slot_layout, slow,
     spread::region_weights,
@@ -344,40 +345,6 @@ fn too_many(what: &'static str, input: &Input<'_>, option: &'static str) -> Comp
     let limits = &input.settings.limits;
     let limit = u64::from(if what == "services" { limits.services } else { limits.backends });
     CompileError::TooMany { what, needed: limit + 1, limit, first: input.name.to_string(), option }
-}
-
-/// Why packets cannot reach a backend in the service's forwarding mode, judging by its route.
-pub(super) fn forwarding_problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
-    let hop = input.next_hops.get(&address)?;
-    match input.wanted.mode {
-        ForwardingMode::L2 if hop.is_routed => Some(format!(
-            "mode l2 needs workers on this host's own network segment, but {address} is behind a router: \
-             use ipip, gue or nat, or move the worker to the segment"
-        )),
-        ForwardingMode::Nat if !input.settings.attached.contains_key(&hop.ifindex) => Some(format!(
-            "mode nat needs the answers of {address}, which arrive on interface {}, where lbd is not attached: \
-             add --iface for that interface",
-            input.links.get(&hop.ifindex).cloned().unwrap_or_else(|| format!("with index {}", hop.ifindex))
-        )),
-        _ => None,
-    }
-}
-
-/// Whether packets that clients of an IPv6 VIP may send at any time do not fit the path to a backend. It takes flows
-/// nevertheless: what a router says can be forged, and small packets arrive.
-pub(super) fn path_problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
-    let hop = input.next_hops.get(&address).filter(|_| input.wanted.vip.is_ipv6())?;
-    let (mtu, entry) = (
-        hop.path_mtu.map_or(hop.mtu, |path| path.min(hop.mtu)),
-        map_values::backend_entry(address, input.wanted, 0, None, 0, input.settings),
-    );
-    let needed = map_values::least_for_ipv6(&entry);
-    (mtu < needed).then(|| {
-        format!(
-            "the path to {address} carries packets of {mtu} bytes, but IPv6 clients send 1,280 bytes whatever they are \
-             told (RFC 8201), which makes {needed} with the outer headers: larger ones are lost; raise the MTU on the path"
-        )
-    })
 }
 
 /// Gives each backend an index, and notes removed and returned backends. Returns an error if indices ran out.

@@ -2,7 +2,8 @@
 
 use super::{
     Backend, ServiceEntry, ServiceId, ServiceMemory, Shape,
-    service::{Input, forwarding_problem, path_problem},
+    reach::{forwarding_problem, path_problem},
+    service::Input,
     slow,
     table::{PerBackend, table_hash},
 };

@@ -81,7 +81,7 @@ impl Coverage {
 
 /// Why a region does not serve the new version.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Finding {
+enum Gap {
     /// It has only other versions.
     Missing(String),
     /// It has the new version, on replicas that take no flows.
@@ -90,7 +90,7 @@ enum Finding {
     Waits(String),
 }
 
-impl Finding {
+impl Gap {
     fn of(rollout: &Rollout, region: &RegionVersions) -> Option<Self> {
         let serves = match (region.old_ready, region.old_versions.is_empty()) {
             (0, _) => "nothing".to_owned(),
@@ -117,10 +117,10 @@ impl Finding {
 }
 
 /// Regions that do not serve the new version, by the reason; in the order of each reason's first region.
-fn by_finding<'a>(rollout: &Rollout, regions: &'a [RegionVersions]) -> Vec<(Finding, Vec<&'a Name>)> {
-    let mut found: Vec<(Finding, Vec<&Name>)> = Vec::new();
+fn by_finding<'a>(rollout: &Rollout, regions: &'a [RegionVersions]) -> Vec<(Gap, Vec<&'a Name>)> {
+    let mut found: Vec<(Gap, Vec<&Name>)> = Vec::new();
     for region in regions {
-        let Some(finding) = Finding::of(rollout, region) else { continue };
+        let Some(finding) = Gap::of(rollout, region) else { continue };
         match found.iter_mut().find(|(known, _)| *known == finding) {
             Some((_, names)) => names.push(&region.region),
             None => found.push((finding, vec![&region.region])),

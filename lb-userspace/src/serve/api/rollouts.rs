@@ -72,14 +72,14 @@ pub struct WhichRollout {
 
 /// A command that changes a roll-out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verb {
+enum RolloutVerb {
     Step,
     Promote,
     Abort,
     Clear,
 }
 
-impl Verb {
+impl RolloutVerb {
     fn parse(text: &str) -> Result<Self, ApiError> {
         match text {
             "step" => Ok(Self::Step),
@@ -100,7 +100,7 @@ fn needs_force(what: String, fix: &str) -> ApiError {
 
 /// A region's part in what clearing a roll-out changes.
 #[derive(Debug, Default)]
-struct Part<'a> {
+struct RegionCut<'a> {
     /// Weights of the replicas of the new version, and of all.
     weights: (u64, u64),
     /// Replicas of the new version.
@@ -114,7 +114,7 @@ fn cleared(
     here: &Name,
     runs_new: impl Fn(&Name) -> bool,
 ) -> Option<String> {
-    let mut parts: BTreeMap<&Name, Part<'_>> = BTreeMap::new();
+    let mut parts: BTreeMap<&Name, RegionCut<'_>> = BTreeMap::new();
     let usable = service
         .backends
         .iter()
@@ -128,7 +128,7 @@ fn cleared(
         }
     }
     let has_old = parts.values().any(|part| part.weights.0 < part.weights.1);
-    let change = |(region, part): (&&Name, &Part<'_>)| {
+    let change = |(region, part): (&&Name, &RegionCut<'_>)| {
         let by_weight = (part.weights.0 * u64::from(WHOLE) / part.weights.1) as u16;
         let now = match by_weight {
             0 => 0,
@@ -271,10 +271,10 @@ impl Control {
         &self,
         author: &Author,
         query: &WriteQuery,
-        verb: Verb,
+        verb: RolloutVerb,
         which: WhichRollout,
     ) -> Result<Change, ApiError> {
-        if verb != Verb::Step && (which.permille.is_some() || which.regions.is_some()) {
+        if verb != RolloutVerb::Step && (which.permille.is_some() || which.regions.is_some()) {
             return Err(ApiError::bad_request("permille and regions are for step only"));
         }
         let here = self.own_region_or_default();
@@ -283,12 +283,13 @@ impl Control {
             let found = Self::matching(desired, &which)?;
             notes.clear();
             for name in &found {
-                let clearing = (verb == Verb::Clear).then(|| self.clearing(name, &desired.services[name]));
+                let clearing =
+                    (verb == RolloutVerb::Clear).then(|| self.clearing(name, &desired.services[name]));
                 notes.extend(clearing.flatten());
                 let Some(service) = desired.service_mut(name) else { continue };
                 let Some(rollout) = &mut service.rollout else { continue };
                 match verb {
-                    Verb::Clear => service.rollout = None,
+                    RolloutVerb::Clear => service.rollout = None,
                     _ => change_one(rollout, verb, &which, author)?,
                 }
             }
@@ -306,19 +307,19 @@ impl Control {
         };
         let mut done = self.write(author, query, change).await?;
         done.notes.append(&mut notes);
-        Ok(if verb == Verb::Abort { done } else { self.note_coverage(done, &changed).await })
+        Ok(if verb == RolloutVerb::Abort { done } else { self.note_coverage(done, &changed).await })
     }
 }
 
 /// Changes one roll-out as the verb says.
 fn change_one(
     rollout: &mut Rollout,
-    verb: Verb,
+    verb: RolloutVerb,
     which: &WhichRollout,
     author: &Author,
 ) -> Result<(), ApiError> {
     match verb {
-        Verb::Step if rollout.state != RolloutState::Running => {
+        RolloutVerb::Step if rollout.state != RolloutState::Running => {
             return Err(ApiError::exists(format!(
                 "the roll-out of {} is {}, so it has no further steps",
                 rollout.title(),
@@ -326,23 +327,23 @@ fn change_one(
             ))
             .fix("`lbctl rollout start` begins another"));
         }
-        Verb::Step if which.permille.is_none() && which.regions.is_none() => {
+        RolloutVerb::Step if which.permille.is_none() && which.regions.is_none() => {
             return Err(ApiError::bad_request("a step needs a share (--to) or regions (--regions)"));
         }
-        Verb::Step => {
+        RolloutVerb::Step => {
             rollout.permille = which.permille.unwrap_or(rollout.permille);
             if let Some(regions) = &which.regions {
                 rollout.regions.clone_from(regions);
             }
             return Ok(());
         }
-        Verb::Promote if rollout.state == RolloutState::Aborted && !which.force => {
+        RolloutVerb::Promote if rollout.state == RolloutState::Aborted && !which.force => {
             return Err(needs_force(
                 format!("the roll-out of {} was aborted: {}", rollout.title(), rollout.reason),
                 "start another one with a small share, or promote with --force (API: force=true)",
             ));
         }
-        Verb::Promote if !rollout.regions.is_empty() && !which.force => {
+        RolloutVerb::Promote if !rollout.regions.is_empty() && !which.force => {
             return Err(needs_force(
                 format!(
                     "the roll-out of {} is limited to {}, and promoting it sends all flows of all regions to it",
@@ -352,12 +353,12 @@ fn change_one(
                 "widen it first (`lbctl rollout step --all-regions`), or promote with --force (API: force=true)",
             ));
         }
-        Verb::Promote => {
+        RolloutVerb::Promote => {
             rollout.state = RolloutState::Promoted;
             rollout.regions.clear();
         }
-        Verb::Abort => rollout.state = RolloutState::Aborted,
-        Verb::Clear => {}
+        RolloutVerb::Abort => rollout.state = RolloutState::Aborted,
+        RolloutVerb::Clear => {}
     }
     rollout.reason = which.reason.clone().unwrap_or_else(|| format!("by {}", author.name));
     Ok(())
@@ -407,7 +408,7 @@ pub(super) async fn rollout_change(
     bytes: Bytes,
 ) -> Reply<Change> {
     let which: WhichRollout = body(&bytes)?;
-    Ok(Json(control.change_rollout(&author, &query, Verb::parse(&verb)?, which).await?))
+    Ok(Json(control.change_rollout(&author, &query, RolloutVerb::parse(&verb)?, which).await?))
 }
 
 #[cfg(test)]
