@@ -74,7 +74,10 @@ fn run(file: &str) {
     let directory = tempfile::tempdir().unwrap();
     let socket = start(directory.path());
     let cases = trycmd::TestCases::new();
-    cases.env("LBD_SOCKET", socket.display().to_string()).env("COLUMNS", "100").case(file);
+    // A daemon that is told of a bad file looks for a stored state.
+    let state = directory.path().join("other").display().to_string();
+    cases.env("LBD_SOCKET", socket.display().to_string()).env("LBD_STATE_DIR", state);
+    cases.env("COLUMNS", "100").case(file);
 }
 
 #[test]

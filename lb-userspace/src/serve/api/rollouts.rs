@@ -100,7 +100,7 @@ fn needs_force(what: String, fix: &str) -> ApiError {
 
 /// A region's part in what clearing a roll-out changes.
 #[derive(Debug, Default)]
-struct RegionCut<'a> {
+struct VersionInRegion<'a> {
     /// Weights of the replicas of the new version, and of all.
     weights: (u64, u64),
     /// Replicas of the new version.
@@ -114,7 +114,7 @@ fn cleared(
     here: &Name,
     runs_new: impl Fn(&Name) -> bool,
 ) -> Option<String> {
-    let mut parts: BTreeMap<&Name, RegionCut<'_>> = BTreeMap::new();
+    let mut parts: BTreeMap<&Name, VersionInRegion<'_>> = BTreeMap::new();
     let usable = service
         .backends
         .iter()
@@ -128,7 +128,7 @@ fn cleared(
         }
     }
     let has_old = parts.values().any(|part| part.weights.0 < part.weights.1);
-    let change = |(region, part): (&&Name, &RegionCut<'_>)| {
+    let change = |(region, part): (&&Name, &VersionInRegion<'_>)| {
         let by_weight = (part.weights.0 * u64::from(WHOLE) / part.weights.1) as u16;
         let now = match by_weight {
             0 => 0,
