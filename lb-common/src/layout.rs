@@ -33,7 +33,8 @@ layout! {
     PortRange: 12 / 4 { first @ 0, last @ 2, protocol @ 4, service @ 8 };
     Vip: 208 / 4 { any_tcp @ 0, any_udp @ 4, range_count @ 8, ranges @ 16 };
     ServiceView: 120 / 8 { seed @ 0, slot_base @ 16, slot_count @ 20, flags @ 24, scheduler @ 28, udp_timeout_s @ 32,
-        old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64, record_factor @ 68, flow_interval_ns @ 72, source_bits @ 104, tcp_timeout_s @ 112 };
+        old_seed @ 40, old_count @ 56, list_count @ 60, load_cap @ 64, record_factor @ 68,
+        flow_interval_ns @ 72, source_bits @ 104, tcp_timeout_s @ 112 };
     Service: 256 / 8 { active @ 0, used @ 4, views @ 8 };
     exact::Entry: 32 / 8 { vip @ 0, port_and_service @ 16 };
     exact::ExactLine: 64 / 8 { entries @ 0 };

@@ -197,7 +197,8 @@ reasons! {
     RateService = "rate_service", Drop;
     /// New flow above the rate limit of its source
     RateSource = "rate_source", Drop;
-    /// New flow of a service under flood, or without room in a flow table: placed by hash, which needs no entry. Or packet of a flow from before a transition that is not recorded yet for the same reason: it goes to its backend for as long as the transition lasts
+    /// New flow of a service under flood, or without room in a flow table: placed by hash, which needs no entry.
+    /// Or packet of a flow from before a transition that is not recorded yet for the same reason: it goes to its backend for as long as the transition lasts
     FlowFlood = "flow_flood", Note;
     /// Residency: no allowed region of the service takes flows, or the flow was established in a region that is not allowed
     Residency = "residency", Drop;

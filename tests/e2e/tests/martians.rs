@@ -11,12 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use lb_common::{
     Address, is_mapped, mapped,
     service::{TCP, UDP as UDP_NUMBER},
 };
-use serde_json::Value;
 use test_support::{
     bed::{CLIENT_V4, CLIENT_V6, Layout, vip_v4, vip_v6},
     netns::Namespace,
@@ -130,7 +129,7 @@ impl Corpus {
 fn corpus(stage: &Stage, is_v6: bool) -> Result<Vec<Named>> {
     let vip = |n| if is_v6 { address(vip_v6(n).into()) } else { address(vip_v4(n).into()) };
     let client = if is_v6 { CLIENT_V6.into() } else { CLIENT_V4.into() };
-    let macs = [mac(&stage.bed.ingress, "eth0")?, mac(&stage.bed.client, "eth0")?];
+    let macs = [stage.bed.ingress.mac("eth0")?, stage.bed.client.mac("eth0")?];
     let (vips, client) = ([vip(1), vip(2)], address(client));
     let mut corpus = Corpus { macs, vips, client, packets: Vec::new() };
     corpus.from(vips[0], "the VIP itself");
@@ -163,14 +162,6 @@ fn corpus(stage: &Stage, is_v6: bool) -> Result<Vec<Named>> {
         corpus.add("SYN with TTL 1".to_owned(), &spent);
     }
     Ok(corpus.packets)
-}
-
-fn mac(namespace: &Namespace, interface: &str) -> Result<[u8; 6]> {
-    let links: Value = serde_json::from_str(&namespace.ip(&["-json", "link", "show", "dev", interface])?)?;
-    let text = links[0]["address"].as_str().context("an Ethernet interface has an address")?;
-    let bytes: Vec<u8> =
-        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
-    bytes.try_into().map_err(|_| anyhow!("{text} is no MAC"))
 }
 
 /// Packets that all links of the bed have carried, both ways, and what hosts have sent to themselves.

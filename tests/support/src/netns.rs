@@ -166,6 +166,15 @@ impl Namespace {
         text.parse().with_context(|| format!("{interface}: ifindex is {text:?}"))
     }
 
+    /// The interface's MAC address.
+    pub fn mac(&self, interface: &str) -> Result<[u8; 6]> {
+        let text = self.sys(interface, "address")?;
+        let text = text.trim_matches('"');
+        let bytes: Result<Vec<u8>, _> = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect();
+        let bytes = bytes.with_context(|| format!("{interface}: {text:?} is no MAC address"))?;
+        bytes.try_into().map_err(|_| anyhow!("{interface}: {text:?} is no MAC address"))
+    }
+
     /// A counter of the interface: `rx_packets`, `tx_dropped`, …
     pub fn counter(&self, interface: &str, name: &str) -> Result<u64> {
         let links: serde_json::Value =

@@ -55,6 +55,13 @@ pub struct NextHop {
     pub is_routed: bool,
 }
 
+impl NextHop {
+    /// Largest IP packet on the whole path, as far as is known.
+    pub fn path_mtu(&self) -> u16 {
+        self.path_mtu.map_or(self.mtu, |told| told.min(self.mtu))
+    }
+}
+
 /// Next hops and egress interfaces of the host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Paths {

@@ -112,16 +112,18 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
         pairs.push(("room", room.join(", ")));
     }
     if !s.unresolved.is_empty() {
-        let names: Vec<String> = s.unresolved.iter().take(5).map(ToString::to_string).collect();
-        let more = if s.unresolved.len() > 5 { ", ..." } else { "" };
-        pairs.push(("no next hop", format!("{}: {}{more}", s.unresolved.len(), names.join(", "))));
+        pairs.push(("no next hop", format!("{}: {}", s.unresolved.len(), first_few(&s.unresolved))));
     }
     if !s.narrow_paths.is_empty() {
-        let some = s.narrow_paths.iter().take(5).map(|path| format!("{} {}", path.backend, path.mtu));
-        let more = if s.narrow_paths.len() > 5 { ", ..." } else { "" };
-        pairs.push(("path MTU", format!("{}{more} (a router said so)", some.collect::<Vec<_>>().join(", "))));
+        pairs.push(("path MTU", format!("{} (a router said so)", first_few(&s.narrow_paths))));
     }
     pairs
+}
+
+/// The first five of a list.
+fn first_few(list: &[impl ToString]) -> String {
+    let names: Vec<String> = list.iter().take(5).map(ToString::to_string).collect();
+    format!("{}{}", names.join(", "), if list.len() > names.len() { ", ..." } else { "" })
 }
 
 fn reasons<'a>(

@@ -70,15 +70,11 @@ pub fn backend_entry(
     state: u32,
     settings: &DeploymentSettings,
 ) -> Backend {
-    let (mode, port) = match service.mode {
-        ForwardingMode::Ipip => (mode::IPIP, 0),
-        ForwardingMode::Gue if has_second_chance_header(service, settings) => {
-            (mode::GUE_CHAIN, service.gue_port)
-        }
-        ForwardingMode::Gue => (mode::GUE, service.gue_port),
-        ForwardingMode::L2 => (mode::L2, 0),
-        ForwardingMode::Local => (mode::LOCAL, 0),
-        ForwardingMode::Nat => (mode::NAT, worker_port(address, service)),
+    let mode = mode_of(service, settings);
+    let port = match service.mode {
+        ForwardingMode::Gue => service.gue_port,
+        ForwardingMode::Nat => worker_port(address, service),
+        ForwardingMode::Ipip | ForwardingMode::L2 | ForwardingMode::Local => 0,
     };
     let prefix = match (mode, address) {
         (mode::IPIP, IpAddr::V4(_)) => {
@@ -117,7 +113,10 @@ pub fn backend_entry(
     let next_hop = next_hop.filter(|hop| mode != mode::L2 || !hop.is_routed);
     if let (Some(hop), true) = (next_hop, source.is_some() || mode == mode::L2) {
         entry.next_hop = hop.next_hop;
-        entry.mtu = mtu(&entry, hop, service.vip.is_ipv6());
+        let least = if service.vip.is_ipv6() { least_for_ipv6(mode, address) } else { 0 };
+        // What a router said never keeps packets of 1,280 bytes from IPv6 clients: they rely on that (RFC 8201 section 4),
+        // and anybody can forge it.
+        entry.mtu = hop.mtu.min(hop.path_mtu().max(least));
         entry.egress_mac = hop.egress_mac;
         entry.vlan = Be16::new(hop.vlan);
         entry.ifindex = hop.ifindex;
@@ -126,18 +125,23 @@ pub fn backend_entry(
     entry
 }
 
-/// Largest outer packet. What a router said never makes packets of IPv6 clients smaller than the 1,280 bytes that they may
-/// rely on: they would not heed it (RFC 8201 section 4), and anybody can forge it.
-fn mtu(entry: &Backend, hop: &NextHop, is_ipv6: bool) -> u16 {
-    let Some(path) = hop.path_mtu else { return hop.mtu };
-    let least = if is_ipv6 { least_for_ipv6(entry) } else { 0 };
-    hop.mtu.min(path.max(least))
+/// Largest outer packet that a path to a backend must carry for packets of 1,280 bytes.
+pub fn least_for_ipv6(mode: u8, address: IpAddr) -> u16 {
+    const IPV6_MIN_MTU: usize = 1_280;
+    let entry = Backend { address: to_address(address), mode, ..Backend::default() };
+    (IPV6_MIN_MTU + lb_ebpf::forward::overhead(&entry).unwrap_or(0)) as u16
 }
 
-/// Largest outer packet that a path to a backend must carry for packets of 1,280 bytes.
-pub fn least_for_ipv6(entry: &Backend) -> u16 {
-    const IPV6_MIN_MTU: usize = 1_280;
-    (IPV6_MIN_MTU + lb_ebpf::forward::overhead(entry).unwrap_or(0)) as u16
+/// Forwarding mode of a service's backends in the maps.
+pub fn mode_of(service: &Service, settings: &DeploymentSettings) -> u8 {
+    match service.mode {
+        ForwardingMode::Ipip => mode::IPIP,
+        ForwardingMode::Gue if has_second_chance_header(service, settings) => mode::GUE_CHAIN,
+        ForwardingMode::Gue => mode::GUE,
+        ForwardingMode::L2 => mode::L2,
+        ForwardingMode::Local => mode::LOCAL,
+        ForwardingMode::Nat => mode::NAT,
+    }
 }
 
 /// Port of the worker; 0 if it is the client's destination port.

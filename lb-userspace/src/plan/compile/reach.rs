@@ -25,11 +25,8 @@ pub(super) fn forwarding_problem(input: &Input<'_>, address: IpAddr) -> Option<S
 /// nevertheless: what a router says can be forged, and small packets arrive.
 pub(super) fn path_problem(input: &Input<'_>, address: IpAddr) -> Option<String> {
     let hop = input.next_hops.get(&address).filter(|_| input.wanted.vip.is_ipv6())?;
-    let (mtu, entry) = (
-        hop.path_mtu.map_or(hop.mtu, |path| path.min(hop.mtu)),
-        map_values::backend_entry(address, input.wanted, 0, None, 0, input.settings),
-    );
-    let needed = map_values::least_for_ipv6(&entry);
+    let mode = map_values::mode_of(input.wanted, input.settings);
+    let (mtu, needed) = (hop.path_mtu(), map_values::least_for_ipv6(mode, address));
     (mtu < needed).then(|| {
         format!(
             "the path to {address} carries packets of {mtu} bytes, but IPv6 clients send 1,280 bytes whatever they are \

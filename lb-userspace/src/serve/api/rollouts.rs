@@ -25,7 +25,6 @@ use axum::{
     Json,
     body::Bytes,
     extract::{Path, State},
-    http::StatusCode,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -91,11 +90,6 @@ impl RolloutVerb {
             ))),
         }
     }
-}
-
-/// Refuses a change that needs `force`.
-fn needs_force(what: String, fix: &str) -> ApiError {
-    ApiError { status: StatusCode::CONFLICT, code: "needs_force", ..ApiError::bad_request(what).fix(fix) }
 }
 
 /// A region's part in what clearing a roll-out changes.
@@ -294,10 +288,9 @@ impl Control {
                 }
             }
             if !notes.is_empty() && !which.force {
-                return Err(needs_force(
-                    notes.join("; "),
+                return Err(ApiError::needs_force(notes.join("; ")).fix(
                     "stop these replicas or give them the other version first, or clear with --force (API: force=true)",
-                ));
+                    ));
             }
             if let Some(regions) = &which.regions {
                 check_regions(desired, &found, regions, &here)?;
@@ -338,20 +331,20 @@ fn change_one(
             return Ok(());
         }
         RolloutVerb::Promote if rollout.state == RolloutState::Aborted && !which.force => {
-            return Err(needs_force(
-                format!("the roll-out of {} was aborted: {}", rollout.title(), rollout.reason),
-                "start another one with a small share, or promote with --force (API: force=true)",
-            ));
+            return Err(ApiError::needs_force(format!(
+                "the roll-out of {} was aborted: {}",
+                rollout.title(),
+                rollout.reason
+            ))
+            .fix("start another one with a small share, or promote with --force (API: force=true)"));
         }
         RolloutVerb::Promote if !rollout.regions.is_empty() && !which.force => {
-            return Err(needs_force(
-                format!(
+            return Err(ApiError::needs_force(format!(
                     "the roll-out of {} is limited to {}, and promoting it sends all flows of all regions to it",
                     rollout.title(),
                     region_list(&rollout.regions)
-                ),
-                "widen it first (`lbctl rollout step --all-regions`), or promote with --force (API: force=true)",
-            ));
+                ))
+                .fix("widen it first (`lbctl rollout step --all-regions`), or promote with --force (API: force=true)"));
         }
         RolloutVerb::Promote => {
             rollout.state = RolloutState::Promoted;

@@ -11,12 +11,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, ensure};
-use serde_json::Value;
 use test_support::{
     bed::{INGRESS_V4, vip_v4},
     flood::{Flood, Kind, SOURCES},
     hold::Holder,
-    netns::Namespace,
     program::attach_pass,
     stage::{ECHO, LINE, LINES, Plan, Stage, UDP, WEB},
     udp::Flows,
@@ -32,14 +30,6 @@ const TIME: Duration = Duration::from_secs(4);
 const GET_IN: f64 = 0.99;
 /// How much lbd's memory may grow: it is told nothing of SYNs.
 const GROWTH_KIB: u64 = 32 * 1024;
-
-fn mac(namespace: &Namespace, interface: &str) -> Result<[u8; 6]> {
-    let links: Value = serde_json::from_str(&namespace.ip(&["-json", "link", "show", "dev", interface])?)?;
-    let text = links[0]["address"].as_str().context("an Ethernet interface has an address")?;
-    let bytes: Vec<u8> =
-        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
-    bytes.try_into().map_err(|_| anyhow!("{text} is no MAC"))
-}
 
 fn resident_kib(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
@@ -114,7 +104,7 @@ fn withstands(settings: &'static str, change: bool) -> Result<()> {
         port: LINES,
         rate: RATE,
         time: TIME,
-        macs: [mac(&stage.bed.ingress, "eth0")?, mac(&stage.bed.client, "eth0")?],
+        macs: [stage.bed.ingress.mac("eth0")?, stage.bed.client.mac("eth0")?],
     };
     ensure!(INGRESS_V4.octets()[0] == 10, "the flood's sources are not the bed's addresses");
 
@@ -185,7 +175,7 @@ fn floods_in_mode_nat_take_nothing_from_anyone() -> Result<()> {
     ensure!(before.iter().all(Option::is_some), "all flows are answered before");
     // The second shows that the clients are there.
     ensure!(datagrams.exchange()? == before, "nobody moves before");
-    let macs = [mac(&stage.bed.ingress, "eth0")?, mac(&stage.bed.client, "eth0")?];
+    let macs = [stage.bed.ingress.mac("eth0")?, stage.bed.client.mac("eth0")?];
     let until = Instant::now() + TIME;
     let clients = (0..4)
         .map(|_| {

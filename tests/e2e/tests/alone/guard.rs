@@ -16,13 +16,11 @@ use nix::sys::{
     signal::Signal,
     socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket},
 };
-use serde_json::Value;
 use std::os::fd::AsRawFd;
 use test_support::{
     bed::{CLIENT_V4, vip_v4},
     flood::{Flood, Kind, SOURCES},
     hold::Holder,
-    netns::Namespace,
     program::attach_pass,
     stage::{ECHO, LINE, LINES, Plan, Stage, UDP},
     udp::Flows,
@@ -207,14 +205,6 @@ const LIVE: usize = 1_000;
 const RATE: u32 = 100_000;
 const TIME: Duration = Duration::from_secs(4);
 
-fn mac(namespace: &Namespace, interface: &str) -> Result<[u8; 6]> {
-    let links: Value = serde_json::from_str(&namespace.ip(&["-json", "link", "show", "dev", interface])?)?;
-    let text = links[0]["address"].as_str().context("an Ethernet interface has an address")?;
-    let bytes: Vec<u8> =
-        text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<_, _>>()?;
-    bytes.try_into().map_err(|_| anyhow!("{text} is no MAC"))
-}
-
 /// The flow tables have room for 32,768 flows each, and each flood brings ten times as many.
 #[test]
 fn floods_of_forged_packets_evict_nobody() -> Result<()> {
@@ -228,7 +218,7 @@ fn floods_of_forged_packets_evict_nobody() -> Result<()> {
     ensure!(before.iter().all(Option::is_some), "all flows are answered before");
     // From now on slots are in transition, in which any packet may be written down.
     stage.change_backend("drain", 2)?;
-    let macs = [mac(&stage.bed.ingress, "eth0")?, mac(&stage.bed.client, "eth0")?];
+    let macs = [stage.bed.ingress.mac("eth0")?, stage.bed.client.mac("eth0")?];
     let mut flooded = false;
     for (kind, port) in [(Kind::Ack, LINES), (Kind::Udp, ECHO), (Kind::Syn, LINES)] {
         let flood = Flood { kind, vip: vip_v4(1), port, rate: RATE, time: TIME, macs };

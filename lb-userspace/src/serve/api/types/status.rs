@@ -10,7 +10,7 @@ use crate::{
     serve::api::host::HostDrain,
 };
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 /// `GET /v1/status`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -86,6 +86,12 @@ pub struct NarrowPath {
     pub backend: BackendId,
     /// Largest IP packet on the path, in bytes.
     pub mtu: u16,
+}
+
+impl fmt::Display for NarrowPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.backend, self.mtu)
+    }
 }
 
 /// A service that could not be brought up to date.
