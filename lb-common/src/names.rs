@@ -137,6 +137,8 @@ pub mod stage {
     pub const NAT_ERROR: u32 = 8;
     /// Full address translation: fragments.
     pub const NAT_FRAGMENT: u32 = 9;
+    /// Answers to packets of services without a backend.
+    pub const REJECT: u32 = 10;
     /// Never called: user space tries here which programs the array accepts.
     pub const TRIAL: u32 = 14;
     /// The program of the previous ABI version, while its flows are taken over.
@@ -149,7 +151,7 @@ pub mod stage {
     /// Programs of the worker's object in its array: name and index.
     pub const DECAP_PROGRAMS: [(&str, u32); 1] = [("cookie", COOKIE)];
     /// Programs of the ingress object in its array: name and index.
-    pub const INGRESS_PROGRAMS: [(&str, u32); 7] = [
+    pub const INGRESS_PROGRAMS: [(&str, u32); 8] = [
         ("icmp", ICMP),
         ("fragment", FRAGMENT),
         ("nat", NAT),
@@ -157,6 +159,7 @@ pub mod stage {
         ("nat_error", NAT_ERROR),
         ("nat_fragment", NAT_FRAGMENT),
         ("quic", QUIC),
+        ("reject", REJECT),
     ];
 }
 

@@ -211,4 +211,6 @@ reasons! {
     NatStray = "nat_stray", Drop;
     /// Cached SYN replaced by a newer one before its handshake ended: the rest of that handshake goes to the slot's primary
     SynEvicted = "syn_evicted", Note;
+    /// Service has no backend that can take the flow; sender answered with a TCP reset or ICMP port unreachable (`when_all_down = reset`)
+    NoBackendAnswered = "no_backend_answered", Answer;
 }

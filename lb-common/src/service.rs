@@ -128,6 +128,8 @@ pub mod flags {
     /// No allowed region of the service takes flows: packets without a backend are dropped with
     /// [`crate::Reason::Residency`].
     pub const REFUSED_BY_RESIDENCY: u32 = 1 << 19;
+    /// No backend takes new flows: packets without a backend are answered ([`crate::Reason::NoBackendAnswered`]).
+    pub const REJECT: u32 = 1 << 20;
     /// Packets are routed by QUIC connection id where it names a backend.
     pub const QUIC: u32 = 1 << 16;
 }

@@ -62,10 +62,12 @@ pub mod features {
     pub const QUIC: u32 = 1 << 9;
     /// Users' programs before and after ours.
     pub const CHAIN: u32 = 1 << 10;
+    /// Clients of services without a backend are answered (`when_all_down = reset`).
+    pub const REJECT: u32 = 1 << 11;
     /// All features.
-    pub const ALL: u32 = (1 << 11) - 1;
+    pub const ALL: u32 = (1 << 12) - 1;
     /// Names of the features in settings.
-    pub const NAMES: [(&str, u32); 11] = [
+    pub const NAMES: [(&str, u32); 12] = [
         ("p2c", P2C),
         ("second-chance", SECOND_CHANCE),
         ("nat", NAT),
@@ -77,6 +79,7 @@ pub mod features {
         ("fragments", FRAGMENTS),
         ("quic", QUIC),
         ("chain", CHAIN),
+        ("reject", REJECT),
     ];
 }
 

@@ -9,14 +9,17 @@ use lb_common::{
     mapped,
     service::{
         NO_SERVICE, TCP, UDP,
-        flags::{OLD_HASH_SOURCE, SECONDS, TRACK_ALL},
+        flags::{OLD_HASH_SOURCE, REJECT, SECONDS, TRACK_ALL},
         scheduler,
     },
     settings::features::{P2C, SECOND_CHANCE},
     slot::NO_BACKEND,
 };
 use lb_userspace::{
-    desired::model::{BackendId, Desired, ForwardingMode, Health, NextHop, Observed, Scheduler, Service},
+    desired::model::{
+        BackendId, BackendState, Desired, ForwardingMode, Health, NextHop, Observed, Scheduler, Service,
+        WhenAllDown,
+    },
     plan::compile::{Cache, CompileError, Compiled, Cost, DeploymentSettings, Memory, compile},
 };
 use std::{
@@ -516,6 +519,31 @@ fn a_service_that_needs_what_is_off_is_refused() {
     let mut asked = gue;
     asked.service_mut(&"s".parse().unwrap()).unwrap().second_chance = Some(true);
     assert!(host.try_at(2, &asked).unwrap_err().to_string().contains("needs feature second-chance"));
+}
+
+/// Any service flag that the fast path does not know costs it, so the mark is there only while nothing takes new flows.
+#[test]
+fn clients_are_answered_only_while_no_backend_takes_new_flows() {
+    let mut host = Host::default();
+    let mut marked = |seconds, change: &dyn Fn(&mut Service)| {
+        let desired = changed(|s| {
+            s.when_all_down = WhenAllDown::Reset;
+            change(s);
+        });
+        host.at(seconds, &desired).plan.services[&0].view.flags & REJECT != 0
+    };
+    assert!(!marked(1, &|_| {}));
+    let drain = |s: &mut Service, count: usize| {
+        s.backends.values_mut().take(count).for_each(|b| b.state = BackendState::Draining);
+    };
+    assert!(!marked(2, &|s| drain(s, 1)));
+    assert!(marked(3, &|s| drain(s, 2)));
+    assert!(!marked(4, &|s| {
+        drain(s, 2);
+        s.when_all_down = WhenAllDown::Keep;
+    }));
+    assert!(marked(5, &|s| s.backends.clear()));
+    assert!(marked(6, &|s| s.backends.values_mut().for_each(|b| b.weight = 0)));
 }
 
 #[test]

@@ -23,6 +23,8 @@ pub const NAT_PORT: u16 = 8_081;
 pub const QUIC_PORT: u16 = 8_443;
 /// Port of those whose packets name other backends.
 pub const CHAIN_PORT: u16 = 8_082;
+/// Port of those without a backend whose clients are answered, of both protocols.
+pub const REJECT_PORT: u16 = 8_083;
 const FIRST_SERVICE: u32 = 10;
 const FIRST_BACKEND: u32 = 91;
 
@@ -36,6 +38,8 @@ pub fn world() -> HashTables {
             (NAT_PORT, UDP, service::flags::NAT, backend::mode::NAT),
             (QUIC_PORT, UDP, service::flags::QUIC, backend::mode::GUE),
             (CHAIN_PORT, TCP, service::flags::SECOND_CHANCE, backend::mode::GUE_CHAIN),
+            (REJECT_PORT, TCP, service::flags::REJECT, backend::mode::IPIP),
+            (REJECT_PORT, UDP, service::flags::REJECT, backend::mode::IPIP),
         ] {
             let (service, first) = next;
             next = (service + 1, first + 2);
@@ -58,10 +62,11 @@ pub fn world() -> HashTables {
                 tables.backends.insert(index, entry);
             }
             let slot_base = tables.slots.len() as u32;
-            tables.slots.extend([
-                Slot { primary: first, secondary: first + 1 },
-                Slot { primary: first + 1, secondary: first },
-            ]);
+            tables.slots.extend(if flags == service::flags::REJECT {
+                [Slot::EMPTY; 2]
+            } else {
+                [Slot { primary: first, secondary: first + 1 }, Slot { primary: first + 1, secondary: first }]
+            });
             let view = ServiceView {
                 seed: [7, 8],
                 slot_base,

@@ -3,7 +3,7 @@
 use super::{HashTables, VecFrame};
 use crate::{
     Verdict,
-    icmp::dispatch,
+    icmp::{dispatch, reject},
     ingress::{self, fragment},
     nat,
     packet::verdict::Outcome,
@@ -23,6 +23,7 @@ pub fn run(frame: &mut VecFrame, tables: &HashTables, settings: &IngressSettings
             Verdict::Stage(stage::NAT) => nat::process(frame, tables, settings),
             Verdict::Stage(stage::NAT_BIND) => nat::process_new(frame, tables, settings),
             Verdict::Stage(stage::NAT_FRAGMENT) => nat::process_fragment(frame, tables, settings),
+            Verdict::Stage(stage::REJECT) => reject::process(frame, tables, settings),
             Verdict::Stage(stage::NAT_ERROR) => nat::process_error(frame, tables, settings),
             _ => return (verdict, outcome),
         };

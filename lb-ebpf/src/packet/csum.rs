@@ -1,5 +1,7 @@
 //! Internet checksum arithmetic (RFC 1071, RFC 1624) on words in network byte order as loaded.
 
+use crate::packet::wire::Tcp;
+
 /// Folds a sum to 16 bits with end-around carry.
 #[inline(always)]
 pub const fn fold(sum: u64) -> u16 {
@@ -20,6 +22,19 @@ pub const fn finish(sum: u64) -> u16 {
 #[inline(always)]
 pub const fn update(check: u16, old: u16, new: u16) -> u16 {
     finish((!check) as u64 + (!old) as u64 + new as u64)
+}
+
+/// Sum of a TCP header without its checksum, in memory order.
+#[inline(always)]
+pub fn of_tcp(header: &Tcp) -> u64 {
+    let word = |n: u32| (n & 0xffff) as u64 + (n >> 16) as u64;
+    header.source_port as u64
+        + header.port as u64
+        + word(header.sequence)
+        + word(header.acknowledgement)
+        + u16::from_ne_bytes([header.offset, header.flags]) as u64
+        + header.window as u64
+        + header.urgent as u64
 }
 
 #[cfg(test)]

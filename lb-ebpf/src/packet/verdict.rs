@@ -70,9 +70,12 @@ impl From<Reason> for Refusal {
     }
 }
 
-/// The end of a packet's way for a reason, counted.
+/// The end of a packet's way for a reason, counted; what is to be answered is counted by the stage that answers.
 #[inline(always)]
 pub fn refuse<T: Tables>(tables: &T, reason: Reason) -> (Verdict, Outcome) {
+    if reason == Reason::NoBackendAnswered {
+        return (Verdict::Stage(stage::REJECT), Outcome::Not(reason));
+    }
     tables.count(reason);
     let verdict =
         if reason == Reason::TakenOver { Verdict::Stage(stage::PREDECESSOR) } else { Verdict::of(reason) };

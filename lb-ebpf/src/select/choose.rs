@@ -70,13 +70,14 @@ pub fn choose_with<T: Tables>(
     headers: &Headers,
     hash: u64,
 ) -> Result<Choice, Reason> {
-    find(tables, features, service, view, headers, hash).map_err(|reason| residency(view, reason))
+    find(tables, features, service, view, headers, hash).map_err(|reason| explain(view, reason))
 }
 
-/// Why there is no backend.
+/// Why there is no backend, and whether the sender is told.
 #[inline(always)]
-fn residency(view: &ServiceView, reason: Reason) -> Reason {
+fn explain(view: &ServiceView, reason: Reason) -> Reason {
     match reason {
+        Reason::NoBackend if view.flags & flags::REJECT != 0 => Reason::NoBackendAnswered,
         Reason::NoBackend if view.flags & flags::REFUSED_BY_RESIDENCY != 0 => Reason::Residency,
         other => other,
     }
@@ -91,7 +92,7 @@ pub fn choose_once<T: Tables>(
     headers: &Headers,
     hash: u64,
 ) -> Result<Choice, Reason> {
-    once(tables, service, view, headers, hash).map_err(|reason| residency(view, reason))
+    once(tables, service, view, headers, hash).map_err(|reason| explain(view, reason))
 }
 
 #[inline(always)]

@@ -185,16 +185,10 @@ fn write_ethernet(packet: &mut Packet, hop: &ReplyHop) -> bool {
     packet.write(0, [half(to, 0), half(to, 2), half(to, 4), half(from, 0), half(from, 2), half(from, 4)])
 }
 
-/// Sum of a TCP header without its checksum, in memory order.
+/// Sum of a TCP header with its option, without its checksum, in memory order.
 #[inline(always)]
 fn sum(header: &Tcp, option: [u16; 2]) -> u64 {
-    let word = |n: u32| (n & 0xffff) as u64 + (n >> 16) as u64;
-    header.source_port as u64
-        + header.port as u64
-        + word(header.sequence)
-        + word(header.acknowledgement)
-        + u16::from_ne_bytes([header.offset, header.flags]) as u64
-        + header.window as u64
+    csum::of_tcp(header)
         + option[0] as u64
         + option[1] as u64
         + (TCP as u16).to_be() as u64

@@ -11,8 +11,12 @@ use crate::{
 };
 use lb_common::Reason;
 
-const PORTS: seeds::Ports =
-    seeds::Ports { nat: stages::NAT_PORT, quic: stages::QUIC_PORT, chain: stages::CHAIN_PORT };
+const PORTS: seeds::Ports = seeds::Ports {
+    nat: stages::NAT_PORT,
+    quic: stages::QUIC_PORT,
+    chain: stages::CHAIN_PORT,
+    reject: stages::REJECT_PORT,
+};
 
 #[test]
 fn mutated_packets_of_clients_and_workers() {

@@ -14,6 +14,7 @@ mod hostile_stages;
 mod keep;
 mod nat;
 mod passive;
+mod reject;
 mod scheduler;
 mod second_chance;
 #[path = "../../../tests/packet/src/seeds.rs"]

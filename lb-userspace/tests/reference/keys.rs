@@ -196,7 +196,7 @@ pub const TABLES: &[Table] = &[
                 "when_all_down",
                 "string",
                 "keep",
-                "What happens to the VIP on hosts that announce it when no backend takes new flows and no other host serves the VIP. `keep`: it stays announced so that established flows continue, for `drain_s` and while flows remain. `withdraw`: it is removed at once. A VIP of several services stays if any of them says `keep`.",
+                "What happens to the VIP on hosts that announce it when no backend takes new flows and no other host serves the VIP. `keep`: it stays announced so that established flows continue, for `drain_s` and while flows remain. `withdraw`: it is removed at once. `reset`: it stays announced until another host serves it, and packets without a backend are answered: TCP with a reset, UDP with ICMP port unreachable (needs the feature `reject`). A VIP of several services stays if any of them says `keep` or `reset`.",
             ),
             (
                 "panic_percent",

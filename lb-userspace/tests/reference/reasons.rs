@@ -24,6 +24,7 @@ const ADVICE: &[(&str, &str)] = &[
     ),
     ("no_service", "Compare port and protocol with `lbctl service list`."),
     ("no_backend", "`lbctl backend list SERVICE`: weights, states and health."),
+    ("no_backend_answered", "`lbctl backend list SERVICE`: weights, states and health."),
     ("broken_table", "Restart `lbd`, which writes the tables again, and report the log."),
     ("bad_family", "Give the backend an IPv6 address: IPv6 is not carried in IPv4."),
     ("bad_mode", "Restart `lbd`, which loads the program that matches its tables."),

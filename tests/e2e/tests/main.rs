@@ -30,6 +30,7 @@ mod mtu;
 mod quic;
 mod quickstart;
 mod regions;
+mod reject;
 mod room;
 mod scale;
 mod second_chance;

@@ -53,6 +53,8 @@ pub struct Packet {
 
 /// Sequence number of every TCP packet.
 pub const SEQUENCE: u32 = 0x0102_0304;
+/// Acknowledgement number of every TCP packet.
+pub const ACKNOWLEDGED: u32 = 0x0506_0708;
 /// MAC of the host under test.
 pub const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// MAC of whoever sent the packet.
@@ -156,7 +158,7 @@ impl Packet {
         l4.extend(self.destination.1.to_be_bytes());
         let check_at = if self.protocol == TCP {
             l4.extend(SEQUENCE.to_be_bytes());
-            l4.extend(0x0506_0708_u32.to_be_bytes());
+            l4.extend(ACKNOWLEDGED.to_be_bytes());
             l4.extend([0x50, self.flags, 0xff, 0xff, 0, 0, 0, 0]);
             16
         } else {

@@ -10,7 +10,7 @@ mod natively;
 pub mod outer;
 pub mod seeds;
 
-pub use build::{HOST_MAC, PEER_MAC, Packet, SEQUENCE, Vlan, checksum, checksum_is_right};
+pub use build::{ACKNOWLEDGED, HOST_MAC, PEER_MAC, Packet, SEQUENCE, Vlan, checksum, checksum_is_right};
 pub use decap::Decap;
 pub use ingress::{Ingress, Pair, Run, USED};
 pub use natively::{action, hex};

@@ -100,28 +100,64 @@ pub fn encapsulated(packet: &Packet, backend: &Backend) -> Vec<u8> {
 /// The answer to a packet that is too big: the packet's own Ethernet header turned round, and an ICMP
 /// error that quotes its first 512 bytes.
 pub fn too_big(packet: &Packet, mtu: u16) -> Vec<u8> {
+    error(packet, ([3, 4], [2, 0], mtu), &packet.ip()[..512])
+}
+
+/// The answer to a datagram that no backend takes: port unreachable, which quotes its headers.
+pub fn port_unreachable(packet: &Packet) -> Vec<u8> {
+    let headers = packet.ip().len() - packet.payload.len();
+    error(packet, ([3, 3], [1, 4], 0), &packet.ip()[..headers])
+}
+
+/// The answer to a segment that no backend takes: a reset, with sequence number, acknowledgement number and flags.
+pub fn reset(packet: &Packet, sequence: u32, acknowledgement: u32, flags: u8) -> Vec<u8> {
+    let mut tcp = [packet.destination.1.to_be_bytes(), packet.source.1.to_be_bytes()].concat();
+    tcp.extend([sequence.to_be_bytes(), acknowledgement.to_be_bytes()].concat());
+    tcp.extend([0x50, flags, 0, 0, 0, 0, 0, 0]);
+    answer(packet, 6, 0x40, tcp, 16, true)
+}
+
+/// An ICMP error with a type and code for either family, and an MTU.
+fn error(packet: &Packet, (v4, v6, mtu): ([u8; 2], [u8; 2], u16), quoted: &[u8]) -> Vec<u8> {
+    let is_ipv4 = is_mapped(&packet.destination.0);
+    let [kind, code] = if is_ipv4 { v4 } else { v6 };
+    let mtu = mtu.to_be_bytes();
+    let icmp = [&[kind, code, 0, 0, 0, 0, mtu[0], mtu[1]], quoted].concat();
+    answer(packet, if is_ipv4 { 1 } else { 58 }, 0, icmp, 2, !is_ipv4)
+}
+
+/// The packet's Ethernet header turned round, an IP header from the VIP to the client, and what it carries, whose checksum
+/// is at `check_at` and may cover a pseudo-header.
+fn answer(
+    packet: &Packet,
+    protocol: u8,
+    fragment: u8,
+    mut l4: Vec<u8>,
+    check_at: usize,
+    has_pseudo_header: bool,
+) -> Vec<u8> {
     let (vip, client) = (&packet.destination.0, &packet.source.0);
     let l2 = packet.ethernet();
     let mut frame = [&l2[6..12], &l2[..6], &l2[12..]].concat();
-    let quoted = &packet.ip()[..512];
-    let mtu = mtu.to_be_bytes();
+    let len = l4.len() as u16;
+    let ends = if is_mapped(vip) { [&vip[12..], &client[12..]] } else { [&vip[..], &client[..]] }.concat();
+    let pseudo_header = [&ends[..], &u32::from(len).to_be_bytes(), &[0, 0, 0, protocol]].concat();
+    let pseudo_header = if has_pseudo_header { &pseudo_header[..] } else { &[] };
+    let check = (!checksum(&[pseudo_header, &l4].concat())).to_be_bytes();
+    l4[check_at..check_at + 2].copy_from_slice(&check);
     if is_mapped(vip) {
-        let mut icmp = [&[3, 4, 0, 0, 0, 0, mtu[0], mtu[1]], quoted].concat();
-        let check = (!checksum(&icmp)).to_be_bytes();
-        icmp[2..4].copy_from_slice(&check);
-        let mut ip = vec![0x45, 0, 2, 28, 0, 0, 0, 0, 64, 1, 0, 0];
-        ip.extend([&vip[12..], &client[12..]].concat());
+        let total = (len + 20).to_be_bytes();
+        let mut ip = vec![0x45, 0, total[0], total[1], 0, 0, fragment, 0, 64, protocol, 0, 0];
+        ip.extend(ends);
         let check = (!checksum(&ip)).to_be_bytes();
         ip[10..12].copy_from_slice(&check);
-        frame.extend([ip, icmp].concat());
+        frame.extend(ip);
     } else {
-        let mut icmp = [&[2, 0, 0, 0, 0, 0, mtu[0], mtu[1]], quoted].concat();
-        let pseudo = [&vip[..], &client[..], &[0, 0, 2, 8], &[0, 0, 0, 58], &icmp].concat();
-        let check = (!checksum(&pseudo)).to_be_bytes();
-        icmp[2..4].copy_from_slice(&check);
-        frame.extend([0x60, 0, 0, 0, 2, 8, 58, 64]);
-        frame.extend([&vip[..], &client[..], &icmp].concat());
+        let len = len.to_be_bytes();
+        frame.extend([0x60, 0, 0, 0, len[0], len[1], protocol, 64]);
+        frame.extend(ends);
     }
+    frame.extend(l4);
     frame
 }
 

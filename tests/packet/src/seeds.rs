@@ -15,6 +15,8 @@ pub struct Ports {
     pub quic: u16,
     /// With other backends aboard.
     pub chain: u16,
+    /// Without a backend, and answered.
+    pub reject: u16,
 }
 
 const VIP4: Address = mapped([192, 0, 2, 1]);
@@ -28,7 +30,10 @@ pub fn clients(ports: Ports) -> Vec<Vec<u8>> {
     for (client, vip) in [(CLIENT4, VIP4), (CLIENT6, VIP6)] {
         for number in 0..8u16 {
             let vlan = [Vlan::None, Vlan::One, Vlan::Two, Vlan::None][usize::from(number % 4)];
-            for (protocol, port) in [(TCP, ports.nat), (UDP, ports.nat), (TCP, ports.chain)] {
+            let reject = [(TCP, ports.reject), (UDP, ports.reject)];
+            for (protocol, port) in
+                [(TCP, ports.nat), (UDP, ports.nat), (TCP, ports.chain)].into_iter().chain(reject)
+            {
                 for flags in [0x02, 0x10, 0x11, 0x04] {
                     let mut packet = Packet::new(protocol, (client, 40_000 + number), (vip, port));
                     (packet.flags, packet.vlan) = (flags, vlan);

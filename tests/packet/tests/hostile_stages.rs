@@ -40,7 +40,12 @@ fn stages_do_in_the_kernel_what_they_do_natively() {
         IngressSettings { icmp_per_s: 1_000_000_000, icmp_burst: u32::MAX, ..IngressSettings::DEFAULT };
     let mut ingress = Ingress::load(settings).expect("loads");
     ingress.egress(bed::EGRESS);
-    let ports = seeds::Ports { nat: stages::NAT_PORT, quic: stages::QUIC_PORT, chain: stages::CHAIN_PORT };
+    let ports = seeds::Ports {
+        nat: stages::NAT_PORT,
+        quic: stages::QUIC_PORT,
+        chain: stages::CHAIN_PORT,
+        reject: stages::REJECT_PORT,
+    };
     let (clients, mut random, mut frame) = (seeds::clients(ports), Random(21), Vec::new());
     let mut totals = std::collections::BTreeMap::<Reason, u64>::new();
     let mut verdicts = [0u64; 5];

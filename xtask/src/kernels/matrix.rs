@@ -147,6 +147,9 @@ impl Work {
             Program::Tour => "--nocapture",
             Program::Verifier => "--test-threads=1",
         };
+        if let (Program::Verifier, Ok(only)) = (self.driver.program, std::env::var("LB_VERIFIER_ONLY")) {
+            script += &format!("export LB_VERIFIER_ONLY='{only}'\n");
+        }
         script + &format!("{} {arguments}\n", path.display())
     }
 }

@@ -18,7 +18,7 @@ use lb_common::{
 };
 use lb_ebpf::{
     Tables, Verdict,
-    icmp::dispatch,
+    icmp::{dispatch, reject as refusal},
     ingress::{self as balance, fragment as fragments},
     kernel::{action, global},
     nat as translate,
@@ -60,6 +60,8 @@ program! {
     nat_error => translate::process_error;
     /// Mode nat: fragments, both ways; see [`stage::NAT_FRAGMENT`].
     nat_fragment => translate::process_fragment;
+    /// Answers to packets of services without a backend; see [`stage::REJECT`].
+    reject => refusal::process;
 }
 
 /// Attached where another's program runs before or after ours: jumps to that program if its place is filled, else to

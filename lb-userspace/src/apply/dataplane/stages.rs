@@ -10,7 +10,7 @@ use super::{DataplaneError, attach::program_mut, load::refused};
 use aya::{Ebpf, maps::ProgramArray, programs::ProgramFd};
 use lb_common::{
     names,
-    settings::features::{self, FRAGMENTS, ICMP, NAT, QUIC},
+    settings::features::{self, FRAGMENTS, ICMP, NAT, QUIC, REJECT},
 };
 use serde::Serialize;
 
@@ -41,6 +41,7 @@ fn needed_for(program: &str) -> (u32, u32) {
         // Without it, fragments of flows in mode nat go to the host.
         "nat_fragment" => (NAT, 0),
         "quic" => (QUIC, QUIC),
+        "reject" => (REJECT, REJECT),
         _ => (features::ALL, 0),
     }
 }

@@ -128,6 +128,9 @@ pub enum WhenAllDown {
     Keep,
     /// It is withdrawn at once.
     Withdraw,
+    /// It stays announced until another host serves it, and packets without a backend are answered: TCP with a reset, UDP
+    /// with ICMP port unreachable.
+    Reset,
 }
 
 impl TryFrom<String> for WhenAllDown {
@@ -137,12 +140,8 @@ impl TryFrom<String> for WhenAllDown {
         match text.as_str() {
             "keep" => Ok(Self::Keep),
             "withdraw" => Ok(Self::Withdraw),
-            "reset" => Err(
-                "when_all_down = reset is not supported: lbd cannot answer clients with a TCP reset when \
-                            no backend is left; use keep or withdraw"
-                    .to_owned(),
-            ),
-            _ => Err(format!("when_all_down is keep or withdraw, not {text:?}")),
+            "reset" => Ok(Self::Reset),
+            _ => Err(format!("when_all_down is keep, withdraw or reset, not {text:?}")),
         }
     }
 }

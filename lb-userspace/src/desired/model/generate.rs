@@ -247,7 +247,11 @@ impl Draw {
             quic: if kind == 1 { vec![QuicConfig { key, ..quic }] } else { Vec::new() },
             gue_port: 1_000 + self.count(900) as u16,
             on_down: if self.yes() { OnDown::Reset } else { OnDown::Keep },
-            when_all_down: if self.yes() { WhenAllDown::Withdraw } else { WhenAllDown::Keep },
+            when_all_down: if self.yes() {
+                self.one_of(&[WhenAllDown::Withdraw, WhenAllDown::Reset])
+            } else {
+                WhenAllDown::Keep
+            },
             panic_percent: self.count(100) as u8,
             seating: Vec::new(),
             new_flow_rate: Some(self.rate()).filter(|_| is_limited),

@@ -245,8 +245,9 @@ struct ServiceSettings {
     #[arg(long, value_parser = word::<OnDown>)]
     on_down: Option<OnDown>,
     /// What happens to the VIP when no backend takes new flows and no other host serves it: keep announces it for the
-    /// drain time and while flows remain, withdraw removes it at once [default: keep]
-    #[arg(long, value_name = "keep|withdraw", value_parser = word::<WhenAllDown>)]
+    /// drain time and while flows remain, withdraw removes it at once, reset announces it and answers new connections with
+    /// a TCP reset and datagrams with ICMP port unreachable [default: keep]
+    #[arg(long, value_name = "keep|withdraw|reset", value_parser = word::<WhenAllDown>)]
     when_all_down: Option<WhenAllDown>,
     /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 0]
     #[arg(long, value_name = "PERCENT")]

@@ -6,7 +6,7 @@ use super::{
     units,
 };
 use crate::{
-    desired::model::{HealthKind, Protocol, ReplicaSource, Service},
+    desired::model::{HealthKind, Protocol, ReplicaSource, Service, WhenAllDown},
     serve::api::types::{BackendInfo, ServiceInfo},
 };
 use lb_common::flow::TCP_IDLE_S;
@@ -81,7 +81,7 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
         ("health check", health_check(&s.spec)),
         ("drain time", units::span(s.spec.drain_s.into())),
         ("on down", format!("{:?} established flows", s.spec.on_down).to_lowercase()),
-        ("when all down", format!("{:?} the VIP", s.spec.when_all_down).to_lowercase().replace("vip", "VIP")),
+        ("when all down", when_all_down(s.spec.when_all_down).to_owned()),
         ("table", format!("{} slots, {} in transition", s.status.table_size, s.status.transition_slots)),
         ("eligible", format!("{} of {} backends", s.status.eligible, s.spec.backends.len())),
         ("forwarded", format!("{} packets, {}", s.status.packets, units::bytes(s.status.bytes))),
@@ -94,6 +94,15 @@ pub fn service(out: &mut Out<'_>, s: &ServiceInfo, backends: &[BackendInfo]) -> 
     fields(out, &pairs)?;
     out.line("")?;
     super::backend::backends(out, backends)
+}
+
+/// Formats what happens without a backend.
+fn when_all_down(when: WhenAllDown) -> &'static str {
+    match when {
+        WhenAllDown::Keep => "keep the VIP",
+        WhenAllDown::Withdraw => "withdraw the VIP",
+        WhenAllDown::Reset => "keep the VIP, reset new connections",
+    }
 }
 
 /// Formats a service's health check.

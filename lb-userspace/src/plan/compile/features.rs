@@ -1,7 +1,7 @@
 //! Features of the loaded program that services need.
 
 use super::{CompileError, DeploymentSettings};
-use crate::desired::model::{ForwardingMode, Name, Scheduler, Service};
+use crate::desired::model::{ForwardingMode, Name, Scheduler, Service, WhenAllDown};
 use lb_common::settings::features;
 
 /// Checks that the loaded program supports a service.
@@ -36,6 +36,7 @@ fn program_needs(wanted: &Service) -> Vec<(u32, String)> {
         (features::LOCAL, wanted.mode == ForwardingMode::Local, "mode local".to_owned()),
         (features::P2C, wanted.scheduler != Scheduler::Maglev, format!("scheduler {:?}", wanted.scheduler)),
         (features::RATE, wanted.limits().flags != 0, "a rate limit of new flows".to_owned()),
+        (features::REJECT, wanted.when_all_down == WhenAllDown::Reset, "when_all_down reset".to_owned()),
         // Only an explicit setting needs the feature; the default falls back without it.
         (features::SECOND_CHANCE, wanted.second_chance == Some(true), "second_chance".to_owned()),
     ];

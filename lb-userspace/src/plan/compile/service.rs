@@ -18,7 +18,7 @@ use super::{
 use crate::{
     desired::model::{
         self, BackendId, BackendState, ForwardingMode, Health, Name, NextHop, OnDown, Protocol, Readiness,
-        RegionShares, Scheduler, Service,
+        RegionShares, Scheduler, Service, WhenAllDown,
     },
     plan::policy::{self, BackendObservation, Candidate, region::Weighted},
 };
@@ -205,6 +205,10 @@ fn compile_uncached(
     let mut view = build_view(wanted, &shape, input.settings);
     if !rule.eligible.contains(&true) && input.excluded.contains(&Some(Excluded::Residency)) {
         view.flags |= flags::REFUSED_BY_RESIDENCY;
+    }
+    if wanted.when_all_down == WhenAllDown::Reset && !shape.members.iter().any(|m| m.eligible && m.weight > 0)
+    {
+        view.flags |= flags::REJECT;
     }
     // Flows recorded under a table of another hashing may fall on any slot now; and a scheduler that has placed flows
     // anywhere may have left them in any slot.

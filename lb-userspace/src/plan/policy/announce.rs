@@ -12,7 +12,8 @@
 //! 1. another host takes it over: a host that announces and serves the VIP answers the publication that this host keeps it
 //!    since a certain time with a cover for exactly that time, and the cover stands for as long as hosts may differ in
 //!    noticing the same failure or recovery (otherwise all but the slowest would withdraw each time); or
-//! 2. the drain time has passed since it was last served, and no host that keeps it has live flows.
+//! 2. the drain time has passed since it was last served, no host that keeps it has live flows, and no service at it
+//!    answers its clients by resets.
 //!
 //! Rule 1 cannot take a VIP from all hosts, however late hosts see each other's publications. Call the time at which a
 //! host stopped serving its epoch. If a host leaves because of a cover, the covering host had seen this epoch while it
@@ -37,8 +38,10 @@ pub struct ServiceAt {
     pub served: bool,
     /// Whether one of these backends has passed its checks or has none, or the panic rule ignores checks.
     pub proven: bool,
-    /// Whether the VIP is kept for this service's flows (`when_all_down = keep`).
+    /// Whether the VIP is kept for this service's flows (`when_all_down` is `keep` or `reset`).
     pub keeps: bool,
+    /// Whether the VIP is kept until another host serves it, because clients are answered (`when_all_down = reset`).
+    pub resets: bool,
     /// Whether this host has live flows of the service.
     pub has_flows: bool,
     /// Drain time of the service, in milliseconds.
@@ -94,12 +97,18 @@ pub struct KeptVip {
     pub until_ms: u64,
     /// Whether this host has live flows of the VIP, for which it is kept longer.
     pub has_flows: bool,
+    /// Whether clients of a service at the VIP are answered by a reset, for which it is kept until another host serves it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub resets: bool,
 }
 
 impl KeptVip {
     /// Since when and until when the VIP is kept, in words.
     pub fn describe(&self, now_ms: u64) -> String {
         let since_s = now_ms.saturating_sub(self.since_ms) / 1_000;
+        if self.resets {
+            return format!("for {since_s} s, until a host serves it");
+        }
         match self.until_ms.saturating_sub(now_ms).div_ceil(1_000) {
             0 => format!("for {since_s} s, and while flows remain"),
             left_s => format!("for {since_s} s, at least {left_s} s more, then while flows remain"),
@@ -132,8 +141,9 @@ pub struct Now {
 struct AtVip {
     served: bool,
     proven: bool,
-    /// Whether any service keeps the VIP; the next two fields are about such services only.
+    /// Whether any service keeps the VIP; the next three fields are about such services only.
     keeps: bool,
+    resets: bool,
     has_flows: bool,
     drain_ms: u64,
     /// Of all services.
@@ -147,6 +157,7 @@ impl AtVip {
         self.spread_ms = self.spread_ms.max(service.spread_ms);
         if service.keeps {
             self.keeps = true;
+            self.resets |= service.resets;
             self.has_flows |= service.has_flows;
             self.drain_ms = self.drain_ms.max(service.drain_ms);
         }
@@ -220,11 +231,12 @@ impl VipPolicy {
         let last = &mut self.last_epoch;
         let unserved = self.unserved.entry(vip).or_insert_with(|| {
             *last = now.unix_ms.max(*last + 1);
-            let kept = KeptVip { since_ms: *last, until_ms: 0, has_flows: false };
+            let kept = KeptVip { since_ms: *last, until_ms: 0, has_flows: false, resets: false };
             Unserved { since_boot_ms: now.boot_ms, covered_boot_ms: None, left: None, kept }
         });
         unserved.kept.until_ms = unserved.kept.since_ms.saturating_add(at.drain_ms);
         unserved.kept.has_flows = at.has_flows;
+        unserved.kept.resets = at.resets;
         let since_ms = unserved.kept.since_ms;
         let covers = |peer: &Handover| peer.covers.get(&vip)?.get(&self.host).copied();
         let has_flows = |peer: &Handover| peer.kept.get(&vip).is_some_and(|kept| kept.has_flows);
@@ -240,7 +252,7 @@ impl VipPolicy {
         } else if cover_left_ms == Some(0) {
             VipDecision::HandedOver
         // Flows of other hosts count too: a router that loses one of several paths may move flows of the others.
-        } else if drain_left_ms > 0 || at.has_flows || peers.values().any(has_flows) {
+        } else if at.resets || drain_left_ms > 0 || at.has_flows || peers.values().any(has_flows) {
             VipDecision::Kept
         } else {
             VipDecision::NoBackend

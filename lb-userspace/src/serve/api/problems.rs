@@ -21,9 +21,10 @@ pub(super) fn orphaned_problem(services: usize) -> String {
 
 /// The problem of a VIP that is announced although nothing serves it.
 fn kept_problem(vip: IpAddr, kept: KeptVip) -> String {
+    let new = if kept.resets { "reset" } else { "dropped" };
     format!(
         "VIP {vip} is kept although no backend takes new flows and no other host serves it, {}: established flows continue, \
-         new ones are dropped (`lbctl service set NAME --when-all-down withdraw` takes it off)",
+         new ones are {new} (`lbctl service set NAME --when-all-down withdraw` takes it off)",
         kept.describe(clock::unix_ms())
     )
 }

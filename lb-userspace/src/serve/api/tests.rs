@@ -481,16 +481,14 @@ async fn a_service_says_what_happens_to_its_vip_when_all_is_down() {
     let bed = bed(true).await;
     bed.send(Method::POST, "/v1/services/web", web()).await.unwrap();
     let patch = |when: &str| json!({"when_all_down": when});
-    let (_, message, _) = bed.error(Method::PATCH, "/v1/services/web", patch("reset")).await;
-    assert!(
-        message.contains("reset is not supported") && message.contains("use keep or withdraw"),
-        "{message}"
-    );
-    bed.error(Method::PATCH, "/v1/services/web", patch("stay")).await;
+    let (_, message, _) = bed.error(Method::PATCH, "/v1/services/web", patch("stay")).await;
+    assert!(message.contains("when_all_down is keep, withdraw or reset, not \"stay\""), "{message}");
     assert_eq!(bed.revision(), 1);
-    bed.send(Method::PATCH, "/v1/services/web", patch("withdraw")).await.unwrap();
-    let shown = bed.send(Method::GET, "/v1/services/web", Value::Null).await.unwrap();
-    assert!(shown.to_string().contains(r#""when_all_down":"withdraw""#), "{shown}");
+    for when in ["reset", "withdraw"] {
+        bed.send(Method::PATCH, "/v1/services/web", patch(when)).await.unwrap();
+        let shown = bed.send(Method::GET, "/v1/services/web", Value::Null).await.unwrap();
+        assert!(shown.to_string().contains(&format!(r#""when_all_down":"{when}""#)), "{shown}");
+    }
     bed.send(Method::PATCH, "/v1/services/web", patch("keep")).await.unwrap();
     let shown = bed.send(Method::GET, "/v1/services/web", Value::Null).await.unwrap();
     assert!(!shown.to_string().contains("when_all_down"), "the default is not stored: {shown}");

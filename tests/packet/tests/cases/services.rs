@@ -2,8 +2,8 @@
 
 use crate::case::{
     ACK, Case,
-    Family::{V4, V6},
-    SERVICE, SYN, VIP4, VIP6, backend, cases, tcp, to, udp, v6,
+    Family::{self, V4, V6},
+    Loaded, RST, SERVICE, SYN, VIP4, VIP6, backend, cases, tcp, to, udp, v6,
 };
 use lb_common::{
     Backend, Be16, PortRange, Reason, Service, ServiceKey, ServiceView, Slot, Vip,
@@ -11,7 +11,7 @@ use lb_common::{
     mapped, names,
     service::{NO_SERVICE, TCP, UDP, flags},
 };
-use test_packet::{Ingress, Packet, Pair};
+use test_packet::{ACKNOWLEDGED, Ingress, Packet, Pair, SEQUENCE, Vlan, outer, xdp};
 
 const EXACT: u32 = 2;
 const RANGE: u32 = 3;
@@ -123,6 +123,21 @@ cases! {
         .drops(Reason::BrokenTable);
     refused_by_residency: no_backend(vec![], SYN).view(flags::REFUSED_BY_RESIDENCY).drops(Reason::Residency);
     refused_by_residency_empty_slot: no_backend(vec![Pair::Empty], ACK).view(flags::REFUSED_BY_RESIDENCY).drops(Reason::Residency);
+    no_slots_reset: reset(V4, vec![], SYN, Vlan::None);
+    empty_slot_reset_syn: reset(V4, vec![Pair::Empty], SYN, Vlan::One);
+    empty_slot_reset_established: reset(V4, vec![Pair::Empty], ACK, Vlan::None);
+    empty_slot_reset_syn_v6: reset(V6, vec![Pair::Empty], SYN, Vlan::Two);
+    empty_slot_reset_established_v6: reset(V6, vec![Pair::Empty], ACK, Vlan::None);
+    empty_slot_a_reset_is_not_answered: no_backend(vec![Pair::Empty], RST).view(flags::REJECT).drops(Reason::NoBackend);
+    empty_slot_unreachable: unreachable(V4, Vlan::None);
+    empty_slot_unreachable_v4_tagged: unreachable(V4, Vlan::Two);
+    empty_slot_unreachable_v6: unreachable(V6, Vlan::None);
+    empty_slot_unreachable_v6_tagged: unreachable(V6, Vlan::One);
+    empty_slot_unreachable_with_answers_off: to_backend_1(udp(V4))
+        .pair(Pair::Empty)
+        .view(flags::REJECT)
+        .on(Loaded::Off)
+        .drops(Reason::NoBackend);
     forbidden_by_residency: Case::new(tcp(V4, ACK), backend(1, lb_common::backend::mode::FORBIDDEN, V4)).drops(Reason::Residency);
     mode_unknown: Case::new(tcp(V4, SYN), backend(1, 77, V4)).drops(Reason::BadMode);
     mode_not_in_this_program: Case::new(tcp(V4, SYN), backend(1, lb_common::backend::mode::NAT, V4)).drops(Reason::BadMode);
@@ -143,6 +158,31 @@ fn to_other(family: crate::case::Family) -> Vec<u8> {
 
 fn no_backend(pairs: Vec<Pair>, flags: u8) -> Case {
     Case { pairs, ..to_backend_1(tcp(V4, flags)) }
+}
+
+/// A segment that no backend takes is answered with a reset (RFC 9293 3.10.7.1).
+fn reset(family: Family, pairs: Vec<Pair>, tcp_flags: u8, vlan: Vlan) -> Case {
+    let packet = Packet { vlan, ..tcp(family, tcp_flags) };
+    let numbers = if tcp_flags & ACK == 0 {
+        (0, SEQUENCE + 1 + packet.payload.len() as u32, RST | ACK)
+    } else {
+        (ACKNOWLEDGED, 0, RST)
+    };
+    let frame = outer::reset(&packet, numbers.0, numbers.1, numbers.2);
+    Case { pairs, ..to_backend_1(packet).view(flags::REJECT) }
+        .becomes(xdp::TX, frame)
+        .counts(Reason::NoBackendAnswered)
+}
+
+/// A datagram that no backend takes is answered with port unreachable.
+fn unreachable(family: Family, vlan: Vlan) -> Case {
+    let packet = Packet { vlan, ..udp(family) };
+    let frame = outer::port_unreachable(&packet);
+    to_backend_1(packet)
+        .pair(Pair::Empty)
+        .view(flags::REJECT)
+        .becomes(xdp::TX, frame)
+        .counts(Reason::NoBackendAnswered)
 }
 
 /// A swap is one store: before it the old view answers, after it the new one.

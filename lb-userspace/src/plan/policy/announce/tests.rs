@@ -17,6 +17,7 @@ fn at(n: u8, served: bool, proven: bool) -> ServiceAt {
         served,
         proven,
         keeps: true,
+        resets: false,
         has_flows: false,
         drain_ms: DRAIN_MS,
         spread_ms: SPREAD_MS,
@@ -89,9 +90,25 @@ fn a_vip_is_kept_only_for_services_that_ask_for_it() {
 }
 
 #[test]
+fn a_vip_whose_clients_are_reset_is_kept_until_another_host_serves_it() {
+    let (mut policy, gone) =
+        (policy(), [ServiceAt { resets: true, ..at(1, false, false) }, at(1, false, false)]);
+    assert_eq!(alone(&mut policy, &gone, &[1], 0), [KeptOn]);
+    assert_eq!(alone(&mut policy, &gone, &[1], 100 * DRAIN_MS), [KeptOn]);
+    let kept = policy.kept(vip(1)).unwrap();
+    assert_eq!(kept.describe(1_060_000), "for 60 s, until a host serves it");
+    let covers = BTreeMap::from([(vip(1), BTreeMap::from([("a".to_owned(), kept.since_ms)]))]);
+    let peers = BTreeMap::from([("b".to_owned(), Handover { covers, ..Handover::default() })]);
+    let on = BTreeSet::from([vip(1)]);
+    policy.decide(&gone, &on, false, &peers, now(100 * DRAIN_MS));
+    let later = policy.decide(&gone, &on, false, &peers, now(101 * DRAIN_MS));
+    assert_eq!(later[&vip(1)], VipDecision::HandedOver);
+}
+
+#[test]
 fn flows_of_another_host_that_keeps_the_vip_count() {
     let (mut policy, gone, on) = (policy(), [at(1, false, false)], BTreeSet::from([vip(1)]));
-    let kept = KeptVip { since_ms: 1, until_ms: 2, has_flows: true };
+    let kept = KeptVip { since_ms: 1, until_ms: 2, has_flows: true, resets: false };
     let peer = Handover { kept: BTreeMap::from([(vip(1), kept)]), ..Handover::default() };
     let peers = BTreeMap::from([("b".to_owned(), peer)]);
     policy.decide(&gone, &on, false, &peers, now(0));
