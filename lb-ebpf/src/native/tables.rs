@@ -112,6 +112,8 @@ pub struct HashTables {
     pub when_full: WhenFull,
     /// Whether nothing may be written to the flow tables just now.
     pub is_flooded: Cell<bool>,
+    /// `TAKEOVER`.
+    pub is_taking_over: Cell<bool>,
     flows: [RefCell<Flows>; 3],
     fragments: RefCell<HashMap<FragmentKey, Fragment>>,
     nats: RefCell<BTreeMap<FlowKey, Nat>>,
@@ -147,6 +149,7 @@ impl Default for HashTables {
             embryonic_room: u32::MAX,
             when_full: WhenFull::Evict,
             is_flooded: Cell::new(false),
+            is_taking_over: Cell::new(false),
             flows: Default::default(),
             fragments: RefCell::default(),
             nats: RefCell::default(),
@@ -294,6 +297,10 @@ impl HashTables {
 }
 
 impl Tables for HashTables {
+    fn is_taking_over(&self) -> bool {
+        self.is_taking_over.get()
+    }
+
     fn service_index(&self, key: &ServiceKey) -> Option<u32> {
         self.service_index.get(key).copied()
     }

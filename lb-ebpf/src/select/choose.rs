@@ -268,9 +268,13 @@ fn choose_syn<T: Tables>(tables: &T, packet: &FlowPacket<'_>, key: &FlowKey) -> 
         }
         return Ok(Choice { backend: recent.backend, is_new: false, why: Why::RecentSyn });
     }
-    // The packet that completes this handshake would otherwise follow what is known of an earlier flow.
-    let must_cache =
-        is_some(known) || is_cached || !packet.is_maglev || is_in_transition(packet.view, packet.place.slot);
+    // The packet that completes this handshake would otherwise follow what is known of an earlier flow, be it by the
+    // program of the other ABI version.
+    let must_cache = is_some(known)
+        || is_cached
+        || !packet.is_maglev
+        || is_in_transition(packet.view, packet.place.slot)
+        || tables.is_taking_over();
     if must_cache && !tables.admits(key.service, FlowTable::Syns, now_s) {
         tables.count(Reason::FlowFlood);
         return uncached(tables, packet, known);
@@ -370,8 +374,8 @@ fn choose_established<T: Tables>(
         if is_live {
             return found(recent.backend, Why::RecentSyn);
         }
-        // Nothing need be written where a stateless lookup gives the same.
-        let needs_entry = is_some(known) || !packet.is_at_home(recent.backend);
+        // Nothing need be written where a stateless lookup gives the same, and no other program is asked first.
+        let needs_entry = is_some(known) || !packet.is_at_home(recent.backend) || tables.is_taking_over();
         let flags = Flow::begun_at(headers.sequence) | end;
         let is_recorded = needs_entry && record_flow(tables, (key, syn_hash), recent.backend, now_s, flags);
         if is_recorded {

@@ -8,7 +8,7 @@ use lb_common::{
     backend::flags::{DOWN, DRAINING, USED},
     flow::{SYN_TIMEOUT_S, TCP_IDLE_S, flags::CLOSING},
     service::{
-        flags::{REFUSED_BY_RESIDENCY, RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
+        flags::{REFUSED_BY_RESIDENCY, REJECT, RESET_ON_DOWN, TRACK_ALL, UDP_STATELESS},
         scheduler::P2C,
     },
     settings::features,
@@ -53,6 +53,7 @@ struct Case {
     before: Vec<Entry>,
     full: bool,
     bare: bool,
+    taking_over: bool,
     expect: Result<Choice, Reason>,
     after: Vec<Entry>,
     counted: Vec<(Reason, u64)>,
@@ -69,6 +70,7 @@ fn tcp_case(name: &'static str, slot: Slot, tcp_flags: u8) -> Case {
         before: vec![],
         full: false,
         bare: false,
+        taking_over: false,
         expect: Err(Reason::NoBackend),
         after: vec![],
         counted: vec![],
@@ -100,6 +102,11 @@ impl Case {
     /// The packet carries no data.
     fn bare(mut self) -> Self {
         self.bare = true;
+        self
+    }
+    /// Another ABI version's program still knows flows that these tables do not.
+    fn taking_over(mut self) -> Self {
+        self.taking_over = true;
         self
     }
     fn goes(mut self, backend: u32, why: Why) -> Self {
@@ -148,6 +155,7 @@ impl Case {
             tables.capacity = 0;
             tables.when_full = WhenFull::Refuse;
         }
+        tables.is_taking_over.set(self.taking_over);
         let view = tables.services[&service];
         let headers = headers(&packet);
         let hash = flow_hash(view.seed, &headers);
@@ -189,6 +197,10 @@ fn a_stable_slot_answers_by_itself() {
             .leaves(Syns, 3, 1, 0),
         tcp_case("empty slot", Slot::EMPTY, SYN).fails(Reason::NoBackend),
         tcp_case("empty slot, established", Slot::EMPTY, ACK).fails(Reason::NoBackend),
+        tcp_case("empty slot, answered", Slot::EMPTY, SYN).view(REJECT).fails(Reason::NoBackendAnswered),
+        tcp_case("empty slot, answered whatever residency says", Slot::EMPTY, ACK)
+            .view(REJECT | REFUSED_BY_RESIDENCY)
+            .fails(Reason::NoBackendAnswered),
         tcp_case("empty slot by residency", Slot::EMPTY, SYN)
             .view(REFUSED_BY_RESIDENCY)
             .fails(Reason::Residency),
@@ -365,6 +377,32 @@ fn an_established_flow_of_a_marked_slot() {
             .knows(Flows, 3, 0, 0)
             .goes(3, Tracked)
             .leaves(Flows, 3, 0, 0),
+    ]);
+}
+
+/// Packets of flows that no table knows go to the other program, which may know an earlier flow with the same addresses and
+/// ports: so flows that begin now are written down wherever they go.
+#[test]
+fn while_another_versions_flows_are_taken_over() {
+    let tracked = Slot { primary: 1 | TRACKED, secondary: NO_BACKEND };
+    check(vec![
+        tcp_case("a new flow", tracked, SYN).taking_over().starts(1, NewFlow).leaves(Syns, 1, 0, 0),
+        tcp_case("its handshake ends", tracked, ACK)
+            .taking_over()
+            .knows(Syns, 1, 1, 0)
+            .goes(1, RecentSyn)
+            .leaves(Flows, 1, 0, 0)
+            .counts(Reason::FlowPromoted),
+        tcp_case("a flow that only the other knows", tracked, ACK).taking_over().fails(Reason::TakenOver),
+        tcp_case("a flow that is known", tracked, ACK)
+            .taking_over()
+            .knows(Flows, 3, 1, 0)
+            .goes(3, Tracked)
+            .leaves(Flows, 3, 0, 0),
+        tcp_case("a new flow without a takeover", tracked, SYN).starts(1, NewFlow),
+        tcp_case("a handshake that ends without a takeover", tracked, ACK)
+            .knows(Syns, 1, 1, 0)
+            .goes(1, RecentSyn),
     ]);
 }
 

@@ -7,12 +7,14 @@
 use std::{
     fs,
     net::{SocketAddr, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, Map, MapData};
 use lb_common::ABI_VERSION;
 use nix::sys::signal::Signal;
 use test_support::{
@@ -216,6 +218,78 @@ fn kill_9_while_taking_over_leaves_one_that_forwards() -> Result<()> {
     }
     println!("{finished} of 14 had finished before they were killed; a whole change took {whole:?}");
     ensure_none_failed(&load.finish()?)
+}
+
+/// Whether the program of a version sends packets of flows that no table knows to the program before it.
+fn is_taking_over(pins: &Path, abi: u32) -> bool {
+    let path = pins.join(format!("abi-{abi}/TAKEOVER"));
+    let Ok(map) = MapData::from_pin(path) else { return false };
+    let flag = Array::<_, u32>::try_from(Map::Array(map)).and_then(|flag| flag.get(&0, 0));
+    flag.is_ok_and(|flag| flag != 0)
+}
+
+/// Starts a version and kills it in the middle of its takeover, while connections are opened: once its program runs, and
+/// before it has copied what changed meanwhile. Whether it was killed there, and the connections.
+fn kill_in_the_middle(stage: &mut Stage, (program, abi): &Version) -> Result<(bool, Vec<Holder>)> {
+    let pins = stage.bed.pin_path("ingress");
+    let (client, targets) = (&stage.bed.client, stage.targets(LINES));
+    if !stage.ingress.has_ended() {
+        stage.ingress.stop(Signal::SIGTERM)?;
+    }
+    stage.ingress.begin_again_as(program, &stage.bed)?;
+    let is_over = AtomicBool::new(false);
+    let holders = thread::scope(|scope| -> Result<Vec<Holder>> {
+        let opening = scope.spawn(|| -> Result<Vec<Holder>> {
+            let mut holders = Vec::new();
+            // The last ones are what matters, and descriptors are finite.
+            while !is_over.load(Ordering::Relaxed) {
+                holders.truncate(20);
+                holders.insert(0, Holder::open(client, &targets, 200)?);
+            }
+            Ok(holders)
+        });
+        let patience = Instant::now() + Duration::from_secs(20);
+        while !is_taking_over(&pins, *abi) && Instant::now() < patience {}
+        let is_late = Instant::now() >= patience;
+        thread::sleep(Duration::from_micros(300));
+        let killed = stage.ingress.stop(Signal::SIGKILL);
+        is_over.store(true, Ordering::Relaxed);
+        let holders = opening.join().expect("no panic");
+        killed?;
+        ensure!(!is_late, "no takeover: {}", stage.ingress.process().output());
+        holders.with_context(|| format!("connections are opened while {abi} starts"))
+    })?;
+    Ok((is_taking_over(&pins, *abi) && homes(stage)?.len() > 1, holders))
+}
+
+/// Flows that only an earlier program knows, because a later one was killed before it had copied them, survive when the
+/// first version takes over again, whether it is killed itself or not.
+#[test]
+fn flows_of_an_unfinished_takeover_survive_the_next_one() -> Result<()> {
+    let layout = Layout { workers: 4, ..Layout::default() };
+    let mut stage = Stage::start(Plan { settings: "scheduler = \"p2c\"", layout, ..Plan::default() })?;
+    let [other, ours] = both()?;
+    let (mut once, mut twice) = (0, 0);
+    for round in 1.. {
+        ensure!(round <= 30, "killed in the middle once {once} times, twice in a row {twice} times");
+        let (is_hit, mut holders) =
+            kill_in_the_middle(&mut stage, &other).with_context(|| format!("round {round}"))?;
+        if round % 2 == 0 {
+            let (is_hit_again, second) = kill_in_the_middle(&mut stage, &ours)
+                .with_context(|| format!("round {round}, after {is_hit}"))?;
+            holders.extend(second);
+            twice += u32::from(is_hit && is_hit_again);
+        }
+        once += u32::from(is_hit);
+        let left = homes(&stage)?;
+        change_to(&mut stage, &ours)?;
+        ensure_all_stay(&stage, &holders, &format!("round {round}: {left:?} were left"))?;
+        if once >= 4 && twice >= 2 {
+            println!("{round} rounds: killed in the middle {once} times, {twice} times twice in a row");
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// An lbd, and its ABI version.

@@ -12,7 +12,7 @@ use super::{
     load::{LoadedObject, Switches, load},
     pins::{self, Home},
     stages::{self, RefusedProgram},
-    takeover::{Predecessor, Takeover},
+    takeover::{self, Predecessor, Takeover},
     variant::{self, ArrayPin, Situation},
 };
 use aya::{
@@ -207,7 +207,15 @@ fn find_homes(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), D
     let is_done = home.exists() && home.marker()? == Some(ABI_VERSION);
     let adopted = home.exists() && (runs(home) || (is_done && others.is_empty()));
     if !adopted {
-        home.remove()?;
+        // The version that runs may have been killed before it had copied all flows from here: it still sends packets of
+        // flows that it does not know to the program of this home.
+        let is_needed = |other: &Home| Ok(runs(other) && takeover::is_on(other)?);
+        let unfinished = others.iter().map(is_needed).collect::<Result<Vec<bool>, DataplaneError>>()?;
+        if home.exists() && unfinished.contains(&true) {
+            others.push(home.clone().set_aside()?);
+        } else {
+            home.remove()?;
+        }
     } else if is_done && !others.iter().any(runs) {
         // Their flows have been taken over; only their removal was interrupted.
         others.drain(..).try_for_each(|other| other.remove())?;

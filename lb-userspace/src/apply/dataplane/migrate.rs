@@ -13,8 +13,8 @@ use super::{
 };
 use crate::clock;
 use lb_common::{
-    Address, Flow, FlowKey, Nat, Reply, ReplyKey, ServiceKey, Vip, VipKey, names,
-    nat::flags::{FRESH, NEW},
+    Address, Flow, FlowKey, Nat, Reply, ReplyKey, ServiceKey, Vip, VipKey, flow, names,
+    nat::flags::{CLIENT_FIN, CLIENT_RST, FRESH, NEW},
     service::{NO_SERVICE, TCP, UDP},
 };
 use std::{
@@ -99,6 +99,8 @@ trait FlowValue: FromBytes + IntoBytes + Immutable + Copy + PartialEq {
     fn backend(&self) -> Option<u32>;
     /// Whether the entry may have changed since.
     fn is_recent(&self, since_s: u32) -> bool;
+    /// Whether the client has ended its side of the flow, so that its addresses and ports may be another flow's soon.
+    fn is_closing(&self) -> bool;
     /// New value of our entry where the other version has this one; none: ours stays.
     fn merged(&self, ours: &Self) -> Option<Self>;
 }
@@ -131,6 +133,10 @@ impl FlowValue for Flow {
         self.last_seen_s >= since_s
     }
 
+    fn is_closing(&self) -> bool {
+        self.flags & flow::flags::CLOSING != 0
+    }
+
     fn merged(&self, ours: &Self) -> Option<Self> {
         // Within one second, either side may have seen the end of the flow.
         later(
@@ -156,6 +162,10 @@ impl FlowValue for Nat {
         self.last_seen_s >= since_s
     }
 
+    fn is_closing(&self) -> bool {
+        self.flags & (CLIENT_FIN | CLIENT_RST) != 0
+    }
+
     fn merged(&self, ours: &Self) -> Option<Self> {
         // Bits that programs clear, and bits that they set.
         let passing = FRESH | NEW;
@@ -178,6 +188,11 @@ impl FlowValue for Reply {
     /// A client's packet changes the state of its flow without recording the time.
     fn is_recent(&self, _: u32) -> bool {
         true
+    }
+
+    /// Workers' packets need it until the end.
+    fn is_closing(&self) -> bool {
+        false
     }
 
     fn merged(&self, ours: &Self) -> Option<Self> {
@@ -254,8 +269,11 @@ impl Copier {
         })
     }
 
-    /// Copies everything, or the entries that may have changed since; SYNs first, because the packets that complete their
-    /// handshakes need them.
+    /// Copies everything but closing flows, or, once our program runs, these and the entries that may have changed since.
+    /// While the other program runs, a client may begin a new flow where one has closed, and the copy would send it to the
+    /// old flow's worker; our program asks the other one about flows that it does not know.
+    ///
+    /// SYNs come first, because the packets that complete their handshakes need them.
     pub fn copy_all(
         &mut self,
         since: Option<Changed>,
@@ -284,17 +302,20 @@ impl Copier {
         migrated: &mut Migrated,
     ) -> Result<(), DataplaneError> {
         let (key_size, value_size) = table.conversion.source_sizes();
+        let is_first = since_s == 0;
         let mut failed = None;
         let read = batch::for_each_raw(&table.from, key_size, value_size, |key, value| {
             let Some((key, value)) = table.conversion.entry::<E::Key, E>(key, value) else { return };
-            if !value.is_recent(since_s) {
+            let is_wanted =
+                if is_first { !value.is_closing() } else { value.is_recent(since_s) || value.is_closing() };
+            if !is_wanted {
                 return;
             }
             let is_ours = self.services.contains(&E::service(&key, &value))
                 && value.backend().is_none_or(|backend| self.backends.contains(&backend));
             if !is_ours {
                 // Counted in the first pass only, which sees all entries.
-                migrated.reassigned += u64::from(since_s == 0);
+                migrated.reassigned += u64::from(is_first);
                 return;
             }
             match put(&table.to, &key, &value) {

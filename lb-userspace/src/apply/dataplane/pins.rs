@@ -5,6 +5,7 @@
 //! STAGES                the array of users' programs (`DISPATCHER`), shared by all ABI versions
 //! ABI                   version of the live objects, for tools
 //! abi-N/                maps and programs of ABI version N
+//! abi-N-K/              earlier ones of the same version, whose flows have not all been taken over
 //! ```
 //!
 //! Up to version 2 all pins were in the pin directory itself; such a home is called flat here.
@@ -43,12 +44,15 @@ impl Home {
         Self { path: pin_path.join(format!("{PREFIX}{ABI_VERSION}")), abi: ABI_VERSION, is_flat: false }
     }
 
-    /// Finds the homes of other versions.
+    /// Finds the homes of other versions, and those that were [set aside](Self::set_aside).
     pub fn others(pin_path: &Path) -> Result<Vec<Self>, DataplaneError> {
         let mut found = Vec::new();
-        for path in entries(pin_path)? {
-            let abi = file_name(&path).strip_prefix(PREFIX).and_then(|n| n.parse().ok());
-            if let Some(abi) = abi.filter(|&abi| abi != ABI_VERSION) {
+        let ours = Self::ours(pin_path).path;
+        for path in entries(pin_path)?.into_iter().filter(|path| *path != ours) {
+            let name = file_name(&path);
+            let Some(version) = name.strip_prefix(PREFIX) else { continue };
+            let (abi, number) = version.split_once('-').unwrap_or((version, "0"));
+            if let (Ok(abi), Ok(_)) = (abi.parse(), number.parse::<u32>()) {
                 found.push(Self { path, abi, is_flat: false });
             }
         }
@@ -59,6 +63,17 @@ impl Home {
             found.push(flat);
         }
         Ok(found)
+    }
+
+    /// Renames the directory, so that another home of the same version can be made beside it.
+    pub fn set_aside(self) -> Result<Self, DataplaneError> {
+        // A BPF filesystem takes no dots in names.
+        let beside = |number: u32| self.path.with_file_name(format!("{}-{number}", file_name(&self.path)));
+        let free = (1..).map(beside).find(|path| !path.exists());
+        let path = free.expect("some number is free");
+        let failed = |source| DataplaneError::Pin { what: "cannot rename", path: self.path.clone(), source };
+        fs::rename(&self.path, &path).map_err(failed)?;
+        Ok(Self { path, ..self })
     }
 
     /// Whether the directory exists.

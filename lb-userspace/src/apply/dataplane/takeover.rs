@@ -7,7 +7,8 @@
 //! are removed.
 //!
 //! A daemon that is killed at any point leaves programs under the links that forward, with their own maps; the next
-//! start, of either version, determines by the links which of the two homes is live, and continues from there.
+//! start, of either version, determines by the links which of the homes is live, and continues from there. A home of its
+//! own version from which the live one has not copied all flows yet is set aside, and is one more predecessor.
 //!
 //! Services and backends keep their indices; tables are compiled anew from desired state and memory, with all slots
 //! marked as tracked until a sweep finds no flows. SYNs are copied first of all, and while the old program is asked,
@@ -176,10 +177,8 @@ impl Takeover {
     /// Copies the flows, replaces the programs, and removes the old objects.
     pub fn finish(mut self) -> Result<Migrated, DataplaneError> {
         let mut migrated = Migrated::default();
-        for predecessor in &self.predecessors {
-            // A predecessor that was itself taking over from us would send packets in circles.
-            set_flag(&predecessor.home, false)?;
-        }
+        // A predecessor may itself have been taking over from others when it was killed. They are predecessors, too, and
+        // packets go on from one to the next until the end. They cannot go in circles: no two homes share maps.
         let mut copiers = self.copiers(&mut migrated)?;
         let changed = Changed::now();
         for copier in &mut copiers {
@@ -348,6 +347,19 @@ fn put_program(places: &OwnedFd, place: u32, program: &impl AsFd) -> io::Result<
 }
 
 /// Sets whether a home's program tail calls its predecessor's. A home without the map never does.
+/// Whether a home's program sends packets of flows that no table knows to the program before it.
+pub(super) fn is_on(home: &Home) -> Result<bool, DataplaneError> {
+    let path = home.path.join(names::TAKEOVER);
+    if !path.exists() {
+        return Ok(false);
+    }
+    let read = |source| DataplaneError::Read { map: names::TAKEOVER, source };
+    let map: OwnedFd = sys::open(&path).map_err(read)?;
+    let mut flag = [0; 4];
+    sys::lookup(&map, &0u32.to_ne_bytes(), &mut flag).map_err(read)?;
+    Ok(flag != [0; 4])
+}
+
 fn set_flag(home: &Home, is_on: bool) -> Result<(), DataplaneError> {
     let path = home.path.join(names::TAKEOVER);
     if !path.exists() {
