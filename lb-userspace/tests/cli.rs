@@ -62,7 +62,7 @@ fn start(directory: &Path) -> std::path::PathBuf {
             tokio::spawn(control.clone().run_apply_loop());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();
-            api::serve(listener, control, writers, std::future::pending()).await.unwrap();
+            api::serve(listener, control, writers, std::future::pending()).await;
         });
     });
     started.recv().unwrap();

@@ -101,9 +101,9 @@ pub async fn run(
     daemon.finish_start(&control, takeover, home, &events).await?;
     daemon.parts.add("interfaces", infallible(core.hardware.clone().run(events.clone())));
     let (stop, stopped) = watch::channel(false);
-    daemon.parts.add("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
+    daemon.parts.add_server("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
     if let Some(listener) = metrics {
-        daemon.parts.add("metrics", metrics::serve(listener, control.clone(), until(stopped)));
+        daemon.parts.add_server("metrics", metrics::serve(listener, control.clone(), until(stopped)));
     }
     drop(events);
     notify(&[NotifyState::Ready]);

@@ -25,6 +25,14 @@ impl Tasks {
         self.names.insert(task.id(), name);
     }
 
+    /// Starts a task that cannot fail.
+    pub fn add_server(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        self.add(name, async {
+            part.await;
+            Ok::<(), std::convert::Infallible>(())
+        });
+    }
+
     /// Waits for the first task to end, and describes how it ended.
     async fn first_failure(&mut self) -> anyhow::Error {
         let (id, how) = match self.tasks.join_next_with_id().await {

@@ -6,7 +6,10 @@
 mod encoder;
 mod families;
 
-use crate::serve::api::Control;
+use crate::serve::{
+    api::Control,
+    connections::{self, Accepted, Door, Limits},
+};
 use axum::{
     Router,
     http::{HeaderMap, StatusCode, header},
@@ -17,8 +20,14 @@ use encoder::{Encoder, reason_sample};
 use families::Scrape;
 use lb_common::Reason;
 use prometheus_client::{encoding::DescriptorEncoder, registry::Registry};
-use std::{fmt, future::Future, net::SocketAddr, sync::Arc};
-use tokio::net::TcpListener;
+use std::{
+    fmt,
+    future::Future,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::net::{TcpListener, TcpStream};
 
 /// Why metrics cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -47,27 +56,33 @@ pub async fn bind(address: Option<SocketAddr>, required: bool) -> Result<Option<
     }
 }
 
+/// A scraper opens one connection, and keeps it from scrape to scrape or not. No client can keep others out.
+const LIMITS: Limits = Limits { all: 128, reserved: 0, per_client: 32, idle: Duration::from_secs(60) };
+
+/// A listener for scrapers, told apart by address.
+struct MetricsSocket(TcpListener);
+
+impl Door for MetricsSocket {
+    type Stream = TcpStream;
+    type Client = IpAddr;
+
+    async fn accept(&self) -> std::io::Result<Accepted<TcpStream, IpAddr>> {
+        let (stream, client) = self.0.accept().await?;
+        Ok(Accepted { stream, client: client.ip(), is_privileged: false })
+    }
+}
+
 /// Serves a daemon's metrics until `stop` resolves.
-///
-/// # Errors
-/// Accepting failed for good.
-pub async fn serve(
-    listener: TcpListener,
-    control: Arc<Control>,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    serve_text(listener, stop, move || text(&control)).await
+pub async fn serve(listener: TcpListener, control: Arc<Control>, stop: impl Future<Output = ()> + Send) {
+    serve_text(listener, stop, move || text(&control)).await;
 }
 
 /// Serves the text that `text` returns, at `/metrics`.
-///
-/// # Errors
-/// Accepting failed for good.
 pub async fn serve_text(
     listener: TcpListener,
-    stop: impl Future<Output = ()> + Send + 'static,
+    stop: impl Future<Output = ()> + Send,
     text: impl Fn() -> Result<String, String> + Clone + Send + Sync + 'static,
-) -> std::io::Result<()> {
+) {
     let scrape = move |headers: HeaderMap| {
         let text = text.clone();
         async move {
@@ -81,7 +96,9 @@ pub async fn serve_text(
     let router = Router::new()
         .route("/metrics", get(scrape))
         .fallback(|| async { (StatusCode::NOT_FOUND, "metrics are at /metrics\n") });
-    axum::serve(listener, router).with_graceful_shutdown(stop).await
+    let route = move |_: &TcpStream| router.clone();
+    let refusal = "{\"error\":\"too many connections to the metrics listener\"}\n".to_owned();
+    connections::serve(("metrics", LIMITS), MetricsSocket(listener), route, refusal, stop).await;
 }
 
 /// Whether the client asks for OpenMetrics, as Prometheus does; others get the older text format.

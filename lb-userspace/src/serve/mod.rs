@@ -1,5 +1,6 @@
 //! What a running daemon serves: the API, explain and metrics.
 
 pub mod api;
+pub mod connections;
 pub mod explain;
 pub mod metrics;

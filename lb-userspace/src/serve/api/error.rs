@@ -83,6 +83,16 @@ impl ApiError {
         Self { details, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid", message) }
     }
 
+    /// JSON of the error, for an answer that no handler makes.
+    pub fn into_json(self) -> String {
+        serde_json::to_string(&self.into_body()).expect("strings are valid JSON")
+    }
+
+    fn into_body(self) -> ErrorBody {
+        let Self { code, message, fix, details, .. } = self;
+        ErrorBody { error: ErrorInfo { code: code.to_owned(), message, fix, details } }
+    }
+
     /// Adds what to do about the error.
     #[must_use]
     pub fn fix(mut self, fix: impl Into<String>) -> Self {
@@ -132,12 +142,6 @@ impl From<EngineError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let error = ErrorInfo {
-            code: self.code.to_owned(),
-            message: self.message,
-            fix: self.fix,
-            details: self.details,
-        };
-        (self.status, Json(ErrorBody { error })).into_response()
+        (self.status, Json(self.into_body())).into_response()
     }
 }

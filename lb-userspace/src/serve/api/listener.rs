@@ -1,25 +1,18 @@
-//! The Unix socket: binds it with its permissions, and limits the number of connections.
+//! The Unix socket: binds it with its permissions, and tells who connects.
 
-use super::{Peer, peer::Writers};
-use axum::serve::Listener;
+use super::peer::Writers;
+use crate::serve::connections::{Accepted, Door, Limits};
 use nix::{errno::Errno, sys::stat::Mode, unistd};
 use std::{
     io,
     os::unix::fs::{FileTypeExt, PermissionsExt},
     path::Path,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
+use tokio::net::{UnixListener, UnixStream};
 
-/// Concurrent connections. `lbctl` opens one per command; further connections wait.
-const CONNECTIONS: usize = 256;
+/// `lbctl` opens one connection per command. Root, and the user of lbd, can always get in.
+pub const LIMITS: Limits = Limits { all: 256, reserved: 64, per_client: 64, idle: Duration::from_secs(60) };
 
 /// Why the socket cannot be bound.
 #[derive(Debug, thiserror::Error)]
@@ -96,88 +89,21 @@ pub fn bind(path: &Path, mode: u32, group: Option<&str>) -> Result<(UnixListener
     Ok((listener, writers))
 }
 
-/// A listener that admits at most [`CONNECTIONS`] concurrent connections.
-pub struct Limited {
-    listener: UnixListener,
-    permits: Arc<Semaphore>,
-    writers: Writers,
+/// The API's socket, whose clients are users.
+pub struct ApiSocket {
+    /// The socket.
+    pub listener: UnixListener,
+    /// Who may write.
+    pub writers: Writers,
 }
 
-impl Limited {
-    /// Wraps a bound socket.
-    pub fn new(listener: UnixListener, writers: Writers) -> Self {
-        Self { listener, permits: Arc::new(Semaphore::new(CONNECTIONS)), writers }
-    }
-}
+impl Door for ApiSocket {
+    type Stream = UnixStream;
+    type Client = u32;
 
-/// A connection with its peer and its permit, one of [`CONNECTIONS`].
-pub struct Connection {
-    stream: UnixStream,
-    peer: Peer,
-    _permit: Option<OwnedSemaphorePermit>,
-}
-
-impl Connection {
-    /// The other end.
-    pub fn peer(&self) -> &Peer {
-        &self.peer
-    }
-}
-
-impl Listener for Limited {
-    type Io = Connection;
-    type Addr = ();
-
-    async fn accept(&mut self) -> (Connection, ()) {
-        let permit = self.permits.clone().acquire_owned().await.ok();
-        loop {
-            match self.listener.accept().await {
-                Ok((stream, _)) => {
-                    let peer = Peer::of(&stream, &self.writers);
-                    return (Connection { stream, peer, _permit: permit }, ());
-                }
-                Err(error) => {
-                    // Most likely out of file descriptors: wait until other connections close.
-                    tracing::error!(%error, "cannot accept on the API socket");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    }
-
-    fn local_addr(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+    async fn accept(&self) -> io::Result<Accepted<UnixStream, u32>> {
+        let (stream, _) = self.listener.accept().await?;
+        let uid = stream.peer_cred().map_or(u32::MAX, |peer| peer.uid());
+        Ok(Accepted { stream, client: uid, is_privileged: uid == 0 || uid == self.writers.user })
     }
 }

@@ -35,22 +35,27 @@ pub use listener::{SocketError, bind};
 pub use peer::Peer;
 pub use view::fate_label;
 
-use listener::Limited;
+use super::connections;
+use axum::{Extension, extract::ConnectInfo};
+use listener::ApiSocket;
 use std::{future::Future, sync::Arc};
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 
 /// Serves the API on a bound socket until `stop` resolves; requests in progress are finished.
-///
-/// # Errors
-/// Accepting failed for good.
 pub async fn serve(
     listener: UnixListener,
     control: Arc<Control>,
     writers: peer::Writers,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let service = routes::router(control).into_make_service_with_connect_info::<Peer>();
-    axum::serve(Limited::new(listener, writers), service).with_graceful_shutdown(stop).await
+    stop: impl Future<Output = ()> + Send,
+) {
+    let busy = ApiError::busy("too many connections to lbd's socket")
+        .fix("close those that are not needed; root always gets in");
+    let router = routes::router(control);
+    let of_peers = writers.clone();
+    let route =
+        move |stream: &UnixStream| router.clone().layer(Extension(ConnectInfo(Peer::of(stream, &of_peers))));
+    let door = ApiSocket { listener, writers };
+    connections::serve(("API", listener::LIMITS), door, route, busy.into_json(), stop).await;
 }
 
 pub use peer::Writers;

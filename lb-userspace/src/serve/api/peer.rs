@@ -1,7 +1,5 @@
 //! Identifies the process at the other end of the socket.
 
-use super::listener::Limited;
-use axum::{extract::connect_info::Connected, serve::IncomingStream};
 use nix::unistd::{Gid, Uid, User};
 
 /// Who may make changes: root, and the members of a group.
@@ -48,12 +46,6 @@ fn is_member(user: Option<&User>, group: u32) -> bool {
     let Some(user) = user else { return false };
     let Ok(name) = std::ffi::CString::new(user.name.as_str()) else { return false };
     nix::unistd::getgrouplist(&name, user.gid).is_ok_and(|all| all.contains(&Gid::from_raw(group)))
-}
-
-impl Connected<IncomingStream<'_, Limited>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, Limited>) -> Self {
-        stream.io().peer().clone()
-    }
 }
 
 #[cfg(test)]
