@@ -570,9 +570,8 @@ async fn tls_is_spoken_both_ways() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_user_with_a_password_is_let_in() -> Result<()> {
-    let bed = bed(1)?;
+/// Users root (password secret) and lb (password pass), which has the prefix lb/.
+fn enable_users(cluster: &Cluster) -> Result<()> {
     for arguments in [
         &["user", "add", "root:secret"][..],
         &["user", "grant-role", "root", "root"],
@@ -582,8 +581,45 @@ async fn a_user_with_a_password_is_let_in() -> Result<()> {
         &["user", "grant-role", "lb", "lb"],
         &["auth", "enable"],
     ] {
-        bed.cluster.etcdctl(arguments)?;
+        cluster.etcdctl(arguments)?;
     }
+    Ok(())
+}
+
+/// A JWT token names the revision of etcd's users and roles, and any change of these makes it invalid.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_users_cuts_no_host_off() -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    openssl(directory.path(), "genrsa -out jwt.key 2048")?;
+    openssl(directory.path(), "rsa -in jwt.key -pubout -out jwt.pub")?;
+    let path = |name: &str| directory.path().join(name).display().to_string();
+    let token =
+        format!("jwt,pub-key={},priv-key={},sign-method=RS256,ttl=10m", path("jwt.pub"), path("jwt.key"));
+    let cluster = Cluster::start(&[Place::local()?], directory.path(), "http", &["--auth-token", &token])?;
+    let bed = Bed { cluster, directory, locals: Mutex::default() };
+    enable_users(&bed.cluster)?;
+    let options = bed.options()?;
+    let file = bed.directory.path().join("password");
+    std::fs::write(&file, "pass\n")?;
+    let access = Access { user: Some(("lb".into(), file)), ..options.access.clone() };
+    let options = EtcdOptions { access, ..options };
+    let one = bed.try_open("one", options.clone()).await?;
+    let two = bed.try_open("two", options).await?;
+    for change in 0..3_u16 {
+        let revision = u64::from(change) + 1;
+        one.commit(commit(revision - 1, state(&[("a", change + 1, &[])]))).await?;
+        eventually("the other follows", || two.head().revision.number == revision).await?;
+        let name = format!("somebody-{change}:pw");
+        bed.cluster.etcdctl(&["--user", "root:secret", "user", "add", &name])?;
+    }
+    ensure!(connected(&one) && connected(&two), "no host is cut off");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_with_a_password_is_let_in() -> Result<()> {
+    let bed = bed(1)?;
+    enable_users(&bed.cluster)?;
     let options = bed.options()?;
     let error = refusal(bed.try_open("none", options.clone()).await)?;
     println!("{error}");

@@ -227,7 +227,7 @@ impl EtcdClient {
             let token = self.token(index).await?;
             match self.unary(index, path, request.clone(), token).await {
                 Err(status) if auth_expired(&status) && self.user.is_some() => {
-                    *self.token.lock().unwrap_or_else(PoisonError::into_inner) = None;
+                    self.drop_token();
                     let token = self.token(index).await?;
                     self.unary(index, path, request, token).await.map_err(|s| call_error(&s))
                 }
@@ -279,7 +279,7 @@ impl EtcdClient {
             let request = with_metadata(Request::new(iter([request]).chain(pending())), token);
             let codec = ProstCodec::<Q, A>::default();
             let answer = grpc.streaming(request, PathAndQuery::from_static(path), codec).await;
-            Ok(answer.map_err(|s| call_error(&s))?.into_inner())
+            Ok(answer.map_err(|status| self.refused(&status))?.into_inner())
         };
         match tokio::time::timeout(ATTEMPT, work).await {
             Ok(result) => result,
@@ -289,6 +289,18 @@ impl EtcdClient {
 
     fn grpc(&self, index: usize) -> Grpc<Channel> {
         Grpc::new(self.members[index].1.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// Converts the status that ended a stream. If a new token may help, the next call gets one.
+    fn refused(&self, status: &Status) -> CallError {
+        if auth_expired(status) {
+            self.drop_token();
+        }
+        call_error(status)
+    }
+
+    fn drop_token(&self) {
+        *self.token.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Returns the authentication token, if there is a user.
@@ -329,8 +341,11 @@ fn with_metadata<T>(mut request: Request<T>, token: Option<MetadataValue<Ascii>>
     request
 }
 
+/// Whether a new token may help, as in etcd's own client: it has expired, its member does not know it, or users or roles
+/// have changed since it was issued (JWT tokens name the revision of these).
 fn auth_expired(status: &Status) -> bool {
-    status.code() == Code::Unauthenticated || status.message().contains("invalid auth token")
+    const MESSAGES: [&str; 3] = ["invalid auth token", "revision of auth store is old", "user name is empty"];
+    status.code() == Code::Unauthenticated || MESSAGES.iter().any(|text| status.message().contains(text))
 }
 
 /// Converts a gRPC status.
