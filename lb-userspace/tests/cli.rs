@@ -80,6 +80,45 @@ fn run(file: &str) {
     cases.env("COLUMNS", "100").case(file);
 }
 
+/// A signal for lbctl goes to the command that runs under the lock, and to all that this has started; the lock is released
+/// when the command has ended, and its exit status is lbctl's.
+#[test]
+fn a_signal_ends_the_command_before_its_lock() {
+    use nix::{
+        sys::signal::{Signal, kill},
+        unistd::Pid,
+    };
+    use std::{
+        io::{BufRead, BufReader},
+        process::{Command, Stdio},
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    let lbctl = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_lbctl"));
+        command.env("LBD_SOCKET", &socket).stdin(Stdio::null());
+        command
+    };
+    let script = "trap 'lbctl=$(\"$0\" rollout status rollout); echo \"$lbctl\"; exit 9' TERM; sleep 61 & echo $!; wait";
+    let mut locked = lbctl();
+    locked.args(["rollout", "lock", "--", "sh", "-c", script, env!("CARGO_BIN_EXE_lbctl")]);
+    let mut locked = locked.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(locked.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let sleeper = Pid::from_raw(lines.next().unwrap().parse().unwrap());
+    kill(Pid::from_raw(locked.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
+    let while_it_ends: Vec<String> = lines.collect();
+    assert_eq!(locked.wait().unwrap().code(), Some(9));
+    assert!(while_it_ends.concat().contains("no reason given"), "held until then: {while_it_ends:?}");
+    // Its parent has ended: it exists until init has noticed.
+    let is_gone = (0..250).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        kill(sleeper, None).is_err()
+    });
+    assert!(is_gone, "the whole group got the signal");
+    let status = lbctl().args(["rollout", "status", "rollout"]).status().unwrap();
+    assert!(status.success(), "the lock is free");
+}
+
 #[test]
 fn regions() {
     run("tests/cli/regions.trycmd");

@@ -87,6 +87,12 @@ impl ApiClient {
         Self { timeout: LONG_TIMEOUT, ..self.clone() }
     }
 
+    /// Returns a client of the same lbd whose requests may take at most this long.
+    #[must_use]
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Self { timeout: timeout.min(self.timeout), ..self.clone() }
+    }
+
     /// Sends a GET request.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ mod generate;
 mod guard;
 mod history;
 mod host;
+mod locked;
 mod observe;
 mod region;
 mod replica;
@@ -45,15 +46,30 @@ use std::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// Success; the answer is yes; healthy.
-    Ok = 0,
+    Ok,
     /// The answer is no; unhealthy.
-    No = 1,
+    No,
     /// The command line is invalid (clap uses the same code).
-    Usage = 2,
+    Usage,
     /// lbd cannot be reached.
-    Unreachable = 3,
+    Unreachable,
     /// lbd refused the request, or a check in lbctl did.
-    Refused = 4,
+    Refused,
+    /// The code of a command that lbctl has run.
+    Of(u8),
+}
+
+impl Exit {
+    fn code(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::No => 1,
+            Self::Usage => 2,
+            Self::Unreachable => 3,
+            Self::Refused => 4,
+            Self::Of(code) => code,
+        }
+    }
 }
 
 const EXIT_CODES: &str = "\
@@ -236,10 +252,10 @@ pub fn main() -> ExitCode {
     let colour = render::wants_colour(&io::stdout());
     let exit = run(cli, &mut stdout, colour).and_then(|exit| Ok(stdout.flush().map(|()| exit)?));
     let code = match exit {
-        Ok(exit) => exit as u8,
+        Ok(exit) => exit.code(),
         // The reader closed the pipe because it has seen enough, as `head` does.
-        Err(Failure::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => Exit::Ok as u8,
-        Err(failure) => report(&failure) as u8,
+        Err(Failure::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => Exit::Ok.code(),
+        Err(failure) => report(&failure).code(),
     };
     // The buffer was flushed, or its reader is gone; dropping it would try to write again.
     std::mem::forget(stdout);

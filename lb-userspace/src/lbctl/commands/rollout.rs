@@ -7,7 +7,7 @@ use crate::{
         store::Lock,
     },
     lbctl::{
-        client::{ClientError, LOCK_TOKEN_VARIABLE},
+        client::ClientError,
         render::{region as render_region, store as render, units::parse_duration},
     },
     observed::regions::RolloutShown,
@@ -200,8 +200,9 @@ pub struct LockArgs {
     /// Renew the lock that this token was printed for
     #[arg(long, value_name = "TOKEN", conflicts_with_all = ["wait", "command"])]
     token: Option<String>,
-    /// Command to run while the lock is held; it is killed if the lock is lost. It finds the token in LBCTL_LOCK_TOKEN,
-    /// so that `lbctl region drain` and `lbctl rollout start` in the command use the lock
+    /// Command to run while the lock is held. It finds the token in LBCTL_LOCK_TOKEN, so that `lbctl region drain` and
+    /// `lbctl rollout start` in the command use the lock. Signals go to the command, its exit status is that of lbctl,
+    /// and it is ended if the lock is lost
     #[arg(last = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -298,7 +299,7 @@ async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure
     let token = lock.token.clone().unwrap_or_default();
     if !command.is_empty() {
         let request = LockRequest { token: Some(token), ..request };
-        return run_locked(context, &path, &request, &command).await;
+        return super::locked::run(context, &path, &request, &command).await;
     }
     if context.out.json {
         context.out.json(&lock, false)?;
@@ -307,57 +308,6 @@ async fn lock(context: &mut Context<'_>, args: LockArgs) -> Result<Exit, Failure
     }
     say!("lock {name} is held for {} s: renew or release it with the token", lock.left_s);
     Ok(Exit::Ok)
-}
-
-/// Runs a command while renewing the lock, then releases it.
-async fn run_locked(
-    context: &mut Context<'_>,
-    path: &str,
-    request: &LockRequest,
-    command: &[String],
-) -> Result<Exit, Failure> {
-    let cannot = |e: std::io::Error| Failure::Refused {
-        what: format!("cannot run {}: {e}", command[0]),
-        fix: None,
-        details: Vec::new(),
-    };
-    let mut started = tokio::process::Command::new(&command[0]);
-    started.args(&command[1..]).kill_on_drop(true);
-    // Requests that the command sends to lbd use this lock instead of conflicting with it.
-    if let Some(token) = &request.token {
-        started.env(LOCK_TOKEN_VARIABLE, token);
-    }
-    let started = started.spawn();
-    let ended = match started {
-        Err(error) => Err(cannot(error)),
-        Ok(mut child) => {
-            let every = Duration::from_secs(request.ttl_s.div_ceil(3));
-            let mut last = tokio::time::Instant::now();
-            loop {
-                tokio::select! {
-                    status = child.wait() => break status.map_err(cannot),
-                    () = tokio::time::sleep(every) => {}
-                }
-                match context.client.send::<Lock>(Method::POST, path, &(), Some(request)).await {
-                    Ok(_) => last = tokio::time::Instant::now(),
-                    // The lock has not expired yet if lbd restarts or is disconnected for a moment.
-                    Err(error) if last.elapsed().as_secs() + every.as_secs() < request.ttl_s => {
-                        say!("cannot renew the lock yet, trying again: {error}");
-                    }
-                    Err(error) => {
-                        say!("the lock is lost: killing the command");
-                        let _ = child.kill().await;
-                        return Err(error.into());
-                    }
-                }
-            }
-        }
-    };
-    let query = Unlock { token: request.token.clone(), force: false };
-    let released = context.client.send::<Vec<Lock>>(Method::DELETE, path, &query, None::<&()>).await;
-    let status = ended?;
-    released?;
-    Ok(if status.success() { Exit::Ok } else { Exit::No })
 }
 
 #[cfg(test)]
