@@ -117,7 +117,7 @@ enum Noun {
     /// Check, compare, apply or export the desired state as one TOML file
     #[command(subcommand)]
     Config(config::ConfigCommand),
-    /// List revisions of the desired state, newest first
+    /// List revisions of the desired state, newest first; show or compare them
     History(history::HistoryArgs),
     /// Restore the state of an earlier revision as a new revision
     Rollback(history::RollbackArgs),

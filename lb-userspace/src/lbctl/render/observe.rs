@@ -70,7 +70,8 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
     let by = if r.number == 0 {
         "empty, nothing has been configured yet".to_owned()
     } else {
-        format!("by {}, {}: {}", r.author, units::time(r.time_ms), r.message)
+        let reason = r.reason().map(|reason| format!(" ({reason})")).unwrap_or_default();
+        format!("by {}, {}: {}{reason}", r.author, units::time(r.time_ms), r.change())
     };
     let interfaces: Vec<String> =
         s.interfaces.iter().map(|i| format!("{} ({} XDP)", i.name, i.mode)).collect();
@@ -230,14 +231,36 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn history(out: &mut Out<'_>, list: &[Revision]) -> io::Result<()> {
-    let mut table = TextTable::new(&[">REVISION", "TIME", "AUTHOR", "CHANGE"], out.colour);
+    let mut headings = vec![">REVISION", "TIME", "AUTHOR", "CHANGE"];
+    if list.iter().any(|r| r.reason().is_some()) {
+        headings.push("MESSAGE");
+    }
+    let mut table = TextTable::new(&headings, out.colour);
     for r in list {
         table.row([
             toned(r.number, Tone::Strong),
             plain(units::time(r.time_ms)),
             plain(&r.author),
-            plain(&r.message),
+            plain(r.change()),
+            plain(r.reason().unwrap_or_default()),
         ]);
     }
     table.print(out)
+}
+
+/// Prints author, time and message of a revision.
+///
+/// # Errors
+/// Writing failed.
+pub fn revision(out: &mut Out<'_>, r: &Revision) -> io::Result<()> {
+    let mut pairs = vec![
+        ("revision", r.number.to_string()),
+        ("author", r.author.clone()),
+        ("time", format!("{} ({} ago)", units::time(r.time_ms), ago(r.time_ms))),
+    ];
+    match r.reason() {
+        Some(reason) => pairs.extend([("message", reason.to_owned()), ("change", r.change().to_owned())]),
+        None => pairs.push(("change", r.change().to_owned())),
+    }
+    fields(out, &pairs)
 }

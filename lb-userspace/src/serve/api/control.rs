@@ -365,12 +365,17 @@ impl Control {
                 let (revision, dry_run) = (found, query.dry_run);
                 return Ok(Change { revision, dry_run, differences, applied: None, notes: Vec::new() });
             }
-            let message = query.message.clone().unwrap_or_else(|| summarize(&differences));
+            let summary = summarize(&differences);
+            let (message, summary) = match &query.message {
+                Some(message) => (message.clone(), Some(summary)),
+                None => (summary, None),
+            };
             let commit = Commit {
                 expected: found,
                 desired,
                 author: author.name.clone(),
                 message: message.clone(),
+                summary: summary.clone(),
                 time: SystemTime::now(),
             };
             let committed = {
@@ -382,7 +387,11 @@ impl Control {
                 Err(error) => return Err(error.into()),
                 Ok(stored) => {
                     let revision = stored.revision.number;
-                    tracing::info!(revision, author = author.name, change = message, "desired state changed");
+                    let (change, message) = match &summary {
+                        Some(summary) => (summary, Some(&message)),
+                        None => (&message, None),
+                    };
+                    tracing::info!(revision, author = author.name, change, message, "desired state changed");
                     let applied = Some(self.wait_applied(revision).await?);
                     let notes = Vec::new();
                     return Ok(Change { revision, dry_run: false, differences, applied, notes });

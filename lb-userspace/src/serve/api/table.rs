@@ -48,6 +48,8 @@ pub(super) fn table() -> Vec<Endpoint> {
         Endpoint::new(GET, "/v1/config", Read, routes::config_export),
         Endpoint::new(PUT, "/v1/config", DryRun, routes::config_apply),
         Endpoint::new(GET, "/v1/history", Read, routes::history),
+        Endpoint::new(GET, "/v1/history/{revision}", Read, routes::history_show),
+        Endpoint::new(GET, "/v1/history/{from}/diff/{to}", Read, routes::history_diff),
         Endpoint::new(POST, "/v1/rollback", DryRun, routes::rollback),
         Endpoint::new(GET, "/v1/store", Read, store::status),
         Endpoint::new(POST, "/v1/store/migrate", Write, store::migrate),
