@@ -60,6 +60,8 @@ fn start(directory: &Path) -> std::path::PathBuf {
             control.publish_report(HostReport { host, region, zone, ..HostReport::default() });
             tokio::spawn(control.clone().run_member());
             tokio::spawn(control.clone().run_apply_loop());
+            control.wait_first_applied().await;
+            tokio::spawn(control.clone().run_events());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();
             api::serve(listener, control, writers, std::future::pending()).await.unwrap();

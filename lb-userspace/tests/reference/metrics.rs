@@ -43,6 +43,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_map_limit_entries", &["map"]),
     ("lb_guard_entries", &["list"]),
     ("lb_dataplane_packets", &["reason", "fate"]),
+    ("lb_hook_runs", &["hook", "program", "result"]),
     ("lb_service_packets", &["service"]),
     ("lb_service_bytes", &["service"]),
     ("lb_service_flows", &["service"]),

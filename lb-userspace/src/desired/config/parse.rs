@@ -1,6 +1,6 @@
 //! Parses a [`File`], collecting problems instead of stopping at the first.
 
-use super::{ConfigProblem, File, Options, keys, nearest};
+use super::{ConfigProblem, File, Hook, Options, keys, nearest};
 use crate::desired::model::{Backend, Desired, Name, Region, Service, Subject};
 use serde::de::DeserializeOwned;
 use std::{
@@ -25,15 +25,15 @@ pub fn parse(text: &str) -> Result<File, Vec<ConfigProblem>> {
     if parser.problems.is_empty() { Ok(file) } else { Err(parser.finish()) }
 }
 
-/// Reads `[lbd]` alone, where the services have mistakes; none if there are mistakes elsewhere.
-pub fn parse_options(text: &str) -> Option<Options> {
+/// Reads `[lbd]` and `[[hook]]` alone, where the services have mistakes; none if there are mistakes elsewhere.
+pub fn parse_settings(text: &str) -> Option<File> {
     let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut table = table.into_inner();
     table.remove("service");
     table.remove("region");
     let file = parser.file(table);
-    (errors.is_empty() && parser.problems.is_empty()).then_some(file.options)
+    (errors.is_empty() && parser.problems.is_empty()).then_some(file)
 }
 
 fn line_starts(text: &str) -> Vec<usize> {
@@ -91,6 +91,11 @@ impl Parser<'_> {
             self.check_keys(&mut lbd, keys::LBD, "[lbd]");
             file.options = self.read::<Options>(span, lbd, "[lbd]").unwrap_or_default();
         }
+        if let Some(hooks) = table.remove("hook") {
+            for hook in self.array(hooks, "hook", "[[hook]]") {
+                file.hooks.extend(self.hook(hook));
+            }
+        }
         let (services, regions) = (table.remove("service"), table.remove("region"));
         if services.is_some() || regions.is_some() {
             let mut positions = Positions::default();
@@ -128,6 +133,18 @@ impl Parser<'_> {
             file.desired = Some(desired);
         }
         file
+    }
+
+    fn hook(&mut self, value: Spanned<DeValue<'_>>) -> Option<Hook> {
+        let (span, mut table) = self.table(value, "[[hook]]")?;
+        self.check_keys(&mut table, keys::HOOK, "[[hook]]");
+        let spans: HashMap<String, Span> =
+            table.iter().map(|(key, value)| (key.get_ref().to_string(), value.span())).collect();
+        let hook = self.read::<Hook>(span.clone(), table, "[[hook]]")?;
+        if let Some((key, what)) = hook.check() {
+            self.problem(spans.get(key).cloned().or(Some(span)), what);
+        }
+        Some(hook)
     }
 
     fn service(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, positions: &mut Positions) {

@@ -270,6 +270,7 @@ fn known_keys_are_those_that_serde_knows() {
     assert_eq!(sorted(fields::<crate::desired::model::ReplicaSource>(bad)), known(keys::REPLICA, &[], &[]));
     let quantities = fields::<std::collections::BTreeMap<crate::desired::model::Quantity, u8>>(bad);
     assert_eq!(sorted(quantities), known(keys::METRICS, &[], &[]));
+    assert_eq!(sorted(fields::<super::Hook>(bad)), known(keys::HOOK, &[], &[]));
     assert_eq!(sorted(fields::<crate::desired::model::Backend>(bad)), known(keys::BACKEND, &["name"], &[]));
 }
 
@@ -316,4 +317,31 @@ fn features_are_on_unless_named() {
     assert_eq!((bits(&[]), bits(&["all"]), bits(&["none"])), (ALL, ALL, 0));
     assert_eq!(bits(&["p2c", "quic"]), P2C | QUIC);
     assert_eq!(NAMES.iter().fold(0, |all, (_, bit)| all | bit), ALL);
+}
+
+#[test]
+fn hooks_are_read_and_their_mistakes_are_found() {
+    let file =
+        File::parse("[[hook]]\non = [\"backend.down\", \"vip\"]\nrun = [\"/bin/mail\", \"ops\"]\n").unwrap();
+    let hook = &file.hooks[0];
+    assert_eq!((hook.on.len(), hook.run.len(), hook.timeout_s), (2, 2, 10));
+    assert!(file.desired.is_none(), "hooks are settings of the daemon");
+    let refused = |text: &str, at, words: &str| {
+        let problems = File::parse(text).unwrap_err();
+        assert!(problems[0].at == Some(at) && problems[0].what.contains(words), "{problems:?}");
+    };
+    let run = "run = [\"/bin/true\"]\n";
+    refused(&format!("[[hook]]\non = [\"backend.dwn\"]\n{run}"), (2, 6), "did you mean backend.down?");
+    refused(&format!("[[hook]]\non = []\n{run}"), (2, 6), "names no event");
+    refused("[[hook]]\non = [\"vip\"]\nrun = [\"mail\"]\n", (3, 7), "not an absolute path");
+    refused("[[hook]]\non = [\"vip\"]\nrun = []\n", (3, 7), "names no program");
+    refused(&format!("[[hook]]\non = [\"vip\"]\n{run}timeout_s = 0\n"), (4, 13), "out of range: 1 to 3600");
+    refused(&format!("[[hook]]\non = [\"vip\"]\n{run}timeout = 3\n"), (4, 1), "did you mean timeout_s?");
+    refused(&format!("[[hook]]\n{run}"), (1, 1), "[[hook]] has no on");
+    // The services have mistakes; the hooks are needed all the same.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lbd.toml");
+    std::fs::write(&path, format!("[[hook]]\non = [\"vip\"]\n{run}[[service]]\nname = \"a\"\n")).unwrap();
+    let (file, mistakes) = File::read_leniently(&path).unwrap();
+    assert!(file.hooks.len() == 1 && mistakes.is_some());
 }

@@ -12,6 +12,7 @@ macro_rules! say {
 mod backend;
 mod config;
 mod doctor;
+mod events;
 mod generate;
 mod guard;
 mod history;
@@ -107,6 +108,10 @@ enum Noun {
     Doctor(doctor::Doctor),
     /// Show counters of backends and of the dataplane
     Stats(observe::StatsArgs),
+    /// Show services and backends with their rates, on a screen that is refreshed
+    Top(observe::TopArgs),
+    /// Show what happened on this host: verdicts, drains, roll-outs, problems, and more
+    Events(events::EventsArgs),
     /// List tracked flows: UDP and NAT flows, and TCP flows that a stateless lookup would misplace
     Flows(observe::FlowsArgs),
     /// Explain where a packet goes, step by step
@@ -180,7 +185,7 @@ struct Force {
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error(transparent)]
     Client(#[from] ClientError),
     /// Refused by lbctl itself, before it contacted lbd.
@@ -310,6 +315,8 @@ fn run(cli: LbctlArgs, writer: &mut dyn Write, colour: bool) -> Result<Exit, Fai
             Noun::Status => observe::status(&mut context).await,
             Noun::Doctor(doctor) => doctor::run(&mut context, doctor).await,
             Noun::Stats(stats) => observe::stats(&mut context, stats).await,
+            Noun::Top(top) => observe::top(&mut context, top).await,
+            Noun::Events(events) => events::events(&mut context, events).await,
             Noun::Flows(flows) => observe::flows(&mut context, flows).await,
             Noun::Explain(explain) => observe::explain(&mut context, explain).await,
             Noun::Guard(command) => guard::run(&mut context, command).await,

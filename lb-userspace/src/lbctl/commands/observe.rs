@@ -3,11 +3,17 @@
 use super::{Context, Exit, Failure};
 use crate::{
     desired::model::{Name, Protocol},
-    lbctl::render::{observe, units::parse_duration},
+    lbctl::{
+        render::{observe, units::parse_duration},
+        top::{self, TopOptions},
+    },
     serve::{api::types, explain::ConnectionId},
 };
 use clap::Args;
-use std::{net::SocketAddr, time::Duration};
+use std::{io::IsTerminal, net::SocketAddr, time::Duration};
+
+/// Width of the text of `lbctl top --once` where there is no terminal.
+const ONCE_WIDTH: u16 = 80;
 
 /// Arguments of `lbctl stats`.
 #[derive(Debug, Args)]
@@ -21,6 +27,20 @@ pub struct StatsArgs {
     /// With --watch: stop after this many prints
     #[arg(long, value_name = "N", requires = "watch")]
     count: Option<u64>,
+}
+
+/// Arguments of `lbctl top`.
+#[derive(Debug, Args)]
+#[command(after_help = "Keys: ? explains them, q quits. Counters and rates are this host's.")]
+pub struct TopArgs {
+    /// Show the backends of this service first
+    service: Option<Name>,
+    /// Time between two samples
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "1s")]
+    interval: Duration,
+    /// Print one screen as text, with the rates over one interval, and end
+    #[arg(long)]
+    once: bool,
 }
 
 /// Arguments of `lbctl flows`.
@@ -89,6 +109,26 @@ pub async fn stats(context: &mut Context<'_>, stats: StatsArgs) -> Result<Exit, 
             _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
         }
     }
+}
+
+/// Shows services and backends with their rates.
+pub async fn top(context: &mut Context<'_>, args: TopArgs) -> Result<Exit, Failure> {
+    if context.out.json {
+        let what = "top has no JSON output: use `lbctl stats --watch -o json`".to_owned();
+        return Err(Failure::Usage { what });
+    }
+    let options = TopOptions { interval: args.interval, service: args.service };
+    if args.once {
+        let width = context.out.columns().unwrap_or(ONCE_WIDTH);
+        let text = top::once(&context.client, &options, width).await?;
+        context.out.raw(text.as_bytes())?;
+    } else if std::io::stdout().is_terminal() {
+        top::run(&context.client, &options).await?;
+    } else {
+        let what = "standard output is not a terminal: give --once for one screen as text".to_owned();
+        return Err(Failure::Usage { what });
+    }
+    Ok(Exit::Ok)
 }
 
 /// Lists tracked flows.

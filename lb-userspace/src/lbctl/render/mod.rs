@@ -96,6 +96,11 @@ impl<'a> Out<'a> {
         textwrap::wrap(text, options).iter().try_for_each(|line| writeln!(self.writer, "{line}"))
     }
 
+    /// Width of the terminal, in columns, if lines are fitted to one.
+    pub fn columns(&self) -> Option<u16> {
+        self.width
+    }
+
     /// Writes bytes unchanged.
     ///
     /// # Errors

@@ -7,7 +7,11 @@ use super::{
     table::{TextTable, plain, toned},
     units,
 };
-use crate::{desired::store::Revision, printable::escape, serve::api::types::*};
+use crate::{
+    desired::store::Revision,
+    printable::escape,
+    serve::api::{events::EventRecord, types::*},
+};
 use std::io;
 
 /// Formats the store's engine, its location, and whether lbd is connected to it.
@@ -224,6 +228,17 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
         out.line(format!("=> {}", out.paint(Tone::Bad, "not forwarded")))?;
     }
     Ok(())
+}
+
+/// Prints an event as a line; columns are as wide as most events need, because later ones are not known.
+///
+/// # Errors
+/// Writing failed.
+pub fn event(out: &mut Out<'_>, e: &EventRecord) -> io::Result<()> {
+    let tone = if e.is_bad() { Tone::Bad } else { Tone::Strong };
+    let kind = out.paint(tone, &format!("{:<19}", e.kind));
+    let subject = format!("{:<16}", escape(&e.subject.to_string()));
+    out.line(format!("{}  {kind}  {subject}  {}", units::time(e.time_ms), escape(&e.cause)).trim_end())
 }
 
 /// Prints `lbctl history`.

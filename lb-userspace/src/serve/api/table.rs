@@ -5,7 +5,7 @@ use super::{
         Endpoint,
         Right::{DryRun, Read, Write},
     },
-    guard, host, locks, members, region_drain, regions, rollouts, routes, store,
+    events, guard, host, locks, members, region_drain, regions, rollouts, routes, store,
 };
 use axum::http::Method;
 
@@ -43,6 +43,7 @@ pub(super) fn table() -> Vec<Endpoint> {
         ),
         Endpoint::new(GET, "/v1/replicas", Read, routes::replicas),
         Endpoint::new(GET, "/v1/stats", Read, routes::stats),
+        Endpoint::new(GET, "/v1/events", Read, events::stream::events),
         Endpoint::new(GET, "/v1/flows", Read, routes::flows),
         Endpoint::new(GET, "/v1/explain", Read, routes::explain_flow),
         Endpoint::new(GET, "/v1/config", Read, routes::config_export),

@@ -16,9 +16,9 @@ use std::{sync::Arc, time::Duration};
 
 pub(super) struct Bed {
     _directory: tempfile::TempDir,
-    engine: Arc<MemoryEngine>,
+    pub(super) engine: Arc<MemoryEngine>,
     pub(super) control: Arc<Control>,
-    client: ApiClient,
+    pub(super) client: ApiClient,
 }
 
 pub(super) async fn bed(may_write: bool) -> Bed {
