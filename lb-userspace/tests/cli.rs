@@ -153,7 +153,7 @@ fn completions_and_man_pages_are_written() {
     for shell in ["bash", "zsh", "fish"] {
         let output = lbctl(&["completions", shell]);
         let script = String::from_utf8(output.stdout).unwrap();
-        assert!(output.status.success() && script.contains("undrain"), "{shell}");
+        assert!(output.status.success() && script.contains("LBCTL_COMPLETE"), "{shell}: {script}");
     }
     let directory = tempfile::tempdir().unwrap();
     let pages = directory.path().join("man");
@@ -163,6 +163,41 @@ fn completions_and_man_pages_are_written() {
     let top = std::fs::read_to_string(pages.join("lbctl.1")).unwrap();
     assert!(top.contains("Exit codes"), "{top}");
     assert!(std::fs::read_to_string(pages.join("lbd-worker.1")).unwrap().contains("gue"));
+}
+
+/// Words that bash offers for the last of these words.
+fn completed(socket: &Path, words: &[&str]) -> Vec<String> {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lbctl"));
+    command.env("LBD_SOCKET", socket).env("LBCTL_COMPLETE", "bash").arg("--").arg("lbctl").args(words);
+    command.env("_CLAP_COMPLETE_INDEX", words.len().to_string()).env("_CLAP_COMPLETE_COMP_TYPE", "9");
+    command.env("_CLAP_IFS", "\n").env("_CLAP_COMPLETE_SPACE", "true");
+    let output = command.output().unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn names_and_values_are_completed() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    for name in ["chat", "check"] {
+        let vip = format!("10.0.0.{}:80/tcp", name.len());
+        assert_eq!(lbctl(&socket, &["service", "add", name, "--vip", &vip]).0, 0);
+    }
+    lbctl(&socket, &["backend", "add", "chat", "gpu-1", "10.1.0.1"]);
+    lbctl(&socket, &["backend", "add", "check", "cpu-1", "10.1.0.2"]);
+    let words = |words: &[&str]| completed(&socket, words);
+    assert_eq!(words(&["backend", "drain", "ch"]), ["chat", "check"]);
+    assert_eq!(words(&["backend", "drain", "chat", ""])[0], "gpu-1");
+    assert!(!words(&["backend", "drain", "chat", ""]).contains(&"cpu-1".to_owned()));
+    assert_eq!(words(&["flows", "--service", "che"]), ["check"]);
+    assert_eq!(words(&["service", "rm", "chat"]), ["chat"]);
+    assert_eq!(words(&["service", "set", "chat", "--mode", "g"]), ["gue"]);
+    assert!(words(&["service", "add", "new", "--on-down", ""]).contains(&"keep".to_owned()));
+    assert_eq!(words(&["backe"]), ["backend"]);
+    // Without lbd there are no names, and no wait.
+    let began = std::time::Instant::now();
+    assert!(completed(Path::new("/nowhere"), &["backend", "drain", "ch"]).is_empty());
+    assert!(began.elapsed() < std::time::Duration::from_secs(5));
 }
 
 #[test]

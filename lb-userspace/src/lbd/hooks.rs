@@ -104,22 +104,22 @@ async fn follow(hook: Arc<Hook>, log: Arc<EventLog>, counts: Arc<HookCounts>, so
 
 /// How a program ended.
 #[derive(Debug, PartialEq, Eq)]
-enum Outcome {
+enum HookOutcome {
     Ok,
     Failed(String),
     Timeout,
 }
 
-fn count(hook: &Hook, event: &EventRecord, counts: &HookCounts, outcome: Outcome) {
+fn count(hook: &Hook, event: &EventRecord, counts: &HookCounts, outcome: HookOutcome) {
     let add = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
     let (program, kind, seq) = (&hook.run[0], &event.kind, event.seq);
     match outcome {
-        Outcome::Ok => drop(add(&counts.ok)),
-        Outcome::Failed(why) => {
+        HookOutcome::Ok => drop(add(&counts.ok)),
+        HookOutcome::Failed(why) => {
             add(&counts.failed);
             tracing::warn!(hook = program, event = %kind, seq, "hook failed: {why}");
         }
-        Outcome::Timeout => {
+        HookOutcome::Timeout => {
             add(&counts.timeout);
             let timeout_s = hook.timeout_s;
             tracing::warn!(hook = program, event = %kind, seq, timeout_s, "hook took too long and was killed");
@@ -128,9 +128,9 @@ fn count(hook: &Hook, event: &EventRecord, counts: &HookCounts, outcome: Outcome
 }
 
 /// A program in a process group of its own, which is killed with it.
-struct Group(Child);
+struct HookProcess(Child);
 
-impl Drop for Group {
+impl Drop for HookProcess {
     fn drop(&mut self) {
         // Only as long as the program was not waited for: afterwards its number may be that of another process.
         if let Some(id) = self.0.id().and_then(|id| i32::try_from(id).ok()) {
@@ -140,7 +140,7 @@ impl Drop for Group {
 }
 
 /// Runs a hook's program for an event.
-async fn start(hook: &Hook, event: &EventRecord, socket: &str) -> Outcome {
+async fn start(hook: &Hook, event: &EventRecord, socket: &str) -> HookOutcome {
     let mut command = Command::new(&hook.run[0]);
     command.args(&hook.run[1..]).env_clear().current_dir("/").process_group(0).kill_on_drop(true);
     command.env("PATH", PATH).env("LB_EVENT", &*event.kind).env("LB_EVENT_ID", event.id().to_string());
@@ -160,8 +160,8 @@ async fn start(hook: &Hook, event: &EventRecord, socket: &str) -> Outcome {
     }
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut group = match command.spawn() {
-        Ok(child) => Group(child),
-        Err(error) => return Outcome::Failed(format!("cannot start it: {error}")),
+        Ok(child) => HookProcess(child),
+        Err(error) => return HookOutcome::Failed(format!("cannot start it: {error}")),
     };
     let mut text = serde_json::to_vec(event).expect("an event has a JSON form");
     text.push(b'\n');
@@ -199,11 +199,11 @@ async fn start(hook: &Hook, event: &EventRecord, socket: &str) -> Outcome {
     };
     let said = String::from_utf8_lossy(&said).trim().to_owned();
     match ended {
-        Err(_) => Outcome::Timeout,
-        Ok(Ok(status)) if status.success() => Outcome::Ok,
-        Ok(Ok(status)) if said.is_empty() => Outcome::Failed(status.to_string()),
-        Ok(Ok(status)) => Outcome::Failed(format!("{status}: {said}")),
-        Ok(Err(error)) => Outcome::Failed(error.to_string()),
+        Err(_) => HookOutcome::Timeout,
+        Ok(Ok(status)) if status.success() => HookOutcome::Ok,
+        Ok(Ok(status)) if said.is_empty() => HookOutcome::Failed(status.to_string()),
+        Ok(Ok(status)) => HookOutcome::Failed(format!("{status}: {said}")),
+        Ok(Err(error)) => HookOutcome::Failed(error.to_string()),
     }
 }
 
@@ -232,7 +232,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = |name: &str| directory.path().join(name).display().to_string();
         let script = format!("cat > {}; env > {}", file("event"), file("env"));
-        assert_eq!(start(&hook(&script), &event(), "/run/s").await, Outcome::Ok);
+        assert_eq!(start(&hook(&script), &event(), "/run/s").await, HookOutcome::Ok);
         let read: EventRecord = serde_json::from_slice(&std::fs::read(file("event")).unwrap()).unwrap();
         assert_eq!(read, event());
         let env = std::fs::read_to_string(file("env")).unwrap();
@@ -249,16 +249,16 @@ mod tests {
     #[tokio::test]
     async fn failures_are_told_with_what_the_program_said() {
         let outcome = start(&hook("echo no mail >&2; exit 3"), &event(), "").await;
-        assert_eq!(outcome, Outcome::Failed("exit status: 3: no mail".to_owned()));
+        assert_eq!(outcome, HookOutcome::Failed("exit status: 3: no mail".to_owned()));
         let endless = "head -c 300000 /dev/zero | tr '\\0' x >&2; exit 1";
-        let Outcome::Failed(said) = start(&hook(endless), &event(), "").await else { panic!() };
+        let HookOutcome::Failed(said) = start(&hook(endless), &event(), "").await else { panic!() };
         assert!(said.len() < STDERR + 40, "{}", said.len());
         let missing = Hook { run: vec!["/nowhere/hook".to_owned()], ..hook("") };
         assert!(
-            matches!(start(&missing, &event(), "").await, Outcome::Failed(why) if why.contains("cannot start"))
+            matches!(start(&missing, &event(), "").await, HookOutcome::Failed(why) if why.contains("cannot start"))
         );
         // It does not read the event.
-        assert_eq!(start(&hook("exec <&-; exit 0"), &event(), "").await, Outcome::Ok);
+        assert_eq!(start(&hook("exec <&-; exit 0"), &event(), "").await, HookOutcome::Ok);
     }
 
     #[tokio::test]
@@ -267,7 +267,7 @@ mod tests {
         let late = directory.path().join("late");
         let script = format!("(sleep 2; touch {}) & wait", late.display());
         let began = Instant::now();
-        assert_eq!(start(&hook(&script), &event(), "").await, Outcome::Timeout);
+        assert_eq!(start(&hook(&script), &event(), "").await, HookOutcome::Timeout);
         assert!(began.elapsed() < Duration::from_millis(1_900), "{:?}", began.elapsed());
         tokio::time::sleep(Duration::from_millis(1_500)).await;
         assert!(!late.exists(), "a child of the program goes on");

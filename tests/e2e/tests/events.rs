@@ -96,13 +96,13 @@ fn what_happens_is_told_once_and_in_order() -> Result<()> {
 #[test]
 fn interfaces_that_go_and_come_are_told() -> Result<()> {
     let bed = Bed::new(Layout { workers: 0, ..Layout::default() })?;
-    bed.ingress.ip(&["link", "add", "spare", "type", "dummy"])?;
+    bed.ingress.ip(&["link", "add", "spare", "type", "veth", "peer", "name", "spare-peer"])?;
     bed.ingress.ip(&["link", "set", "spare", "up"])?;
     let ingress = Ingress::start(&bed, &["--iface", "spare", "--allow-generic"])?;
     wait_for(&ingress, "lbd.started", "kind", "lbd.started")?;
     bed.ingress.ip(&["link", "del", "spare"])?;
     wait_for(&ingress, "interface.lost", "interface", "spare")?;
-    bed.ingress.ip(&["link", "add", "spare", "type", "dummy"])?;
+    bed.ingress.ip(&["link", "add", "spare", "type", "veth", "peer", "name", "spare-peer"])?;
     bed.ingress.ip(&["link", "set", "spare", "up"])?;
     wait_for(&ingress, "interface.attached", "interface", "spare")
 }

@@ -11,12 +11,14 @@ mod ownership;
 mod parse;
 mod resolve;
 mod shared;
+mod words;
 
-pub use export::export;
+pub use export::{export, export_without_seats};
 pub use hook::Hook;
 pub use options::{LogFormat, LogLevel, OnStop, Options};
 pub use ownership::merge;
 pub use resolve::{Settings, SettingsError};
+pub use words::of_value as value_words;
 
 pub use crate::desired::model::nearest;
 

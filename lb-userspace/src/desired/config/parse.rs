@@ -1,6 +1,6 @@
 //! Parses a [`File`], collecting problems instead of stopping at the first.
 
-use super::{ConfigProblem, File, Hook, Options, keys, nearest};
+use super::{ConfigProblem, File, Hook, Options, keys, nearest, words};
 use crate::desired::model::{Backend, Desired, Name, Region, Service, Subject};
 use serde::de::DeserializeOwned;
 use std::{
@@ -18,7 +18,7 @@ pub fn parse(text: &str) -> Result<File, Vec<ConfigProblem>> {
     let (table, errors) = DeTable::parse_recoverable(text);
     // Only the first: after a missing bracket, further errors are meaningless.
     if let Some(error) = errors.first() {
-        parser.problem(error.span(), error.message().to_owned());
+        parser.problem(error.span(), words::syntax(error.message()));
         return Err(parser.finish());
     }
     let file = parser.file(table.into_inner());
@@ -49,6 +49,34 @@ struct Positions {
     services: HashMap<Name, Span>,
     backends: HashMap<(Name, Name), Span>,
     regions: HashMap<Name, Span>,
+    /// Values of the keys of services (`service web`) and backends (`backend web/a`); those of a part have its name before
+    /// theirs (`health.path`).
+    keys: HashMap<(String, String), Span>,
+}
+
+impl Positions {
+    /// Notes where the keys of a table are.
+    fn note_keys(&mut self, subject: &str, table: &TomlTable<'_>) {
+        for (key, value) in table {
+            let key = key.get_ref();
+            self.keys.insert((subject.to_owned(), key.to_string()), value.span());
+            if let DeValue::Table(part) = value.get_ref() {
+                for (inner, value) in part {
+                    self.keys
+                        .insert((subject.to_owned(), format!("{key}.{}", inner.get_ref())), value.span());
+                }
+            }
+        }
+    }
+
+    /// The place of the key that a rule's message names, as in `service web: health: path ...`.
+    fn of_key(&self, message: &str) -> Option<Span> {
+        let (subject, rest) = message.split_once(": ")?;
+        let mut words = rest.split([' ', ':', ',']).filter(|word| !word.is_empty());
+        let (first, second) = (words.next()?, words.next().unwrap_or_default());
+        let find = |key: String| self.keys.get(&(subject.to_owned(), key)).cloned();
+        find(format!("{first}.{second}")).or_else(|| find(first.to_owned()))
+    }
 }
 
 struct Parser<'t> {
@@ -127,7 +155,9 @@ impl Parser<'_> {
                         Subject::Region(region) => positions.regions.get(region),
                         Subject::Lists => None,
                     };
-                    self.problem(span.cloned(), invalid.to_string());
+                    let message = invalid.to_string();
+                    let span = positions.of_key(&message).or_else(|| span.cloned());
+                    self.problem(span, message);
                 }
             }
             file.desired = Some(desired);
@@ -176,6 +206,9 @@ impl Parser<'_> {
             }
         }
         let name = self.name(&span, &mut table, "[[service]]");
+        if let Some((name, _)) = &name {
+            positions.note_keys(&format!("service {name}"), &table);
+        }
         let service = self.read::<Service>(span.clone(), table, "[[service]]");
         let mut found = BTreeMap::new();
         if let Some(backends) = backends {
@@ -215,6 +248,9 @@ impl Parser<'_> {
         let Some((span, mut table)) = self.table(value, "[[service.backend]]") else { return };
         self.check_keys(&mut table, keys::BACKEND, "[[service.backend]]");
         let name = self.name(&span, &mut table, "[[service.backend]]");
+        if let (Some((service, _)), Some((name, _))) = (service, &name) {
+            positions.note_keys(&format!("backend {service}/{name}"), &table);
+        }
         let backend = self.read::<Backend>(span, table, "[[service.backend]]");
         let (Some((name, span)), Some(backend)) = (name, backend) else { return };
         if let Some((service, _)) = service {
@@ -318,9 +354,11 @@ impl Parser<'_> {
                 Ok(thing) => return removed.is_empty().then_some(thing),
                 Err(error) => error,
             };
-            let message = error.message();
+            let message = words::of_value(error.message());
+            let message = message.as_str();
             let missing = message.strip_prefix("missing field `").and_then(|m| m.strip_suffix('`'));
             let at = error.span().unwrap_or_else(|| span.clone());
+            let at = named_in(&table, message, &at).unwrap_or(at);
             let bad = table.iter().find(|(_, v)| v.span().start <= at.start && at.end <= v.span().end);
             let Some(key) = bad.map(|(k, _)| k.clone()).filter(|_| at != span) else {
                 match missing {
@@ -343,4 +381,22 @@ impl Parser<'_> {
             removed.push(key_name);
         }
     }
+}
+
+/// A rule that concerns several keys of a part, such as `[service.health]`, is told without a place, or with that of the
+/// part: the place of the key whose name is the first word of the message.
+fn named_in(table: &TomlTable<'_>, message: &str, at: &Span) -> Option<Span> {
+    let word = message.trim_start_matches("health: ").split([' ', ':']).next()?;
+    let parts = table.values().filter_map(|value| match value.get_ref() {
+        DeValue::Table(part) => Some((value.span(), part)),
+        _ => None,
+    });
+    let mut found = parts.filter_map(|(span, part)| {
+        let value = part.iter().find(|(key, _)| key.get_ref().as_ref() == word)?.1.span();
+        // A place within a part that is known already is better.
+        (*at == span || (at.start <= span.start && span.end <= at.end) || at.end <= span.start)
+            .then_some(value)
+    });
+    let first = found.next()?;
+    found.next().is_none().then_some(first)
 }

@@ -171,7 +171,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}replica = {{ kind = \"custom\" }}\n"),
-            "f:2:8: service s: replica: kind is \"custom\", so metrics must name",
+            "f:6:20: service s: replica: kind is \"custom\", so metrics must name",
         ),
         (
             format!("{service}[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.2\"\nwieght = 1\n"),
@@ -179,11 +179,11 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}drain_s = \"1m\"\n"),
-            "f:6:11: drain_s: invalid type: string \"1m\", expected u32",
+            "f:6:11: drain_s: found the text \"1m\", expected a whole number",
         ),
         (
             format!("{service}mode = \"ipp\"\n"),
-            "f:6:8: mode: unknown variant `ipp`, expected one of `ipip`, `gue`, `l2`, `nat`, `local`",
+            "f:6:8: mode: \"ipp\" is not one of ipip, gue, l2, nat, local; did you mean ipip?",
         ),
         (
             "[[service]]\nname = \"s\"\nvip = \"10.0.0\"\nport = 80\nprotocol = \"tcp\"\n".to_owned(),
@@ -214,14 +214,14 @@ fn each_mistake_has_its_place_and_fix() {
         ("service = 3\n".to_owned(), "f:1:11: service must be the tables [[service]], found integer"),
         ("[[service]\n".to_owned(), "f:1:"),
         (format!("{service}{service}"), "f:7:8: a second service s; the first is in line 2"),
-        (format!("{service}table_size = 100\n"), "f:2:8: service s: table_size 100 is not one of"),
+        (format!("{service}table_size = 100\n"), "f:6:14: service s: table_size 100 is not one of"),
         (
             format!("{service}[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1\"\n"),
-            "f:7:8: backend s/a: address 10.0.0.1 is the service's own VIP",
+            "f:8:11: backend s/a: address 10.0.0.1 is the service's own VIP",
         ),
         (
             format!("{service}[service.health]\nkind = \"tcp\"\npath = \"/\"\n"),
-            "f:6:1: health: path is for kind \"http\" or \"https\" only",
+            "f:8:8: health: path is for kind \"http\" or \"https\" only",
         ),
     ];
     for (text, expected) in cases {
@@ -344,4 +344,34 @@ fn hooks_are_read_and_their_mistakes_are_found() {
     std::fs::write(&path, format!("[[hook]]\non = [\"vip\"]\n{run}[[service]]\nname = \"a\"\n")).unwrap();
     let (file, mistakes) = File::read_leniently(&path).unwrap();
     assert!(file.hooks.len() == 1 && mistakes.is_some());
+}
+
+#[test]
+fn mistakes_are_told_at_their_key_and_in_plain_words() {
+    let service = "[[service]]\nname = \"a\"\nvip = \"10.0.0.1\"\nport = 80\nprotocol = \"tcp\"\n";
+    for (text, at, words) in [
+        (
+            format!("{service}drain_s = \"5m\"\n"),
+            (6, 11),
+            "drain_s: found the text \"5m\", expected a whole number",
+        ),
+        (format!("{service}drain_s = -1\n"), (6, 11), "drain_s: -1 is out of range: 0 to 4294967295"),
+        ("[lbd]\niface = \"eth0\"\n".to_owned(), (2, 9), "iface: found the text \"eth0\", expected a list"),
+        (format!("{service}mode = \"geu\"\n"), (6, 8), "did you mean gue?"),
+        (
+            format!("{service}[service.health]\nkind = \"http\"\npath = \"health\"\n"),
+            (8, 8),
+            "must start with '/'",
+        ),
+        (
+            format!("{service}[service.replica]\nkind = \"stream\"\npath = \"state\"\n"),
+            (8, 8),
+            "must start with '/'",
+        ),
+        ("[[service]]\nname = \"a\n".to_owned(), (2, 10), "the text is not closed"),
+    ] {
+        let problems = File::parse(&text).unwrap_err();
+        let problem = &problems[0];
+        assert!(problem.at == Some(at) && problem.what.contains(words), "{text}\n{problems:#?}");
+    }
 }

@@ -187,7 +187,7 @@ pub struct Lock {
 }
 
 /// Revisions that changed a service, newest first, and the revision before which a search of older ones continues.
-pub type Found = (Vec<Revision>, Option<u64>);
+pub type ServiceHistory = (Vec<Revision>, Option<u64>);
 
 /// Request for a lock.
 #[derive(Clone, Debug)]
@@ -263,7 +263,7 @@ pub trait Store: Send + Sync {
         service: Name,
         before: Option<u64>,
         scan: usize,
-    ) -> BoxFuture<'_, Result<Found, StoreError>>;
+    ) -> BoxFuture<'_, Result<ServiceHistory, StoreError>>;
 
     /// Watches the state of the connection to the store.
     fn link(&self) -> watch::Receiver<StoreLink>;

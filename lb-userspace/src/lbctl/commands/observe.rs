@@ -1,6 +1,6 @@
 //! `lbctl status`, `stats`, `flows` and `explain`.
 
-use super::{Context, Exit, Failure};
+use super::{Context, Exit, Failure, lists::ListFlags};
 use crate::{
     desired::model::{Name, Protocol},
     lbctl::{
@@ -55,6 +55,8 @@ pub struct FlowsArgs {
     /// Maximum number of flows to list
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
+    #[command(flatten)]
+    list: ListFlags,
 }
 
 /// Arguments of `lbctl explain`.
@@ -62,14 +64,22 @@ pub struct FlowsArgs {
 #[command(after_help = "Example: lbctl explain 192.0.2.7:40000 10.0.0.1:80 tcp")]
 pub struct Explain {
     /// Address of the client, as ADDRESS:PORT (IPv6 in brackets)
+    #[arg(value_parser = address_port)]
     source: SocketAddr,
     /// Address of the service (VIP), as ADDRESS:PORT (IPv6 in brackets)
+    #[arg(value_parser = address_port)]
     destination: SocketAddr,
     /// Protocol: tcp or udp
     protocol: Protocol,
     /// With QUIC: destination connection ID of the packet
     #[arg(long, value_name = "HEX")]
     connection_id: Option<ConnectionId>,
+}
+
+/// Parses an address with a port.
+fn address_port(text: &str) -> Result<SocketAddr, String> {
+    let expected = "expected ADDRESS:PORT, such as 192.0.2.7:40000 or [2001:db8::7]:40000";
+    text.parse().map_err(|_| expected.to_owned())
 }
 
 /// Prints lbd's status.
@@ -133,9 +143,13 @@ pub async fn top(context: &mut Context<'_>, args: TopArgs) -> Result<Exit, Failu
 
 /// Lists tracked flows.
 pub async fn flows(context: &mut Context<'_>, flows: FlowsArgs) -> Result<Exit, Failure> {
+    context.list(&flows.list, async |context| list_flows(context, &flows).await).await
+}
+
+async fn list_flows(context: &mut Context<'_>, flows: &FlowsArgs) -> Result<Exit, Failure> {
     let mut query = vec![("limit", flows.limit.to_string())];
-    query.extend(flows.service.map(|s| ("service", s.to_string())));
-    query.extend(flows.backend.map(|b| ("backend", b.to_string())));
+    query.extend(flows.service.as_ref().map(|s| ("service", s.to_string())));
+    query.extend(flows.backend.as_ref().map(|b| ("backend", b.to_string())));
     let list: types::Flows = context.client.get("/v1/flows", &query).await?;
     if context.out.json {
         context.out.json(&list, false)?;

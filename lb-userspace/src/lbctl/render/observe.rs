@@ -114,7 +114,7 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
     }
     let room: Vec<String> = s.room.iter().map(|r| format!("{} {}/{}", r.what, r.used, r.limit)).collect();
     if !room.is_empty() {
-        pairs.push(("room", room.join(", ")));
+        pairs.push(("capacity", room.join(", ")));
     }
     if !s.unresolved.is_empty() {
         pairs.push(("no next hop", format!("{}: {}", s.unresolved.len(), first_few(&s.unresolved))));
@@ -154,7 +154,7 @@ fn reasons<'a>(
 /// Writing failed.
 pub fn stats(out: &mut Out<'_>, now: &Stats, before: Option<&Stats>) -> io::Result<()> {
     let seconds = before.map(|b| (now.time_ms.saturating_sub(b.time_ms) as f64 / 1_000.0).max(0.001));
-    let mut headings = vec!["SERVICE", "BACKEND", ">FLOWS", ">PACKETS", ">BYTES"];
+    let mut headings = vec!["SERVICE", "BACKEND", ">NEW FLOWS", ">PACKETS", ">BYTES"];
     if seconds.is_some() {
         headings.extend([">FLOWS/S", ">PACKETS/S", ">RATE"]);
     }
@@ -225,7 +225,8 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
         out.line(format!("=> {line}"))?;
     }
     if e.answers.is_empty() {
-        out.line(format!("=> {}", out.paint(Tone::Bad, "not forwarded")))?;
+        let outcome = e.outcome.as_deref().unwrap_or("not forwarded");
+        out.line(format!("=> {}", out.paint(Tone::Bad, outcome)))?;
     }
     Ok(())
 }

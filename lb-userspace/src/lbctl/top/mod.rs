@@ -14,7 +14,7 @@ use crate::{
     lbctl::client::ApiClient,
     serve::api::types::{BackendInfo, Replicas, ServiceInfo, Stats, Status},
 };
-use model::{Action, Sample, Top};
+use model::{Top, TopAction, TopSample};
 use ratatui::{
     Terminal,
     backend::TestBackend,
@@ -45,7 +45,7 @@ pub struct TopOptions {
 }
 
 /// Reads one sample.
-async fn sample(client: &ApiClient, service: Option<&Name>) -> Result<Sample, Failure> {
+async fn sample(client: &ApiClient, service: Option<&Name>) -> Result<TopSample, Failure> {
     let status: Status = client.get("/v1/status", &()).await?;
     let services: Vec<ServiceInfo> = client.get("/v1/services", &()).await?;
     let stats: Stats = client.get("/v1/stats", &()).await?;
@@ -58,7 +58,7 @@ async fn sample(client: &ApiClient, service: Option<&Name>) -> Result<Sample, Fa
     } else {
         Vec::new()
     };
-    Ok(Sample { at: Instant::now(), status, services, backends, stats, replicas })
+    Ok(TopSample { at: Instant::now(), status, services, backends, stats, replicas })
 }
 
 /// Prints one screen as text, with rates over one interval.
@@ -128,9 +128,9 @@ pub async fn run(client: &ApiClient, options: &TopOptions) -> Result<(), Failure
             }
             event = keys.recv() => match event {
                 Some(Event::Key(key)) if key.kind != KeyEventKind::Release => match top.key(key) {
-                    Action::None => {}
-                    Action::Sample => is_due = true,
-                    Action::Quit => return Ok(()),
+                    TopAction::None => {}
+                    TopAction::Read => is_due = true,
+                    TopAction::Quit => return Ok(()),
                 },
                 // A new size: the next drawing takes it.
                 Some(_) => {}

@@ -14,7 +14,7 @@ use std::{
 pub const HISTORY: usize = 60;
 
 /// One reading of lbd.
-pub struct Sample {
+pub struct TopSample {
     /// When it was read.
     pub at: Instant,
     /// `GET /v1/status`.
@@ -66,7 +66,7 @@ impl Series {
 }
 
 /// What a row is about: a service, a backend of one, or a reason.
-pub type Key = (String, String);
+pub type RowKey = (String, String);
 
 /// The page that is shown.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,11 +111,11 @@ impl Sort {
 
 /// What a key asks of the loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum TopAction {
     /// Draw again.
     None,
     /// Read a sample now.
-    Sample,
+    Read,
     /// End.
     Quit,
 }
@@ -124,7 +124,7 @@ pub enum Action {
 #[derive(Clone, Debug)]
 pub struct Row {
     /// What it is about.
-    pub key: Key,
+    pub key: RowKey,
     /// Rates; none before the second sample.
     pub rates: Option<Rates>,
     /// Packets per second of the last samples, oldest first.
@@ -139,10 +139,10 @@ pub struct Row {
 pub struct Top {
     page: Page,
     /// The last sample.
-    pub sample: Option<Sample>,
+    pub sample: Option<TopSample>,
     /// Why the last attempt to read one failed.
     pub error: Option<String>,
-    series: BTreeMap<Key, Series>,
+    series: BTreeMap<RowKey, Series>,
     reasons: BTreeMap<String, Series>,
     /// Column that rows are sorted by.
     pub sort: Sort,
@@ -200,8 +200,8 @@ impl Top {
     }
 
     /// Adds a sample.
-    pub fn add(&mut self, sample: Sample) {
-        let mut present: Vec<Key> = Vec::new();
+    pub fn add(&mut self, sample: TopSample) {
+        let mut present: Vec<RowKey> = Vec::new();
         for s in &sample.services {
             let (key, s) = ((s.name.to_string(), String::new()), &s.status);
             self.series.entry(key.clone()).or_default().add(sample.at, [s.flows, s.packets, s.bytes]);
@@ -228,15 +228,15 @@ impl Top {
         self.error = Some(error);
     }
 
-    fn row(&self, key: Key, load: Option<(u64, u64)>, text: String) -> Row {
+    fn row(&self, key: RowKey, load: Option<(u64, u64)>, text: String) -> Row {
         let series = self.series.get(&key);
         let history = series.map(|s| s.history.iter().copied().collect()).unwrap_or_default();
         Row { rates: series.and_then(|s| s.rates), history, key, load, text }
     }
 
     /// Running and waiting requests by service and backend.
-    fn loads(&self) -> BTreeMap<Key, (u64, u64)> {
-        let mut loads: BTreeMap<Key, (u64, u64)> = BTreeMap::new();
+    fn loads(&self) -> BTreeMap<RowKey, (u64, u64)> {
+        let mut loads: BTreeMap<RowKey, (u64, u64)> = BTreeMap::new();
         for r in self.sample.iter().flat_map(|s| &s.replicas) {
             if r.state.readiness == Readiness::Lost {
                 continue;
@@ -336,16 +336,16 @@ impl Top {
         self.selected = self.selected.min(self.rows().len().saturating_sub(1));
     }
 
-    fn open(&mut self, page: Page) -> Action {
+    fn open(&mut self, page: Page) -> TopAction {
         self.page = page;
         (self.selected, self.filter) = (0, String::new());
-        Action::Sample
+        TopAction::Read
     }
 
     /// Handles a key.
-    pub fn key(&mut self, key: KeyEvent) -> Action {
+    pub fn key(&mut self, key: KeyEvent) -> TopAction {
         if key.modifiers.contains(KeyModifiers::CONTROL) && key.code == KeyCode::Char('c') {
-            return Action::Quit;
+            return TopAction::Quit;
         }
         if self.is_editing {
             match key.code {
@@ -356,14 +356,14 @@ impl Top {
                 _ => {}
             }
             self.clamp();
-            return Action::None;
+            return TopAction::None;
         }
         if std::mem::take(&mut self.is_help) && key.code != KeyCode::Char('q') {
-            return Action::None;
+            return TopAction::None;
         }
         let last = self.rows().len().saturating_sub(1);
         match key.code {
-            KeyCode::Char('q') => return Action::Quit,
+            KeyCode::Char('q') => return TopAction::Quit,
             KeyCode::Char('?' | 'h') => self.is_help = true,
             KeyCode::Char('/') => self.is_editing = true,
             KeyCode::Char('p' | ' ') => self.paused = !self.paused,
@@ -382,7 +382,7 @@ impl Top {
             KeyCode::Enter | KeyCode::Right if self.page == Page::Services => {
                 let rows = self.rows();
                 let name = rows.get(self.selected).and_then(|row| row.key.0.parse().ok());
-                return name.map_or(Action::None, |name| self.open(Page::Backends(name)));
+                return name.map_or(TopAction::None, |name| self.open(Page::Backends(name)));
             }
             KeyCode::Esc if !self.filter.is_empty() => self.filter.clear(),
             KeyCode::Esc | KeyCode::Left | KeyCode::Backspace | KeyCode::Char('d')
@@ -392,6 +392,6 @@ impl Top {
             }
             _ => {}
         }
-        Action::None
+        TopAction::None
     }
 }

@@ -1,7 +1,7 @@
 //! The screen in a terminal of memory.
 
 use super::{
-    model::{Action, Page, Sample, Top},
+    model::{Page, Top, TopAction, TopSample},
     view,
 };
 use crate::serve::api::types::{BackendInfo, ServiceInfo, Stats, Status};
@@ -39,7 +39,7 @@ fn spec_of(i: usize) -> Value {
 }
 
 /// A reading at `second`: chat gets 1,000 packets a second and dns 10.
-fn sample(began: Instant, second: u64) -> Sample {
+fn sample(began: Instant, second: u64) -> TopSample {
     let counters = |per_s: u64| json!({"packets": per_s * second, "bytes": per_s * second * 1_250, "flows": per_s * second / 10});
     let merged = |mut a: Value, b: Value| {
         a.as_object_mut().unwrap().extend(b.as_object().unwrap().clone());
@@ -85,7 +85,7 @@ fn sample(began: Instant, second: u64) -> Sample {
     ]))
     .unwrap();
     let at = began + Duration::from_secs(second);
-    Sample { at, status: status(), services, backends, stats, replicas }
+    TopSample { at, status: status(), services, backends, stats, replicas }
 }
 
 fn top() -> Top {
@@ -102,8 +102,8 @@ fn drawn(top: &mut Top, width: u16, height: u16) -> Vec<String> {
     view::text(terminal.backend().buffer()).lines().map(str::to_owned).collect()
 }
 
-fn press(top: &mut Top, keys: &str) -> Action {
-    let mut action = Action::None;
+fn press(top: &mut Top, keys: &str) -> TopAction {
+    let mut action = TopAction::None;
     for c in keys.chars() {
         let code = match c {
             '\n' => KeyCode::Enter,
@@ -140,7 +140,7 @@ fn services_at_80_columns() {
 #[test]
 fn a_service_opens_and_closes() {
     let mut top = top();
-    assert_eq!(press(&mut top, "\n"), Action::Sample);
+    assert_eq!(press(&mut top, "\n"), TopAction::Read);
     assert_eq!(top.service().map(ToString::to_string).as_deref(), Some("chat"));
     let screen = drawn(&mut top, 100, 24).join("\n");
     assert!(screen.contains("gpu-1") && screen.contains("healthy") && screen.contains("30+4"), "{screen}");
@@ -169,11 +169,11 @@ fn rows_are_sorted_filtered_and_selected() {
     assert_eq!(names(&top), ["chat", "dns"]);
     press(&mut top, "vvvv");
     assert_eq!(top.selected, 1);
-    assert_eq!(press(&mut top, "\n"), Action::Sample);
+    assert_eq!(press(&mut top, "\n"), TopAction::Read);
     assert_eq!(top.service().map(ToString::to_string).as_deref(), Some("dns"));
-    assert_eq!(press(&mut top, "q"), Action::Quit);
+    assert_eq!(press(&mut top, "q"), TopAction::Quit);
     let control_c = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
-    assert_eq!(top.key(control_c), Action::Quit);
+    assert_eq!(top.key(control_c), TopAction::Quit);
 }
 
 /// No size of a terminal makes it panic, and small ones still show rows and the help line.

@@ -168,6 +168,9 @@ pub struct BackendStatus {
     /// Next hop to the backend; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,
+    /// Name of the interface to the next hop; only when one backend is requested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
     /// Consecutive successes required to become healthy, if flap damping raised them above `rise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damped: Option<u32>,

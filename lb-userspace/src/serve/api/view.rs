@@ -249,6 +249,7 @@ impl Control {
             info.status.history = entry.history.into();
         }
         info.status.replica = self.replica_entry(&id, s);
+        info.status.interface = info.status.next_hop.and_then(|hop| interface_name(hop.ifindex));
         Ok(info)
     }
 
@@ -325,6 +326,7 @@ impl Control {
             flows: stats.flows,
             drain: self.drain_progress(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
+            interface: None,
             damped,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
@@ -391,6 +393,11 @@ impl StateView {
             })
             .collect()
     }
+}
+
+/// Name of an interface of this host.
+fn interface_name(ifindex: u32) -> Option<String> {
+    nix::net::if_::if_indextoname(ifindex).ok()?.into_string().ok()
 }
 
 /// Why a backend is unhealthy. A last probe that passed is no reason: a backend needs several in a row.

@@ -3,7 +3,7 @@
 use super::{EtcdInner, locked, proto::SortOrder};
 use crate::desired::{
     model::Name,
-    store::{Found, Revision, StoreError},
+    store::{Revision, ServiceHistory, StoreError},
 };
 
 /// Records in one request.
@@ -52,7 +52,7 @@ impl EtcdInner {
         service: &Name,
         before: Option<u64>,
         scan: usize,
-    ) -> Result<Found, StoreError> {
+    ) -> Result<ServiceHistory, StoreError> {
         self.ensure_connected()?;
         let newest = self.head.borrow().revision.number;
         let (begin, mut end) = (self.oldest(newest).max(1), before.unwrap_or(u64::MAX).min(newest + 1));

@@ -27,8 +27,8 @@ use self::{
     proto::{RangeResponse, SortOrder},
 };
 use super::{
-    About, Claim, Commit, Found, HostValues, Local, Lock, Retire, Revision, Store, StoreError, StoreLink,
-    StoreMember, Stored,
+    About, Claim, Commit, HostValues, Local, Lock, Retire, Revision, ServiceHistory, Store, StoreError,
+    StoreLink, StoreMember, Stored,
 };
 use crate::{clock, desired::model::Name};
 use futures_util::future::BoxFuture;
@@ -356,7 +356,7 @@ impl Store for EtcdStore {
         service: Name,
         before: Option<u64>,
         scan: usize,
-    ) -> BoxFuture<'_, Result<Found, StoreError>> {
+    ) -> BoxFuture<'_, Result<ServiceHistory, StoreError>> {
         Box::pin(async move { self.inner.history_of(&service, before, scan).await })
     }
 

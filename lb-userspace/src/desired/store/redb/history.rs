@@ -6,7 +6,7 @@ use super::{
 };
 use crate::desired::{
     model::Name,
-    store::{Found, Revision, StoreError},
+    store::{Revision, ServiceHistory, StoreError},
 };
 use redb::{Database, ReadableDatabase};
 
@@ -20,7 +20,7 @@ impl RedbInner {
         service: &Name,
         before: Option<u64>,
         scan: usize,
-    ) -> Result<Found, StoreError> {
+    ) -> Result<ServiceHistory, StoreError> {
         self.with(|database| {
             let read = database.begin_read().map_err(|e| self.failed(e))?;
             let table = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;

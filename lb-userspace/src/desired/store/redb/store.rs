@@ -4,8 +4,8 @@ use super::{FORMAT, RedbStore};
 use crate::desired::{
     model::Name,
     store::{
-        About, Claim, Commit, Found, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, Store,
-        StoreError, StoreLink, StoreMember, Stored,
+        About, Claim, Commit, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, ServiceHistory,
+        Store, StoreError, StoreLink, StoreMember, Stored,
     },
 };
 use futures_util::future::BoxFuture;
@@ -34,7 +34,7 @@ impl Store for RedbStore {
         service: Name,
         before: Option<u64>,
         scan: usize,
-    ) -> BoxFuture<'_, Result<Found, StoreError>> {
+    ) -> BoxFuture<'_, Result<ServiceHistory, StoreError>> {
         Box::pin(self.blocking(move |inner| inner.history_of(&service, before, scan)))
     }
 

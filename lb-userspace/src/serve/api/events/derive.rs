@@ -90,14 +90,14 @@ pub async fn run(control: Arc<Control>) {
 }
 
 /// Writes events about one look.
-struct Writer<'a> {
+struct EventWriter<'a> {
     log: &'a EventLog,
     revision: u64,
     /// At the first look nothing has happened yet.
     is_first: bool,
 }
 
-impl Writer<'_> {
+impl EventWriter<'_> {
     fn add(&self, kind: &'static str, subject: EventSubject, cause: impl AsRef<str>) {
         if !self.is_first {
             self.log.add(kind, subject, cause.as_ref(), self.revision);
@@ -113,7 +113,7 @@ impl Writer<'_> {
 impl LastLook {
     fn look(&mut self, control: &Control, is_first: bool) {
         let (stored, snapshot) = (control.head(), control.engine.snapshot());
-        let writer = Writer { log: &control.events, revision: snapshot.applied.revision, is_first };
+        let writer = EventWriter { log: &control.events, revision: snapshot.applied.revision, is_first };
         self.desired(&writer, &stored);
         self.applied(&writer, &stored, &snapshot, control.outcome());
         self.interfaces(&writer, control.engine.interfaces(), &control.engine.loaded().waiting);
@@ -131,7 +131,7 @@ impl LastLook {
     }
 
     /// Drains of regions and roll-outs, from the desired state.
-    fn desired(&mut self, writer: &Writer<'_>, stored: &Stored) {
+    fn desired(&mut self, writer: &EventWriter<'_>, stored: &Stored) {
         let Some(before) = self.stored.as_ref().filter(|before| before.revision != stored.revision) else {
             return;
         };
@@ -165,7 +165,7 @@ impl LastLook {
     /// Revisions that came into the maps, or did not.
     fn applied(
         &mut self,
-        writer: &Writer<'_>,
+        writer: &EventWriter<'_>,
         stored: &Stored,
         snapshot: &Snapshot,
         outcome: Option<(u64, Result<AppliedStatus, EngineError>)>,
@@ -197,7 +197,7 @@ impl LastLook {
 
     fn interfaces(
         &mut self,
-        writer: &Writer<'_>,
+        writer: &EventWriter<'_>,
         attached: Vec<Interface>,
         waiting: &[crate::serve::api::types::WaitingInterface],
     ) {
@@ -217,7 +217,7 @@ impl LastLook {
         self.interfaces = now;
     }
 
-    fn verdicts(&mut self, writer: &Writer<'_>, control: &Control) {
+    fn verdicts(&mut self, writer: &EventWriter<'_>, control: &Control) {
         control.health.read(|entries| {
             self.verdicts.retain(|id, _| entries.contains_key(id));
             for (id, entry) in entries {
@@ -239,7 +239,7 @@ impl LastLook {
         });
     }
 
-    fn replicas(&mut self, writer: &Writer<'_>, control: &Control) {
+    fn replicas(&mut self, writer: &EventWriter<'_>, control: &Control) {
         let version = *control.replicas.changes().borrow();
         if version == self.replicas_version && !writer.is_first {
             return;
@@ -270,7 +270,7 @@ impl LastLook {
     }
 
     /// Spill, from the decisions in effect on this host.
-    fn regions(&mut self, writer: &Writer<'_>, control: &Control) {
+    fn regions(&mut self, writer: &EventWriter<'_>, control: &Control) {
         let decisions = control.region_snapshot();
         let mut now = BTreeMap::new();
         for (name, explained) in &decisions.services {
@@ -293,7 +293,7 @@ impl LastLook {
     }
 
     /// Panic, floods, unreachable and removed backends, from the reconciler's snapshot.
-    fn snapshot(&self, writer: &Writer<'_>, now: &Snapshot) {
+    fn snapshot(&self, writer: &EventWriter<'_>, now: &Snapshot) {
         for (name, service) in &now.services {
             let before = self.snapshot.services.get(name);
             let subject = || EventSubject::of_service(name);
@@ -334,7 +334,7 @@ impl LastLook {
     }
 
     /// Drains of backends and of this host.
-    fn drains(&mut self, writer: &Writer<'_>, control: &Control, stored: &Stored, snapshot: &Snapshot) {
+    fn drains(&mut self, writer: &EventWriter<'_>, control: &Control, stored: &Stored, snapshot: &Snapshot) {
         let mut now = BTreeMap::new();
         for (service, s) in &stored.desired.services {
             for (backend, _) in s.backends.iter().filter(|(_, b)| b.state == BackendState::Draining) {
@@ -373,7 +373,7 @@ impl LastLook {
         }
     }
 
-    fn announcement(&mut self, writer: &Writer<'_>, control: &Control) {
+    fn announcement(&mut self, writer: &EventWriter<'_>, control: &Control) {
         let vips = control.announcement().map(|a| a.vips).unwrap_or_default();
         let kinds = ["vip.announced", "vip.withdrawn"];
         let subject = |vip: &IpAddr, interface: Option<&str>| EventSubject {
@@ -398,7 +398,7 @@ impl LastLook {
 
     /// Problems of status. One counts when it has been seen at two looks that are an interval apart: what lbd repairs
     /// within that time needs nobody.
-    fn problems(&mut self, writer: &Writer<'_>, control: &Control) {
+    fn problems(&mut self, writer: &EventWriter<'_>, control: &Control) {
         let now = Instant::now();
         if self.next_problems.is_some_and(|next| now < next) {
             return;

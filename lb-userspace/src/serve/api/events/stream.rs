@@ -46,7 +46,7 @@ pub struct EventsQuery {
 }
 
 /// A reader's position.
-struct Reader {
+struct EventReader {
     log: Arc<EventLog>,
     filter: EventFilter,
     seq: u64,
@@ -96,14 +96,14 @@ fn read(
         }
         None => 0,
     };
-    let reader = Reader { log, filter, seq, follow, pending, _permit: permit };
+    let reader = EventReader { log, filter, seq, follow, pending, _permit: permit };
     stream::unfold(reader, |mut reader| async move {
         let event = reader.next().await?;
         Some((Ok(event), reader))
     })
 }
 
-impl Reader {
+impl EventReader {
     /// The next event for the client; none at the end of the stream.
     async fn next(&mut self) -> Option<sse::Event> {
         let (mut newest, mut closed) = (self.log.watch(), self.log.closed());
