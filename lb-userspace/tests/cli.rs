@@ -266,6 +266,32 @@ fn a_file_with_its_revision_overwrites_nobody() {
     assert_eq!(lbctl(&socket, &["config", "check", &file]).0, 0);
 }
 
+/// Without seats too: the state keeps those that it has.
+#[test]
+fn an_export_applied_to_its_own_state_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    let file = directory.path().join("services.toml").display().to_string();
+    let run = |arguments: &[&str]| assert_eq!(lbctl(&socket, arguments).0, 0, "{arguments:?}");
+    run(&["service", "add", "web", "--vip", "10.0.0.1:80/tcp"]);
+    for name in ["a", "b", "c", "d"] {
+        run(&["backend", "add", "web", name, &format!("10.1.0.{}", name.as_bytes()[0])]);
+    }
+    run(&["backend", "rm", "web", "b"]);
+    run(&["backend", "add", "web", "e", "10.1.0.5"]);
+    run(&["backend", "set", "web", "c", "--weight", "7"]);
+    let full = lbctl(&socket, &["config", "export", "--full"]).1;
+    assert!(full.contains("seat = ") && full.contains("seating = "), "{full}");
+    for flags in [&[][..], &["--full"]] {
+        let (code, text) = lbctl(&socket, &[&["config", "export"], flags].concat());
+        assert!(code == 0 && text.starts_with("# Exported by lbctl"), "{text}");
+        assert_eq!(text.contains("seat"), !flags.is_empty(), "{text}");
+        std::fs::write(&file, text).unwrap();
+        assert_eq!(lbctl(&socket, &["config", "diff", &file]), (0, String::new()));
+    }
+    assert_eq!(lbctl(&socket, &["config", "export", "--full"]).1, full);
+}
+
 #[test]
 fn what_was_migrated_takes_no_changes() {
     let directory = tempfile::tempdir().unwrap();

@@ -28,8 +28,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 /// Interval of the looks at what tells of no change: interfaces, deadlines of drains, problems.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Time for which changes are gathered.
-const GATHER: Duration = Duration::from_millis(20);
+/// Time for which changes are gathered: a look at ten thousand backends takes some milliseconds.
+const GATHER: Duration = Duration::from_millis(50);
 
 /// The host's state at the last look.
 #[derive(Default)]
