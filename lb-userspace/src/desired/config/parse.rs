@@ -358,20 +358,20 @@ impl Parser<'_> {
             let message = message.as_str();
             let missing = message.strip_prefix("missing field `").and_then(|m| m.strip_suffix('`'));
             let at = error.span().unwrap_or_else(|| span.clone());
-            let at = named_in(&table, message, &at).unwrap_or(at);
+            let place_of_key = named_in(&table, message, &at, &span).unwrap_or_else(|| at.clone());
             let bad = table.iter().find(|(_, v)| v.span().start <= at.start && at.end <= v.span().end);
             let Some(key) = bad.map(|(k, _)| k.clone()).filter(|_| at != span) else {
                 match missing {
                     // The field was present, and was reported as wrong.
                     Some(field) if removed.iter().any(|r| r == field) => {}
                     Some(field) => self.problem(Some(at), format!("{place} has no {field}")),
-                    None => self.problem(Some(at), message.to_owned()),
+                    None => self.problem(Some(place_of_key), message.to_owned()),
                 }
                 return None;
             };
             let key_name = key.get_ref().as_ref().to_owned();
             self.problem(
-                Some(at),
+                Some(place_of_key),
                 match missing {
                     Some(field) => format!("{key_name} has no {field}"),
                     None => format!("{key_name}: {message}"),
@@ -385,7 +385,7 @@ impl Parser<'_> {
 
 /// A rule that concerns several keys of a part, such as `[service.health]`, is told without a place, or with that of the
 /// part: the place of the key whose name is the first word of the message.
-fn named_in(table: &TomlTable<'_>, message: &str, at: &Span) -> Option<Span> {
+fn named_in(table: &TomlTable<'_>, message: &str, at: &Span, whole: &Span) -> Option<Span> {
     let word = message.trim_start_matches("health: ").split([' ', ':']).next()?;
     let parts = table.values().filter_map(|value| match value.get_ref() {
         DeValue::Table(part) => Some((value.span(), part)),
@@ -393,9 +393,8 @@ fn named_in(table: &TomlTable<'_>, message: &str, at: &Span) -> Option<Span> {
     });
     let mut found = parts.filter_map(|(span, part)| {
         let value = part.iter().find(|(key, _)| key.get_ref().as_ref() == word)?.1.span();
-        // A place within a part that is known already is better.
-        (*at == span || (at.start <= span.start && span.end <= at.end) || at.end <= span.start)
-            .then_some(value)
+        // Any other place is better than a guess.
+        (*at == span || (at.start <= span.start && span.end <= at.end) || at == whole).then_some(value)
     });
     let first = found.next()?;
     found.next().is_none().then_some(first)
