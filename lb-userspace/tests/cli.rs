@@ -60,6 +60,8 @@ fn start(directory: &Path) -> std::path::PathBuf {
             control.publish_report(HostReport { host, region, zone, ..HostReport::default() });
             tokio::spawn(control.clone().run_member());
             tokio::spawn(control.clone().run_apply_loop());
+            control.wait_first_applied().await;
+            tokio::spawn(control.clone().run_events());
             let (listener, writers) = api::bind(&path, 0o660, None).unwrap();
             ready.send(()).unwrap();
             api::serve(listener, control, writers, std::future::pending()).await;
@@ -190,7 +192,7 @@ fn completions_and_man_pages_are_written() {
     for shell in ["bash", "zsh", "fish"] {
         let output = lbctl(&["completions", shell]);
         let script = String::from_utf8(output.stdout).unwrap();
-        assert!(output.status.success() && script.contains("undrain"), "{shell}");
+        assert!(output.status.success() && script.contains("LBCTL_COMPLETE"), "{shell}: {script}");
     }
     let directory = tempfile::tempdir().unwrap();
     let pages = directory.path().join("man");
@@ -200,6 +202,41 @@ fn completions_and_man_pages_are_written() {
     let top = std::fs::read_to_string(pages.join("lbctl.1")).unwrap();
     assert!(top.contains("Exit codes"), "{top}");
     assert!(std::fs::read_to_string(pages.join("lbd-worker.1")).unwrap().contains("gue"));
+}
+
+/// Words that bash offers for the last of these words.
+fn completed(socket: &Path, words: &[&str]) -> Vec<String> {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_lbctl"));
+    command.env("LBD_SOCKET", socket).env("LBCTL_COMPLETE", "bash").arg("--").arg("lbctl").args(words);
+    command.env("_CLAP_COMPLETE_INDEX", words.len().to_string()).env("_CLAP_COMPLETE_COMP_TYPE", "9");
+    command.env("_CLAP_IFS", "\n").env("_CLAP_COMPLETE_SPACE", "true");
+    let output = command.output().unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().map(|line| line.trim().to_owned()).collect()
+}
+
+#[test]
+fn names_and_values_are_completed() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    for name in ["chat", "check"] {
+        let vip = format!("10.0.0.{}:80/tcp", name.len());
+        assert_eq!(lbctl(&socket, &["service", "add", name, "--vip", &vip]).0, 0);
+    }
+    lbctl(&socket, &["backend", "add", "chat", "gpu-1", "10.1.0.1"]);
+    lbctl(&socket, &["backend", "add", "check", "cpu-1", "10.1.0.2"]);
+    let words = |words: &[&str]| completed(&socket, words);
+    assert_eq!(words(&["backend", "drain", "ch"]), ["chat", "check"]);
+    assert_eq!(words(&["backend", "drain", "chat", ""])[0], "gpu-1");
+    assert!(!words(&["backend", "drain", "chat", ""]).contains(&"cpu-1".to_owned()));
+    assert_eq!(words(&["flows", "--service", "che"]), ["check"]);
+    assert_eq!(words(&["service", "rm", "chat"]), ["chat"]);
+    assert_eq!(words(&["service", "set", "chat", "--mode", "g"]), ["gue"]);
+    assert!(words(&["service", "add", "new", "--on-down", ""]).contains(&"keep".to_owned()));
+    assert_eq!(words(&["backe"]), ["backend"]);
+    // Without lbd there are no names, and no wait.
+    let began = std::time::Instant::now();
+    assert!(completed(Path::new("/nowhere"), &["backend", "drain", "ch"]).is_empty());
+    assert!(began.elapsed() < std::time::Duration::from_secs(5));
 }
 
 #[test]
@@ -266,6 +303,32 @@ fn a_file_with_its_revision_overwrites_nobody() {
     let (code, said) = lbctl(&socket, &["config", "apply", &file]);
     assert!(code == 4 && said.contains("at revision 2 by now, not 1"), "{said}");
     assert_eq!(lbctl(&socket, &["config", "check", &file]).0, 0);
+}
+
+/// Without seats too: the state keeps those that it has.
+#[test]
+fn an_export_applied_to_its_own_state_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = start(directory.path());
+    let file = directory.path().join("services.toml").display().to_string();
+    let run = |arguments: &[&str]| assert_eq!(lbctl(&socket, arguments).0, 0, "{arguments:?}");
+    run(&["service", "add", "web", "--vip", "10.0.0.1:80/tcp"]);
+    for name in ["a", "b", "c", "d"] {
+        run(&["backend", "add", "web", name, &format!("10.1.0.{}", name.as_bytes()[0])]);
+    }
+    run(&["backend", "rm", "web", "b"]);
+    run(&["backend", "add", "web", "e", "10.1.0.5"]);
+    run(&["backend", "set", "web", "c", "--weight", "7"]);
+    let full = lbctl(&socket, &["config", "export", "--full"]).1;
+    assert!(full.contains("seat = ") && full.contains("seating = "), "{full}");
+    for flags in [&[][..], &["--full"]] {
+        let (code, text) = lbctl(&socket, &[&["config", "export"], flags].concat());
+        assert!(code == 0 && text.starts_with("# Exported by lbctl"), "{text}");
+        assert_eq!(text.contains("seat"), !flags.is_empty(), "{text}");
+        std::fs::write(&file, text).unwrap();
+        assert_eq!(lbctl(&socket, &["config", "diff", &file]), (0, String::new()));
+    }
+    assert_eq!(lbctl(&socket, &["config", "export", "--full"]).1, full);
 }
 
 #[test]

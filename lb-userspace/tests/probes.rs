@@ -37,7 +37,8 @@ fn stored(backends: usize, port: u16, kind: &str) -> Stored {
         .collect();
     let desired = serde_json::json!({"services": {"s": {"vip": "10.0.0.1", "port": port, "protocol": "tcp",
         "health": {"kind": kind, "interval_ms": 1_000, "timeout_ms": 2_000}, "backends": all}}});
-    let revision = Revision { number: 1, author: String::new(), time_ms: 0, message: String::new() };
+    let revision =
+        Revision { number: 1, author: String::new(), time_ms: 0, message: String::new(), summary: None };
     Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
 }
 

@@ -122,22 +122,40 @@ impl ApiClient {
             request = request.json(body);
         }
         let response = request.send().await.map_err(|e| self.unreachable(&e))?;
-        let status = response.status();
+        let response = self.accepted(response).await?;
         let bytes = response.bytes().await.map_err(|e| self.unreachable(&e))?;
-        let unexpected = |what: String| ClientError::UnexpectedResponse {
-            socket: self.socket.display().to_string(),
-            what,
-        };
+        serde_json::from_slice(&bytes).map_err(|e| self.unexpected(e.to_string()))
+    }
+
+    /// Opens a stream of server-sent events.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn event_stream(&self, path: &str, query: &impl Serialize) -> Result<EventStream, ClientError> {
+        let request = self.http.get(format!("http://lbd{path}")).query(query);
+        let response = request.send().await.map_err(|e| self.unreachable(&e))?;
+        let response = self.accepted(response).await?;
+        Ok(EventStream { client: self.clone(), response, text: Vec::new() })
+    }
+
+    /// The response, if it is a success.
+    async fn accepted(&self, response: reqwest::Response) -> Result<reqwest::Response, ClientError> {
+        let status = response.status();
         if status.is_success() {
-            return serde_json::from_slice(&bytes).map_err(|e| unexpected(e.to_string()));
+            return Ok(response);
         }
+        let bytes = response.bytes().await.map_err(|e| self.unreachable(&e))?;
         match serde_json::from_slice::<ErrorBody>(&bytes) {
             Ok(body) => Err(ClientError::Refused { info: body.error }),
             Err(_) => {
                 let text: String = String::from_utf8_lossy(&bytes).chars().take(200).collect();
-                Err(unexpected(format!("{status} {text}")))
+                Err(self.unexpected(format!("{status} {text}")))
             }
         }
+    }
+
+    fn unexpected(&self, what: String) -> ClientError {
+        ClientError::UnexpectedResponse { socket: self.socket.display().to_string(), what }
     }
 
     fn unreachable(&self, error: &reqwest::Error) -> ClientError {
@@ -160,5 +178,87 @@ impl ApiClient {
             _ => "see the log of lbd (`journalctl -u lbd`)",
         };
         ClientError::Unreachable { socket: self.socket.display().to_string(), cause: message, fix }
+    }
+}
+
+/// Longest server-sent event, in bytes.
+const MAX_MESSAGE: usize = 256 * 1024;
+/// Time without a byte after which lbd is gone: it sends a comment more often.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// A server-sent event.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EventMessage {
+    /// Position after the event.
+    pub id: String,
+    /// Type; empty for an ordinary event.
+    pub event: String,
+    /// Text.
+    pub data: String,
+}
+
+impl EventMessage {
+    /// Parses the lines of an event; none if they are a comment only.
+    fn parse(lines: &str) -> Option<Self> {
+        let mut message = Self::default();
+        for line in lines.lines() {
+            let (field, value) = line.split_once(':').unwrap_or((line, ""));
+            let value = value.strip_prefix(' ').unwrap_or(value);
+            match field {
+                "id" => message.id = value.to_owned(),
+                "event" => message.event = value.to_owned(),
+                "data" => message.data.push_str(value),
+                _ => {}
+            }
+        }
+        (!message.data.is_empty()).then_some(message)
+    }
+}
+
+/// A stream of server-sent events.
+pub struct EventStream {
+    client: ApiClient,
+    response: reqwest::Response,
+    /// What was received after the last complete event.
+    text: Vec<u8>,
+}
+
+impl EventStream {
+    /// Waits for the next event; none at the end of the stream.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub async fn next(&mut self) -> Result<Option<EventMessage>, ClientError> {
+        loop {
+            if let Some(end) = self.text.windows(2).position(|two| two == b"\n\n") {
+                let lines: Vec<u8> = self.text.drain(..end + 2).collect();
+                if let Some(message) = EventMessage::parse(&String::from_utf8_lossy(&lines)) {
+                    return Ok(Some(message));
+                }
+                continue;
+            }
+            if self.text.len() > MAX_MESSAGE {
+                return Err(self.client.unexpected(format!("an event of more than {MAX_MESSAGE} bytes")));
+            }
+            match tokio::time::timeout(SILENCE, self.response.chunk()).await {
+                Ok(Ok(Some(bytes))) => self.text.extend_from_slice(&bytes),
+                Ok(Ok(None)) | Err(_) => return Ok(None),
+                Ok(Err(error)) => return Err(self.client.unreachable(&error)),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_sent_events_are_read() {
+        let read = |text| EventMessage::parse(text);
+        let message = read("id: ab-1\ndata: {\"a\":1}\n\n").unwrap();
+        assert_eq!((&*message.id, &*message.event, &*message.data), ("ab-1", "", "{\"a\":1}"));
+        assert_eq!(read("event: gap\ndata:x\n\n").unwrap().event, "gap");
+        assert_eq!(read(":\n\n"), None);
     }
 }

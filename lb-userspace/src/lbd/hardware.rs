@@ -182,9 +182,6 @@ impl Hardware {
                 this.interfaces.repair()
             };
             let Ok(repaired) = tokio::task::spawn_blocking(check).await else { return };
-            for i in &repaired.new {
-                tracing::info!(interface = i.name, ifindex = i.ifindex, mode = i.mode, "attached");
-            }
             if repaired.has_changed {
                 let attached = self.interfaces.attached();
                 let attached = attached.into_iter().map(|i| (i.ifindex, i.name)).collect();

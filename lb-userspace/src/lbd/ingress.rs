@@ -6,7 +6,7 @@
 use super::{
     LiveEngine, attach, describe,
     hardware::Hardware,
-    notify, own_thread, report,
+    hooks, notify, own_thread, report,
     services_file::{self, load_services, reload},
     state::{self, MEMORY},
     supervise,
@@ -19,7 +19,7 @@ use crate::{
     },
     clock,
     desired::{
-        config::{ConfigError, File, OnStop, Options, Settings},
+        config::{ConfigError, File, Hook, OnStop, Options, Settings},
         model::{Desired, Health, Locality, Paths},
         store::{Local, LocalFile, Store},
     },
@@ -94,7 +94,8 @@ pub async fn run(
     daemon.start_checks(&core, observers, scores, &control, &events);
 
     control.set_file_problem(mistakes);
-    let File { options: file_options, desired, .. } = file.unwrap_or_default();
+    let File { options: file_options, hooks, desired, .. } = file.unwrap_or_default();
+    daemon.start_events(&control, config.as_deref(), hooks.clone());
     if let (Some(path), Some(desired)) = (&config, desired) {
         daemon.load_file_services(&control, path, desired).await?;
     }
@@ -109,9 +110,12 @@ pub async fn run(
     notify(&[NotifyState::Ready]);
     tracing::info!(socket = %daemon.settings.socket.display(), "ready");
 
-    let failure =
-        daemon.supervise(&mut signals, &control, &core.thread, config.as_deref(), &file_options).await;
+    let failure = daemon
+        .supervise(&mut signals, &control, &core.thread, config.as_deref(), (&file_options, &hooks))
+        .await;
     notify(&[NotifyState::Stopping]);
+    // Readers of the events would hold up the end of the API.
+    control.events().close();
     stop.send_replace(true);
     daemon.parts.finish("API", GRACE).await;
     if daemon.settings.announce.is_some() && daemon.settings.announce_on_stop == OnStop::Withdraw {
@@ -315,6 +319,20 @@ impl Daemon {
         self.parts.add("readiness", forward(readiness, events.clone(), replica_event));
     }
 
+    /// Starts to find events, and to run hooks for them.
+    fn start_events(&mut self, control: &Arc<Control>, config: Option<&Path>, hooks: Vec<Hook>) {
+        self.parts.add("events", infallible(control.clone().run_events()));
+        let programs = hooks.iter().filter_map(|hook| hook.run.first()).map(Path::new);
+        let problem =
+            config.filter(|_| !hooks.is_empty()).into_iter().chain(programs).find_map(hooks::unsafe_file);
+        if let Some(why) = problem {
+            control.set_hook_problem(why);
+            return;
+        }
+        let socket = self.settings.socket.display().to_string();
+        self.parts.add("hooks", infallible(hooks::run(hooks, control.events().clone(), socket)));
+    }
+
     /// Loads the services of the configuration file, if they have changed.
     async fn load_file_services(
         &self,
@@ -325,9 +343,7 @@ impl Daemon {
         match load_services(control, &*self.local, path, desired).await {
             // Neither an unreachable store nor a file that does not fit must prevent a host from forwarding.
             Err(error) if !control.link().connected || control.head().revision.number > 0 => {
-                let what = describe(&error);
-                tracing::error!("cannot load the services of the configuration file: {what}");
-                control.set_file_problem(Some(what));
+                control.set_file_problem(Some(describe(&error)));
                 Ok(())
             }
             other => other,
@@ -363,11 +379,11 @@ impl Daemon {
         control: &Control,
         reconciler: &JoinHandle<()>,
         config: Option<&Path>,
-        file_options: &Options,
+        file: (&Options, &[Hook]),
     ) -> Option<anyhow::Error> {
         loop {
             match signals.next(&mut self.parts).await {
-                supervise::Incident::Reload => reload(control, &*self.local, config, file_options).await,
+                supervise::Incident::Reload => reload(control, &*self.local, config, file).await,
                 supervise::Incident::Stop(signal) => {
                     tracing::info!(signal, "stopping: the dataplane continues to forward");
                     return None;

@@ -252,6 +252,17 @@ impl Engine for LiveEngine {
         snapshot
     }
 
+    fn changed(&self) -> BoxFuture<'static, ()> {
+        let mut published = self.published.clone();
+        published.mark_unchanged();
+        Box::pin(async move {
+            if published.changed().await.is_err() {
+                // The reconciler has ended: nothing changes any more.
+                std::future::pending().await
+            }
+        })
+    }
+
     fn interfaces(&self) -> Vec<Interface> {
         self.hardware.attached()
     }

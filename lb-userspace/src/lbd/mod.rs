@@ -4,6 +4,7 @@ pub mod args;
 mod attach;
 pub mod command;
 mod hardware;
+mod hooks;
 mod ingress;
 mod live;
 pub mod logging;

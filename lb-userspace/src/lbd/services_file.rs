@@ -3,7 +3,7 @@
 use super::{describe, notify};
 use crate::{
     desired::{
-        config::{ConfigError, File, Options, export, merge},
+        config::{ConfigError, File, Hook, Options, export, merge},
         model::{Desired, differences},
         store::{Local, Stored},
     },
@@ -85,7 +85,12 @@ pub fn tolerate(mistakes: Option<ConfigError>, head: &Stored) -> anyhow::Result<
 }
 
 /// Handles SIGHUP: reads the configuration file again. If the file is invalid, logs the error and changes nothing.
-pub async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>, started_with: &Options) {
+pub async fn reload(
+    control: &Control,
+    local: &dyn Local,
+    config: Option<&Path>,
+    (started_with, hooks): (&Options, &[Hook]),
+) {
     let usec = NotifyState::monotonic_usec_now();
     match usec {
         Ok(usec) => notify(&[NotifyState::Reloading, usec]),
@@ -96,8 +101,8 @@ pub async fn reload(control: &Control, local: &dyn Local, config: Option<&Path>,
         let owned = path.to_owned();
         let file = tokio::task::spawn_blocking(move || File::read(&owned)).await??;
         file.options.clone().resolve()?;
-        if file.options != *started_with {
-            tracing::warn!("[lbd] has changed: restart lbd to apply it (no packet is lost)");
+        if file.options != *started_with || file.hooks != hooks {
+            tracing::warn!("[lbd] or [[hook]] has changed: restart lbd to apply it (no packet is lost)");
         }
         match file.desired {
             Some(desired) => load_services(control, local, path, desired).await,

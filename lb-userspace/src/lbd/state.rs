@@ -94,7 +94,7 @@ pub async fn recent_history(store: &dyn Store) -> Vec<Past> {
             vec![head]
         }
     };
-    tracing::info!(revisions = found.len(), "restoring transitions from the history");
+    tracing::info!("transitions of tables are rebuilt from the last {} revisions", found.len());
     let past = |stored: Stored| Past {
         from_ms: boot_ms - (now_ms as i64 - stored.revision.time_ms as i64),
         desired: stored.desired,

@@ -17,7 +17,7 @@ use crate::{
     desired::model::Protocol,
 };
 use forwarding::forwarding;
-use lb_common::{Backend, Reason, ServiceView, backend, service::flags};
+use lb_common::{Backend, Reason, ServiceView, backend, reason::Fate, service::flags};
 use lb_ebpf::{
     Tables, forward,
     guard::martian,
@@ -164,6 +164,9 @@ pub struct Explanation {
     /// Mode nat: the flow's binding, if any; it overrides the slot and the flow tables.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub binding: Option<Binding>,
+    /// What becomes of the packet if no service forwards it, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outcome: Option<String>,
     /// One answer per kind of packet: for TCP a SYN and an established packet.
     pub answers: Vec<Answer>,
     /// Human-readable explanation, one line per step.
@@ -186,6 +189,7 @@ impl Explanation {
             tracked: false,
             entries: Vec::new(),
             binding: None,
+            outcome: None,
             answers: Vec::new(),
             steps: Vec::new(),
         }
@@ -201,6 +205,7 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
         martian::check(&live, &headers).and_then(|()| martian::check_worker(&live, &headers, headers.port));
     if let Err(reason) = checked {
         explanation.steps.push(format!("dropped if the destination is a VIP: {}", reason.describe()));
+        explanation.outcome = Some(format!("dropped if the destination is a VIP ({})", reason.label()));
         return explanation;
     }
     let source = names.listed(explanation.query.source.ip());
@@ -210,6 +215,7 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
             "dropped if the destination is a VIP: {}: {entry}",
             Reason::GuardDenied.describe()
         ));
+        explanation.outcome = Some("dropped if the destination is a VIP (deny list)".to_owned());
         return explanation;
     }
     if let Some(entry) = source {
@@ -219,6 +225,13 @@ pub fn explain(reader: &Reader, names: &impl Names, query: Query) -> Explanation
         Ok(found) => found,
         Err(reason) => {
             explanation.steps.push(format!("not balanced: {}", reason.describe()));
+            let Query { destination, protocol, .. } = explanation.query;
+            let to = match reason.fate() {
+                Fate::Drop => "dropped",
+                _ => "passed to the host's network stack",
+            };
+            explanation.outcome =
+                Some(format!("{to} (no service at {destination}/{protocol}: {})", reason.label()));
             return explanation;
         }
     };
@@ -454,7 +467,7 @@ fn describe_choice(why: Why) -> &'static str {
         Why::Random => "random: a new flow goes to this backend or another of the service's backends",
         Why::LeastConn => "a new flow goes to the backend with the fewest flows",
         Why::Previous => {
-            "not in a flow table, so the flow is older than the change: the slot's previous primary"
+            "without a flow-table entry it is older than the change: the slot's backend before the drain window"
         }
     }
 }

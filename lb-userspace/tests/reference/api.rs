@@ -2,7 +2,7 @@
 
 use super::text::{cell, check_described, code, head, table};
 use lb_userspace::{
-    desired::store::RedbStore,
+    desired::{model::EVENT_KINDS, store::RedbStore},
     lbctl::client::{ApiClient, ClientError},
     observed::health::HealthRegistry,
     serve::api::{self, Control, memory::MemoryEngine},
@@ -39,6 +39,12 @@ const ROWS: &[Row] = &[
         "Replica state; with `after=VERSION` the answer waits for a newer version",
     ),
     ("GET", "/v1/stats", "", "Counters of backends and drop reasons"),
+    (
+        "GET",
+        "/v1/events",
+        "`kind`, `service`, `after`, `follow`",
+        "Events as server-sent events; continues after the header `Last-Event-ID`",
+    ),
     ("GET", "/v1/flows", "`service`, `backend`, `limit`", "Entries of the flow tables"),
     (
         "GET",
@@ -48,7 +54,14 @@ const ROWS: &[Row] = &[
     ),
     ("GET", "/v1/config", "", "The whole desired state, with its revision"),
     ("PUT", "/v1/config", "body: `{\"revision\"?, \"desired\"}`", "Replace the desired state"),
-    ("GET", "/v1/history", "`before`, `limit`", "Revisions, newest first"),
+    (
+        "GET",
+        "/v1/history",
+        "`before`, `limit`, `service`",
+        "Revisions, newest first; with `service` those that changed it, and `next`: the `before` of the next request",
+    ),
+    ("GET", "/v1/history/{revision}", "", "One revision, and what it changed"),
+    ("GET", "/v1/history/{from}/diff/{to}", "", "Differences between two revisions"),
     ("POST", "/v1/rollback", "body: `{\"revision\"}`", "Make the state of an older revision the newest"),
     ("GET", "/v1/store", "", "Members, regions and hosts of the store"),
     ("GET", "/v1/store/backup", "", "All kept revisions as a file"),
@@ -126,8 +139,16 @@ pub fn page() -> String {
         "\nChanges of services, backends, regions, roll-outs and configuration take `dry_run=true` (only report what would \
          change), `expected=REVISION` (refuse unless this is the newest revision), `message=TEXT` (one line, shown in the \
          history) and `force=true` (allow a VIP that is an address of this host). They return when the maps are written.\n\nErrors are `{\"error\": {\"code\", \"message\", \"fix\"?, \"details\"?}}` \
-         with a status of 4xx or 5xx.\n",
+         with a status of 4xx or 5xx.\n\n## Events\n\n`GET /v1/events` answers with server-sent events: the `data` of each is a JSON \
+         object with `seq`, `boot`, `time_ms`, `kind`, `service`, `backend`, `interface`, `vip`, `region` (as far as the \
+         event is about one), `cause` and `revision`; its `id` is `BOOT-SEQ`. `boot` is that of the run of `lbd`, in which \
+         `seq` counts from 1. With the header `Last-Event-ID` (or `after=ID`) the stream continues there. An event of the \
+         type `gap` says that events are missing: `lbd` keeps the last 16,384, of its current run. `kind=backend,vip` selects kinds and \
+         the kinds that begin with these words, `service=NAME` those about a service; with `follow=false` the answer ends \
+         with the newest event. At most 64 readers follow at once.\n\n",
     );
+    let kinds = EVENT_KINDS.iter().map(|(kind, about)| vec![code(kind), cell(about)]);
+    out.push_str(&table(&["kind", "meaning"], &kinds.collect::<Vec<_>>()));
     out
 }
 
@@ -175,7 +196,10 @@ fn check_routes_exist() {
         let client = ApiClient::new(&socket).unwrap();
         for (method, path, ..) in ROWS {
             let list = if path.starts_with("/v1/guard") { "deny" } else { "none" };
-            let filled = path.replace("{list}", list).replace(['{', '}'], "");
+            let mut filled = path.replace("{list}", list).replace(['{', '}'], "");
+            if filled == "/v1/events" {
+                filled.push_str("?follow=false");
+            }
             let answer = client.send::<serde_json::Value>(method.parse().unwrap(), &filled, &(), None::<&()>);
             if let Err(ClientError::Refused { info }) = answer.await {
                 let unknown = ["no route /", &format!("method {method} is not allowed on")];

@@ -32,6 +32,12 @@ pub const TOP: Table = Table {
         ),
         ("lbd", "table", "none", "Settings of the daemon itself: `[lbd]`, below."),
         (
+            "hook",
+            "array of tables",
+            "none",
+            "Programs that `lbd` starts when something happens: `[[hook]]`, below.",
+        ),
+        (
             "region",
             "array of tables",
             "none",
@@ -48,6 +54,31 @@ pub const TOP: Table = Table {
 
 /// `[[service]]` and the tables in it.
 pub const TABLES: &[Table] = &[
+    Table {
+        title: "[[hook]]",
+        about: "A program that `lbd` starts when something happens. Only this file has hooks: the API cannot set them, and `lbctl config apply` ignores them.",
+        known: keys::HOOK,
+        keys: &[
+            (
+                "on",
+                "array of strings",
+                "",
+                "Kinds of [events](api.md#events), or the words that they begin with: `[\"backend.down\", \"vip\"]`.",
+            ),
+            (
+                "run",
+                "array of strings",
+                "",
+                "Absolute path of the program, and its arguments. It gets the event as JSON on standard input.",
+            ),
+            (
+                "timeout_s",
+                "integer, seconds",
+                "`10`",
+                "Time after which the program and its process group are killed, 1 to 3600.",
+            ),
+        ],
+    },
     Table {
         title: "[[service]]",
         about: "A service: an address, ports and a protocol that clients connect to, and the backends behind it.",

@@ -43,6 +43,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_map_limit_entries", &["map"]),
     ("lb_guard_entries", &["list"]),
     ("lb_dataplane_packets", &["reason", "fate"]),
+    ("lb_hook_runs", &["hook", "program", "result"]),
     ("lb_service_packets", &["service"]),
     ("lb_service_bytes", &["service"]),
     ("lb_service_flows", &["service"]),
@@ -193,7 +194,7 @@ fn ingress_text() -> String {
         let engine = Arc::new(MemoryEngine::new(5));
         engine.apply(desired.clone(), 1).await.unwrap();
         let (author, message, time) = ("root".to_owned(), String::new(), SystemTime::UNIX_EPOCH);
-        store.commit(Commit { expected: 0, desired, author, message, time }).await.unwrap();
+        store.commit(Commit { expected: 0, desired, author, message, summary: None, time }).await.unwrap();
         let control = Control::new(store.clone(), engine, Arc::new(HealthRegistry::default()));
         let (_announcer, announced) =
             watch::channel(Announcement { interface: "lo".into(), ..Announcement::default() });

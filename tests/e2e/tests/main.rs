@@ -20,6 +20,7 @@ mod chain;
 mod change;
 mod control;
 mod doctor;
+mod events;
 mod explain;
 mod fragments;
 mod interfaces;

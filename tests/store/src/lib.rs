@@ -50,7 +50,14 @@ pub fn full(seed: u64) -> Arc<Desired> {
 /// A commit by ann, a second after the one before.
 pub fn commit(expected: u64, desired: Arc<Desired>) -> Commit {
     let time = UNIX_EPOCH + std::time::Duration::from_millis(1_000 * (expected + 1));
-    Commit { expected, desired, author: "ann".into(), message: format!("from {expected}"), time }
+    Commit {
+        expected,
+        desired,
+        author: "ann".into(),
+        message: format!("from {expected}"),
+        summary: None,
+        time,
+    }
 }
 
 /// A test of each promise over a fixture, made anew for each by the expression.
@@ -68,6 +75,7 @@ macro_rules! conformance {
             revisions_last_and_conflicts_are_told
             writers_at_once_do_not_lose_each_other
             old_revisions_are_forgotten
+            changes_are_told_by_service
             any_history_reads_back_as_it_was_written
             every_field_outlives_the_process
             a_large_state_is_one_revision

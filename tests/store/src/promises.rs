@@ -60,7 +60,7 @@ pub async fn revisions_last_and_conflicts_are_told(fixture: &impl Fixture) -> Re
     ensure!(told == [(2, "ann", "from 1", 2_000), (1, "ann", "from 0", 1_000)], "{told:?}");
     ensure!(store.history(Some(2), 10).await?.len() == 1 && store.history(None, 1).await?.len() == 1);
     let error = refused(store.get(9).await)?.to_string();
-    ensure!(error == "revision 9 is not kept: revisions 1 to 2 are", "{error}");
+    ensure!(error == "no revision 9; available: 1 to 2", "{error}");
     ensure!(store.link().borrow().connected && !store.about().await.id.is_empty());
     Ok(())
 }
@@ -118,6 +118,50 @@ pub async fn old_revisions_are_forgotten(fixture: &impl Fixture) -> Result<()> {
     for gone in [0, 1, 7] {
         let error = refused(store.get(gone).await)?;
         ensure!(matches!(error, StoreError::NoRevision { oldest: 8, newest: 10, .. }), "{error}");
+    }
+    Ok(())
+}
+
+/// The author's reason and what changed are both kept; a service's changes can be listed, in pieces.
+pub async fn changes_are_told_by_service(fixture: &impl Fixture) -> Result<()> {
+    let store = fixture.open(100).await?;
+    let steps: [&[(&str, u16, &[u32])]; 6] = [
+        &[("a", 1, &[1])],
+        &[("a", 1, &[1]), ("b", 2, &[])],
+        &[("a", 1, &[1, 2]), ("b", 2, &[])],
+        &[("b", 2, &[])],
+        &[("b", 3, &[])],
+        &[("a", 9, &[]), ("b", 3, &[])],
+    ];
+    for (i, services) in steps.into_iter().enumerate() {
+        let summary = Some(format!("step {i}"));
+        store
+            .commit(lb_userspace::desired::store::Commit { summary, ..commit(i as u64, state(services)) })
+            .await?;
+    }
+    drop(store);
+    let store = fixture.open(100).await?;
+    let head = store.head().revision;
+    ensure!(head.change() == "step 5" && head.reason() == Some("from 5"), "{head:?}");
+    let found = async |name: &str, before, scan| -> Result<(Vec<u64>, Option<u64>)> {
+        let (found, next) = store.history_of(name.parse()?, before, scan).await?;
+        ensure!(found.iter().all(|r| r.summary.is_some()), "{found:?}");
+        Ok((found.iter().map(|r| r.number).collect(), next))
+    };
+    for (name, expected) in [("a", vec![6, 4, 3, 1]), ("b", vec![5, 2]), ("none", vec![])] {
+        ensure!(found(name, None, 100).await? == (expected.clone(), None), "{name}");
+        for scan in 1..7 {
+            let (mut all, mut before) = (Vec::new(), None);
+            loop {
+                let (some, next) = found(name, before, scan).await?;
+                all.extend(some);
+                match next {
+                    Some(next) => before = Some(next),
+                    None => break,
+                }
+            }
+            ensure!(all == expected, "{name}, {scan} at a time: {all:?}");
+        }
     }
     Ok(())
 }

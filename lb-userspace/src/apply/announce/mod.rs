@@ -254,7 +254,8 @@ impl Announcer {
             }
             addresses::remove(&self.handle, found).await.map_err(kernel(format!("remove {vip}")))?;
             let why = decisions.get(&vip).map_or("no service has this VIP".to_owned(), ToString::to_string);
-            tracing::info!(%vip, interface = self.interface, why, "VIP removed");
+            // An event of the API tells of it too, and is in the log.
+            tracing::debug!(%vip, interface = self.interface, why, "VIP removed");
             self.off.insert(vip, Instant::now());
             self.changes += 1;
         }
@@ -277,7 +278,7 @@ impl Announcer {
             let failed = || kernel(format!("add {vip} to {}", self.interface));
             addresses::set_up(&self.handle, ifindex).await.map_err(failed())?;
             addresses::add(&self.handle, ifindex, vip).await.map_err(failed())?;
-            tracing::info!(%vip, interface = self.interface, "VIP added");
+            tracing::debug!(%vip, interface = self.interface, "VIP added");
             up.insert(vip);
             self.changes += 1;
         }

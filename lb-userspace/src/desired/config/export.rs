@@ -8,6 +8,16 @@ use std::fmt::Write;
 /// Writes `[[region]]` and `[[service]]` tables in name order. Settings at their defaults are left out. Deny and allow
 /// lists are not part of files: they may have a million entries, and `lbctl guard` changes and prints them.
 pub fn export(desired: &Desired) -> String {
+    export_with(desired, true)
+}
+
+/// As [`export`], without the positions that lbd gives backends in the tables: applied to the same state, the file
+/// changes nothing; on another host the tables are dealt anew.
+pub fn export_without_seats(desired: &Desired) -> String {
+    export_with(desired, false)
+}
+
+fn export_with(desired: &Desired, with_seats: bool) -> String {
     let Desired { services, regions, guard: _ } = desired;
     let mut out = String::new();
     if services.is_empty() && !regions.is_empty() {
@@ -27,7 +37,7 @@ pub fn export(desired: &Desired) -> String {
         let mut fields = object(service);
         fields.remove("backends");
         let fresh = Service { seating: Vec::new(), ..(**service).clone() };
-        if service.seating == fresh.seating() {
+        if !with_seats || service.seating == fresh.seating() {
             fields.remove("seating");
         }
         // A file without a size gets the size for its number of backends.
@@ -73,7 +83,11 @@ pub fn export(desired: &Desired) -> String {
             let _ = writeln!(out, "\n[[service.backend]]");
             line(&mut out, "name", &json!(name));
             line(&mut out, "address", &json!(backend.address));
-            changed(&mut out, object(backend), &defaults_of_backend(backend));
+            let mut fields = object(backend);
+            if !with_seats {
+                fields.remove("seat");
+            }
+            changed(&mut out, fields, &defaults_of_backend(backend));
         }
     }
     out

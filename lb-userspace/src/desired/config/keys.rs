@@ -3,10 +3,13 @@
 //! A test compares these lists with the keys that serde accepts.
 
 /// Top-level tables and keys.
-pub const TOP: &[&str] = &["revision", "lbd", "region", "service"];
+pub const TOP: &[&str] = &["revision", "lbd", "hook", "region", "service"];
 
 /// `[lbd]`: the table of [`super::Options`] defines its keys.
 pub const LBD: &[&str] = super::Options::KEYS;
+
+/// `[[hook]]`.
+pub const HOOK: &[&str] = &["on", "run", "timeout_s"];
 
 /// `[[service]]`.
 pub const SERVICE: &[&str] = &[

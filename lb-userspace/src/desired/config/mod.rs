@@ -1,20 +1,24 @@
-//! The configuration file: `[lbd]` (the daemon's own settings) and `[[service]]` (desired state).
+//! The configuration file: `[lbd]` and `[[hook]]` (the daemon's own settings) and `[[service]]` (desired state).
 //!
 //! Input: text. Output: a [`File`], or every [`ConfigProblem`] in it with line, column and fix. Pure apart from
 //! [`File::read`]. Called by `lbd` at start and on SIGHUP, and by `lbctl config`.
 
 mod export;
+mod hook;
 pub mod keys;
 mod options;
 mod ownership;
 mod parse;
 mod resolve;
 mod shared;
+mod words;
 
-pub use export::export;
+pub use export::{export, export_without_seats};
+pub use hook::Hook;
 pub use options::{LogFormat, LogLevel, OnStop, Options};
 pub use ownership::merge;
 pub use resolve::{Settings, SettingsError};
+pub use words::of_value as value_words;
 
 pub use crate::desired::model::nearest;
 
@@ -26,6 +30,8 @@ use std::{fmt, path::Path};
 pub struct File {
     /// `[lbd]`.
     pub options: Options,
+    /// `[[hook]]`.
+    pub hooks: Vec<Hook>,
     /// `[[service]]` and `[[region]]`; none if the file has neither, which leaves the services as they are.
     pub desired: Option<Desired>,
     /// `revision`: revision of the desired state that the file was made from, if given.
@@ -112,8 +118,8 @@ impl File {
             Err(error) => error,
         };
         let text = std::fs::read_to_string(path).unwrap_or_default();
-        match parse::parse_options(&text).filter(|_| matches!(error, ConfigError::Problems { .. })) {
-            Some(options) => Ok((Self { options, ..Self::default() }, Some(error))),
+        match parse::parse_settings(&text).filter(|_| matches!(error, ConfigError::Problems { .. })) {
+            Some(settings) => Ok((settings, Some(error))),
             None => Err(error),
         }
     }

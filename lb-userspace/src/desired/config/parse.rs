@@ -1,6 +1,6 @@
 //! Parses a [`File`], collecting problems instead of stopping at the first.
 
-use super::{ConfigProblem, File, Options, keys, nearest};
+use super::{ConfigProblem, File, Hook, Options, keys, nearest, words};
 use crate::desired::model::{Backend, Desired, Name, Region, Service, Subject};
 use serde::de::DeserializeOwned;
 use std::{
@@ -18,22 +18,22 @@ pub fn parse(text: &str) -> Result<File, Vec<ConfigProblem>> {
     let (table, errors) = DeTable::parse_recoverable(text);
     // Only the first: after a missing bracket, further errors are meaningless.
     if let Some(error) = errors.first() {
-        parser.problem(error.span(), error.message().to_owned());
+        parser.problem(error.span(), words::syntax(error.message()));
         return Err(parser.finish());
     }
     let file = parser.file(table.into_inner());
     if parser.problems.is_empty() { Ok(file) } else { Err(parser.finish()) }
 }
 
-/// Reads `[lbd]` alone, where the services have mistakes; none if there are mistakes elsewhere.
-pub fn parse_options(text: &str) -> Option<Options> {
+/// Reads `[lbd]` and `[[hook]]` alone, where the services have mistakes; none if there are mistakes elsewhere.
+pub fn parse_settings(text: &str) -> Option<File> {
     let mut parser = Parser { lines: line_starts(text), text, problems: Vec::new() };
     let (table, errors) = DeTable::parse_recoverable(text);
     let mut table = table.into_inner();
     table.remove("service");
     table.remove("region");
     let file = parser.file(table);
-    (errors.is_empty() && parser.problems.is_empty()).then_some(file.options)
+    (errors.is_empty() && parser.problems.is_empty()).then_some(file)
 }
 
 fn line_starts(text: &str) -> Vec<usize> {
@@ -49,6 +49,34 @@ struct Positions {
     services: HashMap<Name, Span>,
     backends: HashMap<(Name, Name), Span>,
     regions: HashMap<Name, Span>,
+    /// Values of the keys of services (`service web`) and backends (`backend web/a`); those of a part have its name before
+    /// theirs (`health.path`).
+    keys: HashMap<(String, String), Span>,
+}
+
+impl Positions {
+    /// Notes where the keys of a table are.
+    fn note_keys(&mut self, subject: &str, table: &TomlTable<'_>) {
+        for (key, value) in table {
+            let key = key.get_ref();
+            self.keys.insert((subject.to_owned(), key.to_string()), value.span());
+            if let DeValue::Table(part) = value.get_ref() {
+                for (inner, value) in part {
+                    self.keys
+                        .insert((subject.to_owned(), format!("{key}.{}", inner.get_ref())), value.span());
+                }
+            }
+        }
+    }
+
+    /// The place of the key that a rule's message names, as in `service web: health: path ...`.
+    fn of_key(&self, message: &str) -> Option<Span> {
+        let (subject, rest) = message.split_once(": ")?;
+        let mut words = rest.split([' ', ':', ',']).filter(|word| !word.is_empty());
+        let (first, second) = (words.next()?, words.next().unwrap_or_default());
+        let find = |key: String| self.keys.get(&(subject.to_owned(), key)).cloned();
+        find(format!("{first}.{second}")).or_else(|| find(first.to_owned()))
+    }
 }
 
 struct Parser<'t> {
@@ -91,6 +119,11 @@ impl Parser<'_> {
             self.check_keys(&mut lbd, keys::LBD, "[lbd]");
             file.options = self.read::<Options>(span, lbd, "[lbd]").unwrap_or_default();
         }
+        if let Some(hooks) = table.remove("hook") {
+            for hook in self.array(hooks, "hook", "[[hook]]") {
+                file.hooks.extend(self.hook(hook));
+            }
+        }
         let (services, regions) = (table.remove("service"), table.remove("region"));
         if services.is_some() || regions.is_some() {
             let mut positions = Positions::default();
@@ -122,12 +155,26 @@ impl Parser<'_> {
                         Subject::Region(region) => positions.regions.get(region),
                         Subject::Lists => None,
                     };
-                    self.problem(span.cloned(), invalid.to_string());
+                    let message = invalid.to_string();
+                    let span = positions.of_key(&message).or_else(|| span.cloned());
+                    self.problem(span, message);
                 }
             }
             file.desired = Some(desired);
         }
         file
+    }
+
+    fn hook(&mut self, value: Spanned<DeValue<'_>>) -> Option<Hook> {
+        let (span, mut table) = self.table(value, "[[hook]]")?;
+        self.check_keys(&mut table, keys::HOOK, "[[hook]]");
+        let spans: HashMap<String, Span> =
+            table.iter().map(|(key, value)| (key.get_ref().to_string(), value.span())).collect();
+        let hook = self.read::<Hook>(span.clone(), table, "[[hook]]")?;
+        if let Some((key, what)) = hook.check() {
+            self.problem(spans.get(key).cloned().or(Some(span)), what);
+        }
+        Some(hook)
     }
 
     fn service(&mut self, value: Spanned<DeValue<'_>>, desired: &mut Desired, positions: &mut Positions) {
@@ -159,6 +206,9 @@ impl Parser<'_> {
             }
         }
         let name = self.name(&span, &mut table, "[[service]]");
+        if let Some((name, _)) = &name {
+            positions.note_keys(&format!("service {name}"), &table);
+        }
         let service = self.read::<Service>(span.clone(), table, "[[service]]");
         let mut found = BTreeMap::new();
         if let Some(backends) = backends {
@@ -198,6 +248,9 @@ impl Parser<'_> {
         let Some((span, mut table)) = self.table(value, "[[service.backend]]") else { return };
         self.check_keys(&mut table, keys::BACKEND, "[[service.backend]]");
         let name = self.name(&span, &mut table, "[[service.backend]]");
+        if let (Some((service, _)), Some((name, _))) = (service, &name) {
+            positions.note_keys(&format!("backend {service}/{name}"), &table);
+        }
         let backend = self.read::<Backend>(span, table, "[[service.backend]]");
         let (Some((name, span)), Some(backend)) = (name, backend) else { return };
         if let Some((service, _)) = service {
@@ -301,22 +354,24 @@ impl Parser<'_> {
                 Ok(thing) => return removed.is_empty().then_some(thing),
                 Err(error) => error,
             };
-            let message = error.message();
+            let message = words::of_value(error.message());
+            let message = message.as_str();
             let missing = message.strip_prefix("missing field `").and_then(|m| m.strip_suffix('`'));
             let at = error.span().unwrap_or_else(|| span.clone());
+            let place_of_key = named_in(&table, message, &at, &span).unwrap_or_else(|| at.clone());
             let bad = table.iter().find(|(_, v)| v.span().start <= at.start && at.end <= v.span().end);
             let Some(key) = bad.map(|(k, _)| k.clone()).filter(|_| at != span) else {
                 match missing {
                     // The field was present, and was reported as wrong.
                     Some(field) if removed.iter().any(|r| r == field) => {}
                     Some(field) => self.problem(Some(at), format!("{place} has no {field}")),
-                    None => self.problem(Some(at), message.to_owned()),
+                    None => self.problem(Some(place_of_key), message.to_owned()),
                 }
                 return None;
             };
             let key_name = key.get_ref().as_ref().to_owned();
             self.problem(
-                Some(at),
+                Some(place_of_key),
                 match missing {
                     Some(field) => format!("{key_name} has no {field}"),
                     None => format!("{key_name}: {message}"),
@@ -326,4 +381,21 @@ impl Parser<'_> {
             removed.push(key_name);
         }
     }
+}
+
+/// A rule that concerns several keys of a part, such as `[service.health]`, is told without a place, or with that of the
+/// part: the place of the key whose name is the first word of the message.
+fn named_in(table: &TomlTable<'_>, message: &str, at: &Span, whole: &Span) -> Option<Span> {
+    let word = message.trim_start_matches("health: ").split([' ', ':']).next()?;
+    let parts = table.values().filter_map(|value| match value.get_ref() {
+        DeValue::Table(part) => Some((value.span(), part)),
+        _ => None,
+    });
+    let mut found = parts.filter_map(|(span, part)| {
+        let value = part.iter().find(|(key, _)| key.get_ref().as_ref() == word)?.1.span();
+        // Any other place is better than a guess.
+        (*at == span || (at.start <= span.start && span.end <= at.end) || at == whole).then_some(value)
+    });
+    let first = found.next()?;
+    found.next().is_none().then_some(first)
 }

@@ -171,7 +171,7 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}replica = {{ kind = \"custom\" }}\n"),
-            "f:2:8: service s: replica: kind is \"custom\", so metrics must name",
+            "f:6:20: service s: replica: kind is \"custom\", so metrics must name",
         ),
         (
             format!("{service}[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.2\"\nwieght = 1\n"),
@@ -179,11 +179,11 @@ fn each_mistake_has_its_place_and_fix() {
         ),
         (
             format!("{service}drain_s = \"1m\"\n"),
-            "f:6:11: drain_s: invalid type: string \"1m\", expected u32",
+            "f:6:11: drain_s: found the text \"1m\", expected a whole number",
         ),
         (
             format!("{service}mode = \"ipp\"\n"),
-            "f:6:8: mode: unknown variant `ipp`, expected one of `ipip`, `gue`, `l2`, `nat`, `local`",
+            "f:6:8: mode: \"ipp\" is not one of ipip, gue, l2, nat, local; did you mean ipip?",
         ),
         (
             "[[service]]\nname = \"s\"\nvip = \"10.0.0\"\nport = 80\nprotocol = \"tcp\"\n".to_owned(),
@@ -214,14 +214,14 @@ fn each_mistake_has_its_place_and_fix() {
         ("service = 3\n".to_owned(), "f:1:11: service must be the tables [[service]], found integer"),
         ("[[service]\n".to_owned(), "f:1:"),
         (format!("{service}{service}"), "f:7:8: a second service s; the first is in line 2"),
-        (format!("{service}table_size = 100\n"), "f:2:8: service s: table_size 100 is not one of"),
+        (format!("{service}table_size = 100\n"), "f:6:14: service s: table_size 100 is not one of"),
         (
             format!("{service}[[service.backend]]\nname = \"a\"\naddress = \"10.0.0.1\"\n"),
-            "f:7:8: backend s/a: address 10.0.0.1 is the service's own VIP",
+            "f:8:11: backend s/a: address 10.0.0.1 is the service's own VIP",
         ),
         (
             format!("{service}[service.health]\nkind = \"tcp\"\npath = \"/\"\n"),
-            "f:6:1: health: path is for kind \"http\" or \"https\" only",
+            "f:8:8: health: path is for kind \"http\" or \"https\" only",
         ),
     ];
     for (text, expected) in cases {
@@ -270,6 +270,7 @@ fn known_keys_are_those_that_serde_knows() {
     assert_eq!(sorted(fields::<crate::desired::model::ReplicaSource>(bad)), known(keys::REPLICA, &[], &[]));
     let quantities = fields::<std::collections::BTreeMap<crate::desired::model::Quantity, u8>>(bad);
     assert_eq!(sorted(quantities), known(keys::METRICS, &[], &[]));
+    assert_eq!(sorted(fields::<super::Hook>(bad)), known(keys::HOOK, &[], &[]));
     assert_eq!(sorted(fields::<crate::desired::model::Backend>(bad)), known(keys::BACKEND, &["name"], &[]));
 }
 
@@ -316,4 +317,61 @@ fn features_are_on_unless_named() {
     assert_eq!((bits(&[]), bits(&["all"]), bits(&["none"])), (ALL, ALL, 0));
     assert_eq!(bits(&["p2c", "quic"]), P2C | QUIC);
     assert_eq!(NAMES.iter().fold(0, |all, (_, bit)| all | bit), ALL);
+}
+
+#[test]
+fn hooks_are_read_and_their_mistakes_are_found() {
+    let file =
+        File::parse("[[hook]]\non = [\"backend.down\", \"vip\"]\nrun = [\"/bin/mail\", \"ops\"]\n").unwrap();
+    let hook = &file.hooks[0];
+    assert_eq!((hook.on.len(), hook.run.len(), hook.timeout_s), (2, 2, 10));
+    assert!(file.desired.is_none(), "hooks are settings of the daemon");
+    let refused = |text: &str, at, words: &str| {
+        let problems = File::parse(text).unwrap_err();
+        assert!(problems[0].at == Some(at) && problems[0].what.contains(words), "{problems:?}");
+    };
+    let run = "run = [\"/bin/true\"]\n";
+    refused(&format!("[[hook]]\non = [\"backend.dwn\"]\n{run}"), (2, 6), "did you mean backend.down?");
+    refused(&format!("[[hook]]\non = []\n{run}"), (2, 6), "names no event");
+    refused("[[hook]]\non = [\"vip\"]\nrun = [\"mail\"]\n", (3, 7), "not an absolute path");
+    refused("[[hook]]\non = [\"vip\"]\nrun = []\n", (3, 7), "names no program");
+    refused(&format!("[[hook]]\non = [\"vip\"]\n{run}timeout_s = 0\n"), (4, 13), "out of range: 1 to 3600");
+    refused(&format!("[[hook]]\non = [\"vip\"]\n{run}timeout = 3\n"), (4, 1), "did you mean timeout_s?");
+    refused(&format!("[[hook]]\n{run}"), (1, 1), "[[hook]] has no on");
+    // The services have mistakes; the hooks are needed all the same.
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("lbd.toml");
+    std::fs::write(&path, format!("[[hook]]\non = [\"vip\"]\n{run}[[service]]\nname = \"a\"\n")).unwrap();
+    let (file, mistakes) = File::read_leniently(&path).unwrap();
+    assert!(file.hooks.len() == 1 && mistakes.is_some());
+}
+
+#[test]
+fn mistakes_are_told_at_their_key_and_in_plain_words() {
+    let service = "[[service]]\nname = \"a\"\nvip = \"10.0.0.1\"\nport = 80\nprotocol = \"tcp\"\n";
+    for (text, at, words) in [
+        (
+            format!("{service}drain_s = \"5m\"\n"),
+            (6, 11),
+            "drain_s: found the text \"5m\", expected a whole number",
+        ),
+        (format!("{service}drain_s = -1\n"), (6, 11), "drain_s: -1 is out of range: 0 to 4294967295"),
+        ("[lbd]\niface = \"eth0\"\n".to_owned(), (2, 9), "iface: found the text \"eth0\", expected a list"),
+        (format!("{service}mode = \"geu\"\n"), (6, 8), "did you mean gue?"),
+        (
+            format!("{service}[service.health]\nkind = \"http\"\npath = \"health\"\n"),
+            (8, 8),
+            "must start with '/'",
+        ),
+        (
+            format!("{service}[service.replica]\nkind = \"stream\"\npath = \"state\"\n"),
+            (8, 8),
+            "must start with '/'",
+        ),
+        ("[[service]]\nname = \"a\n".to_owned(), (2, 10), "the text is not closed"),
+    ] {
+        let problems = File::parse(&text).unwrap_err();
+        let problem = &problems[0];
+        assert!(problem.at == Some(at) && problem.what.contains(words), "{text}\n{problems:#?}");
+    }
 }

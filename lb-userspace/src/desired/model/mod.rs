@@ -5,6 +5,7 @@ mod check;
 mod check_service;
 mod desired;
 mod difference;
+mod event;
 #[cfg(any(test, feature = "test-support"))]
 pub mod generate;
 pub mod guard;
@@ -24,6 +25,7 @@ mod source;
 pub use check::{Invalid, Subject};
 pub use desired::{Backend, BackendState, Desired, ForwardingMode, OnDown, Scheduler, Service, WhenAllDown};
 pub use difference::{Difference, differences};
+pub use event::{EVENT_KINDS, has_kind_prefix, unknown_kind};
 pub use guard::{Guard, ListName};
 pub use health::{
     DEFAULT_PATH, DEFAULT_STATUS, GrpcCheck, HealthCheck, HealthError, HealthKind, HttpCheck, TlsCheck, Via,

@@ -106,7 +106,7 @@ impl Rollout {
     }
 
     /// How it differs from an earlier state, in words; of another version, it is a new roll-out.
-    pub(super) fn changes(&self, before: &Self) -> String {
+    pub fn changes(&self, before: &Self) -> String {
         let is_same =
             (&self.model, &self.version, self.since_ms) == (&before.model, &before.version, before.since_ms);
         if !is_same {

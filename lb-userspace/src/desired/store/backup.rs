@@ -204,8 +204,13 @@ mod tests {
     use serde_json::json;
 
     fn backup() -> Backup {
-        let revision =
-            |number| Revision { number, author: "ann".into(), time_ms: number, message: "m".into() };
+        let revision = |number| Revision {
+            number,
+            author: "ann".into(),
+            time_ms: number,
+            message: "m".into(),
+            summary: None,
+        };
         let web = json!({"vip": "10.0.0.1", "port": 80, "protocol": "tcp"});
         let entries = vec![
             BackupEntry { revision: revision(3), delta: json!({"services": {"web": web}}) },

@@ -26,7 +26,7 @@ pub enum StoreError {
         name: String,
     },
     /// The revision never existed, or is no longer kept.
-    #[error("revision {number} is not kept: revisions {oldest} to {newest} are")]
+    #[error("no revision {number}; available: {oldest} to {newest}")]
     NoRevision {
         /// Requested revision.
         number: u64,

@@ -25,7 +25,7 @@ pub use self::{
     redb::{FORMAT, RedbStore},
 };
 
-use crate::desired::model::Desired;
+use crate::desired::model::{Desired, Name};
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -45,11 +45,24 @@ pub struct Revision {
     pub author: String,
     /// Time of the change, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// Reason for the change.
+    /// Reason for the change that its author gave; without one, what changed.
     pub message: String,
+    /// What changed, if the message is the author's. Earlier versions did not record it beside a message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
 }
 
 impl Revision {
+    /// What changed; of a record of an earlier version, the author's reason.
+    pub fn change(&self) -> &str {
+        self.summary.as_deref().unwrap_or(&self.message)
+    }
+
+    /// The reason that the author gave, if what changed is recorded beside it.
+    pub fn reason(&self) -> Option<&str> {
+        self.summary.as_ref().map(|_| self.message.as_str())
+    }
+
     /// Time of the change.
     pub fn time(&self) -> SystemTime {
         UNIX_EPOCH + Duration::from_millis(self.time_ms)
@@ -74,8 +87,10 @@ pub struct Commit {
     pub desired: Arc<Desired>,
     /// Author of the change.
     pub author: String,
-    /// Reason for the change.
+    /// Reason for the change that its author gave; without one, what changed.
     pub message: String,
+    /// What changed, if the message is the author's.
+    pub summary: Option<String>,
     /// Time of the change.
     pub time: SystemTime,
 }
@@ -171,6 +186,9 @@ pub struct Lock {
     pub token: Option<String>,
 }
 
+/// Revisions that changed a service, newest first, and the revision before which a search of older ones continues.
+pub type ServiceHistory = (Vec<Revision>, Option<u64>);
+
 /// Request for a lock.
 #[derive(Clone, Debug)]
 pub struct Claim {
@@ -233,6 +251,19 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// Reading fails.
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>>;
+
+    /// Lists the revisions that added, changed or removed a service, among the `scan` kept revisions below `before` (all,
+    /// if none), newest first; also where the search ended, if older revisions are kept. Of the oldest kept revision it is
+    /// unknown what it changed.
+    ///
+    /// # Errors
+    /// Reading fails.
+    fn history_of(
+        &self,
+        service: Name,
+        before: Option<u64>,
+        scan: usize,
+    ) -> BoxFuture<'_, Result<ServiceHistory, StoreError>>;
 
     /// Watches the state of the connection to the store.
     fn link(&self) -> watch::Receiver<StoreLink>;

@@ -4,6 +4,7 @@
 //! themselves are stored once per change. A change of one service among thousands therefore writes only that one.
 
 mod file;
+mod history;
 mod store;
 
 use super::{
@@ -161,7 +162,11 @@ impl RedbInner {
         number: u64,
     ) -> Result<Option<FileRevision>, StoreError> {
         let Some(bytes) = table.get(number).map_err(|e| self.failed(e))? else { return Ok(None) };
-        serde_json::from_slice(bytes.value()).map(Some).map_err(|e| StoreError::Corrupt {
+        self.parse(number, bytes.value()).map(Some)
+    }
+
+    fn parse(&self, number: u64, record: &[u8]) -> Result<FileRevision, StoreError> {
+        serde_json::from_slice(record).map_err(|e| StoreError::Corrupt {
             file: self.file.display().to_string(),
             what: format!("revision {number}: {e}"),
         })
@@ -278,7 +283,8 @@ impl RedbInner {
             self.ensure_in_use()?;
             let number = found + 1;
             let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-            let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
+            let Commit { author, message, summary, .. } = commit;
+            let revision = Revision { number, author, time_ms, message, summary };
             let stored = Stored { revision, desired: commit.desired };
             self.append(&write, &head.desired, &stored)?;
             write.commit().map_err(|e| self.failed(e))?;
@@ -314,7 +320,6 @@ impl RedbInner {
             };
             services.insert(name.clone(), since);
         }
-        let (author, message) = (revision.author.clone(), revision.message.clone());
         let mut list_table = write.open_table(LISTS).map_err(|e| self.failed(e))?;
         let mut lists = BTreeMap::new();
         for name in ListName::ALL {
@@ -338,7 +343,8 @@ impl RedbInner {
             }
         }
         let rest = delta::rest(desired).map_err(|e| self.json_failed(&e))?;
-        let record = FileRevision { author, time_ms: revision.time_ms, message, services, lists, rest };
+        let Revision { number: _, author, time_ms, message, summary } = revision.clone();
+        let record = FileRevision { author, time_ms, message, summary, services, lists, rest };
         revisions.insert(number, &*self.json(&record)?).map_err(|e| self.failed(e))?;
         self.prune(&mut revisions, &mut table, &mut list_table, number)?;
         let mut meta = write.open_table(META).map_err(|e| self.failed(e))?;
@@ -469,32 +475,5 @@ impl RedbInner {
             let newest = self.head.borrow().revision.number;
             found.ok_or(StoreError::NoRevision { number, oldest, newest })
         })
-    }
-
-    fn history(&self, before: Option<u64>, limit: usize) -> Result<Vec<Revision>, StoreError> {
-        self.with(|database| self.read_history(database, before, limit))
-    }
-
-    fn read_history(
-        &self,
-        database: &Database,
-        before: Option<u64>,
-        limit: usize,
-    ) -> Result<Vec<Revision>, StoreError> {
-        let read = database.begin_read().map_err(|e| self.failed(e))?;
-        let table = read.open_table(REVISIONS).map_err(|e| self.failed(e))?;
-        let range = table.range(0..before.unwrap_or(u64::MAX)).map_err(|e| self.failed(e))?;
-        let mut found = Vec::new();
-        for entry in range.rev().take(limit) {
-            let (number, bytes) = entry.map_err(|e| self.failed(e))?;
-            let number = number.value();
-            let record: FileRevision =
-                serde_json::from_slice(bytes.value()).map_err(|e| StoreError::Corrupt {
-                    file: self.file.display().to_string(),
-                    what: format!("revision {number}: {e}"),
-                })?;
-            found.push(record.revision(number));
-        }
-        Ok(found)
     }
 }

@@ -14,7 +14,14 @@ fn state(ports: &[(&str, u16)]) -> Arc<Desired> {
 
 fn commit(expected: u64, desired: Arc<Desired>) -> Commit {
     let time = UNIX_EPOCH + Duration::from_millis(1_000 + expected);
-    Commit { expected, desired, author: "ann".into(), message: format!("from {expected}"), time }
+    Commit {
+        expected,
+        desired,
+        author: "ann".into(),
+        message: format!("from {expected}"),
+        summary: None,
+        time,
+    }
 }
 
 #[tokio::test]
@@ -43,7 +50,22 @@ async fn revisions_persist_and_conflicts_are_reported() {
     assert_eq!(listed, [(2, "ann", "from 1", 1_001), (1, "ann", "from 0", 1_000)]);
     assert_eq!(store.history(Some(2), 10).await.unwrap().len(), 1);
     let error = store.get(9).await.unwrap_err().to_string();
-    assert_eq!(error, "revision 9 is not kept: revisions 1 to 2 are");
+    assert_eq!(error, "no revision 9; available: 1 to 2");
+}
+
+#[tokio::test]
+async fn the_authors_reason_is_kept_beside_what_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = RedbStore::open(dir.path(), 100).unwrap();
+    let change = Commit { summary: Some("+ service a".to_owned()), ..commit(0, state(&[("a", 1)])) };
+    let stored = store.commit(change).await.unwrap();
+    drop(store);
+    let store = RedbStore::open(dir.path(), 100).unwrap();
+    assert_eq!(store.head(), stored);
+    let listed = store.history(None, 1).await.unwrap().remove(0);
+    assert_eq!((listed.change(), listed.reason()), ("+ service a", Some("from 0")));
+    let backup = crate::desired::store::backup::Backup::of(&store, 7).await.unwrap();
+    assert_eq!(backup.stored("f").unwrap(), [stored]);
 }
 
 /// A file of versions that stored services and lists only can be opened and written.
@@ -69,6 +91,7 @@ async fn a_file_of_an_earlier_version_opens() {
     drop(database);
     let store = RedbStore::open(dir.path(), 100).unwrap();
     assert_eq!(store.head().desired, state(&[("a", 1)]));
+    assert_eq!((store.head().revision.change(), store.head().revision.reason()), ("from 0", None));
     assert!(store.head().desired.regions.is_empty());
     let all = Arc::new(crate::desired::model::generate::state(7, true));
     store.commit(commit(1, all.clone())).await.unwrap();

@@ -1,6 +1,6 @@
 //! `lbctl backend`.
 
-use super::{Context, Exit, Failure, WriteFlags, words::word};
+use super::{Context, Exit, Failure, WriteFlags, lists::ListFlags, words::variant};
 use crate::{
     desired::model::{BackendState, Name, NameError, QuicError, ServerId},
     lbctl::render::backend as render,
@@ -22,6 +22,8 @@ pub enum BackendCommand {
     List {
         /// Name of the service
         service: Option<Name>,
+        #[command(flatten)]
+        list: ListFlags,
     },
     /// Show one backend with its health history
     Show {
@@ -57,7 +59,7 @@ pub struct AddBackend {
     #[arg(long, value_name = "N", default_value_t = 1)]
     weight: u32,
     /// Administrative state: up, draining or down
-    #[arg(long, value_parser = word::<BackendState>, default_value = "up")]
+    #[arg(long, value_parser = variant::<BackendState>(), default_value = "up")]
     state: BackendState,
     /// QUIC-LB server ID that the worker encodes in its connection IDs
     #[arg(long, value_name = "HEX")]
@@ -89,7 +91,7 @@ pub struct SetBackend {
     #[arg(long, value_name = "N")]
     weight: Option<u32>,
     /// Administrative state: up, draining or down
-    #[arg(long, value_parser = word::<BackendState>)]
+    #[arg(long, value_parser = variant::<BackendState>())]
     state: Option<BackendState>,
     /// QUIC-LB server ID that the worker encodes in its connection IDs, or none
     #[arg(long, value_name = "HEX|none", value_parser = server_id)]
@@ -151,7 +153,9 @@ pub async fn run(context: &mut Context<'_>, command: BackendCommand) -> Result<E
             change(context, one, Method::POST, "/undrain", "takes new flows again").await
         }
         BackendCommand::Rm(one) => change(context, one, Method::DELETE, "", "removed").await,
-        BackendCommand::List { service } => list(context, service.as_ref()).await,
+        BackendCommand::List { service, list: flags } => {
+            context.list(&flags, async |context| list(context, service.as_ref()).await).await
+        }
         BackendCommand::Show { service, name } => {
             let backend: BackendInfo = context.client.get(&path(&service, &name), &()).await?;
             if context.out.json {

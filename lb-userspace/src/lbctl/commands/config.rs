@@ -3,7 +3,7 @@
 use super::{Context, Exit, Failure, Force, WriteFlags};
 use crate::{
     desired::{
-        config::{ConfigError, File, export},
+        config::{ConfigError, File, export, export_without_seats},
         model::Desired,
     },
     lbctl::render::{self, Out},
@@ -32,13 +32,19 @@ pub enum ConfigCommand {
         #[command(flatten)]
         write: WriteFlags,
     },
-    /// Print the desired state as a file for `config apply`
+    /// Print the desired state as a file for `config apply`; comments of an earlier file are not kept
     Export {
         /// Include the revision, so that `config apply` refuses the file if the state has changed since
         #[arg(long)]
         with_revision: bool,
+        /// Include seat and seating, lbd's record of table positions: a host without a shared store then gets equal tables
+        #[arg(long)]
+        full: bool,
     },
 }
+
+/// First line of an export.
+const EXPORTED: &[u8] = b"# Exported by lbctl, sorted by name. Comments, [lbd] and [[hook]] are not kept.\n";
 
 /// Arguments of `config check`.
 #[derive(Debug, Args)]
@@ -143,7 +149,7 @@ pub async fn run(context: &mut Context<'_>, command: ConfigCommand) -> Result<Ex
             query.message.get_or_insert_with(|| format!("config apply {}", file.display()));
             context.write("configuration applied", Method::PUT, "/v1/config", &query, Some(&body)).await
         }
-        ConfigCommand::Export { with_revision } => {
+        ConfigCommand::Export { with_revision, full } => {
             let mut config: Config = context.client.get("/v1/config", &()).await?;
             // An lbd of an earlier version leaves them out.
             config.desired.name_sizes();
@@ -153,7 +159,9 @@ pub async fn run(context: &mut Context<'_>, command: ConfigCommand) -> Result<Ex
                 if let Some(revision) = config.revision.filter(|_| with_revision) {
                     context.out.line(format!("revision = {revision}\n"))?;
                 }
-                context.out.raw(export(&config.desired).as_bytes())?;
+                context.out.raw(EXPORTED)?;
+                let text = if full { export(&config.desired) } else { export_without_seats(&config.desired) };
+                context.out.raw(text.as_bytes())?;
             }
             Ok(Exit::Ok)
         }

@@ -22,10 +22,10 @@ pub struct Man {
     directory: PathBuf,
 }
 
-/// Prints a completion script.
+/// Prints a completion script, which asks `lbctl` for the words: also for names of services and backends.
 pub fn completions(out: &mut Out<'_>, completions: &Completions) -> Result<Exit, Failure> {
     let mut script = Vec::new();
-    clap_complete::generate(completions.shell, &mut super::command(), "lbctl", &mut script);
+    super::complete::script(completions.shell, &mut script)?;
     out.raw(&script)?;
     Ok(Exit::Ok)
 }

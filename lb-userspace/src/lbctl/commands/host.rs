@@ -1,6 +1,6 @@
 //! `lbctl host`.
 
-use super::{Context, Exit, Failure};
+use super::{Context, Exit, Failure, lists::ListFlags};
 use crate::{
     lbctl::render::{host as render, units::parse_duration},
     serve::api::{
@@ -36,7 +36,7 @@ pub enum HostCommand {
     /// Announce this host's VIPs again
     Undrain,
     /// List all hosts of the fleet: live or gone, version, revision, last seen, clock (exit code 1 if one is gone)
-    List,
+    List(ListFlags),
     /// Forget a host that left for good
     Forget {
         /// Name of the host
@@ -54,9 +54,12 @@ pub async fn run(context: &mut Context<'_>, command: HostCommand) -> Result<Exit
             (info, Exit::Ok)
         }
         HostCommand::Drain { reason, wait } => drain(context, reason, wait).await?,
-        HostCommand::List => {
-            let list: Vec<HostMember> = context.client.get("/v1/hosts", &()).await?;
-            return hosts(context, &list);
+        HostCommand::List(flags) => {
+            let list = async |context: &mut Context<'_>| {
+                let list: Vec<HostMember> = context.client.get("/v1/hosts", &()).await?;
+                hosts(context, &list)
+            };
+            return context.list(&flags, list).await;
         }
         HostCommand::Forget { name } => {
             let path = format!("/v1/hosts/{}", utf8_percent_encode(&name, NON_ALPHANUMERIC));

@@ -10,12 +10,15 @@ macro_rules! say {
 }
 
 mod backend;
+mod complete;
 mod config;
 mod doctor;
+mod events;
 mod generate;
 mod guard;
 mod history;
 mod host;
+mod lists;
 mod locked;
 mod observe;
 mod region;
@@ -33,10 +36,15 @@ use crate::{
     printable::escape,
     serve::api::types::{Change, WriteQuery},
 };
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, CommandFactory, Parser, Subcommand,
+    builder::{PossibleValue, TypedValueParser},
+};
 use reqwest::Method;
 use serde::Serialize;
+use serde_json_path::JsonPath;
 use std::{
+    ffi::OsStr,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
@@ -87,8 +95,8 @@ pub struct LbctlArgs {
     /// Path of lbd's Unix socket
     #[arg(long, global = true, value_name = "PATH", env = "LBD_SOCKET", hide_env_values = true, default_value = crate::DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// Output format
-    #[arg(short, long, global = true, value_enum, default_value_t = OutputFormat::Table)]
+    /// Output format: table, json, or jsonpath=EXPR (RFC 9535), which prints parts of the JSON, one a line
+    #[arg(short, long, global = true, value_name = "FORMAT", value_parser = OutputParser, default_value = "table")]
     output: OutputFormat,
     /// Show all columns and whole lines, even if they are wider than the terminal
     #[arg(long, global = true)]
@@ -98,12 +106,60 @@ pub struct LbctlArgs {
 }
 
 /// Output format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Debug)]
 enum OutputFormat {
-    /// Aligned columns, for people
+    /// Aligned columns, for people.
     Table,
-    /// JSON, for programs
+    /// JSON, for programs.
     Json,
+    /// What a JSONPath finds in the JSON.
+    Path(Box<JsonPath>),
+}
+
+/// Parses an [`OutputFormat`].
+#[derive(Clone)]
+struct OutputParser;
+
+impl TypedValueParser for OutputParser {
+    type Value = OutputFormat;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        arg: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<OutputFormat, clap::Error> {
+        let refused = |what: String| {
+            let arg = arg.map(ToString::to_string).unwrap_or_default();
+            let what = format!("invalid value for '{arg}': {what}\n\nFor more information, try '--help'.\n");
+            clap::Error::raw(clap::error::ErrorKind::ValueValidation, what).with_cmd(command)
+        };
+        match value.to_str() {
+            Some("table") => Ok(OutputFormat::Table),
+            Some("json") => Ok(OutputFormat::Json),
+            Some(text) => match text.strip_prefix("jsonpath=") {
+                Some(path) => json_path(path).map(|path| OutputFormat::Path(path.into())).map_err(refused),
+                None => Err(refused(format!("{text:?} is not table, json or jsonpath=EXPR"))),
+            },
+            None => Err(refused("it is not UTF-8".to_owned())),
+        }
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        let values = ["table", "json", "jsonpath="];
+        Some(Box::new(values.into_iter().map(PossibleValue::new)))
+    }
+}
+
+/// Parses a JSONPath. `$` may be left out, and the braces of kubectl are understood.
+fn json_path(text: &str) -> Result<JsonPath, String> {
+    let inner = text.strip_prefix('{').and_then(|t| t.strip_suffix('}')).unwrap_or(text);
+    let path = match inner.chars().next() {
+        Some('$') => inner.to_owned(),
+        Some('.' | '[') => format!("${inner}"),
+        _ => format!("$.{inner}"),
+    };
+    JsonPath::parse(&path).map_err(|e| format!("jsonpath {text:?}: {e}"))
 }
 
 #[derive(Debug, Subcommand)]
@@ -118,11 +174,15 @@ enum Noun {
     #[command(subcommand, visible_alias = "replicas")]
     Replica(replica::ReplicaCommand),
     /// Show whether the load balancer is healthy, and each problem (exit code 1 if unhealthy)
-    Status,
+    Status(lists::WatchFlags),
     /// Check this host and the path to each worker: problems, their fixes, and the MSS that fits
     Doctor(doctor::Doctor),
     /// Show counters of backends and of the dataplane
     Stats(observe::StatsArgs),
+    /// Show services and backends with their rates, on a screen that is refreshed
+    Top(observe::TopArgs),
+    /// Show what happened on this host: verdicts, drains, roll-outs, problems, and more
+    Events(events::EventsArgs),
     /// List tracked flows: UDP and NAT flows, and TCP flows that a stateless lookup would misplace
     Flows(observe::FlowsArgs),
     /// Explain where a packet goes, step by step
@@ -133,7 +193,7 @@ enum Noun {
     /// Check, compare, apply or export the desired state as one TOML file
     #[command(subcommand)]
     Config(config::ConfigCommand),
-    /// List revisions of the desired state, newest first
+    /// List revisions of the desired state, newest first; show or compare them
     History(history::HistoryArgs),
     /// Restore the state of an earlier revision as a new revision
     Rollback(history::RollbackArgs),
@@ -196,7 +256,7 @@ struct Force {
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+pub(super) enum Failure {
     #[error(transparent)]
     Client(#[from] ClientError),
     /// Refused by lbctl itself, before it contacted lbd.
@@ -207,10 +267,20 @@ enum Failure {
     Usage { what: String },
     /// Writing the output failed.
     #[error("cannot write the output: {0}")]
-    Output(#[from] io::Error),
+    Output(io::Error),
     /// lbctl itself cannot work: no runtime, no HTTP client.
     #[error("{0}")]
     Internal(String),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        // A table finds out only when it is printed that it has no such column.
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<render::order::NoColumn>()) {
+            Some(no_column) => Self::Usage { what: no_column.to_string() },
+            None => Self::Output(error),
+        }
+    }
 }
 
 /// What every command receives: the connection to lbd, and the output.
@@ -247,6 +317,7 @@ impl Context<'_> {
 
 /// Parses the arguments, runs the command, and gives the exit code.
 pub fn main() -> ExitCode {
+    complete::answer();
     let cli = LbctlArgs::parse();
     let mut stdout = io::BufWriter::new(io::stdout().lock());
     let colour = render::wants_colour(&io::stdout());
@@ -302,7 +373,13 @@ fn write_stderr(text: &str) {
 
 fn run(cli: LbctlArgs, writer: &mut dyn Write, colour: bool) -> Result<Exit, Failure> {
     let width = render::terminal_width().filter(|_| !cli.wide);
-    let mut out = Out::new(writer, colour, cli.output == OutputFormat::Json).with_width(width);
+    let (json, path) = match cli.output {
+        OutputFormat::Table => (false, None),
+        OutputFormat::Json => (true, None),
+        OutputFormat::Path(path) => (true, Some(*path)),
+    };
+    let mut out = Out::new(writer, colour, json).with_width(width);
+    out.path = path;
     // These commands need neither lbd nor a runtime.
     match &cli.noun {
         Noun::Config(config::ConfigCommand::Check(check)) => return config::check(&mut out, check),
@@ -323,9 +400,11 @@ fn run(cli: LbctlArgs, writer: &mut dyn Write, colour: bool) -> Result<Exit, Fai
             Noun::Region(command) => region::run(&mut context, command).await,
             Noun::Policy(command) => region::policy(&mut context, command).await,
             Noun::Audit(command) => region::audit(&mut context, command).await,
-            Noun::Status => observe::status(&mut context).await,
+            Noun::Status(watch) => context.repeat(&watch, observe::status).await,
             Noun::Doctor(doctor) => doctor::run(&mut context, doctor).await,
             Noun::Stats(stats) => observe::stats(&mut context, stats).await,
+            Noun::Top(top) => observe::top(&mut context, top).await,
+            Noun::Events(events) => events::events(&mut context, events).await,
             Noun::Flows(flows) => observe::flows(&mut context, flows).await,
             Noun::Explain(explain) => observe::explain(&mut context, explain).await,
             Noun::Guard(command) => guard::run(&mut context, command).await,
@@ -347,6 +426,15 @@ pub fn command() -> clap::Command {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_json_path_may_be_written_as_for_kubectl() {
+        for text in ["$[*].name", "[*].name", "{[*].name}", "{$[*].name}"] {
+            assert_eq!(super::json_path(text).unwrap().to_string(), "$[*].name", "{text}");
+        }
+        assert!(super::json_path(".problems").is_ok() && super::json_path("problems").is_ok());
+        assert!(super::json_path("$[").unwrap_err().starts_with("jsonpath \"$[\": "));
+    }
+
     #[test]
     fn the_definition_is_sound() {
         super::command().debug_assert();

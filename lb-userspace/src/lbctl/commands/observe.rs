@@ -1,13 +1,19 @@
 //! `lbctl status`, `stats`, `flows` and `explain`.
 
-use super::{Context, Exit, Failure};
+use super::{Context, Exit, Failure, lists::ListFlags};
 use crate::{
     desired::model::{Name, Protocol},
-    lbctl::render::{observe, units::parse_duration},
+    lbctl::{
+        render::{observe, units::parse_duration},
+        top::{self, TopOptions},
+    },
     serve::{api::types, explain::ConnectionId},
 };
 use clap::Args;
-use std::{net::SocketAddr, time::Duration};
+use std::{io::IsTerminal, net::SocketAddr, time::Duration};
+
+/// Width of the text of `lbctl top --once` where there is no terminal.
+const ONCE_WIDTH: u16 = 80;
 
 /// Arguments of `lbctl stats`.
 #[derive(Debug, Args)]
@@ -23,6 +29,20 @@ pub struct StatsArgs {
     count: Option<u64>,
 }
 
+/// Arguments of `lbctl top`.
+#[derive(Debug, Args)]
+#[command(after_help = "Keys: ? explains them, q quits. Counters and rates are this host's.")]
+pub struct TopArgs {
+    /// Show the backends of this service first
+    service: Option<Name>,
+    /// Time between two samples
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "1s")]
+    interval: Duration,
+    /// Print one screen as text, with the rates over one interval, and end
+    #[arg(long)]
+    once: bool,
+}
+
 /// Arguments of `lbctl flows`.
 #[derive(Debug, Args)]
 pub struct FlowsArgs {
@@ -35,6 +55,8 @@ pub struct FlowsArgs {
     /// Maximum number of flows to list
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
+    #[command(flatten)]
+    list: ListFlags,
 }
 
 /// Arguments of `lbctl explain`.
@@ -42,14 +64,22 @@ pub struct FlowsArgs {
 #[command(after_help = "Example: lbctl explain 192.0.2.7:40000 10.0.0.1:80 tcp")]
 pub struct Explain {
     /// Address of the client, as ADDRESS:PORT (IPv6 in brackets)
+    #[arg(value_parser = address_port)]
     source: SocketAddr,
     /// Address of the service (VIP), as ADDRESS:PORT (IPv6 in brackets)
+    #[arg(value_parser = address_port)]
     destination: SocketAddr,
     /// Protocol: tcp or udp
     protocol: Protocol,
     /// With QUIC: destination connection ID of the packet
     #[arg(long, value_name = "HEX")]
     connection_id: Option<ConnectionId>,
+}
+
+/// Parses an address with a port.
+fn address_port(text: &str) -> Result<SocketAddr, String> {
+    let expected = "expected ADDRESS:PORT, such as 192.0.2.7:40000 or [2001:db8::7]:40000";
+    text.parse().map_err(|_| expected.to_owned())
 }
 
 /// Prints lbd's status.
@@ -91,11 +121,35 @@ pub async fn stats(context: &mut Context<'_>, stats: StatsArgs) -> Result<Exit, 
     }
 }
 
+/// Shows services and backends with their rates.
+pub async fn top(context: &mut Context<'_>, args: TopArgs) -> Result<Exit, Failure> {
+    if context.out.json {
+        let what = "top has no JSON output: use `lbctl stats --watch -o json`".to_owned();
+        return Err(Failure::Usage { what });
+    }
+    let options = TopOptions { interval: args.interval, service: args.service };
+    if args.once {
+        let width = context.out.columns().unwrap_or(ONCE_WIDTH);
+        let text = top::once(&context.client, &options, width).await?;
+        context.out.raw(text.as_bytes())?;
+    } else if std::io::stdout().is_terminal() {
+        top::run(&context.client, &options).await?;
+    } else {
+        let what = "standard output is not a terminal: give --once for one screen as text".to_owned();
+        return Err(Failure::Usage { what });
+    }
+    Ok(Exit::Ok)
+}
+
 /// Lists tracked flows.
 pub async fn flows(context: &mut Context<'_>, flows: FlowsArgs) -> Result<Exit, Failure> {
+    context.list(&flows.list, async |context| list_flows(context, &flows).await).await
+}
+
+async fn list_flows(context: &mut Context<'_>, flows: &FlowsArgs) -> Result<Exit, Failure> {
     let mut query = vec![("limit", flows.limit.to_string())];
-    query.extend(flows.service.map(|s| ("service", s.to_string())));
-    query.extend(flows.backend.map(|b| ("backend", b.to_string())));
+    query.extend(flows.service.as_ref().map(|s| ("service", s.to_string())));
+    query.extend(flows.backend.as_ref().map(|b| ("backend", b.to_string())));
     let list: types::Flows = context.client.get("/v1/flows", &query).await?;
     if context.out.json {
         context.out.json(&list, false)?;

@@ -1,6 +1,6 @@
 //! `lbctl replica`.
 
-use super::{Context, Exit, Failure};
+use super::{Context, Exit, Failure, lists::ListFlags};
 use crate::{desired::model::Name, lbctl::render::replica, serve::api::types::Replicas};
 use clap::{Args, Subcommand};
 
@@ -12,6 +12,8 @@ pub enum ReplicaCommand {
     List {
         /// List only replicas of this service
         service: Option<Name>,
+        #[command(flatten)]
+        list: ListFlags,
     },
     /// Print the list again after each change
     Watch(Watch),
@@ -38,21 +40,26 @@ async fn fetch(
     Ok(context.client.get("/v1/replicas", &query).await?)
 }
 
+/// Lists replicas.
+async fn list(context: &mut Context<'_>, service: Option<&Name>) -> Result<Exit, Failure> {
+    let list = fetch(context, service, None).await?;
+    if context.out.json {
+        context.out.json(&list, false)?;
+    } else if list.replicas.is_empty() {
+        say!(
+            "no service reads replica state: set a source with `lbctl service set SERVICE --replica stream`"
+        );
+    } else {
+        replica::list(&mut context.out, &list)?;
+    }
+    Ok(Exit::Ok)
+}
+
 /// Runs a subcommand.
 pub async fn run(context: &mut Context<'_>, command: ReplicaCommand) -> Result<Exit, Failure> {
     match command {
-        ReplicaCommand::List { service } => {
-            let list = fetch(context, service.as_ref(), None).await?;
-            if context.out.json {
-                context.out.json(&list, false)?;
-            } else if list.replicas.is_empty() {
-                say!(
-                    "no service reads replica state: set a source with `lbctl service set SERVICE --replica stream`"
-                );
-            } else {
-                replica::list(&mut context.out, &list)?;
-            }
-            Ok(Exit::Ok)
+        ReplicaCommand::List { service, list: flags } => {
+            context.list(&flags, async |context| list(context, service.as_ref()).await).await
         }
         ReplicaCommand::Watch(Watch { service, count }) => {
             let (mut after, mut printed) = (None, 0);

@@ -2,9 +2,10 @@
 
 use super::{
     Context, Exit, Failure, Force, WriteFlags,
+    lists::ListFlags,
     words::{
         CheckSpec, Optional, OptionalBool, OptionalRate, ResidencySpec, Source, Statuses, Vip, header,
-        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, word,
+        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, variant, variant_of,
     },
 };
 use crate::{
@@ -29,7 +30,7 @@ pub enum ServiceCommand {
     Add(AddServiceArgs),
     /// List services
     #[command(visible_alias = "ls")]
-    List,
+    List(ListFlags),
     /// Show one service and its backends
     Show {
         /// Name of the service
@@ -89,10 +90,10 @@ struct ServiceSettings {
     #[arg(long)]
     protocol: Option<Protocol>,
     /// How packets are forwarded to backends: ipip, gue, l2, nat or local [default: ipip]
-    #[arg(long, value_parser = word::<ForwardingMode>)]
+    #[arg(long, value_parser = variant::<ForwardingMode>())]
     mode: Option<ForwardingMode>,
     /// How new flows are assigned to backends: maglev, p2c, rr, wrr, random, lc or source-hash [default: maglev]
-    #[arg(long, value_parser = word::<Scheduler>)]
+    #[arg(long, value_parser = variant::<Scheduler>())]
     scheduler: Option<Scheduler>,
     /// With source-hash: load, in flows, above which a new flow may go to the second choice; or none [default: none]
     #[arg(long, value_name = "N|none", value_parser = optional)]
@@ -165,14 +166,14 @@ struct ServiceSettings {
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
     /// Path of checks: direct to the backend's own address, or through the tunnel that traffic takes [default: direct]
-    #[arg(long, value_name = "direct|tunnel", value_parser = word::<Via>)]
+    #[arg(long, value_name = "direct|tunnel", value_parser = variant::<Via>())]
     health_via: Option<Via>,
     /// Require more successes each time that a flapping backend recovers [default: true]
     #[arg(long, value_name = "BOOL")]
     health_damping: Option<bool>,
     /// Passive checks: ICMP errors and refused connections in traffic trigger an early check [default: true]
-    #[arg(long, value_name = "BOOL")]
-    health_signs: Option<bool>,
+    #[arg(long, value_name = "BOOL", alias = "health-signs")]
+    health_passive: Option<bool>,
     /// Time over which a new or recovered backend ramps up to its full share [default: 0s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     slow_start: Option<Duration>,
@@ -196,20 +197,20 @@ struct ServiceSettings {
     #[arg(long, value_name = "REGION,...|any", value_parser = regions)]
     regions: Option<ResidencySpec>,
     /// How flows are spread over regions: active-active, active-passive or weighted [default: active-active]
-    #[arg(long, value_parser = word::<RegionPolicy>)]
+    #[arg(long, value_parser = variant::<RegionPolicy>())]
     region_policy: Option<RegionPolicy>,
     /// With weighted: relative share of a region, such as eu=3; may be repeated
     #[arg(long, value_name = "REGION=N", value_parser = region_weight)]
     region_weight: Vec<(Name, u32)>,
-    /// Use of the local capacity, in percent, from which new flows spill to other regions [default: 90]
-    #[arg(long, value_name = "PERCENT")]
-    spill_at: Option<u16>,
-    /// Use of the local capacity, in percent, below which flows stop spilling [default: 70]
-    #[arg(long, value_name = "PERCENT")]
-    spill_until: Option<u16>,
+    /// Hysteresis, upper threshold: use of the local capacity from which new flows spill to other regions [default: 90]
+    #[arg(long, value_name = "PERCENT", alias = "spill-at")]
+    spill_high: Option<u16>,
+    /// Hysteresis, lower threshold: use of the local capacity below which flows stop spilling [default: 70]
+    #[arg(long, value_name = "PERCENT", alias = "spill-until")]
+    spill_low: Option<u16>,
     /// Largest share of new flows, in percent, that may spill [default: 90]
-    #[arg(long, value_name = "PERCENT")]
-    spill_most: Option<u16>,
+    #[arg(long, value_name = "PERCENT", alias = "spill-most")]
+    spill_max: Option<u16>,
     /// Time for which the demand must be small before a spill is reduced [default: 10s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     region_hold: Option<Duration>,
@@ -242,12 +243,12 @@ struct ServiceSettings {
     #[arg(long, value_name = "PORT")]
     gue_port: Option<u16>,
     /// What happens to established flows of a backend that is down: keep or reset [default: keep]
-    #[arg(long, value_parser = word::<OnDown>)]
+    #[arg(long, value_parser = variant::<OnDown>())]
     on_down: Option<OnDown>,
     /// What happens to the VIP when no backend takes new flows and no other host serves it: keep announces it for the
     /// drain time and while flows remain, withdraw removes it at once, reset announces it and answers new connections with
     /// a TCP reset and datagrams with ICMP port unreachable [default: keep]
-    #[arg(long, value_name = "keep|withdraw|reset", value_parser = word::<WhenAllDown>)]
+    #[arg(long, value_name = "keep|withdraw|reset", value_parser = variant_of::<WhenAllDown>(&["keep", "withdraw", "reset"]))]
     when_all_down: Option<WhenAllDown>,
     /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 0]
     #[arg(long, value_name = "PERCENT")]
@@ -263,9 +264,9 @@ fn regions_patch(s: &ServiceSettings) -> Result<Map<String, Value>, Failure> {
     let weights: Map<String, Value> =
         s.region_weight.iter().map(|(name, weight)| (name.to_string(), json!(weight))).collect();
     set("weights", (!weights.is_empty()).then_some(Value::Object(weights)));
-    set("spill_at_percent", s.spill_at.map(|p| json!(p)));
-    set("spill_until_percent", s.spill_until.map(|p| json!(p)));
-    set("spill_most_percent", s.spill_most.map(|p| json!(p)));
+    set("spill_at_percent", s.spill_high.map(|p| json!(p)));
+    set("spill_until_percent", s.spill_low.map(|p| json!(p)));
+    set("spill_most_percent", s.spill_max.map(|p| json!(p)));
     set("hold_s", seconds(s.region_hold, "--region-hold")?.map(|s| json!(s)));
     set("zone_first", s.zone_first.map(|b| json!(b)));
     Ok(patch)
@@ -349,7 +350,7 @@ fn health_patch(s: &ServiceSettings) -> Map<String, Value> {
     health.set("client_key", s.health_key.as_ref());
     health.set("via", s.health_via);
     health.set("damping", s.health_damping);
-    health.set("signs", s.health_signs);
+    health.set("signs", s.health_passive);
     health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
     health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
     health.set("jitter_percent", s.health_jitter);
@@ -466,17 +467,7 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             let what = format!("service {name} removed");
             context.write(&what, Method::DELETE, &path, &write.query(), None::<&()>).await
         }
-        ServiceCommand::List => {
-            let list: Vec<ServiceInfo> = context.client.get("/v1/services", &()).await?;
-            if context.out.json {
-                context.out.json(&list, false)?;
-            } else if list.is_empty() {
-                say!("no services: add one with `lbctl service add` or `lbctl config apply`");
-            } else {
-                render::services(&mut context.out, &list)?;
-            }
-            Ok(Exit::Ok)
-        }
+        ServiceCommand::List(flags) => context.list(&flags, list).await,
         ServiceCommand::Show { name } => {
             let service: ServiceInfo = context.client.get(&format!("/v1/services/{name}"), &()).await?;
             if context.out.json {
@@ -489,4 +480,17 @@ pub async fn run(context: &mut Context<'_>, command: ServiceCommand) -> Result<E
             Ok(Exit::Ok)
         }
     }
+}
+
+/// Lists the services.
+async fn list(context: &mut Context<'_>) -> Result<Exit, Failure> {
+    let list: Vec<ServiceInfo> = context.client.get("/v1/services", &()).await?;
+    if context.out.json {
+        context.out.json(&list, false)?;
+    } else if list.is_empty() {
+        say!("no services: add one with `lbctl service add` or `lbctl config apply`");
+    } else {
+        render::services(&mut context.out, &list)?;
+    }
+    Ok(Exit::Ok)
 }

@@ -6,13 +6,58 @@ use crate::desired::model::{
     Name, Ports, Protocol, Quantity, QuicConfig, QuicError, Rate, RateError, Selector, SelectorError,
     SourceKind,
 };
+use clap::{
+    Arg, Command,
+    builder::{PossibleValue, TypedValueParser},
+};
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use std::{net::IpAddr, str::FromStr};
+use std::{ffi::OsStr, marker::PhantomData, net::IpAddr, str::FromStr};
 
 /// Parses a variant of an enum, spelt as in the configuration file.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     serde_json::from_value(json!(text)).map_err(|e| e.to_string())
+}
+
+/// Parses a variant of an enum, and knows all of them: for the help, for errors and for completion.
+#[derive(Clone)]
+pub(super) struct Variant<T> {
+    known: Vec<String>,
+    parsed: PhantomData<fn() -> T>,
+}
+
+/// Parser of an enum whose variants serde lists.
+pub(super) fn variant<T: DeserializeOwned>() -> Variant<T> {
+    // The message about an unknown variant lists the known ones in backticks, after the unknown one.
+    let message = word::<T>("").err().unwrap_or_default();
+    let known = message.split('`').skip(1).step_by(2).skip(1).map(str::to_owned).collect();
+    Variant { known, parsed: PhantomData }
+}
+
+/// Parser of an enum that serde parses from a text.
+pub(super) fn variant_of<T>(known: &[&str]) -> Variant<T> {
+    Variant { known: known.iter().map(|&word| word.to_owned()).collect(), parsed: PhantomData }
+}
+
+impl<T: DeserializeOwned + Clone + Send + Sync + 'static> TypedValueParser for Variant<T> {
+    type Value = T;
+
+    fn parse_ref(&self, command: &Command, arg: Option<&Arg>, value: &OsStr) -> Result<T, clap::Error> {
+        let text = value.to_string_lossy();
+        word::<T>(&text).map_err(|why| {
+            let why = crate::desired::config::value_words(&why);
+            let arg = arg.map(ToString::to_string).unwrap_or_default();
+            let what =
+                format!("invalid value '{text}' for '{arg}': {why}\n\nFor more information, try '--help'.\n");
+            clap::Error::raw(clap::error::ErrorKind::ValueValidation, what).with_cmd(command)
+        })
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        // Made once for each flag of a process.
+        let leaked = |word: &String| PossibleValue::new(&*word.clone().leak());
+        Some(Box::new(self.known.iter().map(leaked)))
+    }
 }
 
 /// Parses a QUIC-LB configuration, or `off`.

@@ -62,7 +62,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
         "HEALTH",
         "~>SLOTS",
         ">SHARE",
-        ">FLOWS",
+        ">NEW FLOWS",
         "~>PACKETS",
         "~>BYTES",
         "~SINCE",
@@ -168,7 +168,12 @@ fn next_hop(s: &BackendStatus) -> String {
     match (&s.next_hop, &s.unreachable) {
         (Some(hop), _) => {
             let vlan = if hop.vlan > 0 { format!(", VLAN {}", hop.vlan) } else { String::new() };
-            format!("{} by interface {}{vlan}, MTU {}", mac(hop.next_hop), hop.ifindex, hop.mtu)
+            let ifindex = hop.ifindex;
+            let interface = s
+                .interface
+                .as_ref()
+                .map_or_else(|| format!("interface {ifindex}"), |name| format!("{name} (ifindex {ifindex})"));
+            format!("{} on {interface}{vlan}, MTU {}", mac(hop.next_hop), hop.mtu)
         }
         (None, Some(why)) => format!("none: {why}"),
         (None, None) => "not resolved: each packet is routed by a kernel lookup".to_owned(),

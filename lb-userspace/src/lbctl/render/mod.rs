@@ -7,6 +7,7 @@ pub mod change;
 pub mod guard;
 pub mod host;
 pub mod observe;
+pub mod order;
 pub mod region;
 pub mod replica;
 pub mod service;
@@ -15,7 +16,9 @@ pub mod table;
 pub mod units;
 
 use crate::{clock, printable::escape};
+use order::RowOrder;
 use serde::Serialize;
+use serde_json_path::JsonPath;
 use std::io::{self, IsTerminal, Write};
 
 /// Spaces by which the second line of a wrapped text is further in than its first.
@@ -30,6 +33,10 @@ pub struct Out<'a> {
     pub json: bool,
     /// Width of the terminal, in columns; None: lines may have any length.
     width: Option<u16>,
+    /// Order and choice of the rows of tables.
+    pub order: RowOrder,
+    /// Part of the JSON to print; all of it if none.
+    pub path: Option<JsonPath>,
 }
 
 /// The meaning of a text, shown as a colour.
@@ -68,7 +75,7 @@ pub fn wants_colour(stream: &impl IsTerminal) -> bool {
 impl<'a> Out<'a> {
     /// Creates an output to a writer.
     pub fn new(writer: &'a mut dyn Write, colour: bool, json: bool) -> Self {
-        Self { writer, colour, json, width: None }
+        Self { writer, colour, json, width: None, order: RowOrder::default(), path: None }
     }
 
     /// Fits tables and text to a terminal of this width.
@@ -96,6 +103,11 @@ impl<'a> Out<'a> {
         textwrap::wrap(text, options).iter().try_for_each(|line| writeln!(self.writer, "{line}"))
     }
 
+    /// Width of the terminal, in columns, if lines are fitted to one.
+    pub fn columns(&self) -> Option<u16> {
+        self.width
+    }
+
     /// Writes bytes unchanged.
     ///
     /// # Errors
@@ -104,11 +116,20 @@ impl<'a> Out<'a> {
         self.writer.write_all(bytes)
     }
 
-    /// Writes a value as JSON: indented, or on one line if `stream` is set.
+    /// Writes a value as JSON: indented, or on one line if `stream` is set; or what a JSONPath finds in it, one value a
+    /// line, texts without quotes.
     ///
     /// # Errors
     /// Writing failed.
     pub fn json(&mut self, value: &impl Serialize, stream: bool) -> io::Result<()> {
+        if let Some(path) = &self.path {
+            let value = serde_json::to_value(value).map_err(io::Error::other)?;
+            for found in path.query(&value).all() {
+                let text = found.as_str().map_or_else(|| found.to_string(), |text| escape(text).into_owned());
+                writeln!(self.writer, "{text}")?;
+            }
+            return Ok(());
+        }
         let text = if stream { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
         writeln!(self.writer, "{}", text.map_err(io::Error::other)?)
     }

@@ -7,7 +7,11 @@ use super::{
     table::{TextTable, plain, toned},
     units,
 };
-use crate::{desired::store::Revision, printable::escape, serve::api::types::*};
+use crate::{
+    desired::store::Revision,
+    printable::escape,
+    serve::api::{events::EventRecord, types::*},
+};
 use std::io;
 
 /// Formats the store's engine, its location, and whether lbd is connected to it.
@@ -70,7 +74,8 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
     let by = if r.number == 0 {
         "empty, nothing has been configured yet".to_owned()
     } else {
-        format!("by {}, {}: {}", r.author, units::time(r.time_ms), r.message)
+        let reason = r.reason().map(|reason| format!(" ({reason})")).unwrap_or_default();
+        format!("by {}, {}: {}{reason}", r.author, units::time(r.time_ms), r.change())
     };
     let interfaces: Vec<String> =
         s.interfaces.iter().map(|i| format!("{} ({} XDP)", i.name, i.mode)).collect();
@@ -109,7 +114,7 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
     }
     let room: Vec<String> = s.room.iter().map(|r| format!("{} {}/{}", r.what, r.used, r.limit)).collect();
     if !room.is_empty() {
-        pairs.push(("room", room.join(", ")));
+        pairs.push(("capacity", room.join(", ")));
     }
     if !s.unresolved.is_empty() {
         pairs.push(("no next hop", format!("{}: {}", s.unresolved.len(), first_few(&s.unresolved))));
@@ -149,7 +154,7 @@ fn reasons<'a>(
 /// Writing failed.
 pub fn stats(out: &mut Out<'_>, now: &Stats, before: Option<&Stats>) -> io::Result<()> {
     let seconds = before.map(|b| (now.time_ms.saturating_sub(b.time_ms) as f64 / 1_000.0).max(0.001));
-    let mut headings = vec!["SERVICE", "BACKEND", ">FLOWS", ">PACKETS", ">BYTES"];
+    let mut headings = vec!["SERVICE", "BACKEND", ">NEW FLOWS", ">PACKETS", ">BYTES"];
     if seconds.is_some() {
         headings.extend([">FLOWS/S", ">PACKETS/S", ">RATE"]);
     }
@@ -220,9 +225,21 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
         out.line(format!("=> {line}"))?;
     }
     if e.answers.is_empty() {
-        out.line(format!("=> {}", out.paint(Tone::Bad, "not forwarded")))?;
+        let outcome = e.outcome.as_deref().unwrap_or("not forwarded");
+        out.line(format!("=> {}", out.paint(Tone::Bad, outcome)))?;
     }
     Ok(())
+}
+
+/// Prints an event as a line; columns are as wide as most events need, because later ones are not known.
+///
+/// # Errors
+/// Writing failed.
+pub fn event(out: &mut Out<'_>, e: &EventRecord) -> io::Result<()> {
+    let tone = if e.is_bad() { Tone::Bad } else { Tone::Strong };
+    let kind = out.paint(tone, &format!("{:<19}", e.kind));
+    let subject = format!("{:<16}", escape(&e.subject.to_string()));
+    out.line(format!("{}  {kind}  {subject}  {}", units::time(e.time_ms), escape(&e.cause)).trim_end())
 }
 
 /// Prints `lbctl history`.
@@ -230,14 +247,36 @@ pub fn explanation(out: &mut Out<'_>, e: &Explanation) -> io::Result<()> {
 /// # Errors
 /// Writing failed.
 pub fn history(out: &mut Out<'_>, list: &[Revision]) -> io::Result<()> {
-    let mut table = TextTable::new(&[">REVISION", "TIME", "AUTHOR", "CHANGE"], out.colour);
+    let mut headings = vec![">REVISION", "TIME", "AUTHOR", "CHANGE"];
+    if list.iter().any(|r| r.reason().is_some()) {
+        headings.push("MESSAGE");
+    }
+    let mut table = TextTable::new(&headings, out.colour);
     for r in list {
         table.row([
             toned(r.number, Tone::Strong),
             plain(units::time(r.time_ms)),
             plain(&r.author),
-            plain(&r.message),
+            plain(r.change()),
+            plain(r.reason().unwrap_or_default()),
         ]);
     }
     table.print(out)
+}
+
+/// Prints author, time and message of a revision.
+///
+/// # Errors
+/// Writing failed.
+pub fn revision(out: &mut Out<'_>, r: &Revision) -> io::Result<()> {
+    let mut pairs = vec![
+        ("revision", r.number.to_string()),
+        ("author", r.author.clone()),
+        ("time", format!("{} ({} ago)", units::time(r.time_ms), ago(r.time_ms))),
+    ];
+    match r.reason() {
+        Some(reason) => pairs.extend([("message", reason.to_owned()), ("change", r.change().to_owned())]),
+        None => pairs.push(("change", r.change().to_owned())),
+    }
+    fields(out, &pairs)
 }

@@ -37,7 +37,7 @@ pub fn services(out: &mut Out<'_>, list: &[ServiceInfo]) -> io::Result<()> {
         "~HEALTH",
         "BACKENDS",
         "~>SLOTS",
-        ">FLOWS",
+        ">NEW FLOWS",
         "~>PACKETS",
         "~>BYTES",
     ];

@@ -14,7 +14,8 @@ const GAP: u16 = 2;
 /// A table under construction.
 pub struct TextTable {
     inner: Inner,
-    columns: usize,
+    headings: Vec<String>,
+    rows: Vec<Vec<(String, Option<Tone>)>>,
     /// Columns that a narrow terminal does without, in the order of the headings.
     optional: Vec<usize>,
 }
@@ -43,12 +44,17 @@ impl TextTable {
                 }
             }
         }
-        Self { inner, columns: headings.len(), optional }
+        let headings = headings.iter().map(|h| h.trim_start_matches(['~', '>']).to_owned()).collect();
+        Self { inner, headings, rows: Vec::new(), optional }
     }
 
     /// Adds a row.
     pub fn row(&mut self, cells: impl IntoIterator<Item = (String, Option<Tone>)>) {
-        let cells = cells.into_iter().map(|(text, tone)| {
+        self.rows.push(cells.into_iter().take(self.headings.len()).collect());
+    }
+
+    fn lay_out(&mut self, row: Vec<(String, Option<Tone>)>) {
+        let cells = row.into_iter().map(|(text, tone)| {
             let cell = Cell::new(escape(&text));
             match tone {
                 Some(Tone::Good) => cell.fg(Color::Green),
@@ -59,7 +65,7 @@ impl TextTable {
                 None => cell,
             }
         });
-        self.inner.add_row(cells.take(self.columns));
+        self.inner.add_row(cells);
     }
 
     /// Makes the table fit a terminal: leaves out optional columns, then wraps the cells.
@@ -78,11 +84,18 @@ impl TextTable {
         }
     }
 
-    /// Writes the table.
+    /// Writes the table, in the order that was asked for.
     ///
     /// # Errors
-    /// Writing failed.
+    /// Writing failed, or there is no such column to sort by.
     pub fn print(&mut self, out: &mut Out<'_>) -> io::Result<()> {
+        let headings: Vec<&str> = self.headings.iter().map(String::as_str).collect();
+        let mut rows = std::mem::take(&mut self.rows);
+        let texts = |row: &Vec<(String, Option<Tone>)>| row.iter().map(|(text, _)| text.clone()).collect();
+        out.order.apply(&headings, &mut rows, texts).map_err(io::Error::other)?;
+        for row in rows {
+            self.lay_out(row);
+        }
         if let Some(width) = out.width {
             self.fit(width);
         }

@@ -367,16 +367,12 @@ async fn watch_backend(
         }
         if let Some(from) = before {
             let to = verdict.health();
-            let address = plan.target.address;
             suspicion.reset();
             if let Some(hint) = hint.take() {
                 reason = format!("{reason}; probed early: {hint}");
             }
-            if to == Health::Unhealthy {
-                tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-            } else {
-                tracing::info!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-            }
+            // An event of the API tells of it too, and is in the log.
+            tracing::debug!(backend = %id, address = %plan.target.address, ?from, ?to, %reason, "health changed");
             shared.set_verdict(&id, to, &reason).await;
         }
         wait = verdict.wait(&plan.check, rand::random());

@@ -45,7 +45,15 @@ impl TlsConfigs {
         let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())
             .map_err(|_| format!("TLS: {name:?} is not a valid server name: set sni"))?;
         let connected = TlsConnector::from(config).connect(name, stream).await;
-        connected.map_err(|e| format!("TLS: {e}"))
+        connected.map_err(|error| {
+            let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            match inner {
+                Some(rustls::Error::InvalidMessage(_)) => {
+                    "TLS: handshake failed: the server does not speak TLS on this port".to_owned()
+                }
+                _ => format!("TLS: handshake failed: {error}"),
+            }
+        })
     }
 
     async fn config(

@@ -100,7 +100,7 @@ impl Tunnel {
             };
             let ready = load();
             if let Err(error) = &ready {
-                tracing::error!(error, "health checks cannot use the tunnel: probing backends directly");
+                tracing::error!("tunnel health checks are unavailable ({error}): probing backends directly");
             }
             ready
         });

@@ -235,15 +235,18 @@ impl Resolver {
         let news: Vec<_> = missing.iter().filter(|(a, why)| self.unresolved.get(a) != Some(why)).collect();
         for (address, NoHop { why, is_unreachable }) in news.iter().take(MAX_LOGGED) {
             if *is_unreachable {
-                tracing::warn!(%address, why, "backend has no next hop");
+                // An event of the API tells of it too, and is in the log.
+                tracing::debug!(%address, why, "next hop unresolved");
             } else {
-                tracing::info!(%address, why, "backend has no next hop known to lbd: its packets consult the kernel's FIB");
+                tracing::info!(
+                    "next hop of {address} unresolved ({why}): each packet to it needs a kernel route lookup"
+                );
             }
         }
         if news.len() > MAX_LOGGED {
             tracing::info!(
                 backends = news.len() - MAX_LOGGED,
-                "further backends have no next hop: `lbctl status` lists them"
+                "next hops of further backends are unresolved: `lbctl status` lists them"
             );
         }
         let resolved: Vec<_> = self.unresolved.keys().filter(|a| found.contains_key(*a)).collect();

@@ -155,7 +155,7 @@ pub fn abort(control: &Arc<impl CommitDesired>, aborting: &Arc<AtomicBool>, abor
     tokio::spawn(async move {
         for abort in aborts {
             let Abort { service, model, version, why } = &abort;
-            tracing::warn!(%service, model, version, why, "aborting roll-out on all services");
+            tracing::debug!(%service, model, version, why, "aborting roll-out on all services");
             let message = format!("roll-out of {version} of {model} aborted: on service {service}, {why}");
             let change = {
                 let abort = abort.clone();

@@ -135,7 +135,8 @@ fn stored(port: u16, replica: &str) -> Stored {
     source["port"] = port.into();
     let desired = serde_json::json!({"services": {"s": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp",
         "replica": source, "backends": {"w": {"address": "127.0.0.1"}}}}});
-    let revision = Revision { number: 1, author: String::new(), time_ms: 0, message: String::new() };
+    let revision =
+        Revision { number: 1, author: String::new(), time_ms: 0, message: String::new(), summary: None };
     Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
 }
 

@@ -224,12 +224,8 @@ impl Task {
             return;
         }
         let (backend, address) = (&self.id, self.plan.target.address);
-        match readiness {
-            Readiness::Failed | Readiness::Lost => {
-                tracing::warn!(%backend, %address, %readiness, reason, "replica readiness changed");
-            }
-            _ => tracing::info!(%backend, %address, %readiness, reason, "replica readiness changed"),
-        }
+        // An event of the API tells of it too, and is in the log.
+        tracing::debug!(%backend, %address, %readiness, reason, "replica readiness changed");
         self.shared.changed.notify_one();
         // The receiver is gone only when lbd ends.
         let _ = self.shared.readiness.send((self.id.clone(), readiness)).await;

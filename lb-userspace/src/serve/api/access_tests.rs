@@ -166,7 +166,7 @@ impl Bed {
         let (expected, time) = (self.store.head().revision.number, SystemTime::now());
         let (author, message) = ("ann".to_owned(), "m".to_owned());
         self.store
-            .commit(Commit { expected, desired: Arc::new(desired), author, message, time })
+            .commit(Commit { expected, desired: Arc::new(desired), author, message, summary: None, time })
             .await
             .unwrap();
     }

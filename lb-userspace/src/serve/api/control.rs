@@ -1,7 +1,7 @@
 //! Reads and changes the balancer for the API and the daemon: a write is checked, stored, and applied.
 
 use super::{
-    ApiError, Engine,
+    ApiError, Engine, EventLog,
     access::Author,
     drains::Drains,
     engine::{EngineError, FlowFilter},
@@ -14,11 +14,10 @@ use crate::{
         model::{Desired, ForwardingMode, Service, differences},
         store::{Commit, Store, StoreError, StoreLink, Stored},
     },
-    observed::{health::HealthRegistry, regions::CommitDesired, replica},
+    observed::{health::HealthRegistry, replica},
     serve::explain::Query,
 };
 use axum::extract::State;
-use futures_util::future::BoxFuture;
 use std::{
     collections::BTreeSet,
     net::IpAddr,
@@ -45,7 +44,7 @@ enum Sizes {
 pub(super) type SharedControl = State<Arc<Control>>;
 
 /// Outcome of the last application: the revision, and the result.
-type LastApply = Option<(u64, Result<AppliedStatus, EngineError>)>;
+pub(super) type LastApply = Option<(u64, Result<AppliedStatus, EngineError>)>;
 
 /// Store, engine, health and replicas, as the API and the metrics use them.
 pub struct Control {
@@ -67,11 +66,15 @@ pub struct Control {
     pub(super) clocks: std::sync::Mutex<super::members::Clocks>,
     /// Held shared by each commit, exclusively by a migration or restore.
     pub(super) commit_lock: RwLock<()>,
+    /// What happened.
+    pub(super) events: Arc<EventLog>,
     outcome: watch::Sender<LastApply>,
     /// Services that the maps held when lbd started with an empty store; 0 after `accept` or a first change.
     orphaned: watch::Sender<usize>,
     /// Why the services of the configuration file are not in force.
     file_problem: std::sync::Mutex<Option<String>>,
+    /// Why hooks do not run; set at the start.
+    hook_problem: OnceLock<String>,
 }
 
 impl Control {
@@ -100,10 +103,22 @@ impl Control {
             report: watch::Sender::default(),
             clocks: std::sync::Mutex::default(),
             commit_lock: RwLock::default(),
+            events: Arc::default(),
             outcome: watch::Sender::new(None),
             orphaned: watch::Sender::default(),
             file_problem: std::sync::Mutex::default(),
+            hook_problem: OnceLock::new(),
         })
+    }
+
+    /// The events of this run of lbd.
+    pub fn events(&self) -> &Arc<EventLog> {
+        &self.events
+    }
+
+    /// Finds events and writes them to [`Control::events`], until the store is closed.
+    pub async fn run_events(self: Arc<Self>) {
+        super::events::derive::run(self).await;
     }
 
     /// Sets this host's identity and the opener of other stores. The daemon calls it once.
@@ -146,6 +161,16 @@ impl Control {
         *self.file_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 
+    /// Sets why hooks do not run.
+    pub fn set_hook_problem(&self, why: String) {
+        let _ = self.hook_problem.set(format!("the hooks of the configuration file do not run: {why}"));
+    }
+
+    /// The problem of the hooks, for status.
+    pub(super) fn hook_problem(&self) -> Option<String> {
+        self.hook_problem.get().cloned()
+    }
+
     /// The problem of the configuration file, for status.
     pub(super) fn file_problem(&self) -> Option<String> {
         let problem = self.file_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
@@ -162,8 +187,6 @@ impl Control {
             return;
         }
         self.orphaned.send_replace(services);
-        let place = self.link().place;
-        tracing::error!(services, place, "{}", super::problems::orphaned_problem(services));
     }
 
     /// Number of services in the maps while the store is empty.
@@ -215,14 +238,11 @@ impl Control {
             self.drains.update(&stored);
             let result = self.engine.apply(stored.desired, number).await;
             let failed = result.is_err();
+            // An event tells of both.
             match &result {
-                Ok(applied) => {
-                    retry = RETRY.0;
-                    let AppliedStatus { slots_changed, took_us, .. } = applied;
-                    tracing::info!(revision = number, slots_changed, took_us, "desired state applied");
-                }
+                Ok(_) => retry = RETRY.0,
                 Err(error) => {
-                    tracing::error!(revision = number, %error, retry_s = retry.as_secs(), "cannot apply the desired state; retrying");
+                    tracing::debug!(revision = number, %error, retry_s = retry.as_secs(), "cannot apply the desired state; retrying");
                 }
             }
             self.outcome.send_replace(Some((number, result)));
@@ -262,6 +282,11 @@ impl Control {
     /// Result of the newest application.
     pub(super) fn outcome(&self) -> LastApply {
         self.outcome.borrow().clone()
+    }
+
+    /// Watches the result of the newest application.
+    pub(super) fn outcomes(&self) -> watch::Receiver<LastApply> {
+        self.outcome.subscribe()
     }
 
     /// Changes the desired state: checks it, stores it as one revision, and returns when it is applied.
@@ -365,12 +390,17 @@ impl Control {
                 let (revision, dry_run) = (found, query.dry_run);
                 return Ok(Change { revision, dry_run, differences, applied: None, notes: Vec::new() });
             }
-            let message = query.message.clone().unwrap_or_else(|| summarize(&differences));
+            let summary = summarize(&differences);
+            let (message, summary) = match &query.message {
+                Some(message) => (message.clone(), Some(summary)),
+                None => (summary, None),
+            };
             let commit = Commit {
                 expected: found,
                 desired,
                 author: author.name.clone(),
                 message: message.clone(),
+                summary: summary.clone(),
                 time: SystemTime::now(),
             };
             let committed = {
@@ -382,7 +412,12 @@ impl Control {
                 Err(error) => return Err(error.into()),
                 Ok(stored) => {
                     let revision = stored.revision.number;
-                    tracing::info!(revision, author = author.name, change = message, "desired state changed");
+                    // `message` would be the text of the line itself.
+                    let (change, reason) = match &summary {
+                        Some(summary) => (summary, Some(&message)),
+                        None => (&message, None),
+                    };
+                    tracing::info!(revision, author = author.name, change, reason, "desired state changed");
                     let applied = Some(self.wait_applied(revision).await?);
                     let notes = Vec::new();
                     return Ok(Change { revision, dry_run: false, differences, applied, notes });
@@ -442,22 +477,5 @@ fn summarize(differences: &[crate::desired::model::Difference]) -> String {
     match differences.len() - shown.len() {
         0 => shown.join(", "),
         more => format!("{}, and {more} more", shown.join(", ")),
-    }
-}
-
-impl CommitDesired for Control {
-    fn commit_as_daemon(
-        self: Arc<Self>,
-        message: String,
-        mut change: Box<dyn FnMut(&mut Desired) + Send>,
-    ) -> BoxFuture<'static, Result<(), String>> {
-        Box::pin(async move {
-            let query = WriteQuery { message: Some(message), ..WriteQuery::default() };
-            let write = |desired: &mut Desired| {
-                change(desired);
-                Ok(())
-            };
-            self.write(&Author::daemon(), &query, write).await.map(drop).map_err(|e| e.to_string())
-        })
     }
 }

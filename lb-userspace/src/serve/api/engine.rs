@@ -167,6 +167,11 @@ pub trait Engine: Send + Sync + 'static {
     /// The applied state. Does not block.
     fn snapshot(&self) -> Arc<Snapshot>;
 
+    /// Resolves after the next change of the snapshot; an engine that cannot tell never does.
+    fn changed(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
+
     /// Interfaces that the program is attached to.
     fn interfaces(&self) -> Vec<Interface>;
 

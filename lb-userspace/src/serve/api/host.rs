@@ -226,7 +226,6 @@ pub(super) async fn drain(
     let host_state = require_announcing(&control)?;
     if control.host_drain().is_none() {
         let author = author.name;
-        tracing::warn!(author, reason, "this host drains: removing its VIPs");
         host_state.set_drain(Some(HostDrain { author, reason, since_ms: clock::unix_ms() })).await?;
     }
     if let Some(mut announcement) = host_state.announcement() {
@@ -241,7 +240,7 @@ pub(super) async fn drain(
 pub(super) async fn undrain(State(control): State<Arc<Control>>, Writer(author): Writer) -> Reply<HostInfo> {
     let host_state = require_announcing(&control)?;
     if control.host_drain().is_some() {
-        tracing::info!(author = author.name, "this host is back in service");
+        tracing::info!(author = author.name, "the host's drain was ended");
         host_state.set_drain(None).await?;
     }
     Ok(Json(control.host_info()))

@@ -8,8 +8,36 @@ use crate::{
 };
 use std::net::IpAddr;
 
+/// A problem: what status prints, and what tells it from others when its words change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FoundProblem {
+    /// Kind of problem.
+    pub code: &'static str,
+    /// What it is about, if there may be several of the kind.
+    pub subject: String,
+    /// The words of status.
+    pub text: String,
+}
+
+impl FoundProblem {
+    fn new(code: &'static str, text: impl Into<String>) -> Self {
+        Self { code, subject: String::new(), text: text.into() }
+    }
+
+    /// One of several.
+    pub(super) fn about(code: &'static str, subject: impl ToString, text: impl Into<String>) -> Self {
+        Self { code, subject: subject.to_string(), text: text.into() }
+    }
+
+    /// A problem that is known by its words, except for their numbers, which may change.
+    pub(super) fn of_text(code: &'static str, text: String) -> Self {
+        let words: Vec<&str> = text.split(|c: char| c.is_ascii_digit()).filter(|w| !w.is_empty()).collect();
+        Self { code, subject: words.join("#"), text }
+    }
+}
+
 /// The problem of an empty store while the maps hold services, and what to do about it.
-pub(super) fn orphaned_problem(services: usize) -> String {
+fn orphaned_problem(services: usize) -> String {
     let services = if services == 1 { "1 service".to_owned() } else { format!("{services} services") };
     format!(
         "the store is empty, but the maps hold {services}: lbd keeps forwarding for them, without following health and \
@@ -30,16 +58,18 @@ fn kept_problem(vip: IpAddr, kept: KeptVip) -> String {
 }
 
 /// Services that could not be brought up to date: the first ten by name, the rest as a number.
-pub(super) fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<String> {
+pub(super) fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<FoundProblem> {
     const NAMED: usize = 10;
     let all = &snapshot.problems;
-    let named = all
-        .iter()
-        .take(NAMED)
-        .map(|(name, problem)| format!("service {name} is not up to date: {}", problem.text));
+    let named = all.iter().take(NAMED).map(|(name, problem)| {
+        let text = format!("service {name} is not up to date: {}", problem.text);
+        FoundProblem::about("service.not_up_to_date", name, text)
+    });
     let rest = all.len().saturating_sub(NAMED);
-    let more = (rest > 0)
-        .then(|| format!("{rest} more services are not up to date; `lbctl status -o json` names them"));
+    let more = (rest > 0).then(|| {
+        let text = format!("{rest} more services are not up to date; `lbctl status -o json` names them");
+        FoundProblem::about("service.not_up_to_date", "more", text)
+    });
     named.chain(more).collect()
 }
 
@@ -57,13 +87,70 @@ pub(super) fn unreachable_problem(backends: &[String], takes_flows: bool) -> Opt
 }
 
 /// Problems of the host as a whole.
-pub(super) fn general_problems(status: &Status) -> Vec<String> {
+pub(super) fn general_problems(status: &Status) -> Vec<FoundProblem> {
+    let mut found = store_problems(status);
+    match &status.applied.error {
+        Some(error) => {
+            let text = format!("revision {} is not applied: {error}", status.revision.number);
+            found.push(FoundProblem::new("apply.failed", text));
+        }
+        None if status.applied.revision < status.revision.number => {
+            let text = format!("revision {} is not applied yet", status.revision.number);
+            found.push(FoundProblem::new("apply.late", text));
+        }
+        None => {}
+    }
+    if status.interfaces.is_empty() {
+        found.push(FoundProblem::new("interface.none", "the program is not attached to any interface"));
+    }
+    found.extend(status.loaded.problems.iter().map(|text| FoundProblem::of_text("program", text.clone())));
+    found.extend(announcement_problems(status));
+    let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
+    if !status.no_backend.is_empty() {
+        let text = format!("no backend takes new flows in: {}", names(&status.no_backend));
+        found.push(FoundProblem::about("service.no_backend", names(&status.no_backend), text));
+    }
+    if !status.panic.is_empty() {
+        let text = format!("too few backends are healthy, so health is ignored in: {}", names(&status.panic));
+        found.push(FoundProblem::about("service.panic", names(&status.panic), text));
+    }
+    if !status.flood.is_empty() {
+        let text = format!(
+            "under flood: more new flows, or flows of changed slots, than may be recorded; the hash alone places new \
+             flows in: {}",
+            names(&status.flood)
+        );
+        found.push(FoundProblem::about("service.flood", names(&status.flood), text));
+    }
+    match status.unhealthy.len() {
+        0 => {}
+        1 => found.push(FoundProblem::new("backend.unhealthy", "1 backend is unhealthy")),
+        n => found.push(FoundProblem::new("backend.unhealthy", format!("{n} backends are unhealthy"))),
+    }
+    let count =
+        |wanted: fn(Readiness) -> bool| status.replicas.iter().filter(|r| wanted(r.readiness)).count();
+    let plural = |n: usize, what: &str| {
+        if n == 1 { format!("1 replica {what}") } else { format!("{n} replicas {what}") }
+    };
+    for (code, n, what) in [
+        ("replica.lost", count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
+        ("replica.unknown", count(|r| r == Readiness::Unknown), "without a report"),
+    ] {
+        if n > 0 {
+            found.push(FoundProblem::new(code, plural(n, what)));
+        }
+    }
+    found
+}
+
+/// Problems of the store, and of this host's place in the fleet.
+fn store_problems(status: &Status) -> Vec<FoundProblem> {
     let mut found = Vec::new();
     if status.orphaned_services > 0 {
-        found.push(orphaned_problem(status.orphaned_services));
+        found.push(FoundProblem::new("store.empty", orphaned_problem(status.orphaned_services)));
     }
-    let names = |list: &[Name]| list.iter().map(Name::as_str).collect::<Vec<_>>().join(", ");
-    found.extend(status.store.refusal().map(|refusal| refusal.to_string()));
+    let refusal = status.store.refusal();
+    found.extend(refusal.map(|refusal| FoundProblem::new("store.moved", refusal.to_string())));
     if !status.store.connected {
         let for_s = clock::unix_ms().saturating_sub(status.store.since_ms) / 1_000;
         let why = status.store.problem.as_deref().unwrap_or("not connected yet");
@@ -74,72 +161,39 @@ pub(super) fn general_problems(status: &Status) -> Vec<String> {
         } else {
             "cut off from the store"
         };
-        found.push(format!("{what} for {for_s} s: forwarding by revision {number}, refusing changes: {why}"));
+        let text = format!("{what} for {for_s} s: forwarding by revision {number}, refusing changes: {why}");
+        found.push(FoundProblem::new("store.lost", text));
     }
     if let Some(name) = &status.store.name_taken {
-        found.push(format!(
+        let text = format!(
             "another live host is named {name} too: this host publishes nothing, so that others do not see it, until the \
              name is free: give each host a name of its own (--host)"
-        ));
+        );
+        found.push(FoundProblem::new("host.name_taken", text));
     }
-    match &status.applied.error {
-        Some(error) => found.push(format!("revision {} is not applied: {error}", status.revision.number)),
-        None if status.applied.revision < status.revision.number => {
-            found.push(format!("revision {} is not applied yet", status.revision.number));
-        }
-        None => {}
-    }
-    if status.interfaces.is_empty() {
-        found.push("the program is not attached to any interface".to_owned());
-    }
-    found.extend(status.loaded.problems.iter().cloned());
+    found
+}
+
+/// Problems of the VIPs that this host announces.
+fn announcement_problems(status: &Status) -> Vec<FoundProblem> {
+    let mut found = Vec::new();
     if let Some(drain) = &status.host_drain {
         let by = if drain.reason.is_empty() { String::new() } else { format!(": {}", drain.reason) };
-        found.push(format!("this host is draining, requested by {}{by}", drain.author));
+        let text = format!("this host is draining, requested by {}{by}", drain.author);
+        found.push(FoundProblem::new("host.drain", text));
     }
-    if let Some(announcement) = &status.announcement {
-        found.extend(announcement.problem.iter().map(|p| format!("VIPs: {p}")));
-        found.extend(announcement.kept().map(|(vip, kept)| kept_problem(vip, kept)));
-        let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
-        found.extend(stuck.filter_map(|v| {
-            let other = v.foreign.as_ref()?;
-            Some(format!(
-                "VIP {} should be off ({}), but is on {other}: lbd did not add it there and does not remove it",
-                v.vip, v.decision
-            ))
-        }));
-    }
-    if !status.no_backend.is_empty() {
-        found.push(format!("no backend takes new flows in: {}", names(&status.no_backend)));
-    }
-    if !status.panic.is_empty() {
-        found
-            .push(format!("too few backends are healthy, so health is ignored in: {}", names(&status.panic)));
-    }
-    if !status.flood.is_empty() {
-        found.push(format!(
-            "under flood: more new flows, or flows of changed slots, than may be recorded; the hash alone places new \
-             flows in: {}",
-            names(&status.flood)
-        ));
-    }
-    match status.unhealthy.len() {
-        0 => {}
-        1 => found.push("1 backend is unhealthy".to_owned()),
-        n => found.push(format!("{n} backends are unhealthy")),
-    }
-    let count =
-        |wanted: fn(Readiness) -> bool| status.replicas.iter().filter(|r| wanted(r.readiness)).count();
-    let plural = |n: usize, what: &str| {
-        if n == 1 { format!("1 replica {what}") } else { format!("{n} replicas {what}") }
-    };
-    for (n, what) in [
-        (count(|r| matches!(r, Readiness::Lost | Readiness::Failed)), "lost or failed"),
-        (count(|r| r == Readiness::Unknown), "without a report"),
-    ] {
-        if n > 0 {
-            found.push(plural(n, what));
-        }
-    }
+    let Some(announcement) = &status.announcement else { return found };
+    found.extend(announcement.problem.iter().map(|p| FoundProblem::new("vip.failed", format!("VIPs: {p}"))));
+    let kept = announcement.kept();
+    found.extend(kept.map(|(vip, kept)| FoundProblem::about("vip.kept", vip, kept_problem(vip, kept))));
+    let stuck = announcement.vips.iter().filter(|v| v.on && !v.decision.is_on());
+    found.extend(stuck.filter_map(|v| {
+        let other = v.foreign.as_ref()?;
+        let text = format!(
+            "VIP {} should be off ({}), but is on {other}: lbd did not add it there and does not remove it",
+            v.vip, v.decision
+        );
+        Some(FoundProblem::about("vip.foreign", v.vip, text))
+    }));
     found
 }

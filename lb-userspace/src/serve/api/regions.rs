@@ -25,13 +25,14 @@ use crate::{
         },
         store::{Claim, Lock, StoreError},
     },
-    observed::regions::{Explained, RegionShown, RegionSnapshot},
+    observed::regions::{CommitDesired, Explained, RegionShown, RegionSnapshot},
     plan::policy::audit::{BackendUse, Residency, audit},
 };
 use axum::{
     Json,
     extract::{Path, State},
 };
+use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::{sync::Arc, time::Duration};
 use tokio::sync::watch;
@@ -347,6 +348,23 @@ pub(super) async fn region_remove(
         Ok(())
     };
     Ok(Json(control.write(&author, &query, change).await?))
+}
+
+impl CommitDesired for Control {
+    fn commit_as_daemon(
+        self: Arc<Self>,
+        message: String,
+        mut change: Box<dyn FnMut(&mut Desired) + Send>,
+    ) -> BoxFuture<'static, Result<(), String>> {
+        Box::pin(async move {
+            let query = WriteQuery { message: Some(message), ..WriteQuery::default() };
+            let write = |desired: &mut Desired| {
+                change(desired);
+                Ok(())
+            };
+            self.write(&Author::daemon(), &query, write).await.map(drop).map_err(|e| e.to_string())
+        })
+    }
 }
 
 #[cfg(test)]

@@ -10,8 +10,10 @@ use super::{
 };
 use crate::{
     desired::{
-        model::{Backend, BackendState, Desired, Name, Protocol, RegionPolicy, Service},
-        store::delta,
+        model::{
+            Backend, BackendState, Desired, Difference, Name, Protocol, RegionPolicy, Service, differences,
+        },
+        store::{StoreError, Stored, delta},
     },
     serve::explain,
 };
@@ -31,6 +33,8 @@ const BODY_LIMIT: usize = 16 * 1024 * 1024;
 const FLOWS: (usize, usize) = (100, 100_000);
 /// Revisions listed by default, and at most.
 const REVISIONS: (usize, usize) = (20, 10_000);
+/// Revisions that one request searches for those of a service.
+const SEARCHED: usize = 1_000;
 /// Longest wait for a change of the replicas.
 const REPLICAS_WAIT: Duration = Duration::from_secs(20);
 
@@ -412,6 +416,7 @@ pub(super) async fn config_apply(
 pub(super) struct HistoryQuery {
     before: Option<u64>,
     limit: Option<usize>,
+    service: Option<Name>,
 }
 
 pub(super) async fn history(
@@ -419,7 +424,55 @@ pub(super) async fn history(
     Params(query): Params<HistoryQuery>,
 ) -> Reply<History> {
     let limit = query.limit.unwrap_or(REVISIONS.0).min(REVISIONS.1);
-    Ok(Json(History { revisions: control.store.history(query.before, limit).await? }))
+    let Some(service) = query.service else {
+        return Ok(Json(History {
+            revisions: control.store.history(query.before, limit).await?,
+            next: None,
+        }));
+    };
+    let (mut revisions, mut next) = control.store.history_of(service, query.before, SEARCHED).await?;
+    if revisions.len() > limit {
+        revisions.truncate(limit);
+        next = revisions.last().map(|r| r.number);
+    }
+    Ok(Json(History { revisions, next }))
+}
+
+/// Differences between two states, computed off the async threads: states may be large.
+async fn compare(from: Arc<Desired>, to: Arc<Desired>) -> Result<Vec<Difference>, ApiError> {
+    let compared = tokio::task::spawn_blocking(move || differences(&from, &to)).await;
+    compared.map_err(|error| ApiError::internal(format!("comparing the revisions failed: {error}")))
+}
+
+pub(super) async fn history_show(
+    State(control): SharedControl,
+    Path(number): Path<String>,
+) -> Reply<RevisionChange> {
+    let Stored { revision, desired } = control.store.get(revision(&number)?).await?;
+    let before = match revision.number {
+        0 => return Ok(Json(RevisionChange { revision, differences: Some(Vec::new()) })),
+        number => control.store.get(number - 1).await,
+    };
+    let differences = match before {
+        Ok(before) => Some(compare(before.desired, desired).await?),
+        Err(StoreError::NoRevision { .. }) => None,
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Json(RevisionChange { revision, differences }))
+}
+
+pub(super) async fn history_diff(
+    State(control): SharedControl,
+    Path((from, to)): Path<(String, String)>,
+) -> Reply<RevisionDiff> {
+    let (from, to) = (revision(&from)?, revision(&to)?);
+    let (from, to) = (control.store.get(from).await?, control.store.get(to).await?);
+    let differences = compare(from.desired, to.desired).await?;
+    Ok(Json(RevisionDiff { from: from.revision, to: to.revision, differences }))
+}
+
+fn revision(text: &str) -> Result<u64, ApiError> {
+    text.parse().map_err(|_| ApiError::bad_request(format!("revision {text:?} is not a number")))
 }
 
 pub(super) async fn rollback(

@@ -5,7 +5,7 @@ use super::{
         Endpoint,
         Right::{DryRun, Read, Write},
     },
-    guard, host, locks, members, region_drain, regions, rollouts, routes, store,
+    events, guard, host, locks, members, region_drain, regions, rollouts, routes, store,
 };
 use axum::http::Method;
 
@@ -43,11 +43,14 @@ pub(super) fn table() -> Vec<Endpoint> {
         ),
         Endpoint::new(GET, "/v1/replicas", Read, routes::replicas),
         Endpoint::new(GET, "/v1/stats", Read, routes::stats),
+        Endpoint::new(GET, "/v1/events", Read, events::stream::events),
         Endpoint::new(GET, "/v1/flows", Read, routes::flows),
         Endpoint::new(GET, "/v1/explain", Read, routes::explain_flow),
         Endpoint::new(GET, "/v1/config", Read, routes::config_export),
         Endpoint::new(PUT, "/v1/config", DryRun, routes::config_apply),
         Endpoint::new(GET, "/v1/history", Read, routes::history),
+        Endpoint::new(GET, "/v1/history/{revision}", Read, routes::history_show),
+        Endpoint::new(GET, "/v1/history/{from}/diff/{to}", Read, routes::history_diff),
         Endpoint::new(POST, "/v1/rollback", DryRun, routes::rollback),
         Endpoint::new(GET, "/v1/store", Read, store::status),
         Endpoint::new(POST, "/v1/store/migrate", Write, store::migrate),

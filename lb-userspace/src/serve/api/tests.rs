@@ -16,9 +16,9 @@ use std::{sync::Arc, time::Duration};
 
 pub(super) struct Bed {
     _directory: tempfile::TempDir,
-    engine: Arc<MemoryEngine>,
+    pub(super) engine: Arc<MemoryEngine>,
     pub(super) control: Arc<Control>,
-    client: ApiClient,
+    pub(super) client: ApiClient,
 }
 
 pub(super) async fn bed(may_write: bool) -> Bed {
@@ -199,7 +199,7 @@ async fn refusals_say_what_and_how_to_mend_it() {
         ),
         (Method::GET, "/v1/history?limt=3", Value::Null, "bad_request", "unknown field `limt`", None),
         (Method::POST, "/v1/services/x?expected=9", web(), "conflict", "at revision 1 by now, not 9", None),
-        (Method::POST, "/v1/rollback", json!({"revision": 44}), "not_found", "revision 44 is not kept", None),
+        (Method::POST, "/v1/rollback", json!({"revision": 44}), "not_found", "no revision 44", None),
         (
             Method::POST,
             "/v1/rollback",
@@ -318,6 +318,7 @@ async fn services_of_earlier_versions_keep_their_tables_on_every_way_back() {
         desired: stored.into(),
         author: "an earlier version".into(),
         message: "new".into(),
+        summary: None,
         time: std::time::SystemTime::now(),
     };
     let old = bed.control.store.commit(commit).await.unwrap();
@@ -430,8 +431,13 @@ async fn texts_with_control_characters_are_refused() {
 #[tokio::test]
 async fn stored_control_characters_do_not_reach_the_terminal() {
     use crate::{desired::store::Revision, lbctl::render};
-    let revision =
-        Revision { number: 1, author: "a\x1b[2Jnn".into(), time_ms: 1, message: "one\n  2  forged".into() };
+    let revision = Revision {
+        number: 1,
+        author: "a\x1b[2Jnn".into(),
+        time_ms: 1,
+        message: "one\n  2  forged".into(),
+        summary: Some("s\x1b[3Jx".into()),
+    };
     let lock = crate::desired::store::Lock {
         name: "n\n".into(),
         holder: "h\x1b[1m".into(),

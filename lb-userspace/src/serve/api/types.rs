@@ -168,6 +168,9 @@ pub struct BackendStatus {
     /// Next hop to the backend; none if it is not resolved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<NextHop>,
+    /// Name of the interface to the next hop; only when one backend is requested.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
     /// Consecutive successes required to become healthy, if flap damping raised them above `rise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damped: Option<u32>,
@@ -266,6 +269,29 @@ pub struct Change {
 pub struct History {
     /// Revisions, newest first.
     pub revisions: Vec<Revision>,
+    /// With `service`, if older revisions were not searched yet: value of `before` for the next request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<u64>,
+}
+
+/// `GET /v1/history/REVISION`: one revision, and what it changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RevisionChange {
+    /// Number, author, time and message.
+    pub revision: Revision,
+    /// What the revision changed; null if the revision before is no longer kept.
+    pub differences: Option<Vec<Difference>>,
+}
+
+/// `GET /v1/history/FROM/diff/TO`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RevisionDiff {
+    /// Revision that is compared.
+    pub from: Revision,
+    /// Revision that it is compared with.
+    pub to: Revision,
+    /// What would change the state of `from` into that of `to`.
+    pub differences: Vec<Difference>,
 }
 
 /// `GET /v1/config`, and body of `PUT /v1/config`.

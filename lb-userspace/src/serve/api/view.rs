@@ -3,7 +3,7 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
-    problems::{general_problems, is_checked, not_up_to_date_problems, unreachable_problem},
+    problems::{FoundProblem, general_problems, is_checked, not_up_to_date_problems, unreachable_problem},
     types::*,
 };
 use crate::{
@@ -15,7 +15,7 @@ use crate::{
     observed::{health::HealthEntry, replica},
 };
 use lb_common::{BackendStats, Reason, reason::Fate};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 /// Desired state, snapshot and counters, read at one moment.
 pub struct StateView {
@@ -41,11 +41,51 @@ impl Control {
 
     /// `GET /v1/status`.
     pub fn status(&self, view: &StateView) -> Status {
+        self.status_and_problems(view).0
+    }
+
+    /// The problems of status, without reading the maps.
+    pub(super) fn problems(&self) -> Vec<FoundProblem> {
+        let (stored, snapshot) = (self.head(), self.engine.snapshot());
+        self.status_and_problems(&StateView { stored, snapshot, counters: Counters::default() }).1
+    }
+
+    fn status_and_problems(&self, view: &StateView) -> (Status, Vec<FoundProblem>) {
+        let mut status = self.status_of_parts(view);
+        let mut problems = Vec::new();
+        // One lock and no copies: there may be ten thousand backends.
+        self.health.read(|health| {
+            for (name, service) in &view.stored.desired.services {
+                self.service_status(view, health, name, service, &mut status, &mut problems);
+            }
+        });
+        let now = crate::clock::boot();
+        for removed in &view.snapshot.removed {
+            let deadline_s = removed.until.saturating_sub(now).as_secs();
+            let drain = Drain { flows_left: removed.tracked_flows, deadline_s };
+            let backend = format!("{} (removed)", removed.address);
+            status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
+        }
+        let general = general_problems(&status);
+        problems.splice(0..0, general);
+        problems.extend(self.file_problem().map(|text| FoundProblem::about("config.file", "", text)));
+        problems.extend(self.hook_problem().map(|text| FoundProblem::about("config.hook", "", text)));
+        problems.extend(self.host_problems().into_iter().map(|text| FoundProblem::of_text("host", text)));
+        let regions = self.region_snapshot().problems();
+        problems.extend(regions.into_iter().map(|text| FoundProblem::of_text("region", text)));
+        problems.extend(not_up_to_date_problems(&view.snapshot));
+        status.problems = problems.iter().map(|problem| problem.text.clone()).collect();
+        status.healthy = problems.is_empty();
+        (status, problems)
+    }
+
+    /// A status without what is counted service by service, and without problems.
+    fn status_of_parts(&self, view: &StateView) -> Status {
         let mut applied = view.snapshot.applied.clone();
         if let Some((_, Err(error))) = self.outcome() {
             applied.error.get_or_insert_with(|| error.to_string());
         }
-        let mut status = Status {
+        Status {
             healthy: false,
             problems: Vec::new(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -82,32 +122,23 @@ impl Control {
                     problem: problem.text.clone(),
                 })
                 .collect(),
-        };
-        for (name, service) in &view.stored.desired.services {
-            self.service_status(view, name, service, &mut status);
         }
-        let now = crate::clock::boot();
-        for removed in &view.snapshot.removed {
-            let deadline_s = removed.until.saturating_sub(now).as_secs();
-            let drain = Drain { flows_left: removed.tracked_flows, deadline_s };
-            let backend = format!("{} (removed)", removed.address);
-            status.draining.push(DrainingBackend { service: removed.service.clone(), backend, drain });
-        }
-        let general = general_problems(&status);
-        status.problems.splice(0..0, general);
-        status.problems.extend(self.file_problem());
-        status.problems.extend(self.host_problems());
-        status.problems.extend(self.region_snapshot().problems());
-        status.problems.extend(not_up_to_date_problems(&view.snapshot));
-        status.healthy = status.problems.is_empty();
-        status
     }
 
-    fn service_status(&self, view: &StateView, name: &Name, service: &Service, status: &mut Status) {
+    fn service_status(
+        &self,
+        view: &StateView,
+        health: &BTreeMap<BackendId, HealthEntry>,
+        name: &Name,
+        service: &Service,
+        status: &mut Status,
+        problems: &mut Vec<FoundProblem>,
+    ) {
         let (mut unreachable, mut takes_flows) = (Vec::new(), false);
+        let unknown = HealthEntry::default();
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
-            let entry = self.health.get(&id).unwrap_or_default();
+            let entry = health.get(&id).unwrap_or(&unknown);
             let counts = &mut status.backends;
             counts.total += 1;
             match entry.health {
@@ -123,7 +154,7 @@ impl Control {
             }
             // Backends that an operator drained or switched off are not a problem.
             if entry.health == Health::Unhealthy && b.state == BackendState::Up {
-                let reason = unhealthy_reason(&entry, service.health.rise);
+                let reason = unhealthy_reason(entry, service.health.rise);
                 let (service, backend) = (name.clone(), backend.clone());
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
@@ -141,7 +172,7 @@ impl Control {
                 status.draining.push(DrainingBackend { service, backend, drain });
             }
             if let Some(problem) = applied.and_then(|a| a.problem.as_ref()) {
-                status.problems.push(format!("{id}: {problem}"));
+                problems.push(FoundProblem::about("backend.path", &id, format!("{id}: {problem}")));
             }
             let told = applied.and_then(|a| a.next_hop).and_then(|hop| hop.path_mtu);
             status.narrow_paths.extend(told.map(|mtu| NarrowPath { backend: id.clone(), mtu }));
@@ -156,7 +187,8 @@ impl Control {
                 status.unresolved.push(id);
             }
         }
-        status.problems.extend(unreachable_problem(&unreachable, takes_flows));
+        let text = unreachable_problem(&unreachable, takes_flows);
+        problems.extend(text.map(|text| FoundProblem::about("backend.unreachable", name, text)));
         let applied = view.snapshot.services.get(name);
         if applied.is_some_and(|a| a.eligible == 0) {
             status.no_backend.push(name.clone());
@@ -217,6 +249,7 @@ impl Control {
             info.status.history = entry.history.into();
         }
         info.status.replica = self.replica_entry(&id, s);
+        info.status.interface = info.status.next_hop.and_then(|hop| interface_name(hop.ifindex));
         Ok(info)
     }
 
@@ -293,6 +326,7 @@ impl Control {
             flows: stats.flows,
             drain: self.drain_progress(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
+            interface: None,
             damped,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
@@ -359,6 +393,11 @@ impl StateView {
             })
             .collect()
     }
+}
+
+/// Name of an interface of this host.
+fn interface_name(ifindex: u32) -> Option<String> {
+    nix::net::if_::if_indextoname(ifindex).ok()?.into_string().ok()
 }
 
 /// Why a backend is unhealthy. A last probe that passed is no reason: a backend needs several in a row.

@@ -31,7 +31,9 @@ impl Forwarding {
         if self.mode == "local" {
             return "local: this host's own network stack".to_owned();
         }
-        let source = self.outer_source.map_or("source chosen by the FIB".to_owned(), |s| s.to_string());
+        let source = self
+            .outer_source
+            .map_or("source address chosen per packet from the routing table".to_owned(), |s| s.to_string());
         let hop = match (&self.next_hop, self.ifindex) {
             (Some(mac), Some(ifindex)) => format!("next hop {mac} on interface {ifindex}"),
             _ => "next hop chosen by the kernel's FIB".to_owned(),

@@ -9,7 +9,10 @@ use crate::{
 };
 use lb_common::Reason;
 use prometheus_client::encoding::DescriptorEncoder;
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, PoisonError},
+};
 
 /// One scrape: the counters were read, the rest is read while encoding.
 pub(super) struct Scrape {
@@ -27,6 +30,7 @@ impl prometheus_client::collector::Collector for Scrape {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Encoder(encoder);
         self.daemon(&mut out)?;
+        self.hooks(&mut out)?;
         self.services(&mut out)?;
         self.backends(&mut out)?;
         self.probes(&mut out)?;
@@ -68,6 +72,23 @@ impl Scrape {
         let kernel =
             loaded.kernel.iter().map(|(name, has)| ([("feature", name.as_str())], f64::from(u8::from(*has))));
         out.gauges("lb_kernel_feature", "Whether the kernel has the feature, as probed at start", kernel)
+    }
+
+    /// Programs that hooks start for events.
+    fn hooks(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let hooks = self.control.events().hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = hooks.iter().enumerate().flat_map(|(i, (program, counts))| {
+            let number = (i + 1).to_string();
+            let labels = move |result: &str| {
+                [("hook", number.clone()), ("program", program.clone()), ("result", result.to_owned())]
+            };
+            counts.by_result().map(|(result, n)| (labels(result), n))
+        });
+        out.counters(
+            "lb_hook_runs",
+            "Programs that hooks started for events, by result; missed: events that came faster than the programs ended",
+            runs,
+        )
     }
 
     fn daemon(&self, out: &mut Encoder<'_>) -> fmt::Result {

@@ -18,7 +18,8 @@ use crate::{
     desired::store::{MEMBERS, delta, new_id},
 };
 use rand::Rng;
-use std::{collections::BTreeMap, convert::Infallible, time::Duration, time::Instant};
+use serde_json::Value;
+use std::{borrow::Cow, collections::BTreeMap, convert::Infallible, time::Duration, time::Instant};
 
 /// Interval at which the head is read in addition to the watch, as a sign of life.
 const BEAT: Duration = Duration::from_secs(1);
@@ -378,21 +379,29 @@ impl EtcdInner {
         bytes: usize,
     ) -> Result<KnownRevision, StoreError> {
         let corrupt = |e: serde_json::Error| self.corrupt(format!("revision {number}: {e}"));
-        let large;
-        let delta = match (&record.delta, &record.parts) {
-            (Some(delta), _) => delta,
-            (None, Some(parts)) => {
-                let bytes = self.parts(parts).await?;
-                locked(&self.weights).1 += bytes.len();
-                large = serde_json::from_slice(&bytes).map_err(corrupt)?;
-                &large
-            }
-            (None, None) => return Err(self.corrupt(format!("revision {number} has no contents"))),
-        };
-        locked(&self.weights).1 += bytes;
-        let desired = Arc::new(delta::apply(&before.stored.desired, delta).map_err(corrupt)?);
+        let (delta, large) = self.delta(number, record).await?;
+        locked(&self.weights).1 += bytes + large;
+        let desired = Arc::new(delta::apply(&before.stored.desired, &delta).map_err(corrupt)?);
         let stored = Stored { revision: record.revision(number), desired };
         Ok(KnownRevision { stored, nonce: record.nonce.clone() })
+    }
+
+    /// Returns a record's difference to the previous state, and the size of its parts in bytes.
+    pub(super) async fn delta<'a>(
+        &self,
+        number: u64,
+        record: &'a RevisionRecord,
+    ) -> Result<(Cow<'a, Value>, usize), StoreError> {
+        match (&record.delta, &record.parts) {
+            (Some(delta), _) => Ok((Cow::Borrowed(delta), 0)),
+            (None, Some(parts)) => {
+                let bytes = self.parts(parts).await?;
+                let delta = serde_json::from_slice(&bytes);
+                let delta = delta.map_err(|e| self.corrupt(format!("revision {number}: {e}")))?;
+                Ok((Cow::Owned(delta), bytes.len()))
+            }
+            (None, None) => Err(self.corrupt(format!("revision {number} has no contents"))),
+        }
     }
 
     /// Reads a value that is stored in parts.

@@ -121,8 +121,11 @@ pub struct RevisionRecord {
     pub author: String,
     /// Time of the change, in milliseconds since 1970 UTC.
     pub time_ms: u64,
-    /// Reason for the change.
+    /// Reason for the change, or what changed.
     pub message: String,
+    /// What changed, if the message is the author's reason. Absent in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
     /// Random, generated for each attempt to commit.
     pub nonce: String,
     /// Nonce of the previous revision.
@@ -138,8 +141,8 @@ pub struct RevisionRecord {
 impl RevisionRecord {
     /// Converts the record.
     pub fn revision(&self, number: u64) -> Revision {
-        let (author, message) = (self.author.clone(), self.message.clone());
-        Revision { number, author, time_ms: self.time_ms, message }
+        let (author, message, summary) = (self.author.clone(), self.message.clone(), self.summary.clone());
+        Revision { number, author, time_ms: self.time_ms, message, summary }
     }
 }
 
@@ -191,7 +194,8 @@ impl KnownRevision {
 
     /// Revision 0.
     pub fn zero() -> Self {
-        let revision = Revision { number: 0, author: String::new(), time_ms: 0, message: String::new() };
+        let revision =
+            Revision { number: 0, author: String::new(), time_ms: 0, message: String::new(), summary: None };
         Self { stored: Stored { revision, desired: Arc::default() }, nonce: String::new() }
     }
 }

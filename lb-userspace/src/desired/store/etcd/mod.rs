@@ -9,6 +9,7 @@
 mod about;
 pub mod client;
 mod follow;
+mod history;
 mod keys;
 mod link;
 mod member;
@@ -26,10 +27,10 @@ use self::{
     proto::{RangeResponse, SortOrder},
 };
 use super::{
-    About, Claim, Commit, HostValues, Local, Lock, Retire, Revision, Store, StoreError, StoreLink,
-    StoreMember, Stored,
+    About, Claim, Commit, HostValues, Local, Lock, Retire, Revision, ServiceHistory, Store, StoreError,
+    StoreLink, StoreMember, Stored,
 };
-use crate::clock;
+use crate::{clock, desired::model::Name};
 use futures_util::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use std::{
@@ -331,39 +332,6 @@ impl EtcdInner {
         let first = found.kvs.first().and_then(|kv| self.keys.after("revisions/", &kv.key)?.parse().ok());
         Ok(first.unwrap_or(0))
     }
-
-    async fn history(&self, before: Option<u64>, limit: usize) -> Result<Vec<Revision>, StoreError> {
-        let newest = self.head.borrow().revision.number;
-        let end = before.unwrap_or(u64::MAX).min(newest + 1);
-        let begin = self.oldest(newest).max(1);
-        let (recent, complete) = {
-            let recent = locked(&self.recent);
-            let numbers = recent.range(begin..end.max(begin)).rev().take(limit);
-            let found: Vec<Revision> = numbers.map(|(_, known)| known.stored.revision.clone()).collect();
-            let wanted = limit.min(end.saturating_sub(begin) as usize);
-            let complete = found.len() == wanted && found.first().is_none_or(|r| r.number + 1 == end);
-            (found, complete)
-        };
-        // Without a connection, the revisions in memory are better than none.
-        if complete || !self.link.borrow().connected {
-            return Ok(recent);
-        }
-        let (mut found, mut end) = (Vec::new(), self.keys.revision(end));
-        while found.len() < limit {
-            let page = (limit - found.len()).min(500);
-            let answer = self.range(self.keys.revision(begin), end.clone(), SortOrder::Descend, page).await;
-            let answer = answer.map_err(|e| self.call_failed(e))?;
-            for kv in &answer.kvs {
-                let (number, record) = self.record(kv)?;
-                found.push(record.revision(number));
-            }
-            match answer.kvs.last() {
-                Some(last) if answer.more => end = last.key.clone(),
-                _ => break,
-            }
-        }
-        Ok(found)
-    }
 }
 
 impl Store for EtcdStore {
@@ -381,6 +349,15 @@ impl Store for EtcdStore {
 
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
         Box::pin(self.inner.history(before, limit))
+    }
+
+    fn history_of(
+        &self,
+        service: Name,
+        before: Option<u64>,
+        scan: usize,
+    ) -> BoxFuture<'_, Result<ServiceHistory, StoreError>> {
+        Box::pin(async move { self.inner.history_of(&service, before, scan).await })
     }
 
     fn link(&self) -> watch::Receiver<StoreLink> {

@@ -34,8 +34,9 @@ pub(super) async fn commit(inner: &Arc<EtcdInner>, commit: Commit) -> Result<Sto
     }
     let number = found + 1;
     let time_ms = commit.time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64;
-    let revision = Revision { number, author: commit.author, time_ms, message: commit.message };
-    let known = KnownRevision { stored: Stored { revision, desired: commit.desired }, nonce: new_id() };
+    let Commit { author, message, summary, desired, .. } = commit;
+    let revision = Revision { number, author, time_ms, message, summary };
+    let known = KnownRevision { stored: Stored { revision, desired }, nonce: new_id() };
     let (value, large) = inner.encode(&before, &known)?;
     if let Some((parts, bytes)) = &large {
         // No host reads the parts before the commit refers to them.
@@ -169,6 +170,7 @@ impl EtcdInner {
             author: revision.author.clone(),
             time_ms: revision.time_ms,
             message: revision.message.clone(),
+            summary: revision.summary.clone(),
             nonce: known.nonce.clone(),
             after: before.nonce.clone(),
             delta: None,

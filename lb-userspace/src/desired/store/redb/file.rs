@@ -35,6 +35,9 @@ pub(super) struct FileRevision {
     pub author: String,
     pub time_ms: u64,
     pub message: String,
+    /// Absent in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub summary: Option<String>,
     /// Revision in which each service last changed.
     pub services: BTreeMap<Name, u64>,
     /// Revision in which each part of the deny and allow lists last changed.
@@ -52,8 +55,8 @@ pub(super) fn part_key(list: ListName, part: &str) -> String {
 
 impl FileRevision {
     pub fn revision(&self, number: u64) -> Revision {
-        let (author, message) = (self.author.clone(), self.message.clone());
-        Revision { number, author, time_ms: self.time_ms, message }
+        let (author, message, summary) = (self.author.clone(), self.message.clone(), self.summary.clone());
+        Revision { number, author, time_ms: self.time_ms, message, summary }
     }
 }
 
@@ -240,7 +243,8 @@ pub(super) fn read_head(database: &Database, file: &Path) -> Result<Stored, Stor
 }
 
 fn zero() -> Stored {
-    let revision = Revision { number: 0, author: String::new(), time_ms: 0, message: String::new() };
+    let revision =
+        Revision { number: 0, author: String::new(), time_ms: 0, message: String::new(), summary: None };
     Stored { revision, desired: Arc::default() }
 }
 

@@ -1,9 +1,12 @@
 //! The interface of a store, and of the local data, over the file.
 
 use super::{FORMAT, RedbStore};
-use crate::desired::store::{
-    About, Claim, Commit, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, Store, StoreError,
-    StoreLink, StoreMember, Stored,
+use crate::desired::{
+    model::Name,
+    store::{
+        About, Claim, Commit, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, ServiceHistory,
+        Store, StoreError, StoreLink, StoreMember, Stored,
+    },
 };
 use futures_util::future::BoxFuture;
 use std::sync::PoisonError;
@@ -24,6 +27,15 @@ impl Store for RedbStore {
 
     fn history(&self, before: Option<u64>, limit: usize) -> BoxFuture<'_, Result<Vec<Revision>, StoreError>> {
         Box::pin(self.blocking(move |inner| inner.history(before, limit)))
+    }
+
+    fn history_of(
+        &self,
+        service: Name,
+        before: Option<u64>,
+        scan: usize,
+    ) -> BoxFuture<'_, Result<ServiceHistory, StoreError>> {
+        Box::pin(self.blocking(move |inner| inner.history_of(&service, before, scan)))
     }
 
     fn link(&self) -> watch::Receiver<StoreLink> {

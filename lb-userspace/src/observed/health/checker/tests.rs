@@ -36,7 +36,8 @@ fn stored(backends: usize, check: &str) -> Stored {
     let health: serde_json::Value = serde_json::from_str(check).unwrap();
     let desired = serde_json::json!({"services": {"s": {
         "vip": "10.0.0.1", "port": 80, "protocol": "tcp", "health": health, "backends": all}}});
-    let revision = Revision { number: 1, author: String::new(), time_ms: 0, message: String::new() };
+    let revision =
+        Revision { number: 1, author: String::new(), time_ms: 0, message: String::new(), summary: None };
     Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
 }
 
