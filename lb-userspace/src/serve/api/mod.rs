@@ -33,6 +33,7 @@ pub use engine::{Engine, EngineError};
 pub use error::ApiError;
 pub use listener::{SocketError, bind};
 pub use peer::Peer;
+pub use routes::router;
 pub use view::fate_label;
 
 use listener::Limited;
@@ -49,7 +50,7 @@ pub async fn serve(
     writers: peer::Writers,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> std::io::Result<()> {
-    let service = routes::router(control).into_make_service_with_connect_info::<Peer>();
+    let service = router(control).into_make_service_with_connect_info::<Peer>();
     axum::serve(Limited::new(listener, writers), service).with_graceful_shutdown(stop).await
 }
 
