@@ -5,8 +5,8 @@
 //! be changed as wanted keeps its table, is named in the snapshot, and is retried; other services do not wait for it.
 
 mod event;
-#[cfg(test)]
-mod fake;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fake;
 mod grants;
 mod kept;
 mod lag;
