@@ -331,3 +331,21 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_is_known_of_a_removed_backend_is_forgotten() {
+    let mut bed = bed();
+    let mut tell = |event| bed.reconciler.step(vec![event], clock::boot());
+    let id = |n: &str| BackendId { service: name("web"), backend: name(n) };
+    let web = service("10.0.0.1", Ports::One(80), &[("a", "10.1.0.1", 1), ("b", "10.1.0.2", 1)]);
+    tell(Event::Desired { desired: desired(vec![("web", web)]), revision: 1, applied: None });
+    for backend in ["a", "b"] {
+        tell(Event::Health { id: id(backend), health: Health::Healthy, at: clock::boot() });
+        tell(Event::Replica(id(backend), Readiness::Ready));
+    }
+    tell(Event::Health { id: id("b"), health: Health::Unknown, at: clock::boot() });
+    tell(Event::Replica(id("b"), Readiness::Unknown));
+    let observed = bed.published.borrow().observed.clone();
+    assert_eq!(observed.health.keys().collect::<Vec<_>>(), [&id("a")]);
+    assert_eq!(observed.replicas.keys().collect::<Vec<_>>(), [&id("a")]);
+}
