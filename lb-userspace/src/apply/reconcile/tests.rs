@@ -349,3 +349,25 @@ fn what_is_known_of_a_removed_backend_is_forgotten() {
     assert_eq!(observed.health.keys().collect::<Vec<_>>(), [&id("a")]);
     assert_eq!(observed.replicas.keys().collect::<Vec<_>>(), [&id("a")]);
 }
+
+#[test]
+fn the_index_of_a_removed_service_is_reused_after_a_grace_period() {
+    let mut bed = bed();
+    let web = |seed| {
+        let backends = [("a", "10.1.0.1", 1)];
+        desired(vec![("web", Service { seed: Some(seed), ..service("10.0.0.1", Ports::One(80), &backends) })])
+    };
+    let other = desired(vec![("other", service("10.0.0.2", Ports::One(80), &[("b", "10.1.0.2", 1)]))]);
+    bed.set(&web(1), 1).unwrap();
+    // Another seed: the first view was in use until now.
+    bed.set(&web(2), 2).unwrap();
+    bed.set(&desired(vec![]), 3).unwrap();
+    bed.reconciler.age(Duration::from_secs(1_000));
+    let sweep = Sweep { began: clock::boot(), ..Sweep::default() };
+    bed.reconciler.step(vec![Event::Swept(Arc::new(sweep))], clock::boot());
+    let graces = bed.maps.lock().graces;
+    bed.set(&other, 4).unwrap();
+    let maps = bed.maps.lock();
+    assert_eq!(maps.keys.values().collect::<Vec<_>>(), [&0], "the index is used again");
+    assert!(maps.graces > graces, "no program reads the old view any more");
+}
