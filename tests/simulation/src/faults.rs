@@ -228,6 +228,9 @@ impl Simulation {
             setup.disk.free();
             setup.link.set(LinkState::default());
             setup.maps.lock().fails_after.set(None);
+            if setup.wall_ms != 0 {
+                self.clock_was_wrong = Some(now);
+            }
             setup.wall_ms = 0;
             if was_disturbed {
                 host.disturbed = now;

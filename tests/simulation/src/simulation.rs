@@ -131,6 +131,8 @@ pub struct Simulation {
     pub bug: Option<Bug>,
     /// A backup, and its newest revision.
     pub backup: Option<(u64, Value)>,
+    /// When a wall clock was last wrong.
+    pub clock_was_wrong: Option<Duration>,
 }
 
 impl Simulation {
@@ -142,10 +144,12 @@ impl Simulation {
         let is_regional = is_shared || random.percent(30);
         let names: &[(&str, &str)] =
             if is_shared { &[("eu-1", "eu"), ("eu-2", "eu"), ("us-1", "us")] } else { &[("eu-1", "eu")] };
-        // Now and then there is hardly any room for tables, so that services have to wait or are refused.
-        let slots = random.weighted(&[(60_000, 2), (10_000, 1), (6_000, 1)]);
+        // Now and then one host has hardly any room for tables, so that services have to wait there, or are refused.
+        let least_slots = random.weighted(&[(60_000, 2), (10_000, 1), (4_000, 1), (2_500, 1)]);
         let setup = |&(name, region): &(&str, &str)| {
             let path = directory.join(name);
+            let is_last = names.last().is_some_and(|(last, _)| *last == name);
+            let slots = if is_last { least_slots } else { 60_000 };
             let limits = TableLimits {
                 services: 64,
                 backends: 256,
@@ -196,6 +200,7 @@ impl Simulation {
             account: VecDeque::new(),
             bug,
             backup: None,
+            clock_was_wrong: None,
         }
     }
 
