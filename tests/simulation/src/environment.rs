@@ -97,7 +97,7 @@ pub fn instant(at: Duration) -> Instant {
 pub fn fill_random(bytes: &mut [u8]) {
     change(|s| {
         for chunk in bytes.chunks_mut(8) {
-            let word = s.random.next().to_le_bytes();
+            let word = s.random.draw().to_le_bytes();
             chunk.copy_from_slice(&word[..chunk.len()]);
         }
     });
@@ -109,7 +109,7 @@ pub struct Random(pub u64);
 
 impl Random {
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -119,7 +119,7 @@ impl Random {
 
     /// A number below `limit`.
     pub fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
+        self.draw() % limit.max(1)
     }
 
     /// True in `percent` of all cases.

@@ -53,7 +53,7 @@ impl Simulation {
     /// Injects a fault, or ends one.
     pub fn inject(&mut self) -> Result<(), Violation> {
         let all = [
-            (Fault::BackendDies, 8),
+            (Fault::BackendDies, 16),
             (Fault::BackendSlow, 4),
             (Fault::ReplicaPhase, 5),
             (Fault::ReplicaStale, 7),

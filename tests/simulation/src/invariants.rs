@@ -193,6 +193,13 @@ impl Simulation {
                 return violated(EXACT, format!("revision {number} ({message}): {what}"));
             }
         }
+        let news: Vec<u64> = found.keys().copied().filter(|n| !self.history.seen.contains_key(n)).collect();
+        for number in news {
+            let (message, author, desired) = &found[&number];
+            let text =
+                format!("{number} {message} {author} {}", serde_json::to_string(desired).unwrap_or_default());
+            self.add_to_trace(&text);
+        }
         self.history.seen.extend(found);
         self.check_requests(oldest)
     }

@@ -226,7 +226,8 @@ impl Operations<'_> {
     fn service(&mut self) -> (String, Value) {
         let number = self.random.below(SERVICES);
         let protocol = if number % 3 == 2 { "udp" } else { "tcp" };
-        let port = if number % 2 == 0 { json!(80) } else { self.random.one_of(&[443, 8_443]).into() };
+        let port =
+            if number.is_multiple_of(2) { json!(80) } else { self.random.one_of(&[443, 8_443]).into() };
         let mut service = json!({
             "vip": format!("10.99.0.{}", 1 + number / 2),
             "port": port,

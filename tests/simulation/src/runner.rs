@@ -69,6 +69,8 @@ struct SeedResult {
     /// Kind of operation, fault, number.
     coverage: Vec<(String, String, u64)>,
     violation: Option<(String, String)>,
+    /// Hash of all that has happened.
+    trace: u64,
     account: Vec<String>,
 }
 
@@ -138,6 +140,7 @@ fn simulate(seed: u64, steps: u64, bug: Option<Bug>) -> SeedResult {
         operations: simulation.asked.len() as u64,
         coverage,
         violation: violation.map(|v| (v.invariant.to_owned(), v.what)),
+        trace: simulation.trace,
         account: simulation.account(),
     }
 }
@@ -166,6 +169,7 @@ fn run_child(seed: u64, steps: u64, bug: Option<Bug>) -> SeedResult {
         operations: 0,
         coverage: Vec::new(),
         violation: Some(("the simulation runs to its end".to_owned(), what)),
+        trace: 0,
         account: Vec::new(),
     };
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
@@ -291,6 +295,14 @@ fn run_many(arguments: &Arguments) -> ExitCode {
     if is_long && empty > 0 {
         println!("{empty} cells of the table are empty: this run has not tested what it should");
         failed += 1;
+    }
+    if failed == 0 {
+        let (once, again) =
+            (run_child(first, arguments.steps, None), run_child(first, arguments.steps, None));
+        if once.trace != again.trace {
+            println!("seed {first} does not repeat: {:016x}, then {:016x}", once.trace, again.trace);
+            failed += 1;
+        }
     }
     if arguments.bug.is_none() && !is_long && failed == 0 {
         for bug in Bug::ALL {

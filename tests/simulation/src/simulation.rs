@@ -39,7 +39,7 @@ use tower::ServiceExt;
 pub const QUANTUM: Duration = Duration::from_millis(20);
 /// Lines of the account that a violation shows.
 const ACCOUNT: usize = 30;
-/// Bytes of a body that a line shows.
+/// Characters of a body that a line shows.
 const LINE: usize = 400;
 
 /// A violated invariant.
@@ -128,6 +128,8 @@ pub struct Simulation {
     pub coverage: Coverage,
     pub active: BTreeSet<Fault>,
     account: VecDeque<String>,
+    /// Hash of all that has happened.
+    pub trace: u64,
     pub bug: Option<Bug>,
     /// A backup, and its newest revision.
     pub backup: Option<(u64, Value)>,
@@ -198,6 +200,7 @@ impl Simulation {
             coverage: Coverage::new(),
             active: BTreeSet::new(),
             account: VecDeque::new(),
+            trace: 0,
             bug,
             backup: None,
             clock_was_wrong: None,
@@ -210,7 +213,14 @@ impl Simulation {
         if self.account.len() == ACCOUNT {
             self.account.pop_front();
         }
-        self.account.push_back(format!("{at:10.3} s  {}", line.into()));
+        let line = format!("{at:10.3} s  {}", line.into());
+        self.add_to_trace(&line);
+        self.account.push_back(line);
+    }
+
+    /// Adds something that has happened to the hash of all.
+    pub fn add_to_trace(&mut self, text: &str) {
+        self.trace = text.bytes().fold(self.trace, |hash, byte| Random(hash ^ u64::from(byte)).draw());
     }
 
     /// The last lines of the account.
@@ -235,7 +245,7 @@ impl Simulation {
         } else {
             self.operate();
         }
-        let pause = self.random.weighted(&[(1, 3), (20, 3), (100, 3), (400, 2), (2_000, 2), (8_000, 1)]);
+        let pause = self.random.weighted(&[(1, 3), (20, 3), (100, 3), (400, 2), (2_000, 2), (8_000, 2)]);
         self.advance(Duration::from_millis(pause))?;
         self.check_step()
     }
@@ -397,8 +407,7 @@ impl Simulation {
         };
         let polls = (operation.kind == Kind::Cancelled).then(|| self.random.below(12));
         let name = &self.hosts[host].setup.name;
-        let mut body = operation.body.to_string();
-        body.truncate(body.floor_char_boundary(LINE));
+        let body: String = operation.body.to_string().chars().take(LINE).collect();
         let line = format!("{name}: op-{id} {} {path} {body} by {}", operation.method, peer.user);
         self.note(line);
         let outcome = Arc::new(Mutex::new(None));
