@@ -8,12 +8,13 @@ use tokio::{
 };
 
 /// A connection to a worker.
-pub trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
+pub trait WorkerStream: AsyncRead + AsyncWrite + Unpin + Send {}
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> WorkerStream for T {}
 
 /// Opens a connection to a worker's address. [`tcp`] outside simulations.
-pub type Dial = Arc<dyn Fn(SocketAddr) -> BoxFuture<'static, io::Result<Box<dyn Connection>>> + Send + Sync>;
+pub type Dial =
+    Arc<dyn Fn(SocketAddr) -> BoxFuture<'static, io::Result<Box<dyn WorkerStream>>> + Send + Sync>;
 
 /// Connects over the network, without delay for small writes.
 pub fn tcp() -> Dial {
@@ -22,7 +23,7 @@ pub fn tcp() -> Dial {
             let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
             let stream = socket.connect(address).await?;
             stream.set_nodelay(true)?;
-            Ok(Box::new(stream) as Box<dyn Connection>)
+            Ok(Box::new(stream) as Box<dyn WorkerStream>)
         })
     })
 }

@@ -23,6 +23,8 @@ use std::{
 
 /// Real time of a run without arguments.
 const SHORT: Duration = Duration::from_secs(60);
+/// Hours of a run from which on it must fill the whole table.
+const COVERS_ALL: f64 = 1.0;
 /// Seeds within which each bug must be found.
 const BUG_SEEDS: u64 = 24;
 /// Real time after which a seed counts as hung.
@@ -292,7 +294,7 @@ fn run_many(arguments: &Arguments) -> ExitCode {
     }
     let mut failed = totals.violations.len() as u64;
     let mut passed = totals.seeds - failed;
-    if is_long && empty > 0 {
+    if empty > 0 && arguments.hours.is_some_and(|hours| hours >= COVERS_ALL) {
         println!("{empty} cells of the table are empty: this run has not tested what it should");
         failed += 1;
     }

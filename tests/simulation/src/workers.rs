@@ -5,7 +5,7 @@ use futures_util::future::BoxFuture;
 use lb_userspace::{
     desired::model::HealthKind,
     observed::{
-        dial::{Connection, Dial},
+        dial::{Dial, WorkerStream},
         health::Prober,
         regions::rtt::Meter,
     },
@@ -130,7 +130,7 @@ fn connect(
     workers: Workers,
     address: SocketAddr,
     bug: Option<Bug>,
-) -> BoxFuture<'static, io::Result<Box<dyn Connection>>> {
+) -> BoxFuture<'static, io::Result<Box<dyn WorkerStream>>> {
     Box::pin(async move {
         tokio::time::sleep(Duration::from_millis(1)).await;
         if !workers.get(address.ip()).is_alive {
@@ -138,7 +138,7 @@ fn connect(
         }
         let (ours, theirs) = tokio::io::duplex(64 * 1024);
         tokio::spawn(serve(workers, address.ip(), theirs, bug));
-        Ok(Box::new(ours) as Box<dyn Connection>)
+        Ok(Box::new(ours) as Box<dyn WorkerStream>)
     })
 }
 
