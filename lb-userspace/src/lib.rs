@@ -6,6 +6,7 @@
 //! the settings and the store.
 
 pub mod apply;
+pub mod blocking;
 pub mod clock;
 pub mod desired;
 pub mod lbctl;

@@ -32,6 +32,12 @@ pub struct Options {
     /// Test optimised builds, for suites that measure performance.
     #[arg(long)]
     release: bool,
+    /// Repeat one seed of the suite simulation, and show its account.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Run the suite simulation for this many hours, with new seeds.
+    #[arg(long, value_name = "N")]
+    hours: Option<f64>,
     #[command(flatten)]
     kernels: kernels::Options,
 }
@@ -48,6 +54,8 @@ enum Suite {
     Property,
     /// Command lines of the binaries.
     Cli,
+    /// Several ingress hosts on one thread, in simulated time, from seeds.
+    Simulation,
     /// Guarantees of the store on each engine, and hosts with a failing etcd.
     Store,
     /// Single packets through the loaded programs (root).
@@ -96,6 +104,11 @@ pub fn run(options: &Options) -> Result<()> {
     if options.kernels.is_set() && !suites.contains(&Suite::Kernels) {
         bail!(
             "--full, --kernel, --driver and --setting apply to the suite kernels only: name it, as in `cargo xtask test kernels`"
+        );
+    }
+    if (options.seed.is_some() || options.hours.is_some()) && suites != [Suite::Simulation] {
+        bail!(
+            "--seed and --hours apply to the suite simulation only: name it, as in `cargo xtask test simulation`"
         );
     }
     setup::run(&setup::Options {
@@ -176,6 +189,12 @@ fn run_suite(suite: Suite, options: &Options, flaky: &mut Vec<String>) -> Result
                 command.arg("--");
             }
             command.args(suite.runner_arguments()).args(filter);
+            if let Some(seed) = options.seed {
+                command.args(["--seed", &seed.to_string()]);
+            }
+            if let Some(hours) = options.hours {
+                command.args(["--hours", &hours.to_string()]);
+            }
         }
         let result = stream(&mut command)?;
         passed += result.passed;
@@ -349,15 +368,21 @@ impl Suite {
                 "-D",
                 "warnings",
             ])],
-            Self::Unit => vec![test_crates(profile, &integration_tests(|name| !is_cli(name))?)],
+            Self::Unit => {
+                let names = integration_tests(|name| !is_cli(name))?;
+                let tests = names.iter().flat_map(|name| ["--test", name]);
+                let targets: Vec<&str> = ["--lib", "--bins"].into_iter().chain(tests).collect();
+                vec![test_crates(profile, &targets)]
+            }
             Self::Property => properties::commands(profile)?,
             Self::Cli => {
                 let names = integration_tests(is_cli)?;
-                let mut command = cargo(&["test", "--package", "lb-userspace"]);
+                let mut command = cargo(&["test", "--package", "lb-userspace", "--features", "test-support"]);
                 command.args(profile);
                 command.args(names.iter().flat_map(|name| ["--test", name]));
                 vec![command]
             }
+            Self::Simulation => vec![test_crates(profile, &["--test", "simulation"])],
             Self::Store => {
                 let mut command =
                     cargo(&["test", "--no-fail-fast", "--manifest-path", "tests/store/Cargo.toml"]);
@@ -447,12 +472,14 @@ fn inference_builds() -> Result<Vec<Command>> {
     Ok(vec![inference_test(&["--no-run"])?, worker, inference_clippy()?])
 }
 
-fn test_crates(profile: [&str; 2], integration: &[String]) -> Command {
-    let mut command = cargo(&["test", "--lib", "--bins"]);
+/// Tests these targets. All packages are named whichever targets they are of, so that all suites that use this build the
+/// dependencies with the same features, once.
+fn test_crates(profile: [&str; 2], targets: &[&str]) -> Command {
+    let mut command = cargo(&["test"]);
     command.args(profile);
     command.args(CRATES.iter().flat_map(|name| ["--package", name]));
-    command.args(["--package", "test-bench"]);
-    command.args(integration.iter().flat_map(|name| ["--test", name]));
+    command.args(["--package", "test-bench", "--package", "test-simulation"]);
+    command.args(targets);
     command
 }
 

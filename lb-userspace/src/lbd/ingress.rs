@@ -4,7 +4,7 @@
 //! or SIGINT; the dataplane continues to forward afterwards. Called by [`super::command`].
 
 use super::{
-    LiveEngine, attach, describe,
+    LiveEngine, ReconcilerClient, attach, describe,
     hardware::Hardware,
     hooks, notify, own_thread, report,
     services_file::{self, load_services, reload},
@@ -244,8 +244,8 @@ impl Daemon {
         events: &mpsc::Sender<Event>,
     ) -> anyhow::Result<(Arc<Control>, Arc<HostState>, HostReport)> {
         let (published, hardware) = (core.published.clone(), core.hardware.clone());
-        let engine =
-            Arc::new(LiveEngine::new(events.clone(), published, core.reader.clone(), hardware, core.limits));
+        let reconciler = ReconcilerClient::new(events.clone(), published, core.limits);
+        let engine = Arc::new(LiveEngine::new(reconciler, core.reader.clone(), hardware));
         let (health, replicas) = (observers.health.clone(), observers.replicas.clone());
         let control = Control::with_replicas(self.store.clone(), engine, health, replicas);
         let report = HostReport {

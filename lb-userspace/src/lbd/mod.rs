@@ -11,9 +11,10 @@ pub mod logging;
 mod nat_ports;
 mod own_thread;
 mod processors;
-mod report;
+mod reconciler_client;
+pub mod report;
 mod services_file;
-mod state;
+pub mod state;
 mod supervise;
 pub mod worker;
 mod worker_route;
@@ -22,6 +23,7 @@ pub mod xdp_log;
 pub use hardware::TRUNCATED_RISES;
 pub use ingress::run;
 pub use live::LiveEngine;
+pub use reconciler_client::ReconcilerClient;
 
 use sd_notify::NotifyState;
 

@@ -1,5 +1,6 @@
 //! What lbd observes: health of backends, state of replicas, neighbours and routes, regions.
 
+pub mod dial;
 pub mod health;
 mod http;
 pub mod neighbour;

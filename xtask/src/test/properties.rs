@@ -23,6 +23,7 @@ pub fn commands(profile: [&str; 2]) -> Result<Vec<Command>> {
         let modules = with_properties(&root.join("src"))?;
         if !modules.is_empty() {
             let mut command = cargo(&["test", "--package", name, "--lib"]);
+            command.args(features(name));
             command.args(profile).arg("--").args(modules.iter().map(|file| module_path(file)));
             commands.push(command);
         }
@@ -30,6 +31,7 @@ pub fn commands(profile: [&str; 2]) -> Result<Vec<Command>> {
         let targets: BTreeSet<String> = files.iter().filter_map(|file| target_of(file)).collect();
         if !targets.is_empty() {
             let mut command = cargo(&["test", "--package", name]);
+            command.args(features(name));
             command.args(profile).args(targets.iter().flat_map(|target| ["--test", target]));
             commands.push(command);
         }
@@ -39,6 +41,11 @@ pub fn commands(profile: [&str; 2]) -> Result<Vec<Command>> {
             .env("PROPTEST_CASES", env::var("PROPTEST_CASES").unwrap_or_else(|_| PROPERTY_CASES.to_string()));
     }
     Ok(commands)
+}
+
+/// Returns the arguments with which a crate has the features that suite `unit` builds it with.
+fn features(name: &str) -> &'static [&'static str] {
+    if name == "lb-userspace" { &["--features", "test-support"] } else { &[] }
 }
 
 /// Returns the files under `directory` that contain properties, relative to it.

@@ -32,7 +32,7 @@ pub enum Event {
     Health {
         /// The backend.
         id: BackendId,
-        /// Its health.
+        /// Its health; [`Health::Unknown`] removes the verdict.
         health: Health,
         /// Time of the verdict, by the clock since boot.
         at: Duration,
@@ -53,6 +53,20 @@ impl From<BTreeMap<Name, Arc<RegionShares>>> for Event {
     fn from(steers: BTreeMap<Name, Arc<RegionShares>>) -> Self {
         Self::Steers(steers)
     }
+}
+
+/// Sets what is observed of a backend, or removes it if it is the default: nothing; true if that is a change.
+pub(super) fn set_or_remove<T: Default + PartialEq>(
+    all: &mut BTreeMap<BackendId, T>,
+    id: BackendId,
+    value: T,
+) -> bool {
+    if value == T::default() {
+        return all.remove(&id).is_some();
+    }
+    let is_changed = all.get(&id) != Some(&value);
+    all.insert(id, value);
+    is_changed
 }
 
 /// Why a state is not in the maps.

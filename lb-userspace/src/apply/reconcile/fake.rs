@@ -1,4 +1,5 @@
-//! Maps in memory that check, at each write, what a packet could meet at that moment.
+//! Maps in memory that check, at each write, what a packet could meet at that moment. For tests, and for those of other
+//! crates with the feature `test-support`.
 
 use super::Maps;
 use crate::{apply::dataplane::DataplaneError, plan::compile::Cost};
@@ -12,23 +13,35 @@ use lb_common::{
 use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 /// Maps in memory.
 #[derive(Default)]
 pub struct FakeMaps {
+    /// Entries of services, by index.
     pub services: Vec<Service>,
+    /// All slots.
     pub slots: Vec<Slot>,
+    /// Entries of backends, by index.
     pub backends: Vec<Backend>,
+    /// Exact ports.
     pub keys: BTreeMap<ServiceKey, u32>,
+    /// VIPs.
     pub vips: BTreeMap<VipKey, Vip>,
+    /// Allowed egress interfaces.
     pub egress: BTreeSet<u32>,
+    /// Formats of QUIC connection ids.
     pub quic_configs: BTreeMap<u32, QuicConfig>,
+    /// QUIC server ids.
     pub quic_servers: BTreeMap<ServerIdKey, u32>,
+    /// Counters of backends.
     pub stats: BTreeMap<u32, BackendStats>,
+    /// How loads are counted.
     pub costs: BTreeMap<u32, Cost>,
+    /// Live flows that were reported.
     pub flows: BTreeMap<u32, u64>,
+    /// Number of writes.
     pub writes: u32,
     /// Writes until one fails.
     pub fails_after: Cell<Option<u32>>,
@@ -46,12 +59,25 @@ pub struct FakeMaps {
 #[derive(Clone)]
 pub struct SharedMaps(pub Arc<Mutex<FakeMaps>>);
 
+impl SharedMaps {
+    /// Wraps maps.
+    pub fn new(maps: FakeMaps) -> Self {
+        Self(Arc::new(Mutex::new(maps)))
+    }
+
+    /// The maps. A failed check leaves them as they are, for the test's report.
+    pub fn lock(&self) -> MutexGuard<'_, FakeMaps> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Whether two regions, of a base and a length, share a slot. An empty one shares none, wherever it lies.
 fn overlap((a, n): (u32, u32), (b, m): (u32, u32)) -> bool {
     n > 0 && m > 0 && a < b + m && b < a + n
 }
 
 impl FakeMaps {
+    /// Creates maps with this many entries.
     pub fn new(services: u32, slots: u32, backends: u32) -> Self {
         Self {
             services: vec![Service::default(); services as usize],
@@ -61,6 +87,7 @@ impl FakeMaps {
         }
     }
 
+    /// The view of a service that packets use.
     pub fn live_view(&self, index: u32) -> &ServiceView {
         let service = &self.services[index as usize];
         &service.views[(service.active & 1) as usize]
@@ -100,11 +127,17 @@ impl FakeMaps {
         assert!(!is_stale, "slots {base} to {} may still be read", base + count);
     }
 
-    /// Checks the invariants that packets rely on.
     fn check(&self) {
-        if self.is_large {
-            return;
+        if !self.is_large {
+            self.check_all();
         }
+    }
+
+    /// Checks the invariants that packets rely on.
+    ///
+    /// # Panics
+    /// One of them does not hold.
+    pub fn check_all(&self) {
         for (key, index) in &self.keys {
             assert_eq!(self.services[*index as usize].used, 1, "{key:?} leads to a free service");
         }
@@ -140,29 +173,29 @@ impl FakeMaps {
 
 impl Maps for SharedMaps {
     fn sizes(&self) -> (u32, u32, u32) {
-        let m = self.0.lock().unwrap();
+        let m = self.lock();
         (m.services.len() as u32, m.slots.len() as u32, m.backends.len() as u32)
     }
     fn keys(&self) -> Result<Vec<(ServiceKey, u32)>, DataplaneError> {
-        Ok(self.0.lock().unwrap().keys.iter().map(|(k, v)| (*k, *v)).collect())
+        Ok(self.lock().keys.iter().map(|(k, v)| (*k, *v)).collect())
     }
     fn vips(&self) -> Result<Vec<(VipKey, Vip)>, DataplaneError> {
-        Ok(self.0.lock().unwrap().vips.iter().map(|(k, v)| (*k, *v)).collect())
+        Ok(self.lock().vips.iter().map(|(k, v)| (*k, *v)).collect())
     }
     fn service(&self, index: u32) -> Option<Service> {
-        self.0.lock().unwrap().services.get(index as usize).copied()
+        self.lock().services.get(index as usize).copied()
     }
     fn slots(&self, base: u32, count: u32) -> Vec<Slot> {
-        self.0.lock().unwrap().slots[base as usize..(base + count) as usize].to_vec()
+        self.lock().slots[base as usize..(base + count) as usize].to_vec()
     }
     fn backend(&self, index: u32) -> Option<Backend> {
-        self.0.lock().unwrap().backends.get(index as usize).copied()
+        self.lock().backends.get(index as usize).copied()
     }
     fn backend_stats(&self, index: u32) -> BackendStats {
-        self.0.lock().unwrap().stats.get(&index).copied().unwrap_or_default()
+        self.lock().stats.get(&index).copied().unwrap_or_default()
     }
     fn write_slots(&mut self, base: u32, slots: &[Slot]) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         let written = (base, slots.len() as u32);
         assert!(!m.live_regions().iter().any(|live| overlap(*live, written)), "a live table is written");
@@ -171,7 +204,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn rewrite_slots(&mut self, slots: &[(u32, Slot)]) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         for &(place, slot) in slots {
             m.write()?;
             m.assert_unread(place, 1);
@@ -186,13 +219,13 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn grace_period(&mut self) {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.graces += 1;
         m.stale.clear();
         m.stale_views.clear();
     }
     fn write_view(&mut self, index: u32, view: u32, value: &ServiceView) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         assert!(!m.stale_views.contains(&(index, view & 1)), "a view that may still be read is written");
         let service = &mut m.services[index as usize];
@@ -201,7 +234,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn set_active(&mut self, index: u32, view: u32) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         let old = m.region(index);
         if old.is_some() {
@@ -214,7 +247,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn set_used(&mut self, index: u32, used: bool) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         let old = m.region(index);
         m.services[index as usize].used = used.into();
@@ -225,7 +258,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn write_backends(&mut self, backends: &[(u32, Backend)]) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         for (index, backend) in backends {
             m.backends[*index as usize] = *backend;
@@ -234,32 +267,32 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn clear_stats(&mut self, index: u32) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         m.stats.remove(&index);
         Ok(())
     }
     fn cost(&self, index: u32) -> Cost {
-        self.0.lock().unwrap().costs.get(&index).copied().unwrap_or_default()
+        self.lock().costs.get(&index).copied().unwrap_or_default()
     }
     fn set_cost(&mut self, index: u32, cost: Cost) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         m.costs.insert(index, cost);
         Ok(())
     }
     fn clear_load(&mut self, index: u32) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         m.flows.remove(&index);
         m.costs.remove(&index);
         Ok(())
     }
     fn report_flows(&self, index: u32, flows: u64) {
-        self.0.lock().unwrap().flows.insert(index, flows);
+        self.lock().flows.insert(index, flows);
     }
     fn set_key(&mut self, key: &ServiceKey, service: Option<u32>) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         match service {
             Some(index) => m.keys.insert(*key, index),
@@ -269,7 +302,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn set_vip(&mut self, key: &VipKey, vip: Option<&Vip>) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         match vip {
             Some(vip) => m.vips.insert(*key, *vip),
@@ -279,7 +312,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn set_egress(&mut self, ifindex: u32, allowed: bool) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         if allowed {
             m.egress.insert(ifindex)
@@ -289,13 +322,13 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn quic_configs(&self) -> Result<Vec<(u32, QuicConfig)>, DataplaneError> {
-        Ok(self.0.lock().unwrap().quic_configs.iter().map(|(k, v)| (*k, *v)).collect())
+        Ok(self.lock().quic_configs.iter().map(|(k, v)| (*k, *v)).collect())
     }
     fn quic_servers(&self) -> Result<Vec<(ServerIdKey, u32)>, DataplaneError> {
-        Ok(self.0.lock().unwrap().quic_servers.iter().map(|(k, v)| (*k, *v)).collect())
+        Ok(self.lock().quic_servers.iter().map(|(k, v)| (*k, *v)).collect())
     }
     fn set_quic_config(&mut self, key: u32, config: Option<&QuicConfig>) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         match config {
             Some(config) => m.quic_configs.insert(key, *config),
@@ -305,7 +338,7 @@ impl Maps for SharedMaps {
         Ok(())
     }
     fn set_quic_server(&mut self, key: &ServerIdKey, backend: Option<u32>) -> Result<(), DataplaneError> {
-        let mut m = self.0.lock().unwrap();
+        let mut m = self.lock();
         m.write()?;
         match backend {
             Some(index) => m.quic_servers.insert(*key, index),

@@ -77,6 +77,8 @@ pub struct Mirror {
     pub(super) space: SlotSpace,
     /// Number of grace periods so far.
     pub(super) graces: u64,
+    /// Services that were removed, with the number of grace periods then: a program may still use their views.
+    pub(super) freed: BTreeMap<u32, u64>,
     /// Whether a waiting service may get a region at once: regions were granted, or tables moved.
     pub(super) is_granting: bool,
 }
@@ -111,6 +113,7 @@ impl Mirror {
             quic_servers: maps.quic_servers()?.into_iter().collect(),
             space,
             graces: 1,
+            freed: BTreeMap::new(),
             is_granting: false,
         })
     }
@@ -329,6 +332,7 @@ impl Mirror {
         }
         for index in removed_keys(&self.services, &wanted.services) {
             maps.set_used(index, false)?;
+            self.freed.insert(index, self.graces);
             if let Some(live) = self.services.remove(&index) {
                 self.space.give_back(live.base, live.entry.room);
             }

@@ -5,8 +5,8 @@
 //! be changed as wanted keeps its table, is named in the snapshot, and is retried; other services do not wait for it.
 
 mod event;
-#[cfg(test)]
-mod fake;
+#[cfg(any(test, feature = "test-support"))]
+pub mod fake;
 mod grants;
 mod kept;
 mod lag;
@@ -218,18 +218,13 @@ impl<M: Maps> Reconciler<M> {
                     let _ = fits.send(self.check(&desired));
                 }
                 Event::Health { id, health, at } => {
-                    if self.observed.health.insert(id, health) != Some(health) {
+                    if event::set_or_remove(&mut self.observed.health, id, health) {
                         changed = true;
                         self.verdicts.add(at);
                     }
                 }
                 Event::Replica(id, readiness) => {
-                    let replicas = &mut self.observed.replicas;
-                    let before = match readiness {
-                        Readiness::Unknown => replicas.remove(&id),
-                        _ => replicas.insert(id, readiness),
-                    };
-                    changed |= before.unwrap_or_default() != readiness;
+                    changed |= event::set_or_remove(&mut self.observed.replicas, id, readiness);
                 }
                 Event::Steers(steers) => {
                     changed |= self.observed.steers != steers;

@@ -148,6 +148,7 @@ impl Mirror {
     pub(super) fn wait(&mut self, maps: &mut impl Maps) {
         maps.grace_period();
         self.graces += 1;
+        self.freed.clear();
         self.space.release();
     }
 
@@ -248,7 +249,8 @@ impl Mirror {
     ) -> Result<(), DataplaneError> {
         let live = self.services.get(&index);
         let bank = live.map_or(0, |live| live.bank ^ 1);
-        if live.is_some_and(|live| live.switched == self.graces) {
+        let in_use_at = live.map(|live| live.switched).or(self.freed.get(&index).copied());
+        if in_use_at == Some(self.graces) {
             // Programs may still use the view that is written now.
             self.wait(maps);
         }

@@ -331,3 +331,43 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_is_known_of_a_removed_backend_is_forgotten() {
+    let mut bed = bed();
+    let mut tell = |event| bed.reconciler.step(vec![event], clock::boot());
+    let id = |n: &str| BackendId { service: name("web"), backend: name(n) };
+    let web = service("10.0.0.1", Ports::One(80), &[("a", "10.1.0.1", 1), ("b", "10.1.0.2", 1)]);
+    tell(Event::Desired { desired: desired(vec![("web", web)]), revision: 1, applied: None });
+    for backend in ["a", "b"] {
+        tell(Event::Health { id: id(backend), health: Health::Healthy, at: clock::boot() });
+        tell(Event::Replica(id(backend), Readiness::Ready));
+    }
+    tell(Event::Health { id: id("b"), health: Health::Unknown, at: clock::boot() });
+    tell(Event::Replica(id("b"), Readiness::Unknown));
+    let observed = bed.published.borrow().observed.clone();
+    assert_eq!(observed.health.keys().collect::<Vec<_>>(), [&id("a")]);
+    assert_eq!(observed.replicas.keys().collect::<Vec<_>>(), [&id("a")]);
+}
+
+#[test]
+fn the_index_of_a_removed_service_is_reused_after_a_grace_period() {
+    let mut bed = bed();
+    let web = |seed| {
+        let backends = [("a", "10.1.0.1", 1)];
+        desired(vec![("web", Service { seed: Some(seed), ..service("10.0.0.1", Ports::One(80), &backends) })])
+    };
+    let other = desired(vec![("other", service("10.0.0.2", Ports::One(80), &[("b", "10.1.0.2", 1)]))]);
+    bed.set(&web(1), 1).unwrap();
+    // Another seed: the first view was in use until now.
+    bed.set(&web(2), 2).unwrap();
+    bed.set(&desired(vec![]), 3).unwrap();
+    bed.reconciler.age(Duration::from_secs(1_000));
+    let sweep = Sweep { began: clock::boot(), ..Sweep::default() };
+    bed.reconciler.step(vec![Event::Swept(Arc::new(sweep))], clock::boot());
+    let graces = bed.maps.lock().graces;
+    bed.set(&other, 4).unwrap();
+    let maps = bed.maps.lock();
+    assert_eq!(maps.keys.values().collect::<Vec<_>>(), [&0], "the index is used again");
+    assert!(maps.graces > graces, "no program reads the old view any more");
+}

@@ -3,9 +3,10 @@
 
 use super::{
     Claim, HostValues, Local, Lock, StoreError,
+    disk::{Disk, Files},
     redb::{Reopening, failed, guarded, open},
 };
-use crate::clock;
+use crate::{blocking::blocking, clock};
 use futures_util::future::BoxFuture;
 use redb::{Database, ReadableDatabase, TableDefinition};
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,14 @@ impl LocalFile {
     /// # Errors
     /// The file is in use, damaged, or cannot be written; it is left as it is.
     pub fn open(directory: &Path) -> Result<Self, StoreError> {
+        Self::open_on(Arc::new(Files), directory)
+    }
+
+    /// Opens or creates the file on a disk of the caller's. Blocks.
+    ///
+    /// # Errors
+    /// Errors of [`LocalFile::open`].
+    pub fn open_on(disk: Arc<dyn Disk>, directory: &Path) -> Result<Self, StoreError> {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
         let file = directory.join("local.redb");
         let database = guarded(&file, || {
@@ -37,7 +46,7 @@ impl LocalFile {
                 write.open_table(LOCAL)?;
                 Ok(write.commit()?)
             };
-            let database = open(&file, table)?;
+            let database = open(&*disk, &file, table)?;
             // A start on a full disk must not fail for a write that changes nothing.
             let is_there = || -> Result<bool, redb::Error> {
                 match database.begin_read()?.open_table(LOCAL) {
@@ -55,7 +64,12 @@ impl LocalFile {
             StoreError::Corrupt { file, what } => StoreError::CorruptLocal { file, what },
             other => other,
         })?;
-        Ok(Self { inner: Arc::new(Reopening::new(file, database)) })
+        Ok(Self { inner: Arc::new(Reopening::new(disk, file, database)) })
+    }
+
+    /// The disk that the file is on.
+    pub(super) fn disk(&self) -> Arc<dyn Disk> {
+        self.inner.disk()
     }
 
     /// Runs blocking work off the async threads.
@@ -66,7 +80,7 @@ impl LocalFile {
         let inner = self.inner.clone();
         let run =
             move || inner.with(|_| Ok(()), |database| work(database).map_err(|e| failed(inner.file(), e)));
-        match tokio::task::spawn_blocking(run).await {
+        match blocking(run).await {
             Ok(result) => result,
             Err(e) => {
                 Err(StoreError::Failed { file: self.inner.file().display().to_string(), what: e.to_string() })

@@ -10,6 +10,7 @@
 mod address;
 pub mod backup;
 pub mod delta;
+mod disk;
 mod error;
 pub mod etcd;
 mod local;
@@ -18,6 +19,7 @@ mod redb;
 
 pub use self::{
     address::Address,
+    disk::{Disk, Files},
     error::StoreError,
     etcd::EtcdStore,
     local::LocalFile,

@@ -4,6 +4,7 @@ use super::{
     Address, EtcdStore, Local, LocalFile, RedbStore, Store, StoreError,
     etcd::{self, Access},
 };
+use crate::blocking::blocking;
 use futures_util::future::BoxFuture;
 use std::sync::Arc;
 
@@ -64,7 +65,7 @@ impl Opener {
                 }
                 let (local, keep, path) = (self.local.clone(), self.keep, directory.clone());
                 let open = move || RedbStore::beside(local, &path, keep);
-                match tokio::task::spawn_blocking(open).await {
+                match blocking(open).await {
                     Ok(store) => Ok(Arc::new(store?)),
                     Err(e) => {
                         Err(StoreError::Failed { file: directory.display().to_string(), what: e.to_string() })

@@ -11,6 +11,7 @@ use super::{
     Commit, LocalFile, Retire, Revision, StoreError, StoreLink, Stored, delta, local::Alone, new_id,
 };
 use crate::{
+    blocking::blocking,
     clock,
     desired::model::{Desired, guard::ListName},
 };
@@ -25,15 +26,12 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, UNIX_EPOCH},
+    time::UNIX_EPOCH,
 };
 use tokio::sync::watch;
 
 /// Version of the file's contents. Increased when an older lbd could no longer read it.
 pub const FORMAT: u64 = 1;
-
-/// Interval at which a store that could not be written is tried again.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// Desired state in one redb file, local data in another. Clones share them.
 #[derive(Clone)]
@@ -71,9 +69,9 @@ impl RedbStore {
     /// Errors of [`RedbStore::open`].
     pub fn beside(local: LocalFile, directory: &Path, keep: u64) -> Result<Self, StoreError> {
         std::fs::create_dir_all(directory).map_err(|e| failed(directory, redb::Error::Io(e)))?;
-        let file = directory.join("lb.redb");
+        let (disk, file) = (local.disk(), directory.join("lb.redb"));
         let (database, stored, id, moved) = guarded(&file, || {
-            let database = open(&file, prepare)?;
+            let database = open(&*disk, &file, prepare)?;
             let stored = read_head(&database, &file)?;
             let (id, moved) = read_notes(&database).map_err(|e| failed(&file, e))?;
             let id = match id {
@@ -99,7 +97,7 @@ impl RedbStore {
             name_taken: None,
         };
         let inner = RedbInner {
-            database: Reopening::new(file.clone(), database),
+            database: Reopening::new(disk, file.clone(), database),
             file,
             id: Mutex::new(id),
             keep: keep.max(2),
@@ -134,7 +132,7 @@ impl RedbStore {
         work: impl FnOnce(&Arc<RedbInner>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let inner = self.inner.clone();
-        match tokio::task::spawn_blocking(move || work(&inner)).await {
+        match blocking(move || work(&inner)).await {
             Ok(result) => result,
             Err(e) => {
                 Err(StoreError::Failed { file: self.inner.file.display().to_string(), what: e.to_string() })
@@ -253,23 +251,17 @@ impl RedbInner {
             return;
         }
         tracing::error!(problem, "the store cannot be written; forwarding goes on");
-        let inner = Arc::downgrade(self);
-        // A thread, because a store may be opened and used outside of an async runtime. If none can be started, the next
-        // change is the next attempt.
-        let retry = move || {
-            loop {
-                std::thread::sleep(RETRY);
-                let Some(inner) = inner.upgrade() else { return };
-                let id = inner.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                let attempt = |database: &Database| write_id(database, &id).map_err(|e| inner.failed(e));
-                if inner.link.borrow().connected || inner.write(attempt).is_ok() {
-                    return;
-                }
-            }
-        };
-        if let Err(error) = std::thread::Builder::new().name("store-retry".to_owned()).spawn(retry) {
-            tracing::error!(%error, "cannot start the thread that tries to write the store");
+        // Requests are async, so there is a runtime; without one, the next change is the next attempt.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(store::retry_writes(Arc::downgrade(self)));
         }
+    }
+
+    /// Tries to write the file; true once it can be written.
+    fn try_to_write(self: &Arc<Self>) -> bool {
+        let id = self.id.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let attempt = |database: &Database| write_id(database, &id).map_err(|e| self.failed(e));
+        self.link.borrow().connected || self.write(attempt).is_ok()
     }
 
     fn commit(self: &Arc<Self>, commit: Commit) -> Result<Stored, StoreError> {

@@ -76,7 +76,8 @@ struct CheckerShared {
 
 impl Checker {
     /// Creates a checker with the verdicts from before the restart. At most `probes` are in flight at once.
-    /// Sends to `verdicts` each change, and the known verdict when a backend appears.
+    /// Sends to `verdicts` each change, the known verdict when a backend appears, and none ([`Health::Unknown`]) when it is
+    /// removed.
     pub fn new(
         registry: Arc<HealthRegistry>,
         probes: usize,
@@ -199,19 +200,20 @@ impl Checker {
                 }
             }
         }
-        self.shared.registry.change(|entries| {
-            if first {
-                // Entries of services that were removed while lbd was not running.
-                entries.retain(|id, _| desired.services.contains_key(&id.service));
-            }
-            for name in changed.keys() {
-                for id in ids_of(entries, name) {
-                    if !plans.contains_key(&id) {
-                        entries.remove(&id);
-                    }
-                }
-            }
+        let gone: Vec<BackendId> = self.shared.registry.change(|entries| {
+            // At first, also entries of services that were removed while lbd was not running.
+            let is_gone = |id: &BackendId| match changed.contains_key(&id.service) {
+                true => !plans.contains_key(id),
+                false => first && !desired.services.contains_key(&id.service),
+            };
+            let gone = entries.keys().filter(|id| is_gone(id)).cloned().collect();
+            entries.retain(|id, _| !is_gone(id));
+            gone
         });
+        // After the tasks were aborted, so that no verdict of theirs follows.
+        for id in gone {
+            let _ = self.shared.verdicts.send((id, Health::Unknown)).await;
+        }
         let registry = self.shared.registry.clone();
         for (id, plan) in plans {
             if self.running.contains_key(&id) {

@@ -5,7 +5,7 @@ use super::{
     measure::{self, Counting, KnownGood, MeasuredBackend, ReportTimes, VersionShares},
     peers::{self, is_spilling, resume_decision},
     rollouts::{self, Abort, Rollouts},
-    rtt::{self, Targets, Times},
+    rtt::{self, Meter, Targets, Times},
 };
 use crate::{
     desired::{
@@ -62,6 +62,7 @@ pub struct RegionController {
     peer_values: watch::Receiver<HostValues>,
     times: (watch::Sender<Times>, watch::Receiver<Times>),
     targets: watch::Sender<Arc<Targets>>,
+    meter: Meter,
     snapshots: watch::Sender<Arc<RegionSnapshot>>,
     aborting: Arc<AtomicBool>,
 }
@@ -136,9 +137,15 @@ impl RegionController {
             peer_values,
             times: watch::channel(Times::default()),
             targets: watch::Sender::default(),
+            meter: rtt::handshake(),
             snapshots: watch::Sender::default(),
             aborting: Arc::default(),
         }
+    }
+
+    /// Measures round-trip times in another way than by TCP handshakes.
+    pub fn with_meter(self, meter: Meter) -> Self {
+        Self { meter, ..self }
     }
 
     /// Watches the decisions with their inputs.
@@ -162,7 +169,7 @@ impl RegionController {
         let mut desired = self.store.watch();
         let mut reports = self.replicas.changes();
         let (mut peer_values, mut times) = (self.store.published(), self.times.1.clone());
-        tokio::spawn(rtt::run(self.targets.subscribe(), self.times.0.clone()));
+        tokio::spawn(rtt::run(self.targets.subscribe(), self.times.0.clone(), self.meter.clone()));
         let mut sent = None;
         loop {
             let stored = desired.borrow_and_update().clone();

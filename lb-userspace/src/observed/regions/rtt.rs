@@ -5,6 +5,7 @@
 //! that noise causes no new decisions.
 
 use crate::desired::model::Name;
+use futures_util::future::BoxFuture;
 use std::{
     collections::BTreeMap,
     io::ErrorKind,
@@ -26,14 +27,22 @@ pub type Targets = BTreeMap<Name, Vec<SocketAddr>>;
 /// Round-trip times by region, in microseconds.
 pub type Times = Arc<BTreeMap<Name, u32>>;
 
+/// Measures one round trip to an address; None without an answer. [`handshake`] outside simulations.
+pub type Meter = Arc<dyn Fn(SocketAddr) -> BoxFuture<'static, Option<Duration>> + Send + Sync>;
+
+/// Measures TCP handshakes over the network.
+pub fn handshake() -> Meter {
+    Arc::new(|address| Box::pin(measure_rtt(address)))
+}
+
 /// Measures until the receivers of `times` or the sender of `targets` are gone.
-pub async fn run(mut targets: watch::Receiver<Arc<Targets>>, times: watch::Sender<Times>) {
+pub async fn run(mut targets: watch::Receiver<Arc<Targets>>, times: watch::Sender<Times>, meter: Meter) {
     let mut smooth: BTreeMap<Name, f64> = BTreeMap::new();
     loop {
         let now = targets.borrow_and_update().clone();
         smooth.retain(|name, _| now.contains_key(name));
         for (name, addresses) in now.iter() {
-            if let Some(sample) = shortest_rtt(addresses).await {
+            if let Some(sample) = shortest_rtt(addresses, &meter).await {
                 let known = smooth.entry(name.clone()).or_insert(sample);
                 *known += (sample - *known) / 4.0;
             }
@@ -62,10 +71,10 @@ pub async fn run(mut targets: watch::Receiver<Arc<Targets>>, times: watch::Sende
 }
 
 /// The shortest round-trip time to any of the addresses, in microseconds.
-async fn shortest_rtt(addresses: &[SocketAddr]) -> Option<f64> {
+async fn shortest_rtt(addresses: &[SocketAddr], meter: &Meter) -> Option<f64> {
     let mut best: Option<f64> = None;
     for &address in addresses {
-        if let Some(time) = measure_rtt(address).await {
+        if let Some(time) = meter(address).await {
             let micros = time.as_secs_f64() * 1e6;
             best = Some(best.map_or(micros, |b| b.min(micros)));
         }

@@ -2,7 +2,10 @@
 
 use crate::{
     desired::model::ReportError,
-    observed::http::{self, GetError, GetRequest, authority},
+    observed::{
+        dial::Dial,
+        http::{self, GetError, GetRequest, authority},
+    },
 };
 use bytes::Bytes;
 use std::{
@@ -10,10 +13,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     time::Duration,
 };
-use tokio::{
-    net::TcpSocket,
-    time::{Instant, timeout_at},
-};
+use tokio::time::{Instant, timeout_at};
 
 /// Largest head of an answer, in bytes.
 const MAX_HEAD: usize = 64 * 1024;
@@ -98,16 +98,14 @@ fn slow(what: &'static str, limit: Duration) -> FetchError {
 ///
 /// # Errors
 /// No connection, no answer in time, or another status than 200.
-pub async fn fetch(target: &FetchTarget, accept: &'static str) -> Result<FetchResponse, FetchError> {
+pub async fn fetch(
+    target: &FetchTarget,
+    accept: &'static str,
+    dial: &Dial,
+) -> Result<FetchResponse, FetchError> {
     let timeout = target.timeout;
     let deadline = Instant::now() + timeout;
-    let connect = async {
-        let socket = if target.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        let stream = socket.connect(target.address).await?;
-        stream.set_nodelay(true)?;
-        Ok(stream)
-    };
-    let stream = timeout_at(deadline, connect).await.map_err(|_| slow("connecting", timeout))?;
+    let stream = timeout_at(deadline, dial(target.address)).await.map_err(|_| slow("connecting", timeout))?;
     let stream = stream.map_err(|e: std::io::Error| FetchError::Connect {
         what: match e.kind() {
             ErrorKind::ConnectionRefused => "connection refused".to_owned(),

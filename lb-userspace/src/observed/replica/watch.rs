@@ -13,7 +13,10 @@ use crate::{
     desired::model::{
         BackendId, ClockWatch, REPORT_LIMIT, Readiness, ReplicaSource, Report, ReportError, SourceKind,
     },
-    observed::health::{ProbeTarget, Prober},
+    observed::{
+        dial::Dial,
+        health::{ProbeTarget, Prober},
+    },
     plan::policy::{damp::Damper, load},
 };
 use std::{sync::Arc, time::Duration};
@@ -48,6 +51,7 @@ pub(super) struct WatchShared {
     pub readiness: mpsc::Sender<(BackendId, Readiness)>,
     pub scores: Arc<Scores>,
     pub prober: Prober,
+    pub dial: Dial,
     /// Limits attempts in flight; open streams do not count.
     pub permits: Semaphore,
     /// Notified when something that must be saved has changed.
@@ -134,7 +138,7 @@ impl Task {
         };
         let answer = {
             let Ok(_permit) = self.shared.permits.acquire().await else { return Ok(()) };
-            fetch(&self.plan.target, accept).await.map_err(plain)?
+            fetch(&self.plan.target, accept, &self.shared.dial).await.map_err(plain)?
         };
         if self.scraper.is_none() && answer.is_stream() {
             self.shared.registry.edit(&self.id, |entry| entry.streaming = true);

@@ -10,7 +10,10 @@ use crate::{
         model::{BackendId, Desired, HealthKind, Name, Ports, Readiness, Service},
         store::{Local, StoreError, Stored, restored},
     },
-    observed::health::{ProbeTarget, Prober},
+    observed::{
+        dial::{self, Dial},
+        health::{ProbeTarget, Prober},
+    },
 };
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
@@ -41,8 +44,15 @@ impl Watcher {
         scores: Arc<Scores>,
     ) -> Self {
         let permits = Semaphore::new(attempts.max(1));
-        let shared = WatchShared { registry, readiness, scores, prober, permits, changed: Notify::new() };
+        let (dial, changed) = (dial::tcp(), Notify::new());
+        let shared = WatchShared { registry, readiness, scores, prober, dial, permits, changed };
         Self { shared: Arc::new(shared), tasks: JoinSet::new(), running: BTreeMap::new() }
+    }
+
+    /// Fetches reports over the connections that `dial` opens.
+    pub fn with_dial(mut self, dial: Dial) -> Self {
+        Arc::get_mut(&mut self.shared).expect("no task has begun yet").dial = dial;
+        self
     }
 
     /// Reads the registry from before the restart; an empty one if there is none.

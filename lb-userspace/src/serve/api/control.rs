@@ -10,6 +10,7 @@ use super::{
     types::{AppliedStatus, Change, Explanation, Flows, WriteQuery},
 };
 use crate::{
+    blocking::blocking,
     desired::{
         model::{Desired, ForwardingMode, Service, differences},
         store::{Commit, Store, StoreError, StoreLink, Stored},
@@ -464,7 +465,7 @@ impl Control {
         read: impl FnOnce(&dyn Engine) -> Result<T, EngineError> + Send + 'static,
     ) -> Result<T, ApiError> {
         let engine = self.engine.clone();
-        match tokio::task::spawn_blocking(move || read(&*engine)).await {
+        match blocking(move || read(&*engine)).await {
             Ok(result) => result.map_err(ApiError::from),
             Err(error) => Err(EngineError::Failed { what: error.to_string() }.into()),
         }

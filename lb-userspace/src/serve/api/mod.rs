@@ -35,6 +35,7 @@ pub use error::ApiError;
 pub use events::EventLog;
 pub use listener::{SocketError, bind};
 pub use peer::Peer;
+pub use routes::router;
 pub use view::fate_label;
 
 use super::connections;
@@ -52,7 +53,7 @@ pub async fn serve(
 ) {
     let busy = ApiError::busy("too many connections to lbd's socket")
         .fix("close those that are not needed; root always gets in");
-    let router = routes::router(control);
+    let router = router(control);
     let of_peers = writers.clone();
     let route =
         move |stream: &UnixStream| router.clone().layer(Extension(ConnectInfo(Peer::of(stream, &of_peers))));

@@ -1,7 +1,7 @@
 //! Tables and records of the store's file, and how they are read.
 
 use super::{
-    super::{Revision, StoreError, Stored},
+    super::{Revision, StoreError, Stored, disk::Disk},
     FORMAT,
 };
 use crate::desired::model::{
@@ -93,6 +93,7 @@ pub(in super::super) fn failed(file: &Path, error: impl Into<redb::Error>) -> St
 /// that a start or a migration on a full disk leaves none that is incomplete; any other file that is not a store is left
 /// as it is.
 pub(in super::super) fn open(
+    disk: &dyn Disk,
     file: &Path,
     prepare: impl FnOnce(&Database) -> Result<(), redb::Error>,
 ) -> Result<Database, StoreError> {
@@ -108,14 +109,14 @@ pub(in super::super) fn open(
     // Earlier versions could leave an empty file.
     let is_missing = std::fs::metadata(file).map_or(true, |m| m.len() == 0);
     if !is_missing {
-        let mut database = Database::open(file).map_err(|e| failed(file, e))?;
+        let mut database = disk.open(file).map_err(|e| failed(file, e))?;
         if !database.check_integrity().map_err(|e| failed(file, e))? {
             tracing::warn!(file = %file.display(), "the store was not closed cleanly; it has been repaired");
         }
         return Ok(database);
     }
     let create = || -> Result<Database, redb::Error> {
-        let database = Database::create(&new)?;
+        let database = disk.create(&new)?;
         prepare(&database)?;
         std::fs::rename(&new, file)?;
         turn.sync_all()?;
@@ -137,14 +138,19 @@ fn remove_if_there(file: &Path) -> io::Result<()> {
 
 /// A database that is opened again after an I/O failure, because redb refuses all transactions after one.
 pub(in super::super) struct Reopening {
+    disk: Arc<dyn Disk>,
     file: PathBuf,
     /// None after a failure, until the next request.
     database: RwLock<Option<Database>>,
 }
 
 impl Reopening {
-    pub fn new(file: PathBuf, database: Database) -> Self {
-        Self { file, database: RwLock::new(Some(database)) }
+    pub fn new(disk: Arc<dyn Disk>, file: PathBuf, database: Database) -> Self {
+        Self { disk, file, database: RwLock::new(Some(database)) }
+    }
+
+    pub fn disk(&self) -> Arc<dyn Disk> {
+        self.disk.clone()
     }
 
     pub fn file(&self) -> &Path {
@@ -165,7 +171,7 @@ impl Reopening {
             let mut slot = self.database.write().unwrap_or_else(PoisonError::into_inner);
             if slot.is_none() {
                 *slot = Some(guarded(&self.file, || {
-                    let database = Database::open(&self.file).map_err(|e| failed(&self.file, e))?;
+                    let database = self.disk.open(&self.file).map_err(|e| failed(&self.file, e))?;
                     reread(&database)?;
                     Ok(database)
                 })?);

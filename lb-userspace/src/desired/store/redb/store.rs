@@ -1,16 +1,36 @@
 //! The interface of a store, and of the local data, over the file.
 
-use super::{FORMAT, RedbStore};
-use crate::desired::{
-    model::Name,
-    store::{
-        About, Claim, Commit, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, ServiceHistory,
-        Store, StoreError, StoreLink, StoreMember, Stored,
+use super::{FORMAT, RedbInner, RedbStore};
+use crate::{
+    blocking::blocking,
+    desired::{
+        model::Name,
+        store::{
+            About, Claim, Commit, HOSTS, HostValues, Local, Lock, MEMBERS, Retire, Revision, ServiceHistory,
+            Store, StoreError, StoreLink, StoreMember, Stored,
+        },
     },
 };
 use futures_util::future::BoxFuture;
-use std::sync::PoisonError;
+use std::{
+    sync::{PoisonError, Weak},
+    time::Duration,
+};
 use tokio::sync::watch;
+
+/// Interval at which a store that could not be written is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Tries to write a file that could not be written, until it can be, or the store is closed.
+pub(super) async fn retry_writes(store: Weak<RedbInner>) {
+    loop {
+        tokio::time::sleep(RETRY).await;
+        let Some(inner) = store.upgrade() else { return };
+        if matches!(blocking(move || inner.try_to_write()).await, Ok(true) | Err(_)) {
+            return;
+        }
+    }
+}
 
 impl Store for RedbStore {
     fn watch(&self) -> watch::Receiver<Stored> {

@@ -259,3 +259,36 @@ async fn forged_failures_cost_probes_but_no_verdict() {
     assert!((28..=44).contains(&probes), "{probes}");
     assert!(slow.verdicts.try_recv().is_err());
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_verdict_of_a_removed_backend_is_taken_back() {
+    let prober: Prober = Arc::new(|_| Box::pin(async { Ok("fine".to_owned()) }));
+    let check = r#"{"kind":"tcp","interval_ms":1000}"#;
+    let (local, state) = (Arc::new(Memory::default()), watch::Sender::new(stored(2, check)));
+    let (tx, mut rx) = mpsc::channel(100);
+    let running = tokio::spawn(
+        Checker::new(Checker::restore(&*local).await, 10, prober.clone(), tx)
+            .run(state.subscribe(), local.clone()),
+    );
+    let mut known = BTreeMap::new();
+    while known.values().filter(|health| **health == Health::Healthy).count() < 2 {
+        let (backend, health) = next(&mut rx).await;
+        known.insert(backend, health);
+    }
+    state.send_replace(stored(1, check));
+    assert_eq!(next(&mut rx).await, ("b1".into(), Health::Unknown));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    while let Ok((id, _)) = rx.try_recv() {
+        assert_eq!(id.backend.as_str(), "b0", "no verdict of a removed backend follows");
+    }
+
+    // Whoever knows of verdicts from before a restart is told which of them are void.
+    running.abort();
+    let (tx, mut rx) = mpsc::channel(100);
+    let state = watch::Sender::new(Stored { desired: Arc::default(), ..stored(0, check) });
+    let book = Checker::restore(&*local).await;
+    assert!(book.get(&id("b0")).is_some(), "saved before the restart");
+    tokio::spawn(Checker::new(book.clone(), 10, prober, tx).run(state.subscribe(), local));
+    assert_eq!(next(&mut rx).await, ("b0".into(), Health::Unknown));
+    assert!(book.get(&id("b0")).is_none());
+}
