@@ -8,6 +8,7 @@
 pub mod apply;
 pub mod clock;
 pub mod desired;
+pub mod histogram;
 pub mod lbctl;
 pub mod lbd;
 pub mod observed;

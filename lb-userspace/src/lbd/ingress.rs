@@ -205,8 +205,9 @@ impl Daemon {
         let (mut reconciler, published) =
             Reconciler::new(dataplane, compile_settings, saved.as_deref(), keep)
                 .context("cannot read the maps")?;
+        let head = self.store.head().desired;
         let verdicts = observers.health.read(|all| {
-            let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
+            let known = all.iter().filter(|(id, e)| e.health != Health::Unknown && e.is_about(id, &head));
             known.map(|(id, e)| (id.clone(), e.health)).collect()
         });
         let regions = observers.regions.decide_first(&self.store.head().desired);

@@ -28,7 +28,6 @@ mod tests_room;
 
 pub use event::{Event, ReconcileError};
 pub use kept::{Keep, Kept};
-pub use lag::Lags;
 pub use maps::Maps;
 pub use mirror::{Mirror, Written};
 pub use problem::Problem;
@@ -218,7 +217,13 @@ impl<M: Maps> Reconciler<M> {
                     let _ = fits.send(self.check(&desired));
                 }
                 Event::Health { id, health, at } => {
-                    if self.observed.health.insert(id, health) != Some(health) {
+                    let all = &mut self.observed.health;
+                    // A removed backend has no verdict either: what is missing is unknown.
+                    let before = match health {
+                        Health::Unknown => all.remove(&id),
+                        _ => all.insert(id, health),
+                    };
+                    if before.unwrap_or_default() != health {
                         changed = true;
                         self.verdicts.add(at);
                     }

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     desired::model::{BackendState, Health, Readiness},
+    observed::health::NotProbed,
     serve::api::types::{BackendInfo, BackendStatus, Drain},
 };
 use std::io;
@@ -14,7 +15,9 @@ use std::io;
 /// The verdict on a backend, or what is known without one.
 fn health_tone(status: &BackendStatus) -> (String, Option<Tone>) {
     match status.health {
-        Health::Healthy if status.unchecked && status.unreachable.is_some() => {
+        Health::Healthy
+            if (status.unchecked || status.not_probed.is_some()) && status.unreachable.is_some() =>
+        {
             toned("unreachable", Tone::Bad)
         }
         Health::Healthy if status.unchecked => toned("unchecked", Tone::Dim),
@@ -48,6 +51,11 @@ pub(super) fn drain(drain: &Drain) -> String {
     }
 }
 
+/// Why checks cannot be made, and since when.
+fn not_probed(obstacle: &NotProbed) -> String {
+    format!("not probed for {}, the last verdict stands: {}", ago(obstacle.since_ms), obstacle.what)
+}
+
 /// Prints a table of backends.
 ///
 /// # Errors
@@ -75,6 +83,9 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
             _ if b.status.excluded.is_some() => b.status.excluded.clone().unwrap_or_default(),
             (Some(progress), ..) => drain(progress),
             (None, _, Some(readiness)) if readiness.declines() => format!("replica reports {readiness}"),
+            _ if b.status.not_probed.is_some() => {
+                b.status.not_probed.as_ref().map(not_probed).unwrap_or_default()
+            }
             (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
             (None, _, Some(Readiness::Lost)) => "replica lost".to_owned(),
             _ => String::new(),
@@ -125,6 +136,9 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         let word = if probe.ok { "passed" } else { "failed" };
         let took = units::micros(probe.took_us);
         pairs.push(("last probe", format!("{word} {} ago: {} ({took})", ago(probe.time_ms), probe.reason)));
+    }
+    if let Some(obstacle) = &s.not_probed {
+        pairs.push(("checks", not_probed(obstacle)));
     }
     if let Some(report) = &s.signs {
         pairs.push(("passive checks", passive(report)));

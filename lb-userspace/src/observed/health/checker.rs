@@ -4,8 +4,9 @@
 //! runtime each timer woke a processor, and a second one that looked for work.
 
 use super::{
-    EarlyProbe, HealthEntry, HealthRegistry, Probe, ProbeTarget,
+    EarlyProbe, HealthEntry, HealthRegistry, Obstacle, ObstacleKind, Outcome, Probe, ProbeTarget,
     passive::{Hint, POLL_INTERVAL, PassiveSource, Suspicion},
+    permits::{Lane, Permit, Permits},
     tunnel::to_address,
     verdict::Verdict,
 };
@@ -17,9 +18,9 @@ use crate::{
     },
 };
 use futures_util::future::BoxFuture;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
 use tokio::{
-    sync::{Notify, Semaphore, mpsc, watch},
+    sync::{Notify, mpsc, watch},
     task::{AbortHandle, JoinSet},
     time::{Instant, MissedTickBehavior},
 };
@@ -32,8 +33,11 @@ const SAVE_DELAY: Duration = Duration::from_millis(200);
 /// Coarsest grid on which probes begin, in milliseconds.
 const MAX_GRID_MS: u32 = 20;
 
+/// Shortest wait for a permit after which a probe counts as not made.
+const MIN_OVERDUE: Duration = Duration::from_secs(1);
+
 /// Does one probe. [`super::probe`] outside tests.
-pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Result<String, String>> + Send + Sync>;
+pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Outcome> + Send + Sync>;
 
 /// How one backend is checked; a change restarts the task.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +71,7 @@ struct Running {
 struct CheckerShared {
     registry: Arc<HealthRegistry>,
     verdicts: mpsc::Sender<(BackendId, Health)>,
-    permits: Semaphore,
+    permits: Permits,
     prober: Prober,
     changed: Notify,
     /// Origin of the grid of probes, see [`CheckerShared::probe_time`].
@@ -83,7 +87,7 @@ impl Checker {
         prober: Prober,
         verdicts: mpsc::Sender<(BackendId, Health)>,
     ) -> Self {
-        let permits = Semaphore::new(probes.max(1));
+        let permits = Permits::new(probes);
         let shared = Arc::new(CheckerShared {
             registry,
             verdicts,
@@ -199,19 +203,25 @@ impl Checker {
                 }
             }
         }
-        self.shared.registry.change(|entries| {
+        let removed: Vec<BackendId> = self.shared.registry.change(|entries| {
+            let mut removed = Vec::new();
             if first {
                 // Entries of services that were removed while lbd was not running.
-                entries.retain(|id, _| desired.services.contains_key(&id.service));
+                let is_gone = |id: &BackendId| !desired.services.contains_key(&id.service);
+                removed.extend(entries.keys().filter(|id| is_gone(id)).cloned());
             }
             for name in changed.keys() {
-                for id in ids_of(entries, name) {
-                    if !plans.contains_key(&id) {
-                        entries.remove(&id);
-                    }
-                }
+                removed.extend(ids_of(entries, name).into_iter().filter(|id| !plans.contains_key(id)));
             }
+            for id in &removed {
+                entries.remove(id);
+            }
+            removed
         });
+        // The receiver forgets the verdict: a backend that gets the name later is another worker.
+        for id in removed {
+            let _ = self.shared.verdicts.send((id, Health::Unknown)).await;
+        }
         let registry = self.shared.registry.clone();
         for (id, plan) in plans {
             if self.running.contains_key(&id) {
@@ -271,19 +281,46 @@ impl CheckerShared {
     /// Records a verdict, if it has changed, and sends it.
     async fn set_verdict(&self, id: &BackendId, health: Health, reason: &str) {
         let changed = self.registry.change(|entries| {
-            // The backend was removed meanwhile, and this task is being stopped.
-            let Some(entry) = entries.get_mut(id) else { return false };
+            let entry = entries.get_mut(id)?;
             let changed = entry.health != health;
             if changed {
                 entry.record_transition(health, clock::unix_ms(), reason.to_owned());
             }
-            changed
+            Some(changed)
         });
+        // Without an entry, the backend was removed meanwhile, and this task is being stopped.
+        let Some(changed) = changed else { return };
         if changed {
             self.changed.notify_one();
         }
         // Sent even if unchanged: the receiver may not know the verdict yet.
         let _ = self.verdicts.send((id.clone(), health)).await;
+    }
+
+    /// Waits for a permit of the probe that was due at `due`. A probe that waits for long counts as not made, once.
+    async fn permit(
+        &self,
+        id: &BackendId,
+        lane: Lane,
+        due: Instant,
+        check: &HealthCheck,
+    ) -> Option<Permit<'_>> {
+        let mut acquire = pin!(self.permits.acquire(lane));
+        let overdue = due + Duration::from_millis(check.interval_ms.into()).max(MIN_OVERDUE);
+        let permit = match tokio::time::timeout_at(overdue, &mut acquire).await {
+            Ok(permit) => permit?,
+            Err(_) => {
+                let probes = self.permits.total();
+                let what = format!(
+                    "the check waits for one of {probes} probes, most of which wait for backends that do not answer"
+                );
+                let obstacle = Obstacle { kind: ObstacleKind::ProbeLimit, what };
+                self.registry.record_not_probed(id, &obstacle, clock::unix_ms());
+                acquire.await?
+            }
+        };
+        self.registry.record_lateness(due.elapsed());
+        Some(permit)
     }
 
     /// Records an early probe.
@@ -312,9 +349,23 @@ impl CheckerShared {
                 *count += 1;
                 entry.last = Some(probe);
                 entry.damped = damped;
+                entry.not_probed = None;
             }
         });
     }
+}
+
+/// The checks of one backend.
+struct BackendWatch {
+    shared: Arc<CheckerShared>,
+    id: BackendId,
+    plan: CheckPlan,
+    suspicion: Arc<Suspicion>,
+    verdict: Verdict,
+    began: Instant,
+    lane: Lane,
+    /// Why probes are early; kept until one of them decides.
+    hint: Option<Hint>,
 }
 
 /// Probes one backend until the task is aborted.
@@ -325,61 +376,82 @@ async fn watch_backend(
     known: Health,
     suspicion: Arc<Suspicion>,
 ) {
-    let (mut verdict, began) = (Verdict::new(known), Instant::now());
-    // Why probes are early; kept until one of them decides.
-    let mut hint: Option<Hint> = None;
     // The first probe starts at a random time of the first interval, to spread the probes.
+    let verdict = Verdict::new(known);
     let mut wait = verdict.wait(&plan.check, 0.5).mul_f64(rand::random());
-    loop {
-        let may_hint = hint.is_none() && verdict.health() == Health::Healthy;
+    let began = Instant::now();
+    let mut watch = BackendWatch { shared, id, plan, suspicion, verdict, began, lane: Lane::New, hint: None };
+    while let Some(next) = watch.step(wait).await {
+        wait = next;
+    }
+}
+
+impl BackendWatch {
+    /// Waits until a probe is due, probes, and returns the wait before the next probe. None once the checker stops.
+    async fn step(&mut self, wait: Duration) -> Option<Duration> {
+        let mut due = self.shared.probe_time(wait, &self.plan.check);
+        let may_hint = self.hint.is_none() && self.verdict.health() == Health::Healthy;
         tokio::select! {
             biased;
-            found = suspicion.next_hint(), if may_hint => {
-                tracing::debug!(backend = %id, address = %plan.target.address, failures = %found, "passive failures: probing early");
-                verdict.suspect();
-                shared.record_early_probe(&id, found);
-                hint = Some(found);
+            found = self.suspicion.next_hint(), if may_hint => {
+                self.begin_early(found);
+                due = Instant::now();
             }
-            () = tokio::time::sleep_until(shared.probe_time(wait, &plan.check)) => {}
+            () = tokio::time::sleep_until(due) => {}
         }
-        let Ok(permit) = shared.permits.acquire().await else { return };
+        let permit = self.shared.permit(&self.id, self.lane, due, &self.plan.check).await?;
         let start = Instant::now();
-        let result = (shared.prober)(plan.target.clone()).await;
+        let outcome = (self.shared.prober)(self.plan.target.clone()).await;
         drop(permit);
-        let (ok, mut reason) = match result {
-            Ok(reason) => (true, reason),
-            Err(reason) => (false, reason),
-        };
-        let took_us = start.elapsed().as_micros() as u64;
-        tracing::debug!(backend = %id, address = %plan.target.address, ok, %reason, took_us, "probe");
-        let now = began.elapsed();
-        let before = verdict.observe(ok, &plan.check, now);
-        let required = verdict.required_successes(&plan.check, now);
-        let damped = (required > u32::from(plan.check.rise)).then_some(required);
-        shared.record_probe(
-            &id,
-            Probe { time_ms: clock::unix_ms(), ok, reason: reason.clone(), took_us },
-            damped,
-        );
-        if ok && hint.take().is_some() {
-            suspicion.refute(Instant::now());
-            shared.record_refuted(&id);
-        }
-        if let Some(from) = before {
-            let to = verdict.health();
-            let address = plan.target.address;
-            suspicion.reset();
-            if let Some(hint) = hint.take() {
-                reason = format!("{reason}; probed early: {hint}");
+        let took = start.elapsed();
+        self.lane = if took >= self.plan.target.timeout { Lane::Silent } else { Lane::Answering };
+        match outcome {
+            Outcome::Passed(reason) => self.take(true, reason, took).await,
+            Outcome::Failed(reason) => self.take(false, reason, took).await,
+            Outcome::NotProbed(obstacle) => {
+                tracing::debug!(backend = %self.id, %obstacle, "not probed");
+                self.shared.registry.record_not_probed(&self.id, &obstacle, clock::unix_ms());
             }
-            if to == Health::Unhealthy {
-                tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-            } else {
-                tracing::info!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-            }
-            shared.set_verdict(&id, to, &reason).await;
         }
-        wait = verdict.wait(&plan.check, rand::random());
+        Some(self.verdict.wait(&self.plan.check, rand::random()))
+    }
+
+    /// Notes that passive failures bring the next probes forward.
+    fn begin_early(&mut self, hint: Hint) {
+        let address = self.plan.target.address;
+        tracing::debug!(backend = %self.id, %address, failures = %hint, "passive failures: probing early");
+        self.verdict.suspect();
+        self.shared.record_early_probe(&self.id, hint);
+        self.hint = Some(hint);
+    }
+
+    /// Takes the result of a probe.
+    async fn take(&mut self, ok: bool, mut reason: String, took: Duration) {
+        let (id, address) = (&self.id, self.plan.target.address);
+        let took_us = took.as_micros() as u64;
+        tracing::debug!(backend = %id, %address, ok, %reason, took_us, "probe");
+        let now = self.began.elapsed();
+        let before = self.verdict.observe(ok, &self.plan.check, now);
+        let required = self.verdict.required_successes(&self.plan.check, now);
+        let damped = (required > u32::from(self.plan.check.rise)).then_some(required);
+        let probe = Probe { time_ms: clock::unix_ms(), ok, reason: reason.clone(), took_us };
+        self.shared.record_probe(id, probe, damped);
+        if ok && self.hint.take().is_some() {
+            self.suspicion.refute(Instant::now());
+            self.shared.record_refuted(id);
+        }
+        let Some(from) = before else { return };
+        let to = self.verdict.health();
+        self.suspicion.reset();
+        if let Some(hint) = self.hint.take() {
+            reason = format!("{reason}; probed early: {hint}");
+        }
+        if to == Health::Unhealthy {
+            tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
+        } else {
+            tracing::info!(backend = %id, %address, ?from, ?to, %reason, "health changed");
+        }
+        self.shared.set_verdict(id, to, &reason).await;
     }
 }
 

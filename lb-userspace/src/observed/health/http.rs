@@ -2,7 +2,10 @@
 
 use crate::{
     desired::model::HttpCheck,
-    observed::http::{GetRequest, get},
+    observed::{
+        health::ProbeError,
+        http::{GetError, GetRequest, get},
+    },
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -21,18 +24,25 @@ pub async fn check(
     check: &HttpCheck,
     host: &str,
     deadline: Instant,
-) -> Result<String, String> {
+) -> Result<String, ProbeError> {
     let headers: Vec<(&str, &str)> =
         check.headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let request = GetRequest { path: &check.path, host, headers: &headers, max_head: None };
-    let mut response = get(stream, request).await.map_err(|e| e.to_string())?;
+    let mut response = get(stream, request).await.map_err(|e| request_error(&e))?;
     let mut body = Vec::new();
     while body.len() < BODY_LIMIT
         && let Ok(Ok(Some(bytes))) = timeout_at(deadline, response.next()).await
     {
         body.extend_from_slice(&bytes[..bytes.len().min(BODY_LIMIT - body.len())]);
     }
-    judge(check, response.status(), &body)
+    judge(check, response.status(), &body).map_err(ProbeError::Failed)
+}
+
+fn request_error(error: &GetError) -> ProbeError {
+    match error {
+        GetError::Request(_) => ProbeError::settings(error.to_string()),
+        GetError::NotHttp | GetError::Broken(_) => ProbeError::sort(error),
+    }
 }
 
 fn judge(check: &HttpCheck, code: u16, body: &[u8]) -> Result<String, String> {

@@ -1,11 +1,15 @@
 //! Health of each backend: verdict, last probe, and the latest changes.
 
-use super::PassiveReport;
-use crate::desired::model::{BackendId, Health};
+use super::{Obstacle, ObstacleKind, PassiveReport};
+use crate::{
+    desired::model::{BackendId, Desired, Health},
+    histogram::Durations,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, VecDeque},
-    sync::{PoisonError, RwLock},
+    sync::{Mutex, PoisonError, RwLock},
+    time::Duration,
 };
 
 /// Changes of the verdict kept per backend.
@@ -37,6 +41,28 @@ pub struct Probe {
     pub took_us: u64,
 }
 
+/// Why the checks of a backend cannot be made, and since when.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotProbed {
+    /// Kind of obstacle.
+    pub reason: ObstacleKind,
+    /// What happened last, in words.
+    pub what: String,
+    /// Time of the first check that could not be made, in milliseconds since 1970 UTC.
+    pub since_ms: u64,
+    /// Checks that could not be made since then.
+    pub count: u64,
+}
+
+/// What is counted about the probes of all backends, since start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProbeCounts {
+    /// Checks that could not be made, in the order of [`ObstacleKind::ALL`].
+    pub not_probed: [u64; ObstacleKind::ALL.len()],
+    /// Times from when a probe was due until it began.
+    pub lateness: Durations,
+}
+
 /// Health of one backend.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthEntry {
@@ -62,6 +88,9 @@ pub struct HealthEntry {
     /// Passive health check failures since start.
     #[serde(default, skip)]
     pub passive: PassiveReport,
+    /// Why checks cannot be made at present; none if the last one was made.
+    #[serde(default, skip)]
+    pub not_probed: Option<NotProbed>,
     /// Address of the worker that the verdict is about.
     #[serde(default)]
     pub address: String,
@@ -71,6 +100,7 @@ pub struct HealthEntry {
 #[derive(Debug, Default)]
 pub struct HealthRegistry {
     entries: RwLock<BTreeMap<BackendId, HealthEntry>>,
+    counts: Mutex<ProbeCounts>,
 }
 
 impl HealthRegistry {
@@ -86,6 +116,36 @@ impl HealthRegistry {
 
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<BackendId, HealthEntry>) -> T) -> T {
         change(&mut self.entries.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Counters of the probes of all backends.
+    pub fn counts(&self) -> ProbeCounts {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Records how long after its time a probe began.
+    pub(super) fn record_lateness(&self, late: Duration) {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).lateness.add(late);
+    }
+
+    /// Records a check that could not be made: the verdict stands.
+    pub(super) fn record_not_probed(&self, id: &BackendId, obstacle: &Obstacle, now_ms: u64) {
+        let kind = ObstacleKind::ALL.iter().position(|kind| *kind == obstacle.kind);
+        if let Some(kind) = kind {
+            self.counts.lock().unwrap_or_else(PoisonError::into_inner).not_probed[kind] += 1;
+        }
+        self.change(|entries| {
+            if let Some(entry) = entries.get_mut(id) {
+                let before = entry.not_probed.take();
+                let (since_ms, count) = before.map_or((now_ms, 0), |b| (b.since_ms, b.count));
+                entry.not_probed = Some(NotProbed {
+                    reason: obstacle.kind,
+                    what: obstacle.what.clone(),
+                    since_ms,
+                    count: count + 1,
+                });
+            }
+        });
     }
 
     /// Serialises verdicts and their history, for the next start.
@@ -108,11 +168,17 @@ impl HealthRegistry {
         for (_, entry) in &mut all {
             (entry.successes, entry.failures) = (0, 0);
         }
-        Ok(Self { entries: RwLock::new(all.into_iter().collect()) })
+        Ok(Self { entries: RwLock::new(all.into_iter().collect()), counts: Mutex::default() })
     }
 }
 
 impl HealthEntry {
+    /// Whether the verdict is about the worker that has this backend's name in `desired`.
+    pub fn is_about(&self, id: &BackendId, desired: &Desired) -> bool {
+        let backend = desired.services.get(&id.service).and_then(|s| s.backends.get(&id.backend));
+        backend.is_some_and(|b| b.address.to_string() == self.address)
+    }
+
     /// Records a change of verdict.
     pub(super) fn record_transition(&mut self, to: Health, time_ms: u64, reason: String) {
         let from = std::mem::replace(&mut self.health, to);

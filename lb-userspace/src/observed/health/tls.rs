@@ -1,6 +1,7 @@
 //! TLS for probes: caches client configurations and rebuilds them from their files regularly, so that a new certificate
 //! takes effect without a restart.
 
+use super::ProbeError;
 use crate::desired::model::TlsCheck;
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
@@ -40,12 +41,17 @@ impl TlsConfigs {
         protocols: &'static [&'static [u8]],
         name: &str,
         stream: TcpStream,
-    ) -> Result<TlsStream<TcpStream>, String> {
-        let config = self.config(check, protocols).await?;
-        let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())
-            .map_err(|_| format!("TLS: {name:?} is not a valid server name: set sni"))?;
+    ) -> Result<TlsStream<TcpStream>, ProbeError> {
+        // Files are this host's: one that cannot be read says nothing about the worker.
+        let config = self.config(check, protocols).await.map_err(ProbeError::settings)?;
+        let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned()).map_err(|_| {
+            ProbeError::settings(format!("TLS: {name:?} is not a valid server name: set sni"))
+        })?;
         let connected = TlsConnector::from(config).connect(name, stream).await;
-        connected.map_err(|e| format!("TLS: {e}"))
+        connected.map_err(|e| match ProbeError::sort(&e) {
+            ProbeError::Failed(what) => ProbeError::Failed(format!("TLS: {what}")),
+            ours => ours,
+        })
     }
 
     async fn config(

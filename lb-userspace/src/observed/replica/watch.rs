@@ -13,7 +13,7 @@ use crate::{
     desired::model::{
         BackendId, ClockWatch, REPORT_LIMIT, Readiness, ReplicaSource, Report, ReportError, SourceKind,
     },
-    observed::health::{ProbeTarget, Prober},
+    observed::health::{Outcome, ProbeTarget, Prober},
     plan::policy::{damp::Damper, load},
 };
 use std::{sync::Arc, time::Duration};
@@ -267,7 +267,15 @@ impl Task {
 
     /// Probes a replica that does not report, and marks it as lost if the probe fails.
     async fn confirm_death(&mut self, error: &FetchError) {
-        let result = (self.shared.prober)(self.plan.probe.clone()).await;
+        let result = match (self.shared.prober)(self.plan.probe.clone()).await {
+            Outcome::Passed(reason) => Ok(reason),
+            Outcome::Failed(reason) => Err(reason),
+            // Nothing is known of the worker: its last report stands until a probe can be made.
+            Outcome::NotProbed(obstacle) => {
+                tracing::debug!(backend = %self.id, %obstacle, "not probed");
+                return;
+            }
+        };
         let (now, elapsed) = (clock::unix_ms(), self.began.elapsed());
         if result.is_err() {
             let was_lost = self.shared.registry.get(&self.id).is_some_and(|e| e.readiness == Readiness::Lost);

@@ -4,6 +4,7 @@ use super::{engine::Snapshot, types::*};
 use crate::{
     clock,
     desired::model::{HealthKind, Name, Readiness, Service},
+    observed::health::ObstacleKind,
     plan::policy::announce::KeptVip,
 };
 use std::net::IpAddr;
@@ -47,12 +48,30 @@ pub(super) fn is_checked(service: &Service) -> bool {
     service.health.kind != HealthKind::None || service.replica.is_some()
 }
 
-/// The problem of backends of a service without a health check that cannot be reached. With one, they are unhealthy.
+/// The problem of backends that cannot be reached and that no check finds: there is none, or it cannot be made.
 pub(super) fn unreachable_problem(backends: &[String], takes_flows: bool) -> Option<String> {
     let (first, rest) = backends.split_first()?;
     let others = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
     let flows = if takes_flows { "get new flows, because none is reachable" } else { "get no new flows" };
     Some(format!("unreachable: {first}{others}; {flows}. Fix the route or the network"))
+}
+
+/// Checks that this host cannot make, one line for each kind of obstacle.
+fn not_probed_problems(all: &[NotProbedBackend]) -> impl Iterator<Item = String> {
+    ObstacleKind::ALL.into_iter().filter_map(|kind| {
+        let of_kind: Vec<_> = all.iter().filter(|b| b.obstacle.reason == kind).collect();
+        let first = of_kind.first()?;
+        let since_ms = of_kind.iter().map(|b| b.obstacle.since_ms).min()?;
+        let for_s = clock::unix_ms().saturating_sub(since_ms) / 1_000;
+        let others = if of_kind.len() > 1 { format!(" and {} more", of_kind.len() - 1) } else { String::new() };
+        Some(format!(
+            "health checks of {}/{}{others} cannot be made for {for_s} s, so their last verdicts stand: {} (to fix it: {})",
+            first.service,
+            first.backend,
+            first.obstacle.what,
+            kind.advice()
+        ))
+    })
 }
 
 /// Problems of the host as a whole.
@@ -122,6 +141,7 @@ pub(super) fn general_problems(status: &Status) -> Vec<String> {
             names(&status.flood)
         ));
     }
+    found.extend(not_probed_problems(&status.not_probed));
     match status.unhealthy.len() {
         0 => {}
         1 => found.push("1 backend is unhealthy".to_owned()),

@@ -174,6 +174,9 @@ pub struct BackendStatus {
     /// Progress of slow start, in percent of the backend's weight; none outside slow start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slow_start_percent: Option<u8>,
+    /// Why checks cannot be made at present, and since when; the last verdict stands. None if the last check was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_probed: Option<health::NotProbed>,
     /// Latest probe; none before the first probe since start, or if the backend is not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_probe: Option<health::Probe>,

@@ -63,6 +63,7 @@ impl Control {
             services: view.stored.desired.services.len(),
             backends: BackendCounts::default(),
             unhealthy: Vec::new(),
+            not_probed: Vec::new(),
             draining: Vec::new(),
             replicas: Vec::new(),
             no_backend: Vec::new(),
@@ -127,6 +128,11 @@ impl Control {
                 let (service, backend) = (name.clone(), backend.clone());
                 status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
             }
+            let is_probed = entry.not_probed.is_none();
+            if let Some(obstacle) = entry.not_probed {
+                let (service, backend) = (name.clone(), backend.clone());
+                status.not_probed.push(NotProbedBackend { service, backend, obstacle });
+            }
             let applied = view.snapshot.backends.get(&id);
             if let Some(entry) = self.replica_entry(&id, service).filter(|e| e.readiness != Readiness::Ready)
             {
@@ -147,7 +153,7 @@ impl Control {
             status.narrow_paths.extend(told.map(|mtu| NarrowPath { backend: id.clone(), mtu }));
             if let Some(why) = applied.and_then(|a| a.unreachable.as_ref())
                 && b.state == BackendState::Up
-                && !is_checked(service)
+                && !(is_checked(service) && is_probed)
             {
                 takes_flows |= applied.is_some_and(|a| a.slots > 0);
                 unreachable.push(format!("{id} ({why})"));
@@ -276,7 +282,7 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = backend_id(service, name);
-        let HealthEntry { health, since_ms, last, damped, passive, .. } =
+        let HealthEntry { health, since_ms, last, damped, passive, not_probed, .. } =
             self.health.get(&id).unwrap_or_default();
         let applied = view.snapshot.backends.get(&id);
         let stats = view.backend_stats(&id);
@@ -294,6 +300,7 @@ impl Control {
             drain: self.drain_progress(view, &id, s),
             next_hop: applied.and_then(|a| a.next_hop),
             damped,
+            not_probed,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
             excluded: applied.and_then(|a| a.excluded.clone()),

@@ -5,6 +5,7 @@ use crate::{
     apply::announce::VipState,
     clock,
     desired::model::Health,
+    observed::health::ObstacleKind,
     serve::api::{Control, Engine},
 };
 use lb_common::Reason;
@@ -29,6 +30,7 @@ impl prometheus_client::collector::Collector for Scrape {
         self.daemon(&mut out)?;
         self.services(&mut out)?;
         self.backends(&mut out)?;
+        self.all_probes(&mut out)?;
         self.probes(&mut out)?;
         self.replicas(&mut out)?;
         self.regions(&mut out)
@@ -384,6 +386,22 @@ impl Scrape {
         })
     }
 
+    /// What is counted about the probes of all backends together.
+    fn all_probes(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let counts = self.control.health().counts();
+        let not_probed = ObstacleKind::ALL.iter().zip(counts.not_probed);
+        out.counters(
+            "lb_health_not_probed",
+            "Health checks that this host could not make since start, by reason; the last verdicts stand",
+            not_probed.map(|(kind, n)| ([("reason", kind.label())], n)),
+        )?;
+        out.histogram(
+            "lb_health_probe_lateness_seconds",
+            "Time from when a health probe was due until it began",
+            &counts.lateness,
+        )
+    }
+
     fn probes(&self, out: &mut Encoder<'_>) -> fmt::Result {
         self.control.health().read(|all| {
             let labels = |id: &crate::desired::model::BackendId| {
@@ -404,6 +422,13 @@ impl Scrape {
                 })
             });
             out.counters("lb_health_probes", "Health probes since start, by result", results)?;
+            let waiting =
+                all.iter().filter_map(|(id, e)| Some((labels(id), e.not_probed.as_ref()?.since_ms as f64 / 1e3)));
+            out.gauges(
+                "lb_health_not_probed_since_seconds",
+                "Time since which the checks of a backend cannot be made, in seconds since 1970 UTC; absent while they can",
+                waiting,
+            )?;
             let with_failures =
                 all.iter().filter(|(_, e)| e.passive != crate::observed::health::PassiveReport::default());
             let signs = with_failures.clone().flat_map(|(id, e)| {

@@ -7,6 +7,7 @@ use crate::{
         model::{BackendId, Name, Readiness},
         store::Revision,
     },
+    observed::health::NotProbed,
     serve::api::host::HostDrain,
 };
 use serde::{Deserialize, Serialize};
@@ -53,6 +54,9 @@ pub struct Status {
     pub backends: BackendCounts,
     /// Backends that failed their health checks.
     pub unhealthy: Vec<Unhealthy>,
+    /// Backends whose checks this host cannot make: their last verdict stands.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_probed: Vec<NotProbedBackend>,
     /// Backends that are draining.
     pub draining: Vec<DrainingBackend>,
     /// Replicas that do not report to be ready.
@@ -210,6 +214,18 @@ pub struct Unhealthy {
     pub reason: String,
     /// Start of this state, in milliseconds since 1970 UTC.
     pub since_ms: u64,
+}
+
+/// A backend whose checks this host cannot make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotProbedBackend {
+    /// Service.
+    pub service: Name,
+    /// Backend.
+    pub backend: Name,
+    /// What prevents the checks.
+    #[serde(flatten)]
+    pub obstacle: NotProbed,
 }
 
 /// A draining backend: it gets no new flows while its existing flows end.
