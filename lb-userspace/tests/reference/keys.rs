@@ -348,7 +348,14 @@ pub const TABLES: &[Table] = &[
                 "timeout_ms",
                 "integer, milliseconds",
                 "500",
-                "A probe without an answer fails after this time.",
+                "A probe without a connection fails after this time; one that is connected and has no answer is late.",
+            ),
+            (
+                "busy_timeout_ms",
+                "integer, milliseconds",
+                "60000",
+                "A late probe fails if no answer comes within this time from its start; until then the backend is `busy` and \
+                 keeps its flows. Not above `timeout_ms`: a late probe fails at once.",
             ),
             ("rise", "integer, probes", "2", "Consecutive successes that make a backend healthy."),
             ("fall", "integer, probes", "3", "Consecutive failures that make a backend unhealthy."),

@@ -35,6 +35,7 @@ mod scale;
 mod second_chance;
 mod signs;
 mod tunnel;
+mod verdicts;
 mod vlan;
 
 /// Name of [`is_a_replica`], for the beds that start it.

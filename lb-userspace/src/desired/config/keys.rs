@@ -63,6 +63,7 @@ pub const HEALTH: &[&str] = &[
     "interval_ms",
     "jitter_percent",
     "timeout_ms",
+    "busy_timeout_ms",
     "rise",
     "fall",
     "damping",

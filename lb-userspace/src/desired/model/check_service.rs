@@ -274,6 +274,12 @@ impl Service {
                     .to_owned(),
             );
         }
+        if health.busy_timeout_ms > MAX_BUSY_TIMEOUT_MS {
+            setting(format!(
+                "health: busy_timeout_ms {} is above {MAX_BUSY_TIMEOUT_MS} (an hour)",
+                health.busy_timeout_ms
+            ));
+        }
         if health.via == Via::Tunnel {
             let tunnels = [ForwardingMode::Ipip, ForwardingMode::Gue, ForwardingMode::L2];
             if !tunnels.contains(&self.mode) {
@@ -307,6 +313,9 @@ impl Service {
         }
     }
 }
+
+/// Longest time that a check waits for a late answer.
+const MAX_BUSY_TIMEOUT_MS: u32 = 3_600_000;
 
 fn check_http(http: &HttpCheck, setting: &mut dyn FnMut(String)) {
     let HttpCheck { path, status: (first, last), headers, body, .. } = http;

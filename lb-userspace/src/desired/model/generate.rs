@@ -153,6 +153,7 @@ impl Draw {
             interval_ms: 100 + self.count(900),
             jitter_percent: self.count(50) as u8,
             timeout_ms: self.count(900),
+            busy_timeout_ms: self.count(90_000),
             rise: self.count(9) as u8,
             fall: self.count(9) as u8,
             damping: !self.yes(),

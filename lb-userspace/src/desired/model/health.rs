@@ -133,8 +133,10 @@ pub struct HealthCheck {
     pub interval_ms: u32,
     /// Random variation of each interval, both ways, in percent.
     pub jitter_percent: u8,
-    /// Time after which a probe without an answer fails, in milliseconds.
+    /// Time after which a probe without a connection fails, and one without an answer is late, in milliseconds.
     pub timeout_ms: u32,
+    /// Time after which a late probe without any answer fails, in milliseconds. If not above `timeout_ms`, late probes fail.
+    pub busy_timeout_ms: u32,
     /// Successes in a row that make a backend healthy.
     pub rise: u8,
     /// Failures in a row that make a backend unhealthy.
@@ -154,6 +156,7 @@ impl Default for HealthCheck {
             interval_ms: 1_000,
             jitter_percent: 10,
             timeout_ms: 500,
+            busy_timeout_ms: 60_000,
             rise: 2,
             fall: 3,
             damping: true,
@@ -200,6 +203,9 @@ struct Fields {
     jitter_percent: u8,
     #[serde(default = "timeout_ms")]
     timeout_ms: u32,
+    // The default is not written: hosts of versions without this key read the same state.
+    #[serde(default = "busy_timeout_ms", skip_serializing_if = "is_busy_timeout_ms")]
+    busy_timeout_ms: u32,
     #[serde(default = "rise")]
     rise: u8,
     #[serde(default = "fall")]
@@ -251,6 +257,12 @@ fn jitter_percent() -> u8 {
 }
 fn timeout_ms() -> u32 {
     HealthCheck::default().timeout_ms
+}
+fn busy_timeout_ms() -> u32 {
+    HealthCheck::default().busy_timeout_ms
+}
+fn is_busy_timeout_ms(value: &u32) -> bool {
+    *value == busy_timeout_ms()
 }
 fn rise() -> u8 {
     HealthCheck::default().rise
@@ -351,6 +363,7 @@ impl TryFrom<Fields> for HealthCheck {
             interval_ms: f.interval_ms,
             jitter_percent: f.jitter_percent,
             timeout_ms: f.timeout_ms,
+            busy_timeout_ms: f.busy_timeout_ms,
             rise: f.rise,
             fall: f.fall,
             damping: f.damping,
@@ -383,6 +396,7 @@ impl From<HealthCheck> for Fields {
             interval_ms: h.interval_ms,
             jitter_percent: h.jitter_percent,
             timeout_ms: h.timeout_ms,
+            busy_timeout_ms: h.busy_timeout_ms,
             rise: h.rise,
             fall: h.fall,
             damping: h.damping,
@@ -450,6 +464,7 @@ mod tests {
             r#"{"kind":"grpcs","verify":false}"#,
             r#"{"kind":"tls","client_cert":"/c","client_key":"/k"}"#,
             r#"{"kind":"tcp","damping":false,"signs":false}"#,
+            r#"{"kind":"http","busy_timeout_ms":0}"#,
         ] {
             let one = parse(json).unwrap();
             assert_eq!(parse(&serde_json::to_string(&one).unwrap()).unwrap(), one);

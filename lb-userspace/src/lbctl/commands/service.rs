@@ -152,9 +152,12 @@ struct ServiceSettings {
     /// Time between two checks of a backend [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_interval: Option<Duration>,
-    /// Time after which a check fails [default: 500ms]
+    /// Time after which a check without a connection fails, and one without an answer makes the backend busy [default: 500ms]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_timeout: Option<Duration>,
+    /// Time after which a busy backend that has sent no answer fails its check; 0s: as soon as it is late [default: 1m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    health_busy_timeout: Option<Duration>,
     /// Random variation of the interval, in percent [default: 10]
     #[arg(long, value_name = "PERCENT")]
     health_jitter: Option<u8>,
@@ -351,6 +354,7 @@ fn health_patch(s: &ServiceSettings) -> Map<String, Value> {
     health.set("signs", s.health_signs);
     health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
     health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
+    health.set("busy_timeout_ms", s.health_busy_timeout.map(|t| t.as_millis() as u64));
     health.set("jitter_percent", s.health_jitter);
     health.set("rise", s.rise);
     health.set("fall", s.fall);

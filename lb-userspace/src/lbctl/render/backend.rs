@@ -20,9 +20,15 @@ fn health_tone(status: &BackendStatus) -> (String, Option<Tone>) {
         {
             toned("unreachable", Tone::Bad)
         }
+        Health::Healthy if status.busy_since_ms.is_some() => toned("busy", Tone::Warn),
         Health::Healthy if status.unchecked => toned("unchecked", Tone::Dim),
         verdict => verdict_tone(verdict),
     }
+}
+
+/// Start of what the HEALTH column says.
+fn since_ms(status: &BackendStatus) -> u64 {
+    status.busy_since_ms.unwrap_or(status.health_since_ms)
 }
 
 fn verdict_tone(verdict: Health) -> (String, Option<Tone>) {
@@ -102,7 +108,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
             plain(b.status.flows),
             plain(b.status.packets),
             plain(units::bytes(b.status.bytes)),
-            plain(ago(b.status.health_since_ms)),
+            plain(ago(since_ms(&b.status))),
             plain(note),
         ]);
     }
@@ -121,10 +127,7 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         ("address", b.spec.address.to_string()),
         ("weight", b.spec.weight.to_string()),
         ("state", state_tone(b.spec.state).0),
-        (
-            "health",
-            if s.health_since_ms > 0 { format!("{health} for {}", ago(s.health_since_ms)) } else { health },
-        ),
+        ("health", if since_ms(s) > 0 { format!("{health} for {}", ago(since_ms(s))) } else { health }),
     ];
     if let Some(needed) = s.damped {
         pairs.push(("flapping", format!("needs {needed} consecutive successful probes to be healthy again")));
@@ -133,7 +136,12 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         pairs.push(("slow start", format!("at {percent} % of its weight")));
     }
     if let Some(probe) = &s.last_probe {
-        let word = if probe.ok { "passed" } else { "failed" };
+        let word = match (probe.ok, probe.late) {
+            (true, false) => "passed",
+            (true, true) => "passed late",
+            (false, true) if s.health == Health::Healthy => "late",
+            (false, _) => "failed",
+        };
         let took = units::micros(probe.took_us);
         pairs.push(("last probe", format!("{word} {} ago: {} ({took})", ago(probe.time_ms), probe.reason)));
     }

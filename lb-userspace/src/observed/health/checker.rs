@@ -4,11 +4,11 @@
 //! runtime each timer woke a processor, and a second one that looked for work.
 
 use super::{
-    EarlyProbe, HealthEntry, HealthRegistry, Obstacle, ObstacleKind, Outcome, Probe, ProbeTarget,
+    EarlyProbe, HealthEntry, HealthRegistry, Obstacle, ObstacleKind, Probe, ProbeTarget, Step,
+    backend_watch::watch_backend,
     passive::{Hint, POLL_INTERVAL, PassiveSource, Suspicion},
     permits::{Lane, Permit, Permits},
     tunnel::to_address,
-    verdict::Verdict,
 };
 use crate::{
     clock,
@@ -20,7 +20,7 @@ use crate::{
 use futures_util::future::BoxFuture;
 use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
 use tokio::{
-    sync::{Notify, mpsc, watch},
+    sync::{Notify, Semaphore, mpsc, watch},
     task::{AbortHandle, JoinSet},
     time::{Instant, MissedTickBehavior},
 };
@@ -36,14 +36,17 @@ const MAX_GRID_MS: u32 = 20;
 /// Shortest wait for a permit after which a probe counts as not made.
 const MIN_OVERDUE: Duration = Duration::from_secs(1);
 
+/// Late probes that may wait for their answer, per probe that may be in flight.
+const LATE_PER_PROBE: usize = 8;
+
 /// Does one probe. [`super::probe`] outside tests.
-pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Outcome> + Send + Sync>;
+pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Step> + Send + Sync>;
 
 /// How one backend is checked; a change restarts the task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct CheckPlan {
-    target: ProbeTarget,
-    check: HealthCheck,
+pub(super) struct CheckPlan {
+    pub(super) target: ProbeTarget,
+    pub(super) check: HealthCheck,
 }
 
 /// Checks all backends of the desired state.
@@ -68,11 +71,14 @@ struct Running {
     suspicion: Arc<Suspicion>,
 }
 
-struct CheckerShared {
-    registry: Arc<HealthRegistry>,
+/// What the tasks of all backends share.
+pub(super) struct CheckerShared {
+    pub(super) registry: Arc<HealthRegistry>,
     verdicts: mpsc::Sender<(BackendId, Health)>,
     permits: Permits,
-    prober: Prober,
+    /// Permits of late probes, which hold a connection each.
+    pub(super) late_permits: Arc<Semaphore>,
+    pub(super) prober: Prober,
     changed: Notify,
     /// Origin of the grid of probes, see [`CheckerShared::probe_time`].
     began: Instant,
@@ -88,10 +94,12 @@ impl Checker {
         verdicts: mpsc::Sender<(BackendId, Health)>,
     ) -> Self {
         let permits = Permits::new(probes);
+        let late_permits = Arc::new(Semaphore::new(LATE_PER_PROBE * permits.total()));
         let shared = Arc::new(CheckerShared {
             registry,
             verdicts,
             permits,
+            late_permits,
             prober,
             changed: Notify::new(),
             began: Instant::now(),
@@ -272,14 +280,14 @@ fn plan_checks(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Chec
 impl CheckerShared {
     /// Start of a probe that is due after `wait`, rounded up to a grid of a hundredth of the interval. Probes on the
     /// same grid line share one wake-up of the CPU; the jitter is ten times as wide.
-    fn probe_time(&self, wait: Duration, check: &HealthCheck) -> Instant {
+    pub(super) fn probe_time(&self, wait: Duration, check: &HealthCheck) -> Instant {
         let step_ms = u128::from((check.interval_ms / 100).clamp(1, MAX_GRID_MS));
         let due_ms = (Instant::now() + wait).duration_since(self.began).as_micros().div_ceil(1_000);
         self.began + Duration::from_millis((due_ms.div_ceil(step_ms) * step_ms) as u64)
     }
 
     /// Records a verdict, if it has changed, and sends it.
-    async fn set_verdict(&self, id: &BackendId, health: Health, reason: &str) {
+    pub(super) async fn set_verdict(&self, id: &BackendId, health: Health, reason: &str) {
         let changed = self.registry.change(|entries| {
             let entry = entries.get_mut(id)?;
             let changed = entry.health != health;
@@ -298,7 +306,7 @@ impl CheckerShared {
     }
 
     /// Waits for a permit of the probe that was due at `due`. A probe that waits for long counts as not made, once.
-    async fn permit(
+    pub(super) async fn permit(
         &self,
         id: &BackendId,
         lane: Lane,
@@ -324,7 +332,7 @@ impl CheckerShared {
     }
 
     /// Records an early probe.
-    fn record_early_probe(&self, id: &BackendId, hint: Hint) {
+    pub(super) fn record_early_probe(&self, id: &BackendId, hint: Hint) {
         self.registry.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 entry.passive.early += 1;
@@ -334,7 +342,7 @@ impl CheckerShared {
     }
 
     /// Records that an early probe succeeded.
-    fn record_refuted(&self, id: &BackendId) {
+    pub(super) fn record_refuted(&self, id: &BackendId) {
         self.registry.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 entry.passive.refuted += 1;
@@ -342,116 +350,33 @@ impl CheckerShared {
         });
     }
 
-    fn record_probe(&self, id: &BackendId, probe: Probe, damped: Option<u32>) {
+    /// Records the result of a probe, and whether the backend is no longer busy.
+    pub(super) fn record_probe(&self, id: &BackendId, probe: Probe, damped: Option<u32>, ends_busy: bool) {
         self.registry.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 let count = if probe.ok { &mut entry.successes } else { &mut entry.failures };
                 *count += 1;
+                if ends_busy {
+                    entry.busy_since_ms = None;
+                }
                 entry.last = Some(probe);
                 entry.damped = damped;
                 entry.not_probed = None;
             }
         });
     }
-}
 
-/// The checks of one backend.
-struct BackendWatch {
-    shared: Arc<CheckerShared>,
-    id: BackendId,
-    plan: CheckPlan,
-    suspicion: Arc<Suspicion>,
-    verdict: Verdict,
-    began: Instant,
-    lane: Lane,
-    /// Why probes are early; kept until one of them decides.
-    hint: Option<Hint>,
-}
-
-/// Probes one backend until the task is aborted.
-async fn watch_backend(
-    shared: Arc<CheckerShared>,
-    id: BackendId,
-    plan: CheckPlan,
-    known: Health,
-    suspicion: Arc<Suspicion>,
-) {
-    // The first probe starts at a random time of the first interval, to spread the probes.
-    let verdict = Verdict::new(known);
-    let mut wait = verdict.wait(&plan.check, 0.5).mul_f64(rand::random());
-    let began = Instant::now();
-    let mut watch = BackendWatch { shared, id, plan, suspicion, verdict, began, lane: Lane::New, hint: None };
-    while let Some(next) = watch.step(wait).await {
-        wait = next;
-    }
-}
-
-impl BackendWatch {
-    /// Waits until a probe is due, probes, and returns the wait before the next probe. None once the checker stops.
-    async fn step(&mut self, wait: Duration) -> Option<Duration> {
-        let mut due = self.shared.probe_time(wait, &self.plan.check);
-        let may_hint = self.hint.is_none() && self.verdict.health() == Health::Healthy;
-        tokio::select! {
-            biased;
-            found = self.suspicion.next_hint(), if may_hint => {
-                self.begin_early(found);
-                due = Instant::now();
+    /// Records that an answer is late.
+    pub(super) fn record_late(&self, id: &BackendId, reason: String, took: Duration) {
+        let (time_ms, took_us) = (clock::unix_ms(), took.as_micros() as u64);
+        self.registry.change(|entries| {
+            if let Some(entry) = entries.get_mut(id) {
+                entry.late += 1;
+                entry.busy_since_ms.get_or_insert(time_ms.saturating_sub(took.as_millis() as u64));
+                entry.last = Some(Probe { time_ms, ok: false, reason, took_us, late: true });
+                entry.not_probed = None;
             }
-            () = tokio::time::sleep_until(due) => {}
-        }
-        let permit = self.shared.permit(&self.id, self.lane, due, &self.plan.check).await?;
-        let start = Instant::now();
-        let outcome = (self.shared.prober)(self.plan.target.clone()).await;
-        drop(permit);
-        let took = start.elapsed();
-        self.lane = if took >= self.plan.target.timeout { Lane::Silent } else { Lane::Answering };
-        match outcome {
-            Outcome::Passed(reason) => self.take(true, reason, took).await,
-            Outcome::Failed(reason) => self.take(false, reason, took).await,
-            Outcome::NotProbed(obstacle) => {
-                tracing::debug!(backend = %self.id, %obstacle, "not probed");
-                self.shared.registry.record_not_probed(&self.id, &obstacle, clock::unix_ms());
-            }
-        }
-        Some(self.verdict.wait(&self.plan.check, rand::random()))
-    }
-
-    /// Notes that passive failures bring the next probes forward.
-    fn begin_early(&mut self, hint: Hint) {
-        let address = self.plan.target.address;
-        tracing::debug!(backend = %self.id, %address, failures = %hint, "passive failures: probing early");
-        self.verdict.suspect();
-        self.shared.record_early_probe(&self.id, hint);
-        self.hint = Some(hint);
-    }
-
-    /// Takes the result of a probe.
-    async fn take(&mut self, ok: bool, mut reason: String, took: Duration) {
-        let (id, address) = (&self.id, self.plan.target.address);
-        let took_us = took.as_micros() as u64;
-        tracing::debug!(backend = %id, %address, ok, %reason, took_us, "probe");
-        let now = self.began.elapsed();
-        let before = self.verdict.observe(ok, &self.plan.check, now);
-        let required = self.verdict.required_successes(&self.plan.check, now);
-        let damped = (required > u32::from(self.plan.check.rise)).then_some(required);
-        let probe = Probe { time_ms: clock::unix_ms(), ok, reason: reason.clone(), took_us };
-        self.shared.record_probe(id, probe, damped);
-        if ok && self.hint.take().is_some() {
-            self.suspicion.refute(Instant::now());
-            self.shared.record_refuted(id);
-        }
-        let Some(from) = before else { return };
-        let to = self.verdict.health();
-        self.suspicion.reset();
-        if let Some(hint) = self.hint.take() {
-            reason = format!("{reason}; probed early: {hint}");
-        }
-        if to == Health::Unhealthy {
-            tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-        } else {
-            tracing::info!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-        }
-        self.shared.set_verdict(id, to, &reason).await;
+        });
     }
 }
 
@@ -466,5 +391,7 @@ async fn save_changes(shared: Arc<CheckerShared>, local: Arc<dyn Local>) {
     }
 }
 
+#[cfg(test)]
+mod late_tests;
 #[cfg(test)]
 mod tests;

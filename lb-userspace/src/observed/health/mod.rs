@@ -3,8 +3,9 @@
 //! Input: the watched desired state, and the verdicts from before a restart. Output: `(BackendId, Health)`
 //! events, and the [`HealthRegistry`] that API and metrics read. Called by the daemon.
 //! [`passive`] triggers early probes. [`verdict`] is pure; [`probe`] does the I/O of one probe and tells failures of the worker
-//! from those of this host ([`outcome`]); [`checker`] runs one task per backend.
+//! from late answers and from what this host lacks ([`outcome`]); [`checker`] runs one task per backend.
 
+mod backend_watch;
 pub mod checker;
 pub mod grpc;
 pub mod http;
@@ -21,7 +22,7 @@ pub mod verdict;
 mod tests;
 
 pub use checker::{Checker, Prober};
-pub use outcome::{Obstacle, ObstacleKind, Outcome, ProbeError};
+pub use outcome::{Obstacle, ObstacleKind, Outcome, ProbeError, Step};
 pub use passive::{EarlyProbe, PassiveReport, PassiveSource};
 pub use probe::{ProbeTarget, prober, prober_through};
 pub use registry::{HealthEntry, HealthRegistry, NotProbed, Probe, ProbeCounts, Transition};

@@ -1,8 +1,17 @@
-//! Result of one probe: passed, failed, or not made because of this host.
+//! Result of one probe: passed, failed, late, or not made because of this host.
 //!
 //! What this host lacks says nothing about the worker: such a probe counts neither towards `rise` nor towards `fall`.
 
+use futures_util::future::BoxFuture;
 use std::{error::Error, fmt, io};
+
+/// What is known of a probe when its time is over.
+pub enum Step {
+    /// Its result.
+    Done(Outcome),
+    /// The worker has accepted the connection, and the answer is late: the rest of the probe waits for it.
+    Late(BoxFuture<'static, Outcome>),
+}
 
 /// Result of one probe, with the reason in words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +22,26 @@ pub enum Outcome {
     Failed(String),
     /// The check could not be made.
     NotProbed(Obstacle),
+}
+
+impl Step {
+    /// Adds words to the reason.
+    #[must_use]
+    pub fn add(self, more: &str) -> Self {
+        match self {
+            Self::Done(outcome) => Self::Done(outcome.add(more)),
+            Self::Late(rest) => {
+                let more = more.to_owned();
+                Self::Late(Box::pin(async move { rest.await.add(&more) }))
+            }
+        }
+    }
+}
+
+impl From<Outcome> for Step {
+    fn from(outcome: Outcome) -> Self {
+        Self::Done(outcome)
+    }
 }
 
 impl Outcome {

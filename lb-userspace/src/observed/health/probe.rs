@@ -1,7 +1,7 @@
 //! One probe: connects to a backend and runs the check over the connection.
 
 use super::{
-    Obstacle, ObstacleKind, Outcome, ProbeError, grpc, http,
+    Obstacle, ObstacleKind, Outcome, ProbeError, Step, grpc, http,
     tls::TlsConfigs,
     tunnel::{Through, Tunnel},
 };
@@ -9,6 +9,7 @@ use crate::{
     desired::model::{Backend, HealthKind, Ports, Service, TlsCheck},
     observed::{health::Prober, http::authority},
 };
+use futures_util::future::BoxFuture;
 use socket2::{Domain, SockRef, Socket, Type};
 use std::{
     io::{self, ErrorKind},
@@ -62,17 +63,17 @@ pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
     Arc::new(move |mut target| {
         let (configs, tunnel) = (configs.clone(), tunnel.clone());
         Box::pin(async move {
-            let Some(through) = target.through else { return probe(&configs, target, None).await };
+            let Some(through) = target.through else { return probe(configs, target, None).await };
             let mark = match &tunnel {
                 Some(tunnel) => tunnel.prepare(target.address.ip(), through).await,
                 None => Err("this lbd cannot probe through tunnels".to_owned()),
             };
             match mark {
-                Ok(mark) => probe(&configs, target, Some(mark)).await.add(", through the tunnel"),
+                Ok(mark) => probe(configs, target, Some(mark)).await.add(", through the tunnel"),
                 Err(why) => {
                     // Without tunnels, probe directly: otherwise every backend would count as dead.
                     target.through = None;
-                    let found = probe(&configs, target, None).await;
+                    let found = probe(configs, target, None).await;
                     found.add(&format!(", probed without the tunnel: {why}"))
                 }
             }
@@ -80,23 +81,26 @@ pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
     })
 }
 
-/// Probes once; packets carry `mark`.
-pub async fn probe(configs: &TlsConfigs, target: ProbeTarget, mark: Option<u32>) -> Outcome {
+/// Probes once; packets carry `mark`. Without a connection in time the probe has failed; with one, and without an answer,
+/// it is late.
+pub async fn probe(configs: Arc<TlsConfigs>, target: ProbeTarget, mark: Option<u32>) -> Step {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
     if target.kind == HealthKind::None {
-        return Outcome::Passed("not checked".to_owned());
+        return Outcome::Passed("not checked".to_owned()).into();
     }
     // A probe that only connects does not need TCP_NODELAY.
     let only_connects = target.kind == HealthKind::Tcp;
     let stream = match timeout_at(deadline, connect(target.address, mark, only_connects)).await {
-        Err(_) => return Outcome::Failed(format!("no connection within {within} ms")),
-        Ok(Err(error)) => return Err(error).into(),
+        Err(_) => return Outcome::Failed(format!("no connection within {within} ms")).into(),
+        Ok(Err(error)) => return Step::Done(Err(error).into()),
         Ok(Ok(stream)) => stream,
     };
-    match timeout_at(deadline, run_check(configs, stream, &target, deadline)).await {
-        Err(_) => Outcome::Failed(format!("no answer within {within} ms")),
-        Ok(result) => result.into(),
+    let mut check: BoxFuture<'static, Outcome> =
+        Box::pin(async move { run_check(&configs, stream, &target, deadline).await.into() });
+    match timeout_at(deadline, &mut check).await {
+        Err(_) => Step::Late(check),
+        Ok(outcome) => outcome.into(),
     }
 }
 
@@ -124,11 +128,11 @@ async fn run_check(
         HealthKind::Http(check) => {
             let host = check.host.clone().unwrap_or_else(|| authority(target.vip));
             match &check.tls {
-                None => http::check(stream, check, &host, deadline).await,
+                None => http::check(stream, check, &host, (deadline, target.timeout)).await,
                 Some(tls) => {
                     let name = name(tls, check.host.as_ref());
                     let stream = configs.connect(tls, &[b"http/1.1"], &name, stream).await?;
-                    http::check(stream, check, &host, deadline).await
+                    http::check(stream, check, &host, (deadline, target.timeout)).await
                 }
             }
         }
@@ -211,10 +215,11 @@ mod tests {
     };
 
     async fn probe(target: ProbeTarget) -> Result<String, String> {
-        match super::probe(&TlsConfigs::default(), target, None).await {
-            Outcome::Passed(what) => Ok(what),
-            Outcome::Failed(what) => Err(what),
-            Outcome::NotProbed(obstacle) => panic!("not probed: {obstacle:?}"),
+        match super::probe(Arc::default(), target, None).await {
+            Step::Done(Outcome::Passed(what)) => Ok(what),
+            Step::Done(Outcome::Failed(what)) => Err(what),
+            Step::Done(Outcome::NotProbed(obstacle)) => panic!("not probed: {obstacle:?}"),
+            Step::Late(_) => Err("late".to_owned()),
         }
     }
 
@@ -285,11 +290,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silence_times_out() {
+    async fn silence_after_the_connection_is_late() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let start = std::time::Instant::now();
-        assert_eq!(probe(target(address, http((200, 299)))).await, Err("no answer within 300 ms".into()));
+        assert_eq!(probe(target(address, http((200, 299)))).await, Err("late".into()));
         assert!(start.elapsed() < Duration::from_secs(2));
     }
 
@@ -297,7 +302,7 @@ mod tests {
     async fn what_this_host_lacks_is_no_failure() {
         let probed = |address: &str| {
             let target = target(address.parse().unwrap(), HealthKind::Tcp);
-            async move { super::probe(&TlsConfigs::default(), target, None).await }
+            async move { done(super::probe(Arc::default(), target, None).await) }
         };
         // A multicast address cannot be connected to; `connect` says so before it sends a packet.
         let outcome = probed("224.0.0.1:80").await;
@@ -307,8 +312,40 @@ mod tests {
         assert!(matches!(outcome, Outcome::NotProbed(_)), "{outcome:?}");
         let kind = HealthKind::Tls(TlsCheck { ca: Some("/nowhere.pem".into()), ..TlsCheck::default() });
         let target = target(silent().await, kind);
-        let outcome = super::probe(&TlsConfigs::default(), target, None).await;
+        let outcome = done(super::probe(Arc::default(), target, None).await);
         assert!(matches!(&outcome, Outcome::NotProbed(o) if o.kind == ObstacleKind::Settings), "{outcome:?}");
+    }
+
+    fn done(step: Step) -> Outcome {
+        match step {
+            Step::Done(outcome) => outcome,
+            Step::Late(_) => panic!("the probe is late"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_late_answer_is_judged_as_one_in_time() {
+        for (answer, expected) in [
+            (&b"HTTP/1.1 200 OK\r\n\r\nready"[..], Outcome::Passed("status 200".into())),
+            (
+                b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",
+                Outcome::Failed("status 503, expected 200 to 299".into()),
+            ),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                tokio::time::sleep(Duration::from_millis(700)).await;
+                let _ = stream.write_all(answer).await;
+            });
+            let check = HttpCheck { body: Some("ready".into()), ..HttpCheck::default() };
+            let target = target(address, HealthKind::Http(check));
+            let Step::Late(rest) = super::probe(Arc::default(), target, None).await else {
+                panic!("not late");
+            };
+            assert_eq!(rest.await, expected);
+        }
     }
 
     /// A listener that never answers.

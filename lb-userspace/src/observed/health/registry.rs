@@ -39,6 +39,9 @@ pub struct Probe {
     pub reason: String,
     /// Duration of the probe, in microseconds.
     pub took_us: u64,
+    /// Whether the answer came after the timeout, or has not come yet, although the connection was accepted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub late: bool,
 }
 
 /// Why the checks of a backend cannot be made, and since when.
@@ -82,6 +85,12 @@ pub struct HealthEntry {
     /// Failed probes since start.
     #[serde(default)]
     pub failures: u64,
+    /// Probes since start whose answer was late although the connection was accepted.
+    #[serde(default)]
+    pub late: u64,
+    /// Start of the backend's late answers, in milliseconds since 1970 UTC; none if the last answer was in time.
+    #[serde(default, skip)]
+    pub busy_since_ms: Option<u64>,
     /// Consecutive successes required to become healthy, if flap damping raised them above `rise`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damped: Option<u32>,
@@ -166,13 +175,18 @@ impl HealthRegistry {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let mut all: Vec<(BackendId, HealthEntry)> = serde_json::from_slice(bytes)?;
         for (_, entry) in &mut all {
-            (entry.successes, entry.failures) = (0, 0);
+            (entry.successes, entry.failures, entry.late) = (0, 0, 0);
         }
         Ok(Self { entries: RwLock::new(all.into_iter().collect()), counts: Mutex::default() })
     }
 }
 
 impl HealthEntry {
+    /// Since when the backend is busy: healthy, with late answers.
+    pub fn is_busy(&self) -> Option<u64> {
+        self.busy_since_ms.filter(|_| self.health == Health::Healthy)
+    }
+
     /// Whether the verdict is about the worker that has this backend's name in `desired`.
     pub fn is_about(&self, id: &BackendId, desired: &Desired) -> bool {
         let backend = desired.services.get(&id.service).and_then(|s| s.backends.get(&id.backend));
@@ -183,6 +197,9 @@ impl HealthEntry {
     pub(super) fn record_transition(&mut self, to: Health, time_ms: u64, reason: String) {
         let from = std::mem::replace(&mut self.health, to);
         self.since_ms = time_ms;
+        if to != Health::Healthy {
+            self.busy_since_ms = None;
+        }
         if self.history.len() == HISTORY {
             self.history.pop_front();
         }

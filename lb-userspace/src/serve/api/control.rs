@@ -420,7 +420,9 @@ impl Control {
     /// # Errors
     /// The maps cannot be read.
     pub async fn explain(&self, query: Query) -> Result<Explanation, ApiError> {
-        self.read_engine(move |engine| engine.explain(query)).await
+        let mut found = self.read_engine(move |engine| engine.explain(query)).await?;
+        self.explain_checks(&mut found);
+        Ok(found)
     }
 
     /// Runs a blocking read of the maps off the async threads.

@@ -141,6 +141,10 @@ pub struct BackendStatus {
     /// Whether nothing checks the backend: no health check, and no replica state. Its verdict is `healthy`.
     #[serde(default, skip_serializing_if = "is_false")]
     pub unchecked: bool,
+    /// Since when the backend is busy, in milliseconds since 1970 UTC: its verdict is `healthy`, it accepts connections, and
+    /// answers its checks late. None if the last answer was in time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy_since_ms: Option<u64>,
     /// Why packets cannot reach the backend: no route, or no answer to ARP or neighbour discovery.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unreachable: Option<String>,

@@ -13,9 +13,10 @@ use crate::{
         store::Stored,
     },
     observed::{health::HealthEntry, replica},
+    serve::explain::Explanation,
 };
 use lb_common::{BackendStats, Reason, reason::Fate};
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 /// Desired state, snapshot and counters, read at one moment.
 pub struct StateView {
@@ -63,6 +64,7 @@ impl Control {
             services: view.stored.desired.services.len(),
             backends: BackendCounts::default(),
             unhealthy: Vec::new(),
+            busy: Vec::new(),
             not_probed: Vec::new(),
             draining: Vec::new(),
             replicas: Vec::new(),
@@ -113,6 +115,7 @@ impl Control {
             counts.total += 1;
             match entry.health {
                 Health::Healthy if !is_checked(service) => counts.unchecked += 1,
+                Health::Healthy if entry.busy_since_ms.is_some() => counts.busy += 1,
                 Health::Healthy => counts.healthy += 1,
                 Health::Unhealthy => counts.unhealthy += 1,
                 Health::Unknown => counts.unknown += 1,
@@ -126,7 +129,12 @@ impl Control {
             if entry.health == Health::Unhealthy && b.state == BackendState::Up {
                 let reason = unhealthy_reason(&entry, service.health.rise);
                 let (service, backend) = (name.clone(), backend.clone());
-                status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
+                status.unhealthy.push(CheckedBackend { service, backend, reason, since_ms: entry.since_ms });
+            }
+            if let Some(since_ms) = entry.is_busy().filter(|_| is_checked(service)) {
+                let reason = entry.last.as_ref().map(|probe| probe.reason.clone()).unwrap_or_default();
+                let (service, backend) = (name.clone(), backend.clone());
+                status.busy.push(CheckedBackend { service, backend, reason, since_ms });
             }
             let is_probed = entry.not_probed.is_none();
             if let Some(obstacle) = entry.not_probed {
@@ -226,6 +234,31 @@ impl Control {
         Ok(info)
     }
 
+    /// Adds what the checks say about the backends that an explained flow goes to, where it is not plainly healthy.
+    pub(super) fn explain_checks(&self, explanation: &mut Explanation) {
+        let Some(service) = explanation.service.as_deref().and_then(|name| name.parse::<Name>().ok()) else {
+            return;
+        };
+        let now_ms = clock::unix_ms();
+        let ago = |since_ms: u64| now_ms.saturating_sub(since_ms) / 1_000;
+        let chosen = explanation.answers.iter().filter_map(|answer| answer.backend.as_ref()?.name.clone());
+        let chosen: BTreeSet<String> = chosen.collect();
+        for backend in chosen.iter().filter_map(|name| name.parse::<Name>().ok()) {
+            let entry = self.health.get(&backend_id(&service, &backend)).unwrap_or_default();
+            if let Some(since_ms) = entry.is_busy() {
+                let why = entry.last.as_ref().map(|probe| probe.reason.as_str()).unwrap_or_default();
+                explanation.steps.push(format!("{backend} is busy for {} s: {why}", ago(since_ms)));
+            }
+            if let Some(obstacle) = &entry.not_probed {
+                explanation.steps.push(format!(
+                    "{backend} cannot be checked for {} s, its last verdict stands: {}",
+                    ago(obstacle.since_ms),
+                    obstacle.what
+                ));
+            }
+        }
+    }
+
     /// State of a backend's replica, if its service watches replicas.
     fn replica_entry(&self, id: &BackendId, service: &Service) -> Option<replica::ReplicaEntry> {
         service.replica.as_ref().map(|_| self.replicas.get(id).unwrap_or_default())
@@ -282,14 +315,16 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = backend_id(service, name);
-        let HealthEntry { health, since_ms, last, damped, passive, not_probed, .. } =
-            self.health.get(&id).unwrap_or_default();
+        let entry = self.health.get(&id).unwrap_or_default();
+        let busy_since_ms = entry.is_busy().filter(|_| is_checked(s));
+        let HealthEntry { health, since_ms, last, damped, passive, not_probed, .. } = entry;
         let applied = view.snapshot.backends.get(&id);
         let stats = view.backend_stats(&id);
         let status = BackendStatus {
             index: applied.map(|a| a.index),
             health,
             unchecked: !is_checked(s),
+            busy_since_ms,
             unreachable: applied.and_then(|a| a.unreachable.clone()),
             health_since_ms: since_ms,
             slots: applied.map_or(0, |a| a.slots),

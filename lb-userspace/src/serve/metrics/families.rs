@@ -416,11 +416,17 @@ impl Scrape {
                 verdicts,
             )?;
             let results = all.iter().flat_map(|(id, e)| {
-                [("ok", e.successes), ("failed", e.failures)].map(|(result, count)| {
+                [("ok", e.successes), ("failed", e.failures), ("late", e.late)].map(|(result, count)| {
                     let [service, backend] = labels(id);
                     ([service, backend, ("result", result.to_owned())], count)
                 })
             });
+            let busy = all.iter().filter_map(|(id, e)| Some((labels(id), e.is_busy()? as f64 / 1e3)));
+            out.gauges(
+                "lb_backend_busy_since_seconds",
+                "Time since which a healthy backend answers its checks late, in seconds since 1970 UTC; absent if it does not",
+                busy,
+            )?;
             out.counters("lb_health_probes", "Health probes since start, by result", results)?;
             let waiting =
                 all.iter().filter_map(|(id, e)| Some((labels(id), e.not_probed.as_ref()?.since_ms as f64 / 1e3)));

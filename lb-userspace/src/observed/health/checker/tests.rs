@@ -1,14 +1,14 @@
 //! Tests of the checker with probes and passive failures in memory.
 
 use super::*;
-use crate::desired::store::Revision;
+use crate::{desired::store::Revision, observed::health::Outcome};
 use std::sync::{
     Mutex,
     atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
 };
 
 #[derive(Default)]
-struct Memory(Mutex<BTreeMap<&'static str, Vec<u8>>>);
+pub(super) struct Memory(Mutex<BTreeMap<&'static str, Vec<u8>>>);
 
 impl Local for Memory {
     fn load(
@@ -27,7 +27,7 @@ impl Local for Memory {
     }
 }
 
-fn stored(backends: usize, check: &str) -> Stored {
+pub(super) fn stored(backends: usize, check: &str) -> Stored {
     let all: serde_json::Map<_, _> = (0..backends)
         .map(|i| {
             (format!("b{i}"), serde_json::json!({ "address": format!("10.1.{}.{}", i / 250, i % 250 + 1) }))
@@ -40,15 +40,15 @@ fn stored(backends: usize, check: &str) -> Stored {
     Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
 }
 
-fn id(backend: &str) -> BackendId {
+pub(super) fn id(backend: &str) -> BackendId {
     BackendId { service: "s".parse().unwrap(), backend: backend.parse().unwrap() }
 }
 
-fn outcome(is_up: bool, why: &str) -> Outcome {
-    if is_up { Outcome::Passed("fine".to_owned()) } else { Outcome::Failed(why.to_owned()) }
+pub(super) fn outcome(is_up: bool, why: &str) -> Step {
+    Step::Done(if is_up { Outcome::Passed("fine".to_owned()) } else { Outcome::Failed(why.to_owned()) })
 }
 
-async fn next(verdicts: &mut mpsc::Receiver<(BackendId, Health)>) -> (String, Health) {
+pub(super) async fn next(verdicts: &mut mpsc::Receiver<(BackendId, Health)>) -> (String, Health) {
     let (id, health) = verdicts.recv().await.unwrap();
     (id.backend.to_string(), health)
 }
@@ -271,10 +271,10 @@ async fn what_this_host_lacks_changes_no_verdict() {
         let outcome = match *now.lock().unwrap() {
             "up" => outcome(true, ""),
             "down" => outcome(false, "connection refused"),
-            _ => Outcome::NotProbed(Obstacle {
+            _ => Step::Done(Outcome::NotProbed(Obstacle {
                 kind: ObstacleKind::FileDescriptors,
                 what: "too many open files".to_owned(),
-            }),
+            })),
         };
         Box::pin(async move { outcome })
     });

@@ -53,7 +53,10 @@ pub struct Status {
     /// Backends by health and state.
     pub backends: BackendCounts,
     /// Backends that failed their health checks.
-    pub unhealthy: Vec<Unhealthy>,
+    pub unhealthy: Vec<CheckedBackend>,
+    /// Backends that accept connections, but answer their checks late; they keep their flows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub busy: Vec<CheckedBackend>,
     /// Backends whose checks this host cannot make: their last verdict stands.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_probed: Vec<NotProbedBackend>,
@@ -190,6 +193,9 @@ pub struct BackendCounts {
     pub total: usize,
     /// Backends that passed their checks.
     pub healthy: usize,
+    /// Backends that passed their checks, and answer them late now.
+    #[serde(default)]
+    pub busy: usize,
     /// Backends that nothing checks: no health check, and no replica state.
     #[serde(default)]
     pub unchecked: usize,
@@ -203,9 +209,9 @@ pub struct BackendCounts {
     pub down: usize,
 }
 
-/// A backend that failed its health checks.
+/// A backend that failed its health checks, or answers them late.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unhealthy {
+pub struct CheckedBackend {
     /// Service.
     pub service: Name,
     /// Backend.
