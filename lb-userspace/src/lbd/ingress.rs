@@ -302,7 +302,8 @@ impl Daemon {
         let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
         let interfaces = core.interfaces.clone();
         let probed = move || interfaces.attached().into_iter().map(|i| i.ifindex).collect();
-        let prober = prober_through(Some(Arc::new(Tunnel::new(Box::new(load_probe_programs), probed))));
+        let tunnel = Arc::new(Tunnel::new(Box::new(load_probe_programs), probed));
+        let prober = prober_through(Some((tunnel, health.clone())));
         let checker = Checker::new(health, self.settings.probes, prober.clone(), verdicts_out)
             .with_passive(core.reader.clone());
         let (watch, local) = (self.store.watch(), self.local.clone());

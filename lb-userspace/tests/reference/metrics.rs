@@ -63,6 +63,7 @@ const LABELS: &[(&str, &[&str])] = &[
     ("lb_backend_draining", &["service", "backend"]),
     ("lb_backend_healthy", &["service", "backend"]),
     ("lb_backend_busy_since_seconds", &["service", "backend"]),
+    ("lb_backend_held_in", &["service", "backend"]),
     ("lb_health_not_probed", &["reason"]),
     ("lb_health_probe_lateness_seconds", &["le"]),
     ("lb_health_not_probed_since_seconds", &["service", "backend"]),

@@ -19,6 +19,7 @@ mod bed;
 mod chain;
 mod change;
 mod control;
+mod defaults;
 mod doctor;
 mod explain;
 mod fragments;

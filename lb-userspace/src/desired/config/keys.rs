@@ -36,6 +36,8 @@ pub const SERVICE: &[&str] = &[
     "on_down",
     "when_all_down",
     "panic_percent",
+    "max_ejection_percent",
+    "ejection_window_s",
     "seating",
     "health",
     "replica",

@@ -6,6 +6,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 /// Kind of a health check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HealthKind {
+    /// No setting was given: a new service gets its default check, see [`super::defaults`]. Elsewhere the same as `None`.
+    Unset,
     /// No check: always healthy.
     None,
     /// A TCP connection opens.
@@ -76,7 +78,7 @@ impl HealthKind {
     /// Name of the kind in configuration files.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::None => "none",
+            Self::Unset | Self::None => "none",
             Self::Tcp => "tcp",
             Self::Tls(_) => "tls",
             Self::Http(HttpCheck { tls: None, .. }) => "http",
@@ -86,10 +88,15 @@ impl HealthKind {
         }
     }
 
+    /// Whether nothing is checked.
+    pub fn is_none(&self) -> bool {
+        matches!(self, Self::Unset | Self::None)
+    }
+
     /// TLS settings of the kind, if it uses TLS.
     pub fn tls(&self) -> Option<&TlsCheck> {
         match self {
-            Self::None | Self::Tcp => None,
+            Self::Unset | Self::None | Self::Tcp => None,
             Self::Tls(tls) => Some(tls),
             Self::Http(http) => http.tls.as_ref(),
             Self::Grpc(grpc) => grpc.tls.as_ref(),
@@ -106,16 +113,19 @@ pub const DEFAULT_STATUS: (u16, u16) = (200, 299);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
-    /// To the backend's own address.
+    /// Not named: [`super::defaults`] chooses for a new check; else direct, as earlier versions stored it.
     #[default]
+    #[serde(skip)]
+    Unset,
+    /// To the backend's own address.
     Direct,
     /// The path of traffic: encapsulated to the backend, for the VIP.
     Tunnel,
 }
 
 impl Via {
-    fn is_direct(&self) -> bool {
-        *self == Self::Direct
+    fn is_unset(&self) -> bool {
+        *self == Self::Unset
     }
 }
 
@@ -152,7 +162,7 @@ impl Default for HealthCheck {
         Self {
             kind: HealthKind::None,
             port: None,
-            via: Via::Direct,
+            via: Via::Unset,
             interval_ms: 1_000,
             jitter_percent: 10,
             timeout_ms: 500,
@@ -162,6 +172,18 @@ impl Default for HealthCheck {
             damping: true,
             signs: true,
         }
+    }
+}
+
+impl HealthCheck {
+    /// The check of a service that names none.
+    pub fn unset() -> Self {
+        Self { kind: HealthKind::Unset, ..Self::default() }
+    }
+
+    /// Whether the service names no check.
+    pub fn is_unset(&self) -> bool {
+        self.kind == HealthKind::Unset
     }
 }
 
@@ -195,7 +217,7 @@ struct Fields {
     client_key: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     port: Option<u16>,
-    #[serde(default, skip_serializing_if = "Via::is_direct")]
+    #[serde(default, skip_serializing_if = "Via::is_unset")]
     via: Via,
     #[serde(default = "interval_ms")]
     interval_ms: u32,
@@ -403,7 +425,7 @@ impl From<HealthCheck> for Fields {
             signs: h.signs,
         };
         match h.kind {
-            HealthKind::None => {}
+            HealthKind::Unset | HealthKind::None => {}
             HealthKind::Tcp => fields.kind = Word::Tcp,
             HealthKind::Tls(_) => fields.kind = Word::Tls,
             HealthKind::Http(http) => {

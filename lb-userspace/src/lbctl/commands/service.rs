@@ -4,7 +4,7 @@ use super::{
     Context, Exit, Failure, Force, WriteFlags,
     words::{
         CheckSpec, Optional, OptionalBool, OptionalRate, ResidencySpec, Source, Statuses, Vip, header,
-        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, word,
+        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, seconds, word,
     },
 };
 use crate::{
@@ -119,7 +119,7 @@ struct ServiceSettings {
     #[arg(long, value_name = "BITS")]
     source_prefix_v6: Option<u8>,
     /// Health check: none, tcp, tls, http, https, grpc or grpcs, or with details KIND:PORT, http:PORT/PATH or
-    /// grpc:PORT/SERVICE [default: none]
+    /// grpc:PORT/SERVICE [default: tcp for a TCP service with one port and without replica state, else none]
     #[arg(long, value_name = "CHECK")]
     health: Option<CheckSpec>,
     /// Host header of an http check, or authority of a grpc check [default: the VIP]
@@ -167,7 +167,8 @@ struct ServiceSettings {
     /// Consecutive failures after which a backend is unhealthy [default: 3]
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
-    /// Path of checks: direct to the backend's own address, or through the tunnel that traffic takes [default: direct]
+    /// Path of checks: direct to the backend's own address, or through the tunnel that traffic takes [default: tunnel with ipip, gue and l2 if the
+    /// check is for the service's own port, else direct]
     #[arg(long, value_name = "direct|tunnel", value_parser = word::<Via>)]
     health_via: Option<Via>,
     /// Require more successes each time that a flapping backend recovers [default: true]
@@ -251,9 +252,15 @@ struct ServiceSettings {
     /// drain time and while flows remain, withdraw removes it at once [default: keep]
     #[arg(long, value_name = "keep|withdraw", value_parser = word::<WhenAllDown>)]
     when_all_down: Option<WhenAllDown>,
-    /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 0]
+    /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 10]
     #[arg(long, value_name = "PERCENT")]
     panic: Option<u8>,
+    /// Largest share of the weight, in percent, that checks alone take out within --ejection-window [default: none]
+    #[arg(long, value_name = "PERCENT|none", value_parser = optional)]
+    max_ejection: Option<Optional>,
+    /// Time for which an ejection counts towards --max-ejection [default: 1m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    ejection_window: Option<Duration>,
 }
 
 /// Builds the merge patch of the flags about regions.
@@ -314,15 +321,6 @@ impl Patch {
         if let Some(value) = value {
             self.0.insert(key.to_owned(), json!(value));
         }
-    }
-}
-
-fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
-    match time {
-        Some(time) if time.subsec_millis() != 0 => {
-            Err(Failure::Usage { what: format!("{flag} takes whole seconds, not {time:?}") })
-        }
-        other => Ok(other.map(|t| t.as_secs())),
     }
 }
 
@@ -404,6 +402,8 @@ fn patch(vip: Option<&Vip>, s: &ServiceSettings) -> Result<Map<String, Value>, F
     patch.set("on_down", s.on_down);
     patch.set("when_all_down", s.when_all_down);
     patch.set("panic_percent", s.panic);
+    patch.set("max_ejection_percent", s.max_ejection.map(|n| n.0));
+    patch.set("ejection_window_s", seconds(s.ejection_window, "--ejection-window")?);
     patch.set("health", Some(health_patch(s)).filter(|h| !h.is_empty()));
     patch.set("replica", replica_patch(s)?);
     patch.set("regions", Some(regions_patch(s)?).filter(|r| !r.is_empty()));
@@ -422,9 +422,8 @@ fn new_service(add: &AddServiceArgs) -> Result<Map<String, Value>, Failure> {
     if let Some(Value::Object(health)) = body.get_mut("health") {
         health.retain(|_, v| !v.is_null());
         if !health.contains_key("kind") {
-            let what = "--health-* flags need a check: give --health tcp or --health http:/PATH, for example"
-                .to_owned();
-            return Err(Failure::Usage { what });
+            let what = "--health-* flags need a check: give --health tcp or --health http:/PATH, for example";
+            return Err(Failure::Usage { what: what.to_owned() });
         }
     }
     if let Some(Value::Object(replica)) = body.get_mut("replica") {

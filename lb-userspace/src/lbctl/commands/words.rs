@@ -2,13 +2,14 @@
 //!
 //! Input: the value of a flag. Output: the parsed value, or a message that says what is accepted. Called by clap.
 
+use super::Failure;
 use crate::desired::model::{
     Name, Ports, Protocol, Quantity, QuicConfig, QuicError, Rate, RateError, Selector, SelectorError,
     SourceKind,
 };
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use std::{net::IpAddr, str::FromStr};
+use std::{net::IpAddr, str::FromStr, time::Duration};
 
 /// Parses a variant of an enum, spelt as in the configuration file.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -18,6 +19,16 @@ pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
 /// Parses a QUIC-LB configuration, or `off`.
 pub(super) fn quic(text: &str) -> Result<Option<QuicConfig>, String> {
     if text == "off" { Ok(None) } else { text.parse().map(Some).map_err(|e: QuicError| e.to_string()) }
+}
+
+/// Whole seconds of a flag that the state keeps in seconds.
+pub(super) fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
+    match time {
+        Some(time) if time.subsec_millis() != 0 => {
+            Err(Failure::Usage { what: format!("{flag} takes whole seconds, not {time:?}") })
+        }
+        other => Ok(other.map(|t| t.as_secs())),
+    }
 }
 
 /// A number, or `auto` or `none`.

@@ -89,6 +89,9 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
             _ if b.status.excluded.is_some() => b.status.excluded.clone().unwrap_or_default(),
             (Some(progress), ..) => drain(progress),
             (None, _, Some(readiness)) if readiness.declines() => format!("replica reports {readiness}"),
+            (None, Some(probe), _) if b.status.held => {
+                format!("held in by the ejection limit: {}", probe.reason)
+            }
             _ if b.status.not_probed.is_some() => {
                 b.status.not_probed.as_ref().map(not_probed).unwrap_or_default()
             }
@@ -131,6 +134,9 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
     ];
     if let Some(needed) = s.damped {
         pairs.push(("flapping", format!("needs {needed} consecutive successful probes to be healthy again")));
+    }
+    if s.held {
+        pairs.push(("ejection", "held in by the limit although it fails its checks".to_owned()));
     }
     if let Some(percent) = s.slow_start_percent {
         pairs.push(("slow start", format!("at {percent} % of its weight")));

@@ -105,6 +105,9 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
             ),
         ),
     ];
+    if let Some(why) = &s.checks_without_tunnel {
+        pairs.push(("health checks", format!("direct, because they cannot take the tunnel: {why}")));
+    }
     if !left_out.is_empty() {
         pairs.insert(1, ("left out", left_out.join("; ")));
     }

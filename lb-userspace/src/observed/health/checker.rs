@@ -13,7 +13,7 @@ use super::{
 use crate::{
     clock,
     desired::{
-        model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Service},
+        model::{BackendId, Desired, Health, HealthCheck, Name, Service},
         store::{Local, Stored, restored},
     },
 };
@@ -245,7 +245,7 @@ impl Checker {
                 entry.health
             });
             let suspicion = Arc::new(Suspicion::default());
-            let task = if plan.check.kind == HealthKind::None {
+            let task = if plan.check.kind.is_none() {
                 self.shared.set_verdict(&id, Health::Healthy, "not checked").await;
                 None
             } else {

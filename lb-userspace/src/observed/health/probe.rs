@@ -1,7 +1,7 @@
 //! One probe: connects to a backend and runs the check over the connection.
 
 use super::{
-    Obstacle, ObstacleKind, Outcome, ProbeError, Step, grpc, http,
+    HealthRegistry, Obstacle, ObstacleKind, Outcome, ProbeError, Step, grpc, http,
     tls::TlsConfigs,
     tunnel::{Through, Tunnel},
 };
@@ -47,7 +47,7 @@ impl ProbeTarget {
             vip: service.vip,
             kind: service.health.kind.clone(),
             timeout: Duration::from_millis(service.health.timeout_ms.into()),
-            through: Through::of(service),
+            through: Through::of(service, backend.address),
         }
     }
 }
@@ -57,15 +57,15 @@ pub fn prober() -> Prober {
     prober_through(None)
 }
 
-/// Creates a prober that probes over the network, through `tunnel` where a service wants it.
-pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
+/// Creates a prober that probes over the network, through `tunnel` where a service wants it; `registry` learns if it cannot.
+pub fn prober_through(tunnel: Option<(Arc<Tunnel>, Arc<HealthRegistry>)>) -> Prober {
     let configs = Arc::new(TlsConfigs::default());
     Arc::new(move |mut target| {
         let (configs, tunnel) = (configs.clone(), tunnel.clone());
         Box::pin(async move {
             let Some(through) = target.through else { return probe(configs, target, None).await };
             let mark = match &tunnel {
-                Some(tunnel) => tunnel.prepare(target.address.ip(), through).await,
+                Some((tunnel, _)) => tunnel.prepare(target.address.ip(), through).await,
                 None => Err("this lbd cannot probe through tunnels".to_owned()),
             };
             match mark {
@@ -73,6 +73,9 @@ pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
                 Err(why) => {
                     // Without tunnels, probe directly: otherwise every backend would count as dead.
                     target.through = None;
+                    if let Some((tunnel, registry)) = &tunnel {
+                        registry.set_tunnel_problem(tunnel.problem());
+                    }
                     let found = probe(configs, target, None).await;
                     found.add(&format!(", probed without the tunnel: {why}"))
                 }
@@ -86,7 +89,7 @@ pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
 pub async fn probe(configs: Arc<TlsConfigs>, target: ProbeTarget, mark: Option<u32>) -> Step {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
-    if target.kind == HealthKind::None {
+    if target.kind.is_none() {
         return Outcome::Passed("not checked".to_owned()).into();
     }
     // A probe that only connects does not need TCP_NODELAY.
@@ -118,7 +121,7 @@ async fn run_check(
         tls.sni.clone().or_else(|| host.cloned()).unwrap_or_else(|| target.vip.to_string())
     };
     match &target.kind {
-        HealthKind::None => Ok("not checked".to_owned()),
+        HealthKind::Unset | HealthKind::None => Ok("not checked".to_owned()),
         HealthKind::Tcp => Ok("connected".to_owned()),
         HealthKind::Tls(tls) => {
             let stream = configs.connect(tls, &[], &name(tls, None), stream).await?;

@@ -110,6 +110,7 @@ pub struct HealthEntry {
 pub struct HealthRegistry {
     entries: RwLock<BTreeMap<BackendId, HealthEntry>>,
     counts: Mutex<ProbeCounts>,
+    tunnel_problem: Mutex<Option<String>>,
 }
 
 impl HealthRegistry {
@@ -130,6 +131,16 @@ impl HealthRegistry {
     /// Counters of the probes of all backends.
     pub fn counts(&self) -> ProbeCounts {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Why probes cannot take the tunnel and go directly; none if they can, or no service wants it.
+    pub fn tunnel_problem(&self) -> Option<String> {
+        self.tunnel_problem.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sets why probes cannot take the tunnel.
+    pub(super) fn set_tunnel_problem(&self, problem: Option<String>) {
+        *self.tunnel_problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 
     /// Records how long after its time a probe began.
@@ -177,7 +188,7 @@ impl HealthRegistry {
         for (_, entry) in &mut all {
             (entry.successes, entry.failures, entry.late) = (0, 0, 0);
         }
-        Ok(Self { entries: RwLock::new(all.into_iter().collect()), counts: Mutex::default() })
+        Ok(Self { entries: RwLock::new(all.into_iter().collect()), ..Self::default() })
     }
 }
 

@@ -339,6 +339,7 @@ impl Control {
             desired.assign_seats(&head.desired);
             if sizes == Sizes::Chosen {
                 desired.assign_sizes(&head.desired);
+                desired.assign_defaults(&head.desired);
             }
             desired.share(&head.desired);
             let desired = Arc::new(desired);

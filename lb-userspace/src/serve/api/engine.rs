@@ -98,6 +98,8 @@ pub struct AppliedBackend {
     pub problem: Option<String>,
     /// Whether the backend can take new flows: healthy, up, and not excluded.
     pub takes_flows: bool,
+    /// Whether the ejection limit holds it in although it fails its checks.
+    pub held: bool,
     /// Why the backend must not take flows, whatever its health.
     pub excluded: Option<String>,
 }

@@ -3,7 +3,7 @@
 use super::{engine::Snapshot, types::*};
 use crate::{
     clock,
-    desired::model::{HealthKind, Name, Readiness, Service},
+    desired::model::{Name, Readiness, Service},
     observed::health::ObstacleKind,
     plan::policy::announce::KeptVip,
 };
@@ -45,7 +45,7 @@ pub(super) fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<String> {
 
 /// Whether anything can take a backend of the service out by itself.
 pub(super) fn is_checked(service: &Service) -> bool {
-    service.health.kind != HealthKind::None || service.replica.is_some()
+    !service.health.kind.is_none() || service.replica.is_some()
 }
 
 /// The problem of backends that cannot be reached and that no check finds: there is none, or it cannot be made.
@@ -72,6 +72,21 @@ fn not_probed_problems(all: &[NotProbedBackend]) -> impl Iterator<Item = String>
             kind.advice()
         ))
     })
+}
+
+/// The problem of backends that the ejection limit holds in although they fail their checks: the first ten by name.
+pub(super) fn held_problem(service: &Name, spec: &Service, held: &[Name]) -> Option<String> {
+    const NAMED: usize = 10;
+    let percent = spec.max_ejection_percent.filter(|_| !held.is_empty())?;
+    let named: Vec<&str> = held.iter().take(NAMED).map(Name::as_str).collect();
+    let more = held.len().saturating_sub(NAMED);
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    Some(format!(
+        "held in although they fail their checks, in service {service}: {}{rest}; checks take out at most {percent} % of \
+         the weight within {} s (--max-ejection)",
+        named.join(", "),
+        spec.ejection_window_s
+    ))
 }
 
 /// Problems of the host as a whole.

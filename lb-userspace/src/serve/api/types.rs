@@ -145,6 +145,9 @@ pub struct BackendStatus {
     /// answers its checks late. None if the last answer was in time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub busy_since_ms: Option<u64>,
+    /// Whether the ejection limit holds the backend in although it fails its checks.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub held: bool,
     /// Why packets cannot reach the backend: no route, or no answer to ARP or neighbour discovery.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unreachable: Option<String>,

@@ -3,13 +3,13 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
-    problems::{general_problems, is_checked, not_up_to_date_problems, unreachable_problem},
+    problems::{general_problems, held_problem, is_checked, not_up_to_date_problems, unreachable_problem},
     types::*,
 };
 use crate::{
     clock,
     desired::{
-        model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Readiness, Service},
+        model::{Backend, BackendId, BackendState, Health, Name, Readiness, Service},
         store::Stored,
     },
     observed::{health::HealthEntry, replica},
@@ -66,6 +66,7 @@ impl Control {
             unhealthy: Vec::new(),
             busy: Vec::new(),
             not_probed: Vec::new(),
+            checks_without_tunnel: self.health.tunnel_problem(),
             draining: Vec::new(),
             replicas: Vec::new(),
             no_backend: Vec::new(),
@@ -108,6 +109,7 @@ impl Control {
 
     fn service_status(&self, view: &StateView, name: &Name, service: &Service, status: &mut Status) {
         let (mut unreachable, mut takes_flows) = (Vec::new(), false);
+        let mut held = Vec::new();
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
             let entry = self.health.get(&id).unwrap_or_default();
@@ -166,10 +168,14 @@ impl Control {
                 takes_flows |= applied.is_some_and(|a| a.slots > 0);
                 unreachable.push(format!("{id} ({why})"));
             }
+            if applied.is_some_and(|a| a.held) {
+                held.push(backend.clone());
+            }
             if applied.is_some_and(|a| !a.resolved) {
                 status.unresolved.push(id);
             }
         }
+        status.problems.extend(held_problem(name, service, &held));
         status.problems.extend(unreachable_problem(&unreachable, takes_flows));
         let applied = view.snapshot.services.get(name);
         if applied.is_some_and(|a| a.eligible == 0) {
@@ -325,6 +331,7 @@ impl Control {
             health,
             unchecked: !is_checked(s),
             busy_since_ms,
+            held: applied.is_some_and(|a| a.held),
             unreachable: applied.and_then(|a| a.unreachable.clone()),
             health_since_ms: since_ms,
             slots: applied.map_or(0, |a| a.slots),
@@ -339,7 +346,7 @@ impl Control {
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
             excluded: applied.and_then(|a| a.excluded.clone()),
-            last_probe: last.filter(|_| s.health.kind != HealthKind::None),
+            last_probe: last.filter(|_| !s.health.kind.is_none()),
             signs: Some(passive).filter(|h| h.unreachable + h.refused > 0),
             replica: self
                 .replica_entry(&id, s)

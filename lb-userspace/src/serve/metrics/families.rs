@@ -31,6 +31,7 @@ impl prometheus_client::collector::Collector for Scrape {
         self.services(&mut out)?;
         self.backends(&mut out)?;
         self.all_probes(&mut out)?;
+        self.held(&mut out)?;
         self.probes(&mut out)?;
         self.replicas(&mut out)?;
         self.regions(&mut out)
@@ -384,6 +385,19 @@ impl Scrape {
             let breaks = all.iter().map(|(id, e)| (labels(id), e.breaks));
             out.counters("lb_replica_breaks", "Broken streams and failed polls since start", breaks)
         })
+    }
+
+    /// Backends that the ejection limit holds in.
+    fn held(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let snapshot = self.control.engine().snapshot();
+        let held = snapshot.backends.iter().filter(|(_, b)| b.held);
+        let held = held
+            .map(|(id, _)| ([("service", id.service.to_string()), ("backend", id.backend.to_string())], 1.0));
+        out.gauges(
+            "lb_backend_held_in",
+            "Backends that the ejection limit holds in although they fail their checks",
+            held,
+        )
     }
 
     /// What is counted about the probes of all backends together.

@@ -60,6 +60,9 @@ pub struct Status {
     /// Backends whose checks this host cannot make: their last verdict stands.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_probed: Vec<NotProbedBackend>,
+    /// Why health checks go directly although services want them to take the tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checks_without_tunnel: Option<String>,
     /// Backends that are draining.
     pub draining: Vec<DrainingBackend>,
     /// Replicas that do not report to be ready.
