@@ -35,6 +35,7 @@ mod room;
 mod scale;
 mod second_chance;
 mod signs;
+mod stored;
 mod tunnel;
 mod verdicts;
 mod vlan;
