@@ -9,6 +9,7 @@ pub mod apply;
 pub mod blocking;
 pub mod clock;
 pub mod desired;
+pub mod histogram;
 pub mod lbctl;
 pub mod lbd;
 pub mod observed;

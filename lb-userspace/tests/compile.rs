@@ -265,7 +265,7 @@ fn what_is_down_is_marked_and_out_of_the_table_but_for_transitions() {
         assert_eq!(slot.primary_index(), NO_BACKEND);
         assert!(slot.is_transition() && slot.secondary_index() < 2);
     }
-    Arc::make_mut(desired.services.values_mut().next().unwrap()).panic_percent = 50;
+    Arc::make_mut(desired.services.values_mut().next().unwrap()).panic_percent = Some(50);
     let Compiled { plan, status, .. } = host.at(3, &desired);
     assert!(status[0].panic && plan.backends.values().all(|b| b.flags == flags::USED));
 }

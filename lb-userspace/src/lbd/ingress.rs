@@ -50,6 +50,8 @@ use tokio::sync::{mpsc, watch};
 
 /// How long the start waits for next hops, so that the first tables have them.
 const FIRST_HOPS_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the start waits for the stored state to be applied, before it serves the API all the same.
+const FIRST_APPLY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long requests in progress may still take when lbd stops.
 const GRACE: Duration = Duration::from_secs(3);
 /// Capacity of the event queues.
@@ -99,7 +101,7 @@ pub async fn run(
     if let (Some(path), Some(desired)) = (&config, desired) {
         daemon.load_file_services(&control, path, desired).await?;
     }
-    daemon.finish_start(&control, takeover, home, &events).await?;
+    daemon.finish_start(&control, core.published.clone(), takeover, home, &events).await?;
     daemon.parts.add("interfaces", infallible(core.hardware.clone().run(events.clone())));
     let (stop, stopped) = watch::channel(false);
     daemon.parts.add_server("API", api::serve(listener, control.clone(), writers, until(stopped.clone())));
@@ -209,8 +211,9 @@ impl Daemon {
         let (mut reconciler, published) =
             Reconciler::new(dataplane, compile_settings, saved.as_deref(), keep)
                 .context("cannot read the maps")?;
+        let head = self.store.head().desired;
         let verdicts = observers.health.read(|all| {
-            let known = all.iter().filter(|(_, e)| e.health != Health::Unknown);
+            let known = all.iter().filter(|(id, e)| e.health != Health::Unknown && e.is_about(id, &head));
             known.map(|(id, e)| (id.clone(), e.health)).collect()
         });
         let regions = observers.regions.decide_first(&self.store.head().desired);
@@ -262,8 +265,20 @@ impl Daemon {
         control.set_adopted_services(core.adopted);
         self.parts.add("desired state", infallible(control.clone().run_apply_loop()));
         if control.orphaned() == 0 {
-            let head = control.head();
-            control.wait_applied(head.revision.number).await.context("cannot apply the stored state")?;
+            // Whatever is stored: the API must serve, so that it can be repaired.
+            let number = control.head().revision.number;
+            match tokio::time::timeout(FIRST_APPLY_TIMEOUT, control.wait_applied(number)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(revision = number, %error, "the stored state is not wholly in force; serving the API meanwhile");
+                }
+                Err(_) => {
+                    tracing::warn!(
+                        revision = number,
+                        "the stored state is still being applied; serving the API meanwhile"
+                    );
+                }
+            }
         }
         Ok((control, host, report))
     }
@@ -281,7 +296,7 @@ impl Daemon {
             let (first, published, is_draining) =
                 (control.clone(), core.published.clone(), host.is_draining());
             self.parts.add("announcement", async move {
-                first.wait_first_applied().await;
+                wait_first_written(&first, published.clone()).await;
                 announcer.run(published, is_draining).await
             });
             self.parts.add("this host's drain", infallible(control.clone().run_drain_sampler()));
@@ -305,7 +320,8 @@ impl Daemon {
         let (verdicts_out, verdicts) = mpsc::channel(EVENTS);
         let interfaces = core.interfaces.clone();
         let probed = move || interfaces.attached().into_iter().map(|i| i.ifindex).collect();
-        let prober = prober_through(Some(Arc::new(Tunnel::new(Box::new(load_probe_programs), probed))));
+        let tunnel = Arc::new(Tunnel::new(Box::new(load_probe_programs), probed));
+        let prober = prober_through(Some((tunnel, health.clone())));
         let checker = Checker::new(health, self.settings.probes, prober.clone(), verdicts_out)
             .with_passive(core.reader.clone());
         let (watch, local) = (self.store.watch(), self.local.clone());
@@ -354,18 +370,20 @@ impl Daemon {
     async fn finish_start(
         &mut self,
         control: &Arc<Control>,
+        published: watch::Receiver<Arc<Published>>,
         takeover: Option<Takeover>,
         home: PathBuf,
         events: &mpsc::Sender<Event>,
     ) -> anyhow::Result<()> {
         let finish = attach::take_over_and_sweep(takeover, home, events.clone());
-        if control.orphaned() == 0 {
+        let written = wait_first_written(control, published.clone());
+        if tokio::time::timeout(Duration::ZERO, written).await.is_ok() {
             return finish.await;
         }
-        // A program of another ABI version forwards with its own tables until the first state is applied.
+        // A program of another ABI version forwards with its own tables until the first state is in the maps.
         let first = control.clone();
         self.parts.add("first state", async move {
-            first.wait_first_applied().await;
+            wait_first_written(&first, published).await;
             finish.await?;
             std::future::pending::<anyhow::Result<()>>().await
         });
@@ -408,6 +426,16 @@ struct SocketFile(PathBuf);
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Waits until a first state is in the maps: applied without an error, or with one that concerns something else than the
+/// services' tables.
+async fn wait_first_written(control: &Control, mut published: watch::Receiver<Arc<Published>>) {
+    tokio::select! {
+        biased;
+        () = control.wait_first_applied() => {}
+        _ = published.wait_for(|published| published.revision > 0) => {}
     }
 }
 

@@ -160,6 +160,7 @@ fn snapshot(published: &Published, limits: &MapLimits) -> Snapshot {
                 unreachable: published.observed.paths.unreachable.get(&b.address).cloned(),
                 problem,
                 takes_flows: b.eligible,
+                held: b.held,
                 excluded: b.excluded.clone(),
             };
             snapshot.backends.insert(id, state);

@@ -31,7 +31,10 @@ pub async fn load_services(
         return Ok(());
     }
     // A text that this version cannot read says nothing about who changed what since.
-    let before = before.and_then(|text| File::parse(std::str::from_utf8(&text).ok()?).ok()?.desired);
+    let mut before = before.and_then(|text| File::parse(std::str::from_utf8(&text).ok()?).ok()?.desired);
+    if let Some(before) = &mut before {
+        before.forget_unnamed(&desired);
+    }
     let message = format!("services of {}", path.display());
     let query = types::WriteQuery { message: Some(message), force: true, ..Default::default() };
     let author = api::Author::daemon();

@@ -232,8 +232,20 @@ pub const TABLES: &[Table] = &[
             (
                 "panic_percent",
                 "integer, percent",
-                "0",
-                "Panic threshold: when less than this share of the backends' weight is healthy, health is ignored and all backends serve. 0 turns this off.",
+                "10 for a new service",
+                "Panic threshold: when less than this share of the backends' weight is healthy, health is ignored and all backends serve. 0 turns this off. Services that a version before this default stored keep 0.",
+            ),
+            (
+                "max_ejection_percent",
+                "integer, percent",
+                "no limit",
+                "Ejection limit: checks alone take out at most this share of the backends' weight within `ejection_window_s`, and at least one backend. Others that fail are held in meanwhile, which `lbctl status` names. Drains and `state = \"down\"` are not limited.",
+            ),
+            (
+                "ejection_window_s",
+                "integer, seconds",
+                "60",
+                "Time for which an ejection counts towards `max_ejection_percent`.",
             ),
             (
                 "seating",
@@ -241,7 +253,12 @@ pub const TABLES: &[Table] = &[
                 "[]",
                 "History of the positions in the Maglev table. Written by `lbd`; leave it out. Only hosts that share no store and must build equal tables need to copy it.",
             ),
-            ("health", "table", "kind none", "Health check: `[service.health]`, below."),
+            (
+                "health",
+                "table",
+                "kind tcp",
+                "Health check: `[service.health]`, below. A new TCP service with one port, without replica state and not of mode `local`, is checked by `tcp` if it names none; others are not checked. Services that a version before this default stored keep `none`.",
+            ),
             ("replica", "table", "none", "Source of replica state: `[service.replica]`, below."),
             ("regions", "table", "none", "Residency and spread over regions: `[service.regions]`, below."),
             (
@@ -360,8 +377,8 @@ pub const TABLES: &[Table] = &[
             (
                 "via",
                 "string",
-                "direct",
-                "`direct`: probes go to the backend's own address. `tunnel`: probes go encapsulated to the VIP, as clients' packets do (modes `ipip`, `gue` and `l2`; Linux 6.6).",
+                "see there",
+                "`direct`: probes go to the backend's own address. `tunnel`: probes go encapsulated to the VIP, as clients' packets do (modes `ipip`, `gue` and `l2`; Linux 6.6). The default of a new check is `tunnel` in these modes, if it asks the port of a TCP service itself; one that an earlier version stored stays direct.",
             ),
             (
                 "interval_ms",
@@ -379,7 +396,14 @@ pub const TABLES: &[Table] = &[
                 "timeout_ms",
                 "integer, milliseconds",
                 "500",
-                "A probe without an answer fails after this time.",
+                "A probe without a connection fails after this time; one that is connected and has no answer is late.",
+            ),
+            (
+                "busy_timeout_ms",
+                "integer, milliseconds",
+                "60000",
+                "A late probe fails if no answer comes within this time from its start; until then the backend is `busy` and \
+                 keeps its flows. Not above `timeout_ms`: a late probe fails at once.",
             ),
             ("rise", "integer, probes", "2", "Consecutive successes that make a backend healthy."),
             ("fall", "integer, probes", "3", "Consecutive failures that make a backend unhealthy."),

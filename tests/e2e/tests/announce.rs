@@ -143,12 +143,19 @@ fn vips_follow_health_and_the_panic_rule() -> Result<()> {
         ensure!(shown.contains("no backend takes new flows"), "host show says why: {shown}");
     }
 
-    // Under the panic rule health does not count, here as little as in the tables.
+    // The panic rule says where packets go that come here; it draws nobody to a host that knows no healthy worker.
     let host = &world.regions[0].hosts[0];
     host.lbctl.run(&["service", "set", "chat", "--panic", "50"])?;
-    wait_vips(host, &first_vips()[..1])?;
-    host.lbctl.run(&["service", "set", "chat", "--panic", "0"])?;
+    let panics = || {
+        let output = host.lbctl.output(&["status"]);
+        output.is_ok_and(|output| {
+            String::from_utf8_lossy(&output.stdout).contains("health is ignored in: chat")
+        })
+    };
+    wait::until("the panic rule is in force", PATIENCE, panics)?;
+    std::thread::sleep(Duration::from_secs(1));
     wait_vips(host, &[])?;
+    host.lbctl.run(&["service", "set", "chat", "--panic", "0"])?;
 
     let bed = &world.bed;
     for worker in &mut world.regions[0].workers {

@@ -43,7 +43,8 @@ fn ensure_refused(what: &str, output: &Output, code: i32, words: &[&str]) -> Res
 fn a_backend_that_nobody_checks_and_nobody_can_reach_is_a_problem() -> Result<()> {
     let stage = Stage::start(Plan { offers: vec![WEB], ..Plan::default() })?;
     let lbctl = &stage.lbctl;
-    lbctl.run(&["service", "add", "plain", "--vip", &format!("{}:81/tcp", vip_v4(1))])?;
+    let vip = format!("{}:81/tcp", vip_v4(1));
+    lbctl.run(&["service", "add", "plain", "--vip", &vip, "--health", "none"])?;
     stage.change_backend_of("plain", "add", 0)?;
     let ghost = match stage.backend_address(0, false) {
         IpAddr::V4(address) => Ipv4Addr::from(u32::from(address) | 0xfa).to_string(),

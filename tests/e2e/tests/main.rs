@@ -19,6 +19,7 @@ mod bed;
 mod chain;
 mod change;
 mod control;
+mod defaults;
 mod doctor;
 mod events;
 mod explain;
@@ -36,7 +37,9 @@ mod room;
 mod scale;
 mod second_chance;
 mod signs;
+mod stored;
 mod tunnel;
+mod verdicts;
 mod vlan;
 
 /// Name of [`is_a_replica`], for the beds that start it.

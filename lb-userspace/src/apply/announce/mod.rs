@@ -324,7 +324,7 @@ impl Announcer {
 /// how long an answer takes, and the store's changes reach them at different times.
 fn notice_spread_ms(health: &HealthCheck) -> u64 {
     let probes_ms = match health.kind {
-        HealthKind::None => 0,
+        HealthKind::Unset | HealthKind::None => 0,
         _ => u64::from(health.interval_ms) + u64::from(health.timeout_ms),
     };
     (probes_ms + STORE_SPREAD_MS).min(MAX_SPREAD_MS)
@@ -335,10 +335,13 @@ fn services(published: &Published) -> Vec<ServiceAt> {
     let all = published.services.iter().filter_map(|(name, status)| {
         let service = published.desired.services.get(name)?;
         let good = |b: &CompiledBackend| b.eligible && b.health == Health::Healthy;
-        let proven = status.panic || status.backends.iter().any(good);
+        let proven = status.backends.iter().any(good);
         Some(ServiceAt {
             vip: service.vip,
-            served: status.eligible > 0,
+            // The panic rule says where packets go that come here. It must not draw clients from hosts that know a good
+            // worker.
+            served: status.eligible > 0 && (proven || !status.panic),
+            panics: status.panic,
             proven,
             keeps: service.when_all_down != WhenAllDown::Withdraw,
             resets: service.when_all_down == WhenAllDown::Reset,

@@ -28,7 +28,6 @@ mod tests_room;
 
 pub use event::{Event, ReconcileError};
 pub use kept::{Keep, Kept};
-pub use lag::Lags;
 pub use maps::Maps;
 pub use mirror::{Mirror, Written};
 pub use problem::Problem;

@@ -1,8 +1,9 @@
 //! Output of the reconciler: one immutable snapshot per change.
 
-use super::{Lags, Problem, mirror::Written, sweep::Sweep};
+use super::{Problem, mirror::Written, sweep::Sweep};
 use crate::{
     desired::model::{BackendId, Desired, Name, Observed},
+    histogram::Durations,
     observed::replica::BackendIndices,
     plan::compile::{CompiledBackend, CompiledService},
 };
@@ -46,7 +47,7 @@ pub struct Published {
     /// Services that differ from the desired state, and why.
     pub problems: BTreeMap<Name, Problem>,
     /// Times from verdicts to the maps since lbd started.
-    pub verdict_lags: Lags,
+    pub verdict_lags: Durations,
     /// Number of slots that are not free.
     pub slots_used: u32,
     /// Error of the last attempt, if it failed: the maps then hold an older state.

@@ -67,8 +67,14 @@ impl Service {
         {
             setting(format!("table_size {size} is not one of {TABLE_SIZES:?}"));
         }
-        if self.panic_percent > 100 {
-            setting(format!("panic_percent {} is above 100", self.panic_percent));
+        if let Some(percent) = self.panic_percent.filter(|percent| *percent > 100) {
+            setting(format!("panic_percent {percent} is above 100"));
+        }
+        if let Some(percent) = self.max_ejection_percent.filter(|percent| *percent > 100) {
+            setting(format!("max_ejection_percent {percent} is above 100"));
+        }
+        if self.ejection_window_s == 0 || self.ejection_window_s > 86_400 {
+            setting(format!("ejection_window_s {} is not within 1 to 86400 (a day)", self.ejection_window_s));
         }
         if self.slow_start_s > 86_400 {
             setting(format!("slow_start_s {} is above 86400 (a day)", self.slow_start_s));
@@ -259,7 +265,7 @@ impl Service {
 
     fn check_health(&self, setting: &mut dyn FnMut(String)) {
         let health = &self.health;
-        if health.kind == HealthKind::None {
+        if health.kind.is_none() {
             return;
         }
         if health.port.is_none() && !matches!(self.port, Ports::One(_)) {
@@ -274,17 +280,15 @@ impl Service {
                     .to_owned(),
             );
         }
+        if health.busy_timeout_ms > MAX_BUSY_TIMEOUT_MS {
+            setting(format!(
+                "health: busy_timeout_ms {} is above {MAX_BUSY_TIMEOUT_MS} (an hour)",
+                health.busy_timeout_ms
+            ));
+        }
         if health.via == Via::Tunnel {
-            let tunnels = [ForwardingMode::Ipip, ForwardingMode::Gue, ForwardingMode::L2];
-            if !tunnels.contains(&self.mode) {
+            if !self.mode.has_probe_tunnel() {
                 setting("health: via tunnel is for modes ipip, gue and l2: use via direct, which takes the path of traffic in the other modes".to_owned());
-            }
-            let other = self.backends.iter().find(|(_, b)| b.address.is_ipv4() != self.vip.is_ipv4());
-            if let Some((name, b)) = other {
-                setting(format!(
-                    "health: via tunnel needs backends of the VIP's address family, but {name} is {}: use via direct",
-                    b.address
-                ));
             }
         }
         if health.jitter_percent > 50 {
@@ -307,6 +311,9 @@ impl Service {
         }
     }
 }
+
+/// Longest time that a check waits for a late answer.
+const MAX_BUSY_TIMEOUT_MS: u32 = 3_600_000;
 
 fn check_http(http: &HttpCheck, setting: &mut dyn FnMut(String)) {
     let HttpCheck { path, status: (first, last), headers, body, .. } = http;

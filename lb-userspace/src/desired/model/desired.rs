@@ -223,8 +223,16 @@ pub struct Service {
     #[serde(default, skip_serializing_if = "is_keep")]
     pub when_all_down: WhenAllDown,
     /// Panic threshold: when less than this share of the backends' weight is healthy, health is ignored, in percent; 0: never.
-    #[serde(default)]
-    pub panic_percent: u8,
+    /// None in a file or request that does not name it, see [`Desired::assign_defaults`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub panic_percent: Option<u8>,
+    /// Ejection limit: checks alone take out at most this share of the backends' weight within the window, in percent; no
+    /// limit if none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_ejection_percent: Option<u8>,
+    /// Time for which an ejection counts, in seconds.
+    #[serde(default = "default_ejection_window_s", skip_serializing_if = "is_default_ejection_window_s")]
+    pub ejection_window_s: u32,
     /// History of the seats, oldest turn first: seat and weight, or 0 for a seat that was left. Maintained
     /// by the daemon; if empty, backends came in the order of their seats. See [`crate::plan::maglev`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -248,7 +256,7 @@ pub struct Service {
     #[serde(default = "default_source_v6", skip_serializing_if = "is_source_v6")]
     pub source_prefix_v6: u8,
     /// Health check.
-    #[serde(default)]
+    #[serde(default = "HealthCheck::unset", skip_serializing_if = "HealthCheck::is_unset")]
     pub health: HealthCheck,
     /// Source of the state of its replicas, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -273,6 +281,11 @@ impl Service {
     /// Whether regions or zones influence the service's flows.
     pub fn is_regional(&self) -> bool {
         self.regions.is_some() || self.backends.values().any(|b| b.region.is_some() || b.zone.is_some())
+    }
+
+    /// Panic threshold in force, in percent.
+    pub fn panic_threshold(&self) -> u8 {
+        self.panic_percent.unwrap_or(0)
     }
 
     /// Whether packets carry other backends that may have their flow.
@@ -305,6 +318,14 @@ fn is_source_v6(bits: &u8) -> bool {
 
 fn is_zero(value: &u32) -> bool {
     *value == 0
+}
+
+fn default_ejection_window_s() -> u32 {
+    60
+}
+
+fn is_default_ejection_window_s(value: &u32) -> bool {
+    *value == default_ejection_window_s()
 }
 
 fn default_udp_timeout_s() -> u32 {

@@ -303,6 +303,7 @@ mod tests {
         let old = state(json!({
             "gone": {"vip": "10.0.0.9", "port": 1, "protocol": "udp"},
             "web": {"vip": "10.0.0.1", "port": 80, "protocol": "tcp", "table_size": 251,
+                "health": {"kind": "none"},
                 "backends": {"a": {"address": "10.1.0.1"}, "b": {"address": "10.1.0.2"}}},
         }));
         let new = state(json!({

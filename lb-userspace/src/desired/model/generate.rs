@@ -153,6 +153,7 @@ impl Draw {
             interval_ms: 100 + self.count(900),
             jitter_percent: self.count(50) as u8,
             timeout_ms: self.count(900),
+            busy_timeout_ms: self.count(90_000),
             rise: self.count(9) as u8,
             fall: self.count(9) as u8,
             damping: !self.yes(),
@@ -252,7 +253,9 @@ impl Draw {
             } else {
                 WhenAllDown::Keep
             },
-            panic_percent: self.count(100) as u8,
+            panic_percent: Some(self.count(100) as u8),
+            max_ejection_percent: self.maybe(40),
+            ejection_window_s: 1 + self.count(900),
             seating: Vec::new(),
             new_flow_rate: Some(self.rate()).filter(|_| is_limited),
             new_flow_burst: self.maybe_count(900).filter(|_| is_limited),

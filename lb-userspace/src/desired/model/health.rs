@@ -6,6 +6,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 /// Kind of a health check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HealthKind {
+    /// No setting was given: a new service gets its default check, see [`super::defaults`]. Elsewhere the same as `None`.
+    Unset,
     /// No check: always healthy.
     None,
     /// A TCP connection opens.
@@ -76,7 +78,7 @@ impl HealthKind {
     /// Name of the kind in configuration files.
     pub fn label(&self) -> &'static str {
         match self {
-            Self::None => "none",
+            Self::Unset | Self::None => "none",
             Self::Tcp => "tcp",
             Self::Tls(_) => "tls",
             Self::Http(HttpCheck { tls: None, .. }) => "http",
@@ -86,10 +88,15 @@ impl HealthKind {
         }
     }
 
+    /// Whether nothing is checked.
+    pub fn is_none(&self) -> bool {
+        matches!(self, Self::Unset | Self::None)
+    }
+
     /// TLS settings of the kind, if it uses TLS.
     pub fn tls(&self) -> Option<&TlsCheck> {
         match self {
-            Self::None | Self::Tcp => None,
+            Self::Unset | Self::None | Self::Tcp => None,
             Self::Tls(tls) => Some(tls),
             Self::Http(http) => http.tls.as_ref(),
             Self::Grpc(grpc) => grpc.tls.as_ref(),
@@ -106,16 +113,19 @@ pub const DEFAULT_STATUS: (u16, u16) = (200, 299);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
-    /// To the backend's own address.
+    /// Not named: [`super::defaults`] chooses for a new check; else direct, as earlier versions stored it.
     #[default]
+    #[serde(skip)]
+    Unset,
+    /// To the backend's own address.
     Direct,
     /// The path of traffic: encapsulated to the backend, for the VIP.
     Tunnel,
 }
 
 impl Via {
-    fn is_direct(&self) -> bool {
-        *self == Self::Direct
+    fn is_unset(&self) -> bool {
+        *self == Self::Unset
     }
 }
 
@@ -133,8 +143,10 @@ pub struct HealthCheck {
     pub interval_ms: u32,
     /// Random variation of each interval, both ways, in percent.
     pub jitter_percent: u8,
-    /// Time after which a probe without an answer fails, in milliseconds.
+    /// Time after which a probe without a connection fails, and one without an answer is late, in milliseconds.
     pub timeout_ms: u32,
+    /// Time after which a late probe without any answer fails, in milliseconds. If not above `timeout_ms`, late probes fail.
+    pub busy_timeout_ms: u32,
     /// Successes in a row that make a backend healthy.
     pub rise: u8,
     /// Failures in a row that make a backend unhealthy.
@@ -150,15 +162,28 @@ impl Default for HealthCheck {
         Self {
             kind: HealthKind::None,
             port: None,
-            via: Via::Direct,
+            via: Via::Unset,
             interval_ms: 1_000,
             jitter_percent: 10,
             timeout_ms: 500,
+            busy_timeout_ms: 60_000,
             rise: 2,
             fall: 3,
             damping: true,
             signs: true,
         }
+    }
+}
+
+impl HealthCheck {
+    /// The check of a service that names none.
+    pub fn unset() -> Self {
+        Self { kind: HealthKind::Unset, ..Self::default() }
+    }
+
+    /// Whether the service names no check.
+    pub fn is_unset(&self) -> bool {
+        self.kind == HealthKind::Unset
     }
 }
 
@@ -192,7 +217,7 @@ struct Fields {
     client_key: Option<PathBuf>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     port: Option<u16>,
-    #[serde(default, skip_serializing_if = "Via::is_direct")]
+    #[serde(default, skip_serializing_if = "Via::is_unset")]
     via: Via,
     #[serde(default = "interval_ms")]
     interval_ms: u32,
@@ -200,6 +225,9 @@ struct Fields {
     jitter_percent: u8,
     #[serde(default = "timeout_ms")]
     timeout_ms: u32,
+    // The default is not written: hosts of versions without this key read the same state.
+    #[serde(default = "busy_timeout_ms", skip_serializing_if = "is_busy_timeout_ms")]
+    busy_timeout_ms: u32,
     #[serde(default = "rise")]
     rise: u8,
     #[serde(default = "fall")]
@@ -251,6 +279,12 @@ fn jitter_percent() -> u8 {
 }
 fn timeout_ms() -> u32 {
     HealthCheck::default().timeout_ms
+}
+fn busy_timeout_ms() -> u32 {
+    HealthCheck::default().busy_timeout_ms
+}
+fn is_busy_timeout_ms(value: &u32) -> bool {
+    *value == busy_timeout_ms()
 }
 fn rise() -> u8 {
     HealthCheck::default().rise
@@ -351,6 +385,7 @@ impl TryFrom<Fields> for HealthCheck {
             interval_ms: f.interval_ms,
             jitter_percent: f.jitter_percent,
             timeout_ms: f.timeout_ms,
+            busy_timeout_ms: f.busy_timeout_ms,
             rise: f.rise,
             fall: f.fall,
             damping: f.damping,
@@ -383,13 +418,14 @@ impl From<HealthCheck> for Fields {
             interval_ms: h.interval_ms,
             jitter_percent: h.jitter_percent,
             timeout_ms: h.timeout_ms,
+            busy_timeout_ms: h.busy_timeout_ms,
             rise: h.rise,
             fall: h.fall,
             damping: h.damping,
             signs: h.signs,
         };
         match h.kind {
-            HealthKind::None => {}
+            HealthKind::Unset | HealthKind::None => {}
             HealthKind::Tcp => fields.kind = Word::Tcp,
             HealthKind::Tls(_) => fields.kind = Word::Tls,
             HealthKind::Http(http) => {
@@ -450,6 +486,7 @@ mod tests {
             r#"{"kind":"grpcs","verify":false}"#,
             r#"{"kind":"tls","client_cert":"/c","client_key":"/k"}"#,
             r#"{"kind":"tcp","damping":false,"signs":false}"#,
+            r#"{"kind":"http","busy_timeout_ms":0}"#,
         ] {
             let one = parse(json).unwrap();
             assert_eq!(parse(&serde_json::to_string(&one).unwrap()).unwrap(), one);

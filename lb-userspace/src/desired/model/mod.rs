@@ -3,6 +3,7 @@
 
 mod check;
 mod check_service;
+mod defaults;
 mod desired;
 mod difference;
 mod event;

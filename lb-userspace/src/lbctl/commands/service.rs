@@ -5,7 +5,8 @@ use super::{
     lists::ListFlags,
     words::{
         CheckSpec, Optional, OptionalBool, OptionalRate, ResidencySpec, Source, Statuses, Vip, header,
-        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, variant, variant_of,
+        metric, optional, optional_bool, optional_rate, quic, region_weight, regions, seconds, variant,
+        variant_of,
     },
 };
 use crate::{
@@ -120,7 +121,7 @@ struct ServiceSettings {
     #[arg(long, value_name = "BITS")]
     source_prefix_v6: Option<u8>,
     /// Health check: none, tcp, tls, http, https, grpc or grpcs, or with details KIND:PORT, http:PORT/PATH or
-    /// grpc:PORT/SERVICE [default: none]
+    /// grpc:PORT/SERVICE [default: tcp for a TCP service with one port and without replica state, else none]
     #[arg(long, value_name = "CHECK")]
     health: Option<CheckSpec>,
     /// Host header of an http check, or authority of a grpc check [default: the VIP]
@@ -153,9 +154,12 @@ struct ServiceSettings {
     /// Time between two checks of a backend [default: 1s]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_interval: Option<Duration>,
-    /// Time after which a check fails [default: 500ms]
+    /// Time after which a check without a connection fails, and one without an answer makes the backend busy [default: 500ms]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     health_timeout: Option<Duration>,
+    /// Time after which a busy backend that has sent no answer fails its check; 0s: as soon as it is late [default: 1m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    health_busy_timeout: Option<Duration>,
     /// Random variation of the interval, in percent [default: 10]
     #[arg(long, value_name = "PERCENT")]
     health_jitter: Option<u8>,
@@ -165,8 +169,9 @@ struct ServiceSettings {
     /// Consecutive failures after which a backend is unhealthy [default: 3]
     #[arg(long, value_name = "N")]
     fall: Option<u8>,
-    /// Path of checks: direct to the backend's own address, or through the tunnel that traffic takes [default: direct]
-    #[arg(long, value_name = "direct|tunnel", value_parser = variant::<Via>())]
+    /// Path of checks: direct to the backend's own address, or through the tunnel that traffic takes [default: tunnel with ipip, gue and l2 if the
+    /// check is for the service's own port, else direct]
+    #[arg(long, value_name = "direct|tunnel", value_parser = variant_of::<Via>(&["direct", "tunnel"]))]
     health_via: Option<Via>,
     /// Require more successes each time that a flapping backend recovers [default: true]
     #[arg(long, value_name = "BOOL")]
@@ -250,9 +255,15 @@ struct ServiceSettings {
     /// a TCP reset and datagrams with ICMP port unreachable [default: keep]
     #[arg(long, value_name = "keep|withdraw|reset", value_parser = variant_of::<WhenAllDown>(&["keep", "withdraw", "reset"]))]
     when_all_down: Option<WhenAllDown>,
-    /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 0]
+    /// Ignore health while less than this share of the weight, in percent, is healthy; 0 for never [default: 10]
     #[arg(long, value_name = "PERCENT")]
     panic: Option<u8>,
+    /// Largest share of the weight, in percent, that checks alone take out within --ejection-window [default: none]
+    #[arg(long, value_name = "PERCENT|none", value_parser = optional)]
+    max_ejection: Option<Optional>,
+    /// Time for which an ejection counts towards --max-ejection [default: 1m]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    ejection_window: Option<Duration>,
 }
 
 /// Builds the merge patch of the flags about regions.
@@ -316,15 +327,6 @@ impl Patch {
     }
 }
 
-fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
-    match time {
-        Some(time) if time.subsec_millis() != 0 => {
-            Err(Failure::Usage { what: format!("{flag} takes whole seconds, not {time:?}") })
-        }
-        other => Ok(other.map(|t| t.as_secs())),
-    }
-}
-
 /// Builds the merge patch of the flags about health checks.
 fn health_patch(s: &ServiceSettings) -> Map<String, Value> {
     let mut health = Patch::default();
@@ -353,6 +355,7 @@ fn health_patch(s: &ServiceSettings) -> Map<String, Value> {
     health.set("signs", s.health_passive);
     health.set("interval_ms", s.health_interval.map(|t| t.as_millis() as u64));
     health.set("timeout_ms", s.health_timeout.map(|t| t.as_millis() as u64));
+    health.set("busy_timeout_ms", s.health_busy_timeout.map(|t| t.as_millis() as u64));
     health.set("jitter_percent", s.health_jitter);
     health.set("rise", s.rise);
     health.set("fall", s.fall);
@@ -402,6 +405,8 @@ fn patch(vip: Option<&Vip>, s: &ServiceSettings) -> Result<Map<String, Value>, F
     patch.set("on_down", s.on_down);
     patch.set("when_all_down", s.when_all_down);
     patch.set("panic_percent", s.panic);
+    patch.set("max_ejection_percent", s.max_ejection.map(|n| n.0));
+    patch.set("ejection_window_s", seconds(s.ejection_window, "--ejection-window")?);
     patch.set("health", Some(health_patch(s)).filter(|h| !h.is_empty()));
     patch.set("replica", replica_patch(s)?);
     patch.set("regions", Some(regions_patch(s)?).filter(|r| !r.is_empty()));
@@ -420,9 +425,8 @@ fn new_service(add: &AddServiceArgs) -> Result<Map<String, Value>, Failure> {
     if let Some(Value::Object(health)) = body.get_mut("health") {
         health.retain(|_, v| !v.is_null());
         if !health.contains_key("kind") {
-            let what = "--health-* flags need a check: give --health tcp or --health http:/PATH, for example"
-                .to_owned();
-            return Err(Failure::Usage { what });
+            let what = "--health-* flags need a check: give --health tcp or --health http:/PATH, for example";
+            return Err(Failure::Usage { what: what.to_owned() });
         }
     }
     if let Some(Value::Object(replica)) = body.get_mut("replica") {

@@ -2,6 +2,7 @@
 //!
 //! Input: the value of a flag. Output: the parsed value, or a message that says what is accepted. Called by clap.
 
+use super::Failure;
 use crate::desired::model::{
     Name, Ports, Protocol, Quantity, QuicConfig, QuicError, Rate, RateError, Selector, SelectorError,
     SourceKind,
@@ -12,7 +13,7 @@ use clap::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::json;
-use std::{ffi::OsStr, marker::PhantomData, net::IpAddr, str::FromStr};
+use std::{ffi::OsStr, marker::PhantomData, net::IpAddr, str::FromStr, time::Duration};
 
 /// Parses a variant of an enum, spelt as in the configuration file.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
@@ -63,6 +64,16 @@ impl<T: DeserializeOwned + Clone + Send + Sync + 'static> TypedValueParser for V
 /// Parses a QUIC-LB configuration, or `off`.
 pub(super) fn quic(text: &str) -> Result<Option<QuicConfig>, String> {
     if text == "off" { Ok(None) } else { text.parse().map(Some).map_err(|e: QuicError| e.to_string()) }
+}
+
+/// Whole seconds of a flag that the state keeps in seconds.
+pub(super) fn seconds(time: Option<Duration>, flag: &str) -> Result<Option<u64>, Failure> {
+    match time {
+        Some(time) if time.subsec_millis() != 0 => {
+            Err(Failure::Usage { what: format!("{flag} takes whole seconds, not {time:?}") })
+        }
+        other => Ok(other.map(|t| t.as_secs())),
+    }
 }
 
 /// A number, or `auto` or `none`.

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     desired::model::{BackendState, Health, Readiness},
+    observed::health::NotProbed,
     serve::api::types::{BackendInfo, BackendStatus, Drain},
 };
 use std::io;
@@ -14,12 +15,20 @@ use std::io;
 /// The verdict on a backend, or what is known without one.
 fn health_tone(status: &BackendStatus) -> (String, Option<Tone>) {
     match status.health {
-        Health::Healthy if status.unchecked && status.unreachable.is_some() => {
+        Health::Healthy
+            if (status.unchecked || status.not_probed.is_some()) && status.unreachable.is_some() =>
+        {
             toned("unreachable", Tone::Bad)
         }
+        Health::Healthy if status.busy_since_ms.is_some() => toned("busy", Tone::Warn),
         Health::Healthy if status.unchecked => toned("unchecked", Tone::Dim),
         verdict => verdict_tone(verdict),
     }
+}
+
+/// Start of what the HEALTH column says.
+fn since_ms(status: &BackendStatus) -> u64 {
+    status.busy_since_ms.unwrap_or(status.health_since_ms)
 }
 
 fn verdict_tone(verdict: Health) -> (String, Option<Tone>) {
@@ -46,6 +55,11 @@ pub(super) fn drain(drain: &Drain) -> String {
     } else {
         format!("{flows}, ends in {}", units::span(drain.deadline_s))
     }
+}
+
+/// Why checks cannot be made, and since when.
+fn not_probed(obstacle: &NotProbed) -> String {
+    format!("not probed for {}, the last verdict stands: {}", ago(obstacle.since_ms), obstacle.what)
 }
 
 /// Prints a table of backends.
@@ -75,6 +89,12 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
             _ if b.status.excluded.is_some() => b.status.excluded.clone().unwrap_or_default(),
             (Some(progress), ..) => drain(progress),
             (None, _, Some(readiness)) if readiness.declines() => format!("replica reports {readiness}"),
+            (None, Some(probe), _) if b.status.held => {
+                format!("held in by the ejection limit: {}", probe.reason)
+            }
+            _ if b.status.not_probed.is_some() => {
+                b.status.not_probed.as_ref().map(not_probed).unwrap_or_default()
+            }
             (None, Some(probe), _) if !probe.ok => probe.reason.clone(),
             (None, _, Some(Readiness::Lost)) => "replica lost".to_owned(),
             _ => String::new(),
@@ -91,7 +111,7 @@ pub fn backends(out: &mut Out<'_>, list: &[BackendInfo]) -> io::Result<()> {
             plain(b.status.flows),
             plain(b.status.packets),
             plain(units::bytes(b.status.bytes)),
-            plain(ago(b.status.health_since_ms)),
+            plain(ago(since_ms(&b.status))),
             plain(note),
         ]);
     }
@@ -110,21 +130,29 @@ pub fn backend(out: &mut Out<'_>, b: &BackendInfo) -> io::Result<()> {
         ("address", b.spec.address.to_string()),
         ("weight", b.spec.weight.to_string()),
         ("state", state_tone(b.spec.state).0),
-        (
-            "health",
-            if s.health_since_ms > 0 { format!("{health} for {}", ago(s.health_since_ms)) } else { health },
-        ),
+        ("health", if since_ms(s) > 0 { format!("{health} for {}", ago(since_ms(s))) } else { health }),
     ];
     if let Some(needed) = s.damped {
         pairs.push(("flapping", format!("needs {needed} consecutive successful probes to be healthy again")));
+    }
+    if s.held {
+        pairs.push(("ejection", "held in by the limit although it fails its checks".to_owned()));
     }
     if let Some(percent) = s.slow_start_percent {
         pairs.push(("slow start", format!("at {percent} % of its weight")));
     }
     if let Some(probe) = &s.last_probe {
-        let word = if probe.ok { "passed" } else { "failed" };
+        let word = match (probe.ok, probe.late) {
+            (true, false) => "passed",
+            (true, true) => "passed late",
+            (false, true) if s.health == Health::Healthy => "late",
+            (false, _) => "failed",
+        };
         let took = units::micros(probe.took_us);
         pairs.push(("last probe", format!("{word} {} ago: {} ({took})", ago(probe.time_ms), probe.reason)));
+    }
+    if let Some(obstacle) = &s.not_probed {
+        pairs.push(("checks", not_probed(obstacle)));
     }
     if let Some(report) = &s.signs {
         pairs.push(("passive checks", passive(report)));

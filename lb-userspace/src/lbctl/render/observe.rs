@@ -38,15 +38,8 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
         out.line(out.paint(Tone::Bad, &format!("  ! {problem}")))?;
     }
     fields(out, &status_fields(s))?;
-    if !s.unhealthy.is_empty() {
-        out.line("")?;
-        let mut table = TextTable::new(&["UNHEALTHY", "SINCE", "REASON"], out.colour);
-        for u in &s.unhealthy {
-            let name = format!("{}/{}", u.service, u.backend);
-            table.row([toned(name, Tone::Bad), plain(ago(u.since_ms)), plain(&u.reason)]);
-        }
-        table.print(out)?;
-    }
+    checked(out, "UNHEALTHY", Tone::Bad, &s.unhealthy)?;
+    checked(out, "BUSY", Tone::Warn, &s.busy)?;
     if !s.draining.is_empty() {
         out.line("")?;
         let mut table = TextTable::new(&["DRAINING", "PROGRESS"], out.colour);
@@ -66,6 +59,20 @@ pub fn status(out: &mut Out<'_>, s: &Status) -> io::Result<()> {
         reasons(out, "DROPPED OR ANSWERED", notable.into_iter())?;
     }
     Ok(())
+}
+
+/// Prints backends that failed their checks, or answer them late.
+fn checked(out: &mut Out<'_>, heading: &str, tone: Tone, all: &[CheckedBackend]) -> io::Result<()> {
+    if all.is_empty() {
+        return Ok(());
+    }
+    out.line("")?;
+    let mut table = TextTable::new(&[heading, "SINCE", "REASON"], out.colour);
+    for b in all {
+        let name = format!("{}/{}", b.service, b.backend);
+        table.row([toned(name, tone), plain(ago(b.since_ms)), plain(&b.reason)]);
+    }
+    table.print(out)
 }
 
 /// Formats the fields of `lbctl status`.
@@ -98,11 +105,14 @@ fn status_fields(s: &Status) -> Vec<(&'static str, String)> {
         (
             "backends",
             format!(
-                "{}: {} healthy, {} unhealthy, {} unknown, {} unchecked; {} draining, {} down",
-                b.total, b.healthy, b.unhealthy, b.unknown, b.unchecked, b.draining, b.down
+                "{}: {} healthy, {} busy, {} unhealthy, {} unknown, {} unchecked; {} draining, {} down",
+                b.total, b.healthy, b.busy, b.unhealthy, b.unknown, b.unchecked, b.draining, b.down
             ),
         ),
     ];
+    if let Some(why) = &s.checks_without_tunnel {
+        pairs.push(("health checks", format!("direct, because they cannot take the tunnel: {why}")));
+    }
     if !left_out.is_empty() {
         pairs.insert(1, ("left out", left_out.join("; ")));
     }

@@ -109,7 +109,7 @@ fn when_all_down(when: WhenAllDown) -> &'static str {
 fn health_check(spec: &Service) -> String {
     let health = &spec.health;
     match &health.kind {
-        HealthKind::None => "none".to_owned(),
+        HealthKind::Unset | HealthKind::None => "none".to_owned(),
         kind => {
             let port = health.port.map_or_else(|| "the service's port".to_owned(), |p| format!("port {p}"));
             let what = match kind {
@@ -159,9 +159,13 @@ fn optional_settings(s: &ServiceInfo) -> Vec<(&'static str, String)> {
     if let Some(rules) = &s.spec.regions {
         pairs.push(("regions", super::region::rules(rules)));
     }
-    if s.spec.panic_percent > 0 {
+    if s.spec.panic_threshold() > 0 {
         let holds = if s.status.panic { ", active now" } else { "" };
-        pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_percent)));
+        pairs.push(("panic rule", format!("below {} % healthy{holds}", s.spec.panic_threshold())));
+    }
+    if let Some(percent) = s.spec.max_ejection_percent {
+        let window = units::span(s.spec.ejection_window_s.into());
+        pairs.push(("ejection limit", format!("{percent} % of the weight within {window}")));
     }
     pairs
 }

@@ -4,20 +4,21 @@
 //! runtime each timer woke a processor, and a second one that looked for work.
 
 use super::{
-    EarlyProbe, HealthEntry, HealthRegistry, Probe, ProbeTarget,
+    EarlyProbe, HealthEntry, HealthRegistry, Obstacle, ObstacleKind, Probe, ProbeTarget, Step,
+    backend_watch::watch_backend,
     passive::{Hint, POLL_INTERVAL, PassiveSource, Suspicion},
+    permits::{Lane, Permit, Permits},
     tunnel::to_address,
-    verdict::Verdict,
 };
 use crate::{
     clock,
     desired::{
-        model::{BackendId, Desired, Health, HealthCheck, HealthKind, Name, Service},
+        model::{BackendId, Desired, Health, HealthCheck, Name, Service},
         store::{Local, Stored, restored},
     },
 };
 use futures_util::future::BoxFuture;
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
 use tokio::{
     sync::{Notify, Semaphore, mpsc, watch},
     task::{AbortHandle, JoinSet},
@@ -32,14 +33,20 @@ const SAVE_DELAY: Duration = Duration::from_millis(200);
 /// Coarsest grid on which probes begin, in milliseconds.
 const MAX_GRID_MS: u32 = 20;
 
+/// Shortest wait for a permit after which a probe counts as not made.
+const MIN_OVERDUE: Duration = Duration::from_secs(1);
+
+/// Late probes that may wait for their answer, per probe that may be in flight.
+const LATE_PER_PROBE: usize = 8;
+
 /// Does one probe. [`super::probe`] outside tests.
-pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Result<String, String>> + Send + Sync>;
+pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Step> + Send + Sync>;
 
 /// How one backend is checked; a change restarts the task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct CheckPlan {
-    target: ProbeTarget,
-    check: HealthCheck,
+pub(super) struct CheckPlan {
+    pub(super) target: ProbeTarget,
+    pub(super) check: HealthCheck,
 }
 
 /// Checks all backends of the desired state.
@@ -64,11 +71,14 @@ struct Running {
     suspicion: Arc<Suspicion>,
 }
 
-struct CheckerShared {
-    registry: Arc<HealthRegistry>,
+/// What the tasks of all backends share.
+pub(super) struct CheckerShared {
+    pub(super) registry: Arc<HealthRegistry>,
     verdicts: mpsc::Sender<(BackendId, Health)>,
-    permits: Semaphore,
-    prober: Prober,
+    permits: Permits,
+    /// Permits of late probes, which hold a connection each.
+    pub(super) late_permits: Arc<Semaphore>,
+    pub(super) prober: Prober,
     changed: Notify,
     /// Origin of the grid of probes, see [`CheckerShared::probe_time`].
     began: Instant,
@@ -84,11 +94,13 @@ impl Checker {
         prober: Prober,
         verdicts: mpsc::Sender<(BackendId, Health)>,
     ) -> Self {
-        let permits = Semaphore::new(probes.max(1));
+        let permits = Permits::new(probes);
+        let late_permits = Arc::new(Semaphore::new(LATE_PER_PROBE * permits.total()));
         let shared = Arc::new(CheckerShared {
             registry,
             verdicts,
             permits,
+            late_permits,
             prober,
             changed: Notify::new(),
             began: Instant::now(),
@@ -200,18 +212,23 @@ impl Checker {
                 }
             }
         }
-        let gone: Vec<BackendId> = self.shared.registry.change(|entries| {
-            // At first, also entries of services that were removed while lbd was not running.
-            let is_gone = |id: &BackendId| match changed.contains_key(&id.service) {
-                true => !plans.contains_key(id),
-                false => first && !desired.services.contains_key(&id.service),
-            };
-            let gone = entries.keys().filter(|id| is_gone(id)).cloned().collect();
-            entries.retain(|id, _| !is_gone(id));
-            gone
+        let removed: Vec<BackendId> = self.shared.registry.change(|entries| {
+            let mut removed = Vec::new();
+            if first {
+                // Entries of services that were removed while lbd was not running.
+                let is_gone = |id: &BackendId| !desired.services.contains_key(&id.service);
+                removed.extend(entries.keys().filter(|id| is_gone(id)).cloned());
+            }
+            for name in changed.keys() {
+                removed.extend(ids_of(entries, name).into_iter().filter(|id| !plans.contains_key(id)));
+            }
+            for id in &removed {
+                entries.remove(id);
+            }
+            removed
         });
-        // After the tasks were aborted, so that no verdict of theirs follows.
-        for id in gone {
+        // The receiver forgets the verdict: a backend that gets the name later is another worker.
+        for id in removed {
             let _ = self.shared.verdicts.send((id, Health::Unknown)).await;
         }
         let registry = self.shared.registry.clone();
@@ -229,7 +246,7 @@ impl Checker {
                 entry.health
             });
             let suspicion = Arc::new(Suspicion::default());
-            let task = if plan.check.kind == HealthKind::None {
+            let task = if plan.check.kind.is_none() {
                 self.shared.set_verdict(&id, Health::Healthy, "not checked").await;
                 None
             } else {
@@ -264,23 +281,24 @@ fn plan_checks(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Chec
 impl CheckerShared {
     /// Start of a probe that is due after `wait`, rounded up to a grid of a hundredth of the interval. Probes on the
     /// same grid line share one wake-up of the CPU; the jitter is ten times as wide.
-    fn probe_time(&self, wait: Duration, check: &HealthCheck) -> Instant {
+    pub(super) fn probe_time(&self, wait: Duration, check: &HealthCheck) -> Instant {
         let step_ms = u128::from((check.interval_ms / 100).clamp(1, MAX_GRID_MS));
         let due_ms = (Instant::now() + wait).duration_since(self.began).as_micros().div_ceil(1_000);
         self.began + Duration::from_millis((due_ms.div_ceil(step_ms) * step_ms) as u64)
     }
 
     /// Records a verdict, if it has changed, and sends it.
-    async fn set_verdict(&self, id: &BackendId, health: Health, reason: &str) {
+    pub(super) async fn set_verdict(&self, id: &BackendId, health: Health, reason: &str) {
         let changed = self.registry.change(|entries| {
-            // The backend was removed meanwhile, and this task is being stopped.
-            let Some(entry) = entries.get_mut(id) else { return false };
+            let entry = entries.get_mut(id)?;
             let changed = entry.health != health;
             if changed {
                 entry.record_transition(health, clock::unix_ms(), reason.to_owned());
             }
-            changed
+            Some(changed)
         });
+        // Without an entry, the backend was removed meanwhile, and this task is being stopped.
+        let Some(changed) = changed else { return };
         if changed {
             self.changed.notify_one();
         }
@@ -288,8 +306,34 @@ impl CheckerShared {
         let _ = self.verdicts.send((id.clone(), health)).await;
     }
 
+    /// Waits for a permit of the probe that was due at `due`. A probe that waits for long counts as not made, once.
+    pub(super) async fn permit(
+        &self,
+        id: &BackendId,
+        lane: Lane,
+        due: Instant,
+        check: &HealthCheck,
+    ) -> Option<Permit<'_>> {
+        let mut acquire = pin!(self.permits.acquire(lane));
+        let overdue = due + Duration::from_millis(check.interval_ms.into()).max(MIN_OVERDUE);
+        let permit = match tokio::time::timeout_at(overdue, &mut acquire).await {
+            Ok(permit) => permit?,
+            Err(_) => {
+                let probes = self.permits.total();
+                let what = format!(
+                    "the check waits for one of {probes} probes, most of which wait for backends that do not answer"
+                );
+                let obstacle = Obstacle { kind: ObstacleKind::ProbeLimit, what };
+                self.registry.record_not_probed(id, &obstacle, clock::unix_ms());
+                acquire.await?
+            }
+        };
+        self.registry.record_lateness(due.elapsed());
+        Some(permit)
+    }
+
     /// Records an early probe.
-    fn record_early_probe(&self, id: &BackendId, hint: Hint) {
+    pub(super) fn record_early_probe(&self, id: &BackendId, hint: Hint) {
         self.registry.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 entry.passive.early += 1;
@@ -299,7 +343,7 @@ impl CheckerShared {
     }
 
     /// Records that an early probe succeeded.
-    fn record_refuted(&self, id: &BackendId) {
+    pub(super) fn record_refuted(&self, id: &BackendId) {
         self.registry.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 entry.passive.refuted += 1;
@@ -307,77 +351,33 @@ impl CheckerShared {
         });
     }
 
-    fn record_probe(&self, id: &BackendId, probe: Probe, damped: Option<u32>) {
+    /// Records the result of a probe, and whether the backend is no longer busy.
+    pub(super) fn record_probe(&self, id: &BackendId, probe: Probe, damped: Option<u32>, ends_busy: bool) {
         self.registry.change(|entries| {
             if let Some(entry) = entries.get_mut(id) {
                 let count = if probe.ok { &mut entry.successes } else { &mut entry.failures };
                 *count += 1;
+                if ends_busy {
+                    entry.busy_since_ms = None;
+                }
                 entry.last = Some(probe);
                 entry.damped = damped;
+                entry.not_probed = None;
             }
         });
     }
-}
 
-/// Probes one backend until the task is aborted.
-async fn watch_backend(
-    shared: Arc<CheckerShared>,
-    id: BackendId,
-    plan: CheckPlan,
-    known: Health,
-    suspicion: Arc<Suspicion>,
-) {
-    let (mut verdict, began) = (Verdict::new(known), Instant::now());
-    // Why probes are early; kept until one of them decides.
-    let mut hint: Option<Hint> = None;
-    // The first probe starts at a random time of the first interval, to spread the probes.
-    let mut wait = verdict.wait(&plan.check, 0.5).mul_f64(rand::random());
-    loop {
-        let may_hint = hint.is_none() && verdict.health() == Health::Healthy;
-        tokio::select! {
-            biased;
-            found = suspicion.next_hint(), if may_hint => {
-                tracing::debug!(backend = %id, address = %plan.target.address, failures = %found, "passive failures: probing early");
-                verdict.suspect();
-                shared.record_early_probe(&id, found);
-                hint = Some(found);
+    /// Records that an answer is late.
+    pub(super) fn record_late(&self, id: &BackendId, reason: String, took: Duration) {
+        let (time_ms, took_us) = (clock::unix_ms(), took.as_micros() as u64);
+        self.registry.change(|entries| {
+            if let Some(entry) = entries.get_mut(id) {
+                entry.late += 1;
+                entry.busy_since_ms.get_or_insert(time_ms.saturating_sub(took.as_millis() as u64));
+                entry.last = Some(Probe { time_ms, ok: false, reason, took_us, late: true });
+                entry.not_probed = None;
             }
-            () = tokio::time::sleep_until(shared.probe_time(wait, &plan.check)) => {}
-        }
-        let Ok(permit) = shared.permits.acquire().await else { return };
-        let start = Instant::now();
-        let result = (shared.prober)(plan.target.clone()).await;
-        drop(permit);
-        let (ok, mut reason) = match result {
-            Ok(reason) => (true, reason),
-            Err(reason) => (false, reason),
-        };
-        let took_us = start.elapsed().as_micros() as u64;
-        tracing::debug!(backend = %id, address = %plan.target.address, ok, %reason, took_us, "probe");
-        let now = began.elapsed();
-        let before = verdict.observe(ok, &plan.check, now);
-        let required = verdict.required_successes(&plan.check, now);
-        let damped = (required > u32::from(plan.check.rise)).then_some(required);
-        shared.record_probe(
-            &id,
-            Probe { time_ms: clock::unix_ms(), ok, reason: reason.clone(), took_us },
-            damped,
-        );
-        if ok && hint.take().is_some() {
-            suspicion.refute(Instant::now());
-            shared.record_refuted(&id);
-        }
-        if let Some(from) = before {
-            let to = verdict.health();
-            suspicion.reset();
-            if let Some(hint) = hint.take() {
-                reason = format!("{reason}; probed early: {hint}");
-            }
-            // An event of the API tells of it too, and is in the log.
-            tracing::debug!(backend = %id, address = %plan.target.address, ?from, ?to, %reason, "health changed");
-            shared.set_verdict(&id, to, &reason).await;
-        }
-        wait = verdict.wait(&plan.check, rand::random());
+        });
     }
 }
 
@@ -392,5 +392,7 @@ async fn save_changes(shared: Arc<CheckerShared>, local: Arc<dyn Local>) {
     }
 }
 
+#[cfg(test)]
+mod late_tests;
 #[cfg(test)]
 mod tests;

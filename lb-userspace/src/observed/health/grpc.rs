@@ -2,6 +2,7 @@
 //!
 //! Its two messages have one field each, so this file encodes and decodes them without generated code.
 
+use super::ProbeError;
 use bytes::{BufMut, Bytes, BytesMut};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
@@ -73,8 +74,14 @@ pub async fn check(
     service: &str,
     authority: &str,
     scheme: &str,
-) -> Result<String, String> {
-    let broken = |e: hyper::Error| format!("the answer is not HTTP/2, or the connection broke: {e}");
+) -> Result<String, ProbeError> {
+    let failed = |what: &str| Err(ProbeError::Failed(what.to_owned()));
+    let broken = |e: hyper::Error| match ProbeError::sort(&e) {
+        ProbeError::Failed(what) => {
+            ProbeError::Failed(format!("the answer is not HTTP/2, or the connection broke: {what}"))
+        }
+        ours => ours,
+    };
     let (mut sender, connection) =
         http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.map_err(broken)?;
     let request = Request::post(format!("{scheme}://{authority}{PATH}"))
@@ -82,30 +89,30 @@ pub async fn check(
         .header(TE, "trailers")
         .header("user-agent", concat!("lbd/", env!("CARGO_PKG_VERSION")))
         .body(Full::new(encode_request(service)))
-        .map_err(|e| format!("cannot build the request: {e}"))?;
+        .map_err(|e| ProbeError::settings(format!("cannot build the request: {e}")))?;
     let ask = async {
         let response = sender.send_request(request).await.map_err(broken)?;
         let code = response.status().as_u16();
         if code != 200 {
-            return Err(format!("HTTP status {code}, expected 200: not a gRPC server"));
+            return failed(&format!("HTTP status {code}, expected 200: not a gRPC server"));
         }
         let early = grpc_status(response.headers());
         let body = Limited::new(response.into_body(), LIMIT).collect().await;
-        let body = body.map_err(|e| format!("the answer cannot be read: {e}"))?;
+        let body = body.map_err(|e| ProbeError::Failed(format!("the answer cannot be read: {e}")))?;
         let late = body.trailers().and_then(grpc_status);
         match early.or(late) {
-            None => return Err("the answer has no grpc-status".to_owned()),
+            None => return failed("the answer has no grpc-status"),
             Some((0, _)) => {}
-            Some((5, _)) => return Err(format!("gRPC: service {service:?} is unknown (NOT_FOUND)")),
-            Some((12, _)) => return Err("gRPC: the server has no health service (UNIMPLEMENTED)".to_owned()),
-            Some((code, message)) => return Err(format!("gRPC status {code}: {message}")),
+            Some((5, _)) => return failed(&format!("gRPC: service {service:?} is unknown (NOT_FOUND)")),
+            Some((12, _)) => return failed("gRPC: the server has no health service (UNIMPLEMENTED)"),
+            Some((code, message)) => return failed(&format!("gRPC status {code}: {message}")),
         }
         match decode_status(&body.to_bytes()) {
             Some(1) => Ok("SERVING".to_owned()),
-            Some(2) => Err("NOT_SERVING".to_owned()),
-            Some(3) => Err("SERVICE_UNKNOWN".to_owned()),
-            Some(_) => Err("UNKNOWN".to_owned()),
-            None => Err("the answer is not a health status".to_owned()),
+            Some(2) => failed("NOT_SERVING"),
+            Some(3) => failed("SERVICE_UNKNOWN"),
+            Some(_) => failed("UNKNOWN"),
+            None => failed("the answer is not a health status"),
         }
     };
     let mut connection = std::pin::pin!(connection);

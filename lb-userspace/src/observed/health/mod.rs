@@ -2,13 +2,16 @@
 //!
 //! Input: the watched desired state, and the verdicts from before a restart. Output: `(BackendId, Health)`
 //! events, and the [`HealthRegistry`] that API and metrics read. Called by the daemon.
-//! [`passive`] triggers early probes. [`verdict`] is pure; [`probe`] does the I/O of one probe; [`checker`] runs one
-//! task per backend.
+//! [`passive`] triggers early probes. [`verdict`] is pure; [`probe`] does the I/O of one probe and tells failures of the worker
+//! from late answers and from what this host lacks ([`outcome`]); [`checker`] runs one task per backend.
 
+mod backend_watch;
 pub mod checker;
 pub mod grpc;
 pub mod http;
+pub mod outcome;
 pub mod passive;
+pub mod permits;
 pub mod probe;
 pub mod registry;
 pub mod tls;
@@ -19,7 +22,8 @@ pub mod verdict;
 mod tests;
 
 pub use checker::{Checker, Prober};
+pub use outcome::{Obstacle, ObstacleKind, Outcome, ProbeError, Step};
 pub use passive::{EarlyProbe, PassiveReport, PassiveSource};
 pub use probe::{ProbeTarget, prober, prober_through};
-pub use registry::{HealthEntry, HealthRegistry, Probe, Transition};
+pub use registry::{HealthEntry, HealthRegistry, NotProbed, Probe, ProbeCounts, Transition};
 pub use tunnel::{LoadPrograms, ProbePrograms, Through, Tunnel};

@@ -1,7 +1,7 @@
 //! One probe: connects to a backend and runs the check over the connection.
 
 use super::{
-    grpc, http,
+    HealthRegistry, Obstacle, ObstacleKind, Outcome, ProbeError, Step, grpc, http,
     tls::TlsConfigs,
     tunnel::{Through, Tunnel},
 };
@@ -9,14 +9,16 @@ use crate::{
     desired::model::{Backend, HealthKind, Ports, Service, TlsCheck},
     observed::{health::Prober, http::authority},
 };
+use futures_util::future::BoxFuture;
+use socket2::{Domain, SockRef, Socket, Type};
 use std::{
-    io::ErrorKind,
+    io::{self, ErrorKind},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 use tokio::{
-    net::{TcpSocket, TcpStream},
+    net::TcpStream,
     time::{Instant, timeout_at},
 };
 
@@ -45,7 +47,7 @@ impl ProbeTarget {
             vip: service.vip,
             kind: service.health.kind.clone(),
             timeout: Duration::from_millis(service.health.timeout_ms.into()),
-            through: Through::of(service),
+            through: Through::of(service, backend.address),
         }
     }
 }
@@ -55,55 +57,53 @@ pub fn prober() -> Prober {
     prober_through(None)
 }
 
-/// Creates a prober that probes over the network, through `tunnel` where a service wants it.
-pub fn prober_through(tunnel: Option<Arc<Tunnel>>) -> Prober {
+/// Creates a prober that probes over the network, through `tunnel` where a service wants it; `registry` learns if it cannot.
+pub fn prober_through(tunnel: Option<(Arc<Tunnel>, Arc<HealthRegistry>)>) -> Prober {
     let configs = Arc::new(TlsConfigs::default());
     Arc::new(move |mut target| {
         let (configs, tunnel) = (configs.clone(), tunnel.clone());
         Box::pin(async move {
-            let Some(through) = target.through else { return probe(&configs, target, None).await };
+            let Some(through) = target.through else { return probe(configs, target, None).await };
             let mark = match &tunnel {
-                Some(tunnel) => tunnel.prepare(target.address.ip(), through).await,
+                Some((tunnel, _)) => tunnel.prepare(target.address.ip(), through).await,
                 None => Err("this lbd cannot probe through tunnels".to_owned()),
             };
             match mark {
-                Ok(mark) => {
-                    let found = probe(&configs, target, Some(mark)).await;
-                    found
-                        .map(|what| format!("{what}, through the tunnel"))
-                        .map_err(|what| format!("{what}, through the tunnel"))
-                }
+                Ok(mark) => probe(configs, target, Some(mark)).await.add(", through the tunnel"),
                 Err(why) => {
                     // Without tunnels, probe directly: otherwise every backend would count as dead.
                     target.through = None;
-                    let found = probe(&configs, target, None).await;
-                    found.map(|what| format!("{what}, probed without the tunnel: {why}"))
+                    if let Some((tunnel, registry)) = &tunnel {
+                        registry.set_tunnel_problem(tunnel.problem());
+                    }
+                    let found = probe(configs, target, None).await;
+                    found.add(&format!(", probed without the tunnel: {why}"))
                 }
             }
         })
     })
 }
 
-/// Probes once; packets carry `mark`. `Ok` and `Err` both describe the result in words.
-///
-/// # Errors
-/// Why the backend counts as failed.
-pub async fn probe(configs: &TlsConfigs, target: ProbeTarget, mark: Option<u32>) -> Result<String, String> {
+/// Probes once; packets carry `mark`. Without a connection in time the probe has failed; with one, and without an answer,
+/// it is late.
+pub async fn probe(configs: Arc<TlsConfigs>, target: ProbeTarget, mark: Option<u32>) -> Step {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
-    if target.kind == HealthKind::None {
-        return Ok("not checked".to_owned());
+    if target.kind.is_none() {
+        return Outcome::Passed("not checked".to_owned()).into();
     }
     // A probe that only connects does not need TCP_NODELAY.
     let only_connects = target.kind == HealthKind::Tcp;
     let stream = match timeout_at(deadline, connect(target.address, mark, only_connects)).await {
-        Err(_) => return Err(format!("no connection within {within} ms")),
-        Ok(Err(e)) => return Err(connect_error(&e)),
+        Err(_) => return Outcome::Failed(format!("no connection within {within} ms")).into(),
+        Ok(Err(error)) => return Step::Done(Err(error).into()),
         Ok(Ok(stream)) => stream,
     };
-    match timeout_at(deadline, run_check(configs, stream, &target, deadline)).await {
-        Err(_) => Err(format!("no answer within {within} ms")),
-        Ok(result) => result,
+    let mut check: BoxFuture<'static, Outcome> =
+        Box::pin(async move { run_check(&configs, stream, &target, deadline).await.into() });
+    match timeout_at(deadline, &mut check).await {
+        Err(_) => Step::Late(check),
+        Ok(outcome) => outcome.into(),
     }
 }
 
@@ -112,16 +112,16 @@ async fn run_check(
     stream: TcpStream,
     target: &ProbeTarget,
     deadline: Instant,
-) -> Result<String, String> {
+) -> Result<String, ProbeError> {
     // Close with a reset where lbd closes first: thousands of probes a second must not leave sockets in TIME_WAIT.
     if !matches!(target.kind, HealthKind::Http(_)) {
-        let _ = socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
     }
     let name = |tls: &TlsCheck, host: Option<&String>| {
         tls.sni.clone().or_else(|| host.cloned()).unwrap_or_else(|| target.vip.to_string())
     };
     match &target.kind {
-        HealthKind::None => Ok("not checked".to_owned()),
+        HealthKind::Unset | HealthKind::None => Ok("not checked".to_owned()),
         HealthKind::Tcp => Ok("connected".to_owned()),
         HealthKind::Tls(tls) => {
             let stream = configs.connect(tls, &[], &name(tls, None), stream).await?;
@@ -131,11 +131,11 @@ async fn run_check(
         HealthKind::Http(check) => {
             let host = check.host.clone().unwrap_or_else(|| authority(target.vip));
             match &check.tls {
-                None => http::check(stream, check, &host, deadline).await,
+                None => http::check(stream, check, &host, (deadline, target.timeout)).await,
                 Some(tls) => {
                     let name = name(tls, check.host.as_ref());
                     let stream = configs.connect(tls, &[b"http/1.1"], &name, stream).await?;
-                    http::check(stream, check, &host, deadline).await
+                    http::check(stream, check, &host, (deadline, target.timeout)).await
                 }
             }
         }
@@ -153,27 +153,58 @@ async fn run_check(
     }
 }
 
-async fn connect(address: SocketAddr, mark: Option<u32>, only_connects: bool) -> std::io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+/// Connects. An error that `connect` itself returns is from before the first packet: then two errors mean that this
+/// host has no route. The same errors later are an answer: ICMP, or the next hop's silence.
+async fn connect(
+    address: SocketAddr,
+    mark: Option<u32>,
+    only_connects: bool,
+) -> Result<TcpStream, ProbeError> {
+    let ours = |error: io::Error| connect_error(&error);
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), None)
+        .map_err(ours)?;
     if let Some(mark) = mark {
-        socket2::SockRef::from(&socket).set_mark(mark)?;
+        socket.set_mark(mark).map_err(ours)?;
         // Bind a unique source port: answers all come from the VIP and are distinguished by it.
         let any: IpAddr = if address.is_ipv4() { [0; 4].into() } else { [0u16; 8].into() };
-        socket.bind(SocketAddr::new(any, 0))?;
+        socket.bind(&SocketAddr::new(any, 0).into()).map_err(ours)?;
     }
-    let stream = socket.connect(address).await?;
+    if let Err(error) = socket.connect(&address.into())
+        && error.raw_os_error() != Some(libc::EINPROGRESS)
+    {
+        return Err(immediate_error(&error));
+    }
+    let stream = TcpStream::from_std(socket.into()).map_err(ours)?;
+    stream.writable().await.map_err(ours)?;
+    if let Some(error) = stream.take_error().map_err(ours)? {
+        return Err(connect_error(&error));
+    }
     if !only_connects {
-        stream.set_nodelay(true)?;
+        stream.set_nodelay(true).map_err(ours)?;
     }
     Ok(stream)
 }
 
-fn connect_error(error: &std::io::Error) -> String {
+/// Sorts an error that `connect` returned before it sent a packet. A route of type blackhole gives `EINVAL`.
+fn immediate_error(error: &io::Error) -> ProbeError {
+    match error.raw_os_error() {
+        Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL) => {
+            let what = format!("no route to the backend: {error}");
+            ProbeError::NotProbed(Obstacle { kind: ObstacleKind::NoRoute, what })
+        }
+        _ => connect_error(error),
+    }
+}
+
+fn connect_error(error: &io::Error) -> ProbeError {
     match error.kind() {
-        ErrorKind::ConnectionRefused => "connection refused".to_owned(),
-        ErrorKind::HostUnreachable => "host unreachable".to_owned(),
-        ErrorKind::NetworkUnreachable => "network unreachable".to_owned(),
-        _ => format!("cannot connect: {error}"),
+        ErrorKind::ConnectionRefused => ProbeError::Failed("connection refused".to_owned()),
+        ErrorKind::HostUnreachable => ProbeError::Failed("host unreachable".to_owned()),
+        ErrorKind::NetworkUnreachable => ProbeError::Failed("network unreachable".to_owned()),
+        _ => match ProbeError::sort(error) {
+            ProbeError::Failed(what) => ProbeError::Failed(format!("cannot connect: {what}")),
+            ours => ours,
+        },
     }
 }
 
@@ -187,7 +218,12 @@ mod tests {
     };
 
     async fn probe(target: ProbeTarget) -> Result<String, String> {
-        super::probe(&TlsConfigs::default(), target, None).await
+        match super::probe(Arc::default(), target, None).await {
+            Step::Done(Outcome::Passed(what)) => Ok(what),
+            Step::Done(Outcome::Failed(what)) => Err(what),
+            Step::Done(Outcome::NotProbed(obstacle)) => panic!("not probed: {obstacle:?}"),
+            Step::Late(_) => Err("late".to_owned()),
+        }
     }
 
     fn target(address: SocketAddr, kind: HealthKind) -> ProbeTarget {
@@ -257,11 +293,69 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silence_times_out() {
+    async fn silence_after_the_connection_is_late() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let start = std::time::Instant::now();
-        assert_eq!(probe(target(address, http((200, 299)))).await, Err("no answer within 300 ms".into()));
+        assert_eq!(probe(target(address, http((200, 299)))).await, Err("late".into()));
         assert!(start.elapsed() < Duration::from_secs(2));
+    }
+
+    #[tokio::test]
+    async fn what_this_host_lacks_is_no_failure() {
+        let probed = |address: &str| {
+            let target = target(address.parse().unwrap(), HealthKind::Tcp);
+            async move { done(super::probe(Arc::default(), target, None).await) }
+        };
+        // A multicast address cannot be connected to; `connect` says so before it sends a packet.
+        let outcome = probed("224.0.0.1:80").await;
+        assert!(matches!(&outcome, Outcome::NotProbed(o) if o.kind == ObstacleKind::NoRoute), "{outcome:?}");
+        // A broadcast address without SO_BROADCAST: EACCES.
+        let outcome = probed("255.255.255.255:80").await;
+        assert!(matches!(outcome, Outcome::NotProbed(_)), "{outcome:?}");
+        let kind = HealthKind::Tls(TlsCheck { ca: Some("/nowhere.pem".into()), ..TlsCheck::default() });
+        let target = target(silent().await, kind);
+        let outcome = done(super::probe(Arc::default(), target, None).await);
+        assert!(matches!(&outcome, Outcome::NotProbed(o) if o.kind == ObstacleKind::Settings), "{outcome:?}");
+    }
+
+    fn done(step: Step) -> Outcome {
+        match step {
+            Step::Done(outcome) => outcome,
+            Step::Late(_) => panic!("the probe is late"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_late_answer_is_judged_as_one_in_time() {
+        for (answer, expected) in [
+            (&b"HTTP/1.1 200 OK\r\n\r\nready"[..], Outcome::Passed("status 200".into())),
+            (
+                b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",
+                Outcome::Failed("status 503, expected 200 to 299".into()),
+            ),
+        ] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                tokio::time::sleep(Duration::from_millis(700)).await;
+                let _ = stream.write_all(answer).await;
+            });
+            let check = HttpCheck { body: Some("ready".into()), ..HttpCheck::default() };
+            let target = target(address, HealthKind::Http(check));
+            let Step::Late(rest) = super::probe(Arc::default(), target, None).await else {
+                panic!("not late");
+            };
+            assert_eq!(rest.await, expected);
+        }
+    }
+
+    /// A listener that never answers.
+    async fn silent() -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        std::mem::forget(listener);
+        address
     }
 }

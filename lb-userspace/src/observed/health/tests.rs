@@ -1,7 +1,7 @@
 //! TLS, HTTPS and gRPC probes against servers on the loopback interface: certificates made for the test, and the
 //! gRPC project's own health service.
 
-use super::{ProbeTarget, probe::probe, tls::TlsConfigs};
+use super::{Outcome, ProbeTarget, Step, probe::probe};
 use crate::desired::model::{HealthCheck, HealthKind};
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{
@@ -69,7 +69,12 @@ async fn ask(address: SocketAddr, check: &str) -> Result<String, String> {
     let kind: HealthKind = check.kind;
     let timeout = Duration::from_secs(3);
     let target = ProbeTarget { address, vip: [10, 0, 0, 1].into(), kind, timeout, through: None };
-    probe(&TlsConfigs::default(), target, None).await
+    match probe(Arc::default(), target, None).await {
+        Step::Done(Outcome::Passed(what)) => Ok(what),
+        Step::Done(Outcome::Failed(what)) => Err(what),
+        Step::Done(Outcome::NotProbed(obstacle)) => Err(format!("not probed: {obstacle}")),
+        Step::Late(_) => Err("late".to_owned()),
+    }
 }
 
 /// Serves one answer over TLS to each client; the request is appended to the answer, for tests to inspect.
@@ -106,10 +111,13 @@ async fn tls_is_verified_by_name_and_issuer_unless_told_otherwise() {
         (r#"{"kind":"tls","verify":false}"#.to_owned(), Ok("TLSv1_3 handshake done")),
         (
             r#"{"kind":"tls","sni":"worker.example","ca":"/nowhere.pem"}"#.to_owned(),
-            Err("TLS: /nowhere.pem: "),
+            Err("not probed: TLS: /nowhere.pem: "),
         ),
-        (format!(r#"{{"kind":"tls","ca":"{key}"}}"#), Err("the file contains no certificate")),
-        (format!(r#"{{"kind":"tls","sni":"a b","ca":"{ca}"}}"#), Err("is not a valid server name: set sni")),
+        (format!(r#"{{"kind":"tls","ca":"{key}"}}"#), Err("not probed: TLS: ")),
+        (
+            format!(r#"{{"kind":"tls","sni":"a b","ca":"{ca}"}}"#),
+            Err("not probed: TLS: \"a b\" is not a valid server name: set sni"),
+        ),
         (
             format!(r#"{{"kind":"https","host":"worker.example","ca":"{ca}","body":"model loaded"}}"#),
             Ok("status 200"),

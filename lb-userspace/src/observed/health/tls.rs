@@ -1,6 +1,7 @@
 //! TLS for probes: caches client configurations and rebuilds them from their files regularly, so that a new certificate
 //! takes effect without a restart.
 
+use super::ProbeError;
 use crate::desired::model::TlsCheck;
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
@@ -40,18 +41,22 @@ impl TlsConfigs {
         protocols: &'static [&'static [u8]],
         name: &str,
         stream: TcpStream,
-    ) -> Result<TlsStream<TcpStream>, String> {
-        let config = self.config(check, protocols).await?;
-        let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned())
-            .map_err(|_| format!("TLS: {name:?} is not a valid server name: set sni"))?;
+    ) -> Result<TlsStream<TcpStream>, ProbeError> {
+        // Files are this host's: one that cannot be read says nothing about the worker.
+        let config = self.config(check, protocols).await.map_err(ProbeError::settings)?;
+        let name = ServerName::try_from(name.trim_matches(['[', ']']).to_owned()).map_err(|_| {
+            ProbeError::settings(format!("TLS: {name:?} is not a valid server name: set sni"))
+        })?;
         let connected = TlsConnector::from(config).connect(name, stream).await;
         connected.map_err(|error| {
             let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-            match inner {
-                Some(rustls::Error::InvalidMessage(_)) => {
-                    "TLS: handshake failed: the server does not speak TLS on this port".to_owned()
-                }
-                _ => format!("TLS: handshake failed: {error}"),
+            if let Some(rustls::Error::InvalidMessage(_)) = inner {
+                let what = "TLS: handshake failed: the server does not speak TLS on this port";
+                return ProbeError::Failed(what.to_owned());
+            }
+            match ProbeError::sort(&error) {
+                ProbeError::Failed(what) => ProbeError::Failed(format!("TLS: handshake failed: {what}")),
+                ours => ours,
             }
         })
     }

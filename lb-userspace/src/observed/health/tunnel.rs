@@ -32,15 +32,16 @@ pub struct Through {
 }
 
 impl Through {
-    /// The tunnel of a service's probes; None if they go directly.
-    pub fn of(service: &Service) -> Option<Self> {
+    /// The tunnel of a service's probes to a worker; None if they go directly, as they do to a worker of another address
+    /// family than the VIP's.
+    pub fn of(service: &Service, worker: IpAddr) -> Option<Self> {
         let mode = match service.mode {
             ForwardingMode::Ipip => mode::IPIP,
             ForwardingMode::Gue => mode::GUE,
             ForwardingMode::L2 => mode::L2,
             ForwardingMode::Nat | ForwardingMode::Local => return None,
         };
-        let tunnel = service.health.via == Via::Tunnel;
+        let tunnel = service.health.via == Via::Tunnel && worker.is_ipv4() == service.vip.is_ipv4();
         tunnel.then_some(Self { vip: service.vip, mode, gue_port: service.gue_port })
     }
 }
@@ -85,6 +86,11 @@ impl Tunnel {
     /// Creates a tunnel; the first probe loads the programs.
     pub fn new(load: LoadPrograms, attached: impl Fn() -> Vec<u32> + Send + Sync + 'static) -> Self {
         Self { load, attached: Box::new(attached), ready: OnceCell::new() }
+    }
+
+    /// Why no probe can take the tunnel, once that is known.
+    pub fn problem(&self) -> Option<String> {
+        self.ready.get()?.as_ref().err().cloned()
     }
 
     async fn ready(&self) -> Result<&Ready, String> {

@@ -63,6 +63,20 @@ impl Verdict {
         (next != self.health).then(|| std::mem::replace(&mut self.health, next))
     }
 
+    /// Takes an answer that is late although the connection was accepted: neither a success nor a failure, but the worker's
+    /// host is alive, so failures before it no longer count as a row.
+    pub fn observe_late(&mut self) {
+        self.run = self.run.max(0);
+        self.suspected = false;
+    }
+
+    /// Takes a probe that stayed without any answer for so long that it decides alone. Returns the old verdict if the
+    /// verdict has changed.
+    pub fn give_up(&mut self, check: &HealthCheck, now: Duration) -> Option<Health> {
+        self.run = 1 - i32::from(check.fall);
+        self.observe(false, check, now)
+    }
+
     /// Wait before the next probe. `random` in 0 to 1 spreads it by the check's jitter. Without a verdict
     /// probes are ten times as frequent, so that a new backend soon gets flows; for a suspected backend too, so
     /// that a dead one soon gets no more.
@@ -174,6 +188,22 @@ mod tests {
         let mut verdict = Verdict::new(Health::Healthy);
         verdict.suspect();
         assert_eq!(verdict.wait(&slow, 0.5), MAX_SUSPECTED_WAIT);
+    }
+
+    #[test]
+    fn late_answers_break_a_row_of_failures_and_a_long_silence_decides_alone() {
+        let mut verdict = Verdict::new(Health::Healthy);
+        for _ in 0..10 {
+            for _ in 0..2 {
+                assert_eq!(verdict.observe(false, &check(), Duration::ZERO), None);
+            }
+            verdict.observe_late();
+        }
+        assert_eq!(verdict.give_up(&check(), Duration::ZERO), Some(Health::Healthy));
+        assert_eq!(verdict.health(), Health::Unhealthy);
+        assert_eq!(verdict.observe(true, &check(), Duration::ZERO), None);
+        verdict.observe_late();
+        assert_eq!(verdict.observe(true, &check(), Duration::ZERO), Some(Health::Unhealthy), "rise is 2");
     }
 
     #[test]

@@ -155,7 +155,7 @@ pub fn measure_backends(
     now_ms: u64,
 ) -> Vec<MeasuredBackend> {
     let old_ms = service.replica.as_ref().map_or(0, |source| stale_after(source).as_millis() as u64);
-    let checked = service.replica.is_some() || service.health.kind != crate::desired::model::HealthKind::None;
+    let checked = service.replica.is_some() || !service.health.kind.is_none();
     let measure = |(backend, b): (&Name, &Backend)| {
         let id = BackendId { service: name.clone(), backend: backend.clone() };
         let health = health.get(&id).map_or(Health::Unknown, |e| e.health);

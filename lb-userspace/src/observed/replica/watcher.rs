@@ -143,7 +143,7 @@ fn plan_watches(service: &Name, s: &Service, plans: &mut BTreeMap<BackendId, Wat
         let address = SocketAddr::new(b.address, port);
         let target = FetchTarget { address, vip: s.vip, path: source.path().to_owned(), timeout };
         let probe = match s.health.kind {
-            HealthKind::None => {
+            HealthKind::Unset | HealthKind::None => {
                 ProbeTarget { address, vip: s.vip, kind: HealthKind::Tcp, timeout, through: None }
             }
             _ => ProbeTarget::of(s, b),

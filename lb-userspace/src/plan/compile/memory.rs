@@ -83,6 +83,9 @@ pub struct BackendMemory {
     /// Whether residency forbids it; after its removal it stays forbidden for its last flows.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub forbidden: bool,
+    /// When the checks took it out, where the service limits that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ejected_ms: Option<i64>,
     /// Time of its removal from the desired state, if removed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub removed_ms: Option<i64>,
@@ -354,6 +357,7 @@ impl Memory {
                             started_ms: None,
                             stands_by: before.is_some_and(|b| b.stands_by),
                             forbidden: entry.mode == mode::FORBIDDEN,
+                            ejected_ms: None,
                         },
                     )
                 })
@@ -401,6 +405,7 @@ impl Memory {
             service.epochs.iter_mut().for_each(|e| e.from_ms += by_ms);
             service.earlier_ms = service.earlier_ms.map(|t| t + by_ms);
             service.backends.values_mut().filter_map(|b| b.removed_ms.as_mut()).for_each(|t| *t += by_ms);
+            service.backends.values_mut().filter_map(|b| b.ejected_ms.as_mut()).for_each(|t| *t += by_ms);
         }
     }
 }

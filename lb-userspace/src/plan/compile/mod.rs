@@ -10,6 +10,7 @@
 mod error;
 mod features;
 pub mod guard;
+mod hold;
 mod map_values;
 mod memory;
 mod pairs;

@@ -219,6 +219,7 @@ mod tests {
                     started_ms: None,
                     stands_by: false,
                     forbidden: false,
+                    ejected_ms: None,
                     removed_ms: None,
                 },
             );

@@ -117,6 +117,7 @@ fn replay_state(
             started_ms: None,
             stands_by: false,
             forbidden: false,
+            ejected_ms: None,
         });
     }
     let excluded = excluded_backends(then, here, &desired.regions);
@@ -126,10 +127,11 @@ fn replay_state(
         health: Health::Healthy,
         declines: excluded.get(i).is_some_and(Option::is_some),
         is_unreachable: false,
+        is_held: false,
     };
     let candidates: Vec<_> = then.backends.values().enumerate().map(candidate).collect();
     let weights: Vec<u32> = then.backends.values().map(|b| b.weight).collect();
-    let rule = policy::eligible(&candidates, true, then.panic_percent);
+    let rule = policy::eligible(&candidates, true, then.panic_threshold());
     let hashing = Hashing::wanted(then, memory);
     // The history has no region shares either: use those without measurements.
     let shares = region_shares(then, here, None);

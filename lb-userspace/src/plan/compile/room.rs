@@ -104,8 +104,9 @@ fn slot_demand<'a>(desired: &'a Desired, memory: &Memory, settings: &DeploymentS
     all
 }
 
-/// Checks that `desired` can be applied, whatever happens later; `current` is the state in effect. A state that needs
-/// no more slots than `current` is never refused for lack of slots.
+/// Checks that `desired` can be applied, whatever happens later; `current` is the state in effect, which may not fit this
+/// host: another host may have stored it, or this one started with less. What does not fit already, and does not grow, does
+/// not refuse a change of something else, or nobody could repair it step by step.
 ///
 /// # Errors
 /// What does not fit, or which feature is missing.
@@ -115,13 +116,17 @@ pub fn admit(
     memory: &Memory,
     settings: &DeploymentSettings,
 ) -> Result<(), CompileError> {
-    super::check_guard(desired, settings)?;
-    for (name, wanted) in &desired.services {
-        check_features(name, wanted, settings)?;
+    if desired.guard != current.guard && desired.guard.len() >= current.guard.len() {
+        super::check_guard(desired, settings)?;
     }
-    admit_indices(desired, memory, settings)?;
-    admit_vips(desired, settings)?;
-    admit_quic(desired)?;
+    for (name, wanted) in &desired.services {
+        if current.services.get(name) != Some(wanted) {
+            check_features(name, wanted, settings)?;
+        }
+    }
+    unless_before(admit_indices(desired, memory, settings), || admit_indices(current, memory, settings))?;
+    unless_before(admit_vips(desired, settings), || admit_vips(current, settings))?;
+    unless_before(admit_quic(desired), || admit_quic(current))?;
     let wanted = slot_demand(desired, memory, settings);
     let (needed, limit) = (wanted.tables + wanted.spare, u64::from(settings.limits.slots));
     let Some((largest, largest_slots)) = wanted.largest.filter(|_| needed > limit) else { return Ok(()) };
@@ -136,6 +141,24 @@ pub fn admit(
         largest: largest.clone(),
         largest_slots,
     })
+}
+
+/// Drops the error that a map is too small if the state before needed as many entries of it.
+fn unless_before(
+    now: Result<(), CompileError>,
+    before: impl FnOnce() -> Result<(), CompileError>,
+) -> Result<(), CompileError> {
+    match now {
+        Err(CompileError::TooMany { what, needed, .. })
+            if matches!(
+                before(),
+                Err(CompileError::TooMany { what: same, needed: had, .. }) if same == what && needed <= had
+            ) =>
+        {
+            Ok(())
+        }
+        now => now,
+    }
 }
 
 /// Checks the indices of services and backends, including those that flow tables may still contain.

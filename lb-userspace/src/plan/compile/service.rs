@@ -6,6 +6,7 @@ use super::{
     BackendMemory, CompileError, CompiledService, Cost, DeploymentSettings, ServiceEntry, ServiceId,
     ServiceMemory, Shape, View,
     features::check_features,
+    hold::hold_in,
     map_values,
     memory::FreeIndices,
     reach::forwarding_problem,
@@ -192,7 +193,8 @@ fn compile_uncached(
     }
     let missing_indices = allocate_indices(input, &mut memory, free);
 
-    let rule = eligibility(input, &memory);
+    let held = hold_in(input, &mut memory);
+    let rule = eligibility(input, &memory, &held.flags);
     let flags = (memory.settled, rule.panic);
     let start = slow::apply_slow_start(wanted, &mut memory, &rule.eligible, flags, input.now_ms);
     memory.settled = rule.settled;
@@ -220,16 +222,17 @@ fn compile_uncached(
     let built = (&shape, &weighted.groups[..]);
     let region = build_region(input, &mut memory, built, (window_ms, reshaped), tables, &mut view);
 
-    let (backends, egress) = backend_entries(input, &memory, rule.panic);
+    let (backends, egress) = backend_entries(input, &memory, rule.panic, &held.flags);
     let longest = slot_layout::max_list_len(wanted);
     let room = (region.len() as u32 - view.list_count) + view.list_count.max(longest);
     let entry = ServiceEntry { view, table: Arc::new(region), room };
     memory.pairs = entry.pairs();
-    let mut status = compile_status(input, &memory, &shape, (&rule, &start), &entry, &backends, drain_ms);
+    let mut status =
+        compile_status(input, &memory, &shape, (&rule, &start, &held.flags), &entry, &backends, drain_ms);
     status.exceptions = had_exceptions || memory.exceptions;
     let window_ends = memory.epochs.iter().skip(1).map(|e| e.from_ms + drain_ms).find(|&t| t > input.now_ms);
     let earlier_ends = memory.earlier_ms.map(|since| since + drain_ms).filter(|&t| t > input.now_ms);
-    let next_change_ms = [window_ends, start.next_ms, earlier_ends].into_iter().flatten().min();
+    let next_change_ms = [window_ends, start.next_ms, earlier_ends, held.next_ms].into_iter().flatten().min();
     Ok(ServiceOutput {
         index: memory.index,
         entry,
@@ -244,7 +247,7 @@ fn compile_uncached(
 }
 
 /// Decides which backends are eligible.
-fn eligibility(input: &Input<'_>, memory: &ServiceMemory) -> policy::Eligibility {
+fn eligibility(input: &Input<'_>, memory: &ServiceMemory, held: &[bool]) -> policy::Eligibility {
     let backends = input.wanted.backends.values().zip(&input.verdicts).enumerate();
     let candidates: Vec<_> = backends
         .map(|(i, (b, seen))| Candidate {
@@ -260,9 +263,10 @@ fn eligibility(input: &Input<'_>, memory: &ServiceMemory) -> policy::Eligibility
                 || input.is_excluded(i)
                 || !memory.backends.contains_key(&b.address),
             is_unreachable: seen.is_unreachable,
+            is_held: held.get(i) == Some(&true) && forwarding_problem(input, b.address).is_none(),
         })
         .collect();
-    policy::eligible(&candidates, memory.settled, input.wanted.panic_percent)
+    policy::eligible(&candidates, memory.settled, input.wanted.panic_threshold())
 }
 
 /// Computes the weights of regions, zones and versions, and notes which backends are forbidden or stand by.
@@ -377,17 +381,18 @@ fn allocate_indices(
                 started_ms: None,
                 stands_by: false,
                 forbidden: false,
+                ejected_ms: None,
             });
         }
     }
     error
 }
 
-/// Whether flows on a backend are lost. Under panic verdicts are ignored: otherwise flows placed now would count as stale.
-pub(super) fn is_down(b: &model::Backend, seen: &BackendObservation, panic: bool) -> bool {
+/// Whether flows on a backend are lost. Verdicts are ignored under panic and by the ejection limit: otherwise flows placed now would count as stale.
+pub(super) fn is_down(b: &model::Backend, seen: &BackendObservation, ignores_health: bool) -> bool {
     b.state == BackendState::Down
         || seen.readiness == Readiness::Failed
-        || (seen.health == Health::Unhealthy && !panic)
+        || (seen.health == Health::Unhealthy && !ignores_health)
 }
 
 /// Entries of all backends with an index, and their egress interfaces.
@@ -395,6 +400,7 @@ fn backend_entries(
     input: &Input<'_>,
     memory: &ServiceMemory,
     panic: bool,
+    held: &[bool],
 ) -> (Vec<(u32, Backend)>, BTreeSet<u32>) {
     let mut states: HashMap<IpAddr, u32> = HashMap::new();
     for (i, (b, seen)) in input.wanted.backends.values().zip(&input.verdicts).enumerate() {
@@ -406,7 +412,7 @@ fn backend_entries(
         if b.state == BackendState::Draining || seen.readiness.declines() {
             state |= DRAINING;
         }
-        if is_down(b, seen, panic) {
+        if is_down(b, seen, panic || held.get(i) == Some(&true)) {
             state |= DOWN;
         }
         states.insert(b.address, state);

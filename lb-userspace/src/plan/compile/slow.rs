@@ -72,7 +72,7 @@ pub(super) fn apply_slow_start(
 }
 
 /// Addresses of the backends that took new flows in a table.
-fn serving_addresses(shape: &Shape) -> HashSet<IpAddr> {
+pub(super) fn serving_addresses(shape: &Shape) -> HashSet<IpAddr> {
     shape.members.iter().filter(|m| m.eligible).map(|m| m.address).collect()
 }
 

@@ -38,6 +38,9 @@ pub struct CompiledBackend {
     pub readiness: Readiness,
     /// Whether the backend takes new flows.
     pub eligible: bool,
+    /// Whether the ejection limit holds it in although it fails its checks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub held: bool,
     /// Percent of the backend's weight in effect during slow start.
     #[serde(default)]
     pub slow_start_percent: Option<u8>,
@@ -113,7 +116,7 @@ fn region_shares(
 fn desired_backends(
     input: &Input<'_>,
     memory: &ServiceMemory,
-    (rule, start): (&policy::Eligibility, &slow::SlowStart),
+    (rule, start, held): (&policy::Eligibility, &slow::SlowStart, &[bool]),
     share: &dyn Fn(u32) -> u32,
     is_resolved: &dyn Fn(u32) -> bool,
 ) -> Vec<CompiledBackend> {
@@ -130,6 +133,7 @@ fn desired_backends(
             health: seen.health,
             readiness: seen.readiness,
             eligible,
+            held: held.get(i) == Some(&true),
             slow_start_percent,
             excluded: input.exclusion_reason(i, b),
             slots: share(index),
@@ -158,6 +162,7 @@ fn removed_backends(
             health: Health::Unknown,
             readiness: Readiness::Unknown,
             eligible: false,
+            held: false,
             slow_start_percent: None,
             excluded: None,
             slots: 0,
@@ -174,7 +179,7 @@ pub(super) fn compile_status(
     input: &Input<'_>,
     memory: &ServiceMemory,
     shape: &Shape,
-    (rule, start): (&policy::Eligibility, &slow::SlowStart),
+    (rule, start, held): (&policy::Eligibility, &slow::SlowStart, &[bool]),
     entry: &ServiceEntry,
     entries: &[(u32, Backend)],
     drain_ms: i64,
@@ -186,7 +191,7 @@ pub(super) fn compile_status(
         entries.iter().map(|(i, b)| (*i, b.flags & lb_common::backend::flags::RESOLVED != 0)).collect();
     let share = |index| shares.get(index);
     let is_resolved = |index| resolved.get(&index).copied().unwrap_or(false);
-    let mut backends = desired_backends(input, memory, (rule, start), &share, &is_resolved);
+    let mut backends = desired_backends(input, memory, (rule, start, held), &share, &is_resolved);
     backends.extend(removed_backends(memory, drain_ms, &is_resolved));
     let until = memory.changed_ms.iter().max().map(|&t| t.saturating_add(drain_ms));
     CompiledService {

@@ -34,10 +34,13 @@ use std::{
 pub struct ServiceAt {
     /// VIP of the service; several services may share one.
     pub vip: IpAddr,
-    /// Whether backends take the service's new flows, including by the panic rule.
+    /// Whether backends take the service's new flows. Those that all fail their checks, and take flows by the panic rule
+    /// alone, do not count.
     pub served: bool,
-    /// Whether one of these backends has passed its checks or has none, or the panic rule ignores checks.
+    /// Whether one of these backends has passed its checks or has none.
     pub proven: bool,
+    /// Whether backends take new flows by the panic rule: a VIP is not withdrawn for the time that has passed.
+    pub panics: bool,
     /// Whether the VIP is kept for this service's flows (`when_all_down` is `keep` or `reset`).
     pub keeps: bool,
     /// Whether the VIP is kept until another host serves it, because clients are answered (`when_all_down = reset`).
@@ -145,6 +148,7 @@ struct AtVip {
     keeps: bool,
     resets: bool,
     has_flows: bool,
+    panics: bool,
     drain_ms: u64,
     /// Of all services.
     spread_ms: u64,
@@ -159,6 +163,7 @@ impl AtVip {
             self.keeps = true;
             self.resets |= service.resets;
             self.has_flows |= service.has_flows;
+            self.panics |= service.panics;
             self.drain_ms = self.drain_ms.max(service.drain_ms);
         }
     }
@@ -252,7 +257,8 @@ impl VipPolicy {
         } else if cover_left_ms == Some(0) {
             VipDecision::HandedOver
         // Flows of other hosts count too: a router that loses one of several paths may move flows of the others.
-        } else if at.resets || drain_left_ms > 0 || at.has_flows || peers.values().any(has_flows) {
+        } else if at.resets || drain_left_ms > 0 || at.has_flows || at.panics || peers.values().any(has_flows)
+        {
             VipDecision::Kept
         } else {
             VipDecision::NoBackend

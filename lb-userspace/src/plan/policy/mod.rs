@@ -1,5 +1,5 @@
 //! Decides which backends take new flows, from health, state and the replica's own report, with the panic rule.
-//! Also computes load scores ([`load`]), flap damping ([`damp`]), region shares of new flows ([`region`]), and verdicts
+//! Also computes load scores ([`load`]), flap damping ([`damp`]), the ejection limit ([`eject`]), region shares of new flows ([`region`]), and verdicts
 //! on new versions ([`canary`]).
 //!
 //! Input: a service's backends with weight, state, verdict and readiness. Output: the eligible backends. Pure; called by `compile`, and by `replica` for the load score.
@@ -9,10 +9,11 @@ pub mod audit;
 pub mod canary;
 pub mod coverage;
 pub mod damp;
+pub mod eject;
 pub mod load;
 pub mod region;
 
-use crate::desired::model::{BackendState, Health, HealthKind, Readiness, Service};
+use crate::desired::model::{BackendState, Health, Readiness, Service};
 
 /// Combined observations of one backend, from probes and from its replica.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,7 +30,7 @@ impl BackendObservation {
     /// Combines both by the service's settings. A lost replica is unhealthy. Without probes, the replica's report is
     /// the verdict; with probes, it only adds to their verdict. Without either, every backend is healthy.
     pub fn of(service: &Service, health: Health, readiness: Readiness) -> Self {
-        let probed = service.health.kind != HealthKind::None;
+        let probed = !service.health.kind.is_none();
         let readiness = if service.replica.is_some() { readiness } else { Readiness::Unknown };
         let health = match (probed, readiness) {
             (_, Readiness::Lost) => Health::Unhealthy,
@@ -54,6 +55,8 @@ pub struct Candidate {
     pub declines: bool,
     /// Whether packets cannot reach it.
     pub is_unreachable: bool,
+    /// Whether the ejection limit holds it in although it is unhealthy.
+    pub is_held: bool,
 }
 
 /// Result of [`eligible`].
@@ -74,6 +77,7 @@ pub struct Eligibility {
 /// `settled`, that is until all have had their first verdict: at a cold start nothing is known and all serve, while a
 /// backend added later must pass its checks first. If no backend is healthy, those without a verdict serve.
 /// If less than `panic_percent` of the weight would serve, health is ignored, so that the rest is not overloaded.
+/// A backend that the ejection limit holds in serves as a healthy one does.
 /// Last, an unreachable backend takes no flows while a reachable one does: packets to it are lost for certain.
 pub fn eligible(candidates: &[Candidate], settled: bool, panic_percent: u8) -> Eligibility {
     let wanted = |c: &Candidate| c.weight > 0 && c.state == BackendState::Up && !c.declines;
@@ -90,7 +94,7 @@ pub fn eligible(candidates: &[Candidate], settled: bool, panic_percent: u8) -> E
                 && match c.health {
                     Health::Healthy => true,
                     Health::Unknown => unknown_serves,
-                    Health::Unhealthy => false,
+                    Health::Unhealthy => c.is_held,
                 }
         })
         .collect();
@@ -121,6 +125,7 @@ mod tests {
                 health,
                 declines: false,
                 is_unreachable: false,
+                is_held: false,
             })
             .collect();
         let e = eligible(&candidates, settled, panic);
@@ -163,8 +168,14 @@ mod tests {
 
     #[test]
     fn a_replica_that_declines_takes_nothing_even_under_panic() {
-        let candidate =
-            |health, declines| Candidate { weight: 1, state: Up, health, declines, is_unreachable: false };
+        let candidate = |health, declines| Candidate {
+            weight: 1,
+            state: Up,
+            health,
+            declines,
+            is_unreachable: false,
+            is_held: false,
+        };
         let rule = |all: &[Candidate], panic| eligible(all, true, panic);
         let e = rule(&[candidate(Healthy, true), candidate(Healthy, false)], 50);
         assert_eq!(
@@ -185,6 +196,7 @@ mod tests {
             health,
             declines: false,
             is_unreachable,
+            is_held: false,
         };
         let rule = |all: &[Candidate], panic| eligible(all, true, panic).eligible;
         let (near, far) = (candidate(Healthy, false), candidate(Healthy, true));

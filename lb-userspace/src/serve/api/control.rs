@@ -365,6 +365,7 @@ impl Control {
             desired.assign_seats(&head.desired);
             if sizes == Sizes::Chosen {
                 desired.assign_sizes(&head.desired);
+                desired.assign_defaults(&head.desired);
             }
             desired.share(&head.desired);
             let desired = Arc::new(desired);
@@ -456,7 +457,9 @@ impl Control {
     /// # Errors
     /// The maps cannot be read.
     pub async fn explain(&self, query: Query) -> Result<Explanation, ApiError> {
-        self.read_engine(move |engine| engine.explain(query)).await
+        let mut found = self.read_engine(move |engine| engine.explain(query)).await?;
+        self.explain_checks(&mut found);
+        Ok(found)
     }
 
     /// Runs a blocking read of the maps off the async threads.

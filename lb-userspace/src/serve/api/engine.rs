@@ -3,8 +3,8 @@
 
 use super::types::{AppliedStatus, FlowInfo, Interface, Loaded, Room};
 use crate::{
-    apply::reconcile::Lags,
     desired::model::{BackendId, Desired, Name, NextHop},
+    histogram::Durations,
     serve::explain::{Explanation, Query},
 };
 use futures_util::future::BoxFuture;
@@ -42,7 +42,7 @@ pub struct Snapshot {
     /// How full the maps are.
     pub room: Vec<Room>,
     /// Times from health verdicts to the maps.
-    pub verdict_lags: Lags,
+    pub verdict_lags: Durations,
     /// Services that could not be brought up to date, and why. They keep their current table and are retried.
     pub problems: BTreeMap<Name, ServiceProblem>,
 }
@@ -98,6 +98,8 @@ pub struct AppliedBackend {
     pub problem: Option<String>,
     /// Whether the backend can take new flows: healthy, up, and not excluded.
     pub takes_flows: bool,
+    /// Whether the ejection limit holds it in although it fails its checks.
+    pub held: bool,
     /// Why the backend must not take flows, whatever its health.
     pub excluded: Option<String>,
 }

@@ -3,7 +3,8 @@
 use super::{engine::Snapshot, types::*};
 use crate::{
     clock,
-    desired::model::{HealthKind, Name, Readiness, Service},
+    desired::model::{Name, Readiness, Service},
+    observed::health::ObstacleKind,
     plan::policy::announce::KeptVip,
 };
 use std::net::IpAddr;
@@ -75,15 +76,48 @@ pub(super) fn not_up_to_date_problems(snapshot: &Snapshot) -> Vec<FoundProblem> 
 
 /// Whether anything can take a backend of the service out by itself.
 pub(super) fn is_checked(service: &Service) -> bool {
-    service.health.kind != HealthKind::None || service.replica.is_some()
+    !service.health.kind.is_none() || service.replica.is_some()
 }
 
-/// The problem of backends of a service without a health check that cannot be reached. With one, they are unhealthy.
+/// The problem of backends that cannot be reached and that no check finds: there is none, or it cannot be made.
 pub(super) fn unreachable_problem(backends: &[String], takes_flows: bool) -> Option<String> {
     let (first, rest) = backends.split_first()?;
     let others = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
     let flows = if takes_flows { "get new flows, because none is reachable" } else { "get no new flows" };
     Some(format!("unreachable: {first}{others}; {flows}. Fix the route or the network"))
+}
+
+/// Checks that this host cannot make, one line for each kind of obstacle.
+fn not_probed_problems(all: &[NotProbedBackend]) -> impl Iterator<Item = String> {
+    ObstacleKind::ALL.into_iter().filter_map(|kind| {
+        let of_kind: Vec<_> = all.iter().filter(|b| b.obstacle.reason == kind).collect();
+        let first = of_kind.first()?;
+        let since_ms = of_kind.iter().map(|b| b.obstacle.since_ms).min()?;
+        let for_s = clock::unix_ms().saturating_sub(since_ms) / 1_000;
+        let others = if of_kind.len() > 1 { format!(" and {} more", of_kind.len() - 1) } else { String::new() };
+        Some(format!(
+            "health checks of {}/{}{others} cannot be made for {for_s} s, so their last verdicts stand: {} (to fix it: {})",
+            first.service,
+            first.backend,
+            first.obstacle.what,
+            kind.advice()
+        ))
+    })
+}
+
+/// The problem of backends that the ejection limit holds in although they fail their checks: the first ten by name.
+pub(super) fn held_problem(service: &Name, spec: &Service, held: &[Name]) -> Option<String> {
+    const NAMED: usize = 10;
+    let percent = spec.max_ejection_percent.filter(|_| !held.is_empty())?;
+    let named: Vec<&str> = held.iter().take(NAMED).map(Name::as_str).collect();
+    let more = held.len().saturating_sub(NAMED);
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    Some(format!(
+        "held in although they fail their checks, in service {service}: {}{rest}; checks take out at most {percent} % of \
+         the weight within {} s (--max-ejection)",
+        named.join(", "),
+        spec.ejection_window_s
+    ))
 }
 
 /// Problems of the host as a whole.
@@ -122,6 +156,8 @@ pub(super) fn general_problems(status: &Status) -> Vec<FoundProblem> {
         );
         found.push(FoundProblem::about("service.flood", names(&status.flood), text));
     }
+    let not_probed = not_probed_problems(&status.not_probed);
+    found.extend(not_probed.map(|text| FoundProblem::of_text("backend.not_probed", text)));
     match status.unhealthy.len() {
         0 => {}
         1 => found.push(FoundProblem::new("backend.unhealthy", "1 backend is unhealthy")),

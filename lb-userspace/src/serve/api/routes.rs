@@ -391,6 +391,7 @@ pub(super) async fn config_export(State(control): SharedControl) -> Reply<Config
     let mut desired = Desired { services, regions, guard: crate::desired::model::Guard::default() };
     // Where the export is applied, a service without a size would get a new one.
     desired.name_sizes();
+    desired.name_defaults();
     Ok(Json(Config { revision: Some(head.revision.number), desired }))
 }
 

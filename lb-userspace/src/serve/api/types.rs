@@ -141,6 +141,13 @@ pub struct BackendStatus {
     /// Whether nothing checks the backend: no health check, and no replica state. Its verdict is `healthy`.
     #[serde(default, skip_serializing_if = "is_false")]
     pub unchecked: bool,
+    /// Since when the backend is busy, in milliseconds since 1970 UTC: its verdict is `healthy`, it accepts connections, and
+    /// answers its checks late. None if the last answer was in time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub busy_since_ms: Option<u64>,
+    /// Whether the ejection limit holds the backend in although it fails its checks.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub held: bool,
     /// Why packets cannot reach the backend: no route, or no answer to ARP or neighbour discovery.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unreachable: Option<String>,
@@ -177,6 +184,9 @@ pub struct BackendStatus {
     /// Progress of slow start, in percent of the backend's weight; none outside slow start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slow_start_percent: Option<u8>,
+    /// Why checks cannot be made at present, and since when; the last verdict stands. None if the last check was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_probed: Option<health::NotProbed>,
     /// Latest probe; none before the first probe since start, or if the backend is not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_probe: Option<health::Probe>,

@@ -3,19 +3,27 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
-    problems::{FoundProblem, general_problems, is_checked, not_up_to_date_problems, unreachable_problem},
+    problems::{
+        FoundProblem, general_problems, held_problem, is_checked, not_up_to_date_problems,
+        unreachable_problem,
+    },
     types::*,
 };
 use crate::{
     clock,
     desired::{
-        model::{Backend, BackendId, BackendState, Health, HealthKind, Name, Readiness, Service},
+        model::{Backend, BackendId, BackendState, Health, Name, Readiness, Service},
         store::Stored,
     },
     observed::{health::HealthEntry, replica},
+    serve::explain::Explanation,
 };
 use lb_common::{BackendStats, Reason, reason::Fate};
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 /// Desired state, snapshot and counters, read at one moment.
 pub struct StateView {
@@ -103,6 +111,9 @@ impl Control {
             services: view.stored.desired.services.len(),
             backends: BackendCounts::default(),
             unhealthy: Vec::new(),
+            busy: Vec::new(),
+            not_probed: Vec::new(),
+            checks_without_tunnel: self.health.tunnel_problem(),
             draining: Vec::new(),
             replicas: Vec::new(),
             no_backend: Vec::new(),
@@ -136,6 +147,7 @@ impl Control {
     ) {
         let (mut unreachable, mut takes_flows) = (Vec::new(), false);
         let unknown = HealthEntry::default();
+        let mut held = Vec::new();
         for (backend, b) in &service.backends {
             let id = backend_id(name, backend);
             let entry = health.get(&id).unwrap_or(&unknown);
@@ -143,6 +155,7 @@ impl Control {
             counts.total += 1;
             match entry.health {
                 Health::Healthy if !is_checked(service) => counts.unchecked += 1,
+                Health::Healthy if entry.busy_since_ms.is_some() => counts.busy += 1,
                 Health::Healthy => counts.healthy += 1,
                 Health::Unhealthy => counts.unhealthy += 1,
                 Health::Unknown => counts.unknown += 1,
@@ -156,7 +169,17 @@ impl Control {
             if entry.health == Health::Unhealthy && b.state == BackendState::Up {
                 let reason = unhealthy_reason(entry, service.health.rise);
                 let (service, backend) = (name.clone(), backend.clone());
-                status.unhealthy.push(Unhealthy { service, backend, reason, since_ms: entry.since_ms });
+                status.unhealthy.push(CheckedBackend { service, backend, reason, since_ms: entry.since_ms });
+            }
+            if let Some(since_ms) = entry.is_busy().filter(|_| is_checked(service)) {
+                let reason = entry.last.as_ref().map(|probe| probe.reason.clone()).unwrap_or_default();
+                let (service, backend) = (name.clone(), backend.clone());
+                status.busy.push(CheckedBackend { service, backend, reason, since_ms });
+            }
+            let is_probed = entry.not_probed.is_none();
+            if let Some(obstacle) = entry.not_probed.clone() {
+                let (service, backend) = (name.clone(), backend.clone());
+                status.not_probed.push(NotProbedBackend { service, backend, obstacle });
             }
             let applied = view.snapshot.backends.get(&id);
             if let Some(entry) = self.replica_entry(&id, service).filter(|e| e.readiness != Readiness::Ready)
@@ -178,15 +201,20 @@ impl Control {
             status.narrow_paths.extend(told.map(|mtu| NarrowPath { backend: id.clone(), mtu }));
             if let Some(why) = applied.and_then(|a| a.unreachable.as_ref())
                 && b.state == BackendState::Up
-                && !is_checked(service)
+                && !(is_checked(service) && is_probed)
             {
                 takes_flows |= applied.is_some_and(|a| a.slots > 0);
                 unreachable.push(format!("{id} ({why})"));
+            }
+            if applied.is_some_and(|a| a.held) {
+                held.push(backend.clone());
             }
             if applied.is_some_and(|a| !a.resolved) {
                 status.unresolved.push(id);
             }
         }
+        let text = held_problem(name, service, &held);
+        problems.extend(text.map(|text| FoundProblem::about("backend.held", name, text)));
         let text = unreachable_problem(&unreachable, takes_flows);
         problems.extend(text.map(|text| FoundProblem::about("backend.unreachable", name, text)));
         let applied = view.snapshot.services.get(name);
@@ -253,6 +281,31 @@ impl Control {
         Ok(info)
     }
 
+    /// Adds what the checks say about the backends that an explained flow goes to, where it is not plainly healthy.
+    pub(super) fn explain_checks(&self, explanation: &mut Explanation) {
+        let Some(service) = explanation.service.as_deref().and_then(|name| name.parse::<Name>().ok()) else {
+            return;
+        };
+        let now_ms = clock::unix_ms();
+        let ago = |since_ms: u64| now_ms.saturating_sub(since_ms) / 1_000;
+        let chosen = explanation.answers.iter().filter_map(|answer| answer.backend.as_ref()?.name.clone());
+        let chosen: BTreeSet<String> = chosen.collect();
+        for backend in chosen.iter().filter_map(|name| name.parse::<Name>().ok()) {
+            let entry = self.health.get(&backend_id(&service, &backend)).unwrap_or_default();
+            if let Some(since_ms) = entry.is_busy() {
+                let why = entry.last.as_ref().map(|probe| probe.reason.as_str()).unwrap_or_default();
+                explanation.steps.push(format!("{backend} is busy for {} s: {why}", ago(since_ms)));
+            }
+            if let Some(obstacle) = &entry.not_probed {
+                explanation.steps.push(format!(
+                    "{backend} cannot be checked for {} s, its last verdict stands: {}",
+                    ago(obstacle.since_ms),
+                    obstacle.what
+                ));
+            }
+        }
+    }
+
     /// State of a backend's replica, if its service watches replicas.
     fn replica_entry(&self, id: &BackendId, service: &Service) -> Option<replica::ReplicaEntry> {
         service.replica.as_ref().map(|_| self.replicas.get(id).unwrap_or_default())
@@ -309,14 +362,17 @@ impl Control {
         b: &Backend,
     ) -> BackendInfo {
         let id = backend_id(service, name);
-        let HealthEntry { health, since_ms, last, damped, passive, .. } =
-            self.health.get(&id).unwrap_or_default();
+        let entry = self.health.get(&id).unwrap_or_default();
+        let busy_since_ms = entry.is_busy().filter(|_| is_checked(s));
+        let HealthEntry { health, since_ms, last, damped, passive, not_probed, .. } = entry;
         let applied = view.snapshot.backends.get(&id);
         let stats = view.backend_stats(&id);
         let status = BackendStatus {
             index: applied.map(|a| a.index),
             health,
             unchecked: !is_checked(s),
+            busy_since_ms,
+            held: applied.is_some_and(|a| a.held),
             unreachable: applied.and_then(|a| a.unreachable.clone()),
             health_since_ms: since_ms,
             slots: applied.map_or(0, |a| a.slots),
@@ -328,10 +384,11 @@ impl Control {
             next_hop: applied.and_then(|a| a.next_hop),
             interface: None,
             damped,
+            not_probed,
             slow_start_percent: applied.and_then(|a| a.slow_start_percent),
             problem: applied.and_then(|a| a.problem.clone()),
             excluded: applied.and_then(|a| a.excluded.clone()),
-            last_probe: last.filter(|_| s.health.kind != HealthKind::None),
+            last_probe: last.filter(|_| !s.health.kind.is_none()),
             signs: Some(passive).filter(|h| h.unreachable + h.refused > 0),
             replica: self
                 .replica_entry(&id, s)

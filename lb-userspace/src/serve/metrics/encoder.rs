@@ -1,6 +1,6 @@
 //! Encodes metric families for Prometheus.
 
-use crate::apply::reconcile::Lags;
+use crate::histogram::Durations;
 use lb_common::Reason;
 use prometheus_client::{
     encoding::{DescriptorEncoder, EncodeLabelSet, NoLabelSet},
@@ -38,7 +38,7 @@ impl Encoder<'_> {
         Ok(())
     }
 
-    pub(super) fn histogram(&mut self, name: &str, help: &str, lags: &Lags) -> fmt::Result {
+    pub(super) fn histogram(&mut self, name: &str, help: &str, lags: &Durations) -> fmt::Result {
         let mut family = self.0.encode_descriptor(name, help, None, MetricType::Histogram)?;
         family.encode_histogram::<NoLabelSet>(lags.sum_s(), lags.count(), &lags.classes(), None)
     }

@@ -5,6 +5,7 @@ use crate::{
     apply::announce::VipState,
     clock,
     desired::model::Health,
+    observed::health::ObstacleKind,
     serve::api::{Control, Engine},
 };
 use lb_common::Reason;
@@ -33,6 +34,8 @@ impl prometheus_client::collector::Collector for Scrape {
         self.hooks(&mut out)?;
         self.services(&mut out)?;
         self.backends(&mut out)?;
+        self.all_probes(&mut out)?;
+        self.held(&mut out)?;
         self.probes(&mut out)?;
         self.replicas(&mut out)?;
         self.regions(&mut out)
@@ -405,6 +408,35 @@ impl Scrape {
         })
     }
 
+    /// Backends that the ejection limit holds in.
+    fn held(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let snapshot = self.control.engine().snapshot();
+        let held = snapshot.backends.iter().filter(|(_, b)| b.held);
+        let held = held
+            .map(|(id, _)| ([("service", id.service.to_string()), ("backend", id.backend.to_string())], 1.0));
+        out.gauges(
+            "lb_backend_held_in",
+            "Backends that the ejection limit holds in although they fail their checks",
+            held,
+        )
+    }
+
+    /// What is counted about the probes of all backends together.
+    fn all_probes(&self, out: &mut Encoder<'_>) -> fmt::Result {
+        let counts = self.control.health().counts();
+        let not_probed = ObstacleKind::ALL.iter().zip(counts.not_probed);
+        out.counters(
+            "lb_health_not_probed",
+            "Health checks that this host could not make since start, by reason; the last verdicts stand",
+            not_probed.map(|(kind, n)| ([("reason", kind.label())], n)),
+        )?;
+        out.histogram(
+            "lb_health_probe_lateness_seconds",
+            "Time from when a health probe was due until it began",
+            &counts.lateness,
+        )
+    }
+
     fn probes(&self, out: &mut Encoder<'_>) -> fmt::Result {
         self.control.health().read(|all| {
             let labels = |id: &crate::desired::model::BackendId| {
@@ -419,12 +451,25 @@ impl Scrape {
                 verdicts,
             )?;
             let results = all.iter().flat_map(|(id, e)| {
-                [("ok", e.successes), ("failed", e.failures)].map(|(result, count)| {
+                [("ok", e.successes), ("failed", e.failures), ("late", e.late)].map(|(result, count)| {
                     let [service, backend] = labels(id);
                     ([service, backend, ("result", result.to_owned())], count)
                 })
             });
+            let busy = all.iter().filter_map(|(id, e)| Some((labels(id), e.is_busy()? as f64 / 1e3)));
+            out.gauges(
+                "lb_backend_busy_since_seconds",
+                "Time since which a healthy backend answers its checks late, in seconds since 1970 UTC; absent if it does not",
+                busy,
+            )?;
             out.counters("lb_health_probes", "Health probes since start, by result", results)?;
+            let waiting =
+                all.iter().filter_map(|(id, e)| Some((labels(id), e.not_probed.as_ref()?.since_ms as f64 / 1e3)));
+            out.gauges(
+                "lb_health_not_probed_since_seconds",
+                "Time since which the checks of a backend cannot be made, in seconds since 1970 UTC; absent while they can",
+                waiting,
+            )?;
             let with_failures =
                 all.iter().filter(|(_, e)| e.passive != crate::observed::health::PassiveReport::default());
             let signs = with_failures.clone().flat_map(|(id, e)| {

@@ -1,14 +1,14 @@
 //! Tests of the checker with probes and passive failures in memory.
 
 use super::*;
-use crate::desired::store::Revision;
+use crate::{desired::store::Revision, observed::health::Outcome};
 use std::sync::{
     Mutex,
     atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
 };
 
 #[derive(Default)]
-struct Memory(Mutex<BTreeMap<&'static str, Vec<u8>>>);
+pub(super) struct Memory(Mutex<BTreeMap<&'static str, Vec<u8>>>);
 
 impl Local for Memory {
     fn load(
@@ -27,7 +27,7 @@ impl Local for Memory {
     }
 }
 
-fn stored(backends: usize, check: &str) -> Stored {
+pub(super) fn stored(backends: usize, check: &str) -> Stored {
     let all: serde_json::Map<_, _> = (0..backends)
         .map(|i| {
             (format!("b{i}"), serde_json::json!({ "address": format!("10.1.{}.{}", i / 250, i % 250 + 1) }))
@@ -41,11 +41,15 @@ fn stored(backends: usize, check: &str) -> Stored {
     Stored { revision, desired: Arc::new(serde_json::from_value(desired).unwrap()) }
 }
 
-fn id(backend: &str) -> BackendId {
+pub(super) fn id(backend: &str) -> BackendId {
     BackendId { service: "s".parse().unwrap(), backend: backend.parse().unwrap() }
 }
 
-async fn next(verdicts: &mut mpsc::Receiver<(BackendId, Health)>) -> (String, Health) {
+pub(super) fn outcome(is_up: bool, why: &str) -> Step {
+    Step::Done(if is_up { Outcome::Passed("fine".to_owned()) } else { Outcome::Failed(why.to_owned()) })
+}
+
+pub(super) async fn next(verdicts: &mut mpsc::Receiver<(BackendId, Health)>) -> (String, Health) {
     let (id, health) = verdicts.recv().await.unwrap();
     (id.backend.to_string(), health)
 }
@@ -56,7 +60,7 @@ async fn verdicts_follow_probes_and_survive_a_restart() {
     let probe_up = up.clone();
     let prober: Prober = Arc::new(move |_| {
         let up = *probe_up.lock().unwrap();
-        Box::pin(async move { if up { Ok("fine".to_owned()) } else { Err("connection refused".to_owned()) } })
+        Box::pin(async move { outcome(up, "connection refused") })
     });
     let local = Arc::new(Memory::default());
     let state = watch::Sender::new(stored(1, r#"{"kind":"tcp","interval_ms":1000,"jitter_percent":0}"#));
@@ -105,7 +109,7 @@ async fn probes_are_bounded_and_follow_the_desired_state() {
             m.fetch_max(f.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             tokio::time::sleep(Duration::from_millis(50)).await;
             f.fetch_sub(1, Ordering::SeqCst);
-            Ok("fine".to_owned())
+            outcome(true, "")
         })
     });
     let check = r#"{"kind":"tcp","interval_ms":1000}"#;
@@ -162,7 +166,7 @@ impl Slow {
         let is_up = up.clone();
         let prober: Prober = Arc::new(move |_| {
             let up = is_up.load(Ordering::SeqCst);
-            Box::pin(async move { if up { Ok("fine".to_owned()) } else { Err("no answer".to_owned()) } })
+            Box::pin(async move { outcome(up, "no answer") })
         });
         let check = format!(r#"{{"kind":"tcp","interval_ms":10000,"jitter_percent":0{more}}}"#);
         let (tx, verdicts) = mpsc::channel(100);
@@ -262,7 +266,7 @@ async fn forged_failures_cost_probes_but_no_verdict() {
 
 #[tokio::test(start_paused = true)]
 async fn the_verdict_of_a_removed_backend_is_taken_back() {
-    let prober: Prober = Arc::new(|_| Box::pin(async { Ok("fine".to_owned()) }));
+    let prober: Prober = Arc::new(|_| Box::pin(async { outcome(true, "fine") }));
     let check = r#"{"kind":"tcp","interval_ms":1000}"#;
     let (local, state) = (Arc::new(Memory::default()), watch::Sender::new(stored(2, check)));
     let (tx, mut rx) = mpsc::channel(100);
@@ -291,4 +295,118 @@ async fn the_verdict_of_a_removed_backend_is_taken_back() {
     tokio::spawn(Checker::new(book.clone(), 10, prober, tx).run(state.subscribe(), local));
     assert_eq!(next(&mut rx).await, ("b0".into(), Health::Unknown));
     assert!(book.get(&id("b0")).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_this_host_lacks_changes_no_verdict() {
+    let state_of = Arc::new(Mutex::new("up"));
+    let now = state_of.clone();
+    let prober: Prober = Arc::new(move |_| {
+        let outcome = match *now.lock().unwrap() {
+            "up" => outcome(true, ""),
+            "down" => outcome(false, "connection refused"),
+            _ => Step::Done(Outcome::NotProbed(Obstacle {
+                kind: ObstacleKind::FileDescriptors,
+                what: "too many open files".to_owned(),
+            })),
+        };
+        Box::pin(async move { outcome })
+    });
+    let state = watch::Sender::new(stored(1, r#"{"kind":"tcp","interval_ms":1000,"fall":3}"#));
+    let (tx, mut rx) = mpsc::channel(100);
+    let book = Arc::new(HealthRegistry::default());
+    let checker = Checker::new(book.clone(), 10, prober, tx);
+    tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
+    while next(&mut rx).await.1 != Health::Healthy {}
+    let set = |to: &'static str| *state_of.lock().unwrap() = to;
+    // Two failures, then a minute without descriptors, then one failure: three in a row, which count.
+    set("down");
+    while book.get(&id("b0")).unwrap().failures < 2 {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    set("no descriptors");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let entry = book.get(&id("b0")).unwrap();
+    assert_eq!((entry.health, entry.failures), (Health::Healthy, 2));
+    assert!(rx.try_recv().is_err(), "no verdict");
+    let obstacle = entry.not_probed.unwrap();
+    assert_eq!(obstacle.reason, ObstacleKind::FileDescriptors);
+    assert!((55..=65).contains(&obstacle.count), "{obstacle:?}");
+    let counted = book.counts().not_probed[0];
+    assert_eq!(counted, obstacle.count);
+    set("down");
+    assert_eq!(next(&mut rx).await, ("b0".into(), Health::Unhealthy));
+    let entry = book.get(&id("b0")).unwrap();
+    assert_eq!((entry.failures, entry.not_probed), (3, None), "checks can be made again");
+    // Nor is an unhealthy backend found healthy.
+    set("no descriptors");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(book.get(&id("b0")).unwrap().health, Health::Unhealthy);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_removed_backend_leaves_no_verdict_to_the_next_of_its_name() {
+    let prober: Prober = Arc::new(|_| Box::pin(async { outcome(true, "") }));
+    let check = r#"{"kind":"tcp"}"#;
+    let state = watch::Sender::new(stored(2, check));
+    let (tx, mut rx) = mpsc::channel(100);
+    let checker = Checker::new(Arc::new(HealthRegistry::default()), 10, prober, tx);
+    tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
+    let mut healthy = 0;
+    while healthy < 2 {
+        healthy += u32::from(next(&mut rx).await.1 == Health::Healthy);
+    }
+    state.send_replace(stored(1, check));
+    assert_eq!(next(&mut rx).await, ("b1".into(), Health::Unknown));
+}
+
+/// A few hundred workers that answer nothing hold a probe for the whole timeout each. The others must not wait for them.
+#[tokio::test(start_paused = true)]
+async fn silent_backends_do_not_delay_the_checks_of_others() {
+    let timeout = Duration::from_secs(2);
+    let dead = Arc::new(AtomicBool::new(false));
+    let is_dead = dead.clone();
+    let prober: Prober = Arc::new(move |target: ProbeTarget| {
+        let dead = is_dead.load(Ordering::SeqCst);
+        Box::pin(async move {
+            if target.address.port() == 81 {
+                tokio::time::sleep(target.timeout).await;
+                return outcome(false, "no connection");
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            outcome(!dead, "connection refused")
+        })
+    });
+    let mut all = stored(20, r#"{"kind":"tcp","interval_ms":1000,"timeout_ms":2000,"fall":3}"#);
+    let silent = stored(600, r#"{"kind":"tcp","interval_ms":1000,"timeout_ms":2000,"port":81}"#);
+    let mut desired = (*all.desired).clone();
+    desired.services.insert("a".parse().unwrap(), silent.desired.services.values().next().unwrap().clone());
+    all.desired = Arc::new(desired);
+    let state = watch::Sender::new(all);
+    let (tx, mut rx) = mpsc::channel(100_000);
+    let book = Arc::new(HealthRegistry::default());
+    let checker = Checker::new(book.clone(), 64, prober, tx);
+    tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
+    let mut healthy = 0;
+    while healthy < 20 {
+        healthy += usize::from(rx.recv().await.unwrap().1 == Health::Healthy);
+    }
+    // By now every silent one has been probed.
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    while rx.try_recv().is_ok() {}
+    dead.store(true, Ordering::SeqCst);
+    let start = Instant::now();
+    let mut found = 0;
+    while found < 20 {
+        let (id, health) = rx.recv().await.unwrap();
+        found += usize::from(id.service.to_string() == "s" && health == Health::Unhealthy);
+    }
+    let took = start.elapsed();
+    assert!(took <= Duration::from_millis(3_400), "found after {took:?}, as without silent ones");
+    // 16 of 64 permits are theirs: each is probed every 75 s, which is said.
+    let late = book.read(|all| all.values().filter(|e| e.not_probed.is_some()).count());
+    assert!(late > 500, "{late}");
+    let counts = book.counts();
+    assert!(counts.lateness.count() > 1_000 && counts.not_probed[6] > 500, "{counts:?}");
+    assert!(timeout * 600 / 16 >= Duration::from_secs(75));
 }

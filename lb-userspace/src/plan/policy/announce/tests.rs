@@ -13,6 +13,7 @@ fn vip(n: u8) -> IpAddr {
 
 fn at(n: u8, served: bool, proven: bool) -> ServiceAt {
     ServiceAt {
+        panics: false,
         vip: vip(n),
         served,
         proven,

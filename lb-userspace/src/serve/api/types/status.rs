@@ -7,6 +7,7 @@ use crate::{
         model::{BackendId, Name, Readiness},
         store::Revision,
     },
+    observed::health::NotProbed,
     serve::api::host::HostDrain,
 };
 use serde::{Deserialize, Serialize};
@@ -52,7 +53,16 @@ pub struct Status {
     /// Backends by health and state.
     pub backends: BackendCounts,
     /// Backends that failed their health checks.
-    pub unhealthy: Vec<Unhealthy>,
+    pub unhealthy: Vec<CheckedBackend>,
+    /// Backends that accept connections, but answer their checks late; they keep their flows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub busy: Vec<CheckedBackend>,
+    /// Backends whose checks this host cannot make: their last verdict stands.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_probed: Vec<NotProbedBackend>,
+    /// Why health checks go directly although services want them to take the tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checks_without_tunnel: Option<String>,
     /// Backends that are draining.
     pub draining: Vec<DrainingBackend>,
     /// Replicas that do not report to be ready.
@@ -186,6 +196,9 @@ pub struct BackendCounts {
     pub total: usize,
     /// Backends that passed their checks.
     pub healthy: usize,
+    /// Backends that passed their checks, and answer them late now.
+    #[serde(default)]
+    pub busy: usize,
     /// Backends that nothing checks: no health check, and no replica state.
     #[serde(default)]
     pub unchecked: usize,
@@ -199,9 +212,9 @@ pub struct BackendCounts {
     pub down: usize,
 }
 
-/// A backend that failed its health checks.
+/// A backend that failed its health checks, or answers them late.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unhealthy {
+pub struct CheckedBackend {
     /// Service.
     pub service: Name,
     /// Backend.
@@ -210,6 +223,18 @@ pub struct Unhealthy {
     pub reason: String,
     /// Start of this state, in milliseconds since 1970 UTC.
     pub since_ms: u64,
+}
+
+/// A backend whose checks this host cannot make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NotProbedBackend {
+    /// Service.
+    pub service: Name,
+    /// Backend.
+    pub backend: Name,
+    /// What prevents the checks.
+    #[serde(flatten)]
+    pub obstacle: NotProbed,
 }
 
 /// A draining backend: it gets no new flows while its existing flows end.
