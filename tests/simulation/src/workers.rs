@@ -2,13 +2,10 @@
 
 use super::{bugs::Bug, environment};
 use futures_util::future::BoxFuture;
-use lb_userspace::{
-    desired::model::HealthKind,
-    observed::{
-        dial::{Dial, WorkerStream},
-        health::Prober,
-        regions::rtt::Meter,
-    },
+use lb_userspace::observed::{
+    dial::{Dial, WorkerStream},
+    health::{Outcome, ProbeStep, Prober},
+    regions::rtt::Meter,
 };
 use std::{
     collections::BTreeMap,
@@ -93,19 +90,18 @@ impl Workers {
         Arc::new(move |target| {
             let workers = workers.clone();
             Box::pin(async move {
-                if target.kind == HealthKind::None {
-                    return Ok("not checked".to_owned());
+                if target.kind.is_none() {
+                    return ProbeStep::Done(Outcome::Passed("not checked".to_owned()));
                 }
                 let worker = workers.get(target.address.ip());
                 tokio::time::sleep(worker.delay.min(target.timeout)).await;
-                if worker.delay >= target.timeout {
-                    return Err(format!("no answer within {} ms", target.timeout.as_millis()));
-                }
-                if worker.is_alive {
-                    Ok("connected".to_owned())
+                ProbeStep::Done(if worker.delay >= target.timeout {
+                    Outcome::Failed(format!("no connection within {} ms", target.timeout.as_millis()))
+                } else if worker.is_alive {
+                    Outcome::Passed("connected".to_owned())
                 } else {
-                    Err("connection refused".to_owned())
-                }
+                    Outcome::Failed("connection refused".to_owned())
+                })
             })
         })
     }

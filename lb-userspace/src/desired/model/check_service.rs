@@ -286,10 +286,8 @@ impl Service {
                 health.busy_timeout_ms
             ));
         }
-        if health.via == Via::Tunnel {
-            if !self.mode.has_probe_tunnel() {
-                setting("health: via tunnel is for modes ipip, gue and l2: use via direct, which takes the path of traffic in the other modes".to_owned());
-            }
+        if health.via == Via::Tunnel && !self.mode.has_probe_tunnel() {
+            setting("health: via tunnel is for modes ipip, gue and l2: use via direct, which takes the path of traffic in the other modes".to_owned());
         }
         if health.jitter_percent > 50 {
             setting(format!("health: jitter_percent {} is above 50", health.jitter_percent));

@@ -5,7 +5,7 @@
 //! a worker that dies refuses them, or is silent, and is found as fast as without this rule.
 
 use super::{
-    Outcome, Probe, Step,
+    Outcome, Probe, ProbeStep,
     checker::{CheckPlan, CheckerShared},
     passive::{Hint, Suspicion},
     permits::Lane,
@@ -144,19 +144,19 @@ impl BackendWatch {
         let took = start.elapsed();
         self.lane = if took >= self.plan.target.timeout { Lane::Silent } else { Lane::Answering };
         match step {
-            Step::Late(rest) => self.begin_late(rest, start).await,
-            Step::Done(Outcome::NotProbed(obstacle)) => {
+            ProbeStep::Late(rest) => self.begin_late(rest, start).await,
+            ProbeStep::Done(Outcome::NotProbed(obstacle)) => {
                 tracing::debug!(backend = %self.id, %obstacle, "not probed");
                 self.shared.registry.record_not_probed(&self.id, &obstacle, clock::unix_ms());
             }
-            Step::Done(Outcome::Passed(reason)) => match &self.late {
+            ProbeStep::Done(Outcome::Passed(reason)) => match &self.late {
                 Some(late) => {
                     let waited = late.start.elapsed();
                     self.observe_late(format!("no answer for {:.0} s", waited.as_secs_f64()), waited);
                 }
                 None => self.take(true, reason, took, Timing::InTime).await,
             },
-            Step::Done(Outcome::Failed(reason)) => {
+            ProbeStep::Done(Outcome::Failed(reason)) => {
                 let was = self.verdict.health();
                 let timing = if self.late.is_some() { Timing::Connect } else { Timing::InTime };
                 self.take(false, reason, took, timing).await;

@@ -4,7 +4,7 @@
 //! runtime each timer woke a processor, and a second one that looked for work.
 
 use super::{
-    EarlyProbe, HealthEntry, HealthRegistry, Obstacle, ObstacleKind, Probe, ProbeTarget, Step,
+    EarlyProbe, HealthEntry, HealthRegistry, Obstacle, ObstacleKind, Probe, ProbeStep, ProbeTarget,
     backend_watch::watch_backend,
     passive::{Hint, POLL_INTERVAL, PassiveSource, Suspicion},
     permits::{Lane, Permit, Permits},
@@ -40,7 +40,7 @@ const MIN_OVERDUE: Duration = Duration::from_secs(1);
 const LATE_PER_PROBE: usize = 8;
 
 /// Does one probe. [`super::probe`] outside tests.
-pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, Step> + Send + Sync>;
+pub type Prober = Arc<dyn Fn(ProbeTarget) -> BoxFuture<'static, ProbeStep> + Send + Sync>;
 
 /// How one backend is checked; a change restarts the task.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -22,7 +22,7 @@ pub mod verdict;
 mod tests;
 
 pub use checker::{Checker, Prober};
-pub use outcome::{Obstacle, ObstacleKind, Outcome, ProbeError, Step};
+pub use outcome::{Obstacle, ObstacleKind, Outcome, ProbeError, ProbeStep};
 pub use passive::{EarlyProbe, PassiveReport, PassiveSource};
 pub use probe::{ProbeTarget, prober, prober_through};
 pub use registry::{HealthEntry, HealthRegistry, NotProbed, Probe, ProbeCounts, Transition};

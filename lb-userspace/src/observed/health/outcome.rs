@@ -6,7 +6,7 @@ use futures_util::future::BoxFuture;
 use std::{error::Error, fmt, io};
 
 /// What is known of a probe when its time is over.
-pub enum Step {
+pub enum ProbeStep {
     /// Its result.
     Done(Outcome),
     /// The worker has accepted the connection, and the answer is late: the rest of the probe waits for it.
@@ -24,21 +24,21 @@ pub enum Outcome {
     NotProbed(Obstacle),
 }
 
-impl Step {
+impl ProbeStep {
     /// Adds words to the reason.
     #[must_use]
-    pub fn add(self, more: &str) -> Self {
+    pub fn with(self, more: &str) -> Self {
         match self {
-            Self::Done(outcome) => Self::Done(outcome.add(more)),
+            Self::Done(outcome) => Self::Done(outcome.with(more)),
             Self::Late(rest) => {
                 let more = more.to_owned();
-                Self::Late(Box::pin(async move { rest.await.add(&more) }))
+                Self::Late(Box::pin(async move { rest.await.with(&more) }))
             }
         }
     }
 }
 
-impl From<Outcome> for Step {
+impl From<Outcome> for ProbeStep {
     fn from(outcome: Outcome) -> Self {
         Self::Done(outcome)
     }
@@ -47,7 +47,7 @@ impl From<Outcome> for Step {
 impl Outcome {
     /// Adds words to the reason.
     #[must_use]
-    pub fn add(self, more: &str) -> Self {
+    pub fn with(self, more: &str) -> Self {
         match self {
             Self::Passed(what) => Self::Passed(what + more),
             Self::Failed(what) => Self::Failed(what + more),

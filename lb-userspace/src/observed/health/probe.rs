@@ -1,7 +1,7 @@
 //! One probe: connects to a backend and runs the check over the connection.
 
 use super::{
-    HealthRegistry, Obstacle, ObstacleKind, Outcome, ProbeError, Step, grpc, http,
+    HealthRegistry, Obstacle, ObstacleKind, Outcome, ProbeError, ProbeStep, grpc, http,
     tls::TlsConfigs,
     tunnel::{Through, Tunnel},
 };
@@ -69,7 +69,7 @@ pub fn prober_through(tunnel: Option<(Arc<Tunnel>, Arc<HealthRegistry>)>) -> Pro
                 None => Err("this lbd cannot probe through tunnels".to_owned()),
             };
             match mark {
-                Ok(mark) => probe(configs, target, Some(mark)).await.add(", through the tunnel"),
+                Ok(mark) => probe(configs, target, Some(mark)).await.with(", through the tunnel"),
                 Err(why) => {
                     // Without tunnels, probe directly: otherwise every backend would count as dead.
                     target.through = None;
@@ -77,7 +77,7 @@ pub fn prober_through(tunnel: Option<(Arc<Tunnel>, Arc<HealthRegistry>)>) -> Pro
                         registry.set_tunnel_problem(tunnel.problem());
                     }
                     let found = probe(configs, target, None).await;
-                    found.add(&format!(", probed without the tunnel: {why}"))
+                    found.with(&format!(", probed without the tunnel: {why}"))
                 }
             }
         })
@@ -86,7 +86,7 @@ pub fn prober_through(tunnel: Option<(Arc<Tunnel>, Arc<HealthRegistry>)>) -> Pro
 
 /// Probes once; packets carry `mark`. Without a connection in time the probe has failed; with one, and without an answer,
 /// it is late.
-pub async fn probe(configs: Arc<TlsConfigs>, target: ProbeTarget, mark: Option<u32>) -> Step {
+pub async fn probe(configs: Arc<TlsConfigs>, target: ProbeTarget, mark: Option<u32>) -> ProbeStep {
     let deadline = Instant::now() + target.timeout;
     let within = target.timeout.as_millis();
     if target.kind.is_none() {
@@ -96,13 +96,13 @@ pub async fn probe(configs: Arc<TlsConfigs>, target: ProbeTarget, mark: Option<u
     let only_connects = target.kind == HealthKind::Tcp;
     let stream = match timeout_at(deadline, connect(target.address, mark, only_connects)).await {
         Err(_) => return Outcome::Failed(format!("no connection within {within} ms")).into(),
-        Ok(Err(error)) => return Step::Done(Err(error).into()),
+        Ok(Err(error)) => return ProbeStep::Done(Err(error).into()),
         Ok(Ok(stream)) => stream,
     };
     let mut check: BoxFuture<'static, Outcome> =
         Box::pin(async move { run_check(&configs, stream, &target, deadline).await.into() });
     match timeout_at(deadline, &mut check).await {
-        Err(_) => Step::Late(check),
+        Err(_) => ProbeStep::Late(check),
         Ok(outcome) => outcome.into(),
     }
 }
@@ -219,10 +219,10 @@ mod tests {
 
     async fn probe(target: ProbeTarget) -> Result<String, String> {
         match super::probe(Arc::default(), target, None).await {
-            Step::Done(Outcome::Passed(what)) => Ok(what),
-            Step::Done(Outcome::Failed(what)) => Err(what),
-            Step::Done(Outcome::NotProbed(obstacle)) => panic!("not probed: {obstacle:?}"),
-            Step::Late(_) => Err("late".to_owned()),
+            ProbeStep::Done(Outcome::Passed(what)) => Ok(what),
+            ProbeStep::Done(Outcome::Failed(what)) => Err(what),
+            ProbeStep::Done(Outcome::NotProbed(obstacle)) => panic!("not probed: {obstacle:?}"),
+            ProbeStep::Late(_) => Err("late".to_owned()),
         }
     }
 
@@ -319,10 +319,10 @@ mod tests {
         assert!(matches!(&outcome, Outcome::NotProbed(o) if o.kind == ObstacleKind::Settings), "{outcome:?}");
     }
 
-    fn done(step: Step) -> Outcome {
+    fn done(step: ProbeStep) -> Outcome {
         match step {
-            Step::Done(outcome) => outcome,
-            Step::Late(_) => panic!("the probe is late"),
+            ProbeStep::Done(outcome) => outcome,
+            ProbeStep::Late(_) => panic!("the probe is late"),
         }
     }
 
@@ -344,7 +344,7 @@ mod tests {
             });
             let check = HttpCheck { body: Some("ready".into()), ..HttpCheck::default() };
             let target = target(address, HealthKind::Http(check));
-            let Step::Late(rest) = super::probe(Arc::default(), target, None).await else {
+            let ProbeStep::Late(rest) = super::probe(Arc::default(), target, None).await else {
                 panic!("not late");
             };
             assert_eq!(rest.await, expected);

@@ -1,7 +1,7 @@
 //! TLS, HTTPS and gRPC probes against servers on the loopback interface: certificates made for the test, and the
 //! gRPC project's own health service.
 
-use super::{Outcome, ProbeTarget, Step, probe::probe};
+use super::{Outcome, ProbeStep, ProbeTarget, probe::probe};
 use crate::desired::model::{HealthCheck, HealthKind};
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::{
@@ -70,10 +70,10 @@ async fn ask(address: SocketAddr, check: &str) -> Result<String, String> {
     let timeout = Duration::from_secs(3);
     let target = ProbeTarget { address, vip: [10, 0, 0, 1].into(), kind, timeout, through: None };
     match probe(Arc::default(), target, None).await {
-        Step::Done(Outcome::Passed(what)) => Ok(what),
-        Step::Done(Outcome::Failed(what)) => Err(what),
-        Step::Done(Outcome::NotProbed(obstacle)) => Err(format!("not probed: {obstacle}")),
-        Step::Late(_) => Err("late".to_owned()),
+        ProbeStep::Done(Outcome::Passed(what)) => Ok(what),
+        ProbeStep::Done(Outcome::Failed(what)) => Err(what),
+        ProbeStep::Done(Outcome::NotProbed(obstacle)) => Err(format!("not probed: {obstacle}")),
+        ProbeStep::Late(_) => Err("late".to_owned()),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::{
     },
     observed::{
         dial::Dial,
-        health::{Outcome, ProbeTarget, Prober, Step},
+        health::{Outcome, ProbeStep, ProbeTarget, Prober},
     },
     plan::policy::{damp::Damper, load},
 };
@@ -268,15 +268,15 @@ impl Task {
     /// Probes a replica that does not report, and marks it as lost if the probe fails.
     async fn confirm_death(&mut self, error: &FetchError) {
         let result = match (self.shared.prober)(self.plan.probe.clone()).await {
-            Step::Done(Outcome::Passed(reason)) => Ok(reason),
-            Step::Done(Outcome::Failed(reason)) => Err(reason),
+            ProbeStep::Done(Outcome::Passed(reason)) => Ok(reason),
+            ProbeStep::Done(Outcome::Failed(reason)) => Err(reason),
             // Nothing is known of the worker: its last report stands until a probe can be made.
-            Step::Done(Outcome::NotProbed(obstacle)) => {
+            ProbeStep::Done(Outcome::NotProbed(obstacle)) => {
                 tracing::debug!(backend = %self.id, %obstacle, "not probed");
                 return;
             }
             // It is busy, not dead: its kernel accepts connections.
-            Step::Late(_) => Ok("connected, and the answer is late".to_owned()),
+            ProbeStep::Late(_) => Ok("connected, and the answer is late".to_owned()),
         };
         let (now, elapsed) = (clock::unix_ms(), self.began.elapsed());
         if result.is_err() {

@@ -45,7 +45,7 @@ impl SlowWorker {
                 }
                 let answered = Instant::now() + answer;
                 tokio::time::sleep(target.timeout).await;
-                Step::Late(Box::pin(async move {
+                ProbeStep::Late(Box::pin(async move {
                     tokio::time::sleep_until(answered).await;
                     Outcome::Passed("fine".to_owned())
                 }))

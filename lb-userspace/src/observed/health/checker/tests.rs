@@ -45,8 +45,8 @@ pub(super) fn id(backend: &str) -> BackendId {
     BackendId { service: "s".parse().unwrap(), backend: backend.parse().unwrap() }
 }
 
-pub(super) fn outcome(is_up: bool, why: &str) -> Step {
-    Step::Done(if is_up { Outcome::Passed("fine".to_owned()) } else { Outcome::Failed(why.to_owned()) })
+pub(super) fn outcome(is_up: bool, why: &str) -> ProbeStep {
+    ProbeStep::Done(if is_up { Outcome::Passed("fine".to_owned()) } else { Outcome::Failed(why.to_owned()) })
 }
 
 pub(super) async fn next(verdicts: &mut mpsc::Receiver<(BackendId, Health)>) -> (String, Health) {
@@ -305,7 +305,7 @@ async fn what_this_host_lacks_changes_no_verdict() {
         let outcome = match *now.lock().unwrap() {
             "up" => outcome(true, ""),
             "down" => outcome(false, "connection refused"),
-            _ => Step::Done(Outcome::NotProbed(Obstacle {
+            _ => ProbeStep::Done(Outcome::NotProbed(Obstacle {
                 kind: ObstacleKind::FileDescriptors,
                 what: "too many open files".to_owned(),
             })),
