@@ -142,6 +142,11 @@ fn configuration_files() {
 }
 
 #[test]
+fn configurations_of_other_load_balancers() {
+    run("tests/cli/import.trycmd");
+}
+
+#[test]
 fn observation() {
     run("tests/cli/observe.trycmd");
 }

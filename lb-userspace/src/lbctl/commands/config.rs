@@ -1,6 +1,6 @@
 //! `lbctl config`.
 
-use super::{Context, Exit, Failure, Force, WriteFlags};
+use super::{Context, Exit, Failure, Force, WriteFlags, import::ImportArgs};
 use crate::{
     desired::{
         config::{ConfigError, File, export, export_without_seats},
@@ -41,10 +41,29 @@ pub enum ConfigCommand {
         #[arg(long)]
         full: bool,
     },
+    /// Convert a configuration of ipvsadm, keepalived, HAProxy or Katran, without contacting lbd
+    ///
+    /// Prints a file for `config apply` on standard output. What could not be kept is listed on standard error and at the top
+    /// of the file, each with its line, the reason and what to use instead. With `-o json`, `config` is the file and `notes`
+    /// the list.
+    #[command(after_help = IMPORT_HELP)]
+    Import(ImportArgs),
 }
 
 /// First line of an export.
 const EXPORTED: &[u8] = b"# Exported by lbctl, sorted by name. Comments, [lbd] and [[hook]] are not kept.\n";
+
+const IMPORT_HELP: &str = "\
+Examples:
+  ipvsadm -S -n | lbctl config import ipvsadm - > services.toml
+  lbctl config import keepalived /etc/keepalived/keepalived.conf > services.toml
+  lbctl config import haproxy haproxy.cfg --vip 192.0.2.10 --mode gue > services.toml
+  lbctl config apply services.toml --dry-run
+
+Exit codes:
+  0  everything was kept
+  1  something could not be kept: the result is valid, and its notes say what is missing
+  2  the file cannot be parsed, or the command line is invalid";
 
 /// Arguments of `config check`.
 #[derive(Debug, Args)]
@@ -128,6 +147,7 @@ fn desired(file: &std::path::Path) -> Result<(Desired, Option<u64>), Failure> {
 pub async fn run(context: &mut Context<'_>, command: ConfigCommand) -> Result<Exit, Failure> {
     match command {
         ConfigCommand::Check(args) => check(&mut context.out, &args),
+        ConfigCommand::Import(args) => super::import::run(&mut context.out, &args),
         ConfigCommand::Diff { file } => {
             // The dry run of `config apply`, so that both report the same differences.
             let (desired, revision) = desired(&file)?;

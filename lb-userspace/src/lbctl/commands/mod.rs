@@ -18,6 +18,7 @@ mod generate;
 mod guard;
 mod history;
 mod host;
+mod import;
 mod lists;
 mod locked;
 mod observe;
@@ -190,7 +191,7 @@ enum Noun {
     /// Manage the deny and allow lists of client addresses
     #[command(subcommand)]
     Guard(guard::GuardCommand),
-    /// Check, compare, apply or export the desired state as one TOML file
+    /// Check, compare, apply, export or import the desired state as one TOML file
     #[command(subcommand)]
     Config(config::ConfigCommand),
     /// List revisions of the desired state, newest first; show or compare them
@@ -383,6 +384,7 @@ fn run(cli: LbctlArgs, writer: &mut dyn Write, colour: bool) -> Result<Exit, Fai
     // These commands need neither lbd nor a runtime.
     match &cli.noun {
         Noun::Config(config::ConfigCommand::Check(check)) => return config::check(&mut out, check),
+        Noun::Config(config::ConfigCommand::Import(args)) => return import::run(&mut out, args),
         Noun::Completions(completions) => return generate::completions(&mut out, completions),
         Noun::Man(man) => return generate::man(man),
         _ => {}
