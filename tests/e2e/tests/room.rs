@@ -73,7 +73,12 @@ fn configuration(stage: &Stage) -> Result<String> {
     for service in 0..SERVICES {
         let vip = Ipv4Addr::new(10, 98, (service / 200) as u8, (service % 200) as u8 + 1);
         writeln!(text, "[[service]]\nname = \"s{service}\"\nvip = \"{vip}\"\nport = 80\nprotocol = \"tcp\"")?;
-        writeln!(text, "mode = \"gue\"\n[service.health]\nkind = \"tcp\"\nport = {}", nginx::PORT)?;
+        // The workers have none of these VIPs, which a check through the tunnel would find.
+        writeln!(
+            text,
+            "mode = \"gue\"\n[service.health]\nkind = \"tcp\"\nvia = \"direct\"\nport = {}",
+            nginx::PORT
+        )?;
         writeln!(text, "interval_ms = {}\ntimeout_ms = 900\nrise = 1\nfall = {FALL}", INTERVAL.as_millis())?;
         for worker in &stage.bed.workers {
             writeln!(text, "[[service.backend]]\nname = \"{}\"\naddress = \"{}\"", worker.name, worker.v4)?;

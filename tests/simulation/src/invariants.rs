@@ -402,7 +402,7 @@ impl Simulation {
         }
         let to = self.hosts[host].setup.directory.join(format!("moved-{}", environment::now().as_millis()));
         let body = json!({"to": format!("file://{}", to.display())});
-        self.note(format!("the store is migrated to {}", to.display()));
+        self.note(format!("the store of host {host} is migrated"));
         let Some((status, answer)) = self.call(host, "POST", "/v1/store/migrate", body) else {
             return Ok(());
         };

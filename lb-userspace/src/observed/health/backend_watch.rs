@@ -250,11 +250,8 @@ impl BackendWatch {
         if let Some(hint) = self.hint.take() {
             reason = format!("{reason}; probed early: {hint}");
         }
-        if to == Health::Unhealthy {
-            tracing::warn!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-        } else {
-            tracing::info!(backend = %id, %address, ?from, ?to, %reason, "health changed");
-        }
+        // An event of the API tells of it too, and is in the log.
+        tracing::debug!(backend = %id, %address, ?from, ?to, %reason, "health changed");
         self.shared.set_verdict(id, to, &reason).await;
     }
 }
