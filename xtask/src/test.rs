@@ -13,12 +13,14 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::{inference, kernels, setup, shell};
+use crate::{kernels, setup, shell};
 
 mod ahead;
+mod inference_suite;
 mod properties;
 
 use ahead::Ahead;
+use inference_suite::{inference_builds, inference_commands};
 
 /// Which suites to run.
 #[derive(clap::Args, Debug)]
@@ -440,37 +442,6 @@ const INFERENCE_WORKER: [&str; 3] = ["--release", "--package", "inference-worker
 
 /// Number of leading [`inference_commands`] that do not need network namespaces.
 const INFERENCE_ALONE: usize = 2;
-
-/// Returns the tests of the worker alone, then behind the load balancer. Always optimised: unoptimised kernels take
-/// minutes, and libtorch's bindings would be built twice.
-fn inference_commands() -> Result<Vec<Command>> {
-    let mut behind_lb = cargo(&["test", "--manifest-path", "tests/e2e/Cargo.toml", "--test", "inference"]);
-    run_as_root(&mut behind_lb);
-    behind_lb.env("LB_INFERENCE_WORKER", inference::build_worker()?);
-    behind_lb.env("LB_INFERENCE_MODEL", inference::model::ensure()?);
-    behind_lb.args(["--", "--ignored", "--test-threads=1"]);
-    let balancer = cargo(&["build", "--package", "lb-userspace", "--bins"]);
-    let clippy = inference_clippy()?;
-    let mut test = inference_test(&[])?;
-    test.env("LB_TEST_PYTHON", inference::python::ensure(inference::python::TEST)?);
-    Ok(vec![clippy, test, balancer, behind_lb])
-}
-
-fn inference_test(arguments: &[&str]) -> Result<Command> {
-    inference::cargo(&[&["test", "--no-fail-fast"], &INFERENCE_WORKER[..], arguments].concat())
-}
-
-fn inference_clippy() -> Result<Command> {
-    let mut clippy = inference::cargo(&[&["clippy"], &INFERENCE_WORKER[..], &["--all-targets"]].concat())?;
-    clippy.args(["--", "-D", "warnings"]);
-    Ok(clippy)
-}
-
-/// What [`inference_commands`] build.
-fn inference_builds() -> Result<Vec<Command>> {
-    let worker = inference::cargo(&[&["build"], &INFERENCE_WORKER[..]].concat())?;
-    Ok(vec![inference_test(&["--no-run"])?, worker, inference_clippy()?])
-}
 
 /// Tests these targets. All packages are named whichever targets they are of, so that all suites that use this build the
 /// dependencies with the same features, once.

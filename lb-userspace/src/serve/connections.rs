@@ -88,7 +88,7 @@ pub async fn serve<D: Door>(
                 continue;
             }
         };
-        let Some(permit) = Permit::take(&counts, client, is_privileged, &limits) else {
+        let Some(permit) = ConnectionPermit::take(&counts, client, is_privileged, &limits) else {
             if told.is_none_or(|at| at.elapsed() > LOG_INTERVAL) {
                 told = Some(Instant::now());
                 tracing::warn!(
@@ -133,12 +133,12 @@ async fn refuse<S: AsyncWrite + Unpin>(mut stream: S, body: Arc<str>) {
 type Counts<K> = Arc<Mutex<HashMap<K, usize>>>;
 
 /// A connection within the limits.
-struct Permit<K: Eq + Hash> {
+struct ConnectionPermit<K: Eq + Hash> {
     counts: Counts<K>,
     client: K,
 }
 
-impl<K: Clone + Eq + Hash> Permit<K> {
+impl<K: Clone + Eq + Hash> ConnectionPermit<K> {
     fn take(counts: &Counts<K>, client: K, is_privileged: bool, limits: &Limits) -> Option<Self> {
         let mut all = counts.lock().unwrap_or_else(PoisonError::into_inner);
         let in_use: usize = all.values().sum();
@@ -156,7 +156,7 @@ impl<K: Clone + Eq + Hash> Permit<K> {
     }
 }
 
-impl<K: Eq + Hash> Drop for Permit<K> {
+impl<K: Eq + Hash> Drop for ConnectionPermit<K> {
     fn drop(&mut self) {
         let mut all = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = all.get_mut(&self.client) {

@@ -105,7 +105,7 @@ pub struct Story {
 fn service(name: &str, vip: u8, port: u16) -> String {
     format!(
         "[[service]]\nname = \"{name}\"\nvip = \"{}\"\nport = {port}\nprotocol = \"tcp\"\nmode = \"gue\"\n\
-         scheduler = \"p2c\"\nreplica = {{ kind = \"stream\", port = {}, interval_ms = 300, timeout_ms = 300 }}\n[service.health]\nkind = \"http\"\n\
+         scheduler = \"p2c\"\npanic_percent = 0\nreplica = {{ kind = \"stream\", port = {}, interval_ms = 300, timeout_ms = 300 }}\n[service.health]\nkind = \"http\"\n\
          path = \"/health\"\nport = {}\ninterval_ms = 300\ntimeout_ms = 500\nrise = 1\nfall = 2\ndamping = false\n",
         vip_v4(vip),
         replica::PORT,

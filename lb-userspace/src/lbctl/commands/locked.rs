@@ -1,6 +1,6 @@
 //! `lbctl rollout lock -- COMMAND`: runs a command while the lock is renewed.
 //!
-//! Signals that would end lbctl go to the command, and the lock is released once it has ended; its exit status is
+//! ForwardedSignals that would end lbctl go to the command, and the lock is released once it has ended; its exit status is
 //! lbctl's. If the lock is lost, everything that the command has started is ended. A renewal that hangs ends well before
 //! the lock expires.
 
@@ -33,7 +33,7 @@ pub async fn run(
     request: &LockRequest,
     command: &[String],
 ) -> Result<Exit, Failure> {
-    let ended = match Running::start(request, command) {
+    let ended = match LockedCommand::start(request, command) {
         Ok(mut running) => running.wait(&context.client, path, request).await,
         Err(error) => Err(cannot_run(command, &error)),
     };
@@ -52,18 +52,18 @@ fn cannot_run(command: &[String], error: &io::Error) -> Failure {
 
 /// The command, in a process group of its own unless it shares a terminal with lbctl: then it may read from it, and the
 /// terminal's signals reach both.
-struct Running<'a> {
+struct LockedCommand<'a> {
     command: &'a [String],
     child: Child,
     group: Option<Pid>,
-    signals: Signals,
+    signals: ForwardedSignals,
 }
 
-impl<'a> Running<'a> {
+impl<'a> LockedCommand<'a> {
     fn start(request: &LockRequest, command: &'a [String]) -> io::Result<Self> {
         use std::io::IsTerminal;
         let has_terminal = io::stdin().is_terminal();
-        let signals = Signals::new(has_terminal)?;
+        let signals = ForwardedSignals::new(has_terminal)?;
         let mut start = Command::new(&command[0]);
         start.args(&command[1..]).kill_on_drop(true);
         if !has_terminal {
@@ -135,14 +135,14 @@ impl<'a> Running<'a> {
     }
 }
 
-/// Signals that would end lbctl. The terminal sends SIGINT and SIGQUIT to the command itself.
-struct Signals {
+/// ForwardedSignals that would end lbctl. The terminal sends SIGINT and SIGQUIT to the command itself.
+struct ForwardedSignals {
     streams: Vec<(Signal, tokio::signal::unix::Signal)>,
     /// Of the first streams: those that are taken and not sent on.
     ignored: usize,
 }
 
-impl Signals {
+impl ForwardedSignals {
     fn new(has_terminal: bool) -> io::Result<Self> {
         let all = [Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGHUP];
         let streams = all.map(|number| Ok((number, signal(SignalKind::from_raw(number as i32))?)));

@@ -11,6 +11,7 @@ mod drains;
 pub mod engine;
 pub mod error;
 pub mod events;
+mod find;
 pub mod guard;
 pub mod host;
 mod listener;

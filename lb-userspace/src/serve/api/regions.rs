@@ -12,10 +12,11 @@ use super::{
     access::{Author, Caller},
     control::SharedControl,
     engine::Snapshot,
+    find::find_service,
     locks::HeldLock,
     routes::{Params, Reply, name},
     types::{Change, WriteQuery},
-    view::{backend_id, find_service},
+    view::backend_id,
 };
 use crate::{
     desired::{

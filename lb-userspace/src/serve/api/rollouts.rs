@@ -8,10 +8,10 @@ use super::{
     ApiError, Control,
     access::{Author, Caller},
     control::SharedControl,
+    find::no_service,
     regions::{operation_error, operation_in_progress},
     routes::{Params, Reply, body},
     types::{Change, WriteQuery},
-    view::no_service,
 };
 use crate::{
     clock,

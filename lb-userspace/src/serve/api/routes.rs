@@ -5,8 +5,8 @@ use super::{
     access::Caller,
     control::SharedControl,
     engine::FlowFilter,
+    find::{find_service, no_backend, no_service},
     types::*,
-    view::{find_service, no_backend, no_service},
 };
 use crate::{
     desired::{

@@ -3,6 +3,7 @@
 use super::{
     ApiError, Control,
     engine::{Counters, Snapshot},
+    find::{find_service, no_backend},
     problems::{
         FoundProblem, general_problems, held_problem, is_checked, not_up_to_date_problems,
         unreachable_problem,
@@ -486,36 +487,5 @@ pub fn fate_label(reason: Reason) -> &'static str {
         Fate::Drop => "drop",
         Fate::Answer => "answer",
         Fate::Note => "note",
-    }
-}
-
-/// Finds a desired service by name.
-///
-/// # Errors
-/// 404, with the nearest known name.
-pub(super) fn find_service<'a>(stored: &'a Stored, name: &Name) -> Result<&'a Service, ApiError> {
-    stored
-        .desired
-        .services
-        .get(name)
-        .map(|s| &**s)
-        .ok_or_else(|| no_service(name, stored.desired.services.keys()))
-}
-
-/// 404 for an unknown service, with the nearest known name.
-pub(super) fn no_service<'a>(name: &Name, known: impl Iterator<Item = &'a Name>) -> ApiError {
-    let error = ApiError::not_found(format!("there is no service {name}"));
-    match crate::desired::config::nearest(name.as_str(), known.map(Name::as_str)) {
-        Some(near) => error.fix(format!("did you mean {near}?")),
-        None => error.fix("`lbctl service list` shows all"),
-    }
-}
-
-/// 404 for an unknown backend, with the nearest known name.
-pub(super) fn no_backend(service: &Name, backend: &Name, s: &Service) -> ApiError {
-    let error = ApiError::not_found(format!("service {service} has no backend {backend}"));
-    match crate::desired::config::nearest(backend.as_str(), s.backends.keys().map(Name::as_str)) {
-        Some(near) => error.fix(format!("did you mean {near}?")),
-        None => error.fix(format!("`lbctl backend list {service}` shows all")),
     }
 }
