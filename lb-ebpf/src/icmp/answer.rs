@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// TTL and hop limit of answers.
-const TTL: u8 = 64;
+/// TTL and hop limit of answers (RFC 1340's recommendation).
+pub const TTL: u8 = 64;
 /// IPv4's don't-fragment bit.
 pub const DONT_FRAGMENT: u16 = 0x4000;
 const ICMP_HEADER: usize = 8;
@@ -69,7 +69,7 @@ pub fn turn<F: Frame, const L2: usize, const TAGS: usize>(
     len: usize,
     room: usize,
 ) -> Option<()> {
-    let packet = frame.packet().unchecked();
+    let packet = frame.packet().forget_checks();
     let macs: Macs = packet.read(0)?;
     let tags: [u16; TAGS] = packet.read(12)?;
     let kind: u16 = packet.read(L2 - 2)?;

@@ -6,6 +6,7 @@
 
 use crate::{
     Frame,
+    icmp::answer::TTL,
     packet::{
         csum,
         network::Network,
@@ -19,8 +20,6 @@ pub const REQUEST_V4: u8 = 8;
 pub const REQUEST_V6: u8 = 128;
 const REPLY_V4: u8 = 0;
 const REPLY_V6: u8 = 129;
-/// TTL of answers (RFC 1340's recommendation, as everywhere).
-const TTL: u8 = 64;
 
 /// Turns an echo request into its answer; None if there is more to it than an answer can take over: IP
 /// options or extension headers.

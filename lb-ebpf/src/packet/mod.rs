@@ -77,11 +77,11 @@ impl Packet {
         Self { start, end }
     }
 
-    /// The same window, of whose earlier checks LLVM knows nothing. It would conclude from an access farther on that this
-    /// one lies inside, and leave out the check that the verifier wants to see.
+    /// Hides earlier bounds checks of the window from LLVM, which would conclude from an access farther on that a nearer one
+    /// lies inside, and leave out the check that the verifier wants to see.
     #[inline(always)]
     #[must_use]
-    pub fn unchecked(self) -> Self {
+    pub fn forget_checks(self) -> Self {
         Self { start: core::hint::black_box(self.start), ..self }
     }
 

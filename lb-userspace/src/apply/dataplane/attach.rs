@@ -220,8 +220,8 @@ fn find_homes(request: &Request<'_>, home: &Home) -> Result<(bool, Vec<Home>), D
         // Their flows have been taken over; only their removal was interrupted.
         others.drain(..).try_for_each(|other| other.remove())?;
     }
-    // The running version last, because the later entries take precedence.
-    others.sort_by_key(|other| (runs(other), other.abi));
+    // The running version last, because the later entries take precedence; those that were set aside are older than any.
+    others.sort_by_key(|other| (runs(other), other.aside == 0, other.abi, other.aside));
     Ok((adopted, others))
 }
 

@@ -30,6 +30,8 @@ pub struct Home {
     pub path: PathBuf,
     /// ABI version.
     pub abi: u32,
+    /// Number of a home that was [set aside](Self::set_aside), from 1 on; 0 for others.
+    pub aside: u32,
     /// Whether it is the pin directory itself.
     is_flat: bool,
 }
@@ -41,7 +43,12 @@ pub const LINK: &str = "link-";
 impl Home {
     /// Home of this version.
     pub fn ours(pin_path: &Path) -> Self {
-        Self { path: pin_path.join(format!("{PREFIX}{ABI_VERSION}")), abi: ABI_VERSION, is_flat: false }
+        Self {
+            path: pin_path.join(format!("{PREFIX}{ABI_VERSION}")),
+            abi: ABI_VERSION,
+            aside: 0,
+            is_flat: false,
+        }
     }
 
     /// Finds the homes of other versions, and those that were [set aside](Self::set_aside).
@@ -52,13 +59,13 @@ impl Home {
             let name = file_name(&path);
             let Some(version) = name.strip_prefix(PREFIX) else { continue };
             let (abi, number) = version.split_once('-').unwrap_or((version, "0"));
-            if let (Ok(abi), Ok(_)) = (abi.parse(), number.parse::<u32>()) {
-                found.push(Self { path, abi, is_flat: false });
+            if let (Ok(abi), Ok(aside)) = (abi.parse(), number.parse()) {
+                found.push(Self { path, abi, aside, is_flat: false });
             }
         }
         // Both objects have this map.
         if pin_path.join(names::REASONS).exists() {
-            let mut flat = Self { path: pin_path.to_owned(), abi: 0, is_flat: true };
+            let mut flat = Self { path: pin_path.to_owned(), abi: 0, aside: 0, is_flat: true };
             flat.abi = flat.marker()?.unwrap_or(0);
             found.push(flat);
         }
@@ -69,11 +76,11 @@ impl Home {
     pub fn set_aside(self) -> Result<Self, DataplaneError> {
         // A BPF filesystem takes no dots in names.
         let beside = |number: u32| self.path.with_file_name(format!("{}-{number}", file_name(&self.path)));
-        let free = (1..).map(beside).find(|path| !path.exists());
-        let path = free.expect("some number is free");
+        let aside = (1..).find(|&number| !beside(number).exists()).expect("some number is free");
+        let path = beside(aside);
         let failed = |source| DataplaneError::Pin { what: "cannot rename", path: self.path.clone(), source };
         fs::rename(&self.path, &path).map_err(failed)?;
-        Ok(Self { path, ..self })
+        Ok(Self { path, aside, ..self })
     }
 
     /// Whether the directory exists.

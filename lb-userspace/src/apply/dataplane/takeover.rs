@@ -346,26 +346,26 @@ fn put_program(places: &OwnedFd, place: u32, program: &impl AsFd) -> io::Result<
     sys::update(places, &place.to_ne_bytes(), &program, 0).map(drop)
 }
 
-/// Sets whether a home's program tail calls its predecessor's. A home without the map never does.
+/// A home's `TAKEOVER`; none in homes of versions before it.
+fn flag_of(home: &Home) -> Result<Option<OwnedFd>, DataplaneError> {
+    let path = home.path.join(names::TAKEOVER);
+    if path.exists() { sys::open(&path).map(Some).map_err(in_flag) } else { Ok(None) }
+}
+
+fn in_flag(source: io::Error) -> DataplaneError {
+    DataplaneError::Read { map: names::TAKEOVER, source }
+}
+
 /// Whether a home's program sends packets of flows that no table knows to the program before it.
 pub(super) fn is_on(home: &Home) -> Result<bool, DataplaneError> {
-    let path = home.path.join(names::TAKEOVER);
-    if !path.exists() {
-        return Ok(false);
-    }
-    let read = |source| DataplaneError::Read { map: names::TAKEOVER, source };
-    let map: OwnedFd = sys::open(&path).map_err(read)?;
+    let Some(map) = flag_of(home)? else { return Ok(false) };
     let mut flag = [0; 4];
-    sys::lookup(&map, &0u32.to_ne_bytes(), &mut flag).map_err(read)?;
+    sys::lookup(&map, &0u32.to_ne_bytes(), &mut flag).map_err(in_flag)?;
     Ok(flag != [0; 4])
 }
 
+/// Sets whether a home's program tail calls its predecessor's. A home without the map never does.
 fn set_flag(home: &Home, is_on: bool) -> Result<(), DataplaneError> {
-    let path = home.path.join(names::TAKEOVER);
-    if !path.exists() {
-        return Ok(());
-    }
-    let read = |source| DataplaneError::Read { map: names::TAKEOVER, source };
-    let map: OwnedFd = sys::open(&path).map_err(read)?;
-    sys::update(&map, &0u32.to_ne_bytes(), &u32::from(is_on).to_ne_bytes(), 0).map(drop).map_err(read)
+    let Some(map) = flag_of(home)? else { return Ok(()) };
+    sys::update(&map, &0u32.to_ne_bytes(), &u32::from(is_on).to_ne_bytes(), 0).map(drop).map_err(in_flag)
 }

@@ -344,22 +344,6 @@ async fn what_this_host_lacks_changes_no_verdict() {
     assert_eq!(book.get(&id("b0")).unwrap().health, Health::Unhealthy);
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_removed_backend_leaves_no_verdict_to_the_next_of_its_name() {
-    let prober: Prober = Arc::new(|_| Box::pin(async { outcome(true, "") }));
-    let check = r#"{"kind":"tcp"}"#;
-    let state = watch::Sender::new(stored(2, check));
-    let (tx, mut rx) = mpsc::channel(100);
-    let checker = Checker::new(Arc::new(HealthRegistry::default()), 10, prober, tx);
-    tokio::spawn(checker.run(state.subscribe(), Arc::new(Memory::default())));
-    let mut healthy = 0;
-    while healthy < 2 {
-        healthy += u32::from(next(&mut rx).await.1 == Health::Healthy);
-    }
-    state.send_replace(stored(1, check));
-    assert_eq!(next(&mut rx).await, ("b1".into(), Health::Unknown));
-}
-
 /// A few hundred workers that answer nothing hold a probe for the whole timeout each. The others must not wait for them.
 #[tokio::test(start_paused = true)]
 async fn silent_backends_do_not_delay_the_checks_of_others() {
